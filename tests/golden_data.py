@@ -1,0 +1,69 @@
+"""The golden cases: where they are, and how to read them.
+
+The shared folder beside the checkout is taken where there is one, since it may hold more cases than the copy in `tests/golden`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+_TESTS = Path(__file__).parent
+_SHARED = _TESTS.parents[1] / "shared" / "golden"
+
+GOLDEN: Path = _SHARED if _SHARED.is_dir() else _TESTS / "golden"
+
+
+def _load_seeded() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden_seeded", GOLDEN / "seeded.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_seeded = _load_seeded()
+fill_seeded = _seeded.fill_seeded
+seeded_tensor = _seeded.seeded_tensor
+seeded_weight = _seeded.seeded_weight
+
+
+@functools.cache
+def read_json(name: str) -> dict[str, Any]:
+    """The parsed `name`.json of the golden folder."""
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def case(name: str) -> dict[str, Any]:
+    """The entry `name` of `cases.json`: constructor arguments, shapes, expected keys and scalars."""
+    return read_json("cases")[name]
+
+
+def cases(kind: str) -> list[str]:
+    """The names of all cases whose `kind` is `kind`, in file order."""
+    return [name for name, entry in read_json("cases").items() if entry["kind"] == kind]
+
+
+@functools.cache
+def tensors(file: str) -> dict[str, torch.Tensor]:
+    """All tensors of `file`.safetensors, keyed `<case>/<name>`. Do not change them in place."""
+    return load_file(GOLDEN / f"{file}.safetensors")
+
+
+def released_keys(prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a released SD v1 checkpoint, for the keys below `prefix`, with the prefix taken off."""
+    keys = read_json("sd_v1_keys")["keys"]
+    return {key[len(prefix) :]: tuple(shape) for key, (shape, _) in keys.items() if key.startswith(prefix)}
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖out − reference‖ / ‖reference‖ in float64; the shapes must be the same."""
+    assert out.shape == reference.shape, f"shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
+    out, reference = out.detach().cpu().double(), reference.cpu().double()
+    return float((out - reference).norm() / reference.norm())
