@@ -1,0 +1,107 @@
+"""Reading YAML configs, merging them with `a.b.c=value` overrides, and building the model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.util import UserError, instantiate_from_config, nearest
+
+SECTIONS = ("model", "data", "lightning")
+# Where a bare file name is also looked for: under the working directory, then in this repository.
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/latent-diffusion")
+
+
+def load_config(names: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
+    """The YAML files `names` merged left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
+
+    Raises:
+        UserError: a file is missing or is not a YAML mapping, an override cannot be read, an interpolation does not
+            resolve, or a top-level section is none of `SECTIONS` or no mapping.
+    """
+    parts = [(str(path), _read(path)) for path in map(find_config, names)]
+    parts += [(repr(override), _parse_override(override)) for override in overrides]
+    config = OmegaConf.create()
+    for source, part in parts:
+        for section in part:
+            if section not in SECTIONS:
+                raise UserError(f"{source}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
+        try:
+            config = OmegaConf.merge(config, part)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{source}: {_first_line(error)}") from error
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{', '.join(map(str, names))}: {_first_line(error)}") from error
+    for section, value in config.items():
+        if not isinstance(value, DictConfig):
+            raise UserError(f"section {section!r} must be a mapping, got {value!r}")
+    return config
+
+
+def find_config(name: str | Path) -> Path:
+    """`name` itself if it exists, else the file of that name in configs/latent-diffusion/.
+
+    Raises:
+        UserError: it is in none of these places.
+    """
+    for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
+        if path.is_file():
+            return path
+    known = sorted({path.name for folder in _CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+    raise UserError(f"config {str(name)!r} not found{nearest(Path(name).name, known)}")
+
+
+def plain(config: Any) -> Any:
+    """`config` as plain dicts, lists and scalars, so that nothing of OmegaConf reaches models and checkpoints."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def build_model(config: DictConfig) -> Any:
+    """The module that `config.model` describes.
+
+    Raises:
+        UserError: there is no `model` section, or it names a target or a key that does not exist.
+    """
+    if not config.get("model"):
+        raise UserError("the config has no 'model' section; give one with --base")
+    section = plain(config.model)
+    section.pop("base_learning_rate", None)  # the trainer's
+    return instantiate_from_config(section)
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        part = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file, so not a config ({error.reason})") from error
+    except OSError as error:
+        raise UserError(f"{path}: not a YAML mapping with the sections {', '.join(SECTIONS)}") from error
+    if not isinstance(part, DictConfig):
+        raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, found a list")
+    return part
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"{override!r} is not an override of the form a.b.c=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{override!r}: the value is not valid YAML ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
