@@ -1,6 +1,6 @@
 """The golden cases: where they are, and how to read them.
 
-The shared folder beside the checkout is taken where there is one: it may hold more cases than the copy in `tests/golden`.
+The shared folder beside the checkout is taken where there is one: it may hold more cases than `tests/golden`.
 """
 
 from __future__ import annotations
