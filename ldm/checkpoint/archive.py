@@ -1,0 +1,144 @@
+"""The two containers that `torch.save` has written: a zip archive since PyTorch 1.6, and the older run of pickles."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoint.mapped import MappedFile
+from ldm.checkpoint.pickled import Global, read_pickle
+from ldm.util import UserError
+
+STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "UntypedStorage": torch.uint8,
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+def _storage_dtype(kind: Any) -> torch.dtype:
+    name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else None
+    if name not in STORAGE_DTYPES or not kind.name.startswith("torch."):
+        raise ValueError(f"a storage of type {kind!r}")
+    return STORAGE_DTYPES[name]
+
+
+def _storage_id(saved_id: Any) -> tuple[torch.dtype, str, int, Any]:
+    """dtype, key, number of elements and (in old files) view of the storage that a persistent id describes."""
+    kind, storage_type, key, _location, numel, *view = saved_id
+    if kind != "storage":
+        raise ValueError(f"persistent id of kind {kind!r}")
+    return _storage_dtype(storage_type), str(key), int(numel), view[0] if view else None
+
+
+class ZipArchive:
+    """The records of a `torch.save` zip, read through `file`."""
+
+    def __init__(self, path: Path, file: MappedFile) -> None:
+        self.file = file
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.records = {record.filename: record for record in archive.infolist()}
+        except zipfile.BadZipFile as error:
+            raise UserError(
+                f"{path}: a checkpoint cut short or damaged ({error}); download or copy it again"
+            ) from error
+        roots = [
+            name[: -len("data.pkl")] for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1
+        ]
+        if not roots:
+            raise UserError(f"{path}: a zip archive with no checkpoint in it; unpack it, or name the right file")
+        self.root = roots[0]
+        if f"{self.root}constants.pkl" in self.records:
+            raise UserError(f"{path}: a TorchScript program, not a checkpoint; save its state_dict() with torch.save")
+
+    def locate(self, name: str) -> tuple[int, int]:
+        """Byte offset and size of the record `name`."""
+        record = self.records[self.root + name]
+        if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
+            raise ValueError(f"record {name} is compressed or encrypted, which torch.save never does")
+        header = self.file.map[record.header_offset : record.header_offset + 30]
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError(f"record {name} has no header")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        return record.header_offset + 30 + name_length + extra_length, record.file_size
+
+    def read(self, name: str) -> bytes:
+        offset, size = self.locate(name)
+        return self.file.map[offset : offset + size]
+
+    def load(self) -> Any:
+        if self.root + "byteorder" in self.records and self.read("byteorder") != sys.byteorder.encode():
+            raise ValueError("byte order of another kind of machine")
+        storages: dict[str, torch.Tensor] = {}
+
+        def storage(saved_id: Any) -> torch.Tensor:
+            dtype, key, numel, _ = _storage_id(saved_id)
+            if key not in storages:
+                offset, size = self.locate(f"data/{key}")
+                if numel * dtype.itemsize > size:
+                    raise ValueError(f"storage {key} has {size} bytes, expected {numel * dtype.itemsize}")
+                storages[key] = self.file.tensor(dtype, offset, numel)
+            return storages[key]
+
+        return read_pickle(BytesIO(self.read("data.pkl")), storage)
+
+
+def load_legacy(file: MappedFile) -> Any:
+    """What a file from before PyTorch 1.6 holds: three pickles of preamble, the object, the storage keys, the data."""
+    stream = file.map
+    stream.seek(0)
+    if (_read_plain(stream), _read_plain(stream)) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
+        raise ValueError("a pickle that torch.save did not write")
+    _read_plain(stream)  # the byte widths of the writing machine
+    start = stream.tell()
+
+    dtypes: dict[str, torch.dtype] = {}
+
+    def note(saved_id: Any) -> torch.Tensor:
+        dtype, key, _, _ = _storage_id(saved_id)
+        return torch.empty(_storage_id(saved_id)[2], dtype=dtypes.setdefault(key, dtype), device="meta")
+
+    # The data lie behind the object that describes them, so the object is read twice.
+    read_pickle(stream, note)
+    storages: dict[str, torch.Tensor] = {}
+    for key in map(str, _read_plain(stream)):
+        (numel,) = struct.unpack("<q", stream.read(8))
+        storages[key] = file.tensor(dtypes[key], stream.tell(), numel)
+        stream.seek(numel * dtypes[key].itemsize, 1)
+
+    def storage(saved_id: Any) -> torch.Tensor:
+        _, key, _, view = _storage_id(saved_id)
+        if view is None:
+            return storages[key]
+        _, offset, size = view
+        return storages[key].narrow(0, offset, size)
+
+    stream.seek(start)
+    return read_pickle(stream, storage)
+
+
+def _read_plain(stream: Any) -> Any:
+    return read_pickle(stream, _no_storage)
+
+
+def _no_storage(saved_id: Any) -> Any:
+    raise ValueError(f"a storage where none belongs: {saved_id!r}")

@@ -1,0 +1,90 @@
+"""The one loader of weights into a module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+# Keys that a file may carry or lack without harm: what the model computes by itself, and what only training has.
+OPTIONAL_KEYS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "lvlb_weights",
+    "logvar",
+    "scale_factor",
+    "cond_ids",
+    "model_ema.*",
+    "*position_ids",
+    "first_stage_model.loss.*",
+    "loss.*",
+)
+
+
+class LoadReport(NamedTuple):
+    """Keys that the module has and the weights lack, and the reverse; all of them optional ones."""
+
+    missing: list[str]
+    unexpected: list[str]
+
+
+def is_optional(key: str, patterns: Sequence[str] = OPTIONAL_KEYS) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def load_into(
+    module: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    source: str = "the checkpoint",
+    optional: Sequence[str] = OPTIONAL_KEYS,
+    assign: bool = False,
+) -> LoadReport:
+    """Load `state_dict` into `module`; keys that match `optional` (shell patterns) may be missing or unexpected.
+
+    The text tower, `cond_stage_model.*`, is also optional in the weights of a module whose cond stage has none.
+    `assign` makes the tensors the module's own instead of copying them. `source` names the weights in messages.
+
+    Raises:
+        UserError: a shape differs, or a key that is not optional is missing or unexpected; nothing is loaded then.
+    """
+    own = module.state_dict()
+    for key, value in state_dict.items():
+        if key in own and value.shape != own[key].shape:
+            shapes = f"{tuple(value.shape)}, the model's is {tuple(own[key].shape)}"
+            raise UserError(f"{source}: {key} has shape {shapes}; is this a checkpoint of another model?")
+    optional = list(optional)
+    if not any(key.startswith("cond_stage_model.") for key in own):
+        optional.append("cond_stage_model.*")
+    report = LoadReport([key for key in own if key not in state_dict], [key for key in state_dict if key not in own])
+    for keys, what in zip(report, ("lacks", "has unexpected"), strict=True):
+        required = [key for key in keys if not is_optional(key, optional)]
+        if required:
+            raise UserError(f"{source}: {what} {_some(required)}; is this a checkpoint of another model?")
+        if keys:
+            log.info("%s: %s %s (fine)", source, what, _some(keys))
+    module.load_state_dict(state_dict, strict=False, assign=assign)
+    return report
+
+
+def _some(keys: Sequence[str], shown: int = 3) -> str:
+    more = f", … ({len(keys)} keys)" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more

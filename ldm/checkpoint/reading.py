@@ -1,0 +1,149 @@
+"""Opening a checkpoint of either kind, told apart by content, and saying in one line why a file is not one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ldm.checkpoint.archive import ZipArchive, load_legacy
+from ldm.checkpoint.mapped import MappedFile
+from ldm.checkpoint.pickled import without_left_out
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# What people have instead of a checkpoint: how the file begins, and what to tell them.
+_MISTAKEN = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download it"),
+    (b"<", "looks like a web page: the download failed (a login or a licence page?); download it again"),
+    (b"PK\x05\x06", "an empty zip archive; download or copy it again"),
+    (b"\x1f\x8b", "gzip-compressed; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"7z\xbc\xaf", "a 7-zip archive; unpack it first"),
+    (b"GGUF", "a GGUF file; this program reads .ckpt and .safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """What a checkpoint file holds, and the memory map that its tensors are read from."""
+
+    content: dict[str, Any]
+    file: MappedFile
+
+
+def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
+    """Open the checkpoint at `path`; see `load_checkpoint`."""
+    path = Path(path)
+    head = _head(path)
+    file = MappedFile(path, mapped=mmap)
+    try:
+        if head.startswith(b"PK\x03\x04"):
+            content = ZipArchive(path, file).load()
+        elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            content = load_legacy(file)
+        elif head[8:9] == b"{":
+            return OpenCheckpoint(_load_safetensors(path, file), file)
+        else:
+            raise UserError(f"{path}: not a checkpoint (neither .ckpt nor .safetensors content); name the right file")
+        content, left_out = without_left_out(content)
+    except UserError:
+        raise
+    except Exception as error:  # a broken or hostile file can trip anything, and all of it means the same
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: damaged, or no PyTorch checkpoint ({reason}); download or copy it again") from error
+    if left_out:
+        log.info("%s: left out, being neither tensors nor plain data: %s", path, ", ".join(left_out))
+    if not isinstance(content, dict):
+        held = f"an object of {left_out[0]}" if left_out else type(content).__name__
+        raise UserError(f"{path}: holds {held}, not a dict of weights; save the model's state_dict() instead")
+    return OpenCheckpoint(content, file)
+
+
+def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """The whole content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
+
+    Nothing in the file is run: what is neither a tensor nor plain data is left out and logged. Tensors are on the CPU,
+    without gradients, and memory-mapped (`mmap=False`: read into memory).
+
+    Raises:
+        UserError: the file is missing, damaged, or no checkpoint.
+    """
+    return open_checkpoint(path, mmap).content
+
+
+def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in a `.ckpt` or `.safetensors` file, flat, whether or not nested under `"state_dict"`.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds no weights.
+    """
+    return weights_of(load_checkpoint(path), path)
+
+
+def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a loaded checkpoint by key; `path` is for messages."""
+    nested = content.get("state_dict", content)
+    if not isinstance(nested, dict):
+        raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
+    weights = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if not weights:
+        raise UserError(f"{path}: holds no weights (keys: {', '.join(map(str, list(nested)[:5])) or 'none'})")
+    return weights
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of the file, after the mistakes that they give away."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name the .ckpt or .safetensors file in it")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise UserError(f"{path}: empty file; download or copy it again")
+    for beginning, meaning in _MISTAKEN:
+        if head.lstrip().startswith(beginning):
+            raise UserError(f"{path}: {meaning}")
+    return head
+
+
+def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt"):  # checks the header: sizes, overlaps, gaps
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or cut short safetensors file ({error}); download it again") from error
+    length = int.from_bytes(file.map[:8], "little")
+    header = json.loads(file.map[8 : 8 + length])
+    metadata = header.pop("__metadata__", {})
+    weights = {}
+    for key, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not supported")
+        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+        flat = file.tensor(dtype, 8 + length + entry["data_offsets"][0], math.prod(shape))
+        weights[key] = flat.reshape(shape)
+    return {"state_dict": weights, "metadata": metadata}
