@@ -1,0 +1,51 @@
+"""Tensors to pictures: one place for the range, the rounding and the grid."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ldm.files import atomic_write
+
+_GAP = 2  # black pixels between and around the pictures of a grid
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (N, 1 or 3, H, W) in [-1, 1] as uint8 (N, H, W, 3), clamped and rounded to nearest; NaN is black."""
+    images = images.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
+    images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (N, H, W, 3)
+    return ((images + 1.0) * 127.5).round().to(torch.uint8).numpy()
+
+
+def to_images(images: Tensor) -> list[Image.Image]:
+    """Images (N, 1 or 3, H, W) in [-1, 1] as a list of N RGB pictures."""
+    return [Image.fromarray(picture) for picture in to_uint8(images)]
+
+
+def image_grid(batch: Tensor, columns: int | None = None) -> Image.Image:
+    """Images (N, 1 or 3, H, W) in [-1, 1] side by side, row by row; by default as square a grid as can be."""
+    pictures = to_uint8(batch)
+    count, height, width, _ = pictures.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    grid = np.zeros((_GAP + rows * (height + _GAP), _GAP + columns * (width + _GAP), 3), dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
+        grid[top : top + height, left : left + width] = picture
+    return Image.fromarray(grid)
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write `image` to `path` atomically, with `metadata` as PNG text entries."""
+    info = PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_text(key, value)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
