@@ -2,7 +2,7 @@
 
     python data/render_emoji.py data/emoji data/cats
 
-The font is version 2.042 of Noto Color Emoji, as the Debian package fonts-noto-color-emoji installs it. With it, and the
+The font is version 2.042 of Noto Color Emoji, as the Debian package fonts-noto-color-emoji installs it. With it and the
 Pillow that constraints.txt pins, the result is the committed files byte for byte.
 """
 
