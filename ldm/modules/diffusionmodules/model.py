@@ -179,6 +179,8 @@ class Encoder(nn.Module):
         attn_type: str = "vanilla",
         use_linear_attn: bool = False,
         out_ch: int | None = None,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
     ) -> None:
         super().__init__()
         attention = _has_attention(attn_type, use_linear_attn)
