@@ -1,0 +1,99 @@
+"""Multipliers of the base learning rate as a function of the step, for `torch.optim.lr_scheduler.LambdaLR`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ldm.util import UserError
+
+
+class LambdaWarmUpCosineScheduler:
+    """Linear warm-up from `lr_start` to `lr_max`, then half a cosine down to `lr_min` at `max_decay_steps`.
+
+    `verbosity_interval` is accepted for old configs: the learning rate is logged by the trainer.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ) -> None:
+        self.warm_up_steps = warm_up_steps
+        self.lr_min = lr_min
+        self.lr_max = lr_max
+        self.lr_start = lr_start
+        self.max_decay_steps = max_decay_steps
+
+    def schedule(self, n: int) -> float:
+        """The multiplier at step `n`."""
+        if n < self.warm_up_steps:
+            return self.lr_start + (self.lr_max - self.lr_start) / self.warm_up_steps * n
+        progress = min((n - self.warm_up_steps) / (self.max_decay_steps - self.warm_up_steps), 1.0)
+        return self.lr_min + 0.5 * (self.lr_max - self.lr_min) * (1 + math.cos(progress * math.pi))
+
+    __call__ = schedule
+
+
+class LambdaWarmUpCosineScheduler2:
+    """Cycles, each a linear warm-up from `f_start` to `f_max` and half a cosine down to `f_min`.
+
+    Every argument is a list with one entry a cycle; `cycle_lengths` includes the warm-up. After the last cycle
+    its end value holds. `verbosity_interval` is accepted for old configs.
+
+    Raises:
+        UserError: the lists differ in length.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ) -> None:
+        lengths = [len(values) for values in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)]
+        if len(set(lengths)) != 1:
+            raise UserError(
+                f"warm_up_steps, f_min, f_max, f_start and cycle_lengths have {lengths} entries; give each one a cycle"
+            )
+        self.warm_up_steps = warm_up_steps
+        self.f_min = f_min
+        self.f_max = f_max
+        self.f_start = f_start
+        self.cycle_lengths = cycle_lengths
+
+    def schedule(self, n: int) -> float:
+        """The multiplier at step `n`."""
+        cycle, last = 0, len(self.cycle_lengths) - 1
+        # A step on the boundary still belongs to the cycle that ends there.
+        while cycle < last and n > self.cycle_lengths[cycle]:
+            n -= self.cycle_lengths[cycle]
+            cycle += 1
+        n = min(n, self.cycle_lengths[cycle])
+        if n < self.warm_up_steps[cycle]:
+            start, peak = self.f_start[cycle], self.f_max[cycle]
+            return start + (peak - start) / self.warm_up_steps[cycle] * n
+        return self._decay(n, cycle)
+
+    def _decay(self, n: int, cycle: int) -> float:
+        warm_up, length = self.warm_up_steps[cycle], self.cycle_lengths[cycle]
+        progress = (n - warm_up) / (length - warm_up)
+        low, high = self.f_min[cycle], self.f_max[cycle]
+        return low + 0.5 * (high - low) * (1 + math.cos(progress * math.pi))
+
+    __call__ = schedule
+
+
+class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
+    """Like `LambdaWarmUpCosineScheduler2`, with a straight line down to `f_min` in place of the cosine."""
+
+    def _decay(self, n: int, cycle: int) -> float:
+        low, high = self.f_min[cycle], self.f_max[cycle]
+        return low + (high - low) * (self.cycle_lengths[cycle] - n) / self.cycle_lengths[cycle]

@@ -1,0 +1,41 @@
+"""Ancestral sampling, one step for every training timestep (DDPM, arXiv:2006.11239, algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.sampling import Denoiser, Predict, Sampler
+
+
+class AncestralSampler(Sampler):
+    """Draws x_{t−1} from the posterior q(x_{t−1} | x_t, x₀) at the predicted x₀.
+
+    The model must hold the posterior's buffers (`GaussianDiffusion`). `clip_denoised` keeps x₀ in [-1, 1], which
+    fits pixels, not latents.
+    """
+
+    def __init__(self, model: Denoiser, clip_denoised: bool = False) -> None:
+        super().__init__(model)
+        self.clip_denoised = clip_denoised
+
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+    ) -> None:
+        """The last `ddim_num_steps` training timesteps, each visited once."""
+        self.timesteps = np.arange(ddim_num_steps, dtype=np.float64)[::-1]
+        self.alphas = self.alphas_cumprod[:ddim_num_steps][::-1]
+        self.alphas_prev = np.append(self.alphas[1:], 1.0)
+
+    def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        x0 = predict(x, index).x0
+        if self.clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        t = torch.full((x.shape[0],), int(self.timesteps[index]), device=x.device)
+        mean, _, log_variance = self.model.q_posterior(x0, x, t)
+        if t[0] == 0:
+            return mean, x0
+        return mean + (0.5 * log_variance).exp() * noise(), x0

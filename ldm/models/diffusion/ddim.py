@@ -1,0 +1,25 @@
+"""Denoising diffusion implicit models (arXiv:2010.02502)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldm.models.diffusion.sampling import Predict, Prediction, Sampler
+
+
+def ddim_step(prediction: Prediction, alpha_bar_prev: float, sigma: float = 0.0) -> Tensor:
+    """The deterministic part of eq. 12: √ᾱ_prev x₀ + √(1 − ᾱ_prev − σ²) ε. The caller adds σ · noise."""
+    return alpha_bar_prev**0.5 * prediction.x0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * prediction.eps
+
+
+class DDIMSampler(Sampler):
+    """Steps of eq. 12, with σ from eq. 16 at the given eta."""
+
+    def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        alpha_bar, previous = self.alphas[index], self.alphas_prev[index]
+        prediction = predict(x, index)
+        sigma = self.eta * ((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous)) ** 0.5
+        x = ddim_step(prediction, previous, sigma)
+        return (x + sigma * noise() if sigma else x), prediction.x0

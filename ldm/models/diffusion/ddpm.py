@@ -1,0 +1,7 @@
+"""The public names of the diffusion models; YAML files name them here."""
+
+from ldm.models.diffusion.base import DDPM
+from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.wrapper import DiffusionWrapper
+
+__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion"]

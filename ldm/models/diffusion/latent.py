@@ -1,0 +1,222 @@
+"""Diffusion in the latent space of a first stage, under conditioning, as a Lightning module.
+
+B batch; C, h, w channels, height and width of a latent; t (B,) timesteps that count from 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.base import DDPM, Batch
+from ldm.models.diffusion.sampling import Conditioning
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import UserError, instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+
+class LatentDiffusion(DDPM):
+    """Diffusion in the latent space of a frozen first stage (arXiv:2112.10752).
+
+    The batch entry `first_stage_key` is either images, channels last (B, H, W, 3) in [-1, 1], which the first stage
+    encodes; or pre-encoded, channels first and unscaled: a posterior's parameters (B, 2C, h, w), from which a fresh
+    latent is drawn at every step, or a latent (B, C, h, w).
+
+    Args:
+        first_stage_config, cond_stage_config: `target` and `params`; the cond stage may also be
+            `__is_first_stage__` or `__is_unconditional__`.
+        num_timesteps_cond: timesteps at which the conditioning itself is noised; 1 for none.
+        cond_stage_key: the batch entry that is conditioned on.
+        cond_stage_trainable: train the cond stage along.
+        concat_mode: what an unset `conditioning_key` means: `concat`, or `crossattn`.
+        cond_stage_forward: the cond stage's method to call, instead of `encode` or `forward`.
+        concat_keys: batch entries (channels first) concatenated to the input, for `conditioning_key: hybrid`.
+        scale_factor: latents are multiplied by it.
+        scale_by_std: set `scale_factor` to 1 / standard deviation of the first batch's latents.
+    """
+
+    def __init__(
+        self,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
+        num_timesteps_cond: int = 1,
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
+        conditioning_key: str | None = None,
+        concat_keys: Sequence[str] = (),
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if cond_stage_config == "__is_unconditional__":
+            conditioning_key = None
+        elif conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        super().__init__(conditioning_key=conditioning_key, **kwargs)
+        if not 1 <= num_timesteps_cond <= self.num_timesteps:
+            raise UserError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to timesteps ({self.num_timesteps})")
+        self.num_timesteps_cond = num_timesteps_cond
+        self.cond_stage_key = cond_stage_key
+        self.cond_stage_trainable = cond_stage_trainable
+        self.cond_stage_forward = cond_stage_forward
+        self.concat_keys = tuple(concat_keys)
+        self.scale_by_std = scale_by_std
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+        else:
+            self.scale_factor = scale_factor
+        if num_timesteps_cond > 1:
+            ids = torch.full((self.num_timesteps,), self.num_timesteps - 1, dtype=torch.long)
+            ids[:num_timesteps_cond] = torch.linspace(0, self.num_timesteps - 1, num_timesteps_cond).round().long()
+            self.register_buffer("cond_ids", ids, persistent=False)
+
+        self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False)
+        if cond_stage_config == "__is_first_stage__":
+            self.cond_stage_model = self.first_stage_model
+        else:
+            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        if self.cond_stage_model is not None:
+            self.cond_stage_model.requires_grad_(cond_stage_trainable)
+        self.train()
+        if ckpt_path is not None:  # only now are the two stages there to be loaded
+            self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """Set training mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        if self.cond_stage_model is not None and not self.cond_stage_trainable:
+            self.cond_stage_model.eval()
+        return self
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        text = self.cond_stage_model.parameters() if self.cond_stage_trainable else ()
+        return [*self.model.parameters(), *text, *([self.logvar] if self.learn_logvar else [])]
+
+    # First stage
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """What the first stage makes of images (B, 3, H, W) in [-1, 1]: a posterior, or the latent itself."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
+        """A latent (B, C, h, w) drawn from the posterior, or the one given, times `scale_factor`."""
+        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        return self.scale_factor * latent
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], of scaled latents z (B, C, h, w)."""
+        return self.first_stage_model.decode(z / self.scale_factor)
+
+    def encode_batch(self, batch: Batch) -> DiagonalGaussianDistribution | Tensor:
+        """The unscaled posterior or latent of the entry `first_stage_key`; see the class."""
+        x = batch[self.first_stage_key]
+        if x.shape[-1] == 3:
+            return self.encode_first_stage(super().get_input(batch, self.first_stage_key))
+        # float32 before the draw: stored float16 is too coarse for the exponential of the log variance.
+        return DiagonalGaussianDistribution(x.float()) if x.shape[1] == 2 * self.channels else x.float()
+
+    def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check the shapes of a pre-encoded sample, by batch entry and without the batch.
+
+        Raises:
+            UserError: an entry does not fit the model.
+        """
+        latent = shapes.get(self.first_stage_key)
+        if latent is not None and (len(latent) != 3 or latent[0] not in (self.channels, 2 * self.channels)):
+            raise UserError(
+                f"{self.first_stage_key} has shape {tuple(latent)}; the model takes ({2 * self.channels}, h, w), a "
+                f"posterior's mean and log variance, or ({self.channels}, h, w), a latent"
+            )
+        unet = self.model.diffusion_model
+        factor = getattr(unet, "downsampling", 1)
+        if latent is not None and (latent[1] % factor or latent[2] % factor):
+            raise UserError(f"{self.first_stage_key} has shape {tuple(latent)}; h and w must be multiples of {factor}")
+        context, width = shapes.get(self.cond_stage_key), getattr(unet, "context_dim", None)
+        if context is not None and width is not None and (len(context) != 2 or context[1] != width):
+            raise UserError(
+                f"{self.cond_stage_key} has shape {tuple(context)}; the UNet's context_dim is {width}: "
+                "were the captions encoded by another text encoder?"
+            )
+
+    # Conditioning
+
+    def get_learned_conditioning(self, c: Any) -> Conditioning:
+        """What the cond stage makes of raw conditioning: captions → (B, 77, D), labels → (B, 1, D), and so on."""
+        if self.cond_stage_forward is not None:
+            return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
+        encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
+        encoded = encode(c)
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def raw_conditioning(self, batch: Batch) -> Any:
+        """The batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
+        if getattr(self.cond_stage_model, "key", None) is not None:
+            return batch
+        entry = batch[self.cond_stage_key]
+        images = isinstance(entry, Tensor) and entry.ndim == 4 and entry.shape[-1] <= 4
+        return super().get_input(batch, self.cond_stage_key) if images else entry
+
+    def encode_conditioning(self, batch: Batch) -> Conditioning:
+        """The conditioning of a batch, in the form that `apply_model` takes; None for an unconditional model."""
+        if self.model.conditioning_key is None:
+            return None
+        with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
+            encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
+        if self.model.conditioning_key != "hybrid":
+            return encoded
+        return {"c_concat": [batch[key].float() for key in self.concat_keys], "c_crossattn": [encoded]}
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
+        """The UNet's prediction at the noisy `x` (B, C, h, w).
+
+        `cond` is a tensor, a list of them, or a dict with lists under `c_concat` and `c_crossattn`.
+        """
+        if cond is None:
+            return self.model(x, t)
+        if not isinstance(cond, Mapping):
+            cond = cond if isinstance(cond, (list, tuple)) else [cond]
+            cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
+        return self.model(x, t, **cond)
+
+    # Training
+
+    def p_losses(
+        self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at timesteps `t` (B,) of clean scaled latents `x_start` (B, C, h, w) under `cond`."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        return self.training_loss(output, self.training_target(x_start, noise, t), t)
+
+    def forward(self, x: Tensor, c: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of clean latents at random timesteps, with the conditioning noised if the config says so."""
+        t = self.draw_timesteps(x)
+        if self.num_timesteps_cond > 1:
+            c = self.q_sample(c, self.cond_ids[t])
+        return self.p_losses(x, c, t)
+
+    def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        latent = self.get_first_stage_encoding(self.encode_batch(batch))
+        return self(latent, self.encode_conditioning(batch))
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
+            self.scale_factor.fill_(1.0)
+            latent = self.get_first_stage_encoding(self.encode_batch(batch))
+            self.scale_factor.copy_(1.0 / latent.std())
+            logger.info("scale_factor set to %.5f, from the first batch", self.scale_factor.item())

@@ -1,0 +1,119 @@
+"""The pictures that show how training goes: inputs, reconstructions, samples and a denoising row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.sampling import Conditioning
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+
+
+def first(value: Any, n: int) -> Any:
+    """The first `n` samples of a batch entry, or of a whole batch or conditioning."""
+    if isinstance(value, Mapping):
+        return {key: first(entry, n) for key, entry in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [entry[:n] for entry in value]
+    return value[:n] if isinstance(value, (Tensor, list, tuple)) else value
+
+
+def _as_pictures(x: Tensor) -> Tensor:
+    """(N, C, H, W) with the three channels that a picture has."""
+    return x[:, :1].expand(-1, 3, -1, -1) if x.shape[1] < 3 else x[:, :3]
+
+
+@torch.no_grad()
+def log_images(
+    model: DDPM | LatentDiffusion,
+    batch: Mapping[str, Any],
+    N: int = 8,
+    n_row: int = 4,
+    sample: bool = True,
+    ddim_steps: int = 50,
+    ddim_eta: float = 0.0,
+    plot_denoise_rows: bool = True,
+    plot_diffusion_rows: bool = False,
+    unconditional_guidance_scale: float = 1.0,
+    unconditional_guidance_label: str = "",
+    split: str = "train",
+) -> dict[str, Tensor]:
+    """Named pictures (≤ N, 3, H, W) of one batch, about [-1, 1].
+
+    Args:
+        n_row: samples in the denoising and diffusion rows, each a row of steps.
+        sample: draw `samples` with DDIM, under the batch's conditioning and the averaged weights.
+        unconditional_guidance_scale: guidance of `samples_cfg…`; needs a cond stage that encodes text.
+        split: the data that the batch is from; unused.
+    """
+    del split
+    batch = first(batch, N)
+    latent, cond, inputs = _encode(model, batch)
+    pictures = {"inputs": inputs, "reconstruction": _decode(model, latent)}
+    if plot_diffusion_rows:
+        pictures["diffusion_row"] = _diffusion_row(model, latent[:n_row])
+    if not sample:
+        return {key: _as_pictures(value) for key, value in pictures.items()}
+
+    def draw(**kwargs: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        shape, count = latent.shape[1:], latent.shape[0]
+        with model.ema_scope():
+            return DDIMSampler(model).sample(
+                ddim_steps,
+                count,
+                shape,
+                cond,
+                eta=ddim_eta,
+                verbose=False,
+                log_every_t=max(ddim_steps // 5, 1),
+                **kwargs,
+            )
+
+    samples, intermediates = draw()
+    pictures["samples"] = _decode(model, samples)
+    if plot_denoise_rows:
+        steps = torch.stack(intermediates["pred_x0"][1:], dim=1)[:n_row]  # (n, steps, C, h, w)
+        pictures["denoise_row"] = _decode(model, steps.flatten(0, 1))
+    if unconditional_guidance_scale != 1.0 and hasattr(model.cond_stage_model, "tokenize"):
+        uncond = model.get_learned_conditioning([unconditional_guidance_label] * latent.shape[0])
+        guided, _ = draw(unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uncond)
+        pictures[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = _decode(model, guided)
+    return {key: _as_pictures(value) for key, value in pictures.items()}
+
+
+def _encode(model: DDPM | LatentDiffusion, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning, Tensor]:
+    """What is diffused, its conditioning, and the pictures that it stands for."""
+    key = model.first_stage_key
+    if not hasattr(model, "encode_batch"):
+        x = model.get_input(batch, key)
+        return x, None, x
+    encoded = model.encode_batch(batch)
+    latent = model.get_first_stage_encoding(encoded)
+    if batch[key].shape[-1] == 3:
+        return latent, model.encode_conditioning(batch), model.get_input(batch, key)
+    # Pre-encoded: the mode's decoding is the closest there is to the picture.
+    mode = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+    return latent, model.encode_conditioning(batch), _decode(model, model.scale_factor * mode)
+
+
+def _decode(model: DDPM | LatentDiffusion, x: Tensor) -> Tensor:
+    """Pictures of what is diffused, decoded one at a time: decoding takes far more memory than a training step."""
+    if not hasattr(model, "decode_first_stage"):
+        return x
+    return torch.cat([model.decode_first_stage(part) for part in x.split(1)])
+
+
+def _diffusion_row(model: DDPM | LatentDiffusion, latent: Tensor) -> Tensor:
+    """The latents (n, C, h, w) at rising noise, sample by sample."""
+    steps = range(0, model.num_timesteps, model.log_every_t)
+    rows = [
+        model.q_sample(latent, torch.full((latent.shape[0],), t, device=latent.device, dtype=torch.long)) for t in steps
+    ]
+    return _decode(model, torch.stack(rows, dim=1).flatten(0, 1))

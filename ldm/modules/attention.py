@@ -1,0 +1,133 @@
+"""Attention over feature maps and text (arXiv:2112.10752, section 3.3 and appendix E.2.1).
+
+B batch, N query tokens, M context tokens, H heads, D features a head, C channels.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of its second half: (…, dim_in) → (…, dim_out) (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a GELU, or around a gated one: (B, N, dim) → (B, N, dim_out or dim)."""
+
+    def __init__(
+        self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner = dim * mult
+        entry = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
+        self.net = nn.Sequential(entry, nn.Dropout(dropout), nn.Linear(inner, dim_out or dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of (B, N, query_dim) to `context` (B, M, context_dim), or to itself without one."""
+
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        context_dim = context_dim or query_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, M), True where a context token may be seen."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
+            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        if mask is not None:
+            mask = rearrange(mask, "b m -> b 1 1 m")
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; each normalised before and added to its input."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        checkpoint: bool = True,
+    ) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.ff = FeedForward(dim, glu=gated_ff, dropout=dropout)
+        self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.checkpoint = checkpoint
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return checkpoint(self._forward, x, context, enabled=self.checkpoint)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map (B, C, H, W), added to it."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        use_checkpoint: bool = True,
+    ) -> None:
+        super().__init__()
+        inner = n_heads * d_head
+        self.norm = normalization(in_channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(in_channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                inner, n_heads, d_head, dropout=dropout, context_dim=context_dim, checkpoint=use_checkpoint
+            )
+            for _ in range(depth)
+        )
+        self.proj_out = zero_module(nn.Conv2d(inner, in_channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        height = x.shape[-2]
+        h = self.proj_in(self.norm(x))
+        h = rearrange(h, "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = rearrange(h, "b (h w) c -> b c h w", h=height)
+        return x + self.proj_out(h)

@@ -1,0 +1,359 @@
+"""The denoising UNet: residual blocks with time embedding, and attention (arXiv:2105.05233; arXiv:2112.10752).
+
+B batch, C channels, H and W height and width, E features of the time embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
+from ldm.util import UserError
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repetition, then convolves if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.dims = dims
+        self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The first of three dimensions is depth (or time), which keeps its size.
+        factors = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
+        return self.conv(F.interpolate(x, scale_factor=factors, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halves height and width, by a strided convolution if `use_conv`, else by averaging."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
+        else:
+            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the time embedding between them, added to the input (B, C, H, W).
+
+    Args:
+        use_scale_shift_norm: the embedding scales and shifts the second norm, instead of being added before it.
+        up, down: resample inside the block.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        out_channels = out_channels or channels
+        self.use_checkpoint = use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+        if up:
+            self.resample: nn.Module = Upsample(channels, use_conv=False, dims=dims)
+        elif down:
+            self.resample = Downsample(channels, use_conv=False, dims=dims)
+        else:
+            self.resample = nn.Identity()
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+        )
+        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(p=dropout),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        if out_channels == channels:
+            self.skip_connection: nn.Module = nn.Identity()
+        else:
+            kernel = 3 if use_conv else 1
+            self.skip_connection = conv_nd(dims, channels, out_channels, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = conv(self.resample(activation(norm(x))))
+        x = self.resample(x)
+        emb_out = self.emb_layers(emb)
+        emb_out = emb_out[(...,) + (None,) * (h.ndim - 2)]  # (B, C) → (B, C, 1, 1)
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + emb_out)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map (B, C, …), added to it.
+
+    Args:
+        use_new_attention_order: the 3C features are q, k, v and then heads, instead of heads and then q, k, v.
+    """
+
+    def __init__(
+        self, channels: int, num_heads: int = 1, use_checkpoint: bool = False, use_new_attention_order: bool = False
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.use_checkpoint = use_checkpoint
+        self.order = "b (qkv h d) n -> qkv b h n d" if use_new_attention_order else "b (h qkv d) n -> qkv b h n d"
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, x, enabled=self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)  # (B, C, N)
+        q, k, v = rearrange(self.qkv(self.norm(tokens)), self.order, qkv=3, h=self.num_heads)
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b (h d) n")
+        return (tokens + self.proj_out(h)).view_as(x)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """A sequence that hands the time embedding and the context to the layers that take them."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """The UNet that predicts noise, x₀ or v from a noisy (B, in_channels, H, W).
+
+    Args:
+        image_size: kept in configs as a note; any H and W that halve evenly work.
+        in_channels, out_channels: of the input and the prediction.
+        model_channels: channels at the first level.
+        num_res_blocks: residual blocks a level, one number or one a level.
+        attention_resolutions: downsampling factors at which attention is used.
+        dropout: inside residual blocks.
+        channel_mult: channels of each level, in units of `model_channels`.
+        conv_resample: resample by learned convolutions.
+        dims: spatial dimensions of the input, 1, 2 or 3.
+        num_classes: if given, the model also takes class labels `y`.
+        use_checkpoint: recompute activations in backward (slower, smaller).
+        num_heads: attention heads, if `num_head_channels` is -1.
+        num_head_channels: features a head; -1 for a fixed number of heads.
+        num_heads_upsample: heads of plain attention blocks on the way up, in the legacy layout.
+        use_scale_shift_norm: the time embedding scales and shifts norms.
+        resblock_updown: resample inside residual blocks.
+        use_new_attention_order: of the features in plain attention blocks.
+        use_spatial_transformer: transformers with `context`, instead of plain attention blocks.
+        transformer_depth: transformer blocks a spatial transformer.
+        context_dim: features of the context.
+        legacy: head sizes as in the first release: channels / heads in spatial transformers, even if
+            `num_head_channels` does not divide them.
+
+    Raises:
+        UserError: arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int | Sequence[int],
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__()
+        if use_spatial_transformer != (context_dim is not None):
+            raise UserError(
+                f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} go together: "
+                "set both, or neither"
+            )
+        if num_heads == -1 and num_head_channels == -1:
+            raise UserError("UNetModel needs num_heads or num_head_channels")
+        blocks_per_level = (
+            [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        )
+        if len(blocks_per_level) != len(channel_mult):
+            raise UserError(f"num_res_blocks {blocks_per_level} needs one entry a level of channel_mult {channel_mult}")
+
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+        self.context_dim = context_dim
+        self.downsampling = 2 ** (len(channel_mult) - 1)  # H and W must be multiples of it
+
+        emb_channels = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        def residual(channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
+            return ResBlock(
+                channels,
+                emb_channels,
+                dropout,
+                out_channels=out_channels,
+                use_scale_shift_norm=use_scale_shift_norm,
+                dims=dims,
+                use_checkpoint=use_checkpoint,
+                up=up,
+                down=down,
+            )
+
+        def attention(channels: int, plain_heads: int = num_heads) -> nn.Module:
+            if num_head_channels == -1:
+                heads = num_heads if use_spatial_transformer or not legacy else plain_heads
+            else:
+                heads = channels // num_head_channels
+            if not use_spatial_transformer:
+                return AttentionBlock(channels, heads, use_checkpoint, use_new_attention_order)
+            dim_head = channels // heads if legacy or num_head_channels == -1 else num_head_channels
+            return SpatialTransformer(
+                channels,
+                heads,
+                dim_head,
+                depth=transformer_depth,
+                context_dim=context_dim,
+                use_checkpoint=use_checkpoint,
+            )
+
+        # Down: every block's output is kept for the way up.
+        channels = model_channels
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, channels, 3, padding=1))])
+        skips = [channels]
+        factor = 1
+        last = len(channel_mult) - 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(blocks_per_level[level]):
+                layers: list[nn.Module] = [residual(channels, mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(attention(channels))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(channels)
+            if level != last:
+                resample = (
+                    residual(channels, channels, down=True)
+                    if resblock_updown
+                    else Downsample(channels, conv_resample, dims=dims)
+                )
+                self.input_blocks.append(TimestepEmbedSequential(resample))
+                skips.append(channels)
+                factor *= 2
+
+        self.middle_block = TimestepEmbedSequential(
+            residual(channels, channels), attention(channels), residual(channels, channels)
+        )
+
+        # Up: each block takes the output that the way down kept, the last one first.
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for index in range(blocks_per_level[level] + 1):
+                layers = [residual(channels + skips.pop(), mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(attention(channels, plain_heads=heads_up))
+                if level and index == blocks_per_level[level]:
+                    layers.append(
+                        residual(channels, channels, up=True)
+                        if resblock_updown
+                        else Upsample(channels, conv_resample, dims=dims)
+                    )
+                    factor //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(channels),
+            nn.SiLU(),
+            zero_module(conv_nd(dims, model_channels, out_channels, 3, padding=1)),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """Predict from a noisy `x` (B, in_channels, H, W) at `timesteps` (B,), which may be fractional.
+
+        `context` is (B, M, context_dim); `y` is (B,) class labels. The result is (B, out_channels, H, W).
+
+        Raises:
+            ValueError: `y` is given to a model without classes, or missing in one with classes.
+        """
+        if (y is None) != (self.num_classes is None):
+            raise ValueError(f"class labels y={y} do not fit a UNetModel with num_classes={self.num_classes}")
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, E)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h = x.to(dtype)
+        context = None if context is None else context.to(dtype)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)

@@ -1,0 +1,181 @@
+"""Noise schedules and the Gaussian diffusion that follows from them.
+
+Equation numbers are those of DDPM (arXiv:2006.11239) unless a paper is named. ᾱ_t is `alphas_cumprod`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.util import UserError, nearest
+
+SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
+PARAMETERIZATIONS = ("eps", "x0", "v")
+
+
+def make_beta_schedule(
+    schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
+) -> np.ndarray:
+    """β_1…β_T, float64 (n_timestep,).
+
+    `linear` is linear in √β; `sqrt_linear` is linear in β; `sqrt` is the root of that; `cosine` follows
+    arXiv:2102.09672, eq. 17, with offset `cosine_s` and β at most 0.999.
+
+    Raises:
+        UserError: the schedule is unknown.
+    """
+    if schedule == "linear":
+        return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep) ** 2
+    if schedule == "cosine":
+        time = np.arange(n_timestep + 1) / n_timestep
+        alpha_bar = np.cos((time + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2
+        return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    if schedule == "sqrt_linear":
+        return np.linspace(linear_start, linear_end, n_timestep)
+    if schedule == "sqrt":
+        return np.linspace(linear_start, linear_end, n_timestep) ** 0.5
+    raise UserError(f"beta_schedule {schedule!r} is unknown{nearest(schedule, list(SCHEDULES))}")
+
+
+def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
+    """Everything that training and sampling read off β, float64 (T,), under the released buffer names.
+
+    `v_posterior` blends the posterior variance between β̃ (0, eq. 7) and β (1).
+    """
+    alphas = 1.0 - betas
+    alphas_cumprod = np.cumprod(alphas)
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    posterior_variance = (1 - v_posterior) * betas * (1 - previous) / (1 - alphas_cumprod) + v_posterior * betas
+    return {
+        "betas": betas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
+        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "posterior_variance": posterior_variance,
+        # β̃_1 is zero; the clip keeps its logarithm finite.
+        "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
+        # Eq. 7: μ̃ = coef1 · x₀ + coef2 · x_t
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - previous) * np.sqrt(alphas) / (1 - alphas_cumprod),
+    }
+
+
+def vlb_weights(buffers: dict[str, np.ndarray], parameterization: str) -> np.ndarray:
+    """Weights of the squared error in the variational bound, (T,); the first, infinite, takes the second's value."""
+    betas, alphas_cumprod = buffers["betas"], buffers["alphas_cumprod"]
+    if parameterization == "eps":  # eq. 12
+        with np.errstate(divide="ignore"):
+            weights = betas**2 / (2 * buffers["posterior_variance"] * (1 - betas) * (1 - alphas_cumprod))
+    elif parameterization == "x0":  # as published with latent diffusion, not derived from eq. 8
+        weights = 0.5 * np.sqrt(alphas_cumprod) / (2 - alphas_cumprod)
+    else:  # v: unweighted, as published
+        weights = np.ones_like(betas)
+    weights[0] = weights[1]
+    return weights
+
+
+def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
+    """Increasing model timesteps to visit (arXiv:2010.02502, appendix D.3): a `uniform` or `quad`ratic stride, plus 1.
+
+    Raises:
+        UserError: an unknown method, or a number of steps outside 1 … `num_ddpm_timesteps`.
+    """
+    if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
+        raise UserError(f"{num_ddim_timesteps} sampling steps: choose 1 to {num_ddpm_timesteps}")
+    if ddim_discr_method == "uniform":
+        timesteps = np.arange(0, num_ddpm_timesteps, num_ddpm_timesteps // num_ddim_timesteps)
+    elif ddim_discr_method == "quad":
+        timesteps = (np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps) ** 2).astype(int)
+    else:
+        raise UserError(f"ddim_discretize {ddim_discr_method!r} is unknown; valid: uniform, quad")
+    # A stride that does not divide the schedule can step past its end.
+    return np.minimum(timesteps + 1, num_ddpm_timesteps - 1)
+
+
+def extract_into_tensor(values: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
+    """`values[t]`, (B,), shaped (B, 1, …, 1) to multiply a tensor of `shape`."""
+    return values[t].view(-1, *(1,) * (len(shape) - 1))
+
+
+def prediction_to_eps_x0(
+    prediction: Tensor, x: Tensor, alpha_bar: Tensor, parameterization: str
+) -> tuple[Tensor, Tensor]:
+    """The noise ε and the clean x₀ that a model's `prediction` at `x` implies.
+
+    `alpha_bar` is ᾱ_t, broadcast to `x`. v = √ᾱ ε − √(1−ᾱ) x₀ (arXiv:2202.00512, section 4).
+    """
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if parameterization == "eps":
+        return prediction, (x - sigma * prediction) / alpha
+    if parameterization == "x0":
+        return (x - alpha * prediction) / sigma, prediction
+    return alpha * prediction + sigma * x, alpha * x - sigma * prediction
+
+
+class GaussianDiffusion:
+    """Mixin for a module: the schedule's buffers and the closed forms of the diffusion process on them.
+
+    B batch; x_start, x_t and noise have one shape (B, …); t (B,) counts from 0.
+    """
+
+    def register_schedule(
+        self,
+        given_betas: Sequence[float] | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Register the float32 buffers of a named schedule, or of `given_betas`."""
+        if given_betas is None:
+            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        else:
+            betas = np.asarray(given_betas, dtype=np.float64)
+        self.num_timesteps = len(betas)
+        buffers = diffusion_buffers(betas, self.v_posterior)
+        for name, values in buffers.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        weights = torch.tensor(vlb_weights(buffers, self.parameterization), dtype=torch.float32)
+        self.register_buffer("lvlb_weights", weights, persistent=False)
+
+    def _at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        return extract_into_tensor(getattr(self, name), t, x.shape)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t = √ᾱ x₀ + √(1−ᾱ) ε (eq. 4)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+        return mean + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+
+    def get_v(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v = √ᾱ ε − √(1−ᾱ) x₀ (arXiv:2202.00512, section 4)."""
+        mean = self._at("sqrt_alphas_cumprod", t, x_start) * noise
+        return mean - self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * x_start
+
+    def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model should predict under its parameterization."""
+        if self.parameterization == "eps":
+            return noise
+        if self.parameterization == "x0":
+            return x_start
+        return self.get_v(x_start, noise, t)
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x₀ = x_t / √ᾱ − √(1/ᾱ − 1) ε (eq. 4 solved for x₀)."""
+        return prediction_to_eps_x0(noise, x_t, self._at("alphas_cumprod", t, x_t), "eps")[1]
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t−1} | x_t, x₀) (eqs. 6 and 7)."""
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        variance = self._at("posterior_variance", t, x_t)
+        return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)

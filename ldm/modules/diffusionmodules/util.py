@@ -1,0 +1,66 @@
+"""Layers and small functions that the diffusion models share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+# The schedules are public under this module's name too.
+from ldm.modules.diffusionmodules.schedule import (  # noqa: F401
+    extract_into_tensor,
+    make_beta_schedule,
+    make_ddim_timesteps,
+)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+def conv_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:
+    """A convolution over `dims` (1, 2 or 3) spatial dimensions."""
+    return _CONVOLUTIONS[dims](*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:
+    """Average pooling over `dims` (1, 2 or 3) spatial dimensions."""
+    return _AVERAGE_POOLS[dims](*args, **kwargs)
+
+
+def normalization(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    """Group normalisation in 32 groups. Half-precision inputs are summed in float32 by the kernel itself."""
+    return nn.GroupNorm(32, channels, eps=eps)
+
+
+def zero_module(module: ModuleT) -> ModuleT:
+    """`module` with every parameter set to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, enabled: bool) -> Tensor:
+    """`function(*args)`; when `enabled`, its activations are recomputed in backward instead of kept.
+
+    The non-reentrant form leaves frozen parameters alone and works under autocast and `torch.compile`.
+    """
+    if enabled and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding (N,) → (N, dim), cosines first; float32 (arXiv:1706.03762, section 3.5).
+
+    `timesteps` may be fractional. An odd `dim` ends with a zero.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=timesteps.device))
+    angles = timesteps.float()[:, None] * frequencies[None]
+    return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))

@@ -1,0 +1,68 @@
+"""Exponential moving average of a module's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ldm.util import UserError
+
+
+def shadow_name(parameter_path: str) -> str:
+    """The buffer that shadows the parameter at `parameter_path`: the path without its dots."""
+    return parameter_path.replace(".", "")
+
+
+class LitEma(nn.Module):
+    """Shadow buffers θ' ← θ' − (1 − d)(θ' − θ) of every trainable parameter of `model`.
+
+    With `use_num_updates`, d is at most (1 + n) / (10 + n) after n updates, so that the start is forgotten.
+
+    Raises:
+        UserError: `decay` is outside [0, 1].
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise UserError(f"EMA decay {decay} must lie between 0 and 1")
+        self.m_name2s_name = {path: shadow_name(path) for path, p in model.named_parameters() if p.requires_grad}
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))
+        for path, name in self.m_name2s_name.items():
+            self.register_buffer(name, model.get_parameter(path).detach().clone())
+        self.collected_params: list[Tensor] = []
+
+    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each shadow with the parameter of `model` that it follows."""
+        return ((self.get_buffer(name), model.get_parameter(path)) for path, name in self.m_name2s_name.items())
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        """Update the shadows from `model`."""
+        # Tensor arithmetic throughout: reading a value back would stall a GPU at every step.
+        counting = self.num_updates >= 0
+        self.num_updates += counting.to(self.num_updates.dtype)
+        warm = (1 + self.num_updates) / (10 + self.num_updates)
+        weight = 1 - torch.where(counting, torch.minimum(self.decay, warm), self.decay)
+        for shadow, parameter in self._pairs(model):
+            shadow.lerp_(parameter.to(shadow.dtype), weight.to(shadow.dtype))
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the trainable parameters of `model` with the shadows."""
+        for shadow, parameter in self._pairs(model):
+            parameter.copy_(shadow)
+
+    def store(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep a copy of `parameters`, for `restore`."""
+        self.collected_params = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give `parameters` the values that `store` kept, and drop the copy."""
+        for kept, parameter in zip(self.collected_params, parameters, strict=True):
+            parameter.copy_(kept)
+        self.collected_params = []

@@ -1,0 +1,114 @@
+"""The UNet against the golden cases, its key lists, and its own invariants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.util import UserError
+from tests.golden_data import (
+    case,
+    cases,
+    fill_seeded,
+    relative_error,
+    released_keys,
+    seeded_tensor,
+    tensors,
+)
+
+SD_V1 = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "attention_resolutions": [4, 2, 1],
+    "num_res_blocks": 2,
+    "channel_mult": [1, 2, 4, 4],
+    "num_heads": 8,
+    "use_spatial_transformer": True,
+    "transformer_depth": 1,
+    "use_checkpoint": True,
+    "context_dim": 768,
+    "legacy": False,
+}
+TINY = case("unet_sd_tiny")["params"]
+
+
+def inputs(name: str) -> dict[str, torch.Tensor | None]:
+    spec = case(name)
+    context, labels = spec["context_shape"], spec["y"]
+    return {
+        "x": seeded_tensor(f"{name}/x", spec["x_shape"]),
+        "timesteps": torch.tensor(spec["timesteps"]),
+        "context": None if context is None else seeded_tensor(f"{name}/context", context),
+        "y": None if labels is None else torch.tensor(labels),
+    }
+
+
+@pytest.mark.parametrize("name", cases("unet"))
+def test_golden_forward_and_keys(name: str) -> None:
+    model = fill_seeded(UNetModel(**case(name)["params"])).eval()
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == case(name)["keys"]
+    with torch.no_grad():
+        out = model(**inputs(name))
+    assert relative_error(out, tensors("cases")[f"{name}/out"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", cases("unet"))
+def test_golden_gradients(name: str) -> None:
+    spec = case(name)
+    model = fill_seeded(UNetModel(**spec["params"]))
+    out = model(**inputs(name))
+    (out * seeded_tensor(f"{name}/probe", tuple(out.shape))).sum().backward()
+    # Some gradients are zero but for rounding, such as those of a bias before a norm of single channels.
+    rounding = 1e-6 * max(spec["grad_norm"].values())
+    for key, norm in spec["grad_norm"].items():
+        assert model.get_parameter(key).grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=rounding), key
+
+
+def test_sd_v1_keys() -> None:
+    with torch.device("meta"):
+        model = UNetModel(**SD_V1)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == released_keys("model.diffusion_model.")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 859_520_964
+    # Anchors that hold even if the list were regenerated.
+    assert model.get_parameter("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight").shape == (320, 768)
+    assert model.get_parameter("output_blocks.2.1.conv.weight").shape == (1280, 1280, 3, 3)
+
+
+def test_sd_v1_forward() -> None:
+    model = fill_seeded(UNetModel(**SD_V1), prefix="model.diffusion_model.").eval()
+    with torch.no_grad():
+        out = model(
+            seeded_tensor("sd_v1/x", (1, 4, 16, 16)),
+            torch.tensor([321]),
+            context=seeded_tensor("sd_v1/context", (1, 77, 768)),
+        )
+    assert relative_error(out, tensors("sd_v1_full")["sd_v1/unet_out"]) < 1e-5
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for use_checkpoint in (False, True):
+        model = fill_seeded(UNetModel(**{**TINY, "use_checkpoint": use_checkpoint}))
+        model(**inputs("unet_sd_tiny")).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"context_dim": None}, {"num_heads": -1}, {"num_res_blocks": [1, 1]}],
+    ids=["context without dim", "no heads", "short list"],
+)
+def test_contradicting_arguments(change: dict) -> None:
+    with pytest.raises(UserError):
+        UNetModel(**{**TINY, **change})
+
+
+def test_labels_must_fit() -> None:
+    with pytest.raises(ValueError, match="num_classes"):
+        UNetModel(**TINY)(**{**inputs("unet_sd_tiny"), "y": torch.tensor([1, 2])})
