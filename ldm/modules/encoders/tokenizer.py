@@ -1,0 +1,94 @@
+"""CLIP's byte-pair tokenizer (Radford et al., arXiv:2103.00020, section 2.4), built from the vocabulary file that CLIP ships."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import ftfy
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+from ldm.util import UserError
+
+_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_END_OF_WORD = "</w>"
+# The file lists more merges than CLIP uses: 49,408 entries less 2 x 256 byte symbols and the two special tokens.
+_NUM_MERGES = 49_408 - 2 * 256 - 2
+# Contractions, runs of letters, single digits, runs of anything else that is not space.
+_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+def vocabulary_path() -> Path:
+    """The vocabulary file in the installed `clip` package, which is not imported since it would import torchvision.
+
+    Raises:
+        UserError: the package is not installed, or does not hold the file.
+    """
+    spec = find_spec("clip")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        path = Path(folder) / _VOCABULARY
+        if path.is_file():
+            return path
+    raise UserError(f"no clip/{_VOCABULARY} is installed; install it with: pip install --no-deps openai-clip")
+
+
+@functools.cache
+def _backend() -> Tokenizer:
+    with gzip.open(vocabulary_path(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 1 + _NUM_MERGES]]  # the first line is a version
+    # The 256 byte symbols stand first, in the order of their code points.
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols), *map("".join, merges), _START, _END]
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, end_of_word_suffix=_END_OF_WORD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (_START, _END)])
+    return tokenizer
+
+
+def clean(text: str) -> str:
+    """`text` as CLIP saw its captions: encoding faults and HTML entities repaired, spaces collapsed, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, since captions were often escaped twice
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+class ClipTokenizer:
+    """Captions -> ids (B, max_length): the start token, the text cut to fit, then end tokens up to `max_length`.
+
+    Raises:
+        UserError: the vocabulary file is not installed.
+    """
+
+    def __init__(self, max_length: int = 77) -> None:
+        self.max_length = max_length
+        self._backend = _backend()
+        self.start, self.end = (self._backend.token_to_id(token) for token in (_START, _END))
+
+    def __len__(self) -> int:
+        """Number of entries in the vocabulary."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, however many, without start and end tokens."""
+        return [encoding.ids for encoding in self._backend.encode_batch([clean(text) for text in texts])]
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        tokens = torch.full((len(texts), self.max_length), self.end)
+        tokens[:, 0] = self.start
+        for row, ids in zip(tokens, self.encode(texts), strict=True):
+            ids = ids[: self.max_length - 2]
+            row[1 : 1 + len(ids)] = torch.tensor(ids)
+        return tokens
