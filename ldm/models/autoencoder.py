@@ -17,7 +17,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.contperceptual import AUTOENCODER, DISCRIMINATOR
 from ldm.util import UserError, check_params, instantiate_from_config
 
-# Adam's moments for both players of the GAN (pix2pix, arXiv:1611.07004, section 3.3, and VQGAN after it).
+# Adam's moments as VQGAN was trained: short memories, since each player's target moves.
 _BETAS = (0.5, 0.9)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.util import UserError, nearest
 
-# The text tower of CLIP ViT-L/14 (Radford et al., arXiv:2103.00020, table 20), which Stable Diffusion v1 reads captions with.
+# The text tower of CLIP ViT-L/14 (arXiv:2103.00020, table 20), with which Stable Diffusion v1 reads captions.
 _CLIP_L14 = "openai/clip-vit-large-patch14"
 _CLIP_L14_TEXT = {
     "vocab_size": 49_408,
@@ -32,9 +32,14 @@ class AbstractEncoder(nn.Module):
     def encode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError
 
+    def freeze(self) -> None:
+        """Evaluation mode, and no gradients for the parameters."""
+        self.eval()
+        self.requires_grad_(False)
+
 
 class DummyEncoder(AbstractEncoder):
-    """No encoder: the batch entry `key` holds the conditioning itself, for instance stored text embeddings (B, 77, D)."""
+    """No encoder: the batch entry `key` holds the conditioning itself, such as stored text embeddings (B, 77, D)."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -73,12 +78,12 @@ def _entry(batch: Mapping[str, torch.Tensor] | torch.Tensor, key: str) -> torch.
 class FrozenCLIPEmbedder(AbstractEncoder):
     """CLIP's text tower: captions -> the hidden states of the last layer, after the final layer norm.
 
-    Built from its config; weights come with the checkpoint, nothing is ever downloaded. State-dict keys are the released ones,
-    `transformer.text_model.*`; a `position_ids` entry of older releases is ignored.
+    Built from its config; weights come with the checkpoint, nothing is ever downloaded. State-dict keys are the
+    released ones, `transformer.text_model.*`; the `position_ids` that some releases carry is ignored.
 
     Args:
         version: only the name that released configs give is known.
-        device: where to put the module; None leaves it where modules are built. Ids always go to the parameters' device.
+        device: where to put the module; None leaves it where it is built. Ids follow the parameters' device.
         max_length: ids a caption, start and end included; at most `max_position_embeddings`.
         text_config: entries of transformers' `CLIPTextConfig` that differ from those of ViT-L/14.
 
@@ -101,29 +106,15 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.transformer = _TextTransformer({**_CLIP_L14_TEXT, **(text_config or {})})
         positions, vocabulary = self.transformer.positions, self.transformer.vocabulary
         if max_length > positions:
-            raise UserError(
-                f"max_length {max_length} is more than the text tower's max_position_embeddings {positions}"
-            )
+            raise UserError(f"max_length {max_length} exceeds max_position_embeddings {positions} of the text tower")
         if vocabulary < len(self.tokenizer):
-            raise UserError(
-                f"vocab_size {vocabulary} in text_config is less than the tokenizer's {len(self.tokenizer)}"
-            )
-        self._frozen = False
+            raise UserError(f"vocab_size {vocabulary} in text_config must be at least {len(self.tokenizer)}, as CLIP's")
         if device is not None:
             self.to(device)
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-    def freeze(self) -> None:
-        """No gradients and no training mode from now on."""
-        self._frozen = True
-        self.eval()
-        self.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> FrozenCLIPEmbedder:
-        return super().train(mode and not self._frozen)
 
     def tokenize(self, texts: Sequence[str] | str) -> torch.Tensor:
         """Captions -> ids (B, max_length) on the CPU."""
@@ -137,7 +128,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
 
 class _TextTransformer(nn.Module):
-    """transformers' `CLIPTextModel` with its parts under `text_model.`, as released, whatever that library's version does."""
+    """transformers' `CLIPTextModel` with its parts under `text_model.`, as released, in any version of the library."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -149,7 +140,7 @@ class _TextTransformer(nn.Module):
                 raise UserError(f"unknown key {key!r} in text_config{nearest(key, valid)}")
         model = CLIPTextModel(CLIPTextConfig(**config))
         self.text_model = getattr(model, "text_model", model)
-        # Built on the meta device, a buffer would stay there when the weights are assigned: positions go in by argument.
+        # A buffer built on the meta device would stay there when weights are assigned, so positions are an argument.
         self.text_model.embeddings.position_ids = None
         self.register_load_state_dict_pre_hook(_drop_position_ids)
 
@@ -194,21 +185,18 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        self._clip = _import_clip()
-        self.model, _ = self._clip.load(version, jit=False, device="cpu")
+        clip = _import_clip()
+        self.model, _ = clip.load(version, jit=False, device="cpu")
+        self._tokenize = clip.tokenize
         self.max_length = max_length
         self.n_repeat = n_repeat
         self.normalize = normalize
         if device is not None:
             self.to(device)
 
-    def freeze(self) -> None:
-        """No gradients from now on; the model has no dropout that a training mode would switch on."""
-        self.requires_grad_(False)
-
     def forward(self, texts: Sequence[str] | str) -> torch.Tensor:
         """Captions -> (B, D)."""
-        ids = self._clip.tokenize(texts, context_length=self.max_length, truncate=True)
+        ids = self._tokenize(texts, context_length=self.max_length, truncate=True)
         z = self.model.encode_text(ids.to(next(self.model.parameters()).device))
         return z / z.norm(dim=1, keepdim=True) if self.normalize else z
 

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer (Radford et al., arXiv:2103.00020, section 2.4), built from the vocabulary file that CLIP ships."""
+"""CLIP's byte-pair tokenizer (arXiv:2103.00020, section 2.4), built from the vocabulary file that CLIP ships."""
 
 from __future__ import annotations
 
