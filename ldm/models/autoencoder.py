@@ -73,6 +73,7 @@ class AutoencoderKL(pl.LightningModule):
         self.monitor = monitor
         self.learning_rate: float | None = None
         self.encoder, self.decoder = _coders(ddconfig, double_z=True)
+        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # pixels a latent pixel, each way
         self.loss = instantiate_from_config(lossconfig)
         z_channels = ddconfig["z_channels"]
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
@@ -228,6 +229,7 @@ class VQModelInterface(nn.Module):
                 f"not {lossconfig.get('target')!r}"
             )
         self.encoder, self.decoder = _coders(ddconfig, double_z=False)
+        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # pixels a latent pixel, each way
         self.quantize = _vector_quantizer()(
             n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape
         )
@@ -263,6 +265,7 @@ class IdentityFirstStage(nn.Module):
     def __init__(self, vq_interface: bool = False) -> None:
         super().__init__()
         self.vq_interface = vq_interface
+        self.downsampling = 1
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -20,6 +20,11 @@ from ldm.util import UserError, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 
+def _dtype(module: nn.Module) -> torch.dtype:
+    """The type of the module's weights; float32 if it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
+
+
 class LatentDiffusion(DDPM):
     """Diffusion in the latent space of a frozen first stage (arXiv:2112.10752).
 
@@ -108,7 +113,7 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """What the first stage makes of images (B, 3, H, W) in [-1, 1]: a posterior, or the latent itself."""
-        return self.first_stage_model.encode(x)
+        return self.first_stage_model.encode(x.to(_dtype(self.first_stage_model)))
 
     def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """A latent (B, C, h, w) drawn from the posterior, or the one given, times `scale_factor`."""
@@ -118,7 +123,7 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], of scaled latents z (B, C, h, w)."""
-        return self.first_stage_model.decode(z / self.scale_factor)
+        return self.first_stage_model.decode((z / self.scale_factor).to(_dtype(self.first_stage_model)))
 
     def encode_batch(self, batch: Batch) -> DiagonalGaussianDistribution | Tensor:
         """The unscaled posterior or latent of the entry `first_stage_key`; see the class."""

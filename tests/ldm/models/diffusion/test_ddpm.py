@@ -21,7 +21,7 @@ def test_golden_buffers(name: str) -> None:
     model = build(spec["params"])
     expected = {key.split("/")[1]: value for key, value in tensors("cases").items() if key.startswith(f"{name}/")}
     for buffer, value in expected.items():
-        assert relative_error(getattr(model, buffer), value) < 1e-6, buffer
+        assert relative_error(getattr(model, buffer), value) < 1e-5, buffer
     own = [key for key in model.state_dict() if "." not in key]
     assert own == spec["persistent"]
 

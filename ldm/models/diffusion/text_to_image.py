@@ -1,0 +1,87 @@
+"""Captions to pictures with a latent diffusion model and any of its samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling import Sampler
+from ldm.util import UserError
+
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+
+
+class Request(NamedTuple):
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+
+
+def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """(C, h, w) of the latent of a picture of that size in pixels; None is the size that the model was made for.
+
+    Raises:
+        UserError: a size that the first stage and the UNet cannot halve evenly.
+    """
+    pixels = model.first_stage_model.downsampling
+    multiple = pixels * model.model.diffusion_model.downsampling
+    sizes = []
+    for name, size in (("H", height), ("W", width)):
+        size = pixels * model.image_size if size is None else size
+        if size < multiple or size % multiple:
+            raise UserError(f"--{name} {size}: this model makes pictures in multiples of {multiple} pixels")
+        sizes.append(size // pixels)
+    return model.channels, *sizes
+
+
+@torch.no_grad()
+def text_to_image(
+    model: LatentDiffusion,
+    requests: Sequence[Request],
+    shape: tuple[int, int, int],
+    sampler: str = "ddim",
+    steps: int = 50,
+    scale: float = 7.5,
+    eta: float = 0.0,
+    batch_size: int = 4,
+    verbose: bool = True,
+) -> Iterator[Tensor]:
+    """Pictures (3, H, W), about [-1, 1], float32 on the CPU, in the order of `requests`.
+
+    A request's noise is drawn from its own seed, so its picture does not depend on the others or on `batch_size`.
+
+    Args:
+        shape: (C, h, w) of the latents; see `latent_shape`.
+        sampler: a key of `SAMPLERS`.
+        scale: classifier-free guidance away from the empty caption; 1 for none.
+
+    Raises:
+        UserError: a sampler that does not exist, or settings that it cannot take.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
+    guided = scale != 1.0
+    empty = model.get_learned_conditioning([""]) if guided else None  # (1, 77, D)
+    for start in range(0, len(requests), batch_size):
+        part = requests[start : start + batch_size]
+        samples, _ = SAMPLERS[sampler](model).sample(
+            S=steps,
+            batch_size=len(part),
+            shape=shape,
+            conditioning=model.get_learned_conditioning([request.prompt for request in part]),
+            unconditional_conditioning=empty.expand(len(part), -1, -1) if guided else None,
+            unconditional_guidance_scale=scale,
+            eta=eta,
+            generators=[torch.Generator().manual_seed(request.seed) for request in part],
+            verbose=verbose,
+        )
+        for sample in samples.split(1):  # decoding takes more memory than sampling
+            yield model.decode_first_stage(sample)[0].float().cpu()

@@ -1,0 +1,82 @@
+"""Released checkpoints as models that are ready to use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch.overrides import TorchFunctionMode
+
+from ldm.checkpoint import load_into, load_state_dict
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.training.config import build_model, load_config
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _SkipInit(TorchFunctionMode):
+    """Makes every function of `torch.nn.init` leave its tensor as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_initialisation() -> Iterator[None]:
+    """Modules built within have arbitrary weights: for modules whose every weight is loaded next."""
+    with _SkipInit():
+        yield
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_release(
+    ckpt: str | Path,
+    config: str | Path | DictConfig | Mapping[str, Any],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LatentDiffusion:
+    """The model that `config` (a path, or what `load_config` gives) describes, with the weights of `ckpt`, for inference.
+
+    The diffusion schedule stays in float32 whatever `dtype` is.
+
+    Raises:
+        UserError: a file is missing or broken, or the checkpoint does not fit the config.
+    """
+    if isinstance(config, (str, Path)):
+        config = load_config([config])
+    weights = load_state_dict(ckpt)
+    with without_initialisation():
+        model = build_model(config)
+    if not isinstance(model, LatentDiffusion):
+        raise UserError(f"the config describes a {type(model).__name__}; a release is a LatentDiffusion")
+    load_into(model, weights, source=str(ckpt))
+    for part in (model.model, model.first_stage_model, model.cond_stage_model):
+        if part is not None:
+            part.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
