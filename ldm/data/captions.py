@@ -1,0 +1,60 @@
+"""Captions from `name.txt` beside a picture or from `metadata.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+from ldm.util import UserError
+
+METADATA = "metadata.jsonl"
+
+
+def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
+    """Caption and error of a caption file: white space is one space; an empty file is no caption."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return None, f"its caption is not UTF-8: {error}"
+    return " ".join(text.split()) or None, None
+
+
+def beside(picture: Path) -> tuple[str | None, str | None]:
+    """Caption and error from the `.txt` beside `picture`; both None where there is none."""
+    try:
+        return decode_caption(picture.with_suffix(".txt").read_bytes())
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        return None, f"its caption cannot be read: {error.strerror}"
+
+
+def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
+    """File name, relative to `folder`, and caption (`text`) of each line of its `metadata.jsonl`.
+
+    Raises:
+        UserError: a line is not a JSON object with `file_name`, or names a file outside `folder`; gives its number.
+    """
+    path = folder / METADATA
+    found: list[tuple[str, str | None]] = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+        name = entry.get("file_name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{path}, line {number}: expected {{'file_name': ..., 'text': ...}}, got {line[:80]}")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{path}, line {number}: file_name {name!r} is outside the folder")
+        text = entry.get("text")
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{path}, line {number}: text is not a string: {text!r}")
+        found.append((PurePosixPath(name).as_posix(), " ".join((text or "").split()) or None))
+    return found

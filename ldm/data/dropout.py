@@ -1,0 +1,64 @@
+"""Dropping captions for classifier-free guidance (arXiv:2207.12598): now and then, the empty caption is taught."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.data import npy
+from ldm.data.sampling import Item
+from ldm.data.shards import CAPTION
+from ldm.util import UserError
+
+
+def load_null(path: Path) -> np.ndarray:
+    """The stored encoding of the empty caption.
+
+    Raises:
+        UserError: the file is missing, broken, not finite, or all zeros, which no text encoder gives.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: not found, and null_cond_dropout needs it: the text encoder's output for the empty caption; "
+            "tools/preencode.py writes it beside the shards, null_cond_path names another place"
+        )
+    null = npy.decode(bytearray(path.read_bytes()), str(path))
+    if not np.isfinite(null).all() or not null.any():
+        raise UserError(f"{path}: is not the encoding of an empty caption: it is all zeros or not finite")
+    return null
+
+
+class CaptionDropout:
+    """Puts `null` in place of `sample[key]` with a probability, by chance that (seed, epoch, sample) decide."""
+
+    def __init__(self, key: str, null: np.ndarray | str, probability: float, seed: int) -> None:
+        self.key = key
+        self.null = null
+        self.probability = probability
+        self.seed = seed
+
+    def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
+        if random.Random(f"{self.seed}/{epoch}/{number}").random() < self.probability:
+            sample[self.key] = self.null
+            sample[CAPTION] = ""
+        return sample
+
+
+class EpochItems(Dataset):
+    """A map-style dataset asked for `(epoch, number)`, with the captions dropped that this epoch drops."""
+
+    def __init__(self, dataset: Dataset, dropout: CaptionDropout | None = None) -> None:
+        self.dataset = dataset
+        self.dropout = dropout
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: Item) -> dict[str, Any]:
+        epoch, number = item
+        sample = self.dataset[number]
+        return self.dropout(sample, epoch, number) if self.dropout else sample

@@ -1,0 +1,126 @@
+"""Loaders whose order and randomness follow from (seed, epoch, sample) alone: a run can stop and go on anywhere."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ldm.data.sampling import EpochBatchSampler, Item
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generators seeded by the three numbers; put back as they were at the end."""
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  (datasets draw from it)
+    value = int(np.random.SeedSequence([seed, epoch, number]).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002
+    torch.default_generator.manual_seed(value)  # torch.manual_seed would seed the device's generators too
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])  # noqa: NPY002
+        torch.set_rng_state(saved[2])
+
+
+class SeededDataset(Dataset):
+    """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i)."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: Item) -> Any:
+        epoch, number = item
+        with seeded(self.seed, epoch, number):
+            return self.dataset[number]
+
+
+def _raise_in_one_line(error: UserError) -> None:
+    """Raise `error`; from a worker it comes with the worker's traceback, whose last line is the message."""
+    last = str(error).strip().splitlines()[-1]
+    raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
+
+
+class SampleLoader(DataLoader):
+    """A DataLoader over `(epoch, number)` items or a stream, with its own generator and one-line errors."""
+
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # The global generator would be drawn from at each start of an epoch, and differ after a resume.
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """A generator: Lightning asks for the iterator before it sets the epoch, so nothing may happen until `next`."""
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            _raise_in_one_line(error)
+
+
+class StreamLoader(SampleLoader):
+    """Batches of an `IterableDataset`, which is told the epoch."""
+
+    def __init__(self, dataset: IterableDataset, batch_size: int, **options: Any) -> None:
+        super().__init__(dataset, batch_size=batch_size, **options)
+        if hasattr(dataset, "set_epoch"):
+            self.sampler.set_epoch = dataset.set_epoch  # where Lightning looks for it
+
+
+class ResumableLoader(SampleLoader):
+    """The training loader: its state is the epoch and how many of its batches were handed out, not how many are ready.
+
+    Lightning saves `state_dict()` with a checkpoint and calls `load_state_dict` when it resumes.
+    """
+
+    def __init__(self, dataset: Dataset, batch_sampler: EpochBatchSampler, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        sampler: EpochBatchSampler = self.batch_sampler
+        sampler.handed = sampler.start
+        for batch in super().__iter__():
+            sampler.handed += 1
+            sampler.start = 0  # it was for this iteration; the next one begins an epoch
+            yield batch
+
+    def _set(self) -> dict[str, Any]:
+        """What must be the same for a position to mean the same samples."""
+        sampler: EpochBatchSampler = self.batch_sampler
+        options = {key: value for key, value in sampler.options.items() if key != "rank"}
+        return {"samples": sum(map(len, sampler.groups)), "batch_size": sampler.batch_size, **options}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers: the epoch, the batches handed out in it, and the set that they are a position in."""
+        return {"epoch": self.batch_sampler.epoch, "batch": self.batch_sampler.handed, **self._set()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that `state` was saved at; at the start of its epoch if the data are not the same."""
+        sampler: EpochBatchSampler = self.batch_sampler
+        sampler.set_epoch(state["epoch"])
+        changed = {key: (state.get(key), value) for key, value in self._set().items() if state.get(key) != value}
+        if changed:
+            what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+            logger.warning("the training data changed since the checkpoint (%s): its epoch starts again", what)
+        else:
+            sampler.start = sampler.handed = state["batch"]

@@ -1,0 +1,83 @@
+"""Reading `.npy` arrays from files that nobody vouches for: no pickles, and no more memory than the file holds."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ldm.util import UserError
+
+# Enough of a member to hold the header of any plain float array (numpy pads it to a multiple of 64 bytes).
+HEADER_BYTES = 512
+_FLOATS = ("float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class NpyHeader:
+    """What a `.npy` header says: where the data starts, and its shape, type and order."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+
+
+@lru_cache(maxsize=256)  # the arrays of a set share one header
+def _parse(header: bytes) -> NpyHeader:
+    """Parse a whole header; raises ValueError."""
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"npy format version {version} is not read")
+    try:
+        shape, fortran_order, dtype = readers[version](file)
+    except (RecursionError, MemoryError) as error:  # a header nested too deep for Python's parser
+        raise ValueError("the npy header is not plain") from error
+    if dtype.newbyteorder("=").name not in _FLOATS:
+        raise ValueError(f"its type is {dtype}, not one of {', '.join(_FLOATS)}")
+    if any(side < 1 for side in shape):
+        raise ValueError(f"its shape {shape} is empty")
+    return NpyHeader(file.tell(), shape, dtype, fortran_order)
+
+
+def read_header(start: bytes, size: int, name: str) -> NpyHeader:
+    """The header of a `.npy` of `size` bytes that begins with `start` (`HEADER_BYTES` of it are enough).
+
+    Raises:
+        UserError: it is not a `.npy`, not of a float type, or its shape does not account for `size`; names `name`.
+    """
+    width = 2 if start[6:7] == b"\x01" else 4  # bytes of the field that gives the header's length
+    length = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
+    try:
+        header = _parse(bytes(start[: min(length, HEADER_BYTES)]))
+    except ValueError as error:
+        raise UserError(f"{name}: not a .npy array that can be read: {' '.join(str(error).split())}") from error
+    expected = header.start + math.prod(header.shape) * header.dtype.itemsize
+    if expected != size:
+        raise UserError(f"{name}: shape {header.shape} {header.dtype} takes {expected} bytes, the file has {size}")
+    return header
+
+
+def decode(data: bytearray, name: str) -> np.ndarray:
+    """The array in `data`, sharing its memory; float64 comes back as float32, as nothing here computes in it.
+
+    Raises:
+        UserError: as `read_header`.
+    """
+    header = read_header(data[:HEADER_BYTES], len(data), name)
+    flat = np.frombuffer(data, dtype=header.dtype, offset=header.start)
+    array = flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+    dtype = "float32" if header.dtype.itemsize == 8 else header.dtype.newbyteorder("=")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def encode(array: np.ndarray) -> bytes:
+    """`array` as the bytes of a `.npy` file."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    return file.getvalue()

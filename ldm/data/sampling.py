@@ -1,0 +1,81 @@
+"""Which samples make up each batch of an epoch: a function of seed and epoch alone, and an even share for each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+Item = tuple[int, int]  # epoch and sample number: all that an item's randomness may depend on
+
+
+def epoch_batches(
+    groups: Sequence[np.ndarray],
+    batch_size: int,
+    *,
+    epoch: int = 0,
+    seed: int = 0,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> list[np.ndarray]:
+    """The batches of sample numbers that `rank` of `world` sees in `epoch`. Samples of one group share batches.
+
+    Each group is cut into steps of `batch_size * world` samples and each rank takes its part of every step, so the
+    ranks together see what one process with that larger batch would see, and have the same number of batches. The
+    last step is smaller (or left out, with `drop_last`) and spread evenly. Nothing is repeated; only what cannot give
+    every rank one sample is left out.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    size = batch_size * world
+    steps: list[np.ndarray] = []
+    for group in groups:
+        order = rng.permutation(group) if shuffle else np.asarray(group)
+        cuts = list(range(size, len(order), size))
+        tail = len(order) - (cuts[-1] if cuts else 0)
+        if drop_last and tail < size:
+            order = order[: len(order) - tail]
+        elif tail < world and size + tail >= 2 * world:
+            cuts[-1] -= world - tail  # the step before gives up what the last one lacks
+        steps += [step for step in np.split(order, cuts) if len(step) >= world]
+    if shuffle and len(groups) > 1:
+        steps = [steps[i] for i in rng.permutation(len(steps))]
+    return [np.array_split(step, world)[rank] for step in steps]
+
+
+class EpochBatchSampler:
+    """Batches of `(epoch, sample number)` for a DataLoader.
+
+    `epoch` and `start` say where the next iteration begins, `handed` how many batches of the epoch were used.
+    """
+
+    def __init__(self, groups: Sequence[np.ndarray], batch_size: int, **options: int | bool) -> None:
+        """`options` are those of `epoch_batches`, without `epoch`."""
+        self.groups = list(groups)
+        self.batch_size = batch_size
+        self.options = options
+        self.epoch = 0
+        self.start = 0
+        self.handed = 0
+        self._length = len(epoch_batches(self.groups, batch_size, **options))
+
+    @property
+    def sampler(self) -> EpochBatchSampler:
+        """Itself: Lightning calls `batch_sampler.sampler.set_epoch` at the start of an epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of `epoch`, or, where it is the present one, leave the position alone."""
+        if epoch != self.epoch:
+            self.epoch, self.start, self.handed = epoch, 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, which is the same for every epoch and rank."""
+        return self._length
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        batches = epoch_batches(self.groups, self.batch_size, epoch=self.epoch, **self.options)
+        epoch = self.epoch
+        for batch in batches[self.start :]:
+            yield [(epoch, number) for number in batch.tolist()]

@@ -1,0 +1,65 @@
+"""What a person may write where shards are named: a path, a folder, a glob, a brace pattern, a URL, a list of these."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import braceexpand
+
+from ldm.util import UserError
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
+
+
+def is_stream(url: str) -> bool:
+    """Whether `url` can only be read front to back: `pipe:`, `http:` and the like."""
+    return _SCHEME.match(url) is not None
+
+
+def _expand_local(pattern: str) -> list[str]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(str(tar) for tar in path.glob("*.tar"))
+        if not found:
+            raise UserError(f"{pattern}: the folder holds no .tar")
+        return found
+    if not path.exists() and glob.has_magic(pattern):
+        found = sorted(glob.glob(str(path)))  # noqa: PTH207  (the pattern may begin at the root)
+        if not found:
+            raise UserError(f"{pattern}: no file matches")
+        return found
+    return [str(path)]
+
+
+def expand_urls(urls: str | Path | Iterable[str | Path]) -> list[str]:
+    """Every shard that `urls` names, in order: local paths without `file:`, and streams as they are.
+
+    Braces are expanded and `::` joins several, as in WebDataset; a folder stands for its tars, a glob for its matches.
+
+    Raises:
+        UserError: nothing matches, a brace is open, or a shard is named twice.
+    """
+    if isinstance(urls, (str, Path)):
+        urls = [urls]
+    found: list[str] = []
+    for entry in urls:
+        for pattern in str(entry).split("::"):
+            if Path(pattern).exists():  # a name that exists means itself, braces and all
+                found += _expand_local(pattern)
+                continue
+            try:
+                expanded = list(braceexpand.braceexpand(pattern))
+            except braceexpand.UnbalancedBracesError as error:
+                raise UserError(f"{pattern}: {error}") from error
+            for url in expanded:
+                url = re.sub("^file:(//)?", "", url)
+                found += [url] if is_stream(url) else _expand_local(url)
+    if not found:
+        raise UserError(f"no shards: {urls!r} names none")
+    twice = next((url for url in found if found.count(url) > 1), None) if len(set(found)) < len(found) else None
+    if twice is not None:
+        raise UserError(f"{twice}: named twice among the shards")
+    return found
