@@ -1,0 +1,37 @@
+# make demo: install into .venv, then the whole recipe on a tiny model. make test: install, then the tests.
+#
+# torch comes from PyPI, whose Linux build is the CUDA one: about 3 GB to download. Without an NVIDIA GPU, name
+# PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL, or put a CPU wheel of the pinned version in PIP_FIND_LINKS.
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	$(RUN) tools/demo.py
+
+# One thread a worker: workers that each start a thread per core only slow each other down.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS)
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# taming-transformers asks for torchvision, which the one class used of it does not need: hence --no-deps.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch is large: this can take a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps taming-transformers-rom1504
+	@touch $@
+
+# logs/, models/ and outputs/ are the user's work and stay.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis outputs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
