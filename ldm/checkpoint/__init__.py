@@ -1,13 +1,18 @@
 """Checkpoints and released weights: reading without running anything, writing whole or not at all."""
 
-from ldm.checkpoint.loading import OPTIONAL_KEYS, LoadReport, load_into
+from ldm.checkpoint.loading import OPTIONAL_KEYS, SCHEDULE_KEYS, LoadReport, is_optional, load_into
 from ldm.checkpoint.reading import OpenCheckpoint, load_checkpoint, load_state_dict, open_checkpoint, weights_of
-from ldm.checkpoint.writing import save_checkpoint, save_state_dict
+from ldm.checkpoint.writing import Pending, cast, check_suffix, save_checkpoint, save_state_dict
 
 __all__ = [
     "OPTIONAL_KEYS",
+    "SCHEDULE_KEYS",
     "LoadReport",
     "OpenCheckpoint",
+    "Pending",
+    "cast",
+    "check_suffix",
+    "is_optional",
     "load_checkpoint",
     "load_into",
     "load_state_dict",

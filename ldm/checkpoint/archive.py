@@ -11,34 +11,21 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoint.formats import STORAGE_NAMES
 from ldm.checkpoint.mapped import MappedFile
 from ldm.checkpoint.pickled import Global, read_pickle
 from ldm.util import UserError
 
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "UntypedStorage": torch.uint8,
-}
+_STORAGE_DTYPES = {**{name: dtype for dtype, name in STORAGE_NAMES.items()}, "UntypedStorage": torch.uint8}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
 def _storage_dtype(kind: Any) -> torch.dtype:
     name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else None
-    if name not in STORAGE_DTYPES or not kind.name.startswith("torch."):
+    if name not in _STORAGE_DTYPES or not kind.name.startswith("torch."):
         raise ValueError(f"a storage of type {kind!r}")
-    return STORAGE_DTYPES[name]
+    return _STORAGE_DTYPES[name]
 
 
 def _storage_id(saved_id: Any) -> tuple[torch.dtype, str, int, Any]:

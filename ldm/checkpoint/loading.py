@@ -14,8 +14,8 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-# Keys that a file may carry or lack without harm: what the model computes by itself, and what only training has.
-OPTIONAL_KEYS = (
+# What a model computes from its config: buffers of the noise schedule, and the latents' scale.
+SCHEDULE_KEYS = (
     "betas",
     "alphas_cumprod",
     "alphas_cumprod_prev",
@@ -29,14 +29,11 @@ OPTIONAL_KEYS = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
     "lvlb_weights",
-    "logvar",
     "scale_factor",
     "cond_ids",
-    "model_ema.*",
-    "*position_ids",
-    "first_stage_model.loss.*",
-    "loss.*",
 )
+# Keys that a file may carry or lack without harm (shell patterns): these, and what only training has.
+OPTIONAL_KEYS = (*SCHEDULE_KEYS, "logvar", "model_ema.*", "*position_ids", "first_stage_model.loss.*", "loss.*")
 
 
 class LoadReport(NamedTuple):
@@ -47,6 +44,7 @@ class LoadReport(NamedTuple):
 
 
 def is_optional(key: str, patterns: Sequence[str] = OPTIONAL_KEYS) -> bool:
+    """Whether one of `patterns` fits `key`."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 

@@ -60,6 +60,7 @@ def _bytes(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+_PLAIN = {"set": set, "frozenset": frozenset, "complex": complex}
 BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _strided,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -72,11 +73,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *args: {},  # its items follow; its factory is left out
     "_codecs.encode": _bytes,
-    **{
-        f"{module}.{kind.__name__}": kind
-        for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, list, dict, tuple, bytearray, complex)
-    },
+    **{f"{module}.{name}": kind for module in ("builtins", "__builtin__") for name, kind in _PLAIN.items()},
 }
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 

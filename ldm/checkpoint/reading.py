@@ -13,26 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ldm.checkpoint.archive import ZipArchive, load_legacy
+from ldm.checkpoint.formats import SAFETENSORS_NAMES
 from ldm.checkpoint.mapped import MappedFile
 from ldm.checkpoint.pickled import without_left_out
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 # What people have instead of a checkpoint: how the file begins, and what to tell them.
 _MISTAKEN = (
@@ -141,9 +129,9 @@ def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
     metadata = header.pop("__metadata__", {})
     weights = {}
     for key, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise UserError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not supported")
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
         flat = file.tensor(dtype, 8 + length + entry["data_offsets"][0], math.prod(shape))
         weights[key] = flat.reshape(shape)
     return {"state_dict": weights, "metadata": metadata}

@@ -1,0 +1,153 @@
+"""Released weights into a training checkpoint that `main.py --resume` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, is_optional
+from ldm.modules.ema import shadow_name
+from ldm.util import UserError
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def ema_key(key: str) -> str:
+    """The state-dict key of the EMA of the weight `key`, which is below `model.`."""
+    return "model_ema." + shadow_name(key.removeprefix("model."))
+
+
+@dataclass
+class Graft:
+    """A state dict with released weights in it, and where its keys came from."""
+
+    state_dict: dict[str, torch.Tensor | Pending] = field(default_factory=dict)
+    released: list[str] = field(default_factory=list)
+    averaged: list[str] = field(default_factory=list)  # EMA weights, from the released EMA or weights
+    kept: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # of the release: the training has no place for them
+
+    def summary(self) -> list[str]:
+        """One line for each kind of key, with counts."""
+        cond_stage = sum(key.startswith("cond_stage_model.") for key in self.skipped)
+        ema = sum(key.startswith("model_ema.") for key in self.skipped)
+        lines = [
+            (len(self.released), "weights taken from the release"),
+            (len(self.averaged), "EMA weights taken from the release"),
+            (len(self.kept), "values kept as the training has them (noise schedule and the like)"),
+            (cond_stage, "cond stage weights of the release skipped, by design: this training has none"),
+            (ema, "EMA weights of the release skipped: the training keeps none, or other ones"),
+            (len(self.skipped) - cond_stage - ema, "other values of the release skipped (noise schedule and the like)"),
+        ]
+        return [f"{count} {what}" for count, what in lines if count]
+
+
+def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
+    """Replace every weight of a training's `state_dict` by that of `release`, cast to the dtype that training has.
+
+    The noise schedule stays the training's. EMA weights become the release's EMA, or its weights where it has none.
+    Tensors on the meta device stand for weights that have no value yet. `source` names the release in messages.
+
+    Raises:
+        UserError: a shape differs, the release lacks a weight, or it has one that the training has no place for.
+    """
+    result = Graft()
+    origins = _ema_origins(state_dict, release)
+    for key, own in state_dict.items():
+        origin = origins.get(key, key)
+        if key in SCHEDULE_KEYS or origin not in release:
+            if own.is_meta or not is_optional(key):
+                raise UserError(f"{source}: lacks {origin}, which the training has; is it a release of another model?")
+            result.kept.append(key)
+            result.state_dict[key] = own
+            continue
+        value = release[origin]
+        if value.shape != own.shape:
+            shapes = f"{tuple(value.shape)}, in the training {tuple(own.shape)}"
+            raise UserError(f"{source}: {origin} has shape {shapes}; is it a release of another model?")
+        (result.averaged if key in origins else result.released).append(key)
+        result.state_dict[key] = cast(value, own.dtype)
+    if "model_ema.num_updates" in state_dict and not origins.keys() <= release.keys():
+        # The average starts anew. A negative number means that updates are not counted.
+        result.state_dict["model_ema.num_updates"] = state_dict["model_ema.num_updates"].clamp(max=0)
+
+    used = {*state_dict, *origins.values()}
+    result.skipped = [key for key in release if key not in used]
+    has_cond_stage = any(key.startswith("cond_stage_model.") for key in state_dict)
+    for key in result.skipped:
+        if not is_optional(key) and (has_cond_stage or not key.startswith("cond_stage_model.")):
+            raise UserError(f"{source}: {key} has no place in the training; is it a release of another model?")
+    return result
+
+
+def _ema_origins(state_dict: Weights, release: Weights) -> dict[str, str]:
+    """For each EMA weight of `state_dict`, the key of `release` that it starts from: all EMA, or all weights."""
+    shadows = {ema_key(key): key for key in state_dict if key.startswith("model.")}
+    shadows = {shadow: key for shadow, key in shadows.items() if shadow in state_dict}
+    if shadows.keys() <= release.keys():
+        return {shadow: shadow for shadow in shadows}
+    return shadows
+
+
+def grafted_checkpoint(training: Mapping[str, Any], grafted: Graft) -> dict[str, Any]:
+    """The Lightning checkpoint `training` with the grafted weights; its optimizers forget the weights they knew.
+
+    Loops, step, schedulers and the optimizers' param groups stay.
+    """
+    optimizers = [{**state, "state": {}} for state in training["optimizer_states"]]
+    return {**training, "state_dict": grafted.state_dict, "optimizer_states": optimizers}
+
+
+def fresh_checkpoint(grafted: Graft) -> dict[str, Any]:
+    """A Lightning checkpoint at step 0 that holds the grafted weights alone.
+
+    It names no optimizer and no scheduler: a resume then makes them from its config, with the learning rate that
+    `--scale_lr` and the number of devices give.
+    """
+    return {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": pl.__version__,
+        "state_dict": grafted.state_dict,
+        "loops": _loops_at_start(),
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+
+
+def _loops_at_start() -> dict[str, Any]:
+    """The progress of a trainer that has not begun, as Lightning saves it."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, **quiet)
+    names = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
+    return {name: getattr(trainer, name).state_dict() for name in names}
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Gives what `torch.empty` makes, which layers then fill at random, no memory; all other tensors get theirs."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
+
+
+def state_dict_without_weights(build: Callable[[], torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """The state dict of the module that `build` makes: weights on the meta device, buffers with their values."""
+    with _EmptyOnMeta():
+        return build().state_dict()
+
+
+def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training."""
+    missing = [key for key in ("state_dict", "optimizer_states", "global_step") if key not in content]
+    if missing:
+        raise UserError(f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt")

@@ -1,0 +1,97 @@
+"""What `tools/hack_weights.py` does with files: read, graft, keep what is replaced, write, and say so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.checkpoint import OpenCheckpoint, open_checkpoint, save_checkpoint, weights_of
+from ldm.training.config import build_model, load_config
+from ldm.training.graft import (
+    check_training_checkpoint,
+    fresh_checkpoint,
+    graft,
+    grafted_checkpoint,
+    state_dict_without_weights,
+)
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+
+def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
+    """Write the training checkpoint at `training_path`, with the released weights in it, to `out`.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model; nothing is written then.
+    """
+    _check_out(out, release_path)
+    if training_path.exists() and release_path.exists() and training_path.samefile(release_path):
+        raise UserError(f"{training_path}: given as the release and as the training checkpoint; name two files")
+    training = open_checkpoint(training_path)
+    check_training_checkpoint(training.content, training_path)
+    release = open_checkpoint(release_path)
+    log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
+    grafted = graft(weights_of(training.content, training_path), _release_weights(release, release_path), release_path)
+    log.info("\n".join(grafted.summary()))
+    log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
+    _write(grafted_checkpoint(training.content, grafted), out, [training, release])
+
+
+def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path) -> None:
+    """Write a training checkpoint at step 0 for the model of `config_names`, with the released weights, to `out`.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model; nothing is written then.
+    """
+    _check_out(out, release_path)
+    config = load_config(config_names)
+    release = open_checkpoint(release_path)
+    state_dict = state_dict_without_weights(lambda: build_model(config))
+    log.info("made from: %s", ", ".join(map(str, config_names)))
+    grafted = graft(state_dict, _release_weights(release, release_path), release_path)
+    log.info("\n".join(grafted.summary()))
+    _write(fresh_checkpoint(grafted), out, [release])
+
+
+def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
+    weights = weights_of(release.content, path)
+    log.info("release: %s, %d values", path, len(weights))
+    return weights
+
+
+def _check_out(out: Path, release: Path) -> None:
+    if out.suffix != ".ckpt":
+        raise UserError(f"{out}: a training checkpoint's name must end in .ckpt")
+    if out.exists() and release.exists() and out.samefile(release):
+        raise UserError(f"{out}: is the release itself, which would be replaced; choose another --out")
+
+
+def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
+    kept = _keep(out) if out.exists() else None
+    try:
+        save_checkpoint(content, out, sources=[source.file for source in sources])
+    except BaseException:  # Ctrl-C too: what was not replaced needs no second name
+        if kept:
+            kept.unlink()
+        raise
+    if kept:
+        log.info("kept what it replaces: %s", kept)
+    log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content["state_dict"]))
+    log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", out)
+
+
+def _keep(path: Path) -> Path:
+    """Give the file at `path` a second name that no file has yet; no copy where the file system has links."""
+    kept, count = path.with_name(f"{path.stem}.before-hack{path.suffix}"), 1
+    while kept.exists():
+        count += 1
+        kept = path.with_name(f"{path.stem}.before-hack-{count}{path.suffix}")
+    try:
+        os.link(path, kept)
+    except OSError:
+        shutil.copy2(path, kept)
+    return kept

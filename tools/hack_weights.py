@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Put released weights into a training checkpoint, or make one from a config, for `main.py --resume`.
+
+python tools/hack_weights.py                                          # into the newest logs/*/checkpoints/last.ckpt
+python tools/hack_weights.py --train-ckpt logs/RUN/checkpoints/last.ckpt
+python tools/hack_weights.py --base finetune_stable_diffusion.yaml    # no aborted run needed
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+
+from ldm.cli import CONVENTIONAL_RELEASE, newest_checkpoint, run
+from ldm.util import UserError
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from ldm.training.hack import hack_config, hack_training  # torch, which --help does without
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its report of the hardware is beside the point
+    if arguments.base:
+        out = arguments.out or arguments.release.with_name("hacked.ckpt")
+        hack_config(arguments.base, arguments.release, out)
+    else:
+        training = arguments.train_ckpt or newest_checkpoint()
+        hack_training(training, arguments.release, arguments.out or training)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--release", type=Path, default=CONVENTIONAL_RELEASE, help="released weights (default: %(default)s)")
+    add("--train-ckpt", type=Path, help="training checkpoint to put them into (default: the newest last.ckpt in logs/)")
+    add("--base", nargs="+", metavar="CONFIG", help="make a training checkpoint for these configs instead")
+    add("--out", type=Path, help="file to write; one that it replaces is kept as NAME.before-hack.ckpt "
+        "(default: the training checkpoint; with --base, hacked.ckpt beside the release)")  # fmt: skip
+    arguments = parser.parse_args()
+    if arguments.base and arguments.train_ckpt:
+        raise UserError("--base makes a training checkpoint and --train-ckpt takes one: give only one of them")
+    return arguments
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""A training checkpoint and the release that it started from make a new release, .ckpt or .safetensors.
+
+python tools/merge_release.py                        # the newest logs/*/checkpoints/last.ckpt, merged.ckpt beside it
+python tools/merge_release.py --train-ckpt logs/RUN/checkpoints/last.ckpt --out my-model.safetensors --half
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+
+from ldm.cli import CONVENTIONAL_RELEASE, newest_checkpoint, run
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from ldm.training.merge import merge_files  # torch, which --help does without
+
+    training = arguments.train_ckpt or newest_checkpoint()
+    out = arguments.out or training.with_name("merged.ckpt")
+    merge_files(training, arguments.release, out, arguments.weights, arguments.half)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train-ckpt", type=Path, help="training checkpoint (default: the newest logs/*/checkpoints/last.ckpt)")
+    add("--release", type=Path, default=CONVENTIONAL_RELEASE, help="what training began from (default: %(default)s)")
+    add("--out", type=Path, help="file to write, .ckpt or .safetensors (default: merged.ckpt beside the training's)")
+    add("--weights", choices=["ema", "raw"], help="which trained weights (default: ema if the training kept them)")
+    add("--half", action="store_true", help="write the weights as float16, half the size")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)
