@@ -77,6 +77,17 @@ def build_model(config: DictConfig) -> Any:
     return instantiate_from_config(section)
 
 
+def build_data(config: DictConfig) -> Any:
+    """The data module that `config.data` describes.
+
+    Raises:
+        UserError: there is no `data` section, or it names a target or a key that does not exist.
+    """
+    if not config.get("data"):
+        raise UserError("the config has no 'data' section; give one with --base")
+    return instantiate_from_config(plain(config.data))
+
+
 def _read(path: Path) -> DictConfig:
     try:
         part = OmegaConf.load(path)

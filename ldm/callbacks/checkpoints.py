@@ -1,0 +1,117 @@
+"""When checkpoints are written: `last.ckpt` always, others by a metric or a number of steps."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+
+from ldm.callbacks.signals import SignalRequests, TrainingStopped
+
+log = logging.getLogger(__name__)
+
+# With several processes, agreeing on a signal waits for the device, so it is not done at every step.
+_STEPS_BETWEEN_AGREEMENTS = 10
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `last.ckpt` every `every_n_train_steps`, at the end of each epoch and of the training, and on signals.
+
+    It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
+    exactly, in the middle of an epoch or at its end. Without `periodic` only signals save.
+    """
+
+    def __init__(
+        self, path: Path, requests: SignalRequests, every_n_train_steps: int | None = None, periodic: bool = True
+    ) -> None:
+        self.path = path
+        self.requests = requests
+        self.every_n_train_steps = every_n_train_steps
+        self.periodic = periodic
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        self.requests.install()
+        self.requests.training = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # gradients are still accumulating, and a checkpoint does not hold them
+        self._step = trainer.global_step
+        save, stop = self._agreed_requests(trainer)
+        if save or stop or (self.periodic and self._is_due(trainer)):
+            self.requests.save = False
+            self._save(trainer, announce=save or stop)
+        self._stop_if_asked(stop)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.world_size == 1 and not trainer.sanity_checking:
+            if self.requests.stop:
+                self._save(trainer, announce=True)
+            self._stop_if_asked(bool(self.requests.stop))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.requests.training = False
+        self._stop_if_asked(bool(self.requests.stop))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.requests.training = False
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        every = self.every_n_train_steps
+        return trainer.is_last_batch or step == trainer.max_steps or bool(every and step % every == 0)
+
+    def _agreed_requests(self, trainer: Trainer) -> tuple[bool, bool]:
+        """(save, stop): whether any process was asked to."""
+        save, stop = self.requests.save, self.requests.stop is not None
+        if trainer.world_size == 1:
+            return save, stop
+        if trainer.global_step % _STEPS_BETWEEN_AGREEMENTS:
+            return False, False
+        agree = trainer.strategy.reduce_boolean_decision
+        return agree(save, all=False), agree(stop, all=False)
+
+    def _save(self, trainer: Trainer, announce: bool) -> None:
+        if trainer.fast_dev_run:
+            return
+        trainer.save_checkpoint(self.path)
+        if announce:
+            log.info("\nSaved step %d to %s", trainer.global_step, self.path)
+
+    def _stop_if_asked(self, stop: bool) -> None:
+        if stop:
+            raise TrainingStopped(self.requests.stop or 15, self._step)
+
+
+class KeptCheckpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which complains once, not fatally, about a metric that is not logged.
+
+    The recipe's monitor is a validation metric, and a first try often has no validation data.
+    """
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        self._complained = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._can_rank(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or self._can_rank(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def _can_rank(self, trainer: Trainer) -> bool:
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            return True
+        if not self._complained:
+            log.warning("No best checkpoints are kept: %r is not logged (no validation data?)", self.monitor)
+            self._complained = True
+        return False

@@ -1,0 +1,50 @@
+"""What training costs: memory and time."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors on a CUDA `device` have taken, elsewhere the most that this process has taken."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class CUDACallback(Callback):
+    """Logs peak memory and mean step time of each epoch; without CUDA the memory is that of the process."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._first_step = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+        self._began = time.perf_counter()
+        self._first_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - self._began
+        steps = max(trainer.global_step - self._first_step, 1)
+        peak = peak_memory(device) / 2**30
+        pl_module.log_dict({"device/peak_memory_gib": peak, "device/step_seconds": seconds / steps})
+        if trainer.is_global_zero:
+            kind = "device memory" if device.type == "cuda" else "process memory"
+            log.info("\nEpoch %d: %.1f s, %.3f s a step, peak %s %.2f GiB",
+                     trainer.current_epoch, seconds, seconds / steps, kind, peak)  # fmt: skip

@@ -1,0 +1,125 @@
+"""Pictures of what the model makes while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from torch import Tensor, nn
+
+from ldm.callbacks.rng import preserved_rng
+from ldm.pictures import image_grid, save_png
+
+
+class ImageLogger(Callback):
+    """Asks the module for `log_images(batch, N=max_images, split=...)`, saves each entry as a PNG grid, and logs it.
+
+    That happens at the steps 1, 2, 4, ... (with `increase_log_steps`) and then every `batch_frequency`. Validation
+    shows its first batch, at most every `batch_frequency` steps. Training goes on as if nothing had been sampled.
+
+    Args:
+        batch_frequency: steps between pictures.
+        max_images: pictures of a batch to show.
+        clamp: cut values to [-1, 1] before anything else.
+        rescale: the module's images are in [-1, 1]; else they are in [0, 1].
+        disabled: do nothing.
+        log_on_batch_idx: count batches instead of optimizer steps.
+        log_first_step: also before the first step has been counted, which only happens with `log_on_batch_idx`.
+        log_images_kwargs: passed on to `log_images`.
+    """
+
+    def __init__(
+        self,
+        batch_frequency: int,
+        max_images: int = 4,
+        clamp: bool = True,
+        increase_log_steps: bool = True,
+        rescale: bool = True,
+        disabled: bool = False,
+        log_on_batch_idx: bool = False,
+        log_first_step: bool = False,
+        log_images_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.batch_frequency = batch_frequency
+        self.max_images = max_images
+        self.clamp = clamp
+        self.increase_log_steps = increase_log_steps
+        self.rescale = rescale
+        self.disabled = disabled
+        self.log_on_batch_idx = log_on_batch_idx
+        self.log_first_step = log_first_step
+        self.log_images_kwargs = dict(log_images_kwargs or {})
+        self._last_shown: dict[str, int] = {}  # by split: several batches share a step when gradients accumulate
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        count = batch_idx if self.log_on_batch_idx else trainer.global_step
+        if self._is_due(count) and self._last_shown.get("train") != count:
+            self._last_shown["train"] = count
+            self._show(trainer, pl_module, batch, batch_idx, "train")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if batch_idx > 0 or trainer.sanity_checking or trainer.global_step == 0:
+            return
+        last = self._last_shown.get("val")
+        if last is None or trainer.global_step - last >= self.batch_frequency:
+            self._last_shown["val"] = trainer.global_step
+            self._show(trainer, pl_module, batch, batch_idx, "val")
+
+    def _is_due(self, count: int) -> bool:
+        if count == 0:
+            return self.log_first_step
+        is_early = self.increase_log_steps and count < self.batch_frequency and count & (count - 1) == 0
+        return is_early or count % self.batch_frequency == 0
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
+        if self.disabled or not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
+            return
+        with _evaluating(pl_module), preserved_rng():
+            images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+        folder = Path(trainer.default_root_dir) / "images" / split
+        place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
+        for key, value in images.items():
+            grid = self._grid(value)
+            save_png(grid, folder / f"{key}_{place}.png")
+            for logger in trainer.loggers:
+                _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
+
+    def _grid(self, images: Tensor) -> Image.Image:
+        """One picture from (N, C, H, W), or from (C, H, W) that is a grid already."""
+        images = images.float().cpu()
+        if images.ndim == 3:
+            images = images[None]
+        if self.clamp:
+            images = images.clamp(-1.0, 1.0)
+        return image_grid(images if self.rescale else images * 2.0 - 1.0, columns=self.max_images)
+
+
+def _log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(tag, np.asarray(grid), step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):  # W&B and the like
+        logger.log_image(key=tag, images=[grid], step=step)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` in evaluation mode without gradients; afterwards each part is in the mode that it had."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True

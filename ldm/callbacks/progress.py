@@ -1,0 +1,64 @@
+"""The progress bar: loss, images a second, peak memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import TQDMProgressBar
+from torch import Tensor
+
+from ldm.callbacks.device import peak_memory
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with img/s and peak memory, redrawn by the clock: showing a loss waits for the device.
+
+    Args:
+        refresh_rate: batches between redraws, at least; 0 is no bar.
+        seconds: seconds between redraws, at least; by default 0.5, and 10 where the output is no terminal.
+    """
+
+    def __init__(self, refresh_rate: int = 1, seconds: float | None = None) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._seconds = seconds if seconds is not None else (0.5 if sys.stdout.isatty() else 10.0)
+        self._drawn = 0.0
+        self._images = 0
+        self._speed = 0.0
+        self._loss: Tensor | None = None
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self._drawn, self._images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += batch_size(batch) * trainer.world_size
+        elapsed = time.perf_counter() - self._drawn
+        if elapsed >= self._seconds or trainer.is_last_batch:
+            self._speed = self._images / elapsed
+            self._loss = outputs["loss"] * trainer.accumulate_grad_batches if outputs else None  # Lightning divided it
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._drawn, self._images = time.perf_counter(), 0
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if self._loss is not None:
+            metrics["loss"] = self._loss.item()
+        metrics["img/s"] = f"{self._speed:.1f}"
+        metrics["mem"] = f"{peak_memory(trainer.strategy.root_device) / 2**30:.2f}GiB"
+        return metrics
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples in a batch: a mapping's first value, or a sequence's first entry, tells it."""
+    if isinstance(batch, Mapping):
+        batch = next(iter(batch.values()))
+    elif isinstance(batch, (list, tuple)) and hasattr(batch[0], "__len__"):
+        batch = batch[0]
+    return len(batch)

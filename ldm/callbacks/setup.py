@@ -1,0 +1,45 @@
+"""The run folder: made when training starts, with the configs that it was started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ldm.files import atomic_write
+
+
+class SetupCallback(Callback):
+    """Makes `logdir`, `ckptdir` and `cfgdir`, and saves the resolved configs in the last.
+
+    `<now>-project.yaml` holds model and data, `<now>-lightning.yaml` the section `lightning`; `--resume` merges them.
+    """
+
+    def __init__(
+        self,
+        now: str,
+        logdir: str | Path,
+        ckptdir: str | Path,
+        cfgdir: str | Path,
+        config: DictConfig,
+        lightning_config: DictConfig,
+    ) -> None:
+        self.now = now
+        self.logdir = Path(logdir)
+        self.ckptdir = Path(ckptdir)
+        self.cfgdir = Path(cfgdir)
+        self.config = config
+        self.lightning_config = lightning_config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        for folder in (self.logdir, self.ckptdir, self.cfgdir):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._save("project", self.config)
+        self._save("lightning", OmegaConf.create({"lightning": self.lightning_config}))
+
+    def _save(self, name: str, config: DictConfig) -> None:
+        with atomic_write(self.cfgdir / f"{self.now}-{name}.yaml") as path:
+            OmegaConf.save(config, path, resolve=True)

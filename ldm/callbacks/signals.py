@@ -1,0 +1,70 @@
+"""SIGUSR1, Ctrl-C and SIGTERM as wishes that training grants at its next step. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class TrainingStopped(Exception):
+    """A signal ended the training after its state was saved; `signum` is the signal."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum = signum
+
+
+class SignalRequests:
+    """A context manager that turns signals into requests: `save` (SIGUSR1) and `stop` (SIGINT, SIGTERM).
+
+    While `training` is False there is no state to save, and the signals that stop act at once. So does a second one.
+    """
+
+    def __init__(self) -> None:
+        self.save = False
+        self.stop: int | None = None
+        self.training = False
+        self._owner = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalRequests:
+        self._previous = {number: signal.getsignal(number) for number in _HANDLED}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals over, also from Lightning, which sets its own handlers when a fit begins."""
+        for number in _HANDLED:
+            signal.signal(number, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            _handle_in_worker(signum)
+        elif signum == signal.SIGUSR1:
+            self.save = True
+        elif self.training and self.stop is None:
+            self.stop = signum
+            log.info("\nSaving at the end of this step, then stopping; once more to quit at once.")
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + signum)
+
+
+_HANDLED = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+
+
+def _handle_in_worker(signum: int) -> None:
+    """Data workers inherit the handlers: a Ctrl-C in the terminal reaches them too, and must not end them first."""
+    if signum == signal.SIGTERM:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)

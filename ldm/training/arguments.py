@@ -1,0 +1,153 @@
+"""The command line of main.py. Imports no torch, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ldm.util import UserError
+
+DEFAULT_SEED = 23
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
+_NUMBER = re.compile(r"-\.?\d")
+_CLOCK = re.compile(r"\d+(:\d+)+")  # YAML 1.1 would read 12:00:00 as a number in base 60
+
+_EPILOG = """\
+Any argument of Lightning's Trainer is an option too, by its name today or by the one it had in 2022:
+  --gpus 0,        the GPU number 0 (also: 0,1 for two; 2 for any two); without CUDA it trains on the CPU
+  --max_steps 1000 --precision bf16 --accumulate_grad_batches 4 --check_val_every_n_epoch 10 ...
+
+Any value of the config is set by its path:
+  model.base_learning_rate=1e-5 data.params.batch_size=2 lightning.callbacks.image_logger.params.disabled=True
+
+Examples:
+  python main.py --base finetune_stable_diffusion.yaml -t --gpus 0,
+  python main.py --resume logs/<run> -t --gpus 0,
+"""
+
+
+@dataclass
+class Arguments:
+    """A parsed command line."""
+
+    base: list[str]
+    name: str | None
+    resume: str | None
+    train: bool
+    no_test: bool
+    project: str | None
+    debug: bool
+    seed: int | None  # None: the seed of the run that is resumed, or DEFAULT_SEED
+    postfix: str
+    logdir: Path
+    scale_lr: bool
+    trainer: dict[str, Any] = field(default_factory=dict)  # unchecked: which ones exist, only Lightning knows
+    overrides: list[str] = field(default_factory=list)  # `a.b.c=value`
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Parse `argv`, the command line without the program's name.
+
+    Raises:
+        UserError: an option of main.py itself is misused, or there is neither --base nor --resume.
+        SystemExit: `--help` was asked for.
+    """
+    parser = _build_parser()
+    own, trainer, overrides = _split(argv, parser)
+    arguments = Arguments(**vars(parser.parse_args(own)), trainer=trainer, overrides=overrides)
+    if "resume_from_checkpoint" in trainer:  # how Lightning 1 named it
+        arguments.resume = arguments.resume or str(trainer.pop("resume_from_checkpoint"))
+    if "actual_resume" in trainer:  # how textual inversion's main.py names the weights to start from
+        overrides.append(f"model.params.ckpt_path={trainer.pop('actual_resume')}")
+    if not arguments.base and not arguments.resume:
+        raise UserError("nothing to do: give a config with --base, or a run to go on with by --resume (see --help)")
+    return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="main.py",
+        description="Train a latent diffusion model or an autoencoder from YAML configs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch: dict[str, Any] = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    add = parser.add_argument
+    add("-n", "--name", help="name of the new run (default: that of the first config)")
+    add("-r", "--resume", metavar="PATH", help="go on with this run folder, or from this checkpoint")
+    add("-b", "--base", metavar="YAML", nargs="*", action="extend", default=[], help="configs, merged left to right")
+    add("-t", "--train", default=False, help="train", **switch)
+    add("--no-test", "--no_test", default=False, help="do not run the test set afterwards", **switch)
+    add("-p", "--project", help="project that a Weights & Biases logger reports to")
+    add("-d", "--debug", default=False, help="on an error, open the Python debugger where it happened", **switch)
+    add("-s", "--seed", type=int, help=f"seed of everything random (default: {DEFAULT_SEED})")
+    add("-f", "--postfix", default="", help="appended to the run's name")
+    add("-l", "--logdir", type=Path, default=Path("logs"), help="where run folders are made (default: logs)")
+    add(
+        "--scale_lr",
+        default=True,
+        help="multiply base_learning_rate by devices, batch size and accumulation (default: True)",
+        **switch,
+    )
+    return parser
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def _split(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], dict[str, Any], list[str]]:
+    """The tokens for `parser`, the Trainer's arguments by name, and the config overrides."""
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    own: list[str] = []
+    trainer: dict[str, Any] = {}
+    overrides: list[str] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        flag, equals, value = token.partition("=")
+        if _OVERRIDE.match(token):
+            overrides.append(token)
+        elif not token.startswith("--") or token == "--" or flag in known:
+            own.append(token)
+        else:
+            if not equals:
+                value = tokens.pop(0) if tokens and _is_value(tokens[0]) else "True"
+            if "." in flag:
+                overrides.append(f"{flag[2:]}={value}")
+            else:
+                trainer[flag[2:].replace("-", "_")] = _typed(flag, value)
+    return own, trainer, overrides
+
+
+def _is_value(token: str) -> bool:
+    return not _OVERRIDE.match(token) and (not token.startswith("-") or bool(_NUMBER.match(token)))
+
+
+def _typed(flag: str, text: str) -> Any:
+    """`text` read as YAML; `None`, as Python writes it, is null."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    if text == "None":
+        return None
+    if _CLOCK.fullmatch(text):
+        return text
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except yaml.YAMLError as error:
+        raise UserError(f"{flag}: {text!r} is not a valid value ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,58 @@
+"""Running the Trainer: from a checkpoint or from the start, to the end or to a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from ldm.callbacks.signals import TrainingStopped
+from ldm.training.run import Run
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+
+def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run: Run) -> None:
+    """Train, from `run.resume` if there is one.
+
+    Raises:
+        SystemExit: a signal stopped the training after its state was saved; code 0 for Ctrl-C, 143 for SIGTERM.
+        UserError: Lightning refuses the combination of arguments, or the device has too little memory.
+    """
+    log.info("Run folder: %s", run.folder)
+    try:
+        with _one_line_errors():
+            trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
+    except TrainingStopped as stop:
+        log.info("Training %s; go on with: python main.py --resume %s -t", stop, run.folder)
+        raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
+
+
+def test(trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig) -> None:
+    """Run the test set through the weights that `model` holds, if there is one and the model has a test step."""
+    if not is_overridden("test_step", model, LightningModule):
+        log.info("No test: %s has no test step", type(model).__name__)
+    elif not any(config.data.params.get(key) for key in ("test", "test_urls")):
+        log.info("No test: the config has no test set")
+    else:
+        with _one_line_errors():
+            trainer.test(model, datamodule=data, verbose=trainer.is_global_zero)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(f"lightning: {' '.join(str(error).split())}") from error
+    except torch.OutOfMemoryError as error:
+        first = str(error).split(". ")[0]
+        raise UserError(f"{first}; lower data.params.batch_size and raise --accumulate_grad_batches") from error

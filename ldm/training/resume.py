@@ -1,0 +1,88 @@
+"""Taking up a training checkpoint: is it one, and is it one of this model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.io import CheckpointIO
+from pytorch_lightning import LightningModule, seed_everything
+
+from ldm.callbacks.rng import StepSeeds
+from ldm.checkpoint import load_checkpoint, load_into, save_checkpoint
+from ldm.training.arguments import DEFAULT_SEED
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+_TRAINING_STATE = ("state_dict", "loops", "optimizer_states", "lr_schedulers")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Checkpoints that are whole or not there, and that run no code when they are read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """The memory-mapped content of a training checkpoint, and where it is."""
+
+    path: Path
+    content: dict[str, Any]
+
+
+def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
+    """The training checkpoint at `path`; None if there is nothing to go on from.
+
+    Raises:
+        UserError: the file cannot be read, or holds no training state.
+    """
+    if path is None:
+        return None
+    content = load_checkpoint(path)
+    lacking = [key for key in _TRAINING_STATE if key not in content]
+    if lacking:
+        raise UserError(
+            f"{path}: no training checkpoint (it lacks {', '.join(lacking)}); make one from these weights with "
+            "tools/hack_weights.py, or start from them with model.params.ckpt_path"
+        )
+    return TrainingCheckpoint(path, content)
+
+
+def seed_run(asked: int | None, checkpoint: TrainingCheckpoint | None) -> int:
+    """Seed everything with the number `asked` for, else with that of the resumed run, else with the default."""
+    saved = checkpoint.content.get("callbacks", {}).get(StepSeeds.__name__, {}).get("seed") if checkpoint else None
+    seed = next(number for number in (asked, saved, DEFAULT_SEED) if number is not None)
+    return seed_everything(seed, verbose=False)
+
+
+def load_weights(model: LightningModule, checkpoint: TrainingCheckpoint | None) -> None:
+    """Load the weights of `checkpoint` into `model`; Lightning takes up the rest when the fit begins.
+
+    Raises:
+        UserError: it is a checkpoint of another model.
+    """
+    if checkpoint is None:
+        return
+    report = load_into(model, checkpoint.content["state_dict"], source=str(checkpoint.path))
+    if any(key.startswith("model_ema.") for key in report.missing):
+        log.info("%s: has no moving average, which starts from the weights", checkpoint.path)
+        _start_average(model)
+    model.strict_loading = False  # Lightning loads them once more, and the keys still missing are optional
+
+
+@torch.no_grad()
+def _start_average(model: Any) -> None:
+    for parameter, shadow in model.model_ema.m_name2s_name.items():
+        model.model_ema.get_buffer(shadow).copy_(model.model.get_parameter(parameter))

@@ -1,0 +1,86 @@
+"""The folder of a run: where it is, what it goes on from, and the configs that it saved before. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.training.arguments import Arguments
+from ldm.util import UserError
+
+# Tells the processes that Lightning starts for the other devices which run they belong to.
+_SHARED_FOLDER = "LDM_RUN_FOLDER"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, `logs/<time>_<name>/{checkpoints,configs,images,...}`, and the checkpoint that it goes on from."""
+
+    folder: Path
+    started: str  # prefix of the config files, so that they sort by time
+    resume: Path | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def configs(self) -> Path:
+        return self.folder / "configs"
+
+    @property
+    def saved_configs(self) -> list[Path]:
+        """The configs that earlier starts of this run saved, oldest first."""
+        return sorted(self.configs.glob("*.yaml"))
+
+
+def plan_run(arguments: Arguments) -> Run:
+    """The run that `arguments` ask for: the folder of `--resume`, or a new one. Nothing is written yet.
+
+    Raises:
+        UserError: what `--resume` names does not exist, or needs a config that is not given.
+    """
+    started = time.strftime("%Y-%m-%dT%H-%M-%S")
+    resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
+    if resume is not None and _lies_in_run(resume):
+        if arguments.name:
+            raise UserError(
+                f"--name {arguments.name!r} names a new run, but --resume goes on in {resume.parent.parent}"
+            )
+        return Run(resume.parent.parent, started, resume)
+    if not arguments.base:
+        raise UserError(f"{resume} lies in no run folder, so its config is unknown: give it with --base")
+    return Run(_new_folder(arguments, started), started, resume)
+
+
+def _checkpoint_to_resume(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for candidate in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
+            if candidate.is_file():
+                return candidate
+        raise UserError(f"--resume {name}: it holds no checkpoints/last.ckpt; did that run save one?")
+    raise UserError(f"--resume {name}: no such run folder or checkpoint")
+
+
+def _lies_in_run(checkpoint: Path) -> bool:
+    return checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "configs").is_dir()
+
+
+def _new_folder(arguments: Arguments, started: str) -> Path:
+    if "LOCAL_RANK" in os.environ and _SHARED_FOLDER in os.environ:
+        return Path(os.environ[_SHARED_FOLDER])
+    parts = [started, arguments.name or Path(arguments.base[0]).stem]
+    if arguments.postfix:
+        parts.append(arguments.postfix.lstrip("_"))
+    folder = first = arguments.logdir / "_".join(parts)
+    number = 2
+    while folder.exists():  # two runs started in one second
+        folder = first.with_name(f"{first.name}-{number}")
+        number += 1
+    os.environ[_SHARED_FOLDER] = str(folder)
+    return folder

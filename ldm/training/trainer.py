@@ -1,0 +1,189 @@
+"""What the section `lightning` describes: callbacks, loggers and the Trainer; and the learning rate."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.progress import ProgressBar
+from ldm.callbacks.rng import StepSeeds
+from ldm.callbacks.setup import SetupCallback
+from ldm.callbacks.signals import SignalRequests
+from ldm.training.arguments import Arguments
+from ldm.training.config import load_config, plain
+from ldm.training.resume import AtomicCheckpointIO
+from ldm.training.run import Run
+from ldm.training.trainer_arguments import check_names, modernise
+from ldm.util import UserError, instantiate_from_config, nearest
+
+log = logging.getLogger(__name__)
+
+_LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy", "find_unused_parameters")
+_DEFAULT_CALLBACKS: dict[str, Any] = {
+    "image_logger": {"target": "ldm.callbacks.image_logger.ImageLogger", "params": {"batch_frequency": 750}},
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
+    "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
+}
+_DEFAULT_LOGGER = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
+# Classes of 2022 that Lightning no longer has.
+_MOVED = {
+    "pytorch_lightning.loggers.TestTubeLogger": "pytorch_lightning.loggers.TensorBoardLogger",
+    "pytorch_lightning.plugins.DDPPlugin": "pytorch_lightning.strategies.DDPStrategy",
+}
+# Parameters of modelcheckpoint that last.ckpt decides for itself.
+_NOT_KEPT = ("save_last", "dirpath")
+
+
+def merge_config(arguments: Arguments, run: Run) -> DictConfig:
+    """The config of a run: what it saved before, then `--base` left to right, then the command line.
+
+    Raises:
+        UserError: a config cannot be read; a key of the section `lightning`, or a Trainer argument, does not exist.
+    """
+    valid = set(inspect.signature(Trainer).parameters)
+    check_names(arguments.trainer, valid, "option --{}")
+    config = load_config([*run.saved_configs, *arguments.base], arguments.overrides)
+    section = config.setdefault("lightning", {})
+    for key in section:
+        if key not in _LIGHTNING_KEYS:
+            raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
+    section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
+    check_names(section["trainer"], valid, "key lightning.trainer.{}")
+    return config
+
+
+def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed: int) -> list[Callback]:
+    """The default callbacks, changed and added to by `lightning.callbacks`."""
+    section = config.lightning
+    callbacks: list[Callback] = [
+        StepSeeds(seed),
+        SetupCallback(
+            now=run.started,
+            logdir=run.folder,
+            ckptdir=run.checkpoints,
+            cfgdir=run.configs,
+            config=OmegaConf.masked_copy(config, ["model", "data"]),
+            lightning_config=section,
+        ),
+    ]
+    if section.trainer.get("enable_progress_bar", True) is not False:
+        refresh_rate = section.trainer.get("progress_bar_refresh_rate")
+        callbacks.append(ProgressBar(1 if refresh_rate is None else refresh_rate))
+    described = OmegaConf.merge(_DEFAULT_CALLBACKS, section.get("callbacks") or {})
+    built = [_instantiate(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
+    if section.trainer.get("logger") is False:
+        built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
+    return callbacks + built + _build_checkpoints(config, run, requests)
+
+
+def _build_checkpoints(config: DictConfig, run: Run, requests: SignalRequests) -> list[Callback]:
+    section = config.lightning
+    periodic = section.trainer.get("enable_checkpointing", section.trainer.get("checkpoint_callback")) is not False
+    given = plain((section.get("modelcheckpoint") or {}).get("params") or {})
+    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, given.get("every_n_train_steps"), periodic)
+    params = {key: value for key, value in given.items() if key not in _NOT_KEPT}
+    params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
+    if params["monitor"] is not None:
+        params.setdefault("save_top_k", 3)
+    if not periodic or (params["monitor"] is None and "save_top_k" not in params):
+        return [last]
+    params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}", "verbose": True, **params}
+    kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
+    return [_instantiate(kept, "lightning.modelcheckpoint"), last]
+
+
+def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Logger] | bool:
+    """A CSV logger, and TensorBoard or what `lightning.logger` describes."""
+    if config.lightning.trainer.get("logger") is False:
+        return False
+    described = {"target": _DEFAULT_LOGGER["target"], **plain(config.lightning.get("logger") or {})}
+    params = {"save_dir": str(run.folder), **(described.get("params") or {})}
+    target = _MOVED.get(described["target"], described["target"])
+    if target.endswith("TensorBoardLogger"):
+        params = {"name": "tensorboard", "version": "", **params}
+    elif target.endswith("WandbLogger"):
+        params = {"name": run.folder.name, **params}
+        if project:
+            params["project"] = project
+    try:
+        logger = _instantiate({**described, "target": target, "params": params}, "lightning.logger")
+    except ModuleNotFoundError as error:
+        raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
+    return [logger, CSVLogger(str(run.folder), name="csv")]
+
+
+def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[Logger] | bool, run: Run) -> Trainer:
+    """The Trainer that `config.lightning` describes.
+
+    Raises:
+        UserError: an argument has a value that Lightning does not take.
+    """
+    given = modernise(plain(config.lightning.trainer), has_cuda=torch.cuda.is_available())
+    given.setdefault("strategy", _strategy(config.lightning, given))
+    given |= {
+        "callbacks": callbacks,
+        "default_root_dir": str(run.folder),
+        "enable_checkpointing": True,  # LastCheckpoint decides when
+        "logger": loggers,
+        "plugins": [AtomicCheckpointIO()],
+    }
+    try:
+        return Trainer(**given)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
+
+
+def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Trainer, scale: bool) -> None:
+    """Set `model.learning_rate` from `model.base_learning_rate`; `scale` multiplies it by the images of a step.
+
+    Raises:
+        UserError: there is no base learning rate, or no batch size to scale it by.
+    """
+    base = config.model.get("base_learning_rate")
+    if base is None:
+        raise UserError("the config has no model.base_learning_rate; give it as model.base_learning_rate=1e-5")
+    if not scale:
+        model.learning_rate = base
+        log.info("Learning rate %.3e (not scaled)", base)
+        return
+    batch_size = ((config.get("data") or {}).get("params") or {}).get("batch_size")
+    if batch_size is None:
+        raise UserError("no data.params.batch_size to scale the learning rate by; give it, or --scale_lr False")
+    accumulate, devices = trainer.accumulate_grad_batches, trainer.num_devices
+    model.learning_rate = accumulate * devices * batch_size * base
+    log.info(
+        "Learning rate %.3e = %d (accumulated batches) * %d (devices) * %d (batch size) * %.3e (base_learning_rate)",
+        model.learning_rate, accumulate, devices, batch_size, base,
+    )  # fmt: skip
+
+
+def _strategy(section: DictConfig, arguments: Mapping[str, Any]) -> Any:
+    described = section.get("strategy")
+    if arguments["devices"] in (1, "1", [arguments["devices"]]):
+        return "auto"
+    if isinstance(described, str):
+        return described
+    if described:
+        return _instantiate(plain(described), "lightning.strategy")
+    return "ddp_find_unused_parameters_true" if section.get("find_unused_parameters") else "auto"
+
+
+def _instantiate(described: Mapping[str, Any], where: str) -> Any:
+    """`instantiate_from_config` with the place in the config in its errors."""
+    try:
+        return instantiate_from_config({**described, "target": _MOVED.get(described["target"], described["target"])})
+    except (UserError, MisconfigurationException, KeyError) as error:
+        raise UserError(f"{where}: {error}") from error

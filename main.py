@@ -1,0 +1,72 @@
+"""Train a latent diffusion model or an autoencoder from YAML configs: `python main.py --help`."""
+
+from __future__ import annotations
+
+import importlib
+import pdb
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ldm.cli import run
+from ldm.training.arguments import parse_arguments
+
+# What YAML files name as `main.X`. Looked up when it is named, so that `--help` need not import torch.
+_EXPORTS = {
+    "DataModuleFromConfig": "ldm.data.datamodule",
+    "WebDataNpyModuleFromConfig": "ldm.data.datamodule",
+    "SetupCallback": "ldm.callbacks.setup",
+    "ImageLogger": "ldm.callbacks.image_logger",
+    "CUDACallback": "ldm.callbacks.device",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main() -> None:
+    """Parse, merge, build, take up, fit, test."""
+    arguments = parse_arguments(sys.argv[1:])
+
+    from ldm.callbacks.signals import SignalRequests
+    from ldm.training.config import build_data, build_model
+    from ldm.training.fit import fit, test
+    from ldm.training.resume import load_weights, read_training_checkpoint, seed_run
+    from ldm.training.run import plan_run
+    from ldm.training.trainer import build_callbacks, build_loggers, build_trainer, merge_config, set_learning_rate
+
+    plan = plan_run(arguments)
+    config = merge_config(arguments, plan)
+    with SignalRequests() as requests, _debugger_on_error(arguments.debug):
+        checkpoint = read_training_checkpoint(plan.resume)
+        seed = seed_run(arguments.seed, checkpoint)
+        model = build_model(config)
+        data = build_data(config)
+        load_weights(model, checkpoint)
+        callbacks = build_callbacks(config, plan, requests, seed)
+        loggers = build_loggers(config, plan, arguments.project)
+        trainer = build_trainer(config, callbacks, loggers, plan)
+        if arguments.train:
+            set_learning_rate(model, config, trainer, arguments.scale_lr)
+            fit(trainer, model, data, plan)
+        if not arguments.no_test:
+            test(trainer, model, data, config)
+
+
+@contextmanager
+def _debugger_on_error(debug: bool) -> Iterator[None]:
+    """With `--debug`, open the debugger where an error was raised."""
+    try:
+        yield
+    except Exception:
+        if debug:
+            pdb.post_mortem()
+        raise
+
+
+if __name__ == "__main__":
+    run(main)
