@@ -71,7 +71,7 @@ class AutoencoderKL(pl.LightningModule):
         self.image_key = image_key
         self.embed_dim = embed_dim
         self.monitor = monitor
-        self.learning_rate: float | None = None
+        self.learning_rate: float | None = None  # set by whoever trains
         self.encoder, self.decoder = _coders(ddconfig, double_z=True)
         self.downsampling = 2 ** (len(self.encoder.down) - 1)  # pixels a latent pixel, each way
         self.loss = instantiate_from_config(lossconfig)
@@ -131,6 +131,9 @@ class AutoencoderKL(pl.LightningModule):
         self, inputs: torch.Tensor, output: tuple[torch.Tensor, DiagonalGaussianDistribution], player: int, split: str
     ) -> torch.Tensor:
         reconstructions, posterior = output
+        if reconstructions.shape != inputs.shape:
+            height, width = inputs.shape[2:]
+            raise UserError(f"images of {height}x{width} do not halve evenly in the autoencoder; resize them")
         loss, values = self.loss(
             inputs,
             reconstructions,
@@ -166,6 +169,8 @@ class AutoencoderKL(pl.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         parts = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
+        if self.learning_rate is None:
+            raise UserError("no learning rate: set model.base_learning_rate in the config")
         players = [[parameter for part in parts for parameter in part.parameters()]]
         if self.adversarial:
             players.append(list(self.loss.discriminator.parameters()))

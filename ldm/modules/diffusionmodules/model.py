@@ -246,13 +246,16 @@ class Decoder(nn.Module):
         widths.append(widths[-1])  # the lowest level starts from the middle, which is as wide
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = _Middle(widths[-1], dropout, attention)
+        # Counted from the lowest level up, which matters to a `resolution` that does not halve evenly.
+        last = len(ch_mult) - 1
+        sizes = [resolution // 2**last * 2 ** (last - i) for i in range(len(ch_mult))]
         self.up = nn.ModuleList(
             _UpLevel(
                 widths[i + 1],
                 widths[i],
                 num_res_blocks + 1,
                 dropout,
-                attention and resolution // 2**i in attn_resolutions,
+                attention and sizes[i] in attn_resolutions,
                 upsample=Upsample(widths[i], resamp_with_conv) if i > 0 else nn.Identity(),
             )
             for i in range(len(ch_mult))

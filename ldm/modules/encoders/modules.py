@@ -27,10 +27,10 @@ _CLIP_L14_TEXT = {
 
 
 class AbstractEncoder(nn.Module):
-    """What a cond stage is: `encode` gives the conditioning of a batch."""
+    """What a cond stage is: `encode` gives the conditioning of a batch, by default as calling the module does."""
 
     def encode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError
+        return self(*args, **kwargs)
 
     def freeze(self) -> None:
         """Evaluation mode, and no gradients for the parameters."""
@@ -49,8 +49,6 @@ class DummyEncoder(AbstractEncoder):
         """`batch[key]`; a tensor is passed through."""
         return _entry(batch, self.key)
 
-    encode = forward
-
 
 class ClassEmbedder(AbstractEncoder):
     """A learned vector for each of `n_classes` labels; labels are the batch entry `key`."""
@@ -63,8 +61,6 @@ class ClassEmbedder(AbstractEncoder):
     def forward(self, batch: Mapping[str, torch.Tensor] | torch.Tensor, key: str | None = None) -> torch.Tensor:
         """Labels (B,), given or in the batch -> (B, 1, embed_dim)."""
         return self.embedding(_entry(batch, key or self.key)[:, None])
-
-    encode = forward
 
 
 def _entry(batch: Mapping[str, torch.Tensor] | torch.Tensor, key: str) -> torch.Tensor:
@@ -123,8 +119,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     def forward(self, texts: Sequence[str] | str) -> torch.Tensor:
         """Captions -> (B, max_length, hidden_size)."""
         return self.transformer(self.tokenize(texts).to(self.device))
-
-    encode = forward
 
 
 class _TextTransformer(nn.Module):

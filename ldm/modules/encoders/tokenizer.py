@@ -83,7 +83,8 @@ class ClipTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, however many, without start and end tokens."""
-        return [encoding.ids for encoding in self._backend.encode_batch([clean(text) for text in texts])]
+        # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
+        return [self._backend.encode(clean(text)).ids for text in texts]
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         tokens = torch.full((len(texts), self.max_length), self.end)

@@ -164,12 +164,24 @@ def test_identity_loss_is_for_frozen_use(tmp_path: Path, image_loader: DataLoade
         trainer(tmp_path, max_steps=1).fit(model, image_loader)
 
 
+def test_training_needs_a_learning_rate(tmp_path: Path, image_loader: DataLoader) -> None:
+    model = AutoencoderKL(DDCONFIG, gan(), embed_dim=4)
+    with pytest.raises(UserError, match=r"set model\.base_learning_rate"):
+        trainer(tmp_path, max_steps=1).fit(model, image_loader)
+
+
+def test_images_that_do_not_halve_evenly(tmp_path: Path) -> None:
+    model = AutoencoderKL(DDCONFIG, gan(), embed_dim=4)
+    with pytest.raises(UserError, match="images of 31x32 do not halve evenly"):
+        trainer(tmp_path).validate(model, DataLoader([{"image": torch.zeros(31, 32, 3)}]))
+
+
 def test_training_without_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     torch.manual_seed(0)
     model = AutoencoderKL(DDCONFIG, gan(disc_factor=0.0), embed_dim=4)
     model.learning_rate = 1e-3
     discriminator = model.loss.discriminator.main[0].weight.clone()
-    run = trainer(tmp_path, max_epochs=15, accumulate_grad_batches=1, gradient_clip_val=1e5)
+    run = trainer(tmp_path, max_epochs=30, accumulate_grad_batches=2, gradient_clip_val=1e5)
     run.validate(model, image_loader, verbose=False)
     before = run.callback_metrics["val/rec_loss"].item()
     run.fit(model, image_loader, image_loader)

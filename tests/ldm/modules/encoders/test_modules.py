@@ -124,9 +124,11 @@ def test_class_embedder() -> None:
     assert list(encoder.state_dict()) == ["embedding.weight"]
 
 
-def test_abstract_encoder() -> None:
-    with pytest.raises(NotImplementedError):
-        AbstractEncoder().encode("a cat")
+def test_freezing_an_encoder() -> None:
+    encoder: AbstractEncoder = ClassEmbedder(embed_dim=8)
+    encoder.freeze()
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 class StandInClip(nn.Module):
