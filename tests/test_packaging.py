@@ -34,7 +34,7 @@ DISTRIBUTIONS = {
     "tomli": "pytest",
     "yaml": "pyyaml",
 }
-OURS = {"ldm", "main", "tools", "tests"}
+OURS = {"ldm", "main", "tools", "tests", "conftest"}
 
 
 def name_of(requirement: str) -> str:
