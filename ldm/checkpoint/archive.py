@@ -59,7 +59,9 @@ class ZipArchive:
 
     def locate(self, name: str) -> tuple[int, int]:
         """Byte offset and size of the record `name`."""
-        record = self.records[self.root + name]
+        record = self.records.get(self.root + name)
+        if record is None:
+            raise ValueError(f"record {name} is missing")
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise ValueError(f"record {name} is compressed or encrypted, which torch.save never does")
         header = self.file.map[record.header_offset : record.header_offset + 30]

@@ -48,19 +48,19 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
     head = _head(path)
     file = MappedFile(path, mapped=mmap)
     try:
+        if _is_safetensors(head):
+            return OpenCheckpoint(_load_safetensors(path, file), file)
         if head.startswith(b"PK\x03\x04"):
             content = ZipArchive(path, file).load()
         elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             content = load_legacy(file)
-        elif head[8:9] == b"{":
-            return OpenCheckpoint(_load_safetensors(path, file), file)
         else:
             raise UserError(f"{path}: not a checkpoint (neither .ckpt nor .safetensors content); name the right file")
         content, left_out = without_left_out(content)
     except UserError:
         raise
     except Exception as error:  # a broken or hostile file can trip anything, and all of it means the same
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint ({reason}); download or copy it again") from error
     if left_out:
         log.info("%s: left out, being neither tensors nor plain data: %s", path, ", ".join(left_out))
@@ -113,9 +113,14 @@ def _head(path: Path) -> bytes:
     if not head:
         raise UserError(f"{path}: empty file; download or copy it again")
     for beginning, meaning in _MISTAKEN:
-        if head.lstrip().startswith(beginning):
+        if head.lstrip().startswith(beginning) and not _is_safetensors(head):
             raise UserError(f"{path}: {meaning}")
     return head
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file begins with a 64-bit length, of which some byte is not text, and a JSON object."""
+    return head[8:9] == b"{" and not all(32 <= byte < 127 for byte in head[:8])
 
 
 def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, is_optional
-from ldm.modules.ema import shadow_name
+from ldm.training.layout import ema_key
 from ldm.util import UserError
 
 Weights = Mapping[str, torch.Tensor]
 
-
-def ema_key(key: str) -> str:
-    """The state-dict key of the EMA of the weight `key`, which is below `model.`."""
-    return "model_ema." + shadow_name(key.removeprefix("model."))
+# What the training's config says.
+_OWN = (*SCHEDULE_KEYS, "model_ema.decay")
 
 
 @dataclass
@@ -61,7 +57,7 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
     origins = _ema_origins(state_dict, release)
     for key, own in state_dict.items():
         origin = origins.get(key, key)
-        if key in SCHEDULE_KEYS or origin not in release:
+        if key in _OWN or origin not in release:
             if own.is_meta or not is_optional(key):
                 raise UserError(f"{source}: lacks {origin}, which the training has; is it a release of another model?")
             result.kept.append(key)
@@ -102,52 +98,3 @@ def grafted_checkpoint(training: Mapping[str, Any], grafted: Graft) -> dict[str,
     """
     optimizers = [{**state, "state": {}} for state in training["optimizer_states"]]
     return {**training, "state_dict": grafted.state_dict, "optimizer_states": optimizers}
-
-
-def fresh_checkpoint(grafted: Graft) -> dict[str, Any]:
-    """A Lightning checkpoint at step 0 that holds the grafted weights alone.
-
-    It names no optimizer and no scheduler: a resume then makes them from its config, with the learning rate that
-    `--scale_lr` and the number of devices give.
-    """
-    return {
-        "epoch": 0,
-        "global_step": 0,
-        "pytorch-lightning_version": pl.__version__,
-        "state_dict": grafted.state_dict,
-        "loops": _loops_at_start(),
-        "callbacks": {},
-        "optimizer_states": [],
-        "lr_schedulers": [],
-    }
-
-
-def _loops_at_start() -> dict[str, Any]:
-    """The progress of a trainer that has not begun, as Lightning saves it."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, **quiet)
-    names = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
-    return {name: getattr(trainer, name).state_dict() for name in names}
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Gives what `torch.empty` makes, which layers then fill at random, no memory; all other tensors get theirs."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
-
-
-def state_dict_without_weights(build: Callable[[], torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """The state dict of the module that `build` makes: weights on the meta device, buffers with their values."""
-    with _EmptyOnMeta():
-        return build().state_dict()
-
-
-def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
-    """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training."""
-    missing = [key for key in ("state_dict", "optimizer_states", "global_step") if key not in content]
-    if missing:
-        raise UserError(f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt")

@@ -10,13 +10,8 @@ from pathlib import Path
 
 from ldm.checkpoint import OpenCheckpoint, open_checkpoint, save_checkpoint, weights_of
 from ldm.training.config import build_model, load_config
-from ldm.training.graft import (
-    check_training_checkpoint,
-    fresh_checkpoint,
-    graft,
-    grafted_checkpoint,
-    state_dict_without_weights,
-)
+from ldm.training.graft import graft, grafted_checkpoint
+from ldm.training.layout import check_training_checkpoint
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -47,6 +42,8 @@ def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Pat
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
+    from ldm.training.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
+
     _check_out(out, release_path)
     config = load_config(config_names)
     release = open_checkpoint(release_path)
@@ -75,7 +72,7 @@ def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
     try:
         save_checkpoint(content, out, sources=[source.file for source in sources])
     except BaseException:  # Ctrl-C too: what was not replaced needs no second name
-        if kept:
+        if kept and kept.samefile(out):
             kept.unlink()
         raise
     if kept:

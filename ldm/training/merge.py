@@ -18,7 +18,7 @@ from ldm.checkpoint import (
     save_state_dict,
     weights_of,
 )
-from ldm.training.graft import check_training_checkpoint, ema_key
+from ldm.training.layout import check_training_checkpoint, ema_key
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
