@@ -168,9 +168,9 @@ class AutoencoderKL(pl.LightningModule):
             self._player_loss(inputs, output, player, "val")
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        parts = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
         if self.learning_rate is None:
             raise UserError("no learning rate: set model.base_learning_rate in the config")
+        parts = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
         players = [[parameter for part in parts for parameter in part.parameters()]]
         if self.adversarial:
             players.append(list(self.loss.discriminator.parameters()))
@@ -195,7 +195,7 @@ class AutoencoderKL(pl.LightningModule):
         if not hasattr(self, "colorize"):
             return x
         x = F.conv2d(x, self.colorize)
-        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+        return 2.0 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1.0
 
 
 class VQModelInterface(nn.Module):

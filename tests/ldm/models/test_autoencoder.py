@@ -181,13 +181,13 @@ def test_training_without_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     model = AutoencoderKL(DDCONFIG, gan(disc_factor=0.0), embed_dim=4)
     model.learning_rate = 1e-3
     discriminator = model.loss.discriminator.main[0].weight.clone()
-    run = trainer(tmp_path, max_epochs=30, accumulate_grad_batches=2, gradient_clip_val=1e5)
+    run = trainer(tmp_path, max_epochs=20, accumulate_grad_batches=2, gradient_clip_val=1e5)
     run.validate(model, image_loader, verbose=False)
     before = run.callback_metrics["val/rec_loss"].item()
     run.fit(model, image_loader, image_loader)
-    assert run.callback_metrics["val/rec_loss"].item() < 0.6 * before
+    assert run.callback_metrics["val/rec_loss"].item() < 0.7 * before
     assert {"train/rec_loss", "train/kl_loss", "train/total_loss", "val/kl_loss"} <= set(run.callback_metrics)
-    assert run.global_step == model.autoencoder_steps == 30
+    assert run.global_step == model.autoencoder_steps == 20
     assert torch.equal(model.loss.discriminator.main[0].weight, discriminator)
 
 
