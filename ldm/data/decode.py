@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from ldm.util import UserError
 
 # What photographs and drawings come in. Not all that Pillow reads: EPS would start Ghostscript.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 MAX_PIXELS = 2**28  # larger claims are refused: 16384 x 16384 pixels are 768 MiB of RGB
 

@@ -36,7 +36,7 @@ def epoch_batches(
         tail = len(order) - (cuts[-1] if cuts else 0)
         if drop_last and tail < size:
             order = order[: len(order) - tail]
-        elif tail < world and size + tail >= 2 * world:
+        elif cuts and tail < world and size + tail >= 2 * world:
             cuts[-1] -= world - tail  # the step before gives up what the last one lacks
         steps += [step for step in np.split(order, cuts) if len(step) >= world]
     if shuffle and len(groups) > 1:

@@ -73,7 +73,7 @@ def index_tar(path: Path) -> list[TarSample]:
     """
     samples: dict[str, TarSample] = {}
     if not path.is_file():
-        raise UserError(f"{path}: no such shard")
+        raise UserError(f"{path}: no such file")
     for name, offset, size in _members(path):
         key, extension = split_name(name.removeprefix("./"))
         if not extension or key.startswith("__") or key.rpartition("/")[2] == "":

@@ -1,0 +1,96 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from ldm.data.loader import ResumableLoader, SeededDataset
+from ldm.data.sampling import EpochBatchSampler
+from ldm.util import UserError
+
+
+class Noisy(Dataset):
+    """Numbers with noise from all three generators."""
+
+    def __len__(self):
+        return 13
+
+    def __getitem__(self, index):
+        noise = random.random() + np.random.rand() + torch.rand(()).item()  # noqa: NPY002
+        return torch.tensor([index, noise], dtype=torch.float64)
+
+
+class Broken(Noisy):
+    def __getitem__(self, index):
+        raise UserError(f"a.tar: sample {index} is broken")
+
+
+def loader(num_workers=0, dataset=None, batch_size=3):
+    dataset = dataset or Noisy()
+    sampler = EpochBatchSampler([np.arange(len(dataset))], batch_size, shuffle=True, seed=5)
+    return ResumableLoader(SeededDataset(dataset, seed=5), sampler, num_workers=num_workers)
+
+
+def epoch_of(loader, epoch):
+    loader.batch_sampler.set_epoch(epoch)
+    return torch.cat(list(loader))
+
+
+def test_order_and_augmentation_do_not_depend_on_workers():
+    torch.manual_seed(0)
+    alone, shared = loader(0), loader(2)
+    for epoch in (0, 1, 4):
+        torch.testing.assert_close(epoch_of(alone, epoch), epoch_of(shared, epoch), rtol=0, atol=0)
+    assert not torch.equal(epoch_of(alone, 0), epoch_of(alone, 1))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_more_workers_than_samples():
+    assert sorted(epoch_of(loader(4, batch_size=8), 0)[:, 0].tolist()) == list(range(13))
+
+
+def test_reading_leaves_the_global_generators_alone():
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    epoch_of(loader(0), 0)
+    epoch_of(loader(1), 0)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize(("num_workers", "consumed"), [(0, 0), (0, 1), (0, 5), (2, 0), (2, 3)])
+def test_a_new_loader_goes_on_after_the_batches_handed_out(num_workers, consumed):
+    whole = epoch_of(loader(), 3).split(3)
+    first = loader(num_workers)
+    first.batch_sampler.set_epoch(3)
+    batches = iter(first)
+    for _ in range(consumed):
+        next(batches)
+    state = first.state_dict()
+    assert (state["epoch"], state["batch"]) == (3, consumed)
+
+    second = loader(num_workers)
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    second.batch_sampler.set_epoch(3)  # as Lightning does
+    assert len(second) == len(whole)
+    rest = list(second)
+    assert len(rest) == len(whole) - consumed
+    for ours, theirs in zip(rest, whole[consumed:], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(epoch_of(second, 4), epoch_of(first, 4))
+
+
+def test_a_position_in_other_data_starts_the_epoch_again(caplog):
+    state = loader().state_dict() | {"epoch": 2, "batch": 3}
+    other = loader(batch_size=4)
+    other.load_state_dict(state)
+    assert (other.batch_sampler.epoch, other.batch_sampler.start) == (2, 0)
+    assert "batch_size was 3, is 4" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_a_worker_is_one_line(num_workers):
+    with pytest.raises(UserError, match=r"^a\.tar: sample \d+ is broken$"):
+        next(iter(loader(num_workers, Broken())))

@@ -1,0 +1,85 @@
+"""Encode pictures and captions once, for training without the autoencoder and the text encoder.
+
+    python tools/preencode.py --ckpt models/ldm/stable-diffusion-v1/model.ckpt \\
+        --config configs/latent-diffusion/stable_diffusion_v1.yaml \\
+        --images pictures/ --out shards/toms-%06d.tar --size 512 --flip
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+
+from ldm.cli import run
+
+logger = logging.getLogger(__name__)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, type=Path, help="release checkpoint, .ckpt or .safetensors")
+    add("--config", required=True, help="its config, with the text encoder")
+    add(
+        "--images",
+        required=True,
+        nargs="+",
+        help="a folder with name.txt beside name.jpg, or with metadata.jsonl; or tars of pictures and .txt",
+    )
+    add("--out", required=True, help="shards to write, such as shards/toms-%%06d.tar or shards/toms-{000..009}.tar")
+    add("--size", type=int, default=512, help="pixels; pictures are cropped to a square in the middle (default: 512)")
+    add("--batch-size", type=int, default=8, help="pictures encoded at once (default: 8)")
+    add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU if there is one (default)")
+    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the encoders (default: fp32)")
+    add("--flip", action="store_true", help="also encode the mirror image of each picture")
+    add("--caption", help="one caption for all pictures, in place of their own")
+    add("--num-workers", type=int, help="processes that decode pictures (default: up to 4)")
+    add("--overwrite", action="store_true", help="replace the shards of --out that are there")
+    arguments = parser.parse_args()
+    for name in ("size", "batch_size", "shard_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # Only now the slow imports: --help should answer at once.
+    from ldm.data.images import find_images
+    from ldm.training.preencode import Encoder, default_workers, preencode
+    from ldm.training.release import PRECISIONS, load_release, pick_device
+
+    images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
+    items = find_images(images, arguments.caption)
+    logger.info("%d pictures in %s", len(items), images)
+    device, dtype = pick_device(arguments.device), PRECISIONS[arguments.precision]
+    model = load_release(arguments.ckpt, arguments.config)
+    report = preencode(
+        Encoder(model, device, dtype),
+        items,
+        arguments.out,
+        size=arguments.size,
+        batch_size=arguments.batch_size,
+        shard_size=arguments.shard_size,
+        flip=arguments.flip,
+        workers=default_workers() if arguments.num_workers is None else arguments.num_workers,
+        overwrite=arguments.overwrite,
+    )
+    logger.info(
+        "wrote %d samples of %d pictures in %d shards to %s; %d pictures failed, %d without a caption",
+        report.samples,
+        report.pictures,
+        len(report.shards),
+        Path(arguments.out).parent,
+        len(report.failed),
+        report.without_caption,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
