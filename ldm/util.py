@@ -87,7 +87,9 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
         raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {config!r}")
     for key in config:
         if key not in ("target", "params"):
-            raise UserError(f"unknown key {key!r} beside target {config['target']!r}{nearest(key, ['target', 'params'])}")
+            raise UserError(
+                f"unknown key {key!r} beside target {config['target']!r}{nearest(key, ['target', 'params'])}"
+            )
     target = get_obj_from_str(config["target"])
     params = {**(config.get("params") or {}), **overrides}
     check_params(config["target"], target, params)

@@ -61,7 +61,7 @@ def load_release(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LatentDiffusion:
-    """The model that `config` (a path, or what `load_config` gives) describes, with the weights of `ckpt`, for inference.
+    """The model of `config` (a path, or what `load_config` gives) with the weights of `ckpt`, for inference.
 
     The diffusion schedule stays in float32 whatever `dtype` is.
 
