@@ -95,7 +95,7 @@ def load_legacy(file: MappedFile) -> Any:
     """What a file from before PyTorch 1.6 holds: three pickles of preamble, the object, the storage keys, the data."""
     stream = file.map
     stream.seek(0)
-    if (_read_plain(stream), _read_plain(stream)) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
+    if _read_plain(stream) != _LEGACY_MAGIC or _read_plain(stream) != _LEGACY_PROTOCOL:
         raise ValueError("a pickle that torch.save did not write")
     _read_plain(stream)  # the byte widths of the writing machine
     start = stream.tell()

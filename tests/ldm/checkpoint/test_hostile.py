@@ -1,0 +1,231 @@
+"""Nothing that a checkpoint names is ever run."""
+
+import builtins
+import io
+import os
+import pickle
+import struct
+import subprocess
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from ldm.checkpoint import load_checkpoint, load_state_dict
+from ldm.util import UserError
+
+
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *args, state=None):
+        self.parts = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.parts
+
+
+class New:
+    """Pickles as the creation of an object, by NEWOBJ."""
+
+    def __reduce_ex__(self, protocol):
+        return object.__reduce_ex__(self, 2)
+
+
+class SetState:
+    """Runs a command when its state is set."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __setstate__(self, state):
+        os.system(state["command"])
+
+
+def opcodes(command):
+    """Hand-written pickles that run `command`, by every opcode that calls something."""
+    text = command.encode()
+    short = b"\x8c" + bytes([len(text)]) + text
+    return {
+        "GLOBAL, REDUCE": b"cos\nsystem\n(V" + text + b"\ntR.",
+        "INST": b"(V" + text + b"\nios\nsystem\n.",
+        "OBJ": b"(cos\nsystem\nV" + text + b"\no.",
+        "NEWOBJ": b"\x80\x02csubprocess\nPopen\n(V" + text + b"\n(lK\x01t\x81.",
+        "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + short + b"\x85R.",
+        "dotted STACK_GLOBAL": b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93" + short + b"\x85R.",
+        "NEWOBJ_EX": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + short + b"\x85}\x92.",
+        "BUILD on a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}V__code__\ncos\nsystem\nsb.",
+        "EXT1": b"\x80\x02\x82\x01.",
+    }
+
+
+def payloads(command):
+    """Objects whose unpickling would run `command`."""
+    system = Call(os.system, command)
+    python = f"import os; os.system({command!r})"
+    return {
+        "os.system": system,
+        "subprocess": Call(subprocess.Popen, command, -1, None, None, None, None, None, True, True),
+        "eval": Call(eval, f"__import__('os').system({command!r})"),
+        "exec": Call(exec, python),
+        "getattr": Call(getattr, Call(__import__, "os"), "system"),
+        "getattr, then called": Call(map, Call(getattr, Call(__import__, "os"), "system"), [command]),
+        "setattr": Call(setattr, torch.Size, "numel", eval),
+        "torch.hub.load": Call(torch.hub.load, command, "model"),
+        "torch.load": Call(torch.load, command),
+        "torch._C": Call(
+            torch._C._load_for_lite_interpreter if hasattr(torch._C, "_load_for_lite_interpreter") else id, 1
+        ),
+        "torch.utils": Call(torch.utils.cpp_extension.load_inline, "x", command)
+        if hasattr(torch.utils, "cpp_extension")
+        else Call(torch.jit.load, command),
+        "copyreg": Call(__import__("copyreg")._reconstructor, subprocess.Popen, object, None),
+        "__setstate__": SetState(command),
+        "NEWOBJ": New(),
+        "state of an OrderedDict": Call(OrderedDict, state={"__class__": Call(eval, python)}),
+        "a rebuild function's argument": Call(torch._utils._rebuild_parameter, system, False, OrderedDict()),
+        "hooks of a tensor": Call(torch._utils._rebuild_tensor_v2, torch.ones(2), 0, (2,), (1,), True, system),
+        "_rebuild_from_type_v2": Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (command,), None),
+        "default factory": Call(__import__("collections").defaultdict, eval),
+        "_codecs": Call(__import__("_codecs").decode, command.encode(), "rot13"),
+        "builtins": Call(builtins.compile, python, "x", "exec"),
+    }
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "ran"
+
+
+def names(of):
+    return sorted(of("x"))
+
+
+@pytest.mark.parametrize("name", names(opcodes))
+@pytest.mark.parametrize("container", ["zip", "legacy"])
+def test_no_opcode_runs_anything(name, container, marker, write_zip, write_legacy):
+    data = opcodes(f"touch {marker}")[name]
+    path = write_zip(data_pkl=data) if container == "zip" else write_legacy(data)
+    with pytest.raises(UserError, match=str(path)):
+        load_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", names(payloads))
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["top", "value", "state_dict", "key", "callbacks"])
+def test_no_object_runs_anything(name, zipped, place, marker, tmp_path):
+    evil = payloads(f"touch {marker}")[name]
+    weights = {"w": torch.arange(3.0)}
+    content = {
+        "top": evil,
+        "value": {"state_dict": weights, "x": evil},
+        "state_dict": {"state_dict": {**weights, "x": evil}},
+        "key": {"state_dict": weights, evil: 1},
+        "callbacks": {"state_dict": weights, "callbacks": [{"deep": (1, [evil])}]},
+    }[place]
+    path = tmp_path / "evil.ckpt"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    try:
+        loaded = load_checkpoint(path)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert place == "top" or torch.equal(loaded["state_dict"]["w"], weights["w"])
+    assert not marker.exists()
+
+
+def test_what_is_left_out_is_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(2)}, "callbacks": {SetState: {"best": 1}, "kept": 2}}, path)
+    assert load_checkpoint(path)["callbacks"] == {"kept": 2}
+    assert f"{SetState.__module__}.SetState" in caplog.text
+
+
+def test_a_pickled_module_is_refused_by_name(tmp_path):
+    path = tmp_path / "module.ckpt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict"):
+        load_checkpoint(path)
+
+
+def test_a_storage_smaller_than_its_tensor_is_refused(write_zip):
+    """Else a tensor would show memory that lies behind its own."""
+    for size, stride in [((1000,), (1,)), ((2,), (1 << 40,)), ((1 << 62, 4), (4, 1)), ((2,), (-1,))]:
+        path = write_zip(data_pkl=_tensor_pickle(numel=2, offset=0, size=size, stride=stride), **{"data/0": b"\0" * 8})
+        with pytest.raises(UserError):
+            load_checkpoint(path)
+    for numel, offset in [(1000, 0), (-1, 0), (2, 5), (2, -1), (1 << 62, 0)]:
+        data = _tensor_pickle(numel=numel, offset=offset, size=(2,), stride=(1,))
+        with pytest.raises(UserError):
+            load_checkpoint(write_zip(data_pkl=data, **{"data/0": b"\0" * 8}))
+
+
+def _tensor_pickle(numel, offset, size, stride):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", numel) if value == "here" else None
+
+    buffer = io.BytesIO()
+    tensor = Call(torch._utils._rebuild_tensor_v2, "here", offset, size, stride, False, OrderedDict())
+    Pickler(buffer, protocol=2).dump({"w": tensor})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "saved_id", ["'text'", 5, ("module", os.system, "a", "b"), ("storage", os.system, "0", "cpu", 2), ("storage",)]
+)
+def test_strange_persistent_ids_are_refused(saved_id, write_zip):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return saved_id if value == "here" else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump({"w": "here"})
+    with pytest.raises(UserError):
+        load_checkpoint(write_zip(data_pkl=buffer.getvalue(), **{"data/0": b"\0" * 8}))
+
+
+def test_memory_bombs_are_refused(write_zip):
+    huge = struct.pack("<Q", 1 << 60)
+    bombs = [
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # LONG_BINPUT at 2³¹ would make pickle allocate 64 GB
+        b"\x80\x04\x8e" + huge + b"x.",  # BINBYTES8 of 1 EB
+        b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    ]
+    for bomb in bombs:
+        with pytest.raises(UserError):
+            load_checkpoint(write_zip(data_pkl=bomb))
+
+
+def test_a_pickle_that_holds_itself_loads(tmp_path):
+    content = {"state_dict": {"w": torch.ones(1)}, "list": [1]}
+    content["list"].append(content["list"])
+    content["self"] = content
+    path = tmp_path / "cycle.ckpt"
+    torch.save(content, path)
+    assert load_checkpoint(path)["self"]["list"][1][1][0] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused(tmp_path):
+    path = tmp_path / "scripted.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(UserError, match="TorchScript"):
+        load_checkpoint(path)
+
+
+def test_a_compressed_archive_is_refused_and_not_read_as_weights(tmp_path):
+    """Its bytes lie at the offsets of the weights, so mapping them would give noise."""
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as old,
+        zipfile.ZipFile(tmp_path / "deflated.ckpt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(UserError, match="compressed"):
+        load_state_dict(tmp_path / "deflated.ckpt")

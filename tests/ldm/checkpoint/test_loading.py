@@ -1,0 +1,74 @@
+"""The loader of weights says what does not fit, and loads nothing then."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.checkpoint import load_into
+from ldm.util import UserError
+
+
+class Model(nn.Module):
+    def __init__(self, cond_stage=None):
+        super().__init__()
+        self.model = nn.Linear(2, 3)
+        self.register_buffer("betas", torch.zeros(4))
+        if cond_stage is not None:
+            self.cond_stage_model = cond_stage
+
+
+def weights(**changes):
+    own = {"model.weight": torch.ones(3, 2), "model.bias": torch.ones(3), "betas": torch.ones(4)}
+    return {key: value for key, value in {**own, **changes}.items() if value is not None}
+
+
+def test_weights_are_copied():
+    model, source = Model(), weights()
+    assert load_into(model, source) == ([], [])
+    assert torch.equal(model.model.weight, torch.ones(3, 2))
+    assert model.model.weight.data_ptr() != source["model.weight"].data_ptr()
+
+
+def test_assign_takes_the_tensors_themselves():
+    model, source = Model(), weights()
+    load_into(model, source, assign=True)
+    assert model.model.weight.data_ptr() == source["model.weight"].data_ptr()
+
+
+def test_optional_keys_are_reported_and_logged(caplog):
+    caplog.set_level("INFO")
+    extra = {key: torch.ones(1) for key in ("model_ema.decay", "first_stage_model.loss.logvar", "alphas_cumprod")}
+    report = load_into(Model(), weights(betas=None, **extra), source="model.ckpt")
+    assert report.missing == ["betas"]
+    assert report.unexpected == list(extra)
+    assert "model.ckpt" in caplog.text and "betas" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.weight": torch.ones(2, 2)}, r"model\.weight has shape \(2, 2\), the model's is \(3, 2\)"),
+        ({"model.weight": None}, r"lacks model\.weight"),
+        ({"model.extra": torch.ones(1)}, r"unexpected model\.extra"),
+        ({f"model.extra{n}": torch.ones(1) for n in range(9)}, r"\(9 keys\)"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(changes, message):
+    model = Model()
+    before = model.model.bias.clone()
+    with pytest.raises(UserError, match=message) as caught:
+        load_into(model, weights(**changes), source="model.ckpt")
+    assert str(caught.value).startswith("model.ckpt: ")
+    assert torch.equal(model.model.bias, before)
+
+
+def test_a_text_tower_is_optional_where_the_model_has_none():
+    text = {"cond_stage_model.weight": torch.ones(2, 2)}
+    assert load_into(Model(), weights(**text)).unexpected == list(text)
+    assert load_into(Model(nn.Identity()), weights(**text)).unexpected == list(text)
+    with pytest.raises(UserError, match=r"lacks cond_stage_model\.weight"):
+        load_into(Model(nn.Linear(2, 2, bias=False)), weights())
+
+
+def test_the_optional_keys_can_be_chosen():
+    assert load_into(Model(), {"betas": torch.ones(4)}, optional=["model.*"]).missing == ["model.weight", "model.bias"]
