@@ -1,0 +1,247 @@
+"""What a latent diffusion model does with a batch: stages, conditioning, parameters that train, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import UserError, instantiate_from_config
+from tests.golden_data import case, seeded_tensor
+
+TEXT_TOWER = {
+    "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "params": {
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "projection_dim": 64,
+        }
+    },
+}
+
+
+def construct(cond_stage: dict | str, unet: dict | None = None, **params: object) -> LatentDiffusion:
+    torch.manual_seed(0)
+    config = {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {
+            **{key: value for key, value in case("loss_eps")["params"].items() if key != "unet"},
+            "unet_config": {"target": case("unet_sd_tiny")["target"], "params": unet or case("unet_sd_tiny")["params"]},
+            "first_stage_config": {"target": case("vae_tiny")["target"], "params": case("vae_tiny")["params"]},
+            "cond_stage_config": cond_stage,
+            **params,
+        },
+    }
+    return instantiate_from_config(config)
+
+
+def batch_of(f8: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {"f8": seeded_tensor("latent/f8", f8).half(), "t5": seeded_tensor("latent/t5", (2, 7, 64)).half()}
+
+
+def test_posterior_gives_a_fresh_latent_each_step(model: LatentDiffusion) -> None:
+    encoded = model.encode_batch(batch_of((2, 8, 8, 8)))
+    first, second = model.get_first_stage_encoding(encoded), model.get_first_stage_encoding(encoded)
+    assert first.shape == (2, 4, 8, 8)
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, second)
+
+
+def test_stored_latent_is_used_as_it_is(model: LatentDiffusion) -> None:
+    batch = batch_of((2, 4, 8, 8))
+    latent = model.get_first_stage_encoding(model.encode_batch(batch))
+    assert torch.equal(latent, model.scale_factor * batch["f8"].float())
+
+
+def test_pixels_are_encoded(model: LatentDiffusion) -> None:
+    images = seeded_tensor("latent/images", (2, 64, 64, 3), 0.5).clamp(-1, 1)
+    encoded = model.encode_batch({"f8": images})
+    expected = model.first_stage_model.encode(images.permute(0, 3, 1, 2).contiguous())
+    assert torch.equal(encoded.parameters, expected.parameters)
+
+
+def test_only_the_unet_trains(model: LatentDiffusion) -> None:
+    loss, _ = model.shared_step(batch_of((2, 8, 8, 8)))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters())
+    assert all(parameter.grad is None for parameter in model.first_stage_model.parameters())
+    assert {id(p) for p in model.trained_parameters()} == {id(p) for p in model.model.parameters()}
+
+
+def test_frozen_stages_stay_in_evaluation_mode(model: LatentDiffusion) -> None:
+    model.train()
+    assert model.model.training
+    assert not model.first_stage_model.training
+
+
+def test_text_tower_trains_along() -> None:
+    model = construct(TEXT_TOWER, cond_stage_trainable=True, cond_stage_key="txt")
+    batch = {"f8": batch_of((2, 8, 8, 8))["f8"], "txt": ["a cat", "a mouse"]}
+    model.shared_step(batch)[0].backward()
+    tower = model.cond_stage_model.transformer
+    assert all(parameter.grad is not None for parameter in tower.parameters())
+    assert len(model.trained_parameters()) == len([*model.model.parameters(), *tower.parameters()])
+    assert model.cond_stage_model.training
+
+
+def test_frozen_text_tower_gets_no_gradient() -> None:
+    model = construct(TEXT_TOWER, cond_stage_key="txt")
+    batch = {"f8": batch_of((2, 8, 8, 8))["f8"], "txt": ["a cat", "a mouse"]}
+    model.shared_step(batch)[0].backward()
+    assert all(parameter.grad is None for parameter in model.cond_stage_model.parameters())
+    assert not model.cond_stage_model.training
+
+
+def test_learned_logvar_trains(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(learn_logvar=True)
+    loss, logged = model.shared_step(batch_of((2, 8, 8, 8)))
+    loss.backward()
+    assert model.logvar.grad.abs().sum() > 0
+    assert model.trained_parameters()[-1] is model.logvar
+    assert {"logvar", "train/loss_gamma"} <= set(logged)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "cond"),
+    [
+        (None, {}, None),
+        ("concat", {"in_channels": 6}, (2, 2, 8, 8)),
+        ("adm", {"num_classes": 5}, "labels"),
+    ],
+)
+def test_other_conditionings(key: str | None, changes: dict, cond: object) -> None:
+    unet = {
+        **case("unet_attention_block")["params"],
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_classes": None,
+    } | changes
+    dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "c"}}
+    model = construct("__is_unconditional__" if key is None else dummy, unet=unet, conditioning_key=key)
+    batch = {"f8": batch_of((2, 4, 8, 8))["f8"]}
+    if cond == "labels":
+        batch["c"] = torch.tensor([1, 4])
+    elif cond is not None:
+        batch["c"] = seeded_tensor("latent/map", cond)
+    loss, _ = model.shared_step(batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_hybrid_concatenates_and_attends() -> None:
+    unet = {**case("unet_sd_tiny")["params"], "in_channels": 5}
+    dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "t5"}}
+    model = construct(dummy, unet=unet, conditioning_key="hybrid", concat_keys=["mask"])
+    batch = {**batch_of((2, 4, 8, 8)), "mask": torch.ones(2, 1, 8, 8)}
+    cond = model.encode_conditioning(batch)
+    assert [part.shape for part in cond["c_concat"]] == [(2, 1, 8, 8)]
+    assert torch.isfinite(model.shared_step(batch)[0])
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_perfect_prediction_has_no_loss(
+    make_model: Callable[..., LatentDiffusion], parameterization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(parameterization=parameterization)
+    x, noise = seeded_tensor("latent/x", (2, 4, 8, 8)), seeded_tensor("latent/noise", (2, 4, 8, 8))
+    t = torch.tensor([10, 900])
+    a, s = model.sqrt_alphas_cumprod[t].view(2, 1, 1, 1), model.sqrt_one_minus_alphas_cumprod[t].view(2, 1, 1, 1)
+    target = {"eps": noise, "x0": x, "v": a * noise - s * x}[parameterization]
+    monkeypatch.setattr(model, "apply_model", lambda *args: target)
+    loss, _ = model.p_losses(x, None, t, noise=noise)
+    assert loss.item() < 1e-10
+
+
+def test_conditioning_schedule_noises_the_conditioning() -> None:
+    dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "t5"}}
+    model = construct(dummy, num_timesteps_cond=10)
+    assert model.cond_ids[:10].tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert (model.cond_ids[10:] == 999).all()
+    assert torch.isfinite(model.shared_step(batch_of((2, 4, 8, 8)))[0])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"f8": (3, 8, 8)}, "posterior"),
+        ({"f8": (8, 9, 8)}, "multiples"),
+        ({"t5": (77, 768)}, "context_dim is 64"),
+    ],
+)
+def test_shapes_that_do_not_fit(model: LatentDiffusion, shapes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model.check_batch_shapes(shapes)
+
+
+def test_shapes_that_fit(model: LatentDiffusion) -> None:
+    model.check_batch_shapes({"f8": (8, 16, 8), "t5": (77, 64)})
+    model.check_batch_shapes({"f8": (4, 8, 8)})
+
+
+def test_log_images_keep_the_random_state_of_weights(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(use_ema=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pictures = model.log_images(batch_of((2, 8, 8, 8)), N=2, ddim_steps=5, plot_diffusion_rows=True)
+    assert {"inputs", "reconstruction", "samples", "denoise_row", "diffusion_row"} == set(pictures)
+    assert pictures["samples"].shape == (2, 3, 64, 64)
+    assert pictures["denoise_row"].shape == (10, 3, 64, 64)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_unknown_param_names_its_neighbour() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'linear_strat' in params of .*LatentDiffusion.*'linear_start'"):
+        construct("__is_unconditional__", linear_strat=1)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"parameterization": "epsilon"}, {"loss_type": "huber"}, {"conditioning_key": "cross"}, {"beta_schedule": "lin"}],
+)
+def test_unknown_values(params: dict) -> None:
+    dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "t5"}}
+    with pytest.raises(UserError, match=next(iter(params.values()))):
+        construct(dummy, **params)
+
+
+def test_optimizer_and_schedule_by_config(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(
+        optimizer_config={"target": "torch.optim.SGD", "params": {"momentum": 0.5}},
+        scheduler_config={
+            "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+            "params": {
+                "warm_up_steps": [10],
+                "cycle_lengths": [100],
+                "f_start": [0.5],
+                "f_max": [1.0],
+                "f_min": [0.1],
+            },
+        },
+    )
+    model.learning_rate = 0.2
+    [optimizer], [schedule] = model.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert schedule["interval"] == "step"
+
+
+def test_no_learning_rate_is_told(model: LatentDiffusion) -> None:
+    with pytest.raises(UserError, match="base_learning_rate"):
+        model.configure_optimizers()
+
+
+def test_weights_from_a_checkpoint(make_model: Callable[..., LatentDiffusion], tmp_path) -> None:
+    from ldm.checkpoint import save_state_dict
+
+    source = make_model()
+    save_state_dict(source.state_dict(), tmp_path / "release.safetensors")
+    model = make_model(use_ema=True)
+    torch.nn.init.zeros_(model.model.diffusion_model.out[2].weight)
+    model.init_from_ckpt(str(tmp_path / "release.safetensors"))
+    weight = source.model.diffusion_model.out[2].weight
+    assert torch.equal(model.model.diffusion_model.out[2].weight, weight)
+    assert torch.equal(model.model_ema.get_buffer("diffusion_modelout2weight"), weight)
