@@ -13,10 +13,16 @@ from ldm.util import UserError
 CONVENTIONAL_RELEASE = Path("models/ldm/stable-diffusion-v1/model.ckpt")
 LOGS = Path("logs")
 
+# transformers imports torchao where it is installed, which tells of kernels that this machine lacks and nobody uses,
+# and which registers its types in a way that torch warns about.
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `UserError` or an `OSError` on a named file becomes one line on stderr and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

@@ -1,0 +1,78 @@
+"""From captions to pictures: seeds, batches, sizes and samplers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.text_to_image import SAMPLERS, Request, latent_shape, text_to_image
+from ldm.training.release import load_release
+from ldm.util import UserError
+from tests.conftest import RELEASE_CONFIG
+
+REQUESTS = [Request("red apple", 1), Request("red apple", 2), Request("a dog", 1)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_release: Path) -> LatentDiffusion:
+    return load_release(tiny_release, RELEASE_CONFIG)
+
+
+def pictures(model: LatentDiffusion, requests: list[Request], **settings: object) -> list[torch.Tensor]:
+    settings = {"steps": 4, "scale": 3.0, "verbose": False} | settings
+    return list(text_to_image(model, requests, latent_shape(model, 32, 32), **settings))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_seed_is_a_picture_whatever_the_batch(model: LatentDiffusion, sampler: str) -> None:
+    together = pictures(model, REQUESTS, sampler=sampler, batch_size=3)
+    alone = [pictures(model, [request], sampler=sampler)[0] for request in REQUESTS]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.01)
+    assert not torch.allclose(together[0], together[2], atol=0.01)
+
+
+def test_noise_added_in_steps_is_of_the_seed_too(model: LatentDiffusion) -> None:
+    together = pictures(model, REQUESTS, eta=1.0, batch_size=3)
+    alone = pictures(model, REQUESTS[2:], eta=1.0)
+    torch.testing.assert_close(together[2], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_one_is_the_plain_prediction(model: LatentDiffusion) -> None:
+    plain, guided = pictures(model, REQUESTS[:1], scale=1.0)[0], pictures(model, REQUESTS[:1], scale=1.001)[0]
+    torch.testing.assert_close(plain, guided, rtol=0.05, atol=0.05)
+
+
+def test_size_in_pixels(model: LatentDiffusion) -> None:
+    assert latent_shape(model, None, None) == (4, 16, 16)
+    assert latent_shape(model, 32, 80) == (4, 8, 20)
+    [picture] = text_to_image(model, REQUESTS[:1], latent_shape(model, 32, 80), steps=1, verbose=False)
+    assert picture.shape == (3, 32, 80)
+
+
+def test_half_precision_networks(tiny_release: Path) -> None:
+    model = load_release(tiny_release, RELEASE_CONFIG, dtype=torch.bfloat16)
+    assert model.alphas_cumprod.dtype == torch.float32
+    [picture] = pictures(model, REQUESTS[:1])
+    assert picture.dtype == torch.float32
+    assert picture.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: latent_shape(model, 30, 32), "--H 30: .* multiples of 16"),
+        (lambda model: latent_shape(model, 32, 0), "--W 0"),
+        (lambda model: pictures(model, REQUESTS, sampler="euler"), "euler"),
+        (lambda model: pictures(model, REQUESTS, steps=0), "0 sampling steps"),
+        (lambda model: pictures(model, REQUESTS, sampler="plms", eta=0.5), "PLMS is deterministic"),
+        (lambda model: pictures(model, REQUESTS, sampler="dpm_solver", eta=0.5), "deterministic"),
+    ],
+)
+def test_what_cannot_be_drawn(model: LatentDiffusion, call, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(model)

@@ -1,0 +1,75 @@
+"""txt2img as a command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import RELEASE_CONFIG
+
+FAST = ("--config", RELEASE_CONFIG, "--steps", 2, "--H", 32, "--W", 32, "--out", "out")
+
+
+def test_pictures_settings_and_grid(tiny_release: Path, command: Callable, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n\n")
+    done = command(
+        "tools/txt2img.py",
+        "--ckpt",
+        tiny_release,
+        *FAST,
+        "--prompt",
+        "red apple",
+        "--from-file",
+        "prompts.txt",
+        "--n",
+        2,
+    )
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000.png", "00001.png", "00002.png", "00003.png", "grid-0000.png"]
+    with Image.open(tmp_path / "out/00003.png") as picture:
+        assert picture.size == (32, 32)
+        settings = json.loads(picture.text["parameters"])
+    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a dog", 43, 2)
+
+
+def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Callable, tmp_path: Path) -> None:
+    for size in (1, 2):
+        done = command(
+            "tools/txt2img.py", "--ckpt", tiny_release, *FAST, "--prompt", "red apple", "--n", 2, "--batch-size", size
+        )
+        assert done.returncode == 0, done.stderr
+    first, second, third, fourth = (
+        np.asarray(Image.open(tmp_path / f"out/0000{number}.png")).astype(int) for number in range(4)
+    )
+    assert np.abs(first - third).max() <= 1
+    assert np.abs(second - fourth).max() <= 1
+    assert np.abs(first - second).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no caption"),
+        (("--prompt", "x", "--ckpt", "missing.ckpt"), "missing.ckpt"),
+        (("--prompt", "x", "--H", 33), "--H 33"),
+        (("--prompt", "x", "--n", 0), "--n 0"),
+        (("--prompt", "x", "--from-file", "missing.txt"), "missing.txt"),
+        (("--prompt", "x", "--config", "finetune_stable_diffusion.yaml"), "another model"),
+        (("--prompt", "x", "--device", "cuda:7"), "cuda:7"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny_release: Path, command: Callable, tmp_path: Path, arguments: tuple, message: str
+) -> None:
+    done = command("tools/txt2img.py", "--ckpt", tiny_release, *FAST, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
