@@ -50,7 +50,7 @@ def existing_shards(pattern: str) -> list[Path]:
 
 
 class _Hashing:
-    """A file to write to that hashes what passes."""
+    """A file to append to that hashes what passes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -59,6 +59,9 @@ class _Hashing:
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
         return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
 class ShardWriter:
@@ -109,7 +112,7 @@ class ShardWriter:
         temporary = self._open.enter_context(atomic_write(self._path))
         self._file = _Hashing(self._open.enter_context(temporary.open("wb")))
         # No `with` for the tar: closing it writes the end mark, which a shard cut short must not get.
-        self._tar = tarfile.open(fileobj=self._file, mode="w|")  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115
         self._samples = 0
 
     def _finish(self) -> None:

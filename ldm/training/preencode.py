@@ -58,6 +58,13 @@ class Encoder:
         self.dtype = dtype
         self._captions: OrderedDict[str, np.ndarray] = OrderedDict()
 
+    def check_size(self, size: int) -> None:
+        """Raise `UserError` unless the autoencoder and the UNet can halve pictures of `size` pixels evenly."""
+        unet = getattr(self.model.model.diffusion_model, "downsampling", 1)
+        multiple = self.model.first_stage_model.downsampling * unet
+        if size % multiple:
+            raise UserError(f"--size {size}: this model takes pictures in multiples of {multiple} pixels")
+
     @torch.inference_mode()
     def pictures(self, batch: Tensor) -> np.ndarray:
         """Pictures (B, 3, H, W) in [-1, 1] to posterior parameters, or latents, float16 (B, 2C or C, h, w)."""
@@ -68,8 +75,6 @@ class Encoder:
             mean, logvar = values.chunk(2, dim=1)
             # The posterior clamps it so when it is read; unclamped it need not fit in float16.
             values = torch.cat([mean, logvar.clamp(-30.0, 20.0)], dim=1)
-        if batch.shape[-1] % values.shape[-1]:
-            raise UserError(f"--size {batch.shape[-1]} is not a multiple of the autoencoder's downsampling")
         return values.half().cpu().numpy()
 
     @torch.inference_mode()
@@ -214,6 +219,7 @@ def preencode(
     Raises:
         UserError: shards are there already, no picture can be read, or a value does not fit in float16.
     """
+    encoder.check_size(size)
     null = encoder.captions([""])[0]
     _check_out(out, overwrite)
     report = Report()

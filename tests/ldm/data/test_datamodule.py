@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import sample_members, write_set, write_tar
 from pytorch_lightning.callbacks import ModelCheckpoint
+from shard_files import sample_members, write_set, write_tar
 
 from ldm.data import npy
 from ldm.data.datamodule import DataModuleFromConfig, WebDataNpyModuleFromConfig
@@ -58,9 +58,8 @@ def fit(module, data, folder, ckpt_path=None, **options):
     return trainer
 
 
-@pytest.mark.filterwarnings("ignore:.*val_dataloader.*", "ignore:.*train_dataloader.*")
 @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 12, "max_epochs": -1}], ids=["epochs", "steps"])
-@pytest.mark.parametrize(("stop", "num_workers"), [(1, 0), (3, 0), (4, 0), (6, 2), (8, 0), (11, 0)])
+@pytest.mark.parametrize(("stop", "num_workers"), [(1, 0), (4, 0), (6, 2), (11, 0)])
 def test_a_stopped_fit_resumes_with_the_batches_it_has_not_seen(shard_set, tmp_path, stop, num_workers, limit):
     def data():
         options = {"null_cond_dropout": 0.4, "num_workers": num_workers, "seed": 3}
@@ -77,19 +76,19 @@ def test_a_stopped_fit_resumes_with_the_batches_it_has_not_seen(shard_set, tmp_p
     assert first.seen + second.seen == whole.seen
 
 
-@pytest.mark.filterwarnings("ignore:.*dataloader.*")
-@pytest.mark.parametrize("step", range(1, 10))
-def test_every_checkpoint_of_a_fit_resumes_exactly(shard_set, tmp_path, step):
-    """Checkpoints written after a step, as a callback does it, with validation in between."""
+def test_every_checkpoint_of_a_fit_resumes_exactly(shard_set, tmp_path):
+    """Checkpoints written after each step, as a callback does it, with validation in between."""
 
     def data():
         return WebDataNpyModuleFromConfig(3, shard_set, val_urls=shard_set, seed=3)
 
-    whole, resumed = Recorder(), Recorder()
-    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = Recorder()
+    saver = ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=1, save_top_k=-1)
     fit(whole, data(), tmp_path, callbacks=[saver], enable_checkpointing=True, val_check_interval=2)
-    fit(resumed, data(), tmp_path, tmp_path / f"step={step}.ckpt", val_check_interval=2)
-    assert resumed.seen == whole.seen[step:]
+    for step in range(1, 12):
+        resumed = Recorder()
+        fit(resumed, data(), tmp_path, tmp_path / "all" / f"step={step}.ckpt", val_check_interval=2)
+        assert resumed.seen == whole.seen[step:], step
 
 
 def test_a_resumed_run_keeps_the_seed_of_its_order(shard_set, tmp_path, monkeypatch):
@@ -229,7 +228,7 @@ def test_the_recipes_params_are_taken_as_they_stand(shard_set):
 class Numbers:
     """A dataset without a base class."""
 
-    def __init__(self, count: int, broken: bool = False) -> None:
+    def __init__(self, count: int) -> None:
         self.count = count
 
     def __len__(self) -> int:
@@ -245,7 +244,6 @@ def numbers(count):
     return {"target": f"{__name__}.Numbers", "params": {"count": count}}
 
 
-@pytest.mark.filterwarnings("ignore:.*dataloader.*")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_ordinary_datasets_resume_exactly_with_their_augmentations(tmp_path, num_workers):
     def data():
@@ -264,13 +262,7 @@ def test_ordinary_datasets_resume_exactly_with_their_augmentations(tmp_path, num
 def test_ordinary_datasets_for_every_split():
     splits = {"train": 5, "validation": 4, "test": 3, "predict": 2}
     data = DataModuleFromConfig(2, **{split: numbers(count) for split, count in splits.items()}, num_workers=0)
-    found = {
-        split: sum(
-            len(b["__key__"])
-            for b in batches(data, split[:3].replace("tra", "train").replace("tes", "test").replace("pre", "predict"))
-        )
-        for split in splits
-    }
-    assert found == splits
+    found = [sum(len(b["__key__"]) for b in batches(data, split)) for split in ("train", "val", "test", "predict")]
+    assert found == list(splits.values())
     with pytest.raises(UserError, match=r"data\.params\.train is missing"):
         DataModuleFromConfig(2).train_dataloader()

@@ -3,7 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import sample_members, write_set, write_tar
+from shard_files import sample_members, write_set, write_tar
 
 from ldm.data import npy
 from ldm.data.shards import ShardDataset

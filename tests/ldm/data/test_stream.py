@@ -2,7 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import sample_members, write_set, write_tar
+from shard_files import sample_members, write_set, write_tar
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.stream import ShardStream
@@ -18,6 +18,7 @@ def keys(loader, epoch=0):
     return [key for batch in loader for key in batch["__key__"]]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_every_sample_once_whatever_the_workers(tmp_path, num_workers, caplog):
     pattern = piped(write_set(tmp_path, 10))
@@ -46,8 +47,9 @@ def test_captions_are_dropped(tmp_path):
     data.setup("fit")
     (batch,) = data.train_dataloader()
     assert 8 < sum(bool((t5 == -1).all()) for t5 in batch["t5"]) < 32
+    data.null_cond_path = None
     with pytest.raises(UserError, match="null_cond_path"):
-        WebDataNpyModuleFromConfig(40, pattern, null_cond_dropout=0.5).train_dataloader()
+        data.train_dataloader()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_samples_that_do_not_fit_are_named(tmp_path, members, message):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_command_that_fails_is_one_line(tmp_path, num_workers):
     data = WebDataNpyModuleFromConfig(4, f"pipe:cat {tmp_path}/none.tar", num_workers=num_workers)
-    with pytest.raises(UserError, match="none.tar: cannot be read") as caught:
+    with pytest.raises(UserError, match=r"none\.tar: cannot be read") as caught:
         data.setup("fit")
     assert "\n" not in str(caught.value)
 

@@ -3,9 +3,9 @@ import io
 import tarfile
 
 import pytest
-from conftest import sample_members, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shard_files import sample_members, write_tar
 
 from ldm.data.tar import index_tar, split_name
 from ldm.util import UserError
@@ -104,6 +104,6 @@ def test_overwritten_bytes_give_samples_or_an_error(tmp_path, position, junk):
     path.write_bytes(content)
     try:
         for sample in index_tar(path):
-            assert all(0 <= offset and offset + size <= len(content) for offset, size in sample.spans.values())
+            assert all(offset >= 0 and offset + size <= len(content) for offset, size in sample.spans.values())
     except UserError as error:
         assert "\n" not in str(error)

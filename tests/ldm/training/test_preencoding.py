@@ -1,0 +1,212 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm.data import npy
+from ldm.data.images import find_images
+from ldm.data.shards import ShardDataset
+from ldm.data.tar import index_tar, read_span
+from ldm.training.preencode import Encoder, preencode, sample_key
+from ldm.util import UserError
+
+
+class FirstStage(nn.Module):
+    """Eight channels of eighth-size means; counts its pictures."""
+
+    downsampling = 8
+
+    def __init__(self, scale: float = 1.0, posterior: bool = True) -> None:
+        super().__init__()
+        self.scale, self.posterior, self.calls = scale, posterior, []
+
+    def encode(self, x):
+        self.calls.append(len(x))
+        pooled = nn.functional.avg_pool2d(x, 8) * self.scale
+        if not self.posterior:
+            return torch.cat([pooled, pooled[:, :1]], 1)
+        return SimpleNamespace(parameters=torch.cat([pooled, pooled[:, :1], pooled - 100, pooled[:, :1] + 50], 1))
+
+
+class Model:
+    """What `Encoder` uses of a LatentDiffusion."""
+
+    scale_factor = 0.5
+
+    def __init__(self, **options) -> None:
+        self.first_stage_model = FirstStage(**options)
+        self.cond_stage_model = nn.Identity()
+        self.model = SimpleNamespace(diffusion_model=SimpleNamespace(downsampling=2))
+        self.texts = []
+
+    def get_learned_conditioning(self, texts):
+        self.texts += texts
+        return torch.stack([torch.full((7, 6), float(len(text) + 1)) for text in texts])
+
+
+def picture(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[:, : size[0] // 2] = colour  # left and right differ, so that a mirror image shows
+    Image.fromarray(pixels).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    for number in range(5):
+        picture(folder / f"p.{number}.png", (20 + number, 16), caption="a cat" if number < 4 else "a dog")
+    return folder
+
+
+def run(folder, out, model=None, caption=None, **options):
+    model = model or Model()
+    options = {"size": 16, "batch_size": 2, "shard_size": 3, **options}
+    return preencode(Encoder(model), find_images(folder, caption), str(out), **options), model
+
+
+def test_a_set_is_what_training_reads(pictures, tmp_path):
+    report, _ = run(pictures, tmp_path / "out" / "s-%03d.tar")
+    assert (report.samples, report.pictures, report.failed, report.without_caption) == (5, 5, [], 0)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["index.json", "null.t5.npy", "s-000.tar", "s-001.tar"]
+    dataset = ShardDataset(sorted(out.glob("*.tar")))
+    assert len(dataset) == 5
+    sample = dataset[4]
+    assert sample["__key__"] == "000004_p_4" and sample["txt"] == "a dog"
+    assert sample["f8"].shape == (8, 2, 2) and sample["f8"].dtype == np.float16
+    assert sample["t5"].shape == (7, 6) and sample["t5"].dtype == np.float16 and (sample["t5"] == 6).all()
+    assert (npy.decode(bytearray((out / "null.t5.npy").read_bytes()), "null") == 1).all()
+    assert (
+        sample["f8"][4:7].min() == -30 and sample["f8"][7].max() == 20
+    )  # log-variances, clamped as when they are read
+
+
+def test_a_sample_says_where_it_comes_from(pictures, tmp_path):
+    run(pictures, tmp_path / "s.tar", flip=True)
+    sample = index_tar(tmp_path / "s.tar")[1]
+    assert sorted(sample.spans) == ["f8.npy", "json", "t5.npy", "txt"]
+    with (tmp_path / "s.tar").open("rb") as file:
+        origin = json.loads(read_span(file.fileno(), *sample.spans["json"], "x"))
+    expected = {"source": "p.0.png", "height": 16, "width": 20, "crop": [0, 2, 16], "size": 16, "flip": True}
+    assert origin == expected
+
+
+def test_the_index_describes_the_set(pictures, tmp_path):
+    report, _ = run(pictures, tmp_path / "s-%d.tar")
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert (
+        index["shards"] == report.shards and sum(shard["samples"] for shard in index["shards"]) == index["samples"] == 5
+    )
+    assert {key: index[key] for key in ("format", "out", "size", "f8", "t5", "scale_factor")} == {
+        "format": 1,
+        "out": "s-%d.tar",
+        "size": 16,
+        "f8": [8, 2, 2],
+        "t5": [7, 6],
+        "scale_factor": 0.5,
+    }
+
+
+def test_one_pass_a_picture_and_one_a_caption(pictures, tmp_path):
+    _, model = run(pictures, tmp_path / "a" / "s.tar")
+    assert model.first_stage_model.calls == [2, 2, 1]
+    assert model.texts == ["", "a cat", "a dog"]
+    _, model = run(pictures, tmp_path / "b" / "s.tar", caption="tom", flip=True)
+    assert model.first_stage_model.calls == [2, 2, 2, 2, 1, 1]
+    assert model.texts == ["", "tom"]
+
+
+def test_flip_adds_the_mirror_image(pictures, tmp_path):
+    report, _ = run(pictures, tmp_path / "s.tar", flip=True)
+    assert (report.samples, report.pictures) == (10, 5)
+    dataset = ShardDataset([tmp_path / "s.tar"])
+    plain, mirrored = dataset[0], dataset[1]
+    assert mirrored["__key__"] == plain["__key__"] + "_flip" and mirrored["txt"] == plain["txt"]
+    np.testing.assert_array_equal(mirrored["f8"], plain["f8"][..., ::-1])
+    assert not np.array_equal(mirrored["f8"], plain["f8"])
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"batch_size": 3}, {"batch_size": 64}])
+def test_the_bytes_do_not_depend_on_how_it_was_run(pictures, tmp_path, options):
+    first, _ = run(pictures, tmp_path / "a" / "s-%d.tar")
+    second, _ = run(pictures, tmp_path / "b" / "s-%d.tar", **options)
+    assert first.shards == second.shards
+
+
+def test_unreadable_pictures_are_reported_and_the_rest_written(pictures, tmp_path, caplog):
+    picture(pictures / "late.png", caption=None)
+    (pictures / "p.2.png").write_bytes(b"not a picture")
+    (pictures / "p.3.txt").write_bytes(b"\xff")
+    report, _ = run(pictures, tmp_path / "s.tar", workers=1)
+    assert (report.samples, report.without_caption) == (4, 1)
+    assert [failure["name"] for failure in report.failed] == ["p.2.png", "p.3.png"]
+    assert "left out: p.2.png: not a picture" in caplog.text and "p.3.png: its caption is not UTF-8" in caplog.text
+    assert json.loads((tmp_path / "index.json").read_text())["failed"] == report.failed
+
+
+def test_no_readable_picture_writes_nothing(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"?")
+    with pytest.raises(UserError, match=r"none of 1 pictures can be read; the first: a\.png"):
+        run(folder, tmp_path / "out" / "s.tar", caption="x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_latent_without_a_posterior_is_stored_as_it_is(pictures, tmp_path):
+    report, _ = run(pictures, tmp_path / "s.tar", Model(posterior=False))
+    assert report.shape == (4, 2, 2)
+
+
+def test_values_too_large_for_float16_name_the_picture(pictures, tmp_path):
+    with pytest.raises(UserError, match=r"p\.0\.png: encodes to NaN or infinity; try --precision fp32"):
+        run(pictures, tmp_path / "s-%d.tar", Model(scale=1e6))
+    assert not list(tmp_path.glob("*.tar")) and not (tmp_path / "index.json").exists()
+
+
+def test_existing_shards_are_kept_unless_told_otherwise(pictures, tmp_path):
+    run(pictures, tmp_path / "s-%d.tar", shard_size=1)
+    before = (tmp_path / "s-0.tar").read_bytes()
+    with pytest.raises(UserError, match="--overwrite to replace 5 shards"):
+        run(pictures, tmp_path / "s-%d.tar", caption="tom")
+    assert (tmp_path / "s-0.tar").read_bytes() == before
+    run(pictures, tmp_path / "s-%d.tar", caption="tom", overwrite=True)
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == [
+        "s-0.tar",
+        "s-1.tar",
+    ]  # none of the old five is left
+    with pytest.raises(UserError, match="another set is in this folder"):
+        run(pictures, tmp_path / "t-%d.tar")
+
+
+def test_a_size_that_the_model_cannot_halve_is_refused(pictures, tmp_path):
+    with pytest.raises(UserError, match="--size 24: this model takes pictures in multiples of 16 pixels"):
+        run(pictures, tmp_path / "s.tar", size=24)
+
+
+def test_a_model_that_reads_no_captions_is_refused():
+    model = Model()
+    model.cond_stage_model.key = "t5"
+    with pytest.raises(UserError, match="reads no captions"):
+        Encoder(model)
+
+
+def test_captions_are_forgotten_in_the_order_of_their_use(monkeypatch):
+    monkeypatch.setattr("ldm.training.preencode._CACHED_CAPTIONS", 2)
+    encoder = Encoder(Model())
+    for texts in (["a", "bb"], ["a"], ["ccc"], ["a", "bb"]):
+        assert [int(value[0, 0]) for value in encoder.captions(texts)] == [len(text) + 1 for text in texts]
+    assert encoder.model.texts == ["a", "bb", "ccc", "bb"]
+    assert [int(value[0, 0]) for value in encoder.captions(["dddd", "a", "eeeee"])] == [5, 2, 6]  # more than are kept
+
+
+def test_keys_have_no_dot_and_sort_by_number():
+    assert sample_key(7, "sub/my.photo (1).jpg") == "000007_my_photo_1_"
+    assert sample_key(0, "写真.png") == "000000__"

@@ -1,0 +1,160 @@
+"""The command, on a tiny model of the released layout and real picture files."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm.checkpoint import save_checkpoint
+from ldm.data import npy
+from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.data.shards import ShardDataset
+from ldm.data.transforms import fit_square
+from ldm.training.config import load_config
+from ldm.training.release import load_release
+from ldm.util import instantiate_from_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs/latent-diffusion/demo_tiny_release.yaml"
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """A checkpoint with the demo's layout and random weights, and its config."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("release") / "model.ckpt"
+    model = instantiate_from_config(load_config([CONFIG]).model)
+    save_checkpoint({"state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four pictures of different kinds with captions, and one that is broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = Image.fromarray(rng.integers(0, 256, (80, 100, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels.save(folder / "turned.jpg", exif=exif)
+    pixels.convert("CMYK").save(folder / "cmyk.jpg")
+    pixels.convert("RGBA").save(folder / "alpha.png")
+    pixels.convert("L").save(folder / "grey.webp")
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text("a cat" if path.suffix == ".jpg" else f"a {path.stem} dog")
+    (folder / "broken.png").write_bytes((folder / "alpha.png").read_bytes()[:2000])
+    (folder / "broken.txt").write_text("never seen")
+    return folder
+
+
+def preencode(*arguments, cwd=None):
+    command = [sys.executable, str(ROOT / "tools/preencode.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def test_help_answers_at_once():
+    start = time.perf_counter()
+    result = preencode("--help")
+    assert result.returncode == 0 and "--shard-size" in result.stdout
+    assert time.perf_counter() - start < 2  # half a second on a quiet machine
+
+
+def test_from_pictures_to_batches(release, pictures, tmp_path):
+    out = tmp_path / "out" / "toms-%06d.tar"
+    result = preencode(
+        *("--ckpt", release, "--config", CONFIG, "--images", pictures, "--out", out),
+        *("--size", 64, "--batch-size", 3, "--shard-size", 3, "--flip", "--num-workers", 1),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "left out: broken.png" in result.stdout + result.stderr
+    last = result.stdout.strip().splitlines()[-1]
+    assert "wrote 8 samples of 4 pictures in 3 shards" in last and "1 pictures failed, 0 without a caption" in last
+
+    shards = sorted(out.parent.glob("*.tar"))
+    dataset = ShardDataset(shards)
+    assert [dataset[i]["__key__"] for i in range(0, 8, 2)] == [
+        "000000_alpha",
+        "000002_cmyk",
+        "000003_grey",
+        "000004_turned",
+    ]
+    model = load_release(release, CONFIG)
+    turned = dataset[6]
+    with Image.open(pictures / "turned.jpg") as image:
+        upright = np.array(image.transpose(Image.Transpose.ROTATE_270))
+    with torch.no_grad():
+        view = fit_square(torch.from_numpy(upright), 64)[None]
+        expected = model.first_stage_model.encode(view).parameters[0].numpy()
+        mirrored = model.first_stage_model.encode(view.flip(-1)).parameters[0].numpy()
+        context = model.get_learned_conditioning(["a cat", ""]).numpy()
+    np.testing.assert_allclose(turned["f8"], expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(dataset[7]["f8"], mirrored, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(turned["t5"], context[0], rtol=2e-3, atol=2e-3)
+    null = npy.decode(bytearray((out.parent / "null.t5.npy").read_bytes()), "null")
+    np.testing.assert_allclose(null, context[1], rtol=2e-3, atol=2e-3)
+    assert len(json.loads((out.parent / "index.json").read_text())["shards"]) == 3
+
+    data = WebDataNpyModuleFromConfig(8, str(out.parent / "toms-{000000..000002}.tar"), null_cond_dropout=0.1)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch["f8"].shape == (8, 8, 16, 16) and batch["t5"].shape == (8, 77, 64)
+
+    again = preencode("--ckpt", release, "--config", CONFIG, "--images", pictures, "--out", out, "--size", 64)
+    assert again.returncode == 1 and "--overwrite" in again.stderr
+
+
+def test_tars_and_metadata_and_one_caption(release, pictures, tmp_path):
+    with tarfile.open(tmp_path / "in-0.tar", "w") as tar:
+        for path in sorted(pictures.glob("*")):
+            tar.add(path, path.name)
+    lines = [json.dumps({"file_name": name, "text": "from a list"}) for name in ("alpha.png", "cmyk.jpg")]
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    common = ("--ckpt", release, "--config", CONFIG, "--size", 64, "--precision", "bf16", "--num-workers", 0)
+    for name, images, extra, captions in (
+        ("tar", tmp_path / "in-{0..0}.tar", ("--caption", "tom"), {"tom"}),
+        ("list", pictures, (), {"from a list"}),
+    ):
+        result = preencode(*common, "--images", images, "--out", tmp_path / name / "s.tar", *extra)
+        assert result.returncode == 0, result.stderr
+        dataset = ShardDataset([tmp_path / name / "s.tar"])
+        assert {dataset[i]["txt"] for i in range(len(dataset))} == captions
+
+
+@pytest.mark.parametrize("case", ["no pictures", "no checkpoint", "no text encoder", "bad size", "bad value"])
+def test_bad_input_is_one_line_and_writes_nothing(release, pictures, tmp_path, case):
+    arguments = {"--ckpt": release, "--config": CONFIG, "--images": pictures, "--size": 64, "--num-workers": 0}
+    arguments["--out"] = tmp_path / "out" / "s-%d.tar"
+    if case == "no pictures":
+        arguments["--images"] = tmp_path / "nowhere"
+    elif case == "no checkpoint":
+        arguments["--ckpt"] = tmp_path / "none.ckpt"
+    elif case == "no text encoder":
+        config = yaml.safe_load(CONFIG.read_text())
+        target = "ldm.modules.encoders.modules.DummyEncoder"
+        config["model"]["params"]["cond_stage_config"] = {"target": target, "params": {"key": "t5"}}
+        arguments["--config"] = tmp_path / "dummy.yaml"
+        arguments["--config"].write_text(yaml.safe_dump(config))
+    elif case == "bad size":
+        arguments["--size"] = 70
+    else:
+        weights = torch.load(release, weights_only=True)
+        weights["state_dict"]["first_stage_model.quant_conv.bias"].fill_(1e6)
+        arguments["--ckpt"] = tmp_path / "large.ckpt"
+        torch.save(weights, arguments["--ckpt"])
+    result = preencode(*(word for pair in arguments.items() for word in pair))
+    assert result.returncode == 1
+    errors = [line for line in io.StringIO(result.stderr) if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
