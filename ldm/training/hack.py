@@ -23,9 +23,9 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
-    _check_out(out, release_path)
     if training_path.exists() and release_path.exists() and training_path.samefile(release_path):
         raise UserError(f"{training_path}: given as the release and as the training checkpoint; name two files")
+    _check_out(out, release_path)
     training = open_checkpoint(training_path)
     check_training_checkpoint(training.content, training_path)
     release = open_checkpoint(release_path)
@@ -42,11 +42,11 @@ def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Pat
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
-    from ldm.training.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
-
     _check_out(out, release_path)
     config = load_config(config_names)
     release = open_checkpoint(release_path)
+    from ldm.training.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
+
     state_dict = state_dict_without_weights(lambda: build_model(config))
     log.info("made from: %s", ", ".join(map(str, config_names)))
     grafted = graft(state_dict, _release_weights(release, release_path), release_path)

@@ -1,0 +1,145 @@
+"""`tools/hack_weights.py` as people type it."""
+
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoint import load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
+from ldm.training.config import build_model, load_config
+from ldm.training.layout import ema_key
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "hack_weights.py"
+RELEASE = "models/ldm/stable-diffusion-v1/model.ckpt"
+LAST = "logs/run/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A working folder with a release and the training checkpoint of an aborted run, in the conventional places."""
+    folder = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    weights = build_model(load_config(["demo_tiny.yaml"])).state_dict()
+    text = {"cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.ones(64)}
+    released = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in weights.items()}
+    released = {key: value for key, value in released.items() if not key.startswith("model_ema.")}
+    save_state_dict({**released, **text}, folder / RELEASE)
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    training = {"epoch": 0, "global_step": 3, "pytorch-lightning_version": "2.6.0", "loops": {}, "callbacks": {}}
+    save_checkpoint(
+        {**training, "state_dict": weights, "optimizer_states": [optimizer], "lr_schedulers": []}, folder / LAST
+    )
+    return folder
+
+
+@pytest.fixture
+def work(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "work")
+
+
+def hack(folder, *arguments):
+    command = [sys.executable, TOOL, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def run_here(monkeypatch, folder, *arguments):
+    """Run the tool in this process, which saves importing torch; what `sys.exit` would print."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return caught.value.code
+
+
+def check(path, release):
+    """Every weight is the release's, the schedule is the config's, the average starts from the weights."""
+    hacked, released = load_state_dict(path), load_state_dict(release)
+    model = build_model(load_config(["demo_tiny.yaml"]))
+    assert hacked.keys() == model.state_dict().keys()
+    for key, value in hacked.items():
+        if key.startswith(("model.", "first_stage_model.")):
+            assert torch.equal(value, released[key]), key
+        if key.startswith("model."):
+            assert torch.equal(hacked[ema_key(key)], released[key])
+    assert torch.equal(hacked["betas"], model.betas)
+    load_into(model, hacked)
+
+
+def test_a_bare_call_takes_the_conventional_places_and_says_so(work):
+    before = (work / LAST).read_bytes()
+    done = hack(work)
+    assert done.returncode == 0, done.stderr
+    check(work / LAST, work / RELEASE)
+    content = load_checkpoint(work / LAST)
+    assert content["global_step"] == 3
+    assert content["optimizer_states"] == [{"state": {}, "param_groups": [{"lr": 1e-4, "params": [0]}]}]
+    kept = work / LAST.replace("last", "last.before-hack")
+    assert kept.read_bytes() == before
+    for said in (RELEASE, LAST, kept.name, "cond stage weights of the release skipped, by design", "at step 3"):
+        assert said in done.stdout
+
+    again = hack(work)
+    assert again.returncode == 0
+    assert kept.read_bytes() == before  # never overwritten
+    assert (work / LAST.replace("last", "last.before-hack-2")).exists()
+
+
+def test_a_config_alone_is_enough(work):
+    shutil.rmtree(work / "logs")
+    done = hack(work, "--base", "demo_tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    out = work / RELEASE.replace("model.ckpt", "hacked.ckpt")
+    check(out, work / RELEASE)
+    content = load_checkpoint(out)
+    assert content["global_step"] == 0
+    assert torch.load(out, weights_only=True).keys() == content.keys()
+    assert f"--resume {RELEASE.replace('model.ckpt', 'hacked.ckpt')}" in done.stdout
+
+
+def test_another_output_leaves_the_training_checkpoint_alone(work):
+    before = (work / LAST).read_bytes()
+    shutil.move(work / RELEASE, work / "r.safetensors")
+    done = hack(work, "--train-ckpt", LAST, "--release", "r.safetensors", "--out", "start.ckpt")
+    assert done.returncode == 0, done.stderr
+    check(work / "start.ckpt", work / "r.safetensors")
+    assert (work / LAST).read_bytes() == before
+    assert not list(work.rglob("*before-hack*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--release", "none.ckpt"], "none.ckpt: no such file"),
+        (["--train-ckpt", "none.ckpt"], "none.ckpt: no such file"),
+        (["--train-ckpt", RELEASE], "name two files"),
+        (["--release", LAST, "--train-ckpt", RELEASE], "not a training checkpoint"),
+        (["--base", "none.yaml"], "none.yaml"),
+        (["--base", "finetune_stable_diffusion.yaml"], "of another model"),
+        (["--base", "demo_tiny.yaml", "--train-ckpt", LAST], "only one"),
+        (["--out", RELEASE], "choose another --out"),
+        (["--out", "hacked.safetensors"], "must end in .ckpt"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, message, prepared, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
+    printed = run_here(monkeypatch, prepared, *arguments)
+    assert printed.startswith("error: ") and message in printed and "\n" not in printed
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
+
+
+def test_an_error_is_exit_code_1(tmp_path):
+    done = hack(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "--train-ckpt" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_is_instant():
+    start = time.perf_counter()
+    assert "--train-ckpt" in hack(ROOT, "--help").stdout
+    assert time.perf_counter() - start < 2  # half a second on an idle machine

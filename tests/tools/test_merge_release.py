@@ -1,0 +1,104 @@
+"""`tools/merge_release.py` as people type it. What a merge does is tested in tests/ldm/training/test_merge.py."""
+
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoint import load_state_dict, save_checkpoint, save_state_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "merge_release.py"
+RELEASE = "models/ldm/stable-diffusion-v1/model.ckpt"
+LAST = "logs/run/checkpoints/last.ckpt"
+MERGED = "logs/run/checkpoints/merged.ckpt"
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A working folder with a release and a training checkpoint with EMA in the conventional places."""
+    release = {"model.w": torch.zeros(3), "cond_stage_model.w": torch.arange(4.0), "betas": torch.ones(5)}
+    training = {"model.w": torch.ones(3), "model_ema.w": torch.full((3,), 0.5), "betas": torch.ones(5)}
+    save_state_dict(release, tmp_path / RELEASE)
+    state = {"global_step": 3, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
+    save_checkpoint({"state_dict": training, **state}, tmp_path / LAST)
+    return tmp_path
+
+
+def merge(folder, *arguments):
+    command = [sys.executable, TOOL, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def run_here(monkeypatch, folder, *arguments):
+    """Run the tool in this process, which saves importing torch; what `sys.exit` would print."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return caught.value.code
+
+
+def test_a_bare_call_takes_the_conventional_places_and_says_so(work):
+    done = merge(work)
+    assert done.returncode == 0, done.stderr
+    weights = load_state_dict(work / MERGED)
+    assert weights["model.w"].tolist() == [0.5] * 3
+    assert weights["cond_stage_model.w"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    for said in (RELEASE, LAST, MERGED, "1 weights taken from the training, its moving average (ema)", "2 values kept"):
+        assert said in done.stdout
+
+
+def test_every_flag(work):
+    shutil.move(work / RELEASE, work / "r.safetensors")
+    flags = [
+        "--train-ckpt",
+        LAST,
+        "--release",
+        "r.safetensors",
+        "--out",
+        "m/m.safetensors",
+        "--weights",
+        "raw",
+        "--half",
+    ]
+    done = merge(work, *flags)
+    assert done.returncode == 0, done.stderr
+    weights = load_state_dict(work / "m/m.safetensors")
+    assert weights["model.w"].tolist() == [1.0] * 3
+    assert weights["model.w"].dtype == torch.float16
+    assert weights["betas"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--release", "none.ckpt"], "none.ckpt: no such file"),
+        (["--train-ckpt", "none.ckpt"], "none.ckpt: no such file"),
+        (["--train-ckpt", RELEASE], "not a training checkpoint"),
+        (["--out", "merged.bin"], "must end in .ckpt or .safetensors"),
+        (["--out", RELEASE], "choose another --out"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, message, work, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}
+    printed = run_here(monkeypatch, work, *arguments)
+    assert printed.startswith("error: ") and message in printed and "\n" not in printed
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
+
+
+def test_an_error_is_exit_code_1(tmp_path):
+    done = merge(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "--train-ckpt" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_is_instant():
+    start = time.perf_counter()
+    assert "--weights" in merge(ROOT, "--help").stdout
+    assert time.perf_counter() - start < 2  # half a second on an idle machine
