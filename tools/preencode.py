@@ -51,9 +51,10 @@ def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
     from ldm.data.images import find_images
-    from ldm.training.preencode import Encoder, default_workers, preencode
+    from ldm.training.preencode import Encoder, check_out, default_workers, preencode
     from ldm.training.release import PRECISIONS, load_release, pick_device
 
+    check_out(arguments.out, arguments.overwrite)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     items = find_images(images, arguments.caption)
     logger.info("%d pictures in %s", len(items), images)

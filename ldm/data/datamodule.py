@@ -30,6 +30,8 @@ class _DataModule(pl.LightningDataModule):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size {batch_size} must be at least 1 and num_workers {num_workers} at least 0")
+        if seed is not None and seed < 0:
+            raise UserError(f"seed {seed} is negative")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed_is_given = seed is not None
@@ -116,11 +118,11 @@ class WebDataNpyModuleFromConfig(_DataModule):
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
-        training = split == "training"
         if any(map(is_stream, urls)):
-            shuffle = self.shuffle_buffer if training and self._shuffle_training(self.shuffle) else 0
-            dataset = ShardStream(urls, *self._keys(), shuffle_buffer=shuffle, **self._rank())
-            next(iter(dataset), None)  # learns the shapes, or says what is wrong before the training starts
+            dataset = ShardStream(urls, *self._keys(), **self._rank())
+            # The first sample tells the shapes, and what is wrong before the training starts.
+            if next(iter(dataset), None) is None:
+                raise UserError(f"no samples in {dataset.urls[0]}")
             logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
             return dataset
         dataset = ShardDataset(urls, *self._keys())
@@ -156,6 +158,7 @@ class WebDataNpyModuleFromConfig(_DataModule):
         dropout = self._dropout(dataset, urls) if training else None
         if isinstance(dataset, ShardStream):
             dataset.seed, dataset.dropout = self.seed, dropout
+            dataset.shuffle_buffer = self.shuffle_buffer if shuffle else 0
             if self.trainer is not None:
                 dataset.set_epoch(self.trainer.current_epoch)  # the first batch is fetched before Lightning says so
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)

@@ -12,7 +12,6 @@ from ldm.util import UserError
 # What photographs and drawings come in. Not all that Pillow reads: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-MAX_PIXELS = 2**28  # larger claims are refused: 16384 x 16384 pixels are 768 MiB of RGB
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -35,12 +34,11 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     """The picture in `data` the right way up (EXIF), uint8 RGB `(height, width, 3)`; of an animation, the first frame.
 
     Raises:
-        UserError: it is not a picture of the `FORMATS`, is broken, or has more than `MAX_PIXELS`; names `name`.
+        UserError: it is not a picture of the `FORMATS`, is broken, or has more pixels than Pillow's limit against
+            decompression bombs (179 million); names `name`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not a picture ({', '.join(FORMATS)})") from error

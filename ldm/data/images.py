@@ -44,8 +44,12 @@ class ImageItem:
         return decode_image(bytes(data), self.name)
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
     pictures = [path for path in files if path.suffix.lower().lstrip(".") in EXTENSIONS]
     others = {path.suffix or path.name for path in set(files) - set(pictures)} - {".txt", ".json", ".jsonl", ".tar"}
     if others:
@@ -95,7 +99,7 @@ def find_images(source: str | Path | Sequence[str | Path], caption: str | None =
     items: list[ImageItem] = []
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         items = _from_folder(Path(source), caption)
-        if not items and not any(Path(source).glob("*.tar")):
+        if not items and not any(Path(source).glob("[!.]*.tar")):
             raise UserError(f"{source}: no pictures ({', '.join(EXTENSIONS)}) and no tars in this folder")
     if not items:
         for url in expand_urls(source):

@@ -37,6 +37,8 @@ class ShardStream(IterableDataset):
         dropout: CaptionDropout | None = None,
     ) -> None:
         self.urls = list(urls)[rank::world]
+        if not self.urls:
+            raise UserError(f"{len(urls)} streamed shards are too few for {world} ranks")
         self.first_stage_key = first_stage_key
         self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION]))
         self.optional = {CAPTION} - {first_stage_key, cond_stage_key}
@@ -66,7 +68,7 @@ class ShardStream(IterableDataset):
         stages = [webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples()]
         if self.shuffle_buffer:
             rng = random.Random(f"{self.seed}/{self.epoch}/{number}")
-            stages.append(webdataset.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng))
+            stages.append(webdataset.shuffle(self.shuffle_buffer, rng=rng))
         samples = iter(webdataset.DataPipeline(*stages))
         while (sample := self._next(samples, urls)) is not None:
             decoded = self._decode(sample)

@@ -30,7 +30,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def check_name(name: str, where: str) -> None:
     """Raise `UserError` for a member's name that would lead out of the folder that it is unpacked in."""
-    if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
         raise UserError(f"{where}: refused: its member {name!r} points outside the tar")
 
 
@@ -56,8 +56,10 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                     yield member.name, member.offset_data, member.size
                 # tarfile takes a damaged header for the end: only zeros may follow the last member.
                 file.seek(tar.offset)
-                rest = file.read(1 << 20)
-                if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+                rest = file.read(tarfile.BLOCKSIZE)
+                while rest and not rest.strip(b"\0"):
+                    rest = file.read(1 << 20)
+                if rest or file.tell() < tar.offset + tarfile.BLOCKSIZE:
                     raise UserError(f"{path}: truncated or damaged tar: no end mark at byte {tar.offset}")
         except (UserError, GeneratorExit):
             raise
@@ -66,7 +68,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def index_tar(path: Path) -> list[TarSample]:
-    """The samples of a plain tar, in the order of their first members. Names with a leading `__` are skipped.
+    """The samples of a plain tar, in the order of their first members; names such as `__meta__.json` are no samples.
 
     Raises:
         UserError: the tar is missing, truncated, damaged, compressed, holds a name that leads outside, or one twice.
@@ -76,7 +78,8 @@ def index_tar(path: Path) -> list[TarSample]:
         raise UserError(f"{path}: no such file")
     for name, offset, size in _members(path):
         key, extension = split_name(name.removeprefix("./"))
-        if not extension or key.startswith("__") or key.rpartition("/")[2] == "":
+        stem = key.rpartition("/")[2]
+        if not extension or not stem or (stem.startswith("__") and stem.endswith("__")):
             continue
         sample = samples.setdefault(key, TarSample(key))
         if extension in sample.spans:

@@ -22,7 +22,7 @@ def is_stream(url: str) -> bool:
 def _expand_local(pattern: str) -> list[str]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(str(tar) for tar in path.glob("*.tar"))
+        found = sorted(str(tar) for tar in path.glob("[!.]*.tar"))  # a hidden one is still being written
         if not found:
             raise UserError(f"{pattern}: the folder holds no .tar")
         return found

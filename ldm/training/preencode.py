@@ -26,7 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ldm.data import npy
 from ldm.data.images import ImageItem
 from ldm.data.transforms import centre_square, fit_square
-from ldm.data.writer import ShardWriter, existing_shards
+from ldm.data.writer import ShardWriter, existing_shards, shard_paths
 from ldm.files import atomic_write
 from ldm.util import UserError
 
@@ -189,17 +189,25 @@ def _batched(pictures: Iterator[_Picture], size: int) -> Iterator[list[_Picture]
         yield batch
 
 
-def _check_out(out: str, overwrite: bool) -> None:
-    """Refuse to mix two sets in one folder, or to write over shards that are there."""
+def check_out(out: str, overwrite: bool) -> None:
+    """Refuse a pattern that names no shards, to mix two sets in one folder, and to write over what is there.
+
+    Raises:
+        UserError: one of these.
+    """
+    shard_paths(out)
     index = Path(out).parent / INDEX
     there = existing_shards(out)
     if index.is_file() and not there:
         raise UserError(f"{index}: another set is in this folder; its index and {NULL} would be lost: take another")
     if there and not overwrite:
         raise UserError(f"{there[0]} exists; take another folder, or give --overwrite to replace {len(there)} shards")
-    index.unlink(missing_ok=True)  # from here on the set is not whole
-    for path in there:
-        path.unlink()
+
+
+def _remove(out: str) -> None:
+    """Remove the set that is there, its index first: from then on it is not whole."""
+    for path in [Path(out).parent / INDEX, *existing_shards(out)]:
+        path.unlink(missing_ok=True)
 
 
 def preencode(
@@ -219,9 +227,10 @@ def preencode(
     Raises:
         UserError: shards are there already, no picture can be read, or a value does not fit in float16.
     """
+    check_out(out, overwrite)
     encoder.check_size(size)
     null = encoder.captions([""])[0]
-    _check_out(out, overwrite)
+    _remove(out)
     report = Report()
     with ShardWriter(out, shard_size) as writer:
         for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):

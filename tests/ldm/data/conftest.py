@@ -1,7 +1,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from shard_files import write_set
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def test_captions_beside_pictures_in_folders_of_folders(tmp_path, caplog):
         "sub/a.jpg": RED,
         "sub/a.txt": "x",
         ".c.png": RED,
+        ".t/d.png": RED,
         "d.heic": "?",
     }
     assert described(find_images(put(tmp_path, files))) == [("b.PNG", "a red flag"), ("sub/a.jpg", "x")]

@@ -78,3 +78,10 @@ def test_a_stream_cut_short_is_an_error(tmp_path):
     path = write_tar(tmp_path / "a.tar", sample_members(0) + sample_members(1))
     with pytest.raises(UserError, match="cannot be read"):
         list(ShardStream([f"pipe:head -c 5000 {path}"]))
+
+
+def test_too_few_shards_for_the_ranks_and_empty_ones_are_errors(tmp_path):
+    with pytest.raises(UserError, match="1 streamed shards are too few for 2 ranks"):
+        ShardStream(["pipe:cat a.tar"], rank=1, world=2)
+    with pytest.raises(UserError, match="no samples"):
+        WebDataNpyModuleFromConfig(4, piped(str(write_tar(tmp_path / "a.tar", [])))).setup("fit")

@@ -6,7 +6,7 @@ from ldm.util import UserError
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("a-000.tar", "a-001.tar", "b.tar", "note.txt"):
+    for name in ("a-000.tar", "a-001.tar", "b.tar", "note.txt", ".a-002.77.tmp.tar"):
         (tmp_path / name).touch()
     return tmp_path
 
