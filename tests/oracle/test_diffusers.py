@@ -122,9 +122,7 @@ def test_sampler_steps(model: LatentDiffusion, kind: str, steps: int) -> None:
         states.append(reference)
     if kind == "plms":
         del states[0]  # the Euler pair counts as two of their steps
-    _, intermediates = sampler.sample(
-        steps, 2, (4, 8, 8), conditioning=context, x_T=x_T, log_every_t=1, verbose=False
-    )
+    _, intermediates = sampler.sample(steps, 2, (4, 8, 8), conditioning=context, x_T=x_T, log_every_t=1, verbose=False)
     assert len(intermediates["x_inter"]) == len(states) + 1
     for step, (ours, theirs) in enumerate(zip(intermediates["x_inter"][1:], states, strict=True)):
         assert relative_error(ours, theirs) < 1e-4, f"step {step}"

@@ -1,0 +1,65 @@
+"""Configs to objects: what is built, and what each mistake is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config, valid_params
+
+
+class Base:
+    def __init__(self, width: int, depth: int = 1) -> None:
+        self.width, self.depth = width, depth
+
+
+class Derived(Base):
+    def __init__(self, colour: str = "red", **kwargs: int) -> None:
+        super().__init__(**kwargs)
+        self.colour = colour
+
+
+def test_builds_with_params_and_overrides() -> None:
+    layer = instantiate_from_config(
+        {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 3}}, bias=False
+    )
+    assert isinstance(layer, torch.nn.Linear)
+    assert layer.bias is None
+
+
+@pytest.mark.parametrize("marker", ["__is_first_stage__", "__is_unconditional__"])
+def test_markers_build_nothing(marker: str) -> None:
+    assert instantiate_from_config(marker) is None
+
+
+def test_params_may_be_left_out() -> None:
+    assert isinstance(instantiate_from_config({"target": "torch.nn.Identity", "params": None}), torch.nn.Identity)
+
+
+def test_keywords_passed_on_are_those_of_the_parents() -> None:
+    assert valid_params(Derived) == {"colour", "width", "depth"}
+    assert valid_params(Base) == {"width", "depth"}
+    assert valid_params(lambda **anything: None) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target": "torch.nn.Linear", "params": {"in_feature": 2}}, "'in_feature'.*torch.nn.Linear.*'in_features'"),
+        ({"target": f"{__name__}.Derived", "params": {"dept": 2}}, "'dept'.*Derived.*'depth'"),
+        ({"target": "torch.nn.Linaer"}, "torch.nn.Linaer.*'Linear'"),
+        ({"target": "no_such_package.Thing"}, "no module named 'no_such_package'"),
+        ({"target": "Thing"}, "not a dotted path"),
+        ({"params": {}}, "'target'"),
+        ("torch.nn.Linear", "'target'"),
+        (None, "'target'"),
+        ({"target": "torch.nn.Identity", "parms": {}}, "'parms'.*'params'"),
+    ],
+)
+def test_mistakes_are_named(config: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        instantiate_from_config(config)
+
+
+def test_found_object() -> None:
+    assert get_obj_from_str("torch.nn.Linear") is torch.nn.Linear
