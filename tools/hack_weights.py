@@ -9,7 +9,6 @@ python tools/hack_weights.py --base finetune_stable_diffusion.yaml    # no abort
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ def main() -> None:
     arguments = parse_arguments()
     from ldm.training.hack import hack_config, hack_training  # torch, which --help does without
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its report of the hardware is beside the point
     if arguments.base:
         out = arguments.out or arguments.release.with_name("hacked.ckpt")
         hack_config(arguments.base, arguments.release, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,11 @@ def fresh_checkpoint(grafted: Graft) -> dict[str, Any]:
 def _loops_at_start() -> dict[str, Any]:
     """The progress of a trainer that has not begun, as Lightning saves it."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, **quiet)
+    logging.disable(logging.INFO)  # its report of the hardware is beside the point
+    try:
+        trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, **quiet)
+    finally:
+        logging.disable(logging.NOTSET)
     names = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
     return {name: getattr(trainer, name).state_dict() for name in names}
 

@@ -1,0 +1,178 @@
+#!/usr/bin/env python
+"""The recipe at the full size of Stable Diffusion v1, on the CPU, with random weights: seconds and peak memory a stage.
+
+    python benchmarks/recipe_full_size.py --folder /tmp/recipe
+
+Hack, one resumed optimizer step and merge run as a user would type them. Peak memory is the resident set of each
+command, memory-mapped pages included. Takes about 32 GB of disk, which is freed afterwards unless --keep is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
+from ldm.checkpoint import Pending, load_state_dict, save_state_dict
+from ldm.cli import run
+from ldm.data.writer import ShardWriter
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "finetune_stable_diffusion.yaml"
+MAX_RSS = 24e9  # bytes, of any stage
+MAX_RSS_OF_RELEASE = 1.3  # of hack and merge, in sizes of the release
+
+
+@dataclass
+class Stage:
+    """What one command took."""
+
+    name: str
+    seconds: float
+    peak_rss: int  # bytes
+    moved: int  # bytes of checkpoints read and written at least
+
+
+def main() -> None:
+    options = parse_arguments()
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"--folder {folder} is not empty")
+    try:
+        stages = run_recipe(folder, options)
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder)
+    report(stages)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty or new folder to work in")
+    parser.add_argument("--keep", action="store_true", help="leave the files there")
+    parser.add_argument("--latent-size", type=int, default=64, help="height and width of the latents (default: 64)")
+    parser.add_argument("--samples", type=int, default=2, help="pre-encoded samples (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=1, help="of the training step (default: 1)")
+    parser.add_argument("--skip-training", action="store_true", help="merge what hack_weights.py made: no 24 GB needed")
+    return parser.parse_args()
+
+
+def run_recipe(folder: Path, options: argparse.Namespace) -> list[Stage]:
+    release, start, merged = (folder / name for name in ("model.ckpt", "start.ckpt", "merged.ckpt"))
+    write_release(release)
+    write_shard(folder / "shards", options.samples, options.latent_size)
+    size = release.stat().st_size
+    log.info("release: %.2f GB", size / 1e9)
+
+    hack = ["tools/hack_weights.py", "--release", release, "--base", CONFIG, "--out", start]
+    stages = [timed("hack", hack)]
+    stages[-1].moved = 2 * start.stat().st_size
+    last = start
+    if not options.skip_training:
+        stages.append(timed("one step", training_command(folder, start, options)))
+        last = next(folder.glob("logs/*/checkpoints/last.ckpt"))
+        stages[-1].moved = start.stat().st_size + last.stat().st_size
+    merge = ["tools/merge_release.py", "--train-ckpt", last, "--release", release, "--out", merged]
+    stages.append(timed("merge", merge))
+    stages[-1].moved = size + merged.stat().st_size
+    check_merged(merged, release, trained=not options.skip_training)
+    for stage in stages:
+        if stage.name in ("hack", "merge") and stage.peak_rss > MAX_RSS_OF_RELEASE * size:
+            raise UserError(f"{stage.name} took {stage.peak_rss / size:.2f} x the release, above {MAX_RSS_OF_RELEASE}")
+    return stages
+
+
+def training_command(folder: Path, start: Path, options: argparse.Namespace) -> list[str | Path]:
+    data = {"training_urls": folder / "shards/shard.tar", "val_urls": "null", "test_urls": "null", "num_workers": 0}
+    overrides = [f"data.params.{key}={value}" for key, value in {**data, "batch_size": options.batch_size}.items()]
+    flags = ["-t", "--no-test", "--logdir", folder / "logs", "--max_steps", "1"]
+    overrides.append("lightning.callbacks.image_logger.params.disabled=True")
+    return ["main.py", "--resume", start, "--base", CONFIG, *flags, *overrides]
+
+
+def timed(name: str, command: list[str | Path]) -> Stage:
+    """Run a Python script of the checkout and wait for it; on Linux `ru_maxrss` is in KiB, elsewhere in bytes."""
+    arguments = [sys.executable, *map(str, command)]
+    log.info("$ %s", shlex.join(["python", *arguments[1:]]))
+    begin = time.perf_counter()
+    process = subprocess.Popen(arguments, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"{name} ended with exit code {process.returncode}")
+    return Stage(name, seconds, usage.ru_maxrss * (1024 if sys.platform == "linux" else 1), 0)
+
+
+def write_release(path: Path) -> None:
+    """Random weights under the keys and shapes of a released checkpoint, fp32."""
+    listed = json.loads((ROOT / "tests/golden/sd_v1_keys.json").read_text(encoding="utf-8"))["keys"]
+
+    def pending(shape: list[int], dtype: torch.dtype) -> Pending:
+        if not dtype.is_floating_point:
+            return Pending(
+                tuple(shape), dtype, lambda: torch.arange(torch.Size(shape).numel(), dtype=dtype).view(shape)
+            )
+        return Pending(tuple(shape), dtype, lambda: torch.randn(shape, dtype=dtype) * 0.02)
+
+    torch.manual_seed(0)
+    weights = {key: pending(shape, getattr(torch, dtype.split(".")[1])) for key, (shape, dtype) in listed.items()}
+    save_state_dict(weights, path)
+
+
+def write_shard(folder: Path, samples: int, latent_size: int) -> None:
+    """Random posteriors and text embeddings, pre-encoded, and the encoding of the empty caption."""
+    generator = np.random.default_rng(0)
+
+    def encoded(*shape: int) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, generator.standard_normal(shape).astype(np.float16))
+        return buffer.getvalue()
+
+    with ShardWriter(str(folder / "shard.tar"), samples) as writer:
+        for index in range(samples):
+            posterior, text = encoded(8, latent_size, latent_size), encoded(77, 768)
+            writer.write(f"{index:06d}", {"f8.npy": posterior, "t5.npy": text, "txt": b"noise"})
+    (folder / "null.t5.npy").write_bytes(encoded(77, 768))
+
+
+def check_merged(merged: Path, release: Path, trained: bool) -> None:
+    """Raise `UserError` unless the UNet alone differs from the release, and only after training."""
+    new, old = load_state_dict(merged), load_state_dict(release)
+    changed = {key for key in old if not torch.equal(new[key], old[key])}
+    expected = {key for key in old if key.startswith("model.")} if trained else set()
+    if new.keys() != old.keys() or not changed <= expected or (trained and not changed):
+        raise UserError(f"{merged}: {len(changed)} weights differ from the release, expected {len(expected)}")
+    log.info("merged: %d of %d values differ from the release, all of the UNet", len(changed), len(old))
+
+
+def report(stages: list[Stage]) -> None:
+    log.info("%-10s %10s %12s %12s", "stage", "seconds", "peak RSS GB", "MB/s")
+    for stage in stages:
+        rate = stage.moved / stage.seconds / 1e6
+        log.info("%-10s %10.1f %12.2f %12.0f", stage.name, stage.seconds, stage.peak_rss / 1e9, rate)
+    worst = max(stages, key=lambda stage: stage.peak_rss)
+    if worst.peak_rss > MAX_RSS:
+        raise UserError(f"{worst.name} took {worst.peak_rss / 1e9:.1f} GB, above {MAX_RSS / 1e9:.0f}")
+
+
+if __name__ == "__main__":
+    run(main)
