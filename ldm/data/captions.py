@@ -56,5 +56,7 @@ def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
         text = entry.get("text")
         if text is not None and not isinstance(text, str):
             raise UserError(f"{path}, line {number}: text is not a string: {text!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in name + (text or "")):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no letter: {line[:80]}")
         found.append((PurePosixPath(name).as_posix(), " ".join((text or "").split()) or None))
     return found

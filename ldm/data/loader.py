@@ -79,12 +79,19 @@ class SampleLoader(DataLoader):
 
 
 class StreamLoader(SampleLoader):
-    """Batches of an `IterableDataset`, which is told the epoch."""
+    """Batches of an `IterableDataset`, which is told the epoch. A resumed run begins the epoch again."""
 
     def __init__(self, dataset: IterableDataset, batch_size: int, **options: Any) -> None:
         super().__init__(dataset, batch_size=batch_size, **options)
         if hasattr(dataset, "set_epoch"):
             self.sampler.set_epoch = dataset.set_epoch  # where Lightning looks for it
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; it is there so that a run may go from streamed to local shards, and back, when it is resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        logger.info("streamed data have no position to resume at: the epoch starts again")
 
 
 class ResumableLoader(SampleLoader):
@@ -117,7 +124,7 @@ class ResumableLoader(SampleLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that `state` was saved at; at the start of its epoch if the data are not the same."""
         sampler: EpochBatchSampler = self.batch_sampler
-        sampler.set_epoch(state["epoch"])
+        sampler.set_epoch(state.get("epoch", 0))
         changed = {key: (state.get(key), value) for key, value in self._set().items() if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())

@@ -230,13 +230,14 @@ def preencode(
     check_out(out, overwrite)
     encoder.check_size(size)
     null = encoder.captions([""])[0]
-    _remove(out)
     report = Report()
     with ShardWriter(out, shard_size) as writer:
         for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):
             contexts = encoder.captions([picture.item.caption or "" for picture in batch])
             pictures = torch.stack([picture.fitted for picture in batch])
             views = [encoder.pictures(pictures)] + ([encoder.pictures(pictures.flip(-1))] if flip else [])
+            if not report.pictures:  # only now it is sure that there will be a set to replace the old one
+                _remove(out)
             for i, (picture, context) in enumerate(zip(batch, contexts, strict=True)):
                 for flipped, values in enumerate(views):
                     if not np.isfinite(values[i]).all():
@@ -267,5 +268,5 @@ def preencode(
         "shards": report.shards,
     }
     with atomic_write(folder / INDEX) as path:
-        path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(index, indent=1) + "\n")
     return report

@@ -82,6 +82,7 @@ def test_metadata(tmp_path, caplog):
         ({"file_name": "/x.png", "text": "x"}, "outside the folder"),
         ({"file_name": "x.png", "text": 3}, "not a string"),
         ("[" * 100_000, "not JSON"),
+        ({"file_name": "x.png", "text": "\ud83d"}, "surrogate"),
     ],
 )
 def test_broken_metadata_is_named_by_line(tmp_path, line, message):

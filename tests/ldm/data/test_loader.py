@@ -90,6 +90,12 @@ def test_a_position_in_other_data_starts_the_epoch_again(caplog):
     assert "batch_size was 3, is 4" in caplog.text
 
 
+def test_a_state_without_a_position_starts_the_epoch_again():
+    other = loader()
+    other.load_state_dict({})
+    assert (other.batch_sampler.epoch, other.batch_sampler.start) == (0, 0)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_in_a_worker_is_one_line(num_workers):
     with pytest.raises(UserError, match=r"^a\.tar: sample \d+ is broken$"):

@@ -182,6 +182,11 @@ def test_existing_shards_are_kept_unless_told_otherwise(pictures, tmp_path):
         "s-0.tar",
         "s-1.tar",
     ]  # none of the old five is left
+    (pictures.parent / "bad").mkdir()
+    (pictures.parent / "bad" / "a.png").write_bytes(b"?")
+    with pytest.raises(UserError, match="none of 1 pictures"):
+        run(pictures.parent / "bad", tmp_path / "s-%d.tar", caption="tom", overwrite=True)
+    assert (tmp_path / "index.json").exists() and (tmp_path / "s-0.tar").exists()
     with pytest.raises(UserError, match="another set is in this folder"):
         run(pictures, tmp_path / "t-%d.tar")
 
