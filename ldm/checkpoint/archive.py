@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoint.builders import Global
 from ldm.checkpoint.formats import STORAGE_NAMES
 from ldm.checkpoint.mapped import MappedFile
-from ldm.checkpoint.pickled import Global, read_pickle
+from ldm.checkpoint.pickled import read_pickle
 from ldm.util import UserError
 
 _STORAGE_DTYPES = {**{name: dtype for dtype, name in STORAGE_NAMES.items()}, "UntypedStorage": torch.uint8}
@@ -21,19 +22,18 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
-def _storage_dtype(kind: Any) -> torch.dtype:
-    name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else None
-    if name not in _STORAGE_DTYPES or not kind.name.startswith("torch."):
-        raise ValueError(f"a storage of type {kind!r}")
-    return _STORAGE_DTYPES[name]
-
-
 def _storage_id(saved_id: Any) -> tuple[torch.dtype, str, int, Any]:
     """dtype, key, number of elements and (in old files) view of the storage that a persistent id describes."""
     kind, storage_type, key, _location, numel, *view = saved_id
-    if kind != "storage":
-        raise ValueError(f"persistent id of kind {kind!r}")
-    return _storage_dtype(storage_type), str(key), int(numel), view[0] if view else None
+    if kind != "storage" or not isinstance(key, str) or type(numel) is not int:
+        raise ValueError("a persistent id that is not a storage's")
+    name = storage_type.name if isinstance(storage_type, Global) else ""
+    dtype = _STORAGE_DTYPES.get(name.rpartition(".")[2]) if name.startswith("torch.") else None
+    if dtype is None:
+        raise ValueError(f"a storage of unknown type {name}")
+    if not 0 <= numel < 1 << 48:
+        raise ValueError(f"storage {key} of an impossible size")
+    return dtype, key, numel, view[0] if view else None
 
 
 class ZipArchive:
@@ -45,12 +45,9 @@ class ZipArchive:
             with zipfile.ZipFile(path) as archive:
                 self.records = {record.filename: record for record in archive.infolist()}
         except zipfile.BadZipFile as error:
-            raise UserError(
-                f"{path}: a checkpoint cut short or damaged ({error}); download or copy it again"
-            ) from error
-        roots = [
-            name[: -len("data.pkl")] for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1
-        ]
+            raise UserError(f"{path}: a checkpoint cut short or damaged ({error}); download it again") from error
+        pickles = [name for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1]
+        roots = [name.removesuffix("data.pkl") for name in pickles]
         if not roots:
             raise UserError(f"{path}: a zip archive with no checkpoint in it; unpack it, or name the right file")
         self.root = roots[0]
@@ -103,13 +100,13 @@ def load_legacy(file: MappedFile) -> Any:
     dtypes: dict[str, torch.dtype] = {}
 
     def note(saved_id: Any) -> torch.Tensor:
-        dtype, key, _, _ = _storage_id(saved_id)
-        return torch.empty(_storage_id(saved_id)[2], dtype=dtypes.setdefault(key, dtype), device="meta")
+        dtype, key, numel, _ = _storage_id(saved_id)
+        return torch.empty(numel, dtype=dtypes.setdefault(key, dtype), device="meta")
 
     # The data lie behind the object that describes them, so the object is read twice.
     read_pickle(stream, note)
     storages: dict[str, torch.Tensor] = {}
-    for key in map(str, _read_plain(stream)):
+    for key in _read_plain(stream):
         (numel,) = struct.unpack("<q", stream.read(8))
         storages[key] = file.tensor(dtypes[key], stream.tell(), numel)
         stream.seek(numel * dtypes[key].itemsize, 1)
@@ -130,4 +127,4 @@ def _read_plain(stream: Any) -> Any:
 
 
 def _no_storage(saved_id: Any) -> Any:
-    raise ValueError(f"a storage where none belongs: {saved_id!r}")
+    raise ValueError("a storage where none belongs")

@@ -1,81 +1,17 @@
 """Reading a pickle as data. Nothing that it names is imported, and nothing in it is called.
 
 A pickle is a program for a small stack machine. `read_pickle` runs it on a machine of its own on which a global is only
-a name: the few names that stand for tensors and plain containers have a builder here, and "calling" any other name
-gives a `LeftOut`.
+a name: the few names that stand for tensors and plain containers have a builder, and "calling" any other name gives a
+`LeftOut`.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import torch
-
-
-@dataclass(frozen=True)
-class Global:
-    """A class or function that a pickle names, such as `torch._utils._rebuild_tensor_v2`; never looked up."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
-class LeftOut:
-    """Stands where the pickle wanted an object of `name`, which is neither a tensor nor plain data."""
-
-    name: str
-
-
-def _strided(storage: torch.Tensor, offset: int, size: tuple, stride: tuple) -> torch.Tensor:
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset)  # torch checks the bounds
-
-
-def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
-    if metadata:  # conjugate or negative views, which no weight is
-        raise ValueError(f"a tensor with metadata {metadata!r}")
-    return _strided(storage, offset, size, stride)
-
-
-def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> torch.Tensor:
-    return _tensor(storage.view(dtype), offset, size, stride, metadata=metadata)
-
-
-def _parameter(data: torch.Tensor, requires_grad: bool = True, hooks: Any = None, state: Any = None) -> torch.Tensor:
-    return data
-
-
-def _tensor_with_attributes(function: Global, kind: Any, args: tuple, state: Any) -> Any:
-    if kind not in (Global("torch.Tensor"), Global("torch.nn.parameter.Parameter")):
-        return LeftOut(getattr(kind, "name", "a tensor subclass"))
-    return BUILDERS[function.name](*args)
-
-
-def _bytes(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise ValueError(f"bytes in encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-_PLAIN = {"set": set, "frozenset": frozenset, "complex": complex}
-BUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _strided,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
-    "torch.Size": tuple,
-    "torch.device": lambda *args: torch.device(*args),
-    "collections.OrderedDict": OrderedDict,
-    "collections.defaultdict": lambda *args: {},  # its items follow; its factory is left out
-    "_codecs.encode": _bytes,
-    **{f"{module}.{name}": kind for module in ("builtins", "__builtin__") for name, kind in _PLAIN.items()},
-}
-DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+from ldm.checkpoint.builders import BUILDERS, DTYPES, Global, LeftOut, keys
 
 _OUT = object()
 
@@ -125,7 +61,7 @@ class _Machine:
     def put_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
-            target.update(zip(items[::2], items[1::2], strict=True))
+            target.update(zip(keys(items[::2]), items[1::2], strict=True))
         elif not isinstance(target, LeftOut):
             raise ValueError(f"items set on {type(target).__name__}")
 
@@ -194,7 +130,7 @@ class _Machine:
 
     def do_frozenset(self, _: Any) -> None:
         items = self.pop_to_mark()
-        self.stack.append(frozenset(items))
+        self.stack.append(frozenset(keys(items)))
 
     def do_tuple(self, _: Any) -> None:
         items = self.pop_to_mark()
@@ -230,7 +166,7 @@ class _Machine:
     def do_additems(self, _: Any) -> None:
         items = self.pop_to_mark()
         if isinstance(self.stack[-1], set):
-            self.stack[-1].update(items)
+            self.stack[-1].update(keys(items))
         elif not isinstance(self.stack[-1], LeftOut):
             raise ValueError(f"items added to {type(self.stack[-1]).__name__}")
 
@@ -242,6 +178,8 @@ class _Machine:
 
     def do_stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
+        if not (isinstance(name, str) and isinstance(module, str)):
+            raise ValueError("a global whose name is no text")
         self.do_global(f"{module} {name}")
 
     def do_reduce(self, _: Any) -> None:
@@ -309,4 +247,4 @@ def without_left_out(value: Any) -> tuple[Any, list[str]]:
         cleaned = clean(item)
         return None if cleaned is _OUT else cleaned
 
-    return clean_or_none(value), sorted(names)
+    return clean_or_none(value), sorted(ascii(name)[1:-1] for name in names)

@@ -63,7 +63,7 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint ({reason}); download or copy it again") from error
     if left_out:
-        log.info("%s: left out, being neither tensors nor plain data: %s", path, ", ".join(left_out))
+        log.info("%s: left out, being neither tensors nor plain data: %s", path, ", ".join(left_out[:20]))
     if not isinstance(content, dict):
         held = f"an object of {left_out[0]}" if left_out else type(content).__name__
         raise UserError(f"{path}: holds {held}, not a dict of weights; save the model's state_dict() instead")
@@ -98,7 +98,11 @@ def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Ten
         raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
     weights = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not weights:
-        raise UserError(f"{path}: holds no weights (keys: {', '.join(map(str, list(nested)[:5])) or 'none'})")
+        keys = ", ".join(f"{key!r:.40}" for key in list(nested)[:5])
+        raise UserError(f"{path}: holds no weights (keys: {keys or 'none'}); name a file with a state_dict")
+    for key in weights:
+        if not key.isprintable():  # it would break the lines of messages
+            raise UserError(f"{path}: {key!r:.80} is no name of a weight; the file is damaged, download it again")
     return weights
 
 

@@ -31,7 +31,7 @@ class Graft:
 
     def summary(self) -> list[str]:
         """One line for each kind of key, with counts."""
-        cond_stage = sum(key.startswith("cond_stage_model.") for key in self.skipped)
+        cond_stage = sum(key.startswith("cond_stage_model.") and not is_optional(key) for key in self.skipped)
         ema = sum(key.startswith("model_ema.") for key in self.skipped)
         lines = [
             (len(self.released), "weights taken from the release"),

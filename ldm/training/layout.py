@@ -23,6 +23,8 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> N
     missing = [key for key in TRAINING_STATE if key not in content]
     if missing:
         raise UserError(f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt")
+    if not isinstance(content["global_step"], int):
+        raise UserError(f"{path}: not a training checkpoint (its global_step is no number)")
     optimizers = content["optimizer_states"]
     if not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)):
         raise UserError(f"{path}: not a training checkpoint (its optimizer_states are no list of dicts)")

@@ -229,3 +229,51 @@ def test_a_compressed_archive_is_refused_and_not_read_as_weights(tmp_path):
             new.writestr(record.filename, old.read(record))
     with pytest.raises(UserError, match="compressed"):
         load_state_dict(tmp_path / "deflated.ckpt")
+
+
+# (((), ()), ((), ())) and so on, 2⁸⁰ parts in 160 bytes: to hash, print or compare it takes for ever.
+ENDLESS = b")" + b"2\x86" * 80
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "data",
+    {
+        "dict key": b"}" + ENDLESS + b"Ns.",
+        "set element": b"\x8f(" + ENDLESS + b"\x90.",
+        "frozenset element": b"(" + ENDLESS + b"\x91.",
+        "set's argument": b"cbuiltins\nset\n(" + ENDLESS + b"ltR.",
+        "OrderedDict's key": b"ccollections\nOrderedDict\n((" + ENDLESS + b"NtltR.",
+        "name of a global": ENDLESS + b"\x8c\x01x\x93.",
+        "persistent id": ENDLESS + b"Q.",
+        "kind of a storage": b"(\x8c\x07storage" + ENDLESS + b"\x8c\x010\x8c\x03cpuK\x02tQ.",
+        "key of a storage": b"(\x8c\x07storagectorch\nFloatStorage\n" + ENDLESS + b"\x8c\x03cpuK\x02tQ.",
+        "numel of a storage": b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpu" + ENDLESS + b"tQ.",
+        "size of a tensor": b"ctorch._utils\n_rebuild_tensor\n(NK\x00" + ENDLESS + ENDLESS + b"tR.",
+        "metadata of a tensor": b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89N" + ENDLESS + b"tR.",
+        "encoding": b"c_codecs\nencode\n(V\n" + ENDLESS + b"tR.",
+        "whole content": ENDLESS + b".",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_endless_values_are_refused_at_once(data, write_zip):
+    with pytest.raises(UserError):
+        load_checkpoint(write_zip(data_pkl=b"\x80\x04" + data[1]))
+
+
+@pytest.mark.timeout(20)
+def test_an_endless_value_is_carried_along_unread(write_zip):
+    path = write_zip(data_pkl=b"\x80\x04}(V" + b"x\n" + ENDLESS + b"u.")
+    assert load_checkpoint(path).keys() == {"x"}
+    with pytest.raises(UserError, match="holds no weights"):
+        load_state_dict(path)
+
+
+def test_names_from_a_file_cannot_break_the_lines_of_messages(tmp_path, caplog, write_zip):
+    caplog.set_level("INFO")
+    load_checkpoint(write_zip(data_pkl=b"\x80\x04}(\x8c\x01x\x8c\x04a\n\x1b[\x8c\x01b\x93\x8c\x01yNu."))
+    assert r"a\n\x1b[.b" in caplog.text
+    torch.save({"model.\nerror: all is well": torch.ones(1)}, tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="no name of a weight") as caught:
+        load_state_dict(tmp_path / "model.ckpt")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,103 @@
+"""What a pickle's names may stand for: tensors and plain containers. Every other name stays a name.
+
+The builders look at types before anything else: to print, hash or compare a hostile value can take for ever.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Global:
+    """A class or function that a pickle names, such as `torch._utils._rebuild_tensor_v2`; never looked up."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """Stands where the pickle wanted an object of `name`, which is neither a tensor nor plain data."""
+
+    name: str
+
+
+def _strided(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    if not all(type(number) is int for number in (offset, *_plain(size), *_plain(stride))):
+        raise ValueError("a tensor whose shape is not made of integers")
+    return torch.as_strided(storage, size, stride, offset)  # torch checks the bounds
+
+
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
+    if metadata:
+        raise ValueError("a conjugate or negative view, which no weight is")
+    return _strided(storage, offset, size, stride)
+
+
+def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> torch.Tensor:
+    return _tensor(storage.view(dtype), offset, size, stride, metadata=metadata)
+
+
+def _parameter(data: torch.Tensor, requires_grad: bool = True, hooks: Any = None, state: Any = None) -> torch.Tensor:
+    return data
+
+
+def _tensor_with_attributes(function: Global, kind: Any, args: tuple, state: Any) -> Any:
+    if kind not in (Global("torch.Tensor"), Global("torch.nn.parameter.Parameter")):
+        return LeftOut(getattr(kind, "name", "a tensor subclass"))
+    return BUILDERS[function.name](*args)
+
+
+def _bytes(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes in another encoding than latin1")
+    return text.encode("latin1")
+
+
+def _plain(items: Any = ()) -> Any:
+    """`items` if it is a list or a tuple."""
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"a list was expected, not {type(items).__name__}")
+    return items
+
+
+def keys(items: list[Any]) -> list[Any]:
+    """`items` if each can be a key of a dict or an element of a set."""
+    for item in items:
+        for part in item if isinstance(item, tuple) else (item,):
+            if not isinstance(part, _KEYS):
+                raise ValueError(f"a key of type {type(part).__name__}")
+    return items
+
+
+def _ordered_dict(items: Any = ()) -> OrderedDict[Any, Any]:
+    pairs = [_plain(pair) for pair in _plain(items)]
+    return OrderedDict(zip(keys([key for key, _ in pairs]), [value for _, value in pairs], strict=True))
+
+
+_KEYS = (str, bytes, int, float, type(None), torch.dtype, Global, LeftOut)
+_COLLECTIONS: dict[str, Callable[..., Any]] = {
+    "set": lambda items=(): set(keys(_plain(items))),
+    "frozenset": lambda items=(): frozenset(keys(_plain(items))),
+    "complex": lambda real, imaginary=0.0: complex(float(real), float(imaginary)),
+}
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _strided,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+    "torch.Size": lambda items=(): tuple(_plain(items)),
+    "torch.device": lambda kind, index=None: torch.device(kind, index) if index is not None else torch.device(kind),
+    "collections.OrderedDict": _ordered_dict,
+    "collections.defaultdict": lambda *args: {},  # its items follow; its factory is left out
+    "_codecs.encode": _bytes,
+    **{f"{module}.{name}": kind for module in ("builtins", "__builtin__") for name, kind in _COLLECTIONS.items()},
+}
+DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
