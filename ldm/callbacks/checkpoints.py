@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.periodic = periodic
         self._step = 0
+        self._saved_step: int | None = None
+        self._stopping = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -44,21 +47,29 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._step:
             return  # gradients are still accumulating, and a checkpoint does not hold them
         self._step = trainer.global_step
-        save, stop = self._agreed_requests(trainer)
-        if save or stop or (self.periodic and self._is_due(trainer)):
+        save, self._stopping = self._agreed_requests(trainer)
+        if save or self._stopping or (self.periodic and self._is_due(trainer)):
             self.requests.save = False
-            self._save(trainer, announce=save or stop)
-        self._stop_if_asked(stop)
+            self._save(trainer, announce=save or self._stopping)
+
+    # It stops at the next hook, since only then has Lightning logged what the step measured.
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop_if_asked()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked()
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if trainer.world_size == 1 and not trainer.sanity_checking:
-            if self.requests.stop:
-                self._save(trainer, announce=True)
-            self._stop_if_asked(bool(self.requests.stop))
+        if self.requests.stop and trainer.world_size == 1 and not trainer.sanity_checking:
+            self._save(trainer, announce=True)
+            self._stopping = True
+            self._stop_if_asked()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.requests.training = False
-        self._stop_if_asked(bool(self.requests.stop))
+        self._stopping = self.requests.stop is not None
+        self._stop_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.requests.training = False
@@ -81,13 +92,15 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, announce: bool) -> None:
         if trainer.fast_dev_run:
             return
-        trainer.save_checkpoint(self.path)
+        if self._saved_step != trainer.global_step:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self._saved_step = trainer.global_step
         if announce:
             log.info("\nSaved step %d to %s", trainer.global_step, self.path)
 
-    def _stop_if_asked(self, stop: bool) -> None:
-        if stop:
-            raise TrainingStopped(self.requests.stop or 15, self._step)
+    def _stop_if_asked(self) -> None:
+        if self._stopping:
+            raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
 
 
 class KeptCheckpoints(ModelCheckpoint):
@@ -99,6 +112,10 @@ class KeptCheckpoints(ModelCheckpoint):
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
         self._complained = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["dirpath"] == self.dirpath:  # else the best of another run, which this one must not delete
+            super().load_state_dict(state_dict)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._can_rank(trainer):

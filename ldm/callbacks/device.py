@@ -28,6 +28,9 @@ class CUDACallback(Callback):
         self._began = 0.0
         self._first_step = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # which a run that goes on within an epoch does not reach
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = trainer.strategy.root_device
         if device.type == "cuda":

@@ -30,6 +30,10 @@ class ProgressBar(TQDMProgressBar):
         self._speed = 0.0
         self._loss: Tensor | None = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.on_train_epoch_start(trainer, pl_module)  # which a run that goes on within an epoch does not reach
+
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
         self._drawn, self._images = time.perf_counter(), 0
@@ -39,7 +43,7 @@ class ProgressBar(TQDMProgressBar):
     ) -> None:
         self._images += batch_size(batch) * trainer.world_size
         elapsed = time.perf_counter() - self._drawn
-        if elapsed >= self._seconds or trainer.is_last_batch:
+        if elapsed >= self._seconds or trainer.is_last_batch or trainer.global_step == trainer.max_steps:
             self._speed = self._images / elapsed
             self._loss = outputs["loss"] * trainer.accumulate_grad_batches if outputs else None  # Lightning divided it
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -15,12 +15,14 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.learning_rate import LearningRateOnResume
 from ldm.callbacks.progress import ProgressBar
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
+from ldm.training.noise import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO
 from ldm.training.run import Run
 from ldm.training.trainer_arguments import check_names, modernise
@@ -70,6 +72,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     section = config.lightning
     callbacks: list[Callback] = [
         StepSeeds(seed),
+        LearningRateOnResume(),
         SetupCallback(
             now=run.started,
             logdir=run.folder,
@@ -79,9 +82,9 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
             lightning_config=section,
         ),
     ]
-    if section.trainer.get("enable_progress_bar", True) is not False:
-        refresh_rate = section.trainer.get("progress_bar_refresh_rate")
-        callbacks.append(ProgressBar(1 if refresh_rate is None else refresh_rate))
+    refresh_rate = section.trainer.get("progress_bar_refresh_rate", 1)
+    if section.trainer.get("enable_progress_bar") is not False and refresh_rate != 0:
+        callbacks.append(ProgressBar(refresh_rate or 1))
     described = OmegaConf.merge(_DEFAULT_CALLBACKS, section.get("callbacks") or {})
     built = [_instantiate(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
     if section.trainer.get("logger") is False:
@@ -140,6 +143,7 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
         "logger": loggers,
         "plugins": [AtomicCheckpointIO()],
     }
+    silence_lightning()
     try:
         return Trainer(**given)
     except (MisconfigurationException, ValueError, TypeError) as error:

@@ -1,0 +1,24 @@
+"""Messages of Lightning that do not apply here, so that those that do are read."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_WARNINGS = (
+    r".*module\(s\) in eval mode at the start of training",  # the frozen stages
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    r"Total length of `list` across ranks is zero",  # no validation data
+    r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
+)
+
+
+def silence_lightning() -> None:
+    """Leave out the warnings above, and the advertisements."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

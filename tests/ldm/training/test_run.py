@@ -1,0 +1,90 @@
+"""Where a run lives, and what --resume may name."""
+
+import pytest
+
+from ldm.training.arguments import parse_arguments
+from ldm.training.run import plan_run
+from ldm.util import UserError
+
+
+@pytest.fixture(autouse=True)
+def in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LDM_RUN_FOLDER", raising=False)
+
+
+def plan(line):
+    return plan_run(parse_arguments(line.split()))
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    folder = tmp_path / "logs" / "old"
+    for name in (
+        "checkpoints/last.ckpt",
+        "configs/2-project.yaml",
+        "configs/1-project.yaml",
+        "configs/1-lightning.yaml",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("-b sub/a.yaml b.yaml", "a"),
+        ("-b a.yaml -n mine", "mine"),
+        ("-b a.yaml -f x", "a_x"),
+        ("-b a.yaml -n mine -f _x", "mine_x"),
+    ],
+)
+def test_a_new_run_is_named_by_time_and_config(line, name):
+    run = plan(line)
+    assert run.resume is None and run.saved_configs == []
+    assert run.folder.name == f"{run.started}_{name}" and run.folder.parent.name == "logs"
+
+
+def test_two_runs_in_a_second_get_two_folders(monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    first = plan("-b a.yaml")
+    first.folder.mkdir(parents=True)
+    assert plan("-b a.yaml").folder.name == "now_a-2"
+
+
+def test_the_processes_of_one_run_share_its_folder(monkeypatch):
+    first = plan("-b a.yaml")
+    first.folder.mkdir(parents=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert plan("-b a.yaml").folder == first.folder
+
+
+@pytest.mark.parametrize("what", ["logs/old", "logs/old/checkpoints", "logs/old/checkpoints/last.ckpt"])
+def test_resuming_in_a_run_goes_on_in_its_folder(old_run, what):
+    run = plan(f"--resume {what}")
+    assert run.folder.resolve() == old_run
+    assert run.resume.resolve() == old_run / "checkpoints" / "last.ckpt"
+    assert [path.name for path in run.saved_configs] == ["1-lightning.yaml", "1-project.yaml", "2-project.yaml"]
+
+
+def test_resuming_from_elsewhere_makes_a_new_run(tmp_path):
+    (tmp_path / "hacked.ckpt").touch()
+    run = plan("--resume hacked.ckpt -b a.yaml")
+    assert run.folder.parent.name == "logs" and run.resume.name == "hacked.ckpt" and run.saved_configs == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--resume nowhere", "--resume nowhere: no such run folder or checkpoint"),
+        ("--resume empty", "empty: it holds no checkpoints/last.ckpt"),
+        ("--resume hacked.ckpt", "hacked.ckpt lies in no run folder, so its config is unknown"),
+        ("--resume logs/old -n new", "--name 'new' names a new run"),
+    ],
+)
+def test_what_cannot_be_resumed_is_named(tmp_path, old_run, line, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hacked.ckpt").touch()
+    with pytest.raises(UserError, match=message):
+        plan(line)

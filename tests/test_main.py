@@ -1,0 +1,310 @@
+"""main.py: training, stopping, going on; the run folder; and one clear line for each mistake."""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning import Callback
+
+import main
+from ldm.checkpoint import save_checkpoint, save_state_dict
+from ldm.training.config import load_config
+from ldm.util import UserError, get_obj_from_str
+from tests.training_runs import logged, run_main, the_run, write_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class SendSignal(Callback):
+    """Sends this process a signal during a training step, or during a validation batch."""
+
+    def __init__(self, step: int, signum: int, validation: bool = False) -> None:
+        self.step, self.signum, self.validation = step, signum, validation
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+        if not self.validation and trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), self.signum)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.validation and trainer.global_step == self.step and batch_idx == 1:
+            os.kill(os.getpid(), self.signum)
+
+
+def sending(step, signum, validation=False):
+    """The overrides that send `signum` in step `step`."""
+    where = "lightning.callbacks.send"
+    params = f"{where}.params.step={step} {where}.params.signum={int(signum)} {where}.params.validation={validation}"
+    return f"{where}.target=tests.test_main.SendSignal {params}"
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Trains in this process: `train("-l logs ...")`; `-b tiny.yaml` unless it resumes. Returns the exit code."""
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def call(line):
+        base = "" if "--resume" in line else "-b tiny.yaml "
+        try:
+            run_main(monkeypatch, f"{base}-t --no-test {line}")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_training(straight, resumed):
+    """Equal losses at each step, and equal weights, averages and optimizer state at the end, all bit for bit."""
+    losses = logged(straight, "train/loss")
+    assert losses and losses == logged(resumed, "train/loss")
+    one, other = (state(run / "checkpoints" / "last.ckpt") for run in (straight, resumed))
+    assert one["global_step"] == other["global_step"]
+    assert [key for key, value in one["state_dict"].items() if not value.equal(other["state_dict"][key])] == []
+    moments, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, other))
+    assert all(moments[i][key].equal(others[i][key]) for i in moments for key in moments[i])
+
+
+def test_a_run_folder_holds_checkpoints_configs_logs_and_pictures(train, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    pictures = "lightning.callbacks.image_logger.params.disabled=False lightning.callbacks.image_logger.params"
+    validation = "data.params.val_urls=shards/s-000000.tar"
+    assert train(f"-n first -f x --max_steps 3 {pictures}.batch_frequency=4 {validation} --val_check_interval 2") == 0
+    run = the_run(tmp_path / "logs")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_first_x", run.name)
+    kept = [path.name for path in (run / "checkpoints").iterdir()]
+    assert "last.ckpt" in kept and len(kept) == 2
+    steps = {path.name.split("_gs-")[1][:6] for path in (run / "images" / "train").glob("*.png")}
+    assert steps == {"000001", "000002"}
+    assert {path.name.split("_gs-")[0] for path in (run / "images" / "val").glob("*.png")} >= {"inputs", "samples"}
+    assert list((run / "tensorboard").glob("events*")) and sorted(logged(run, "train/loss")) == [0, 1, 2]
+    assert set(logged(run, "lr-AdamW").values()) == {"0.002"}
+    assert "2.000e-03 = 1 (accumulated batches) * 1 (devices) * 2 (batch size) * 1.000e-03" in caplog.text
+
+    project, lightning = (next((run / "configs").glob(f"*-{name}.yaml")) for name in ("project", "lightning"))
+    assert OmegaConf.load(project).data.params.val_urls == "shards/s-000000.tar"
+    assert OmegaConf.load(lightning).lightning.trainer.max_steps == 3
+    assert set(load_config([lightning, project])) == {"model", "data", "lightning"}
+
+
+def test_checkpoints_hold_plain_data_that_a_strict_reader_takes(train, tmp_path):
+    train("--max_steps 1")
+    checkpoint = state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")
+    assert checkpoint["callbacks"]["StepSeeds"] == {"seed": 23}
+    assert any(key.startswith("model_ema.") for key in checkpoint["state_dict"])
+
+
+def test_pictures_validation_and_workers_do_not_change_the_losses(train, tmp_path):
+    train("-l plain --max_steps 8")
+    pictures = "lightning.callbacks.image_logger.params.disabled=False"
+    train(f"-l busy --max_steps 8 {pictures} data.params.val_urls=shards/s-000000.tar data.params.num_workers=2")
+    assert_same_training(the_run(tmp_path / "plain"), the_run(tmp_path / "busy"))
+
+
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        (3, ""),  # within an epoch of six batches
+        (6, ""),  # at the end of one
+        (9, "data.params.num_workers=2"),
+        (4, "--accumulate_grad_batches 4"),  # two steps an epoch, the second of two batches only
+        (4, "data.params.val_urls=shards/s-000000.tar --val_check_interval 2"),
+    ],
+)
+def test_a_run_that_reached_its_steps_goes_on_as_if_it_had_not_stopped(train, tmp_path, stop, options):
+    train(f"-l straight --max_steps {stop + 4} {options}")
+    train(f"-l resumed --max_steps {stop} {options}")
+    resumed = the_run(tmp_path / "resumed")
+    train(f"--resume {resumed} --max_steps {stop + 4}")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "options"),
+    [
+        (signal.SIGINT, 0, ""),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGINT, 0, "--accumulate_grad_batches 2"),
+    ],
+)
+def test_a_signal_that_stops_loses_nothing(train, tmp_path, caplog, signum, code, options):
+    caplog.set_level(logging.INFO)
+    train(f"-l straight --max_steps 6 {options}")
+    assert train(f"-l resumed --max_steps 6 {options} {sending(2, signum)}") == code
+    resumed = the_run(tmp_path / "resumed")
+    assert f"python main.py --resume {resumed.relative_to(tmp_path)} -t" in caplog.text
+    assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == 2
+    assert train(f"--resume {resumed} {sending(0, signum)}") == 0
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_ctrl_c_during_validation_loses_nothing(train, tmp_path):
+    options = "--max_steps 6 data.params.val_urls=shards/s-{000000..000001}.tar --val_check_interval 2"
+    train(f"-l straight {options}")
+    assert train(f"-l resumed {options} {sending(4, signal.SIGINT, validation=True)}") == 0
+    resumed = the_run(tmp_path / "resumed")
+    assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert train(f"--resume {resumed} {sending(0, signal.SIGINT)}") == 0
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_sigusr1_saves_and_goes_on(train, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        "ldm.training.resume.save_checkpoint", lambda content, path: saved.append((content["global_step"], path.name))
+    )
+    assert train(f"--max_steps 5 {sending(2, signal.SIGUSR1)}") == 0
+    assert saved == [(2, "last.ckpt"), (5, "last.ckpt")]
+
+
+def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_one(train, tmp_path):
+    """The signal goes to the whole process group, as from a terminal, at whatever moment it is."""
+    line = [sys.executable, str(ROOT / "main.py"), "-b", "tiny.yaml", "-t", "--no-test", "-l", "stopped"]
+    line += ["data.params.num_workers=2", "lightning.modelcheckpoint.params.every_n_train_steps=2"]
+    with subprocess.Popen(line, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("stopped/*/checkpoints/last.ckpt")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    stopped = the_run(tmp_path / "stopped")
+    step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
+    assert f"stopped by SIGINT after step {step}" in output
+    assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
+    train(f"-l straight --max_steps {step + 3}")
+    assert_same_training(the_run(tmp_path / "straight"), stopped)
+
+
+def test_a_run_keeps_its_seed(train, tmp_path):
+    train("-l straight --max_steps 4 -s 5")
+    train("-l resumed --max_steps 2 -s 5")
+    resumed = the_run(tmp_path / "resumed")
+    train(f"--resume {resumed} --max_steps 4")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+    train("-l other --max_steps 4")
+    assert logged(the_run(tmp_path / "other"), "train/loss") != logged(resumed, "train/loss")
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(train, tmp_path, schedule):
+    where = "model.params.scheduler_config"
+    params = f"{where}.params.warm_up_steps=[1] {where}.params.cycle_lengths=[10000] {where}.params.f_start=[1.0]"
+    params += f" {where}.params.f_max=[1.0] {where}.params.f_min=[1.0]"
+    options = f"{where}.target=ldm.lr_scheduler.LambdaLinearScheduler {params}" if schedule else ""
+    train(f"--max_steps 2 {options}")
+    run = the_run(tmp_path / "logs")
+    train(f"--resume {run} --max_steps 5 model.base_learning_rate=5e-4")
+    rates = [float(rate) for rate in logged(run, "lr-AdamW").values()]
+    assert rates == pytest.approx([2e-3] * 2 + [1e-3] * 3)
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_new_run(train, tmp_path):
+    train("-l first --max_steps 1")
+    (the_run(tmp_path / "first") / "checkpoints" / "last.ckpt").rename(tmp_path / "hacked.ckpt")
+    assert train("-b tiny.yaml --resume hacked.ckpt -l second --max_steps 2") == 0
+    assert sorted(logged(the_run(tmp_path / "second"), "train/loss")) == [1]
+
+
+def test_a_checkpoint_without_an_average_starts_it_from_the_weights(train, tmp_path):
+    train("-l first --max_steps 1 model.params.use_ema=False")
+    first = the_run(tmp_path / "first")
+    weights = state(first / "checkpoints" / "last.ckpt")["state_dict"]
+    train(f"--resume {first} model.params.use_ema=True --max_steps 2 model.base_learning_rate=1e-9")
+    averaged = state(first / "checkpoints" / "last.ckpt")["state_dict"]
+    for key in (key for key in weights if key.startswith("model.")):
+        shadow = averaged["model_ema." + key.removeprefix("model.").replace(".", "")]
+        torch.testing.assert_close(shadow, weights[key], rtol=0, atol=1e-5)
+
+
+def test_the_switches_of_2022_train(train, tmp_path, caplog):
+    old = "--gpus 0, --accelerator ddp --precision 32 --num_nodes 1 --weights_summary None --replace_sampler_ddp False"
+    old += " --progress_bar_refresh_rate 0 --auto_select_gpus False --checkpoint_callback True --benchmark True"
+    assert train(f"{old} --max_epochs 1 --check_val_every_n_epoch 1 --scale_lr False") == 0
+    assert "no CUDA device" in caplog.text and "--auto_select_gpus is ignored" in caplog.text
+    run = the_run(tmp_path / "logs")
+    assert set(logged(run, "lr-AdamW").values()) == {"0.001"}
+    assert state(run / "checkpoints" / "last.ckpt")["global_step"] == 6
+
+
+def test_the_test_set_runs_after_training_and_alone(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run_main(monkeypatch, "-b tiny.yaml -t --max_steps 1")
+    assert "No test: the config has no test set" in caplog.text
+    run = the_run(tmp_path / "logs")
+    run_main(monkeypatch, f"--resume {run} data.params.test_urls=shards/s-000000.tar")
+    assert logged(run, "val/loss_ema")
+
+
+def test_exports_are_what_yaml_files_name():
+    for name in ("DataModuleFromConfig", "WebDataNpyModuleFromConfig", "SetupCallback", "ImageLogger", "CUDACallback"):
+        assert get_obj_from_str(f"main.{name}").__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'ImageLoger'"):
+        main.ImageLoger  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--max_step 3", "unknown option --max_step; did you mean 'max_steps'"),
+        ("lightning.trainer.max_step=3", "unknown key lightning.trainer.max_step; did you mean 'max_steps'"),
+        ("lightning.callback.x=3", "unknown key lightning.callback; did you mean 'callbacks'"),
+        ("--precision 13", "lightning.trainer: Precision 13 is invalid"),
+        ("--accelerator gpu", "lightning.trainer: .*"),
+        ("model.params.use_emma=True", "unknown key 'use_emma'.*; did you mean 'use_ema'"),
+        ("data.params.batchsize=3", "unknown key 'batchsize' in params of main.WebDataNpyModuleFromConfig"),
+        (
+            "lightning.callbacks.image_logger.params.max_image=1",
+            "lightning.callbacks.image_logger: unknown key 'max_image' .*; did you mean 'max_images'",
+        ),
+        ("lightning.logger.target=pytorch_lightning.loggers.WandbLogger", "needs a package that is not installed"),
+        ("model.base_learning_rate=null", "no model.base_learning_rate"),
+        ("--gradient_clip_val 1.0 --gradient_clip_algorithm nope", "lightning.trainer: .*"),
+        ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
+        ("-b nothing.yaml", "config 'nothing.yaml' not found"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(train, tmp_path, line, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(f"--max_steps 1 {line}")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
+    train("-l other --max_steps 1 model.params.unet_config.params.model_channels=64")
+    (the_run(tmp_path / "other") / "checkpoints" / "last.ckpt").rename(tmp_path / "other.ckpt")
+    save_state_dict({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    save_checkpoint({"state_dict": {"a": torch.zeros(1)}, "callbacks": {}}, tmp_path / "weights.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes((tmp_path / "other.ckpt").read_bytes()[:9000])
+    for name, message in {
+        "other.ckpt": r"model\.diffusion_model\..* has shape .* is this a checkpoint of another model",
+        "weights.safetensors": "no training checkpoint .*hack_weights",
+        "weights.ckpt": r"no training checkpoint \(it lacks loops, optimizer_states, lr_schedulers\)",
+        "broken.ckpt": "damaged",
+        "missing.ckpt": "no such run folder or checkpoint",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            train(f"-b tiny.yaml --resume {name} --max_steps 1")
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_mistake_on_the_command_line_exits_with_one_line(command):
+    result = command("main.py", "-b", "nothing.yaml", "-t")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: config 'nothing.yaml' not found")

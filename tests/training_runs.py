@@ -1,0 +1,127 @@
+"""Runs of main.py on a model and data so small that a test can afford several."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+SAMPLES = 12
+CONFIG = {
+    "model": {
+        "base_learning_rate": 1e-3,
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {
+            "timesteps": 50,
+            "log_every_t": 25,
+            "first_stage_key": "f8",
+            "cond_stage_key": "t5",
+            "conditioning_key": "crossattn",
+            "image_size": 4,
+            "channels": 4,
+            "monitor": "val/loss_simple_ema",
+            "scale_factor": 0.18215,
+            "use_ema": True,
+            "unet_config": {
+                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                "params": {
+                    "image_size": 4,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "model_channels": 32,
+                    "attention_resolutions": [1],
+                    "num_res_blocks": 1,
+                    "channel_mult": [1],
+                    "num_heads": 2,
+                    "use_spatial_transformer": True,
+                    "context_dim": 8,
+                    "legacy": False,
+                },
+            },
+            "first_stage_config": {
+                "target": "ldm.models.autoencoder.AutoencoderKL",
+                "params": {
+                    "embed_dim": 4,
+                    "ddconfig": {
+                        "double_z": True,
+                        "z_channels": 4,
+                        "resolution": 8,
+                        "in_channels": 3,
+                        "out_ch": 3,
+                        "ch": 32,
+                        "ch_mult": [1, 1],
+                        "num_res_blocks": 1,
+                        "attn_resolutions": [],
+                        "dropout": 0.0,
+                    },
+                    "lossconfig": {"target": "torch.nn.Identity"},
+                },
+            },
+            "cond_stage_config": {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "t5"}},
+        },
+    },
+    "data": {
+        "target": "main.WebDataNpyModuleFromConfig",
+        "params": {
+            "batch_size": 2,
+            "num_workers": 0,
+            "null_cond_dropout": 0.2,
+            "training_urls": "shards/s-{000000..000001}.tar",
+        },
+    },
+    "lightning": {
+        "callbacks": {"image_logger": {"params": {"disabled": True}}},
+        "trainer": {"log_every_n_steps": 1, "enable_model_summary": False},
+    },
+}
+
+
+def write_inputs(folder: Path) -> None:
+    """`tiny.yaml` and `shards/` in `folder`."""
+    OmegaConf.save(OmegaConf.create(CONFIG), folder / "tiny.yaml")
+    rng = np.random.default_rng(0)
+    shards = folder / "shards"
+    shards.mkdir()
+    np.save(shards / "null.t5.npy", np.ones((77, 8), np.float16))
+    for shard in range(2):
+        with tarfile.open(shards / f"s-{shard:06}.tar", "w") as tar:
+            for sample in range(SAMPLES // 2):
+                posterior = rng.standard_normal((8, 4, 4)).astype(np.float16)
+                text = rng.standard_normal((77, 8)).astype(np.float16)
+                for name, array in (("f8", posterior), ("t5", text)):
+                    buffer = io.BytesIO()
+                    np.save(buffer, array)
+                    member = tarfile.TarInfo(f"{shard}{sample:03}.{name}.npy")
+                    member.size = buffer.tell()
+                    buffer.seek(0)
+                    tar.addfile(member, buffer)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """`python main.py` with the words of `line`, in this process."""
+    import main
+
+    monkeypatch.setattr(sys, "argv", ["main.py", *line.split()])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that the run's own value goes away with the test
+    main.main()
+
+
+def the_run(logs: Path) -> Path:
+    """The one run folder under `logs`."""
+    (run,) = logs.iterdir()
+    return run
+
+
+def logged(run: Path, key: str) -> dict[int, str]:
+    """What each start of `run` logged under `key`, by step, as it stands in the CSV files."""
+    values = {}
+    for path in sorted(run.glob("csv/*/metrics.csv")):
+        with path.open() as file:
+            values |= {int(row["step"]): row[key] for row in csv.DictReader(file) if row.get(key)}
+    return values
