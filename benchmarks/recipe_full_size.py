@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The recipe at the full size of Stable Diffusion v1, on the CPU, with random weights: seconds and peak memory a stage.
 
-    python benchmarks/recipe_full_size.py --folder /tmp/recipe
+    python benchmarks/recipe_full_size.py --folder recipe
 
 Hack, one resumed optimizer step and merge run as a user would type them. Peak memory is the resident set of each
 command, memory-mapped pages included. Takes about 32 GB of disk, which is freed afterwards unless --keep is given.
