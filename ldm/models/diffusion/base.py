@@ -210,12 +210,10 @@ class DDPM(GaussianDiffusion, pl.LightningModule):
             torch.manual_seed(batch_idx)
             return self.shared_step(batch)[1]
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self._step_before = self.global_step
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """The EMA follows optimizer steps, not the micro-batches that are accumulated into one."""
-        if self.use_ema and self.global_step != self._step_before:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """An optimizer step and, at once, the EMA's: a checkpoint written right after a step holds both."""
+        super().optimizer_step(*args, **kwargs)
+        if self.use_ema:
             self.model_ema(self.model)
 
     @contextmanager

@@ -219,7 +219,6 @@ class LatentDiffusion(DDPM):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
         if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
             self.scale_factor.fill_(1.0)
             latent = self.get_first_stage_encoding(self.encode_batch(batch))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
+from ldm.checkpoint import load_state_dict, save_state_dict
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError, instantiate_from_config
 from tests.golden_data import case, seeded_tensor
@@ -234,9 +237,7 @@ def test_no_learning_rate_is_told(model: LatentDiffusion) -> None:
         model.configure_optimizers()
 
 
-def test_weights_from_a_checkpoint(make_model: Callable[..., LatentDiffusion], tmp_path) -> None:
-    from ldm.checkpoint import save_state_dict
-
+def test_weights_from_a_checkpoint(make_model: Callable[..., LatentDiffusion], tmp_path: Path) -> None:
     source = make_model()
     save_state_dict(source.state_dict(), tmp_path / "release.safetensors")
     model = make_model(use_ema=True)
@@ -245,3 +246,23 @@ def test_weights_from_a_checkpoint(make_model: Callable[..., LatentDiffusion], t
     weight = source.model.diffusion_model.out[2].weight
     assert torch.equal(model.model.diffusion_model.out[2].weight, weight)
     assert torch.equal(model.model_ema.get_buffer("diffusion_modelout2weight"), weight)
+
+
+def test_ema_follows_optimizer_steps(make_model: Callable[..., LatentDiffusion], tmp_path: Path) -> None:
+    """One update a step, not a micro-batch, and already in the checkpoint that is written at that step."""
+    model = make_model(use_ema=True)
+    model.learning_rate = 1e-3
+    batches = [batch_of((2, 8, 8, 8)) for _ in range(4)]
+    saved = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        accumulate_grad_batches=2,
+        callbacks=[saved],
+        default_root_dir=tmp_path,
+        **quiet,
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert trainer.global_step == 2
+    assert load_state_dict(tmp_path / "last.ckpt")["model_ema.num_updates"] == 2
