@@ -45,6 +45,15 @@ def sending(step, signum, validation=False):
     return f"{where}.target=tests.test_main.SendSignal {params}"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads only get into each other's way in a model this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Trains in this process: `train("-l logs ...")`; `-b tiny.yaml` unless it resumes. Returns the exit code."""
@@ -173,7 +182,8 @@ def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_o
     """The signal goes to the whole process group, as from a terminal, at whatever moment it is."""
     line = [sys.executable, str(ROOT / "main.py"), "-b", "tiny.yaml", "-t", "--no-test", "-l", "stopped"]
     line += ["data.params.num_workers=2", "lightning.modelcheckpoint.params.every_n_train_steps=2"]
-    with subprocess.Popen(line, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+    with subprocess.Popen(line, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("stopped/*/checkpoints/last.ckpt")):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)

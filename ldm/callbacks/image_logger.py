@@ -89,20 +89,23 @@ class ImageLogger(Callback):
             images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         folder = Path(trainer.default_root_dir) / "images" / split
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
+        samples = len(next(iter(images.values())))
         for key, value in images.items():
-            grid = self._grid(value)
+            grid = self._grid(value, self._columns(key, len(value), samples))
             save_png(grid, folder / f"{key}_{place}.png")
             for logger in trainer.loggers:
                 _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
 
-    def _grid(self, images: Tensor) -> Image.Image:
-        """One picture from (N, C, H, W), or from (C, H, W) that is a grid already."""
+    def _columns(self, key: str, count: int, samples: int) -> int:
+        """Entries named `..._row` hold each sample's steps one after the other, which makes a row of the grid."""
+        rows = min(samples, self.log_images_kwargs.get("n_row", 4))
+        return count // rows if key.endswith("_row") else self.max_images
+
+    def _grid(self, images: Tensor, columns: int) -> Image.Image:
         images = images.float().cpu()
-        if images.ndim == 3:
-            images = images[None]
         if self.clamp:
             images = images.clamp(-1.0, 1.0)
-        return image_grid(images if self.rescale else images * 2.0 - 1.0, columns=self.max_images)
+        return image_grid(images if self.rescale else images * 2.0 - 1.0, columns)
 
 
 def _log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:

@@ -1,0 +1,36 @@
+"""The progress bar's numbers, and the memory that is reported."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.callbacks.device import peak_memory
+from ldm.callbacks.progress import batch_size
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"f8": torch.zeros(3, 4), "txt": ["a", "b", "c"]},
+        {"txt": ["a", "b", "c"]},
+        [torch.zeros(3, 2), torch.zeros(3)],
+        torch.zeros(3, 1),
+    ],
+)
+def test_batch_size(batch):
+    assert batch_size(batch) == 3
+
+
+def test_peak_memory_of_the_process_follows_what_it_allocates():
+    before = peak_memory(torch.device("cpu"))
+    assert before > 50 * 2**20
+    held = np.ones(before + 2**26, dtype=np.uint8)  # the peak may lie above what is held now
+    assert peak_memory(torch.device("cpu")) >= before + 2**26 - 2**22
+    del held
+
+
+def test_peak_memory_of_cuda_is_what_its_allocator_says(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert peak_memory(SimpleNamespace(type="cuda")) == 7

@@ -1,0 +1,54 @@
+"""Signals as requests; in data workers they do nothing, but end them on SIGTERM."""
+
+import os
+import signal
+
+import pytest
+
+from ldm.callbacks.signals import SignalRequests
+
+
+@pytest.fixture
+def requests():
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)]
+    with SignalRequests() as requests:
+        yield requests
+    assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)] == before
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def test_sigusr1_asks_for_a_checkpoint_at_any_time(requests):
+    send(signal.SIGUSR1)
+    assert requests.save and requests.stop is None
+
+
+def test_while_training_the_first_signal_asks_and_the_second_quits(requests):
+    requests.training = True
+    send(signal.SIGINT)
+    assert requests.stop == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+
+
+def test_otherwise_the_first_signal_quits(requests):
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        send(signal.SIGTERM)
+    assert caught.value.code == 143
+
+
+@pytest.mark.parametrize(
+    ("number", "survives"), [(signal.SIGINT, True), (signal.SIGUSR1, True), (signal.SIGTERM, False)]
+)
+def test_workers_ignore_what_is_meant_for_the_training(requests, number, survives):
+    worker = os.fork()
+    if worker == 0:
+        send(number)
+        send(number)
+        os._exit(7)
+    status = os.waitpid(worker, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == (7 if survives else -number)

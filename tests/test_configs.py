@@ -1,0 +1,85 @@
+"""Every config: its targets exist, its params fit them; and the SD v1 ones make the released keys."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.training.config import build_model, load_config, plain
+from ldm.util import check_params, get_obj_from_str
+from tests.training_runs import CONFIG
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
+
+
+def described(node: Any, where: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping with a `target` below `node`, with its place."""
+    if isinstance(node, Mapping):
+        if "target" in node:
+            yield where, node
+        for key, value in node.items():
+            yield from described(value, f"{where}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from described(value, f"{where}[{index}]")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_targets_resolve_and_params_bind(path):
+    for where, entry in described(plain(load_config([path]))):
+        assert set(entry) <= {"target", "params", "base_learning_rate"}, where
+        check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_names_its_launch_commands(path):
+    header = path.read_text().split("\nmodel:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert path.name in header and "python " in header
+
+
+@pytest.mark.parametrize("name", ["demo_tiny.yaml", "demo_tiny_release.yaml"])
+def test_the_demo_is_small(name):
+    model = build_model(load_config([name]))
+    assert 1e6 < sum(parameter.numel() for parameter in model.model.parameters()) < 3e6
+
+
+def test_the_demo_release_has_what_the_demo_trains():
+    trained, released = (build_model(load_config([name])) for name in ("demo_tiny.yaml", "demo_tiny_release.yaml"))
+    shapes = {key: value.shape for key, value in released.state_dict().items()}
+    own = {key: value.shape for key, value in trained.state_dict().items() if not key.startswith("model_ema.")}
+    assert own.items() <= shapes.items()
+    assert {key.partition(".")[0] for key in shapes.keys() - own.keys()} == {"cond_stage_model"}
+
+
+@pytest.mark.parametrize(
+    ("name", "has_text_tower"),
+    [("stable_diffusion_v1.yaml", True), ("train_from_images.yaml", True), ("finetune_stable_diffusion.yaml", False)],
+)
+def test_the_full_size_models_have_the_released_keys(name, has_text_tower):
+    with torch.device("meta"):
+        model = build_model(load_config([name]))
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    optional = ("model_ema.", "cond_stage_model.transformer.text_model.embeddings.position_ids")
+    released = {
+        key: shape
+        for key, (shape, _) in json.loads(KEYS.read_text())["keys"].items()
+        if not key.startswith(optional) and (has_text_tower or not key.startswith("cond_stage_model."))
+    }
+    assert own == released
+
+
+def test_the_recipe_is_the_contracts():
+    """The values that people have in their own copies."""
+    config = plain(load_config(["finetune_stable_diffusion.yaml"]))
+    params = config["model"]["params"]
+    assert config["model"]["base_learning_rate"] == 6.666e-08
+    assert (params["first_stage_key"], params["cond_stage_key"], params["use_ema"]) == ("f8", "t5", False)
+    assert (params["monitor"], params["scale_factor"]) == ("val/loss_simple_ema", 0.18215)
+    assert {"training_urls", "val_urls", "test_urls", "null_cond_dropout"} <= set(config["data"]["params"])
+    assert set(CONFIG["data"]["params"]) <= set(config["data"]["params"]), "the tests train on the same keys"
