@@ -1,0 +1,130 @@
+"""The whole recipe through its real command lines, in the two ways to hack, on the demo's tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from ldm.checkpoint import load_checkpoint, load_state_dict
+from ldm.training.release import load_release
+from tests.conftest import RELEASE_CONFIG, ROOT
+from tests.golden_data import relative_error, seeded_tensor
+
+TRAIN = ("--base", "demo_tiny.yaml", "-t", "--no-test", "--gpus", "0,", "data.params.training_urls=shards/*.tar")
+QUIET = ("data.params.batch_size=4", "lightning.callbacks.image_logger.params.disabled=True")
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny_release: Path, command: Callable) -> Callable:
+    """A folder with the release at the conventional place and shards of the cats; calls commands that must succeed."""
+
+    def call(script: str, *arguments: object) -> str:
+        done = command(script, *arguments)
+        assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
+        return done.stdout
+
+    release = tmp_path / "models/ldm/stable-diffusion-v1/model.ckpt"
+    release.parent.mkdir(parents=True)
+    shutil.copy(tiny_release, release)  # safetensors under the other name: files are told apart by content
+    call(
+        "tools/preencode.py",
+        *("--ckpt", release, "--config", RELEASE_CONFIG, "--images", ROOT / "data/cats"),
+        *("--size", 64, "--out", "shards/%06d.tar"),
+    )
+    return call
+
+
+def check_merged(release: Path, merged: Path, trained: Path) -> None:
+    """The merged file holds the trained weights, the release's other keys bit for bit, and nothing else."""
+    before, after = load_state_dict(release), load_state_dict(merged)
+    assert set(load_checkpoint(merged)) <= {"state_dict", "metadata"}
+    assert set(before) == set(after)
+    training = load_state_dict(trained)
+    for key, value in after.items():
+        if key.startswith("model.diffusion_model."):
+            average = training["model_ema." + key.removeprefix("model.").replace(".", "")]
+            assert torch.equal(value, average), key
+        else:
+            assert torch.equal(value, before[key]), key
+    moved = [key for key in after if not torch.equal(after[key], before[key])]
+    assert len(moved) > 100
+
+
+def check_diffusers(merged: Path, folder: Path) -> None:
+    """diffusers opens the merged release by itself and predicts the same noise."""
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 16,
+        "block_out_channels": [32, 64, 96],
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 64,
+    }
+    (folder / "unet").mkdir()
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    theirs = diffusers.UNet2DConditionModel.from_single_file(
+        str(merged), config=str(folder / "unet"), local_files_only=True
+    ).eval()
+    ours = load_release(merged, RELEASE_CONFIG)
+    x, context, t = seeded_tensor("x", (2, 4, 16, 16)), seeded_tensor("context", (2, 77, 64)), torch.tensor([5, 800])
+    with torch.no_grad():
+        assert (
+            relative_error(ours.apply_model(x, t, context), theirs(x, t, encoder_hidden_states=context).sample) < 1e-5
+        )
+
+
+def test_recipe_from_a_config(work: Callable, tmp_path: Path) -> None:
+    release = tmp_path / "models/ldm/stable-diffusion-v1/model.ckpt"
+    work("tools/hack_weights.py", "--base", "demo_tiny.yaml", "--out", "start.ckpt")
+    work("main.py", "--resume", "start.ckpt", *TRAIN, *QUIET, "--max_steps", 3)
+    [trained] = tmp_path.glob("logs/*/checkpoints/last.ckpt")
+    assert load_checkpoint(trained)["global_step"] == 3
+    work("tools/merge_release.py", "--out", "mine.safetensors")
+    check_merged(release, tmp_path / "mine.safetensors", trained)
+    check_diffusers(tmp_path / "mine.safetensors", tmp_path)
+    sampling = ("--config", RELEASE_CONFIG, "--prompt", "tom the cat", "--steps", 2, "--out", "pictures")
+    work("tools/txt2img.py", "--ckpt", "mine.safetensors", *sampling)
+    assert (tmp_path / "pictures/00000.png").is_file()
+
+
+def test_recipe_with_an_aborted_run(work: Callable, tmp_path: Path) -> None:
+    """As in 2022: start, Ctrl-C, hack the checkpoint that it left, resume, merge, all with bare calls."""
+    line = [sys.executable, str(ROOT / "main.py"), *TRAIN, *QUIET, "--max_steps", "100000"]
+    log = tmp_path / "aborted.log"
+    with log.open("w") as output:
+        run = subprocess.Popen(line, cwd=tmp_path, stdout=output, stderr=output)
+        wait_for(lambda: "loss=" in log.read_text() or run.poll() is not None)
+        os.kill(run.pid, signal.SIGINT)
+        run.wait(timeout=120)
+    [last] = tmp_path.glob("logs/*/checkpoints/last.ckpt")
+    aborted = load_checkpoint(last)["global_step"]
+    assert aborted > 0, log.read_text()[-2000:]
+    said = work("tools/hack_weights.py")
+    assert str(last.relative_to(tmp_path)) in said
+    assert last.with_name("last.before-hack.ckpt").is_file()
+    folder = last.parents[1].relative_to(tmp_path)
+    work("main.py", "--resume", folder, *TRAIN, *QUIET, "--max_steps", aborted + 2)
+    assert load_checkpoint(last)["global_step"] == aborted + 2
+    work("tools/merge_release.py")
+    release = tmp_path / "models/ldm/stable-diffusion-v1/model.ckpt"
+    check_merged(release, last.with_name("merged.ckpt"), last)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
