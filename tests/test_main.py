@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback
+from pytorch_lightning.loggers.logger import DummyLogger
 
 import main
 from ldm.checkpoint import save_checkpoint, save_state_dict
@@ -36,6 +37,16 @@ class SendSignal(Callback):
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
         if self.validation and trainer.global_step == self.step and batch_idx == 1:
             os.kill(os.getpid(), self.signum)
+
+
+class FakeWandbLogger(DummyLogger):
+    """Notes what it was made with."""
+
+    made = None
+
+    def __init__(self, name, save_dir, project) -> None:
+        super().__init__()
+        type(self).made = {"name": name, "save_dir": save_dir, "project": project}
 
 
 def sending(step, signum, validation=False):
@@ -281,18 +292,53 @@ def test_exports_are_what_yaml_files_name():
             "lightning.callbacks.image_logger.params.max_image=1",
             "lightning.callbacks.image_logger: unknown key 'max_image' .*; did you mean 'max_images'",
         ),
-        ("lightning.logger.target=pytorch_lightning.loggers.WandbLogger", "needs a package that is not installed"),
-        ("model.base_learning_rate=null", "no model.base_learning_rate"),
+        ("lightning.callbacks.mine.params.x=1", "lightning.callbacks.mine: expected a mapping with the key 'target'"),
+        ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
+        ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),
+        ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
         ("--gradient_clip_val 1.0 --gradient_clip_algorithm nope", "lightning.trainer: .*"),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),
+        ("data.params.training_urls=nowhere.tar", "nowhere.tar"),
+        ("model.params.unet_config.params.context_dim=16", r"t5 has shape \(77, 8\); the UNet's context_dim is 16"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(train, tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         train(f"--max_steps 1 {line}")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "logs").exists()
+    assert not list(tmp_path.glob("logs/*"))
+
+
+def test_another_logger_takes_the_place_of_tensorboard(train, tmp_path):
+    assert train("--max_steps 1 -p paintings lightning.logger.target=tests.test_main.FakeWandbLogger") == 0
+    run = the_run(tmp_path / "logs")
+    folder = run.relative_to(tmp_path)
+    made = get_obj_from_str("tests.test_main.FakeWandbLogger").made  # pytest knows this file by another name
+    assert made == {"name": run.name, "save_dir": str(folder), "project": "paintings"}
+    assert not (run / "tensorboard").exists() and logged(run, "train/loss")
+
+
+def test_a_logger_whose_package_is_missing_is_one_line(train, monkeypatch):
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
+    with pytest.raises(UserError, match=r"lightning.logger: .*WandbLogger needs a package that is not installed"):
+        train("--max_steps 1 lightning.logger.target=pytorch_lightning.loggers.WandbLogger")
+
+
+def test_debug_opens_the_debugger_on_an_error(train, monkeypatch):
+    opened = []
+    monkeypatch.setattr("pdb.post_mortem", lambda: opened.append(True))
+    with pytest.raises(UserError):
+        train("-d --max_steps 1 data.params.training_urls=nowhere.tar")
+    assert opened == [True]
+
+
+def test_an_optimizer_that_does_not_fit_is_one_line(train, tmp_path):
+    train("--max_steps 1")
+    run = the_run(tmp_path / "logs")
+    with pytest.raises(UserError, match="optimizer does not fit what this config trains"):
+        train(f"--resume {run} --max_steps 2 model.params.learn_logvar=True")
+    assert (run / "checkpoints" / "last.ckpt").exists()
 
 
 def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):

@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse `argv`, the command line without the program's name.
 
     Raises:
-        UserError: an option of main.py itself is misused, or there is neither --base nor --resume.
+        UserError: an option of main.py itself is misused, or there is nothing to do.
         SystemExit: `--help` was asked for.
     """
     parser = _build_parser()
@@ -65,6 +65,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         overrides.append(f"model.params.ckpt_path={trainer.pop('actual_resume')}")
     if not arguments.base and not arguments.resume:
         raise UserError("nothing to do: give a config with --base, or a run to go on with by --resume (see --help)")
+    if arguments.no_test and not arguments.train:
+        raise UserError("nothing to do: neither --train nor a test (see --help)")
     return arguments
 
 
@@ -90,7 +92,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--no-test", "--no_test", default=False, help="do not run the test set afterwards", **switch)
     add("-p", "--project", help="project that a Weights & Biases logger reports to")
     add("-d", "--debug", default=False, help="on an error, open the Python debugger where it happened", **switch)
-    add("-s", "--seed", type=int, help=f"seed of everything random (default: {DEFAULT_SEED})")
+    add("-s", "--seed", type=_seed, help=f"seed of everything random (default: {DEFAULT_SEED})")
     add("-f", "--postfix", default="", help="appended to the run's name")
     add("-l", "--logdir", type=Path, default=Path("logs"), help="where run folders are made (default: logs)")
     add(
@@ -108,6 +110,12 @@ def _boolean(text: str) -> bool:
     if text.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def _seed(text: str) -> int:
+    if text.isdecimal() and int(text) < 2**32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**32 - 1}, got {text!r}")
 
 
 def _split(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], dict[str, Any], list[str]]:

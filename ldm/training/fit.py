@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,14 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         UserError: Lightning refuses the combination of arguments, or the device has too little memory.
     """
     log.info("Run folder: %s", run.folder)
+    is_new = not run.folder.exists()
     try:
         with _one_line_errors():
             trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
+    except UserError:
+        if is_new and trainer.is_global_zero and not list(run.checkpoints.glob("*.ckpt")):
+            shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
+        raise
     except TrainingStopped as stop:
         log.info("Training %s; go on with: python main.py --resume %s -t", stop, run.folder)
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
@@ -53,6 +59,10 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(f"lightning: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        if "loaded state dict" not in str(error):
+            raise
+        raise UserError(f"the checkpoint's optimizer does not fit what this config trains ({error})") from error
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
         raise UserError(f"{first}; lower data.params.batch_size and raise --accumulate_grad_batches") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 _WARNINGS = (
@@ -14,10 +15,12 @@ _WARNINGS = (
 
 
 def silence_lightning() -> None:
-    """Leave out the warnings above, and the advertisements."""
+    """Leave out the warnings above, the advertisements, and what each process but the first would repeat."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        logging.getLogger().setLevel(logging.WARNING)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

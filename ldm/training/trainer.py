@@ -39,12 +39,14 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
     },
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
 }
-_DEFAULT_LOGGER = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
+_DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 # Classes of 2022 that Lightning no longer has.
 _MOVED = {
     "pytorch_lightning.loggers.TestTubeLogger": "pytorch_lightning.loggers.TensorBoardLogger",
     "pytorch_lightning.plugins.DDPPlugin": "pytorch_lightning.strategies.DDPStrategy",
 }
+# Where the data modules are that give each process its share themselves.
+_SHARING_DATA = ("main.", "ldm.data.")
 # Parameters of modelcheckpoint that last.ckpt decides for itself.
 _NOT_KEPT = ("save_last", "dirpath")
 
@@ -95,7 +97,11 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
 def _build_checkpoints(config: DictConfig, run: Run, requests: SignalRequests) -> list[Callback]:
     section = config.lightning
     periodic = section.trainer.get("enable_checkpointing", section.trainer.get("checkpoint_callback")) is not False
-    given = plain((section.get("modelcheckpoint") or {}).get("params") or {})
+    described = plain(section.get("modelcheckpoint") or {})
+    for key in described:
+        if key not in ("target", "params"):
+            raise UserError(f"unknown key lightning.modelcheckpoint.{key}{nearest(key, ['target', 'params'])}")
+    given = described.get("params") or {}
     last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, given.get("every_n_train_steps"), periodic)
     params = {key: value for key, value in given.items() if key not in _NOT_KEPT}
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
@@ -112,7 +118,7 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
     """A CSV logger, and TensorBoard or what `lightning.logger` describes."""
     if config.lightning.trainer.get("logger") is False:
         return False
-    described = {"target": _DEFAULT_LOGGER["target"], **plain(config.lightning.get("logger") or {})}
+    described = {"target": _DEFAULT_LOGGER, **plain(config.lightning.get("logger") or {})}
     params = {"save_dir": str(run.folder), **(described.get("params") or {})}
     target = _MOVED.get(described["target"], described["target"])
     if target.endswith("TensorBoardLogger"):
@@ -122,7 +128,7 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
         if project:
             params["project"] = project
     try:
-        logger = _instantiate({**described, "target": target, "params": params}, "lightning.logger")
+        logger = _instantiate({**described, "params": params}, "lightning.logger")
     except ModuleNotFoundError as error:
         raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
     return [logger, CSVLogger(str(run.folder), name="csv")]
@@ -136,6 +142,8 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     """
     given = modernise(plain(config.lightning.trainer), has_cuda=torch.cuda.is_available())
     given.setdefault("strategy", _strategy(config.lightning, given))
+    if config.data.target.startswith(_SHARING_DATA):
+        given["use_distributed_sampler"] = False
     given |= {
         "callbacks": callbacks,
         "default_root_dir": str(run.folder),
@@ -157,8 +165,8 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         UserError: there is no base learning rate, or no batch size to scale it by.
     """
     base = config.model.get("base_learning_rate")
-    if base is None:
-        raise UserError("the config has no model.base_learning_rate; give it as model.base_learning_rate=1e-5")
+    if not isinstance(base, (int, float)):
+        raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
     if not scale:
         model.learning_rate = base
         log.info("Learning rate %.3e (not scaled)", base)
@@ -186,8 +194,9 @@ def _strategy(section: DictConfig, arguments: Mapping[str, Any]) -> Any:
 
 
 def _instantiate(described: Mapping[str, Any], where: str) -> Any:
-    """`instantiate_from_config` with the place in the config in its errors."""
+    """`instantiate_from_config` that knows what moved, and names the place in the config in its errors."""
+    target = described.get("target")
     try:
-        return instantiate_from_config({**described, "target": _MOVED.get(described["target"], described["target"])})
-    except (UserError, MisconfigurationException, KeyError) as error:
+        return instantiate_from_config({**described, "target": _MOVED.get(target, target)} if target else described)
+    except (UserError, MisconfigurationException) as error:
         raise UserError(f"{where}: {error}") from error

@@ -70,8 +70,10 @@ def test_defaults():
     ("line", "message"),
     [
         ("-t --gpus 0,", "nothing to do: give a config with --base"),
+        ("-b a.yaml --no-test", "nothing to do: neither --train nor a test"),
         ("-b a.yaml -t maybe", "expected True or False, got 'maybe'"),
-        ("-b a.yaml -s x", "--seed: invalid int value: 'x'"),
+        ("-b a.yaml -s x", "--seed: expected a whole number from 0 to 4294967295, got 'x'"),
+        ("-b a.yaml -s -1", "--seed: expected"),
         ("-b a.yaml -z", "unrecognized arguments: -z"),
         ("-b a.yaml --devices [0", r"--devices: '\[0' is not a valid value"),
     ],
