@@ -47,6 +47,7 @@ def main() -> None:
         model = build_model(config)
         data = build_data(config)
         load_weights(model, checkpoint)
+        del checkpoint  # and its memory map
         callbacks = build_callbacks(config, plan, requests, seed)
         loggers = build_loggers(config, plan, arguments.project)
         trainer = build_trainer(config, callbacks, loggers, plan)

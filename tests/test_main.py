@@ -39,6 +39,14 @@ class SendSignal(Callback):
             os.kill(os.getpid(), self.signum)
 
 
+class FailInThirdStep(Callback):
+    """What a file that turns out to be damaged does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 2:
+            raise UserError("unreadable")
+
+
 class FakeWandbLogger(DummyLogger):
     """Notes what it was made with."""
 
@@ -271,6 +279,17 @@ def test_the_test_set_runs_after_training_and_alone(tmp_path, monkeypatch, caplo
     assert logged(run, "val/loss_ema")
 
 
+def test_a_mistake_that_shows_while_training_leaves_what_was_logged(train, tmp_path):
+    with pytest.raises(UserError, match="unreadable"):
+        train("--max_epochs 1 lightning.callbacks.fail.target=tests.test_main.FailInThirdStep")
+    assert sorted(logged(the_run(tmp_path / "logs"), "train/loss")) == [0, 1]
+
+
+def test_a_rehearsal_writes_no_checkpoint(train, tmp_path):
+    assert train("--fast_dev_run True") == 0
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_exports_are_what_yaml_files_name():
     for name in ("DataModuleFromConfig", "WebDataNpyModuleFromConfig", "SetupCallback", "ImageLogger", "CUDACallback"):
         assert get_obj_from_str(f"main.{name}").__name__ == name
@@ -284,7 +303,7 @@ def test_exports_are_what_yaml_files_name():
         ("--max_step 3", "unknown option --max_step; did you mean 'max_steps'"),
         ("lightning.trainer.max_step=3", "unknown key lightning.trainer.max_step; did you mean 'max_steps'"),
         ("lightning.callback.x=3", "unknown key lightning.callback; did you mean 'callbacks'"),
-        ("--precision 13", "lightning.trainer: Precision 13 is invalid"),
+        ("--precision 13", r"lightning.trainer: Precision 13 is invalid.*\(given: .*precision=13\)"),
         ("--accelerator gpu", "lightning.trainer: .*"),
         ("model.params.use_emma=True", "unknown key 'use_emma'.*; did you mean 'use_ema'"),
         ("data.params.batchsize=3", "unknown key 'batchsize' in params of main.WebDataNpyModuleFromConfig"),

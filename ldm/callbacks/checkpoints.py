@@ -68,7 +68,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.requests.training = False
-        self._stopping = self.requests.stop is not None
+        self._stopping = self._agree(trainer, self.requests.stop is not None)
         self._stop_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -81,13 +81,13 @@ class LastCheckpoint(Checkpoint):
 
     def _agreed_requests(self, trainer: Trainer) -> tuple[bool, bool]:
         """(save, stop): whether any process was asked to."""
-        save, stop = self.requests.save, self.requests.stop is not None
-        if trainer.world_size == 1:
-            return save, stop
-        if trainer.global_step % _STEPS_BETWEEN_AGREEMENTS:
+        if trainer.world_size > 1 and trainer.global_step % _STEPS_BETWEEN_AGREEMENTS:
             return False, False
-        agree = trainer.strategy.reduce_boolean_decision
-        return agree(save, all=False), agree(stop, all=False)
+        return self._agree(trainer, self.requests.save), self._agree(trainer, self.requests.stop is not None)
+
+    @staticmethod
+    def _agree(trainer: Trainer, asked: bool) -> bool:
+        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
 
     def _save(self, trainer: Trainer, announce: bool) -> None:
         if trainer.fast_dev_run:

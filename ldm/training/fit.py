@@ -34,7 +34,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         with _one_line_errors():
             trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
     except UserError:
-        if is_new and trainer.is_global_zero and not list(run.checkpoints.glob("*.ckpt")):
+        if is_new and trainer.is_global_zero and trainer.global_step == 0:
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
         raise
     except TrainingStopped as stop:
@@ -46,7 +46,7 @@ def test(trainer: Trainer, model: LightningModule, data: LightningDataModule, co
     """Run the test set through the weights that `model` holds, if there is one and the model has a test step."""
     if not is_overridden("test_step", model, LightningModule):
         log.info("No test: %s has no test step", type(model).__name__)
-    elif not any(config.data.params.get(key) for key in ("test", "test_urls")):
+    elif not any((config.data.get("params") or {}).get(key) for key in ("test", "test_urls")):
         log.info("No test: the config has no test set")
     else:
         with _one_line_errors():

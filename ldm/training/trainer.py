@@ -25,7 +25,7 @@ from ldm.training.config import load_config, plain
 from ldm.training.noise import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO
 from ldm.training.run import Run
-from ldm.training.trainer_arguments import check_names, modernise
+from ldm.training.trainer_arguments import check_names, is_single, modernise
 from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _build_checkpoints(config: DictConfig, run: Run, requests: SignalRequests) -
         params.setdefault("save_top_k", 3)
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
-    params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}", "verbose": True, **params}
+    params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
     kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
     return [_instantiate(kept, "lightning.modelcheckpoint"), last]
 
@@ -155,7 +155,8 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     try:
         return Trainer(**given)
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
+        values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
 
 def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Trainer, scale: bool) -> None:
@@ -184,7 +185,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
 
 def _strategy(section: DictConfig, arguments: Mapping[str, Any]) -> Any:
     described = section.get("strategy")
-    if arguments["devices"] in (1, "1", [arguments["devices"]]):
+    if is_single(arguments["devices"]):
         return "auto"
     if isinstance(described, str):
         return described

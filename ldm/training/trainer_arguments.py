@@ -98,7 +98,7 @@ def _devices(arguments: dict[str, Any], has_cuda: bool) -> dict[str, Any]:
     elif strategy == "ddp_cpu":
         arguments["accelerator"] = "cpu"
     arguments.setdefault("devices", processes or 1)
-    if strategy is not None and arguments["devices"] not in (1, "1") and not _is_single(arguments["devices"]):
+    if strategy is not None and not is_single(arguments["devices"]):
         if strategy not in _STRATEGIES:
             raise UserError(f"unknown distributed_backend {strategy!r}{nearest(str(strategy), set(_STRATEGIES))}")
         arguments.setdefault("strategy", _STRATEGIES[strategy])
@@ -115,5 +115,6 @@ def _parse_gpus(value: Any) -> int | list[int]:
         raise UserError(f"--gpus {value!r}: expected device numbers such as 0, or 0,1 or how many to use") from error
 
 
-def _is_single(devices: Any) -> bool:
-    return isinstance(devices, list) and len(devices) == 1
+def is_single(devices: Any) -> bool:
+    """Whether the Trainer's argument `devices` means one device."""
+    return devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
