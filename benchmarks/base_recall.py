@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Does a model know the pictures that it was trained on? Samples captions and looks for the nearest picture.
+
+A sample is right if, of all pictures of the set, the one with its caption is the nearest by root mean square
+difference of RGB values in [0, 1], both scaled down to 32x32 first (so that a shift of a pixel does not count much).
+
+    python benchmarks/base_recall.py --ckpt data/base/emoji.safetensors --config demo_tiny_release.yaml --n 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, required=True, help="release checkpoint")
+    parser.add_argument("--config", type=Path, required=True, help="its config")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "data/emoji", help="folder with metadata.jsonl")
+    parser.add_argument("--n", type=int, default=200, help="captions to sample (default 200)")
+    parser.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
+    parser.add_argument("--scale", type=float, default=3.0, help="guidance (default 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions and of the noise")
+    parser.add_argument("--out", type=Path, default=Path("outputs/base_recall.png"), help="grid of the first samples")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+
+    from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
+    from ldm.pictures import image_grid, save_png
+    from ldm.training.release import load_release
+
+    lines = (options.pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    arrays = [np.asarray(Image.open(options.pictures / entry["file_name"]).convert("RGB")) for entry in entries]
+    known = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255  # (M, 3, H, W)
+
+    chosen = np.random.default_rng(options.seed).choice(len(entries), min(options.n, len(entries)), replace=False)
+    requests = [Request(entries[index]["text"], options.seed) for index in chosen]
+    model = load_release(options.ckpt, options.config)
+    drawn = text_to_image(
+        model,
+        requests,
+        latent_shape(model, None, None),
+        sampler="dpm_solver",
+        steps=options.steps,
+        scale=options.scale,
+        batch_size=50,
+    )
+    samples = torch.stack(list(drawn))  # (n, 3, H, W)
+    small = F.interpolate((samples.clamp(-1, 1) + 1) / 2, 32, mode="area").flatten(1)
+    distances = torch.cdist(small, F.interpolate(known, 32, mode="area").flatten(1)) / small.shape[1] ** 0.5
+    nearest = distances.argmin(1)
+    targets = torch.from_numpy(chosen)
+    right = nearest == targets
+    own = distances[torch.arange(len(targets)), targets]
+    print(
+        f"{int(right.sum())} of {len(requests)} samples are nearest to their own picture ({right.float().mean():.1%})"
+    )
+    print(f"distance to their own picture: median {own.median():.4f}, to the nearest {distances.amin(1).median():.4f}")
+    side_by_side = torch.stack([known[targets[:32]] * 2 - 1, samples[:32]], dim=1).flatten(0, 1)
+    save_png(image_grid(side_by_side, columns=16), options.out)
+    print(f"{options.out}: pictures and, to the right of each, its sample")
+
+
+if __name__ == "__main__":
+    main()
