@@ -1,4 +1,4 @@
-"""main.py: training, stopping, going on; the run folder; and one clear line for each mistake."""
+"""main.py: training, stopping, going on; the run folder and its logs."""
 
 import logging
 import os
@@ -16,10 +16,9 @@ from pytorch_lightning import Callback
 from pytorch_lightning.loggers.logger import DummyLogger
 
 import main
-from ldm.checkpoint import save_checkpoint, save_state_dict
 from ldm.training.config import load_config
-from ldm.util import UserError, get_obj_from_str
-from tests.training_runs import logged, run_main, the_run, write_inputs
+from ldm.util import get_obj_from_str
+from tests.training_runs import fixture_one_thread, fixture_train, logged, run_main, the_run, write_inputs  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,14 +38,6 @@ class SendSignal(Callback):
             os.kill(os.getpid(), self.signum)
 
 
-class FailInThirdStep(Callback):
-    """What a file that turns out to be damaged does."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == 2:
-            raise UserError("unreadable")
-
-
 class FakeWandbLogger(DummyLogger):
     """Notes what it was made with."""
 
@@ -62,32 +53,6 @@ def sending(step, signum, validation=False):
     where = "lightning.callbacks.send"
     params = f"{where}.params.step={step} {where}.params.signum={int(signum)} {where}.params.validation={validation}"
     return f"{where}.target=tests.test_main.SendSignal {params}"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads only get into each other's way in a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch):
-    """Trains in this process: `train("-l logs ...")`; `-b tiny.yaml` unless it resumes. Returns the exit code."""
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-
-    def call(line):
-        base = "" if "--resume" in line else "-b tiny.yaml "
-        try:
-            run_main(monkeypatch, f"{base}-t --no-test {line}")
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return call
 
 
 def state(path):
@@ -279,12 +244,6 @@ def test_the_test_set_runs_after_training_and_alone(tmp_path, monkeypatch, caplo
     assert logged(run, "val/loss_ema")
 
 
-def test_a_mistake_that_shows_while_training_leaves_what_was_logged(train, tmp_path):
-    with pytest.raises(UserError, match="unreadable"):
-        train("--max_epochs 1 lightning.callbacks.fail.target=tests.test_main.FailInThirdStep")
-    assert sorted(logged(the_run(tmp_path / "logs"), "train/loss")) == [0, 1]
-
-
 def test_a_rehearsal_writes_no_checkpoint(train, tmp_path):
     assert train("--fast_dev_run True") == 0
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -297,38 +256,6 @@ def test_exports_are_what_yaml_files_name():
         main.ImageLoger  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--max_step 3", "unknown option --max_step; did you mean 'max_steps'"),
-        ("lightning.trainer.max_step=3", "unknown key lightning.trainer.max_step; did you mean 'max_steps'"),
-        ("lightning.callback.x=3", "unknown key lightning.callback; did you mean 'callbacks'"),
-        ("--precision 13", r"lightning.trainer: Precision 13 is invalid.*\(given: .*precision=13\)"),
-        ("--accelerator gpu", "lightning.trainer: .*"),
-        ("model.params.use_emma=True", "unknown key 'use_emma'.*; did you mean 'use_ema'"),
-        ("data.params.batchsize=3", "unknown key 'batchsize' in params of main.WebDataNpyModuleFromConfig"),
-        (
-            "lightning.callbacks.image_logger.params.max_image=1",
-            "lightning.callbacks.image_logger: unknown key 'max_image' .*; did you mean 'max_images'",
-        ),
-        ("lightning.callbacks.mine.params.x=1", "lightning.callbacks.mine: expected a mapping with the key 'target'"),
-        ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
-        ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),
-        ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
-        ("--gradient_clip_val 1.0 --gradient_clip_algorithm nope", "lightning.trainer: .*"),
-        ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
-        ("-b nothing.yaml", "config 'nothing.yaml' not found"),
-        ("data.params.training_urls=nowhere.tar", "nowhere.tar"),
-        ("model.params.unet_config.params.context_dim=16", r"t5 has shape \(77, 8\); the UNet's context_dim is 16"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(train, tmp_path, line, message):
-    with pytest.raises(UserError, match=message) as caught:
-        train(f"--max_steps 1 {line}")
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("logs/*"))
-
-
 def test_another_logger_takes_the_place_of_tensorboard(train, tmp_path):
     assert train("--max_steps 1 -p paintings lightning.logger.target=tests.test_main.FakeWandbLogger") == 0
     run = the_run(tmp_path / "logs")
@@ -336,50 +263,3 @@ def test_another_logger_takes_the_place_of_tensorboard(train, tmp_path):
     made = get_obj_from_str("tests.test_main.FakeWandbLogger").made  # pytest knows this file by another name
     assert made == {"name": run.name, "save_dir": str(folder), "project": "paintings"}
     assert not (run / "tensorboard").exists() and logged(run, "train/loss")
-
-
-def test_a_logger_whose_package_is_missing_is_one_line(train, monkeypatch):
-    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
-    with pytest.raises(UserError, match=r"lightning.logger: .*WandbLogger needs a package that is not installed"):
-        train("--max_steps 1 lightning.logger.target=pytorch_lightning.loggers.WandbLogger")
-
-
-def test_debug_opens_the_debugger_on_an_error(train, monkeypatch):
-    opened = []
-    monkeypatch.setattr("pdb.post_mortem", lambda: opened.append(True))
-    with pytest.raises(UserError):
-        train("-d --max_steps 1 data.params.training_urls=nowhere.tar")
-    assert opened == [True]
-
-
-def test_an_optimizer_that_does_not_fit_is_one_line(train, tmp_path):
-    train("--max_steps 1")
-    run = the_run(tmp_path / "logs")
-    with pytest.raises(UserError, match="optimizer does not fit what this config trains"):
-        train(f"--resume {run} --max_steps 2 model.params.learn_logvar=True")
-    assert (run / "checkpoints" / "last.ckpt").exists()
-
-
-def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
-    train("-l other --max_steps 1 model.params.unet_config.params.model_channels=64")
-    (the_run(tmp_path / "other") / "checkpoints" / "last.ckpt").rename(tmp_path / "other.ckpt")
-    save_state_dict({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    save_checkpoint({"state_dict": {"a": torch.zeros(1)}, "callbacks": {}}, tmp_path / "weights.ckpt")
-    (tmp_path / "broken.ckpt").write_bytes((tmp_path / "other.ckpt").read_bytes()[:9000])
-    for name, message in {
-        "other.ckpt": r"model\.diffusion_model\..* has shape .* is this a checkpoint of another model",
-        "weights.safetensors": "no training checkpoint .*hack_weights",
-        "weights.ckpt": r"no training checkpoint \(it lacks loops, optimizer_states, lr_schedulers\)",
-        "broken.ckpt": "damaged",
-        "missing.ckpt": "no such run folder or checkpoint",
-    }.items():
-        with pytest.raises(UserError, match=message) as caught:
-            train(f"-b tiny.yaml --resume {name} --max_steps 1")
-        assert name in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "logs").exists()
-
-
-def test_a_mistake_on_the_command_line_exits_with_one_line(command):
-    result = command("main.py", "-b", "nothing.yaml", "-t")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: config 'nothing.yaml' not found")

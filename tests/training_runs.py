@@ -1,4 +1,4 @@
-"""Runs of main.py on a model and data so small that a test can afford several."""
+"""Runs of main.py on a model and data so small that a test can afford several; fixtures to import."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import csv
 import io
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 SAMPLES = 12
@@ -125,3 +127,29 @@ def logged(run: Path, key: str) -> dict[int, str]:
         with path.open() as file:
             values |= {int(row["step"]): row[key] for row in csv.DictReader(file) if row.get(key)}
     return values
+
+
+@pytest.fixture(name="one_thread")
+def fixture_one_thread() -> Iterator[None]:
+    """More threads only get into each other's way in a model this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(name="train")
+def fixture_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], int]:
+    """Trains in this process: `train("-l logs ...")`; `-b tiny.yaml` unless it resumes. Returns the exit code."""
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str) -> int:
+        base = "" if "--resume" in line else "-b tiny.yaml "
+        try:
+            run_main(monkeypatch, f"{base}-t --no-test {line}")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call
