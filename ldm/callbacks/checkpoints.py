@@ -19,7 +19,7 @@ _STEPS_BETWEEN_AGREEMENTS = 10
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` every `every_n_train_steps`, at the end of each epoch and of the training, and on signals.
+    """Writes `last.ckpt` every `every_n_train_steps`, or else after each epoch; at the end of training; on signals.
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
     exactly, in the middle of an epoch or at its end. Without `periodic` only signals save.
@@ -76,8 +76,10 @@ class LastCheckpoint(Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
-        every = self.every_n_train_steps
-        return trainer.is_last_batch or step == trainer.max_steps or bool(every and step % every == 0)
+        if step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs):
+            return True
+        # An epoch of few pictures is over in seconds, and a checkpoint of a large model is not written in that time.
+        return step % self.every_n_train_steps == 0 if self.every_n_train_steps else trainer.is_last_batch
 
     def _agreed_requests(self, trainer: Trainer) -> tuple[bool, bool]:
         """(save, stop): whether any process was asked to."""
