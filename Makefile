@@ -12,8 +12,9 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint clean
 
+# Threads that wait asleep: those that spin make a step five times slower as soon as something else runs as well.
 demo: $(INSTALLED)
-	$(RUN) tools/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(RUN) tools/demo.py
 
 # One thread a worker: workers that each start a thread per core only slow each other down.
 test: $(INSTALLED)
