@@ -21,12 +21,16 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+_SECONDS_BETWEEN_LINES = 60  # epochs of a few pictures would fill the terminal
+
+
 class CUDACallback(Callback):
     """Logs peak memory and mean step time of each epoch; without CUDA the memory is that of the process."""
 
     def __init__(self) -> None:
         self._began = 0.0
         self._first_step = 0
+        self._said = float("-inf")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_epoch_start(trainer, pl_module)  # which a run that goes on within an epoch does not reach
@@ -43,11 +47,13 @@ class CUDACallback(Callback):
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - self._began
+        now = time.perf_counter()
+        seconds = now - self._began
         steps = max(trainer.global_step - self._first_step, 1)
         peak = peak_memory(device) / 2**30
         pl_module.log_dict({"device/peak_memory_gib": peak, "device/step_seconds": seconds / steps})
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
             kind = "device memory" if device.type == "cuda" else "process memory"
             log.info("\nEpoch %d: %.1f s, %.3f s a step, peak %s %.2f GiB",
                      trainer.current_epoch, seconds, seconds / steps, kind, peak)  # fmt: skip
