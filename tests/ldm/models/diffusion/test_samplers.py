@@ -1,16 +1,27 @@
-"""Every sampler against the golden case."""
+"""The samplers against the golden case, and on a model that knows the answer."""
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.diffusionmodules.schedule import diffusion_buffers, make_beta_schedule, make_ddim_timesteps
+from ldm.util import UserError
 from tests.golden_data import case, cases, relative_error, seeded_tensor, tensors
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+SHAPE = (4, 8, 8)
+BUFFERS = diffusion_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))
+ALPHA_BAR = torch.tensor(BUFFERS["alphas_cumprod"], dtype=torch.float32)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -29,3 +40,177 @@ def test_golden(name: str, sampler: str, model: LatentDiffusion) -> None:
         verbose=False,
     )
     assert relative_error(samples, tensors("cases")[f"{name}/{sampler}"]) < 1e-4
+
+
+class Oracle:
+    """A denoiser for data that is one picture: its predictions are exact, in any parameterization.
+
+    Under a conditioning `c` the picture is `target + c`.
+    """
+
+    num_timesteps = 1000
+    alphas_cumprod = ALPHA_BAR
+
+    def __init__(self, target: Tensor, parameterization: str = "eps") -> None:
+        self.target = target
+        self.parameterization = parameterization
+        self.batches: list[int] = []
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+        self.batches.append(len(x))
+        shift = cond["c_crossattn"][0] if isinstance(cond, dict) else cond[0] if isinstance(cond, list) else cond
+        x0 = self.target if cond is None else self.target + shift
+        levels = np.interp(t.double().numpy(), np.arange(1000), np.log(BUFFERS["alphas_cumprod"]))
+        alpha_bar = torch.from_numpy(np.exp(levels)).float().view(-1, 1, 1, 1)
+        eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+        return {"eps": eps, "x0": x0.expand_as(x), "v": v}[self.parameterization]
+
+
+@pytest.fixture
+def target() -> Tensor:
+    return seeded_tensor("sampler/target", (1, *SHAPE))
+
+
+def run(sampler: type, model: Oracle, **settings: object) -> Tensor:
+    settings = {"S": 10, "batch_size": 2, "shape": SHAPE, "verbose": False} | settings
+    settings.setdefault("x_T", seeded_tensor("sampler/x_T", (settings["batch_size"], *SHAPE)))
+    return sampler(model).sample(**settings)[0]
+
+
+def at_the_end(target: Tensor, noise: Tensor) -> Tensor:
+    """The least noisy level, where the samplers stop: what `noise` and the target are there."""
+    return ALPHA_BAR[0].sqrt() * target + (1 - ALPHA_BAR[0]).sqrt() * noise
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_exact_predictions_lead_to_the_picture(sampler: str, parameterization: str, target: Tensor) -> None:
+    x_T = seeded_tensor("sampler/x_T", (2, *SHAPE))
+    samples = run(SAMPLERS[sampler], Oracle(target, parameterization), x_T=x_T)
+    # The deterministic path keeps the noise that it began with, since the predictions are those of one picture.
+    first = {"ddim": 901, "plms": 901, "dpm_solver": 999}[sampler]
+    noise = (x_T - ALPHA_BAR[first].sqrt() * target) / (1 - ALPHA_BAR[first]).sqrt()
+    torch.testing.assert_close(samples, at_the_end(target, noise), atol=2e-3, rtol=1e-3)
+
+
+def test_eta_adds_the_noise_that_it_takes_away(target: Tensor) -> None:
+    """Eq. 12 keeps the marginals: at any eta the last level's noise is standard normal."""
+    x_T = torch.randn(512, *SHAPE, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    samples = run(DDIMSampler, Oracle(target), batch_size=512, x_T=x_T, eta=1.0)
+    noise = (samples - ALPHA_BAR[0].sqrt() * target) / (1 - ALPHA_BAR[0]).sqrt()
+    assert noise.std().item() == pytest.approx(1.0, abs=0.02)
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+def test_temperature_scales_the_noise(target: Tensor) -> None:
+    torch.manual_seed(0)
+    warm, cold = run(DDIMSampler, Oracle(target), eta=1.0), run(DDIMSampler, Oracle(target), eta=1.0, temperature=0.0)
+    assert torch.equal(cold, run(DDIMSampler, Oracle(target), eta=1.0, temperature=0.0))
+    assert not torch.allclose(warm, cold)
+
+
+def test_guidance_moves_away_from_the_unconditional(target: Tensor) -> None:
+    cond, uncond = torch.full((2, *SHAPE), 0.5), torch.full((2, *SHAPE), -0.5)
+    model = Oracle(target, "x0")
+    guided = run(
+        DDIMSampler, model, conditioning=cond, unconditional_conditioning=uncond, unconditional_guidance_scale=3.0
+    )
+    aimed = Oracle(target - 0.5 + 3.0, "x0")  # uncond + 3 (cond - uncond)
+    torch.testing.assert_close(guided, run(DDIMSampler, aimed), atol=1e-4, rtol=1e-4)
+    assert set(model.batches) == {4}
+
+
+def test_scale_one_asks_once(target: Tensor) -> None:
+    model = Oracle(target)
+    run(DDIMSampler, model, conditioning=torch.ones(2, *SHAPE), unconditional_conditioning=torch.zeros(2, *SHAPE))
+    assert set(model.batches) == {2}
+
+
+@pytest.mark.parametrize("wrap", [lambda c: [c], lambda c: {"c_crossattn": [c]}], ids=["list", "dict"])
+def test_conditioning_of_any_form(target: Tensor, wrap) -> None:
+    cond, uncond = torch.full((2, *SHAPE), 0.5), torch.zeros(2, *SHAPE)
+    plain = run(DDIMSampler, Oracle(target), conditioning=cond, unconditional_conditioning=uncond,
+                unconditional_guidance_scale=2.0)  # fmt: skip
+    wrapped = run(DDIMSampler, Oracle(target), conditioning=wrap(cond), unconditional_conditioning=wrap(uncond),
+                  unconditional_guidance_scale=2.0)  # fmt: skip
+    assert torch.equal(plain, wrapped)
+
+
+def test_mask_keeps_the_given_latents(target: Tensor) -> None:
+    """Under the mask, x at each step is the given latent at that step's noise; elsewhere it is the sample's own."""
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    kept = torch.full((2, *SHAPE), 2.0)
+    seen: list[Tensor] = []
+    model = Oracle(target)
+    inner = model.apply_model
+
+    def apply_model(x: Tensor, t: Tensor, cond: object) -> Tensor:
+        seen.append(x)
+        return inner(x, t, cond)
+
+    model.apply_model = apply_model
+    torch.manual_seed(0)
+    run(DDIMSampler, model, batch_size=2, mask=mask, x0=kept)
+    last = seen[-1][..., :4]  # at timestep 1
+    assert last.mean().item() == pytest.approx(2.0 * ALPHA_BAR[1].sqrt().item(), abs=0.02)
+    free = run(DDIMSampler, Oracle(target))
+    torch.testing.assert_close(run(DDIMSampler, Oracle(target), mask=mask, x0=kept)[..., 4:], free[..., 4:])
+
+
+def test_mask_without_latents(target: Tensor) -> None:
+    with pytest.raises(UserError, match="x0"):
+        run(DDIMSampler, Oracle(target), mask=torch.ones(1, 1, 8, 8))
+
+
+def test_callbacks_and_intermediates(target: Tensor) -> None:
+    indices: list[int] = []
+    predicted: list[Tensor] = []
+    _, intermediates = DDIMSampler(Oracle(target)).sample(
+        10, 1, SHAPE, verbose=False, log_every_t=5, callback=indices.append,
+        img_callback=lambda x0, index: predicted.append(x0),
+    )  # fmt: skip
+    assert indices == list(range(10))
+    torch.testing.assert_close(predicted[3], target, atol=1e-4, rtol=1e-3)
+    assert len(intermediates["x_inter"]) == len(intermediates["pred_x0"]) == 3  # the start, and every fifth
+
+
+def test_timesteps() -> None:
+    assert make_ddim_timesteps("uniform", 5, 1000).tolist() == case("samplers_5")["ddim_timesteps"]
+    assert make_ddim_timesteps("uniform", 1000, 1000)[-1] == 999
+    quad = make_ddim_timesteps("quad", 4, 1000)
+    assert quad.tolist() == [1, 89, 356, 801]  # squares of thirds of sqrt(800), rounded down, plus 1
+    with pytest.raises(UserError, match="cubic"):
+        make_ddim_timesteps("cubic", 5, 1000)
+
+
+def test_ancestral_steps_are_draws_from_the_posterior(model: LatentDiffusion, target: Tensor) -> None:
+    sampler = AncestralSampler(model)
+    sampler.make_schedule(1000)
+    x, noise = seeded_tensor("sampler/x", (1, *SHAPE)), seeded_tensor("sampler/noise", (1, *SHAPE))
+    index = 400  # timestep 599
+    prediction = SimpleNamespace(x0=target)
+    stepped, _ = sampler.step(x, index, lambda *_: prediction, lambda: noise)
+    beta = 1 - BUFFERS["alphas_cumprod"][599] / BUFFERS["alphas_cumprod"][598]
+    previous = BUFFERS["alphas_cumprod"][598]
+    rest = 1 - BUFFERS["alphas_cumprod"][599]
+    mean = previous**0.5 * beta / rest * target + (1 - beta) ** 0.5 * (1 - previous) / rest * x  # eq. 7
+    variance = (1 - previous) / rest * beta
+    torch.testing.assert_close(stepped, mean + variance**0.5 * noise, atol=1e-5, rtol=1e-4)
+    last, _ = sampler.step(x, 999, lambda *_: prediction, lambda: noise)
+    torch.testing.assert_close(last, target)  # nothing is added after timestep 0
+
+
+def test_ancestral_clips_pixels(model: LatentDiffusion) -> None:
+    sampler = AncestralSampler(model, clip_denoised=True)
+    sampler.make_schedule(1000)
+    x = torch.zeros(1, *SHAPE)
+    _, x0 = sampler.step(x, 999, lambda *_: SimpleNamespace(x0=x + 3), lambda: x)
+    assert (x0 == 1).all()
+
+
+def test_unknown_arguments(target: Tensor) -> None:
+    with pytest.raises(UserError, match="order"):
+        DDIMSampler(Oracle(target), order=2)
