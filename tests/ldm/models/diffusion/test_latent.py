@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoint import load_state_dict, save_state_dict
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import DiffusionWrapper, LatentDiffusion
 from ldm.util import UserError, instantiate_from_config
-from tests.golden_data import case, seeded_tensor
+from tests.golden_data import case, fill_seeded, seeded_tensor
 
 TEXT_TOWER = {
     "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
@@ -266,3 +266,84 @@ def test_ema_follows_optimizer_steps(make_model: Callable[..., LatentDiffusion],
     trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
     assert trainer.global_step == 2
     assert load_state_dict(tmp_path / "last.ckpt")["model_ema.num_updates"] == 2
+
+
+def test_simple_loss_is_weighted(make_model: Callable[..., LatentDiffusion]) -> None:
+    x, noise, t = *(seeded_tensor(f"latent/{name}", (2, 4, 8, 8)) for name in "xn"), torch.tensor([10, 900])
+    context = seeded_tensor("latent/t5", (2, 7, 64))
+    plain, logged = make_model().p_losses(x, context, t, noise=noise)
+    weighted, _ = make_model(l_simple_weight=0.25, original_elbo_weight=2.0).p_losses(x, context, t, noise=noise)
+    assert weighted.item() == pytest.approx(0.25 * plain.item() + 2 * logged["train/loss_vlb"].item(), rel=1e-5)
+
+
+def test_learned_logvar_is_logged_as_it_weighs(make_model: Callable[..., LatentDiffusion]) -> None:
+    x, noise, t = *(seeded_tensor(f"latent/{name}", (2, 4, 8, 8)) for name in "xn"), torch.tensor([10, 900])
+    model = make_model(learn_logvar=True)
+    torch.nn.init.constant_(model.logvar, 0.5)
+    _, logged = model.p_losses(x, seeded_tensor("latent/t5", (2, 7, 64)), t, noise=noise)
+    expected = logged["train/loss_simple"] / torch.tensor(0.5).exp() + 0.5
+    torch.testing.assert_close(logged["train/loss_gamma"], expected, rtol=1e-4, atol=1e-5)
+
+
+def validated(model: LatentDiffusion, batch: dict, batch_idx: int) -> dict[str, float]:
+    """What a validation step logs."""
+    logged: dict[str, float] = {}
+    model.log_dict = lambda values, **_: logged.update({key: value.item() for key, value in values.items()})
+    model.eval()
+    with torch.no_grad():
+        model.validation_step(batch, batch_idx)
+    return logged
+
+
+def test_validation_repeats_its_noise_and_leaves_training_its_own(model: LatentDiffusion) -> None:
+    batch = batch_of((2, 8, 8, 8))
+    torch.manual_seed(5)
+    first = validated(model, batch, 0)
+    drawn = torch.rand(1)
+    assert validated(model, batch, 0) == first
+    assert validated(model, batch, 1) != first
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), drawn)
+    assert first["val/loss_simple_ema"] == first["val/loss_simple"]
+
+
+def test_validation_with_an_average(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(use_ema=True)  # the average is of the weights before they were filled
+    logged = validated(model, batch_of((2, 8, 8, 8)), 0)
+    assert logged["val/loss_simple_ema"] != logged["val/loss_simple"]
+
+
+def test_scale_from_the_first_batch(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(scale_by_std=True)
+    model._trainer = type("Trainer", (), {"global_step": 0})()  # `global_step` is the trainer's
+    batch = {**batch_of((2, 4, 8, 8)), "f8": 3 * batch_of((2, 4, 8, 8))["f8"]}
+    model.on_train_batch_start(batch, 0)
+    assert model.get_first_stage_encoding(model.encode_batch(batch)).std().item() == pytest.approx(1.0, abs=1e-4)
+    assert "scale_factor" in model.state_dict()
+
+
+def test_concatenated_maps_come_after_the_input() -> None:
+    unet = {"target": "torch.nn.Identity"}
+    wrapper = DiffusionWrapper(unet, "concat")
+    wrapper.diffusion_model.forward = lambda x, t: x
+    x, extra = torch.zeros(1, 4, 2, 2), torch.ones(1, 2, 2, 2)
+    assert wrapper(x, torch.tensor([1]), c_concat=[extra])[0, :, 0, 0].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_pictures_are_of_the_average(make_model: Callable[..., LatentDiffusion]) -> None:
+    batch = batch_of((2, 8, 8, 8))
+    pictures = []
+    for use_ema in (False, True):  # the average is of the weights before they were filled
+        torch.manual_seed(0)
+        model = make_model(use_ema=use_ema)
+        torch.manual_seed(0)
+        pictures.append(model.log_images(batch, ddim_steps=2, plot_denoise_rows=False)["samples"])
+    assert not torch.equal(*pictures)
+
+
+def test_guided_pictures_of_captions() -> None:
+    model = construct(TEXT_TOWER, cond_stage_key="txt")
+    fill_seeded(model)
+    batch = {"f8": batch_of((2, 8, 8, 8))["f8"], "txt": ["a cat", "a mouse"]}
+    pictures = model.log_images(batch, ddim_steps=2, plot_denoise_rows=False, unconditional_guidance_scale=9.0)
+    assert not torch.allclose(pictures["samples_cfg_scale_9.00"], pictures["samples"], atol=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 from ldm.util import UserError
 from tests.golden_data import (
     case,
@@ -112,3 +112,89 @@ def test_contradicting_arguments(change: dict) -> None:
 def test_labels_must_fit() -> None:
     with pytest.raises(ValueError, match="num_classes"):
         UNetModel(**TINY)(**{**inputs("unet_sd_tiny"), "y": torch.tensor([1, 2])})
+
+
+def plain(**changes: object) -> UNetModel:
+    """A small UNet with plain attention blocks."""
+    params = {
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "attention_resolutions": [1],
+        "num_res_blocks": 1,
+        "channel_mult": [1, 2],
+        "num_heads": 2,
+    }
+    return UNetModel(**params | changes)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_block_by_hand(new_order: bool) -> None:
+    block = fill_seeded(AttentionBlock(32, num_heads=2, use_new_attention_order=new_order))
+    x = seeded_tensor("attention/x", (1, 32, 2, 3))
+    tokens = x.flatten(2)
+    qkv = block.qkv(block.norm(tokens))[0]  # (96, 6)
+    heads = []
+    for head in range(2):
+        if new_order:  # all of q, then all of k, then all of v
+            q, k, v = (qkv[32 * part + 16 * head :][:16] for part in range(3))
+        else:  # q, k and v of one head after the other
+            q, k, v = (qkv[48 * head + 16 * part :][:16] for part in range(3))
+        weights = ((q.T @ k) / 4).softmax(-1)
+        heads.append(v @ weights.T)
+    expected = tokens + block.proj_out(torch.cat(heads)[None])
+    torch.testing.assert_close(block(x), expected.view_as(x), atol=1e-5, rtol=1e-4)
+
+
+def test_heads_on_the_way_up() -> None:
+    def heads(model: UNetModel) -> tuple[set[int], set[int]]:
+        down, up = (
+            {m.num_heads for block in blocks for m in block.modules() if isinstance(m, AttentionBlock)}
+            for blocks in (model.input_blocks, model.output_blocks)
+        )
+        return down, up
+
+    assert heads(plain(num_heads_upsample=4)) == ({2}, {4})
+    assert heads(plain()) == ({2}, {2})
+    assert heads(plain(num_head_channels=8)) == ({4}, {4})
+
+
+def test_resampling_without_convolutions() -> None:
+    model = plain(conv_resample=False)
+    assert not any("op." in key for key in model.state_dict())
+    x = seeded_tensor("unet/x", (1, 32, 4, 4))
+    down, up = model.input_blocks[2][0], model.output_blocks[1][-1]
+    torch.testing.assert_close(down(x), torch.nn.functional.avg_pool2d(x, 2))
+    assert torch.equal(up(x), x.repeat_interleave(2, -1).repeat_interleave(2, -2))
+
+
+@pytest.mark.parametrize(("dims", "shape"), [(1, (8,)), (3, (3, 8, 8))])
+def test_other_dimensions_keep_their_shape(dims: int, shape: tuple[int, ...]) -> None:
+    x = torch.randn(1, 3, *shape)
+    out = plain(dims=dims)(x, torch.tensor([5]))
+    assert out.shape == x.shape
+
+
+def test_dropout_is_for_training_only() -> None:
+    model = fill_seeded(plain(dropout=0.5))
+    x, t = seeded_tensor("unet/image", (1, 3, 8, 8)), torch.tensor([5])
+    model.eval()
+    assert torch.equal(model(x, t), model(x, t))
+    model.train()
+    assert not torch.equal(model(x, t), model(x, t))
+
+
+def test_blocks_by_level() -> None:
+    model = plain(num_res_blocks=[1, 3])
+    assert len(model.input_blocks) == 1 + 1 + 1 + 3
+    assert len(model.output_blocks) == 2 + 4
+
+
+def test_fractional_timesteps() -> None:
+    model = fill_seeded(plain()).eval()
+    x = seeded_tensor("unet/image", (1, 3, 8, 8))
+    whole, half, next_ = (model(x, torch.tensor([t])) for t in (5.0, 5.5, 6.0))
+    assert torch.equal(whole, model(x, torch.tensor([5])))
+    assert relative_error(half, (whole + next_) / 2) < 0.05
+    assert not torch.equal(half, whole)

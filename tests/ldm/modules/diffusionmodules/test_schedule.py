@@ -1,0 +1,55 @@
+"""Noise schedules against the golden cases, and the closed forms against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.modules.diffusionmodules.schedule import (
+    diffusion_buffers,
+    make_beta_schedule,
+    prediction_to_eps_x0,
+    vlb_weights,
+)
+from ldm.util import UserError
+from tests.golden_data import case, cases, relative_error, seeded_tensor, tensors
+
+
+@pytest.mark.parametrize("name", cases("beta_schedule"))
+def test_golden_betas(name: str) -> None:
+    betas = make_beta_schedule(**case(name)["params"])
+    assert betas.dtype == np.float64
+    assert relative_error(torch.from_numpy(betas), tensors("cases")[f"{name}/betas"]) < 1e-12
+
+
+def test_unknown_schedule_names_its_neighbour() -> None:
+    with pytest.raises(UserError, match=r"'cosin'.*'cosine'"):
+        make_beta_schedule("cosin", 10)
+
+
+def test_posterior_variance_blends_both_bounds() -> None:
+    betas = make_beta_schedule("linear", 100)
+    low, high = (diffusion_buffers(betas, v)["posterior_variance"] for v in (0.0, 1.0))
+    np.testing.assert_allclose(high, betas)
+    np.testing.assert_allclose(diffusion_buffers(betas, 0.25)["posterior_variance"], 0.75 * low + 0.25 * high)
+    assert low[0] == 0
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_prediction_and_what_it_implies(parameterization: str) -> None:
+    x0, eps = seeded_tensor("schedule/x0", (2, 3)).double(), seeded_tensor("schedule/eps", (2, 3)).double()
+    alpha_bar = torch.tensor(0.3).double()
+    x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+    prediction = {"eps": eps, "x0": x0, "v": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0}[parameterization]
+    for implied, true in zip(prediction_to_eps_x0(prediction, x, alpha_bar, parameterization), (eps, x0), strict=True):
+        torch.testing.assert_close(implied, true)
+
+
+def test_bound_weights() -> None:
+    buffers = diffusion_buffers(make_beta_schedule("linear", 10))
+    assert (vlb_weights(buffers, "v") == 1).all()
+    x0 = vlb_weights(buffers, "x0")
+    assert x0[5] == pytest.approx(0.5 * buffers["alphas_cumprod"][5] ** 0.5 / (2 - buffers["alphas_cumprod"][5]))
+    assert x0[0] == x0[1]
+    assert np.isfinite(vlb_weights(buffers, "eps")).all()
