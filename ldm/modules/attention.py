@@ -54,16 +54,13 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`mask` (B, M), True where a context token may be seen."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (
             rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
             for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        if mask is not None:
-            mask = rearrange(mask, "b m -> b 1 1 m")
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
