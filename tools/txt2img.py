@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release checkpoint")
     parser.add_argument("--config", type=Path, default=Path("stable_diffusion_v1.yaml"), help="its config")
-    parser.add_argument("--prompt", nargs="+", default=[], help="one or more captions")
+    parser.add_argument("--prompt", nargs="+", action="extend", default=[], help="one or more captions")
     parser.add_argument("--from-file", type=Path, help="a text file with one caption a line")
     parser.add_argument("--n", type=int, default=1, help="samples a prompt; their seeds count up from --seed")
     parser.add_argument("--seed", type=int, default=42, help="seed of the first sample of each prompt")
@@ -59,6 +60,8 @@ def main() -> None:
     for name in ("n", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
+    if not (math.isfinite(options.scale) and math.isfinite(options.eta)):
+        raise UserError(f"--scale {options.scale} --eta {options.eta}: give finite numbers")
 
     import torch
 

@@ -24,18 +24,18 @@ def test_pictures_settings_and_grid(tiny_release: Path, command: Callable, tmp_p
         *FAST,
         "--prompt",
         "red apple",
+        "--prompt",
+        "a bee",
         "--from-file",
         "prompts.txt",
-        "--n",
-        2,
     )
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["00000.png", "00001.png", "00002.png", "00003.png", "grid-0000.png"]
-    with Image.open(tmp_path / "out/00003.png") as picture:
+    assert names == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]
+    with Image.open(tmp_path / "out/00002.png") as picture:
         assert picture.size == (32, 32)
         settings = json.loads(picture.text["parameters"])
-    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a dog", 43, 2)
+    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a dog", 42, 2)
 
 
 def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Callable, tmp_path: Path) -> None:
@@ -62,6 +62,8 @@ def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Ca
         (("--prompt", "x", "--from-file", "missing.txt"), "missing.txt"),
         (("--prompt", "x", "--config", "finetune_stable_diffusion.yaml"), "another model"),
         (("--prompt", "x", "--device", "cuda:7"), "cuda:7"),
+        (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
+        (("--prompt", "x", "--scale", "nan"), "--scale nan"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -194,15 +194,19 @@ class DDPM(GaussianDiffusion, pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the weights and of their EMA, on the same noise and timesteps in every epoch."""
-        logged = self._validation_losses(batch, batch_idx)
-        with self.ema_scope():
-            # Without an EMA the second name still exists, for `monitor`.
-            averaged = self._validation_losses(batch, batch_idx) if self.use_ema else logged
-        logged = logged | {f"{key}_ema": value for key, value in averaged.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=self.batch_size_of(batch))
+        self._log_evaluation(batch, batch_idx, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+        self._log_evaluation(batch, batch_idx, "test")
+
+    def _log_evaluation(self, batch: Batch, batch_idx: int, split: str) -> None:
+        losses = self._validation_losses(batch, batch_idx)
+        with self.ema_scope():
+            # Without an EMA the second name still exists, for `monitor`.
+            averaged = self._validation_losses(batch, batch_idx) if self.use_ema else losses
+        losses = losses | {f"{key}_ema": value for key, value in averaged.items()}
+        logged = {key.replace("val/", f"{split}/", 1): value for key, value in losses.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=self.batch_size_of(batch))
 
     def _validation_losses(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         devices = [self.device] if self.device.type == "cuda" else []

@@ -158,6 +158,14 @@ class LatentDiffusion(DDPM):
 
     # Conditioning
 
+    def check_reads_captions(self) -> None:
+        """Raise `UserError` unless the cond stage takes captions."""
+        if self.cond_stage_model is None or getattr(self.cond_stage_model, "key", None) is not None:
+            raise UserError(
+                f"the config's cond_stage_config, {type(self.cond_stage_model).__name__}, reads no captions; "
+                "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
+            )
+
     def get_learned_conditioning(self, c: Any) -> Conditioning:
         """What the cond stage makes of raw conditioning: captions → (B, 77, D), labels → (B, 1, D), and so on."""
         if self.cond_stage_forward is not None:

@@ -56,7 +56,8 @@ def text_to_image(
 ) -> Iterator[Tensor]:
     """Pictures (3, H, W), about [-1, 1], float32 on the CPU, in the order of `requests`.
 
-    A request's noise is drawn from its own seed, so its picture does not depend on the others or on `batch_size`.
+    A request's noise is drawn from its own seed, so its picture does not depend on the others or on `batch_size`, but
+    for rounding: kernels sum in another order for another batch, which can move a pixel by 1/255.
 
     Args:
         shape: (C, h, w) of the latents; see `latent_shape`.
@@ -64,8 +65,9 @@ def text_to_image(
         scale: classifier-free guidance away from the empty caption; 1 for none.
 
     Raises:
-        UserError: a sampler that does not exist, or settings that it cannot take.
+        UserError: a model that reads no captions, a sampler that does not exist, or settings that it cannot take.
     """
+    model.check_reads_captions()
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
     guided = scale != 1.0

@@ -347,3 +347,12 @@ def test_guided_pictures_of_captions() -> None:
     batch = {"f8": batch_of((2, 8, 8, 8))["f8"], "txt": ["a cat", "a mouse"]}
     pictures = model.log_images(batch, ddim_steps=2, plot_denoise_rows=False, unconditional_guidance_scale=9.0)
     assert not torch.allclose(pictures["samples_cfg_scale_9.00"], pictures["samples"], atol=0.01)
+
+
+def test_test_losses_have_names_of_their_own(model: LatentDiffusion) -> None:
+    logged: dict[str, torch.Tensor] = {}
+    model.log_dict = lambda values, **_: logged.update(values)
+    model.eval()
+    with torch.no_grad():
+        model.test_step(batch_of((2, 8, 8, 8)), 0)
+    assert {key.split("/")[0] for key in logged} == {"test"}
