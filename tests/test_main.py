@@ -92,6 +92,25 @@ def test_a_run_folder_holds_checkpoints_configs_logs_and_pictures(train, tmp_pat
     assert set(load_config([lightning, project])) == {"model", "data", "lightning"}
 
 
+def test_the_best_are_ranked_by_the_validation_of_their_own_step(train, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        "ldm.training.resume.save_checkpoint",
+        lambda content, path: saved.append((content["global_step"], Path(path).name)),
+    )
+    options = "lightning.modelcheckpoint.params.every_n_train_steps=1 data.params.val_urls=shards/s-000000.tar"
+    assert train(f"--max_steps 5 --val_check_interval 2 {options}") == 0
+    assert [step for step, name in saved if name != "last.ckpt"] == [2, 4]
+    assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5]
+
+
+def test_without_a_monitor_every_so_many_steps_are_kept(train, tmp_path):
+    params = "lightning.modelcheckpoint.params"
+    assert train(f"--max_steps 4 {params}.every_n_train_steps=2 {params}.monitor=null {params}.save_top_k=-1") == 0
+    kept = {path.name for path in (the_run(tmp_path / "logs") / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt", "epoch=000000-step=000000002.ckpt", "epoch=000000-step=000000004.ckpt"}
+
+
 def test_checkpoints_hold_plain_data_that_a_strict_reader_takes(train, tmp_path):
     train("--max_steps 1")
     checkpoint = state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")

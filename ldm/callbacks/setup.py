@@ -1,8 +1,9 @@
-"""The run folder: made when training starts, with the configs that it was started with."""
+"""The run folder: the configs that a run was started with, once it has made a step."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -14,6 +15,7 @@ class SetupCallback(Callback):
     """Makes `logdir`, `ckptdir` and `cfgdir`, and saves the resolved configs in the last.
 
     `<now>-project.yaml` holds model and data, `<now>-lightning.yaml` the section `lightning`; `--resume` merges them.
+    They are saved after the first step, since a config that cannot train must not stand in the way of the next resume.
     """
 
     def __init__(
@@ -31,10 +33,14 @@ class SetupCallback(Callback):
         self.cfgdir = Path(cfgdir)
         self.config = config
         self.lightning_config = lightning_config
+        self._saved = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._saved or not trainer.is_global_zero:
             return
+        self._saved = True
         for folder in (self.logdir, self.ckptdir, self.cfgdir):
             folder.mkdir(parents=True, exist_ok=True)
         self._save("project", self.config)

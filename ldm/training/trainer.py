@@ -107,6 +107,7 @@ def _build_checkpoints(config: DictConfig, run: Run, requests: SignalRequests) -
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
     if params["monitor"] is not None:
         params.setdefault("save_top_k", 3)
+        params.pop("every_n_train_steps", None)  # last.ckpt's: between validations the metric is an old one
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
