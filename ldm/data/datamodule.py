@@ -13,11 +13,12 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.data.dropout import CaptionDropout, EpochItems, load_null
+from ldm.data.index import check_against_index
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
 from ldm.data.sampling import EpochBatchSampler
 from ldm.data.shards import TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
-from ldm.data.urls import expand_urls, is_stream
+from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class WebDataNpyModuleFromConfig(_DataModule):
                 raise UserError(f"no samples in {dataset.urls[0]}")
             logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
             return dataset
+        check_against_index(urls, whole=names_all_there(self.urls[split]))
         dataset = ShardDataset(urls, *self._keys())
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(urls), _describe(dataset))
         return dataset

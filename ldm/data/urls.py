@@ -19,6 +19,16 @@ def is_stream(url: str) -> bool:
     return _SCHEME.match(url) is not None
 
 
+def names_all_there(urls: str | Path | Iterable[str | Path]) -> bool:
+    """Whether `urls` has a folder or a glob, which stand for whatever shards are there."""
+    entries = [urls] if isinstance(urls, (str, Path)) else urls
+    patterns = [re.sub("^file:(//)?", "", pattern) for entry in entries for pattern in str(entry).split("::")]
+    return any(
+        not Path(pattern).is_file() and (Path(pattern).expanduser().is_dir() or glob.has_magic(pattern))
+        for pattern in patterns
+    )
+
+
 def _expand_local(pattern: str) -> list[str]:
     path = Path(pattern).expanduser()
     if path.is_dir():

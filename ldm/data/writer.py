@@ -68,7 +68,7 @@ class ShardWriter:
     """A context manager that spreads samples over the shards of `pattern`, `shard_size` to each.
 
     A shard appears under its name when it is whole; on an error the one being written is removed. `shards` lists the
-    finished ones: name, number of samples, SHA-256. A pattern that names a single file takes all samples.
+    finished ones: name, number of samples, bytes, SHA-256. A pattern that names a single file takes all samples.
     """
 
     def __init__(self, pattern: str, shard_size: int) -> None:
@@ -119,7 +119,8 @@ class ShardWriter:
         if self._path is None:
             return
         self._tar.close()
+        size = self._file.tell()
         self._open.close()
-        entry = {"name": self._path.name, "samples": self._samples, "sha256": self._file.sha256.hexdigest()}
-        self.shards.append(entry)
+        digest = self._file.sha256.hexdigest()
+        self.shards.append({"name": self._path.name, "samples": self._samples, "bytes": size, "sha256": digest})
         self._path, self._samples = None, 0

@@ -25,6 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.data import npy
 from ldm.data.images import ImageItem
+from ldm.data.index import INDEX, read_index, write_index
 from ldm.data.transforms import centre_square, fit_square
 from ldm.data.writer import ShardWriter, existing_shards, shard_paths
 from ldm.files import atomic_write
@@ -33,7 +34,6 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-INDEX = "index.json"
 NULL = "null.t5.npy"
 _CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
 
@@ -103,7 +103,7 @@ class Report:
     pictures: int = 0
     without_caption: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)  # name and reason
-    shards: list[dict[str, Any]] = field(default_factory=list)  # name, samples, sha256
+    shards: list[dict[str, Any]] = field(default_factory=list)  # name, samples, bytes, sha256
     shape: tuple[int, ...] = ()  # of one f8
 
 
@@ -196,18 +196,57 @@ def check_out(out: str, overwrite: bool) -> None:
         UserError: one of these.
     """
     shard_paths(out)
-    index = Path(out).parent / INDEX
-    there = existing_shards(out)
-    if index.is_file() and not there:
-        raise UserError(f"{index}: another set is in this folder; its index and {NULL} would be lost: take another")
+    folder = Path(out).parent
+    index, there = read_index(folder), existing_shards(out)
+    unfinished = index is not None and not index.get("complete", True)
+    if index is not None and not there and not (unfinished and index.get("out") == Path(out).name):
+        raise UserError(f"{folder / INDEX}: another set is in this folder, whose index would be lost: take another")
     if there and not overwrite:
-        raise UserError(f"{there[0]} exists; take another folder, or give --overwrite to replace {len(there)} shards")
+        state = ", left by an interrupted run" if unfinished else ""
+        raise UserError(
+            f"{there[0]} exists{state}; take another folder, or give --overwrite to replace {len(there)} shards"
+        )
 
 
-def _remove(out: str) -> None:
-    """Remove the set that is there, its index first: from then on it is not whole."""
-    for path in [Path(out).parent / INDEX, *existing_shards(out)]:
+def _begin(out: str) -> None:
+    """Mark the set as unfinished, and remove the one that is there: whatever happens next, neither seems whole."""
+    folder = Path(out).parent
+    write_index(folder, {"format": FORMAT_VERSION, "out": Path(out).name, "complete": False, "shards": []})
+    for path in [folder / NULL, *existing_shards(out)]:
         path.unlink(missing_ok=True)
+
+
+def _stop(out: str, interrupted: bool) -> None:
+    """Clear up the mark of a set that has no shard yet, and tell a person who interrupted what is there."""
+    folder, there = Path(out).parent, existing_shards(out)
+    unfinished = not (read_index(folder) or {}).get("complete", True)
+    if unfinished and not there:
+        (folder / INDEX).unlink()
+    if not interrupted:
+        return
+    if not there:
+        logger.warning("interrupted: no shard was finished, none is in %s; give the same command again", folder)
+    elif unfinished:
+        what = f"{len(there)} shards of an unfinished set, which training refuses, are in {folder}"
+        logger.warning("interrupted: %s; give the same command with --overwrite to make it anew", what)
+    else:
+        logger.warning("interrupted: nothing was written, the %d shards in %s are as they were", len(there), folder)
+
+
+def _encoded(
+    encoder: Encoder, batch: Sequence[_Picture], flip: bool, report: Report
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of the samples of a batch, each picture's mirror image behind it."""
+    contexts = encoder.captions([picture.item.caption or "" for picture in batch])
+    pictures = torch.stack([picture.fitted for picture in batch])
+    views = [encoder.pictures(pictures)] + ([encoder.pictures(pictures.flip(-1))] if flip else [])
+    report.shape = views[0].shape[1:]
+    for i, (picture, context) in enumerate(zip(batch, contexts, strict=True)):
+        for flipped, values in enumerate(views):
+            if not np.isfinite(values[i]).all():
+                raise UserError(f"{picture.item.name}: encodes to NaN or infinity; try --precision fp32")
+            yield picture.sample(values[i], context, bool(flipped))
+        report.without_caption += picture.item.caption is None
 
 
 def preencode(
@@ -230,25 +269,22 @@ def preencode(
     check_out(out, overwrite)
     encoder.check_size(size)
     null = encoder.captions([""])[0]
-    report = Report()
-    with ShardWriter(out, shard_size) as writer:
-        for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):
-            contexts = encoder.captions([picture.item.caption or "" for picture in batch])
-            pictures = torch.stack([picture.fitted for picture in batch])
-            views = [encoder.pictures(pictures)] + ([encoder.pictures(pictures.flip(-1))] if flip else [])
-            if not report.pictures:  # only now it is sure that there will be a set to replace the old one
-                _remove(out)
-            for i, (picture, context) in enumerate(zip(batch, contexts, strict=True)):
-                for flipped, values in enumerate(views):
-                    if not np.isfinite(values[i]).all():
-                        raise UserError(f"{picture.item.name}: encodes to NaN or infinity; try --precision fp32")
-                    writer.write(*picture.sample(values[i], context, bool(flipped)))
-                    report.samples += 1
-                report.without_caption += picture.item.caption is None
-            report.pictures += len(batch)
-            report.shape = views[0].shape[1:]
-        if not report.pictures:
-            raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
+    report, writer = Report(), ShardWriter(out, shard_size)
+    try:
+        with writer:
+            for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):
+                samples = list(_encoded(encoder, batch, flip, report))
+                if not report.pictures:  # only now it is sure that there will be a set to replace the old one
+                    _begin(out)
+                for key, members in samples:
+                    writer.write(key, members)
+                report.samples += len(samples)
+                report.pictures += len(batch)
+            if not report.pictures:
+                raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
+    except BaseException as error:
+        _stop(out, interrupted=isinstance(error, KeyboardInterrupt))
+        raise
     report.shards = writer.shards
     folder = Path(out).parent
     with atomic_write(folder / NULL) as path:
@@ -256,6 +292,7 @@ def preencode(
     index = {
         "format": FORMAT_VERSION,
         "out": Path(out).name,
+        "complete": True,
         "samples": report.samples,
         "pictures": report.pictures,
         "without_caption": report.without_caption,
@@ -267,6 +304,5 @@ def preencode(
         "scale_factor": float(encoder.model.scale_factor),
         "shards": report.shards,
     }
-    with atomic_write(folder / INDEX) as path:
-        path.write_text(json.dumps(index, indent=1) + "\n")
+    write_index(folder, index)
     return report

@@ -8,7 +8,9 @@ from PIL import Image
 from torch import nn
 
 from ldm.data import npy
+from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.images import find_images
+from ldm.data.index import read_index, write_index
 from ldm.data.shards import ShardDataset
 from ldm.data.tar import index_tar, read_span
 from ldm.training.preencode import Encoder, preencode, sample_key
@@ -189,6 +191,73 @@ def test_existing_shards_are_kept_unless_told_otherwise(pictures, tmp_path):
     assert (tmp_path / "index.json").exists() and (tmp_path / "s-0.tar").exists()
     with pytest.raises(UserError, match="another set is in this folder"):
         run(pictures, tmp_path / "t-%d.tar")
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class StopsAt(Model):
+    """Raises at the picture `number`, before which batches of one are encoded."""
+
+    def __init__(self, number, error) -> None:
+        super().__init__()
+        self.number, self.error = number, error
+
+    def get_learned_conditioning(self, texts):
+        if texts != [""] and len(self.first_stage_model.calls) == self.number:
+            raise self.error
+        return super().get_learned_conditioning(texts)
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Five pictures, no two with one caption."""
+    folder = tmp_path / "captioned"
+    for number in range(5):
+        picture(folder / f"p{number}.png", caption="x" * number + "y")
+    return folder
+
+
+@pytest.mark.parametrize("error", [Killed(), KeyboardInterrupt()])
+def test_a_set_that_was_cut_short_is_not_trained_on(captioned, tmp_path, caplog, error):
+    out, options = tmp_path / "set" / "s-%d.tar", {"shard_size": 1, "batch_size": 1}
+    run(captioned, out, **options)
+    with pytest.raises(type(error)):
+        run(captioned, out, StopsAt(3, error), overwrite=True, **options)
+    # the third shard is only finished when its successor begins
+    assert sorted(path.name for path in out.parent.iterdir()) == ["index.json", "s-0.tar", "s-1.tar"]
+    told = "interrupted: 2 shards of an unfinished set, which training refuses" in caplog.text
+    assert told == isinstance(error, KeyboardInterrupt)
+    with pytest.raises(UserError, match="the set is unfinished"):
+        WebDataNpyModuleFromConfig(1, str(out.parent)).setup("fit")
+    with pytest.raises(UserError, match="left by an interrupted run"):
+        run(captioned, out, **options)
+    run(captioned, out, overwrite=True, **options)
+    data = WebDataNpyModuleFromConfig(1, str(out.parent), null_cond_dropout=0.5)
+    data.setup("fit")
+    assert len(data.train_dataloader()) == 5
+
+
+def test_an_interrupt_before_anything_is_written_leaves_the_old_set(captioned, tmp_path, caplog):
+    out = tmp_path / "set" / "s-%d.tar"
+    with pytest.raises(KeyboardInterrupt):
+        run(captioned, out, StopsAt(1, KeyboardInterrupt()), batch_size=1)
+    assert not list(out.parent.iterdir()) and "no shard was finished" in caplog.text
+    run(captioned, out)
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        run(captioned, out, StopsAt(0, KeyboardInterrupt()), overwrite=True)
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+    assert "the 2 shards in" in caplog.text and "are as they were" in caplog.text
+
+
+def test_a_set_that_was_killed_before_its_first_shard_needs_no_overwrite(pictures, tmp_path):
+    write_index(tmp_path, {"out": "s-%d.tar", "complete": False, "shards": []})
+    with pytest.raises(UserError, match="another set is in this folder"):
+        run(pictures, tmp_path / "t-%d.tar")
+    run(pictures, tmp_path / "s-%d.tar")
+    assert read_index(tmp_path)["complete"]
 
 
 def test_a_size_that_the_model_cannot_halve_is_refused(pictures, tmp_path):
