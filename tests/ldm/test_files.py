@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from ldm.checkpoint import save_checkpoint
 from ldm.files import atomic_write
 
 
@@ -28,3 +34,37 @@ def test_failure_keeps_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+KILLED = """
+import os, signal, sys
+from ldm.files import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "la[s]t.ckpt"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    others = {f".la[s]t.{os.getppid()}.tmp.ckpt", ".last.999999999.tmp.ckpt", ".la[s]t.x.tmp.ckpt"}
+    for name in others:  # of a process that runs, of another file, and none of ours
+        (tmp_path / name).touch()
+    with atomic_write(path) as temporary:
+        temporary.touch()
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, *others}
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            save_checkpoint({"state_dict": {"w": torch.zeros(1_000_000)}}, tmp_path / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "last.ckpt")
+    assert caught.value.strerror == "File too large"
+    assert not list(tmp_path.iterdir())
