@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pdb
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,7 @@ def _debugger_on_error(debug: bool) -> Iterator[None]:
         yield
     except Exception:
         if debug:
+            traceback.print_exc()
             pdb.post_mortem()
         raise
 

@@ -8,6 +8,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# Annotations that a value is checked against, and what to give.
+_CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "int | None": ((int, type(None)), "a whole number or null"),
+}
 # Config values that stand for "nothing to build": the model fills the place itself.
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
@@ -48,29 +54,46 @@ def valid_params(target: Callable[..., Any]) -> set[str] | None:
 
     A class whose `__init__` passes `**kwargs` on is read together with the classes that it inherits from.
     """
+    named, takes_any = _parameters(target)
+    return None if takes_any else set(named)
+
+
+def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """What `target` takes by name, and whether it takes any other name too."""
     initialisers = [target]
     if inspect.isclass(target):
         initialisers = [cls.__dict__["__init__"] for cls in target.__mro__ if "__init__" in cls.__dict__]
-    names: set[str] = set()
+    named: dict[str, inspect.Parameter] = {}
     for function in initialisers:
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:  # a C function without a signature
-            return None
-        names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+            return named, True
+        keywords = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        keywords.pop("self", None)
+        named = keywords | named  # a class's own word counts more than that of the class that it inherits from
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return names - {"self"}
-    return None
+            return named, False
+    return named, True
 
 
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    """Raise `UserError` for the first key of `params` that `target` (named `path` in the config) does not take."""
-    valid = valid_params(target)
-    if valid is None:
-        return
-    for key in params:
-        if key not in valid:
-            raise UserError(f"unknown key {key!r} in params of {path}{nearest(key, valid)}")
+    """Raise `UserError` for the first of `params` that `target` (named `path` in the config) does not take.
+
+    Names are checked, and values where the signature asks for a bool, which any string would pass for, or an int.
+    """
+    named, takes_any = _parameters(target)
+    for key, value in params.items():
+        if key not in named:
+            if takes_any:
+                continue
+            raise UserError(f"unknown key {key!r} in params of {path}{nearest(key, set(named))}")
+        annotation = named[key].annotation  # a string where the module defers annotations
+        expected = _CHECKED_TYPES.get(
+            annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+        )
+        if expected and not isinstance(value, expected[0]):
+            raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
 
 
 def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides: Any) -> Any:
@@ -79,7 +102,7 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     The markers `__is_first_stage__` and `__is_unconditional__` give None.
 
     Raises:
-        UserError: no `target`, a target that does not exist, or a key in `params` that the target does not take.
+        UserError: no `target`, a target that does not exist, or a key or value in `params` that it does not take.
     """
     if config in _MARKERS:
         return None
@@ -93,4 +116,10 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     target = get_obj_from_str(config["target"])
     params = {**(config.get("params") or {}), **overrides}
     check_params(config["target"], target, params)
-    return target(**params)
+    try:
+        return target(**params)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{config['target']}: {reason}") from error

@@ -63,3 +63,29 @@ def test_mistakes_are_named(config: object, message: str) -> None:
 
 def test_found_object() -> None:
     assert get_obj_from_str("torch.nn.Linear") is torch.nn.Linear
+
+
+class Strict:
+    def __init__(self, flag: bool = False, size: int = 1, cap: int | None = None) -> None:
+        if size < 1:
+            raise ValueError(f"size {size}\nis too small")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"flag": "False"}, "^flag='False' in params of .*: give true or false$"),
+        ({"flag": None}, "flag=None"),
+        ({"size": 1.5}, "size=1.5 in params of .*: give a whole number"),
+        ({"cap": "a"}, "cap='a' in params of .*: give a whole number or null"),
+        ({"size": 0}, "Strict: size 0$"),
+    ],
+)
+def test_values_that_do_not_fit_are_one_line(params: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        instantiate_from_config({"target": f"{__name__}.Strict", "params": params})
+
+
+def test_values_that_fit_are_taken() -> None:
+    params = {"flag": True, "size": 2, "cap": None}
+    assert isinstance(instantiate_from_config({"target": f"{__name__}.Strict", "params": params}), Strict)
