@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from ldm.util import UserError
 
@@ -19,20 +23,53 @@ _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` or an `OSError` on a named file becomes one line on stderr and exit code 1."""
+    """Call `main`; a `UserError` or an error of the operating system becomes one line on stderr and exit code 1.
+
+    SIGTERM becomes `SystemExit(143)`, so that what is half written is removed.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        main()
+        with _sigterm_unwinds(), _bars_ended():
+            main()
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.exit(f"error: {error.filename or ''}: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def _bars_ended() -> Iterator[None]:
+    """Close the progress bars that an error leaves open: what is said next begins a line."""
+    try:
+        yield
+    finally:
+        if "tqdm" in sys.modules:
+            for bar in list(sys.modules["tqdm"].tqdm._instances):
+                bar.close()
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    owner = os.getpid()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise SystemExit(128 + signum)
+        signal.signal(signum, signal.SIG_DFL)  # a forked worker, whose clean-up is its parent's
+        os.kill(os.getpid(), signum)
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def newest_checkpoint(logs: Path = LOGS) -> Path:

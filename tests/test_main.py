@@ -24,14 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class SendSignal(Callback):
-    """Sends this process a signal during a training step, or during a validation batch."""
+    """Sends this process a signal before training (step -1), during a training step, or during a validation batch."""
 
-    def __init__(self, step: int, signum: int, validation: bool = False) -> None:
-        self.step, self.signum, self.validation = step, signum, validation
+    def __init__(self, step: int, signum: int, validation: bool = False, times: int = 1) -> None:
+        self.step, self.signum, self.validation, self.times = step, signum, validation, times
+
+    def on_sanity_check_start(self, trainer, pl_module) -> None:
+        if self.step == -1:
+            os.kill(os.getpid(), self.signum)
 
     def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
         if not self.validation and trainer.global_step == self.step - 1:
-            os.kill(os.getpid(), self.signum)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.signum)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
         if self.validation and trainer.global_step == self.step and batch_idx == 1:
@@ -172,6 +177,25 @@ def test_ctrl_c_during_validation_loses_nothing(train, tmp_path):
     assert_same_training(the_run(tmp_path / "straight"), resumed)
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_leaves_no_run_folder(train, tmp_path, signum, code):
+    validation = "data.params.val_urls=shards/s-000000.tar"
+    assert train(f"--max_steps 2 {validation} {sending(-1, signum)}") == code
+    assert not list(tmp_path.glob("logs/*"))
+
+
+def test_a_second_ctrl_c_quits_at_once(train, tmp_path):
+    assert train(f"--max_steps 4 {sending(3, signal.SIGINT)} lightning.callbacks.send.params.times=2") == 130
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_that_has_its_steps_says_so(train, tmp_path, caplog):
+    train("--max_steps 3")
+    assert "Nothing was trained" not in caplog.text
+    assert train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 2") == 0
+    assert "already at step 3 (max_steps=2)" in caplog.text
+
+
 def test_sigusr1_saves_and_goes_on(train, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
@@ -199,6 +223,17 @@ def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_o
     assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
     train(f"-l straight --max_steps {step + 3}")
     assert_same_training(the_run(tmp_path / "straight"), stopped)
+
+
+def test_the_2022_name_of_the_weights_to_start_from(train, tmp_path):
+    train("-l first --max_steps 1")
+    (the_run(tmp_path / "first") / "checkpoints" / "last.ckpt").rename(tmp_path / "released.ckpt")
+    weights = state(tmp_path / "released.ckpt")["state_dict"]
+    assert train("--finetune_from released.ckpt --scale_lr False --num_nodes 1 --max_steps 1 -l second") == 0
+    tuned = state(the_run(tmp_path / "second") / "checkpoints" / "last.ckpt")
+    assert tuned["global_step"] == 1
+    for key in (key for key in weights if key.startswith("model.")):
+        torch.testing.assert_close(tuned["state_dict"][key], weights[key], rtol=0, atol=2e-3)
 
 
 def test_a_run_keeps_its_seed(train, tmp_path):
@@ -260,7 +295,7 @@ def test_the_test_set_runs_after_training_and_alone(tmp_path, monkeypatch, caplo
     assert "No test: the config has no test set" in caplog.text
     run = the_run(tmp_path / "logs")
     run_main(monkeypatch, f"--resume {run} data.params.test_urls=shards/s-000000.tar")
-    assert logged(run, "val/loss_ema")
+    assert logged(run, "test/loss_ema")
 
 
 def test_a_rehearsal_writes_no_checkpoint(train, tmp_path):

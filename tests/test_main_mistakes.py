@@ -41,6 +41,12 @@ class FailInThirdStep(Callback):
         ("model.params.use_ema='\"False\"'", "use_ema=.*False.* in params of .*LatentDiffusion: give true or false"),
         ("model.params.use_ema=maybe", "use_ema='maybe' in params of .*LatentDiffusion: give true or false"),
         ("model.params.unet_config.params.model_channels=33", "UNetModel: num_channels .* must be divisible"),
+        ("data.params.num-workers=2", "unknown key 'num-workers' .*; did you mean 'num_workers'"),
+        (
+            "--init_word toy --data_root pictures",
+            "--data_root and --init_word belong to textual inversion, .* not support",
+        ),
+        ("--finetune_from nothing.ckpt", "nothing.ckpt"),
         ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
         ("--gradient_clip_val 1.0 --gradient_clip_algorithm nope", "lightning.trainer: .*"),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),

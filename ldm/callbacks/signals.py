@@ -54,9 +54,7 @@ class SignalRequests:
         elif self.training and self.stop is None:
             self.stop = signum
             log.info("\nSaving at the end of this step, then stopping; once more to quit at once.")
-        elif signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
+        else:  # not KeyboardInterrupt, which Lightning turns into exit code 1
             raise SystemExit(128 + signum)
 
 

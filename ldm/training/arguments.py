@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 from ldm.util import UserError
 
 DEFAULT_SEED = 23
-_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+=")
+# What other main.py's of 2022 name the weights to start from.
+_WEIGHTS = ("actual_resume", "finetune_from")
+_TEXTUAL_INVERSION = ("data_root", "embedding_manager_ckpt", "init_word", "placeholder_string")
 _NUMBER = re.compile(r"-\.?\d")
 _CLOCK = re.compile(r"\d+(:\d+)+")  # YAML 1.1 would read 12:00:00 as a number in base 60
 
@@ -61,8 +64,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     arguments = Arguments(**vars(parser.parse_args(own)), trainer=trainer, overrides=overrides)
     if "resume_from_checkpoint" in trainer:  # how Lightning 1 named it
         arguments.resume = arguments.resume or str(trainer.pop("resume_from_checkpoint"))
-    if "actual_resume" in trainer:  # how textual inversion's main.py names the weights to start from
-        overrides.append(f"model.params.ckpt_path={trainer.pop('actual_resume')}")
+    for name in _WEIGHTS:
+        if name in trainer:
+            overrides.append(f"model.params.ckpt_path={trainer.pop(name)}")
+    unsupported = [f"--{name}" for name in _TEXTUAL_INVERSION if name in trainer]
+    if unsupported:
+        verb = "belong" if len(unsupported) > 1 else "belongs"
+        raise UserError(f"{' and '.join(unsupported)} {verb} to textual inversion, which is not supported here")
     if not arguments.base and not arguments.resume:
         raise UserError("nothing to do: give a config with --base, or a run to go on with by --resume (see --help)")
     if arguments.no_test and not arguments.train:

@@ -25,7 +25,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
     """Train, from `run.resume` if there is one.
 
     Raises:
-        SystemExit: a signal stopped the training after its state was saved; code 0 for Ctrl-C, 143 for SIGTERM.
+        SystemExit: a signal stopped the training; after its state was saved with code 0 for Ctrl-C, 143 for SIGTERM.
         UserError: Lightning refuses the combination of arguments, or the device has too little memory.
     """
     log.info("Run folder: %s", run.folder)
@@ -33,7 +33,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
     try:
         with _one_line_errors():
             trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
-    except UserError:
+    except (UserError, SystemExit):
         if is_new and trainer.is_global_zero and trainer.global_step == 0:
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
         raise

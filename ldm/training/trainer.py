@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.learning_rate import LearningRateOnResume
+from ldm.callbacks.leftover import NothingLeft
 from ldm.callbacks.progress import ProgressBar
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
@@ -75,6 +76,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     callbacks: list[Callback] = [
         StepSeeds(seed),
         LearningRateOnResume(),
+        NothingLeft(),
         SetupCallback(
             now=run.started,
             logdir=run.folder,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from ldm.cli import newest_checkpoint, run
 from ldm.util import UserError
@@ -23,6 +25,7 @@ def raises(error: BaseException):
     [
         (UserError("size 0: give 1 or more"), "error: size 0: give 1 or more"),
         (FileNotFoundError(2, "No such file or directory", "a.ckpt"), "error: a.ckpt: No such file or directory"),
+        (OSError(28, "No space left on device"), "error: No space left on device"),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -35,6 +38,31 @@ def test_errors_of_users_are_one_line(error: BaseException, code: object) -> Non
 def test_errors_of_ours_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run(raises(ZeroDivisionError()))
+
+
+def test_an_error_begins_a_line_after_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        for _ in tqdm(range(3)):
+            raise UserError("unreadable")
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_sigterm_cleans_up(tmp_path: Path) -> None:
+    def main() -> None:
+        try:
+            (tmp_path / "half.tmp").touch()
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            (tmp_path / "half.tmp").unlink()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 143 and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_newest_checkpoint(tmp_path: Path) -> None:

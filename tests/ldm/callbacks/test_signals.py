@@ -29,16 +29,16 @@ def test_while_training_the_first_signal_asks_and_the_second_quits(requests):
     requests.training = True
     send(signal.SIGINT)
     assert requests.stop == signal.SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        send(signal.SIGINT)
-
-
-def test_otherwise_the_first_signal_quits(requests):
-    with pytest.raises(KeyboardInterrupt):
-        send(signal.SIGINT)
     with pytest.raises(SystemExit) as caught:
-        send(signal.SIGTERM)
-    assert caught.value.code == 143
+        send(signal.SIGINT)
+    assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_otherwise_the_first_signal_quits(requests, number, code):
+    with pytest.raises(SystemExit) as caught:
+        send(number)
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
