@@ -16,12 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.checkpoint import OPTIONAL_KEYS, load_into, load_state_dict
+from ldm.checkpoint import OPTIONAL_KEYS, LoadReport, load_into, load_state_dict
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
+from ldm.modules.diffusionmodules.util import KeepsBufferTypes
 from ldm.modules.ema import LitEma
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
@@ -30,12 +31,24 @@ logger = logging.getLogger(__name__)
 Batch = Mapping[str, Any]
 
 
-class DDPM(GaussianDiffusion, pl.LightningModule):
+def batch_entry(batch: Batch, key: str) -> Any:
+    """`batch[key]`.
+
+    Raises:
+        UserError: the batch has no such entry.
+    """
+    if key not in batch:
+        raise UserError(f"the model reads the batch entry {key!r}; the data give {', '.join(map(repr, batch))}")
+    return batch[key]
+
+
+class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
         unet_config: `target` and `params` of the UNet.
-        timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas: see `make_beta_schedule`.
+        timesteps, beta_schedule, linear_start, linear_end, cosine_s: see `make_beta_schedule`.
+        given_betas: the schedule itself, in place of these.
         loss_type: `l1` or `l2`.
         ckpt_path, ignore_keys, load_only_unet: weights to start from, and key prefixes to leave out of them.
         monitor: the logged value that picks the best checkpoint.
@@ -50,6 +63,7 @@ class DDPM(GaussianDiffusion, pl.LightningModule):
         parameterization: what the UNet predicts: `eps`, `x0` or `v`.
         scheduler_config: `target` and `params` of a multiplier from `ldm.lr_scheduler`.
         optimizer_config: `target` and `params` of the optimizer; fused AdamW without one.
+        use_positional_encodings: accepted for old configs; no model here has any.
         learn_logvar, logvar_init: a log variance a timestep that weights the loss.
     """
 
@@ -80,6 +94,7 @@ class DDPM(GaussianDiffusion, pl.LightningModule):
         parameterization: str = "eps",
         scheduler_config: Mapping[str, Any] | None = None,
         optimizer_config: Mapping[str, Any] | None = None,
+        use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
     ) -> None:
@@ -117,7 +132,7 @@ class DDPM(GaussianDiffusion, pl.LightningModule):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
-    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> LoadReport:
         """Load weights from a checkpoint, leaving out keys that start with one of `ignore_keys`.
 
         With `only_model`, just the UNet. An EMA that the file does not hold starts from the loaded weights.
@@ -131,14 +146,20 @@ class DDPM(GaussianDiffusion, pl.LightningModule):
             weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         optional = (*OPTIONAL_KEYS, *(f"{key}*" for key in ignore_keys))
         report = load_into(self.model if only_model else self, weights, source=path, optional=optional)
-        if self.use_ema and (only_model or any(key.startswith("model_ema.") for key in report.missing)):
+        if only_model or any(key.startswith("model_ema.") for key in report.missing):
+            self.restart_ema()
+        return report
+
+    def restart_ema(self) -> None:
+        """Begin the moving average, if there is one, at the present weights."""
+        if self.use_ema:
             self.model_ema = LitEma(self.model)
 
     # Training
 
     def get_input(self, batch: Batch, k: str) -> Tensor:
         """The images `batch[k]`, channels last (B, H, W, C) or without channels, as (B, C, H, W) float32."""
-        x = batch[k]
+        x = batch_entry(batch, k)
         if x.ndim == 3:
             x = x[..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float()
@@ -223,7 +244,7 @@ class DDPM(GaussianDiffusion, pl.LightningModule):
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Within it the model has its averaged weights, if it keeps an EMA. `context` names the use in the log."""
-        if not self.use_ema:
+        if not self.use_ema or self.model_ema.collected_params:  # no average, or already within
             yield
             return
         self.model_ema.store(self.model.parameters())

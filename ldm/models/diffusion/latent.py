@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.base import DDPM, Batch
+from ldm.checkpoint import LoadReport
+from ldm.models.diffusion.base import DDPM, Batch, batch_entry
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
@@ -49,7 +50,7 @@ class LatentDiffusion(DDPM):
         self,
         first_stage_config: Mapping[str, Any],
         cond_stage_config: Mapping[str, Any] | str,
-        num_timesteps_cond: int = 1,
+        num_timesteps_cond: int | None = 1,
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
         concat_mode: bool = True,
@@ -68,6 +69,8 @@ class LatentDiffusion(DDPM):
         elif conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
         super().__init__(conditioning_key=conditioning_key, **kwargs)
+        self.clip_denoised = False  # latents are not bounded as pixels are
+        num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         if not 1 <= num_timesteps_cond <= self.num_timesteps:
             raise UserError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to timesteps ({self.num_timesteps})")
         self.num_timesteps_cond = num_timesteps_cond
@@ -75,7 +78,10 @@ class LatentDiffusion(DDPM):
         self.cond_stage_trainable = cond_stage_trainable
         self.cond_stage_forward = cond_stage_forward
         self.concat_keys = tuple(concat_keys)
+        if conditioning_key == "hybrid" and not concat_keys:
+            raise UserError("conditioning_key 'hybrid' needs concat_keys, the batch entries to put onto the input")
         self.scale_by_std = scale_by_std
+        self._scale_is_loaded = False
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         else:
@@ -125,10 +131,14 @@ class LatentDiffusion(DDPM):
         """Images (B, 3, H, W), about [-1, 1], of scaled latents z (B, C, h, w)."""
         return self.first_stage_model.decode((z / self.scale_factor).to(_dtype(self.first_stage_model)))
 
+    def is_pre_encoded(self, x: Tensor) -> bool:
+        """Whether a batch entry is a posterior's parameters or a latent, channels first, rather than images."""
+        return x.ndim == 4 and x.shape[1] in (self.channels, 2 * self.channels)
+
     def encode_batch(self, batch: Batch) -> DiagonalGaussianDistribution | Tensor:
         """The unscaled posterior or latent of the entry `first_stage_key`; see the class."""
-        x = batch[self.first_stage_key]
-        if x.shape[-1] == 3:
+        x = batch_entry(batch, self.first_stage_key)
+        if not self.is_pre_encoded(x):
             return self.encode_first_stage(super().get_input(batch, self.first_stage_key))
         # float32 before the draw: stored float16 is too coarse for the exponential of the log variance.
         return DiagonalGaussianDistribution(x.float()) if x.shape[1] == 2 * self.channels else x.float()
@@ -178,8 +188,8 @@ class LatentDiffusion(DDPM):
         """The batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
         if getattr(self.cond_stage_model, "key", None) is not None:
             return batch
-        entry = batch[self.cond_stage_key]
-        images = isinstance(entry, Tensor) and entry.ndim == 4 and entry.shape[-1] <= 4
+        entry = batch_entry(batch, self.cond_stage_key)
+        images = isinstance(entry, Tensor) and entry.ndim == 4  # as in all of latent diffusion, channels last
         return super().get_input(batch, self.cond_stage_key) if images else entry
 
     def encode_conditioning(self, batch: Batch) -> Conditioning:
@@ -190,7 +200,7 @@ class LatentDiffusion(DDPM):
             encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
         if self.model.conditioning_key != "hybrid":
             return encoded
-        return {"c_concat": [batch[key].float() for key in self.concat_keys], "c_crossattn": [encoded]}
+        return {"c_concat": [batch_entry(batch, key).float() for key in self.concat_keys], "c_crossattn": [encoded]}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
         """The UNet's prediction at the noisy `x` (B, C, h, w).
@@ -218,16 +228,29 @@ class LatentDiffusion(DDPM):
         """The loss of clean latents at random timesteps, with the conditioning noised if the config says so."""
         t = self.draw_timesteps(x)
         if self.num_timesteps_cond > 1:
-            c = self.q_sample(c, self.cond_ids[t])
+            c = self._noised_conditioning(c, self.cond_ids[t])
         return self.p_losses(x, c, t)
+
+    def _noised_conditioning(self, c: Conditioning, t: Tensor) -> Conditioning:
+        if isinstance(c, Mapping):
+            return {key: [self._noised_conditioning(entry, t) for entry in entries] for key, entries in c.items()}
+        return self.q_sample(c, t) if isinstance(c, Tensor) and c.is_floating_point() else c
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latent = self.get_first_stage_encoding(self.encode_batch(batch))
         return self(latent, self.encode_conditioning(batch))
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._scale_is_loaded = "scale_factor" in checkpoint["state_dict"]
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> LoadReport:
+        report = super().init_from_ckpt(path, ignore_keys, only_model)
+        self._scale_is_loaded = not only_model and "scale_factor" not in report.missing
+        return report
+
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
+        if self.scale_by_std and not self._scale_is_loaded and self.global_step == 0 and batch_idx == 0:
             self.scale_factor.fill_(1.0)
             latent = self.get_first_stage_encoding(self.encode_batch(batch))
             self.scale_factor.copy_(1.0 / latent.std())

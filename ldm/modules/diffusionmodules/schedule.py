@@ -70,16 +70,21 @@ def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, 
 
 
 def vlb_weights(buffers: dict[str, np.ndarray], parameterization: str) -> np.ndarray:
-    """Weights of the squared error in the variational bound, (T,); the first, infinite, takes the second's value."""
-    betas, alphas_cumprod = buffers["betas"], buffers["alphas_cumprod"]
+    """Weights of the squared error in the variational bound, (T,); the first, infinite, takes the second's value.
+
+    float32, from the buffers as they are stored: so were the published ones, and 1 − ᾱ of early steps shows it.
+    """
+    stored = {name: values.astype(np.float32) for name, values in buffers.items()}
+    betas, alphas_cumprod = stored["betas"], stored["alphas_cumprod"]
+    alphas = (1 - buffers["betas"]).astype(np.float32)
     if parameterization == "eps":  # eq. 12
         with np.errstate(divide="ignore"):
-            weights = betas**2 / (2 * buffers["posterior_variance"] * (1 - betas) * (1 - alphas_cumprod))
+            weights = betas**2 / (2 * stored["posterior_variance"] * alphas * (1 - alphas_cumprod))
     elif parameterization == "x0":  # as published with latent diffusion, not derived from eq. 8
         weights = 0.5 * np.sqrt(alphas_cumprod) / (2 - alphas_cumprod)
     else:  # v: unweighted, as published
         weights = np.ones_like(betas)
-    weights[0] = weights[1]
+    weights[0] = weights[min(1, len(weights) - 1)]
     return weights
 
 
@@ -124,6 +129,7 @@ def prediction_to_eps_x0(
 class GaussianDiffusion:
     """Mixin for a module: the schedule's buffers and the closed forms of the diffusion process on them.
 
+    The module sets `parameterization` and `v_posterior` before it calls `register_schedule`.
     B batch; x_start, x_t and noise have one shape (B, …); t (B,) counts from 0.
     """
 
@@ -136,11 +142,17 @@ class GaussianDiffusion:
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
     ) -> None:
-        """Register the float32 buffers of a named schedule, or of `given_betas`."""
+        """Register the float32 buffers of a named schedule, or of `given_betas`.
+
+        Raises:
+            UserError: the schedule is unknown, or its betas are not all between 0 and 1.
+        """
         if given_betas is None:
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         else:
             betas = np.asarray(given_betas, dtype=np.float64)
+        if len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
+            raise UserError(f"{len(betas)} betas: give at least one, each between 0 and 1 (timesteps, given_betas)")
         self.num_timesteps = len(betas)
         buffers = diffusion_buffers(betas, self.v_posterior)
         for name, values in buffers.items():
@@ -169,10 +181,6 @@ class GaussianDiffusion:
         if self.parameterization == "x0":
             return x_start
         return self.get_v(x_start, noise, t)
-
-    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x₀ = x_t / √ᾱ − √(1/ᾱ − 1) ε (eq. 4 solved for x₀)."""
-        return prediction_to_eps_x0(noise, x_t, self._at("alphas_cumprod", t, x_t), "eps")[1]
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t−1} | x_t, x₀) (eqs. 6 and 7)."""

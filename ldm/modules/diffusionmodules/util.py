@@ -23,6 +23,22 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
+class KeepsBufferTypes:
+    """Mixin for a module whose own buffers stay float32 when the module is cast, as with `precision: bf16-true`.
+
+    A noise schedule in bfloat16 has ᾱ = 1 in its early steps, and a moving average in it never moves.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, *args)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
 def conv_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:
     """A convolution over `dims` (1, 2 or 3) spatial dimensions."""
     return _CONVOLUTIONS[dims](*args, **kwargs)
