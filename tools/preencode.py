@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
 from ldm.cli import run
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         "--images",
         required=True,
         nargs="+",
-        help="a folder with name.txt beside name.jpg, or with metadata.jsonl; or tars of pictures and .txt",
+        help="folders with name.txt beside name.jpg, or with metadata.jsonl; tars of pictures and .txt; pictures",
     )
     add("--out", required=True, help="shards to write, such as shards/toms-%%06d.tar or shards/toms-{000..009}.tar")
     add("--size", type=int, default=512, help="pixels; pictures are cropped to a square in the middle (default: 512)")
@@ -43,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     for name in ("size", "batch_size", "shard_size"):
         if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
+    if arguments.num_workers is not None and arguments.num_workers < 0:
+        raise UserError(f"--num-workers {arguments.num_workers}: must be at least 0")
     return arguments
 
 
@@ -51,13 +54,13 @@ def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
     from ldm.data.images import find_images
-    from ldm.training.preencode import Encoder, check_out, default_workers, preencode
+    from ldm.training.preencode import Encoder, default_workers, preencode
     from ldm.training.release import PRECISIONS, load_release, pick_device
+    from ldm.training.shard_set import check_out
 
     check_out(arguments.out, arguments.overwrite)
-    images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
-    items = find_images(images, arguments.caption)
-    logger.info("%d pictures in %s", len(items), images)
+    items = find_images(arguments.images, arguments.caption)
+    logger.info("%d pictures in %s", len(items), ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device), PRECISIONS[arguments.precision]
     model = load_release(arguments.ckpt, arguments.config)
     report = preencode(

@@ -11,7 +11,29 @@ from ldm.util import UserError
 
 # What photographs and drawings come in. Not all that Pillow reads: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
+# Pictures too, which must not go missing in silence.
+UNREAD_EXTENSIONS = (
+    *(
+        "heic",
+        "heif",
+        "avif",
+        "jxl",
+        "jp2",
+        "j2k",
+        "jpx",
+        "psd",
+        "xcf",
+        "svg",
+        "eps",
+        "ico",
+        "tga",
+        "dds",
+        "exr",
+        "hdr",
+    ),
+    *("ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf"),
+)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

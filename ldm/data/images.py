@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.data.captions import METADATA, beside, decode_caption, from_metadata
-from ldm.data.decode import EXTENSIONS, decode_image
+from ldm.data.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
 from ldm.data.tar import index_tar, read_span
 from ldm.data.transforms import fit_square
 from ldm.data.urls import expand_urls, is_stream
@@ -48,9 +48,25 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def _extension(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
+
+
+def _from_file(path: Path, name: str, fixed: str | None) -> ImageItem:
+    """A picture, whose caption is beside it unless it is `fixed`; of a kind that is not read, one with an error."""
+    caption, error = (fixed, None) if fixed is not None else beside(path)
+    if _extension(path) in UNREAD_EXTENSIONS:
+        error = f"pictures of this kind are not read; convert it to one of {', '.join(FORMATS)}"
+    return ImageItem(name, path, caption=caption, error=error)
+
+
 def _from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
-    pictures = [path for path in files if path.suffix.lower().lstrip(".") in EXTENSIONS]
+    pictures = [path for path in files if _extension(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)]
+    tars = [path for path in files if path.suffix == ".tar"]
+    if pictures and tars:
+        examples = " and ".join(str(paths[0].relative_to(folder)) for paths in (pictures, tars))
+        raise UserError(f"{folder}: holds both pictures and tars, {examples}; put them into two folders")
     others = {path.suffix or path.name for path in set(files) - set(pictures)} - {".txt", ".json", ".jsonl", ".tar"}
     if others:
         logger.warning("%s: files of other kinds are left out: %s", folder, ", ".join(sorted(others)))
@@ -61,11 +77,7 @@ def _from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
             logger.warning("%s: %d pictures, such as %s, are not in %s", folder, len(unnamed), min(unnamed), METADATA)
         named = ((name, caption if fixed is None else fixed) for name, caption in captions)
         return [ImageItem(name, folder / name, caption=caption) for name, caption in named]
-    items = []
-    for path in pictures:
-        caption, error = (fixed, None) if fixed is not None else beside(path)
-        items.append(ImageItem(path.relative_to(folder).as_posix(), path, caption=caption, error=error))
-    return items
+    return [_from_file(path, path.relative_to(folder).as_posix(), fixed) for path in pictures]
 
 
 def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
@@ -87,35 +99,56 @@ def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
     return items
 
 
+def _from_source(source: str, fixed: str | None) -> list[ImageItem]:
+    path = Path(source)
+    if path.is_file() and _extension(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS):
+        return [_from_file(path, path.name, fixed)]
+    if path.is_dir():
+        items = _from_folder(path, fixed)
+        if items or not any(path.glob("[!.]*.tar")):
+            return items
+    items = []
+    for url in expand_urls(source):
+        if is_stream(url):
+            raise UserError(f"{url}: pictures are read from folders and local tars; fetch it first")
+        items += _from_tar(Path(url), fixed)
+    return items
+
+
 def find_images(source: str | Path | Sequence[str | Path], caption: str | None = None) -> list[ImageItem]:
     """Every picture of `source`, sorted by name within a folder; `caption`, if given, is the caption of them all.
 
     `source` is a folder of pictures (`metadata.jsonl` in it holds the captions, or `name.txt` beside each), a folder
-    of tars, or tars by path, glob, brace pattern or list. Pictures with no caption are told of, and get the empty one.
+    of tars, tars by path, glob or brace pattern, a picture, or a list of these. Pictures with no caption are told of,
+    and get the empty one.
 
     Raises:
-        UserError: there is no picture, none has a caption, or `metadata.jsonl` or a tar cannot be read.
+        UserError: there is no picture, none has a caption, one is named twice, a folder has both pictures and tars,
+            or `metadata.jsonl` or a tar cannot be read.
     """
+    sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
     items: list[ImageItem] = []
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        items = _from_folder(Path(source), caption)
-        if not items and not any(Path(source).glob("[!.]*.tar")):
-            raise UserError(f"{source}: no pictures ({', '.join(EXTENSIONS)}) and no tars in this folder")
-    if not items:
-        for url in expand_urls(source):
-            if is_stream(url):
-                raise UserError(f"{url}: pictures are read from folders and local tars; fetch it first")
-            items += _from_tar(Path(url), caption)
-    if not items:
-        raise UserError(f"{source}: no pictures ({', '.join(EXTENSIONS)})")
+    seen: set[Path] = set()
+    for entry in sources:
+        found = _from_source(entry, caption)
+        if not found:
+            raise UserError(f"{entry}: no pictures ({', '.join(EXTENSIONS)}) and no tars of them")
+        paths = {item.path.resolve() for item in found}
+        if seen & paths:
+            raise UserError(f"{min(seen & paths)}: named twice among the pictures")
+        seen |= paths
+        if len(sources) > 1 and Path(entry).is_dir():  # else two folders' pictures could have one name
+            found = [replace(item, name=f"{Path(entry).name}/{item.name}") for item in found]
+        items += found
+    where = ", ".join(sources)
     missing = [item.name for item in items if item.caption is None and item.error is None]
-    if len(missing) == len(items):
+    if missing and all(item.caption is None for item in items):
         raise UserError(
-            f"{source}: no picture has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
+            f"{where}: no picture has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
         )
     if missing:
         names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        logger.warning("%s: %d pictures have no caption and get the empty one: %s", source, len(missing), names)
+        logger.warning("%s: %d pictures have no caption and get the empty one: %s", where, len(missing), names)
     return items
 
 
@@ -125,7 +158,8 @@ class ImageCaptionDataset(Dataset):
     An item is `{image_key: float32 (size, size, 3) in [-1, 1], caption_key: str}`; with `flip`, half are mirrored.
 
     Raises:
-        UserError: as `find_images`; on access, a picture that cannot be read, by name.
+        UserError: as `find_images`, or a picture of a kind, or with a caption, that cannot be read; on access, a
+            picture that is broken, by name.
     """
 
     def __init__(
@@ -138,6 +172,9 @@ class ImageCaptionDataset(Dataset):
         caption_key: str = "caption",
     ) -> None:
         self.items = find_images(root, caption)
+        for item in self.items:
+            if item.error is not None:
+                raise UserError(f"{item.name}: {item.error}")
         self.size = size
         self.flip = flip
         self.image_key = image_key

@@ -25,16 +25,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.data import npy
 from ldm.data.images import ImageItem
-from ldm.data.index import INDEX, read_index, write_index
+from ldm.data.index import write_index
 from ldm.data.transforms import centre_square, fit_square
-from ldm.data.writer import ShardWriter, existing_shards, shard_paths
+from ldm.data.writer import ShardWriter
 from ldm.files import atomic_write
+from ldm.training.shard_set import FORMAT_VERSION, NULL, begin, check_out, stop
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-NULL = "null.t5.npy"
 _CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
 
 
@@ -189,50 +188,6 @@ def _batched(pictures: Iterator[_Picture], size: int) -> Iterator[list[_Picture]
         yield batch
 
 
-def check_out(out: str, overwrite: bool) -> None:
-    """Refuse a pattern that names no shards, to mix two sets in one folder, and to write over what is there.
-
-    Raises:
-        UserError: one of these.
-    """
-    shard_paths(out)
-    folder = Path(out).parent
-    index, there = read_index(folder), existing_shards(out)
-    unfinished = index is not None and not index.get("complete", True)
-    if index is not None and not there and not (unfinished and index.get("out") == Path(out).name):
-        raise UserError(f"{folder / INDEX}: another set is in this folder, whose index would be lost: take another")
-    if there and not overwrite:
-        state = ", left by an interrupted run" if unfinished else ""
-        raise UserError(
-            f"{there[0]} exists{state}; take another folder, or give --overwrite to replace {len(there)} shards"
-        )
-
-
-def _begin(out: str) -> None:
-    """Mark the set as unfinished, and remove the one that is there: whatever happens next, neither seems whole."""
-    folder = Path(out).parent
-    write_index(folder, {"format": FORMAT_VERSION, "out": Path(out).name, "complete": False, "shards": []})
-    for path in [folder / NULL, *existing_shards(out)]:
-        path.unlink(missing_ok=True)
-
-
-def _stop(out: str, interrupted: bool) -> None:
-    """Clear up the mark of a set that has no shard yet, and tell a person who interrupted what is there."""
-    folder, there = Path(out).parent, existing_shards(out)
-    unfinished = not (read_index(folder) or {}).get("complete", True)
-    if unfinished and not there:
-        (folder / INDEX).unlink()
-    if not interrupted:
-        return
-    if not there:
-        logger.warning("interrupted: no shard was finished, none is in %s; give the same command again", folder)
-    elif unfinished:
-        what = f"{len(there)} shards of an unfinished set, which training refuses, are in {folder}"
-        logger.warning("interrupted: %s; give the same command with --overwrite to make it anew", what)
-    else:
-        logger.warning("interrupted: nothing was written, the %d shards in %s are as they were", len(there), folder)
-
-
 def _encoded(
     encoder: Encoder, batch: Sequence[_Picture], flip: bool, report: Report
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -275,7 +230,7 @@ def preencode(
             for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):
                 samples = list(_encoded(encoder, batch, flip, report))
                 if not report.pictures:  # only now it is sure that there will be a set to replace the old one
-                    _begin(out)
+                    begin(out)
                 for key, members in samples:
                     writer.write(key, members)
                 report.samples += len(samples)
@@ -283,7 +238,7 @@ def preencode(
             if not report.pictures:
                 raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
     except BaseException as error:
-        _stop(out, interrupted=isinstance(error, KeyboardInterrupt))
+        stop(out, interrupted=isinstance(error, KeyboardInterrupt))
         raise
     report.shards = writer.shards
     folder = Path(out).parent

@@ -127,7 +127,7 @@ def test_from_pictures_to_batches(release, pictures, tmp_path):
     data = WebDataNpyModuleFromConfig(8, str(out.parent / "toms-{000000..000002}.tar"), null_cond_dropout=0.1)
     data.setup("fit")
     (batch,) = data.train_dataloader()
-    assert batch["f8"].shape == (8, 8, 16, 16) and batch["t5"].shape == (8, 77, 64)
+    assert batch["f8"].shape == (8, 8, 16, 16) and batch["t5"].shape == (8, *context.shape[1:])
 
 
 def test_tars_and_metadata_and_one_caption(here, release, pictures, tmp_path):
@@ -154,6 +154,7 @@ def test_tars_and_metadata_and_one_caption(here, release, pictures, tmp_path):
         ("no text encoder", "DummyEncoder, reads no captions"),
         ("bad size", "--size 70"),
         ("bad value", r"alpha\.png: encodes to NaN or infinity"),
+        ("bad workers", "--num-workers -1: must be at least 0"),
         ("existing", "give --overwrite to replace 1 shards"),
     ],
 )
@@ -173,6 +174,8 @@ def test_bad_input_is_one_line_and_writes_nothing(here, release, pictures, tmp_p
         arguments["--config"].write_text(yaml.safe_dump(config))
     elif case == "bad size":
         arguments["--size"] = 70
+    elif case == "bad workers":
+        arguments["--num-workers"] = -1
     elif case == "bad value":
         weights = torch.load(release, weights_only=True)
         weights["state_dict"]["first_stage_model.quant_conv.bias"].fill_(1e6)

@@ -31,10 +31,10 @@ def test_captions_beside_pictures_in_folders_of_folders(tmp_path, caplog):
         "sub/a.txt": "x",
         ".c.png": RED,
         ".t/d.png": RED,
-        "d.heic": "?",
+        "d.mp4": "?",
     }
     assert described(find_images(put(tmp_path, files))) == [("b.PNG", "a red flag"), ("sub/a.jpg", "x")]
-    assert "left out: .heic" in caplog.text
+    assert "left out: .mp4" in caplog.text
 
 
 def test_pictures_without_a_caption_are_told_of(tmp_path, caplog):
@@ -108,6 +108,39 @@ def test_tars_of_pictures(tmp_path):
         with pytest.raises(UserError, match=r"set-0\.tar/c: no picture"):
             items[2].read()
     assert {item.caption for item in find_images(path, "tom")} == {"tom"}
+
+
+def test_pictures_of_kinds_that_are_not_read_are_counted(tmp_path):
+    put(tmp_path, {"a.png": RED, "a.txt": "a", "b.HEIC": "?", "b.txt": "b", "c.svg": "?", "d.jfif": RED, "d.txt": "d"})
+    items = find_images(tmp_path)
+    assert [item.name for item in items] == ["a.png", "b.HEIC", "c.svg", "d.jfif"]
+    assert items[3].read().shape == (4, 6, 3)
+    for item in items[1:3]:
+        with pytest.raises(UserError, match=f"{item.name}: pictures of this kind are not read; convert it"):
+            item.read()
+    with pytest.raises(UserError, match=r"b\.HEIC: pictures of this kind"):
+        ImageCaptionDataset(tmp_path, 8)
+
+
+def test_pictures_and_tars_in_one_folder_are_refused(tmp_path):
+    write_tar(put(tmp_path, {"a.png": RED, "a.txt": "a"}) / "sub/set-0.tar", [("b.png", RED), ("b.txt", b"b")])
+    with pytest.raises(UserError, match=r"both pictures and tars, a\.png and sub/set-0\.tar"):
+        find_images(tmp_path)
+
+
+def test_several_sources_of_several_kinds(tmp_path):
+    for name in "AB":
+        put(tmp_path / name, {"x.png": RED, "x.txt": name})
+    write_tar(tmp_path / "T/set-0.tar", [("b.png", RED), ("b.txt", b"b")])
+    one = put(tmp_path, {"one.png": RED, "one.txt": "1"}) / "one.png"
+    assert described(find_images(one)) == [("one.png", "1")]
+    items = find_images([tmp_path / "A", tmp_path / "B", tmp_path / "T", one])
+    assert described(items) == [("A/x.png", "A"), ("B/x.png", "B"), ("T/set-0.tar/b.png", "b"), ("one.png", "1")]
+    with pytest.raises(UserError, match=r"A/x\.png: named twice"):
+        find_images([tmp_path / "A", tmp_path / "A"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none: no pictures"):
+        find_images([tmp_path / "A", tmp_path / "none"])
 
 
 def test_nothing_to_read_is_an_error(tmp_path):

@@ -146,9 +146,10 @@ def test_unreadable_pictures_are_reported_and_the_rest_written(pictures, tmp_pat
     picture(pictures / "late.png", caption=None)
     (pictures / "p.2.png").write_bytes(b"not a picture")
     (pictures / "p.3.txt").write_bytes(b"\xff")
+    (pictures / "phone.heic").write_bytes(b"?")
     report, _ = run(pictures, tmp_path / "s.tar", workers=1)
     assert (report.samples, report.without_caption) == (4, 1)
-    assert [failure["name"] for failure in report.failed] == ["p.2.png", "p.3.png"]
+    assert [failure["name"] for failure in report.failed] == ["p.2.png", "p.3.png", "phone.heic"]
     assert "left out: p.2.png: not a picture" in caplog.text and "p.3.png: its caption is not UTF-8" in caplog.text
     assert json.loads((tmp_path / "index.json").read_text())["failed"] == report.failed
 
