@@ -12,6 +12,9 @@ class LambdaWarmUpCosineScheduler:
     """Linear warm-up from `lr_start` to `lr_max`, then half a cosine down to `lr_min` at `max_decay_steps`.
 
     `verbosity_interval` is accepted for old configs: the learning rate is logged by the trainer.
+
+    Raises:
+        UserError: the decay ends before the warm-up does.
     """
 
     def __init__(
@@ -23,6 +26,8 @@ class LambdaWarmUpCosineScheduler:
         max_decay_steps: int,
         verbosity_interval: int = 0,
     ) -> None:
+        if max_decay_steps <= warm_up_steps:
+            raise UserError(f"max_decay_steps {max_decay_steps} must be more than warm_up_steps {warm_up_steps}")
         self.warm_up_steps = warm_up_steps
         self.lr_min = lr_min
         self.lr_max = lr_max
@@ -46,7 +51,7 @@ class LambdaWarmUpCosineScheduler2:
     its end value holds. `verbosity_interval` is accepted for old configs.
 
     Raises:
-        UserError: the lists differ in length.
+        UserError: the lists differ in length, are empty, or a warm-up is as long as its cycle.
     """
 
     def __init__(
@@ -62,6 +67,10 @@ class LambdaWarmUpCosineScheduler2:
         if len(set(lengths)) != 1:
             raise UserError(
                 f"warm_up_steps, f_min, f_max, f_start and cycle_lengths have {lengths} entries; give each one a cycle"
+            )
+        if not lengths[0] or any(a >= b for a, b in zip(warm_up_steps, cycle_lengths, strict=True)):
+            raise UserError(
+                f"warm_up_steps {warm_up_steps} must be less than cycle_lengths {cycle_lengths}, cycle by cycle"
             )
         self.warm_up_steps = warm_up_steps
         self.f_min = f_min

@@ -42,7 +42,11 @@ def parse_arguments() -> argparse.Namespace:
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """The captions given, and those of the file, without its empty lines."""
     if file is not None:
-        prompts = prompts + [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
+        prompts = prompts + [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("no caption: give --prompt or --from-file")
     return prompts
@@ -60,8 +64,12 @@ def main() -> None:
     for name in ("n", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
-    if not (math.isfinite(options.scale) and math.isfinite(options.eta)):
-        raise UserError(f"--scale {options.scale} --eta {options.eta}: give finite numbers")
+    if not math.isfinite(options.scale) or not 0 <= options.eta <= 1:
+        raise UserError(f"--scale {options.scale} --eta {options.eta}: give a finite scale, and an eta from 0 to 1")
+    if not 0 <= options.seed < 2**63 - options.n:
+        raise UserError(f"--seed {options.seed}: give a number from 0 to 2^63")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out}: is a file; name a folder")
 
     import torch
 

@@ -64,6 +64,8 @@ def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Ca
         (("--prompt", "x", "--device", "cuda:7"), "cuda:7"),
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
         (("--prompt", "x", "--scale", "nan"), "--scale nan"),
+        (("--prompt", "x", "--eta", 5), "--eta 5"),
+        (("--prompt", "x", "--seed", 10**20), "--seed 1000"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Denoiser, Predict, Sampler
+from ldm.util import UserError
 
 
 class AncestralSampler(Sampler):
@@ -25,7 +26,9 @@ class AncestralSampler(Sampler):
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
     ) -> None:
-        """The last `ddim_num_steps` training timesteps, each visited once."""
+        """The last `ddim_num_steps` training timesteps, each visited once; the other arguments do not apply."""
+        if not 1 <= ddim_num_steps <= self.model.num_timesteps:
+            raise UserError(f"{ddim_num_steps} sampling steps: choose 1 to {self.model.num_timesteps}")
         self.timesteps = np.arange(ddim_num_steps, dtype=np.float64)[::-1]
         self.alphas = self.alphas_cumprod[:ddim_num_steps][::-1]
         self.alphas_prev = np.append(self.alphas[1:], 1.0)

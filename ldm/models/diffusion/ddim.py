@@ -21,5 +21,5 @@ class DDIMSampler(Sampler):
         alpha_bar, previous = self.alphas[index], self.alphas_prev[index]
         prediction = predict(x, index)
         sigma = self.eta * ((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous)) ** 0.5
-        x = ddim_step(prediction, previous, sigma)
-        return (x + sigma * noise() if sigma else x), prediction.x0
+        # Drawn even where it does not count, so that a seed gives the same masks' noise as ever.
+        return ddim_step(prediction, previous, sigma) + sigma * noise(), prediction.x0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,11 @@ def log_images(
     plot_denoise_rows: bool = True,
     plot_diffusion_rows: bool = False,
     unconditional_guidance_scale: float = 1.0,
-    unconditional_guidance_label: str = "",
+    unconditional_guidance_label: str | Sequence[str] = "",
+    use_ema_scope: bool = True,
+    inpaint: bool = False,
+    quantize_denoised: bool = False,
+    plot_progressive_rows: bool = False,
     split: str = "train",
 ) -> dict[str, Tensor]:
     """Named pictures (≤ N, 3, H, W) of one batch, about [-1, 1].
@@ -51,9 +56,12 @@ def log_images(
         n_row: samples in the denoising and diffusion rows, each a row of steps.
         sample: draw `samples` with DDIM, under the batch's conditioning and the averaged weights.
         unconditional_guidance_scale: guidance of `samples_cfg…`; needs a cond stage that encodes text.
+        use_ema_scope: draw with the averaged weights, if there are any.
+        inpaint, quantize_denoised, plot_progressive_rows: taken from old configs; these pictures are not made.
         split: the data that the batch is from; unused.
     """
-    del split
+    del split, inpaint, quantize_denoised, plot_progressive_rows
+    ddim_steps = min(ddim_steps, model.num_timesteps)
     batch = first(batch, N)
     latent, cond, inputs = _encode(model, batch)
     pictures = {"inputs": inputs, "reconstruction": _decode(model, latent)}
@@ -64,7 +72,7 @@ def log_images(
 
     def draw(**kwargs: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
         shape, count = latent.shape[1:], latent.shape[0]
-        with model.ema_scope():
+        with model.ema_scope() if use_ema_scope else nullcontext():
             return DDIMSampler(model).sample(
                 ddim_steps,
                 count,
@@ -81,8 +89,10 @@ def log_images(
     if plot_denoise_rows:
         steps = torch.stack(intermediates["pred_x0"][1:], dim=1)[:n_row]  # (n, steps, C, h, w)
         pictures["denoise_row"] = _decode(model, steps.flatten(0, 1))
-    if unconditional_guidance_scale != 1.0 and hasattr(model.cond_stage_model, "tokenize"):
-        uncond = model.get_learned_conditioning([unconditional_guidance_label] * latent.shape[0])
+    if unconditional_guidance_scale != 1.0 and hasattr(getattr(model, "cond_stage_model", None), "tokenize"):
+        label = unconditional_guidance_label
+        label = label if isinstance(label, str) else label[0]  # old configs give a list of one
+        uncond = model.get_learned_conditioning([label] * latent.shape[0])
         guided, _ = draw(unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uncond)
         pictures[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = _decode(model, guided)
     return {key: _as_pictures(value) for key, value in pictures.items()}
@@ -96,7 +106,7 @@ def _encode(model: DDPM | LatentDiffusion, batch: Mapping[str, Any]) -> tuple[Te
         return x, None, x
     encoded = model.encode_batch(batch)
     latent = model.get_first_stage_encoding(encoded)
-    if batch[key].shape[-1] == 3:
+    if not model.is_pre_encoded(batch[key]):
         return latent, model.encode_conditioning(batch), model.get_input(batch, key)
     # Pre-encoded: the mode's decoding is the closest there is to the picture.
     mode = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded

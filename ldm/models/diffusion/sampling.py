@@ -57,7 +57,7 @@ def guided_output(
     if uncond is None or scale == 1.0:
         return model.apply_model(x, t, cond)
     both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), concatenate(uncond, cond))
-    without, with_cond = both.chunk(2)
+    without, with_cond = both.float().chunk(2)  # half precision would lose what the difference holds
     return without + scale * (with_cond - without)
 
 
@@ -68,9 +68,8 @@ class Sampler:
     `alphas_prev`, ᾱ at each step and at the one after; all float64 arrays of the number of steps.
     """
 
-    def __init__(self, model: Denoiser, **kwargs: Any) -> None:
-        if kwargs:
-            raise UserError(f"unknown arguments of {type(self).__name__}: {', '.join(kwargs)}")
+    def __init__(self, model: Denoiser, schedule: str = "linear") -> None:
+        del schedule  # old scripts name it; the model knows its own
         self.model = model
 
     @property
@@ -125,7 +124,7 @@ class Sampler:
         unconditional_conditioning: Conditioning = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Draw `batch_size` samples of `shape` (C, H, W) in `S` steps.
+        """Draw `batch_size` samples of `shape` (C, H, W) in `S` steps, or a few more if `S` does not divide T.
 
         Args:
             callback: called with the index of each step done.

@@ -182,6 +182,7 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: the time embedding scales and shifts norms.
         resblock_updown: resample inside residual blocks.
         use_new_attention_order: of the features in plain attention blocks.
+        use_fp16: accepted for old configs if false; the trainer's `precision` sets the type.
         use_spatial_transformer: transformers with `context`, instead of plain attention blocks.
         transformer_depth: transformer blocks a spatial transformer.
         context_dim: features of the context.
@@ -206,6 +207,7 @@ class UNetModel(nn.Module):
         dims: int = 2,
         num_classes: int | None = None,
         use_checkpoint: bool = False,
+        use_fp16: bool = False,
         num_heads: int = -1,
         num_head_channels: int = -1,
         num_heads_upsample: int = -1,
@@ -223,11 +225,18 @@ class UNetModel(nn.Module):
                 f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} go together: "
                 "set both, or neither"
             )
+        if use_fp16:
+            raise UserError("use_fp16 is not supported: leave it out, and set the trainer's precision")
         if num_heads == -1 and num_head_channels == -1:
             raise UserError("UNetModel needs num_heads or num_head_channels")
         blocks_per_level = (
             [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
         )
+        if model_channels % 32 or not channel_mult:
+            raise UserError(
+                f"model_channels {model_channels} must be a multiple of 32, the groups of the norms, "
+                f"and channel_mult {list(channel_mult)} must not be empty"
+            )
         if len(blocks_per_level) != len(channel_mult):
             raise UserError(f"num_res_blocks {blocks_per_level} needs one entry a level of channel_mult {channel_mult}")
 
@@ -263,6 +272,11 @@ class UNetModel(nn.Module):
                 heads = num_heads if use_spatial_transformer or not legacy else plain_heads
             else:
                 heads = channels // num_head_channels
+            if heads < 1 or (not use_spatial_transformer and channels % heads):
+                raise UserError(
+                    f"{channels} channels do not divide into heads: num_heads={num_heads}, "
+                    f"num_head_channels={num_head_channels}"
+                )
             if not use_spatial_transformer:
                 return AttentionBlock(channels, heads, use_checkpoint, use_new_attention_order)
             dim_head = channels // heads if legacy or num_head_channels == -1 else num_head_channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.util import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 # The text tower of CLIP ViT-L/14 (arXiv:2103.00020, table 20), with which Stable Diffusion v1 reads captions.
 _CLIP_L14 = "openai/clip-vit-large-patch14"
@@ -105,7 +108,9 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             raise UserError(f"max_length {max_length} exceeds max_position_embeddings {positions} of the text tower")
         if vocabulary < len(self.tokenizer):
             raise UserError(f"vocab_size {vocabulary} in text_config must be at least {len(self.tokenizer)}, as CLIP's")
-        if device is not None:
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            logger.warning("device %s of the text tower: there is no CUDA here; it stays on the CPU", device)
+        elif device is not None:
             self.to(device)
 
     @property

@@ -356,3 +356,66 @@ def test_test_losses_have_names_of_their_own(model: LatentDiffusion) -> None:
     with torch.no_grad():
         model.test_step(batch_of((2, 8, 8, 8)), 0)
     assert {key.split("/")[0] for key in logged} == {"test"}
+
+
+def test_casting_keeps_the_schedule_and_the_average(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(use_ema=True).bfloat16()
+    assert model.model.diffusion_model.out[2].weight.dtype == torch.bfloat16
+    assert model.alphas_cumprod.dtype == torch.float32
+    assert len(model.alphas_cumprod.unique()) == 1000
+    assert model.model_ema.decay == torch.tensor(0.9999)
+    assert model.model_ema.get_buffer("diffusion_modelout2weight").dtype == torch.float32
+    loss, _ = model.shared_step(batch_of((2, 8, 8, 8)))
+    assert torch.isfinite(loss)
+
+
+def test_averaged_weights_within_averaged_weights(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(use_ema=True)
+    raw = model.model.diffusion_model.out[2].weight.clone()
+    with model.ema_scope():
+        averaged = model.model.diffusion_model.out[2].weight.clone()
+        with model.ema_scope():
+            assert torch.equal(model.model.diffusion_model.out[2].weight, averaged)
+        assert torch.equal(model.model.diffusion_model.out[2].weight, averaged)
+    assert torch.equal(model.model.diffusion_model.out[2].weight, raw)
+    assert not torch.equal(averaged, raw)
+
+
+def test_a_missing_batch_entry_is_named(model: LatentDiffusion) -> None:
+    with pytest.raises(UserError, match="'f8'; the data give 'image'"):
+        model.shared_step({"image": torch.zeros(2, 64, 64, 3)})
+
+
+def test_hybrid_needs_maps() -> None:
+    with pytest.raises(UserError, match="concat_keys"):
+        construct(TEXT_TOWER, conditioning_key="hybrid")
+
+
+def test_images_without_three_channels_are_images() -> None:
+    unet = {**case("unet_sd_tiny")["params"], "in_channels": 1, "out_channels": 1}
+    identity = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "t5"}}
+    model = construct(dummy, unet=unet, first_stage_config=identity, channels=1, image_size=16)
+    for shape in ((2, 16, 16, 1), (2, 16, 16)):
+        batch = {"f8": torch.zeros(shape), "t5": batch_of((2, 8, 8, 8))["t5"]}
+        assert model.encode_batch(batch).shape == (2, 1, 16, 16)
+        assert torch.isfinite(model.shared_step(batch)[0])
+
+
+def test_a_narrow_latent_is_no_image(model: LatentDiffusion) -> None:
+    assert model.encode_batch({"f8": torch.zeros(2, 4, 8, 3)}).shape == (2, 4, 8, 3)
+
+
+def test_a_loaded_scale_stays(make_model: Callable[..., LatentDiffusion], tmp_path: Path) -> None:
+    save_state_dict(make_model(scale_by_std=True, scale_factor=0.37).state_dict(), tmp_path / "scaled.ckpt")
+    model = make_model(scale_by_std=True)
+    model.init_from_ckpt(str(tmp_path / "scaled.ckpt"))
+    model._trainer = type("Trainer", (), {"global_step": 0})()
+    model.on_train_batch_start(batch_of((2, 4, 8, 8)), 0)
+    assert model.scale_factor.item() == pytest.approx(0.37)
+
+
+@pytest.mark.parametrize("kwargs", [{"N": 2, "use_ema_scope": False, "inpaint": False, "plot_progressive_rows": False}])
+def test_picture_settings_of_2022(model: LatentDiffusion, kwargs: dict) -> None:
+    batch = batch_of((4, 8, 8, 8))
+    assert model.log_images(batch, ddim_steps=2, **kwargs)["samples"].shape == (2, 3, 64, 64)

@@ -211,6 +211,12 @@ def test_ancestral_clips_pixels(model: LatentDiffusion) -> None:
     assert (x0 == 1).all()
 
 
-def test_unknown_arguments(target: Tensor) -> None:
-    with pytest.raises(UserError, match="order"):
-        DDIMSampler(Oracle(target), order=2)
+def test_ancestral_sampling_of_a_model(model: LatentDiffusion) -> None:
+    """Latents are not clipped, and the number of steps is checked."""
+    samples = model.sample(
+        2, cond=seeded_tensor("sampler/context", (2, 7, 64)), timesteps=3, x_T=3 * torch.ones(2, *SHAPE)
+    )
+    assert samples.shape == (2, *SHAPE)
+    assert samples.abs().max() > 1
+    with pytest.raises(UserError, match="2000 sampling steps"):
+        model.sample(2, timesteps=2000)

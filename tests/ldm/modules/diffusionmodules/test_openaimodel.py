@@ -101,8 +101,15 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"context_dim": None}, {"num_heads": -1}, {"num_res_blocks": [1, 1]}],
-    ids=["context without dim", "no heads", "short list"],
+    [
+        {"context_dim": None},
+        {"num_heads": -1},
+        {"num_res_blocks": [1, 1]},
+        {"model_channels": 48},
+        {"use_fp16": True},
+        {"num_head_channels": 256},
+    ],
+    ids=["context without dim", "no heads", "short list", "no multiple of 32", "half precision", "wide heads"],
 )
 def test_contradicting_arguments(change: dict) -> None:
     with pytest.raises(UserError):

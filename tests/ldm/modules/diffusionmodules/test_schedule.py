@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ldm.modules.diffusionmodules.schedule import (
+    GaussianDiffusion,
     diffusion_buffers,
     make_beta_schedule,
     prediction_to_eps_x0,
@@ -53,3 +54,19 @@ def test_bound_weights() -> None:
     assert x0[5] == pytest.approx(0.5 * buffers["alphas_cumprod"][5] ** 0.5 / (2 - buffers["alphas_cumprod"][5]))
     assert x0[0] == x0[1]
     assert np.isfinite(vlb_weights(buffers, "eps")).all()
+
+
+def test_bound_weights_are_of_the_stored_float32_values() -> None:
+    """1 − ᾱ of the first steps loses digits in float32, and the published weights hold that loss."""
+    buffers = diffusion_buffers(make_beta_schedule("linear", 1000))
+    stored = {name: torch.tensor(values, dtype=torch.float32) for name, values in buffers.items()}
+    alphas = torch.tensor(1 - buffers["betas"], dtype=torch.float32)
+    bound = stored["betas"] ** 2 / (2 * stored["posterior_variance"] * alphas * (1 - stored["alphas_cumprod"]))
+    assert relative_error(torch.from_numpy(vlb_weights(buffers, "eps"))[1:], bound[1:]) < 1e-6
+
+
+@pytest.mark.parametrize("betas", [[], [0.1, 1.0], [0.0]])
+def test_impossible_betas(betas: list[float]) -> None:
+    module = type("Diffusion", (GaussianDiffusion, torch.nn.Module), {"parameterization": "eps", "v_posterior": 0.0})()
+    with pytest.raises(UserError, match="between 0 and 1"):
+        module.register_schedule(given_betas=betas)
