@@ -98,8 +98,8 @@ def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
     (tmp_path / "broken.ckpt").write_bytes((tmp_path / "other.ckpt").read_bytes()[:9000])
     for name, message in {
         "other.ckpt": r"model\.diffusion_model\..* has shape .* is this a checkpoint of another model",
-        "weights.safetensors": "no training checkpoint .*hack_weights",
-        "weights.ckpt": r"no training checkpoint \(it lacks loops, optimizer_states, lr_schedulers\)",
+        "weights.safetensors": "not a training checkpoint .*hack_weights",
+        "weights.ckpt": r"not a training checkpoint \(it lacks global_step, loops, optimizer_states, lr_schedulers\)",
         "broken.ckpt": "damaged",
         "missing.ckpt": "no such run folder or checkpoint",
     }.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from ldm.checkpoint import OpenCheckpoint, open_checkpoint, save_checkpoint, weights_of
 from ldm.training.config import build_model, load_config
 from ldm.training.graft import graft, grafted_checkpoint
-from ldm.training.layout import check_training_checkpoint
+from ldm.training.layout import check_release, check_training_checkpoint
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Pat
 
 
 def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
+    check_release(release.content, path)
     weights = weights_of(release.content, path)
     log.info("release: %s, %d values", path, len(weights))
     return weights
@@ -68,7 +69,7 @@ def _check_out(out: Path, release: Path) -> None:
 
 
 def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
-    kept = _keep(out) if out.exists() else None
+    kept = _keep(out) if out.exists() and not _is_made_from_config(out) else None
     try:
         save_checkpoint(content, out, sources=[source.file for source in sources])
     except BaseException:  # Ctrl-C too: what was not replaced needs no second name
@@ -79,6 +80,15 @@ def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
         log.info("kept what it replaces: %s", kept)
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content["state_dict"]))
     log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", out)
+
+
+def _is_made_from_config(path: Path) -> bool:
+    """Whether the file is a checkpoint that `hack_config` wrote: no training is lost with it."""
+    try:
+        content = open_checkpoint(path).content
+    except UserError:
+        return False
+    return content.get("global_step") == 0 and content.get("optimizer_states") == []
 
 
 def _keep(path: Path) -> Path:

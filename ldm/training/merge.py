@@ -18,7 +18,7 @@ from ldm.checkpoint import (
     save_state_dict,
     weights_of,
 )
-from ldm.training.layout import check_training_checkpoint, ema_key
+from ldm.training.layout import check_release, check_training_checkpoint, ema_key
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Merge:
             (len(self.averaged), "EMA weights of the release replaced too"),
             (len(self.untouched), "values kept from the release, which training did not change"),
         ]
-        return [f"{count} {what}" for count, what in lines]
+        return [f"{count} {what}" for count, what in lines if count]
 
 
 def merge(
@@ -153,6 +153,7 @@ def merge_files(training_path: Path, release_path: Path, out: Path, weights: str
             raise UserError(f"{out}: is one of the files to merge, which would be replaced; choose another --out")
     training, release = open_checkpoint(training_path), open_checkpoint(release_path)
     check_training_checkpoint(training.content, training_path)
+    check_release(release.content, release_path)
     sources = [training.file, release.file]
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
     log.info("release: %s", release_path)

@@ -14,11 +14,9 @@ from pytorch_lightning import LightningModule, seed_everything
 from ldm.callbacks.rng import StepSeeds
 from ldm.checkpoint import load_checkpoint, load_into, save_checkpoint
 from ldm.training.arguments import DEFAULT_SEED
-from ldm.util import UserError
+from ldm.training.layout import check_training_checkpoint
 
 log = logging.getLogger(__name__)
-
-_TRAINING_STATE = ("state_dict", "loops", "optimizer_states", "lr_schedulers")
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -51,12 +49,7 @@ def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
     if path is None:
         return None
     content = load_checkpoint(path)
-    lacking = [key for key in _TRAINING_STATE if key not in content]
-    if lacking:
-        raise UserError(
-            f"{path}: no training checkpoint (it lacks {', '.join(lacking)}); make one from these weights with "
-            "tools/hack_weights.py, or start from them with model.params.ckpt_path"
-        )
+    check_training_checkpoint(content, path)
     return TrainingCheckpoint(path, content)
 
 

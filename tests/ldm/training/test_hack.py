@@ -7,6 +7,7 @@ import torch
 
 from ldm.checkpoint import save_checkpoint, save_state_dict
 from ldm.training import hack
+from ldm.util import UserError
 
 
 @pytest.fixture
@@ -51,3 +52,28 @@ def test_the_old_file_is_copied_where_there_are_no_links(files, tmp_path, monkey
     hack.hack_training(*files, files[0])
     assert (tmp_path / "last.before-hack.ckpt").read_bytes() == before
     assert files[0].read_bytes() != before
+
+
+def test_only_a_training_that_has_begun_is_kept(files, tmp_path):
+    def on_disk():
+        return sorted(path.name for path in tmp_path.glob("last*"))
+
+    start = {"global_step": 0, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
+    save_checkpoint({"state_dict": {"model.w": torch.zeros(3)}, **start}, files[0])
+    for _ in range(2):
+        hack.hack_training(*files, files[0])
+    assert on_disk() == ["last.ckpt"]
+    optimizer = {"state": {}, "param_groups": []}
+    save_checkpoint({"state_dict": {"model.w": torch.zeros(3)}, **start, "optimizer_states": [optimizer]}, files[0])
+    hack.hack_training(*files, files[0])
+    assert on_disk() == ["last.before-hack.ckpt", "last.ckpt"]
+    files[0].write_bytes(b"something else")
+    with pytest.raises(UserError):
+        hack.hack_training(*files, files[0])
+    assert files[0].read_bytes() == b"something else"
+
+
+def test_a_training_checkpoint_is_no_release(files, tmp_path):
+    (tmp_path / "other.ckpt").write_bytes(files[0].read_bytes())
+    with pytest.raises(UserError, match=r"other\.ckpt: a training checkpoint .*merge_release"):
+        hack.hack_training(files[0], tmp_path / "other.ckpt", files[0])

@@ -255,3 +255,16 @@ def test_the_files_to_merge_are_not_overwritten(files):
 def test_a_release_is_no_training_checkpoint(files, tmp_path):
     with pytest.raises(UserError, match="not a training checkpoint"):
         merge_files(files[1], files[1], tmp_path / "merged.ckpt", None, False)
+
+
+def test_a_training_checkpoint_is_no_release(files, tmp_path):
+    with pytest.raises(UserError, match=r"last\.ckpt: a training checkpoint .*give the released weights"):
+        merge_files(files[0], files[0], tmp_path / "merged.ckpt", None, False)
+    pruned = {"state_dict": release(), "global_step": 9, "loops": {}, "callbacks": {}, "lr_schedulers": []}
+    save_checkpoint(pruned, files[1])  # as the releases of 2022 are
+    merge_files(*files, tmp_path / "merged.ckpt", None, False)
+
+
+def test_the_summary_has_no_empty_lines():
+    lines = merge(training(), release()).summary()
+    assert len(lines) == 2 and not any(line.startswith("0 ") for line in lines)
