@@ -196,6 +196,23 @@ def test_a_run_that_has_its_steps_says_so(train, tmp_path, caplog):
     assert "already at step 3 (max_steps=2)" in caplog.text
 
 
+def test_piped_output_is_a_few_lines(train, capsys, caplog, recwarn):
+    caplog.set_level(logging.INFO)
+    validation = "data.params.val_urls=shards/s-000000.tar model.params.monitor=nope"
+    assert train(f"--max_steps 18 --log_every_n_steps 50 --enable_model_summary True {validation}") == 0
+    output = capsys.readouterr()
+    assert not output.out and not output.err
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "img/s" in line] == [
+        line for line in said if line.startswith("Epoch 2, step 18: ")
+    ]
+    assert any(line.endswith("parameters, of which 246 K are trained") for line in said)
+    assert not [line for line in said if "FLOP" in line or "TPU" in line or "weights_only" in line]
+    assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
+    (complaint,) = (line for line in said if "No best checkpoints" in line)
+    assert "'nope' is not logged (" in complaint and "val/loss_simple_ema" in complaint and "data?" not in complaint
+
+
 def test_sigusr1_saves_and_goes_on(train, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(

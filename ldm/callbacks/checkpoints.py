@@ -131,6 +131,8 @@ class KeptCheckpoints(ModelCheckpoint):
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             return True
         if not self._complained:
-            log.warning("No best checkpoints are kept: %r is not logged (no validation data?)", self.monitor)
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            hint = "" if any(trainer.num_val_batches) else "; no validation data?"
+            log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)
             self._complained = True
         return False

@@ -1,7 +1,8 @@
-"""The progress bar: loss, images a second, peak memory."""
+"""Progress: loss, images a second, peak memory; a bar on a terminal, else lines."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -13,41 +14,73 @@ from torch import Tensor
 
 from ldm.callbacks.device import peak_memory
 
+log = logging.getLogger(__name__)
+
 
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with img/s and peak memory, redrawn by the clock: showing a loss waits for the device.
 
     Args:
         refresh_rate: batches between redraws, at least; 0 is no bar.
-        seconds: seconds between redraws, at least; by default 0.5, and 10 where the output is no terminal.
+        seconds: seconds between redraws, at least; by default 0.5, and 10 where the output is no terminal: there a
+            line is logged instead.
     """
 
     def __init__(self, refresh_rate: int = 1, seconds: float | None = None) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._seconds = seconds if seconds is not None else (0.5 if sys.stdout.isatty() else 10.0)
+        self._is_bar = sys.stdout.isatty()
+        if not self._is_bar:
+            self.disable()
+        self._seconds = seconds if seconds is not None else (0.5 if self._is_bar else 10.0)
+        self._first_batch = 0
         self._drawn = 0.0
         self._images = 0
         self._speed = 0.0
         self._loss: Tensor | None = None
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch, as far as `max_steps` lets it come."""
+        batches = self.trainer.num_training_batches
+        if self.trainer.max_steps < 0:
+            return batches
+        left = (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
+        return min(batches, self._first_batch + left)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.on_train_epoch_start(trainer, pl_module)  # which a run that goes on within an epoch does not reach
+        self._drawn = time.perf_counter()
+        # A run that goes on within an epoch does not reach its start.
+        self._first_batch = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self.on_train_epoch_start(trainer, pl_module)
+        self._first_batch = 0
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
-        self._drawn, self._images = time.perf_counter(), 0
+        if self._is_bar:  # lines go by the clock, however short the epochs are
+            self._drawn, self._images = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._images += batch_size(batch) * trainer.world_size
         elapsed = time.perf_counter() - self._drawn
-        if elapsed >= self._seconds or trainer.is_last_batch or trainer.global_step == trainer.max_steps:
+        is_last = trainer.global_step == trainer.max_steps or (self._is_bar and trainer.is_last_batch)
+        if elapsed >= self._seconds or is_last:
             self._speed = self._images / elapsed
             self._loss = outputs["loss"] * trainer.accumulate_grad_batches if outputs else None  # Lightning divided it
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self._is_bar:
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            elif trainer.is_global_zero:
+                self._log_line(trainer, pl_module)
             self._drawn, self._images = time.perf_counter(), 0
+
+    def _log_line(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = self.get_metrics(trainer, pl_module)
+        values = (
+            f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in metrics.items()
+        )
+        log.info("Epoch %d, step %d: %s", trainer.current_epoch, trainer.global_step, ", ".join(values))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
         metrics = super().get_metrics(trainer, pl_module)

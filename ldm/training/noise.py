@@ -10,18 +10,23 @@ _WARNINGS = (
     r".*module\(s\) in eval mode at the start of training",  # the frozen stages
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
     r"Total length of `list` across ranks is zero",  # no validation data
+    r"The number of training batches \(\d+\) is smaller than the logging interval",  # said of any small data set
+    r"Precision .* is not supported by the model summary",  # which shows no size
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
 )
+_LOGGERS = ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.trainer.connectors.checkpoint_connector")
+_PHRASES = ("Tip:", "TPU available:", "`weights_only` was not set", "Trainer already configured with model summary")
 
 
 def silence_lightning() -> None:
-    """Leave out the warnings above, the advertisements, and what each process but the first would repeat."""
+    """Leave out the warnings and phrases above, and what each process but the first would repeat."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_says_something)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         logging.getLogger().setLevel(logging.WARNING)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+def _says_something(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in _PHRASES)

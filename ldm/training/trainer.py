@@ -21,6 +21,7 @@ from ldm.callbacks.progress import ProgressBar
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
+from ldm.callbacks.summary import ParameterSummary
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
 from ldm.training.noise import silence_lightning
@@ -89,6 +90,8 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     refresh_rate = section.trainer.get("progress_bar_refresh_rate", 1)
     if section.trainer.get("enable_progress_bar") is not False and refresh_rate != 0:
         callbacks.append(ProgressBar(refresh_rate or 1))
+    if section.trainer.get("enable_model_summary") is not False and "weights_summary" not in section.trainer:
+        callbacks.append(ParameterSummary())
     described = OmegaConf.merge(_DEFAULT_CALLBACKS, section.get("callbacks") or {})
     built = [_instantiate(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
     if section.trainer.get("logger") is False:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.callbacks.device import peak_memory
-from ldm.callbacks.progress import batch_size
+from ldm.callbacks.progress import ProgressBar, batch_size
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,13 @@ def test_peak_memory_of_the_process_follows_what_it_allocates():
 def test_peak_memory_of_cuda_is_what_its_allocator_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
     assert peak_memory(SimpleNamespace(type="cuda")) == 7
+
+
+@pytest.mark.parametrize(("first", "max_steps", "total"), [(0, -1, 6), (0, 100, 6), (0, 12, 4), (2, 12, 6), (1, 11, 3)])
+def test_the_bar_ends_where_the_epoch_does(first, max_steps, total):
+    bar = ProgressBar()
+    bar._trainer = SimpleNamespace(
+        num_training_batches=6, max_steps=max_steps, global_step=10, accumulate_grad_batches=2
+    )
+    bar._first_batch = first
+    assert bar.total_train_batches == total
