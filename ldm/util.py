@@ -14,6 +14,7 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "int | None": ((int, type(None)), "a whole number or null"),
 }
+_CONFIG_KEYS = ("target", "params", "base_learning_rate")  # the last is the trainer's, in a model's config
 # Config values that stand for "nothing to build": the model fills the place itself.
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
@@ -24,7 +25,7 @@ class UserError(ValueError):
 
 def nearest(name: str, valid: Mapping[str, Any] | list[str] | set[str]) -> str:
     """`"; did you mean 'x'?"` for the valid name closest to `name`, or the sorted list of valid names."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.65)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; valid: {', '.join(sorted(valid)) or 'none'}"
@@ -109,10 +110,8 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     if not isinstance(config, Mapping) or "target" not in config:
         raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {config!r}")
     for key in config:
-        if key not in ("target", "params"):
-            raise UserError(
-                f"unknown key {key!r} beside target {config['target']!r}{nearest(key, ['target', 'params'])}"
-            )
+        if key not in _CONFIG_KEYS:
+            raise UserError(f"unknown key {key!r} beside target {config['target']!r}{nearest(key, set(_CONFIG_KEYS))}")
     target = get_obj_from_str(config["target"])
     params = {**(config.get("params") or {}), **overrides}
     check_params(config["target"], target, params)

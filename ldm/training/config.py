@@ -72,9 +72,7 @@ def build_model(config: DictConfig) -> Any:
     """
     if not config.get("model"):
         raise UserError("the config has no 'model' section; give one with --base")
-    section = plain(config.model)
-    section.pop("base_learning_rate", None)  # the trainer's
-    return instantiate_from_config(section)
+    return instantiate_from_config(plain(config.model))
 
 
 def build_data(config: DictConfig) -> Any:

@@ -61,6 +61,11 @@ def test_mistakes_are_named(config: object, message: str) -> None:
         instantiate_from_config(config)
 
 
+def test_a_model_section_as_it_stands_in_a_file() -> None:
+    config = {"base_learning_rate": 1e-5, "target": "torch.nn.Identity"}
+    assert isinstance(instantiate_from_config(config), torch.nn.Identity)
+
+
 def test_found_object() -> None:
     assert get_obj_from_str("torch.nn.Linear") is torch.nn.Linear
 
