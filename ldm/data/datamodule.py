@@ -24,15 +24,20 @@ from ldm.util import UserError, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 
+def _check_number(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:  # a bool is an int too
+        raise UserError(f"data.params.{name} {value!r}: give a whole number of at least {least}")
+
+
 class _DataModule(pl.LightningDataModule):
     """What both data modules share: sizes, seed, and the share of this rank."""
 
     def __init__(self, batch_size: int, num_workers: int, seed: int | None, drop_last: bool) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise UserError(f"batch_size {batch_size} must be at least 1 and num_workers {num_workers} at least 0")
-        if seed is not None and seed < 0:
-            raise UserError(f"seed {seed} is negative")
+        _check_number("batch_size", batch_size, 1)
+        _check_number("num_workers", num_workers, 0)
+        if seed is not None:
+            _check_number("seed", seed, 0)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed_is_given = seed is not None
@@ -89,8 +94,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
         drop_last: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
-        if not 0 <= null_cond_dropout <= 1:
-            raise UserError(f"null_cond_dropout {null_cond_dropout} is not between 0 and 1")
+        if not isinstance(null_cond_dropout, (int, float)) or not 0 <= null_cond_dropout <= 1:
+            raise UserError(f"data.params.null_cond_dropout {null_cond_dropout!r} is no number from 0 to 1")
         self.urls = {"training": training_urls, "validation": val_urls, "test": test_urls}
         self.null_cond_dropout = null_cond_dropout
         self.null_cond_path = null_cond_path
@@ -212,6 +217,7 @@ class DataModuleFromConfig(_DataModule):
         drop_last: bool = False,
     ) -> None:
         if num_workers is None:
+            _check_number("batch_size", batch_size, 1)
             num_workers = min(2 * batch_size, os.cpu_count() or 1)
         super().__init__(batch_size, num_workers, seed, drop_last)
         configs = {"train": train, "validation": validation, "test": test, "predict": predict}

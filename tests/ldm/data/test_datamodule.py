@@ -203,13 +203,26 @@ def test_the_models_keys_name_the_members(tmp_path):
     [
         ({"training_urls": None}, "training_urls is missing"),
         ({"batch_size": 20, "drop_last": True}, "make no batch"),
-        ({"null_cond_dropout": 1.5}, "not between 0 and 1"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"null_cond_dropout": 1.5}, "null_cond_dropout 1.5 is no number from 0 to 1"),
+        ({"null_cond_dropout": "0.1"}, "null_cond_dropout '0.1' is no number"),
+        ({"batch_size": 0}, "batch_size 0: give a whole number of at least 1"),
+        ({"batch_size": "4"}, "batch_size '4': give"),
+        ({"batch_size": 4.0}, r"batch_size 4\.0: give"),
+        ({"batch_size": None}, "batch_size None: give"),
+        ({"batch_size": True}, "batch_size True: give"),
+        ({"num_workers": "2"}, "num_workers '2': give"),
+        ({"seed": -1}, "seed -1: give a whole number of at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(shard_set, options, message):
     with pytest.raises(UserError, match=message):
         batches(WebDataNpyModuleFromConfig(**{"batch_size": 4, "training_urls": shard_set, **options}))
+
+
+@pytest.mark.parametrize("batch_size", ["4", 4.0, None])
+def test_a_batch_size_of_another_type_is_refused_for_every_data_module(batch_size):
+    with pytest.raises(UserError, match=f"batch_size {batch_size!r}: give a whole number"):
+        DataModuleFromConfig(batch_size, train={"target": "main.Anything"})
 
 
 def test_the_recipes_params_are_taken_as_they_stand(shard_set):
