@@ -213,6 +213,14 @@ def test_piped_output_is_a_few_lines(train, capsys, caplog, recwarn):
     assert "'nope' is not logged (" in complaint and "val/loss_simple_ema" in complaint and "data?" not in complaint
 
 
+def test_the_bar_of_a_run_that_goes_on_within_an_epoch_is_full_at_its_end(train, tmp_path, capsys, monkeypatch):
+    train("--max_steps 2")
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 4") == 0
+    assert "| 4/4 [" in capsys.readouterr().out
+
+
 def test_sigusr1_saves_and_goes_on(train, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(

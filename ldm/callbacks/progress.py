@@ -51,7 +51,7 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_start(trainer, pl_module)
         self._drawn = time.perf_counter()
         # A run that goes on within an epoch does not reach its start.
-        self._first_batch = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self._first_batch = trainer.fit_loop.epoch_loop.batch_progress.current.processed
         self.on_train_epoch_start(trainer, pl_module)
         self._first_batch = 0
 
