@@ -8,8 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.overrides import TorchFunctionMode
 
+from ldm.training.building import without_initialisation
 from ldm.training.graft import Graft
 
 
@@ -43,17 +43,7 @@ def _loops_at_start() -> dict[str, Any]:
     return {name: getattr(trainer, name).state_dict() for name in names}
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Gives what `torch.empty` makes, which layers then fill at random, no memory; all other tensors get theirs."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
-
-
 def state_dict_without_weights(build: Callable[[], torch.nn.Module]) -> dict[str, torch.Tensor]:
     """The state dict of the module that `build` makes: weights on the meta device, buffers with their values."""
-    with _EmptyOnMeta():
+    with without_initialisation(on_meta=True):
         return build().state_dict()

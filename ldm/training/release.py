@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import load_into, load_state_dict
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.training.building import without_initialisation
 from ldm.training.config import build_model, load_config
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _SkipInit(TorchFunctionMode):
-    """Makes every function of `torch.nn.init` leave its tensor as it is."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def without_initialisation() -> Iterator[None]:
-    """Modules built within have arbitrary weights: for modules whose every weight is loaded next."""
-    with _SkipInit():
-        yield
 
 
 def pick_device(name: str) -> torch.device:
