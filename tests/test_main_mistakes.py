@@ -6,14 +6,18 @@ from pytorch_lightning import Callback
 
 from ldm.checkpoint import save_checkpoint, save_state_dict
 from ldm.util import UserError
+from tests.test_main import assert_same_training
 from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 
-class FailInThirdStep(Callback):
+class FailAfter(Callback):
     """What a file that turns out to be damaged does."""
 
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == 2:
+        if trainer.global_step == self.step:
             raise UserError("unreadable")
 
 
@@ -68,10 +72,25 @@ def test_a_logger_whose_package_is_missing_is_one_line(train, monkeypatch):
         train("--max_steps 1 lightning.logger.target=pytorch_lightning.loggers.WandbLogger")
 
 
-def test_a_mistake_that_shows_while_training_leaves_what_was_logged(train, tmp_path):
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (2, ""),
+        (6, "lightning.modelcheckpoint.params.every_n_train_steps=4"),  # before the second epoch's first step
+        (7, "data.params.val_urls=shards/s-000000.tar lightning.modelcheckpoint.params.every_n_train_steps=100"),
+        (4, "--accumulate_grad_batches 2 data.params.val_urls=shards/s-000000.tar --val_check_interval 2"),
+    ],
+)
+def test_a_mistake_that_shows_while_training_loses_nothing(train, tmp_path, step, options):
+    fail = "lightning.callbacks.fail"
     with pytest.raises(UserError, match="unreadable"):
-        train("--max_epochs 1 lightning.callbacks.fail.target=tests.test_main_mistakes.FailInThirdStep")
-    assert sorted(logged(the_run(tmp_path / "logs"), "train/loss")) == [0, 1]
+        mistake = f"{fail}.target=tests.test_main_mistakes.FailAfter {fail}.params.step={step}"
+        train(f"-l failed --max_steps 9 {options} {mistake}")
+    failed = the_run(tmp_path / "failed")
+    assert sorted(logged(failed, "train/loss")) == list(range(step))
+    train(f"-l straight --max_steps 9 {options}")
+    assert train(f"--resume {failed} {fail}.params.step=-1") == 0
+    assert_same_training(the_run(tmp_path / "straight"), failed)
 
 
 def test_debug_opens_the_debugger_on_an_error(train, monkeypatch):

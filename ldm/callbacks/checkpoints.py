@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,8 @@ class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt` every `every_n_train_steps`, or else after each epoch; at the end of training; on signals.
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
-    exactly, in the middle of an epoch or at its end. Without `periodic` only signals save.
+    exactly, in the middle of an epoch or at its end. Without `periodic` only signals save. A `UserError` (a picture
+    that cannot be read) saves too, as of the last step.
     """
 
     def __init__(
@@ -34,6 +37,8 @@ class LastCheckpoint(Checkpoint):
         self.periodic = periodic
         self._step = 0
         self._saved_step: int | None = None
+        self._progress: dict[str, Any] = {}  # the checkpoint's entries that go on changing after a step
+        self._is_late = False
         self._stopping = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,6 +52,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._step:
             return  # gradients are still accumulating, and a checkpoint does not hold them
         self._step = trainer.global_step
+        self._progress = {"epoch": trainer.current_epoch, "loops": {"fit_loop": trainer.fit_loop.state_dict()}}
+        self._progress = copy.deepcopy(self._progress)
         save, self._stopping = self._agreed_requests(trainer)
         if save or self._stopping or (self.periodic and self._is_due(trainer)):
             self.requests.save = False
@@ -73,6 +80,15 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.requests.training = False
+        # Other processes are still training. And without a step of this start there is nothing new.
+        if isinstance(exception, UserError) and self.periodic and self._progress and trainer.world_size == 1:
+            self._is_late = True
+            self._save(trainer, announce=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._is_late:
+            checkpoint["epoch"] = self._progress["epoch"]
+            checkpoint["loops"] |= self._progress["loops"]
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
