@@ -25,15 +25,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a GELU, or around a gated one: (B, N, dim) → (B, N, dim_out or dim)."""
+    """Two linear layers around a gated GELU, four times as wide within: (B, N, dim) → (B, N, dim)."""
 
-    def __init__(
-        self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        inner = dim * mult
-        entry = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
-        self.net = nn.Sequential(entry, nn.Dropout(dropout), nn.Linear(inner, dim_out or dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -74,12 +70,11 @@ class BasicTransformerBlock(nn.Module):
         d_head: int,
         dropout: float = 0.0,
         context_dim: int | None = None,
-        gated_ff: bool = True,
         checkpoint: bool = True,
     ) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
-        self.ff = FeedForward(dim, glu=gated_ff, dropout=dropout)
+        self.ff = FeedForward(dim, dropout=dropout)
         self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -96,7 +91,14 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map (B, C, H, W), added to it."""
+    """Transformer blocks over the pixels of a feature map (B, in_channels, H, W), added to it.
+
+    Args:
+        n_heads, d_head: attention heads and features a head; the blocks are n_heads · d_head wide.
+        depth: number of blocks.
+        context_dim: features of the context; None for self-attention in its place.
+        use_checkpoint: recompute the blocks' activations in backward.
+    """
 
     def __init__(
         self,
