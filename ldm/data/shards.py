@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -22,6 +22,8 @@ from ldm.util import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 TEXT_KEYS = ("txt", "json")  # members that are not arrays
 CAPTION = "txt"
 
@@ -29,6 +31,19 @@ CAPTION = "txt"
 def member_extension(key: str) -> str:
     """How the member that holds `key` ends: `f8` is in `<sample>.f8.npy`, `txt` in `<sample>.txt`."""
     return key if key in TEXT_KEYS else f"{key}.npy"
+
+
+def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
+    """What `members` has, by extension, under `key`; None if it is one of the `optional` that the sample lacks.
+
+    Raises:
+        UserError: the `sample` of the shard `where` lacks another key.
+    """
+    extension = member_extension(key)
+    if extension not in members and key not in optional:
+        hint = nearest(extension, list(members))
+        raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
+    return members.get(extension)
 
 
 def decode_member(key: str, data: bytearray, name: str) -> Any:
@@ -86,7 +101,8 @@ class ShardDataset(Dataset):
                 for sample in samples:
                     self.sample_keys.append(sample.key)
                     shards.append(number)
-                    spans.append([self._span(sample, key, path) for key in self.keys])
+                    found = [find_member(key, sample.spans, self.optional, sample.key, str(path)) for key in self.keys]
+                    spans.append([span or (-1, -1) for span in found])
                     groups.append(self._check(sample, path, file.fileno()))
         if not self.sample_keys:
             raise UserError(f"no samples in {len(self.paths)} shards, such as {self.paths[0]}")
@@ -94,13 +110,6 @@ class ShardDataset(Dataset):
         self._shards = np.asarray(shards, dtype=np.int32)
         self._spans = np.asarray(spans, dtype=np.int64)  # (samples, keys, 2): offset and size, -1 for none
         self._groups = np.asarray(groups, dtype=np.int32)
-
-    def _span(self, sample: TarSample, key: str, path: Path) -> tuple[int, int]:
-        extension = member_extension(key)
-        if extension not in sample.spans and key not in self.optional:
-            hint = nearest(extension, list(sample.spans))
-            raise UserError(f"{path}: sample {sample.key!r} has no member {extension!r}{hint}")
-        return sample.spans.get(extension, (-1, -1))
 
     def _check(self, sample: TarSample, path: Path, descriptor: int) -> int:
         """Check the headers of a sample's arrays; returns the number of its picture's shape among all shapes."""

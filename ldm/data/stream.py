@@ -11,9 +11,9 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import CaptionDropout
-from ldm.data.shards import CAPTION, TEXT_KEYS, check_shape, decode_member, member_extension
+from ldm.data.shards import CAPTION, TEXT_KEYS, check_shape, decode_member, find_member, member_extension
 from ldm.data.tar import check_name
-from ldm.util import UserError, nearest
+from ldm.util import UserError
 
 
 class ShardStream(IterableDataset):
@@ -88,16 +88,15 @@ class ShardStream(IterableDataset):
         where = f"{sample['__url__']}: {sample['__key__']}"
         check_name(sample["__key__"], sample["__url__"])
         result: dict[str, Any] = {"__key__": sample["__key__"]}
+        members = {extension: data for extension, data in sample.items() if not extension.startswith("__")}
         for key in self.keys:
-            extension = member_extension(key)
-            if extension not in sample and key not in self.optional:
-                present = [name for name in sample if not name.startswith("__")]
-                raise UserError(f"{where}: no member {extension!r}{nearest(extension, present)}")
-            result[key] = decode_member(key, bytearray(sample.get(extension, b"")), f"{where}.{extension}")
+            name = f"{where}.{member_extension(key)}"
+            data = find_member(key, members, self.optional, sample["__key__"], sample["__url__"]) or b""
+            result[key] = decode_member(key, bytearray(data), name)
             if key not in TEXT_KEYS:
                 known = self.shapes.setdefault(key, {})
                 shape = result[key].shape
                 picture = key == self.first_stage_key
-                check_shape(key, shape, next(iter(known), shape), picture, f"{where}.{extension}")
+                check_shape(key, shape, next(iter(known), shape), picture, name)
                 known[shape] = result[key].dtype.name
         return result

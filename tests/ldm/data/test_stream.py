@@ -55,7 +55,7 @@ def test_captions_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (sample_members(0)[:1], r"000000: no member 't5\.npy'"),
+        (sample_members(0)[:1], r"a\.tar: sample '000000' has no member 't5\.npy'"),
         ([(f"../{name}", data) for name, data in sample_members(0)], "points outside"),
         (sample_members(0) + sample_members(1, f8_shape=(4, 4, 4)), r"000001\.f8\.npy: shape"),
     ],
