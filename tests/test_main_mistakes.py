@@ -44,7 +44,7 @@ class FailAfter(Callback):
         ("model.params.timesteps=abc", "timesteps='abc' in params of .*: give a whole number"),
         ("model.params.use_ema='\"False\"'", "use_ema=.*False.* in params of .*LatentDiffusion: give true or false"),
         ("model.params.use_ema=maybe", "use_ema='maybe' in params of .*LatentDiffusion: give true or false"),
-        ("model.params.unet_config.params.model_channels=33", "UNetModel: num_channels .* must be divisible"),
+        ("model.params.unet_config.params.model_channels=33", "33.* must be (divisible by|a multiple of)"),
         ("data.params.num-workers=2", "unknown key 'num-workers' .*; did you mean 'num_workers'"),
         (
             "--init_word toy --data_root pictures",

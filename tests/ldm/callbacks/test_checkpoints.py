@@ -18,6 +18,7 @@ def due_steps(every: int | None, steps_an_epoch: int, **limits: int) -> list[int
         **{"max_steps": -1, "max_epochs": -1} | limits,
         world_size=1,
         fast_dev_run=False,
+        fit_loop=SimpleNamespace(state_dict=dict),
         save_checkpoint=lambda *args, **kwargs: saved.append(trainer.global_step),
     )
     callback = LastCheckpoint(Path("last.ckpt"), SignalRequests(), every_n_train_steps=every)
