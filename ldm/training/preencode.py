@@ -29,6 +29,7 @@ from ldm.data.index import write_index
 from ldm.data.transforms import centre_square, fit_square
 from ldm.data.writer import ShardWriter
 from ldm.files import atomic_write
+from ldm.models.diffusion.latent import check_reads_captions
 from ldm.training.shard_set import FORMAT_VERSION, NULL, begin, check_out, stop
 from ldm.util import UserError
 
@@ -45,11 +46,7 @@ class Encoder:
     """
 
     def __init__(self, model: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        if model.cond_stage_model is None or getattr(model.cond_stage_model, "key", None) is not None:
-            raise UserError(
-                f"the config's cond_stage_config, {type(model.cond_stage_model).__name__}, reads no captions; "
-                "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
-            )
+        check_reads_captions(model.cond_stage_model)
         model.first_stage_model.to(device, dtype)
         model.cond_stage_model.to(device, dtype)
         self.model = model

@@ -57,7 +57,9 @@ def load_release(
         model = build_model(config)
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"the config describes a {type(model).__name__}; a release is a LatentDiffusion")
-    load_into(model, weights, source=str(ckpt))
+    report = load_into(model, weights, source=str(ckpt))
+    if any(key.startswith("model_ema.") for key in report.missing):
+        model.restart_ema()
     for part in (model.model, model.first_stage_model, model.cond_stage_model):
         if part is not None:
             part.to(dtype)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_fabric.plugins.io import CheckpointIO
 from pytorch_lightning import LightningModule, seed_everything
 
@@ -71,11 +70,5 @@ def load_weights(model: LightningModule, checkpoint: TrainingCheckpoint | None) 
     report = load_into(model, checkpoint.content["state_dict"], source=str(checkpoint.path))
     if any(key.startswith("model_ema.") for key in report.missing):
         log.info("%s: has no moving average, which starts from the weights", checkpoint.path)
-        _start_average(model)
+        model.restart_ema()
     model.strict_loading = False  # Lightning loads them once more, and the keys still missing are optional
-
-
-@torch.no_grad()
-def _start_average(model: Any) -> None:
-    for parameter, shadow in model.model_ema.m_name2s_name.items():
-        model.model_ema.get_buffer(shadow).copy_(model.model.get_parameter(parameter))

@@ -26,6 +26,15 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
+def check_reads_captions(cond_stage_model: nn.Module | None) -> None:
+    """Raise `UserError` unless the cond stage takes captions."""
+    if cond_stage_model is None or getattr(cond_stage_model, "key", None) is not None:
+        raise UserError(
+            f"the config's cond_stage_config, {type(cond_stage_model).__name__}, reads no captions; "
+            "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
+        )
+
+
 class LatentDiffusion(DDPM):
     """Diffusion in the latent space of a frozen first stage (arXiv:2112.10752).
 
@@ -167,14 +176,6 @@ class LatentDiffusion(DDPM):
             )
 
     # Conditioning
-
-    def check_reads_captions(self) -> None:
-        """Raise `UserError` unless the cond stage takes captions."""
-        if self.cond_stage_model is None or getattr(self.cond_stage_model, "key", None) is not None:
-            raise UserError(
-                f"the config's cond_stage_config, {type(self.cond_stage_model).__name__}, reads no captions; "
-                "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
-            )
 
     def get_learned_conditioning(self, c: Any) -> Conditioning:
         """What the cond stage makes of raw conditioning: captions → (B, 77, D), labels → (B, 1, D), and so on."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Sampler
 from ldm.util import UserError
@@ -56,8 +56,9 @@ def text_to_image(
 ) -> Iterator[Tensor]:
     """Pictures (3, H, W), about [-1, 1], float32 on the CPU, in the order of `requests`.
 
-    A request's noise is drawn from its own seed, so its picture does not depend on the others or on `batch_size`, but
-    for rounding: kernels sum in another order for another batch, which can move a pixel by 1/255.
+    Drawn with the averaged weights, if the model keeps any. A request's noise is drawn from its own seed, so its picture
+    does not depend on the others or on `batch_size`, but for rounding: kernels sum in another order for another batch,
+    which can move a pixel by 1/255.
 
     Args:
         shape: (C, h, w) of the latents; see `latent_shape`.
@@ -67,23 +68,24 @@ def text_to_image(
     Raises:
         UserError: a model that reads no captions, a sampler that does not exist, or settings that it cannot take.
     """
-    model.check_reads_captions()
+    check_reads_captions(model.cond_stage_model)
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
     guided = scale != 1.0
     empty = model.get_learned_conditioning([""]) if guided else None  # (1, 77, D)
     for start in range(0, len(requests), batch_size):
         part = requests[start : start + batch_size]
-        samples, _ = SAMPLERS[sampler](model).sample(
-            S=steps,
-            batch_size=len(part),
-            shape=shape,
-            conditioning=model.get_learned_conditioning([request.prompt for request in part]),
-            unconditional_conditioning=empty.expand(len(part), -1, -1) if guided else None,
-            unconditional_guidance_scale=scale,
-            eta=eta,
-            generators=[torch.Generator().manual_seed(request.seed) for request in part],
-            verbose=verbose,
-        )
+        with model.ema_scope():
+            samples, _ = SAMPLERS[sampler](model).sample(
+                S=steps,
+                batch_size=len(part),
+                shape=shape,
+                conditioning=model.get_learned_conditioning([request.prompt for request in part]),
+                unconditional_conditioning=empty.expand(len(part), -1, -1) if guided else None,
+                unconditional_guidance_scale=scale,
+                eta=eta,
+                generators=[torch.Generator().manual_seed(request.seed) for request in part],
+                verbose=verbose,
+            )
         for sample in samples.split(1):  # decoding takes more memory than sampling
             yield model.decode_first_stage(sample)[0].float().cpu()

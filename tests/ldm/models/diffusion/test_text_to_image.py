@@ -9,6 +9,7 @@ import torch
 
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.text_to_image import SAMPLERS, Request, latent_shape, text_to_image
+from ldm.training.config import load_config
 from ldm.training.release import load_release
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG
@@ -76,3 +77,9 @@ def test_half_precision_networks(tiny_release: Path) -> None:
 def test_what_cannot_be_drawn(model: LatentDiffusion, call, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call(model)
+
+
+def test_an_average_that_the_release_lacks_starts_at_its_weights(tiny_release: Path, model: LatentDiffusion) -> None:
+    config = load_config([RELEASE_CONFIG], ["model.params.use_ema=true"])
+    averaging = load_release(tiny_release, config)
+    torch.testing.assert_close(pictures(averaging, REQUESTS[:1])[0], pictures(model, REQUESTS[:1])[0])
