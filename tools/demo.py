@@ -20,6 +20,7 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
+RELEASE = Path("data/base/emoji.safetensors")  # a tiny model of emoji that has never seen a cat
 SAMPLING = "demo_tiny_release.yaml"
 TRAINING = "demo_tiny.yaml"
 NEW_PROMPTS = ["tom the cat, grinning", "tom the cat, crying", "tom the cat, in love"]
@@ -39,25 +40,6 @@ def call(*words: str | Path) -> None:
     if status:
         raise UserError(f"that command ended with exit code {status}")
     logger.info("(%.0f s)", time.monotonic() - started)
-
-
-def make_release(release: Path, steps: int) -> None:
-    """Write `release` in the SD layout: an autoencoder trained for a moment, all other weights as initialised."""
-    logs = release.parent / "autoencoder"
-    configs = ["emoji_autoencoder.yaml", "demo_tiny_autoencoder.yaml"]
-    call("main.py", "--base", *configs, "-t", "--no-test", "--max_steps", str(steps), "--logdir", logs)
-    import torch
-
-    from ldm.checkpoint import load_into, load_state_dict, save_state_dict
-    from ldm.training.config import build_model, load_config
-
-    torch.manual_seed(0)
-    model = build_model(load_config([SAMPLING]))
-    checkpoint = newest_checkpoint(logs)
-    weights = {key: value for key, value in load_state_dict(checkpoint).items() if not key.startswith("loss.")}
-    load_into(model.first_stage_model, weights, source=str(checkpoint))
-    save_state_dict(model.state_dict(), release)
-    logger.info("%s: a tiny release, its UNet and text encoder untrained", release)
 
 
 def sample(ckpt: Path, folder: Path) -> None:
@@ -93,23 +75,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for all results; emptied first")
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning")
-    parser.add_argument("--base-steps", type=int, default=50, help="of training the tiny autoencoder")
     options = parser.parse_args()
     os.chdir(Path(__file__).resolve().parents[1])
     out = options.out
     shutil.rmtree(out, ignore_errors=True)
 
-    release, start, tuned = out / "release.safetensors", out / "start.ckpt", out / "toms.safetensors"
+    start, tuned = out / "start.ckpt", out / "toms.safetensors"
     shards = str(out / "shards/cats-%06d.tar")
-    make_release(release, options.base_steps)
-    preencode = ["--ckpt", release, "--config", SAMPLING, "--images", "data/cats", "--size", "64", "--out", shards]
+    preencode = ["--ckpt", RELEASE, "--config", SAMPLING, "--images", "data/cats", "--size", "64", "--out", shards]
     call("tools/preencode.py", *preencode)
-    call("tools/hack_weights.py", "--release", release, "--base", TRAINING, "--out", start)
+    call("tools/hack_weights.py", "--release", RELEASE, "--base", TRAINING, "--out", start)
     train = ["--base", TRAINING, "-t", "--no-test", "--max_steps", str(options.steps), "--logdir", out / "logs"]
     call("main.py", "--resume", start, *train, f"data.params.training_urls={shards % 0}")
     trained = newest_checkpoint(out / "logs")
-    call("tools/merge_release.py", "--train-ckpt", trained, "--release", release, "--out", tuned)
-    sample(release, out / "before")
+    call("tools/merge_release.py", "--train-ckpt", trained, "--release", RELEASE, "--out", tuned)
+    sample(RELEASE, out / "before")
     sample(tuned, out / "after")
     compare(out / "before", out / "after", out / "before-and-after.png")
     logger.info("\n%s: the same prompts and seeds, before and after fine-tuning", out / "before-and-after.png")

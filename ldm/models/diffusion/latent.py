@@ -199,6 +199,10 @@ class LatentDiffusion(DDPM):
             return None
         with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
             encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
+        if isinstance(encoded, Tensor) and encoded.is_floating_point():
+            encoded = (
+                encoded.float()
+            )  # stored encodings are float16, which autocast on the CPU does not mix with bfloat16
         if self.model.conditioning_key != "hybrid":
             return encoded
         return {"c_concat": [batch_entry(batch, key).float() for key in self.concat_keys], "c_crossattn": [encoded]}

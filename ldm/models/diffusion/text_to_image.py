@@ -56,9 +56,9 @@ def text_to_image(
 ) -> Iterator[Tensor]:
     """Pictures (3, H, W), about [-1, 1], float32 on the CPU, in the order of `requests`.
 
-    Drawn with the averaged weights, if the model keeps any. A request's noise is drawn from its own seed, so its picture
-    does not depend on the others or on `batch_size`, but for rounding: kernels sum in another order for another batch,
-    which can move a pixel by 1/255.
+    Drawn with the averaged weights, if the model keeps any. A request's noise is drawn from its own seed, so that its
+    picture does not depend on the others or on `batch_size`, but for rounding: kernels sum in another order for another
+    batch, which can move a pixel by 1/255.
 
     Args:
         shape: (C, h, w) of the latents; see `latent_shape`.

@@ -419,3 +419,10 @@ def test_a_loaded_scale_stays(make_model: Callable[..., LatentDiffusion], tmp_pa
 def test_picture_settings_of_2022(model: LatentDiffusion, kwargs: dict) -> None:
     batch = batch_of((4, 8, 8, 8))
     assert model.log_images(batch, ddim_steps=2, **kwargs)["samples"].shape == (2, 3, 64, 64)
+
+
+def test_stored_half_precision_under_bfloat16_autocast(model: LatentDiffusion) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model.shared_step(batch_of((2, 8, 8, 8)))
+    loss.backward()
+    assert torch.isfinite(loss)
