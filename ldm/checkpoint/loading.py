@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ldm.checkpoint.reading import load_state_dict
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,25 @@ def load_into(
             log.info("%s: %s %s (fine)", source, what, _some(keys))
     module.load_state_dict(state_dict, strict=False, assign=assign)
     return report
+
+
+def load_file_into(
+    module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), prefix: str = ""
+) -> LoadReport:
+    """Load the weights of the file at `path`, but for keys that start with one of `ignore_keys`, into `module`.
+
+    With `prefix`, only the keys that begin with it count, and lose it.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the module.
+    """
+    weights = {
+        key.removeprefix(prefix): value
+        for key, value in load_state_dict(path).items()
+        if key.startswith(prefix) and not key.startswith(tuple(ignore_keys))
+    }
+    optional = (*OPTIONAL_KEYS, *(f"{key}*" for key in ignore_keys))
+    return load_into(module, weights, source=str(path), optional=optional)
 
 
 def _some(keys: Sequence[str], shown: int = 3) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.checkpoint import OPTIONAL_KEYS, load_into, load_state_dict
+from ldm.checkpoint import load_file_into
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.contperceptual import AUTOENCODER, DISCRIMINATOR
@@ -30,13 +30,6 @@ def _coders(ddconfig: Mapping[str, Any], double_z: bool) -> tuple[Encoder, Decod
     if ddconfig.get("double_z", True) is not double_z:
         raise UserError(f"ddconfig: double_z must be {str(double_z).lower()} for this kind of autoencoder")
     return Encoder(**ddconfig), Decoder(**ddconfig)
-
-
-def _init_from_ckpt(module: nn.Module, path: str, ignore_keys: Sequence[str]) -> None:
-    """Load the weights at `path`, but for the keys that start with one of `ignore_keys`."""
-    weights = load_state_dict(path)
-    kept = {key: value for key, value in weights.items() if not key.startswith(tuple(ignore_keys))}
-    load_into(module, kept, source=str(path), optional=[*OPTIONAL_KEYS, *(f"{key}*" for key in ignore_keys)])
 
 
 class AutoencoderKL(pl.LightningModule):
@@ -83,7 +76,7 @@ class AutoencoderKL(pl.LightningModule):
         self.adversarial = getattr(self.loss, "adversarial", False)
         self.automatic_optimization = not self.adversarial
         if ckpt_path is not None:
-            _init_from_ckpt(self, ckpt_path, ignore_keys)
+            load_file_into(self, ckpt_path, ignore_keys)
 
     def encode(self, x: torch.Tensor) -> DiagonalGaussianDistribution:
         """Images (B, C, H, W) -> the posterior over their latents (B, embed_dim, H/f, W/f)."""
@@ -241,7 +234,7 @@ class VQModelInterface(nn.Module):
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         if ckpt_path is not None:
-            _init_from_ckpt(self, ckpt_path, ignore_keys)
+            load_file_into(self, ckpt_path, ignore_keys)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> latents (B, embed_dim, H/f, W/f), not yet quantized."""

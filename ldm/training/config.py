@@ -70,9 +70,7 @@ def build_model(config: DictConfig) -> Any:
     Raises:
         UserError: there is no `model` section, or it names a target or a key that does not exist.
     """
-    if not config.get("model"):
-        raise UserError("the config has no 'model' section; give one with --base")
-    return instantiate_from_config(plain(config.model))
+    return _build(config, "model")
 
 
 def build_data(config: DictConfig) -> Any:
@@ -81,9 +79,13 @@ def build_data(config: DictConfig) -> Any:
     Raises:
         UserError: there is no `data` section, or it names a target or a key that does not exist.
     """
-    if not config.get("data"):
-        raise UserError("the config has no 'data' section; give one with --base")
-    return instantiate_from_config(plain(config.data))
+    return _build(config, "data")
+
+
+def _build(config: DictConfig, section: str) -> Any:
+    if not config.get(section):
+        raise UserError(f"the config has no {section!r} section; give one with --base")
+    return instantiate_from_config(plain(config[section]))
 
 
 def _read(path: Path) -> DictConfig:

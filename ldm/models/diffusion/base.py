@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.checkpoint import OPTIONAL_KEYS, LoadReport, load_into, load_state_dict
+from ldm.checkpoint import LoadReport, load_file_into
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.sampling import Conditioning
@@ -140,12 +140,8 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         Raises:
             UserError: the file cannot be read, or does not fit this model.
         """
-        weights = {k: v for k, v in load_state_dict(path).items() if not k.startswith(tuple(ignore_keys))}
-        if only_model:
-            prefix = "model."
-            weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        optional = (*OPTIONAL_KEYS, *(f"{key}*" for key in ignore_keys))
-        report = load_into(self.model if only_model else self, weights, source=path, optional=optional)
+        module, prefix = (self.model, "model.") if only_model else (self, "")
+        report = load_file_into(module, path, ignore_keys, prefix)
         if only_model or any(key.startswith("model_ema.") for key in report.missing):
             self.restart_ema()
         return report
