@@ -6,17 +6,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import newest_checkpoint, run
-from ldm.util import UserError
+from ldm.cli import call, newest_checkpoint, run
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +22,6 @@ TRAINING = "demo_tiny.yaml"
 NEW_PROMPTS = ["tom the cat, grinning", "tom the cat, crying", "tom the cat, in love"]
 NEIGHBOURS = ["bear", "mouse face", "dog face", "tiger face", "fox"]
 SAMPLES = 2  # a prompt
-
-
-def call(*words: str | Path) -> None:
-    """Print a command as a user would type it, and run it with this Python.
-
-    Raises:
-        UserError: it failed; it has said why.
-    """
-    logger.info("\n$ %s", shlex.join(["python", *map(str, words)]))
-    started = time.monotonic()
-    status = subprocess.run([sys.executable, *words]).returncode
-    if status:
-        raise UserError(f"that command ended with exit code {status}")
-    logger.info("(%.0f s)", time.monotonic() - started)
 
 
 def sample(ckpt: Path, folder: Path) -> None:

@@ -127,7 +127,7 @@ def test_from_pictures_to_batches(release, pictures, tmp_path):
     data = WebDataNpyModuleFromConfig(8, str(out.parent / "toms-{000000..000002}.tar"), null_cond_dropout=0.1)
     data.setup("fit")
     (batch,) = data.train_dataloader()
-    assert batch["f8"].shape == (8, 8, 16, 16) and batch["t5"].shape == (8, *context.shape[1:])
+    assert batch["f8"].shape == (8, 32, 8, 8) and batch["t5"].shape == (8, *context.shape[1:])
 
 
 def test_tars_and_metadata_and_one_caption(here, release, pictures, tmp_path):

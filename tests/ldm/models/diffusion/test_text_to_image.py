@@ -49,8 +49,8 @@ def test_guidance_of_one_is_the_plain_prediction(model: LatentDiffusion) -> None
 
 
 def test_size_in_pixels(model: LatentDiffusion) -> None:
-    assert latent_shape(model, None, None) == (4, 16, 16)
-    assert latent_shape(model, 32, 80) == (4, 8, 20)
+    assert latent_shape(model, None, None) == (16, 8, 8)
+    assert latent_shape(model, 32, 80) == (16, 4, 10)
     [picture] = text_to_image(model, REQUESTS[:1], latent_shape(model, 32, 80), steps=1, verbose=False)
     assert picture.shape == (3, 32, 80)
 
