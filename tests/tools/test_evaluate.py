@@ -133,6 +133,7 @@ def test_without_a_text_encoder_the_stored_encodings_are_used(here: Callable, tm
         ((*pair(base="other.ckpt"), "--set", "new=new"), "other.ckpt: .* is this a checkpoint of another model?"),
         ((*pair(ckpt="other.ckpt"), "--set", "new=new"), "other.ckpt: .* is this a checkpoint of another model?"),
         ((*pair(base="none.ckpt"), "--set", "new=new"), "none.ckpt: no such file"),
+        ((*pair(ckpt="none.ckpt"), "--set", "new=nowhere.tar"), "none.ckpt: no such file"),
         ((*pair(config="none.yaml"), "--set", "new=new"), "config 'none.yaml' not found"),
         ((*pair(), "--set", "new=new", "--timesteps", 51), "51 timesteps to evaluate at: choose 1 to 50"),
         ((*pair(), "--set", "new=new", "--limit", 0), "--limit 0: must be at least 1"),
