@@ -120,8 +120,8 @@ def taught(
 ) -> Iterator[list[PriorSample]]:
     """`batches` with what `teacher` predicts on them, after `dropout`.
 
-    Training leaves the captions of predictions alone: the empty one is dropped in here, for what guidance moves away
-    from to be remembered as well.
+    Training leaves the captions of predictions alone: the empty one is put in here, for what guidance moves away from
+    to be remembered as well.
     """
     for samples in batches:
         for sample in samples:
