@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Does a model know the pictures that it was trained on? Samples captions and looks for the nearest picture.
 
-A sample is right if, of all pictures of the set, the one with its caption is the nearest by root mean square
-difference of RGB values in [0, 1], both scaled down to 32x32 first (so that a shift of a pixel does not count much).
+A sample is right if, of all pictures of the set, the one with its caption is the nearest by
+`ldm.pictures.picture_distances`: the root mean square difference of RGB values in [0, 1] at 32x32.
 
     python benchmarks/base_recall.py --ckpt data/base/emoji.safetensors --config demo_tiny_release.yaml --n 200
 """
@@ -35,17 +35,16 @@ def main() -> None:
     options = parse_arguments()
     import numpy as np
     import torch
-    import torch.nn.functional as F
     from PIL import Image
 
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
-    from ldm.pictures import image_grid, save_png
+    from ldm.pictures import image_grid, picture_distances, save_png
     from ldm.training.release import load_release
 
     lines = (options.pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     arrays = [np.asarray(Image.open(options.pictures / entry["file_name"]).convert("RGB")) for entry in entries]
-    known = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255  # (M, 3, H, W)
+    known = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (M, 3, H, W)
 
     chosen = np.random.default_rng(options.seed).choice(len(entries), min(options.n, len(entries)), replace=False)
     requests = [Request(entries[index]["text"], options.seed) for index in chosen]
@@ -60,8 +59,7 @@ def main() -> None:
         batch_size=50,
     )
     samples = torch.stack(list(drawn))  # (n, 3, H, W)
-    small = F.interpolate((samples.clamp(-1, 1) + 1) / 2, 32, mode="area").flatten(1)
-    distances = torch.cdist(small, F.interpolate(known, 32, mode="area").flatten(1)) / small.shape[1] ** 0.5
+    distances = picture_distances(samples, known)
     nearest = distances.argmin(1)
     targets = torch.from_numpy(chosen)
     right = nearest == targets
@@ -70,7 +68,7 @@ def main() -> None:
         f"{int(right.sum())} of {len(requests)} samples are nearest to their own picture ({right.float().mean():.1%})"
     )
     print(f"distance to their own picture: median {own.median():.4f}, to the nearest {distances.amin(1).median():.4f}")
-    side_by_side = torch.stack([known[targets[:32]] * 2 - 1, samples[:32]], dim=1).flatten(0, 1)
+    side_by_side = torch.stack([known[targets[:32]], samples[:32]], dim=1).flatten(0, 1)
     save_png(image_grid(side_by_side, columns=16), options.out)
     print(f"{options.out}: pictures and, to the right of each, its sample")
 

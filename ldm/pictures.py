@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.files import atomic_write
 
+_COMPARED = 32  # pixels a side of what is compared: a shift of one pixel does not count much
 _GAP = 2  # black pixels between and around the pictures of a grid
 
 
@@ -40,6 +42,20 @@ def image_grid(batch: Tensor, columns: int | None = None) -> Image.Image:
         top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
         grid[top : top + height, left : left + width] = picture
     return Image.fromarray(grid)
+
+
+def picture_distances(first: Tensor, second: Tensor) -> Tensor:
+    """(N, M) distances of images (N, 3, H, W) and (M, 3, H', W') in [-1, 1], from 0 to 1.
+
+    Root mean square differences of RGB values in [0, 1], both first averaged down to 32×32, or to the smallest side.
+    """
+    side = min(_COMPARED, *first.shape[-2:], *second.shape[-2:])
+    small = [
+        F.interpolate((images.float().clamp(-1, 1) + 1) / 2, (side, side), mode="area").flatten(1)
+        for images in (first, second)
+    ]
+    # By differences: a matrix product is not exactly 0 for a picture and itself.
+    return torch.cdist(*small, compute_mode="donot_use_mm_for_euclid_dist") / small[0].shape[1] ** 0.5
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | None = None) -> None:

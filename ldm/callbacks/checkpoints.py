@@ -146,7 +146,8 @@ class KeptCheckpoints(ModelCheckpoint):
     def _can_rank(self, trainer: Trainer) -> bool:
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             return True
-        if not self._complained:
+        # What is saved every so many steps waits for the first of them.
+        if self.every_n_epochs and not self._complained:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             hint = "" if any(trainer.num_val_batches) else "; no validation data?"
             log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)

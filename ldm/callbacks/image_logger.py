@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.callbacks.rng import preserved_rng
+from ldm.callbacks.aside import aside
 from ldm.pictures import image_grid, save_png
 
 
@@ -85,7 +83,7 @@ class ImageLogger(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
         if self.disabled or not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
             return
-        with _evaluating(pl_module), preserved_rng():
+        with aside(pl_module):
             images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         folder = Path(trainer.default_root_dir) / "images" / split
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
@@ -113,16 +111,3 @@ def _log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:
         logger.experiment.add_image(tag, np.asarray(grid), step, dataformats="HWC")
     elif hasattr(logger, "log_image"):  # W&B and the like
         logger.log_image(key=tag, images=[grid], step=step)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` in evaluation mode without gradients; afterwards each part is in the mode that it had."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True

@@ -15,6 +15,8 @@ from ldm.util import UserError
 
 Weights = Mapping[str, torch.Tensor]
 
+# Callbacks whose state is about the weights that are replaced: the first ones, in evaluation/start.safetensors.
+_OF_THE_WEIGHTS = ("Forgetting",)
 # What the training's config says.
 _OWN = (*SCHEDULE_KEYS, "model_ema.decay")
 
@@ -97,4 +99,8 @@ def grafted_checkpoint(training: Mapping[str, Any], grafted: Graft) -> dict[str,
     Loops, step, schedulers and the optimizers' param groups stay.
     """
     optimizers = [{**state, "state": {}} for state in training["optimizer_states"]]
-    return {**training, "state_dict": grafted.state_dict, "optimizer_states": optimizers}
+    grafted_content = {**training, "state_dict": grafted.state_dict, "optimizer_states": optimizers}
+    if "callbacks" in training:
+        kept = {key: state for key, state in training["callbacks"].items() if key not in _OF_THE_WEIGHTS}
+        grafted_content["callbacks"] = kept
+    return grafted_content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.forgetting import Forgetting
 from ldm.callbacks.learning_rate import LearningRateOnResume
 from ldm.callbacks.leftover import NothingLeft
 from ldm.callbacks.progress import ProgressBar
@@ -96,10 +97,12 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     built = [_instantiate(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
     if section.trainer.get("logger") is False:
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
-    return callbacks + built + _build_checkpoints(config, run, requests)
+    return callbacks + built + _build_checkpoints(config, run, requests, built)
 
 
-def _build_checkpoints(config: DictConfig, run: Run, requests: SignalRequests) -> list[Callback]:
+def _build_checkpoints(
+    config: DictConfig, run: Run, requests: SignalRequests, others: Sequence[Callback]
+) -> list[Callback]:
     section = config.lightning
     periodic = section.trainer.get("enable_checkpointing", section.trainer.get("checkpoint_callback")) is not False
     described = plain(section.get("modelcheckpoint") or {})
@@ -112,12 +115,19 @@ def _build_checkpoints(config: DictConfig, run: Run, requests: SignalRequests) -
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
     if params["monitor"] is not None:
         params.setdefault("save_top_k", 3)
-        params.pop("every_n_train_steps", None)  # last.ckpt's: between validations the metric is an old one
+        # Not last.ckpt's number of steps: the metric is new only after a validation, or where a callback logs it.
+        params["every_n_train_steps"] = _steps_between(params["monitor"], others)
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
     kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
     return [_instantiate(kept, "lightning.modelcheckpoint"), last]
+
+
+def _steps_between(metric: str, callbacks: Sequence[Callback]) -> int | None:
+    """Every how many steps one of `callbacks` logs `metric`; None if none does."""
+    evaluating = (callback for callback in callbacks if isinstance(callback, Forgetting))
+    return next((callback.every_n_train_steps for callback in evaluating if metric in callback.metrics), None)
 
 
 def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Logger] | bool:

@@ -146,6 +146,11 @@ class LatentDiffusion(DDPM):
         latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
         return self.scale_factor * latent
 
+    def most_likely_latent(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
+        """The posterior's mode (B, C, h, w), or the latent given, times `scale_factor`."""
+        latent = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        return self.scale_factor * latent
+
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], of scaled latents z (B, C, h, w)."""

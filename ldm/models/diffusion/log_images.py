@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampling import Conditioning
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
@@ -109,8 +108,7 @@ def _encode(model: DDPM | LatentDiffusion, batch: Mapping[str, Any]) -> tuple[Te
     if not model.is_pre_encoded(batch[key]):
         return latent, model.encode_conditioning(batch), model.get_input(batch, key)
     # Pre-encoded: the mode's decoding is the closest there is to the picture.
-    mode = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-    return latent, model.encode_conditioning(batch), _decode(model, model.scale_factor * mode)
+    return latent, model.encode_conditioning(batch), _decode(model, model.most_likely_latent(encoded))
 
 
 def _decode(model: DDPM | LatentDiffusion, x: Tensor) -> Tensor:

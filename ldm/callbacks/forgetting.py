@@ -1,0 +1,139 @@
+"""What training changes on pictures that it does not see: loss and drift, beside the weights that it began with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ldm.callbacks.aside import aside
+from ldm.evaluation.denoising import Comparison, Record, compare, record
+from ldm.evaluation.fixed import stratified_timesteps
+from ldm.evaluation.sets import EvaluationSet, open_set
+from ldm.evaluation.start import load_start, save_start
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+_METRICS = ("loss", "loss_ratio", "drift")
+
+
+class Forgetting(Callback):
+    """Logs `eval/<set>/loss`, `eval/<set>/loss_ratio` and `eval/<set>/drift` every `every_n_train_steps`.
+
+    They are what `tools/evaluate.py` gives: the mean square error at fixed timesteps and noise; that over the loss of
+    the weights that the run began with; and how far the noise prediction moved from theirs. `model.params.monitor` may
+    name any of them. What the first weights predict is kept in `evaluation/start.safetensors` of the run, which a
+    resumed run reads. The weights are the averaged ones where the model keeps any: those that a merge would release.
+    Training goes on as if nothing had been evaluated.
+
+    Args:
+        sets: name to shards, as in `data.params.training_urls`, local ones.
+        every_n_train_steps: optimizer steps between evaluations.
+        timesteps: how many, at the midpoints of equal strata of the schedule.
+        limit: pictures a set, spread over it; null for all.
+        batch_size: pictures at a time.
+
+    Raises:
+        UserError: no sets, or numbers below 1.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, str | Sequence[str]],
+        every_n_train_steps: int,
+        timesteps: int = 8,
+        limit: int | None = 64,
+        batch_size: int = 8,
+    ) -> None:
+        if not isinstance(sets, Mapping) or not sets:
+            raise UserError(f"sets {sets!r}: give at least one, as name: shards")
+        for name, number in (("every_n_train_steps", every_n_train_steps), ("batch_size", batch_size)):
+            if number < 1:
+                raise UserError(f"{name} {number}: give at least 1")
+        self.urls = dict(sets)
+        self.every_n_train_steps = every_n_train_steps
+        self.timestep_count = timesteps
+        self.limit = limit
+        self.batch_size = batch_size
+        self._sets: list[EvaluationSet] = []
+        self._timesteps: list[int] = []
+        self._start: list[Record] = []
+        self._recorded: int | None = None  # the step whose weights are the start
+        self._step = 0
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of what is logged."""
+        return [f"eval/{name}/{metric}" for name in self.urls for metric in _METRICS]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._recorded is None else {"recorded": self._recorded}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._recorded = state_dict["recorded"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, LatentDiffusion):
+            raise UserError(f"Forgetting evaluates a LatentDiffusion, not a {type(pl_module).__name__}")
+        if pl_module.scale_by_std:
+            raise UserError("Forgetting needs the latents' scale from the start: set scale_factor, not scale_by_std")
+        self._timesteps = stratified_timesteps(pl_module.num_timesteps, self.timestep_count)
+        self._sets = [open_set(name, urls, pl_module, self.limit) for name, urls in self.urls.items()]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        path = Path(trainer.default_root_dir) / "evaluation" / "start.safetensors"
+        known = self._recorded is not None and path.exists()
+        trainer.strategy.barrier()  # before the file is there for all to see
+        if not known:
+            self._recorded = trainer.global_step
+            if trainer.is_global_zero:
+                self._record(pl_module, path)
+            trainer.strategy.barrier()
+        self._start = load_start(path, self._sets, self._timesteps)
+        if not known:
+            self._log(trainer, [Comparison(start.loss, start.loss, 0 * start.loss) for start in self._start])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step or step % self.every_n_train_steps:
+            return  # the first: gradients are still accumulating
+        self._step = step
+        with aside(pl_module):
+            pairs = zip(self._start, self._sets, strict=True)
+            found = [compare(start, pl_module, part, self._timesteps, self.batch_size) for start, part in pairs]
+        # For `monitor`. Lightning would pass on to the loggers only what falls on log_every_n_steps.
+        pl_module.log_dict(self._log(trainer, found), logger=False, on_step=True, on_epoch=False, batch_size=1)
+
+    def _record(self, model: LightningModule, path: Path) -> None:
+        if self._recorded:
+            log.warning(
+                "%s: made at step %d; loss ratio and drift are relative to these weights, not to those of step 0",
+                path, self._recorded,
+            )  # fmt: skip
+        with aside(model):
+            found = [record(model, pictures, self._timesteps, self.batch_size) for pictures in self._sets]
+        save_start(path, self._sets, found, self._timesteps)
+
+    def _log(self, trainer: Trainer, found: Sequence[Comparison]) -> dict[str, float]:
+        """Tell the loggers and the terminal; returns what was said."""
+        values: dict[str, float] = {}
+        lines = []
+        for name, (base, tuned, drift) in zip(self.urls, found, strict=True):
+            loss, ratio, moved = float(tuned.mean()), float(tuned.mean() / base.mean()), float(drift.mean())
+            values |= {f"eval/{name}/{metric}": v for metric, v in zip(_METRICS, (loss, ratio, moved), strict=True)}
+            lines.append(f"{name} loss {loss:.4g} ({ratio:.4g} of the start's), drift {moved:.3g}")
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        if trainer.is_global_zero:
+            log.info("\nEvaluation at step %d: %s", trainer.global_step, "; ".join(lines))
+        return values

@@ -1,0 +1,107 @@
+"""The results as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm.evaluation.releases import SetResult
+from ldm.evaluation.statistics import CONFIDENCE, RESAMPLES, SEED, Interval, Summary, summarise
+from ldm.files import atomic_write
+
+FORMAT_VERSION = 1
+
+
+class Row(NamedTuple):
+    """What there is to say about a set: the figures over all timesteps, at each, and of the samples by name."""
+
+    result: SetResult
+    overall: Summary
+    at_timesteps: list[Summary]
+    samples: dict[str, Interval]
+
+    @property
+    def name(self) -> str:
+        return self.result.pictures.name
+
+
+def rows_of(results: Sequence[SetResult]) -> list[Row]:
+    """The statistics of each set."""
+    return [Row(r, *summarise(r.comparison), r.distances.means() if r.distances else {}) for r in results]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Aligned text, a line a set; brackets are confidence intervals."""
+    head = ["set", "pictures", "loss base", "loss tuned", "tuned / base", "drift"]
+    lines = [
+        [
+            row.name,
+            str(len(row.result.pictures)),
+            f"{row.overall.loss_base.value:.5f}",
+            f"{row.overall.loss_tuned.value:.5f}",
+            _with_interval(row.overall.loss_ratio),
+            _with_interval(row.overall.drift),
+        ]
+        for row in rows
+    ]
+    if any(row.samples for row in rows):
+        head += ["samples moved", "base to picture", "tuned to picture"]
+        for line, row in zip(lines, rows, strict=True):
+            line += [f"{interval.value:.4f}" for interval in row.samples.values()]
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in [head, *lines]
+    )
+
+
+def _with_interval(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.4g}"
+    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def write_json(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
+    """Write everything to `path`: `about` (files and settings), the method, and the sets with all their figures."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        **about,
+        "intervals": {
+            "method": "percentile bootstrap over pictures, paired",
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+            "seed": SEED,
+        },
+        "sets": {row.name: _set(row) for row in rows},
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _set(row: Row) -> dict[str, Any]:
+    pictures = row.result.pictures
+    return {
+        "shards": [str(path) for path in pictures.dataset.paths],
+        "pictures": len(pictures),
+        "keys": pictures.keys,
+        "overall": _summary(row.overall),
+        "timesteps": [{"t": t, **_summary(at)} for t, at in zip(row.result.timesteps, row.at_timesteps, strict=True)],
+        "samples": _samples(row),
+    }
+
+
+def _summary(summary: Summary) -> dict[str, dict[str, float | None]]:
+    return {name: interval._asdict() for name, interval in summary._asdict().items()}
+
+
+def _samples(row: Row) -> dict[str, Any] | None:
+    drawn, distances = row.result.tuned, row.result.distances
+    if drawn is None or distances is None:
+        return None
+    each = [
+        {"key": key, **request._asdict(), **dict(zip(distances._fields, values, strict=True))}
+        for key, request, *values in zip(drawn.keys, drawn.requests, *distances, strict=True)
+    ]
+    return {**{name: interval._asdict() for name, interval in row.samples.items()}, "pictures": each}
