@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
 
 # Where the 2022 tutorials put the released weights, and where runs put theirs.
 CONVENTIONAL_RELEASE = Path("models/ldm/stable-diffusion-v1/model.ckpt")
@@ -82,3 +87,18 @@ def newest_checkpoint(logs: Path = LOGS) -> Path:
     if not found:
         raise UserError(f"no {logs}/*/checkpoints/last.ckpt; name the training checkpoint with --train-ckpt")
     return found[-1]
+
+
+def call(*words: object) -> None:
+    """Print a command as a user would type it, and run it with this Python.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    command = [str(word) for word in words]
+    logger.info("\n$ %s", shlex.join(["python", *command]))
+    started = time.monotonic()
+    status = subprocess.run([sys.executable, *command]).returncode
+    if status:
+        raise UserError(f"that command ended with exit code {status}")
+    logger.info("(%.0f s)", time.monotonic() - started)
