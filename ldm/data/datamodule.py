@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from ldm.data.dropout import CaptionDropout, EpochItems, load_null
 from ldm.data.index import check_against_index
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
+from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior
 from ldm.data.sampling import EpochBatchSampler
-from ldm.data.shards import TEXT_KEYS, ShardDataset
+from ldm.data.shards import TEACHER_KEYS, TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
 from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.util import UserError, instantiate_from_config
@@ -75,6 +77,9 @@ class WebDataNpyModuleFromConfig(_DataModule):
 
     Batches hold `first_stage_key` `(B, channels, h, w)`, `cond_stage_key` `(B, 77, 768)` as stored (float16), and the
     captions `txt` and names `__key__` as lists of strings. Sets whose pictures differ in size are batched by size.
+
+    With `prior_urls`, a training batch has samples of that set behind its own, and the entries of `WithPrior`; those of
+    a teacher if the model's `prior_target` asks for one.
     """
 
     def __init__(
@@ -92,11 +97,16 @@ class WebDataNpyModuleFromConfig(_DataModule):
         shuffle_buffer: int = 1000,  # samples; for streams only, everything else is shuffled as a whole
         seed: int | None = None,  # by default the run's
         drop_last: bool = False,
+        prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
+        prior_ratio: float = 1.0,  # their samples in a batch, a training sample of batch_size
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
         if not isinstance(null_cond_dropout, (int, float)) or not 0 <= null_cond_dropout <= 1:
             raise UserError(f"data.params.null_cond_dropout {null_cond_dropout!r} is no number from 0 to 1")
-        self.urls = {"training": training_urls, "validation": val_urls, "test": test_urls}
+        if not isinstance(prior_ratio, (int, float)) or not 0 < prior_ratio < math.inf:
+            raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
+        self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
+        self.prior_ratio = prior_ratio
         self.null_cond_dropout = null_cond_dropout
         self.null_cond_path = null_cond_path
         self.first_stage_key = first_stage_key
@@ -107,12 +117,28 @@ class WebDataNpyModuleFromConfig(_DataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Index the shards of `stage`, say what they hold, and check it against the model."""
-        splits = {"fit": ["training", "validation"], "validate": ["validation"], "test": ["test"], "predict": []}
+        splits = {
+            "fit": ["training", "prior", "validation"],
+            "validate": ["validation"],
+            "test": ["test"],
+            "predict": [],
+        }
         for split in splits.get(stage, list(self.urls)):
             if self.urls[split] and split not in self.datasets:
                 self.datasets[split] = self._open(split)
             if split in self.datasets:
                 self._check_model(self.datasets[split])
+        if "training" in self.datasets:
+            self._check_prior()
+
+    def _check_prior(self) -> None:
+        if "prior" in self.datasets:
+            check_prior(self.datasets["training"], self.datasets["prior"])
+        elif self._has_teacher():
+            raise UserError("model.params.prior_target is teacher, but data.params.prior_urls names no shards")
+
+    def _has_teacher(self) -> bool:
+        return getattr(self._model(), "prior_target", None) == "teacher"
 
     def _model(self) -> Any:
         return self.trainer.lightning_module if self.trainer is not None else None
@@ -125,6 +151,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
         if any(map(is_stream, urls)):
+            if split == "prior":
+                raise UserError(f"data.params.prior_urls: {urls[0]} is a stream; give local shards, read in any order")
             dataset = ShardStream(urls, *self._keys(), **self._rank())
             # The first sample tells the shapes, and what is wrong before the training starts.
             if next(iter(dataset), None) is None:
@@ -132,7 +160,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
             logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
             return dataset
         check_against_index(urls, whole=names_all_there(self.urls[split]))
-        dataset = ShardDataset(urls, *self._keys())
+        extra = TEACHER_KEYS if split == "prior" and self._has_teacher() else ()
+        dataset = ShardDataset(urls, *self._keys(), extra)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(urls), _describe(dataset))
         return dataset
 
@@ -170,8 +199,13 @@ class WebDataNpyModuleFromConfig(_DataModule):
                 dataset.set_epoch(self.trainer.current_epoch)  # the first batch is fetched before Lightning says so
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
         sampler = self._sampler(dataset.groups(), split, shuffle=shuffle, drop_last=drop_last)
+        items = EpochItems(dataset, dropout)
+        if training and "prior" in self.datasets:
+            prior = self.datasets["prior"]
+            items = WithPrior(items, prior, dropout, getattr(self._model(), "num_timesteps", None))
+            sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio)
         loader = ResumableLoader if training else SampleLoader
-        return loader(EpochItems(dataset, dropout), batch_sampler=sampler, num_workers=self.num_workers)
+        return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
 
     def train_dataloader(self) -> SampleLoader:
         if "training" not in self.datasets:

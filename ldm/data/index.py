@@ -11,7 +11,7 @@ from ldm.files import atomic_write
 from ldm.util import UserError
 
 INDEX = "index.json"
-_AGAIN = "run tools/preencode.py again, with --overwrite"
+_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 
 
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool) -> None:
         if index is None:
             continue
         if not index.get("complete", True):
-            raise UserError(f"{folder / INDEX}: the set is unfinished, pre-encoding was interrupted; {_AGAIN}")
+            raise UserError(f"{folder / INDEX}: the set is unfinished, its making was interrupted; {_AGAIN}")
         known = {shard["name"]: shard.get("bytes") for shard in index["shards"]}
         for path in shards:
             if path.name not in known:

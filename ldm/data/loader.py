@@ -111,21 +111,16 @@ class ResumableLoader(SampleLoader):
             sampler.start = 0  # it was for this iteration; the next one begins an epoch
             yield batch
 
-    def _set(self) -> dict[str, Any]:
-        """What must be the same for a position to mean the same samples."""
-        sampler: EpochBatchSampler = self.batch_sampler
-        options = {key: value for key, value in sampler.options.items() if key != "rank"}
-        return {"samples": sum(map(len, sampler.groups)), "batch_size": sampler.batch_size, **options}
-
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: the epoch, the batches handed out in it, and the set that they are a position in."""
-        return {"epoch": self.batch_sampler.epoch, "batch": self.batch_sampler.handed, **self._set()}
+        return {"epoch": self.batch_sampler.epoch, "batch": self.batch_sampler.handed, **self.batch_sampler.described()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that `state` was saved at; at the start of its epoch if the data are not the same."""
         sampler: EpochBatchSampler = self.batch_sampler
         sampler.set_epoch(state.get("epoch", 0))
-        changed = {key: (state.get(key), value) for key, value in self._set().items() if state.get(key) != value}
+        described = sampler.described().items()
+        changed = {key: (state.get(key), value) for key, value in described if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
             logger.warning("the training data changed since the checkpoint (%s): its epoch starts again", what)

@@ -11,9 +11,10 @@ import numpy as np
 
 from ldm.util import UserError
 
-# Enough of a member to hold the header of any plain float array (numpy pads it to a multiple of 64 bytes).
+# Enough of a member to hold the header of any plain array of numbers (numpy pads it to a multiple of 64 bytes).
 HEADER_BYTES = 512
-_FLOATS = ("float16", "float32", "float64")
+FLOATS = ("float16", "float32", "float64")
+INTEGERS = ("int32", "int64")
 
 
 @dataclass(frozen=True)
@@ -27,31 +28,31 @@ class NpyHeader:
 
 
 @lru_cache(maxsize=256)  # the arrays of a set share one header
-def _parse(header: bytes) -> NpyHeader:
-    """Parse a whole header."""
+def _parse(header: bytes, types: tuple[str, ...]) -> NpyHeader:
+    """Parse a whole header of an array of one of `types`."""
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"npy format version {version} is not read")
     shape, fortran_order, dtype = readers[version](file)
-    if dtype.newbyteorder("=").name not in _FLOATS:
-        raise ValueError(f"its type is {dtype}, not one of {', '.join(_FLOATS)}")
+    if dtype.newbyteorder("=").name not in types:
+        raise ValueError(f"its type is {dtype}, not one of {', '.join(types)}")
     if any(side < 1 for side in shape):
         raise ValueError(f"its shape {shape} is empty")
     return NpyHeader(file.tell(), shape, dtype, fortran_order)
 
 
-def read_header(start: bytes, size: int, name: str) -> NpyHeader:
+def read_header(start: bytes, size: int, name: str, types: tuple[str, ...] = FLOATS) -> NpyHeader:
     """The header of a `.npy` of `size` bytes that begins with `start` (`HEADER_BYTES` of it are enough).
 
     Raises:
-        UserError: it is not a `.npy`, not of a float type, or its shape does not account for `size`; names `name`.
+        UserError: it is not a `.npy`, of none of `types`, or its shape does not account for `size`; names `name`.
     """
     width = 2 if start[6:7] == b"\x01" else 4  # bytes of the field that gives the header's length
     length = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
     try:
-        header = _parse(bytes(start[: min(length, HEADER_BYTES)]))
+        header = _parse(bytes(start[: min(length, HEADER_BYTES)]), types)
     except Exception as error:  # a broken header makes numpy raise ValueError, TokenError, RecursionError, ...
         raise UserError(f"{name}: not a .npy array that can be read: {' '.join(str(error).split())}") from error
     expected = header.start + math.prod(header.shape) * header.dtype.itemsize
@@ -60,16 +61,17 @@ def read_header(start: bytes, size: int, name: str) -> NpyHeader:
     return header
 
 
-def decode(data: bytearray, name: str) -> np.ndarray:
+def decode(data: bytearray, name: str, types: tuple[str, ...] = FLOATS) -> np.ndarray:
     """The array in `data`, sharing its memory; float64 comes back as float32, as nothing here computes in it.
 
     Raises:
         UserError: as `read_header`.
     """
-    header = read_header(data[:HEADER_BYTES], len(data), name)
+    header = read_header(data[:HEADER_BYTES], len(data), name, types)
     flat = np.frombuffer(data, dtype=header.dtype, offset=header.start)
     array = flat.reshape(header.shape, order="F" if header.fortran_order else "C")
-    dtype = "float32" if header.dtype.itemsize == 8 else header.dtype.newbyteorder("=")
+    dtype = header.dtype.newbyteorder("=")
+    dtype = np.dtype("float32") if dtype == np.float64 else dtype
     return np.ascontiguousarray(array, dtype=dtype)
 
 

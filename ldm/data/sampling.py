@@ -70,6 +70,11 @@ class EpochBatchSampler:
         if epoch != self.epoch:
             self.epoch, self.start, self.handed = epoch, 0, 0
 
+    def described(self) -> dict[str, int | bool]:
+        """What must be the same for a position to mean the same samples."""
+        options = {key: value for key, value in self.options.items() if key != "rank"}
+        return {"samples": sum(map(len, self.groups)), "batch_size": self.batch_size, **options}
+
     def __len__(self) -> int:
         """Batches in a whole epoch, which is the same for every epoch and rank."""
         return self._length

@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 TEXT_KEYS = ("txt", "json")  # members that are not arrays
 CAPTION = "txt"
+# What a frozen model was asked and said of a prior's latent, K times: timesteps (K,), integers from 0; noises
+# (K, C, h, w); and its outputs (K, C, h, w), whatever it predicts. Made by tools/make_prior.py --teacher.
+TIMESTEPS, NOISE, PREDICTION = TEACHER_KEYS = ("t", "noise", "prediction")
 
 
 def member_extension(key: str) -> str:
@@ -42,8 +45,15 @@ def find_member(key: str, members: Mapping[str, T], optional: Container[str], sa
     extension = member_extension(key)
     if extension not in members and key not in optional:
         hint = nearest(extension, list(members))
+        if key in TEACHER_KEYS:
+            hint = "; write the teacher's predictions with tools/make_prior.py --teacher, or set prior_target: data"
         raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
     return members.get(extension)
+
+
+def number_types(key: str) -> tuple[str, ...]:
+    """The numpy types that the array under `key` may have."""
+    return npy.INTEGERS if key == TIMESTEPS else npy.FLOATS
 
 
 def decode_member(key: str, data: bytearray, name: str) -> Any:
@@ -58,7 +68,7 @@ def decode_member(key: str, data: bytearray, name: str) -> Any:
             return text if key == CAPTION else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: {error}") from error
-    array = npy.decode(data, name)
+    array = npy.decode(data, name, number_types(key))
     if not np.isfinite(array).all():
         raise UserError(f"{name}: holds NaN or infinite values; encode it again")
     return array
@@ -78,16 +88,23 @@ def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], pictur
 class ShardDataset(Dataset):
     """The samples of local shards: `dataset[i]` is a dict of the `keys`, `"txt"` (the caption) and `"__key__"`.
 
-    Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`.
+    Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`;
+    and what else `extra` names, such as `TEACHER_KEYS`.
 
     Raises:
         UserError: a shard is damaged, a sample lacks one of the keys, or its shape is not that of the others.
     """
 
-    def __init__(self, paths: Sequence[str | Path], first_stage_key: str = "f8", cond_stage_key: str = "t5") -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        first_stage_key: str = "f8",
+        cond_stage_key: str = "t5",
+        extra: Sequence[str] = (),
+    ) -> None:
         self.paths = [Path(path) for path in paths]
         self.first_stage_key = first_stage_key
-        self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION]))
+        self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION, *extra]))
         self.optional = {CAPTION} - {first_stage_key, cond_stage_key}
         self.sample_keys: list[str] = []
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {key: {} for key in self.keys}  # shape -> type, as found
@@ -120,7 +137,7 @@ class ShardDataset(Dataset):
             offset, size = sample.spans[member_extension(key)]
             name = f"{path}: {sample.key}.{member_extension(key)}"
             start = read_span(descriptor, offset, min(size, npy.HEADER_BYTES), name)
-            header = npy.read_header(start, size, name)
+            header = npy.read_header(start, size, name, number_types(key))
             known = self.shapes[key]
             if header.shape not in known:
                 picture = key == self.first_stage_key

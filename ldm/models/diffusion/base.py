@@ -18,7 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.checkpoint import LoadReport, load_file_into
 from ldm.models.diffusion.ancestral import AncestralSampler
+from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.log_images import log_images
+from ldm.models.diffusion.preservation import Prior
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
@@ -27,19 +29,6 @@ from ldm.modules.ema import LitEma
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 logger = logging.getLogger(__name__)
-
-Batch = Mapping[str, Any]
-
-
-def batch_entry(batch: Batch, key: str) -> Any:
-    """`batch[key]`.
-
-    Raises:
-        UserError: the batch has no such entry.
-    """
-    if key not in batch:
-        raise UserError(f"the model reads the batch entry {key!r}; the data give {', '.join(map(repr, batch))}")
-    return batch[key]
 
 
 class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
@@ -164,21 +153,29 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         """The UNet's prediction (B, C, H, W) at the noisy `x`."""
         return self.model(x, t)
 
-    def training_loss(self, output: Tensor, target: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its logged parts: simple + weight · variational bound, over exp(logvar) (eq. 14)."""
+    def training_loss(
+        self, output: Tensor, target: Tensor, t: Tensor, prior: Prior | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its logged parts: simple + weight · variational bound, over exp(logvar) (eq. 14).
+
+        With a `prior` its samples join in as it says, and the parts are those of the training samples.
+        """
+        mean, joined = (prior.training_mean, prior.joined) if prior else (Tensor.mean, Tensor.mean)
         error = target.float() - output.float()
         per_sample = (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)  # (B,)
         prefix = "train" if self.training else "val"
-        logged = {f"{prefix}/loss_simple": per_sample.mean()}
+        logged = {f"{prefix}/loss_simple": mean(per_sample)}
+        if prior:
+            logged[f"{prefix}/loss_prior"] = prior.prior_mean(per_sample)
 
         logvar = self.logvar[t]
         weighted = per_sample / logvar.exp() + logvar
         if self.learn_logvar:
-            logged[f"{prefix}/loss_gamma"] = weighted.mean()
+            logged[f"{prefix}/loss_gamma"] = mean(weighted)
             logged["logvar"] = self.logvar.mean()
-        bound = (self.lvlb_weights[t] * per_sample).mean()
-        logged[f"{prefix}/loss_vlb"] = bound
-        loss = self.l_simple_weight * weighted.mean() + self.original_elbo_weight * bound
+        bound = self.lvlb_weights[t] * per_sample
+        logged[f"{prefix}/loss_vlb"] = mean(bound)
+        loss = self.l_simple_weight * joined(weighted) + self.original_elbo_weight * joined(bound)
         logged[f"{prefix}/loss"] = loss
         return loss, {key: value.detach() for key, value in logged.items()}
 

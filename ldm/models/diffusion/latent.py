@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import LoadReport
-from ldm.models.diffusion.base import DDPM, Batch, batch_entry
+from ldm.models.diffusion.base import DDPM
+from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
@@ -54,6 +56,8 @@ class LatentDiffusion(DDPM):
         concat_keys: batch entries (channels first) concatenated to the input, for `conditioning_key: hybrid`.
         scale_factor: latents are multiplied by it.
         scale_by_std: set `scale_factor` to 1 / standard deviation of the first batch's latents.
+        prior_loss_weight: weight of the loss on samples that the batch marks as the prior's; see `Prior`.
+        prior_target: what these are to predict: the `data`'s target, or a `teacher`'s stored prediction.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class LatentDiffusion(DDPM):
         concat_keys: Sequence[str] = (),
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
+        prior_loss_weight: float = 1.0,
+        prior_target: str = "data",
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
@@ -84,6 +90,9 @@ class LatentDiffusion(DDPM):
         num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         if not 1 <= num_timesteps_cond <= self.num_timesteps:
             raise UserError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to timesteps ({self.num_timesteps})")
+        check_prior_settings(prior_loss_weight, prior_target)
+        self.prior_loss_weight = prior_loss_weight
+        self.prior_target = prior_target
         self.num_timesteps_cond = num_timesteps_cond
         self.cond_stage_key = cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
@@ -238,19 +247,27 @@ class LatentDiffusion(DDPM):
     # Training
 
     def p_losses(
-        self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None
+        self,
+        x_start: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor | None = None,
+        prior: Prior | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss at timesteps `t` (B,) of clean scaled latents `x_start` (B, C, h, w) under `cond`."""
         noise = torch.randn_like(x_start) if noise is None else noise
+        if prior:
+            t, noise = prior.asked(t, noise)
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        return self.training_loss(output, self.training_target(x_start, noise, t), t)
+        target = self.training_target(x_start, noise, t)
+        return self.training_loss(output, prior.target(target) if prior else target, t, prior)
 
-    def forward(self, x: Tensor, c: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, c: Conditioning, prior: Prior | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of clean latents at random timesteps, with the conditioning noised if the config says so."""
         t = self.draw_timesteps(x)
         if self.num_timesteps_cond > 1:
             c = self._noised_conditioning(c, self.cond_ids[t])
-        return self.p_losses(x, c, t)
+        return self.p_losses(x, c, t, prior=prior)
 
     def _noised_conditioning(self, c: Conditioning, t: Tensor) -> Conditioning:
         if isinstance(c, Mapping):
@@ -259,7 +276,8 @@ class LatentDiffusion(DDPM):
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latent = self.get_first_stage_encoding(self.encode_batch(batch))
-        return self(latent, self.encode_conditioning(batch))
+        prior = Prior.of(batch, self.prior_loss_weight, self.prior_target)
+        return self(latent, self.encode_conditioning(batch), prior)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._scale_is_loaded = "scale_factor" in checkpoint["state_dict"]

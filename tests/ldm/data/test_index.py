@@ -36,7 +36,7 @@ def test_a_whole_set_and_a_chosen_part_are_read(folder):
 def test_an_unfinished_set_is_refused(folder):
     (folder / INDEX).write_text(json.dumps({"complete": False, "shards": []}))
     for urls in (str(folder), str(folder / "set-{000..001}.tar")):
-        with pytest.raises(UserError, match=r"index\.json: the set is unfinished.*tools/preencode\.py again"):
+        with pytest.raises(UserError, match=r"index\.json: the set is unfinished.*--overwrite, by tools/preencode\.py"):
             count(urls)
 
 

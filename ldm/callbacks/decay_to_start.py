@@ -1,0 +1,118 @@
+"""Decay towards the weights that training began from: the preservation that needs no data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ldm.checkpoint import is_optional, open_checkpoint, weights_of
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+
+class DecayToStart(Callback):
+    """θ ← θ − lr · λ · (θ − θ⁰) at the end of each optimizer step, towards the weights θ⁰ of a file.
+
+    That is the gradient of L2-SP's penalty λ/2 · ‖θ − θ⁰‖² (arXiv:1802.01483, there with α), decoupled from the
+    optimizer's statistics as AdamW's decay towards zero is (arXiv:1711.05101, algorithm 2). Alone it halves a weight's
+    distance from its start in ln 2 / (lr · λ) steps, whatever moved it; so small learning rates take a large λ.
+
+    θ⁰ is read from the file's memory map one parameter at a time, and its memory given back: no second model is held.
+    All of the file is read each time: `every_n_steps` makes that less often.
+
+    The arithmetic is float32, but weights kept in bfloat16 lose changes below their precision, of 2⁻⁸ of a weight:
+    there choose `every_n_steps` large. The average of the weights (EMA) and checkpoints see the weights after it.
+
+    An optimizer's own `weight_decay`, 0.01 in AdamW unless it is set, goes on pulling to zero: set it to 0 in
+    `model.params.optimizer_config`.
+
+    Args:
+        start: the released checkpoint, or the training checkpoint made from it.
+        weight: λ.
+        every_n_steps: apply n · λ at each step that n divides.
+    """
+
+    def __init__(self, start: str, weight: float, every_n_steps: int = 1) -> None:
+        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise UserError(f"weight {weight!r}: give a number above 0")
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps {every_n_steps}: give a whole number of at least 1")
+        self.start = Path(start)
+        self.weight = weight
+        self.every_n_steps = every_n_steps
+        self._hooks: list[RemovableHandle] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the file, hold it against what is trained, and hook onto the optimizers.
+
+        Raises:
+            UserError: the file cannot be read, or does not hold the trained parameters.
+        """
+        opened = open_checkpoint(self.start)
+        starts = self._starts(trainer.optimizers, pl_module, weights_of(opened.content, self.start))
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (trainer.global_step + 1) % self.every_n_steps == 0:  # it counts a step when all of it is done
+                self._pull(optimizer, starts, opened.file.drop_pages)
+
+        self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+
+    def _starts(
+        self, optimizers: Sequence[Optimizer], module: nn.Module, weights: Mapping[str, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """The mapped start of each trained parameter; those that a release may lack have none."""
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        starts = {}
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            if group.get("weight_decay"):
+                log.warning(
+                    "decay_to_start: the optimizer's own weight_decay %s pulls to zero at the same time; "
+                    "set it to 0 in model.params.optimizer_config",
+                    group["weight_decay"],
+                )
+            for parameter in group["params"]:
+                name = names[parameter]
+                if name not in weights and is_optional(name):
+                    continue
+                if name not in weights or weights[name].shape != parameter.shape:
+                    found = f"has {tuple(weights[name].shape)} as" if name in weights else "lacks"
+                    shape = tuple(parameter.shape)
+                    raise UserError(
+                        f"decay_to_start: {self.start} {found} {name} of shape {shape}, which is trained; "
+                        "name the weights that training began from"
+                    )
+                starts[parameter] = weights[name]
+        return starts
+
+    @torch.no_grad()
+    def _pull(
+        self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], after_each: Callable[[], None]
+    ) -> None:
+        for group in optimizer.param_groups:
+            share = float(group["lr"]) * self.weight * self.every_n_steps
+            if share > 1:
+                raise UserError(
+                    f"decay_to_start: learning rate {float(group['lr']):.3g} * weight {self.weight} * every_n_steps "
+                    f"{self.every_n_steps} is {share:.3g}, beyond the start itself; keep it below 1"
+                )
+            for parameter in group["params"]:
+                if parameter in starts:
+                    dtype = torch.promote_types(parameter.dtype, torch.float32)
+                    start = starts[parameter].to(parameter.device, dtype)
+                    parameter.copy_(torch.lerp(parameter.to(dtype), start, share))
+                    after_each()
