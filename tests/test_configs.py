@@ -35,6 +35,14 @@ def test_targets_resolve_and_params_bind(path):
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
 
 
+@pytest.mark.parametrize("overlay", ["prior_pictures.yaml", "prior_teacher.yaml", "decay_to_start.yaml"])
+def test_overlays_bind_on_top_of_the_recipe(overlay):
+    merged = plain(load_config(["finetune_stable_diffusion.yaml", overlay]))
+    for _, entry in described(merged):
+        check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
+    assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_names_its_launch_commands(path):
     header = path.read_text().split("\nmodel:")[0]

@@ -56,10 +56,13 @@ class DecayToStart(Callback):
         """Open the file, hold it against what is trained, and hook onto the optimizers.
 
         Raises:
-            UserError: the file cannot be read, or does not hold the trained parameters.
+            UserError: the file cannot be read, or does not hold the trained parameters; or the decay is too strong.
         """
         opened = open_checkpoint(self.start)
-        starts = self._starts(trainer.optimizers, pl_module, weights_of(opened.content, self.start))
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        for group in groups:
+            self._check_group(group)
+        starts = self._starts(groups, pl_module, weights_of(opened.content, self.start))
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (trainer.global_step + 1) % self.every_n_steps == 0:  # it counts a step when all of it is done
@@ -72,44 +75,48 @@ class DecayToStart(Callback):
             handle.remove()
         self._hooks = []
 
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        rate = group.get("initial_lr", group["lr"])  # that of a schedule, which may begin at 0
+        if self._share(rate) > 1:
+            raise UserError(
+                f"decay_to_start: learning rate {float(rate):.3g} * weight {self.weight} * every_n_steps "
+                f"{self.every_n_steps} is {self._share(rate):.3g}, beyond the start itself; keep it below 1"
+            )
+        if group.get("weight_decay"):
+            log.warning(
+                "decay_to_start: the optimizer's own weight_decay %s pulls to zero at the same time; "
+                "set it to 0 in model.params.optimizer_config",
+                group["weight_decay"],
+            )
+
     def _starts(
-        self, optimizers: Sequence[Optimizer], module: nn.Module, weights: Mapping[str, Tensor]
+        self, groups: Sequence[Mapping[str, Any]], module: nn.Module, weights: Mapping[str, Tensor]
     ) -> dict[nn.Parameter, Tensor]:
         """The mapped start of each trained parameter; those that a release may lack have none."""
         names = {parameter: name for name, parameter in module.named_parameters()}
         starts = {}
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            if group.get("weight_decay"):
-                log.warning(
-                    "decay_to_start: the optimizer's own weight_decay %s pulls to zero at the same time; "
-                    "set it to 0 in model.params.optimizer_config",
-                    group["weight_decay"],
-                )
-            for parameter in group["params"]:
-                name = names[parameter]
-                if name not in weights and is_optional(name):
-                    continue
-                if name not in weights or weights[name].shape != parameter.shape:
-                    found = f"has {tuple(weights[name].shape)} as" if name in weights else "lacks"
-                    shape = tuple(parameter.shape)
-                    raise UserError(
-                        f"decay_to_start: {self.start} {found} {name} of shape {shape}, which is trained; "
-                        "name the weights that training began from"
-                    )
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            name, shape = names[parameter], tuple(parameter.shape)
+            if name in weights and weights[name].shape == shape:
                 starts[parameter] = weights[name]
+            elif name in weights or not is_optional(name):
+                found = f"has {tuple(weights[name].shape)} as" if name in weights else "lacks"
+                raise UserError(
+                    f"decay_to_start: {self.start} {found} {name} of shape {shape}, which is trained; "
+                    "name the weights that training began from"
+                )
         return starts
+
+    def _share(self, rate: float | Tensor) -> float:
+        """The share of its way back that a weight goes at once, at the learning rate `rate`."""
+        return float(rate) * self.weight * self.every_n_steps
 
     @torch.no_grad()
     def _pull(
         self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], after_each: Callable[[], None]
     ) -> None:
         for group in optimizer.param_groups:
-            share = float(group["lr"]) * self.weight * self.every_n_steps
-            if share > 1:
-                raise UserError(
-                    f"decay_to_start: learning rate {float(group['lr']):.3g} * weight {self.weight} * every_n_steps "
-                    f"{self.every_n_steps} is {share:.3g}, beyond the start itself; keep it below 1"
-                )
+            share = min(self._share(group["lr"]), 1.0)  # more would shoot past the start
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)

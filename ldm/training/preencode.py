@@ -13,7 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.data import npy
 from ldm.data.images import ImageItem
-from ldm.data.index import write_index
 from ldm.data.transforms import centre_square, fit_square
-from ldm.data.writer import ShardWriter
-from ldm.files import atomic_write
 from ldm.models.diffusion.latent import check_reads_captions
-from ldm.training.shard_set import FORMAT_VERSION, NULL, begin, check_out, stop
+from ldm.training.shard_set import Sample, check_out, finish, write_samples
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -201,6 +198,25 @@ def _encoded(
         report.without_caption += picture.item.caption is None
 
 
+def _batches(
+    encoder: Encoder,
+    items: Sequence[ImageItem],
+    size: int,
+    batch_size: int,
+    flip: bool,
+    workers: int,
+    report: Report,
+) -> Iterator[list[Sample]]:
+    """The samples of all pictures, a batch of pictures at a time; counted in the report."""
+    for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):
+        samples = list(_encoded(encoder, batch, flip, report))
+        yield samples
+        report.samples += len(samples)
+        report.pictures += len(batch)
+    if not report.pictures:
+        raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
+
+
 def preencode(
     encoder: Encoder,
     items: Sequence[ImageItem],
@@ -221,40 +237,21 @@ def preencode(
     check_out(out, overwrite)
     encoder.check_size(size)
     null = encoder.captions([""])[0]
-    report, writer = Report(), ShardWriter(out, shard_size)
-    try:
-        with writer:
-            for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):
-                samples = list(_encoded(encoder, batch, flip, report))
-                if not report.pictures:  # only now it is sure that there will be a set to replace the old one
-                    begin(out)
-                for key, members in samples:
-                    writer.write(key, members)
-                report.samples += len(samples)
-                report.pictures += len(batch)
-            if not report.pictures:
-                raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
-    except BaseException as error:
-        stop(out, interrupted=isinstance(error, KeyboardInterrupt))
-        raise
-    report.shards = writer.shards
-    folder = Path(out).parent
-    with atomic_write(folder / NULL) as path:
-        path.write_bytes(npy.encode(null))
-    index = {
-        "format": FORMAT_VERSION,
-        "out": Path(out).name,
-        "complete": True,
-        "samples": report.samples,
-        "pictures": report.pictures,
-        "without_caption": report.without_caption,
-        "failed": report.failed,
-        "size": size,
-        "flip": flip,
-        "f8": list(report.shape),
-        "t5": list(null.shape),
-        "scale_factor": float(encoder.model.scale_factor),
-        "shards": report.shards,
-    }
-    write_index(folder, index)
+    report = Report()
+    batches = _batches(encoder, items, size, batch_size, flip, workers, report)
+    report.shards = write_samples(out, batches, shard_size)
+    finish(
+        out,
+        null,
+        report.shards,
+        samples=report.samples,
+        pictures=report.pictures,
+        without_caption=report.without_caption,
+        failed=report.failed,
+        size=size,
+        flip=flip,
+        f8=list(report.shape),
+        t5=list(null.shape),
+        scale_factor=float(encoder.model.scale_factor),
+    )
     return report

@@ -1,18 +1,26 @@
-"""The set of shards that pre-encoding writes: where it may be, and what is there when it begins or is cut short."""
+"""Writing a set of shards: where it may be, and what is there when it begins, is cut short, or is whole."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from ldm.data import npy
 from ldm.data.index import INDEX, read_index, write_index
-from ldm.data.writer import existing_shards, shard_paths
+from ldm.data.writer import ShardWriter, existing_shards, shard_paths
+from ldm.files import atomic_write
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 NULL = "null.t5.npy"
+
+Sample = tuple[str, Mapping[str, bytes]]  # its key, and its members by extension
 
 
 def check_out(out: str, overwrite: bool) -> None:
@@ -34,7 +42,37 @@ def check_out(out: str, overwrite: bool) -> None:
         )
 
 
-def begin(out: str) -> None:
+def write_samples(out: str, batches: Iterable[Iterable[Sample]], shard_size: int) -> list[dict[str, Any]]:
+    """Write the shards of `out`, which stay marked as unfinished until `finish`; returns what `ShardWriter` lists.
+
+    The old set goes when the first batch is there. Whatever `batches` raises comes through.
+    """
+    writer, begun = ShardWriter(out, shard_size), False
+    try:
+        with writer:
+            for batch in batches:
+                samples = list(batch)
+                if not begun:  # only now it is sure that there will be a set to replace the old one
+                    _begin(out)
+                    begun = True
+                for key, members in samples:
+                    writer.write(key, members)
+    except BaseException as error:
+        _stop(out, interrupted=isinstance(error, KeyboardInterrupt))
+        raise
+    return writer.shards
+
+
+def finish(out: str, null: np.ndarray, shards: list[dict[str, Any]], **about: Any) -> None:
+    """Put the empty caption's encoding and, last, the index beside the shards: `about` says what they are."""
+    folder = Path(out).parent
+    with atomic_write(folder / NULL) as path:
+        path.write_bytes(npy.encode(null))
+    index = {"format": FORMAT_VERSION, "out": Path(out).name, "complete": True, **about, "shards": shards}
+    write_index(folder, index)
+
+
+def _begin(out: str) -> None:
     """Mark the set as unfinished, and remove the one that is there: whatever happens next, neither seems whole."""
     folder = Path(out).parent
     write_index(folder, {"format": FORMAT_VERSION, "out": Path(out).name, "complete": False, "shards": []})
@@ -42,7 +80,7 @@ def begin(out: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def stop(out: str, interrupted: bool) -> None:
+def _stop(out: str, interrupted: bool) -> None:
     """Clear up the mark of a set that has no shard yet, and tell a person who interrupted what is there."""
     folder, there = Path(out).parent, existing_shards(out)
     unfinished = not (read_index(folder) or {}).get("complete", True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
 
 
 @torch.no_grad()
-def text_to_image(
+def draw_latents(
     model: LatentDiffusion,
     requests: Sequence[Request],
     shape: tuple[int, int, int],
@@ -54,11 +54,11 @@ def text_to_image(
     batch_size: int = 4,
     verbose: bool = True,
 ) -> Iterator[Tensor]:
-    """Pictures (3, H, W), about [-1, 1], float32 on the CPU, in the order of `requests`.
+    """Scaled latents (C, h, w), float32 on the model's device, in the order of `requests`.
 
     Drawn with the averaged weights, if the model keeps any. A request's noise is drawn from its own seed, so that its
-    picture does not depend on the others or on `batch_size`, but for rounding: kernels sum in another order for another
-    batch, which can move a pixel by 1/255.
+    latent does not depend on the others or on `batch_size`, but for rounding: kernels sum in another order for another
+    batch, which can move a pixel of its picture by 1/255.
 
     Args:
         shape: (C, h, w) of the latents; see `latent_shape`.
@@ -87,5 +87,13 @@ def text_to_image(
                 generators=[torch.Generator().manual_seed(request.seed) for request in part],
                 verbose=verbose,
             )
-        for sample in samples.split(1):  # decoding takes more memory than sampling
-            yield model.decode_first_stage(sample)[0].float().cpu()
+        yield from samples
+
+
+@torch.no_grad()
+def text_to_image(
+    model: LatentDiffusion, requests: Sequence[Request], shape: tuple[int, int, int], **settings: Any
+) -> Iterator[Tensor]:
+    """Pictures (3, H, W), about [-1, 1], float32 on the CPU, of what `draw_latents` draws with the same arguments."""
+    for latent in draw_latents(model, requests, shape, **settings):
+        yield model.decode_first_stage(latent[None])[0].float().cpu()  # alone: it takes more memory than sampling

@@ -16,7 +16,7 @@ DATA = [torch.tensor(float(i)) for i in range(6)]
 
 
 class Pulled(pl.LightningModule):
-    """Two weights with the gradient 1; its own rate falls from 0.5 by half a step. Notes the weights after each step."""
+    """Two weights with the gradient 1; the rate, from 0.5, halves at each step. Notes the weights after each."""
 
     def __init__(self, dtype=torch.float32, stop=None, checkpoint=None, **options) -> None:
         super().__init__()

@@ -30,6 +30,17 @@ def test_float64_is_read_as_float32():
     assert npy.decode(bytearray(npy.encode(np.ones((2, 2)))), "x").dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", ["<i4", ">i4", "<i8"])
+def test_whole_numbers_are_read_where_they_are_asked_for(dtype):
+    data = bytearray(npy.encode(np.array([3, 999, -1], dtype)))
+    decoded = npy.decode(data, "x", npy.INTEGERS)
+    assert decoded.dtype == np.dtype(dtype).newbyteorder("=") and decoded.tolist() == [3, 999, -1]
+    with pytest.raises(UserError, match="not one of float16"):
+        npy.decode(data, "x")
+    with pytest.raises(UserError, match="type is float16, not one of int32, int64"):
+        npy.decode(bytearray(npy.encode(np.ones(2, np.float16))), "x", npy.INTEGERS)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -1,0 +1,112 @@
+"""main.py with each kind of preservation: runs that stop and go on, what they log, and that they do preserve."""
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.checkpoint import load_state_dict, save_state_dict
+from ldm.data import npy
+from ldm.data.writer import ShardWriter
+from ldm.training.config import build_model, load_config
+from ldm.util import UserError
+from tests.test_main import assert_same_training
+from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+
+PRIOR = "data.params.prior_urls=prior.tar data.params.prior_ratio=1.5"
+TEACHER = "data.params.prior_urls=taught.tar model.params.prior_target=teacher"
+_CALLBACK = "lightning.callbacks.decay"
+_PARAMS = {"start": "start.safetensors", "weight": 100, "every_n_steps": 2}
+DECAY = f"{_CALLBACK}.target=ldm.callbacks.decay_to_start.DecayToStart " + " ".join(
+    f"{_CALLBACK}.params.{key}={value}" for key, value in _PARAMS.items()
+)
+
+
+@pytest.fixture(autouse=True)
+def _inputs(train, tmp_path):
+    """Beside the training set: a prior of five latents, the same with predictions, and weights to decay to."""
+    rng = np.random.default_rng(1)
+    for name, k in (("prior.tar", 0), ("taught.tar", 3)):
+        with ShardWriter(str(tmp_path / name), 1) as writer:
+            for number in range(5):
+                arrays = {"f8": rng.standard_normal((4, 4, 4)), "t5": rng.standard_normal((77, 8))}
+                if k:
+                    arrays |= {key: rng.standard_normal((k, 4, 4, 4)) for key in ("noise", "prediction")}
+                members = {f"{key}.npy": npy.encode(array.astype(np.float16)) for key, array in arrays.items()}
+                if k:
+                    members["t.npy"] = npy.encode(np.arange(k, dtype=np.int32) * 10)
+                writer.write(f"p{number}", members)
+    torch.manual_seed(0)
+    save_state_dict(build_model(load_config([tmp_path / "tiny.yaml"])).state_dict(), tmp_path / "start.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        (3, f"{PRIOR} data.params.num_workers=2"),  # within an epoch of six batches
+        (8, f"{TEACHER} data.params.num_workers=2"),  # within the second, each sample at its second answer
+        (3, f"{DECAY}"),  # between two decays
+        (4, f"{TEACHER} {DECAY} --accumulate_grad_batches 2"),
+    ],
+)
+def test_a_run_goes_on_as_if_it_had_not_stopped(train, tmp_path, stop, options):
+    train(f"-l straight --max_steps {stop + 4} {options}")
+    train(f"-l resumed --max_steps {stop} {options}")
+    resumed = the_run(tmp_path / "resumed")
+    train(f"--resume {resumed} --max_steps {stop + 4}")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_workers_change_nothing(train, tmp_path):
+    train(f"-l plain --max_steps 8 {TEACHER}")
+    train(f"-l busy --max_steps 8 {TEACHER} data.params.num_workers=2")
+    assert_same_training(the_run(tmp_path / "plain"), the_run(tmp_path / "busy"))
+
+
+def test_both_losses_are_logged_and_add_up(train, tmp_path, caplog):
+    train(f"--max_steps 2 {PRIOR} model.params.prior_loss_weight=0.5")
+    run = the_run(tmp_path / "logs")
+    own, prior, both = (logged(run, f"train/{name}") for name in ("loss_simple", "loss_prior", "loss"))
+    assert sorted(own) == [0, 1]
+    for step in own:
+        assert float(both[step]) == pytest.approx(float(own[step]) + 0.5 * float(prior[step]), rel=1e-5)
+    assert set(logged(run, "lr-AdamW").values()) == {"0.002"}  # of the batch_size, without the prior's samples
+
+
+def test_validation_has_no_prior(train, tmp_path):
+    train(f"--max_steps 2 {PRIOR} data.params.val_urls=shards/s-000000.tar --val_check_interval 2")
+    run = the_run(tmp_path / "logs")
+    assert logged(run, "val/loss_simple") and not logged(run, "val/loss_prior")
+
+
+def distance(path, start):
+    """How far the trained weights of a checkpoint are from those of `start`."""
+    weights, begun = load_state_dict(path), load_state_dict(start)
+    return sum((weights[key] - begun[key]).square().sum() for key in begun if key.startswith("model.")).sqrt()
+
+
+def test_decay_keeps_the_weights_near_their_start(train, tmp_path):
+    start = tmp_path / "start.safetensors"
+    options = f"--max_steps 12 --no-test model.params.ckpt_path={start}"
+    train(f"-l free {options}")
+    train(f"-l held {options} {DECAY}")
+    free, held = (distance(the_run(tmp_path / name) / "checkpoints/last.ckpt", start) for name in ("free", "held"))
+    assert 0 < held < 0.7 * free
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("data.params.prior_urls=nowhere.tar", "nowhere.tar"),
+        ("data.params.prior_url=prior.tar", "unknown key 'prior_url' .*; did you mean 'prior_urls'"),
+        ("model.params.prior_target=teacher", "prior_urls names no shards"),
+        (f"{PRIOR} model.params.prior_target=teacher", r"no member 't\.npy'; write .*make_prior\.py --teacher"),
+        (f"{DECAY} lightning.callbacks.decay.params.start=prior.tar", r"prior\.tar: not a checkpoint"),
+        (f"{DECAY} model.params.unet_config.params.num_res_blocks=2", r"start\.safetensors lacks model\."),
+        (f"{DECAY} lightning.callbacks.decay.params.weight=1e4", "beyond the start itself"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(train, tmp_path, line, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(f"--max_steps 2 {line}")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("logs/*"))

@@ -1,0 +1,173 @@
+"""The command on a tiny release: from captions, from pictures, with and without predictions."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from ldm.data import npy
+from ldm.data.dropout import EpochItems
+from ldm.data.prior import WithPrior
+from ldm.data.shards import TEACHER_KEYS, ShardDataset
+from ldm.data.writer import ShardWriter
+from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
+from ldm.training.config import load_config
+from ldm.training.release import load_release
+from tests.conftest import RELEASE_CONFIG
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/make_prior.py"
+FAST = ("--config", RELEASE_CONFIG, "--steps", 2, "--H", 32, "--W", 32, "--scale", 2)
+AS_TRAINED = ["first_stage_key=f8", "cond_stage_key=txt", "prior_target=teacher"]
+
+
+@pytest.fixture
+def make_prior(tiny_release, monkeypatch, tmp_path):
+    """Runs the command in this process; returns what it exits with: None or the error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, ("--ckpt", tiny_release, *FAST, *arguments))])
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return None
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tiny_release):
+    return load_release(tiny_release, load_config([RELEASE_CONFIG], [f"model.params.{line}" for line in AS_TRAINED]))
+
+
+def write_pictures(model, folder, sizes=((8, 8),) * 5, width=None):
+    """Posteriors with a mean of their number and a standard deviation of 1."""
+    with ShardWriter(str(folder / "p-%d.tar"), 1000) as writer:
+        for number, size in enumerate(sizes):
+            mean = np.full((model.channels, *size), number, np.float16)
+            t5 = model.get_learned_conditioning([f"dog {number}"])[0].half().numpy()[:, :width]
+            members = {"f8.npy": npy.encode(np.concatenate([mean, np.zeros_like(mean)])), "t5.npy": npy.encode(t5)}
+            writer.write(f"dog{number}", {**members, "txt": f"dog {number}".encode()})
+    return folder
+
+
+def self_loss(model, path):
+    """The loss of the prior's samples in the very model that was their teacher."""
+    prior = ShardDataset([path], extra=TEACHER_KEYS)
+    items = WithPrior(EpochItems(ShardDataset([path])), prior, None, model.num_timesteps)
+    count = len(prior)
+    batch = default_collate([items[(turn, number)] for turn in (0, 1) for number in range(2 * count)])
+    with torch.no_grad():
+        return model.shared_step(batch)[1]["val/loss_prior"].item()
+
+
+def test_samples_go_to_shards_as_they_are_drawn(make_prior, model, tmp_path):
+    prompts = ("--prompt", "red apple", "a bee", "--n", 2, "--seed", 7)
+    assert make_prior(*prompts, "--batch-size", 3, "--shard-size", 3, "--out", "out/s-%03d.tar") is None
+    names = ["index.json", "null.t5.npy", "s-000.tar", "s-001.tar"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    requests = [Request("red apple", 7), Request("red apple", 8), Request("a bee", 9), Request("a bee", 10)]
+    settings = {"steps": 2, "scale": 2.0, "sampler": "ddim", "eta": 0.0}
+    latents = draw_latents(model, requests, latent_shape(model, 32, 32), **settings, batch_size=3, verbose=False)
+    dataset = ShardDataset(sorted((tmp_path / "out").glob("*.tar")), extra=["json"])
+    for request, latent, sample in zip(requests, latents, (dataset[n] for n in range(4)), strict=True):
+        assert sample["f8"].dtype == sample["t5"].dtype == np.float16 and sample["txt"] == request.prompt
+        np.testing.assert_array_equal(sample["f8"], (latent / model.scale_factor).half().numpy())
+        expected = model.get_learned_conditioning([request.prompt])[0].numpy()
+        np.testing.assert_allclose(sample["t5"], expected, rtol=2e-3, atol=2e-3)
+        assert sample["json"] == {"prompt": request.prompt, "seed": request.seed, **settings}
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert (index["complete"], index["samples"], index["teacher"]) == (True, 4, 0)
+    assert index["scale_factor"] == model.scale_factor and len(index["shards"]) == 2
+
+
+def test_the_teacher_has_no_loss_on_its_own_predictions(make_prior, model, tmp_path):
+    assert make_prior("--prompt", "red apple", "--n", 6, "--teacher", 2, "--null-share", 0.5, "--out", "s.tar") is None
+    dataset = ShardDataset([tmp_path / "s.tar"], extra=TEACHER_KEYS)
+    captions = [dataset[number]["txt"] for number in range(6)]
+    assert set(captions) == {"red apple", ""}
+    null = npy.decode(bytearray((tmp_path / "null.t5.npy").read_bytes()), "null")
+    assert all((np.array_equal(dataset[n]["t5"], null)) == (captions[n] == "") for n in range(6))
+    assert self_loss(model, tmp_path / "s.tar") < 1e-5
+
+
+def test_pictures_get_a_named_draw_and_predictions(make_prior, model, tmp_path):
+    pictures = write_pictures(model, tmp_path / "pictures")
+    for out, size in (("one", 2), ("two", 5)):
+        options = ("--teacher", 2, "--null-share", 0, "--batch-size", size)
+        assert make_prior("--shards", pictures, *options, "--out", f"{out}/s.tar") is None
+    one, two = (ShardDataset([tmp_path / out / "s.tar"], extra=TEACHER_KEYS) for out in ("one", "two"))
+    for number in range(5):
+        sample, again = one[number], two[number]
+        assert sample["__key__"] == f"dog{number}" and sample["txt"] == f"dog {number}"
+        assert all(np.array_equal(sample[key], again[key]) for key in ("f8", "t5", "t", "noise"))
+        np.testing.assert_allclose(sample["prediction"], again["prediction"], rtol=2e-3, atol=2e-3)
+        spread = sample["f8"].astype(np.float32) - number
+        assert sample["f8"].shape == (model.channels, 8, 8) and abs(spread.mean()) < 0.4 and 0.7 < spread.std() < 1.3
+    assert self_loss(model, tmp_path / "one/s.tar") < 1e-5
+
+
+def test_latents_are_taken_as_they_are(make_prior, model, tmp_path):
+    assert make_prior("--prompt", "red apple", "--n", 3, "--out", "drawn/s.tar") is None
+    assert make_prior("--shards", "drawn", "--teacher", 2, "--out", "taught/s.tar") is None
+    drawn, taught = (ShardDataset([tmp_path / name / "s.tar"]) for name in ("drawn", "taught"))
+    assert all(np.array_equal(drawn[n]["f8"], taught[n]["f8"]) for n in range(3))
+
+
+def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
+    from ldm.models.diffusion.ddim import DDIMSampler
+
+    sample, calls = DDIMSampler.sample, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDIMSampler, "sample", interrupted)
+    options = ("--prompt", "red apple", "--n", 3, "--batch-size", 1, "--shard-size", 1, "--out", "s-%d.tar")
+    assert make_prior(*options) == 130
+    assert not json.loads((tmp_path / "index.json").read_text())["complete"]
+    assert re.search("give --overwrite to replace 1 shards", make_prior(*options))
+    monkeypatch.setattr(DDIMSampler, "sample", sample)
+    assert make_prior(*options, "--overwrite") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no caption: give --prompt or --from-file"),
+        (("--prompt", "x", "--ckpt", "none.ckpt"), r"none\.ckpt"),
+        (("--prompt", "x", "--out", "s"), r"--out s: name shards"),
+        (("--prompt", "x", "--n", 0), "--n 0"),
+        (("--prompt", "x", "--seed", -1), "--seed -1"),
+        (("--prompt", "x", "--H", 33), "--H 33"),
+        (("--prompt", "x", "--teacher", -1), "--teacher -1"),
+        (("--prompt", "x", "--teacher", 1001), "--teacher 1001: choose 1 to 1000 timesteps"),
+        (("--prompt", "x", "--teacher", 1, "--null-share", 2), "--null-share 2"),
+        (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
+        (("--shards", "pictures"), "--shards pictures: has its own captions, and needs --teacher"),
+        (("--shards", "pictures", "--teacher", 1, "--prompt", "x"), "has its own captions"),
+        (("--shards", "pipe:cat x", "--teacher", 1), "give local shards, not a stream"),
+        (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
+        (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),
+        (("--shards", "sizes", "--teacher", 1), "pictures of 2 sizes; a prior needs one"),
+        (("--shards", "narrow", "--teacher", 1), "context_dim is"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
+    write_pictures(model, tmp_path / "pictures")
+    write_pictures(model, tmp_path / "sizes", [(8, 8), (8, 16)])
+    write_pictures(model, tmp_path / "narrow", width=8)
+    before = sorted(tmp_path.rglob("*"))
+    error = make_prior("--out", "out/s-%d.tar", *arguments)
+    assert isinstance(error, str) and re.search(f"^error: .*{message}", error) and "\n" not in error
+    assert sorted(tmp_path.rglob("*")) == before

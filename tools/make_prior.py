@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Shards of what a model should not forget: its own samples, or pictures of yours, and what it predicts on them.
+
+python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
+python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/taught/%06d.tar --teacher 8
+python tools/make_prior.py --shards data/cats --out data/taught/%06d.tar --teacher 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+
+from ldm.cli import run
+from ldm.training.drawing import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, and defaults."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.replace("%", "%%"), formatter_class=_Formatter)
+    add_drawing_options(parser)
+    add = parser.add_argument
+    add("--shards", help="instead of captions: pre-encoded pictures, as training_urls names them; needs --teacher")
+    add("--out", required=True, help="shards to write, such as data/prior/%%06d.tar")
+    add("--teacher", type=int, default=0, help="timesteps a sample at which to store the model's predictions")
+    add(
+        "--null-share", type=float, default=0.1, help="with --teacher: samples that get the empty caption, for guidance"
+    )
+    add("--shard-size", type=int, default=1000, help="samples in a shard")
+    add("--overwrite", action="store_true", help="replace the shards of --out that are there")
+    options = parser.parse_args()
+    if options.shard_size < 1 or options.teacher < 0:
+        raise UserError(f"--shard-size {options.shard_size} --teacher {options.teacher}: give 1 or more")
+    if not 0 <= options.null_share <= 1:
+        raise UserError(f"--null-share {options.null_share}: give a number from 0 to 1")
+    if options.shards is None:
+        options.prompt = read_prompts(options.prompt, options.from_file)
+    elif options.prompt or options.from_file or not options.teacher:
+        raise UserError(f"--shards {options.shards}: has its own captions, and needs --teacher, the predictions to add")
+    check_drawing_options(options, options.n * len(options.prompt))
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    # Only now the slow imports: --help should answer at once.
+    from ldm.data.dropout import CaptionDropout
+    from ldm.models.diffusion.text_to_image import Request, latent_shape
+    from ldm.training.make_prior import drawn, make_prior, open_pictures, pictured, taught
+    from ldm.training.preencode import Encoder
+    from ldm.training.release import PRECISIONS, load_release, pick_device
+    from ldm.training.shard_set import check_out
+    from ldm.training.teacher import Teacher
+
+    check_out(options.out, options.overwrite)
+    device, dtype = pick_device(options.device), PRECISIONS[options.precision]
+    model = load_release(options.ckpt, options.config, device, dtype)
+    encoder = Encoder(model, device, dtype)
+    if options.shards is not None:
+        dataset = open_pictures(model, options.shards, options.out)
+        count, about = len(dataset), {}
+        batches = pictured(dataset, model.channels, options.seed, options.batch_size)
+    else:
+        prompts = [prompt for prompt in options.prompt for _ in range(options.n)]
+        requests = [Request(prompt, options.seed + number) for number, prompt in enumerate(prompts)]
+        count, about = len(requests), {key: getattr(options, key) for key in SETTINGS}
+        shape = latent_shape(model, options.H, options.W)
+        batches = drawn(encoder, requests, shape, about, options.batch_size)
+    if options.teacher:
+        teacher = Teacher(model, options.teacher, options.seed)
+        dropout = CaptionDropout("t5", encoder.captions([""])[0], options.null_share, options.seed)
+        batches = taught(batches, teacher, dropout)
+    shards = make_prior(
+        encoder,
+        batches,
+        count,
+        options.out,
+        shard_size=options.shard_size,
+        overwrite=options.overwrite,
+        seed=options.seed,
+        teacher=options.teacher,
+        **about,
+    )
+    logger.info("wrote %d samples in %d shards to %s", count, len(shards), Path(options.out).parent)
+
+
+if __name__ == "__main__":
+    run(main)
