@@ -82,6 +82,19 @@ CONFIG = {
         "trainer": {"log_every_n_steps": 1, "enable_model_summary": False},
     },
 }
+# In place of the stored encodings: a text tower as narrow as they are.
+TEXT_TOWER = {
+    "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "params": {
+        "text_config": {
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "projection_dim": 8,
+        }
+    },
+}
 
 
 def write_inputs(folder: Path) -> None:

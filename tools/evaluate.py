@@ -66,6 +66,7 @@ def main() -> None:
     options = parse_arguments()
     check_arguments(options)
     # Only now the slow imports: --help should answer at once.
+    from ldm.checkpoint import open_checkpoint
     from ldm.evaluation.figure import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
     from ldm.evaluation.report import rows_of, table, write_json
@@ -75,6 +76,7 @@ def main() -> None:
     from ldm.training.release import PRECISIONS, load_release, pick_device
 
     sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
+    open_checkpoint(options.ckpt)  # a wrong name shows before the base is evaluated
 
     def load(ckpt: Path) -> LatentDiffusion:
         return load_release(ckpt, options.config, device, dtype)
@@ -94,7 +96,7 @@ def main() -> None:
     }
     write_json(rows, about, options.out / "evaluation.json")
     draw_figure(rows, f"{options.ckpt.name} beside its base, {options.base.name}", options.out / "evaluation.png")
-    logger.info("\n%s\n\n%s and evaluation.png in it hold the rest", table(rows), options.out / "evaluation.json")
+    logger.info("\n%s\n\n%s: evaluation.json and evaluation.png", table(rows), options.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +67,7 @@ def evaluate_releases(
     Raises:
         UserError: a checkpoint or a set cannot be used, a model predicts no finite numbers, or the base nothing at all.
     """
-    kept = _look_at_base(load(base), base, sets, settings)
-    gc.collect()  # the base is gone before the other is read
+    kept = _look_at_base(load(base), base, sets, settings)  # which no name here keeps
     return _look_at_tuned(load(tuned), tuned, kept, settings)
 
 
@@ -84,11 +82,11 @@ def _look_at_base(
     kept = []
     for pictures in opened:
         start = time.monotonic()
+        drawn = draw(model, pictures, sampling, settings.batch_size) if sampling else None
         found = record(model, pictures, timesteps, settings.batch_size, f"base, {pictures.name}")
         _check_finite(found.loss, path, pictures, timesteps)
         if not all(eps.any() for eps in found.eps):
             raise UserError(f"{path}: predicts zero, as an untrained model does; name the base with --base")
-        drawn = draw(model, pictures, sampling, settings.batch_size) if sampling else None
         kept.append(_OfBase(pictures, timesteps, found, drawn, decoded(model, pictures, sampling) if sampling else []))
         _say(path, pictures, start)
     return kept

@@ -168,6 +168,16 @@ def test_optimizers_forget_and_the_rest_stays():
     assert before["optimizer_states"][0]["state"]
 
 
+def test_what_a_callback_kept_of_the_replaced_weights_is_forgotten():
+    before = {
+        "state_dict": training(),
+        "optimizer_states": [],
+        "callbacks": {"StepSeeds": {"seed": 3}, "Forgetting": {}},
+    }
+    after = grafted_checkpoint(before, graft(before["state_dict"], release(), "model.ckpt"))
+    assert after["callbacks"] == {"StepSeeds": {"seed": 3}} and "Forgetting" in before["callbacks"]
+
+
 class Tiny(pl.LightningModule):
     """A stand-in with the parts of a LatentDiffusion."""
 

@@ -1,0 +1,93 @@
+"""Two releases, one after the other; and the samples that are drawn from both."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.evaluation.releases import Settings, evaluate_releases
+from ldm.evaluation.samples import Sampling, sample_distances
+from ldm.util import UserError
+from tests.ldm.evaluation.conftest import KEYS, constant
+
+BASE, TUNED = Path("base.ckpt"), Path("tuned.ckpt")
+
+
+class Loader:
+    """Gives copies of models by path, and notes how many earlier ones still exist at each load."""
+
+    def __init__(self, **models) -> None:
+        self.models = models
+        self.alive: list[int] = []
+        self._given: list[weakref.ref] = []
+
+    def __call__(self, path: Path):
+        self.alive.append(sum(reference() is not None for reference in self._given))
+        model = copy.deepcopy(self.models[path.stem])
+        self._given.append(weakref.ref(model))
+        return model
+
+
+def test_one_model_is_in_memory_at_a_time(shard, reader):
+    load = Loader(base=reader, tuned=reader)
+    sampling = Sampling(count=1, steps=2, scale=1.0)
+    evaluate_releases(load, BASE, TUNED, {"one": str(shard), "two": str(shard)}, Settings(2, sampling=sampling))
+    assert load.alive == [0, 0]
+
+
+def test_a_model_beside_itself_moves_nothing(shard, reader):
+    sampling = Sampling(count=2, seed=7, steps=2, scale=2.0, sampler="dpm_solver")
+    (result,) = evaluate_releases(
+        Loader(base=reader, tuned=reader), BASE, TUNED, {"one": str(shard)}, Settings(4, 2, 3, sampling)
+    )
+    assert result.timesteps == [6, 18, 31, 43] and result.comparison.base.shape == (3, 4)
+    assert (result.comparison.drift == 0).all()
+    assert (result.comparison.base == result.comparison.tuned).all()
+    assert result.distances.moved == [0.0, 0.0]
+    assert result.distances.base_to_picture == result.distances.tuned_to_picture
+    assert all(0 < distance <= 1 for distance in result.distances.base_to_picture)
+    assert result.tuned.keys == ["a", "b"]  # spread over the three that the limit leaves: a, b, d
+    assert [tuple(request) for request in result.tuned.requests] == [("a picture of a", 7), ("a picture of b", 8)]
+
+
+def test_distances_of_samples_by_hand():
+    black, white = -torch.ones(3, 8, 8), torch.ones(3, 8, 8)
+    found = sample_distances(torch.stack([black, black]), torch.stack([black, white]), [white, white])
+    assert found == ([0, 1], [1, 1], [1, 0])
+    assert {name: interval.value for name, interval in found.means().items()} == {
+        "moved": 0.5,
+        "base_to_picture": 1.0,
+        "tuned_to_picture": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "message"),
+    [
+        (0.0, 1.0, "base.ckpt: predicts zero, as an untrained model does"),
+        (float("nan"), 1.0, "base.ckpt: predicts NaN or infinity for 'a' of set 'new' at timestep 12"),
+        (1.0, float("inf"), "tuned.ckpt: predicts NaN or infinity for 'a' of set 'new' at timestep 12"),
+    ],
+)
+def test_predictions_that_say_nothing_are_refused(shard, model, base, tuned, message):
+    values = {"base": base, "tuned": tuned}
+
+    def load(path: Path):
+        return constant(copy.deepcopy(model), values[path.stem])
+
+    with pytest.raises(UserError, match=message):
+        evaluate_releases(load, BASE, TUNED, {"new": str(shard)}, Settings(2))
+
+
+def test_samples_need_a_model_that_reads_captions(shard, model):
+    with pytest.raises(UserError, match="reads no captions"):
+        evaluate_releases(Loader(base=model), BASE, TUNED, {"new": str(shard)}, Settings(sampling=Sampling(1)))
+
+
+def test_all_pictures_without_a_limit(shard, model):
+    (result,) = evaluate_releases(Loader(base=model, tuned=model), BASE, TUNED, {"n": str(shard)}, Settings(1))
+    assert result.pictures.keys == KEYS and result.distances is None

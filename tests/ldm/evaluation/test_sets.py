@@ -1,0 +1,80 @@
+"""Sets of shards to evaluate on, and what is wrong with them."""
+
+import numpy as np
+import pytest
+
+from ldm.data import npy
+from ldm.evaluation.sets import open_set, parse_sets
+from ldm.util import UserError
+from tests.ldm.data.shard_files import write_tar
+from tests.ldm.evaluation.conftest import KEYS, members
+
+
+def test_parse_sets():
+    assert parse_sets(["new=a/*.tar", "rest=b=c.tar"]) == {"new": "a/*.tar", "rest": "b=c.tar"}
+
+
+@pytest.mark.parametrize("entries", [["shards.tar"], ["=a.tar"], ["new="], ["a b=c.tar"], ["a=1.tar", "a=2.tar"]])
+def test_sets_that_are_no_sets_are_refused(entries):
+    with pytest.raises(UserError, match=f"--set {entries[-1]}: ") as caught:
+        parse_sets(entries)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_is_its_samples_in_order_or_some_spread_over_them(shard, model):
+    whole, some = open_set("a", str(shard), model), open_set("a", str(shard), model, limit=2)
+    assert whole.keys == KEYS and [whole[i]["__key__"] for i in range(5)] == KEYS
+    assert some.keys == ["a", "c"] and some[1]["__key__"] == "c"
+    digests = {pictures.digest(timesteps) for pictures in (whole, some) for timesteps in ([1, 2], [1, 3])}
+    assert len(digests) == 4 and all(len(digest) == 32 for digest in digests)
+
+
+def test_a_batch_has_pictures_of_one_size(tmp_path, model):
+    shapes = {"a": (8, 4, 4), "b": (8, 4, 6), "c": (8, 4, 4), "d": (8, 4, 4)}
+    path = write_tar(
+        tmp_path / "mixed.tar", [member for key, shape in shapes.items() for member in members(key, shape)]
+    )
+    assert list(open_set("a", str(path), model).batches(2)) == [[0, 2], [3], [1]]
+
+
+def test_a_model_with_a_text_encoder_takes_captions_and_another_stored_encodings(shard, model, reader):
+    assert set(open_set("a", str(shard), model).dataset.shapes) >= {"f8", "t5"}
+    path = write_tar(shard.with_name("no-t5.tar"), [member for member in members("a") if "t5" not in member[0]])
+    assert open_set("a", str(path), reader)[0]["txt"] == "a picture of a"
+    with pytest.raises(UserError, match=r"set 'a': .*sample 'a' has no member 't5.npy'"):
+        open_set("a", str(path), model)
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        ("nowhere.tar", "nowhere.tar: no such file"),
+        ("no/*.tar", "no file matches"),
+        ("empty.tar", "no samples in 1 shards"),
+        ("pipe:cat five.tar", "is streamed"),
+        ("other.tar", r"has shape \(6, 4, 4\); the model takes \(8, h, w\)"),
+        ("wide.tar", r"t5 has shape \(77, 9\); the UNet's context_dim is 8"),
+    ],
+)
+def test_a_set_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, shard, model, urls, message):
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "empty.tar", [])
+    write_tar(tmp_path / "other.tar", members("a", (6, 4, 4)))
+    wide = ("a.t5.npy", npy.encode(np.zeros((77, 9), np.float16)))
+    write_tar(tmp_path / "wide.tar", [member for member in members("a") if "t5" not in member[0]] + [wide])
+    with pytest.raises(UserError, match=f"^set 'new': .*{message}") as caught:
+        open_set("new", urls, model)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_and_limits_that_make_no_sense_are_refused(shard, model):
+    with pytest.raises(UserError, match="set 'a/b': a name is letters"):
+        open_set("a/b", str(shard), model)
+    with pytest.raises(UserError, match="limit 0: give at least 1"):
+        open_set("a", str(shard), model, limit=0)
+
+
+def test_a_model_of_no_captions_is_refused(shard, make_model):
+    unconditional = make_model(use_ema=False, conditioning_key=None, cond_stage_config="__is_unconditional__")
+    with pytest.raises(UserError, match="only models of captions"):
+        open_set("a", str(shard), unconditional)
