@@ -63,6 +63,18 @@ def test_the_demo_release_has_what_the_demo_trains():
     assert {key.partition(".")[0] for key in shapes.keys() - own.keys()} == {"cond_stage_model"}
 
 
+@pytest.mark.parametrize("release", ["stable_diffusion_v1.yaml", "demo_tiny_release.yaml"])
+def test_textual_inversion_goes_over_a_release(release):
+    with torch.device("meta"):
+        model, released = (
+            build_model(load_config(names)) for names in ([release, "textual_inversion.yaml"], [release])
+        )
+    own, expected = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, released))
+    assert own == expected
+    [row] = model.trained_parameters()
+    assert row.shape == (model.model.diffusion_model.context_dim,)
+
+
 @pytest.mark.parametrize(
     ("name", "has_text_tower"),
     [("stable_diffusion_v1.yaml", True), ("train_from_images.yaml", True), ("finetune_stable_diffusion.yaml", False)],

@@ -48,7 +48,7 @@ class FailAfter(Callback):
         ("data.params.num-workers=2", "unknown key 'num-workers' .*; did you mean 'num_workers'"),
         (
             "--init_word toy --data_root pictures",
-            "--data_root and --init_word belong to textual inversion, .* not support",
+            "--data_root and --init_word: not an option here; for textual inversion .*textual_inversion.yaml",
         ),
         ("--finetune_from nothing.ckpt", "nothing.ckpt"),
         ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),

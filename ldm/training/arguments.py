@@ -69,8 +69,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             overrides.append(f"model.params.ckpt_path={trainer.pop(name)}")
     unsupported = [f"--{name}" for name in _TEXTUAL_INVERSION if name in trainer]
     if unsupported:
-        verb = "belong" if len(unsupported) > 1 else "belongs"
-        raise UserError(f"{' and '.join(unsupported)} {verb} to textual inversion, which is not supported here")
+        raise UserError(
+            f"{' and '.join(unsupported)}: not an option here; for textual inversion give textual_inversion.yaml "
+            "with --base, token and initial_token in its cond_stage_config, and pre-encoded pictures"
+        )
     if not arguments.base and not arguments.resume:
         raise UserError("nothing to do: give a config with --base, or a run to go on with by --resume (see --help)")
     if arguments.no_test and not arguments.train:

@@ -61,7 +61,8 @@ def merge(
 ) -> Merge:
     """`release` with every weight that `training` changed, cast to the release's dtype; the rest bit for bit.
 
-    A weight counts as changed if it differs from the released one in the dtype of the training.
+    A weight counts as changed if it differs from the released one in the dtype of the training, and so does each
+    element: a training in a narrow dtype does not round those that it left alone.
 
     Args:
         weights: `ema` takes the moving average where there is one, `raw` the weights themselves; None: `ema` if the
@@ -93,12 +94,10 @@ def merge(
         dtype = torch.float16 if half and released.is_floating_point() and key not in SCHEDULE_KEYS else released.dtype
         if changed:
             (result.averaged if key.startswith("model_ema.") else result.trained).append(key)
-            result.state_dict[key] = _converted(origin, training[origin], dtype, trained=True)
+            result.state_dict[key] = _converted(origin, training[origin], dtype, start=release[reference])
         else:
             result.untouched.append(key)
-            result.state_dict[key] = (
-                released if dtype == released.dtype else _converted(key, released, dtype, trained=False)
-            )
+            result.state_dict[key] = released if dtype == released.dtype else _converted(key, released, dtype)
         after_each()
     return result
 
@@ -124,13 +123,17 @@ def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
     return not torch.equal(trained, released.to(trained.dtype))
 
 
-def _converted(key: str, value: torch.Tensor, dtype: torch.dtype, *, trained: bool) -> Pending:
+def _converted(key: str, value: torch.Tensor, dtype: torch.dtype, start: torch.Tensor | None = None) -> Pending:
+    """`value` in `dtype`; of a trained one, elements still equal to `start` in the dtype of `value` are `start`'s."""
+
     def compute() -> torch.Tensor:
         converted = value.to(dtype)
+        if start is not None:
+            converted = torch.where(value == start.to(value.dtype), start.to(dtype), converted)
         if not torch.isfinite(converted).all():
             if torch.isfinite(value).all():
                 raise UserError(f"{key} has values too large for {dtype}; merge into a release of a wider dtype")
-            if trained:
+            if start is not None:
                 raise UserError(
                     f"{key} has values that are not finite: the training diverged; take an older checkpoint"
                 )

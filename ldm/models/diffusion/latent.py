@@ -50,6 +50,7 @@ class LatentDiffusion(DDPM):
         num_timesteps_cond: timesteps at which the conditioning itself is noised; 1 for none.
         cond_stage_key: the batch entry that is conditioned on.
         cond_stage_trainable: train the cond stage along.
+        unet_trainable: train the UNet; if not, it stays as it is, and gradients pass through it to the cond stage.
         concat_mode: what an unset `conditioning_key` means: `concat`, or `crossattn`.
         cond_stage_forward: the cond stage's method to call, instead of `encode` or `forward`.
         concat_keys: batch entries (channels first) concatenated to the input, for `conditioning_key: hybrid`.
@@ -66,6 +67,7 @@ class LatentDiffusion(DDPM):
         num_timesteps_cond: int | None = 1,
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
+        unet_trainable: bool = True,
         concat_mode: bool = True,
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
@@ -94,6 +96,12 @@ class LatentDiffusion(DDPM):
         self.num_timesteps_cond = num_timesteps_cond
         self.cond_stage_key = cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
+        self.unet_trainable = unet_trainable
+        if not unet_trainable and self.use_ema:
+            raise UserError("use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false")
+        if not (unet_trainable or cond_stage_trainable or self.learn_logvar):
+            raise UserError("unet_trainable: false leaves nothing to train; set cond_stage_trainable: true beside it")
+        self.model.requires_grad_(unet_trainable)
         self.cond_stage_forward = cond_stage_forward
         self.concat_keys = tuple(concat_keys)
         if conditioning_key == "hybrid" and not concat_keys:
@@ -124,13 +132,16 @@ class LatentDiffusion(DDPM):
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
         self.first_stage_model.eval()
+        if not self.unet_trainable:
+            self.model.eval()
         if self.cond_stage_model is not None and not self.cond_stage_trainable:
             self.cond_stage_model.eval()
         return self
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        text = self.cond_stage_model.parameters() if self.cond_stage_trainable else ()
-        return [*self.model.parameters(), *text, *([self.logvar] if self.learn_logvar else [])]
+        parts = [self.model, self.cond_stage_model] if self.cond_stage_trainable else [self.model]
+        trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+        return [*trained, *([self.logvar] if self.learn_logvar else [])]
 
     # First stage
 
@@ -275,6 +286,12 @@ class LatentDiffusion(DDPM):
         report = super().init_from_ckpt(path, ignore_keys, only_model)
         self._scale_is_loaded = not only_model and "scale_factor" not in report.missing
         return report
+
+    def on_train_start(self) -> None:
+        """Let a cond stage that has a starting point of its own go there; a resumed run is past it."""
+        begin = getattr(self.cond_stage_model, "begin_training", None)
+        if begin is not None and self.global_step == 0:
+            begin()
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

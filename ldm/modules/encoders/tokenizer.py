@@ -86,6 +86,10 @@ class ClipTokenizer:
         # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
         return [self._backend.encode(clean(text)).ids for text in texts]
 
+    def pieces(self, text: str) -> list[str]:
+        """What `text` is cut into, as the vocabulary writes it: `</w>` ends a word."""
+        return self._backend.encode(clean(text)).tokens
+
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         tokens = torch.full((len(texts), self.max_length), self.end)
         tokens[:, 0] = self.start

@@ -92,6 +92,30 @@ def test_text_tower_trains_along() -> None:
     assert model.cond_stage_model.training
 
 
+def test_gradients_pass_through_a_frozen_unet() -> None:
+    options = {"cond_stage_trainable": True, "cond_stage_key": "txt", "unet_trainable": False, "use_ema": False}
+    model = fill_seeded(construct(TEXT_TOWER, **options)).train()
+    assert not any(module.training for module in model.model.modules())
+    batch = {"f8": batch_of((2, 8, 8, 8))["f8"], "txt": ["a cat", "a mouse"]}
+    model.shared_step(batch)[0].backward()
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+    tower = list(model.cond_stage_model.parameters())
+    assert sum(parameter.grad.abs().sum() for parameter in tower) > 0
+    assert {id(p) for p in model.trained_parameters()} == {id(p) for p in tower}
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"use_ema": True, "cond_stage_trainable": True}, "use_ema: true averages the UNet.*; set use_ema: false$"),
+        ({"use_ema": False}, "unet_trainable: false leaves nothing to train; set cond_stage_trainable: true"),
+    ],
+)
+def test_a_frozen_unet_is_refused(params: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        construct(TEXT_TOWER, unet_trainable=False, **params)
+
+
 def test_frozen_text_tower_gets_no_gradient() -> None:
     model = construct(TEXT_TOWER, cond_stage_key="txt")
     batch = {"f8": batch_of((2, 8, 8, 8))["f8"], "txt": ["a cat", "a mouse"]}

@@ -1,0 +1,83 @@
+"""The tables of `forgetting.py`, of the results of its runs: dicts as it keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+Result = Mapping[str, Any]
+Value = Callable[[Result], float]
+
+
+def report(results: Sequence[Result], reference: int, steps: int) -> str:
+    """Both tables, with what they say; the first of `results` is of plain fine-tuning."""
+    variants: dict[str, list[Result]] = {}
+    for result in results:
+        variants.setdefault(result["variant"], []).append(result)
+    seeds = ", ".join(str(result["seed"]) for result in next(iter(variants.values())))
+    base = results[0]["sets"]["new_cats"]["samples"]["base_to_picture"]["value"]
+    return f"""\
+Mean ± standard deviation over the seeds {seeds}. Losses are multiples of the base's; drift is tools/evaluate.py's;
+the distance is that of samples of the new cats' captions to the pictures (of the base's samples: {base:.3f}).
+
+Each run where it has learnt the trained cats as well as plain fine-tuning in {reference} steps, or after {steps} steps:
+
+{_markdown(_at_equal_learning(variants))}
+
+After {steps} steps, whatever was learnt:
+
+{_markdown(_at_the_end(variants))}
+"""
+
+
+def _at_equal_learning(variants: Mapping[str, Sequence[Result]]) -> list[list[str]]:
+    plain = {result["seed"]: result for result in next(iter(variants.values()))}
+
+    def overall(name: str, value: str) -> Value:
+        return lambda result: result["sets"][name]["overall"][value]["value"]
+
+    def drawn(name: str, value: str) -> Value:
+        return lambda result: result["sets"][name]["samples"][value]["value"]
+
+    drift = overall("near", "drift")
+    columns: dict[str, Value] = {
+        "step": lambda result: result["step"],
+        "trained cats: loss": overall("cats", "loss_ratio"),
+        "new cats: loss": overall("new_cats", "loss_ratio"),
+        "new cats: distance": drawn("new_cats", "tuned_to_picture"),
+        "neighbours: drift": drift,
+        "× plain's": lambda result: drift(result) / drift(plain[result["seed"]]),
+        "neighbours: loss": overall("near", "loss_ratio"),
+        "neighbours: samples moved": drawn("near", "moved"),
+        "neighbours in the prior: drift": overall("near_prior", "drift"),
+        "other animals: drift": overall("animals", "drift"),
+        "rest: drift": overall("rest", "drift"),
+        "rest: loss": overall("rest", "loss_ratio"),
+    }
+    rows = [["", "learnt as well", *columns]]
+    for name, results in variants.items():
+        reached = f"{sum(result['reached'] for result in results)} of {len(results)}"
+        rows.append([name, reached, *(_spread(map(value, results)) for value in columns.values())])
+    return rows
+
+
+def _at_the_end(variants: Mapping[str, Sequence[Result]]) -> list[list[str]]:
+    sets = {"trained cats": "cats", "new cats": "new_cats", "neighbours": "near", "rest": "rest"}
+    keys = {"loss": "loss_ratio", "drift": "drift"}
+    rows = [["", *(f"{title}: {what}" for title in sets for what in keys)]]
+    for name, results in variants.items():
+        last = [result["curve"][-1] for result in results]
+        rows.append([name, *(_spread(point[s][key] for point in last) for s in sets.values() for key in keys.values())])
+    return rows
+
+
+def _spread(values: Iterable[float]) -> str:
+    """`mean ± standard deviation`."""
+    values = list(values)
+    return f"{mean(values):.3g} ± {stdev(values):.1g}" if len(values) > 1 else f"{mean(values):.3g}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
