@@ -23,7 +23,7 @@ from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.preservation import Prior
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
-from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
+from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion, min_snr_weights
 from ldm.modules.diffusionmodules.util import KeepsBufferTypes
 from ldm.modules.ema import LitEma
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
@@ -54,6 +54,7 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         optimizer_config: `target` and `params` of the optimizer; fused AdamW without one.
         use_positional_encodings: accepted for old configs; no model here has any.
         learn_logvar, logvar_init: a log variance a timestep that weights the loss.
+        min_snr_gamma: weight the simple loss by `min_snr_weights`: little noise counts less; 5 is usual.
     """
 
     def __init__(
@@ -86,8 +87,11 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
+        if min_snr_gamma is not None and not (isinstance(min_snr_gamma, (int, float)) and min_snr_gamma > 0):
+            raise UserError(f"min_snr_gamma {min_snr_gamma!r}: give a number above 0, or leave it out")
         if parameterization not in PARAMETERIZATIONS:
             raise UserError(f"parameterization {parameterization!r} is unknown; valid: {', '.join(PARAMETERIZATIONS)}")
         if loss_type not in ("l1", "l2"):
@@ -113,6 +117,10 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         if use_ema:
             self.model_ema = LitEma(self.model)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        snr_weights = None
+        if min_snr_gamma is not None:
+            snr_weights = min_snr_weights(self.alphas_cumprod, min_snr_gamma, parameterization)
+        self.register_buffer("snr_weights", snr_weights, persistent=False)
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:
             self.logvar = nn.Parameter(logvar)
@@ -169,7 +177,8 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
             logged[f"{prefix}/loss_prior"] = prior.prior_mean(per_sample)
 
         logvar = self.logvar[t]
-        weighted = per_sample / logvar.exp() + logvar
+        simple = per_sample if self.snr_weights is None else self.snr_weights[t] * per_sample
+        weighted = simple / logvar.exp() + logvar
         if self.learn_logvar:
             logged[f"{prefix}/loss_gamma"] = mean(weighted)
             logged["logvar"] = self.logvar.mean()
