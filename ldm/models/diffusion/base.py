@@ -231,9 +231,10 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
             torch.manual_seed(batch_idx)
             return self.shared_step(batch)[1]
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """An optimizer step and, at once, the EMA's: a checkpoint written right after a step holds both."""
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward, beside its activations
         if self.use_ema:
             self.model_ema(self.model)
 

@@ -39,6 +39,15 @@ class KeepsBufferTypes:
         return self
 
 
+class StaysOnHost:
+    """Mixin for a module whose tensors stay in host memory, in their own types, when the model is moved or cast."""
+
+    stays_on_host = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool) -> nn.Module:
+        return self if self.stays_on_host else super()._apply(fn, *args)
+
+
 def conv_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:
     """A convolution over `dims` (1, 2 or 3) spatial dimensions."""
     return _CONVOLUTIONS[dims](*args, **kwargs)
