@@ -22,7 +22,7 @@ from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
-from ldm.modules.diffusionmodules.util import KeepsBufferTypes
+from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
@@ -42,7 +42,7 @@ def batch_entry(batch: Batch, key: str) -> Any:
     return batch[key]
 
 
-class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
+class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
