@@ -24,7 +24,8 @@ from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+from ldm.optim import build_optimizer
+from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -265,11 +266,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         if self.learning_rate is None:
             raise UserError("no learning rate: set model.base_learning_rate in the config")
         config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
-        optimizer_class, params = get_obj_from_str(config["target"]), config.get("params") or {}
-        try:
-            optimizer = optimizer_class(self.trained_parameters(), **{"lr": self.learning_rate, **params})
-        except TypeError as error:
-            raise UserError(f"optimizer_config {config['target']}: {error}") from error
+        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
         if self.scheduler_config is None:
             return optimizer
         multiplier = instantiate_from_config(self.scheduler_config)
