@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("main", "tools"),
     ("ldm.callbacks", "ldm.data", "ldm.models", "ldm.training"),
-    ("ldm.modules",),
+    ("ldm.modules", "ldm.optim"),
     ("ldm.util", "ldm.files", "ldm.cli", "ldm.checkpoint", "ldm.lr_scheduler", "ldm.pictures"),
 )
 FORBIDDEN = {
     "ldm.modules": ("pytorch_lightning", "omegaconf", "webdataset"),
+    "ldm.optim": ("ldm.modules", "pytorch_lightning", "lightning_fabric", "omegaconf", "webdataset"),
     "ldm.data": ("ldm.models", "ldm.training", "ldm.callbacks"),
     "ldm.models": ("ldm.data", "ldm.training", "ldm.callbacks", "omegaconf", "webdataset"),
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import KeepsBufferTypes, StaysOnHost
+from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
 from ldm.util import UserError
 
 
@@ -16,7 +16,7 @@ def shadow_name(parameter_path: str) -> str:
     return parameter_path.replace(".", "")
 
 
-class LitEma(StaysOnHost, KeepsBufferTypes, nn.Module):
+class LitEma(StaysOnHost, KeepsTypes, nn.Module):
     """Shadow buffers θ' ← θ' − (1 − d)(θ' − θ) of every trainable parameter of `model`.
 
     With `use_num_updates`, d is at most (1 + n) / (10 + n) after n updates, so that the start is forgotten. The shadows

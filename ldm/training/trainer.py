@@ -25,6 +25,7 @@ from ldm.callbacks.summary import ParameterSummary
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
 from ldm.training.noise import silence_lightning
+from ldm.training.precision import Bfloat16Weights
 from ldm.training.resume import AtomicCheckpointIO
 from ldm.training.run import Run
 from ldm.training.trainer_arguments import check_names, is_single, modernise
@@ -157,6 +158,9 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
         "logger": loggers,
         "plugins": [AtomicCheckpointIO()],
     }
+    if given.get("precision") == "bf16-true":
+        del given["precision"]  # Lightning takes the name or the plugin
+        given["plugins"].append(Bfloat16Weights())
     silence_lightning()
     try:
         return Trainer(**given)

@@ -22,9 +22,10 @@ from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
-from ldm.modules.diffusionmodules.util import KeepsBufferTypes
+from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+from ldm.optim import build_optimizer
+from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def batch_entry(batch: Batch, key: str) -> Any:
     return batch[key]
 
 
-class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
+class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
@@ -266,11 +267,7 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         if self.learning_rate is None:
             raise UserError("no learning rate: set model.base_learning_rate in the config")
         config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
-        optimizer_class, params = get_obj_from_str(config["target"]), config.get("params") or {}
-        try:
-            optimizer = optimizer_class(self.trained_parameters(), **{"lr": self.learning_rate, **params})
-        except TypeError as error:
-            raise UserError(f"optimizer_config {config['target']}: {error}") from error
+        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
         if self.scheduler_config is None:
             return optimizer
         multiplier = instantiate_from_config(self.scheduler_config)
