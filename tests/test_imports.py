@@ -14,15 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each room may import from its own row and from the rows below it.
 ROOMS = (
     ("main", "tools"),
-    ("ldm.callbacks", "ldm.data", "ldm.models", "ldm.training"),
+    ("ldm.callbacks", "ldm.data", "ldm.models", "ldm.planning", "ldm.training"),
     ("ldm.modules", "ldm.optim"),
     ("ldm.util", "ldm.files", "ldm.cli", "ldm.checkpoint", "ldm.lr_scheduler", "ldm.pictures"),
 )
 FORBIDDEN = {
     "ldm.modules": ("pytorch_lightning", "omegaconf", "webdataset"),
     "ldm.optim": ("ldm.modules", "pytorch_lightning", "lightning_fabric", "omegaconf", "webdataset"),
-    "ldm.data": ("ldm.models", "ldm.training", "ldm.callbacks"),
-    "ldm.models": ("ldm.data", "ldm.training", "ldm.callbacks", "omegaconf", "webdataset"),
+    "ldm.data": ("ldm.models", "ldm.planning", "ldm.training", "ldm.callbacks"),
+    "ldm.models": ("ldm.data", "ldm.planning", "ldm.training", "ldm.callbacks", "omegaconf", "webdataset"),
 }
 SOURCES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "main.py"])
 

@@ -80,7 +80,7 @@ def print_step(config, arguments: argparse.Namespace) -> None:
 
 
 def print_fits(config, arguments: argparse.Namespace) -> None:
-    from ldm.planning.card import AS_GIVEN, ALLOWANCE, GAPS, GIB, fits
+    from ldm.planning.card import ALLOWANCE, AS_GIVEN, GAPS, GIB, fits
 
     found = fits(config, int(arguments.card * GIB), arguments.size)
     use = next((fit.tier for fit in found if fit.pictures), None)

@@ -80,7 +80,7 @@ def largest_batch(takes: Callable[[int], int], room: int) -> int:
     fits, before, above = (1, takes(1)), None, None
     if fits[1] > room:
         return 0
-    guess = 4
+    guess, stride = 4, 3
     while above is None or above[0] - fits[0] > 1:
         tried = guess, takes(guess)
         if tried[1] > room:
@@ -90,12 +90,15 @@ def largest_batch(takes: Callable[[int], int], room: int) -> int:
         other = above or before
         growth = (other[1] - fits[1]) / (other[0] - fits[0])  # bytes a picture
         further = int((room - fits[1]) / growth) if growth else 3 * fits[0]
-        if above:
-            guess = min(fits[0] + max(further, 1), above[0] - 1)
-        elif further == 0:
+        if above is None and further == 0:
             break
+        crawls = stride == 1 and tried is fits  # the line to a point far above gives steps that are too short
+        if above is None:
+            stride = min(further, 3 * fits[0])
         else:
-            guess = fits[0] + min(further, 3 * fits[0])
+            gap = above[0] - fits[0]
+            stride = max(gap // 2, 1) if crawls else min(max(further, 1), gap - 1)
+        guess = fits[0] + stride
     return fits[0]
 
 

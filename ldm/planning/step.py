@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.modules.diffusionmodules.util import StaysOnHost
+from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
+from ldm.optim import build_optimizer
 from ldm.planning.batch import gives_pictures, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
 from ldm.training.building import without_initialisation
@@ -50,6 +51,7 @@ def peak_of_step(config: DictConfig, pictures: int | None = None, size: int | No
     """
     trainer = plain((config.get("lightning") or {}).get("trainer") or {})
     weights, autocast = _precision(trainer.get("precision"))
+    _fill_caches(config)
     with FakeTensorMode(), _on_the_cpu():
         model = _build(config, weights)
         batch = make_batch(model, config, pictures, size)
@@ -67,10 +69,23 @@ def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
 
 @contextmanager
 def _on_the_cpu() -> Iterator[None]:
-    """What is different for a step on the CPU is made as on CUDA; nothing is compiled."""
-    with _CudaAutocast(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """What differs on the CPU is made as it is on CUDA; nothing is compiled, and nobody warned of fake tensors."""
+    compiled, torch.compile = torch.compile, _uncompiled
+    try:
+        with _CudaAutocast(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.compile = compiled
+
+
+def _uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    """`torch.compile` for the time of a plan.
+
+    What is compiled for an optimizer updates tensors in place within a kernel. To that there is nothing to count, and to
+    fake tensors nothing to do.
+    """
+    return function if torch.is_grad_enabled() else lambda *_args, **_kwargs: None
 
 
 class _CudaAutocast(TorchFunctionMode):
@@ -84,6 +99,16 @@ class _CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _fill_caches(config: DictConfig) -> None:
+    """Let the optimizer's library make the tables that it keeps of real numbers: fake ones would spoil the training."""
+    described = plain(config.get("model") or {}).get("params", {}).get("optimizer_config")
+    if described:
+        parameter = nn.Parameter(torch.zeros(64, 64))
+        parameter.grad = torch.zeros_like(parameter)
+        with torch.random.fork_rng(devices=[]):
+            build_optimizer(described, [parameter], 0.0, "optimizer_config").step()
+
+
 def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
     """The model, without loading weights, its parameters of `dtype` as Lightning's precision would have them."""
     described = OmegaConf.create({"model": _without_files(plain(config.get("model") or {}))})
@@ -95,7 +120,7 @@ def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
     kept = _on_host(model)
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in kept:
+            if parameter is not None and id(parameter) not in kept and not isinstance(module, KeepsTypes):
                 module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     return model
 
