@@ -14,14 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each room may import from its own row and from the rows below it.
 ROOMS = (
     ("main", "tools"),
-    ("ldm.callbacks", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.training"),
-    ("ldm.modules",),
+    ("ldm.callbacks", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.planning", "ldm.training"),
+    ("ldm.modules", "ldm.optim"),
     ("ldm.util", "ldm.files", "ldm.cli", "ldm.checkpoint", "ldm.lr_scheduler", "ldm.pictures"),
 )
 FORBIDDEN = {
     "ldm.modules": ("pytorch_lightning", "omegaconf", "webdataset"),
-    "ldm.data": ("ldm.models", "ldm.evaluation", "ldm.training", "ldm.callbacks"),
-    "ldm.models": ("ldm.data", "ldm.evaluation", "ldm.training", "ldm.callbacks", "omegaconf", "webdataset"),
+    "ldm.optim": ("ldm.modules", "pytorch_lightning", "lightning_fabric", "omegaconf", "webdataset"),
+    "ldm.data": ("ldm.models", "ldm.evaluation", "ldm.planning", "ldm.training", "ldm.callbacks"),
+    "ldm.models": (
+        *("ldm.data", "ldm.evaluation", "ldm.planning", "ldm.training", "ldm.callbacks"),
+        *("omegaconf", "webdataset"),
+    ),
     "ldm.evaluation": ("ldm.training", "ldm.callbacks", "pytorch_lightning", "omegaconf", "webdataset"),
 }
 SOURCES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "main.py"])

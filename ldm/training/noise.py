@@ -13,6 +13,7 @@ _WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",  # said of any small data set
     r"Precision .* is not supported by the model summary",  # which shows no size
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
+    r"To copy construct from a tensor, it is recommended",  # so is its reading of a learning rate that is a tensor
 )
 _LOGGERS = ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.trainer.connectors.checkpoint_connector")
 _PHRASES = ("Tip:", "TPU available:", "`weights_only` was not set", "Trainer already configured with model summary")

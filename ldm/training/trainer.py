@@ -25,7 +25,9 @@ from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
+from ldm.training.host_state import host_state_strategy, streams_weights
 from ldm.training.noise import silence_lightning
+from ldm.training.precision import Bfloat16Weights
 from ldm.training.resume import AtomicCheckpointIO
 from ldm.training.run import Run
 from ldm.training.trainer_arguments import check_names, is_single, modernise
@@ -154,9 +156,11 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     """The Trainer that `config.lightning` describes.
 
     Raises:
-        UserError: an argument has a value that Lightning does not take.
+        UserError: an argument has a value that Lightning does not take, or that does not go with the model.
     """
     given = modernise(plain(config.lightning.trainer), has_cuda=torch.cuda.is_available())
+    if streams_weights(config):
+        given["strategy"] = host_state_strategy(given, has_cuda=torch.cuda.is_available())
     given.setdefault("strategy", _strategy(config.lightning, given))
     if config.data.target.startswith(_SHARING_DATA):
         given["use_distributed_sampler"] = False
@@ -167,6 +171,9 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
         "logger": loggers,
         "plugins": [AtomicCheckpointIO()],
     }
+    if given.get("precision") == "bf16-true":
+        del given["precision"]  # Lightning takes the name or the plugin
+        given["plugins"].append(Bfloat16Weights())
     silence_lightning()
     try:
         return Trainer(**given)

@@ -24,14 +24,15 @@ from ldm.models.diffusion.preservation import Prior
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion, min_snr_weights
-from ldm.modules.diffusionmodules.util import KeepsBufferTypes
+from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+from ldm.optim import build_optimizer
+from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 
-class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
+class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
@@ -237,9 +238,10 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
             torch.manual_seed(batch_idx)
             return self.shared_step(batch)[1]
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """An optimizer step and, at once, the EMA's: a checkpoint written right after a step holds both."""
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward, beside its activations
         if self.use_ema:
             self.model_ema(self.model)
 
@@ -271,11 +273,7 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         if self.learning_rate is None:
             raise UserError("no learning rate: set model.base_learning_rate in the config")
         config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
-        optimizer_class, params = get_obj_from_str(config["target"]), config.get("params") or {}
-        try:
-            optimizer = optimizer_class(self.trained_parameters(), **{"lr": self.learning_rate, **params})
-        except TypeError as error:
-            raise UserError(f"optimizer_config {config['target']}: {error}") from error
+        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
         if self.scheduler_config is None:
             return optimizer
         multiplier = instantiate_from_config(self.scheduler_config)
