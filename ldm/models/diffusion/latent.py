@@ -23,6 +23,15 @@ from ldm.util import UserError, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 
+# Where the first stage waits while training does without it.
+_HOST = torch.device("cpu")
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where the module's weights are; None if it has none."""
+    return next((parameter.device for parameter in module.parameters()), None)
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
     """The type of the module's weights; float32 if it has none."""
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
@@ -43,6 +52,9 @@ class LatentDiffusion(DDPM):
     The batch entry `first_stage_key` is either images, channels last (B, H, W, 3) in [-1, 1], which the first stage
     encodes; or pre-encoded, channels first and unscaled: a posterior's parameters (B, 2C, h, w), from which a fresh
     latent is drawn at every step, or a latent (B, C, h, w).
+
+    Where training batches are pre-encoded the first stage waits in the host's memory, and comes to the device only for
+    what needs it, such as pictures.
 
     Args:
         first_stage_config, cond_stage_config: `target` and `params`; the cond stage may also be
@@ -145,10 +157,22 @@ class LatentDiffusion(DDPM):
 
     # First stage
 
+    def _first_stage_at(self, device: torch.device) -> nn.Module:
+        """The first stage, brought to `device` if it is elsewhere."""
+        if _device(self.first_stage_model) not in (None, device):
+            self.first_stage_model.to(device)
+        return self.first_stage_model
+
+    def _put_first_stage_away(self, batch: Batch) -> None:
+        """Leave the device to the rest, if batches such as this one need no first stage."""
+        is_used = self.cond_stage_model is self.first_stage_model
+        if not is_used and self.is_pre_encoded(batch_entry(batch, self.first_stage_key)):
+            self._first_stage_at(_HOST)
+
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """What the first stage makes of images (B, 3, H, W) in [-1, 1]: a posterior, or the latent itself."""
-        return self.first_stage_model.encode(x.to(_dtype(self.first_stage_model)))
+        return self._first_stage_at(x.device).encode(x.to(_dtype(self.first_stage_model)))
 
     def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """A latent (B, C, h, w) drawn from the posterior, or the one given, times `scale_factor`."""
@@ -163,7 +187,8 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], of scaled latents z (B, C, h, w)."""
-        return self.first_stage_model.decode((z / self.scale_factor).to(_dtype(self.first_stage_model)))
+        latent = (z / self.scale_factor).to(_dtype(self.first_stage_model))
+        return self._first_stage_at(z.device).decode(latent)
 
     def is_pre_encoded(self, x: Tensor) -> bool:
         """Whether a batch entry is a posterior's parameters or a latent, channels first, rather than images."""
@@ -295,8 +320,16 @@ class LatentDiffusion(DDPM):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._put_first_stage_away(batch)
         if self.scale_by_std and not self._scale_is_loaded and self.global_step == 0 and batch_idx == 0:
             self.scale_factor.fill_(1.0)
             latent = self.get_first_stage_encoding(self.encode_batch(batch))
             self.scale_factor.copy_(1.0 / latent.std())
             logger.info("scale_factor set to %.5f, from the first batch", self.scale_factor.item())
+
+    # Pictures
+
+    def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+        pictures = super().log_images(batch, N, **kwargs)
+        self._put_first_stage_away(batch)
+        return pictures
