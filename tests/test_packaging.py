@@ -34,7 +34,7 @@ DISTRIBUTIONS = {
     "tomli": "pytest",
     "yaml": "pyyaml",
 }
-OURS = {"ldm", "main", "tools", "tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+OURS = {"benchmarks", "ldm", "main", "tools", "tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
 
 
 def name_of(requirement: str) -> str:
