@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import pytest
 
+from ldm.util import UserError
 from tests.test_main import assert_same_training, state
 from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
@@ -33,11 +34,6 @@ def test_bf16_visits_leave_float32_checkpoints(train, tmp_path):
     assert len(logged(run, "train/loss")) == 3
 
 
-def test_several_devices_are_refused(train, caplog):
-    caplog.set_level(logging.ERROR)
-    import pytest
-
-    from ldm.util import UserError
-
+def test_several_devices_are_refused(train):
     with pytest.raises(UserError, match="train on one device"):
         train(f"--devices 2 --accelerator cpu --max_steps 1 {STREAMED}bf16")

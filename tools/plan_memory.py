@@ -12,11 +12,15 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
 from ldm.cli import run
 from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ def main() -> None:
         print_fits(config, arguments)
 
 
-def print_step(config, arguments: argparse.Namespace) -> None:
+def print_step(config: DictConfig, arguments: argparse.Namespace) -> None:
     from ldm.planning.card import ALLOWANCE, GAPS, GIB, needed
     from ldm.planning.step import peak_of_step
 
@@ -79,7 +83,7 @@ def print_step(config, arguments: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def print_fits(config, arguments: argparse.Namespace) -> None:
+def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
     from ldm.planning.card import ALLOWANCE, AS_GIVEN, GAPS, GIB, fits
 
     found = fits(config, int(arguments.card * GIB), arguments.size)

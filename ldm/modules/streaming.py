@@ -122,7 +122,7 @@ class _Transfer:
                 copy.record_stream(computation)
 
     def keep_pace(self, device: torch.device) -> None:
-        """Wait for the block before the last one: the host runs ahead of the device, and each block ahead takes memory."""
+        """Wait for the block before the last: a host that runs ahead makes copies before others are freed."""
         if device.type == "cuda":
             self._computed.append(torch.cuda.current_stream(device).record_event())
             if len(self._computed) > 2:

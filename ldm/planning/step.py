@@ -82,8 +82,8 @@ def _on_the_cpu() -> Iterator[None]:
 def _uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     """`torch.compile` for the time of a plan.
 
-    What is compiled for an optimizer updates tensors in place within a kernel. To that there is nothing to count, and to
-    fake tensors nothing to do.
+    What is compiled for an optimizer updates tensors in place within a kernel: there is nothing to count, and with fake
+    tensors nothing to do.
     """
     return function if torch.is_grad_enabled() else lambda *_args, **_kwargs: None
 

@@ -34,14 +34,13 @@ def test_a_name_counts_from_the_start_and_the_host_not_at_all() -> None:
     with FakeTensorMode(), Ledger() as ledger:
         weight, elsewhere = torch.empty(1024), torch.empty(4096)
         gradient = torch.empty(1024)
-        del gradient.grad  # nothing of it is there
         ledger.name([weight, None], "weights")
         ledger.name([elsewhere], HOST)
         ledger.name([gradient], "gradients")
         with ledger.naming(HOST):
             there = weight * 2
     assert ledger.peak() == counted(weights=4096, gradients=4096)
-    del there
+    del there, gradient
 
 
 def test_survivors_are_what_is_still_there() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm.planning.step import peak_of_step
 from ldm.training.config import load_config
 from ldm.util import UserError
+from tests.training_runs import CONFIG
 
 GIB = 2**30
 BASE = "finetune_stable_diffusion.yaml"
@@ -16,10 +18,11 @@ BF16 = "lightning.trainer.precision=bf16-true"
 OPTIMIZER = "model.params.optimizer_config"
 
 
-def predicted(*names: str, pictures: int | None = 1, size: int | None = None) -> dict[str, float]:
+def predicted(*names: str) -> dict[str, float]:
+    """GiB by category at batch 1 and 512×512, of configs and overrides."""
     overrides = [name for name in names if "=" in name]
     config = load_config([name for name in names if "=" not in name], overrides)
-    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, pictures, size).items()}
+    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, pictures=1).items()}
 
 
 @pytest.mark.parametrize(
@@ -48,27 +51,36 @@ def test_the_categories_of_a_step() -> None:
     assert peak["optimizer"] == pytest.approx(2 * parameters, rel=0.001)
 
 
-TINY = "demo_tiny.yaml"
+def tiny(*overrides: str, **kwargs: int) -> dict[str, float]:
+    config = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(overrides)))
+    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, **kwargs).items()}
 
 
 def test_accumulation_keeps_the_gradients_through_the_next_forward() -> None:
-    once, twice = (
-        predicted(TINY, f"lightning.trainer.accumulate_grad_batches={count}", pictures=64) for count in (1, 2)
-    )
+    key = "lightning.trainer.accumulate_grad_batches"
+    once, twice = (tiny(f"{key}={count}", pictures=64, size=64) for count in (1, 2))
     assert twice["gradients"] > 5 * once["gradients"]
     assert twice["activations"] == pytest.approx(once["activations"], rel=0.01)
 
 
 def test_batch_and_size_default_to_the_configs() -> None:
-    assert predicted(TINY, pictures=None) == predicted(TINY, pictures=16, size=64)
-    small, large = (predicted(TINY, pictures=8, size=size)["activations"] for size in (64, 128))
+    assert tiny() == tiny(pictures=2, size=8)
+    small, large = (tiny(pictures=8, size=size)["activations"] for size in (64, 128))
     assert large > 3.5 * small
 
 
-def test_pictures_and_captions_need_the_first_stage_on_the_device() -> None:
-    encoded, pictures = predicted(TINY), predicted(TINY, "data.target=main.DataModuleFromConfig")
-    assert pictures["weights"] > encoded["weights"] * 1.05
-    assert predicted("emoji_base.yaml")["weights"] > encoded["weights"] * 0.9  # captions go through a text tower
+def test_pictures_need_the_first_stage_on_the_device() -> None:
+    assert tiny("data.target=main.DataModuleFromConfig")["weights"] > 1.1 * tiny()["weights"]
+
+
+def test_captions_go_through_a_text_tower() -> None:
+    config = OmegaConf.create(CONFIG)
+    config.model.params.cond_stage_config = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"text_config": {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}},
+    }
+    vocabulary = 49_408 * 8 * 4
+    assert peak_of_step(config)["weights"] > vocabulary
 
 
 def test_a_plan_leaves_random_numbers_and_tables_alone() -> None:
@@ -76,20 +88,24 @@ def test_a_plan_leaves_random_numbers_and_tables_alone() -> None:
 
     subclass_8bit.get_qmap_signed.cache_clear()
     before, compiled = torch.get_rng_state(), torch.compile
-    predicted(TINY, f"{OPTIMIZER}={{target: ldm.optim.low_bit.AdamW8bit}}")
+    tiny(f"{OPTIMIZER}={{target: ldm.optim.low_bit.AdamW8bit}}")
     assert torch.get_rng_state().equal(before) and torch.compile is compiled
     assert len(set(subclass_8bit.get_qmap_signed())) == 256
 
 
 @pytest.mark.parametrize(
-    ("names", "size", "message"),
+    ("override", "size", "message"),
     [
-        (["emoji_autoencoder.yaml"], None, "only the steps of diffusion models are planned"),
-        ([TINY, "lightning.trainer.precision=bf17"], None, "precision 'bf17' cannot be planned; did you mean"),
-        ([TINY], 70, "70 pixels a side: the model takes multiples of 16"),
-        ([TINY, "data.params.batch_size=null"], None, "batch size None: give a whole number"),
+        ("lightning.trainer.precision=bf17", None, "lightning.trainer.precision 'bf17' cannot be planned; valid: 16-"),
+        ("model.params.monitor=x", 7, "7 pixels a side: the model takes multiples of 2"),
+        ("data.params.batch_size=null", None, "batch size None: give a whole number"),
     ],
 )
-def test_what_cannot_be_planned(names: list[str], size: int | None, message: str) -> None:
+def test_what_cannot_be_planned(override: str, size: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        predicted(*names, pictures=None, size=size)
+        tiny(override, size=size)
+
+
+def test_an_autoencoder_is_not_planned() -> None:
+    with pytest.raises(UserError, match="only the steps of diffusion models are planned"):
+        peak_of_step(load_config(["emoji_autoencoder.yaml"]))
