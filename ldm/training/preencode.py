@@ -23,14 +23,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ldm.checkpoint import weights_digest
 from ldm.data import npy
 from ldm.data.images import ImageItem
-from ldm.data.index import write_index
+from ldm.data.index import FORMAT_VERSION, write_index
 from ldm.data.transforms import centre_square, fit_square
 from ldm.data.writer import ShardWriter
 from ldm.files import atomic_write
 from ldm.models.diffusion.latent import check_reads_captions
-from ldm.training.shard_set import FORMAT_VERSION, NULL, begin, check_out, stop
+from ldm.training.shard_set import NULL, begin, check_out, stop
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,18 @@ _CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
 class Encoder:
     """The two halves of a `LatentDiffusion` that pre-encoding needs, moved to `device` and `dtype`; the UNet stays.
 
+    `digests` tells their weights, as they are given, from others.
+
     Raises:
         UserError: the model has no text encoder.
     """
 
     def __init__(self, model: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         check_reads_captions(model.cond_stage_model)
+        self.digests = {
+            "autoencoder": weights_digest(model.first_stage_model.state_dict()),
+            "text_tower": weights_digest(model.cond_stage_model.state_dict()),
+        }  # before the weights are rounded to `dtype`
         model.first_stage_model.to(device, dtype)
         model.cond_stage_model.to(device, dtype)
         self.model = model
@@ -254,6 +261,7 @@ def preencode(
         "f8": list(report.shape),
         "t5": list(null.shape),
         "scale_factor": float(encoder.model.scale_factor),
+        **encoder.digests,
         "shards": report.shards,
     }
     write_index(folder, index)

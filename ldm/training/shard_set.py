@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ldm.data.index import INDEX, read_index, write_index
+from ldm.data.index import FORMAT_VERSION, INDEX, read_index, write_index
 from ldm.data.writer import existing_shards, shard_paths
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 NULL = "null.t5.npy"
 
 

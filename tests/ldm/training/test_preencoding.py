@@ -107,7 +107,7 @@ def test_the_index_describes_the_set(pictures, tmp_path):
         index["shards"] == report.shards and sum(shard["samples"] for shard in index["shards"]) == index["samples"] == 5
     )
     assert {key: index[key] for key in ("format", "out", "size", "f8", "t5", "scale_factor")} == {
-        "format": 1,
+        "format": 2,
         "out": "s-%d.tar",
         "size": 16,
         "f8": [8, 2, 2],
