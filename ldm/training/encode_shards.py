@@ -20,6 +20,7 @@ from ldm.training.encoder import Encoder
 from ldm.training.pictures import batches, read_pictures
 from ldm.training.records import Record
 
+_READ = 2  # batches that are decoded before the device is free for them
 _AHEAD = 16  # batches that may overtake a picture that waits for more of its size
 _BEHIND = 2  # batches that are encoded but not yet written
 
@@ -72,7 +73,7 @@ def encode_shards(
         keep: called with the path and the record of each finished shard, by the thread.
     """
     numbered = ((number, items[number]) for _, numbers in shards for number in numbers)
-    results = read_pictures(numbered, sizes, workers)
+    results = read_pictures(numbered, sizes, workers, _READ * batch_size)
     count = sum(len(numbers) for _, numbers in shards)
     open_shards: list[EncodedShard] = []
     try:

@@ -20,8 +20,6 @@ from ldm.util import UserError
 
 Numbered = tuple[int, ImageItem]  # a picture and its number in the whole input
 
-_PREFETCHED = 4  # pictures a worker
-
 
 @dataclass
 class Picture:
@@ -97,10 +95,12 @@ class _Fitted(Dataset):
         return Picture(number, item, fitted.numpy(), height, width)
 
 
-def read_pictures(entries: Iterable[Numbered], sizes: Sequence[Size], workers: int) -> Iterator[Picture | Unreadable]:
-    """What becomes of each of `entries`, in order; with `workers`, some pictures ahead of who asks."""
+def read_pictures(
+    entries: Iterable[Numbered], sizes: Sequence[Size], workers: int, ahead: int
+) -> Iterator[Picture | Unreadable]:
+    """What becomes of each of `entries`, in order; `workers` processes read at least `ahead` before they are asked."""
     # The items go to the workers one by one: a list that they share is copied as soon as they count references in it.
-    options = {"prefetch_factor": _PREFETCHED} if workers else {}
+    options = {"prefetch_factor": max(2, -(-ahead // workers))} if workers else {}
     loader = DataLoader(_Fitted(sizes), batch_size=None, sampler=entries, num_workers=workers, **options)
     return iter(loader)
 

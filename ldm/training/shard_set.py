@@ -65,10 +65,9 @@ def goes_on(out: str, made_from: Mapping[str, Any]) -> bool:
         return True
     if not existing_shards(out):
         return False
-    key = differing[0]
-    how = (
-        f"was begun with {key} {begun[key]}, this is {made_from[key]}" if key in begun else "does not say what it is of"
-    )
+    key, how = differing[0], "does not say what it is made from"
+    if key in begun:
+        how = f"was begun with {key} {begun[key]}, this is {made_from[key]}"
     raise UserError(f"{path}: the unfinished set {how}; give the same command to go on, or --overwrite to begin anew")
 
 

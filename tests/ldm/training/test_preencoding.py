@@ -1,4 +1,5 @@
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from torch import nn
 from ldm.checkpoint import weights_digest
 from ldm.data import npy
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.data.images import find_images
+from ldm.data.images import ImageItem, find_images
 from ldm.data.index import read_index, write_index
 from ldm.data.shards import ShardDataset
 from ldm.data.tar import index_tar, read_span
+from ldm.data.writer import Shard
 from ldm.training.encoder import Encoder
 from ldm.training.pictures import sample_key
 from ldm.training.preencode import preencode
@@ -94,6 +96,46 @@ def test_one_pass_a_picture_and_one_a_caption(pictures, tmp_path):
     _, model = run(pictures, tmp_path / "b" / "s.tar", caption="tom", flip=True)
     assert model.first_stage_model.calls == [2, 2, 2, 2, 1, 1]
     assert model.texts == ["", "tom"]
+
+
+def test_a_batch_is_written_while_the_next_is_encoded(pictures, tmp_path, monkeypatch):
+    second, write, overlapped = threading.Event(), Shard.write, []
+
+    class Signalling(Model):
+        def get_learned_conditioning(self, texts):
+            if self.first_stage_model.calls:
+                second.set()
+            return super().get_learned_conditioning(texts)
+
+    def waiting(self, *sample):
+        overlapped.append(second.wait(20))
+        write(self, *sample)
+
+    monkeypatch.setattr(Shard, "write", waiting)
+    run(pictures, tmp_path / "s.tar", Signalling(), batch_size=4)
+    assert overlapped == [True] * 5
+
+
+def test_no_more_than_some_batches_are_in_memory(tmp_path, monkeypatch):
+    for number in range(80):  # the first waits for another of its size, and in vain
+        picture(tmp_path / "in" / f"{number:02d}.png", (80, 20) if number == 0 else (20, 20), caption="x")
+    read, write, moved, held = ImageItem.read, Shard.write, {"read": 0, "written": 0}, []
+
+    def counted_read(item):
+        moved["read"] += 1
+        held.append(moved["read"] - moved["written"])
+        return read(item)
+
+    def counted_write(shard, *sample):
+        write(shard, *sample)
+        moved["written"] += 1
+
+    monkeypatch.setattr(ImageItem, "read", counted_read)
+    monkeypatch.setattr(Shard, "write", counted_write)
+    run(tmp_path / "in", tmp_path / "a" / "s.tar", size=64, buckets=True, batch_size=1)
+    run(tmp_path / "in", tmp_path / "b" / "s.tar", size=128, buckets=True, batch_size=2)
+    assert moved == {"read": 160, "written": 160}
+    assert max(held[:80]) <= 5 and max(held[80:]) <= 16 * 2 + 4 * 2
 
 
 def test_flip_adds_the_mirror_image(pictures, tmp_path):

@@ -139,7 +139,7 @@ def test_other_weights_do_not_go_on(pictures, unfinished):
         run(pictures, unfinished, model, **OPTIONS)
 
 
-def test_a_set_begun_by_what_could_not_go_on_is_made_anew(pictures, unfinished):
+def test_a_set_that_does_not_say_what_it_is_made_from_is_left_alone(pictures, unfinished):
     index = read_index(unfinished.parent)
     del index["made_from"]
     (unfinished.parent / INDEX).write_text(json.dumps(index))
