@@ -21,7 +21,8 @@ class SameEncoders(Callback):
 
     The shards' index has the digests of both. The autoencoder is in the training's model; of the text tower, which is
     not, `tools/hack_weights.py` leaves the digest in the checkpoint, as this callback's state, and each checkpoint of
-    the run has it. What has no digest (shards or checkpoints made before there were any) is not compared.
+    the run has it. It counts where the stored encodings are trained on, not where the model reads captions itself.
+    What has no digest (shards or checkpoints made before there were any) is not compared.
 
     Args:
         is_loaded: whether the run's weights come from a file. If not, the autoencoder is a random one, and another
@@ -50,11 +51,15 @@ class SameEncoders(Callback):
         Raises:
             UserError: a set was made by another encoder; names its index.
         """
-        datasets = getattr(trainer.datamodule, "datasets", {}).values()
-        paths = [path for dataset in datasets if isinstance(dataset, ShardDataset) for path in dataset.paths]
-        for folder in dict.fromkeys(path.parent for path in paths):
-            index = read_index(folder) or {}
-            self._compare(folder, "autoencoder", index.get("autoencoder"), self._autoencoder)
+        for dataset in getattr(trainer.datamodule, "datasets", {}).values():
+            if isinstance(dataset, ShardDataset):
+                for folder in dict.fromkeys(path.parent for path in dataset.paths):
+                    self._check(folder, reads_encodings=dataset.reads_encodings)
+
+    def _check(self, folder: Path, reads_encodings: bool) -> None:
+        index = read_index(folder) or {}
+        self._compare(folder, "autoencoder", index.get("autoencoder"), self._autoencoder)
+        if reads_encodings:
             self._compare(folder, "text tower", index.get("text_tower"), self.text_tower)
 
     def _compare(self, folder: Path, what: str, made_by: str | None, own: str | None) -> None:

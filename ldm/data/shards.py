@@ -108,6 +108,7 @@ class ShardDataset(Dataset):
         self.first_stage_key = first_stage_key
         keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
         self.keys = [key for key in dict.fromkeys(keys) if key is not None]
+        self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
         self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.sample_keys: list[str] = []
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {key: {} for key in self.keys}  # shape -> type, as found

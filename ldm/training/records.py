@@ -71,12 +71,14 @@ def take_up(shard: Path) -> Record | None:
 def wait_for_records(shards: Sequence[Path]) -> list[Record]:
     """The records of all `shards`; waits for those that other processes make."""
     records: dict[Path, Record] = {}
+    told = False
     while True:
-        missing = [shard for shard in shards if shard not in records]
-        found = {shard: record for shard in missing if (record := read_record(shard)) is not None}
-        if not records and len(found) < len(missing):
-            logger.info("waiting for %d shards of other processes", len(missing) - len(found))
-        records |= found
+        for shard in shards:
+            if shard not in records and (record := read_record(shard)) is not None:
+                records[shard] = record
         if len(records) == len(shards):
             return [records[shard] for shard in shards]
+        if not told:
+            logger.info("waiting for %d shards of other processes", len(shards) - len(records))
+        told = True
         time.sleep(POLL)

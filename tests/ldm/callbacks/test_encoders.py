@@ -1,14 +1,18 @@
 """A set of shards is only trained on with the encoders that made it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ldm.callbacks.encoders import SameEncoders
 from ldm.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from ldm.data.index import INDEX
+from ldm.data.shards import ShardDataset
 from ldm.training.config import build_model, load_config
 from ldm.util import UserError
+from tests.ldm.data.shard_files import write_set
 from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
 
 
@@ -60,6 +64,22 @@ def test_weights_that_the_config_names_are_loaded_ones(train, made_by, tmp_path)
     made_by(autoencoder="0" * 64)
     error = train_error(train, f"-l logs --max_steps 1 model.params.ckpt_path={tmp_path / 'model.ckpt'}")
     assert "another autoencoder" in error
+
+
+def test_a_model_that_reads_captions_itself_asks_for_no_text_tower(tmp_path, made_by):
+    (tmp_path / "shards").mkdir()
+    write_set(tmp_path / "shards", 2, shards=1)
+    made_by(text_tower="0" * 64)
+    callback = SameEncoders(is_loaded=True)
+    callback.load_state_dict({"text_tower": "1" * 64})
+
+    def start(key):
+        dataset = ShardDataset(list((tmp_path / "shards").glob("*.tar")), cond_stage_key=key)
+        callback.on_fit_start(SimpleNamespace(datamodule=SimpleNamespace(datasets={"training": dataset})), None)
+
+    start("txt")
+    with pytest.raises(UserError, match=r"made by another text tower \(000000000000…\) than the checkpoint's \(1111"):
+        start("t5")
 
 
 def train_error(train, line):
