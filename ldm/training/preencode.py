@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ldm.data.buckets import bucket_sizes
 from ldm.data.images import ImageItem, digest_images
@@ -59,6 +60,47 @@ class Report:
             if record["samples"]:
                 report.shards.append({key: record[key] for key in ("name", "samples", "bytes", "sha256")})
         return report
+
+
+@dataclass
+class _SetInMaking:
+    """This process's part of a set: whether the set's folder is marked as its own, and its records of shards."""
+
+    out: str
+    made_from: Mapping[str, Any]
+    begun: bool
+    records: dict[Path, Record] = field(default_factory=dict)
+
+    def take_up(self, shards: Sequence[Path]) -> None:
+        """Take over those of `shards` that an earlier run finished."""
+        found = {path: take_up(path) for path in shards if self.begun}
+        self.records = {path: record for path, record in found.items() if record is not None}
+        if self.records:
+            logger.info("going on: %d of %d shards are finished", len(self.records), len(shards))
+
+    def prepare(self) -> None:
+        """Begin the set, now that it is sure that there will be one to replace the old one."""
+        if not self.begun:
+            begin(self.out, self.made_from)
+            self.begun = True
+
+    def keep(self, shard: Path, record: Record) -> None:
+        """Note that `shard` is finished."""
+        self.records[shard] = record
+        if self.begun:
+            write_record(shard, record)
+
+
+def _open_set(out: str, made_from: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> _SetInMaking | None:
+    """The set to begin, or to go on with; None if rank 0 has finished it without this process."""
+    assert ranks.world == 1 or not overwrite, "none of several processes may remove what others write"
+    if ranks.rank > 0:
+        return _SetInMaking(out, made_from, begun=True) if wait_for_begin(out, made_from) else None
+    check_out(out, overwrite, resumable=True)
+    making = _SetInMaking(out, made_from, begun=not overwrite and goes_on(out, made_from))
+    if ranks.world > 1:
+        making.prepare()  # the others wait for it
+    return making
 
 
 def preencode(
@@ -106,41 +148,19 @@ def preencode(
         **encoder.digests,
         "pictures": digest_images(items),
     }
-    assert ranks.world == 1 or not overwrite, "none of several processes may remove what others write"
     null = encoder.captions([""])[0]
-    if ranks.rank == 0:
-        check_out(out, overwrite, resumable=True)
-        begun = not overwrite and goes_on(out, made_from)
-        if ranks.world > 1 and not begun:
-            begin(out, made_from)
-            begun = True
-    elif not wait_for_begin(out, made_from):
+    making = _open_set(out, made_from, overwrite, ranks)
+    if making is None:
         return Report()
-    else:
-        begun = True
-
-    def replace() -> None:
-        nonlocal begun
-        if not begun:  # only now it is sure that there will be a set to replace the old one
-            begin(out, made_from)
-            begun = True
-
-    def keep(path: Path, record: Record) -> None:
-        records[path] = record
-        if begun:
-            write_record(path, record)
-
-    mine = ranks.share(shards)
-    records = {path: record for path, _ in mine if begun and (record := take_up(path)) is not None}
-    if records:
-        logger.info("going on: %d of %d shards are finished", len(records), len(mine))
-    missing = [(path, numbers) for path, numbers in mine if path not in records]
+    mine = [path for path, _ in ranks.share(shards)]
+    making.take_up(mine)
+    missing = [(path, numbers) for path, numbers in ranks.share(shards) if path not in making.records]
     try:
-        encode_shards(encoder, items, missing, sizes, batch_size, flip, workers, replace, keep)
+        encode_shards(encoder, items, missing, sizes, batch_size, flip, workers, making.prepare, making.keep)
         if ranks.rank > 0:
-            return Report.of(records[path] for path, _ in mine)
-        others = [path for path, _ in shards if path not in records]
-        records |= dict(zip(others, wait_for_records(others), strict=True))
+            return Report.of(making.records[path] for path in mine)
+        others = [path for path, _ in shards if path not in making.records]
+        records = making.records | dict(zip(others, wait_for_records(others), strict=True))
         report = Report.of(records[path] for path, _ in shards)
         if not report.pictures:
             raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
