@@ -56,16 +56,18 @@ def main() -> None:
     # Only now the slow imports: --help should answer at once.
     from ldm.data.dropout import CaptionDropout
     from ldm.models.diffusion.text_to_image import Request, latent_shape
+    from ldm.training.encoder import Encoder
     from ldm.training.make_prior import drawn, make_prior, open_pictures, pictured, taught
-    from ldm.training.preencode import Encoder
     from ldm.training.release import PRECISIONS, load_release, pick_device
     from ldm.training.shard_set import check_out
     from ldm.training.teacher import Teacher
 
     check_out(options.out, options.overwrite)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, device, dtype)
-    encoder = Encoder(model, device, dtype)
+    model = load_release(options.ckpt, options.config)
+    encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
+    model.model.to(dtype)
+    model.to(device)
     if options.shards is not None:
         dataset = open_pictures(model, options.shards, options.out)
         count, about = len(dataset), {}

@@ -21,6 +21,7 @@ from ldm.data.sampling import EpochBatchSampler
 from ldm.data.shards import TEACHER_KEYS, TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
 from ldm.data.urls import expand_urls, is_stream, names_all_there
+from ldm.data.verify import verify_shards
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class WebDataNpyModuleFromConfig(_DataModule):
         drop_last: bool = False,
         prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
         prior_ratio: float = 1.0,  # their samples in a batch, a training sample of batch_size
+        verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
         if not isinstance(null_cond_dropout, (int, float)) or not 0 <= null_cond_dropout <= 1:
@@ -107,6 +109,7 @@ class WebDataNpyModuleFromConfig(_DataModule):
             raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
+        self.verify_shards = verify_shards
         self.null_cond_dropout = null_cond_dropout
         self.null_cond_path = null_cond_path
         self.first_stage_key = first_stage_key
@@ -160,6 +163,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
             logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
             return dataset
         check_against_index(urls, whole=names_all_there(self.urls[split]))
+        if self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0):
+            verify_shards(urls)
         extra = TEACHER_KEYS if split == "prior" and self._has_teacher() else ()
         dataset = ShardDataset(urls, *self._keys(), extra)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(urls), _describe(dataset))

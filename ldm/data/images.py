@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageItem:
     """Where a picture is, and its caption: None if it has none. `error` says why the caption cannot be read."""
 
@@ -150,6 +152,15 @@ def find_images(source: str | Path | Sequence[str | Path], caption: str | None =
         names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         logger.warning("%s: %d pictures have no caption and get the empty one: %s", where, len(missing), names)
     return items
+
+
+def digest_images(items: Iterable[ImageItem]) -> str:
+    """The SHA-256, in hex, of what can be told of `items` without opening them: names, captions and sizes in bytes."""
+    hashed = hashlib.sha256()
+    for item in items:
+        size = item.span[1] if item.span else (item.path.stat().st_size if item.path.is_file() else None)
+        hashed.update(json.dumps([item.name, item.caption, item.error, size]).encode() + b"\n")
+    return hashed.hexdigest()
 
 
 class ImageCaptionDataset(Dataset):

@@ -25,7 +25,8 @@ from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.data.writer import existing_shards
 from ldm.models.diffusion.text_to_image import Request, draw_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.training.preencode import Encoder, sample_key
+from ldm.training.encoder import Encoder
+from ldm.training.pictures import sample_key
 from ldm.training.shard_set import Sample, check_out, finish, write_samples
 from ldm.training.teacher import Teacher
 from ldm.util import UserError
@@ -159,5 +160,6 @@ def make_prior(
                 bar.update(len(batch))
 
     shards = write_samples(out, samples(), shard_size)
-    finish(out, null, shards, samples=count, scale_factor=float(encoder.model.scale_factor), **about)
+    scale = float(encoder.model.scale_factor)
+    finish(out, null, shards, samples=count, scale_factor=scale, **encoder.digests, **about)
     return shards

@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU if there is one, else the CPU.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; `auto` is the GPU if there is one, that of process `local_rank`, else the CPU.
 
     Raises:
         UserError: there is no such device here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

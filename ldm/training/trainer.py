@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
 from ldm.callbacks.learning_rate import LearningRateOnResume
 from ldm.callbacks.leftover import NothingLeft
@@ -81,6 +82,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         StepSeeds(seed),
         LearningRateOnResume(),
         NothingLeft(),
+        SameEncoders(run.resume is not None or _names_weights(config)),
         SetupCallback(
             now=run.started,
             logdir=run.folder,
@@ -100,6 +102,12 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     if section.trainer.get("logger") is False:
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
     return callbacks + built + _build_checkpoints(config, run, requests, built)
+
+
+def _names_weights(config: DictConfig) -> bool:
+    """Whether the config takes the autoencoder's weights from a file."""
+    named = ("model.params.ckpt_path", "model.params.first_stage_config.params.ckpt_path")
+    return any(OmegaConf.select(config, key) is not None for key in named)
 
 
 def _build_checkpoints(

@@ -36,7 +36,7 @@ def test_a_whole_set_and_a_chosen_part_are_read(folder):
 def test_an_unfinished_set_is_refused(folder):
     (folder / INDEX).write_text(json.dumps({"complete": False, "shards": []}))
     for urls in (str(folder), str(folder / "set-{000..001}.tar")):
-        with pytest.raises(UserError, match=r"index\.json: the set is unfinished.*--overwrite, by tools/preencode\.py"):
+        with pytest.raises(UserError, match=r"index\.json: the set is unfinished.*same command of tools/preencode\.py"):
             count(urls)
 
 
@@ -60,6 +60,16 @@ def test_shards_of_another_set_are_refused(folder):
 def test_an_index_that_is_none_is_one_line(folder, text):
     (folder / INDEX).write_text(text)
     with pytest.raises(UserError, match=r"index\.json: (not JSON|lists no shards)"):
+        count(str(folder))
+
+
+def test_an_index_of_a_later_format_is_not_guessed_at(folder):
+    index = json.loads((folder / INDEX).read_text())
+    for version in (1, 2):
+        (folder / INDEX).write_text(json.dumps({**index, "format": version}))
+        assert count(str(folder)) == 9
+    (folder / INDEX).write_text(json.dumps({**index, "format": 3}))
+    with pytest.raises(UserError, match=r"index\.json: has format 3, this program knows 1 to 2"):
         count(str(folder))
 
 
