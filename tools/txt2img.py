@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import CONVENTIONAL_RELEASE, run
+from ldm.cli import CONVENTIONAL_RELEASE, add_trust_option, run
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks")
     parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the pictures")
+    add_trust_option(parser)
     return parser.parse_args()
 
 
@@ -77,7 +78,8 @@ def main() -> None:
     from ldm.pictures import image_grid, save_png, to_images
     from ldm.training.release import PRECISIONS, load_release, pick_device
 
-    model = load_release(options.ckpt, options.config, pick_device(options.device), PRECISIONS[options.precision])
+    device, dtype = pick_device(options.device), PRECISIONS[options.precision]
+    model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
     shape = latent_shape(model, options.H, options.W)
     requests = [Request(prompt, options.seed + index) for prompt in prompts for index in range(options.n)]
     number = next_number(options.out, "[0-9]*.png")

@@ -58,11 +58,12 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     """The config of a run: what it saved before, then `--base` left to right, then the command line.
 
     Raises:
-        UserError: a config cannot be read; a key of the section `lightning`, or a Trainer argument, does not exist.
+        UserError: a config cannot be read, or names what needs trust; a key of the section `lightning`, or a Trainer
+            argument, does not exist.
     """
     valid = set(inspect.signature(Trainer).parameters)
     check_names(arguments.trainer, valid, "option --{}")
-    config = load_config([*run.saved_configs, *arguments.base], arguments.overrides)
+    config = load_config([*run.saved_configs, *arguments.base], arguments.overrides, arguments.trust_config)
     section = config.setdefault("lightning", {})
     for key in section:
         if key not in _LIGHTNING_KEYS:

@@ -165,14 +165,14 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
     """CLIP's pooled text embedding, by the `clip` package, which downloads the weights of `version` on first use.
 
     Args:
-        version: a model name of the `clip` package, or the path of its weights.
+        version: a model name of the `clip` package; not a file, which it would unpickle.
         device: where to put the module; None leaves it on the CPU until it is moved.
         max_length: ids a caption; longer ones are cut.
         n_repeat: how often `encode` repeats the embedding along the context.
         normalize: scale each embedding to length 1.
 
     Raises:
-        UserError: the `clip` package, or torchvision that it needs, is not installed.
+        UserError: the `clip` package, or torchvision that it needs, is not installed, or has no model of this name.
     """
 
     def __init__(
@@ -185,6 +185,8 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
     ) -> None:
         super().__init__()
         clip = _import_clip()
+        if version not in clip.available_models():
+            raise UserError(f"version {version!r}{nearest(str(version), clip.available_models())}")
         self.model, _ = clip.load(version, jit=False, device="cpu")
         self._tokenize = clip.tokenize
         self.max_length = max_length
