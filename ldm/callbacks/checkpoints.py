@@ -132,8 +132,14 @@ class KeptCheckpoints(ModelCheckpoint):
         self._complained = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["dirpath"] == self.dirpath:  # else the best of another run, which this one must not delete
+        # Else the best of another run, which this one must not delete; nor any file that a checkpoint happens to name.
+        if state_dict["dirpath"] == self.dirpath and self._are_own(state_dict):
             super().load_state_dict(state_dict)
+
+    def _are_own(self, state: dict[str, Any]) -> bool:
+        single = (state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path"))
+        paths = [*(state.get("best_k_models") or {}), *filter(None, single)]
+        return all(Path(path).parent == Path(self.dirpath) and Path(path).suffix == ".ckpt" for path in paths)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._can_rank(trainer):
