@@ -11,6 +11,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
+from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
 from ldm.util import UserError
 
@@ -25,7 +26,7 @@ class LastCheckpoint(Checkpoint):
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
     exactly, in the middle of an epoch or at its end. Without `periodic` only signals save. A `UserError` (a picture
-    that cannot be read) saves too, as of the last step.
+    that cannot be read) saves too, as of the last step, but for a `NumericalFault`.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.requests.training = False
         # Other processes are still training. And without a step of this start there is nothing new.
+        if isinstance(exception, NumericalFault):
+            return
         if isinstance(exception, UserError) and self.periodic and self._progress and trainer.world_size == 1:
             self._is_late = True
             self._save(trainer, announce=True)

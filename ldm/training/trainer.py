@@ -41,6 +41,7 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
         "params": {"logging_interval": "step"},
     },
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
+    "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
 }
 _DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 # Classes of 2022 that Lightning no longer has.
