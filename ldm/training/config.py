@@ -32,7 +32,8 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
     """
     files = [(str(path), _read(path)) for path in map(find_config, names)]
     typed = [(repr(override), _parse_override(override)) for override in overrides]
-    source = ", ".join(map(str, names)) or "the command line"
+    # A resumed run has many, whose folders would make the line long.
+    source = str(names[0]) if len(names) == 1 else ", ".join(Path(name).name for name in names) or "the command line"
     config = OmegaConf.create()
     for name, part in files + typed:
         for section in part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -172,7 +173,7 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
         normalize: scale each embedding to length 1.
 
     Raises:
-        UserError: the `clip` package, or torchvision that it needs, is not installed, or has no model of this name.
+        UserError: the `clip` package, or torchvision that it needs, is not installed, or `version` is a file.
     """
 
     def __init__(
@@ -185,8 +186,8 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
     ) -> None:
         super().__init__()
         clip = _import_clip()
-        if version not in clip.available_models():
-            raise UserError(f"version {version!r}{nearest(str(version), clip.available_models())}")
+        if Path(version).is_file():
+            raise UserError(f"version {version!r} is a file, which clip would unpickle; give a name of its models")
         self.model, _ = clip.load(version, jit=False, device="cpu")
         self._tokenize = clip.tokenize
         self.max_length = max_length

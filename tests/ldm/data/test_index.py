@@ -56,10 +56,20 @@ def test_shards_of_another_set_are_refused(folder):
         count(str(folder))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"shards": [1]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"shards": [1]}', "[" * 100_000]
+    + [f'{{"shards": [{{"name": {name}}}]}}' for name in ("3", '["a"]', '"../a.tar"', '"a\\u0000"', "null")],
+)
 def test_an_index_that_is_none_is_one_line(folder, text):
     (folder / INDEX).write_text(text)
     with pytest.raises(UserError, match=r"index\.json: (not JSON|lists no shards)"):
+        count(str(folder))
+
+
+def test_complete_is_true_or_false(folder):
+    (folder / INDEX).write_text('{"complete": "no", "shards": []}')
+    with pytest.raises(UserError, match=r"index\.json: complete is 'no', neither true nor false"):
         count(str(folder))
 
 
