@@ -126,7 +126,7 @@ class NumericalFaults(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.skips and (batch_idx + 1) % self.every_n_batches == 0:
+        if not self.skips and len(self._noted) >= self.every_n_batches:
             self._check_losses(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
