@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import run
+from ldm.cli import add_trust_option, run
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ckpt", type=Path, help="release that made the set")
     add("--config", help="its config")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add_trust_option(parser)
     options = parser.parse_args()
     if (options.ckpt is None) != (options.config is None):
         raise UserError("--ckpt and --config: give both, or none")
@@ -62,7 +63,7 @@ def main() -> None:
     about = read_about(dataset)
     model = None
     if options.ckpt is not None:
-        model = load_release(options.ckpt, options.config, pick_device(options.device))
+        model = load_release(options.ckpt, options.config, pick_device(options.device), trusted=options.trust_config)
         digest = weights_digest(model.first_stage_model.state_dict())
         if about.get("autoencoder", digest) != digest:
             logger.warning("the set was made by another autoencoder than that of %s", options.ckpt)

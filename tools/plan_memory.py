@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import run
+from ldm.cli import add_trust_option, run
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--size", type=int, help="pixels a side (default: what the model's image_size means)")
     add("--card", type=float, metavar="GB", help="say which batch fits a card of so many GB, under each tier")
     add("--json", action="store_true", help="print JSON: bytes, and nothing else")
+    add_trust_option(parser)
     add(
         "overrides",
         nargs="*",
@@ -56,12 +57,14 @@ def main() -> None:
     from ldm.training.config import load_config
 
     if arguments.card is None:
-        config = load_config(arguments.base, arguments.overrides)
+        config = load_config(arguments.base, arguments.overrides, arguments.trust_config)
         print_step(config, arguments)
     else:
         from ldm.planning.card import is_tier
 
-        config = load_config([name for name in arguments.base if not is_tier(name)], arguments.overrides)
+        config = load_config(
+            [name for name in arguments.base if not is_tier(name)], arguments.overrides, arguments.trust_config
+        )
         print_fits(config, arguments)
 
 

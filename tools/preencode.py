@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import run
+from ldm.cli import add_trust_option, run
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--caption", help="one caption for all pictures, in place of their own")
     add("--num-workers", type=int, help="processes that decode pictures (default: up to 16)")
     add("--overwrite", action="store_true", help="replace the shards of --out that are there, finished or not")
+    add_trust_option(parser)
     arguments = parser.parse_args()
     for name in ("size", "batch_size", "shard_size"):
         if getattr(arguments, name) < 1:
@@ -73,7 +74,7 @@ def main() -> None:
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d pictures in %s", len(items), ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
-    model = load_release(arguments.ckpt, arguments.config)
+    model = load_release(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
     report = preencode(
         Encoder(model, device, dtype),
         items,

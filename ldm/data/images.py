@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 from ldm.data.captions import METADATA, beside, decode_caption, from_metadata
 from ldm.data.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
-from ldm.data.tar import index_tar, read_span
+from ldm.data.tar import MOST_IN_MEMBER, index_tar, read_span
 from ldm.data.transforms import fit_square
 from ldm.data.urls import expand_urls, is_stream
+from ldm.files import read_at_most
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,11 @@ class ImageItem:
         if self.error is not None:
             raise UserError(f"{self.name}: {self.error}")
         try:
-            with self.path.open("rb") as file:
-                data = file.read() if self.span is None else read_span(file.fileno(), *self.span, self.name)
+            if self.span is None:
+                data = read_at_most(self.path, MOST_IN_MEMBER)
+            else:
+                with self.path.open("rb") as file:
+                    data = read_span(file.fileno(), *self.span, self.name)
         except OSError as error:
             raise UserError(f"{self.name}: {error.strerror or error}") from error
         return decode_image(bytes(data), self.name)

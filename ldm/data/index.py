@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_at_most
 from ldm.util import UserError
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
 MAKE_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+_MOST_BYTES = 1 << 28  # of the file; a million shards take a sixth
 
 
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:
@@ -41,18 +42,28 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(read_at_most(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}; {MAKE_AGAIN}") from error
     shards = index.get("shards") if isinstance(index, dict) else None
-    if not (isinstance(shards, list) and all(isinstance(shard, dict) and "name" in shard for shard in shards)):
+    if not (isinstance(shards, list) and all(map(_is_shard, shards))):
         raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove it if it is not that of a set of shards")
+    if not isinstance(index.get("complete", True), bool):
+        raise UserError(f"{path}: complete is {index['complete']!r:.80}, neither true nor false; {MAKE_AGAIN}")
     version = index.get("format", 1)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(f"{path}: has format {version!r}, this program knows 1 to {FORMAT_VERSION}; {MAKE_AGAIN}")
     return index
+
+
+def _is_shard(shard: Any) -> bool:
+    """Whether an entry of the index names a file in its folder."""
+    name = shard.get("name") if isinstance(shard, dict) else None
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def check_against_index(paths: Sequence[str | Path], *, whole: bool) -> None:

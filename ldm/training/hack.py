@@ -38,14 +38,16 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     _write(content, out, [training, release])
 
 
-def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path) -> None:
+def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path, trusted: bool = False) -> None:
     """Write a training checkpoint at step 0 for the model of `config_names`, with the released weights, to `out`.
+
+    `trusted` is that of `load_config`.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
     _check_out(out, release_path)
-    config = load_config(config_names)
+    config = load_config(config_names, trusted=trusted)
     release = open_checkpoint(release_path)
     from ldm.training.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
 

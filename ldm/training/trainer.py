@@ -44,6 +44,7 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
         "params": {"logging_interval": "step"},
     },
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
+    "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
 }
 _DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 # Classes of 2022 that Lightning no longer has.
@@ -61,11 +62,12 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     """The config of a run: what it saved before, then `--base` left to right, then the command line.
 
     Raises:
-        UserError: a config cannot be read; a key of the section `lightning`, or a Trainer argument, does not exist.
+        UserError: a config cannot be read, or names what needs trust; a key of the section `lightning`, or a Trainer
+            argument, does not exist.
     """
     valid = set(inspect.signature(Trainer).parameters)
     check_names(arguments.trainer, valid, "option --{}")
-    config = load_config([*run.saved_configs, *arguments.base], arguments.overrides)
+    config = load_config([*run.saved_configs, *arguments.base], arguments.overrides, arguments.trust_config)
     section = config.setdefault("lightning", {})
     for key in section:
         if key not in _LIGHTNING_KEYS:

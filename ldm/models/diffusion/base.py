@@ -113,6 +113,8 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         self.optimizer_config = optimizer_config
         self.learn_logvar = learn_logvar
         self.learning_rate: float | None = None  # set by whoever trains
+        # Timesteps (B,) and losses (B,) of the last batch, for whoever must name a sample.
+        self.sample_losses: tuple[Tensor, Tensor] | None = None
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
@@ -172,6 +174,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         mean, joined = (prior.training_mean, prior.joined) if prior else (Tensor.mean, Tensor.mean)
         error = target.float() - output.float()
         per_sample = (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)  # (B,)
+        self.sample_losses = (t, per_sample.detach())
         prefix = "train" if self.training else "val"
         logged = {f"{prefix}/loss_simple": mean(per_sample)}
         if prior:

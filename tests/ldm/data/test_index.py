@@ -56,7 +56,11 @@ def test_shards_of_another_set_are_refused(folder):
         count(str(folder))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"shards": [1]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"shards": [1]}', "[" * 100_000]
+    + [f'{{"shards": [{{"name": {name}}}]}}' for name in ("3", '["a"]', '"../a.tar"', '"a\\u0000"', "null")],
+)
 def test_an_index_that_is_none_is_one_line(folder, text):
     (folder / INDEX).write_text(text)
     with pytest.raises(UserError, match=r"index\.json: (not JSON|lists no shards)"):
@@ -70,6 +74,12 @@ def test_an_index_of_a_later_format_is_not_guessed_at(folder):
         assert count(str(folder)) == 9
     (folder / INDEX).write_text(json.dumps({**index, "format": 3}))
     with pytest.raises(UserError, match=r"index\.json: has format 3, this program knows 1 to 2"):
+        count(str(folder))
+
+
+def test_complete_is_true_or_false(folder):
+    (folder / INDEX).write_text('{"complete": "no", "shards": []}')
+    with pytest.raises(UserError, match=r"index\.json: complete is 'no', neither true nor false"):
         count(str(folder))
 
 
