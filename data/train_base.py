@@ -39,7 +39,7 @@ UNET_ROUNDS = [
     (4619, 3, [_EPS, _LINEAR, "model.base_learning_rate=8e-4"]),
     (6790, 1, [_EPS, _LINEAR, "model.base_learning_rate=8e-4", "model.params.min_snr_gamma=1"]),
     (9293, 1, [_EPS, "model.params.min_snr_gamma=1"]),
-    (13000, 1, []),  # names
+    (13250, 1, []),  # names
     (17500, 3, []),  # and paraphrases
 ]
 CURVE_STEPS = 250

@@ -5,11 +5,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from shard_files import sample_members, write_set, write_tar
 
 from ldm.data import npy
 from ldm.data.datamodule import DataModuleFromConfig, WebDataNpyModuleFromConfig
 from ldm.util import UserError
+from tests.ldm.data.shard_files import sample_members, write_set, write_tar
 
 TRAINER = {
     "accelerator": "cpu",

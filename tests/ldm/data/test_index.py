@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from shard_files import write_set
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.index import INDEX
 from ldm.util import UserError
+from tests.ldm.data.shard_files import write_set
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from shard_files import write_set, write_tar
-from test_datamodule import Recorder, batches, fit
 
 from ldm.data import npy
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.prior import PriorBatchSampler
 from ldm.data.sampling import EpochBatchSampler
 from ldm.util import UserError
+from tests.ldm.data.shard_files import write_set, write_tar
+from tests.ldm.data.test_datamodule import Recorder, batches, fit
 
 
 class Remembering(Recorder):

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from shard_files import sample_members, write_tar
 
 from ldm.data import npy
 from ldm.data.shards import ShardDataset
@@ -17,6 +16,7 @@ from ldm.data.stream import ShardStream
 from ldm.data.tar import index_tar, split_name
 from ldm.data.writer import ShardWriter
 from ldm.util import UserError
+from tests.ldm.data.shard_files import sample_members, write_tar
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import json
 import os
 
 import pytest
-from shard_files import write_set
 
 from ldm.data import verify
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.index import INDEX, write_index
 from ldm.data.verify import file_sha256, verify_shards
 from ldm.util import UserError
+from tests.ldm.data.shard_files import write_set
 
 
 @pytest.fixture
