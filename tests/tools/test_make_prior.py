@@ -160,11 +160,13 @@ def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "pictures of 2 sizes; a prior needs one"),
+        (("--shards", "{pictures,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
     write_pictures(model, tmp_path / "pictures")
+    write_pictures(model, tmp_path / "again")
     write_pictures(model, tmp_path / "sizes", [(8, 8), (8, 16)])
     write_pictures(model, tmp_path / "narrow", width=8)
     before = sorted(tmp_path.rglob("*"))
