@@ -103,6 +103,11 @@ class LatentDiffusion(DDPM):
         if not 1 <= num_timesteps_cond <= self.num_timesteps:
             raise UserError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to timesteps ({self.num_timesteps})")
         check_prior_settings(prior_loss_weight, prior_target)
+        if prior_target == "teacher" and num_timesteps_cond > 1:
+            raise UserError(
+                f"prior_target: teacher holds what was predicted under clean captions, which num_timesteps_cond: "
+                f"{num_timesteps_cond} noises; set it to 1, or set prior_target: data"
+            )
         self.prior_loss_weight = prior_loss_weight
         self.prior_target = prior_target
         self.num_timesteps_cond = num_timesteps_cond
