@@ -15,7 +15,10 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
 from ldm.cli import call, newest_checkpoint, run
 from ldm.files import atomic_write
@@ -146,9 +149,10 @@ def loss_curves(folder: Path, out: Path) -> None:
         ]:
             binned: dict[int, list[float]] = {}
             for metrics in sorted((folder / name).glob("*/csv/*/metrics.csv")):
-                for row in csv.DictReader(metrics.open()):
-                    if row.get(column):
-                        binned.setdefault(int(row["step"]) // CURVE_STEPS, []).append(float(row[column]))
+                with metrics.open(encoding="utf-8") as rows:
+                    for row in csv.DictReader(rows):
+                        if row.get(column):
+                            binned.setdefault(int(row["step"]) // CURVE_STEPS, []).append(float(row[column]))
             for number, values in sorted(binned.items()):
                 writer.writerow([name, (number + 1) * CURVE_STEPS, f"{sum(values) / len(values):.4f}"])
 

@@ -71,7 +71,10 @@ def test_imports_point_down(path: Path) -> None:
                 assert not any(within(imported, other) for other in forbidden), f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("path", [ROOT / "main.py", *ROOT.glob("tools/*.py")], ids=lambda path: path.name)
+COMMANDS = [ROOT / "main.py", ROOT / "data/train_base.py", *ROOT.glob("tools/*.py")]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
 def test_help_needs_no_torch(path: Path) -> None:
     code = (
         "import runpy, sys\n"
