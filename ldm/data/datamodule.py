@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ldm.data.dropout import CaptionDropout, EpochItems, load_null
 from ldm.data.index import check_against_index
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
-from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior
+from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
 from ldm.data.sampling import EpochBatchSampler
 from ldm.data.shards import TEACHER_KEYS, TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
@@ -137,6 +137,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
     def _check_prior(self) -> None:
         if "prior" in self.datasets:
             check_prior(self.datasets["training"], self.datasets["prior"])
+            if self._has_teacher():
+                check_teacher(self.datasets["prior"], self._model())
         elif self._has_teacher():
             raise UserError("model.params.prior_target is teacher, but data.params.prior_urls names no shards")
 

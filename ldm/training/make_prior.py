@@ -167,6 +167,6 @@ def make_prior(
                 bar.update(len(batch))
 
     shards = write_samples(out, samples(), shard_size)
-    scale = float(encoder.model.scale_factor)
-    finish(out, null, shards, samples=count, scale_factor=scale, **encoder.digests, **about)
+    about |= {"scale_factor": float(encoder.model.scale_factor), "parameterization": encoder.model.parameterization}
+    finish(out, null, shards, samples=count, **encoder.digests, **about)
     return shards

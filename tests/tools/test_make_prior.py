@@ -85,7 +85,8 @@ def test_samples_go_to_shards_as_they_are_drawn(make_prior, model, tmp_path):
         assert sample["json"] == {"prompt": request.prompt, "seed": request.seed, **settings}
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert (index["complete"], index["samples"], index["teacher"]) == (True, 4, 0)
-    assert index["scale_factor"] == model.scale_factor and len(index["shards"]) == 2
+    assert (index["scale_factor"], index["parameterization"]) == (model.scale_factor, model.parameterization)
+    assert len(index["shards"]) == 2
 
 
 def test_the_teacher_has_no_loss_on_its_own_predictions(make_prior, model, tmp_path):
