@@ -15,26 +15,13 @@ from torch import Tensor, nn
 from ldm.checkpoint import LoadReport
 from ldm.models.diffusion.base import DDPM
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
-
-
-# Where the first stage waits while training does without it.
-_HOST = torch.device("cpu")
-
-
-def _device(module: nn.Module) -> torch.device | None:
-    """Where the module's weights are; None if it has none."""
-    return next((parameter.device for parameter in module.parameters()), None)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The type of the module's weights; float32 if it has none."""
-    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
 def check_reads_captions(cond_stage_model: nn.Module | None) -> None:
@@ -46,7 +33,7 @@ def check_reads_captions(cond_stage_model: nn.Module | None) -> None:
         )
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(WithFirstStage, DDPM):
     """Diffusion in the latent space of a frozen first stage (arXiv:2112.10752).
 
     The batch entry `first_stage_key` is either images, channels last (B, H, W, 3) in [-1, 1], which the first stage
@@ -160,52 +147,7 @@ class LatentDiffusion(DDPM):
         trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
         return [*trained, *([self.logvar] if self.learn_logvar else [])]
 
-    # First stage
-
-    def _first_stage_at(self, device: torch.device) -> nn.Module:
-        """The first stage, brought to `device` if it is elsewhere."""
-        if _device(self.first_stage_model) not in (None, device):
-            self.first_stage_model.to(device)
-        return self.first_stage_model
-
-    def _put_first_stage_away(self, batch: Batch) -> None:
-        """Leave the device to the rest, if batches such as this one need no first stage."""
-        is_used = self.cond_stage_model is self.first_stage_model
-        if not is_used and self.is_pre_encoded(batch_entry(batch, self.first_stage_key)):
-            self._first_stage_at(_HOST)
-
-    @torch.no_grad()
-    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
-        """What the first stage makes of images (B, 3, H, W) in [-1, 1]: a posterior, or the latent itself."""
-        return self._first_stage_at(x.device).encode(x.to(_dtype(self.first_stage_model)))
-
-    def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
-        """A latent (B, C, h, w) drawn from the posterior, or the one given, times `scale_factor`."""
-        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        return self.scale_factor * latent
-
-    def most_likely_latent(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
-        """The posterior's mode (B, C, h, w), or the latent given, times `scale_factor`."""
-        latent = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        return self.scale_factor * latent
-
-    @torch.no_grad()
-    def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about [-1, 1], of scaled latents z (B, C, h, w)."""
-        latent = (z / self.scale_factor).to(_dtype(self.first_stage_model))
-        return self._first_stage_at(z.device).decode(latent)
-
-    def is_pre_encoded(self, x: Tensor) -> bool:
-        """Whether a batch entry is a posterior's parameters or a latent, channels first, rather than images."""
-        return x.ndim == 4 and x.shape[1] in (self.channels, 2 * self.channels)
-
-    def encode_batch(self, batch: Batch) -> DiagonalGaussianDistribution | Tensor:
-        """The unscaled posterior or latent of the entry `first_stage_key`; see the class."""
-        x = batch_entry(batch, self.first_stage_key)
-        if not self.is_pre_encoded(x):
-            return self.encode_first_stage(super().get_input(batch, self.first_stage_key))
-        # float32 before the draw: stored float16 is too coarse for the exponential of the log variance.
-        return DiagonalGaussianDistribution(x.float()) if x.shape[1] == 2 * self.channels else x.float()
+    # Batches
 
     def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check the shapes of a pre-encoded sample, by batch entry and without the batch.
@@ -255,9 +197,8 @@ class LatentDiffusion(DDPM):
         with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
             encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
         if isinstance(encoded, Tensor) and encoded.is_floating_point():
-            encoded = (
-                encoded.float()
-            )  # stored encodings are float16, which autocast on the CPU does not mix with bfloat16
+            # Stored encodings are float16, which autocast on the CPU does not mix with bfloat16.
+            encoded = encoded.float()
         if self.model.conditioning_key != "hybrid":
             return encoded
         return {"c_concat": [batch_entry(batch, key).float() for key in self.concat_keys], "c_crossattn": [encoded]}

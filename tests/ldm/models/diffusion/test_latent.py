@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoint import load_state_dict, save_state_dict
-from ldm.models.diffusion import latent
 from ldm.models.diffusion.ddpm import DiffusionWrapper, LatentDiffusion
 from ldm.util import UserError, instantiate_from_config
 from tests.golden_data import case, fill_seeded, seeded_tensor
@@ -42,10 +41,6 @@ def construct(cond_stage: dict | str, unet: dict | None = None, **params: object
         },
     }
     return instantiate_from_config(config)
-
-
-# In the tests of where the first stage is: nothing is moved, so the CPU can stand for a GPU.
-HOST, DEVICE = torch.device("meta"), torch.device("cpu")
 
 
 def batch_of(f8: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -456,36 +451,3 @@ def test_stored_half_precision_under_bfloat16_autocast(model: LatentDiffusion) -
         loss, _ = model.shared_step(batch_of((2, 8, 8, 8)))
     loss.backward()
     assert torch.isfinite(loss)
-
-
-def first_stage_moves(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Where the first stage is moved to, of which nothing comes but this list."""
-    places = [DEVICE]
-    monkeypatch.setattr(latent, "_HOST", HOST)
-    monkeypatch.setattr(latent, "_device", lambda module: places[-1])
-    model.first_stage_model.to = places.append
-    return places
-
-
-def test_the_first_stage_leaves_the_device_but_for_pictures(
-    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    places = first_stage_moves(model, monkeypatch)
-    batch = batch_of((2, 8, 8, 8))
-    for batch_idx in range(2):
-        model.on_train_batch_start(batch, batch_idx)
-        model.shared_step(batch)
-    assert places == [DEVICE, HOST]
-    assert model.log_images(batch, ddim_steps=2)["samples"].shape == (2, 3, 64, 64)
-    assert places == [DEVICE, HOST, DEVICE, HOST]
-
-
-def test_the_first_stage_stays_for_training_on_pictures(
-    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    places = first_stage_moves(model, monkeypatch)
-    batch = {**batch_of((2, 8, 8, 8)), "f8": seeded_tensor("latent/images", (2, 64, 64, 3), 0.5).clamp(-1, 1)}
-    model.on_train_batch_start(batch, 0)
-    model.shared_step(batch)
-    model.log_images(batch, ddim_steps=2, plot_denoise_rows=False)
-    assert places == [DEVICE]
