@@ -15,7 +15,7 @@ from ldm.training.arguments import parse_arguments
 
 # What YAML files name as `main.X`. Looked up when it is named, so that `--help` need not import torch.
 _EXPORTS = {
-    "DataModuleFromConfig": "ldm.data.datamodule",
+    "DataModuleFromConfig": "ldm.data.config_module",
     "WebDataNpyModuleFromConfig": "ldm.data.datamodule",
     "SetupCallback": "ldm.callbacks.setup",
     "ImageLogger": "ldm.callbacks.image_logger",
