@@ -47,7 +47,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         seed: int | None = None,  # by default the run's
         drop_last: bool = False,
         prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
-        prior_ratio: float = 1.0,  # their samples in a batch, a training sample of batch_size
+        prior_ratio: float = 1.0,  # prior samples for each training sample of batch_size; they come on top of it
         verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)

@@ -7,7 +7,7 @@ import torch
 
 from ldm.checkpoint import load_state_dict
 from ldm.data.images import ImageCaptionDataset
-from ldm.evaluation.fixed import fixed_noise, stratified_timesteps
+from ldm.evaluation.fixed import fixed_noise, midpoint_timesteps
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
 from ldm.pictures import picture_distances
@@ -55,7 +55,7 @@ def test_its_loss_on_fixed_noise_is_the_recorded_one(base, known):
     latents = base.most_likely_latent(base.encode_first_stage(torch.stack([known[name] for name in chosen])))
     context = base.get_learned_conditioning(chosen)
     losses = []
-    for t in stratified_timesteps(base.num_timesteps, 8):
+    for t in midpoint_timesteps(base.num_timesteps, 8):
         noise = torch.stack([fixed_noise(name, t, latents.shape[1:]) for name in chosen])
         with torch.no_grad():
             losses.append(base.p_losses(latents, context, torch.full((len(chosen),), t), noise)[0])
