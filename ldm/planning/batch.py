@@ -26,12 +26,17 @@ def gives_pictures(model: DDPM, config: DictConfig) -> bool:
 def make_batch(model: DDPM, config: DictConfig, pictures: int | None = None, size: int | None = None) -> dict[str, Any]:
     """The entries that `model` reads of a batch of `pictures`, `size` pixels a side; by default those of `config`.
 
+    Where the config has a prior, its samples come on top.
+
     Raises:
         UserError: `config` names no batch size and none is given, or the size does not fit the model.
     """
-    pictures = pictures or ((config.get("data") or {}).get("params") or {}).get("batch_size")
+    params = (config.get("data") or {}).get("params") or {}
+    pictures = pictures or params.get("batch_size")
     if not isinstance(pictures, int) or pictures < 1:
         raise UserError(f"batch size {pictures}: give a whole number from 1, as in data.params.batch_size=4")
+    if params.get("prior_urls"):
+        pictures += round(pictures * params.get("prior_ratio", 1.0))
     factor = _pixels_a_latent(config) if isinstance(model, LatentDiffusion) else 1
     side = model.image_size if size is None else size // factor
     step = factor * getattr(model.model.diffusion_model, "downsampling", 1)

@@ -69,6 +69,11 @@ def test_batch_and_size_default_to_the_configs() -> None:
     assert large > 3.5 * small
 
 
+def test_the_samples_of_a_prior_come_on_top() -> None:
+    prior = ("data.params.prior_urls=prior.tar", "data.params.prior_ratio=0.5")
+    assert tiny(*prior, pictures=4) == tiny(pictures=6)
+
+
 def test_pictures_need_the_first_stage_on_the_device() -> None:
     assert tiny("data.target=main.DataModuleFromConfig")["weights"] > 1.1 * tiny()["weights"]
 
