@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 class Task:
-    """Latents (N, 4, 16, 16) of about `pictures` of the emoji, the base model's schedule, and a UNet to train."""
+    """Latents (N, C, h, w) of about `pictures` of the emoji, the base model's schedule, and a UNet to train."""
 
     def __init__(self, pictures: int, channel_mult: Sequence[int]) -> None:
         base = load_release(
@@ -64,9 +64,9 @@ class Task:
     def unet(self) -> nn.Module:
         torch.manual_seed(0)
         return UNetModel(
-            image_size=16,
-            in_channels=4,
-            out_channels=4,
+            image_size=self.latents.shape[-1],
+            in_channels=self.latents.shape[1],
+            out_channels=self.latents.shape[1],
             model_channels=32,
             attention_resolutions=[len(self.channel_mult)],
             num_res_blocks=1,

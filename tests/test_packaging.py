@@ -34,7 +34,8 @@ DISTRIBUTIONS = {
     "tomli": "pytest",
     "yaml": "pyyaml",
 }
-OURS = {"benchmarks", "ldm", "main", "tools", "tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+OURS = {"benchmarks", "ldm", "main", "tools", "tests"}
+OURS |= {path.stem for pattern in ("benchmarks/*.py", "tests/**/*.py") for path in ROOT.glob(pattern)}
 
 
 def name_of(requirement: str) -> str:
