@@ -6,7 +6,7 @@ from pytorch_lightning import Callback
 
 from ldm.checkpoint import save_checkpoint, save_state_dict
 from ldm.util import UserError
-from tests.test_main import assert_same_training
+from tests.test_main import assert_same_training, state
 from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 
@@ -126,6 +126,33 @@ def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
             train(f"-b tiny.yaml --resume {name} --max_steps 1")
         assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_broken_last_checkpoint_names_the_newest_whole_one(train, tmp_path):
+    where = "lightning.modelcheckpoint.params"
+    train(f"-l straight --max_steps 5 {where}.every_n_train_steps=1")
+    train(f"--max_steps 3 {where}.every_n_train_steps=1 {where}.monitor=null {where}.save_top_k=-1")
+    run = the_run(tmp_path / "logs")
+    first, second, third = sorted((run / "checkpoints").glob("epoch*.ckpt"))
+    last = run / "checkpoints" / "last.ckpt"
+    (last.parent / ".last.999999999.tmp.ckpt").write_bytes(second.read_bytes())  # what a kill left is nobody's
+    whole = last.read_bytes()
+    moment = state(last)["optimizer_states"][0]["state"][0]["exp_avg"].numpy().tobytes()
+    flipped = whole.replace(moment, bytes([moment[0] ^ 1]) + moment[1:])
+    for damage in (b"", whole[:-9000], flipped):
+        last.write_bytes(damage)
+        third.write_bytes(damage)
+        with pytest.raises(UserError) as caught:
+            train(f"--resume {run} --max_steps 5")
+        message = str(caught.value)
+        assert message.endswith(f"whole one of this run is of step 2: python main.py --resume {second} -t")
+        assert message.startswith(f"{last}: ") and "\n" not in message
+    assert train(f"--resume {second} --max_steps 5") == 0
+    assert_same_training(the_run(tmp_path / "straight"), run)
+    for path in (first, second, third, last, *last.parent.glob("epoch*.ckpt")):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="last.ckpt: empty file; .*; this run has no other whole checkpoint"):
+        train(f"--resume {run} --max_steps 5")
 
 
 def test_a_mistake_on_the_command_line_exits_with_one_line(command):

@@ -2,6 +2,7 @@
 
 from ldm.checkpoint.loading import OPTIONAL_KEYS, SCHEDULE_KEYS, LoadReport, is_optional, load_file_into, load_into
 from ldm.checkpoint.reading import OpenCheckpoint, load_checkpoint, load_state_dict, open_checkpoint, weights_of
+from ldm.checkpoint.verify import verify_checkpoint
 from ldm.checkpoint.writing import Pending, cast, check_suffix, save_checkpoint, save_state_dict
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "open_checkpoint",
     "save_checkpoint",
     "save_state_dict",
+    "verify_checkpoint",
     "weights_of",
 ]
