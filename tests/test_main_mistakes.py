@@ -151,7 +151,7 @@ def test_a_broken_last_checkpoint_names_the_newest_whole_one(train, tmp_path):
     assert_same_training(the_run(tmp_path / "straight"), run)
     for path in (first, second, third, last, *last.parent.glob("epoch*.ckpt")):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="last.ckpt: empty file; .*; this run has no other whole checkpoint"):
+    with pytest.raises(UserError, match=r"last.ckpt: empty file; .*; this run has no other whole checkpoint"):
         train(f"--resume {run} --max_steps 5")
 
 

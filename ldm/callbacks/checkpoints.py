@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import signal
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
+from ldm.callbacks.saving import keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
 from ldm.util import UserError
 
@@ -18,31 +22,59 @@ log = logging.getLogger(__name__)
 
 # With several processes, agreeing on a signal waits for the device, so it is not done at every step.
 _STEPS_BETWEEN_AGREEMENTS = 10
+# What writing may take of the training time before it is said, and from how many seconds on.
+_SHARE, _SECONDS = 0.05, 60
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` every `every_n_train_steps`, or else after each epoch; at the end of training; on signals.
+    """Writes `last.ckpt` when it is due, at the end of training, and on signals.
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
-    exactly, in the middle of an epoch or at its end. Without `periodic` only signals save. A `UserError` (a picture
-    that cannot be read) saves too, as of the last step.
+    exactly, in the middle of an epoch or at its end. A `UserError` (a picture that cannot be read) saves too, as of the
+    last step. When the disk is full training goes on, but for its end, or a signal to stop.
+
+    Args:
+        path: where `last.ckpt` is.
+        requests: what signals ask for.
+        every_n_train_steps: steps from one to the next.
+        train_time_interval: minutes from one to the next; with neither of the two, one is written after each epoch.
+        save_last_k: how many of them are kept as `step=<step>.ckpt` too, the newest ones.
+        periodic: whether any is due at all; if not, only signals save.
+
+    Raises:
+        UserError: one of the numbers is none, or too small.
     """
 
     def __init__(
-        self, path: Path, requests: SignalRequests, every_n_train_steps: int | None = None, periodic: bool = True
+        self,
+        path: Path,
+        requests: SignalRequests,
+        every_n_train_steps: int | None = None,
+        train_time_interval: float | None = None,
+        save_last_k: int = 0,
+        periodic: bool = True,
     ) -> None:
+        _check("every_n_train_steps", every_n_train_steps, int, 1)
+        _check("train_time_interval", train_time_interval, (int, float), 0)
+        _check("save_last_k", save_last_k, int, 0)
         self.path = path
         self.requests = requests
         self.every_n_train_steps = every_n_train_steps
+        self.minutes = train_time_interval
+        self.save_last_k = save_last_k
         self.periodic = periodic
         self._step = 0
         self._saved_step: int | None = None
         self._progress: dict[str, Any] = {}  # the checkpoint's entries that go on changing after a step
         self._is_late = False
         self._stopping = False
+        self._began = self._last_tried = time.monotonic()
+        self._seconds_writing = 0.0
+        self._share_is_said = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        self._began = self._last_tried = time.monotonic()
         self.requests.install()
         self.requests.training = True
 
@@ -54,10 +86,11 @@ class LastCheckpoint(Checkpoint):
         self._step = trainer.global_step
         self._progress = {"epoch": trainer.current_epoch, "loops": {"fit_loop": trainer.fit_loop.state_dict()}}
         self._progress = copy.deepcopy(self._progress)
-        save, self._stopping = self._agreed_requests(trainer)
-        if save or self._stopping or (self.periodic and self._is_due(trainer)):
+        asked, timely, self._stopping = self._agreed(trainer)
+        is_end = self.periodic and self._is_end(trainer)
+        if asked or timely or self._stopping or is_end or (self.periodic and self._is_due(trainer)):
             self.requests.save = False
-            self._save(trainer, announce=save or self._stopping)
+            self._save(trainer, announce=asked or self._stopping, needed=is_end or self._stopping)
 
     # It stops at the next hook, since only then has Lightning logged what the step measured.
 
@@ -69,7 +102,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self.requests.stop and trainer.world_size == 1 and not trainer.sanity_checking:
-            self._save(trainer, announce=True)
+            self._save(trainer, announce=True, needed=True)
             self._stopping = True
             self._stop_if_asked()
 
@@ -90,39 +123,71 @@ class LastCheckpoint(Checkpoint):
             checkpoint["epoch"] = self._progress["epoch"]
             checkpoint["loops"] |= self._progress["loops"]
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        step = trainer.global_step
-        if step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs):
-            return True
-        # An epoch of few pictures is over in seconds, and a checkpoint of a large model is not written in that time.
-        return step % self.every_n_train_steps == 0 if self.every_n_train_steps else trainer.is_last_batch
+    @staticmethod
+    def _is_end(trainer: Trainer) -> bool:
+        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        return trainer.global_step == trainer.max_steps or (trainer.is_last_batch and is_last_epoch)
 
-    def _agreed_requests(self, trainer: Trainer) -> tuple[bool, bool]:
-        """(save, stop): whether any process was asked to."""
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self.every_n_train_steps:
+            return trainer.global_step % self.every_n_train_steps == 0
+        # An epoch of few pictures is over in seconds, and a checkpoint of a large model is not written in that time.
+        return self.minutes is None and trainer.is_last_batch
+
+    def _agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
+        """Whether a signal asks any process to save, its clock says so, a signal asks it to stop."""
         if trainer.world_size > 1 and trainer.global_step % _STEPS_BETWEEN_AGREEMENTS:
-            return False, False
-        return self._agree(trainer, self.requests.save), self._agree(trainer, self.requests.stop is not None)
+            return False, False, False
+        waited = time.monotonic() - self._last_tried
+        timely = self.periodic and self.minutes is not None and waited >= 60 * self.minutes
+        asked, stop = self.requests.save, self.requests.stop is not None
+        return self._agree(trainer, asked), self._agree(trainer, timely), self._agree(trainer, stop)
 
     @staticmethod
     def _agree(trainer: Trainer, asked: bool) -> bool:
         return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
 
-    def _save(self, trainer: Trainer, announce: bool) -> None:
+    def _save(self, trainer: Trainer, announce: bool, needed: bool = False) -> None:
         if trainer.fast_dev_run:
             return
         if self._saved_step != trainer.global_step:
-            trainer.save_checkpoint(self.path, weights_only=False)
+            began = time.monotonic()
+            written = saved(trainer, lambda: self._write(trainer), needed=needed)
+            self._last_tried = time.monotonic()
+            self._seconds_writing += self._last_tried - began
+            if not written:
+                return
             self._saved_step = trainer.global_step
+            self._say_share()
         if announce:
             log.info("\nSaved step %d to %s", trainer.global_step, self.path)
+
+    def _write(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        if self.save_last_k and trainer.is_global_zero:
+            keep_numbered(self.path, trainer.global_step, self.save_last_k)
+
+    def _say_share(self) -> None:
+        share = self._seconds_writing / (self._last_tried - self._began)
+        if self._seconds_writing >= _SECONDS and share > _SHARE and not self._share_is_said:
+            self._share_is_said = True
+            log.warning("\nWriting checkpoints has taken %.0f %% of the training time; write fewer, by "
+                        "lightning.modelcheckpoint.params.every_n_train_steps", 100 * share)  # fmt: skip
 
     def _stop_if_asked(self) -> None:
         if self._stopping:
             raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
 
 
+def _check(name: str, value: Any, kind: Any, least: int) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf
+    if value is not None and wrong:
+        what = "whole number" if kind is int else "number of minutes"
+        raise UserError(f"lightning.modelcheckpoint.params.{name} {value!r}: give a {what} of at least {least}")
+
+
 class KeptCheckpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which complains once, not fatally, about a metric that is not logged.
+    """Lightning's ModelCheckpoint, which complains, not fatally, about a metric that is not logged or a full disk.
 
     The recipe's monitor is a validation metric, and a first try often has no validation data.
     """
@@ -134,6 +199,11 @@ class KeptCheckpoints(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["dirpath"] == self.dirpath:  # else the best of another run, which this one must not delete
             super().load_state_dict(state_dict)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        before = copy.deepcopy(self.state_dict())
+        if not saved(trainer, partial(super()._save_topk_checkpoint, trainer, monitor_candidates)):
+            super().load_state_dict(before)  # nor was one removed for it
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._can_rank(trainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ _MOVED = {
 }
 # Where the data modules are that give each process its share themselves.
 _SHARING_DATA = ("main.", "ldm.data.")
-# Parameters of modelcheckpoint that last.ckpt decides for itself.
-_NOT_KEPT = ("save_last", "dirpath")
+# Parameters of modelcheckpoint that are last.ckpt's too or alone, and those that it decides for itself.
+_OF_LAST = ("every_n_train_steps", "train_time_interval", "save_last_k")
+_NOT_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
 
 
 def merge_config(arguments: Arguments, run: Run) -> DictConfig:
@@ -110,13 +112,16 @@ def _build_checkpoints(
         if key not in ("target", "params"):
             raise UserError(f"unknown key lightning.modelcheckpoint.{key}{nearest(key, ['target', 'params'])}")
     given = described.get("params") or {}
-    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, given.get("every_n_train_steps"), periodic)
+    of_last = {key: given[key] for key in _OF_LAST if given.get(key) is not None}
+    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **of_last, periodic=periodic)
     params = {key: value for key, value in given.items() if key not in _NOT_KEPT}
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
     if params["monitor"] is not None:
         params.setdefault("save_top_k", 3)
         # Not last.ckpt's number of steps: the metric is new only after a validation, or where a callback logs it.
         params["every_n_train_steps"] = _steps_between(params["monitor"], others)
+    elif "train_time_interval" in of_last and "every_n_train_steps" not in of_last:
+        params["train_time_interval"] = timedelta(minutes=of_last["train_time_interval"])
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
