@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,10 +74,19 @@ class SampleLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         """A generator: Lightning asks for the iterator before it sets the epoch, so nothing may happen until `next`."""
+        batches = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the training is when a worker dies, in the middle of an optimizer step
+            # too; without it `next` finds the worker dead, a few seconds later.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            yield from super().__iter__()
+            yield from batches
         except UserError as error:
             _raise_in_one_line(error)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(f"{error}: was it killed for want of memory? lower data.params.num_workers") from error
 
 
 class StreamLoader(SampleLoader):
