@@ -77,6 +77,11 @@ class LastCheckpoint(Checkpoint):
         self._began = self._last_tried = time.monotonic()
         self.requests.install()
         self.requests.training = True
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
+            # The checkpoint is of an epoch's last step. Lightning has ended that epoch, but takes the next for one that
+            # has begun, and would go wrong by an epoch at the second such resume.
+            loop.reset_restart_stage()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -36,7 +36,7 @@ class Run:
             is_global_zero=True,
             fast_dev_run=False,
             global_step=0,
-            fit_loop=SimpleNamespace(state_dict=dict),
+            fit_loop=SimpleNamespace(state_dict=dict, restarted_mid_epoch=False),
             save_checkpoint=self.save,
             strategy=SimpleNamespace(barrier=lambda name: None),
         )
