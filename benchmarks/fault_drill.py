@@ -49,7 +49,8 @@ OPTIONS = (
     "model.params.first_stage_config.params.ddconfig.ch=32 "
     "lightning.callbacks.image_logger.params.disabled=True "
     "data.params.batch_size=2 data.params.num_workers=2 data.params.null_cond_dropout=0.2 "
-    "data.params.prior_ratio=0.5 data.params.training_urls={shards}/train-*.tar data.params.prior_urls={shards}/prior.tar"
+    "data.params.training_urls={shards}/train-*.tar "
+    "data.params.prior_urls={shards}/prior.tar data.params.prior_ratio=0.5"
 )
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
@@ -20,8 +21,9 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-# With several processes, agreeing on a signal waits for the device, so it is not done at every step.
-_STEPS_BETWEEN_AGREEMENTS = 10
+# With several processes, agreeing on a signal waits for the device, so it is not done at every step. But launchers
+# kill half a minute after SIGTERM.
+_STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS = 10, 3.0
 # What writing may take of the training time before it is said, and from how many seconds on.
 _SHARE, _SECONDS = 0.05, 60
 
@@ -71,10 +73,13 @@ class LastCheckpoint(Checkpoint):
         self._began = self._last_tried = time.monotonic()
         self._seconds_writing = 0.0
         self._share_is_said = False
+        self._next_agreement = self._agreed_step = 0  # steps
+        self._agreed_at = self._began
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        self._began = self._last_tried = time.monotonic()
+        self._began = self._last_tried = self._agreed_at = time.monotonic()
+        self._agreed_step = self._step
         self.requests.install()
         self.requests.training = True
         loop = trainer.fit_loop
@@ -141,12 +146,20 @@ class LastCheckpoint(Checkpoint):
 
     def _agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
         """Whether a signal asks any process to save, its clock says so, a signal asks it to stop."""
-        if trainer.world_size > 1 and trainer.global_step % _STEPS_BETWEEN_AGREEMENTS:
+        now = time.monotonic()
+        timely = self.periodic and self.minutes is not None and now - self._last_tried >= 60 * self.minutes
+        wishes = (self.requests.save, timely, self.requests.stop is not None)
+        if trainer.world_size == 1:
+            return wishes
+        if trainer.global_step < self._next_agreement:
             return False, False, False
-        waited = time.monotonic() - self._last_tried
-        timely = self.periodic and self.minutes is not None and waited >= 60 * self.minutes
-        asked, stop = self.requests.save, self.requests.stop is not None
-        return self._agree(trainer, asked), self._agree(trainer, timely), self._agree(trainer, stop)
+        steps = max(1, trainer.global_step - self._agreed_step)
+        own = torch.tensor([*wishes, (now - self._agreed_at) / steps], device=trainer.strategy.root_device)
+        *agreed, seconds = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        self._agreed_step, self._agreed_at = trainer.global_step, now
+        wait = min(_STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS // max(seconds, 1e-3))
+        self._next_agreement = trainer.global_step + max(1, int(wait))
+        return tuple(map(bool, agreed))
 
     @staticmethod
     def _agree(trainer: Trainer, asked: bool) -> bool:
@@ -222,7 +235,7 @@ class KeptCheckpoints(ModelCheckpoint):
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             return True
         # What is saved every so many steps waits for the first of them.
-        if self.every_n_epochs and not self._complained:
+        if self.every_n_epochs and not self._complained and trainer.is_global_zero:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             hint = "" if any(trainer.num_val_batches) else "; no validation data?"
             log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)

@@ -43,8 +43,9 @@ class _DataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed_is_given = seed is not None
-        # `seed_everything` leaves the run's seed in this variable.
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        # `seed_everything` leaves the run's seed in this variable; what training draws follows it in any case.
+        self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.seed = self.run_seed if seed is None else seed
         self.drop_last = drop_last
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,7 +200,7 @@ class WebDataNpyModuleFromConfig(_DataModule):
                 dataset.set_epoch(self.trainer.current_epoch)  # the first batch is fetched before Lightning says so
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
         sampler = self._sampler(dataset.groups(), split, shuffle=shuffle, drop_last=drop_last)
-        items = EpochItems(dataset, dropout)
+        items = EpochItems(dataset, dropout, self.run_seed if training else None)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
             items = WithPrior(items, prior, dropout, getattr(self._model(), "num_timesteps", None))
@@ -284,7 +285,8 @@ class DataModuleFromConfig(_DataModule):
         shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
         sampler = self._sampler([np.arange(len(dataset))], split, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader
-        return loader(SeededDataset(dataset, self.seed), batch_sampler=sampler, num_workers=self.num_workers)
+        items = SeededDataset(dataset, self.seed, self.run_seed if training else None)
+        return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
 
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
         if "train" not in self.datasets:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampling import EpochBatchSampler, Item
+from ldm.data.sampling import DRAW, EpochBatchSampler, Item, draw_name
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,15 @@ def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i)."""
+    """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i).
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    With `draw_seed`, samples that are dicts have the entry `DRAW`, which names what the training draws for them.
+    """
+
+    def __init__(self, dataset: Any, seed: int, draw_seed: int | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.draw_seed = draw_seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -49,7 +53,10 @@ class SeededDataset(Dataset):
     def __getitem__(self, item: Item) -> Any:
         epoch, number = item
         with seeded(self.seed, epoch, number):
-            return self.dataset[number]
+            sample = self.dataset[number]
+        if self.draw_seed is None or not isinstance(sample, dict):
+            return sample
+        return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
 
 
 def _raise_in_one_line(error: UserError) -> None:

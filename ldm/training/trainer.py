@@ -27,6 +27,7 @@ from ldm.callbacks.summary import ParameterSummary
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
 from ldm.training.noise import silence_lightning
+from ldm.training.processes import check_launch, launched, strategy
 from ldm.training.resume import AtomicCheckpointIO
 from ldm.training.run import Run
 from ldm.training.trainer_arguments import check_names, is_single, modernise
@@ -161,8 +162,15 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     Raises:
         UserError: an argument has a value that Lightning does not take.
     """
-    given = modernise(plain(config.lightning.trainer), has_cuda=torch.cuda.is_available())
-    given.setdefault("strategy", _strategy(config.lightning, given))
+    given, launch = plain(config.lightning.trainer), launched()
+    if launch:
+        given.setdefault("num_nodes", launch.machines)
+    given = modernise(given, has_cuda=torch.cuda.is_available(), launched=launch.processes if launch else 1)
+    if launch:
+        check_launch(given, launch)
+    if not is_single(given):
+        given.setdefault("strategy", _described_strategy(config.lightning))
+    given["strategy"] = strategy(config, given)
     if config.data.target.startswith(_SHARING_DATA):
         given["use_distributed_sampler"] = False
     given |= {
@@ -196,7 +204,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     batch_size = ((config.get("data") or {}).get("params") or {}).get("batch_size")
     if batch_size is None:
         raise UserError("no data.params.batch_size to scale the learning rate by; give it, or --scale_lr False")
-    accumulate, devices = trainer.accumulate_grad_batches, trainer.num_devices
+    accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
     model.learning_rate = accumulate * devices * batch_size * base
     log.info(
         "Learning rate %.3e = %d (accumulated batches) * %d (devices) * %d (batch size) * %.3e (base_learning_rate)",
@@ -204,10 +212,8 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     )  # fmt: skip
 
 
-def _strategy(section: DictConfig, arguments: Mapping[str, Any]) -> Any:
+def _described_strategy(section: DictConfig) -> Any:
     described = section.get("strategy")
-    if is_single(arguments["devices"]):
-        return "auto"
     if isinstance(described, str):
         return described
     if described:
