@@ -28,22 +28,20 @@ class Runs:
         self.folder = folder
         write_inputs(folder)
 
-    def start(self, name: str, line: str, ranks: int = 1) -> list:
+    def start(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> list:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         base = "" if "--resume" in line else f"-b tiny.yaml -l {name}"
-        shared = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"GROUP_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         processes = []
         for rank in range(ranks):
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            environment = _environment(launcher, str(rank), str(ranks), str(port)) if ranks > 1 else {}
             files = (self.folder / f"{name}-{rank}.output", self.folder / f"{name}-{rank}.losses")
             processes.append(start(f"{base} {OPTIONS} {line}", self.folder, *files, environment))
         return processes
 
-    def __call__(self, name: str, line: str, ranks: int = 1) -> Path:
-        processes = self.start(name, line, ranks)
+    def __call__(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> Path:
+        processes = self.start(name, line, ranks, launcher)
         for process in processes:
             process.join()
         said = "\n".join(path.read_text() for path in self.folder.glob(f"{name}-*.output"))
@@ -57,6 +55,22 @@ class Runs:
             for (step, _), (loss,) in read_losses(path).items():
                 noted.setdefault(step, []).append(float.fromhex(loss))
         return {step: sum(values) / len(values) for step, values in sorted(noted.items())}
+
+
+def _environment(launcher: str, rank: str, ranks: str, port: str) -> dict[str, str]:
+    """What `launcher` tells a process on a machine of its own."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if launcher == "torchrun":
+        sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        return address | sizes | {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", "RANK": rank, "LOCAL_RANK": rank}
+    sizes = {
+        "SLURM_NTASKS": ranks,
+        "SLURM_NTASKS_PER_NODE": ranks,
+        "SLURM_STEP_NUM_TASKS": ranks,
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    return address | sizes | job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
 
 
 @pytest.fixture
@@ -106,6 +120,13 @@ def test_a_signal_to_one_process_stops_both_and_loses_nothing(runs: Runs, signum
     runs("stopped", f"--resume {stopped} --max_steps {step + 2}", ranks=2)
     straight = runs("straight", f"--max_steps {step + 2}", ranks=2)
     assert_same_training(straight, stopped)
+
+
+def test_processes_that_srun_started_train_together(runs: Runs) -> None:
+    run = runs("two", "data.params.batch_size=2", ranks=2, launcher="srun")
+    runs("whole", "data.params.batch_size=4")
+    assert runs.losses("two") == pytest.approx(runs.losses("whole"), rel=1e-5)
+    assert len(list(run.glob("csv/*"))) == 1
 
 
 def test_torchrun_starts_as_many_as_it_was_told(runs: Runs) -> None:

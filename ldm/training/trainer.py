@@ -183,7 +183,7 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     silence_lightning()
     try:
         return Trainer(**given)
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # the last of Slurm
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
