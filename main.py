@@ -15,7 +15,7 @@ from ldm.training.arguments import parse_arguments
 
 # What YAML files name as `main.X`. Looked up when it is named, so that `--help` need not import torch.
 _EXPORTS = {
-    "DataModuleFromConfig": "ldm.data.datamodule",
+    "DataModuleFromConfig": "ldm.data.config_module",
     "WebDataNpyModuleFromConfig": "ldm.data.datamodule",
     "SetupCallback": "ldm.callbacks.setup",
     "ImageLogger": "ldm.callbacks.image_logger",
@@ -34,6 +34,7 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
 
     from ldm.callbacks.signals import SignalRequests
+    from ldm.planning.start import warn_if_too_large
     from ldm.training.config import build_data, build_model
     from ldm.training.fit import fit, test
     from ldm.training.resume import load_weights, read_training_checkpoint, seed_run
@@ -54,6 +55,7 @@ def main() -> None:
         trainer = build_trainer(config, callbacks, loggers, plan)
         if arguments.train:
             set_learning_rate(model, config, trainer, arguments.scale_lr)
+            warn_if_too_large(config, trainer.strategy.root_device)
             fit(trainer, model, data, plan)
         if not arguments.no_test:
             test(trainer, model, data, config)

@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
+from ldm.cli import run
+from ldm.util import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,7 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=3.0, help="guidance (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of captions and of the noise")
     parser.add_argument("--out", type=Path, default=Path("outputs/base_recall.png"), help="grid of the first samples")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.n < 1 or options.seed < 0:
+        raise UserError(f"--n {options.n} --seed {options.seed}: give at least 1 caption, and a seed of at least 0")
+    return options
 
 
 def main() -> None:
@@ -64,14 +73,14 @@ def main() -> None:
     targets = torch.from_numpy(chosen)
     right = nearest == targets
     own = distances[torch.arange(len(targets)), targets]
-    print(
-        f"{int(right.sum())} of {len(requests)} samples are nearest to their own picture ({right.float().mean():.1%})"
-    )
-    print(f"distance to their own picture: median {own.median():.4f}, to the nearest {distances.amin(1).median():.4f}")
+    share = f"{int(right.sum())} of {len(requests)} samples are nearest to their own picture"
+    logger.info("%s (%.1f %%)", share, 100 * right.float().mean())
+    nearest_of_all = distances.amin(1).median()
+    logger.info("distance to their own picture: median %.4f, to the nearest %.4f", own.median(), nearest_of_all)
     side_by_side = torch.stack([known[targets[:32]], samples[:32]], dim=1).flatten(0, 1)
     save_png(image_grid(side_by_side, columns=16), options.out)
-    print(f"{options.out}: pictures and, to the right of each, its sample")
+    logger.info("%s: pictures and, to the right of each, its sample", options.out)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

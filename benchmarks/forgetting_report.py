@@ -75,7 +75,13 @@ def _at_the_end(variants: Mapping[str, Sequence[Result]]) -> list[list[str]]:
 def _spread(values: Iterable[float]) -> str:
     """`mean ± standard deviation`."""
     values = list(values)
-    return f"{mean(values):.3g} ± {stdev(values):.1g}" if len(values) > 1 else f"{mean(values):.3g}"
+    middle = _rounded(mean(values), 3)
+    return f"{middle} ± {_rounded(stdev(values), 1)}" if len(values) > 1 else middle
+
+
+def _rounded(value: float, digits: int) -> str:
+    """`value` to so many significant digits: 86.6 to one is 90, which the format `.1g` writes as 9e+01."""
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

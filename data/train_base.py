@@ -15,7 +15,10 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
 from ldm.cli import call, newest_checkpoint, run
 from ldm.files import atomic_write
@@ -30,6 +33,18 @@ PICTURES = Path("data/emoji")
 # Two rounds, the second at a lower learning rate and from the first's weights: name, steps, learning rate.
 AUTOENCODER_ROUNDS = [("coarse", 2400, 6e-4), ("fine", 1000, 1.5e-4)]
 CAPTIONS = 3  # a picture: its name and two paraphrases
+_EPS = "model.params.parameterization=eps"
+_LINEAR = "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaLinearScheduler"
+# Rounds of one run: its step at the end, captions a picture, overrides. The first three are how this model came to be,
+# and taught it next to nothing of captions: predicting noise, the error at much noise, where the caption decides, is
+# too small to count. Predicting v, 2200 steps did.
+UNET_ROUNDS = [
+    (4619, 3, [_EPS, _LINEAR, "model.base_learning_rate=8e-4"]),
+    (6790, 1, [_EPS, _LINEAR, "model.base_learning_rate=8e-4", "model.params.min_snr_gamma=1"]),
+    (9293, 1, [_EPS, "model.params.min_snr_gamma=1"]),
+    (13250, 1, []),  # names
+    (17500, 3, []),  # and paraphrases
+]
 CURVE_STEPS = 250
 
 
@@ -98,8 +113,8 @@ def caption_sets(folder: Path) -> list[Path]:
     return folders
 
 
-def encode(folder: Path, release: Path) -> str:
-    """Pre-encode every picture with each of its captions; the shards, as main.py takes them."""
+def encode(folder: Path, release: Path) -> list[str]:
+    """Pre-encode every picture with each of its captions; the shards of each set."""
     shards = []
     for pictures in caption_sets(folder / "pictures"):
         out = folder / "shards" / pictures.name / "%06d.tar"
@@ -108,7 +123,7 @@ def encode(folder: Path, release: Path) -> str:
             call("tools/preencode.py", "--ckpt", release, "--config", RELEASE_CONFIG, "--images", pictures,
                  "--out", out, *options)  # fmt: skip
         shards.append(f"{out.parent}/*.tar")
-    return "[" + ", ".join(f"'{path}'" for path in shards) + "]"
+    return shards
 
 
 def latent_scale(shards: str) -> float:
@@ -134,9 +149,10 @@ def loss_curves(folder: Path, out: Path) -> None:
         ]:
             binned: dict[int, list[float]] = {}
             for metrics in sorted((folder / name).glob("*/csv/*/metrics.csv")):
-                for row in csv.DictReader(metrics.open()):
-                    if row.get(column):
-                        binned.setdefault(int(row["step"]) // CURVE_STEPS, []).append(float(row[column]))
+                with metrics.open(encoding="utf-8") as rows:
+                    for row in csv.DictReader(rows):
+                        if row.get(column):
+                            binned.setdefault(int(row["step"]) // CURVE_STEPS, []).append(float(row[column]))
             for number, values in sorted(binned.items()):
                 writer.writerow([name, (number + 1) * CURVE_STEPS, f"{sum(values) / len(values):.4f}"])
 
@@ -144,11 +160,8 @@ def loss_curves(folder: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("logs/base"), help="of the runs (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20000, help="of the UNet (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="release to write")
     options = parser.parse_args()
-    if options.steps < 1:
-        raise UserError(f"--steps {options.steps}: give 1 or more")
     folder, out = options.folder.resolve(), options.out.resolve()
     os.chdir(ROOT)
 
@@ -157,10 +170,12 @@ def main() -> None:
     if not fresh.exists():
         assemble(autoencoder, fresh)
     shards = encode(folder, fresh)
-    logger.info("scale_factor of these latents: %.4f", latent_scale(shards.split("'")[1]))
+    logger.info("scale_factor of these latents: %.4f", latent_scale(shards[0]))
     if not start.exists():
         call("tools/hack_weights.py", "--release", fresh, "--base", BASE_CONFIG, "--out", start)
-    trained = train(folder / "unet", BASE_CONFIG, options.steps, [f"data.params.training_urls={shards}"], start)
+    for steps, captions, overrides in UNET_ROUNDS:
+        urls = f"data.params.training_urls={shards[:captions]}"
+        trained = train(folder / "unet", BASE_CONFIG, steps, [urls, *overrides], start)
     call("tools/merge_release.py", "--train-ckpt", trained, "--release", fresh, "--out", out, "--half")
     loss_curves(folder, out.with_name("loss_curves.csv"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import shlex
@@ -75,6 +76,15 @@ def _sigterm_unwinds() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--trust-config` to the parser of a command that builds what a config describes."""
+    parser.add_argument(
+        "--trust-config",
+        action="store_true",
+        help="let the configs name any class, and commands to read data from: they can then run any code",
+    )
 
 
 def newest_checkpoint(logs: Path = LOGS) -> Path:

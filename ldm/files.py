@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk leaves the old file whole. Imports no torch."""
+"""Writing files so that a kill or a full disk leaves the old file whole, and reading no more than is sane. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ldm.util import UserError
+
+
+def read_at_most(path: str | Path, most: int) -> bytes:
+    """The content of the file at `path`: a file with holes can claim terabytes.
+
+    Raises:
+        UserError: it is longer than `most` bytes.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        data = file.read(min(most + 1, path.stat().st_size + 1))
+    if len(data) > most:
+        raise UserError(f"{path}: has {path.stat().st_size} bytes, more than the {most} that such a file may have")
+    return data
 
 
 @contextmanager

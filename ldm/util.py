@@ -35,11 +35,11 @@ def get_obj_from_str(path: str) -> Any:
     """The object that the dotted `path` names, such as `"torch.nn.Linear"`.
 
     Raises:
-        UserError: `path` has no module part, or the module or the attribute does not exist.
+        UserError: `path` is no dotted path, or the module or the attribute does not exist.
     """
-    module_name, _, attribute = path.rpartition(".")
-    if not module_name:
+    if not isinstance(path, str) or "." not in path or not all(part.isidentifier() for part in path.split(".")):
         raise UserError(f"target {path!r} is not a dotted path such as 'package.module.Class'")
+    module_name, _, attribute = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

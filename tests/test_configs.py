@@ -100,3 +100,16 @@ def test_the_recipe_is_the_contracts():
     assert (params["first_stage_key"], params["cond_stage_key"], params["use_ema"]) == ("f8", "t5", False)
     assert (params["monitor"], params["scale_factor"]) == ("val/loss_simple_ema", 0.18215)
     assert {"training_urls", "val_urls", "test_urls", "null_cond_dropout"} <= set(config["data"]["params"])
+
+
+def test_the_lean_tier_lies_over_the_recipe():
+    config = plain(load_config(["finetune_stable_diffusion.yaml", "lean.yaml"]))
+    for _, entry in described(config):
+        check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
+    assert config["model"]["params"]["optimizer_config"]["target"] == "ldm.optim.InBackward"
+    assert config["model"]["params"]["unet_config"]["params"]["use_checkpoint"] is True
+    assert config["lightning"]["trainer"] == {
+        "accumulate_grad_batches": 1,
+        "max_steps": 10000,
+        "precision": "bf16-true",
+    }

@@ -115,7 +115,9 @@ def test_a_mistake_that_shows_while_training_loses_nothing(train, tmp_path, step
     failed = the_run(tmp_path / "failed")
     assert sorted(logged(failed, "train/loss")) == list(range(step))
     train(f"-l straight --max_steps 9 {options}")
-    assert train(f"--resume {failed} {fail}.params.step=-1") == 0
+    with pytest.raises(UserError, match=r"tests\.test_main_mistakes\.FailAfter.*--trust-config"):
+        train(f"--resume {failed} {fail}.params.step=-1")  # what was typed then is now what a file says
+    assert train(f"--resume {failed} --trust-config {fail}.params.step=-1") == 0
     assert_same_training(the_run(tmp_path / "straight"), failed)
 
 
@@ -148,7 +150,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_last_checkpoint_whol
     assert state(run / "checkpoints" / "last.ckpt")["global_step"] == 2
     train(f"-l straight --max_steps 5 {every}")
     full = "lightning.callbacks.full.params"
-    assert train(f"--resume {run} {full}.first=9") == 0
+    assert train(f"--resume {run} --trust-config {full}.first=9") == 0
     assert_same_training(the_run(tmp_path / "straight"), run)
 
 

@@ -34,7 +34,7 @@ DISTRIBUTIONS = {
     "tomli": "pytest",
     "yaml": "pyyaml",
 }
-OURS = {"ldm", "main", "tools", "tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+OURS = {"benchmarks", "ldm", "main", "tools", "tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
 
 
 def name_of(requirement: str) -> str:
@@ -58,16 +58,18 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_the_library_and_the_tools_import_only_what_is_declared():
     assert imported("main.py", "ldm/**/*.py", "tools/*.py", "data/*.py") <= names(
-        RUNTIME + EXTRAS["vq"] + EXTRAS["wandb"]
+        RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["wandb"]
     )
 
 
 def test_tests_and_benchmarks_import_only_what_is_declared():
-    assert imported("tests/**/*.py", "benchmarks/*.py") <= names(RUNTIME + EXTRAS["vq"] + EXTRAS["test"])
+    assert imported("tests/**/*.py", "benchmarks/*.py") <= names(
+        RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["test"]
+    )
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    wanted = RUNTIME + EXTRAS["vq"] + EXTRAS["test"] + EXTRAS["dev"]
+    wanted = RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["test"] + EXTRAS["dev"]
     assert names(wanted) - names(PINS) == {PROJECT["name"]}
     exact = {line for line in wanted if "==" in line}
     assert exact <= set(PINS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The whole recipe on a tiny model: pre-encode, hack, resume, merge, sample. Ends with a picture."""
+"""The whole recipe on a tiny model, twice, without and with a prior: pre-encode, hack, resume, merge, sample, look."""
 
 from __future__ import annotations
 
@@ -17,33 +17,48 @@ from ldm.cli import call, newest_checkpoint, run
 logger = logging.getLogger(__name__)
 
 RELEASE = Path("data/base/emoji.safetensors")  # a tiny model of emoji that has never seen a cat
+DRAWING = ("--steps", 25, "--scale", 3, "--sampler", "dpm_solver")
 SAMPLING = "demo_tiny_release.yaml"
 TRAINING = "demo_tiny.yaml"
 NEW_PROMPTS = ["tom the cat, grinning", "tom the cat, crying", "tom the cat, in love"]
 NEIGHBOURS = ["bear", "mouse face", "dog face", "tiger face", "fox"]
+# What the second training is reminded of, drawn from the released model itself: other animals than those above.
+PRIOR = ["panda", "koala", "wolf", "lion", "raccoon", "hamster", "rabbit face", "cow face", "pig face", "frog"]
 SAMPLES = 2  # a prompt
 
 
-def sample(ckpt: Path, folder: Path) -> None:
-    settings = f"--n {SAMPLES} --seed 1 --steps 25 --scale 3 --sampler dpm_solver --batch-size 16".split()
-    prompts = ["--prompt", *NEW_PROMPTS, *NEIGHBOURS]
-    call("tools/txt2img.py", "--ckpt", ckpt, "--config", SAMPLING, *prompts, *settings, "--out", folder)
+def fine_tune(start: Path, out: Path, name: str, steps: int, *overrides: str) -> Path:
+    """Train from `start`, merge, and sample into the folder `name` of `out`, which is returned."""
+    logs, tuned = out / f"logs-{name}", out / f"{name}.safetensors"
+    train = ("--base", TRAINING, "-t", "--no-test", "--max_steps", steps, "--logdir", logs)
+    call("main.py", "--resume", start, *train, f"data.params.training_urls={out}/shards/cats-000000.tar", *overrides)
+    merge = ("--train-ckpt", newest_checkpoint(logs), "--release", RELEASE, "--out", tuned)
+    call("tools/merge_release.py", *merge)
+    return sample(tuned, out / name)
 
 
-def compare(before: Path, after: Path, out: Path) -> None:
-    """One picture: a row a prompt, the samples of `before` on the left, those of `after` with the same seeds beside."""
+def sample(ckpt: Path, folder: Path) -> Path:
+    """Draw the prompts into `folder`, which is returned."""
+    prompts = ("--prompt", *NEW_PROMPTS, *NEIGHBOURS, "--n", SAMPLES, "--seed", 1, "--batch-size", 16)
+    call("tools/txt2img.py", "--ckpt", ckpt, "--config", SAMPLING, *prompts, *DRAWING, "--out", folder)
+    return folder
+
+
+def compare(folders: dict[str, Path], out: Path) -> None:
+    """One picture: a row a prompt, and side by side the samples of each folder, of the same seeds, under its title."""
     from PIL import Image, ImageDraw, ImageFont
 
     from ldm.pictures import save_png
 
     side, gap, label, head = 96, 4, 190, 28  # pixels
-    half = SAMPLES * (side + gap)
+    block = SAMPLES * (side + gap) + 2 * gap
     prompts = NEW_PROMPTS + NEIGHBOURS
-    sheet = Image.new("RGB", (label + 2 * (half + 2 * gap), head + len(prompts) * (side + gap)), "white")
+    sheet = Image.new("RGB", (label + len(folders) * block, head + len(prompts) * (side + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(15)
-    for left, folder in [(label, before), (label + half + 2 * gap, after)]:
-        draw.text((left, gap), f"{folder.name} fine-tuning", "black", font)
+    for number, (title, folder) in enumerate(folders.items()):
+        left = label + number * block
+        draw.text((left, gap), title, "black", font)
         for index, path in enumerate(sorted(folder.glob("[0-9]*.png"))):
             row, column = divmod(index, SAMPLES)
             picture = Image.open(path).resize((side, side), Image.Resampling.BICUBIC)
@@ -62,18 +77,14 @@ def main() -> None:
     out = options.out
     shutil.rmtree(out, ignore_errors=True)
 
-    start, tuned = out / "start.ckpt", out / "toms.safetensors"
-    shards = str(out / "shards/cats-%06d.tar")
-    preencode = ["--ckpt", RELEASE, "--config", SAMPLING, "--images", "data/cats", "--size", "64", "--out", shards]
-    call("tools/preencode.py", *preencode)
+    start, release = out / "start.ckpt", ("--ckpt", RELEASE, "--config", SAMPLING)
+    cats, prior = (f"{out}/shards/{name}-%06d.tar" for name in ("cats", "prior/animals"))
+    call("tools/preencode.py", *release, "--images", "data/cats", "--size", 64, "--out", cats)
     call("tools/hack_weights.py", "--release", RELEASE, "--base", TRAINING, "--out", start)
-    train = ["--base", TRAINING, "-t", "--no-test", "--max_steps", str(options.steps), "--logdir", out / "logs"]
-    call("main.py", "--resume", start, *train, f"data.params.training_urls={shards % 0}")
-    trained = newest_checkpoint(out / "logs")
-    call("tools/merge_release.py", "--train-ckpt", trained, "--release", RELEASE, "--out", tuned)
-    sample(RELEASE, out / "before")
-    sample(tuned, out / "after")
-    compare(out / "before", out / "after", out / "before-and-after.png")
+    folders = {"before": sample(RELEASE, out / "before"), "fine-tuned": fine_tune(start, out, "tuned", options.steps)}
+    call("tools/make_prior.py", *release, "--prompt", *PRIOR, "--n", 4, *DRAWING, "--out", prior)
+    reminded = fine_tune(start, out, "reminded", options.steps, f"data.params.prior_urls={prior % 0}")
+    compare({**folders, "with a prior": reminded}, out / "before-and-after.png")
     logger.info("\n%s: the same prompts and seeds, before and after fine-tuning", out / "before-and-after.png")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import run
+from ldm.cli import add_trust_option, run
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks (default: fp32)")
     add("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results (default: %(default)s)")
+    add_trust_option(parser)
     return parser.parse_args()
 
 
@@ -79,7 +80,7 @@ def main() -> None:
     open_checkpoint(options.ckpt)  # a wrong name shows before the base is evaluated
 
     def load(ckpt: Path) -> LatentDiffusion:
-        return load_release(ckpt, options.config, device, dtype)
+        return load_release(ckpt, options.config, device, dtype, options.trust_config)
 
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import CONVENTIONAL_RELEASE, newest_checkpoint, run
+from ldm.cli import CONVENTIONAL_RELEASE, add_trust_option, newest_checkpoint, run
 from ldm.util import UserError
 
 
@@ -24,7 +24,7 @@ def main() -> None:
 
     if arguments.base:
         out = arguments.out or arguments.release.with_name("hacked.ckpt")
-        hack_config(arguments.base, arguments.release, out)
+        hack_config(arguments.base, arguments.release, out, arguments.trust_config)
     else:
         training = arguments.train_ckpt or newest_checkpoint()
         hack_training(training, arguments.release, arguments.out or training)
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--base", nargs="+", metavar="CONFIG", help="make a training checkpoint for these configs instead")
     add("--out", type=Path, help="file to write; one that it replaces is kept as NAME.before-hack.ckpt "
         "(default: the training checkpoint; with --base, hacked.ckpt beside the release)")  # fmt: skip
+    add_trust_option(parser)
     arguments = parser.parse_args()
     if arguments.base and arguments.train_ckpt:
         raise UserError("--base makes a training checkpoint and --train-ckpt takes one: give only one of them")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import run
+from ldm.cli import add_trust_option, run
 from ldm.training.drawing import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
 from ldm.util import UserError
 
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--shard-size", type=int, default=1000, help="samples in a shard")
     add("--overwrite", action="store_true", help="replace the shards of --out that are there")
+    add_trust_option(parser)
     options = parser.parse_args()
     if options.shard_size < 1 or options.teacher < 0:
         raise UserError(f"--shard-size {options.shard_size} --teacher {options.teacher}: give 1 or more")
@@ -56,16 +57,18 @@ def main() -> None:
     # Only now the slow imports: --help should answer at once.
     from ldm.data.dropout import CaptionDropout
     from ldm.models.diffusion.text_to_image import Request, latent_shape
+    from ldm.training.encoder import Encoder
     from ldm.training.make_prior import drawn, make_prior, open_pictures, pictured, taught
-    from ldm.training.preencode import Encoder
     from ldm.training.release import PRECISIONS, load_release, pick_device
     from ldm.training.shard_set import check_out
     from ldm.training.teacher import Teacher
 
     check_out(options.out, options.overwrite)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, device, dtype)
-    encoder = Encoder(model, device, dtype)
+    model = load_release(options.ckpt, options.config, trusted=options.trust_config)
+    encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
+    model.model.to(dtype)
+    model.to(device)
     if options.shards is not None:
         dataset = open_pictures(model, options.shards, options.out)
         count, about = len(dataset), {}

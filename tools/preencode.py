@@ -3,6 +3,9 @@
     python tools/preencode.py --ckpt models/ldm/stable-diffusion-v1/model.ckpt \\
         --config configs/latent-diffusion/stable_diffusion_v1.yaml \\
         --images pictures/ --out shards/toms-%06d.tar --size 512 --flip
+
+Interrupted, it goes on when the same command is given again. Under torchrun, on one machine or several that share the
+folder of --out, each process makes its share of the shards.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import run
+from ldm.cli import add_trust_option, run
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,14 +36,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--out", required=True, help="shards to write, such as shards/toms-%%06d.tar or shards/toms-{000..009}.tar")
     add("--size", type=int, default=512, help="pixels; pictures are cropped to a square in the middle (default: 512)")
+    add("--buckets", action="store_true", help="crop less: to sizes of up to the area of the square, in steps of 64")
     add("--batch-size", type=int, default=8, help="pictures encoded at once (default: 8)")
     add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU if there is one (default)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes this process's GPU if there is one")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the encoders (default: fp32)")
     add("--flip", action="store_true", help="also encode the mirror image of each picture")
     add("--caption", help="one caption for all pictures, in place of their own")
-    add("--num-workers", type=int, help="processes that decode pictures (default: up to 4)")
-    add("--overwrite", action="store_true", help="replace the shards of --out that are there")
+    add("--num-workers", type=int, help="processes that decode pictures (default: up to 16)")
+    add("--overwrite", action="store_true", help="replace the shards of --out that are there, finished or not")
+    add_trust_option(parser)
     arguments = parser.parse_args()
     for name in ("size", "batch_size", "shard_size"):
         if getattr(arguments, name) < 1:
@@ -54,28 +59,38 @@ def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
     from ldm.data.images import find_images
-    from ldm.training.preencode import Encoder, default_workers, preencode
+    from ldm.training.encoder import Encoder
+    from ldm.training.pictures import default_workers
+    from ldm.training.preencode import preencode
+    from ldm.training.ranks import Ranks
     from ldm.training.release import PRECISIONS, load_release, pick_device
     from ldm.training.shard_set import check_out
 
-    check_out(arguments.out, arguments.overwrite)
+    ranks = Ranks.from_environment()
+    if ranks.world > 1 and arguments.overwrite:
+        raise UserError("--overwrite: none of several processes may remove what others write; remove the set first")
+    if ranks.rank == 0:
+        check_out(arguments.out, arguments.overwrite, resumable=True)
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d pictures in %s", len(items), ", ".join(arguments.images))
-    device, dtype = pick_device(arguments.device), PRECISIONS[arguments.precision]
-    model = load_release(arguments.ckpt, arguments.config)
+    device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
+    model = load_release(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
     report = preencode(
         Encoder(model, device, dtype),
         items,
         arguments.out,
         size=arguments.size,
+        buckets=arguments.buckets,
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
         flip=arguments.flip,
-        workers=default_workers() if arguments.num_workers is None else arguments.num_workers,
+        workers=default_workers(ranks.local_world) if arguments.num_workers is None else arguments.num_workers,
         overwrite=arguments.overwrite,
+        ranks=ranks,
     )
     logger.info(
-        "wrote %d samples of %d pictures in %d shards to %s; %d pictures failed, %d without a caption",
+        "%swrote %d samples of %d pictures in %d shards to %s; %d pictures failed, %d without a caption",
+        f"rank {ranks.rank} of {ranks.world} " if ranks.rank else "",
         report.samples,
         report.pictures,
         len(report.shards),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import run
+from ldm.cli import add_trust_option, run
 from ldm.training.drawing import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
 from ldm.util import UserError
 
@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_drawing_options(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the pictures")
+    add_trust_option(parser)
     return parser.parse_args()
 
 
@@ -44,7 +45,8 @@ def main() -> None:
     from ldm.pictures import image_grid, save_png, to_images
     from ldm.training.release import PRECISIONS, load_release, pick_device
 
-    model = load_release(options.ckpt, options.config, pick_device(options.device), PRECISIONS[options.precision])
+    device, dtype = pick_device(options.device), PRECISIONS[options.precision]
+    model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
     shape = latent_shape(model, options.H, options.W)
     requests = [Request(prompt, options.seed + index) for prompt in prompts for index in range(options.n)]
     number = next_number(options.out, "[0-9]*.png")

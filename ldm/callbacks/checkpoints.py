@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
+from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.saving import keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
 from ldm.util import UserError
@@ -33,7 +34,7 @@ class LastCheckpoint(Checkpoint):
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
     exactly, in the middle of an epoch or at its end. A `UserError` (a picture that cannot be read) saves too, as of the
-    last step. When the disk is full training goes on, but for its end, or a signal to stop.
+    last step, but for a `NumericalFault`. When the disk is full training goes on, but for its end, or a signal to stop.
 
     Args:
         path: where `last.ckpt` is.
@@ -123,6 +124,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.requests.training = False
+        if isinstance(exception, NumericalFault):
+            return
         # Other processes are still training. And without a step of this start there is nothing new.
         if isinstance(exception, UserError) and self.periodic and self._progress and trainer.world_size == 1:
             self._is_late = True
@@ -215,8 +218,14 @@ class KeptCheckpoints(ModelCheckpoint):
         self._complained = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["dirpath"] == self.dirpath:  # else the best of another run, which this one must not delete
+        # Else the best of another run, which this one must not delete; nor any file that a checkpoint happens to name.
+        if state_dict["dirpath"] == self.dirpath and self._are_own(state_dict):
             super().load_state_dict(state_dict)
+
+    def _are_own(self, state: dict[str, Any]) -> bool:
+        single = (state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path"))
+        paths = [*(state.get("best_k_models") or {}), *filter(None, single)]
+        return all(Path(path).parent == Path(self.dirpath) and Path(path).suffix == ".ckpt" for path in paths)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         before = copy.deepcopy(self.state_dict())

@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.callbacks.aside import aside
 from ldm.evaluation.denoising import Comparison, Record, compare, record
-from ldm.evaluation.fixed import stratified_timesteps
+from ldm.evaluation.fixed import midpoint_timesteps
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.evaluation.start import load_start, save_start
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -84,7 +84,7 @@ class Forgetting(Callback):
             raise UserError(f"Forgetting evaluates a LatentDiffusion, not a {type(pl_module).__name__}")
         if pl_module.scale_by_std:
             raise UserError("Forgetting needs the latents' scale from the start: set scale_factor, not scale_by_std")
-        self._timesteps = stratified_timesteps(pl_module.num_timesteps, self.timestep_count)
+        self._timesteps = midpoint_timesteps(pl_module.num_timesteps, self.timestep_count)
         self._sets = [open_set(name, urls, pl_module, self.limit) for name, urls in self.urls.items()]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints and released weights: reading without running anything, writing whole or not at all."""
 
+from ldm.checkpoint.digest import weights_digest
 from ldm.checkpoint.loading import OPTIONAL_KEYS, SCHEDULE_KEYS, LoadReport, is_optional, load_file_into, load_into
 from ldm.checkpoint.reading import OpenCheckpoint, load_checkpoint, load_state_dict, open_checkpoint, weights_of
 from ldm.checkpoint.verify import verify_checkpoint
@@ -22,5 +23,6 @@ __all__ = [
     "save_checkpoint",
     "save_state_dict",
     "verify_checkpoint",
+    "weights_digest",
     "weights_of",
 ]

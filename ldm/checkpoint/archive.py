@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 import zipfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ldm.util import UserError
 _STORAGE_DTYPES = {**{name: dtype for dtype, name in STORAGE_NAMES.items()}, "UntypedStorage": torch.uint8}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_CHUNK = 1 << 26  # bytes of a record that are in memory at once while it is checked
 
 
 def _storage_id(saved_id: Any) -> tuple[torch.dtype, str, int, Any]:
@@ -43,13 +45,18 @@ class ZipArchive:
         self.file = file
         try:
             with zipfile.ZipFile(path) as archive:
-                self.records = {record.filename: record for record in archive.infolist()}
+                listed = archive.infolist()
         except zipfile.BadZipFile as error:
             raise UserError(f"{path}: a checkpoint cut short or damaged ({error}); download it again") from error
+        self.records = {record.filename: record for record in listed}
+        if len(self.records) < len(listed):
+            raise UserError(f"{path}: a zip archive that holds a record twice; save the checkpoint again")
         pickles = [name for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1]
         roots = [name.removesuffix("data.pkl") for name in pickles]
         if not roots:
             raise UserError(f"{path}: a zip archive with no checkpoint in it; unpack it, or name the right file")
+        if len(roots) > 1:
+            raise UserError(f"{path}: a zip archive with {len(roots)} checkpoints in it; unpack it, and name one")
         self.root = roots[0]
         if f"{self.root}constants.pkl" in self.records:
             raise UserError(f"{path}: a TorchScript program, not a checkpoint; save its state_dict() with torch.save")
@@ -68,18 +75,43 @@ class ZipArchive:
         return record.header_offset + 30 + name_length + extra_length, record.file_size
 
     def read(self, name: str) -> bytes:
+        self.check(name)
         offset, size = self.locate(name)
         return self.file.map[offset : offset + size]
+
+    def check(self, name: str) -> None:
+        """Hold the bytes of the record `name` against its checksum; 0 is what torch.save writes when told to save time.
+
+        Else a bit that changed on its way would be a wrong weight, which nobody sees.
+        """
+        offset, size = self.locate(name)
+        expected, found = self.records[self.root + name].CRC, 0
+        if offset + size > len(self.file):
+            raise ValueError(f"record {name} is cut short")
+        if not expected:
+            return
+        with memoryview(self.file.map) as data:
+            for start in range(offset, offset + size, _CHUNK):
+                found = zlib.crc32(data[start : min(start + _CHUNK, offset + size)], found)
+                self.file.drop_pages()
+        if found != expected:
+            raise ValueError(f"record {name} does not match its checksum")
 
     def load(self) -> Any:
         if self.root + "byteorder" in self.records and self.read("byteorder") != sys.byteorder.encode():
             raise ValueError("byte order of another kind of machine")
         storages: dict[str, torch.Tensor] = {}
+        claimed = 0
 
         def storage(saved_id: Any) -> torch.Tensor:
+            nonlocal claimed
             dtype, key, numel, _ = _storage_id(saved_id)
             if key not in storages:
                 offset, size = self.locate(f"data/{key}")
+                claimed += size
+                if claimed > len(self.file):  # each may be copied, and is checked
+                    raise ValueError("records that overlap")
+                self.check(f"data/{key}")
                 if numel * dtype.itemsize > size:
                     raise ValueError(f"storage {key} has {size} bytes, expected {numel * dtype.itemsize}")
                 storages[key] = self.file.tensor(dtype, offset, numel)

@@ -5,12 +5,15 @@ The builders look at types before anything else: to print, hash or compare a hos
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_MOST_EXPANDED = 1 << 20  # elements that a tensor may have beyond its storage
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class LeftOut:
 def _strided(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     if not all(type(number) is int for number in (offset, *_plain(size), *_plain(stride))):
         raise ValueError("a tensor whose shape is not made of integers")
+    if math.prod(size) > max(storage.numel(), _MOST_EXPANDED):  # by strides of 0: a few bytes that copy as terabytes
+        raise ValueError(f"a tensor of shape {tuple(size)} in a storage of {storage.numel()}")
     return torch.as_strided(storage, size, stride, offset)  # torch checks the bounds
 
 

@@ -112,6 +112,8 @@ def _head(path: Path) -> bytes:
         raise UserError(f"{path}: a folder; name the .ckpt or .safetensors file in it")
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    if not path.is_file():  # to open a named pipe waits for ever
+        raise UserError(f"{path}: no regular file; name the checkpoint itself")
     with path.open("rb") as file:
         head = file.read(512)
     if not head:

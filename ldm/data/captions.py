@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path, PurePosixPath
 
+from ldm.files import read_at_most
 from ldm.util import UserError
 
 METADATA = "metadata.jsonl"
+_MOST_IN_CAPTION, _MOST_IN_METADATA = 1 << 20, 1 << 32  # bytes
 
 
 def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
@@ -22,11 +24,13 @@ def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
 def beside(picture: Path) -> tuple[str | None, str | None]:
     """Caption and error from the `.txt` beside `picture`; both None where there is none."""
     try:
-        return decode_caption(picture.with_suffix(".txt").read_bytes())
+        return decode_caption(read_at_most(picture.with_suffix(".txt"), _MOST_IN_CAPTION))
     except FileNotFoundError:
         return None, None
     except OSError as error:
         return None, f"its caption cannot be read: {error.strerror}"
+    except UserError as error:
+        return None, str(error)
 
 
 def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
@@ -38,7 +42,7 @@ def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
     path = folder / METADATA
     found: list[tuple[str, str | None]] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -51,7 +55,7 @@ def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name:
             raise UserError(f"{path}, line {number}: expected {{'file_name': ..., 'text': ...}}, got {line[:80]}")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"{path}, line {number}: file_name {name!r} is outside the folder")
         text = entry.get("text")
         if text is not None and not isinstance(text, str):

@@ -1,79 +1,27 @@
-"""The data modules that YAML files name: pre-encoded shards, and ordinary datasets by config."""
+"""The data module of pre-encoded shards."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
-from torch.utils.data import DataLoader, IterableDataset
-
+from ldm.data.base_module import BaseDataModule
 from ldm.data.dropout import CaptionDropout, EpochItems, load_null
 from ldm.data.index import check_against_index
-from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
-from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior
-from ldm.data.sampling import EpochBatchSampler
+from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
+from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
 from ldm.data.shards import TEACHER_KEYS, TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
 from ldm.data.urls import expand_urls, is_stream, names_all_there
-from ldm.util import UserError, instantiate_from_config
+from ldm.data.verify import verify_shards
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def _check_number(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:  # a bool is an int too
-        raise UserError(f"data.params.{name} {value!r}: give a whole number of at least {least}")
-
-
-class _DataModule(pl.LightningDataModule):
-    """What both data modules share: sizes, seed, and the share of this rank."""
-
-    def __init__(self, batch_size: int, num_workers: int, seed: int | None, drop_last: bool) -> None:
-        super().__init__()
-        _check_number("batch_size", batch_size, 1)
-        _check_number("num_workers", num_workers, 0)
-        if seed is not None:
-            _check_number("seed", seed, 0)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed_is_given = seed is not None
-        # `seed_everything` leaves the run's seed in this variable; what training draws follows it in any case.
-        self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.seed = self.run_seed if seed is None else seed
-        self.drop_last = drop_last
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A resumed run goes on in the order that it began with, unless its config sets another seed."""
-        if not self.seed_is_given:
-            self.seed = state_dict["seed"]
-
-    def _rank(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {"rank": 0, "world": 1}
-        return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
-
-    def _sampler(self, groups: list[np.ndarray], name: str, **options: bool) -> EpochBatchSampler:
-        sampler = EpochBatchSampler(groups, self.batch_size, seed=self.seed, **options, **self._rank())
-        if len(sampler) == 0:
-            counts = f"{sum(map(len, groups))} samples, batch_size {self.batch_size}, ranks {self._rank()['world']}"
-            raise UserError(f"the {name} data make no batch: {counts}, drop_last {options.get('drop_last', False)}")
-        return sampler
-
-    def _shuffle_training(self, shuffle: bool) -> bool:
-        # overfitting means the same batches in every epoch
-        return shuffle and not (self.trainer is not None and self.trainer.overfit_batches)
-
-
-class WebDataNpyModuleFromConfig(_DataModule):
+class WebDataNpyModuleFromConfig(BaseDataModule):
     """Pre-encoded WebDataset shards: latents or posteriors and text embeddings as `.npy` members of tars.
 
     Batches hold `first_stage_key` `(B, channels, h, w)`, `cond_stage_key` `(B, 77, 768)` as stored (float16), and the
@@ -99,7 +47,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
         seed: int | None = None,  # by default the run's
         drop_last: bool = False,
         prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
-        prior_ratio: float = 1.0,  # their samples in a batch, a training sample of batch_size
+        prior_ratio: float = 1.0,  # prior samples for each training sample of batch_size; they come on top of it
+        verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
         if not isinstance(null_cond_dropout, (int, float)) or not 0 <= null_cond_dropout <= 1:
@@ -108,6 +57,7 @@ class WebDataNpyModuleFromConfig(_DataModule):
             raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
+        self.verify_shards = verify_shards
         self.null_cond_dropout = null_cond_dropout
         self.null_cond_path = null_cond_path
         self.first_stage_key = first_stage_key
@@ -135,6 +85,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
     def _check_prior(self) -> None:
         if "prior" in self.datasets:
             check_prior(self.datasets["training"], self.datasets["prior"])
+            if self._has_teacher():
+                check_teacher(self.datasets["prior"], self._model())
         elif self._has_teacher():
             raise UserError("model.params.prior_target is teacher, but data.params.prior_urls names no shards")
 
@@ -161,6 +113,8 @@ class WebDataNpyModuleFromConfig(_DataModule):
             logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
             return dataset
         check_against_index(urls, whole=names_all_there(self.urls[split]))
+        if self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0):
+            verify_shards(urls)
         extra = TEACHER_KEYS if split == "prior" and self._has_teacher() else ()
         dataset = ShardDataset(urls, *self._keys(), extra)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(urls), _describe(dataset))
@@ -226,81 +180,3 @@ def _describe(dataset: ShardDataset | ShardStream) -> str:
     for key, shapes in dataset.shapes.items():
         parts += [f", {key} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items()]
     return "".join(parts)
-
-
-class DataModuleFromConfig(_DataModule):
-    """Datasets named by `target` and `params`, one a split. Training resumes exactly, augmentations included.
-
-    `wrap` and `use_worker_init_fn` are taken from old configs: any object with `len` and `[i]` will do here, and every
-    sample is seeded.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        train: Mapping[str, Any] | None = None,
-        validation: Mapping[str, Any] | None = None,
-        test: Mapping[str, Any] | None = None,
-        predict: Mapping[str, Any] | None = None,
-        wrap: bool = False,
-        num_workers: int | None = None,  # by default two a sample of a batch, and no more than there are cores
-        shuffle_test_loader: bool = False,
-        use_worker_init_fn: bool = False,
-        shuffle_val_dataloader: bool = False,
-        shuffle: bool = True,
-        seed: int | None = None,  # by default the run's
-        drop_last: bool = False,
-    ) -> None:
-        if num_workers is None:
-            _check_number("batch_size", batch_size, 1)
-            num_workers = min(2 * batch_size, os.cpu_count() or 1)
-        super().__init__(batch_size, num_workers, seed, drop_last)
-        configs = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.dataset_configs = {split: config for split, config in configs.items() if config is not None}
-        self.shuffle = {
-            "train": shuffle,
-            "validation": shuffle_val_dataloader,
-            "test": shuffle_test_loader,
-            "predict": False,
-        }
-        self.datasets: dict[str, Any] = {}
-
-    def setup(self, stage: str | None = None) -> None:
-        """Build the datasets of `stage`, and say how many samples each has."""
-        splits = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
-        for split in splits.get(stage, list(self.dataset_configs)):
-            if split in self.datasets or split not in self.dataset_configs:
-                continue
-            dataset = self.datasets[split] = instantiate_from_config(self.dataset_configs[split])
-            size = "a stream" if isinstance(dataset, IterableDataset) else f"{len(dataset)} samples"
-            logger.info("%s data: %s, %s", split, type(dataset).__name__, size)
-
-    def _loader(self, split: str) -> SampleLoader | list[SampleLoader]:
-        if split not in self.datasets:
-            return []
-        dataset, training = self.datasets[split], split == "train"
-        drop_last = training and self.drop_last
-        if isinstance(dataset, IterableDataset):
-            return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
-        shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
-        sampler = self._sampler([np.arange(len(dataset))], split, shuffle=shuffle, drop_last=drop_last)
-        loader = ResumableLoader if training else SampleLoader
-        items = SeededDataset(dataset, self.seed, self.run_seed if training else None)
-        return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
-
-    def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        if "train" not in self.datasets:
-            raise UserError("data.params.train is missing: name the dataset to train on by target and params")
-        return self._loader("train")
-
-    def val_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        return self._loader("validation")
-
-    def test_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        if "predict" not in self.datasets:
-            return []
-        # Lightning builds this one again to follow the sample numbers, which only a plain loader lets it.
-        return DataLoader(self.datasets["predict"], self.batch_size, num_workers=self.num_workers)

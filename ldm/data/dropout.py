@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from ldm.data import npy
 from ldm.data.sampling import DRAW, Item, draw_name
 from ldm.data.shards import CAPTION
+from ldm.data.tar import MOST_IN_MEMBER
+from ldm.files import read_at_most
 from ldm.util import UserError
 
 
@@ -26,7 +28,7 @@ def load_null(path: Path) -> np.ndarray:
             f"{path}: not found, and null_cond_dropout needs it: the text encoder's output for the empty caption; "
             "tools/preencode.py writes it beside the shards, null_cond_path names another place"
         )
-    null = npy.decode(bytearray(path.read_bytes()), str(path))
+    null = npy.decode(bytearray(read_at_most(path, MOST_IN_MEMBER)), str(path))
     if not np.isfinite(null).all() or not null.any():
         raise UserError(f"{path}: is not the encoding of an empty caption: it is all zeros or not finite")
     return null

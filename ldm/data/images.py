@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ from torch.utils.data import Dataset
 
 from ldm.data.captions import METADATA, beside, decode_caption, from_metadata
 from ldm.data.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
-from ldm.data.tar import index_tar, read_span
+from ldm.data.tar import MOST_IN_MEMBER, index_tar, read_span
 from ldm.data.transforms import fit_square
 from ldm.data.urls import expand_urls, is_stream
+from ldm.files import read_at_most
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageItem:
     """Where a picture is, and its caption: None if it has none. `error` says why the caption cannot be read."""
 
@@ -37,8 +40,11 @@ class ImageItem:
         if self.error is not None:
             raise UserError(f"{self.name}: {self.error}")
         try:
-            with self.path.open("rb") as file:
-                data = file.read() if self.span is None else read_span(file.fileno(), *self.span, self.name)
+            if self.span is None:
+                data = read_at_most(self.path, MOST_IN_MEMBER)
+            else:
+                with self.path.open("rb") as file:
+                    data = read_span(file.fileno(), *self.span, self.name)
         except OSError as error:
             raise UserError(f"{self.name}: {error.strerror or error}") from error
         return decode_image(bytes(data), self.name)
@@ -150,6 +156,15 @@ def find_images(source: str | Path | Sequence[str | Path], caption: str | None =
         names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         logger.warning("%s: %d pictures have no caption and get the empty one: %s", where, len(missing), names)
     return items
+
+
+def digest_images(items: Iterable[ImageItem]) -> str:
+    """The SHA-256, in hex, of what can be told of `items` without opening them: names, captions and sizes in bytes."""
+    hashed = hashlib.sha256()
+    for item in items:
+        size = item.span[1] if item.span else (item.path.stat().st_size if item.path.is_file() else None)
+        hashed.update(json.dumps([item.name, item.caption, item.error, size]).encode() + b"\n")
+    return hashed.hexdigest()
 
 
 class ImageCaptionDataset(Dataset):

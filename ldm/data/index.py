@@ -1,4 +1,16 @@
-"""`index.json` beside a set of shards: what pre-encoding wrote there, and whether it came to its end."""
+"""`index.json` beside a set of shards: what pre-encoding wrote there, and whether it came to its end.
+
+Format 2 has the keys
+
+    format, out, complete     2; the name pattern of the shards; false as long as some are missing
+    autoencoder, text_tower   digests of the weights that made the set, see `ldm.checkpoint.weights_digest`
+    scale_factor              the model's; what is stored is unscaled
+    shards                    name, samples, bytes and sha256 of each
+    samples                   in all
+
+and those that its maker adds: see `ldm.training.preencode`. Format 1 has no digests. What an index does not have is not
+compared.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_at_most
 from ldm.util import UserError
 
 INDEX = "index.json"
-_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+FORMAT_VERSION = 2
+MAKE_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+_MOST_BYTES = 1 << 28  # of the file; a million shards take a sixth
 
 
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:
@@ -28,15 +42,28 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(read_at_most(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}; {_AGAIN}") from error
+        raise UserError(f"{path}: not JSON: {error}; {MAKE_AGAIN}") from error
     shards = index.get("shards") if isinstance(index, dict) else None
-    if not (isinstance(shards, list) and all(isinstance(shard, dict) and "name" in shard for shard in shards)):
-        raise UserError(f"{path}: lists no shards; {_AGAIN}, or remove it if it is not that of a set of shards")
+    if not (isinstance(shards, list) and all(map(_is_shard, shards))):
+        raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove it if it is not that of a set of shards")
+    if not isinstance(index.get("complete", True), bool):
+        raise UserError(f"{path}: complete is {index['complete']!r:.80}, neither true nor false; {MAKE_AGAIN}")
+    version = index.get("format", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(f"{path}: has format {version!r}, this program knows 1 to {FORMAT_VERSION}; {MAKE_AGAIN}")
     return index
+
+
+def _is_shard(shard: Any) -> bool:
+    """Whether an entry of the index names a file in its folder."""
+    name = shard.get("name") if isinstance(shard, dict) else None
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def check_against_index(paths: Sequence[str | Path], *, whole: bool) -> None:
@@ -55,17 +82,20 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool) -> None:
         if index is None:
             continue
         if not index.get("complete", True):
-            raise UserError(f"{folder / INDEX}: the set is unfinished, its making was interrupted; {_AGAIN}")
+            raise UserError(
+                f"{folder / INDEX}: the set is unfinished, its making was interrupted; give the same command of "
+                f"tools/preencode.py again to go on, or {MAKE_AGAIN}"
+            )
         known = {shard["name"]: shard.get("bytes") for shard in index["shards"]}
         for path in shards:
             if path.name not in known:
-                raise UserError(f"{path}: not in {folder / INDEX}; move it to a folder of its own, or {_AGAIN}")
+                raise UserError(f"{path}: not in {folder / INDEX}; move it to a folder of its own, or {MAKE_AGAIN}")
             size = path.stat().st_size if path.is_file() else None  # whoever reads it says that it is missing
             if known[path.name] is not None and size is not None and size != known[path.name]:
-                raise UserError(f"{path}: has {size} bytes, but {known[path.name]} in {folder / INDEX}; {_AGAIN}")
+                raise UserError(f"{path}: has {size} bytes, but {known[path.name]} in {folder / INDEX}; {MAKE_AGAIN}")
         missing = [name for name in known if not (folder / name).is_file()]
         if whole and missing:
             raise UserError(
                 f"{folder / missing[0]}: missing, as {len(missing)} of the {len(known)} shards in {INDEX} are; "
-                f"{_AGAIN}, or name the shards to use"
+                f"{MAKE_AGAIN}, or name the shards to use"
             )

@@ -6,6 +6,7 @@ beside the training set's epochs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.data.dropout import CaptionDropout, EpochItems
+from ldm.data.index import read_index
 from ldm.data.sampling import DRAW, EpochBatchSampler, Item, draw_name
 from ldm.data.shards import NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS, ShardDataset
 from ldm.util import UserError
@@ -21,6 +23,8 @@ from ldm.util import UserError
 IS_PRIOR = "is_prior"  # the batch entry, bool (B,)
 # The log variance that makes a posterior of a latent: the least that one is read with, a standard deviation of 3e-7.
 _NO_SPREAD = -30.0
+# What a stored prediction depends on, beside the weights: attributes of the model, and keys of index.json.
+_MEANING = ("scale_factor", "parameterization")
 
 
 def check_prior(training: Any, prior: ShardDataset) -> None:
@@ -45,6 +49,25 @@ def check_prior(training: Any, prior: ShardDataset) -> None:
     fitting = (shapes[TIMESTEPS][0], *shapes[first])
     if len(shapes[TIMESTEPS]) != 1 or not shapes[NOISE] == shapes[PREDICTION] == fitting:
         raise UserError(f"{where}: shapes do not fit together: {shapes}; make the set anew with tools/make_prior.py")
+
+
+def check_teacher(prior: ShardDataset, model: Any) -> None:
+    """Raise `UserError` if a set's index says that its predictions are those of a model with another meaning of them.
+
+    Sets without an index, or of one that does not say it, are taken as they are.
+    """
+    for folder in dict.fromkeys(path.parent for path in prior.paths):
+        index = read_index(folder) or {}
+        for key in _MEANING:
+            asked, ours = index.get(key), getattr(model, key, None)
+            if asked is None or not isinstance(ours, (int, float, str)):
+                continue  # a scale that is set from the first batch is a tensor, and not known yet
+            both_numbers = isinstance(asked, (int, float)) and isinstance(ours, (int, float))
+            if not (math.isclose(asked, ours, rel_tol=1e-4) if both_numbers else asked == ours):
+                raise UserError(
+                    f"{folder}: the teacher's {key} is {asked}, the model's {ours}; "
+                    "make the set anew with tools/make_prior.py, from the release that training begins from"
+                )
 
 
 @lru_cache(maxsize=2)

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TEXT_KEYS = ("txt", "json")  # members that are not arrays
-CAPTION = "txt"
+CAPTION, ORIGIN = TEXT_KEYS
+_ABSENT = {CAPTION: "", ORIGIN: None}  # what stands for one that a sample does not have
 # What a frozen model was asked and said of a prior's latent, K times: timesteps (K,), integers from 0; noises
 # (K, C, h, w); and its outputs (K, C, h, w), whatever it predicts. Made by tools/make_prior.py --teacher.
 TIMESTEPS, NOISE, PREDICTION = TEACHER_KEYS = ("t", "noise", "prediction")
@@ -88,8 +89,9 @@ def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], pictur
 class ShardDataset(Dataset):
     """The samples of local shards: `dataset[i]` is a dict of the `keys`, `"txt"` (the caption) and `"__key__"`.
 
-    Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`;
-    and what else `extra` names, such as `TEACHER_KEYS`.
+    Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`
+    unless it is None; and what else `extra` names, such as `TEACHER_KEYS`, or `"json"`, which is None where there is
+    none.
 
     Raises:
         UserError: a shard is damaged, a sample lacks one of the keys, or its shape is not that of the others.
@@ -99,13 +101,15 @@ class ShardDataset(Dataset):
         self,
         paths: Sequence[str | Path],
         first_stage_key: str = "f8",
-        cond_stage_key: str = "t5",
+        cond_stage_key: str | None = "t5",
         extra: Sequence[str] = (),
     ) -> None:
         self.paths = [Path(path) for path in paths]
         self.first_stage_key = first_stage_key
-        self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION, *extra]))
-        self.optional = {CAPTION} - {first_stage_key, cond_stage_key}
+        keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
+        self.keys = [key for key in dict.fromkeys(keys) if key is not None]
+        self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
+        self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.sample_keys: list[str] = []
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {key: {} for key in self.keys}  # shape -> type, as found
         shards, spans, groups = [], [], []
@@ -158,8 +162,10 @@ class ShardDataset(Dataset):
         try:
             for key, (offset, size) in zip(self.keys, self._spans[index].tolist(), strict=True):
                 name = f"{path}: {sample['__key__']}.{member_extension(key)}"
-                data = read_span(descriptor, offset, size, name) if size >= 0 else bytearray()
-                sample[key] = decode_member(key, data, name)
+                if size < 0:
+                    sample[key] = _ABSENT[key]
+                else:
+                    sample[key] = decode_member(key, read_span(descriptor, offset, size, name), name)
         finally:
             os.close(descriptor)
         return sample

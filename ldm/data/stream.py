@@ -1,4 +1,4 @@
-"""Pre-encoded samples from shards that can only be read front to back (`pipe:`, URLs), by WebDataset's pipeline."""
+"""Pre-encoded samples from shards that can only be read front to back (`pipe:`, URLs), opened by WebDataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import CaptionDropout
 from ldm.data.shards import CAPTION, TEXT_KEYS, check_shape, decode_member, find_member, member_extension
-from ldm.data.tar import check_name
+from ldm.data.tar import stream_tar
 from ldm.util import UserError
 
 
@@ -65,33 +65,32 @@ class ShardStream(IterableDataset):
         urls = urls[number::count]
         if not urls:
             return
-        stages = [webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples()]
+        samples = (sample for url in urls for sample in self._read(url))
         if self.shuffle_buffer:
             rng = random.Random(f"{self.seed}/{self.epoch}/{number}")
-            stages.append(webdataset.shuffle(self.shuffle_buffer, rng=rng))
-        samples = iter(webdataset.DataPipeline(*stages))
-        while (sample := self._next(samples, urls)) is not None:
-            decoded = self._decode(sample)
+            samples = webdataset.shuffle(self.shuffle_buffer, rng=rng)(samples)
+        for url, sample, members in samples:
+            decoded = self._decode(url, sample, members)
             yield self.dropout(decoded, self.epoch, decoded["__key__"]) if self.dropout else decoded
 
     @staticmethod
-    def _next(samples: Iterator[dict[str, Any]], urls: list[str]) -> dict[str, Any] | None:
+    def _read(url: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+        """URL, key and members of each sample of a shard."""
         try:
-            return next(samples, None)
+            with webdataset.gopen(url) as file:
+                for key, members in stream_tar(file, url):
+                    yield url, key, members
+        except (UserError, GeneratorExit):
+            raise
         except Exception as error:  # a command that fails, a tar cut short: whatever WebDataset and tarfile raise
-            # WebDataset appends the URL to the exception's arguments.
-            url = next((arg for arg in error.args if arg in urls), urls[0])
             reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
             raise UserError(f"{url}: cannot be read: {reason}") from error
 
-    def _decode(self, sample: dict[str, Any]) -> dict[str, Any]:
-        where = f"{sample['__url__']}: {sample['__key__']}"
-        check_name(sample["__key__"], sample["__url__"])
-        result: dict[str, Any] = {"__key__": sample["__key__"]}
-        members = {extension: data for extension, data in sample.items() if not extension.startswith("__")}
+    def _decode(self, url: str, sample: str, members: dict[str, bytes]) -> dict[str, Any]:
+        result: dict[str, Any] = {"__key__": sample}
         for key in self.keys:
-            name = f"{where}.{member_extension(key)}"
-            data = find_member(key, members, self.optional, sample["__key__"], sample["__url__"]) or b""
+            name = f"{url}: {sample}.{member_extension(key)}"
+            data = find_member(key, members, self.optional, sample, url) or b""
             result[key] = decode_member(key, bytearray(data), name)
             if key not in TEXT_KEYS:
                 known = self.shapes.setdefault(key, {})

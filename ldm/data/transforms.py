@@ -1,4 +1,4 @@
-"""The one way from a decoded picture to what the autoencoder sees; runs where its tensor is."""
+"""The one way from a decoded picture to what the autoencoder sees."""
 
 from __future__ import annotations
 
@@ -6,20 +6,36 @@ import torch
 import torch.nn.functional as F
 
 
-def centre_square(height: int, width: int) -> tuple[int, int, int]:
-    """Top, left and side, in pixels, of the largest square in the middle."""
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side
+def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width, in pixels, of the largest part in the middle with the proportions asked for.
+
+    They are met to the nearest pixel.
+    """
+    if width * to_height > height * to_width:
+        cropped = height, max(1, (2 * height * to_width + to_height) // (2 * to_height))
+    else:
+        cropped = max(1, (2 * width * to_height + to_width) // (2 * to_width)), width
+    return (height - cropped[0]) // 2, (width - cropped[1]) // 2, *cropped
+
+
+def fit(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The centre crop of a uint8 `(H, W, 3)` picture, scaled to uint8 `(3, height, width)`: it covers that size.
+
+    Cropped before it is scaled, so that a very long picture costs no more than a square one. The filter is a cubic
+    widened by the scale (as Pillow's `BICUBIC`): torch's own, since kornia's blurs with a Gaussian and then drops
+    pixels, which is 4 to 7 times as far from Pillow's result.
+    """
+    top, left, rows, columns = centre_crop(picture.shape[0], picture.shape[1], height, width)
+    cropped = picture[top : top + rows, left : left + columns].permute(2, 0, 1)[None].float()  # 1 3 rows columns
+    scaled = F.interpolate(cropped, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    return scaled[0].round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels of any shape as float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 def fit_square(picture: torch.Tensor, size: int) -> torch.Tensor:
-    """The centre square of a uint8 `(H, W, 3)` picture, scaled to float32 `(3, size, size)` in [-1, 1].
-
-    Cropped before it is scaled, so that a very long picture costs no more than a square one. The filter is a cubic
-    widened by the scale (as Pillow's `BICUBIC`), on the device of `picture`: torch's own, since kornia's blurs with a
-    Gaussian and then drops pixels, which is 4 to 7 times as far from Pillow's result.
-    """
-    top, left, side = centre_square(picture.shape[0], picture.shape[1])
-    square = picture[top : top + side, left : left + side].permute(2, 0, 1)[None].float()  # 1 3 side side
-    scaled = F.interpolate(square, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
-    return scaled[0].round_().clamp_(0, 255).div_(127.5).sub_(1)  # rounded: the same input on every device
+    """The centre square of a uint8 `(H, W, 3)` picture, scaled to float32 `(3, size, size)` in [-1, 1]."""
+    return to_range(fit(picture, size, size))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.util import UserError
 
 
-def stratified_timesteps(num_timesteps: int, count: int) -> list[int]:
+def midpoint_timesteps(num_timesteps: int, count: int) -> list[int]:
     """The midpoints of `count` equal strata of 0 … `num_timesteps` − 1, rising.
 
     Raises:

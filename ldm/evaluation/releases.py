@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm.evaluation.denoising import Comparison, Record, compare, record
-from ldm.evaluation.fixed import stratified_timesteps
+from ldm.evaluation.fixed import midpoint_timesteps
 from ldm.evaluation.samples import Drawn, SampleDistances, Sampling, decoded, draw, sample_distances
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -78,7 +78,7 @@ def _look_at_base(
     if sampling:
         check_reads_captions(model.cond_stage_model)
     opened = [open_set(name, urls, model, settings.limit) for name, urls in sets.items()]
-    timesteps = stratified_timesteps(model.num_timesteps, settings.timesteps)
+    timesteps = midpoint_timesteps(model.num_timesteps, settings.timesteps)
     kept = []
     for pictures in opened:
         start = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class SampleDistances(NamedTuple):
     def means(self) -> dict[str, Interval]:
         """The mean of each over samples, with its interval."""
         bootstrap = Bootstrap(len(self.moved))
-        return {name: bootstrap.mean(torch.tensor(getattr(self, name)).double().numpy()) for name in self._fields}
+        return {name: bootstrap.mean(np.array(getattr(self, name))) for name in self._fields}
 
 
 def draw(model: LatentDiffusion, pictures: EvaluationSet, sampling: Sampling, batch_size: int) -> Drawn:

@@ -89,8 +89,10 @@ def open_set(name: str, urls: str | Sequence[str], model: LatentDiffusion, limit
     Raises:
         UserError: the shards are missing, damaged, streamed or empty, or do not fit the model; names the set.
     """
-    if not _NAME.fullmatch(name):
-        raise UserError(f"set {name!r}: a name is letters, digits, _ and -")
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise UserError(f"set {name!r}: a name is letters, digits, _ and -; quote one of digits alone")
+    if not isinstance(urls, (str, Sequence)):
+        raise UserError(f"set {name!r}: {urls!r} names no shards")
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: give at least 1 picture a set")
     member = conditioning_member(model)

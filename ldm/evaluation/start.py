@@ -45,8 +45,15 @@ def _record(path: Path, tensors: Mapping[str, Tensor], pictures: EvaluationSet, 
             f"{path}: set {pictures.name!r} has other pictures or timesteps than when the run began; take those, "
             "or remove the file to go on from the present weights as the base"
         )
-    eps = [tensors[_eps_key(pictures, position)] for position in range(len(pictures))]
-    return Record(tensors[f"{pictures.name}.loss"].numpy(), eps)
+    names = [f"{pictures.name}.loss", *(_eps_key(pictures, position) for position in range(len(pictures)))]
+    lacking = next((name for name in names if name not in tensors), None)
+    if lacking is not None:
+        raise UserError(f"{path}: lacks {lacking}; remove the file to go on from the present weights as the base")
+    loss, *eps = (tensors[name] for name in names)
+    shapes = {(*found.shape[:1], found.ndim) for found in eps}
+    if (loss.dtype, loss.shape) != (torch.float64, (len(pictures), len(timesteps))) or shapes != {(len(timesteps), 4)}:
+        raise UserError(f"{path}: damaged, its shapes are of no evaluation; remove the file to make it anew")
+    return Record(loss.numpy(), eps)
 
 
 def _eps_key(pictures: EvaluationSet, position: int) -> str:

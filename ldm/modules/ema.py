@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import KeepsBufferTypes
+from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
 from ldm.util import UserError
 
 
@@ -16,10 +16,11 @@ def shadow_name(parameter_path: str) -> str:
     return parameter_path.replace(".", "")
 
 
-class LitEma(KeepsBufferTypes, nn.Module):
+class LitEma(StaysOnHost, KeepsTypes, nn.Module):
     """Shadow buffers θ' ← θ' − (1 − d)(θ' − θ) of every trainable parameter of `model`.
 
-    With `use_num_updates`, d is at most (1 + n) / (10 + n) after n updates, so that the start is forgotten.
+    With `use_num_updates`, d is at most (1 + n) / (10 + n) after n updates, so that the start is forgotten. The shadows
+    of a model that stays on the host do too.
 
     Raises:
         UserError: `decay` is outside [0, 1].
@@ -29,6 +30,7 @@ class LitEma(KeepsBufferTypes, nn.Module):
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise UserError(f"EMA decay {decay} must lie between 0 and 1")
+        self.stays_on_host = any(isinstance(part, StaysOnHost) for part in model.modules())
         self.m_name2s_name = {path: shadow_name(path) for path, p in model.named_parameters() if p.requires_grad}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))

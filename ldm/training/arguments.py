@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.cli import add_trust_option
 from ldm.util import UserError
 
 DEFAULT_SEED = 23
@@ -48,6 +49,7 @@ class Arguments:
     postfix: str
     logdir: Path
     scale_lr: bool
+    trust_config: bool
     trainer: dict[str, Any] = field(default_factory=dict)  # unchecked: which ones exist, only Lightning knows
     overrides: list[str] = field(default_factory=list)  # `a.b.c=value`
 
@@ -111,6 +113,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="multiply base_learning_rate by devices, batch size and accumulation (default: True)",
         **switch,
     )
+    add_trust_option(parser)
     return parser
 
 

@@ -10,36 +10,47 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.training.interpolations import check_interpolations
+from ldm.training.trust import check_trust
 from ldm.util import UserError, instantiate_from_config, nearest
 
 SECTIONS = ("model", "data", "lightning")
+_MOST_BYTES = 1 << 20  # of a config file; real ones have a few thousand
 # Where a bare file name is also looked for: under the working directory, then in this repository.
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/latent-diffusion")
 
 
-def load_config(names: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
     """The YAML files `names` merged left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
+
+    Unless they are `trusted`, the files are held against `ldm.training.trust`; overrides, being typed, are not.
 
     Raises:
         UserError: a file is missing or is not a YAML mapping, an override cannot be read, an interpolation does not
-            resolve, or a top-level section is none of `SECTIONS` or no mapping.
+            resolve, a top-level section is none of `SECTIONS` or no mapping, or the config needs trust.
     """
-    parts = [(str(path), _read(path)) for path in map(find_config, names)]
-    parts += [(repr(override), _parse_override(override)) for override in overrides]
+    files = [(str(path), _read(path)) for path in map(find_config, names)]
+    typed = [(repr(override), _parse_override(override)) for override in overrides]
+    # A resumed run has many, whose folders would make the line long.
+    source = str(names[0]) if len(names) == 1 else ", ".join(Path(name).name for name in names) or "the command line"
     config = OmegaConf.create()
-    for source, part in parts:
+    for name, part in files + typed:
         for section in part:
             if section not in SECTIONS:
-                raise UserError(f"{source}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
+                raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
         try:
             config = OmegaConf.merge(config, part)
         except OmegaConfBaseException as error:
-            raise UserError(f"{source}: {_first_line(error)}") from error
+            raise UserError(f"{name}: {_first_line(error)}") from error
     try:
+        if not trusted:
+            check_interpolations(OmegaConf.to_container(config), source)
         OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{', '.join(map(str, names))}: {_first_line(error)}") from error
+        if not trusted:
+            check_trust(plain(config), source, [plain(part) for _, part in typed])
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{source}: {_first_line(error)}") from error
     for section, value in config.items():
         if not isinstance(value, DictConfig):
             raise UserError(f"section {section!r} must be a mapping, got {value!r}")
@@ -89,16 +100,23 @@ def _build(config: DictConfig, section: str) -> Any:
 
 
 def _read(path: Path) -> DictConfig:
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config; name the right file")
     try:
         part = OmegaConf.load(path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+        reason = getattr(error, "problem", None) or _first_line(error)
+        raise UserError(f"{path}{where}: not valid YAML ({reason})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file, so not a config ({error.reason})") from error
     except OSError as error:
+        if error.errno is not None:
+            raise
         raise UserError(f"{path}: not a YAML mapping with the sections {', '.join(SECTIONS)}") from error
+    except Exception as error:  # values that PyYAML cannot make, such as `!!int x`, raise whatever they trip over
+        raise UserError(f"{path}: not a config that can be read ({_first_line(error)})") from error
     if not isinstance(part, DictConfig):
         raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, found a list")
     return part
@@ -110,9 +128,9 @@ def _parse_override(override: str) -> DictConfig:
         raise UserError(f"{override!r} is not an override of the form a.b.c=value")
     try:
         return OmegaConf.from_dotlist([override])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{override!r}: the value is not valid YAML ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.callbacks.signals import TrainingStopped
+from ldm.training.compatibility import check_in_backward
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -26,8 +27,9 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
 
     Raises:
         SystemExit: a signal stopped the training; after its state was saved with code 0 for Ctrl-C, 143 for SIGTERM.
-        UserError: Lightning refuses the combination of arguments, or the device has too little memory.
+        UserError: Lightning or the optimizer refuses the combination of arguments, or the device has too little memory.
     """
+    check_in_backward(model, trainer)
     log.info("Run folder: %s", run.folder)
     is_new = not run.folder.exists()
     try:

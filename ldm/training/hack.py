@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.checkpoint import OpenCheckpoint, open_checkpoint, save_checkpoint, weights_of
+from ldm.checkpoint import OpenCheckpoint, open_checkpoint, save_checkpoint, weights_digest, weights_of
 from ldm.training.config import build_model, load_config
 from ldm.training.graft import graft, grafted_checkpoint
 from ldm.training.layout import check_release, check_training_checkpoint
@@ -30,28 +30,33 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     check_training_checkpoint(training.content, training_path)
     release = open_checkpoint(release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
-    grafted = graft(weights_of(training.content, training_path), _release_weights(release, release_path), release_path)
+    released = _release_weights(release, release_path)
+    grafted = graft(weights_of(training.content, training_path), released, release_path)
     log.info("\n".join(grafted.summary()))
     log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
-    _write(grafted_checkpoint(training.content, grafted), out, [training, release])
+    content = _with_text_tower(grafted_checkpoint(training.content, grafted), released)
+    _write(content, out, [training, release])
 
 
-def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path) -> None:
+def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path, trusted: bool = False) -> None:
     """Write a training checkpoint at step 0 for the model of `config_names`, with the released weights, to `out`.
+
+    `trusted` is that of `load_config`.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
     _check_out(out, release_path)
-    config = load_config(config_names)
+    config = load_config(config_names, trusted=trusted)
     release = open_checkpoint(release_path)
     from ldm.training.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
 
     state_dict = state_dict_without_weights(lambda: build_model(config))
     log.info("made from: %s", ", ".join(map(str, config_names)))
-    grafted = graft(state_dict, _release_weights(release, release_path), release_path)
+    released = _release_weights(release, release_path)
+    grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
-    _write(fresh_checkpoint(grafted), out, [release])
+    _write(_with_text_tower(fresh_checkpoint(grafted), released), out, [release])
 
 
 def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
@@ -59,6 +64,12 @@ def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
     weights = weights_of(release.content, path)
     log.info("release: %s, %d values", path, len(weights))
     return weights
+
+
+def _with_text_tower(content: dict, released: dict) -> dict:
+    """`content` with the digest of the release's text tower, which training compares with that of its shards."""
+    state = {"SameEncoders": {"text_tower": weights_digest(released, "cond_stage_model.")}}
+    return {**content, "callbacks": {**content.get("callbacks", {}), **state}}
 
 
 def _check_out(out: Path, release: Path) -> None:

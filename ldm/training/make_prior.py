@@ -7,6 +7,7 @@ and that a teacher adds its members; see `ldm.training.teacher`. `<key>.json` te
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,8 @@ from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.data.writer import existing_shards
 from ldm.models.diffusion.text_to_image import Request, draw_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.training.preencode import Encoder, sample_key
+from ldm.training.encoder import Encoder
+from ldm.training.pictures import sample_key
 from ldm.training.shard_set import Sample, check_out, finish, write_samples
 from ldm.training.teacher import Teacher
 from ldm.util import UserError
@@ -78,7 +80,8 @@ def open_pictures(model: Any, urls: str, out: str) -> ShardDataset:
     """The pre-encoded set that `urls` names.
 
     Raises:
-        UserError: it is streamed, unfinished, of several sizes or of another model, or `out` would replace it.
+        UserError: it is streamed, unfinished, of several sizes or of another model, has a key twice, or `out` would
+            replace it.
     """
     paths = expand_urls(urls)
     if any(map(is_stream, paths)):
@@ -88,6 +91,11 @@ def open_pictures(model: Any, urls: str, out: str) -> ShardDataset:
     if replaced:
         raise UserError(f"--out {out}: would replace {replaced.pop()}, which is read; take another folder")
     dataset = ShardDataset(paths)
+    twice = next((key for key, count in Counter(dataset.sample_keys).items() if count > 1), None)
+    if twice is not None:  # one shard cannot hold both
+        raise UserError(
+            f"--shards {urls}: has two samples {twice!r}; make a prior of each part, and name both in prior_urls"
+        )
     latents, (context, *_) = list(dataset.shapes["f8"]), dataset.shapes["t5"]
     if len(latents) > 1:
         raise UserError(f"--shards {urls}: pictures of {len(latents)} sizes; a prior needs one, the training set's")
@@ -159,5 +167,6 @@ def make_prior(
                 bar.update(len(batch))
 
     shards = write_samples(out, samples(), shard_size)
-    finish(out, null, shards, samples=count, scale_factor=float(encoder.model.scale_factor), **about)
+    about |= {"scale_factor": float(encoder.model.scale_factor), "parameterization": encoder.model.parameterization}
+    finish(out, null, shards, samples=count, **encoder.digests, **about)
     return shards

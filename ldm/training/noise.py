@@ -16,6 +16,7 @@ _WARNINGS = (
     r"`broadcast_buffers` is deprecated",  # its successor is newer than the oldest torch that will do
     r"It is recommended to use `self.log\('device/",  # of the first process alone
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
+    r"To copy construct from a tensor, it is recommended",  # so is its reading of a learning rate that is a tensor
 )
 _LOGGERS = ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.trainer.connectors.checkpoint_connector")
 _PHRASES = ("Tip:", "TPU available:", "`weights_only` was not set", "Trainer already configured with model summary")

@@ -1,220 +1,106 @@
 """Pictures and captions to shards of posteriors and text embeddings.
 
-A sample `<key>` is `<key>.f8.npy`, the posterior's parameters float16 (2C, size/8, size/8), unscaled;
+A sample `<key>` is `<key>.f8.npy`, the posterior's parameters float16 (2C, height/8, width/8), unscaled;
 `<key>.t5.npy`, the text encoder's output float16 (77, 768); `<key>.txt`; and `<key>.json`, where it comes from.
+
+A shard holds the readable ones of a fixed range of the input's pictures, and depends on nothing else. So shards can be
+made by several processes, in any order, and after an interruption, and are always the same. The index has, beside what
+`ldm.data.index` says,
+
+    made_from           the settings, the digests of the weights and of the list of pictures: what must be the same to
+                        go on with an unfinished set
+    pictures, without_caption, failed   counts, and name and reason of each picture that could not be read
+    sizes, f8, t5       samples by the size (height x width) of their pictures, and the shapes of what is stored
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from ldm.data import npy
-from ldm.data.images import ImageItem
-from ldm.data.transforms import centre_square, fit_square
-from ldm.models.diffusion.latent import check_reads_captions
-from ldm.training.shard_set import Sample, check_out, finish, write_samples
+from ldm.data.buckets import bucket_sizes
+from ldm.data.images import ImageItem, digest_images
+from ldm.training.encode_shards import encode_shards
+from ldm.training.encoder import Encoder
+from ldm.training.ranks import Ranks
+from ldm.training.records import Record, plan_shards, take_up, wait_for_records, write_record
+from ldm.training.shard_set import RESUMABLE, begin, check_out, finish, goes_on, stop, wait_for_begin
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-_CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
-
-
-class Encoder:
-    """The two halves of a `LatentDiffusion` that pre-encoding needs, moved to `device` and `dtype`; the UNet stays.
-
-    Raises:
-        UserError: the model has no text encoder.
-    """
-
-    def __init__(self, model: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        check_reads_captions(model.cond_stage_model)
-        model.first_stage_model.to(device, dtype)
-        model.cond_stage_model.to(device, dtype)
-        self.model = model
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self._captions: OrderedDict[str, np.ndarray] = OrderedDict()
-
-    def check_size(self, size: int) -> None:
-        """Raise `UserError` unless the autoencoder and the UNet can halve pictures of `size` pixels evenly."""
-        unet = getattr(self.model.model.diffusion_model, "downsampling", 1)
-        multiple = self.model.first_stage_model.downsampling * unet
-        if size % multiple:
-            raise UserError(f"--size {size}: this model takes pictures in multiples of {multiple} pixels")
-
-    @torch.inference_mode()
-    def pictures(self, batch: Tensor) -> np.ndarray:
-        """Pictures (B, 3, H, W) in [-1, 1] to posterior parameters, or latents, float16 (B, 2C or C, h, w)."""
-        encoded = self.model.first_stage_model.encode(batch.to(self.dtype))
-        values = encoded if isinstance(encoded, Tensor) else encoded.parameters
-        values = values.float()
-        if not isinstance(encoded, Tensor):
-            mean, logvar = values.chunk(2, dim=1)
-            # The posterior clamps it so when it is read; unclamped it need not fit in float16.
-            values = torch.cat([mean, logvar.clamp(-30.0, 20.0)], dim=1)
-        return values.half().cpu().numpy()
-
-    @torch.inference_mode()
-    def captions(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The encodings, float16 (77, 768), of `texts`; each text is encoded once as long as it is remembered."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._captions]
-        if new:
-            encoded = self.model.get_learned_conditioning(new)
-            for text, value in zip(new, encoded.float().half().cpu().numpy(), strict=True):
-                if not np.isfinite(value).all():
-                    raise UserError(f"the caption {text!r} encodes to NaN or infinity; try --precision fp32")
-                self._captions[text] = value
-        for text in texts:
-            self._captions.move_to_end(text)
-        found = [self._captions[text] for text in texts]
-        while len(self._captions) > _CACHED_CAPTIONS:
-            self._captions.popitem(last=False)
-        return found
-
 
 @dataclass
 class Report:
-    """What became of the pictures."""
+    """What became of the pictures of some shards."""
 
     samples: int = 0
     pictures: int = 0
     without_caption: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)  # name and reason
-    shards: list[dict[str, Any]] = field(default_factory=list)  # name, samples, bytes, sha256
-    shape: tuple[int, ...] = ()  # of one f8
+    sizes: Counter[str] = field(default_factory=Counter)  # samples by height x width of their pictures
+    f8: list[tuple[int, ...]] = field(default_factory=list)  # shapes
+    shards: list[Record] = field(default_factory=list)  # name, samples, bytes, sha256; of those with samples
 
-
-class _Decoding(Dataset):
-    """Pictures decoded in worker processes: `(number, uint8 (H, W, 3) or None, reason or None)`."""
-
-    def __init__(self, items: Sequence[ImageItem]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor | None, str | None]:
-        try:
-            return number, torch.from_numpy(self.items[number].read()), None
-        except UserError as error:
-            return number, None, str(error)
-
-
-def default_workers() -> int:
-    """Decoding processes where nothing is said: up to four, and a core is left for the encoder."""
-    return min(4, (os.cpu_count() or 1) - 1)
-
-
-def sample_key(number: int, name: str) -> str:
-    """A key that is unique, sorts by number, and has no dot, at which WebDataset would cut it."""
-    return f"{number:06d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", PurePosixPath(name).stem)[:60]
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Report:
+        """The sum of what the records of shards say."""
+        report = cls()
+        for record in records:
+            report.samples += record["samples"]
+            report.pictures += record["pictures"]
+            report.without_caption += record["without_caption"]
+            report.failed += record["failed"]
+            report.sizes += Counter(record["sizes"])
+            report.f8 = sorted({tuple(shape) for shape in [*report.f8, *record["f8"]]})
+            if record["samples"]:
+                report.shards.append({key: record[key] for key in ("name", "samples", "bytes", "sha256")})
+        return report
 
 
 @dataclass
-class _Picture:
-    number: int
-    item: ImageItem
-    fitted: Tensor  # 3 size size
-    height: int  # of the original
-    width: int
+class _SetInMaking:
+    """This process's part of a set: whether the set's folder is marked as its own, and its records of shards."""
 
-    def sample(self, values: np.ndarray, context: np.ndarray, flip: bool) -> tuple[str, dict[str, bytes]]:
-        """Key and members of the picture's sample, or of its mirror image's."""
-        caption = self.item.caption or ""
-        origin = {
-            "source": self.item.name,
-            "height": self.height,
-            "width": self.width,
-            "crop": centre_square(self.height, self.width),  # top, left, side in the original's pixels
-            "size": self.fitted.shape[-1],
-            "flip": flip,
-        }
-        members = {
-            "f8.npy": npy.encode(values),
-            "t5.npy": npy.encode(context),
-            "txt": caption.encode(),
-            "json": json.dumps(origin).encode(),
-        }
-        return sample_key(self.number, self.item.name) + ("_flip" if flip else ""), members
+    out: str
+    made_from: Mapping[str, Any]
+    begun: bool
+    records: dict[Path, Record] = field(default_factory=dict)
 
+    def take_up(self, shards: Sequence[Path]) -> None:
+        """Take over those of `shards` that an earlier run finished."""
+        found = {path: take_up(path) for path in shards if self.begun}
+        self.records = {path: record for path, record in found.items() if record is not None}
+        if self.records:
+            logger.info("going on: %d of %d shards are finished", len(self.records), len(shards))
 
-def _fitted(
-    items: Sequence[ImageItem], device: torch.device, size: int, workers: int, report: Report
-) -> Iterator[_Picture]:
-    """The readable pictures, in order, fitted to `size` on the device; the others go to the report."""
-    loader = DataLoader(_Decoding(items), batch_size=None, num_workers=min(workers, len(items)))
-    with logging_redirect_tqdm(), tqdm(total=len(items), unit="img", desc="encoding") as bar:
-        for number, pixels, reason in loader:
-            item = items[number]
-            if pixels is None:
-                logger.warning("left out: %s", reason)
-                report.failed.append({"name": item.name, "reason": reason})
-            else:
-                fitted = fit_square(pixels.to(device), size)
-                yield _Picture(number, item, fitted, *pixels.shape[:2])
-            bar.update()
+    def prepare(self) -> None:
+        """Begin the set, now that it is sure that there will be one to replace the old one."""
+        if not self.begun:
+            begin(self.out, self.made_from)
+            self.begun = True
+
+    def keep(self, shard: Path, record: Record) -> None:
+        """Note that `shard` is finished."""
+        self.records[shard] = record
+        if self.begun:
+            write_record(shard, record)
 
 
-def _batched(pictures: Iterator[_Picture], size: int) -> Iterator[list[_Picture]]:
-    batch: list[_Picture] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _encoded(
-    encoder: Encoder, batch: Sequence[_Picture], flip: bool, report: Report
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members of the samples of a batch, each picture's mirror image behind it."""
-    contexts = encoder.captions([picture.item.caption or "" for picture in batch])
-    pictures = torch.stack([picture.fitted for picture in batch])
-    views = [encoder.pictures(pictures)] + ([encoder.pictures(pictures.flip(-1))] if flip else [])
-    report.shape = views[0].shape[1:]
-    for i, (picture, context) in enumerate(zip(batch, contexts, strict=True)):
-        for flipped, values in enumerate(views):
-            if not np.isfinite(values[i]).all():
-                raise UserError(f"{picture.item.name}: encodes to NaN or infinity; try --precision fp32")
-            yield picture.sample(values[i], context, bool(flipped))
-        report.without_caption += picture.item.caption is None
-
-
-def _batches(
-    encoder: Encoder,
-    items: Sequence[ImageItem],
-    size: int,
-    batch_size: int,
-    flip: bool,
-    workers: int,
-    report: Report,
-) -> Iterator[list[Sample]]:
-    """The samples of all pictures, a batch of pictures at a time; counted in the report."""
-    for batch in _batched(_fitted(items, encoder.device, size, workers, report), batch_size):
-        samples = list(_encoded(encoder, batch, flip, report))
-        yield samples
-        report.samples += len(samples)
-        report.pictures += len(batch)
-    if not report.pictures:
-        raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
+def _open_set(out: str, made_from: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> _SetInMaking | None:
+    """The set to begin, or to go on with; None if rank 0 has finished it without this process."""
+    assert ranks.world == 1 or not overwrite, "none of several processes may remove what others write"
+    if ranks.rank > 0:
+        return _SetInMaking(out, made_from, begun=True) if wait_for_begin(out, made_from) else None
+    check_out(out, overwrite, resumable=True)
+    making = _SetInMaking(out, made_from, begun=not overwrite and goes_on(out, made_from))
+    if ranks.world > 1:
+        making.prepare()  # the others wait for it
+    return making
 
 
 def preencode(
@@ -223,23 +109,65 @@ def preencode(
     out: str,
     *,
     size: int = 512,
+    buckets: bool = False,
     batch_size: int = 8,
     shard_size: int = 1000,
     flip: bool = False,
     workers: int = 0,
     overwrite: bool = False,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Write the shards of `out`, and beside them the empty caption's encoding and `index.json`, last.
 
+    An unfinished set that the same arguments began is taken up: its finished shards are verified and kept. Of several
+    processes with one `out` each makes its share of the shards; rank 0 waits for all and then writes the index.
+
+    Args:
+        size: pixels a side of the square that pictures are cropped to; with `buckets`, see `bucket_sizes`.
+        shard_size: samples in a shard; a picture and its mirror image are not parted.
+        workers: processes that decode pictures.
+        overwrite: begin anew, whatever is there; for a process alone.
+        ranks: which process this is; by default, the only one.
+
+    Returns:
+        What became of all pictures; of a rank above 0, what became of its own.
+
     Raises:
-        UserError: shards are there already, no picture can be read, or a value does not fit in float16.
+        UserError: shards are there already, or an unfinished set of something else; no picture can be read; or a value
+            does not fit in float16.
     """
-    check_out(out, overwrite)
-    encoder.check_size(size)
+    ranks = ranks or Ranks()
+    sizes = bucket_sizes(size) if buckets else [(size, size)]
+    encoder.check_sizes(sizes)
+    shards = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
+    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size}
+    made_from = {
+        "out": Path(out).name,
+        **settings,
+        "precision": str(encoder.dtype).removeprefix("torch."),
+        **encoder.digests,
+        "pictures": digest_images(items),
+    }
     null = encoder.captions([""])[0]
-    report = Report()
-    batches = _batches(encoder, items, size, batch_size, flip, workers, report)
-    report.shards = write_samples(out, batches, shard_size)
+    making = _open_set(out, made_from, overwrite, ranks)
+    if making is None:
+        return Report()
+    mine = [path for path, _ in ranks.share(shards)]
+    making.take_up(mine)
+    missing = [(path, numbers) for path, numbers in ranks.share(shards) if path not in making.records]
+    try:
+        encode_shards(encoder, items, missing, sizes, batch_size, flip, workers, making.prepare, making.keep)
+        if ranks.rank > 0:
+            return Report.of(making.records[path] for path in mine)
+        others = [path for path, _ in shards if path not in making.records]
+        records = making.records | dict(zip(others, wait_for_records(others), strict=True))
+        report = Report.of(records[path] for path, _ in shards)
+        if not report.pictures:
+            raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
+    except BaseException as error:
+        if ranks.world == 1:
+            stop(out, interrupted=isinstance(error, KeyboardInterrupt))
+        raise
     finish(
         out,
         null,
@@ -248,10 +176,12 @@ def preencode(
         pictures=report.pictures,
         without_caption=report.without_caption,
         failed=report.failed,
-        size=size,
-        flip=flip,
-        f8=list(report.shape),
+        **settings,
+        sizes=dict(sorted(report.sizes.items())),
+        f8=report.f8,
         t5=list(null.shape),
         scale_factor=float(encoder.model.scale_factor),
+        **encoder.digests,
+        **{RESUMABLE: made_from},
     )
     return report

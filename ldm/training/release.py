@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU if there is one, else the CPU.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; `auto` is the GPU if there is one, that of process `local_rank`, else the CPU.
 
     Raises:
         UserError: there is no such device here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -42,16 +42,17 @@ def load_release(
     config: str | Path | DictConfig | Mapping[str, Any],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    trusted: bool = False,
 ) -> LatentDiffusion:
     """The model of `config` (a path, or what `load_config` gives) with the weights of `ckpt`, for inference.
 
-    The diffusion schedule stays in float32 whatever `dtype` is.
+    The diffusion schedule stays in float32 whatever `dtype` is. `trusted` is that of `load_config`.
 
     Raises:
         UserError: a file is missing or broken, or the checkpoint does not fit the config.
     """
     if isinstance(config, (str, Path)):
-        config = load_config([config])
+        config = load_config([config], trusted=trusted)
     weights = load_state_dict(ckpt)
     with without_initialisation():
         model = build_model(config)

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
 from ldm.callbacks.learning_rate import LearningRateOnResume
 from ldm.callbacks.leftover import NothingLeft
@@ -26,7 +27,9 @@ from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
+from ldm.training.host_state import host_state_strategy, streams_weights
 from ldm.training.noise import silence_lightning
+from ldm.training.precision import Bfloat16Weights
 from ldm.training.processes import check_launch, launched, strategy
 from ldm.training.resume import AtomicCheckpointIO
 from ldm.training.run import Run
@@ -43,6 +46,7 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
         "params": {"logging_interval": "step"},
     },
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
+    "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
 }
 _DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 # Classes of 2022 that Lightning no longer has.
@@ -61,11 +65,12 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     """The config of a run: what it saved before, then `--base` left to right, then the command line.
 
     Raises:
-        UserError: a config cannot be read; a key of the section `lightning`, or a Trainer argument, does not exist.
+        UserError: a config cannot be read, or names what needs trust; a key of the section `lightning`, or a Trainer
+            argument, does not exist.
     """
     valid = set(inspect.signature(Trainer).parameters)
     check_names(arguments.trainer, valid, "option --{}")
-    config = load_config([*run.saved_configs, *arguments.base], arguments.overrides)
+    config = load_config([*run.saved_configs, *arguments.base], arguments.overrides, arguments.trust_config)
     section = config.setdefault("lightning", {})
     for key in section:
         if key not in _LIGHTNING_KEYS:
@@ -82,6 +87,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         StepSeeds(seed),
         LearningRateOnResume(),
         NothingLeft(),
+        SameEncoders(run.resume is not None or _names_weights(config)),
         SetupCallback(
             now=run.started,
             logdir=run.folder,
@@ -101,6 +107,12 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     if section.trainer.get("logger") is False:
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
     return callbacks + built + _build_checkpoints(config, run, requests, built)
+
+
+def _names_weights(config: DictConfig) -> bool:
+    """Whether the config takes the autoencoder's weights from a file."""
+    named = ("model.params.ckpt_path", "model.params.first_stage_config.params.ckpt_path")
+    return any(OmegaConf.select(config, key) is not None for key in named)
 
 
 def _build_checkpoints(
@@ -160,15 +172,18 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     """The Trainer that `config.lightning` describes.
 
     Raises:
-        UserError: an argument has a value that Lightning does not take.
+        UserError: an argument has a value that Lightning does not take, or that does not go with the model.
     """
+    has_cuda = torch.cuda.is_available()
     given, launch = plain(config.lightning.trainer), launched()
     if launch:
         given.setdefault("num_nodes", launch.machines)
-    given = modernise(given, has_cuda=torch.cuda.is_available(), launched=launch.processes if launch else 1)
+    given = modernise(given, has_cuda=has_cuda, launched=launch.processes if launch else 1)
     if launch:
         check_launch(given, launch)
-    if not is_single(given):
+    if streams_weights(config):
+        given["strategy"] = host_state_strategy(given, has_cuda)
+    elif not is_single(given):
         given.setdefault("strategy", _described_strategy(config.lightning))
     given["strategy"] = strategy(config, given)
     if config.data.target.startswith(_SHARING_DATA):
@@ -180,6 +195,9 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
         "logger": loggers,
         "plugins": [AtomicCheckpointIO()],
     }
+    if given.get("precision") == "bf16-true":
+        del given["precision"]  # Lightning takes the name or the plugin
+        given["plugins"].append(Bfloat16Weights())
     silence_lightning()
     try:
         return Trainer(**given)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ldm.checkpoint import save_checkpoint
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_at_most
+from ldm.util import UserError
 
 
 def test_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -38,7 +39,8 @@ def test_failure_keeps_the_old_file(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_at_most
+from ldm.util import UserError
 with atomic_write(sys.argv[1]) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -68,3 +70,13 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "last.ckpt")
     assert caught.value.strerror == "File too large"
     assert not list(tmp_path.iterdir())
+
+
+def test_no_more_is_read_than_asked_for(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert read_at_most(path, 5) == b"12345"
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)  # a hole, which takes no place on the disk
+    with pytest.raises(UserError, match=r"a: has 1099511627776 bytes, more than the 5 "):
+        read_at_most(path, 5)

@@ -21,14 +21,16 @@ def test_the_demo_runs_the_recipe_and_ends_with_a_picture(tmp_path):
     assert done.returncode == 0, done.stderr
 
     commands = re.findall(r"^\$ python (\S+)", done.stdout, re.MULTILINE)
-    tools = ["preencode", "hack_weights", None, "merge_release", "txt2img", "txt2img"]
+    tuning = [None, "merge_release", "txt2img"]
+    tools = ["preencode", "hack_weights", "txt2img", *tuning, "make_prior", *tuning]
     assert commands == [f"tools/{tool}.py" if tool else "main.py" for tool in tools]
 
     picture = out / "before-and-after.png"
     assert str(picture) in done.stdout.splitlines()[-1]
     assert len(Image.open(picture).getcolors(1 << 20)) > 1000
 
-    before, after = load_state_dict(ROOT / "data/base/emoji.safetensors"), load_state_dict(out / "toms.safetensors")
-    assert before.keys() == after.keys()
-    changed = {key.split(".")[0] for key in before if not before[key].equal(after[key])}
-    assert changed == {"model"}
+    before = load_state_dict(ROOT / "data/base/emoji.safetensors")
+    for name in ("tuned", "reminded"):
+        after = load_state_dict(out / f"{name}.safetensors")
+        assert before.keys() == after.keys()
+        assert {key.split(".")[0] for key in before if not before[key].equal(after[key])} == {"model"}

@@ -85,7 +85,8 @@ def test_samples_go_to_shards_as_they_are_drawn(make_prior, model, tmp_path):
         assert sample["json"] == {"prompt": request.prompt, "seed": request.seed, **settings}
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert (index["complete"], index["samples"], index["teacher"]) == (True, 4, 0)
-    assert index["scale_factor"] == model.scale_factor and len(index["shards"]) == 2
+    assert (index["scale_factor"], index["parameterization"]) == (model.scale_factor, model.parameterization)
+    assert len(index["shards"]) == 2
 
 
 def test_the_teacher_has_no_loss_on_its_own_predictions(make_prior, model, tmp_path):
@@ -160,11 +161,13 @@ def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "pictures of 2 sizes; a prior needs one"),
+        (("--shards", "{pictures,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
     write_pictures(model, tmp_path / "pictures")
+    write_pictures(model, tmp_path / "again")
     write_pictures(model, tmp_path / "sizes", [(8, 8), (8, 16)])
     write_pictures(model, tmp_path / "narrow", width=8)
     before = sorted(tmp_path.rglob("*"))

@@ -93,7 +93,7 @@ def test_from_pictures_to_batches(release, pictures, tmp_path):
     out = tmp_path / "out" / "toms-%06d.tar"
     result = preencode(
         *("--ckpt", release, "--config", CONFIG, "--images", pictures, "--out", out),
-        *("--size", 64, "--batch-size", 3, "--shard-size", 3, "--flip", "--num-workers", 1),
+        *("--size", 64, "--batch-size", 3, "--shard-size", 4, "--flip", "--num-workers", 1),
     )
     assert result.returncode == 0, result.stderr
     assert "left out: broken.png" in result.stdout + result.stderr
@@ -128,6 +128,30 @@ def test_from_pictures_to_batches(release, pictures, tmp_path):
     data.setup("fit")
     (batch,) = data.train_dataloader()
     assert batch["f8"].shape == (8, 32, 8, 8) and batch["t5"].shape == (8, *context.shape[1:])
+
+
+def test_two_processes_make_what_one_makes(here, release, pictures, tmp_path):
+    common = ("--ckpt", release, "--config", CONFIG, "--images", pictures, "--size", 64, "--num-workers", 0)
+    common += ("--shard-size", 2, "--device", "cpu")
+    words = [str(word) for word in (sys.executable, TOOL, *common, "--out", tmp_path / "two" / "s-%d.tar")]
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)]
+    environments = [{**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **rank} for rank in ranks]
+    processes = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert here(*common, "--out", tmp_path / "one" / "s-%d.tar") is None
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert sorted(one) == ["index.json", "null.t5.npy", "s-0.tar", "s-1.tar", "s-2.tar"]
+    assert "rank 1 of 2 wrote 2 samples" in said[1] and "wrote 4 samples of 4 pictures in 3 shards" in said[0]
+
+
+def test_one_of_several_processes_replaces_nothing(here, release, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    out = ("--out", tmp_path / "s-%d.tar")
+    error = here("--ckpt", release, "--config", CONFIG, "--images", pictures, *out, "--overwrite")
+    assert re.search("^error: --overwrite: none of several processes", error)
 
 
 def test_tars_and_metadata_and_one_caption(here, release, pictures, tmp_path):

@@ -25,15 +25,16 @@ from ldm.models.diffusion.preservation import Prior
 from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
-from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
-from ldm.modules.diffusionmodules.util import KeepsBufferTypes
+from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion, min_snr_weights
+from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+from ldm.optim import build_optimizer
+from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 
-class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
+class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
@@ -56,6 +57,7 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         optimizer_config: `target` and `params` of the optimizer; fused AdamW without one.
         use_positional_encodings: accepted for old configs; no model here has any.
         learn_logvar, logvar_init: a log variance a timestep that weights the loss.
+        min_snr_gamma: weight the simple loss by `min_snr_weights`: little noise counts less; 5 is usual.
     """
 
     def __init__(
@@ -88,8 +90,11 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
+        if min_snr_gamma is not None and not (isinstance(min_snr_gamma, (int, float)) and min_snr_gamma > 0):
+            raise UserError(f"min_snr_gamma {min_snr_gamma!r}: give a number above 0, or leave it out")
         if parameterization not in PARAMETERIZATIONS:
             raise UserError(f"parameterization {parameterization!r} is unknown; valid: {', '.join(PARAMETERIZATIONS)}")
         if loss_type not in ("l1", "l2"):
@@ -110,11 +115,17 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         self.optimizer_config = optimizer_config
         self.learn_logvar = learn_logvar
         self.learning_rate: float | None = None  # set by whoever trains
+        # Timesteps (B,) and losses (B,) of the last batch, for whoever must name a sample.
+        self.sample_losses: tuple[Tensor, Tensor] | None = None
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.model_ema = LitEma(self.model)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        snr_weights = None
+        if min_snr_gamma is not None:
+            snr_weights = min_snr_weights(self.alphas_cumprod, min_snr_gamma, parameterization)
+        self.register_buffer("snr_weights", snr_weights, persistent=False)
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:
             self.logvar = nn.Parameter(logvar)
@@ -165,13 +176,15 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         mean, joined = (prior.training_mean, prior.joined) if prior else (Tensor.mean, Tensor.mean)
         error = target.float() - output.float()
         per_sample = (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)  # (B,)
+        self.sample_losses = (t, per_sample.detach())
         prefix = "train" if self.training else "val"
         logged = {f"{prefix}/loss_simple": mean(per_sample)}
         if prior:
             logged[f"{prefix}/loss_prior"] = prior.prior_mean(per_sample)
 
         logvar = self.logvar[t]
-        weighted = per_sample / logvar.exp() + logvar
+        simple = per_sample if self.snr_weights is None else self.snr_weights[t] * per_sample
+        weighted = simple / logvar.exp() + logvar
         if self.learn_logvar:
             logged[f"{prefix}/loss_gamma"] = mean(weighted)
             logged["logvar"] = self.logvar.mean()
@@ -233,9 +246,10 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
             torch.manual_seed(batch_idx)
             return self.shared_step(batch)[1]
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """An optimizer step and, at once, the EMA's: a checkpoint written right after a step holds both."""
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward, beside its activations
         if self.use_ema:
             self.model_ema(self.model)
 
@@ -267,11 +281,7 @@ class DDPM(GaussianDiffusion, KeepsBufferTypes, pl.LightningModule):
         if self.learning_rate is None:
             raise UserError("no learning rate: set model.base_learning_rate in the config")
         config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
-        optimizer_class, params = get_obj_from_str(config["target"]), config.get("params") or {}
-        try:
-            optimizer = optimizer_class(self.trained_parameters(), **{"lr": self.learning_rate, **params})
-        except TypeError as error:
-            raise UserError(f"optimizer_config {config['target']}: {error}") from error
+        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
         if self.scheduler_config is None:
             return optimizer
         multiplier = instantiate_from_config(self.scheduler_config)

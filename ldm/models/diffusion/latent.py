@@ -16,6 +16,7 @@ from ldm.checkpoint import LoadReport
 from ldm.models.diffusion.base import DDPM
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
@@ -23,11 +24,6 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The type of the module's weights; float32 if it has none."""
-    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
 def check_reads_captions(cond_stage_model: nn.Module | None) -> None:
@@ -39,12 +35,15 @@ def check_reads_captions(cond_stage_model: nn.Module | None) -> None:
         )
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(WithFirstStage, DDPM):
     """Diffusion in the latent space of a frozen first stage (arXiv:2112.10752).
 
     The batch entry `first_stage_key` is either images, channels last (B, H, W, 3) in [-1, 1], which the first stage
     encodes; or pre-encoded, channels first and unscaled: a posterior's parameters (B, 2C, h, w), from which a fresh
     latent is drawn at every step, or a latent (B, C, h, w).
+
+    Where training batches are pre-encoded the first stage waits in the host's memory, and comes to the device only for
+    what needs it, such as pictures.
 
     Args:
         first_stage_config, cond_stage_config: `target` and `params`; the cond stage may also be
@@ -93,6 +92,11 @@ class LatentDiffusion(DDPM):
         if not 1 <= num_timesteps_cond <= self.num_timesteps:
             raise UserError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to timesteps ({self.num_timesteps})")
         check_prior_settings(prior_loss_weight, prior_target)
+        if prior_target == "teacher" and num_timesteps_cond > 1:
+            raise UserError(
+                f"prior_target: teacher holds what was predicted under clean captions, which num_timesteps_cond: "
+                f"{num_timesteps_cond} noises; set it to 1, or set prior_target: data"
+            )
         self.prior_loss_weight = prior_loss_weight
         self.prior_target = prior_target
         self.num_timesteps_cond = num_timesteps_cond
@@ -145,42 +149,7 @@ class LatentDiffusion(DDPM):
         trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
         return [*trained, *([self.logvar] if self.learn_logvar else [])]
 
-    # First stage
-
-    @torch.no_grad()
-    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
-        """What the first stage makes of images (B, 3, H, W) in [-1, 1]: a posterior, or the latent itself."""
-        return self.first_stage_model.encode(x.to(_dtype(self.first_stage_model)))
-
-    def get_first_stage_encoding(
-        self, encoded: DiagonalGaussianDistribution | Tensor, draws: Draws = FROM_GLOBAL
-    ) -> Tensor:
-        """A latent (B, C, h, w) drawn from the posterior, or the one given, times `scale_factor`."""
-        is_posterior = isinstance(encoded, DiagonalGaussianDistribution)
-        latent = encoded.sample(noise=draws.normal("latent", encoded.mean)) if is_posterior else encoded
-        return self.scale_factor * latent
-
-    def most_likely_latent(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
-        """The posterior's mode (B, C, h, w), or the latent given, times `scale_factor`."""
-        latent = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        return self.scale_factor * latent
-
-    @torch.no_grad()
-    def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about [-1, 1], of scaled latents z (B, C, h, w)."""
-        return self.first_stage_model.decode((z / self.scale_factor).to(_dtype(self.first_stage_model)))
-
-    def is_pre_encoded(self, x: Tensor) -> bool:
-        """Whether a batch entry is a posterior's parameters or a latent, channels first, rather than images."""
-        return x.ndim == 4 and x.shape[1] in (self.channels, 2 * self.channels)
-
-    def encode_batch(self, batch: Batch) -> DiagonalGaussianDistribution | Tensor:
-        """The unscaled posterior or latent of the entry `first_stage_key`; see the class."""
-        x = batch_entry(batch, self.first_stage_key)
-        if not self.is_pre_encoded(x):
-            return self.encode_first_stage(super().get_input(batch, self.first_stage_key))
-        # float32 before the draw: stored float16 is too coarse for the exponential of the log variance.
-        return DiagonalGaussianDistribution(x.float()) if x.shape[1] == 2 * self.channels else x.float()
+    # Batches
 
     def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check the shapes of a pre-encoded sample, by batch entry and without the batch.
@@ -230,9 +199,8 @@ class LatentDiffusion(DDPM):
         with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
             encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
         if isinstance(encoded, Tensor) and encoded.is_floating_point():
-            encoded = (
-                encoded.float()
-            )  # stored encodings are float16, which autocast on the CPU does not mix with bfloat16
+            # Stored encodings are float16, which autocast on the CPU does not mix with bfloat16.
+            encoded = encoded.float()
         if self.model.conditioning_key != "hybrid":
             return encoded
         return {"c_concat": [batch_entry(batch, key).float() for key in self.concat_keys], "c_crossattn": [encoded]}
@@ -308,8 +276,16 @@ class LatentDiffusion(DDPM):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._put_first_stage_away(batch)
         if self.scale_by_std and not self._scale_is_loaded and self.global_step == 0 and batch_idx == 0:
             self.scale_factor.fill_(1.0)
             latent = self.get_first_stage_encoding(self.encode_batch(batch))
             self.scale_factor.copy_(1.0 / mean_over_processes(latent.std()))
             logger.info("scale_factor set to %.5f, from the first batch", self.scale_factor.item())
+
+    # Pictures
+
+    def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+        pictures = super().log_images(batch, N, **kwargs)
+        self._put_first_stage_away(batch)
+        return pictures

@@ -202,6 +202,15 @@ class UNetModel(nn.Module):
             zero_module(conv_nd(dims, model_channels, out_channels, 3, padding=1)),
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the blocks compute in."""
+        return self.time_embed[0].weight.dtype
+
+    def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """`block(*inputs)`. Every use of weights goes through here."""
+        return block(*inputs)
+
     def forward(
         self,
         x: Tensor,
@@ -218,17 +227,16 @@ class UNetModel(nn.Module):
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError(f"class labels y={y} do not fit a UNetModel with num_classes={self.num_classes}")
-        dtype = self.time_embed[0].weight.dtype
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, E)
+        emb = self.run(self.time_embed, timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (B, E)
         if y is not None:
-            emb = emb + self.label_emb(y)
-        h = x.to(dtype)
-        context = None if context is None else context.to(dtype)
+            emb = emb + self.run(self.label_emb, y)
+        h = x.to(self.dtype)
+        context = None if context is None else context.to(self.dtype)
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb, context)
+            h = self.run(block, h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self.run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.run(self.out, h)

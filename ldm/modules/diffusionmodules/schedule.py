@@ -111,6 +111,16 @@ def extract_into_tensor(values: Tensor, t: Tensor, shape: Sequence[int]) -> Tens
     return values[t].view(-1, *(1,) * (len(shape) - 1))
 
 
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str) -> Tensor:
+    """Weights of the loss, (T,), that bound the clean image's error by min(SNR, γ), SNR = ᾱ / (1 − ᾱ).
+
+    The loss of x₀ is SNR⁻¹ times that of ε, and that of v is SNR + 1 times that of x₀ (arXiv:2303.09556, section 3.4).
+    """
+    snr = alphas_cumprod.double() / (1 - alphas_cumprod.double())
+    per_x0 = {"eps": snr, "x0": 1.0, "v": snr + 1}[parameterization]
+    return (snr.clamp(max=gamma) / per_x0).float()
+
+
 def prediction_to_eps_x0(
     prediction: Tensor, x: Tensor, alpha_bar: Tensor, parameterization: str
 ) -> tuple[Tensor, Tensor]:

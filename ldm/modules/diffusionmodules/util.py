@@ -23,20 +23,35 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
-class KeepsBufferTypes:
-    """Mixin for a module whose own buffers stay float32 when the module is cast, as with `precision: bf16-true`.
+class KeepsTypes:
+    """Mixin for a module whose own buffers and parameters stay float32 when the module is cast to bfloat16.
 
-    A noise schedule in bfloat16 has ᾱ = 1 in its early steps, and a moving average in it never moves.
+    Those of its submodules are cast. A noise schedule in bfloat16 has ᾱ = 1 in its early steps, a moving average in it
+    never moves, and a learned log variance hardly.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool) -> nn.Module:
         before = dict(self._buffers)
+        values = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
         super()._apply(fn, *args)
         for name, buffer in before.items():
             after = self._buffers[name]
             if buffer is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
+        for name, value in values.items():
+            after = self._parameters[name]
+            if after.dtype != value.dtype:
+                after.data = value.to(after.device)
         return self
+
+
+class StaysOnHost:
+    """Mixin for a module whose tensors stay in host memory, in their own types, when the model is moved or cast."""
+
+    stays_on_host = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool) -> nn.Module:
+        return self if self.stays_on_host else super()._apply(fn, *args)
 
 
 def conv_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:
@@ -77,6 +92,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     `timesteps` may be fractional. An odd `dim` ends with a zero.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=timesteps.device))
+    frequencies = torch.exp(
+        -math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    )
     angles = timesteps.float()[:, None] * frequencies[None]
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -165,14 +166,14 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
     """CLIP's pooled text embedding, by the `clip` package, which downloads the weights of `version` on first use.
 
     Args:
-        version: a model name of the `clip` package, or the path of its weights.
+        version: a model name of the `clip` package; not a file, which it would unpickle.
         device: where to put the module; None leaves it on the CPU until it is moved.
         max_length: ids a caption; longer ones are cut.
         n_repeat: how often `encode` repeats the embedding along the context.
         normalize: scale each embedding to length 1.
 
     Raises:
-        UserError: the `clip` package, or torchvision that it needs, is not installed.
+        UserError: the `clip` package, or torchvision that it needs, is not installed, or `version` is a file.
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
     ) -> None:
         super().__init__()
         clip = _import_clip()
+        if Path(version).is_file():
+            raise UserError(f"version {version!r} is a file, which clip would unpickle; give a name of its models")
         self.model, _ = clip.load(version, jit=False, device="cpu")
         self._tokenize = clip.tokenize
         self.max_length = max_length

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from ldm.callbacks.forgetting import Forgetting
 from ldm.checkpoint import load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
 from ldm.evaluation.denoising import compare, record
-from ldm.evaluation.fixed import stratified_timesteps
+from ldm.evaluation.fixed import midpoint_timesteps
 from ldm.evaluation.sets import open_set
 from ldm.training.config import build_model
 from ldm.util import UserError
@@ -62,7 +62,7 @@ def test_what_is_logged_is_what_an_evaluation_of_the_merged_weights_gives(train,
     train(f"-l four --max_steps 4 {watching()}")
     tuned = copy.deepcopy(released)
     load_into(tuned, load_state_dict(the_run(tmp_path / "four") / "checkpoints" / "last.ckpt"))
-    timesteps = stratified_timesteps(50, 4)
+    timesteps = midpoint_timesteps(50, 4)
     pictures = open_set("rest", "shards/s-000001.tar", released, 3)
     released.restart_ema()
     comparison = compare(record(released.eval(), pictures, timesteps, 8), tuned.eval(), pictures, timesteps, 8)

@@ -277,3 +277,31 @@ def test_names_from_a_file_cannot_break_the_lines_of_messages(tmp_path, caplog, 
     with pytest.raises(UserError, match="no name of a weight") as caught:
         load_state_dict(tmp_path / "model.ckpt")
     assert "\n" not in str(caught.value)
+
+
+def test_a_bit_that_changed_in_a_weight_is_told_of(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"w": torch.full((1000,), 1.5)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((8,), 1.5).numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="data/0 does not match its checksum"):
+        load_checkpoint(path)
+
+
+def test_a_few_bytes_cannot_stand_for_a_terabyte(write_zip):
+    data = _tensor_pickle(numel=2, offset=0, size=(1 << 40,), stride=(0,))
+    with pytest.raises(UserError, match="in a storage of 2"):
+        load_checkpoint(write_zip(data_pkl=data, **{"data/0": b"\0" * 8}))
+
+
+def test_an_expanded_tensor_is_read(tmp_path):
+    torch.save({"w": torch.ones(1).expand(100)}, tmp_path / "model.ckpt")
+    assert load_checkpoint(tmp_path / "model.ckpt")["w"].sum() == 100
+
+
+@pytest.mark.timeout(20)
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="no regular file"):
+        load_checkpoint(tmp_path / "model.ckpt")

@@ -6,10 +6,10 @@ from collections import OrderedDict
 import pytest
 import torch
 from safetensors.torch import save_file
-from sample_tensors import same, tensors
 
 from ldm.checkpoint import load_checkpoint, load_state_dict, open_checkpoint
 from ldm.util import UserError
+from tests.ldm.checkpoint.sample_tensors import same, tensors
 
 
 @pytest.mark.parametrize("mmap", [True, False])

@@ -7,10 +7,10 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file
-from sample_tensors import same, tensors
 
 from ldm.checkpoint import Pending, cast, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
 from ldm.util import UserError
+from tests.ldm.checkpoint.sample_tensors import same, tensors
 
 
 def test_torch_load_reads_what_is_written(tmp_path):

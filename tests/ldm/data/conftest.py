@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from shard_files import write_set
+
+from tests.ldm.data.shard_files import write_set
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from shard_files import png, write_tar
 
 from ldm.data.images import ImageCaptionDataset, find_images
 from ldm.util import UserError
+from tests.ldm.data.shard_files import png, write_tar
 
 RED = png(np.full((4, 6, 3), (255, 0, 0), np.uint8))
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from shard_files import write_set
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.index import INDEX
 from ldm.util import UserError
+from tests.ldm.data.shard_files import write_set
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_whole_set_and_a_chosen_part_are_read(folder):
 def test_an_unfinished_set_is_refused(folder):
     (folder / INDEX).write_text(json.dumps({"complete": False, "shards": []}))
     for urls in (str(folder), str(folder / "set-{000..001}.tar")):
-        with pytest.raises(UserError, match=r"index\.json: the set is unfinished.*--overwrite, by tools/preencode\.py"):
+        with pytest.raises(UserError, match=r"index\.json: the set is unfinished.*same command of tools/preencode\.py"):
             count(urls)
 
 
@@ -56,10 +56,30 @@ def test_shards_of_another_set_are_refused(folder):
         count(str(folder))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"shards": [1]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"shards": [1]}', "[" * 100_000]
+    + [f'{{"shards": [{{"name": {name}}}]}}' for name in ("3", '["a"]', '"../a.tar"', '"a\\u0000"', "null")],
+)
 def test_an_index_that_is_none_is_one_line(folder, text):
     (folder / INDEX).write_text(text)
     with pytest.raises(UserError, match=r"index\.json: (not JSON|lists no shards)"):
+        count(str(folder))
+
+
+def test_an_index_of_a_later_format_is_not_guessed_at(folder):
+    index = json.loads((folder / INDEX).read_text())
+    for version in (1, 2):
+        (folder / INDEX).write_text(json.dumps({**index, "format": version}))
+        assert count(str(folder)) == 9
+    (folder / INDEX).write_text(json.dumps({**index, "format": 3}))
+    with pytest.raises(UserError, match=r"index\.json: has format 3, this program knows 1 to 2"):
+        count(str(folder))
+
+
+def test_complete_is_true_or_false(folder):
+    (folder / INDEX).write_text('{"complete": "no", "shards": []}')
+    with pytest.raises(UserError, match=r"index\.json: complete is 'no', neither true nor false"):
         count(str(folder))
 
 

@@ -1,16 +1,19 @@
 """The prior's samples behind the training samples: which, in what form, and again after a resume."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
-from shard_files import write_set, write_tar
-from test_datamodule import Recorder, batches, fit
 
 from ldm.data import npy
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.data.index import write_index
 from ldm.data.prior import PriorBatchSampler
 from ldm.data.sampling import EpochBatchSampler
 from ldm.util import UserError
+from tests.ldm.data.shard_files import write_set, write_tar
+from tests.ldm.data.test_datamodule import Recorder, batches, fit
 
 
 class Remembering(Recorder):
@@ -242,6 +245,24 @@ def test_predictions_that_are_missing_or_do_not_fit(training, tmp_path, changes,
     data = WebDataNpyModuleFromConfig(4, training, prior_urls=write_taught(tmp_path, 4, **changes))
     with pytest.raises(UserError, match=message):
         fit(Remembering(), data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"scale_factor": 0.182150006, "parameterization": "eps"}, None),  # a float32
+        ({}, None),
+        ({"scale_factor": 0.13025}, r"the teacher's scale_factor is 0\.13025, the model's 0\.18215; make the set anew"),
+        ({"parameterization": "v"}, "the teacher's parameterization is v, the model's eps"),
+    ],
+)
+def test_predictions_that_mean_something_else_are_refused(training, tmp_path, index, message):
+    data = WebDataNpyModuleFromConfig(4, training, prior_urls=write_taught(tmp_path / "taught", 4))
+    write_index(tmp_path / "taught", {**index, "shards": [{"name": "taught.tar"}]})
+    module = Remembering()
+    module.scale_factor, module.parameterization = 0.18215, "eps"
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        fit(module, data, tmp_path)
 
 
 def test_a_teacher_needs_a_prior(training, tmp_path):

@@ -3,12 +3,12 @@ import pickle
 
 import numpy as np
 import pytest
-from shard_files import sample_members, write_set, write_tar
 
 from ldm.data import npy
 from ldm.data.shards import ShardDataset
 from ldm.data.urls import expand_urls
 from ldm.util import UserError
+from tests.ldm.data.shard_files import sample_members, write_set, write_tar
 
 
 def test_samples_come_by_number(shard_set):

@@ -2,11 +2,11 @@ import logging
 from pathlib import Path
 
 import pytest
-from shard_files import sample_members, write_set, write_tar
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.stream import ShardStream
 from ldm.util import UserError
+from tests.ldm.data.shard_files import sample_members, write_set, write_tar
 
 
 def piped(pattern: str) -> str:

@@ -1,14 +1,22 @@
 import gzip
 import io
 import tarfile
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_files import sample_members, write_tar
+from hypothesis.extra import numpy as hnp
 
+from ldm.data import npy
+from ldm.data.shards import ShardDataset
+from ldm.data.stream import ShardStream
 from ldm.data.tar import index_tar, split_name
+from ldm.data.writer import ShardWriter
 from ldm.util import UserError
+from tests.ldm.data.shard_files import sample_members, write_tar
 
 
 @pytest.mark.parametrize(
@@ -108,3 +116,47 @@ def test_overwritten_bytes_give_samples_or_an_error(tmp_path, position, junk):
             assert all(offset >= 0 and offset + size <= len(content) for offset, size in sample.spans.values())
     except UserError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused_not_left_out(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("b.txt")
+        info.type, info.linkname = kind, "a.txt"
+        tar.addfile(info)
+    with pytest.raises(UserError, match=r"a\.tar: its member 'b\.txt' is no plain file"):
+        index_tar(path)
+
+
+def test_a_member_that_claims_more_than_a_sample_is_refused(tmp_path):
+    info = tarfile.TarInfo("a.txt")
+    info.size = 1 << 40
+    with (tmp_path / "a.tar").open("wb") as file:
+        file.write(info.tobuf())
+        file.truncate(info.size + (1 << 20))  # there, as a hole
+    with pytest.raises(UserError, match="1099511627776 bytes, too many"):
+        index_tar(tmp_path / "a.tar")
+
+
+NAMES = st.lists(st.text("ab0/é", min_size=1, max_size=8), min_size=1, max_size=6, unique=True)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(NAMES, st.data())
+def test_what_is_written_is_read_back(tmp_path, keys, data):
+    """Samples of any keys, sizes and values, over any number of shards, by offset and front to back."""
+    keys = [f"k{number}/{key.strip('/')}x" for number, key in enumerate(keys)]
+    shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)))
+    written = {}
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    with ShardWriter(str(folder / "s-%03d.tar"), data.draw(st.integers(1, 4))) as writer:
+        for key in keys:
+            values = data.draw(hnp.arrays(np.float16, shape, elements=st.floats(-8, 8, width=16)))
+            caption = data.draw(st.text(st.characters(codec="utf-8"), max_size=20))
+            written[key] = (values.tobytes(), caption)
+            writer.write(key, {"f8.npy": npy.encode(values), "t5.npy": npy.encode(values), "txt": caption.encode()})
+    dataset = ShardDataset(sorted(folder.glob("*.tar")))
+    stream = ShardStream([f"file:{path}" for path in dataset.paths])
+    for samples in ((dataset[number] for number in range(len(dataset))), stream):
+        assert {sample["__key__"]: (sample["f8"].tobytes(), sample["txt"]) for sample in samples} == written

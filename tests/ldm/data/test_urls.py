@@ -40,3 +40,17 @@ def test_what_names_nothing_or_too_much_is_an_error(tmp_path, monkeypatch, urls)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError):
         expand_urls(urls)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "pattern", ["{0..99999999999}.tar", "{a,b}" * 40 + ".tar", "{" + "{a,b}" * 40 + ",c}.tar", "{1" + "0" * 20 + "..1}"]
+)
+def test_patterns_that_stand_for_too_much_are_refused_at_once(pattern):
+    with pytest.raises(UserError, match="too many names"):
+        expand_urls(pattern)
+
+
+def test_a_pattern_nested_too_deeply_is_refused():
+    with pytest.raises(UserError, match="recursion"):
+        expand_urls("{" * 3000 + "}" * 3000)

@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from ldm.evaluation.fixed import fixed_noise, spread, stratified_timesteps
+from ldm.evaluation.fixed import fixed_noise, midpoint_timesteps, spread
 from ldm.util import UserError
 
 
 def test_timesteps_are_the_midpoints_of_equal_strata():
-    assert stratified_timesteps(1000, 8) == [62, 187, 312, 437, 562, 687, 812, 937]
-    assert stratified_timesteps(10, 5) == [1, 3, 5, 7, 9]
-    assert stratified_timesteps(4, 4) == [0, 1, 2, 3]
+    assert midpoint_timesteps(1000, 8) == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert midpoint_timesteps(10, 5) == [1, 3, 5, 7, 9]
+    assert midpoint_timesteps(4, 4) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("count", [0, 11])
 def test_a_number_of_timesteps_that_the_model_lacks_is_refused(count):
     with pytest.raises(UserError, match="choose 1 to 10"):
-        stratified_timesteps(10, count)
+        midpoint_timesteps(10, count)
 
 
 def test_noise_follows_from_key_and_timestep_alone():

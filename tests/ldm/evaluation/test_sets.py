@@ -70,6 +70,10 @@ def test_a_set_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, shard, mod
 def test_names_and_limits_that_make_no_sense_are_refused(shard, model):
     with pytest.raises(UserError, match="set 'a/b': a name is letters"):
         open_set("a/b", str(shard), model)
+    with pytest.raises(UserError, match=r"set 1: a name is letters.*quote"):
+        open_set(1, str(shard), model)
+    with pytest.raises(UserError, match="set 'a': None names no shards"):
+        open_set("a", None, model)
     with pytest.raises(UserError, match="limit 0: give at least 1"):
         open_set("a", str(shard), model, limit=0)
 

@@ -16,11 +16,11 @@ def write(path, text):
 
 def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     first = write(tmp_path / "a.yaml", "model: {base_learning_rate: 1.0e-4, params: {x: 1, y: 2}}")
-    second = write(tmp_path / "b.yaml", "model: {params: {y: 3}}\ndata: {target: t}")
+    second = write(tmp_path / "b.yaml", "model: {params: {y: 3}}\ndata: {params: {z: t}}")
     config = load_config([first, second], ["model.params.x=[1, 2]", "lightning.trainer.max_steps=5"])
     assert plain(config) == {
         "model": {"base_learning_rate": 1e-4, "params": {"x": [1, 2], "y": 3}},
-        "data": {"target": "t"},
+        "data": {"params": {"z": "t"}},
         "lightning": {"trainer": {"max_steps": 5}},
     }
 
@@ -47,6 +47,12 @@ def test_interpolations_resolve_across_files_and_overrides(tmp_path):
         ("modle: {}", "unknown section 'modle'; did you mean 'model'"),
         ("model: 3", "section 'model' must be a mapping, got 3"),
         ("model: {x: '${nowhere}'}", "'nowhere' not found"),
+        ("model: {x: '${model.x}'}", "[Rr]ecursive"),
+        ("model: {x: !!int y}", "not a config that can be read"),
+        ("model: {x: !!timestamp y}", "not a config that can be read"),
+        ("model: {x: " + "9" * 5000 + "}", "not a config that can be read"),
+        ("model: " + "[" * 3000 + "]" * 3000, "not a config that can be read"),
+        ("model: {x: a" + "a" * (1 << 20) + "}", "bytes, too many for a config"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path, text, message):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ldm.checkpoint import save_checkpoint, save_state_dict
+from ldm.checkpoint import load_checkpoint, save_checkpoint, save_state_dict, weights_digest
 from ldm.training import hack
 from ldm.util import UserError
 
@@ -71,6 +71,14 @@ def test_only_a_training_that_has_begun_is_kept(files, tmp_path):
     with pytest.raises(UserError):
         hack.hack_training(*files, files[0])
     assert files[0].read_bytes() == b"something else"
+
+
+def test_the_text_tower_that_is_left_out_leaves_its_digest(files):
+    text = {"cond_stage_model.w": torch.full((2,), 0.1)}
+    save_state_dict({"model.w": torch.ones(3), **text}, files[1])
+    hack.hack_training(*files, files[0])
+    state = load_checkpoint(files[0])["callbacks"]["SameEncoders"]
+    assert state == {"text_tower": weights_digest(text, "cond_stage_model.")}
 
 
 def test_a_training_checkpoint_is_no_release(files, tmp_path):

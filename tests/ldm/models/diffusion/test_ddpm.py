@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import UserError
 from tests.golden_data import case, cases, relative_error, seeded_tensor, tensors
 from tests.ldm.models.diffusion.conftest import build
 
@@ -62,3 +63,24 @@ def test_golden_training(name: str, model: LatentDiffusion) -> None:
     assert losses == pytest.approx(spec["losses"], rel=1e-4)
     final = model.state_dict()[spec["final_weight_key"]]
     assert relative_error(final, tensors("cases")[f"{name}/out_weight"]) < 1e-4
+
+
+def test_min_snr_weights_the_loss_and_not_what_is_logged_as_simple() -> None:
+    params = case("loss_eps")["params"]
+    plain, weighted = build(params), build({**params, "min_snr_gamma": 1})
+    t = torch.tensor([10, 700])
+    x_start, noise = seeded_tensor("x", (2, 4, 8, 8)), seeded_tensor("noise", (2, 4, 8, 8))
+    context = seeded_tensor("context", (2, 7, 64))
+    errors = [plain.p_losses(x_start[i : i + 1], context[i : i + 1], t[i : i + 1], noise[i : i + 1])[0] for i in (0, 1)]
+    loss, logged = weighted.p_losses(x_start, context, t, noise)
+    snr = (plain.alphas_cumprod / (1 - plain.alphas_cumprod))[t]
+    assert snr[0] > 1 > snr[1]
+    assert loss.item() == pytest.approx((errors[0] / snr[0] + errors[1]).item() / 2, rel=1e-5)
+    assert logged["train/loss_simple"].item() == pytest.approx((errors[0] + errors[1]).item() / 2, rel=1e-5)
+    assert weighted.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("gamma", [0, -1, "five"])
+def test_impossible_min_snr(gamma: object) -> None:
+    with pytest.raises(UserError, match="min_snr_gamma"):
+        build({**case("loss_eps")["params"], "min_snr_gamma": gamma})

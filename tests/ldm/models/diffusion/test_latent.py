@@ -383,8 +383,9 @@ def test_test_losses_have_names_of_their_own(model: LatentDiffusion) -> None:
 
 
 def test_casting_keeps_the_schedule_and_the_average(make_model: Callable[..., LatentDiffusion]) -> None:
-    model = make_model(use_ema=True).bfloat16()
+    model = make_model(use_ema=True, learn_logvar=True).bfloat16()
     assert model.model.diffusion_model.out[2].weight.dtype == torch.bfloat16
+    assert model.logvar.dtype == torch.float32 and model.logvar.requires_grad
     assert model.alphas_cumprod.dtype == torch.float32
     assert len(model.alphas_cumprod.unique()) == 1000
     assert model.model_ema.decay == torch.tensor(0.9999)

@@ -47,6 +47,24 @@ def test_the_variational_bound_joins_in_the_same_way(make_model):
     torch.testing.assert_close(logged["train/loss_vlb"], own)
 
 
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_weights_of_timesteps_count_for_both_kinds(make_model, parameterization):
+    """A learned log variance s and min-SNR weights w: w · error / eˢ + s, each kind's mean, the prior's times λ."""
+    model = make_model(learn_logvar=True, min_snr_gamma=5, parameterization=parameterization)
+    errors, t = torch.tensor([1.0, 2.0, 3.0, 6.0])[:, None, None, None].expand(4, 4, 8, 8), torch.tensor([0, 1, 5, 9])
+    loss, logged = model.training_loss(errors, torch.zeros(4, 4, 8, 8), t, Prior(MASK, 0.5))
+    snr = model.alphas_cumprod[t] / (1 - model.alphas_cumprod[t])
+    w = snr.clamp(max=5) / {"eps": snr, "x0": 1, "v": snr + 1}[parameterization]
+    s = model.logvar.detach()[t]
+    parts = w * torch.tensor([1.0, 4, 9, 36]) / s.exp() + s
+    own = (parts[0] + parts[2]) / 2
+    torch.testing.assert_close(loss.detach(), own + 0.5 * (parts[1] + parts[3]) / 2)
+    torch.testing.assert_close(logged["train/loss_gamma"], own)
+    assert logged["train/loss_simple"].item() == pytest.approx(5)
+    loss.backward()
+    assert model.logvar.grad.nonzero().flatten().tolist() == t.tolist()
+
+
 def test_a_batch_without_a_prior_is_as_it_was(model, make_model):
     """The same draws, bit for bit, and nothing else logged."""
     losses = []
@@ -147,6 +165,7 @@ def test_a_batch_of_one_kind_alone():
         ({"prior_loss_weight": -1}, "prior_loss_weight -1"),
         ({"prior_loss_weight": "1"}, "prior_loss_weight '1'"),
         ({"prior_target": "model"}, "prior_target 'model' is unknown; valid: data, teacher"),
+        ({"prior_target": "teacher", "num_timesteps_cond": 2}, "num_timesteps_cond: 2 noises; set it to 1"),
     ],
 )
 def test_settings_that_cannot_be(make_model, changes, message):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
+from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.util import UserError
 from tests.golden_data import (
     case,
@@ -205,3 +206,13 @@ def test_fractional_timesteps() -> None:
     assert torch.equal(whole, model(x, torch.tensor([5])))
     assert relative_error(half, (whole + next_) / 2) < 0.05
     assert not torch.equal(half, whole)
+
+
+def test_timesteps_are_embedded_in_float32_whatever_the_default_type() -> None:
+    timesteps = torch.tensor([1, 500, 999])
+    expected = timestep_embedding(timesteps, 320)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(timestep_embedding(timesteps, 320), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -10,6 +10,7 @@ from ldm.modules.diffusionmodules.schedule import (
     GaussianDiffusion,
     diffusion_buffers,
     make_beta_schedule,
+    min_snr_weights,
     prediction_to_eps_x0,
     vlb_weights,
 )
@@ -70,3 +71,10 @@ def test_impossible_betas(betas: list[float]) -> None:
     module = type("Diffusion", (GaussianDiffusion, torch.nn.Module), {"parameterization": "eps", "v_posterior": 0.0})()
     with pytest.raises(UserError, match="between 0 and 1"):
         module.register_schedule(given_betas=betas)
+
+
+def test_min_snr_weights_bound_the_error_of_the_clean_image() -> None:
+    alphas_cumprod = torch.tensor([0.9, 0.5, 0.2])  # SNR 9, 1, 0.25
+    assert min_snr_weights(alphas_cumprod, 5.0, "eps").tolist() == pytest.approx([5 / 9, 1, 1])
+    assert min_snr_weights(alphas_cumprod, 5.0, "x0").tolist() == pytest.approx([5, 1, 0.25])
+    assert min_snr_weights(alphas_cumprod, 5.0, "v").tolist() == pytest.approx([0.5, 0.5, 0.2])

@@ -157,6 +157,8 @@ def test_clip_text_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(raw.encode("bb"), torch.tensor([[[6.0, 0.0, 8.0]]]))
     raw.freeze()
     assert not raw.encode("a").requires_grad
+    with pytest.raises(UserError, match="is a file, which clip would unpickle"):
+        FrozenCLIPTextEmbedder(__file__)
 
 
 def test_clip_text_embedder_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Does a low-bit optimizer train as well as AdamW in float32? A tiny UNet on latents of the pictures in data/emoji.
+
+Every variant begins at the same weights and sees the same pictures, timesteps and noise; then the loss of all pictures
+is taken at the same timesteps and noise.
+
+    python benchmarks/lean_loss.py --steps 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ldm.data.images import ImageCaptionDataset  # noqa: E402
+from ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from ldm.optim import build_optimizer  # noqa: E402
+from ldm.training.release import load_release  # noqa: E402
+
+BATCH = 8
+
+
+def low_bit(bits: int, **params: Any) -> dict[str, Any]:
+    """The config of AdamW with moments of so many `bits`, stepped inside backward."""
+    inner = {"target": f"ldm.optim.low_bit.AdamW{bits}bit", "params": params}
+    return {"target": "ldm.optim.InBackward", "params": {"optimizer": inner, "bucket_mb": 0.5}}
+
+
+ADAMW = {"target": "torch.optim.AdamW", "params": {"fused": True}}
+VARIANTS = {
+    "fp32, AdamW": (torch.float32, ADAMW),
+    "bf16, 8-bit AdamW, stochastic rounding": (torch.bfloat16, low_bit(8)),
+    "bf16, 4-bit AdamW, stochastic rounding": (torch.bfloat16, low_bit(4)),
+    "bf16, 8-bit AdamW, rounding to nearest": (torch.bfloat16, low_bit(8, bf16_stochastic_round=False)),
+    "bf16, AdamW": (torch.bfloat16, ADAMW),
+}
+
+
+class Task:
+    """Latents (N, 4, 16, 16) of about `pictures` of the emoji, the base model's schedule, and a UNet to train."""
+
+    def __init__(self, pictures: int, channel_mult: Sequence[int]) -> None:
+        base = load_release(
+            ROOT / "data/base/emoji.safetensors", ROOT / "configs/latent-diffusion/demo_tiny_release.yaml"
+        )
+        emoji = ImageCaptionDataset(ROOT / "data/emoji", size=64)
+        chosen = range(0, len(emoji), len(emoji) // pictures)
+        images = torch.stack([torch.as_tensor(emoji[index]["image"]) for index in chosen]).permute(0, 3, 1, 2)
+        posteriors = [base.encode_first_stage(part) for part in images.split(BATCH)]
+        self.latents = torch.cat([base.get_first_stage_encoding(posterior.mode()) for posterior in posteriors])
+        self.alphas_cumprod = base.alphas_cumprod
+        self.channel_mult = channel_mult
+
+    def unet(self) -> nn.Module:
+        torch.manual_seed(0)
+        return UNetModel(
+            image_size=16,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            attention_resolutions=[len(self.channel_mult)],
+            num_res_blocks=1,
+            channel_mult=self.channel_mult,
+            num_heads=2,
+        )
+
+    def loss(self, unet: nn.Module, chosen: Tensor, draw: torch.Generator) -> Tensor:
+        """The simple loss of the `chosen` latents at drawn timesteps and noise (arXiv:2006.11239, eq. 14)."""
+        x_start = self.latents[chosen]
+        t = torch.randint(0, len(self.alphas_cumprod), (len(chosen),), generator=draw)
+        noise = torch.randn(x_start.shape, generator=draw)
+        alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        output = unet(alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise, t)
+        return (output.float() - noise).square().mean()
+
+    def trained_loss(self, dtype: torch.dtype, optimizer_config: Mapping[str, Any], steps: int, lr: float) -> float:
+        """The loss of all latents, at four draws each, of a UNet of `dtype` after `steps` of the optimizer."""
+        unet = self.unet().to(dtype)
+        optimizer = build_optimizer(optimizer_config, unet.parameters(), lr, "optimizer_config")
+        draw = torch.Generator().manual_seed(1)
+        torch.manual_seed(2)  # what is rounded stochastically
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.loss(unet, torch.randint(0, len(self.latents), (BATCH,), generator=draw), draw)
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimizer.step(closure)
+        draw = torch.Generator().manual_seed(3)
+        everything = torch.arange(len(self.latents))
+        with torch.no_grad():
+            return sum(self.loss(unet, everything, draw).item() for _ in range(4)) / 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default 200)")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate (default 3e-4)")
+    parser.add_argument("--pictures", type=int, default=48, help="pictures to train on (default 48)")
+    options = parser.parse_args()
+    task = Task(options.pictures, channel_mult=(1, 2))
+    expected = None
+    for name, (dtype, config) in VARIANTS.items():
+        start = time.perf_counter()
+        loss = task.trained_loss(dtype, config, options.steps, options.lr)
+        expected = expected or loss
+        seconds = time.perf_counter() - start
+        print(f"{name:<40} loss {loss:.5f}  {loss / expected - 1:+7.2%}  {seconds:6.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

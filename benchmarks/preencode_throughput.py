@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Pre-encoding from picture files to shards, beside its encoder alone on pictures in memory: pictures a second.
+
+The two take turns, so that a machine whose speed drifts slows both. Without --images, photographs are made up. With
+--stand-in, a device that takes so long a batch, and no CPU, stands in for one that is not there: what is left of its
+rate is what decoding and writing leave.
+
+    python benchmarks/preencode_throughput.py --size 64 --batch-size 16 --rounds 3
+    python benchmarks/preencode_throughput.py --ckpt sd-v1-4.ckpt --config stable_diffusion_v1.yaml --size 512 \\
+        --images pictures/ --precision fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", type=Path, default=ROOT / "data/base/emoji.safetensors", help="release (default: the demo's)")
+    add("--config", default="demo_tiny_release.yaml", help="its config")
+    add("--images", nargs="+", help="as tools/preencode.py takes them (default: made up)")
+    add("--pictures", type=int, default=256, help="made up, of 768x512 pixels, JPEG (default: 256)")
+    add("--size", type=int, default=64, help="pixels (default: 64)")
+    add("--buckets", action="store_true", help="as tools/preencode.py")
+    add("--batch-size", type=int, default=8, help="pictures encoded at once (default: 8)")
+    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the encoders (default: fp32)")
+    add("--device", default="auto", help="as tools/preencode.py")
+    add("--num-workers", type=int, help="processes that decode (default: as tools/preencode.py)")
+    add("--stand-in", type=float, metavar="MS", help="milliseconds a batch of a device that is not there")
+    add("--rounds", type=int, default=3, help="of both (default: 3)")
+    return parser.parse_args()
+
+
+def make_up_pictures(folder: Path, count: int) -> None:
+    """JPEGs that cost as much to decode as photographs: shapes and noise, each with a caption of its own."""
+    import numpy as np
+    from PIL import Image
+
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).resize((768, 512), Image.BICUBIC)
+        noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (512, 768, 3), dtype=np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:06d}.jpg", quality=90)
+        (folder / f"{number:06d}.txt").write_text(f"picture number {number}, of nothing")
+
+
+def stand_in(encoder: Any, seconds: float) -> None:
+    """Let `encoder` sleep for `seconds` in place of each encoding of pictures, and give what it gave for that shape."""
+    import torch
+
+    real, known = encoder.pictures, {}
+
+    def pictures(batch: torch.Tensor) -> torch.Tensor:
+        if batch.shape[1:] not in known:
+            known[batch.shape[1:]] = real(batch[:1])
+        time.sleep(seconds)
+        return known[batch.shape[1:]].expand(len(batch), -1, -1, -1)
+
+    encoder.pictures = pictures
+
+
+def time_encoder(encoder: Any, captions: Sequence[str], size: int, batch_size: int) -> float:
+    """Seconds in which the encoder alone encodes as many pictures, and their captions."""
+    import torch
+
+    pixels = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
+    encoder.forget_captions()
+    started = time.perf_counter()
+    for start in range(0, len(captions), batch_size):
+        part = captions[start : start + batch_size]
+        encoder.captions(part)
+        last = encoder.pictures(pixels[: len(part)])
+    last.cpu()  # waits for the device
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    options = parse_arguments()
+    import torch
+
+    from ldm.data.images import find_images
+    from ldm.training.encoder import Encoder
+    from ldm.training.pictures import default_workers
+    from ldm.training.preencode import preencode
+    from ldm.training.release import PRECISIONS, load_release, pick_device
+
+    device = pick_device(options.device)
+    encoder = Encoder(load_release(options.ckpt, options.config), device, PRECISIONS[options.precision])
+    if options.stand_in is not None:
+        stand_in(encoder, options.stand_in / 1000)
+    workers = default_workers() if options.num_workers is None else options.num_workers
+    settings = {"size": options.size, "buckets": options.buckets, "batch_size": options.batch_size}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.images is None:
+            make_up_pictures(folder, options.pictures)
+        items = find_images(options.images or folder)
+        captions = [item.caption or "" for item in items]
+        time_encoder(encoder, captions[: 2 * options.batch_size], options.size, options.batch_size)  # warm-up
+        print(
+            f"{len(items)} pictures, {options.size} pixels, {device}, torch threads {torch.get_num_threads()}, ", end=""
+        )
+        print(f"{workers} decoding processes")
+        rates: dict[str, list[float]] = {"encoder alone": [], "to shards": []}
+        for round_number in range(options.rounds):
+            seconds = time_encoder(encoder, captions, options.size, options.batch_size)
+            rates["encoder alone"].append(len(items) / seconds)
+            started = time.perf_counter()
+            preencode(encoder, items, str(folder / f"{round_number}" / "%d.tar"), workers=workers, **settings)
+            rates["to shards"].append(len(items) / (time.perf_counter() - started))
+    for what, found in rates.items():
+        print(f"{what:>14}: {statistics.median(found):8.1f} pictures/s ({min(found):.1f} to {max(found):.1f})")
+    alone, whole = rates.values()
+    share = statistics.median(b / a for a, b in zip(alone, whole, strict=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{share:.1%} of the encoder's own rate; peak memory {peak:.2f} GiB, without the decoding processes'")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Whether the pre-encoded shards were made by the encoders that the run's checkpoint has."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ldm.checkpoint import weights_digest
+from ldm.data.index import INDEX, read_index
+from ldm.data.shards import ShardDataset
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+
+class SameEncoders(Callback):
+    """Refuses to train on shards of another autoencoder or text tower than the checkpoint's.
+
+    The shards' index has the digests of both. The autoencoder is in the training's model; of the text tower, which is
+    not, `tools/hack_weights.py` leaves the digest in the checkpoint, as this callback's state, and each checkpoint of
+    the run has it. It counts where the stored encodings are trained on, not where the model reads captions itself.
+    What has no digest (shards or checkpoints made before there were any) is not compared.
+
+    Args:
+        is_loaded: whether the run's weights come from a file. If not, the autoencoder is a random one, and another
+            one is told of, no more: so begins a run whose checkpoint is to be hacked.
+    """
+
+    def __init__(self, is_loaded: bool) -> None:
+        self.is_loaded = is_loaded
+        self.text_tower: str | None = None
+        self._autoencoder: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.text_tower is None else {"text_tower": self.text_tower}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.text_tower = state_dict.get("text_tower")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The weights are loaded, and no precision has been set that would round them."""
+        first_stage = getattr(pl_module, "first_stage_model", None)
+        self._autoencoder = None if first_stage is None else weights_digest(first_stage.state_dict())
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The callbacks' states are loaded too.
+
+        Raises:
+            UserError: a set was made by another encoder; names its index.
+        """
+        for dataset in getattr(trainer.datamodule, "datasets", {}).values():
+            if isinstance(dataset, ShardDataset):
+                for folder in dict.fromkeys(path.parent for path in dataset.paths):
+                    self._check(folder, reads_encodings=dataset.reads_encodings)
+
+    def _check(self, folder: Path, reads_encodings: bool) -> None:
+        index = read_index(folder) or {}
+        self._compare(folder, "autoencoder", index.get("autoencoder"), self._autoencoder)
+        if reads_encodings:
+            self._compare(folder, "text tower", index.get("text_tower"), self.text_tower)
+
+    def _compare(self, folder: Path, what: str, made_by: str | None, own: str | None) -> None:
+        if None in (made_by, own) or made_by == own:
+            return
+        said = f"{folder / INDEX}: the set was made by another {what} ({made_by[:12]}…) than the "
+        if not self.is_loaded:
+            log.warning("%s", f"{said}model's, which is random; put weights into it with tools/hack_weights.py")
+            return
+        raise UserError(
+            f"{said}checkpoint's ({own[:12]}…); pre-encode with the release that the training begins from, "
+            "or begin from the release that the set was made with"
+        )

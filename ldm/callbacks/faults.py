@@ -1,0 +1,214 @@
+"""Losses, gradients and weights that are no numbers any more: the training stops or leaves the step out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+_MOST_NAMED = 8  # samples in a message
+
+
+class NumericalFault(UserError):
+    """A loss, a gradient or a weight is not finite, or a gradient far too large. The state must not be saved."""
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What is known of a batch when its loss is; tensors stay where they are, since to look at one waits for it."""
+
+    step: int  # the optimizer step that it is for, counted from 1
+    keys: list[str]
+    samples: tuple[Tensor, Tensor] | None  # timesteps (B,) and losses (B,)
+    loss: Tensor
+
+    def described(self) -> str:
+        """The loss, and the samples whose own losses are not finite, else all, with their timesteps."""
+        timesteps, losses = ([], []) if self.samples is None else (part.tolist() for part in self.samples)
+        bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        named = []
+        for number in bad or range(max(len(self.keys), len(timesteps))):
+            sample = f"sample {self.keys[number]!r}" if number < len(self.keys) else f"sample number {number}"
+            named.append(f"{sample} at timestep {timesteps[number]}" if timesteps else sample)
+        more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+        return f"loss {self.loss.item():.4g}, {', '.join(named[:_MOST_NAMED]) or 'samples without names'}{more}"
+
+
+class NumericalFaults(Callback):
+    """Looks for losses, gradients and weights that are not finite, and says at which step, samples and timesteps.
+
+    `stop`: losses gather on the device and are looked at every few batches, so that no step waits for them. `skip`
+    must know before the optimizer's step, and waits for the gradients' norm at each: then a faulty step (with all
+    batches that it accumulates) changes neither weights nor optimizer state, while step count, learning rate schedule
+    and moving average go on. Either way nothing is saved before losses, trained weights and optimizer state are seen
+    to be finite: what is on the disk stays the last good checkpoint.
+
+    In float16 mixed precision gradients that overflow are the gradient scaler's business, and no fault.
+
+    Args:
+        on_fault: `stop` or `skip`.
+        every_n_batches: how often the losses are looked at; with `skip` at every step.
+        grad_norm_factor: a gradient whose norm, before clipping, is more than this many times the median of the last
+            `window` good steps is a fault too; None for no such limit, since it makes `stop` wait at each step.
+        window: steps; before there are as many, the norm has no limit.
+        most_skips: this many steps left out one after another stop the training.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        on_fault: str = "stop",
+        every_n_batches: int = 10,
+        grad_norm_factor: float | None = None,
+        window: int = 100,
+        most_skips: int = 10,
+    ) -> None:
+        if on_fault not in ("stop", "skip"):
+            raise UserError(f"on_fault {on_fault!r}: give stop or skip")
+        for name, number in (("every_n_batches", every_n_batches), ("window", window), ("most_skips", most_skips)):
+            if number < 1:
+                raise UserError(f"{name} {number}: give at least 1")
+        if grad_norm_factor is not None and not (isinstance(grad_norm_factor, (int, float)) and grad_norm_factor > 1):
+            raise UserError(f"grad_norm_factor {grad_norm_factor!r}: give a number above 1, or null for no limit")
+        self.skips = on_fault == "skip"
+        self.every_n_batches = every_n_batches
+        self.grad_norm_factor = grad_norm_factor
+        self.most_skips = most_skips
+        self._norms: deque[float] = deque(maxlen=window)
+        self._skipped = 0  # one after another
+        self._keys: list[str] = []
+        self._noted: list[_Noted] = []  # since losses were looked at, with `skip` since the last step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": list(self._norms), "skipped": self._skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._norms.extend(state_dict["norms"])
+        self._skipped = state_dict["skipped"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._keys = _sample_keys(batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        samples = getattr(pl_module, "sample_losses", None)
+        whole = loss.detach() * trainer.accumulate_grad_batches  # Lightning divided it
+        self._noted.append(_Noted(trainer.global_step + 1, self._keys, samples, whole))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self.skips and self.grad_norm_factor is None:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        fault = self._fault_of(norm, getattr(trainer.precision_plugin, "scaler", None) is not None)
+        if _agreed(trainer, fault is not None):
+            self._leave_out(f"step {trainer.global_step + 1}: {fault or 'a fault in another process'}", optimizer)
+        elif math.isfinite(norm):
+            self._norms.append(norm)
+            self._skipped = 0
+        if self.skips:
+            self._noted.clear()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.skips and len(self._noted) >= self.every_n_batches:
+            self._check_losses(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.skips:
+            self._check_losses(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise `NumericalFault` rather than let a broken state be written over a good one."""
+        if not self.skips:
+            self._check_losses(trainer)
+        trained = (parameter for parameter in pl_module.parameters() if parameter.requires_grad)
+        broken = not _all_finite(trained) or not _all_finite(_tensors(checkpoint.get("optimizer_states")))
+        if _agreed(trainer, broken):
+            raise NumericalFault(
+                f"step {trainer.global_step}: trained weights or optimizer state are not finite, and were not saved; "
+                "go on from the last checkpoint with a lower learning rate"
+            )
+
+    def _check_losses(self, trainer: Trainer) -> None:
+        """Wait for the losses noted so far; raise `NumericalFault` for the first that is not finite."""
+        noted, self._noted = self._noted, []
+        finite = torch.stack([entry.loss for entry in noted]).isfinite().tolist() if noted else []
+        first = next((entry for entry, good in zip(noted, finite, strict=True) if not good), None)
+        if _agreed(trainer, first is not None):
+            what = f"step {first.step}: {first.described()}" if first else "a loss in another process is not finite"
+            raise NumericalFault(f"{what}; nothing was saved since; go on from the last checkpoint with --resume")
+
+    def _fault_of(self, norm: float, is_scaled: bool) -> str | None:
+        bad = next((entry for entry in self._noted if not math.isfinite(entry.loss)), None)
+        if bad is not None:
+            return bad.described()
+        if not math.isfinite(norm):
+            return None if is_scaled else f"gradient norm {norm}; {self._batches()}"
+        if self.grad_norm_factor is None or len(self._norms) < (self._norms.maxlen or 0):
+            return None
+        usual = statistics.median(self._norms)
+        if norm <= self.grad_norm_factor * usual:
+            return None
+        return f"gradient norm {norm:.4g}, {norm / usual:.4g} times the usual {usual:.4g}; {self._batches()}"
+
+    def _batches(self) -> str:
+        return "; ".join(entry.described() for entry in self._noted)
+
+    def _leave_out(self, what: str, optimizer: Optimizer) -> None:
+        self._skipped += 1
+        if not self.skips or self._skipped >= self.most_skips:
+            after = f" ({self._skipped} steps left out one after another)" if self.skips else ""
+            raise NumericalFault(f"{what}{after}; go on from the last checkpoint with --resume")
+        log.warning("\nLeft out %s", what)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None  # which optimizers pass over, momentum and weight decay included
+
+
+def _sample_keys(batch: Any) -> list[str]:
+    """The names (`__key__`) of the samples in a batch; none where they have none."""
+    keys = batch.get("__key__") if isinstance(batch, Mapping) else None
+    return [str(key) for key in keys] if isinstance(keys, (list, tuple)) else []
+
+
+def _agreed(trainer: Trainer, found: bool) -> bool:
+    """Whether any process found something."""
+    return trainer.strategy.reduce_boolean_decision(found, all=False) if trainer.world_size > 1 else found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _all_finite(tensors: Iterator[Tensor]) -> bool:
+    """Whether plain floating-point tensors (quantised state is none) are finite, told by one look at each device."""
+    found: dict[torch.device, Tensor] = {}
+    for tensor in tensors:
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_floating_point() and tensor.numel():
+            # The sum of squares overflows where no value is infinite; extremes are exact, and pass NaN on.
+            extremes = torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
+            found[tensor.device] = found[tensor.device] & extremes if tensor.device in found else extremes
+    return all(map(bool, found.values()))

@@ -1,0 +1,60 @@
+"""What every data module shares: its sizes, its seed, and the share of a rank."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+
+from ldm.data.sampling import EpochBatchSampler
+from ldm.util import UserError
+
+
+def check_number(name: str, value: Any, least: int) -> None:
+    """Raise `UserError` unless the parameter `name` is a whole number of at least `least`."""
+    if type(value) is not int or value < least:  # a bool is an int too
+        raise UserError(f"data.params.{name} {value!r}: give a whole number of at least {least}")
+
+
+class BaseDataModule(pl.LightningDataModule):
+    """What both data modules share: sizes, seed, and the share of this rank."""
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int | None, drop_last: bool) -> None:
+        super().__init__()
+        check_number("batch_size", batch_size, 1)
+        check_number("num_workers", num_workers, 0)
+        if seed is not None:
+            check_number("seed", seed, 0)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed_is_given = seed is not None
+        # `seed_everything` leaves the run's seed in this variable; what training draws follows it in any case.
+        self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.seed = self.run_seed if seed is None else seed
+        self.drop_last = drop_last
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A resumed run goes on in the order that it began with, unless its config sets another seed."""
+        if not self.seed_is_given:
+            self.seed = state_dict["seed"]
+
+    def _rank(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world": 1}
+        return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
+
+    def _sampler(self, groups: list[np.ndarray], name: str, **options: bool) -> EpochBatchSampler:
+        sampler = EpochBatchSampler(groups, self.batch_size, seed=self.seed, **options, **self._rank())
+        if len(sampler) == 0:
+            counts = f"{sum(map(len, groups))} samples, batch_size {self.batch_size}, ranks {self._rank()['world']}"
+            raise UserError(f"the {name} data make no batch: {counts}, drop_last {options.get('drop_last', False)}")
+        return sampler
+
+    def _shuffle_training(self, shuffle: bool) -> bool:
+        # overfitting means the same batches in every epoch
+        return shuffle and not (self.trainer is not None and self.trainer.overfit_batches)

@@ -1,0 +1,90 @@
+"""What an inspection found, for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_BAR, _SHOWN, _WIDTH = 40, 5, 100  # characters of the longest bar; entries of a list; characters of a caption
+
+
+def inspection_text(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Paragraphs of `inspect`'s result; `about` is the set's index."""
+    return "\n\n".join(
+        [
+            _counts(found, about),
+            f"stored shapes\n{_bars(found['shapes'])}",
+            _originals(found["originals"]),
+            _captions(found["captions"]),
+            _duplicates(found["duplicates"]),
+            _latents(found["latents"]),
+        ]
+    )
+
+
+def _counts(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    lines = [f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB"]
+    if found["mirrored"]:
+        lines[0] += f"; {found['mirrored']} of them mirror images"
+    failed = about.get("failed") or []
+    if failed:
+        lines.append(f"{len(failed)} pictures could not be read, such as {failed[0]['name']}: {failed[0]['reason']}")
+    lines += [f"{what}: {about[key]}" for key, what in _SAID if about.get(key) is not None]
+    return "\n".join(lines)
+
+
+_SAID = (
+    ("format", "format"),
+    ("autoencoder", "autoencoder"),
+    ("text_tower", "text tower"),
+    ("scale_factor", "scale factor"),
+)
+
+
+def _originals(originals: Mapping[str, Any]) -> str:
+    if not originals["known"]:
+        return "originals: the samples do not say"
+    enlarged = f"{originals['enlarged']} of {originals['known']} had to be enlarged"
+    return f"originals by their shorter side, in pixels; {enlarged}\n{_bars(originals['shorter_side'])}"
+
+
+def _captions(captions: Mapping[str, Any]) -> str:
+    head = (
+        f"captions, in tokens: median {captions['tokens_median']:g}, mean {captions['tokens_mean']:.1f}, most "
+        f"{captions['tokens_most']}; {captions['empty']} empty; {captions['cut']} longer than the "
+        f"{captions['room']} that are read, and cut"
+    )
+    return f"{head}\n{_bars(captions['tokens'])}\nlongest: {_short(captions['longest'])}"
+
+
+def _duplicates(duplicates: Mapping[str, Any]) -> str:
+    captions, latents = duplicates["captions"], duplicates["latents"]
+    shared = sum(entry["samples"] for entry in captions)
+    lines = [f"{len(captions)} captions are those of several pictures, {shared} in all"]
+    lines += [f"  {entry['samples']} x {_short(entry['caption'])!r}" for entry in captions[:_SHOWN]]
+    lines.append(f"{len(latents)} latents are there more than once, {sum(map(len, latents))} samples in all")
+    lines += [f"  {' = '.join(keys[:_SHOWN])}" for keys in latents[:_SHOWN]]
+    return "\n".join(lines)
+
+
+def _latents(latents: Mapping[str, Any]) -> str:
+    rows = [("all", latents["mean"], latents["std"])]
+    rows += zip(map(str, range(99)), latents["channel_mean"], latents["channel_std"], strict=False)
+    lines = ["latents, unscaled, as training draws them", f"{'channel':>8}{'mean':>10}{'std':>10}"]
+    lines += [f"{name:>8}{mean:>10.4f}{std:>10.4f}" for name, mean, std in rows]
+    if latents["expected_std"] is not None:
+        ratio = latents["std"] / latents["expected_std"]
+        lines.append(
+            f"the model expects a std of {latents['expected_std']:.4f} (1 / scale factor): this is {ratio:.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def _bars(counts: Mapping[str, int]) -> str:
+    """A line a class: name, bar and count."""
+    most, width = max(counts.values()), max(map(len, counts))
+    return "\n".join(f"  {name:>{width}} {'#' * -(-count * _BAR // most)} {count}" for name, count in counts.items())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"

@@ -1,0 +1,31 @@
+"""An optimizer from its `target` and `params`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ldm.util import UserError, instantiate_from_config
+
+
+def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
+    """The optimizer of `parameters` that `config`, a `target` and `params`, describes; an `lr` in it counts more.
+
+    `where` is the config key that it stands under, for messages.
+
+    Raises:
+        UserError: the target does not exist, or does not take its `params`; or its state fits no checkpoint.
+    """
+    try:
+        if str(config.get("target")).startswith("torchao."):
+            raise UserError(
+                f"{config['target']}: a checkpoint cannot hold its state; name ldm.optim.low_bit.AdamW8bit or "
+                "AdamW4bit, which are torchao's with a state that it can"
+            )
+        own_lr = (config.get("params") or {}).get("lr", lr)
+        return instantiate_from_config(config, params=list(parameters), lr=own_lr)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -1,0 +1,127 @@
+"""Optimizer steps that are taken while the backward pass still runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ldm.optim.building import build_optimizer
+from ldm.util import UserError
+
+
+class InBackward(Optimizer):
+    """Steps another optimizer in buckets while gradients arrive, and frees each bucket's gradients at once.
+
+    `step(closure)` arms hooks on the parameters for as long as the closure runs: a gradient that its backward pass has
+    finished joins the bucket, and a full bucket is stepped. The gradients that exist at one time are then one bucket's
+    instead of the model's. A closure called by itself, as Lightning does for all but the last of the batches whose
+    gradients it accumulates, accumulates as ever; so accumulation stays exact, and keeps the gradients it needs.
+
+    There is one inner optimizer over all parameters, whose groups hold the bucket's parameters alone while it steps.
+    Every update is therefore the inner optimizer's own, and so are the parameter groups, the state and the
+    `state_dict`, which a run without this wrapper can go on from. Nothing ever sees all gradients together: what needs
+    their common norm, or scales them, cannot work with it (see `ldm.training.compatibility`).
+
+    Args:
+        params: parameters, or parameter groups.
+        lr: the inner optimizer's, unless its `params` name one.
+        optimizer: `target` and `params` of the inner optimizer.
+        bucket_mb: MiB of gradients to step together: few and large calls, at the price of that much memory.
+        clip_each: scale each parameter's gradient down to this L2 norm before its step; None for no clipping.
+
+    Raises:
+        UserError: a size or a norm that is not positive, or an inner optimizer that does not exist.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        optimizer: Mapping[str, Any],
+        bucket_mb: float = 32,
+        clip_each: float | None = None,
+    ) -> None:
+        for name, value in (("bucket_mb", bucket_mb), ("clip_each", clip_each)):
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value}: give a number above 0")
+        self.inner = build_optimizer(optimizer, params, lr, "optimizer")
+        self.bucket_bytes = int(bucket_mb * 2**20)
+        self.clip_each = clip_each
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+        self._share_inner_state()
+        # By index, because loading a state dict replaces the groups' dicts.
+        self._group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        self._bucket: list[nn.Parameter] = []
+        self._bucket_filled = 0  # bytes
+        self._taken: set[nn.Parameter] = set()  # in this step
+
+    def _share_inner_state(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what the inner optimizer's `state_dict`, wrapped or not, gave."""
+        self.inner.load_state_dict(state_dict)
+        self._share_inner_state()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient, most of them within the closure's backward pass.
+
+        Returns what the closure returns.
+        """
+        self._bucket, self._bucket_filled = [], 0
+        self._taken.clear()
+        result = None
+        if closure is not None:
+            trained = [parameter for parameter in self._group_of if parameter.requires_grad]
+            hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in trained]
+            try:
+                with torch.enable_grad():
+                    result = closure()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            self._step_bucket()
+        for parameter in self._group_of:  # without a closure all; else those that only an earlier batch has reached
+            if parameter.grad is not None:
+                self._take(parameter)
+        self._step_bucket()
+        return result
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        """Put a parameter whose gradient is complete into the bucket."""
+        if parameter in self._taken:
+            raise RuntimeError("a second backward pass within one step: its gradients come after the step was taken")
+        self._taken.add(parameter)
+        self._bucket.append(parameter)
+        self._bucket_filled += parameter.grad.nbytes
+        if self._bucket_filled >= self.bucket_bytes:
+            self._step_bucket()
+
+    def _step_bucket(self) -> None:
+        if not self._bucket:
+            return
+        groups = self.inner.param_groups
+        members: list[list[nn.Parameter]] = [[] for _ in groups]
+        for parameter in self._bucket:
+            if self.clip_each is not None:
+                nn.utils.clip_grad_norm_(parameter, self.clip_each)
+            members[self._group_of[parameter]].append(parameter)
+        everything = [group["params"] for group in groups]
+        try:
+            for group, some in zip(groups, members, strict=True):
+                group["params"] = some
+            self.inner.step()
+        finally:
+            for group, params in zip(groups, everything, strict=True):
+                group["params"] = params
+        for parameter in self._bucket:
+            parameter.grad = None
+        self._bucket, self._bucket_filled = [], 0

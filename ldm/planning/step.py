@@ -1,0 +1,191 @@
+"""What a training step takes on a CUDA device, counted on tensors that hold nothing: no GPU, and hardly any memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ldm.models.diffusion.ddpm import DDPM
+from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
+from ldm.optim import build_optimizer
+from ldm.planning.batch import gives_pictures, make_batch
+from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
+from ldm.training.building import without_initialisation
+from ldm.training.config import build_model, plain
+from ldm.util import UserError, nearest
+
+# Lightning's `precision` → the type of the weights, and that of autocast.
+_PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "64-true": (torch.float64, None),
+    "32-true": (torch.float32, None),
+    "16-true": (torch.float16, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-mixed": (torch.float32, torch.float16),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+}
+_SHORT_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def peak_of_step(config: DictConfig, pictures: int | None = None, size: int | None = None) -> dict[str, int]:
+    """Bytes of each of `ledger.CATEGORIES` at the peak of a training step of `config`, on one device.
+
+    The step is the second, since the first makes the optimizer's state. Counted are tensors: not the CUDA context, the
+    workspaces of libraries, what a kernel takes within, nor what fragmentation wastes.
+
+    Args:
+        pictures: of a batch; `data.params.batch_size` by default.
+        size: pixels a side; by default what the model's `image_size` means.
+
+    Raises:
+        UserError: the config describes no diffusion model, or a value of it or a size does not fit.
+    """
+    trainer = plain((config.get("lightning") or {}).get("trainer") or {})
+    weights, autocast = _precision(trainer.get("precision"))
+    _fill_caches(config)
+    with FakeTensorMode(), _on_the_cpu():
+        model = _build(config, weights)
+        batch = make_batch(model, config, pictures, size)
+        with Ledger() as ledger:
+            _name_weights(ledger, model, first_stage_leaves=not gives_pictures(model, config))
+            return _second_step(ledger, model, batch, autocast, trainer.get("accumulate_grad_batches") or 1)
+
+
+def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
+    name = _SHORT_PRECISIONS.get(str(given), str(given))
+    if name not in _PRECISIONS:
+        raise UserError(f"lightning.trainer.precision {given!r} cannot be planned{nearest(name, set(_PRECISIONS))}")
+    return _PRECISIONS[name]
+
+
+@contextmanager
+def _on_the_cpu() -> Iterator[None]:
+    """What differs on the CPU is made as it is on CUDA; nothing is compiled, and nobody warned of fake tensors."""
+    compiled, torch.compile = torch.compile, _uncompiled
+    try:
+        with _CudaAutocast(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.compile = compiled
+
+
+def _uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    """`torch.compile` for the time of a plan.
+
+    What is compiled for an optimizer updates tensors in place within a kernel: there is nothing to count, and with fake
+    tensors nothing to do.
+    """
+    return function if torch.is_grad_enabled() else lambda *_args, **_kwargs: None
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Makes autocast on the CPU keep normalisation in float32, as it does on CUDA."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.group_norm, torch.layer_norm) and torch.is_autocast_enabled("cpu"):
+            args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _fill_caches(config: DictConfig) -> None:
+    """Let the optimizer's library make the tables that it keeps of real numbers: fake ones would spoil the training."""
+    described = plain(config.get("model") or {}).get("params", {}).get("optimizer_config")
+    if described:
+        parameter = nn.Parameter(torch.zeros(64, 64))
+        parameter.grad = torch.zeros_like(parameter)
+        with torch.random.fork_rng(devices=[]):
+            build_optimizer(described, [parameter], 0.0, "optimizer_config").step()
+
+
+def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
+    """The model, without loading weights, its parameters of `dtype` as Lightning's precision would have them."""
+    described = OmegaConf.create({"model": _without_files(plain(config.get("model") or {}))})
+    with without_initialisation():
+        model = build_model(described)
+    if not isinstance(model, DDPM):
+        raise UserError(f"{config.model.target}: only the steps of diffusion models are planned")
+    # Not by Module.to(): fake tensors cannot be exchanged in place.
+    kept = _on_host(model)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in kept and not isinstance(module, KeepsTypes):
+                module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+    return model
+
+
+def _without_files(described: Any) -> Any:
+    """A config without the weights that it would load."""
+    if isinstance(described, dict):
+        return {key: _without_files(value) for key, value in described.items() if key != "ckpt_path"}
+    return described
+
+
+def _on_host(model: nn.Module) -> set[int]:
+    """The `id`s of the parameters that never leave the host."""
+    parts = (part for part in model.modules() if isinstance(part, StaysOnHost) and part.stays_on_host)
+    return {id(parameter) for part in parts for parameter in part.parameters()}
+
+
+def _name_weights(ledger: Ledger, model: DDPM, first_stage_leaves: bool) -> None:
+    ledger.name([*model.parameters(), *model.buffers()], "weights")
+    elsewhere = [part for part in model.modules() if isinstance(part, StaysOnHost) and part.stays_on_host]
+    if first_stage_leaves:
+        elsewhere.append(model.first_stage_model)
+    for part in elsewhere:
+        ledger.name([*part.parameters(), *part.buffers()], HOST)
+
+
+def _second_step(
+    ledger: Ledger, model: DDPM, batch: dict[str, Any], autocast: torch.dtype | None, accumulate: int
+) -> dict[str, int]:
+    """Run two steps in the order in which Lightning does; the peak of the second."""
+    host = _on_host(model)
+    trained = [parameter for parameter in model.trained_parameters() if parameter.requires_grad]
+    for parameter in trained:
+        gradients = HOST if id(parameter) in host else "gradients"
+        parameter.register_post_accumulate_grad_hook(lambda p, of=gradients: ledger.name([p.grad], of))
+    stepped_where = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
+    optimizer = _optimizer(model)
+
+    def micro_batch(first: bool) -> Tensor:
+        began = ledger.now
+        with ledger.naming(TEMPORARIES):
+            with torch.autocast("cpu", autocast) if autocast else nullcontext():
+                loss, _ = model.shared_step(batch)
+            if first:
+                optimizer.zero_grad()
+            ledger.name_survivors(began, "activations")
+            loss.backward()
+        return loss
+
+    for _ in range(2):
+        began = ledger.now
+        if accumulate > 1:  # one is enough for the gradients to be there when the last one begins
+            micro_batch(first=True)
+        with ledger.naming(stepped_where):
+            model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
+        state = HOST if stepped_where == HOST else "optimizer"
+        ledger.name(tree_leaves(list(optimizer.state.values())), state)
+    return ledger.peak(began)
+
+
+def _optimizer(model: DDPM) -> Optimizer:
+    model.learning_rate = 1.0  # whatever: nothing is computed
+    configured = model.configure_optimizers()
+    optimizer = configured if isinstance(configured, Optimizer) else configured[0][0]
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and group.get("fused") is None:
+            group["foreach"] = True  # what torch chooses on CUDA
+    return optimizer

@@ -1,0 +1,31 @@
+"""What cannot work together, refused before anything is started."""
+
+from __future__ import annotations
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.strategies import SingleDeviceStrategy
+
+from ldm.optim import InBackward
+from ldm.util import UserError, get_obj_from_str
+
+
+def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if the optimizer of `model` steps inside backward and `trainer` needs all gradients at once."""
+    config = getattr(model, "optimizer_config", None)
+    if not config or get_obj_from_str(config["target"]) is not InBackward:
+        return
+    if trainer.gradient_clip_val:
+        raise UserError(
+            f"gradient_clip_val={trainer.gradient_clip_val} clips all gradients together, and {config['target']} never "
+            "has all of them; leave it out, and clip each parameter's gradient with optimizer_config.params.clip_each"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise UserError(
+            f"precision={trainer.precision} scales the loss, and checks all gradients before a step, which "
+            f"{config['target']} takes before all are there; use --precision bf16-true or bf16-mixed"
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise UserError(
+            f"{config['target']} steps before gradients are averaged over {trainer.world_size} devices; train on one "
+            "device, or name its inner optimizer as optimizer_config"
+        )

@@ -1,0 +1,89 @@
+"""A set of shards is only trained on with the encoders that made it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldm.callbacks.encoders import SameEncoders
+from ldm.checkpoint import load_checkpoint, save_checkpoint, weights_digest
+from ldm.data.index import INDEX
+from ldm.data.shards import ShardDataset
+from ldm.training.config import build_model, load_config
+from ldm.util import UserError
+from tests.ldm.data.shard_files import write_set
+from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
+
+
+@pytest.fixture
+def made_by(tmp_path):
+    """Gives the shards of the tiny run an index with digests."""
+
+    def write(**digests):
+        shards = [{"name": path.name} for path in sorted((tmp_path / "shards").glob("*.tar"))]
+        content = {"format": 2, "complete": True, "shards": shards, **digests}
+        (tmp_path / "shards" / INDEX).write_text(json.dumps(content))
+
+    return write
+
+
+def started(train, tmp_path):
+    """The checkpoint of a run of one step, whose callbacks know a text tower, and its autoencoder's digest."""
+    assert train("-l logs --max_steps 1") == 0
+    path = the_run(tmp_path / "logs") / "checkpoints/last.ckpt"
+    content = load_checkpoint(path)
+    callbacks = {**content["callbacks"], "SameEncoders": {"text_tower": "t" * 64}}
+    save_checkpoint({**content, "callbacks": callbacks}, path)
+    return path, weights_digest(content["state_dict"], "first_stage_model.")
+
+
+def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by, tmp_path):
+    checkpoint, autoencoder = started(train, tmp_path)
+    resume = f"--resume {checkpoint} --max_steps"
+    made_by(autoencoder="0" * 64, text_tower="t" * 64)
+    assert "index.json: the set was made by another autoencoder (000000000000…)" in train_error(train, f"{resume} 2")
+    made_by(autoencoder=autoencoder, text_tower="0" * 64)
+    assert "index.json: the set was made by another text tower" in train_error(train, f"{resume} 2")
+    made_by(autoencoder=autoencoder, text_tower="t" * 64)
+    assert train(f"{resume} 2") == 0
+    assert load_checkpoint(checkpoint)["callbacks"]["SameEncoders"] == {"text_tower": "t" * 64}
+    made_by(autoencoder=None)  # as far as is known
+    assert train(f"{resume} 3") == 0
+
+
+def test_a_run_that_begins_without_weights_is_only_told(train, made_by, tmp_path, caplog):
+    made_by(autoencoder="0" * 64)
+    assert train("-l logs --max_steps 1") == 0
+    assert "the set was made by another autoencoder" in caplog.text and "tools/hack_weights.py" in caplog.text
+
+
+def test_weights_that_the_config_names_are_loaded_ones(train, made_by, tmp_path):
+    model = build_model(load_config([tmp_path / "tiny.yaml"]))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
+    made_by(autoencoder="0" * 64)
+    error = train_error(train, f"-l logs --max_steps 1 model.params.ckpt_path={tmp_path / 'model.ckpt'}")
+    assert "another autoencoder" in error
+
+
+def test_a_model_that_reads_captions_itself_asks_for_no_text_tower(tmp_path, made_by):
+    (tmp_path / "shards").mkdir()
+    write_set(tmp_path / "shards", 2, shards=1)
+    made_by(text_tower="0" * 64)
+    callback = SameEncoders(is_loaded=True)
+    callback.load_state_dict({"text_tower": "1" * 64})
+
+    def start(key):
+        dataset = ShardDataset(list((tmp_path / "shards").glob("*.tar")), cond_stage_key=key)
+        callback.on_fit_start(SimpleNamespace(datamodule=SimpleNamespace(datasets={"training": dataset})), None)
+
+    start("txt")
+    with pytest.raises(UserError, match=r"made by another text tower \(000000000000…\) than the checkpoint's \(1111"):
+        start("t5")
+
+
+def train_error(train, line):
+    """The one line that `line` ends with."""
+    with pytest.raises(UserError) as caught:
+        train(line)
+    return str(caught.value)

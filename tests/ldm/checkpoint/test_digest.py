@@ -1,0 +1,46 @@
+"""Weights have one digest in whatever file they come, and other weights another."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from ldm.checkpoint import load_state_dict, save_state_dict, weights_digest
+
+WEIGHTS = {"a.b.weight": torch.tensor([[0.1, 2.0, -3.5]]), "a.a": torch.tensor([7], dtype=torch.int32)}
+
+
+def test_what_is_hashed_is_written_down():
+    values = np.array([[0.1, 2.0, -3.5]], "<f2")
+    said = b"a (1,)\n" + np.array([7], "<i8").tobytes() + b"b.weight (1, 3)\n" + values.tobytes()
+    assert weights_digest(WEIGHTS, "a.") == hashlib.sha256(said).hexdigest()
+
+
+def test_file_order_and_precision_do_not_count(tmp_path):
+    digest = weights_digest(WEIGHTS, "a.")
+    half = {key: value.half() if value.is_floating_point() else value for key, value in WEIGHTS.items()}
+    for number, weights in enumerate((WEIGHTS, half, dict(reversed(WEIGHTS.items())))):
+        for suffix in ("ckpt", "safetensors"):
+            path = tmp_path / f"{number}.{suffix}"
+            save_state_dict(weights, path)
+            assert weights_digest(load_state_dict(path), "a.") == digest
+    rest = {"a.loss.w": torch.ones(2), "a.position_ids": torch.arange(3), "model.w": torch.ones(2)}
+    assert weights_digest({**WEIGHTS, **rest}, "a.") == digest
+
+
+def test_values_shapes_and_names_count():
+    digest = weights_digest(WEIGHTS, "a.")
+    weight = WEIGHTS["a.b.weight"]
+    for other in (
+        {"a.b.weight": weight + 0.01},
+        {"a.b.weight": weight.T},
+        {"a.b.weight": weight[0]},
+        {"a.b.weight": weight, "a.c": weight},
+    ):
+        assert weights_digest({**WEIGHTS, **other}, "a.") not in (digest, None)
+    assert weights_digest({"a.c.weight": weight, "a.a": WEIGHTS["a.a"]}, "a.") != digest
+
+
+def test_no_weights_and_weights_that_lost_bits_have_none():
+    assert weights_digest(WEIGHTS, "b.") is None
+    assert weights_digest({key: value.bfloat16() for key, value in WEIGHTS.items()}) is None

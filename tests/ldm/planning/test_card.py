@@ -1,0 +1,45 @@
+"""Which batch fits a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from ldm.planning import card
+from ldm.planning.card import GIB, Fit, fits, largest_batch, needed
+from ldm.training.config import load_config
+
+# Bytes by batch, of the shape that steps have: the most of some moments, each linear in the batch.
+STEPS: list[Callable[[int], int]] = [
+    lambda n: 100 + 7 * n,
+    lambda n: max(1000, 300 + 13 * n),
+    lambda n: max(500 + n, 400 + 9 * n, 17 * n),
+]
+
+
+@pytest.mark.parametrize("takes", STEPS)
+@pytest.mark.parametrize("room", [50, 110, 999, 1000, 1001, 1313, 5000, 100_000])
+def test_the_largest_batch_is_found_in_few_tries(takes: Callable[[int], int], room: int) -> None:
+    tried = []
+    found = largest_batch(lambda n: tried.append(n) or takes(n), room)
+    assert found == max((n for n in range(1, 20_000) if takes(n) <= room), default=0)
+    assert len(tried) <= 11 and len(tried) == len(set(tried))
+
+
+def test_a_card_holds_tensors_gaps_and_the_context() -> None:
+    assert needed(10 * GIB) == int(10.3 * GIB) + int(0.6 * GIB)
+
+
+def test_each_tier_is_asked_with_its_own_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak_of_step(config, pictures, size):
+        lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
+        streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")
+        fixed = 0 if streamed else 3 * GIB if lean else 13 * GIB
+        return {"weights": fixed, "activations": pictures * GIB // 4 * (size // 512) ** 2}
+
+    monkeypatch.setattr(card, "peak_of_step", peak_of_step)
+    found = {fit.tier: fit for fit in fits(load_config(["finetune_stable_diffusion.yaml"]), 8 * GIB, 512)}
+    assert found["as given"] == Fit("as given", 0, 13 * GIB + GIB // 4)
+    assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB)
+    assert found["minimal.yaml"].pictures == 28

@@ -1,0 +1,75 @@
+"""What the ledger counts, on cases small enough to count by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldm.planning.ledger import CATEGORIES, HOST, Ledger
+
+
+def counted(**categories: int) -> dict[str, int]:
+    return dict.fromkeys(CATEGORIES, 0) | categories
+
+
+def test_the_peak_is_the_most_that_is_held_together() -> None:
+    with FakeTensorMode(), Ledger() as ledger:
+        a = torch.empty(1024)  # 4096 bytes
+        b = a + 1
+        del a
+        c = b[:2].view(2, 1)  # a view takes nothing
+        d = torch.empty(2048)  # 8192, beside b's 4096
+        del b, c, d
+    assert ledger.peak() == counted(temporaries=4096 + 8192)
+
+
+def test_sizes_are_multiples_of_the_allocators_block() -> None:
+    with FakeTensorMode(), Ledger() as ledger:
+        kept = [torch.empty(1), torch.empty(129)]  # 4 and 516 bytes
+    assert ledger.peak() == counted(temporaries=512 + 1024)
+    del kept
+
+
+def test_a_name_counts_from_the_start_and_the_host_not_at_all() -> None:
+    with FakeTensorMode(), Ledger() as ledger:
+        weight, elsewhere = torch.empty(1024), torch.empty(4096)
+        gradient = torch.empty(1024)
+        ledger.name([weight, None], "weights")
+        ledger.name([elsewhere], HOST)
+        ledger.name([gradient], "gradients")
+        with ledger.naming(HOST):
+            there = weight * 2
+    assert ledger.peak() == counted(weights=4096, gradients=4096)
+    del there, gradient
+
+
+def test_survivors_are_what_is_still_there() -> None:
+    with FakeTensorMode(), Ledger() as ledger:
+        before = torch.empty(128)
+        began = ledger.now
+        saved, named, gone = torch.empty(128), torch.empty(128), torch.empty(128)
+        ledger.name([named], "optimizer")
+        del gone
+        ledger.name_survivors(began, "activations")
+        torch.empty(1024)
+    assert ledger.peak() == counted(temporaries=512 + 4096, activations=512, optimizer=512)
+    del before, saved
+
+
+def test_a_peak_is_looked_for_from_a_moment_on() -> None:
+    with FakeTensorMode(), Ledger() as ledger:
+        torch.empty(1024)
+        began = ledger.now
+        kept = torch.empty(128)
+    assert ledger.peak() == counted(temporaries=4096)
+    assert ledger.peak(began) == counted(temporaries=512)
+    del kept
+
+
+def test_a_quantised_tensor_is_its_parts() -> None:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    moment = OptimState8bit.zeros((64, 64), block_size=256)
+    ledger = Ledger()
+    ledger.name([moment], "optimizer")
+    assert ledger.peak() == counted(optimizer=4096 + 512 + 1024)  # codes, scales, the table

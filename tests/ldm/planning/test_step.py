@@ -1,0 +1,116 @@
+"""The predicted peaks of a step of the SD v1 UNet, and what a plan leaves untouched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.planning.step import peak_of_step
+from ldm.training.config import load_config
+from ldm.util import UserError
+from tests.training_runs import CONFIG
+
+GIB = 2**30
+BASE = "finetune_stable_diffusion.yaml"
+RESIDENT = "model.params.unet_config.params.use_checkpoint=false"
+BF16 = "lightning.trainer.precision=bf16-true"
+OPTIMIZER = "model.params.optimizer_config"
+
+
+def predicted(*names: str) -> dict[str, float]:
+    """GiB by category at batch 1 and 512×512, of configs and overrides."""
+    overrides = [name for name in names if "=" in name]
+    config = load_config([name for name in names if "=" not in name], overrides)
+    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, pictures=1).items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "gib"),
+    [
+        ([BASE, RESIDENT], 13.26),
+        ([BASE, RESIDENT, f"{OPTIMIZER}={{target: torch.optim.AdamW}}"], 16.01),  # foreach, which torch prefers on CUDA
+        ([BASE, RESIDENT, "lightning.trainer.precision=bf16-mixed"], 13.10),
+        ([BASE, BF16], 6.51),
+        ([BASE, BF16, f"{OPTIMIZER}={{target: ldm.optim.low_bit.AdamW8bit}}"], 4.93),
+        ([BASE, "lean.yaml"], 3.45),
+        ([BASE, "lean.yaml", f"{OPTIMIZER}.params.optimizer.target=ldm.optim.low_bit.AdamW4bit"], 2.68),
+        ([BASE, "minimal.yaml"], 0.418),
+    ],
+    ids=["fused", "foreach", "autocast", "bf16", "8bit", "lean", "lean-4bit", "minimal"],
+)
+def test_the_peaks_of_the_full_size_model(names: list[str], gib: float) -> None:
+    assert sum(predicted(*names).values()) == pytest.approx(gib, rel=0.02)
+
+
+def test_the_categories_of_a_step() -> None:
+    parameters = 859_520_964 * 4 / GIB  # of the UNet, float32: the first stage is not on the device
+    peak = predicted(BASE, f"{OPTIMIZER}={{target: torch.optim.AdamW}}", "model.params.use_ema=true")
+    assert peak["weights"] == pytest.approx(2 * parameters, rel=0.001)  # and their average
+    assert peak["gradients"] == pytest.approx(parameters, rel=0.001)
+    assert peak["optimizer"] == pytest.approx(2 * parameters, rel=0.001)
+
+
+def tiny(*overrides: str, **kwargs: int) -> dict[str, float]:
+    config = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(overrides)))
+    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, **kwargs).items()}
+
+
+def test_accumulation_keeps_the_gradients_through_the_next_forward() -> None:
+    key = "lightning.trainer.accumulate_grad_batches"
+    once, twice = (tiny(f"{key}={count}", pictures=64, size=64) for count in (1, 2))
+    assert twice["gradients"] > 5 * once["gradients"]
+    assert twice["activations"] == pytest.approx(once["activations"], rel=0.01)
+
+
+def test_batch_and_size_default_to_the_configs() -> None:
+    assert tiny() == tiny(pictures=2, size=8)
+    small, large = (tiny(pictures=8, size=size)["activations"] for size in (64, 128))
+    assert large > 3.5 * small
+
+
+def test_the_samples_of_a_prior_come_on_top() -> None:
+    prior = ("data.params.prior_urls=prior.tar", "data.params.prior_ratio=0.5")
+    assert tiny(*prior, pictures=4) == tiny(pictures=6)
+
+
+def test_pictures_need_the_first_stage_on_the_device() -> None:
+    assert tiny("data.target=main.DataModuleFromConfig")["weights"] > 1.1 * tiny()["weights"]
+
+
+def test_captions_go_through_a_text_tower() -> None:
+    config = OmegaConf.create(CONFIG)
+    config.model.params.cond_stage_config = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"text_config": {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}},
+    }
+    vocabulary = 49_408 * 8 * 4
+    assert peak_of_step(config)["weights"] > vocabulary
+
+
+def test_a_plan_leaves_random_numbers_and_tables_alone() -> None:
+    from torchao.optim import subclass_8bit
+
+    subclass_8bit.get_qmap_signed.cache_clear()
+    before, compiled = torch.get_rng_state(), torch.compile
+    tiny(f"{OPTIMIZER}={{target: ldm.optim.low_bit.AdamW8bit}}")
+    assert torch.get_rng_state().equal(before) and torch.compile is compiled
+    assert len(set(subclass_8bit.get_qmap_signed())) == 256
+
+
+@pytest.mark.parametrize(
+    ("override", "size", "message"),
+    [
+        ("lightning.trainer.precision=bf17", None, "lightning.trainer.precision 'bf17' cannot be planned; valid: 16-"),
+        ("model.params.monitor=x", 7, "7 pixels a side: the model takes multiples of 2"),
+        ("data.params.batch_size=null", None, "batch size None: give a whole number"),
+    ],
+)
+def test_what_cannot_be_planned(override: str, size: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny(override, size=size)
+
+
+def test_an_autoencoder_is_not_planned() -> None:
+    with pytest.raises(UserError, match="only the steps of diffusion models are planned"):
+        peak_of_step(load_config(["emoji_autoencoder.yaml"]))

@@ -1,0 +1,52 @@
+"""What stepping inside backward cannot be combined with: refused before a run begins, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins.precision import MixedPrecision
+
+from ldm.training.compatibility import check_in_backward
+from ldm.util import UserError
+from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
+
+WHERE = "model.params.optimizer_config"
+IN_BACKWARD = f"{WHERE}.target=ldm.optim.InBackward {WHERE}.params.optimizer.target=torch.optim.AdamW"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--gradient_clip_val 1.0", "gradient_clip_val=1.0 .* optimizer_config.params.clip_each"),
+        ("--accelerator cpu --devices 2", "over 2 devices; train on one device, or name its inner optimizer"),
+    ],
+)
+def test_refusals(train: Callable[[str], int], tmp_path: Path, options: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(f"--max_steps 1 {IN_BACKWARD} {options}")
+    assert not list(tmp_path.glob("logs/*"))
+
+
+def test_a_scaled_loss_is_refused() -> None:
+    model = SimpleNamespace(optimizer_config={"target": "ldm.optim.InBackward"})
+    scaling = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, plugins=[scaling])
+    with pytest.raises(
+        UserError, match=r"precision=16-mixed scales the loss.* use --precision bf16-true or bf16-mixed"
+    ):
+        check_in_backward(model, trainer)
+
+
+def test_other_optimizers_may_clip(train: Callable[[str], int], tmp_path: Path) -> None:
+    assert train(f"--max_steps 1 {WHERE}.target=torch.optim.AdamW --gradient_clip_val 1.0") == 0
+    assert the_run(tmp_path / "logs")
+
+
+def test_clipping_each_gradient_trains(train: Callable[[str], int], tmp_path: Path) -> None:
+    assert train(f"--max_steps 1 {IN_BACKWARD} {WHERE}.params.clip_each=0.1") == 0
+    assert the_run(tmp_path / "logs")

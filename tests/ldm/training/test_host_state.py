@@ -1,0 +1,53 @@
+"""Training what stays on the host."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
+
+from ldm.training.config import load_config
+from ldm.training.host_state import HostStateStrategy, host_state_strategy, streams_weights
+from ldm.util import UserError
+
+
+def resumed(strategy: SingleDeviceStrategy) -> torch.device:
+    """Where the state of an optimizer of a host parameter is after a resume on a device that is not the host."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    strategy._optimizers = [optimizer]
+    strategy.load_optimizer_state_dict({"optimizer_states": [copy.deepcopy(optimizer.state_dict())]})
+    return optimizer.state[parameter]["exp_avg"].device
+
+
+def test_a_resume_leaves_the_state_beside_its_parameter() -> None:
+    assert resumed(SingleDeviceStrategy("meta")).type == "meta"
+    assert resumed(HostStateStrategy("meta")).type == "cpu"
+
+
+def test_which_models_stream() -> None:
+    assert not streams_weights(load_config(["finetune_stable_diffusion.yaml"]))
+    assert streams_weights(load_config(["finetune_stable_diffusion.yaml", "minimal.yaml"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_cuda", "device"),
+    [
+        ({"devices": [1], "accelerator": "gpu"}, True, "cuda:1"),
+        ({"devices": 1}, True, "cuda:0"),
+        ({"devices": 1, "accelerator": "cpu"}, True, "cpu"),
+        ({"devices": 1}, False, "cpu"),
+    ],
+)
+def test_it_trains_where_it_is_told(arguments: dict, has_cuda: bool, device: str) -> None:
+    assert host_state_strategy(arguments, has_cuda).root_device == torch.device(device)
+
+
+@pytest.mark.parametrize("arguments", [{"devices": [0, 1]}, {"devices": 1, "strategy": "ddp"}])
+def test_several_devices_are_refused(arguments: dict) -> None:
+    with pytest.raises(UserError, match="train on one device"):
+        host_state_strategy(arguments, has_cuda=True)

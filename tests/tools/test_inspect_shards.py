@@ -1,0 +1,91 @@
+"""`tools/inspect_shards.py` as people type it, on a bucketed set of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.images import find_images
+from ldm.data.index import read_index, write_index
+from ldm.training.encoder import Encoder
+from ldm.training.preencode import preencode
+from ldm.training.release import load_release
+from tests.conftest import RELEASE_CONFIG, ROOT
+
+TOOL = ROOT / "tools/inspect_shards.py"
+
+
+@pytest.fixture
+def shards(tiny_release: Path, tmp_path: Path) -> str:
+    """Five pictures of two proportions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(80, 80)] * 3 + [(50, 200)] * 2):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    encoder = Encoder(load_release(tiny_release, RELEASE_CONFIG))
+    preencode(encoder, find_images(folder, "a cat"), str(tmp_path / "set/s-%d.tar"), size=128, buckets=True)
+    return str(tmp_path / "set/*.tar")
+
+
+@pytest.fixture
+def inspect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+    """Runs the command in this process; returns what it exits with: None or the error."""
+
+    def call(*words: object) -> str | None:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return None
+
+    return call
+
+
+def test_text_json_and_sheet(inspect, shards, tiny_release, tmp_path, caplog):
+    caplog.set_level("INFO")
+    written = ("--json", tmp_path / "found.json", "--sheet", tmp_path / "sheet.png")
+    assert inspect(shards, *written, "--ckpt", tiny_release, "--config", RELEASE_CONFIG, "--samples", 4) is None
+    model = load_release(tiny_release, RELEASE_CONFIG)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sorted(found["shapes"].values()) == [2, 3] and found["duplicates"]["captions"][0]["samples"] == 5
+    assert len(found["latents"]["channel_std"]) == model.channels
+    assert found["latents"]["expected_std"] == pytest.approx(1 / model.scale_factor)
+    assert "5 samples in 1 shards" in caplog.text and "another autoencoder" not in caplog.text
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] > 4 * 192 and len(sheet.getcolors(1 << 24)) > 1000  # four pictures in a row
+
+
+def test_without_a_model(inspect, shards, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert inspect(shards) is None
+    assert "the model expects a std of" in caplog.text  # by the set's index
+
+
+def test_another_autoencoder_is_told_of(inspect, shards, tiny_release, tmp_path, caplog):
+    write_index(tmp_path / "set", {**read_index(tmp_path / "set"), "autoencoder": "0" * 64})
+    assert inspect(shards, "--ckpt", tiny_release, "--config", RELEASE_CONFIG) is None
+    assert "the set was made by another autoencoder than that of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sheet", "x.png"), "--sheet x.png: give --ckpt and --config"),
+        (("--ckpt", "x.ckpt"), "--ckpt and --config: give both"),
+        (("--sheet", "x", "--ckpt", "c", "--config", "d"), "--sheet x: the name must end in .png"),
+        (("--samples", 0), "--samples 0"),
+        ((), "nowhere.tar: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(inspect, words, message):
+    error = inspect("nowhere.tar", *words)
+    assert error.startswith("error: ") and message in error and "\n" not in error

@@ -1,0 +1,86 @@
+"""tools/plan_memory.py: a table, an answer for a card, JSON; and its refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from ldm.planning.card import GIB, needed
+from ldm.util import UserError
+from tests.conftest import ROOT
+
+CATEGORIES = ["weights", "gradients", "optimizer", "activations", "temporaries"]
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[str], str]:
+    """What the tool says to a command line, in this process, with 10 GiB a step and 1 a picture; 1 GiB streamed."""
+
+    def peak_of_step(config, pictures, size=None):
+        streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")
+        return dict.fromkeys(CATEGORIES, 0) | {"weights": (1 if streamed else 10) * GIB, "activations": pictures * GIB}
+
+    monkeypatch.setattr("ldm.planning.step.peak_of_step", peak_of_step)
+    monkeypatch.setattr("ldm.planning.card.peak_of_step", peak_of_step)
+    caplog.set_level(logging.INFO)
+
+    def call(line: str) -> str:
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["plan_memory.py", *line.split()])
+        runpy.run_path(str(ROOT / "tools/plan_memory.py"))["main"]()
+        return "\n".join(record.getMessage() for record in caplog.records)
+
+    return call
+
+
+def test_a_real_step_as_json(command) -> None:
+    done = command("tools/plan_memory.py", "--json", "--base", "demo_tiny.yaml", "lightning.trainer.precision=bf16")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert list(figures) == [*CATEGORIES, "peak", "card"]
+    assert sum(figures[name] for name in CATEGORIES) == figures["peak"] and figures["card"] == needed(figures["peak"])
+
+
+def test_a_step_by_category(plan) -> None:
+    lines = [line.split() for line in plan("--base demo_tiny.yaml --batch 2").splitlines()]
+    assert [words[:3] for words in lines[1:7]] == [
+        ["weights", "10.00", "GiB"],
+        ["gradients", "0.00", "GiB"],
+        ["optimizer", "0.00", "GiB"],
+        ["activations", "2.00", "GiB"],
+        ["temporaries", "0.00", "GiB"],
+        ["peak", "12.00", "GiB"],
+    ]
+    assert " ".join(lines[7]) == "of a card 12.96 GiB, with 0.6 GiB for context and workspaces and 3 % for gaps"
+
+
+def test_what_fits_a_card(plan) -> None:
+    said = plan("--base demo_tiny.yaml minimal.yaml --card 8")  # asked without the tier, too
+    assert "as given       not even batch 1" in said
+    assert "minimal.yaml   batch 6" in said
+    assert "use minimal.yaml: --base demo_tiny.yaml minimal.yaml" in said
+    assert "nothing fits" in plan("--base demo_tiny.yaml --card 2")
+    answer = json.loads(plan("--base demo_tiny.yaml --card 12 --json"))
+    assert answer["use"] == "as given" and answer["tiers"][0] == {
+        "tier": "as given",
+        "pictures": 1,
+        "peak": 11 * GIB,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--base nothing.yaml", "config 'nothing.yaml' not found"),
+        ("--base demo_tiny.yaml --card 0", "--card 0.0: give the card's memory in GB"),
+        ("--base demo_tiny.yaml --card 8 --batch 1", "--card finds the batch; leave out --batch"),
+    ],
+)
+def test_mistakes(plan, line: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(line)

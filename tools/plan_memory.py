@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""How much memory a training step will take on a GPU, without one; and what fits a card.
+
+python tools/plan_memory.py --base finetune_stable_diffusion.yaml --size 512 --batch 1
+python tools/plan_memory.py --base finetune_stable_diffusion.yaml --card 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+
+from ldm.cli import add_trust_option, run
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", required=True, nargs="+", metavar="YAML", help="configs of a training, merged left to right")
+    add("--batch", type=int, help="pictures a step (default: data.params.batch_size)")
+    add("--size", type=int, help="pixels a side (default: what the model's image_size means)")
+    add("--card", type=float, metavar="GB", help="say which batch fits a card of so many GB, under each tier")
+    add("--json", action="store_true", help="print JSON: bytes, and nothing else")
+    add_trust_option(parser)
+    add(
+        "overrides",
+        nargs="*",
+        metavar="a.b.c=value",
+        help="values of the config, such as lightning.trainer.precision=16",
+    )
+    arguments = parser.parse_args()
+    # argparse gives all that follows --base to it.
+    arguments.overrides += [word for word in arguments.base if "=" in word]
+    arguments.base = [word for word in arguments.base if "=" not in word]
+    if arguments.card is not None and arguments.card <= 0:
+        raise UserError(f"--card {arguments.card}: give the card's memory in GB, such as 8")
+    if arguments.card is not None and arguments.batch is not None:
+        raise UserError("--card finds the batch; leave out --batch")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # Only now the slow imports: --help should answer at once.
+    from ldm.training.config import load_config
+
+    if arguments.card is None:
+        config = load_config(arguments.base, arguments.overrides, arguments.trust_config)
+        print_step(config, arguments)
+    else:
+        from ldm.planning.card import is_tier
+
+        config = load_config(
+            [name for name in arguments.base if not is_tier(name)], arguments.overrides, arguments.trust_config
+        )
+        print_fits(config, arguments)
+
+
+def print_step(config: DictConfig, arguments: argparse.Namespace) -> None:
+    from ldm.planning.card import ALLOWANCE, GAPS, GIB, needed
+    from ldm.planning.step import peak_of_step
+
+    peak = peak_of_step(config, arguments.batch, arguments.size)
+    total = sum(peak.values())
+    if arguments.json:
+        logger.info(json.dumps({**peak, "peak": total, "card": needed(total)}))
+        return
+    logger.info("predicted for the second training step, on one device:")
+    for name, size in [*peak.items(), ("peak", total)]:
+        logger.info("  %-12s %7.2f GiB", name, size / GIB)
+    logger.info(
+        "  %-12s %7.2f GiB, with %.1f GiB for context and workspaces and %.0f %% for gaps",
+        "of a card", needed(total) / GIB, ALLOWANCE / GIB, 100 * GAPS,
+    )  # fmt: skip
+
+
+def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
+    from ldm.planning.card import ALLOWANCE, AS_GIVEN, GAPS, GIB, fits
+
+    found = fits(config, int(arguments.card * GIB), arguments.size)
+    use = next((fit.tier for fit in found if fit.pictures), None)
+    if arguments.json:
+        logger.info(json.dumps({"tiers": [vars(fit) for fit in found], "use": use}))
+        return
+    logger.info(
+        "predicted to fit a card of %g GB, %.1f GiB of it and %.0f %% of what tensors take left free:",
+        arguments.card, ALLOWANCE / GIB, 100 * GAPS,
+    )  # fmt: skip
+    for fit in found:
+        batch = f"batch {fit.pictures}" if fit.pictures else "not even batch 1"
+        logger.info("  %-14s %-16s %7.2f GiB of tensors", fit.tier, batch, fit.peak / GIB)
+    if use is None:
+        logger.info("nothing fits: a larger card, or a smaller --size")
+    elif use != AS_GIVEN:
+        logger.info("use %s: --base %s %s", use, " ".join(arguments.base), use)
+
+
+if __name__ == "__main__":
+    run(main)
