@@ -3,7 +3,6 @@
 from ldm.checkpoint.digest import weights_digest
 from ldm.checkpoint.loading import OPTIONAL_KEYS, SCHEDULE_KEYS, LoadReport, is_optional, load_file_into, load_into
 from ldm.checkpoint.reading import OpenCheckpoint, load_checkpoint, load_state_dict, open_checkpoint, weights_of
-from ldm.checkpoint.verify import verify_checkpoint
 from ldm.checkpoint.writing import Pending, cast, check_suffix, save_checkpoint, save_state_dict
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "open_checkpoint",
     "save_checkpoint",
     "save_state_dict",
-    "verify_checkpoint",
     "weights_digest",
     "weights_of",
 ]

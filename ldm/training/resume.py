@@ -11,7 +11,7 @@ from lightning_fabric.plugins.io import CheckpointIO
 from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
-from ldm.checkpoint import load_checkpoint, load_into, save_checkpoint, verify_checkpoint
+from ldm.checkpoint import load_checkpoint, load_into, save_checkpoint
 from ldm.training.arguments import DEFAULT_SEED
 from ldm.training.layout import check_training_checkpoint
 from ldm.training.run import lies_in_run
@@ -51,16 +51,11 @@ def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
     if path is None:
         return None
     try:
-        content = _read_whole(path)
+        content = load_checkpoint(path)
     except UserError as error:
         raise UserError(f"{error}{_instead_of(path)}") from error
     check_training_checkpoint(content, path)
     return TrainingCheckpoint(path, content)
-
-
-def _read_whole(path: Path) -> dict[str, Any]:
-    verify_checkpoint(path)
-    return load_checkpoint(path)
 
 
 def _instead_of(broken: Path) -> str:
@@ -70,7 +65,7 @@ def _instead_of(broken: Path) -> str:
     others = [path for path in broken.parent.glob("[!.]*.ckpt") if path != broken]
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            content = _read_whole(path)
+            content = load_checkpoint(path)
             check_training_checkpoint(content, path)
         except UserError:
             continue
