@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ldm.training.ranks import Ranks
 from ldm.training.trainer_arguments import is_single
 from ldm.util import UserError
 
@@ -25,8 +26,8 @@ class Launch:
 def launched() -> Launch | None:
     """What started this process as one of several, by its environment; None if nothing did."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        return Launch("torchrun", local, world // local)
+        ranks = Ranks.from_environment()
+        return Launch("torchrun", ranks.local_world, ranks.world // ranks.local_world)
     if "SLURM_STEP_NUM_TASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         world = int(os.environ["SLURM_STEP_NUM_TASKS"])
         machines = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
