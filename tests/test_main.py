@@ -65,14 +65,17 @@ def state(path):
 
 
 def assert_same_training(straight, resumed):
-    """Equal losses at each step, and equal weights, averages and optimizer state at the end, all bit for bit."""
+    """Equal losses at each step, and equal weights, averages, optimizer state and counts at the end, bit for bit."""
     losses = logged(straight, "train/loss")
     assert losses and losses == logged(resumed, "train/loss")
     one, other = (state(run / "checkpoints" / "last.ckpt") for run in (straight, resumed))
     assert one["global_step"] == other["global_step"]
+    loops, others = (checkpoint["loops"]["fit_loop"] for checkpoint in (one, other))
+    for counts in ("epoch_progress", "epoch_loop.batch_progress", "state_dict"):  # the last: where the data are
+        assert loops[counts] == others[counts]
     assert [key for key, value in one["state_dict"].items() if not value.equal(other["state_dict"][key])] == []
-    moments, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, other))
-    assert_equal(moments, others)
+    moments, same = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, other))
+    assert_equal(moments, same)
 
 
 def assert_equal(one, other):
@@ -155,6 +158,17 @@ def test_a_run_that_reached_its_steps_goes_on_as_if_it_had_not_stopped(train, tm
     train(f"-l resumed --max_steps {stop} {options}")
     resumed = the_run(tmp_path / "resumed")
     train(f"--resume {resumed} --max_steps {stop + 4}")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+@pytest.mark.parametrize("limit", ["--max_steps 21", "--max_epochs 4"])
+@pytest.mark.parametrize("stops", [(6, 12, 18), (6, 8, 12, 13)])
+def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, limit, stops):
+    train(f"-l straight {limit}")
+    train(f"-l resumed {limit} {sending(stops[0], signal.SIGINT)}")
+    resumed = the_run(tmp_path / "resumed")
+    for stop in (*stops[1:], 0):
+        assert train(f"--resume {resumed} {sending(stop, signal.SIGINT)}") == 0
     assert_same_training(the_run(tmp_path / "straight"), resumed)
 
 

@@ -1,12 +1,14 @@
 """main.py: one clear line for each mistake, and nothing half-written."""
 
+import resource
+
 import pytest
 import torch
 from pytorch_lightning import Callback
 
 from ldm.checkpoint import save_checkpoint, save_state_dict
 from ldm.util import UserError
-from tests.test_main import assert_same_training
+from tests.test_main import assert_same_training, state
 from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 
@@ -19,6 +21,24 @@ class FailAfter(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
             raise UserError("unreadable")
+
+
+class FullDisk(Callback):
+    """No file may be longer than a hundred kilobytes from one step to another: as if the disk had no more room."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        is_full = self.first <= trainer.global_step + 1 <= self.last
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if is_full else self.limits[0], self.limits[1]))
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +57,12 @@ class FailAfter(Callback):
         ),
         ("lightning.callbacks.mine.params.x=1", "lightning.callbacks.mine: expected a mapping with the key 'target'"),
         ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
+        (
+            "lightning.modelcheckpoint.params.train_time_interval=soon",
+            "train_time_interval 'soon': give a number of min",
+        ),
+        ("--strategy fsdp --devices 2", "strategy fsdp cuts up the weights, and the EMA cannot follow"),
+        ("--strategy fsdp --devices 2 model.params.use_ema=False", "lightning.trainer: .*fsdp.* requires a GPU"),
         ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),
         ("data.params.batch_size=abc", "batch_size='abc' in params of main.WebDataNpy.*: give a whole number"),
         ("data.params.batch_size=2.5", "batch_size=2.5 in params of .*: give a whole number"),
@@ -95,6 +121,39 @@ def test_a_mistake_that_shows_while_training_loses_nothing(train, tmp_path, step
     assert_same_training(the_run(tmp_path / "straight"), failed)
 
 
+def full_from(first, last):
+    """The overrides under which there is no room for a checkpoint from one step to another."""
+    full = "lightning.callbacks.full"
+    return f"{full}.target=tests.test_main_mistakes.FullDisk {full}.params.first={first} {full}.params.last={last}"
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(train, tmp_path, caplog):
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=2 lightning.modelcheckpoint.params.save_top_k=1"
+    options = f"--max_steps 7 {every} data.params.val_urls=shards/s-000000.tar --val_check_interval 2"
+    train(f"-l straight {options}")
+    assert train(f"-l full {options} {full_from(3, 6)}") == 0
+    full = the_run(tmp_path / "full")
+    assert "No checkpoint at step 4: " in caplog.text and "last.ckpt: File too large; make room" in caplog.text
+    assert_same_training(the_run(tmp_path / "straight"), full)
+    kept = state(full / "checkpoints" / "last.ckpt")["callbacks"]
+    (best,) = (values["best_k_models"] for name, values in kept.items() if name.startswith("KeptCheckpoints"))
+    on_disk = {str(path) for path in (full / "checkpoints").glob("epoch*.ckpt")}
+    assert set(best) == on_disk, "what could not be written is not remembered, and nothing was removed for it"
+    assert not list((full / "checkpoints").glob(".*"))
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_last_checkpoint_whole(train, tmp_path):
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=2"
+    with pytest.raises(OSError, match="File too large"):
+        train(f"--max_steps 5 {every} {full_from(3, 9)}")
+    run = the_run(tmp_path / "logs")
+    assert state(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+    train(f"-l straight --max_steps 5 {every}")
+    full = "lightning.callbacks.full.params"
+    assert train(f"--resume {run} --trust-config {full}.first=9") == 0
+    assert_same_training(the_run(tmp_path / "straight"), run)
+
+
 def test_debug_opens_the_debugger_on_an_error(train, monkeypatch):
     opened = []
     monkeypatch.setattr("pdb.post_mortem", lambda: opened.append(True))
@@ -128,6 +187,33 @@ def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
             train(f"-b tiny.yaml --resume {name} --max_steps 1")
         assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_broken_last_checkpoint_names_the_newest_whole_one(train, tmp_path):
+    where = "lightning.modelcheckpoint.params"
+    train(f"-l straight --max_steps 5 {where}.every_n_train_steps=1")
+    train(f"--max_steps 3 {where}.every_n_train_steps=1 {where}.monitor=null {where}.save_top_k=-1")
+    run = the_run(tmp_path / "logs")
+    first, second, third = sorted((run / "checkpoints").glob("epoch*.ckpt"))
+    last = run / "checkpoints" / "last.ckpt"
+    (last.parent / ".last.999999999.tmp.ckpt").write_bytes(second.read_bytes())  # what a kill left is nobody's
+    whole = last.read_bytes()
+    moment = state(last)["optimizer_states"][0]["state"][0]["exp_avg"].numpy().tobytes()
+    flipped = whole.replace(moment, bytes([moment[0] ^ 1]) + moment[1:])
+    for damage in (b"", whole[:-9000], flipped):
+        last.write_bytes(damage)
+        third.write_bytes(damage)
+        with pytest.raises(UserError) as caught:
+            train(f"--resume {run} --max_steps 5")
+        message = str(caught.value)
+        assert message.endswith(f"whole one of this run is of step 2: python main.py --resume {second} -t")
+        assert message.startswith(f"{last}: ") and "\n" not in message
+    assert train(f"--resume {second} --max_steps 5") == 0
+    assert_same_training(the_run(tmp_path / "straight"), run)
+    for path in (first, second, third, last, *last.parent.glob("epoch*.ckpt")):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"last.ckpt: empty file; .*; this run has no other whole checkpoint"):
+        train(f"--resume {run} --max_steps 5")
 
 
 def test_a_mistake_on_the_command_line_exits_with_one_line(command):

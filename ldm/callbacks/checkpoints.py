@@ -4,48 +4,90 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import signal
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from ldm.callbacks.faults import NumericalFault
+from ldm.callbacks.saving import keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-# With several processes, agreeing on a signal waits for the device, so it is not done at every step.
-_STEPS_BETWEEN_AGREEMENTS = 10
+# With several processes, agreeing on a signal waits for the device, so it is not done at every step. But launchers
+# kill half a minute after SIGTERM.
+_STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS = 10, 3.0
+# What writing may take of the training time before it is said, and from how many seconds on.
+_SHARE, _SECONDS = 0.05, 60
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` every `every_n_train_steps`, or else after each epoch; at the end of training; on signals.
+    """Writes `last.ckpt` when it is due, at the end of training, and on signals.
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
-    exactly, in the middle of an epoch or at its end. Without `periodic` only signals save. A `UserError` (a picture
-    that cannot be read) saves too, as of the last step, but for a `NumericalFault`.
+    exactly, in the middle of an epoch or at its end. A `UserError` (a picture that cannot be read) saves too, as of the
+    last step, but for a `NumericalFault`. When the disk is full training goes on, but for its end, or a signal to stop.
+
+    Args:
+        path: where `last.ckpt` is.
+        requests: what signals ask for.
+        every_n_train_steps: steps from one to the next.
+        train_time_interval: minutes from one to the next; with neither of the two, one is written after each epoch.
+        save_last_k: how many of them are kept as `step=<step>.ckpt` too, the newest ones.
+        periodic: whether any is due at all; if not, only signals save.
+
+    Raises:
+        UserError: one of the numbers is none, or too small.
     """
 
     def __init__(
-        self, path: Path, requests: SignalRequests, every_n_train_steps: int | None = None, periodic: bool = True
+        self,
+        path: Path,
+        requests: SignalRequests,
+        every_n_train_steps: int | None = None,
+        train_time_interval: float | None = None,
+        save_last_k: int = 0,
+        periodic: bool = True,
     ) -> None:
+        _check("every_n_train_steps", every_n_train_steps, int, 1)
+        _check("train_time_interval", train_time_interval, (int, float), 0)
+        _check("save_last_k", save_last_k, int, 0)
         self.path = path
         self.requests = requests
         self.every_n_train_steps = every_n_train_steps
+        self.minutes = train_time_interval
+        self.save_last_k = save_last_k
         self.periodic = periodic
         self._step = 0
         self._saved_step: int | None = None
         self._progress: dict[str, Any] = {}  # the checkpoint's entries that go on changing after a step
         self._is_late = False
         self._stopping = False
+        self._began = self._last_tried = time.monotonic()
+        self._seconds_writing = 0.0
+        self._share_is_said = False
+        self._next_agreement = self._agreed_step = 0  # steps
+        self._agreed_at = self._began
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        self._began = self._last_tried = self._agreed_at = time.monotonic()
+        self._agreed_step = self._step
         self.requests.install()
         self.requests.training = True
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
+            # The checkpoint is of an epoch's last step. Lightning has ended that epoch, but takes the next for one that
+            # has begun, and would go wrong by an epoch at the second such resume.
+            loop.reset_restart_stage()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,10 +97,11 @@ class LastCheckpoint(Checkpoint):
         self._step = trainer.global_step
         self._progress = {"epoch": trainer.current_epoch, "loops": {"fit_loop": trainer.fit_loop.state_dict()}}
         self._progress = copy.deepcopy(self._progress)
-        save, self._stopping = self._agreed_requests(trainer)
-        if save or self._stopping or (self.periodic and self._is_due(trainer)):
+        asked, timely, self._stopping = self._agreed(trainer)
+        is_end = self.periodic and self._is_end(trainer)
+        if asked or timely or self._stopping or is_end or (self.periodic and self._is_due(trainer)):
             self.requests.save = False
-            self._save(trainer, announce=save or self._stopping)
+            self._save(trainer, announce=asked or self._stopping, needed=is_end or self._stopping)
 
     # It stops at the next hook, since only then has Lightning logged what the step measured.
 
@@ -70,7 +113,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self.requests.stop and trainer.world_size == 1 and not trainer.sanity_checking:
-            self._save(trainer, announce=True)
+            self._save(trainer, announce=True, needed=True)
             self._stopping = True
             self._stop_if_asked()
 
@@ -81,9 +124,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.requests.training = False
-        # Other processes are still training. And without a step of this start there is nothing new.
         if isinstance(exception, NumericalFault):
             return
+        # Other processes are still training. And without a step of this start there is nothing new.
         if isinstance(exception, UserError) and self.periodic and self._progress and trainer.world_size == 1:
             self._is_late = True
             self._save(trainer, announce=True)
@@ -93,39 +136,79 @@ class LastCheckpoint(Checkpoint):
             checkpoint["epoch"] = self._progress["epoch"]
             checkpoint["loops"] |= self._progress["loops"]
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        step = trainer.global_step
-        if step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs):
-            return True
-        # An epoch of few pictures is over in seconds, and a checkpoint of a large model is not written in that time.
-        return step % self.every_n_train_steps == 0 if self.every_n_train_steps else trainer.is_last_batch
+    @staticmethod
+    def _is_end(trainer: Trainer) -> bool:
+        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        return trainer.global_step == trainer.max_steps or (trainer.is_last_batch and is_last_epoch)
 
-    def _agreed_requests(self, trainer: Trainer) -> tuple[bool, bool]:
-        """(save, stop): whether any process was asked to."""
-        if trainer.world_size > 1 and trainer.global_step % _STEPS_BETWEEN_AGREEMENTS:
-            return False, False
-        return self._agree(trainer, self.requests.save), self._agree(trainer, self.requests.stop is not None)
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self.every_n_train_steps:
+            return trainer.global_step % self.every_n_train_steps == 0
+        # An epoch of few pictures is over in seconds, and a checkpoint of a large model is not written in that time.
+        return self.minutes is None and trainer.is_last_batch
+
+    def _agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
+        """Whether a signal asks any process to save, its clock says so, a signal asks it to stop."""
+        now = time.monotonic()
+        timely = self.periodic and self.minutes is not None and now - self._last_tried >= 60 * self.minutes
+        wishes = (self.requests.save, timely, self.requests.stop is not None)
+        if trainer.world_size == 1:
+            return wishes
+        if trainer.global_step < self._next_agreement:
+            return False, False, False
+        steps = max(1, trainer.global_step - self._agreed_step)
+        own = torch.tensor([*wishes, (now - self._agreed_at) / steps], device=trainer.strategy.root_device)
+        *agreed, seconds = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        self._agreed_step, self._agreed_at = trainer.global_step, now
+        wait = min(_STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS // max(seconds, 1e-3))
+        self._next_agreement = trainer.global_step + max(1, int(wait))
+        return tuple(map(bool, agreed))
 
     @staticmethod
     def _agree(trainer: Trainer, asked: bool) -> bool:
         return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
 
-    def _save(self, trainer: Trainer, announce: bool) -> None:
+    def _save(self, trainer: Trainer, announce: bool, needed: bool = False) -> None:
         if trainer.fast_dev_run:
             return
         if self._saved_step != trainer.global_step:
-            trainer.save_checkpoint(self.path, weights_only=False)
+            began = time.monotonic()
+            written = saved(trainer, lambda: self._write(trainer), needed=needed)
+            self._last_tried = time.monotonic()
+            self._seconds_writing += self._last_tried - began
+            if not written:
+                return
             self._saved_step = trainer.global_step
+            self._say_share()
         if announce:
             log.info("\nSaved step %d to %s", trainer.global_step, self.path)
+
+    def _write(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        if self.save_last_k and trainer.is_global_zero:
+            keep_numbered(self.path, trainer.global_step, self.save_last_k)
+
+    def _say_share(self) -> None:
+        share = self._seconds_writing / (self._last_tried - self._began)
+        if self._seconds_writing >= _SECONDS and share > _SHARE and not self._share_is_said:
+            self._share_is_said = True
+            log.warning("\nWriting checkpoints has taken %.0f %% of the training time; write fewer, by "
+                        "lightning.modelcheckpoint.params.every_n_train_steps", 100 * share)  # fmt: skip
 
     def _stop_if_asked(self) -> None:
         if self._stopping:
             raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
 
 
+def _check(name: str, value: Any, kind: Any, least: int) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf
+    if value is not None and wrong:
+        what = "whole number" if kind is int else "number of minutes"
+        raise UserError(f"lightning.modelcheckpoint.params.{name} {value!r}: give a {what} of at least {least}")
+
+
 class KeptCheckpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which complains once, not fatally, about a metric that is not logged.
+    """Lightning's ModelCheckpoint, which complains, not fatally, about a metric that is not logged or a full disk.
 
     The recipe's monitor is a validation metric, and a first try often has no validation data.
     """
@@ -144,6 +227,11 @@ class KeptCheckpoints(ModelCheckpoint):
         paths = [*(state.get("best_k_models") or {}), *filter(None, single)]
         return all(Path(path).parent == Path(self.dirpath) and Path(path).suffix == ".ckpt" for path in paths)
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        before = copy.deepcopy(self.state_dict())
+        if not saved(trainer, partial(super()._save_topk_checkpoint, trainer, monitor_candidates)):
+            super().load_state_dict(before)  # nor was one removed for it
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._can_rank(trainer):
             super().on_train_epoch_end(trainer, pl_module)
@@ -156,7 +244,7 @@ class KeptCheckpoints(ModelCheckpoint):
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             return True
         # What is saved every so many steps waits for the first of them.
-        if self.every_n_epochs and not self._complained:
+        if self.every_n_epochs and not self._complained and trainer.is_global_zero:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             hint = "" if any(trainer.num_val_batches) else "; no validation data?"
             log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)

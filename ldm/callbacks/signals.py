@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,8 @@ class TrainingStopped(Exception):
 class SignalRequests:
     """A context manager that turns signals into requests: `save` (SIGUSR1) and `stop` (SIGINT, SIGTERM).
 
-    While `training` is False there is no state to save, and the signals that stop act at once. So does a second one.
+    While `training` is False there is no state to save, and the signals that stop act at once. So does a second one,
+    unless torchrun passes on what a terminal or Slurm has sent to this process as well.
     """
 
     def __init__(self) -> None:
@@ -30,6 +32,7 @@ class SignalRequests:
         self.stop: int | None = None
         self.training = False
         self._owner = os.getpid()
+        self._asked = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalRequests:
@@ -52,12 +55,16 @@ class SignalRequests:
         elif signum == signal.SIGUSR1:
             self.save = True
         elif self.training and self.stop is None:
-            self.stop = signum
+            self.stop, self._asked = signum, time.monotonic()
             log.info("\nSaving at the end of this step, then stopping; once more to quit at once.")
+        elif self.training and _TORCHRUN in os.environ and time.monotonic() < self._asked + _SECONDS_TO_PASS_ON:
+            pass  # the first one once more
         else:  # not KeyboardInterrupt, which Lightning turns into exit code 1
             raise SystemExit(128 + signum)
 
 
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # the environment of what it has started
+_SECONDS_TO_PASS_ON = 3
 _HANDLED = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 
 

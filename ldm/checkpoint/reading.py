@@ -74,7 +74,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     """The whole content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
 
     Nothing in the file is run: what is neither a tensor nor plain data is left out and logged. Tensors are on the CPU,
-    without gradients, and memory-mapped (`mmap=False`: read into memory).
+    without gradients, and memory-mapped (`mmap=False`: read into memory). What the file has checksums of is held
+    against them.
 
     Raises:
         UserError: the file is missing, damaged, or no checkpoint.

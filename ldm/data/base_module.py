@@ -30,8 +30,9 @@ class BaseDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed_is_given = seed is not None
-        # `seed_everything` leaves the run's seed in this variable.
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        # `seed_everything` leaves the run's seed in this variable; what training draws follows it in any case.
+        self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.seed = self.run_seed if seed is None else seed
         self.drop_last = drop_last
 
     def state_dict(self) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class DataModuleFromConfig(BaseDataModule):
         shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
         sampler = self._sampler([np.arange(len(dataset))], split, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader
-        return loader(SeededDataset(dataset, self.seed), batch_sampler=sampler, num_workers=self.num_workers)
+        items = SeededDataset(dataset, self.seed, self.run_seed if training else None)
+        return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
 
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
         if "train" not in self.datasets:

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.data import npy
-from ldm.data.sampling import Item
+from ldm.data.sampling import DRAW, Item, draw_name
 from ldm.data.shards import CAPTION
 from ldm.data.tar import MOST_IN_MEMBER
 from ldm.files import read_at_most
@@ -51,11 +51,15 @@ class CaptionDropout:
 
 
 class EpochItems(Dataset):
-    """A map-style dataset asked for `(epoch, number)`, with the captions dropped that this epoch drops."""
+    """A map-style dataset asked for `(epoch, number)`, with the captions dropped that this epoch drops.
 
-    def __init__(self, dataset: Dataset, dropout: CaptionDropout | None = None) -> None:
+    With `seed`, each sample has the entry `DRAW`, which names the random numbers that the training draws for it.
+    """
+
+    def __init__(self, dataset: Dataset, dropout: CaptionDropout | None = None, seed: int | None = None) -> None:
         self.dataset = dataset
         self.dropout = dropout
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -63,4 +67,6 @@ class EpochItems(Dataset):
     def __getitem__(self, item: Item) -> dict[str, Any]:
         epoch, number = item
         sample = self.dataset[number]
-        return self.dropout(sample, epoch, number) if self.dropout else sample
+        if self.dropout:
+            sample = self.dropout(sample, epoch, number)
+        return sample if self.seed is None else {**sample, DRAW: draw_name(self.seed, epoch, number)}

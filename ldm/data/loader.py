@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampling import EpochBatchSampler, Item
+from ldm.data.sampling import DRAW, EpochBatchSampler, Item, draw_name
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,11 +37,15 @@ def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i)."""
+    """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i).
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    With `draw_seed`, samples that are dicts have the entry `DRAW`, which names what the training draws for them.
+    """
+
+    def __init__(self, dataset: Any, seed: int, draw_seed: int | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.draw_seed = draw_seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -47,7 +53,10 @@ class SeededDataset(Dataset):
     def __getitem__(self, item: Item) -> Any:
         epoch, number = item
         with seeded(self.seed, epoch, number):
-            return self.dataset[number]
+            sample = self.dataset[number]
+        if self.draw_seed is None or not isinstance(sample, dict):
+            return sample
+        return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
 
 
 def _raise_in_one_line(error: UserError) -> None:
@@ -72,10 +81,19 @@ class SampleLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         """A generator: Lightning asks for the iterator before it sets the epoch, so nothing may happen until `next`."""
+        batches = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the training is when a worker dies, in the middle of an optimizer step
+            # too; without it `next` finds the worker dead, a few seconds later.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            yield from super().__iter__()
+            yield from batches
         except UserError as error:
             _raise_in_one_line(error)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(f"{error}: was it killed for want of memory? lower data.params.num_workers") from error
 
 
 class StreamLoader(SampleLoader):

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.dropout import CaptionDropout, EpochItems
 from ldm.data.index import read_index
-from ldm.data.sampling import EpochBatchSampler, Item
+from ldm.data.sampling import DRAW, EpochBatchSampler, Item, draw_name
 from ldm.data.shards import NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS, ShardDataset
 from ldm.util import UserError
 
@@ -149,6 +149,8 @@ class WithPrior(Dataset):
             sample = self.dropout(sample, turn, f"prior/{number}")
         if self.has_teacher:
             sample |= self._one_of(sample, turn + number)
+        if self.training.seed is not None:
+            sample[DRAW] = draw_name(self.training.seed, turn, f"prior/{number}")
         return self._alike({**sample, IS_PRIOR: True})
 
     def _one_of(self, sample: dict[str, Any], which: int) -> dict[str, Any]:

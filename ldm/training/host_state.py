@@ -35,13 +35,13 @@ def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostSta
     """The strategy of a model whose weights stay on the host, under the Trainer's `arguments`.
 
     Raises:
-        UserError: there are several devices, or a strategy is asked for.
+        UserError: there are several devices or machines, or a strategy is asked for.
     """
     devices = arguments["devices"]
-    if not is_single(devices) or arguments.get("strategy", "auto") != "auto":
+    if not is_single(arguments) or arguments.get("strategy", "auto") != "auto":
         raise UserError(
             f"weights that stay on the host train on one device, without a strategy; given: devices={devices!r}, "
-            f"strategy={arguments.get('strategy')!r}"
+            f"num_nodes={arguments.get('num_nodes', 1)!r}, strategy={arguments.get('strategy')!r}"
         )
     number = devices[0] if isinstance(devices, list) else 0
     on_gpu = has_cuda and arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
+
+from ldm.training.processes import is_first_process
 
 _WARNINGS = (
     r".*module\(s\) in eval mode at the start of training",  # the frozen stages
@@ -12,6 +13,8 @@ _WARNINGS = (
     r"Total length of `list` across ranks is zero",  # no validation data
     r"The number of training batches \(\d+\) is smaller than the logging interval",  # said of any small data set
     r"Precision .* is not supported by the model summary",  # which shows no size
+    r"`broadcast_buffers` is deprecated",  # its successor is newer than the oldest torch that will do
+    r"It is recommended to use `self.log\('device/",  # of the first process alone
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
     r"To copy construct from a tensor, it is recommended",  # so is its reading of a learning rate that is a tensor
 )
@@ -25,7 +28,7 @@ def silence_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_says_something)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)
 
 

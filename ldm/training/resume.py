@@ -14,6 +14,8 @@ from ldm.callbacks.rng import StepSeeds
 from ldm.checkpoint import load_checkpoint, load_into, save_checkpoint
 from ldm.training.arguments import DEFAULT_SEED
 from ldm.training.layout import check_training_checkpoint
+from ldm.training.run import lies_in_run
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +42,36 @@ class TrainingCheckpoint:
 
 
 def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
-    """The training checkpoint at `path`; None if there is nothing to go on from.
+    """The training checkpoint at `path`, all of it held against its checksums; None if there is nothing to go on from.
 
     Raises:
-        UserError: the file cannot be read, or holds no training state.
+        UserError: the file is damaged, and then the newest of its run that is not is named; or it holds no training
+            state.
     """
     if path is None:
         return None
-    content = load_checkpoint(path)
+    try:
+        content = load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}{_instead_of(path)}") from error
     check_training_checkpoint(content, path)
     return TrainingCheckpoint(path, content)
+
+
+def _instead_of(broken: Path) -> str:
+    """The end of a message about a `broken` checkpoint: what its run can go on from."""
+    if not lies_in_run(broken):
+        return ""
+    others = [path for path in broken.parent.glob("[!.]*.ckpt") if path != broken]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            content = load_checkpoint(path)
+            check_training_checkpoint(content, path)
+        except UserError:
+            continue
+        step = content["global_step"]
+        return f"; the newest whole one of this run is of step {step}: python main.py --resume {path} -t"
+    return "; this run has no other whole checkpoint"
 
 
 def seed_run(asked: int | None, checkpoint: TrainingCheckpoint | None) -> int:

@@ -44,7 +44,7 @@ def plan_run(arguments: Arguments) -> Run:
     """
     started = time.strftime("%Y-%m-%dT%H-%M-%S")
     resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
-    if resume is not None and _lies_in_run(resume):
+    if resume is not None and lies_in_run(resume):
         if arguments.name:
             raise UserError(
                 f"--name {arguments.name!r} names a new run, but --resume goes on in {resume.parent.parent}"
@@ -67,7 +67,8 @@ def _checkpoint_to_resume(name: str) -> Path:
     raise UserError(f"--resume {name}: no such run folder or checkpoint")
 
 
-def _lies_in_run(checkpoint: Path) -> bool:
+def lies_in_run(checkpoint: Path) -> bool:
+    """Whether `checkpoint` is in the folder of a run, which then goes on there."""
     return checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "configs").is_dir()
 
 

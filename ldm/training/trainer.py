@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ldm.training.config import load_config, plain
 from ldm.training.host_state import host_state_strategy, streams_weights
 from ldm.training.noise import silence_lightning
 from ldm.training.precision import Bfloat16Weights
+from ldm.training.processes import check_launch, launched, strategy
 from ldm.training.resume import AtomicCheckpointIO
 from ldm.training.run import Run
 from ldm.training.trainer_arguments import check_names, is_single, modernise
@@ -54,8 +56,9 @@ _MOVED = {
 }
 # Where the data modules are that give each process its share themselves.
 _SHARING_DATA = ("main.", "ldm.data.")
-# Parameters of modelcheckpoint that last.ckpt decides for itself.
-_NOT_KEPT = ("save_last", "dirpath")
+# Parameters of modelcheckpoint that are last.ckpt's too or alone, and those that it decides for itself.
+_OF_LAST = ("every_n_train_steps", "train_time_interval", "save_last_k")
+_NOT_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
 
 
 def merge_config(arguments: Arguments, run: Run) -> DictConfig:
@@ -122,13 +125,16 @@ def _build_checkpoints(
         if key not in ("target", "params"):
             raise UserError(f"unknown key lightning.modelcheckpoint.{key}{nearest(key, ['target', 'params'])}")
     given = described.get("params") or {}
-    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, given.get("every_n_train_steps"), periodic)
+    of_last = {key: given[key] for key in _OF_LAST if given.get(key) is not None}
+    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **of_last, periodic=periodic)
     params = {key: value for key, value in given.items() if key not in _NOT_KEPT}
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
     if params["monitor"] is not None:
         params.setdefault("save_top_k", 3)
         # Not last.ckpt's number of steps: the metric is new only after a validation, or where a callback logs it.
         params["every_n_train_steps"] = _steps_between(params["monitor"], others)
+    elif "train_time_interval" in of_last and "every_n_train_steps" not in of_last:
+        params["train_time_interval"] = timedelta(minutes=of_last["train_time_interval"])
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
@@ -168,10 +174,18 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     Raises:
         UserError: an argument has a value that Lightning does not take, or that does not go with the model.
     """
-    given = modernise(plain(config.lightning.trainer), has_cuda=torch.cuda.is_available())
+    has_cuda = torch.cuda.is_available()
+    given, launch = plain(config.lightning.trainer), launched()
+    if launch:
+        given.setdefault("num_nodes", launch.machines)
+    given = modernise(given, has_cuda=has_cuda, launched=launch.processes if launch else 1)
+    if launch:
+        check_launch(given, launch)
     if streams_weights(config):
-        given["strategy"] = host_state_strategy(given, has_cuda=torch.cuda.is_available())
-    given.setdefault("strategy", _strategy(config.lightning, given))
+        given["strategy"] = host_state_strategy(given, has_cuda)
+    elif not is_single(given):
+        given.setdefault("strategy", _described_strategy(config.lightning))
+    given["strategy"] = strategy(config, given)
     if config.data.target.startswith(_SHARING_DATA):
         given["use_distributed_sampler"] = False
     given |= {
@@ -187,7 +201,7 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
     silence_lightning()
     try:
         return Trainer(**given)
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # the last of Slurm
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
@@ -208,7 +222,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     batch_size = ((config.get("data") or {}).get("params") or {}).get("batch_size")
     if batch_size is None:
         raise UserError("no data.params.batch_size to scale the learning rate by; give it, or --scale_lr False")
-    accumulate, devices = trainer.accumulate_grad_batches, trainer.num_devices
+    accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
     model.learning_rate = accumulate * devices * batch_size * base
     log.info(
         "Learning rate %.3e = %d (accumulated batches) * %d (devices) * %d (batch size) * %.3e (base_learning_rate)",
@@ -216,10 +230,8 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     )  # fmt: skip
 
 
-def _strategy(section: DictConfig, arguments: Mapping[str, Any]) -> Any:
+def _described_strategy(section: DictConfig) -> Any:
     described = section.get("strategy")
-    if is_single(arguments["devices"]):
-        return "auto"
     if isinstance(described, str):
         return described
     if described:

@@ -65,8 +65,11 @@ def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
             raise UserError(f"unknown {what.format(name)}{nearest(name, known)}")
 
 
-def modernise(given: Mapping[str, Any], *, has_cuda: bool) -> dict[str, Any]:
-    """The Trainer arguments of today that mean what `given` means; what no longer exists is left out with a warning."""
+def modernise(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) -> dict[str, Any]:
+    """The Trainer arguments of today that mean what `given` means; what no longer exists is left out with a warning.
+
+    `launched` is how many devices are meant where none are named.
+    """
     arguments = {name: value for name, value in given.items() if name not in _IGNORED}
     for name in given.keys() & _IGNORED:
         log.warning("--%s is ignored: %s", name, _IGNORED[name])
@@ -79,11 +82,11 @@ def modernise(given: Mapping[str, Any], *, has_cuda: bool) -> dict[str, Any]:
         arguments["enable_model_summary"] = arguments.pop("weights_summary") is not None
     if arguments.pop("progress_bar_refresh_rate", None) == 0:
         arguments["enable_progress_bar"] = False
-    return _devices(arguments, has_cuda)
+    return _devices(arguments, has_cuda, launched)
 
 
-def _devices(arguments: dict[str, Any], has_cuda: bool) -> dict[str, Any]:
-    """Settle `accelerator`, `devices` and `strategy`, from `gpus` and the like; one device by default."""
+def _devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[str, Any]:
+    """Settle `accelerator`, `devices` and `strategy`, from `gpus` and the like."""
     strategy = arguments.pop("distributed_backend", None)
     if arguments.get("accelerator") in _STRATEGIES:
         strategy = arguments.pop("accelerator")
@@ -94,11 +97,11 @@ def _devices(arguments: dict[str, Any], has_cuda: bool) -> dict[str, Any]:
             log.warning("--gpus is ignored: there is no CUDA device here, so training runs on the CPU")
             gpus = 0
         arguments["accelerator"] = "gpu" if gpus else "cpu"
-        arguments["devices"] = gpus or processes or 1
+        arguments["devices"] = gpus or processes or launched
     elif strategy == "ddp_cpu":
         arguments["accelerator"] = "cpu"
-    arguments.setdefault("devices", processes or 1)
-    if strategy is not None and not is_single(arguments["devices"]):
+    arguments.setdefault("devices", processes or launched)
+    if strategy is not None and not is_single(arguments):
         if strategy not in _STRATEGIES:
             raise UserError(f"unknown distributed_backend {strategy!r}{nearest(str(strategy), set(_STRATEGIES))}")
         arguments.setdefault("strategy", _STRATEGIES[strategy])
@@ -115,6 +118,8 @@ def _parse_gpus(value: Any) -> int | list[int]:
         raise UserError(f"--gpus {value!r}: expected device numbers such as 0, or 0,1 or how many to use") from error
 
 
-def is_single(devices: Any) -> bool:
-    """Whether the Trainer's argument `devices` means one device."""
-    return devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+def is_single(arguments: Mapping[str, Any]) -> bool:
+    """Whether the Trainer's arguments `devices` and `num_nodes` mean one device."""
+    devices = arguments["devices"]
+    is_one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    return is_one and arguments.get("num_nodes") in (None, 1, "1")

@@ -19,8 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.checkpoint import LoadReport, load_file_into
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.preservation import Prior
+from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion, min_snr_weights
@@ -198,21 +200,24 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         output = self.apply_model(self.q_sample(x_start, t, noise), t)
         return self.training_loss(output, self.training_target(x_start, noise, t), t)
 
-    def draw_timesteps(self, x: Tensor) -> Tensor:
+    def draw_timesteps(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> Tensor:
         """Uniform timesteps (B,)."""
-        return torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device)
+        return draws.integers("timestep", self.num_timesteps, x)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of clean images at random timesteps."""
-        return self.p_losses(x, self.draw_timesteps(x))
+        t = self.draw_timesteps(x, draws)
+        return self.p_losses(x, t, draws.normal("noise", x))
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and what to log of it."""
-        return self(self.get_input(batch, self.first_stage_key))
+        return self(self.get_input(batch, self.first_stage_key), Draws.of(batch))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch)
-        self.log_dict(logged, batch_size=self.batch_size_of(batch))
+        # All in one message, not one by one, as with `sync_dist`.
+        means = mean_over_processes(torch.stack(list(logged.values())))
+        self.log_dict(dict(zip(logged, means, strict=True)), batch_size=self.batch_size_of(batch))
         return loss
 
     def batch_size_of(self, batch: Batch) -> int:

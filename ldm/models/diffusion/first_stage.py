@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 # Where the first stage waits while training does without it.
@@ -51,9 +52,12 @@ class WithFirstStage:
         """What the first stage makes of images (B, 3, H, W) in [-1, 1]: a posterior, or the latent itself."""
         return self._first_stage_at(x.device).encode(x.to(_dtype(self.first_stage_model)))
 
-    def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
+    def get_first_stage_encoding(
+        self, encoded: DiagonalGaussianDistribution | Tensor, draws: Draws = FROM_GLOBAL
+    ) -> Tensor:
         """A latent (B, C, h, w) drawn from the posterior, or the one given, times `scale_factor`."""
-        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        is_posterior = isinstance(encoded, DiagonalGaussianDistribution)
+        latent = encoded.sample(noise=draws.normal("latent", encoded.mean)) if is_posterior else encoded
         return self.scale_factor * latent
 
     def most_likely_latent(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:

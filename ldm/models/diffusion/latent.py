@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ldm.checkpoint import LoadReport
 from ldm.models.diffusion.base import DDPM
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
+from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
@@ -233,22 +235,30 @@ class LatentDiffusion(WithFirstStage, DDPM):
         target = self.training_target(x_start, noise, t)
         return self.training_loss(output, prior.target(target) if prior else target, t, prior)
 
-    def forward(self, x: Tensor, c: Conditioning, prior: Prior | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, c: Conditioning, prior: Prior | None = None, draws: Draws = FROM_GLOBAL
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of clean latents at random timesteps, with the conditioning noised if the config says so."""
-        t = self.draw_timesteps(x)
+        t = self.draw_timesteps(x, draws)
         if self.num_timesteps_cond > 1:
-            c = self._noised_conditioning(c, self.cond_ids[t])
-        return self.p_losses(x, c, t, prior=prior)
+            c = self._noised_conditioning(c, self.cond_ids[t], draws)
+        return self.p_losses(x, c, t, noise=draws.normal("noise", x), prior=prior)
 
-    def _noised_conditioning(self, c: Conditioning, t: Tensor) -> Conditioning:
+    def _noised_conditioning(
+        self, c: Conditioning, t: Tensor, draws: Draws, what: str = "conditioning"
+    ) -> Conditioning:
         if isinstance(c, Mapping):
-            return {key: [self._noised_conditioning(entry, t) for entry in entries] for key, entries in c.items()}
-        return self.q_sample(c, t) if isinstance(c, Tensor) and c.is_floating_point() else c
+            return {
+                key: [self._noised_conditioning(entry, t, draws, f"{key}/{i}") for i, entry in enumerate(entries)]
+                for key, entries in c.items()
+            }
+        return self.q_sample(c, t, draws.normal(what, c)) if isinstance(c, Tensor) and c.is_floating_point() else c
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        latent = self.get_first_stage_encoding(self.encode_batch(batch))
+        draws = Draws.of(batch)
+        latent = self.get_first_stage_encoding(self.encode_batch(batch), draws)
         prior = Prior.of(batch, self.prior_loss_weight, self.prior_target)
-        return self(latent, self.encode_conditioning(batch), prior)
+        return self(latent, self.encode_conditioning(batch), prior, draws)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._scale_is_loaded = "scale_factor" in checkpoint["state_dict"]
@@ -270,7 +280,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
         if self.scale_by_std and not self._scale_is_loaded and self.global_step == 0 and batch_idx == 0:
             self.scale_factor.fill_(1.0)
             latent = self.get_first_stage_encoding(self.encode_batch(batch))
-            self.scale_factor.copy_(1.0 / latent.std())
+            self.scale_factor.copy_(1.0 / mean_over_processes(latent.std()))
             logger.info("scale_factor set to %.5f, from the first batch", self.scale_factor.item())
 
     # Pictures

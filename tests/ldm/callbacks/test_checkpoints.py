@@ -1,7 +1,11 @@
-"""When `last.ckpt` is due."""
+"""When `last.ckpt` is due, and what a full disk does."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,40 +13,173 @@ import pytest
 import torch
 
 from ldm.callbacks.checkpoints import KeptCheckpoints, LastCheckpoint
+from ldm.callbacks.saving import keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests
+from ldm.util import UserError
 
 
-def due_steps(every: int | None, steps_an_epoch: int, **limits: int) -> list[int]:
-    """The steps of three epochs at which a checkpoint is written."""
-    saved: list[int] = []
-    trainer = SimpleNamespace(
-        **{"max_steps": -1, "max_epochs": -1} | limits,
-        world_size=1,
-        fast_dev_run=False,
-        fit_loop=SimpleNamespace(state_dict=dict),
-        save_checkpoint=lambda *args, **kwargs: saved.append(trainer.global_step),
-    )
-    callback = LastCheckpoint(Path("last.ckpt"), SignalRequests(), every_n_train_steps=every)
-    for step in range(1, 3 * steps_an_epoch + 1):
-        trainer.global_step, trainer.current_epoch = step, (step - 1) // steps_an_epoch
-        trainer.is_last_batch = step % steps_an_epoch == 0
-        callback.on_train_batch_end(trainer, None, None, None, 0)
-    return saved
+class Run:
+    """Three epochs of steps of ten seconds each, and the steps at which a checkpoint was written."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.saved: list[int] = []
+        self.path = folder / "last.ckpt"
+        self.seconds_to_write = 0.0
+        self.full: set[int] = set()  # steps at which there is no room
+        self.now = 0.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+    def __call__(self, steps_an_epoch: int = 4, max_steps: int = -1, max_epochs: int = -1, **params) -> list[int]:
+        trainer = self.trainer = SimpleNamespace(
+            max_steps=max_steps,
+            max_epochs=max_epochs,
+            world_size=1,
+            is_global_zero=True,
+            fast_dev_run=False,
+            global_step=0,
+            fit_loop=SimpleNamespace(state_dict=dict, restarted_mid_epoch=False),
+            save_checkpoint=self.save,
+            strategy=SimpleNamespace(barrier=lambda name: None),
+        )
+        callback = LastCheckpoint(self.path, SignalRequests(), **params)
+        callback.on_train_start(trainer, None)
+        for step in range(1, 3 * steps_an_epoch + 1):
+            self.now += 10
+            trainer.global_step, trainer.current_epoch = step, (step - 1) // steps_an_epoch
+            trainer.is_last_batch = step % steps_an_epoch == 0
+            callback.on_train_batch_end(trainer, None, None, None, 0)
+        return self.saved
+
+    def save(self, path: Path, weights_only: bool) -> None:
+        self.now += self.seconds_to_write
+        if self.trainer.global_step in self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        self.saved.append(self.trainer.global_step)
+        path.unlink(missing_ok=True)  # a new file, as a renamed one is
+        path.write_text(str(self.trainer.global_step))
+        os.utime(path, (self.now, self.now))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    run = Run(tmp_path, monkeypatch)
+    monkeypatch.setattr(SignalRequests, "install", lambda self: None)
+    return run
 
 
 @pytest.mark.parametrize(
-    ("every", "limits", "expected"),
+    ("params", "expected"),
     [
-        (None, {}, [4, 8, 12]),
-        (5, {}, [5, 10]),
-        (1000, {}, []),
-        (1000, {"max_epochs": 3}, [12]),
-        (5, {"max_steps": 7}, [5, 7, 10]),
+        ({}, [4, 8, 12]),
+        ({"every_n_train_steps": 5}, [5, 10]),
+        ({"every_n_train_steps": 1000}, []),
+        ({"every_n_train_steps": 1000, "max_epochs": 3}, [12]),
+        ({"every_n_train_steps": 5, "max_steps": 7}, [5, 7, 10]),
+        ({"train_time_interval": 0.5}, [3, 6, 9, 12]),
+        ({"train_time_interval": 0.6}, [4, 8, 12]),
+        ({"train_time_interval": 0.5, "every_n_train_steps": 4}, [3, 4, 7, 8, 11, 12]),
+        ({"every_n_train_steps": 1, "periodic": False, "train_time_interval": 0.5, "max_epochs": 3}, []),
     ],
-    ids=["each epoch", "by steps alone", "short epochs write nothing", "the last epoch's end", "the last step"],
+    ids=[
+        "each epoch",
+        "by steps alone",
+        "short epochs write nothing",
+        "the last epoch's end",
+        "the last step",
+        "by the clock alone",
+        "at the first step after it is time",
+        "by steps, and time since the last",
+        "by signals alone",
+    ],
 )
-def test_last_checkpoint_is_due(every: int | None, limits: dict[str, int], expected: list[int]) -> None:
-    assert due_steps(every, steps_an_epoch=4, **limits) == expected
+def test_last_checkpoint_is_due(run: Run, params: dict, expected: list[int]) -> None:
+    assert run(**params) == expected
+
+
+def test_the_clock_starts_again_when_a_checkpoint_is_written(run: Run) -> None:
+    run.seconds_to_write = 100
+    assert run(train_time_interval=0.5) == [3, 6, 9, 12]
+
+
+def test_the_newest_checkpoints_are_kept_by_number(run: Run) -> None:
+    run(every_n_train_steps=3, save_last_k=2)
+    kept = {path.name: path.read_text() for path in run.path.parent.iterdir()}
+    assert kept == {"last.ckpt": "12", "step=000000009.ckpt": "9", "step=000000012.ckpt": "12"}
+
+
+def test_the_newest_are_those_written_last_whatever_their_steps(tmp_path: Path) -> None:
+    """A run that went on from an earlier step leaves higher numbers behind."""
+    for age, step in enumerate((30, 40, 20)):
+        (tmp_path / "last.ckpt").unlink(missing_ok=True)
+        (tmp_path / "last.ckpt").write_text(str(step))
+        os.utime(tmp_path / "last.ckpt", (age, age))
+        keep_numbered(tmp_path / "last.ckpt", step, 2)
+    assert sorted(path.name for path in tmp_path.glob("step*")) == ["step=000000020.ckpt", "step=000000040.ckpt"]
+
+
+def test_a_numbered_checkpoint_takes_no_room_of_its_own_or_is_a_copy(tmp_path: Path, monkeypatch) -> None:
+    last = tmp_path / "last.ckpt"
+    last.write_text("7")
+    keep_numbered(last, 7, 3)
+    assert (tmp_path / "step=000000007.ckpt").samefile(last)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    keep_numbered(last, 8, 3)
+    copy = tmp_path / "step=000000008.ckpt"
+    assert copy.read_text() == "7" and not copy.samefile(last)
+
+
+def test_on_a_full_disk_training_goes_on_and_tries_when_the_next_is_due(run: Run, caplog) -> None:
+    run.full = {2, 4}
+    assert run(every_n_train_steps=2, max_steps=6) == [6, 8, 10, 12]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2 and "No checkpoint at step 2: " in said[0]
+    assert f"{run.path}: No space left on device; make room: training goes on" in said[0]
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 6}, {"max_epochs": 3}], ids=["steps", "epochs"])
+def test_a_full_disk_at_the_end_is_an_error(run: Run, limits: dict) -> None:
+    run.full = {6, 12}
+    with pytest.raises(OSError, match="No space left on device"):
+        run(every_n_train_steps=5, **limits)
+
+
+def test_what_one_process_could_not_write_no_process_takes_for_written(caplog) -> None:
+    decided = []
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda mine: decided.append(mine), barrier=lambda name: None)
+    trainer = SimpleNamespace(world_size=2, strategy=strategy)  # `append` says None: another process failed
+    assert not saved(trainer, lambda: None) and decided == [True] and not caplog.records
+    with pytest.raises(UserError, match="could not write the last checkpoint"):
+        saved(trainer, lambda: None, needed=True)
+
+
+def test_writing_that_takes_much_of_the_time_is_said_once(run: Run, caplog) -> None:
+    run.seconds_to_write = 30
+    run(every_n_train_steps=2)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "Writing checkpoints has taken 60 % of the training time" in said  # 60 of 100 seconds
+    caplog.clear()
+    run.seconds_to_write = 1
+    run(every_n_train_steps=2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"every_n_train_steps": 0}, "every_n_train_steps 0: give a whole number of at least 1"),
+        ({"every_n_train_steps": 2.5}, "every_n_train_steps 2.5: give a whole number"),
+        ({"train_time_interval": "00:30"}, "train_time_interval '00:30': give a number of minutes"),
+        ({"train_time_interval": -1}, "train_time_interval -1: give a number of minutes of at least 0"),
+        ({"save_last_k": True}, "save_last_k True: give a whole number of at least 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(params: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"lightning.modelcheckpoint.params.{message}"):
+        LastCheckpoint(Path("last.ckpt"), SignalRequests(), **params)
 
 
 @pytest.mark.parametrize("key", ["best_model_path", "kth_best_model_path", "last_model_path", "best_k_models"])

@@ -172,12 +172,12 @@ def poisoned(train, tmp_path, monkeypatch):
     drawn = []
     encode, draw = LatentDiffusion.get_first_stage_encoding, LatentDiffusion.draw_timesteps
 
-    def broken_encoding(self, encoded):
-        latent = encode(self, encoded)
+    def broken_encoding(self, encoded, *draws):
+        latent = encode(self, encoded, *draws)
         return torch.where(latent.abs() > 1000, NAN, latent)
 
-    def noted_timesteps(self, x):
-        drawn.append((draw(self, x), x.flatten(1).isnan().any(1)))
+    def noted_timesteps(self, x, draws):
+        drawn.append((draw(self, x, draws), x.flatten(1).isnan().any(1)))
         return drawn[-1][0]
 
     monkeypatch.setattr(LatentDiffusion, "get_first_stage_encoding", broken_encoding)

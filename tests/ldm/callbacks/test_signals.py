@@ -52,3 +52,16 @@ def test_workers_ignore_what_is_meant_for_the_training(requests, number, survive
         os._exit(7)
     status = os.waitpid(worker, 0)[1]
     assert os.waitstatus_to_exitcode(status) == (7 if survives else -number)
+
+
+def test_what_torchrun_passes_on_is_not_a_second_signal_until_some_seconds_later(requests, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    requests.training = True
+    send(signal.SIGTERM)
+    now = 102.0
+    send(signal.SIGTERM)
+    now = 104.0
+    with pytest.raises(SystemExit):
+        send(signal.SIGTERM)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from ldm.checkpoint import load_checkpoint, load_state_dict
+from ldm.checkpoint import load_checkpoint, load_state_dict, save_checkpoint
 from ldm.util import UserError
 
 
@@ -279,9 +279,10 @@ def test_names_from_a_file_cannot_break_the_lines_of_messages(tmp_path, caplog, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_bit_that_changed_in_a_weight_is_told_of(tmp_path):
+@pytest.mark.parametrize("save", [torch.save, save_checkpoint])
+def test_a_bit_that_changed_in_a_weight_is_told_of(tmp_path, save):
     path = tmp_path / "model.ckpt"
-    torch.save({"w": torch.full((1000,), 1.5)}, path)
+    save({"w": torch.full((1000,), 1.5)}, path)
     content = bytearray(path.read_bytes())
     content[content.index(torch.full((8,), 1.5).numpy().tobytes()) + 3] ^= 1
     path.write_bytes(content)

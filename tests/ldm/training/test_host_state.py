@@ -47,7 +47,9 @@ def test_it_trains_where_it_is_told(arguments: dict, has_cuda: bool, device: str
     assert host_state_strategy(arguments, has_cuda).root_device == torch.device(device)
 
 
-@pytest.mark.parametrize("arguments", [{"devices": [0, 1]}, {"devices": 1, "strategy": "ddp"}])
+@pytest.mark.parametrize(
+    "arguments", [{"devices": [0, 1]}, {"devices": 1, "num_nodes": 2}, {"devices": 1, "strategy": "ddp"}]
+)
 def test_several_devices_are_refused(arguments: dict) -> None:
     with pytest.raises(UserError, match="train on one device"):
         host_state_strategy(arguments, has_cuda=True)

@@ -1,0 +1,147 @@
+"""Training in several processes, over gloo on the CPU: the same losses as in one with a batch as large."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.child_runs import read_losses, start
+from tests.test_main import ROOT, assert_same_training, state
+from tests.training_runs import logged, the_run, write_inputs
+
+OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
+PRIOR = "data.params.prior_urls=shards/s-000001.tar"
+
+
+class Runs:
+    """Runs of main.py in a folder, in as many processes as asked for, with the environment that torchrun gives them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_inputs(folder)
+
+    def start(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> list:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        base = "" if "--resume" in line else f"-b tiny.yaml -l {name}"
+        processes = []
+        for rank in range(ranks):
+            environment = _environment(launcher, str(rank), str(ranks), str(port)) if ranks > 1 else {}
+            files = (self.folder / f"{name}-{rank}.output", self.folder / f"{name}-{rank}.losses")
+            processes.append(start(f"{base} {OPTIONS} {line}", self.folder, *files, environment))
+        return processes
+
+    def __call__(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> Path:
+        processes = self.start(name, line, ranks, launcher)
+        for process in processes:
+            process.join()
+        said = "\n".join(path.read_text() for path in self.folder.glob(f"{name}-*.output"))
+        assert [process.exitcode for process in processes] == [0] * ranks, said
+        return the_run(self.folder / name)
+
+    def losses(self, name: str) -> dict[int, float]:
+        """The mean loss of each optimizer step, over batches and processes of equal size."""
+        noted: dict[int, list[float]] = {}
+        for path in self.folder.glob(f"{name}-*.losses"):
+            for (step, _), (loss,) in read_losses(path).items():
+                noted.setdefault(step, []).append(float.fromhex(loss))
+        return {step: sum(values) / len(values) for step, values in sorted(noted.items())}
+
+
+def _environment(launcher: str, rank: str, ranks: str, port: str) -> dict[str, str]:
+    """What `launcher` tells a process on a machine of its own."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if launcher == "torchrun":
+        sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        return address | sizes | {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", "RANK": rank, "LOCAL_RANK": rank}
+    sizes = {
+        "SLURM_NTASKS": ranks,
+        "SLURM_NTASKS_PER_NODE": ranks,
+        "SLURM_STEP_NUM_TASKS": ranks,
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    return address | sizes | job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+@pytest.mark.parametrize("data", ["", PRIOR, "data.params.num_workers=1"], ids=["plain", "prior", "worker"])
+def test_the_losses_do_not_depend_on_how_a_batch_is_spread(runs: Runs, data: str) -> None:
+    whole = runs("whole", f"data.params.batch_size=4 {data}")
+    expected = runs.losses("whole")
+    assert list(expected) == [0, 1, 2, 3, 4]
+    for name, ranks, batch, accumulate in (("two", 2, 2, 1), ("two-by-two", 2, 1, 2), ("four", 1, 1, 4)):
+        run = runs(name, f"data.params.batch_size={batch} --accumulate_grad_batches {accumulate} {data}", ranks)
+        assert runs.losses(name) == pytest.approx(expected, rel=1e-5)
+        if accumulate == 1:  # what is logged is the mean over the processes
+            mean = {step: float(value) for step, value in logged(run, "train/loss").items()}
+            assert mean == pytest.approx(expected, rel=1e-5)
+        assert state(run / "checkpoints/last.ckpt")["global_step"] == 5
+    assert logged(whole, "train/loss")
+
+
+def test_two_processes_share_one_run_folder_and_go_on_exactly(runs: Runs) -> None:
+    straight = runs("straight", "--max_steps 5", ranks=2)
+    stopped = runs("stopped", "--max_steps 2 --accumulate_grad_batches 1", ranks=2)
+    assert sorted(path.name for path in stopped.iterdir()) == ["checkpoints", "configs", "csv", "tensorboard"]
+    assert len(list(stopped.glob("csv/*"))) == len(list(stopped.glob("tensorboard/events*"))) == 1
+    runs("stopped", f"--resume {stopped} --max_steps 5", ranks=2)
+    assert_same_training(straight, stopped)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_signal_to_one_process_stops_both_and_loses_nothing(runs: Runs, signum: int, code: int) -> None:
+    processes = runs.start("stopped", "--max_steps 100000", ranks=2)
+    losses = runs.folder / "stopped-1.losses"
+    while len(read_losses(losses)) < 4:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.02)
+    for _ in range(2):  # the terminal's, or Slurm's, and torchrun's
+        os.kill(processes[1].pid, signum)
+    for process in processes:
+        process.join(60)
+    assert processes[1].exitcode == code
+    stopped = the_run(runs.folder / "stopped")
+    step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
+    assert step == max(runs.losses("stopped")) + 1, "the last step begun was finished and saved"
+    runs("stopped", f"--resume {stopped} --max_steps {step + 2}", ranks=2)
+    straight = runs("straight", f"--max_steps {step + 2}", ranks=2)
+    assert_same_training(straight, stopped)
+
+
+def test_processes_that_srun_started_train_together(runs: Runs) -> None:
+    run = runs("two", "data.params.batch_size=2", ranks=2, launcher="srun")
+    runs("whole", "data.params.batch_size=4")
+    assert runs.losses("two") == pytest.approx(runs.losses("whole"), rel=1e-5)
+    assert len(list(run.glob("csv/*"))) == 1
+
+
+def test_torchrun_starts_as_many_as_it_was_told(runs: Runs) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += [str(ROOT / "main.py"), "-b", "tiny.yaml", "-l", "logs", "--gpus", "0,1", *OPTIONS.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(line, cwd=runs.folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("Run folder: ") == 1 and "Starting with 2 processes" in result.stdout + result.stderr
+    assert state(the_run(runs.folder / "logs") / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_lightning_starts_the_processes_itself(command: Callable, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    words = f"-b tiny.yaml -l logs --accelerator cpu --devices 2 {OPTIONS}"
+    result = command("main.py", *words.split())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")["global_step"] == 5
