@@ -15,7 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LENGTHS = ((16, 16), (16, 77), (32, 32), (64, 64), (64, 77), (128, 128), (256, 77), (256, 256), (1024, 77), (1024, 1024))
+LENGTHS = (
+    (16, 16),
+    (16, 77),
+    (32, 32),
+    (64, 64),
+    (64, 77),
+    (128, 128),
+    (256, 77),
+    (256, 256),
+    (1024, 77),
+    (1024, 1024),
+)
 
 
 def main() -> None:

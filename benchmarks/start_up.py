@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        arguments = prepare(folder, options)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # Linux hands a parent's peak on to its children
+            arguments = pool.apply(prepare, (folder, options))
         size = (folder / "start.ckpt").stat().st_size
         worker = [sys.executable, __file__, "--train", json.dumps(arguments)]
         done = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True, cwd=folder)

@@ -98,7 +98,7 @@ def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set
     if any(key.startswith("model_ema.") for key in report.missing):
         log.info("%s: has no moving average, which starts from the weights", checkpoint.path)
         model.restart_ema()
-    # Lightning loads them once more: from the model's own tensors, so that nothing is copied. What is missing is optional.
+    # Lightning loads them once more, from the model's own tensors: nothing is copied. What is missing is optional.
     checkpoint.content["state_dict"] = {key: own for key, own in model.state_dict().items() if key in weights}
     model.strict_loading = False
     return set(report.missing)
