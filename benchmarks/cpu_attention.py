@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Attention on the CPU: torch's fused kernel beside plain matrix products, by sequence length, with and without backward.
+"""Attention on the CPU: torch's fused kernel beside plain matrix products, by length, with and without a backward.
 
 Where plain products win is what `ldm.modules.attention` goes by.
 
@@ -42,7 +42,7 @@ def main() -> None:
             shape = (options.batch, options.heads)
             q = torch.randn(*shape, queries, options.features, dtype=dtype, requires_grad=True)
             k, v = (torch.randn(*shape, keys, options.features, dtype=dtype, requires_grad=True) for _ in range(2))
-            line = f"{str(dtype):<15} {queries:4} x {keys:<4}"
+            line = f"{dtype!s:<15} {queries:4} x {keys:<4}"
             for what, backward in (("training", True), ("inference", False)):
                 fused, plain = (
                     1e3 * min(measure(backend, q, k, v, backward, options.seconds) for _ in range(3))

@@ -65,7 +65,7 @@ def load_into(
 
     The text tower, `cond_stage_model.*`, is also optional in the weights of a module whose cond stage has none.
     `assign` makes the tensors the module's own instead of copying them. `source` names the weights in messages.
-    `after_part` is called whenever some hundred megabytes have been copied, to give up the memory that they were read to.
+    `after_part` is called whenever some hundred megabytes have been copied, to give up the memory they were read into.
 
     Raises:
         UserError: a shape differs, or a key that is not optional is missing or unexpected; nothing is loaded then.

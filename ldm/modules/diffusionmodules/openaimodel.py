@@ -38,8 +38,8 @@ class UNetModel(nn.Module):
         conv_resample: resample by learned convolutions.
         dims: spatial dimensions of the input, 1, 2 or 3.
         num_classes: if given, the model also takes class labels `y`.
-        use_checkpoint: recompute activations in backward: all (slower, smallest); or `selective`, all but the results of
-            convolutions, matrix products and attention (as fast, smaller).
+        use_checkpoint: recompute activations in backward (slower, smaller); `selective`: but not convolutions, matrix
+            products and attention, whose results are kept.
         num_heads: attention heads, if `num_head_channels` is -1.
         num_head_channels: features a head; -1 for a fixed number of heads.
         num_heads_upsample: heads of plain attention blocks on the way up, in the legacy layout.
