@@ -89,10 +89,12 @@ def test_without_gradients_nothing_is_compiled(compiled: list[torch.fx.GraphModu
 
 
 def test_a_fast_run_goes_on_as_if_it_had_not_stopped(
-    compiled: list[torch.fx.GraphModule], fast: Callable[[str], None], tmp_path: Path
+    fast: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     fast("-l straight --max_steps 3")
-    assert compiled
+    assert len(asked) == 5 and asked[0]["mode"] == "default"
     fast("-l resumed --max_steps 1 lightning.callbacks.image_logger.params.disabled=False")
     resumed = the_run(tmp_path / "resumed")
     fast(f"--resume {resumed} --max_steps 3")
