@@ -11,6 +11,7 @@ import torch
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training.config import build_model, load_config
+from ldm.util import UserError
 from tests.golden_data import fill_seeded, seeded_tensor
 from tests.test_main import assert_same_training, state
 from tests.training_runs import (  # noqa: F401
@@ -102,6 +103,23 @@ def test_a_fast_run_goes_on_as_if_it_had_not_stopped(
     assert list((resumed / "images" / "train").glob("*.png"))
     keys = state(resumed / "checkpoints" / "last.ckpt")["state_dict"].keys()
     assert keys == build_model(load_config([tmp_path / "tiny.yaml"])).state_dict().keys()
+
+
+def test_a_machine_that_cannot_compile_is_told_what_to_do(
+    fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode, **options: compile_(function, backend=backend, **options)
+    )
+    with pytest.raises(
+        UserError, match=r"no compiler here\); .* set model\.params\.unet_config\.params\.compile_mode=null"
+    ):
+        fast("--max_steps 1")
 
 
 def test_the_code_generator_takes_a_block() -> None:
