@@ -30,14 +30,14 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Parse, merge, build, take up, fit, test."""
+    """Parse, merge, read, build, fit, test."""
     arguments = parse_arguments(sys.argv[1:])
 
     from ldm.callbacks.signals import SignalRequests
     from ldm.planning.start import warn_if_too_large
-    from ldm.training.config import build_data, build_model
+    from ldm.training.config import build_data
     from ldm.training.fit import fit, test
-    from ldm.training.resume import load_weights, read_training_checkpoint, seed_run
+    from ldm.training.resume import build_from, read_training_checkpoint, seed_run
     from ldm.training.run import plan_run
     from ldm.training.trainer import build_callbacks, build_loggers, build_trainer, merge_config, set_learning_rate
 
@@ -46,13 +46,12 @@ def main() -> None:
     with SignalRequests() as requests, _debugger_on_error(arguments.debug):
         checkpoint = read_training_checkpoint(plan.resume)
         seed = seed_run(arguments.seed, checkpoint)
-        model = build_model(config)
         data = build_data(config)
-        load_weights(model, checkpoint)
-        del checkpoint  # and its memory map
+        model = build_from(config, checkpoint)
         callbacks = build_callbacks(config, plan, requests, seed)
         loggers = build_loggers(config, plan, arguments.project)
-        trainer = build_trainer(config, callbacks, loggers, plan)
+        trainer = build_trainer(config, callbacks, loggers, plan, checkpoint)
+        del checkpoint  # the trainer has it, until it is taken up
         if arguments.train:
             set_learning_rate(model, config, trainer, arguments.scale_lr)
             warn_if_too_large(config, trainer.strategy.root_device)

@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""A training step of the Stable Diffusion v1 UNet, ours beside diffusers': time, TFLOP/s and peak memory.
+"""A training step of the Stable Diffusion v1 UNet, ours in its tiers beside diffusers': speed and peak memory.
 
 Each side runs in a process of its own, in turn, so that neither pays for the other's memory and a machine whose speed
-drifts slows both. Same shapes, precision, optimizer (fused AdamW) and checkpointing; random weights.
+drifts slows all. Same shapes, batch, precision and AdamW; random weights. The same command measures a CPU and a GPU.
 
     python benchmarks/train_step.py --size 512 --batch 1 --precision bf16 --rounds 3
+    python benchmarks/train_step.py --sides fast diffusers-compiled --size 512 --batch 64 --precision bf16 --steps 20
+
+plain: the recipe as it stands, by the options. fast, lean, minimal: with that config over it; lean is bfloat16 whatever
+the precision, with its own optimizer. diffusers: by the options. diffusers-compiled: channels last and compiled whole.
 """
 
 from __future__ import annotations
@@ -12,138 +16,213 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SIDES = ("ours", "diffusers")
+TIERS = ("fast", "lean", "minimal")
+OURS = ("plain", *TIERS)
+PEERS = ("diffusers", "diffusers-compiled")
 CONTEXT = (77, 768)
+ADAMW = {"target": "torch.optim.AdamW", "params": {"fused": True}}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", choices=(*OURS, *PEERS), default=["plain", "diffusers"], metavar="SIDE",
+                        help=f"of {', '.join((*OURS, *PEERS))} (default: plain diffusers)")  # fmt: skip
     parser.add_argument("--size", type=int, default=512, help="pixels a side (default 512)")
     parser.add_argument("--batch", type=int, default=1, help="pictures a step (default 1)")
+    parser.add_argument("--channels", type=int, default=320, help="model_channels: 320 is SD v1 (default 320)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default fp32)")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
-    parser.add_argument("--channels-last", action="store_true", help="NHWC weights and inputs")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps a round, after one warm-up (default 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides (default 3)")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # a worker's
+    parser.add_argument("--checkpointing", action="store_true", help="plain, diffusers: recompute activations")
+    parser.add_argument("--channels-last", action="store_true", help="plain, diffusers: feature maps as NHWC")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones (default 2)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps a round (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all sides (default 3)")
+    parser.add_argument("--side", choices=(*OURS, *PEERS, "product"), help=argparse.SUPPRESS)  # a worker's
     return parser.parse_args()
 
 
-def build_ours(checkpointing: bool) -> Callable:
+def build_ours(side: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
+    """Our UNet of a tier, the tier's optimizer, and whether its weights are bfloat16."""
+    from ldm.training.building import without_initialisation
     from ldm.training.config import load_config, plain
-    from ldm.training.release import without_initialisation
     from ldm.util import instantiate_from_config
 
-    config = plain(load_config(["finetune_stable_diffusion.yaml"]).model.params.unet_config)
-    config["params"]["use_checkpoint"] = checkpointing
+    tier = [f"{side}.yaml"] if side in TIERS else []
+    config = plain(load_config(["finetune_stable_diffusion.yaml", *tier]))
+    params = config["model"]["params"]
+    unet = params["unet_config"]
+    unet["params"]["model_channels"] = options.channels
+    if side == "plain":
+        unet["params"] |= {"use_checkpoint": options.checkpointing, "channels_last": options.channels_last}
+    if side == "minimal":
+        unet["params"]["stream_dtype"] = options.precision
     with without_initialisation():
-        return instantiate_from_config(config)
-
-
-def build_diffusers(checkpointing: bool) -> Callable:
-    import diffusers
-
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
+        module = instantiate_from_config(unet)
+    return (
+        module,
+        params.get("optimizer_config") or ADAMW,
+        config["lightning"]["trainer"].get("precision") == "bf16-true",
     )
-    if checkpointing:
+
+
+def build_diffusers(side: str, options: argparse.Namespace) -> Any:
+    """diffusers' UNet, set up as its documentation advises."""
+    import diffusers
+    import torch
+
+    channels = tuple(options.channels * factor for factor in (1, 2, 4, 4))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=64, block_out_channels=channels, attention_head_dim=8, cross_attention_dim=CONTEXT[1]
+    )
+    if options.checkpointing:
         unet.enable_gradient_checkpointing()
+    if side == "diffusers-compiled" or options.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if side == "diffusers-compiled":
+        unet.compile()
     return unet
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """Run one side and return its figures."""
+    """Run one side and return its figures: seconds a step, and peak memory by each account."""
     import torch
+
+    from ldm.callbacks.device import peak_memory
+    from ldm.optim import build_optimizer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    unet = (build_ours if options.side == "ours" else build_diffusers)(options.checkpointing)
-    with torch.no_grad():  # weights of a usual size, the same for both; skipped initialisation leaves garbage
+    if options.side in OURS:
+        unet, described, halves = build_ours(options.side, options)
+    else:
+        unet, described, halves = build_diffusers(options.side, options), ADAMW, False
+    with torch.no_grad():  # weights of a usual size, the same for all; skipped initialisation leaves garbage
         for parameter in unet.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    unet.train().to(device)
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    unet.to(memory_format=memory_format)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
+    unet.train().to(device, torch.bfloat16 if halves else torch.float32)
+    optimizer = build_optimizer(described, unet.parameters(), 1e-5, "optimizer_config")
     latent = options.size // 8
-    x = torch.randn(options.batch, 4, latent, latent, device=device).to(memory_format=memory_format)
+    x = torch.randn(options.batch, 4, latent, latent, device=device)
     noise = torch.randn_like(x)
     t = torch.randint(0, 1000, (options.batch,), device=device)
     context = torch.randn(options.batch, *CONTEXT, device=device)
+    autocast = options.precision == "bf16" and options.side not in ("lean", "minimal")
 
-    def step() -> float:
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+    def closure() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             out = unet(x, t, context)
         loss = (getattr(out, "sample", out).float() - noise).square().mean()
         loss.backward()
-        optimizer.step()
+        return loss
+
+    driver = 0
+
+    def step() -> float:
+        nonlocal driver
+        start = time.perf_counter()
+        optimizer.step(closure)
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info()
+            driver = max(driver, total - free)
         return time.perf_counter() - start
 
-    step()
+    for _ in range(options.warm_up):
+        step()
     seconds = [step() for _ in range(options.steps)]
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": min(seconds), "peak_gib": peak / 2**30}
+    return {"seconds": min(seconds), "gib": peak_memory(device) / 2**30, "driver_gib": driver / 2**30}
 
 
-def tflop_a_step(size: int, batch: int) -> float:
+def product_rate(options: argparse.Namespace) -> dict[str, float]:
+    """TFLOP/s of a large matrix product in the precision that is compared."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return {"tflop_s": 2 * n**3 / best / 1e12}
+
+
+def tflop_a_step(options: argparse.Namespace) -> float:
     """Operations of forward and backward, without recomputation, counted on the meta device."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    resident = argparse.Namespace(**{**vars(options), "checkpointing": False})
     with torch.device("meta"):
-        unet = build_ours(checkpointing=False)
-        x, context = torch.empty(batch, 4, size // 8, size // 8), torch.empty(batch, *CONTEXT)
+        unet, _, _ = build_ours("plain", resident)
+        x, context = torch.empty(options.batch, 4, *[options.size // 8] * 2), torch.empty(options.batch, *CONTEXT)
         with FlopCounterMode(display=False) as counter:
-            unet(x, torch.zeros(batch), context).sum().backward()
+            unet(x, torch.zeros(options.batch), context).sum().backward()
     return counter.get_total_flops() / 1e12
+
+
+def run_worker(side: str) -> dict[str, float]:
+    """The figures of one side, from a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     options = parse_arguments()
     if options.side:
-        print(json.dumps(work(options)))
+        print(json.dumps((product_rate if options.side == "product" else work)(options)))
         return
     import torch
 
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    flop = tflop_a_step(options.size, options.batch)
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    flop, ceiling = tflop_a_step(options), run_worker("product")["tflop_s"]
+    print(f"{flop:.3f} TFLOP a step; a matrix product makes {ceiling:.2f} TFLOP/s here", flush=True)
+    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for number in range(options.rounds):
-        for side in SIDES if number % 2 == 0 else reversed(SIDES):
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-            figures = json.loads(done.stdout.splitlines()[-1])
+        for side in options.sides if number % 2 == 0 else reversed(options.sides):
+            figures = run_worker(side)
             rounds[side].append(figures)
-            print(
-                f"round {number + 1}  {side:<10} {figures['seconds']:8.3f} s  {figures['peak_gib']:6.2f} GiB",
-                flush=True,
-            )
+            print(f"round {number + 1}  {side:<18} {figures['seconds']:8.3f} s  {memory([figures])}", flush=True)
     for side, figures in rounds.items():
         seconds = statistics.median(entry["seconds"] for entry in figures)
-        peak = max(entry["peak_gib"] for entry in figures)
-        rate = options.batch / seconds
-        print(f"{side:<10} {seconds:8.3f} s  {rate:8.3f} img/s  {flop / seconds:6.3f} TFLOP/s  peak {peak:6.2f} GiB")
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(rounds["ours"], rounds["diffusers"], strict=True)]
-    shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    print(f"diffusers' time / ours, a round: {shown}; median {statistics.median(ratios):.3f}")
+        rate, speed = options.batch / seconds, flop / seconds
+        shown = f"{rate:8.3f} img/s  {speed:7.3f} TFLOP/s ({speed / ceiling:4.0%})"
+        print(f"{side:<18} {seconds:8.3f} s  {shown}  {memory(figures)}")
+    compare(rounds)
+
+
+def memory(figures: list[dict[str, float]]) -> str:
+    """Peaks: of tensors and by the driver on CUDA, of the process elsewhere."""
+    own, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
+    return f"peak {own:6.2f} GiB" + (f", by the driver {driver:6.2f} GiB" if driver else "")
+
+
+def compare(rounds: dict[str, list[dict[str, float]]]) -> None:
+    """Each of ours beside the faster of diffusers' in the same round."""
+    peers = [rounds[side] for side in PEERS if side in rounds]
+    if not peers:
+        return
+    fastest = [min(entry["seconds"] for entry in entries) for entries in zip(*peers, strict=True)]
+    for side in OURS:
+        if side in rounds:
+            ratios = [b / a["seconds"] for a, b in zip(rounds[side], fastest, strict=True)]
+            shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+            print(f"diffusers' time / {side}'s, a round: {shown}; median {statistics.median(ratios):.3f}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_targets_resolve_and_params_bind(path):
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
 
 
-@pytest.mark.parametrize("overlay", ["prior_pictures.yaml", "prior_teacher.yaml", "decay_to_start.yaml"])
+@pytest.mark.parametrize("overlay", ["prior_pictures.yaml", "prior_teacher.yaml", "decay_to_start.yaml", "fast.yaml"])
 def test_overlays_bind_on_top_of_the_recipe(overlay):
     merged = plain(load_config(["finetune_stable_diffusion.yaml", overlay]))
     for _, entry in described(merged):

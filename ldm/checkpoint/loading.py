@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,8 @@ SCHEDULE_KEYS = (
 # Keys that a file may carry or lack without harm (shell patterns): these, and what only training has.
 OPTIONAL_KEYS = (*SCHEDULE_KEYS, "logvar", "model_ema.*", "*position_ids", "first_stage_model.loss.*", "loss.*")
 
+_PART_BYTES = 2**28
+
 
 class LoadReport(NamedTuple):
     """Keys that the module has and the weights lack, and the reverse; all of them optional ones."""
@@ -57,11 +59,13 @@ def load_into(
     source: str = "the checkpoint",
     optional: Sequence[str] = OPTIONAL_KEYS,
     assign: bool = False,
+    after_part: Callable[[], None] | None = None,
 ) -> LoadReport:
     """Load `state_dict` into `module`; keys that match `optional` (shell patterns) may be missing or unexpected.
 
     The text tower, `cond_stage_model.*`, is also optional in the weights of a module whose cond stage has none.
     `assign` makes the tensors the module's own instead of copying them. `source` names the weights in messages.
+    `after_part` is called whenever some hundred megabytes have been copied, to give up the memory they were read into.
 
     Raises:
         UserError: a shape differs, or a key that is not optional is missing or unexpected; nothing is loaded then.
@@ -81,7 +85,10 @@ def load_into(
             raise UserError(f"{source}: {what} {_some(required)}; is this a checkpoint of another model?")
         if keys:
             log.info("%s: %s %s (fine)", source, what, _some(keys))
-    module.load_state_dict(state_dict, strict=False, assign=assign)
+    for part in _parts(state_dict):
+        module.load_state_dict(part, strict=False, assign=assign)
+        if after_part is not None:
+            after_part()
     return report
 
 
@@ -102,6 +109,18 @@ def load_file_into(
     }
     optional = (*OPTIONAL_KEYS, *(f"{key}*" for key in ignore_keys))
     return load_into(module, weights, source=str(path), optional=optional)
+
+
+def _parts(state_dict: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """`state_dict` in parts of at least `_PART_BYTES`."""
+    part, size = {}, 0
+    for key, value in state_dict.items():
+        part[key] = value
+        size += value.nbytes
+        if size >= _PART_BYTES:
+            yield part
+            part, size = {}, 0
+    yield part
 
 
 def _some(keys: Sequence[str], shown: int = 3) -> str:

@@ -5,11 +5,26 @@ B batch, N query tokens, M context tokens, H heads, D features a head, C channel
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
+
+# Scores a head up to which plain matrix products train faster than torch's fused kernel on a CPU, in bfloat16. In
+# float32, and without a backward, the fused one is faster throughout (benchmarks/cpu_attention.py).
+_FEW_SCORES = 128 * 128
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v of queries (B, H, N, D), keys and values (B, H, M, D) (arXiv:1706.03762, eq. 1)."""
+    is_few = q.shape[-2] * k.shape[-2] <= _FEW_SCORES
+    if is_few and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class GEGLU(nn.Module):
@@ -56,8 +71,7 @@ class CrossAttention(nn.Module):
             rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
             for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -70,7 +84,7 @@ class BasicTransformerBlock(nn.Module):
         d_head: int,
         dropout: float = 0.0,
         context_dim: int | None = None,
-        checkpoint: bool = True,
+        checkpoint: bool | str = True,
     ) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
@@ -97,7 +111,7 @@ class SpatialTransformer(nn.Module):
         n_heads, d_head: attention heads and features a head; the blocks are n_heads · d_head wide.
         depth: number of blocks.
         context_dim: features of the context; None for self-attention in its place.
-        use_checkpoint: recompute the blocks' activations in backward.
+        use_checkpoint: recompute the blocks' activations in backward; all, or `selective`: see `checkpoint`.
     """
 
     def __init__(
@@ -108,7 +122,7 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         dropout: float = 0.0,
         context_dim: int | None = None,
-        use_checkpoint: bool = True,
+        use_checkpoint: bool | str = True,
     ) -> None:
         super().__init__()
         inner = n_heads * d_head

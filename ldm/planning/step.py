@@ -162,7 +162,7 @@ def _second_step(
     def micro_batch(first: bool) -> Tensor:
         began = ledger.now
         with ledger.naming(TEMPORARIES):
-            with torch.autocast("cpu", autocast) if autocast else nullcontext():
+            with torch.autocast("cpu", autocast, cache_enabled=False) if autocast else nullcontext():
                 loss, _ = model.shared_step(batch)
             if first:
                 optimizer.zero_grad()

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch._dynamo.exc import BackendCompilerFailed
 
 from ldm.callbacks.signals import TrainingStopped
 from ldm.training.compatibility import check_in_backward
@@ -68,3 +69,9 @@ def _one_line_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
         raise UserError(f"{first}; lower data.params.batch_size and raise --accumulate_grad_batches") from error
+    except BackendCompilerFailed as error:
+        reason = str(error.inner_exception).partition("\n")[0]
+        raise UserError(
+            f"the blocks cannot be compiled ({reason}); torch.compile needs a C++ compiler, and on a GPU Triton: "
+            "install them, or set model.params.unet_config.params.compile_mode=null"
+        ) from error

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins.io import CheckpointIO
+from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
-from ldm.checkpoint import load_checkpoint, load_into, save_checkpoint
+from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
 from ldm.training.arguments import DEFAULT_SEED
+from ldm.training.building import without_initialisation
+from ldm.training.config import build_model
 from ldm.training.layout import check_training_checkpoint
 from ldm.training.run import lies_in_run
 from ldm.util import UserError
@@ -20,25 +23,37 @@ from ldm.util import UserError
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """The content of a training checkpoint, memory-mapped, and where it is."""
+
+    path: Path
+    opened: OpenCheckpoint
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return self.opened.content
+
+
 class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are whole or not there, and that run no code when they are read."""
+    """Checkpoints that are whole or not there, and that run no code when they are read.
+
+    Args:
+        taken_up: a checkpoint that was read before. It is handed out the first time that Lightning asks for it.
+    """
+
+    def __init__(self, taken_up: TrainingCheckpoint | None = None) -> None:
+        self._taken_up = taken_up
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        return load_checkpoint(path)
+        taken_up, self._taken_up = self._taken_up, None
+        return taken_up.content if taken_up and taken_up.path == Path(path) else load_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class TrainingCheckpoint:
-    """The memory-mapped content of a training checkpoint, and where it is."""
-
-    path: Path
-    content: dict[str, Any]
 
 
 def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
@@ -51,11 +66,11 @@ def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
     if path is None:
         return None
     try:
-        content = load_checkpoint(path)
+        opened = open_checkpoint(path)
     except UserError as error:
         raise UserError(f"{error}{_instead_of(path)}") from error
-    check_training_checkpoint(content, path)
-    return TrainingCheckpoint(path, content)
+    check_training_checkpoint(opened.content, path)
+    return TrainingCheckpoint(path, opened)
 
 
 def _instead_of(broken: Path) -> str:
@@ -81,16 +96,31 @@ def seed_run(asked: int | None, checkpoint: TrainingCheckpoint | None) -> int:
     return seed_everything(seed, verbose=False)
 
 
-def load_weights(model: LightningModule, checkpoint: TrainingCheckpoint | None) -> None:
-    """Load the weights of `checkpoint` into `model`; Lightning takes up the rest when the fit begins.
+def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> LightningModule:
+    """The model of `config`, with the weights of `checkpoint` if there is one; the rest is taken up as the fit begins.
 
     Raises:
-        UserError: it is a checkpoint of another model.
+        UserError: the config describes no model, or it is a checkpoint of another one.
     """
     if checkpoint is None:
-        return
-    report = load_into(model, checkpoint.content["state_dict"], source=str(checkpoint.path))
+        return build_model(config)
+    with without_initialisation():
+        model = build_model(config)
+    missing = _load_weights(model, checkpoint)
+    if missing & dict(model.named_parameters()).keys():  # optional ones, such as a loss's, begin as in a new model
+        model = build_model(config)
+        _load_weights(model, checkpoint)
+    return model
+
+
+def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:
+    """Load the weights into `model`, holding them once; returns the keys that the checkpoint lacks."""
+    weights = checkpoint.content["state_dict"]
+    report = load_into(model, weights, source=str(checkpoint.path), after_part=checkpoint.opened.file.drop_pages)
     if any(key.startswith("model_ema.") for key in report.missing):
         log.info("%s: has no moving average, which starts from the weights", checkpoint.path)
         model.restart_ema()
-    model.strict_loading = False  # Lightning loads them once more, and the keys still missing are optional
+    # Lightning loads them once more, from the model's own tensors: nothing is copied. What is missing is optional.
+    checkpoint.content["state_dict"] = {key: own for key, own in model.state_dict().items() if key in weights}
+    model.strict_loading = False
+    return set(report.missing)

@@ -31,7 +31,7 @@ from ldm.training.host_state import host_state_strategy, streams_weights
 from ldm.training.noise import silence_lightning
 from ldm.training.precision import Bfloat16Weights
 from ldm.training.processes import check_launch, launched, strategy
-from ldm.training.resume import AtomicCheckpointIO
+from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.trainer_arguments import check_names, is_single, modernise
 from ldm.util import UserError, instantiate_from_config, nearest
@@ -168,8 +168,14 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
     return [logger, CSVLogger(str(run.folder), name="csv")]
 
 
-def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[Logger] | bool, run: Run) -> Trainer:
-    """The Trainer that `config.lightning` describes.
+def build_trainer(
+    config: DictConfig,
+    callbacks: list[Callback],
+    loggers: list[Logger] | bool,
+    run: Run,
+    checkpoint: TrainingCheckpoint | None,
+) -> Trainer:
+    """The Trainer that `config.lightning` describes, which goes on from `checkpoint` if there is one.
 
     Raises:
         UserError: an argument has a value that Lightning does not take, or that does not go with the model.
@@ -193,7 +199,7 @@ def build_trainer(config: DictConfig, callbacks: list[Callback], loggers: list[L
         "default_root_dir": str(run.folder),
         "enable_checkpointing": True,  # LastCheckpoint decides when
         "logger": loggers,
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [AtomicCheckpointIO(checkpoint)],
     }
     if given.get("precision") == "bf16-true":
         del given["precision"]  # Lightning takes the name or the plugin

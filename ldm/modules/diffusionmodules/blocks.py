@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import avg_pool_nd, checkpoint, conv_nd, normalization, zero_module
 
 
@@ -59,7 +59,7 @@ class ResBlock(nn.Module):
         out_channels: int | None = None,
         use_scale_shift_norm: bool = False,
         dims: int = 2,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | str = False,
         up: bool = False,
         down: bool = False,
     ) -> None:
@@ -115,7 +115,11 @@ class AttentionBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, num_heads: int = 1, use_checkpoint: bool = False, use_new_attention_order: bool = False
+        self,
+        channels: int,
+        num_heads: int = 1,
+        use_checkpoint: bool | str = False,
+        use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -131,7 +135,7 @@ class AttentionBlock(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2)  # (B, C, N)
         q, k, v = rearrange(self.qkv(self.norm(tokens)), self.order, qkv=3, h=self.num_heads)
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b (h d) n")
+        h = rearrange(attend(q, k, v), "b h n d -> b (h d) n")
         return (tokens + self.proj_out(h)).view_as(x)
 
 

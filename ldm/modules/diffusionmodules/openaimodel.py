@@ -21,6 +21,8 @@ from ldm.modules.diffusionmodules.blocks import (
 from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_embedding, zero_module
 from ldm.util import UserError
 
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 class UNetModel(nn.Module):
     """The UNet that predicts noise, x₀ or v from a noisy (B, in_channels, H, W).
@@ -36,7 +38,8 @@ class UNetModel(nn.Module):
         conv_resample: resample by learned convolutions.
         dims: spatial dimensions of the input, 1, 2 or 3.
         num_classes: if given, the model also takes class labels `y`.
-        use_checkpoint: recompute activations in backward (slower, smaller).
+        use_checkpoint: recompute activations in backward (slower, smaller); `selective`: but not convolutions, matrix
+            products and attention, whose results are kept.
         num_heads: attention heads, if `num_head_channels` is -1.
         num_head_channels: features a head; -1 for a fixed number of heads.
         num_heads_upsample: heads of plain attention blocks on the way up, in the legacy layout.
@@ -49,6 +52,10 @@ class UNetModel(nn.Module):
         context_dim: features of the context.
         legacy: head sizes as in the first release: channels / heads in spatial transformers, even if
             `num_head_channels` does not divide them.
+        channels_last: lay feature maps out channels last (NHWC), which convolutions are faster in. Weights keep their
+            layout, and with it checkpoints and optimizers theirs.
+        compile_mode: compile each block for training, in this mode of `torch.compile`; `reduce-overhead` and
+            `max-autotune` use CUDA graphs. Not for inference: pictures come in many sizes, each compiled anew.
 
     Raises:
         UserError: arguments that contradict each other.
@@ -67,7 +74,7 @@ class UNetModel(nn.Module):
         conv_resample: bool = True,
         dims: int = 2,
         num_classes: int | None = None,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | str = False,
         use_fp16: bool = False,
         num_heads: int = -1,
         num_head_channels: int = -1,
@@ -79,6 +86,8 @@ class UNetModel(nn.Module):
         transformer_depth: int = 1,
         context_dim: int | None = None,
         legacy: bool = True,
+        channels_last: bool = False,
+        compile_mode: str | None = None,
     ) -> None:
         super().__init__()
         if use_spatial_transformer != (context_dim is not None):
@@ -90,6 +99,12 @@ class UNetModel(nn.Module):
             raise UserError("use_fp16 is not supported: leave it out, and set the trainer's precision")
         if num_heads == -1 and num_head_channels == -1:
             raise UserError("UNetModel needs num_heads or num_head_channels")
+        if use_checkpoint not in (True, False, "selective"):
+            raise UserError(f"use_checkpoint {use_checkpoint!r} is unknown; valid: true, false, selective")
+        if channels_last and dims != 2:
+            raise UserError(f"channels_last is for two spatial dimensions, and dims is {dims}; leave it out")
+        if compile_mode not in (None, *_COMPILE_MODES):
+            raise UserError(f"compile_mode {compile_mode!r} is unknown; valid: {', '.join(_COMPILE_MODES)}")
         blocks_per_level = (
             [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
         )
@@ -106,6 +121,8 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.context_dim = context_dim
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.is_compiled = compile_mode is not None
         self.downsampling = 2 ** (len(channel_mult) - 1)  # H and W must be multiples of it
 
         emb_channels = 4 * model_channels
@@ -201,6 +218,10 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             zero_module(conv_nd(dims, model_channels, out_channels, 3, padding=1)),
         )
+        if compile_mode is not None:
+            for block in (*self.input_blocks, self.middle_block, *self.output_blocks):
+                # In place, so that keys stay. By default all blocks would share one small stock of programs.
+                block.compile(mode=compile_mode, dynamic=False, fullgraph=True, isolate_recompiles=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -209,6 +230,8 @@ class UNetModel(nn.Module):
 
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """`block(*inputs)`. Every use of weights goes through here."""
+        if self.is_compiled and not torch.is_grad_enabled():
+            return block.forward(*inputs)
         return block(*inputs)
 
     def forward(
@@ -230,7 +253,7 @@ class UNetModel(nn.Module):
         emb = self.run(self.time_embed, timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (B, E)
         if y is not None:
             emb = emb + self.run(self.label_emb, y)
-        h = x.to(self.dtype)
+        h = x.to(self.dtype).contiguous(memory_format=self.memory_format)
         context = None if context is None else context.to(self.dtype)
         skips = []
         for block in self.input_blocks:

@@ -20,7 +20,8 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
 
     Args:
         stream_dtype: the type of the visiting copies and of the computation, `bf16` or `fp32`.
-        kwargs: see `UNetModel`; `use_checkpoint` must be false, since whole blocks are checkpointed.
+        kwargs: see `UNetModel`; `use_checkpoint` must be false, since whole blocks are checkpointed, and `compile_mode`
+            left out, since weights come and go.
 
     Raises:
         UserError: an argument has another value.
@@ -32,6 +33,8 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
             raise UserError(f"stream_dtype {stream_dtype!r} is unknown; valid: {', '.join(_DTYPES)}")
         if kwargs.get("use_checkpoint"):
             raise UserError("use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks")
+        if kwargs.get("compile_mode"):
+            raise UserError("compile_mode: leave it out; StreamedUNetModel's blocks are not compiled")
         embedding = [self.time_embed, *([self.label_emb] if self.num_classes is not None else [])]
         blocks = [*embedding, *self.input_blocks, self.middle_block, *self.output_blocks, self.out]
         self._stream = WeightStream(blocks, _DTYPES[stream_dtype])

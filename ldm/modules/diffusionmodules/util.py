@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -76,14 +77,32 @@ def zero_module(module: ModuleT) -> ModuleT:
     return module
 
 
-def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, enabled: bool) -> Tensor:
+# What takes nearly all of a forward's operations: convolutions, matrix products, attention by each of its kernels.
+_COSTLY = [
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+_keep_costly = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, _COSTLY)
+
+
+def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, enabled: bool | str) -> Tensor:
     """`function(*args)`; when `enabled`, its activations are recomputed in backward instead of kept.
 
-    The non-reentrant form leaves frozen parameters alone and works under autocast and `torch.compile`.
+    `"selective"` keeps the results of convolutions, matrix products and attention, so that only what is cheap (norms,
+    activations, sums) is recomputed. The non-reentrant form leaves frozen parameters alone and works under autocast and
+    `torch.compile`.
     """
-    if enabled and torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-    return function(*args)
+    if not enabled or not torch.is_grad_enabled():
+        return function(*args)
+    contexts = {"context_fn": _keep_costly} if enabled == "selective" else {}
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **contexts)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint import load_into
+from ldm.checkpoint import load_into, loading
 from ldm.util import UserError
 
 
@@ -27,6 +27,19 @@ def test_weights_are_copied():
     assert load_into(model, source) == ([], [])
     assert torch.equal(model.model.weight, torch.ones(3, 2))
     assert model.model.weight.data_ptr() != source["model.weight"].data_ptr()
+
+
+def test_what_was_copied_can_be_given_up_part_by_part(monkeypatch):
+    monkeypatch.setattr(loading, "_PART_BYTES", 24)  # one of the weights
+    model, source, read = Model(), weights(), []
+
+    def give_up():
+        read.append({key for key, value in model.state_dict().items() if value.any()})
+
+    model.model.weight.data.zero_()
+    model.model.bias.data.zero_()
+    load_into(model, source, after_part=give_up)
+    assert read == [{"model.weight"}, set(source), set(source)]
 
 
 def test_assign_takes_the_tensors_themselves():

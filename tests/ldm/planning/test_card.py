@@ -41,5 +41,6 @@ def test_each_tier_is_asked_with_its_own_config(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(card, "peak_of_step", peak_of_step)
     found = {fit.tier: fit for fit in fits(load_config(["finetune_stable_diffusion.yaml"]), 8 * GIB, 512)}
     assert found["as given"] == Fit("as given", 0, 13 * GIB + GIB // 4)
+    assert found["fast.yaml"].pictures == 0
     assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB)
     assert found["minimal.yaml"].pictures == 28

@@ -36,11 +36,17 @@ def predicted(*names: str) -> dict[str, float]:
         ([BASE, "lean.yaml"], 3.45),
         ([BASE, "lean.yaml", f"{OPTIMIZER}.params.optimizer.target=ldm.optim.low_bit.AdamW4bit"], 2.68),
         ([BASE, "minimal.yaml"], 0.418),
+        ([BASE, "fast.yaml"], 12.95),
     ],
-    ids=["fused", "foreach", "autocast", "bf16", "8bit", "lean", "lean-4bit", "minimal"],
+    ids=["fused", "foreach", "autocast", "bf16", "8bit", "lean", "lean-4bit", "minimal", "fast"],
 )
 def test_the_peaks_of_the_full_size_model(names: list[str], gib: float) -> None:
     assert sum(predicted(*names).values()) == pytest.approx(gib, rel=0.02)
+
+
+def test_a_picture_more_in_the_fast_tier() -> None:
+    held = predicted(BASE, "fast.yaml", pictures=8)
+    assert (held["activations"] + held["temporaries"]) / 8 == pytest.approx(0.635, rel=0.02)
 
 
 def test_the_categories_of_a_step() -> None:

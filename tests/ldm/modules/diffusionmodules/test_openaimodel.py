@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
@@ -92,12 +93,36 @@ def test_sd_v1_forward() -> None:
 
 def test_checkpointing_changes_no_gradient() -> None:
     gradients = []
-    for use_checkpoint in (False, True):
+    for use_checkpoint in (False, True, "selective"):
         model = fill_seeded(UNetModel(**{**TINY, "use_checkpoint": use_checkpoint}))
         model(**inputs("unet_sd_tiny")).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
+    for plain, *recomputed in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in recomputed)
+
+
+def test_selective_checkpointing_repeats_nothing_costly() -> None:
+    flops = {}
+    for use_checkpoint in (False, True, "selective"):
+        model = fill_seeded(UNetModel(**{**TINY, "use_checkpoint": use_checkpoint}))
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs("unet_sd_tiny")).sum().backward()
+        flops[use_checkpoint] = counter.get_total_flops()
+    assert flops["selective"] == flops[False] < 0.85 * flops[True]
+
+
+def test_channels_last_is_a_matter_of_layout() -> None:
+    results = []
+    for channels_last in (False, True):
+        model = fill_seeded(UNetModel(**TINY, channels_last=channels_last))
+        out = model(**inputs("unet_sd_tiny"))
+        out.square().mean().backward()
+        assert out.is_contiguous(memory_format=model.memory_format)
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
+        results.append([out, *(parameter.grad for parameter in model.parameters())])
+    largest = max(float(value.norm()) for value in results[0])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, atol=1e-5 * largest, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +134,14 @@ def test_checkpointing_changes_no_gradient() -> None:
         {"model_channels": 48},
         {"use_fp16": True},
         {"num_head_channels": 256},
+        {"use_checkpoint": "some"},
+        {"channels_last": True, "dims": 1},
+        {"compile_mode": "fastest"},
     ],
-    ids=["context without dim", "no heads", "short list", "no multiple of 32", "half precision", "wide heads"],
+    ids=[
+        *("context without dim", "no heads", "short list", "no multiple of 32", "half precision", "wide heads"),
+        *("no such checkpointing", "channels last in 1-D", "no such mode"),
+    ],
 )
 def test_contradicting_arguments(change: dict) -> None:
     with pytest.raises(UserError):

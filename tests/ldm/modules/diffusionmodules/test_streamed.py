@@ -67,6 +67,8 @@ def test_the_weights_stay_where_and_what_they_are_when_the_model_is_moved() -> N
     [
         ({"stream_dtype": "fp16"}, "stream_dtype 'fp16' is unknown; valid: bf16, fp32"),
         ({"use_checkpoint": True}, "use_checkpoint: set it to false"),
+        ({"use_checkpoint": "selective"}, "use_checkpoint: set it to false"),
+        ({"compile_mode": "default"}, "compile_mode: leave it out"),
     ],
 )
 def test_what_it_refuses(params: dict[str, object], message: str) -> None:

@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""The whole training loop beside the bare step, and what the loader of shards gives on one core.
+
+    python benchmarks/loop.py --channels 64 --size 128 --batch 4
+    python benchmarks/loop.py --channels 320 --size 512 --batch 64 --tier fast.yaml --workers 8    # on a GPU
+
+The bare step is forward, backward, optimizer and moving average on one batch that is there. The loop is `main.py` with
+its loader, callbacks and loggers, pictures and checkpoints apart. Both take the same config, run in processes of their
+own, in turn, and are timed after `--warm-up` steps; on a CPU in processor time, which a busy machine does not change,
+so leave `--workers` at 0 there. Shards hold random posteriors and text embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CONFIG = "finetune_stable_diffusion.yaml"
+SIDES = ("bare", "loop")
+APPETITE = 20 * 135  # samples a second: 20 times the fastest step that is aimed at
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, default=64, help="model_channels of the UNet (default 64)")
+    parser.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
+    parser.add_argument("--batch", type=int, default=4, help="pictures a step (default 4)")
+    parser.add_argument("--tier", default="", help="a config to lay over the recipe, such as fast.yaml")
+    parser.add_argument("--ema", action="store_true", help="keep a moving average")
+    parser.add_argument("--workers", type=int, default=0, help="of the loader (default 0)")
+    parser.add_argument("--steps", type=int, default=60, help="timed steps (default 60)")
+    parser.add_argument("--warm-up", type=int, default=10, help="steps before them (default 10)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides (default 3)")
+    parser.add_argument("--profile", action="store_true", help="print where the loop's own time goes, and nothing else")
+    parser.add_argument("--side", choices=(*SIDES, "reader"), help=argparse.SUPPRESS)  # a worker's
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # a worker's
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.side:
+        print(json.dumps({"bare": bare, "loop": loop, "reader": reader}[options.side](options)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        from benchmarks.recipe_full_size import write_shard
+
+        samples = max(256, 2 * options.batch)
+        write_shard(Path(name) / "shards", samples, options.size // 8)
+        if options.profile:
+            worker("loop", name)
+            return
+        rounds: dict[str, list[float]] = {side: [] for side in SIDES}
+        for number in range(options.rounds):
+            for side in SIDES if number % 2 == 0 else reversed(SIDES):
+                rounds[side].append(worker(side, name))
+                print(f"round {number + 1}  {side:<5} {rounds[side][-1]:9.2f} img/s", flush=True)
+        ratios = [one / other for one, other in zip(rounds["loop"], rounds["bare"], strict=True)]
+        shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"loop / bare, a round: {shown}; median {statistics.median(ratios):.3f}")
+        rate = worker("reader", name)
+        print(f"reader, one core: {rate:.0f} samples/s, {rate / APPETITE:.2f} of {APPETITE}")
+
+
+def worker(side: str, folder: str) -> float:
+    """Run one side in a process of its own; images a second."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder)
+    if "--profile" in sys.argv:
+        print(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def arguments(options: argparse.Namespace) -> list[str]:
+    """Those of main.py, for as many steps as are run."""
+    data = {
+        "training_urls": options.folder / "shards/shard.tar",
+        "batch_size": options.batch,
+        "num_workers": options.workers,
+    }
+    overrides = [f"data.params.{key}={value}" for key, value in data.items()]
+    overrides += [f"model.params.unet_config.params.model_channels={options.channels}"]
+    overrides += [f"model.params.use_ema={options.ema}", "lightning.callbacks.image_logger.params.disabled=True"]
+    flags = "-t --no-test --enable_checkpointing False --gpus 0, --max_steps"
+    base = ["--base", CONFIG, *([options.tier] if options.tier else [])]
+    steps = options.warm_up + options.steps
+    return [*base, *flags.split(), str(steps), "--logdir", str(options.folder / "logs"), *overrides]
+
+
+def loop(options: argparse.Namespace) -> float:
+    """Images a second of `main.py`."""
+    import cProfile
+    import pstats
+
+    import torch
+
+    import main as entry
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    edges: list[float] = []
+    seen = 0
+    begin, profile = LatentDiffusion.on_train_batch_start, cProfile.Profile()
+
+    def noting(model: Any, batch: Any, batch_idx: int) -> Any:
+        nonlocal seen
+        if options.profile and seen == options.warm_up:
+            profile.enable()
+        if seen in (options.warm_up, options.warm_up + options.steps - 1):
+            edges.append(clock(torch))
+        seen += 1
+        return begin(model, batch, batch_idx)
+
+    LatentDiffusion.on_train_batch_start = noting
+    sys.argv = ["main.py", *arguments(options)]
+    entry.main()
+    if options.profile:
+        profile.disable()
+        pstats.Stats(profile, stream=sys.stdout).sort_stats("cumulative").print_stats(90)
+    return options.batch * (options.steps - 1) / (edges[1] - edges[0])
+
+
+def bare(options: argparse.Namespace) -> float:
+    """Images a second of steps on one batch, as `main.py` would configure them."""
+    import torch
+
+    from ldm.planning.batch import make_batch
+    from ldm.planning.step import _precision
+    from ldm.training.config import build_model, load_config
+
+    config = load_config(
+        [CONFIG, *([options.tier] if options.tier else [])], [a for a in arguments(options) if "=" in a]
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights, autocast = _precision((config.lightning.trainer or {}).get("precision"))
+    model = build_model(config).to(device, weights).train()
+    model.learning_rate = 1e-6
+    optimizer = model.configure_optimizers()
+    batch = {key: torch.randn_like(value.float()).to(device) for key, value in
+             make_batch(model, config, options.batch, options.size).items()}  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+            loss, _ = model.shared_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    for number in range(options.warm_up + options.steps):
+        if number == options.warm_up:
+            start = clock(torch)
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        if model.use_ema:
+            model.model_ema(model.model)
+    return options.batch * options.steps / (clock(torch) - start)
+
+
+def reader(options: argparse.Namespace) -> float:
+    """Samples that the loader reads, decodes and batches in a second of one core's time, from files in memory."""
+    import torch
+
+    from ldm.data.datamodule import WebDataNpyModuleFromConfig
+
+    torch.set_num_threads(1)
+    data = WebDataNpyModuleFromConfig(
+        batch_size=64, training_urls=str(options.folder / "shards/shard.tar"), null_cond_dropout=0.1
+    )
+    data.setup("fit")
+    loader, rates = data.train_dataloader(), []
+    for _ in range(5):
+        start = time.process_time()
+        count = sum(len(batch["f8"]) for batch in loader)
+        rates.append(count / (time.process_time() - start))
+    return max(rates)
+
+
+def clock(torch: Any) -> float:
+    """Seconds: on CUDA of the wall, once the device has caught up; else of this process's threads."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

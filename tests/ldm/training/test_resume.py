@@ -1,0 +1,80 @@
+"""A model built with the weights of a training checkpoint: made once, held once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.checkpoint import save_checkpoint
+from ldm.training.config import build_model
+from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
+from tests.training_runs import CONFIG
+
+
+@pytest.fixture
+def config() -> DictConfig:
+    return OmegaConf.create(CONFIG)
+
+
+def save(config: DictConfig, path: Path, left_out: str = "nothing") -> dict[str, torch.Tensor]:
+    """A checkpoint of a new model of `config` at `path`, without keys that begin with `left_out`; its weights."""
+    torch.manual_seed(1)
+    weights = {key: value for key, value in build_model(config).state_dict().items() if not key.startswith(left_out)}
+    state = {"global_step": 3, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
+    save_checkpoint({"state_dict": weights, **state}, path)
+    return weights
+
+
+def test_the_weights_are_the_checkpoints(config: DictConfig, tmp_path: Path) -> None:
+    expected = save(config, tmp_path / "last.ckpt")
+    checkpoint = read_training_checkpoint(tmp_path / "last.ckpt")
+    model = build_from(config, checkpoint)
+    assert all(value.equal(expected[key]) for key, value in model.state_dict().items())
+    (tmp_path / "last.ckpt").write_bytes(b"")  # the model's weights are in memory of their own
+    assert all(value.equal(expected[key]) for key, value in model.state_dict().items())
+
+
+def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path: Path) -> None:
+    save(config, tmp_path / "last.ckpt", left_out="model_ema.")
+    checkpoint = read_training_checkpoint(tmp_path / "last.ckpt")
+    model = build_from(config, checkpoint)
+    io = AtomicCheckpointIO(checkpoint)
+    given = io.load_checkpoint(tmp_path / "last.ckpt")
+    assert given["global_step"] == 3
+    own = model.state_dict()
+    assert given["state_dict"].keys() == {key for key in own if not key.startswith("model_ema.")}
+    assert all(value.data_ptr() == own[key].data_ptr() for key, value in given["state_dict"].items())
+    again = io.load_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    assert all(value.data_ptr() != own[key].data_ptr() for key, value in again.items())
+
+
+def test_another_path_is_read(config: DictConfig, tmp_path: Path) -> None:
+    for name in ("one.ckpt", "other.ckpt"):
+        save(config, tmp_path / name)
+    io = AtomicCheckpointIO(read_training_checkpoint(tmp_path / "one.ckpt"))
+    (tmp_path / "one.ckpt").unlink()
+    assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 3
+
+
+def test_a_missing_average_begins_at_the_weights(config: DictConfig, tmp_path: Path) -> None:
+    save(config, tmp_path / "last.ckpt", left_out="model_ema.")
+    model = build_from(config, read_training_checkpoint(tmp_path / "last.ckpt"))
+    for path, name in model.model_ema.m_name2s_name.items():
+        assert model.model_ema.get_buffer(name).equal(model.model.get_parameter(path))
+
+
+def test_optional_parameters_that_are_missing_begin_as_in_a_new_model(tmp_path: Path) -> None:
+    autoencoder = CONFIG["model"]["params"]["first_stage_config"]
+    loss = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 3}}
+    params = {**autoencoder["params"], "lossconfig": loss}
+    config = OmegaConf.create({"model": {"target": autoencoder["target"], "params": params}})
+    weights = save(config, tmp_path / "last.ckpt", left_out="loss.")
+    torch.manual_seed(2)
+    model = build_from(config, read_training_checkpoint(tmp_path / "last.ckpt"))
+    torch.manual_seed(2)
+    new = build_model(config)
+    assert model.loss.weight.equal(new.loss.weight)
+    assert model.encoder.conv_in.weight.equal(weights["encoder.conv_in.weight"])

@@ -1,0 +1,137 @@
+"""The fast tier through main.py: compiled blocks leave keys, checkpoints, resuming and pictures as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.training.config import build_model, load_config
+from ldm.util import UserError
+from tests.golden_data import fill_seeded, seeded_tensor
+from tests.test_main import assert_same_training, state
+from tests.training_runs import (  # noqa: F401
+    CONFIG,
+    fixture_one_thread,
+    run_main,
+    the_run,
+    write_inputs,
+)
+
+FAST = {"use_checkpoint": "selective", "channels_last": True, "compile_mode": "default"}
+
+
+@pytest.fixture(name="compiled")
+def fixture_compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """`torch.compile` without its code generator, which takes minutes; the graphs that it would have got."""
+    graphs: list[torch.fx.GraphModule] = []
+    compile_ = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph
+
+    def without_generator(function: Callable[..., Any], *, mode: str, **options: Any) -> Callable[..., Any]:
+        return compile_(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", without_generator)
+    return graphs
+
+
+@pytest.fixture(name="fast")
+def fixture_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], None]:
+    """Trains the tiny model with fast.yaml over it."""
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str) -> None:
+        base = "" if "--resume" in line else "-b tiny.yaml fast.yaml data.params.batch_size=4 "
+        run_main(monkeypatch, f"{base}-t --no-test {line}")
+
+    return call
+
+
+def tiny(**changes: object) -> UNetModel:
+    return fill_seeded(UNetModel(**CONFIG["model"]["params"]["unet_config"]["params"] | changes))
+
+
+def outcome(unet: UNetModel, batch: int = 2) -> list[torch.Tensor]:
+    """The output, and the gradient of every parameter."""
+    x, context = seeded_tensor("fast/x", (batch, 4, 4, 4)), seeded_tensor("fast/context", (batch, 5, 8))
+    out = unet(x, torch.arange(batch), context)
+    out.square().mean().backward()
+    return [out.detach(), *(parameter.grad for parameter in unet.parameters())]
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Some gradients are zero but for rounding, so that the largest tells what is close."""
+    largest = max(float(value.detach().norm()) for value in expected)
+    for value, correct in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, correct, atol=1e-5 * largest, rtol=1e-4)
+
+
+def test_compiled_blocks_compute_the_same(compiled: list[torch.fx.GraphModule]) -> None:
+    plain, fast = tiny(), tiny(**FAST)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert_close(outcome(fast), outcome(plain))
+    assert len(compiled) == len(fast.input_blocks) + 1 + len(fast.output_blocks)
+
+
+def test_without_gradients_nothing_is_compiled(compiled: list[torch.fx.GraphModule]) -> None:
+    given = torch.ones(3, 4, 4, 4), torch.ones(3), torch.ones(3, 5, 8)
+    with torch.no_grad():
+        fast, plain = tiny(**FAST)(*given), tiny()(*given)
+    assert not compiled
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_a_fast_run_goes_on_as_if_it_had_not_stopped(
+    fast: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    fast("-l straight --max_steps 3")
+    assert len(asked) == 5 and asked[0]["mode"] == "default"
+    fast("-l resumed --max_steps 1 lightning.callbacks.image_logger.params.disabled=False")
+    resumed = the_run(tmp_path / "resumed")
+    fast(f"--resume {resumed} --max_steps 3")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+    assert list((resumed / "images" / "train").glob("*.png"))
+    keys = state(resumed / "checkpoints" / "last.ckpt")["state_dict"].keys()
+    assert keys == build_model(load_config([tmp_path / "tiny.yaml"])).state_dict().keys()
+
+
+def test_a_machine_that_cannot_compile_is_told_what_to_do(
+    fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode, **options: compile_(function, backend=backend, **options)
+    )
+    with pytest.raises(
+        UserError, match=r"no compiler here\); .* set model\.params\.unet_config\.params\.compile_mode=null"
+    ):
+        fast("--max_steps 1")
+
+
+def test_the_code_generator_takes_a_block() -> None:
+    """Through torch's own code generator, which needs a C++ compiler, as training on a CPU with it does."""
+    plain, fast = tiny(), tiny(**FAST)
+    given = seeded_tensor("fast/h", (2, 32, 4, 4)), seeded_tensor("fast/emb", (2, 128))
+    results = []
+    for unet in (plain, fast):
+        block = unet.output_blocks[0][0]
+        if unet is fast:
+            block.compile(mode="default", dynamic=False, fullgraph=True)
+        h = torch.cat([given[0]] * 2, 1).contiguous(memory_format=unet.memory_format).requires_grad_()
+        out = block(h, given[1])
+        results.append([out, *torch.autograd.grad(out.square().sum(), [h, *block.parameters()])])
+    assert_close(*reversed(results))
