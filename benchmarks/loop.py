@@ -134,22 +134,21 @@ def bare(options: argparse.Namespace) -> float:
     import torch
 
     from ldm.planning.batch import make_batch
-    from ldm.planning.step import _precision
     from ldm.training.config import build_model, load_config
 
     config = load_config(
         [CONFIG, *([options.tier] if options.tier else [])], [a for a in arguments(options) if "=" in a]
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights, autocast = _precision((config.lightning.trainer or {}).get("precision"))
-    model = build_model(config).to(device, weights).train()
+    precision = config.lightning.trainer.get("precision")
+    model = build_model(config).to(device, torch.bfloat16 if precision == "bf16-true" else torch.float32).train()
     model.learning_rate = 1e-6
     optimizer = model.configure_optimizers()
     batch = {key: torch.randn_like(value.float()).to(device) for key, value in
              make_batch(model, config, options.batch, options.size).items()}  # fmt: skip
 
     def closure() -> torch.Tensor:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
             loss, _ = model.shared_step(batch)
         optimizer.zero_grad()
         loss.backward()
