@@ -71,7 +71,7 @@ def compare(folders: dict[str, Path], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for all results; emptied first")
-    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning")
     options = parser.parse_args()
     os.chdir(Path(__file__).resolve().parents[1])
     out = options.out
