@@ -105,6 +105,18 @@ def test_a_fast_run_goes_on_as_if_it_had_not_stopped(
     assert keys == build_model(load_config([tmp_path / "tiny.yaml"])).state_dict().keys()
 
 
+def test_before_torch_2_13_the_blocks_share_a_larger_stock_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo.config as limits
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    monkeypatch.setattr(limits, "recompile_limit", 8)
+    monkeypatch.setattr("ldm.modules.diffusionmodules.openaimodel._ISOLATES", False)
+    tiny(**FAST)
+    assert len(asked) == 5 and not any("isolate_recompiles" in options for options in asked)
+    assert limits.recompile_limit == 20
+
+
 def test_a_machine_that_cannot_compile_is_told_what_to_do(
     fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

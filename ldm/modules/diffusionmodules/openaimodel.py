@@ -6,6 +6,7 @@ B batch, C channels, H and W height and width, E features of the time embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ldm.modules.diffusionmodules.blocks import (
 from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_embedding, zero_module
 from ldm.util import UserError
 
+_ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from torch 2.13 on
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -219,9 +221,9 @@ class UNetModel(nn.Module):
             zero_module(conv_nd(dims, model_channels, out_channels, 3, padding=1)),
         )
         if compile_mode is not None:
-            for block in (*self.input_blocks, self.middle_block, *self.output_blocks):
-                # In place, so that keys stay. By default all blocks would share one small stock of programs.
-                block.compile(mode=compile_mode, dynamic=False, fullgraph=True, isolate_recompiles=True)
+            blocks = (*self.input_blocks, self.middle_block, *self.output_blocks)
+            for block in blocks:  # in place, so that keys stay
+                block.compile(mode=compile_mode, dynamic=False, fullgraph=True, **_room_for_programs(len(blocks)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -263,3 +265,12 @@ class UNetModel(nn.Module):
         for block in self.output_blocks:
             h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.run(self.out, h)
+
+
+def _room_for_programs(blocks: int) -> dict[str, bool]:
+    """Arguments of `torch.compile` for `blocks` of one class, which by default share a stock of a few programs."""
+    if _ISOLATES:
+        return {"isolate_recompiles": True}
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * blocks)  # a few sizes of picture each
+    return {}
