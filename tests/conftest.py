@@ -13,6 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 
 
+@pytest.fixture(autouse=True)
+def no_run_folder_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run tells its folder to the processes that it starts, by the environment, which outlives it among tests."""
+    monkeypatch.delenv("LDM_RUN_FOLDER", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release checkpoint of the demo's tiny model, with seeded weights."""

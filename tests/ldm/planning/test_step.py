@@ -18,11 +18,11 @@ BF16 = "lightning.trainer.precision=bf16-true"
 OPTIMIZER = "model.params.optimizer_config"
 
 
-def predicted(*names: str) -> dict[str, float]:
-    """GiB by category at batch 1 and 512×512, of configs and overrides."""
+def predicted(*names: str, pictures: int = 1) -> dict[str, float]:
+    """GiB by category at 512×512, of configs and overrides."""
     overrides = [name for name in names if "=" in name]
     config = load_config([name for name in names if "=" not in name], overrides)
-    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, pictures=1).items()}
+    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, pictures=pictures).items()}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from ldm.util import UserError
 @pytest.fixture(autouse=True)
 def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LDM_RUN_FOLDER", raising=False)
 
 
 def plan(line):
