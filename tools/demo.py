@@ -20,7 +20,7 @@ RELEASE = Path("data/base/emoji.safetensors")  # a tiny model of emoji that has 
 DRAWING = ("--steps", 25, "--scale", 3, "--sampler", "dpm_solver")
 SAMPLING = "demo_tiny_release.yaml"
 TRAINING = "demo_tiny.yaml"
-NEW_PROMPTS = ["tom the cat, grinning", "tom the cat, crying", "tom the cat, in love"]
+NEW_PROMPTS = ["tom the cat, grinning", "tom the cat, crying", "tom the cat, smiling with heart eyes"]
 NEIGHBOURS = ["bear", "mouse face", "dog face", "tiger face", "fox"]
 # What the second training is reminded of, drawn from the released model itself: other animals than those above.
 PRIOR = ["panda", "koala", "wolf", "lion", "raccoon", "hamster", "rabbit face", "cow face", "pig face", "frog"]
@@ -50,7 +50,7 @@ def compare(folders: dict[str, Path], out: Path) -> None:
 
     from ldm.pictures import save_png
 
-    side, gap, label, head = 96, 4, 190, 28  # pixels
+    side, gap, label, head = 96, 4, 270, 28  # pixels
     block = SAMPLES * (side + gap) + 2 * gap
     prompts = NEW_PROMPTS + NEIGHBOURS
     sheet = Image.new("RGB", (label + len(folders) * block, head + len(prompts) * (side + gap)), "white")
