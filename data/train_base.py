@@ -4,7 +4,7 @@ Beside it goes `loss_curves.csv`.
 
     python data/train_base.py --folder logs/base --out data/base/emoji.safetensors
 
-Hours on two cores. It goes on where it stopped: give the same command again.
+An hour and a half on one core with AMX, hours elsewhere. It goes on where it stopped: give the same command again.
 """
 
 from __future__ import annotations

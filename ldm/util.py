@@ -50,15 +50,6 @@ def get_obj_from_str(path: str) -> Any:
     return getattr(module, attribute)
 
 
-def valid_params(target: Callable[..., Any]) -> set[str] | None:
-    """The keyword names that `target` takes, or None when it takes any.
-
-    A class whose `__init__` passes `**kwargs` on is read together with the classes that it inherits from.
-    """
-    named, takes_any = _parameters(target)
-    return None if takes_any else set(named)
-
-
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """What `target` takes by name, and whether it takes any other name too."""
     initialisers = [target]

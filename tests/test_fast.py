@@ -110,11 +110,11 @@ def test_before_torch_2_13_the_blocks_share_a_larger_stock_of_programs(monkeypat
 
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
-    monkeypatch.setattr(limits, "recompile_limit", 8)
     monkeypatch.setattr("ldm.modules.diffusionmodules.openaimodel._ISOLATES", False)
-    tiny(**FAST)
+    with limits.patch(recompile_limit=8):
+        tiny(**FAST)
+        assert limits.recompile_limit == 20
     assert len(asked) == 5 and not any("isolate_recompiles" in options for options in asked)
-    assert limits.recompile_limit == 20
 
 
 def test_a_machine_that_cannot_compile_is_told_what_to_do(

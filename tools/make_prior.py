@@ -3,7 +3,7 @@
 
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
 python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/taught/%06d.tar --teacher 8
-python tools/make_prior.py --shards data/cats --out data/taught/%06d.tar --teacher 8
+python tools/make_prior.py --shards 'data/class/*.tar' --out data/taught/%06d.tar --teacher 8
 """
 
 from __future__ import annotations

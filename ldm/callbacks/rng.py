@@ -63,8 +63,7 @@ class StepSeeds(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seed_all(self.seed, trainer.global_rank, _VALIDATION)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seed(trainer, _DATA, trainer.fit_loop.batch_idx)
+    on_validation_end = on_train_start
 
     def _seed(self, trainer: Trainer, stream: int, batch_idx: int) -> None:
         seed_all(self.seed, trainer.global_rank, stream, trainer.global_step, max(batch_idx, 0))

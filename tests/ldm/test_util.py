@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config, valid_params
+from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 
 class Base:
@@ -37,9 +37,10 @@ def test_params_may_be_left_out() -> None:
 
 
 def test_keywords_passed_on_are_those_of_the_parents() -> None:
-    assert valid_params(Derived) == {"colour", "width", "depth"}
-    assert valid_params(Base) == {"width", "depth"}
-    assert valid_params(lambda **anything: None) is None
+    check_params("Derived", Derived, dict.fromkeys(["colour", "width", "depth"], 1))
+    check_params("anything", lambda **anything: None, {"colour": 1})
+    with pytest.raises(UserError, match="'colour'"):
+        check_params("Base", Base, {"colour": 1})
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def predicted(*names: str, pictures: int = 1) -> dict[str, float]:
     [
         ([BASE, RESIDENT], 13.26),
         ([BASE, RESIDENT, f"{OPTIMIZER}={{target: torch.optim.AdamW}}"], 16.01),  # foreach, which torch prefers on CUDA
-        ([BASE, RESIDENT, "lightning.trainer.precision=bf16-mixed"], 13.10),
+        ([BASE, RESIDENT, "lightning.trainer.precision=bf16-mixed"], 13.03),
         ([BASE, BF16], 6.51),
         ([BASE, BF16, f"{OPTIMIZER}={{target: ldm.optim.low_bit.AdamW8bit}}"], 4.93),
         ([BASE, "lean.yaml"], 3.45),
