@@ -13,7 +13,6 @@ The full disk is a tmpfs, which only root may mount; without that it is left out
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import random
 import shutil
@@ -35,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 from benchmarks.child_runs import read_losses, start
 from ldm.checkpoint import load_checkpoint
 from ldm.cli import run
+from ldm.data import npy
 from ldm.data.writer import ShardWriter
 from ldm.util import UserError
 
@@ -132,9 +132,7 @@ def write_shards(folder: Path) -> None:
     generator = np.random.default_rng(0)
 
     def encoded(*shape: int) -> bytes:
-        buffer = io.BytesIO()
-        np.save(buffer, generator.standard_normal(shape).astype(np.float16))
-        return buffer.getvalue()
+        return npy.encode(generator.standard_normal(shape).astype(np.float16))
 
     for pattern, samples in (("train-%06d.tar", 24), ("prior.tar", 5)):
         with ShardWriter(str(folder / pattern), 8) as writer:

@@ -10,7 +10,6 @@ command, memory-mapped pages included. Takes about 32 GB of disk, which is freed
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 from ldm.checkpoint import Pending, load_state_dict, save_state_dict
 from ldm.cli import run
+from ldm.data import npy
 from ldm.data.writer import ShardWriter
 from ldm.util import UserError
 
@@ -143,9 +143,7 @@ def write_shard(folder: Path, samples: int, latent_size: int) -> None:
     generator = np.random.default_rng(0)
 
     def encoded(*shape: int) -> bytes:
-        buffer = io.BytesIO()
-        np.save(buffer, generator.standard_normal(shape).astype(np.float16))
-        return buffer.getvalue()
+        return npy.encode(generator.standard_normal(shape).astype(np.float16))
 
     with ShardWriter(str(folder / "shard.tar"), samples) as writer:
         for index in range(samples):

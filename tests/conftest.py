@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -38,5 +39,20 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def call(script: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
         line: Sequence[str] = [sys.executable, str(ROOT / script), *map(str, arguments)]
         return subprocess.run(line, capture_output=True, text=True, cwd=cwd)
+
+    return call
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | int | None]:
+    """Runs a tool of this repository in this process; returns what it exits with: None or the error."""
+
+    def call(tool: Path, *arguments: object) -> str | int | None:
+        monkeypatch.setattr(sys, "argv", [str(tool), *map(str, arguments)])
+        try:
+            runpy.run_path(str(tool), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return None
 
     return call

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,21 +50,13 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+def here(releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable) -> Callable:
     """Run the command in this process, in a folder with links to the releases; returns None or the error."""
     for path in releases.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: object) -> str | int | None:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-        return None
-
-    return call
+    return partial(run_tool, TOOL)
 
 
 def pair(base: str = "base.safetensors", ckpt: str = "tuned.ckpt", config: str = "release.yaml") -> tuple[str, ...]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +35,9 @@ def shards(tiny_release: Path, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def inspect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+def inspect(run_tool: Callable) -> Callable[..., str | None]:
     """Runs the command in this process; returns what it exits with: None or the error."""
-
-    def call(*words: object) -> str | None:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-        return None
-
-    return call
+    return partial(run_tool, TOOL)
 
 
 def test_text_json_and_sheet(inspect, shards, tiny_release, tmp_path, caplog):

@@ -2,8 +2,7 @@
 
 import json
 import re
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +26,11 @@ AS_TRAINED = ["first_stage_key=f8", "cond_stage_key=txt", "prior_target=teacher"
 
 
 @pytest.fixture
-def make_prior(tiny_release, monkeypatch, tmp_path):
+def make_prior(tiny_release, monkeypatch, tmp_path, run_tool):
     """Runs the command in this process; returns what it exits with: None or the error."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, ("--ckpt", tiny_release, *FAST, *arguments))])
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-        return None
-
-    return call
+    return partial(run_tool, TOOL, "--ckpt", tiny_release, *FAST)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,18 +68,9 @@ def preencode(*arguments):
 
 
 @pytest.fixture
-def here(monkeypatch):
+def here(run_tool):
     """Run the command in this process, which spares the imports; returns what it exits with: None or the error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-        return None
-
-    return run
+    return partial(run_tool, TOOL)
 
 
 def test_help_answers_at_once():
