@@ -7,7 +7,8 @@
 The bare step is forward, backward, optimizer and moving average on one batch that is there. The loop is `main.py` with
 its loader, callbacks and loggers, pictures and checkpoints apart. Both take the same config, run in processes of their
 own, in turn, and are timed after `--warm-up` steps; on a CPU in processor time, which a busy machine does not change,
-so leave `--workers` at 0 there. Shards hold random posteriors and text embeddings.
+so leave `--workers` at 0 there. Shards hold random posteriors and text embeddings. On a GPU the peak memory of the loop
+stands beside what tools/plan_memory.py predicts and beside what the driver reports.
 """
 
 from __future__ import annotations
@@ -55,25 +56,40 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         from benchmarks.recipe_full_size import write_shard
 
-        samples = max(256, 2 * options.batch)
+        samples = max(256, 16 * options.batch)
         write_shard(Path(name) / "shards", samples, options.size // 8)
         if options.profile:
             worker("loop", name)
             return
-        rounds: dict[str, list[float]] = {side: [] for side in SIDES}
+        rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for number in range(options.rounds):
             for side in SIDES if number % 2 == 0 else reversed(SIDES):
                 rounds[side].append(worker(side, name))
-                print(f"round {number + 1}  {side:<5} {rounds[side][-1]:9.2f} img/s", flush=True)
-        ratios = [one / other for one, other in zip(rounds["loop"], rounds["bare"], strict=True)]
+                print(f"round {number + 1}  {side:<5} {rounds[side][-1]['rate']:9.2f} img/s", flush=True)
+        ratios = [one["rate"] / other["rate"] for one, other in zip(rounds["loop"], rounds["bare"], strict=True)]
         shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         print(f"loop / bare, a round: {shown}; median {statistics.median(ratios):.3f}")
-        rate = worker("reader", name)
-        print(f"reader, one core: {rate:.0f} samples/s, {rate / APPETITE:.2f} of {APPETITE}")
+        compare_memory(rounds["loop"], options)
+        read = worker("reader", name)
+        share = read["rate"] / APPETITE
+        print(f"reader, one core: {read['rate']:.0f} samples/s of its time, {read['rate_by_wall']:.0f} by the wall; "
+              f"{share:.2f} of {APPETITE}")  # fmt: skip
 
 
-def worker(side: str, folder: str) -> float:
-    """Run one side in a process of its own; images a second."""
+def compare_memory(figures: list[dict[str, float]], options: argparse.Namespace) -> None:
+    """Print the loop's peak on a GPU beside the predicted one."""
+    peak, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
+    if not peak:
+        return
+    from ldm.planning.step import peak_of_step
+
+    predicted = sum(peak_of_step(config_of(options), options.batch, options.size).values()) / 2**30
+    print(f"loop's peak {peak:.2f} GiB, predicted {predicted:.2f} ({peak / predicted - 1:+.1%}); "
+          f"by the driver {driver:.2f}")  # fmt: skip
+
+
+def worker(side: str, folder: str) -> dict[str, float]:
+    """Run one side in a process of its own; images or samples a second, and GiB on a GPU."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder)
     if "--profile" in sys.argv:
@@ -81,24 +97,46 @@ def worker(side: str, folder: str) -> float:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def overrides(options: argparse.Namespace) -> list[str]:
+    return [
+        f"data.params.batch_size={options.batch}",
+        f"data.params.num_workers={options.workers}",
+        f"model.params.unet_config.params.model_channels={options.channels}",
+        f"model.params.use_ema={options.ema}",
+        "lightning.callbacks.image_logger.params.disabled=True",
+    ]
+
+
 def arguments(options: argparse.Namespace) -> list[str]:
     """Those of main.py, for as many steps as are run."""
-    data = {
-        "training_urls": options.folder / "shards/shard.tar",
-        "batch_size": options.batch,
-        "num_workers": options.workers,
-    }
-    overrides = [f"data.params.{key}={value}" for key, value in data.items()]
-    overrides += [f"model.params.unet_config.params.model_channels={options.channels}"]
-    overrides += [f"model.params.use_ema={options.ema}", "lightning.callbacks.image_logger.params.disabled=True"]
+    data = f"data.params.training_urls={options.folder / 'shards/shard.tar'}"
     flags = "-t --no-test --enable_checkpointing False --gpus 0, --max_steps"
-    base = ["--base", CONFIG, *([options.tier] if options.tier else [])]
     steps = options.warm_up + options.steps
-    return [*base, *flags.split(), str(steps), "--logdir", str(options.folder / "logs"), *overrides]
+    return [
+        "--base",
+        *configs(options),
+        *flags.split(),
+        str(steps),
+        "--logdir",
+        str(options.folder / "logs"),
+        data,
+        *overrides(options),
+    ]
 
 
-def loop(options: argparse.Namespace) -> float:
-    """Images a second of `main.py`."""
+def configs(options: argparse.Namespace) -> list[str]:
+    return [CONFIG, *([options.tier] if options.tier else [])]
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    """The config that both sides train by."""
+    from ldm.training.config import load_config
+
+    return load_config(configs(options), overrides(options))
+
+
+def loop(options: argparse.Namespace) -> dict[str, float]:
+    """Images a second of `main.py`, and its memory."""
     import cProfile
     import pstats
 
@@ -108,11 +146,13 @@ def loop(options: argparse.Namespace) -> float:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
     edges: list[float] = []
-    seen = 0
+    seen, peak = 0, 0
     begin, profile = LatentDiffusion.on_train_batch_start, cProfile.Profile()
 
     def noting(model: Any, batch: Any, batch_idx: int) -> Any:
-        nonlocal seen
+        nonlocal seen, peak
+        if torch.cuda.is_available():  # CUDACallback begins anew in each epoch
+            peak = max(peak, torch.cuda.max_memory_allocated())
         if options.profile and seen == options.warm_up:
             profile.enable()
         if seen in (options.warm_up, options.warm_up + options.steps - 1):
@@ -126,19 +166,19 @@ def loop(options: argparse.Namespace) -> float:
     if options.profile:
         profile.disable()
         pstats.Stats(profile, stream=sys.stdout).sort_stats("cumulative").print_stats(90)
-    return options.batch * (options.steps - 1) / (edges[1] - edges[0])
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    rate = options.batch * (options.steps - 1) / (edges[1] - edges[0])
+    return {"rate": rate, "gib": peak / 2**30, "driver_gib": (total - free) / 2**30}
 
 
-def bare(options: argparse.Namespace) -> float:
+def bare(options: argparse.Namespace) -> dict[str, float]:
     """Images a second of steps on one batch, as `main.py` would configure them."""
     import torch
 
     from ldm.planning.batch import make_batch
-    from ldm.training.config import build_model, load_config
+    from ldm.training.config import build_model
 
-    config = load_config(
-        [CONFIG, *([options.tier] if options.tier else [])], [a for a in arguments(options) if "=" in a]
-    )
+    config = config_of(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = config.lightning.trainer.get("precision")
     model = build_model(config).to(device, torch.bfloat16 if precision == "bf16-true" else torch.float32).train()
@@ -161,10 +201,10 @@ def bare(options: argparse.Namespace) -> float:
         optimizer.zero_grad()
         if model.use_ema:
             model.model_ema(model.model)
-    return options.batch * options.steps / (clock(torch) - start)
+    return {"rate": options.batch * options.steps / (clock(torch) - start)}
 
 
-def reader(options: argparse.Namespace) -> float:
+def reader(options: argparse.Namespace) -> dict[str, float]:
     """Samples that the loader reads, decodes and batches in a second of one core's time, from files in memory."""
     import torch
 
@@ -175,12 +215,13 @@ def reader(options: argparse.Namespace) -> float:
         batch_size=64, training_urls=str(options.folder / "shards/shard.tar"), null_cond_dropout=0.1
     )
     data.setup("fit")
-    loader, rates = data.train_dataloader(), []
+    loader, rates, by_wall = data.train_dataloader(), [], []
     for _ in range(5):
-        start = time.process_time()
+        start, start_by_wall = time.process_time(), time.perf_counter()
         count = sum(len(batch["f8"]) for batch in loader)
         rates.append(count / (time.process_time() - start))
-    return max(rates)
+        by_wall.append(count / (time.perf_counter() - start_by_wall))
+    return {"rate": max(rates), "rate_by_wall": max(by_wall)}
 
 
 def clock(torch: Any) -> float:

@@ -79,6 +79,10 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if gradient.device.type == "cuda":
+            # In its own type and into pinned memory: converted there, it would take twice the memory, the bus twice the
+            # time, and an unpinned copy several times that.
+            gradient = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True).copy_(gradient)
         return gradient.to(**ctx.home, copy=True), None
 
 
