@@ -177,9 +177,12 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
 
     from ldm.planning.batch import make_batch
     from ldm.training.config import build_model
+    from ldm.training.host_memory import keep_freed_memory
 
     config = config_of(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as main.py does
     precision = config.lightning.trainer.get("precision")
     model = build_model(config).to(device, torch.bfloat16 if precision == "bf16-true" else torch.float32).train()
     model.learning_rate = 1e-6

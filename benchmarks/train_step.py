@@ -7,8 +7,11 @@ drifts slows all. Same shapes, batch, precision and AdamW; random weights. The s
     python benchmarks/train_step.py --size 512 --batch 1 --precision bf16 --rounds 3
     python benchmarks/train_step.py --sides fast diffusers-compiled --size 512 --batch 64 --precision bf16 --steps 20
 
-plain: the recipe as it stands, by the options. fast, lean, minimal: with that config over it; lean is bfloat16 whatever
-the precision, with its own optimizer. diffusers: by the options. diffusers-compiled: channels last and compiled whole.
+plain: the recipe as it stands, by the options. in-backward: the same, its AdamW stepped within backward. fast, lean,
+minimal: with that config over it; lean is bfloat16 whatever the precision, with its own optimizer. diffusers: by the
+options. diffusers-compiled: channels last and compiled whole.
+
+On a CPU ours keep freed memory, as main.py does, and diffusers' do not, unless --keep-memory gives it to all.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 TIERS = ("fast", "lean", "minimal")
-OURS = ("plain", *TIERS)
+OURS = ("plain", "in-backward", *TIERS)
 PEERS = ("diffusers", "diffusers-compiled")
 CONTEXT = (77, 768)
 ADAMW = {"target": "torch.optim.AdamW", "params": {"fused": True}}
+IN_BACKWARD = {"target": "ldm.optim.InBackward", "params": {"optimizer": ADAMW}}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default fp32)")
     parser.add_argument("--checkpointing", action="store_true", help="plain, diffusers: recompute activations")
     parser.add_argument("--channels-last", action="store_true", help="plain, diffusers: feature maps as NHWC")
+    parser.add_argument("--keep-memory", action="store_true", help="on a CPU: freed memory is kept for diffusers too")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones (default 2)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a round (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all sides (default 3)")
@@ -61,17 +66,14 @@ def build_ours(side: str, options: argparse.Namespace) -> tuple[Any, dict[str, A
     params = config["model"]["params"]
     unet = params["unet_config"]
     unet["params"]["model_channels"] = options.channels
-    if side == "plain":
+    if side not in TIERS:
         unet["params"] |= {"use_checkpoint": options.checkpointing, "channels_last": options.channels_last}
     if side == "minimal":
         unet["params"]["stream_dtype"] = options.precision
     with without_initialisation():
         module = instantiate_from_config(unet)
-    return (
-        module,
-        params.get("optimizer_config") or ADAMW,
-        config["lightning"]["trainer"].get("precision") == "bf16-true",
-    )
+    optimizer = IN_BACKWARD if side == "in-backward" else params.get("optimizer_config") or ADAMW
+    return module, optimizer, config["lightning"]["trainer"].get("precision") == "bf16-true"
 
 
 def build_diffusers(side: str, options: argparse.Namespace) -> Any:
@@ -98,8 +100,11 @@ def work(options: argparse.Namespace) -> dict[str, float]:
 
     from ldm.callbacks.device import peak_memory
     from ldm.optim import build_optimizer
+    from ldm.training.host_memory import keep_freed_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.keep_memory or (device.type == "cpu" and options.side in OURS):
+        keep_freed_memory()
     torch.manual_seed(0)
     if options.side in OURS:
         unet, described, halves = build_ours(options.side, options)

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ldm.modules.cpu import is_on_cpu
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
 
 # Scores a head up to which plain matrix products train faster than torch's fused kernel on a CPU, in bfloat16. In
@@ -21,7 +22,7 @@ _FEW_SCORES = 128 * 128
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v of queries (B, H, N, D), keys and values (B, H, M, D) (arXiv:1706.03762, eq. 1)."""
     is_few = q.shape[-2] * k.shape[-2] <= _FEW_SCORES
-    if is_few and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    if is_few and is_on_cpu(q) and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)

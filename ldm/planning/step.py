@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.modules.cpu import as_on_cuda
 from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
 from ldm.optim import build_optimizer
 from ldm.planning.batch import gives_pictures, make_batch
@@ -72,7 +73,7 @@ def _on_the_cpu() -> Iterator[None]:
     """What differs on the CPU is made as it is on CUDA; nothing is compiled, and nobody warned of fake tensors."""
     compiled, torch.compile = torch.compile, _uncompiled
     try:
-        with _CudaAutocast(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        with as_on_cuda(), _CudaAutocast(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -17,6 +17,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from ldm.callbacks.signals import TrainingStopped
 from ldm.training.compatibility import check_in_backward
+from ldm.training.host_memory import keep_freed_memory
+from ldm.training.host_state import HostStateStrategy
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -31,6 +33,8 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         UserError: Lightning or the optimizer refuses the combination of arguments, or the device has too little memory.
     """
     check_in_backward(model, trainer)
+    if trainer.strategy.root_device.type == "cpu" or isinstance(trainer.strategy, HostStateStrategy):
+        keep_freed_memory()
     log.info("Run folder: %s", run.folder)
     is_new = not run.folder.exists()
     try:

@@ -11,6 +11,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from ldm.modules.diffusionmodules.convolution import Conv2d
+
 # The schedules are public under this module's name too.
 from ldm.modules.diffusionmodules.schedule import (  # noqa: F401
     extract_into_tensor,
@@ -20,7 +22,7 @@ from ldm.modules.diffusionmodules.schedule import (  # noqa: F401
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 

@@ -1,0 +1,41 @@
+"""Two-dimensional convolution that is fast on a CPU too where weights are many and pixels few."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.cpu import is_on_cpu
+
+# Weights a kernel position and output pixel, from which a matrix product trains faster on a CPU than the convolution,
+# that brings weights and their gradients into a layout of its own and back (benchmarks/cpu_convolution.py).
+_MANY_WEIGHTS = 5000
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d`; on a CPU, a few pixels with many weights are a matrix product of their neighbourhoods.
+
+    Input (B, C_in, H, W), output (B, C_out, H', W'). Results differ from the other way's by rounding alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._as_product(x) if self._has_many_weights(x) else super().forward(x)
+
+    def _has_many_weights(self, x: Tensor) -> bool:
+        if not is_on_cpu(x) or self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return False
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+        return self.in_channels * self.out_channels >= _MANY_WEIGHTS * pixels
+
+    def _as_product(self, x: Tensor) -> Tensor:
+        neighbourhoods = F.unfold(
+            x, self.kernel_size, self.dilation, self.padding, self.stride
+        )  # B (C_in kh kw) pixels
+        out = F.linear(neighbourhoods.transpose(1, 2), self.weight.flatten(1), self.bias)  # B pixels C_out
+        size = [
+            (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for length, padding, dilation, kernel, stride in zip(
+                x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        ]
+        return out.transpose(1, 2).unflatten(2, size)  # B C_out H' W'
