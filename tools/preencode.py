@@ -4,7 +4,7 @@
         --config configs/latent-diffusion/stable_diffusion_v1.yaml \\
         --images pictures/ --out shards/toms-%06d.tar --size 512 --flip
 
-Interrupted, it goes on when the same command is given again. Under torchrun, on one machine or several that share the
+Interrupted, it goes on when the same command is given again. Under torchrun or srun, on one machine or several that share the
 folder of --out, each process makes its share of the shards.
 """
 

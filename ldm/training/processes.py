@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.training.ranks import Ranks
+from ldm.training.ranks import Ranks, is_srun_task
 from ldm.training.trainer_arguments import is_single
 from ldm.util import UserError
 
@@ -28,10 +28,9 @@ def launched() -> Launch | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ranks = Ranks.from_environment()
         return Launch("torchrun", ranks.local_world, ranks.world // ranks.local_world)
-    if "SLURM_STEP_NUM_TASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        world = int(os.environ["SLURM_STEP_NUM_TASKS"])
-        machines = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
-        return Launch("srun", world // machines, machines)
+    if is_srun_task():
+        ranks = Ranks.from_environment()
+        return Launch("srun", ranks.local_world, ranks.world // ranks.local_world)
     return None
 
 

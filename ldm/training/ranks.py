@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun and its like say in the environment."""
+"""Which of several processes this one is, as torchrun and Slurm say in the environment."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from typing import TypeVar
 from ldm.util import UserError
 
 T = TypeVar("T")
+
+# What torchrun says, and what holds where it says nothing.
+_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+
+
+def is_srun_task() -> bool:
+    """Whether `srun` started this process, and not an interactive shell that it was typed in."""
+    return "SLURM_STEP_NUM_TASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 @dataclass(frozen=True)
@@ -23,18 +31,17 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say; a process alone where they are not set.
+        """What RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say, or else Slurm's variables of an `srun`; a process
+        alone where none are set.
 
         Raises:
             UserError: they are no numbers, or contradict each other.
         """
-        values = []
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            text = os.environ.get(name, "1" if name.endswith("SIZE") else "0")
-            if not text.isdecimal():
-                raise UserError(f"{name}={text} in the environment: is no number from 0")
-            values.append(int(text))
-        ranks = cls(*values)
+        if "RANK" not in os.environ and is_srun_task():
+            world = _number("SLURM_STEP_NUM_TASKS", 1)
+            machines = max(_number("SLURM_STEP_NUM_NODES", 1), 1)
+            return cls(_number("SLURM_PROCID", 0), world, _number("SLURM_LOCALID", 0), max(world // machines, 1))
+        ranks = cls(*(_number(name, default) for name, default in _TORCHRUN.items()))
         if ranks.rank >= ranks.world:
             raise UserError(f"RANK={ranks.rank} WORLD_SIZE={ranks.world} in the environment: ranks count from 0")
         return ranks
@@ -42,3 +49,10 @@ class Ranks:
     def share(self, everything: Sequence[T]) -> Sequence[T]:
         """What of `everything` is this process's: each has every `world`-th."""
         return everything[self.rank :: self.world]
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} in the environment: is no number from 0")
+    return int(text)

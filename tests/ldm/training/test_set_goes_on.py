@@ -182,23 +182,6 @@ def test_a_process_that_was_killed_is_waited_for(pictures, whole, tmp_path):
     assert report.samples == 0 and model.first_stage_model.calls == []
 
 
-def test_ranks_are_read_from_the_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert Ranks.from_environment() == Ranks(0, 1, 0, 1)
-    for name, value in (("RANK", 5), ("WORLD_SIZE", 8), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 4)):
-        monkeypatch.setenv(name, str(value))
-    assert Ranks.from_environment() == Ranks(5, 8, 1, 4)
-    shares = [list(Ranks(rank, 3).share(range(8))) for rank in range(3)]
-    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    monkeypatch.setenv("RANK", "8")
-    with pytest.raises(UserError, match="RANK=8 WORLD_SIZE=8"):
-        Ranks.from_environment()
-    monkeypatch.setenv("RANK", "x")
-    with pytest.raises(UserError, match="RANK=x in the environment"):
-        Ranks.from_environment()
-
-
 def test_pictures_are_told_apart_by_what_is_known_of_them(pictures):
     first = digest_images(find_images(pictures))
     assert digest_images(find_images(pictures)) == first and re.fullmatch("[0-9a-f]{64}", first)
