@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 
-from ldm.data.sampling import EpochBatchSampler
+from ldm.data.sampling import EpochBatchSampler, never_seen
 from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_number(name: str, value: Any, least: int) -> None:
@@ -53,7 +56,23 @@ class BaseDataModule(pl.LightningDataModule):
         if len(sampler) == 0:
             counts = f"{sum(map(len, groups))} samples, batch_size {self.batch_size}, ranks {self._rank()['world']}"
             raise UserError(f"the {name} data make no batch: {counts}, drop_last {options.get('drop_last', False)}")
+        self._say_never_seen(name, sampler)
         return sampler
+
+    def _say_never_seen(self, name: str, sampler: EpochBatchSampler) -> None:
+        missing = never_seen(sampler.groups, sampler.batch_size, **sampler.options)
+        if not any(missing) or self._rank()["rank"]:
+            return
+        drop_last = sampler.options.get("drop_last", False)
+        logger.warning(
+            "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of picture; "
+            "batch_size %d, ranks %d, drop_last %s): %s",
+            *(name, sum(missing), sum(map(len, sampler.groups)), sum(map(bool, missing)), len(missing)),
+            *(sampler.batch_size, self._rank()["world"], drop_last),
+            "lower batch_size, or set drop_last to false"
+            if drop_last
+            else "use fewer processes, or another batch_size",
+        )
 
     def _shuffle_training(self, shuffle: bool) -> bool:
         # overfitting means the same batches in every epoch

@@ -34,20 +34,45 @@ def epoch_batches(
     every rank one sample is left out.
     """
     rng = np.random.default_rng([seed, epoch])
-    size = batch_size * world
     steps: list[np.ndarray] = []
     for group in groups:
         order = rng.permutation(group) if shuffle else np.asarray(group)
-        cuts = list(range(size, len(order), size))
-        tail = len(order) - (cuts[-1] if cuts else 0)
-        if drop_last and tail < size:
-            order = order[: len(order) - tail]
-        elif cuts and tail < world and size + tail >= 2 * world:
-            cuts[-1] -= world - tail  # the step before gives up what the last one lacks
-        steps += [step for step in np.split(order, cuts) if len(step) >= world]
+        steps += _steps(order, batch_size, world, drop_last)
     if shuffle and len(groups) > 1:
         steps = [steps[i] for i in rng.permutation(len(steps))]
     return [np.array_split(step, world)[rank] for step in steps]
+
+
+def _steps(order: np.ndarray, batch_size: int, world: int, drop_last: bool) -> list[np.ndarray]:
+    """The steps of one group's sample numbers, in their `order`."""
+    size = batch_size * world
+    cuts = list(range(size, len(order), size))
+    tail = len(order) - (cuts[-1] if cuts else 0)
+    if drop_last and tail < size:
+        order = order[: len(order) - tail]
+    elif cuts and tail < world and size + tail >= 2 * world:
+        cuts[-1] -= world - tail  # the step before gives up what the last one lacks
+    return [step for step in np.split(order, cuts) if len(step) >= world]
+
+
+def never_seen(
+    groups: Sequence[np.ndarray],
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    world: int = 1,
+    **_: int,
+) -> list[int]:
+    """How many samples of each group are in no epoch at all, with the arguments of `epoch_batches`.
+
+    Shuffled, what one epoch leaves out another has, but for groups that do not make a single step.
+    """
+    missing = []
+    for group in groups:
+        seen = sum(map(len, _steps(np.asarray(group), batch_size, world, drop_last)))
+        missing.append(0 if shuffle and seen else len(group) - seen)
+    return missing
 
 
 class EpochBatchSampler:

@@ -134,6 +134,17 @@ def test_pictures_of_one_size_share_a_batch(tmp_path):
     assert sorted(len(batch["f8"]) for batch in batches(data)) == [1, 1, 3, 3]
 
 
+def test_pictures_of_a_rare_size_do_not_go_missing_in_silence(tmp_path, caplog):
+    shapes = [(4, 4, 4)] * 6 + [(4, 2, 8)] * 2 + [(4, 8, 2)]
+    members = [member for number, shape in enumerate(shapes) for member in sample_members(number, shape)]
+    urls = str(write_tar(tmp_path / "a.tar", members))
+    assert sum(len(batch["txt"]) for batch in batches(WebDataNpyModuleFromConfig(3, urls))) == 9
+    assert not caplog.records
+    assert sum(len(batch["txt"]) for batch in batches(WebDataNpyModuleFromConfig(3, urls, drop_last=True))) == 6
+    assert "training data: 3 of 9 samples are in no epoch" in caplog.text and "2 of 3 sizes" in caplog.text
+    assert "drop_last True" in caplog.text
+
+
 def test_dropped_captions_are_the_stored_empty_one(tmp_path):
     data = WebDataNpyModuleFromConfig(50, write_set(tmp_path, 400), null_cond_dropout=0.25, num_workers=2, seed=1)
     data.setup("fit")
