@@ -51,9 +51,9 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
-        if not isinstance(null_cond_dropout, (int, float)) or not 0 <= null_cond_dropout <= 1:
+        if not 0 <= null_cond_dropout <= 1:
             raise UserError(f"data.params.null_cond_dropout {null_cond_dropout!r} is no number from 0 to 1")
-        if not isinstance(prior_ratio, (int, float)) or not 0 < prior_ratio < math.inf:
+        if not 0 < prior_ratio < math.inf:
             raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ IS_PRIOR = "is_prior"  # the batch entry, bool (B,)
 TARGETS = ("data", "teacher")
 
 
-def check_prior_settings(weight: Any, target: str) -> None:
-    """Raise `UserError` unless `weight` is a number from 0 and `target` one of `TARGETS`."""
-    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+def check_prior_settings(weight: float, target: str) -> None:
+    """Raise `UserError` unless `weight` is finite and at least 0, and `target` one of `TARGETS`."""
+    if not 0 <= weight < math.inf:
         raise UserError(f"prior_loss_weight {weight!r}: give a number of at least 0")
     if target not in TARGETS:
         raise UserError(f"prior_target {target!r} is unknown; valid: {', '.join(TARGETS)}")
