@@ -42,7 +42,7 @@ def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
     path = folder / METADATA
     found: list[tuple[str, str | None]] = []
     try:
-        lines = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig").splitlines()
+        lines = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig").split("\n")  # "\u2028" is a letter to JSON
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -72,6 +72,13 @@ def test_metadata(tmp_path, caplog):
         items[1].read()
 
 
+def test_only_line_feeds_end_a_line_of_metadata(tmp_path):
+    text = "one\u2028two\x85three\u2029four"
+    lines = [json.dumps({"file_name": f"{n}.png", "text": text}, ensure_ascii=False) for n in range(2)]
+    put(tmp_path, {"metadata.jsonl": "\r\n".join(lines), "0.png": RED, "1.png": RED})
+    assert described(find_images(tmp_path)) == [("0.png", "one two three four"), ("1.png", "one two three four")]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
