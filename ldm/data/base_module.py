@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,8 @@ class BaseDataModule(pl.LightningDataModule):
             return {"rank": 0, "world": 1}
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
 
-    def _sampler(self, groups: list[np.ndarray], name: str, **options: bool) -> EpochBatchSampler:
-        sampler = EpochBatchSampler(groups, self.batch_size, seed=self.seed, **options, **self._rank())
+    def _sampler(self, groups: list[np.ndarray], keys: Sequence[str], name: str, **options: bool) -> EpochBatchSampler:
+        sampler = EpochBatchSampler(groups, self.batch_size, keys, seed=self.seed, **options, **self._rank())
         if len(sampler) == 0:
             counts = f"{sum(map(len, groups))} samples, batch_size {self.batch_size}, ranks {self._rank()['world']}"
             raise UserError(f"the {name} data make no batch: {counts}, drop_last {options.get('drop_last', False)}")

@@ -153,7 +153,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             if self.trainer is not None:
                 dataset.set_epoch(self.trainer.current_epoch)  # the first batch is fetched before Lightning says so
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
-        sampler = self._sampler(dataset.groups(), split, shuffle=shuffle, drop_last=drop_last)
+        sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, shuffle=shuffle, drop_last=drop_last)
         items = EpochItems(dataset, dropout, self.run_seed if training else None)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]

@@ -171,6 +171,7 @@ class ImageCaptionDataset(Dataset):
     """Pictures and captions for training straight from pictures, cropped and scaled to `size`.
 
     An item is `{image_key: float32 (size, size, 3) in [-1, 1], caption_key: str}`; with `flip`, half are mirrored.
+    `sample_keys` are the pictures' names.
 
     Raises:
         UserError: as `find_images`, or a picture of a kind, or with a caption, that cannot be read; on access, a
@@ -190,6 +191,7 @@ class ImageCaptionDataset(Dataset):
         for item in self.items:
             if item.error is not None:
                 raise UserError(f"{item.name}: {item.error}")
+        self.sample_keys = [item.name for item in self.items]
         self.size = size
         self.flip = flip
         self.image_key = image_key

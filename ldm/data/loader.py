@@ -138,6 +138,7 @@ class ResumableLoader(SampleLoader):
         sampler: EpochBatchSampler = self.batch_sampler
         sampler.set_epoch(state.get("epoch", 0))
         described = sampler.described().items()
+        state = {"data": sampler.data, **state}  # which older checkpoints do not tell
         changed = {key: (state.get(key), value) for key, value in described if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())

@@ -89,6 +89,7 @@ class PriorBatchSampler(EpochBatchSampler):
 
     def __init__(self, sampler: EpochBatchSampler, samples: int, ratio: float) -> None:
         super().__init__(sampler.groups, sampler.batch_size, **sampler.options)
+        self.data = sampler.data
         self.samples = samples
         self.count = round(self.batch_size * ratio)
         if self.count < 1:
@@ -96,7 +97,7 @@ class PriorBatchSampler(EpochBatchSampler):
                 f"data.params.prior_ratio {ratio}: no prior sample beside a batch_size of {self.batch_size}"
             )
 
-    def described(self) -> dict[str, int | bool]:
+    def described(self) -> dict[str, int | bool | str]:
         return {**super().described(), "prior_samples": self.samples, "prior_batch_size": self.count}
 
     def __iter__(self) -> Iterator[list[Item]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -55,6 +57,14 @@ def _steps(order: np.ndarray, batch_size: int, world: int, drop_last: bool) -> l
     return [step for step in np.split(order, cuts) if len(step) >= world]
 
 
+def _digest(groups: Sequence[np.ndarray], keys: Sequence[str]) -> str:
+    """Twelve hex digits that tell which samples there are, in which order, and which of them share batches."""
+    hashed = hashlib.sha256(json.dumps([[len(group) for group in groups], list(keys)]).encode())
+    for group in groups:
+        hashed.update(np.asarray(group, np.int64).tobytes())
+    return hashed.hexdigest()[:12]
+
+
 def never_seen(
     groups: Sequence[np.ndarray],
     batch_size: int,
@@ -81,8 +91,11 @@ class EpochBatchSampler:
     `epoch` and `start` say where the next iteration begins, `handed` how many batches of the epoch were used.
     """
 
-    def __init__(self, groups: Sequence[np.ndarray], batch_size: int, **options: int | bool) -> None:
-        """`options` are those of `epoch_batches`, without `epoch`."""
+    def __init__(
+        self, groups: Sequence[np.ndarray], batch_size: int, keys: Sequence[str] = (), **options: int | bool
+    ) -> None:
+        """`keys` are the samples' names, if they have any; `options` those of `epoch_batches`, without `epoch`."""
+        self.data = _digest(groups, keys)
         self.groups = list(groups)
         self.batch_size = batch_size
         self.options = options
@@ -101,10 +114,15 @@ class EpochBatchSampler:
         if epoch != self.epoch:
             self.epoch, self.start, self.handed = epoch, 0, 0
 
-    def described(self) -> dict[str, int | bool]:
+    def described(self) -> dict[str, int | bool | str]:
         """What must be the same for a position to mean the same samples."""
         options = {key: value for key, value in self.options.items() if key != "rank"}
-        return {"samples": sum(map(len, self.groups)), "batch_size": self.batch_size, **options}
+        return {
+            "samples": sum(map(len, self.groups)),
+            "data": self.data,
+            "batch_size": self.batch_size,
+            **options,
+        }
 
     def __len__(self) -> int:
         """Batches in a whole epoch, which is the same for every epoch and rank."""

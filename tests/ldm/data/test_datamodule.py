@@ -102,6 +102,20 @@ def test_a_resumed_run_keeps_the_seed_of_its_order(shard_set, tmp_path, monkeypa
     assert first.seen + second.seen == whole.seen
 
 
+def test_a_position_is_not_one_in_another_set_of_as_many_samples(shard_set, tmp_path):
+    def loader(urls):
+        data = WebDataNpyModuleFromConfig(3, urls)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    members = [member for number in range(50, 60) for member in sample_members(number)]
+    state = loader(shard_set).state_dict() | {"batch": 2}
+    for urls, start in ((shard_set, 2), (str(write_tar(tmp_path / "other.tar", members)), 0)):
+        other = loader(urls)
+        other.load_state_dict(state)
+        assert other.batch_sampler.start == start
+
+
 def batches(data, split="train"):
     data.setup()
     return list(getattr(data, f"{split}_dataloader")())
