@@ -145,6 +145,11 @@ def test_several_sources_of_several_kinds(tmp_path):
     assert described(items) == [("A/x.png", "A"), ("B/x.png", "B"), ("T/set-0.tar/b.png", "b"), ("one.png", "1")]
     with pytest.raises(UserError, match=r"A/x\.png: named twice"):
         find_images([tmp_path / "A", tmp_path / "A"])
+    lines = metadata({"file_name": "x.png", "text": "1"}, {"file_name": "./x.png", "text": "2"})
+    with pytest.raises(UserError, match=r"twice/x\.png: named twice"):
+        find_images(put(tmp_path / "twice", {"metadata.jsonl": lines, "x.png": RED}))
+    with pytest.raises(UserError, match=r"set-0\.tar: named twice"):
+        find_images(f"{tmp_path}/T/set-{{0,0}}.tar")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none: no pictures"):
         find_images([tmp_path / "A", tmp_path / "none"])
