@@ -12,10 +12,11 @@ from ldm.data.dropout import CaptionDropout, EpochItems, load_null
 from ldm.data.index import check_against_index
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
-from ldm.data.shards import TEACHER_KEYS, TEXT_KEYS, ShardDataset
+from ldm.data.shards import TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
 from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.data.verify import verify_shards
+from ldm.entries import TEACHER_KEYS
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)

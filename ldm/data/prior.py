@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from ldm.data.dropout import CaptionDropout, EpochItems
 from ldm.data.index import read_index
-from ldm.data.sampling import DRAW, EpochBatchSampler, Item, draw_name
-from ldm.data.shards import NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS, ShardDataset
+from ldm.data.sampling import EpochBatchSampler, Item, draw_name
+from ldm.data.shards import ShardDataset
+from ldm.entries import DRAW, IS_PRIOR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
 from ldm.util import UserError
 
-IS_PRIOR = "is_prior"  # the batch entry, bool (B,)
 # The log variance that makes a posterior of a latent: the least that one is read with, a standard deviation of 3e-7.
 _NO_SPREAD = -30.0
 # What a stored prediction depends on, beside the weights: attributes of the model, and keys of index.json.

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 Item = tuple[int, int]  # epoch and sample number: all that an item's randomness may depend on
-DRAW = "draw"  # the batch entry that names the random numbers which a training step draws for each sample
 
 
 def draw_name(seed: int, epoch: int, number: int | str) -> str:

@@ -12,8 +12,9 @@ from torch.utils.data import default_collate
 from ldm.data import npy
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
-from ldm.data.shards import TEACHER_KEYS, ShardDataset
+from ldm.data.shards import ShardDataset
 from ldm.data.writer import ShardWriter
+from ldm.entries import TEACHER_KEYS
 from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
 from ldm.training.config import load_config
 from ldm.training.release import load_release

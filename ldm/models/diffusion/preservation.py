@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.entries import IS_PRIOR, TEACHER_KEYS
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.util import UserError
 
-IS_PRIOR = "is_prior"  # the batch entry, bool (B,)
 TARGETS = ("data", "teacher")
 
 
@@ -59,7 +59,7 @@ class Prior:
             return None
         teacher = None
         if target == "teacher":
-            t, noise, prediction = (batch_entry(batch, key) for key in ("t", "noise", "prediction"))
+            t, noise, prediction = (batch_entry(batch, key) for key in TEACHER_KEYS)
             teacher = Teacher(t, noise.float(), prediction.float())
         return cls(batch[IS_PRIOR], weight, teacher)
 
