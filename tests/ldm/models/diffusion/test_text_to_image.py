@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_noise_added_in_steps_is_of_the_seed_too(model: LatentDiffusion) -> None
 def test_guidance_of_one_is_the_plain_prediction(model: LatentDiffusion) -> None:
     plain, guided = pictures(model, REQUESTS[:1], scale=1.0)[0], pictures(model, REQUESTS[:1], scale=1.001)[0]
     torch.testing.assert_close(plain, guided, rtol=0.05, atol=0.05)
+
+
+def test_the_steps_that_run_are_told(model: LatentDiffusion, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert model.num_timesteps == 1000
+    for sampler, steps in (("ddim", 4), ("dpm_solver", 7)):
+        pictures(model, REQUESTS[:1], sampler=sampler, steps=steps)
+    assert not caplog.records
+    pictures(model, REQUESTS[:1], sampler="plms", steps=7)
+    assert "plms runs 8 steps, for 7 do not divide the model's 1000" in caplog.text
 
 
 def test_size_in_pixels(model: LatentDiffusion) -> None:
