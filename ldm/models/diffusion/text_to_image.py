@@ -71,7 +71,7 @@ def draw_latents(
     Raises:
         UserError: a model that reads no captions, a sampler that does not exist, or settings that it cannot take.
     """
-    check_reads_captions(model.cond_stage_model)
+    check_reads_captions(model)
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
     drawer = SAMPLERS[sampler](model)
