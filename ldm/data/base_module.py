@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 
-from ldm.data.sampling import EpochBatchSampler, never_seen
+from ldm.data.sampling import EpochBatchSampler
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,18 +61,16 @@ class BaseDataModule(pl.LightningDataModule):
         return sampler
 
     def _say_never_seen(self, name: str, sampler: EpochBatchSampler) -> None:
-        missing = never_seen(sampler.groups, sampler.batch_size, **sampler.options)
+        missing = sampler.never_seen()
         if not any(missing) or self._rank()["rank"]:
             return
         drop_last = sampler.options.get("drop_last", False)
+        remedy = "lower batch_size, or set drop_last to false" if drop_last else "use fewer processes"
         logger.warning(
             "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of picture; "
             "batch_size %d, ranks %d, drop_last %s): %s",
             *(name, sum(missing), sum(map(len, sampler.groups)), sum(map(bool, missing)), len(missing)),
-            *(sampler.batch_size, self._rank()["world"], drop_last),
-            "lower batch_size, or set drop_last to false"
-            if drop_last
-            else "use fewer processes, or another batch_size",
+            *(sampler.batch_size, self._rank()["world"], drop_last, remedy),
         )
 
     def _shuffle_training(self, shuffle: bool) -> bool:

@@ -64,26 +64,6 @@ def _digest(groups: Sequence[np.ndarray], keys: Sequence[str]) -> str:
     return hashed.hexdigest()[:12]
 
 
-def never_seen(
-    groups: Sequence[np.ndarray],
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    drop_last: bool = False,
-    world: int = 1,
-    **_: int,
-) -> list[int]:
-    """How many samples of each group are in no epoch at all, with the arguments of `epoch_batches`.
-
-    Shuffled, what one epoch leaves out another has, but for groups that do not make a single step.
-    """
-    missing = []
-    for group in groups:
-        seen = sum(map(len, _steps(np.asarray(group), batch_size, world, drop_last)))
-        missing.append(0 if shuffle and seen else len(group) - seen)
-    return missing
-
-
 class EpochBatchSampler:
     """Batches of `(epoch, sample number)` for a DataLoader.
 
@@ -122,6 +102,18 @@ class EpochBatchSampler:
             "batch_size": self.batch_size,
             **options,
         }
+
+    def never_seen(self) -> list[int]:
+        """How many samples of each group are in no epoch at all.
+
+        Shuffled, what one epoch leaves out another has, but for groups that do not make a single step.
+        """
+        drop_last, world = self.options.get("drop_last", False), self.options.get("world", 1)
+        missing = []
+        for group in self.groups:
+            seen = sum(map(len, _steps(group, self.batch_size, world, drop_last)))
+            missing.append(0 if self.options.get("shuffle") and seen else len(group) - seen)
+        return missing
 
     def __len__(self) -> int:
         """Batches in a whole epoch, which is the same for every epoch and rank."""

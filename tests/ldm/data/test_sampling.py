@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.sampling import EpochBatchSampler, epoch_batches, never_seen
+from ldm.data.sampling import EpochBatchSampler, epoch_batches
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=3)
 
@@ -88,7 +88,7 @@ def test_length_is_that_of_every_epoch(world):
 def test_what_is_never_seen_is_counted(counts, batch_size, world, shuffle, drop_last):
     groups = groups_of(counts)
     options = {"shuffle": shuffle, "drop_last": drop_last, "seed": 3, "world": world}
-    missing = never_seen(groups, batch_size, **options)
+    missing = EpochBatchSampler(groups, batch_size, **options).never_seen()
     for epoch in range(20):
         ranks = [epoch_batches(groups, batch_size, rank=rank, epoch=epoch, **options) for rank in range(world)]
         seen = np.concatenate([np.zeros(0, int), *(batch for batches in ranks for batch in batches)])
