@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +31,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else it is removed.
 
     The folder is made if it is missing. The temporary name keeps the suffix of `path`, since writers choose by it.
-    What killed processes left of this file is removed. An `OSError` that names no file (a full disk) gets `path`.
+    What killed processes of this machine left of this file is removed. An `OSError` that names no file (a full disk)
+    gets `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # Machines and containers share folders: a process id can stand for several processes, and so can a host name.
+    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -55,11 +58,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of `path` whose processes are gone: each is as large as the file."""
-    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{glob.escape(path.suffix)}"):
-        number = leftover.name[len(path.stem) + 2 : -len(f".tmp{path.suffix}")]
+    """Remove this machine's temporary files of `path` whose processes are gone: each is as large as the file."""
+    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*.tmp{glob.escape(path.suffix)}"):
+        number = leftover.name.removeprefix(_prefix(path)).partition(".")[0]
         if number.isdecimal() and not _is_running(int(number)):
             leftover.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    """How the temporary files of `path` begin on this machine."""
+    return f".{path.stem}.{os.uname().nodename}."
 
 
 def _is_running(process: int) -> bool:

@@ -101,7 +101,12 @@ class LambdaWarmUpCosineScheduler2:
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """Like `LambdaWarmUpCosineScheduler2`, with a straight line down to `f_min` in place of the cosine."""
+    """Like `LambdaWarmUpCosineScheduler2`, with a straight line down to `f_min` in place of the cosine.
+
+    The line is that from `f_max` at the start of the cycle, as old configs expect: at the end of the warm-up the
+    multiplier jumps down onto it. After 50 steps of 100, with `f_max` 1 and `f_min` 0, that is from 0.98 to 0.5; a
+    warm-up that is short beside its cycle hardly shows.
+    """
 
     def _decay(self, n: int, cycle: int) -> float:
         low, high = self.f_min[cycle], self.f_max[cycle]

@@ -13,6 +13,8 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "int": ((int,), "a whole number"),
     "int | None": ((int, type(None)), "a whole number or null"),
+    "float": ((int, float), "a number"),
+    "float | None": ((int, float, type(None)), "a number or null"),
 }
 _CONFIG_KEYS = ("target", "params", "base_learning_rate")  # the last is the trainer's, in a model's config
 # Config values that stand for "nothing to build": the model fills the place itself.
@@ -72,7 +74,7 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first of `params` that `target` (named `path` in the config) does not take.
 
-    Names are checked, and values where the signature asks for a bool, which any string would pass for, or an int.
+    Names are checked, and values where the signature asks for a bool (which any string would pass for), int or float.
     """
     named, takes_any = _parameters(target)
     for key, value in params.items():

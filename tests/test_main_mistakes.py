@@ -68,6 +68,12 @@ class FullDisk(Callback):
         ("data.params.batch_size=2.5", "batch_size=2.5 in params of .*: give a whole number"),
         ("data.params.batch_size=null", "batch_size=None in params of .*: give a whole number"),
         ("model.params.timesteps=abc", "timesteps='abc' in params of .*: give a whole number"),
+        ("model.params.scale_factor=0,18215", "scale_factor='0,18215' in params of .*LatentDiffusion: give a number"),
+        ("data.params.null_cond_dropout=a", "null_cond_dropout='a' in params of main.WebDataNpy.*: give a number"),
+        (
+            "lightning.callbacks.numerical_faults.params.grad_norm_factor=a",
+            "lightning.callbacks.numerical_faults: grad_norm_factor='a' in params of .*: give a number or null",
+        ),
         ("model.params.use_ema='\"False\"'", "use_ema=.*False.* in params of .*LatentDiffusion: give true or false"),
         ("model.params.use_ema=maybe", "use_ema='maybe' in params of .*LatentDiffusion: give true or false"),
         ("model.params.unet_config.params.model_channels=33", "33.* must be (divisible by|a multiple of)"),

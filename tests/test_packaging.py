@@ -63,6 +63,11 @@ def test_the_library_and_the_tools_import_only_what_is_declared():
     )
 
 
+def test_nothing_is_installed_for_users_that_only_tests_import():
+    unused = names(RUNTIME) - imported("main.py", "ldm/**/*.py", "tools/*.py")
+    assert unused <= {"openai-clip", "tensorboard"}  # whose vocabulary is read, and what Lightning logs with
+
+
 def test_tests_and_benchmarks_import_only_what_is_declared():
     assert imported("tests/**/*.py", "benchmarks/*.py") <= names(
         RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["test"]

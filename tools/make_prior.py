@@ -40,14 +40,23 @@ def parse_arguments() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the shards of --out that are there")
     add_trust_option(parser)
     options = parser.parse_args()
+
+    def given(*names: str) -> str:
+        """Those of the options whose values are not the default, as they are typed."""
+        return " and ".join(f"--{name}" for name in names if getattr(options, name) != parser.get_default(name))
+
     if options.shard_size < 1 or options.teacher < 0:
         raise UserError(f"--shard-size {options.shard_size} --teacher {options.teacher}: give 1 or more")
     if not 0 <= options.null_share <= 1:
         raise UserError(f"--null-share {options.null_share}: give a number from 0 to 1")
+    if not options.teacher and given("null_share"):
+        raise UserError("--null-share says nothing without --teacher; leave it out, or give both")
     if options.shards is None:
         options.prompt = read_prompts(options.prompt, options.from_file)
     elif options.prompt or options.from_file or not options.teacher:
         raise UserError(f"--shards {options.shards}: has its own captions, and needs --teacher, the predictions to add")
+    elif unread := given("n", *SETTINGS, "H", "W"):
+        raise UserError(f"--shards {options.shards}: its pictures are taken, nothing is drawn; leave out {unread}")
     check_drawing_options(options, options.n * len(options.prompt))
     return options
 

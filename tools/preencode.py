@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Encode pictures and captions once, for training without the autoencoder and the text encoder.
 
     python tools/preencode.py --ckpt models/ldm/stable-diffusion-v1/model.ckpt \\

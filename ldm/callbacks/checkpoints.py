@@ -45,7 +45,7 @@ class LastCheckpoint(Checkpoint):
         periodic: whether any is due at all; if not, only signals save.
 
     Raises:
-        UserError: one of the numbers is none, or too small.
+        UserError: a value is no number, or too small a one.
     """
 
     def __init__(

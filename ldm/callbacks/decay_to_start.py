@@ -43,7 +43,7 @@ class DecayToStart(Callback):
     """
 
     def __init__(self, start: str, weight: float, every_n_steps: int = 1) -> None:
-        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        if not 0 < weight < math.inf:
             raise UserError(f"weight {weight!r}: give a number above 0")
         if every_n_steps < 1:
             raise UserError(f"every_n_steps {every_n_steps}: give a whole number of at least 1")

@@ -83,7 +83,7 @@ class NumericalFaults(Callback):
         for name, number in (("every_n_batches", every_n_batches), ("window", window), ("most_skips", most_skips)):
             if number < 1:
                 raise UserError(f"{name} {number}: give at least 1")
-        if grad_norm_factor is not None and not (isinstance(grad_norm_factor, (int, float)) and grad_norm_factor > 1):
+        if grad_norm_factor is not None and not grad_norm_factor > 1:
             raise UserError(f"grad_norm_factor {grad_norm_factor!r}: give a number above 1, or null for no limit")
         self.skips = on_fault == "skip"
         self.every_n_batches = every_n_batches

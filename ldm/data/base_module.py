@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytorch_lightning as pl
 
 from ldm.data.sampling import EpochBatchSampler
 from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_number(name: str, value: Any, least: int) -> None:
@@ -48,12 +52,26 @@ class BaseDataModule(pl.LightningDataModule):
             return {"rank": 0, "world": 1}
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
 
-    def _sampler(self, groups: list[np.ndarray], name: str, **options: bool) -> EpochBatchSampler:
-        sampler = EpochBatchSampler(groups, self.batch_size, seed=self.seed, **options, **self._rank())
+    def _sampler(self, groups: list[np.ndarray], keys: Sequence[str], name: str, **options: bool) -> EpochBatchSampler:
+        sampler = EpochBatchSampler(groups, self.batch_size, keys, seed=self.seed, **options, **self._rank())
         if len(sampler) == 0:
             counts = f"{sum(map(len, groups))} samples, batch_size {self.batch_size}, ranks {self._rank()['world']}"
             raise UserError(f"the {name} data make no batch: {counts}, drop_last {options.get('drop_last', False)}")
+        self._say_never_seen(name, sampler)
         return sampler
+
+    def _say_never_seen(self, name: str, sampler: EpochBatchSampler) -> None:
+        missing = sampler.never_seen()
+        if not any(missing) or self._rank()["rank"]:
+            return
+        drop_last = sampler.options.get("drop_last", False)
+        remedy = "lower batch_size, or set drop_last to false" if drop_last else "use fewer processes"
+        logger.warning(
+            "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of picture; "
+            "batch_size %d, ranks %d, drop_last %s): %s",
+            *(name, sum(missing), sum(map(len, sampler.groups)), sum(map(bool, missing)), len(missing)),
+            *(sampler.batch_size, self._rank()["world"], drop_last, remedy),
+        )
 
     def _shuffle_training(self, shuffle: bool) -> bool:
         # overfitting means the same batches in every epoch

@@ -42,7 +42,7 @@ def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
     path = folder / METADATA
     found: list[tuple[str, str | None]] = []
     try:
-        lines = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig").splitlines()
+        lines = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig").split("\n")  # "\u2028" is a letter to JSON
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -54,13 +54,13 @@ def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name:
-            raise UserError(f"{path}, line {number}: expected {{'file_name': ..., 'text': ...}}, got {line[:80]}")
+            raise UserError(f"{path}, line {number}: expected {{'file_name': ..., 'text': ...}}, got {line[:80]!r}")
         if "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"{path}, line {number}: file_name {name!r} is outside the folder")
         text = entry.get("text")
         if text is not None and not isinstance(text, str):
             raise UserError(f"{path}, line {number}: text is not a string: {text!r}")
         if any("\ud800" <= letter <= "\udfff" for letter in name + (text or "")):
-            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no letter: {line[:80]}")
+            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no letter: {line[:80]!r}")
         found.append((PurePosixPath(name).as_posix(), " ".join((text or "").split()) or None))
     return found

@@ -12,10 +12,11 @@ from ldm.data.dropout import CaptionDropout, EpochItems, load_null
 from ldm.data.index import check_against_index
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
-from ldm.data.shards import TEACHER_KEYS, TEXT_KEYS, ShardDataset
+from ldm.data.shards import TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
 from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.data.verify import verify_shards
+from ldm.entries import TEACHER_KEYS
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
-        if not isinstance(null_cond_dropout, (int, float)) or not 0 <= null_cond_dropout <= 1:
+        if not 0 <= null_cond_dropout <= 1:
             raise UserError(f"data.params.null_cond_dropout {null_cond_dropout!r} is no number from 0 to 1")
-        if not isinstance(prior_ratio, (int, float)) or not 0 < prior_ratio < math.inf:
+        if not 0 < prior_ratio < math.inf:
             raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
@@ -153,7 +154,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             if self.trainer is not None:
                 dataset.set_epoch(self.trainer.current_epoch)  # the first batch is fetched before Lightning says so
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
-        sampler = self._sampler(dataset.groups(), split, shuffle=shuffle, drop_last=drop_last)
+        sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, shuffle=shuffle, drop_last=drop_last)
         items = EpochItems(dataset, dropout, self.run_seed if training else None)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]

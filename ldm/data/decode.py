@@ -14,26 +14,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
 # Pictures too, which must not go missing in silence.
 UNREAD_EXTENSIONS = (
-    *(
-        "heic",
-        "heif",
-        "avif",
-        "jxl",
-        "jp2",
-        "j2k",
-        "jpx",
-        "psd",
-        "xcf",
-        "svg",
-        "eps",
-        "ico",
-        "tga",
-        "dds",
-        "exr",
-        "hdr",
-    ),
-    *("ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf"),
-)
+    "heic", "heif", "avif", "jxl", "jp2", "j2k", "jpx", "psd", "xcf", "svg", "eps", "ico", "tga", "dds", "exr", "hdr",
+    "ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
+)  # fmt: skip
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,9 +10,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.data import npy
-from ldm.data.sampling import DRAW, Item, draw_name
+from ldm.data.sampling import Item, draw_name
 from ldm.data.shards import CAPTION
 from ldm.data.tar import MOST_IN_MEMBER
+from ldm.entries import DRAW
 from ldm.files import read_at_most
 from ldm.util import UserError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,8 +141,10 @@ def find_images(source: str | Path | Sequence[str | Path], caption: str | None =
         if not found:
             raise UserError(f"{entry}: no pictures ({', '.join(EXTENSIONS)}) and no tars of them")
         paths = {item.path.resolve() for item in found}
-        if seen & paths:
-            raise UserError(f"{min(seen & paths)}: named twice among the pictures")
+        counts = Counter((item.path, item.name) for item in found)  # a tar is the path of many
+        twice = seen & paths | {path for (path, _), count in counts.items() if count > 1}
+        if twice:
+            raise UserError(f"{min(twice)}: named twice among the pictures")
         seen |= paths
         if len(sources) > 1 and Path(entry).is_dir():  # else two folders' pictures could have one name
             found = [replace(item, name=f"{Path(entry).name}/{item.name}") for item in found]
@@ -171,6 +174,7 @@ class ImageCaptionDataset(Dataset):
     """Pictures and captions for training straight from pictures, cropped and scaled to `size`.
 
     An item is `{image_key: float32 (size, size, 3) in [-1, 1], caption_key: str}`; with `flip`, half are mirrored.
+    `sample_keys` are the pictures' names.
 
     Raises:
         UserError: as `find_images`, or a picture of a kind, or with a caption, that cannot be read; on access, a
@@ -190,6 +194,7 @@ class ImageCaptionDataset(Dataset):
         for item in self.items:
             if item.error is not None:
                 raise UserError(f"{item.name}: {item.error}")
+        self.sample_keys = [item.name for item in self.items]
         self.size = size
         self.flip = flip
         self.image_key = image_key

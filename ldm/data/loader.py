@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampling import DRAW, EpochBatchSampler, Item, draw_name
+from ldm.data.sampling import EpochBatchSampler, Item, draw_name
+from ldm.entries import DRAW
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class ResumableLoader(SampleLoader):
         sampler: EpochBatchSampler = self.batch_sampler
         sampler.set_epoch(state.get("epoch", 0))
         described = sampler.described().items()
+        state = {"data": sampler.data, **state}  # which older checkpoints do not tell
         changed = {key: (state.get(key), value) for key, value in described if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())

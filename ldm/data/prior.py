@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from ldm.data.dropout import CaptionDropout, EpochItems
 from ldm.data.index import read_index
-from ldm.data.sampling import DRAW, EpochBatchSampler, Item, draw_name
-from ldm.data.shards import NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS, ShardDataset
+from ldm.data.sampling import EpochBatchSampler, Item, draw_name
+from ldm.data.shards import ShardDataset
+from ldm.entries import DRAW, IS_PRIOR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
 from ldm.util import UserError
 
-IS_PRIOR = "is_prior"  # the batch entry, bool (B,)
 # The log variance that makes a posterior of a latent: the least that one is read with, a standard deviation of 3e-7.
 _NO_SPREAD = -30.0
 # What a stored prediction depends on, beside the weights: attributes of the model, and keys of index.json.
@@ -89,6 +89,7 @@ class PriorBatchSampler(EpochBatchSampler):
 
     def __init__(self, sampler: EpochBatchSampler, samples: int, ratio: float) -> None:
         super().__init__(sampler.groups, sampler.batch_size, **sampler.options)
+        self.data = sampler.data
         self.samples = samples
         self.count = round(self.batch_size * ratio)
         if self.count < 1:
@@ -96,7 +97,7 @@ class PriorBatchSampler(EpochBatchSampler):
                 f"data.params.prior_ratio {ratio}: no prior sample beside a batch_size of {self.batch_size}"
             )
 
-    def described(self) -> dict[str, int | bool]:
+    def described(self) -> dict[str, int | bool | str]:
         return {**super().described(), "prior_samples": self.samples, "prior_batch_size": self.count}
 
     def __iter__(self) -> Iterator[list[Item]]:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.data import npy
 from ldm.data.tar import TarSample, index_tar, read_span
+from ldm.entries import TEACHER_KEYS, TIMESTEPS
 from ldm.util import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,6 @@ T = TypeVar("T")
 TEXT_KEYS = ("txt", "json")  # members that are not arrays
 CAPTION, ORIGIN = TEXT_KEYS
 _ABSENT = {CAPTION: "", ORIGIN: None}  # what stands for one that a sample does not have
-# What a frozen model was asked and said of a prior's latent, K times: timesteps (K,), integers from 0; noises
-# (K, C, h, w); and its outputs (K, C, h, w), whatever it predicts. Made by tools/make_prior.py --teacher.
-TIMESTEPS, NOISE, PREDICTION = TEACHER_KEYS = ("t", "noise", "prediction")
 
 
 def member_extension(key: str) -> str:

@@ -76,7 +76,7 @@ def _look_at_base(
 ) -> list[_OfBase]:
     sampling = settings.sampling
     if sampling:
-        check_reads_captions(model.cond_stage_model)
+        check_reads_captions(model)
     opened = [open_set(name, urls, model, settings.limit) for name, urls in sets.items()]
     timesteps = midpoint_timesteps(model.num_timesteps, settings.timesteps)
     kept = []

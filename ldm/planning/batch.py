@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder, DummyEncoder
-from ldm.training.config import plain
-from ldm.util import UserError
+from ldm.util import UserError, get_obj_from_str
 
-# Data modules of shards; any other gives pictures.
-_PRE_ENCODED = ("main.WebDataNpyModuleFromConfig", "ldm.data.datamodule.WebDataNpyModuleFromConfig")
 _TEXT_TOKENS = 77
 
 
 def gives_pictures(model: DDPM, config: DictConfig) -> bool:
     """Whether the data are pictures, which a latent model's first stage encodes at every step."""
-    return not isinstance(model, LatentDiffusion) or (config.get("data") or {}).get("target") not in _PRE_ENCODED
+    target = (config.get("data") or {}).get("target")
+    module = get_obj_from_str(target) if target else None
+    is_pre_encoded = isinstance(module, type) and issubclass(module, WebDataNpyModuleFromConfig)
+    return not isinstance(model, LatentDiffusion) or not is_pre_encoded
 
 
 def make_batch(model: DDPM, config: DictConfig, pictures: int | None = None, size: int | None = None) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def make_batch(model: DDPM, config: DictConfig, pictures: int | None = None, siz
         raise UserError(f"batch size {pictures}: give a whole number from 1, as in data.params.batch_size=4")
     if params.get("prior_urls"):
         pictures += round(pictures * params.get("prior_ratio", 1.0))
-    factor = _pixels_a_latent(config) if isinstance(model, LatentDiffusion) else 1
+    factor = model.first_stage_model.downsampling if isinstance(model, LatentDiffusion) else 1
     side = model.image_size if size is None else size // factor
     step = factor * getattr(model.model.diffusion_model, "downsampling", 1)
     if side < 1 or side * factor % step or (size or 0) % step:
@@ -48,12 +49,6 @@ def make_batch(model: DDPM, config: DictConfig, pictures: int | None = None, siz
     else:
         data = torch.empty(pictures, 2 * model.channels, side, side, dtype=torch.float16)
     return {model.first_stage_key: data, **_conditioning(model, pictures)}
-
-
-def _pixels_a_latent(config: DictConfig) -> int:
-    described = plain(config.model.params.get("first_stage_config") or {})
-    widths = ((described.get("params") or {}).get("ddconfig") or {}).get("ch_mult") or [1]
-    return 2 ** (len(widths) - 1)  # the coder halves the picture between its levels
 
 
 def _conditioning(model: DDPM, pictures: int) -> Mapping[str, Any]:

@@ -21,7 +21,12 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--from-file", type=Path, help="a text file with one caption a line")
     add("--n", type=int, default=1, help="samples a prompt")
     add("--seed", type=int, default=42, help="seed of the first sample; they count up from it")
-    add("--steps", type=int, default=50, help="sampling steps")
+    add(
+        "--steps",
+        type=int,
+        default=50,
+        help="sampling steps; ddim and plms run more where they do not divide the model's 1000",
+    )
     add("--scale", type=float, default=7.5, help="classifier-free guidance; 1 for none")
     add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampling method")
     add("--eta", type=float, default=0.0, help="noise added in ddim steps; 0 is deterministic")
@@ -40,7 +45,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
         prompts = prompts + [line.strip() for line in lines if line.strip()]

@@ -29,7 +29,7 @@ class Encoder:
     """
 
     def __init__(self, model: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        check_reads_captions(model.cond_stage_model)
+        check_reads_captions(model)
         self.digests = {
             "autoencoder": weights_digest(model.first_stage_model.state_dict()),
             "text_tower": weights_digest(model.cond_stage_model.state_dict()),

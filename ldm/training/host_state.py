@@ -18,9 +18,8 @@ class HostStateStrategy(SingleDeviceStrategy):
     """One device, where a resume leaves the optimizer's state beside the parameters instead of moving it there."""
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(
-            self.optimizers, checkpoint["optimizer_states"], strict=False
-        ):  # a hacked one: none
+        # A hacked checkpoint has no states.
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict(state)
 
 

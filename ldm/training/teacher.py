@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.data import npy
-from ldm.data.shards import NOISE, PREDICTION, TIMESTEPS, member_extension
+from ldm.data.shards import member_extension
+from ldm.entries import NOISE, PREDICTION, TIMESTEPS
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.util import UserError
 

@@ -44,10 +44,10 @@ def pictures() -> Corpus:
 
 
 def lines() -> Corpus:
-    """`metadata.jsonl` of a folder that holds `a.png`."""
-    good = b'{"file_name": "a.png", "text": "tom"}\n'
+    """`metadata.jsonl` of a folder that holds `a.png`, `b.png` and `c.png`."""
+    good, *others = (b'{"file_name": "%c.png", "text": "tom"}\n' % letter for letter in b"abc")
     yield from mistaken()
-    yield from damaged(good * 3, "jsonl", 25)
+    yield from damaged(good + b"".join(others), "jsonl", 25)
     for name in ("../a.png", "/etc/passwd", "a/../../a.png", "..", "", "a\\u0000.png", "x" * 5000, "\\ud800.png"):
         yield f"name-{name[:12]}", b'{"file_name": "%s", "text": "x"}\n' % name.encode()
     for number, line in enumerate(
@@ -59,6 +59,8 @@ def lines() -> Corpus:
             b'{"file_name": "a.png", "text": {"x": 1}}',
             b"null",
             b'"a.png"',
+            '"a\u2028b\x85c.png"'.encode(),
+            good,
         )
     ):
         yield f"line-{number}", good + line + b"\n"

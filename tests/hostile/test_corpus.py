@@ -86,7 +86,8 @@ def read_picture(folder: Path, data: bytes) -> Any:
 
 
 def read_metadata(folder: Path, data: bytes) -> Any:
-    (folder / "a.png").write_bytes(png_of(2, 2, data=bytes(14)))
+    for letter in "abc":
+        (folder / f"{letter}.png").write_bytes(png_of(2, 2, data=bytes(14)))
     (folder / "metadata.jsonl").write_bytes(data)
     return [(item.name, item.caption, item.read().tobytes()) for item in find_images(folder)]
 

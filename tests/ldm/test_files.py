@@ -51,12 +51,29 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "la[s]t.ckpt"
     subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
     assert len(list(tmp_path.iterdir())) == 1
-    others = {f".la[s]t.{os.getppid()}.tmp.ckpt", ".last.999999999.tmp.ckpt", ".la[s]t.x.tmp.ckpt"}
-    for name in others:  # of a process that runs, of another file, and none of ours
+    host = os.uname().nodename
+    others = {
+        f".la[s]t.{host}.{os.getppid()}.ab.tmp.ckpt",  # of a process that runs
+        ".la[s]t.another.machine.999999999.ab.tmp.ckpt",  # whose processes nobody here can ask for
+        f".last.{host}.999999999.ab.tmp.ckpt",  # of another file
+        ".la[s]t.x.tmp.ckpt",  # none of ours
+    }
+    for name in others:
         (tmp_path / name).touch()
     with atomic_write(path) as temporary:
         temporary.touch()
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, *others}
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """As containers do that share a folder, a host name and a process id."""
+    path = tmp_path / "file.txt"
+    with atomic_write(path) as one, atomic_write(path) as two:
+        assert one != two
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:

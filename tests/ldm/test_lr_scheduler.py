@@ -21,6 +21,11 @@ def test_golden(name: str) -> None:
     assert scheduler(5) == scheduler.schedule(5)
 
 
+def test_the_line_begins_with_the_cycle() -> None:
+    scheduler = lr_scheduler.LambdaLinearScheduler([50], [0.0], [1.0], [0.0], [100])
+    assert [scheduler(n) for n in (48, 49, 50, 75, 100)] == pytest.approx([0.96, 0.98, 0.5, 0.25, 0])
+
+
 def test_last_value_holds() -> None:
     scheduler = lr_scheduler.LambdaWarmUpCosineScheduler2(**GOLDEN_CASE["LambdaWarmUpCosineScheduler2"]["params"])
     assert scheduler(100) == scheduler(10_000) == pytest.approx(0.05)

@@ -72,7 +72,9 @@ def test_found_object() -> None:
 
 
 class Strict:
-    def __init__(self, flag: bool = False, size: int = 1, cap: int | None = None) -> None:
+    def __init__(
+        self, flag: bool = False, size: int = 1, cap: int | None = None, share: float = 0.5, most: float | None = None
+    ) -> None:
         if size < 1:
             raise ValueError(f"size {size}\nis too small")
 
@@ -84,6 +86,9 @@ class Strict:
         ({"flag": None}, "flag=None"),
         ({"size": 1.5}, "size=1.5 in params of .*: give a whole number"),
         ({"cap": "a"}, "cap='a' in params of .*: give a whole number or null"),
+        ({"share": "0,5"}, "share='0,5' in params of .*: give a number$"),
+        ({"share": None}, "share=None in params of .*: give a number$"),
+        ({"most": "a"}, "most='a' in params of .*: give a number or null"),
         ({"size": 0}, "Strict: size 0$"),
     ],
 )
@@ -93,5 +98,5 @@ def test_values_that_do_not_fit_are_one_line(params: dict[str, object], message:
 
 
 def test_values_that_fit_are_taken() -> None:
-    params = {"flag": True, "size": 2, "cap": None}
+    params = {"flag": True, "size": 2, "cap": None, "share": 1, "most": None}
     assert isinstance(instantiate_from_config({"target": f"{__name__}.Strict", "params": params}), Strict)

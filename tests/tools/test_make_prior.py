@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,16 @@ from torch.utils.data import default_collate
 from ldm.data import npy
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
-from ldm.data.shards import TEACHER_KEYS, ShardDataset
+from ldm.data.shards import ShardDataset
 from ldm.data.writer import ShardWriter
+from ldm.entries import TEACHER_KEYS
 from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
 from ldm.training.config import load_config
 from ldm.training.release import load_release
 from tests.conftest import RELEASE_CONFIG
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/make_prior.py"
-FAST = ("--config", RELEASE_CONFIG, "--steps", 2, "--H", 32, "--W", 32, "--scale", 2)
+FAST = ("--steps", 2, "--H", 32, "--W", 32, "--scale", 2)
 AS_TRAINED = ["first_stage_key=f8", "cond_stage_key=txt", "prior_target=teacher"]
 
 
@@ -30,7 +30,11 @@ def make_prior(tiny_release, monkeypatch, tmp_path, run_tool):
     """Runs the command in this process; returns what it exits with: None or the error."""
     monkeypatch.chdir(tmp_path)
 
-    return partial(run_tool, TOOL, "--ckpt", tiny_release, *FAST)
+    def call(*arguments):
+        how = () if "--shards" in arguments else FAST
+        return run_tool(TOOL, "--ckpt", tiny_release, "--config", RELEASE_CONFIG, *how, *arguments)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,9 @@ def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
         (("--shards", "pictures"), "--shards pictures: has its own captions, and needs --teacher"),
         (("--shards", "pictures", "--teacher", 1, "--prompt", "x"), "has its own captions"),
+        (("--prompt", "x", "--null-share", 0.5), "--null-share says nothing without --teacher"),
+        (("--shards", "pictures", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
+        (("--shards", "pictures", "--teacher", 1, "--H", 64), "leave out --H$"),
         (("--shards", "pipe:cat x", "--teacher", 1), "give local shards, not a stream"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),

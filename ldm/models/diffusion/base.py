@@ -93,7 +93,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
-        if min_snr_gamma is not None and not (isinstance(min_snr_gamma, (int, float)) and min_snr_gamma > 0):
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise UserError(f"min_snr_gamma {min_snr_gamma!r}: give a number above 0, or leave it out")
         if parameterization not in PARAMETERIZATIONS:
             raise UserError(f"parameterization {parameterization!r} is unknown; valid: {', '.join(PARAMETERIZATIONS)}")

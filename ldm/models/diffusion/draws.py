@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.entries import DRAW
 from ldm.models.diffusion.batch import Batch
-
-DRAW = "draw"  # the batch entry: B strings
 
 
 @dataclass(frozen=True)

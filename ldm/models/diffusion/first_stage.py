@@ -27,7 +27,10 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 class WithFirstStage:
-    """What a diffusion model does with its `first_stage_model`: a part of `LatentDiffusion`, which says more."""
+    """What a diffusion model does with its `first_stage_model`: a part of `LatentDiffusion`, which says more.
+
+    `DDPM`, whose `get_input` it calls, must follow it among the bases.
+    """
 
     first_stage_model: nn.Module
     first_stage_key: str

@@ -26,11 +26,12 @@ from ldm.util import UserError, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 
-def check_reads_captions(cond_stage_model: nn.Module | None) -> None:
-    """Raise `UserError` unless the cond stage takes captions."""
-    if cond_stage_model is None or getattr(cond_stage_model, "key", None) is not None:
+def check_reads_captions(model: Any) -> None:
+    """Raise `UserError` unless the model's cond stage takes captions: not entries of batches, nor images."""
+    stage = model.cond_stage_model
+    if stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None:
         raise UserError(
-            f"the config's cond_stage_config, {type(cond_stage_model).__name__}, reads no captions; "
+            f"the config's cond_stage_config, {'none' if stage is None else type(stage).__name__}, reads no captions; "
             "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
         )
 

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.entries import IS_PRIOR, TEACHER_KEYS
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.util import UserError
 
-IS_PRIOR = "is_prior"  # the batch entry, bool (B,)
 TARGETS = ("data", "teacher")
 
 
-def check_prior_settings(weight: Any, target: str) -> None:
-    """Raise `UserError` unless `weight` is a number from 0 and `target` one of `TARGETS`."""
-    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+def check_prior_settings(weight: float, target: str) -> None:
+    """Raise `UserError` unless `weight` is finite and at least 0, and `target` one of `TARGETS`."""
+    if not 0 <= weight < math.inf:
         raise UserError(f"prior_loss_weight {weight!r}: give a number of at least 0")
     if target not in TARGETS:
         raise UserError(f"prior_target {target!r} is unknown; valid: {', '.join(TARGETS)}")
@@ -60,7 +59,7 @@ class Prior:
             return None
         teacher = None
         if target == "teacher":
-            t, noise, prediction = (batch_entry(batch, key) for key in ("t", "noise", "prediction"))
+            t, noise, prediction = (batch_entry(batch, key) for key in TEACHER_KEYS)
             teacher = Teacher(t, noise.float(), prediction.float())
         return cls(batch[IS_PRIOR], weight, teacher)
 

@@ -124,7 +124,10 @@ class Sampler:
         unconditional_conditioning: Conditioning = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Draw `batch_size` samples of `shape` (C, H, W) in `S` steps, or a few more if `S` does not divide T.
+        """Draw `batch_size` samples of `shape` (C, H, W) in `S` steps.
+
+        At the stride of DDIM and PLMS, ⌊T / S⌋, there are more where `S` does not divide T: 500 for 400 of T = 1000,
+        and all 1000 for 600.
 
         Args:
             callback: called with the index of each step done.

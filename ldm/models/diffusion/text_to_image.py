@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Sampler
 from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 
@@ -68,15 +71,20 @@ def draw_latents(
     Raises:
         UserError: a model that reads no captions, a sampler that does not exist, or settings that it cannot take.
     """
-    check_reads_captions(model.cond_stage_model)
+    check_reads_captions(model)
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
+    drawer = SAMPLERS[sampler](model)
+    drawer.make_schedule(steps, ddim_eta=eta)
+    if len(drawer.timesteps) != steps:
+        run, of = len(drawer.timesteps), model.num_timesteps
+        logger.info("%s runs %d steps, for %d do not divide the model's %d", sampler, run, steps, of)
     guided = scale != 1.0
     empty = model.get_learned_conditioning([""]) if guided else None  # (1, 77, D)
     for start in range(0, len(requests), batch_size):
         part = requests[start : start + batch_size]
         with model.ema_scope():
-            samples, _ = SAMPLERS[sampler](model).sample(
+            samples, _ = drawer.sample(
                 S=steps,
                 batch_size=len(part),
                 shape=shape,

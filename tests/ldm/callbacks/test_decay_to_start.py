@@ -138,7 +138,6 @@ def test_a_decay_towards_zero_beside_it_is_said(start, tmp_path, caplog):
         (None, {}, r"start\.ckpt: no such file"),
         ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"learning rate 0\.5 \* weight 5\.0 .* is 2\.5, beyond"),
         ({"inner.0": torch.zeros(2)}, {"weight": 0}, "weight 0: give a number above 0"),
-        ({"inner.0": torch.zeros(2)}, {"weight": "1"}, "weight '1'"),
         ({"inner.0": torch.zeros(2)}, {"every_n_steps": 0}, "every_n_steps 0"),
     ],
 )

@@ -72,6 +72,13 @@ def test_metadata(tmp_path, caplog):
         items[1].read()
 
 
+def test_only_line_feeds_end_a_line_of_metadata(tmp_path):
+    text = "one\u2028two\x85three\u2029four"
+    lines = [json.dumps({"file_name": f"{n}.png", "text": text}, ensure_ascii=False) for n in range(2)]
+    put(tmp_path, {"metadata.jsonl": "\r\n".join(lines), "0.png": RED, "1.png": RED})
+    assert described(find_images(tmp_path)) == [("0.png", "one two three four"), ("1.png", "one two three four")]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -138,6 +145,11 @@ def test_several_sources_of_several_kinds(tmp_path):
     assert described(items) == [("A/x.png", "A"), ("B/x.png", "B"), ("T/set-0.tar/b.png", "b"), ("one.png", "1")]
     with pytest.raises(UserError, match=r"A/x\.png: named twice"):
         find_images([tmp_path / "A", tmp_path / "A"])
+    lines = metadata({"file_name": "x.png", "text": "1"}, {"file_name": "./x.png", "text": "2"})
+    with pytest.raises(UserError, match=r"twice/x\.png: named twice"):
+        find_images(put(tmp_path / "twice", {"metadata.jsonl": lines, "x.png": RED}))
+    with pytest.raises(UserError, match=r"set-0\.tar: named twice"):
+        find_images(f"{tmp_path}/T/set-{{0,0}}.tar")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none: no pictures"):
         find_images([tmp_path / "A", tmp_path / "none"])

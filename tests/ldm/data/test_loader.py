@@ -26,9 +26,10 @@ class Broken(Noisy):
         raise UserError(f"a.tar: sample {index} is broken")
 
 
-def loader(num_workers=0, dataset=None, batch_size=3):
+def loader(num_workers=0, dataset=None, batch_size=3, groups=None, keys=()):
     dataset = dataset or Noisy()
-    sampler = EpochBatchSampler([np.arange(len(dataset))], batch_size, shuffle=True, seed=5)
+    groups = groups or [np.arange(len(dataset))]
+    sampler = EpochBatchSampler(groups, batch_size, keys, shuffle=True, seed=5)
     return ResumableLoader(SeededDataset(dataset, seed=5), sampler, num_workers=num_workers)
 
 
@@ -88,6 +89,33 @@ def test_a_position_in_other_data_starts_the_epoch_again(caplog):
     other.load_state_dict(state)
     assert (other.batch_sampler.epoch, other.batch_sampler.start) == (2, 0)
     assert "batch_size was 3, is 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keys": [f"dog{n}" for n in range(13)]},
+        {"keys": [f"cat{12 - n}" for n in range(13)]},
+        {"groups": [np.arange(6), np.arange(6, 13)]},
+        {"groups": [np.arange(12, -1, -1)]},
+    ],
+    ids=["other samples", "another order", "sizes apart", "another group"],
+)
+def test_as_many_samples_need_not_be_the_same_data(options, caplog):
+    same = {"keys": [f"cat{n}" for n in range(13)]}
+    state = loader(**same).state_dict() | {"epoch": 2, "batch": 3}
+    for other, start in ((loader(**same), 3), (loader(**{**same, **options}), 0)):
+        other.load_state_dict(state)
+        assert (other.batch_sampler.epoch, other.batch_sampler.start) == (2, start)
+    assert "data was" in caplog.text
+
+
+def test_a_state_that_does_not_tell_the_data_is_taken():
+    state = loader().state_dict() | {"epoch": 2, "batch": 3}
+    del state["data"]
+    other = loader()
+    other.load_state_dict(state)
+    assert (other.batch_sampler.epoch, other.batch_sampler.start) == (2, 3)
 
 
 def test_a_state_without_a_position_starts_the_epoch_again():

@@ -82,3 +82,18 @@ def test_length_is_that_of_every_epoch(world):
     for epoch in range(3):
         sampler.set_epoch(epoch)
         assert len(list(sampler)) == len(sampler)
+
+
+@given(sizes, st.integers(1, 7), st.integers(1, 5), st.booleans(), st.booleans())
+def test_what_is_never_seen_is_counted(counts, batch_size, world, shuffle, drop_last):
+    groups = groups_of(counts)
+    options = {"shuffle": shuffle, "drop_last": drop_last, "seed": 3, "world": world}
+    missing = EpochBatchSampler(groups, batch_size, **options).never_seen()
+    for epoch in range(20):
+        ranks = [epoch_batches(groups, batch_size, rank=rank, epoch=epoch, **options) for rank in range(world)]
+        seen = np.concatenate([np.zeros(0, int), *(batch for batches in ranks for batch in batches)])
+        for group, lost in zip(groups, missing, strict=True):
+            unseen = len(np.setdiff1d(group, seen))
+            assert unseen >= lost
+            if not shuffle or lost:
+                assert unseen == lost

@@ -80,7 +80,7 @@ def test_min_snr_weights_the_loss_and_not_what_is_logged_as_simple() -> None:
     assert weighted.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("gamma", [0, -1, "five"])
-def test_impossible_min_snr(gamma: object) -> None:
+@pytest.mark.parametrize("gamma", [0, -1])
+def test_impossible_min_snr(gamma: float) -> None:
     with pytest.raises(UserError, match="min_snr_gamma"):
         build({**case("loss_eps")["params"], "min_snr_gamma": gamma})

@@ -163,7 +163,6 @@ def test_a_batch_of_one_kind_alone():
     ("changes", "message"),
     [
         ({"prior_loss_weight": -1}, "prior_loss_weight -1"),
-        ({"prior_loss_weight": "1"}, "prior_loss_weight '1'"),
         ({"prior_target": "model"}, "prior_target 'model' is unknown; valid: data, teacher"),
         ({"prior_target": "teacher", "num_timesteps_cond": 2}, "num_timesteps_cond: 2 noises; set it to 1"),
     ],

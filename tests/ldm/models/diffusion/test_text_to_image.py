@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
 from ldm.models.diffusion.text_to_image import SAMPLERS, Request, latent_shape, text_to_image
 from ldm.training.config import load_config
 from ldm.training.release import load_release
@@ -48,6 +50,16 @@ def test_guidance_of_one_is_the_plain_prediction(model: LatentDiffusion) -> None
     torch.testing.assert_close(plain, guided, rtol=0.05, atol=0.05)
 
 
+def test_the_steps_that_run_are_told(model: LatentDiffusion, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert model.num_timesteps == 1000
+    for sampler, steps in (("ddim", 4), ("dpm_solver", 7)):
+        pictures(model, REQUESTS[:1], sampler=sampler, steps=steps)
+    assert not caplog.records
+    pictures(model, REQUESTS[:1], sampler="plms", steps=7)
+    assert "plms runs 8 steps, for 7 do not divide the model's 1000" in caplog.text
+
+
 def test_size_in_pixels(model: LatentDiffusion) -> None:
     assert latent_shape(model, None, None) == (16, 8, 8)
     assert latent_shape(model, 32, 80) == (16, 4, 10)
@@ -77,6 +89,18 @@ def test_half_precision_networks(tiny_release: Path) -> None:
 def test_what_cannot_be_drawn(model: LatentDiffusion, call, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call(model)
+
+
+def test_what_reads_no_captions_is_named(make_model: Callable) -> None:
+    model = make_model()
+    for stage, named in (
+        (model.cond_stage_model, "DummyEncoder"),
+        (model.first_stage_model, "AutoencoderKL"),  # as of __is_first_stage__
+        (None, "none"),  # as of __is_unconditional__
+    ):
+        model.cond_stage_model = stage
+        with pytest.raises(UserError, match=f"cond_stage_config, {named}, reads no captions"):
+            check_reads_captions(model)
 
 
 def test_an_average_that_the_release_lacks_starts_at_its_weights(tiny_release: Path, model: LatentDiffusion) -> None:
