@@ -8,7 +8,8 @@
 Writes evaluation.json and evaluation.png into --out. The loss is the mean square error at fixed timesteps and noise;
 drift is ‖ε_tuned − ε_base‖² / ‖ε_base‖², the squared relative move of the noise prediction; brackets are 95 %
 confidence intervals over pictures. Captions are encoded by each model's own text encoder where the config has one;
-otherwise the encodings stored in the shards are used.
+otherwise the encodings stored in the shards are used. A set that other encoders made than those of the releases is
+refused, as in training.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> None:
     options = parse_arguments()
     check_arguments(options)
     # Only now the slow imports: --help should answer at once.
-    from ldm.checkpoint import open_checkpoint
+    from ldm.checkpoint import encoder_digests, load_state_dict
     from ldm.evaluation.figure import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
     from ldm.evaluation.report import rows_of, table, write_json
@@ -77,14 +78,15 @@ def main() -> None:
     from ldm.training.release import PRECISIONS, load_release, pick_device
 
     sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
-    open_checkpoint(options.ckpt)  # a wrong name shows before the base is evaluated
+    # Of both, before the base is evaluated: a wrong name, and a set of other encoders, show at once.
+    encoders = {path: encoder_digests(load_state_dict(path)) for path in (options.base, options.ckpt)}
 
     def load(ckpt: Path) -> LatentDiffusion:
         return load_release(ckpt, options.config, device, dtype, options.trust_config)
 
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)
-    rows = rows_of(evaluate_releases(load, options.base, options.ckpt, sets, settings))
+    rows = rows_of(evaluate_releases(load, options.base, options.ckpt, sets, settings, encoders))
     about = {
         "base": str(options.base),
         "tuned": str(options.ckpt),

@@ -70,7 +70,7 @@ def main() -> None:
     model.model.to(dtype)
     model.to(device)
     if options.shards is not None:
-        dataset = open_pictures(model, options.shards, options.out)
+        dataset = open_pictures(encoder, options.shards, options.out)
         count, about = len(dataset), {}
         batches = pictured(dataset, model.channels, options.seed, options.batch_size)
     else:

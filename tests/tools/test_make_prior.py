@@ -148,7 +148,7 @@ def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
         (("--shards", "pictures"), "--shards pictures: has its own captions, and needs --teacher"),
         (("--shards", "pictures", "--teacher", 1, "--prompt", "x"), "has its own captions"),
-        (("--shards", "pipe:cat x", "--teacher", 1), "give local shards, not a stream"),
+        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is streamed; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "pictures of 2 sizes; a prior needs one"),
