@@ -50,10 +50,11 @@ class SameEncoders(Callback):
         Raises:
             UserError: a set was made by another encoder; names its index.
         """
-        for owner in (trainer.datamodule, *trainer.callbacks):
-            for dataset in getattr(owner, "datasets", {}).values():
-                if isinstance(dataset, ShardDataset):
-                    self._check(dataset)
+        trained = getattr(trainer.datamodule, "datasets", {}).values()
+        watched = (dataset for callback in trainer.callbacks for dataset in getattr(callback, "shard_datasets", []))
+        for dataset in (*trained, *watched):
+            if isinstance(dataset, ShardDataset):
+                self._check(dataset)
 
     def _check(self, dataset: ShardDataset) -> None:
         own = {"autoencoder": self._autoencoder, "text_tower": self.text_tower}

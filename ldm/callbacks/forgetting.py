@@ -76,9 +76,9 @@ class Forgetting(Callback):
         return [f"eval/{name}/{metric}" for name in self.urls for metric in _METRICS]
 
     @property
-    def datasets(self) -> dict[str, ShardDataset]:
-        """The sets, once they are open, for whoever checks what made them."""
-        return {pictures.name: pictures.dataset for pictures in self._sets}
+    def shard_datasets(self) -> list[ShardDataset]:
+        """The sets, once they are open, for `SameEncoders`."""
+        return [pictures.dataset for pictures in self._sets]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._recorded is None else {"recorded": self._recorded}
