@@ -43,7 +43,7 @@ class Model:
         self.texts = []
 
     def state_dict(self):
-        return {}
+        return self.first_stage_model.state_dict(prefix="first_stage_model.")
 
     def get_learned_conditioning(self, texts):
         self.texts += texts
