@@ -13,11 +13,12 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training.config import build_model, load_config
 from ldm.util import UserError
 from tests.golden_data import fill_seeded, seeded_tensor
-from tests.test_main import assert_same_training, state
 from tests.training_runs import (  # noqa: F401
     CONFIG,
+    assert_same_training,
     fixture_one_thread,
     run_main,
+    state,
     the_run,
     write_inputs,
 )

@@ -13,12 +13,13 @@ from ldm.training.config import build_model, load_config
 from ldm.training.hack import hack_training
 from ldm.training.merge import merge_files
 from tests.golden_data import fill_seeded
-from tests.test_main import assert_same_training, state
 from tests.training_runs import (  # noqa: F401
+    assert_same_training,
     fixture_one_thread,
     fixture_train,
     logged,
     run_main,
+    state,
     the_run,
     write_inputs,
 )

@@ -8,8 +8,14 @@ from pytorch_lightning import Callback
 
 from ldm.checkpoint import save_checkpoint, save_state_dict
 from ldm.util import UserError
-from tests.test_main import assert_same_training, state
-from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+from tests.training_runs import (  # noqa: F401
+    assert_same_training,
+    fixture_one_thread,
+    fixture_train,
+    logged,
+    state,
+    the_run,
+)
 
 
 class FailAfter(Callback):

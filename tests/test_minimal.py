@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 
 from ldm.util import UserError
-from tests.test_main import assert_same_training, state
-from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+from tests.training_runs import (  # noqa: F401
+    assert_same_training,
+    fixture_one_thread,
+    fixture_train,
+    logged,
+    state,
+    the_run,
+)
 
 STREAMED = (
     "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel "

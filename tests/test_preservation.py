@@ -9,8 +9,7 @@ from ldm.data import npy
 from ldm.data.writer import ShardWriter
 from ldm.training.config import build_model, load_config
 from ldm.util import UserError
-from tests.test_main import assert_same_training
-from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+from tests.training_runs import assert_same_training, fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 PRIOR = "data.params.prior_urls=prior.tar data.params.prior_ratio=1.5"
 TEACHER = "data.params.prior_urls=taught.tar model.params.prior_target=teacher"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.child_runs import read_losses, start
-from tests.test_main import ROOT, assert_same_training, state
-from tests.training_runs import logged, the_run, write_inputs
+from tests.conftest import ROOT
+from tests.training_runs import assert_same_training, logged, state, the_run, write_inputs
 
 OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"

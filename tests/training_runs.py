@@ -1,4 +1,4 @@
-"""Runs of main.py on a model and data so small that a test can afford several; fixtures to import."""
+"""Runs of main.py on a model and data so small that a test can afford several, and what they must have in common."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +141,35 @@ def logged(run: Path, key: str) -> dict[int, str]:
         with path.open() as file:
             values |= {int(row["step"]): row[key] for row in csv.DictReader(file) if row.get(key)}
     return values
+
+
+def state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_training(straight: Path, resumed: Path) -> None:
+    """Equal losses at each step, and equal weights, averages, optimizer state and counts at the end, bit for bit."""
+    losses = logged(straight, "train/loss")
+    assert losses and losses == logged(resumed, "train/loss")
+    one, other = (state(run / "checkpoints" / "last.ckpt") for run in (straight, resumed))
+    assert one["global_step"] == other["global_step"]
+    loops, others = (checkpoint["loops"]["fit_loop"] for checkpoint in (one, other))
+    for counts in ("epoch_progress", "epoch_loop.batch_progress", "state_dict"):  # the last: where the data are
+        assert loops[counts] == others[counts]
+    assert [key for key, value in one["state_dict"].items() if not value.equal(other["state_dict"][key])] == []
+    moments, same = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, other))
+    assert_equal(moments, same)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Tensors are equal in every bit, and the dicts that hold them in their keys."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    else:
+        assert one.equal(other) if isinstance(one, torch.Tensor) else one == other
 
 
 @pytest.fixture(name="one_thread")

@@ -8,57 +8,48 @@
 Writes evaluation.json and evaluation.png into --out. The loss is the mean square error at fixed timesteps and noise;
 drift is ‖ε_tuned − ε_base‖² / ‖ε_base‖², the squared relative move of the noise prediction; brackets are 95 %
 confidence intervals over pictures. Captions are encoded by each model's own text encoder where the config has one;
-otherwise the encodings stored in the shards are used.
+otherwise the encodings stored in the shards are used. A set that other encoders made than those of the releases is
+refused, as in training.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import add_trust_option, run
+from ldm.cli import HelpFormatter, add_trust_option, run
+from ldm.training.drawing import add_network_options, add_sampling_options, check_at_least, check_sampling_options
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--base", type=Path, required=True, help="release that the fine-tuning began from")
     add("--ckpt", type=Path, required=True, help="fine-tuned release")
     add("--config", required=True, help="config of both")
     add("--set", dest="sets", action="append", required=True, metavar="NAME=SHARDS", help="a set; give one or more")
-    add("--timesteps", type=int, default=8, help="midpoints of as many equal strata (default: 8)")
-    add("--limit", type=int, help="pictures a set, spread over it (default: all)")
-    add("--batch-size", type=int, default=8, help="pictures at a time (default: 8)")
-    add("--sample", type=int, default=0, metavar="N", help="also draw N pictures a set from its captions (default: 0)")
-    add("--seed", type=int, default=42, help="of a set's first sample; the others count up (default: 42)")
-    add("--steps", type=int, default=50, help="sampling steps (default: 50)")
-    add("--scale", type=float, default=7.5, help="classifier-free guidance; 1 for none (default: 7.5)")
-    add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampling method (default: ddim)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
-    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks (default: fp32)")
-    add("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results (default: %(default)s)")
+    add("--timesteps", type=int, default=8, help="midpoints of as many equal strata")
+    add("--limit", type=int, help="pictures a set, spread over it; default: all")
+    add("--batch-size", type=int, default=8, help="pictures at a time")
+    add("--sample", type=int, default=0, metavar="N", help="also draw N pictures a set from its captions")
+    add_sampling_options(parser)
+    add_network_options(parser)
+    add("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results")
     add_trust_option(parser)
     return parser.parse_args()
 
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raise `UserError` for the first option whose value makes no sense."""
-    for name, least in (("timesteps", 1), ("limit", 1), ("batch_size", 1), ("sample", 0), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if options.seed + options.sample >= 2**63:
-        raise UserError(f"--seed {options.seed}: give a number below 2^63")
-    if not math.isfinite(options.scale):
-        raise UserError(f"--scale {options.scale}: give a finite number")
+    check_at_least(options, timesteps=1, limit=1, batch_size=1, sample=0)
+    check_sampling_options(options, options.sample)
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out}: is a file; name a folder")
 
@@ -67,7 +58,7 @@ def main() -> None:
     options = parse_arguments()
     check_arguments(options)
     # Only now the slow imports: --help should answer at once.
-    from ldm.checkpoint import open_checkpoint
+    from ldm.checkpoint import encoder_digests, load_state_dict
     from ldm.evaluation.figure import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
     from ldm.evaluation.report import rows_of, table, write_json
@@ -77,14 +68,15 @@ def main() -> None:
     from ldm.training.release import PRECISIONS, load_release, pick_device
 
     sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
-    open_checkpoint(options.ckpt)  # a wrong name shows before the base is evaluated
+    # Of both, before the base is evaluated: a wrong name, and a set of other encoders, show at once.
+    encoders = {path: encoder_digests(load_state_dict(path)) for path in (options.base, options.ckpt)}
 
     def load(ckpt: Path) -> LatentDiffusion:
         return load_release(ckpt, options.config, device, dtype, options.trust_config)
 
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)
-    rows = rows_of(evaluate_releases(load, options.base, options.ckpt, sets, settings))
+    rows = rows_of(evaluate_releases(load, options.base, options.ckpt, sets, settings, encoders))
     about = {
         "base": str(options.base),
         "tuned": str(options.ckpt),

@@ -6,7 +6,8 @@
         --ckpt models/ldm/stable-diffusion-v1/model.ckpt --config stable_diffusion_v1.yaml
 
 Counts, sizes, caption lengths, duplicates, and statistics of the latents; with a model, also a sheet of what its
-autoencoder makes of them.
+autoencoder makes of them. A set that training would refuse as damaged is refused here too; of one that is unfinished,
+what is there is shown, and of one that another autoencoder made than the model's, all: with a warning.
 """
 
 from __future__ import annotations
@@ -51,24 +52,27 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     # Only now the slow imports: --help should answer at once.
-    from ldm.checkpoint import weights_digest
+    from ldm.checkpoint import encoder_digests
+    from ldm.data.opening import check_encoders
     from ldm.evaluation.contact_sheet import contact_sheet
-    from ldm.evaluation.inspection import inspect, latent_channels, open_shards, read_about
+    from ldm.evaluation.inspection import inspect, is_complete, latent_channels, open_to_inspect, read_about
     from ldm.evaluation.inspection_text import inspection_text
     from ldm.files import atomic_write
     from ldm.pictures import save_png
     from ldm.training.release import load_release, pick_device
 
-    dataset = open_shards(options.shards)
+    dataset = open_to_inspect(options.shards)
     about = read_about(dataset)
     model = None
     if options.ckpt is not None:
         model = load_release(options.ckpt, options.config, pick_device(options.device), trusted=options.trust_config)
-        digest = weights_digest(model.first_stage_model.state_dict())
-        if about.get("autoencoder", digest) != digest:
-            logger.warning("the set was made by another autoencoder than that of %s", options.ckpt)
+        try:
+            check_encoders(dataset, encoder_digests(model.state_dict()), str(options.ckpt))
+        except UserError as error:
+            logger.warning("%s", error)
     channels = latent_channels(dataset) if model is None else model.channels
-    found = inspect(dataset, channels, about.get("scale_factor") if model is None else float(model.scale_factor))
+    scale_factor = about.get("scale_factor") if model is None else float(model.scale_factor)
+    found = {"complete": is_complete(dataset), **inspect(dataset, channels, scale_factor)}
     logger.info("%s", inspection_text(found, about))
     if options.json is not None:
         with atomic_write(options.json) as path:

@@ -15,19 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import add_trust_option, run
-from ldm.training.drawing import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
+from ldm.cli import HelpFormatter, add_trust_option, run
+from ldm.training.drawing import SETTINGS, add_drawing_options, check_at_least, check_drawing_options, read_prompts
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is, and defaults."""
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.replace("%", "%%"), formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_drawing_options(parser)
     add = parser.add_argument
     add("--shards", help="instead of captions: pre-encoded pictures, as training_urls names them; needs --teacher")
@@ -45,8 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         """Those of the options whose values are not the default, as they are typed."""
         return " and ".join(f"--{name}" for name in names if getattr(options, name) != parser.get_default(name))
 
-    if options.shard_size < 1 or options.teacher < 0:
-        raise UserError(f"--shard-size {options.shard_size} --teacher {options.teacher}: give 1 or more")
+    check_at_least(options, shard_size=1, teacher=0)
     if not 0 <= options.null_share <= 1:
         raise UserError(f"--null-share {options.null_share}: give a number from 0 to 1")
     if not options.teacher and given("null_share"):
@@ -79,7 +74,7 @@ def main() -> None:
     model.model.to(dtype)
     model.to(device)
     if options.shards is not None:
-        dataset = open_pictures(model, options.shards, options.out)
+        dataset = open_pictures(encoder, options.shards, options.out)
         count, about = len(dataset), {}
         batches = pictured(dataset, model.channels, options.seed, options.batch_size)
     else:

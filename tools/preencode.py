@@ -5,8 +5,8 @@
         --config configs/latent-diffusion/stable_diffusion_v1.yaml \\
         --images pictures/ --out shards/toms-%06d.tar --size 512 --flip
 
-Interrupted, it goes on when the same command is given again. Under torchrun or srun, on one machine or several that share the
-folder of --out, each process makes its share of the shards.
+Interrupted, it goes on when the same command is given again. Under torchrun or srun, on one machine or several that
+share the folder of --out, each process makes its share of the shards.
 """
 
 from __future__ import annotations

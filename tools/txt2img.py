@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import add_trust_option, run
+from ldm.cli import HelpFormatter, add_trust_option, run
 from ldm.training.drawing import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
 from ldm.util import UserError
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_drawing_options(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the pictures")
     add_trust_option(parser)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.checkpoint import weights_digest
-from ldm.data.index import INDEX, read_index
+from ldm.data.opening import check_encoders
 from ldm.data.shards import ShardDataset
 from ldm.util import UserError
 
@@ -17,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class SameEncoders(Callback):
-    """Refuses to train on shards of another autoencoder or text tower than the checkpoint's.
+    """Refuses to train, or to evaluate beside it, on shards of another autoencoder or text tower than the checkpoint's.
 
     The shards' index has the digests of both. The autoencoder is in the training's model; of the text tower, which is
     not, `tools/hack_weights.py` leaves the digest in the checkpoint, as this callback's state, and each checkpoint of
@@ -51,25 +50,18 @@ class SameEncoders(Callback):
         Raises:
             UserError: a set was made by another encoder; names its index.
         """
-        for dataset in getattr(trainer.datamodule, "datasets", {}).values():
+        trained = getattr(trainer.datamodule, "datasets", {}).values()
+        watched = (dataset for callback in trainer.callbacks for dataset in getattr(callback, "shard_datasets", []))
+        for dataset in (*trained, *watched):
             if isinstance(dataset, ShardDataset):
-                for folder in dict.fromkeys(path.parent for path in dataset.paths):
-                    self._check(folder, reads_encodings=dataset.reads_encodings)
+                self._check(dataset)
 
-    def _check(self, folder: Path, reads_encodings: bool) -> None:
-        index = read_index(folder) or {}
-        self._compare(folder, "autoencoder", index.get("autoencoder"), self._autoencoder)
-        if reads_encodings:
-            self._compare(folder, "text tower", index.get("text_tower"), self.text_tower)
-
-    def _compare(self, folder: Path, what: str, made_by: str | None, own: str | None) -> None:
-        if None in (made_by, own) or made_by == own:
+    def _check(self, dataset: ShardDataset) -> None:
+        own = {"autoencoder": self._autoencoder, "text_tower": self.text_tower}
+        if self.is_loaded:
+            check_encoders(dataset, own, "the checkpoint")
             return
-        said = f"{folder / INDEX}: the set was made by another {what} ({made_by[:12]}…) than the "
-        if not self.is_loaded:
-            log.warning("%s", f"{said}model's, which is random; put weights into it with tools/hack_weights.py")
-            return
-        raise UserError(
-            f"{said}checkpoint's ({own[:12]}…); pre-encode with the release that the training begins from, "
-            "or begin from the release that the set was made with"
-        )
+        try:
+            check_encoders(dataset, own, "the model, which is random", "put weights into it with tools/hack_weights.py")
+        except UserError as error:
+            log.warning("%s", error)

@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.callbacks.aside import aside
+from ldm.data.shards import ShardDataset
 from ldm.evaluation.denoising import Comparison, Record, compare, record
 from ldm.evaluation.fixed import midpoint_timesteps
 from ldm.evaluation.sets import EvaluationSet, open_set
@@ -37,6 +38,7 @@ class Forgetting(Callback):
         timesteps: how many, at the midpoints of equal strata of the schedule.
         limit: pictures a set, spread over it; null for all.
         batch_size: pictures at a time.
+        verify_shards: read new shards once as a whole, against the checksums of their index.
 
     Raises:
         UserError: no sets, or numbers below 1.
@@ -49,6 +51,7 @@ class Forgetting(Callback):
         timesteps: int = 8,
         limit: int | None = 64,
         batch_size: int = 8,
+        verify_shards: bool = True,
     ) -> None:
         if not isinstance(sets, Mapping) or not sets:
             raise UserError(f"sets {sets!r}: give at least one, as name: shards")
@@ -60,6 +63,7 @@ class Forgetting(Callback):
         self.timestep_count = timesteps
         self.limit = limit
         self.batch_size = batch_size
+        self.verify_shards = verify_shards
         self._sets: list[EvaluationSet] = []
         self._timesteps: list[int] = []
         self._start: list[Record] = []
@@ -70,6 +74,11 @@ class Forgetting(Callback):
     def metrics(self) -> list[str]:
         """The names of what is logged."""
         return [f"eval/{name}/{metric}" for name in self.urls for metric in _METRICS]
+
+    @property
+    def shard_datasets(self) -> list[ShardDataset]:
+        """The sets, once they are open, for `SameEncoders`."""
+        return [pictures.dataset for pictures in self._sets]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._recorded is None else {"recorded": self._recorded}
@@ -85,7 +94,8 @@ class Forgetting(Callback):
         if pl_module.scale_by_std:
             raise UserError("Forgetting needs the latents' scale from the start: set scale_factor, not scale_by_std")
         self._timesteps = midpoint_timesteps(pl_module.num_timesteps, self.timestep_count)
-        self._sets = [open_set(name, urls, pl_module, self.limit) for name, urls in self.urls.items()]
+        verify = self.verify_shards and trainer.local_rank == 0
+        self._sets = [open_set(name, urls, pl_module, self.limit, verify) for name, urls in self.urls.items()]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step

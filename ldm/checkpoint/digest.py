@@ -11,6 +11,12 @@ from torch import Tensor
 from ldm.checkpoint.loading import is_optional
 
 
+def encoder_digests(weights: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """Digests of a model's autoencoder and text tower, under the names that the index of a set has for them."""
+    prefixes = {"autoencoder": "first_stage_model.", "text_tower": "cond_stage_model."}
+    return {name: weights_digest(weights, prefix) for name, prefix in prefixes.items()}
+
+
 def weights_digest(weights: Mapping[str, Tensor], prefix: str = "") -> str | None:
     """The SHA-256, in hex, of the `weights` whose keys begin with `prefix`; None if there are none.
 

@@ -9,13 +9,12 @@ from typing import Any
 
 from ldm.data.base_module import BaseDataModule
 from ldm.data.dropout import CaptionDropout, EpochItems, load_null
-from ldm.data.index import check_against_index
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
+from ldm.data.opening import open_shards
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
 from ldm.data.shards import TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
-from ldm.data.urls import expand_urls, is_stream, names_all_there
-from ldm.data.verify import verify_shards
+from ldm.data.urls import expand_urls, is_stream
 from ldm.entries import TEACHER_KEYS
 from ldm.util import UserError
 
@@ -103,22 +102,22 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or "t5"
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
-        urls = expand_urls(self.urls[split])
-        if any(map(is_stream, urls)):
-            if split == "prior":
-                raise UserError(f"data.params.prior_urls: {urls[0]} is a stream; give local shards, read in any order")
-            dataset = ShardStream(urls, *self._keys(), **self._rank())
-            # The first sample tells the shapes, and what is wrong before the training starts.
-            if next(iter(dataset), None) is None:
-                raise UserError(f"no samples in {dataset.urls[0]}")
-            logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
-            return dataset
-        check_against_index(urls, whole=names_all_there(self.urls[split]))
-        if self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0):
-            verify_shards(urls)
+        urls = self.urls[split]
+        if split != "prior" and any(map(is_stream, expand_urls(urls))):  # a prior is read in any order
+            return self._open_stream(split)
+        verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
         extra = TEACHER_KEYS if split == "prior" and self._has_teacher() else ()
-        dataset = ShardDataset(urls, *self._keys(), extra)
-        logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(urls), _describe(dataset))
+        dataset = open_shards(urls, *self._keys(), extra, verify=verify)
+        logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), _describe(dataset))
+        return dataset
+
+    def _open_stream(self, split: str) -> ShardStream:
+        urls = expand_urls(self.urls[split])
+        dataset = ShardStream(urls, *self._keys(), **self._rank())
+        # The first sample tells the shapes, and what is wrong before the training starts.
+        if next(iter(dataset), None) is None:
+            raise UserError(f"no samples in {dataset.urls[0]}")
+        logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
         return dataset
 
     def _dropout(self, dataset: ShardDataset | ShardStream, urls: list[str]) -> CaptionDropout | None:

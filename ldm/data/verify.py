@@ -43,7 +43,7 @@ def verify_shards(paths: Sequence[str | Path]) -> None:
         folders.setdefault(path.parent, []).append(path)
     for folder, shards in folders.items():
         index = read_index(folder) or {"shards": []}
-        expected = {shard["name"]: shard["sha256"] for shard in index["shards"] if "sha256" in shard}
+        expected = {shard["name"]: shard["sha256"] for shard in index["shards"] if shard.get("sha256")}
         _verify_folder(folder, [path for path in shards if path.name in expected and path.is_file()], expected)
 
 

@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.index import check_against_index, read_index
+from ldm.data.index import read_index
+from ldm.data.opening import open_shards
 from ldm.data.shards import CAPTION, ORIGIN, ShardDataset
-from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.evaluation.sets import LATENT
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.util import UserError
 
 _SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # pixels: where the classes of an original's shorter side begin
 _TOKENS = 10  # a class of the histogram of caption lengths
 
 
-def open_shards(urls: str | Sequence[str]) -> ShardDataset:
-    """The samples of local shards without the text encodings, which nothing here looks at.
+def open_to_inspect(urls: str | Sequence[str]) -> ShardDataset:
+    """The samples without the text encodings, which nothing here looks at; what is there of an unfinished set too.
 
     Raises:
-        UserError: they are missing, damaged, streamed, or not those of their index.
+        UserError: as `open_shards`.
     """
-    paths = expand_urls(urls)
-    streams = [path for path in paths if is_stream(path)]
-    if streams:
-        raise UserError(f"{streams[0]}: is streamed; give local shards")
-    check_against_index(paths, whole=names_all_there(urls))
-    return ShardDataset(paths, LATENT, None, extra=[ORIGIN])
+    return open_shards(urls, LATENT, None, [ORIGIN], unfinished=True)
+
+
+def is_complete(dataset: ShardDataset) -> bool:
+    """Whether all of the sets that the shards are of are finished, as far as their indexes tell."""
+    folders = {path.parent for path in dataset.paths}
+    return all((read_index(folder) or {}).get("complete", True) for folder in folders)
 
 
 def read_about(dataset: ShardDataset) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ldm.data.opening import check_encoders
 from ldm.evaluation.denoising import Comparison, Record, compare, record
 from ldm.evaluation.fixed import midpoint_timesteps
 from ldm.evaluation.samples import Drawn, SampleDistances, Sampling, decoded, draw, sample_distances
@@ -61,23 +62,33 @@ def evaluate_releases(
     tuned: Path,
     sets: Mapping[str, str | Sequence[str]],
     settings: Settings,
+    encoders: Mapping[Path, Mapping[str, str | None]] | None = None,
 ) -> list[SetResult]:
     """What the release `tuned` makes of each of the `sets` (name to shards), beside `base`.
+
+    `encoders` are the digests of each release's, see `encoder_digests`, which must be those that made the sets.
 
     Raises:
         UserError: a checkpoint or a set cannot be used, a model predicts no finite numbers, or the base nothing at all.
     """
-    kept = _look_at_base(load(base), base, sets, settings)  # which no name here keeps
+    kept = _look_at_base(load(base), base, sets, settings, encoders or {})  # which no name here keeps
     return _look_at_tuned(load(tuned), tuned, kept, settings)
 
 
 def _look_at_base(
-    model: LatentDiffusion, path: Path, sets: Mapping[str, str | Sequence[str]], settings: Settings
+    model: LatentDiffusion,
+    path: Path,
+    sets: Mapping[str, str | Sequence[str]],
+    settings: Settings,
+    encoders: Mapping[Path, Mapping[str, str | None]],
 ) -> list[_OfBase]:
     sampling = settings.sampling
     if sampling:
         check_reads_captions(model)
     opened = [open_set(name, urls, model, settings.limit) for name, urls in sets.items()]
+    for pictures in opened:
+        for release, own in encoders.items():
+            check_encoders(pictures.dataset, own, str(release))
     timesteps = midpoint_timesteps(model.num_timesteps, settings.timesteps)
     kept = []
     for pictures in opened:

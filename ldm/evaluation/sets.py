@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.index import check_against_index
+from ldm.data.opening import open_shards
 from ldm.data.shards import CAPTION, ShardDataset
-from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.evaluation.fixed import spread
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError
@@ -83,8 +82,12 @@ class EvaluationSet:
         return hashlib.sha256(repr((self.keys, list(timesteps))).encode()).digest()
 
 
-def open_set(name: str, urls: str | Sequence[str], model: LatentDiffusion, limit: int | None = None) -> EvaluationSet:
+def open_set(
+    name: str, urls: str | Sequence[str], model: LatentDiffusion, limit: int | None = None, verify: bool = True
+) -> EvaluationSet:
     """The set of the shards `urls`, at most `limit` pictures spread over it, checked against `model`.
+
+    `verify` is that of `open_shards`.
 
     Raises:
         UserError: the shards are missing, damaged, streamed or empty, or do not fit the model; names the set.
@@ -97,11 +100,7 @@ def open_set(name: str, urls: str | Sequence[str], model: LatentDiffusion, limit
         raise UserError(f"limit {limit}: give at least 1 picture a set")
     member = conditioning_member(model)
     try:
-        paths = expand_urls(urls)
-        if any(map(is_stream, paths)):
-            raise UserError(f"{urls}: is streamed; evaluation reads local shards")
-        check_against_index(paths, whole=names_all_there(urls))
-        dataset = ShardDataset(paths, LATENT, member)
+        dataset = open_shards(urls, LATENT, member, verify=verify)
         for latent in dataset.shapes[LATENT]:
             for context in dataset.shapes.get(member) or [None]:
                 shapes = {model.first_stage_key: latent, model.cond_stage_key: context}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,19 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
         """Overwrite the trainable parameters of `model` with the shadows."""
         for shadow, parameter in self._pairs(model):
             parameter.copy_(shadow)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Within it `model` has the averaged weights; a scope within a scope changes nothing."""
+        if self.collected_params:
+            yield
+            return
+        self.store(model.parameters())
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            self.restore(model.parameters())
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep a copy of `parameters`, for `restore`."""

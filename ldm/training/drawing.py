@@ -20,19 +20,26 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt", nargs="+", action="extend", default=[], help="one or more captions")
     add("--from-file", type=Path, help="a text file with one caption a line")
     add("--n", type=int, default=1, help="samples a prompt")
-    add("--seed", type=int, default=42, help="seed of the first sample; they count up from it")
-    add(
-        "--steps",
-        type=int,
-        default=50,
-        help="sampling steps; ddim and plms run more where they do not divide the model's 1000",
-    )
-    add("--scale", type=float, default=7.5, help="classifier-free guidance; 1 for none")
-    add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampling method")
+    add_sampling_options(parser)
     add("--eta", type=float, default=0.0, help="noise added in ddim steps; 0 is deterministic")
     add("--H", type=int, help="height in pixels; default: the model's own")
     add("--W", type=int, help="width in pixels; default: the model's own")
     add("--batch-size", type=int, default=4, help="samples at a time")
+    add_network_options(parser)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How samples are drawn, whatever of."""
+    add = parser.add_argument
+    add("--seed", type=int, default=42, help="seed of the first sample; they count up from it")
+    add("--steps", type=int, default=50, help="ddim and plms run more where the model's 1000 do not divide by it")
+    add("--scale", type=float, default=7.5, help="classifier-free guidance; 1 for none")
+    add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampling method")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Where the networks run, and in which precision."""
+    add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks")
 
@@ -56,10 +63,23 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
 
 def check_drawing_options(options: argparse.Namespace, seeds: int) -> None:
     """Raise `UserError` for values that cannot be; `seeds` of them are counted from `--seed`."""
-    for name in ("n", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
-    if not math.isfinite(options.scale) or not 0 <= options.eta <= 1:
-        raise UserError(f"--scale {options.scale} --eta {options.eta}: give a finite scale, and an eta from 0 to 1")
+    check_at_least(options, n=1, batch_size=1)
+    check_sampling_options(options, seeds)
+    if not 0 <= options.eta <= 1:
+        raise UserError(f"--eta {options.eta}: give a number from 0 to 1")
+
+
+def check_at_least(options: argparse.Namespace, **least: int) -> None:
+    """Raise `UserError` for a number below the `least` that its option may have; None is no number."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {smallest} or more")
+
+
+def check_sampling_options(options: argparse.Namespace, seeds: int) -> None:
+    """Raise `UserError` for values that cannot be; `seeds` of them are counted from `--seed`."""
+    if not math.isfinite(options.scale):
+        raise UserError(f"--scale {options.scale}: give a finite number")
     if not 0 <= options.seed < 2**63 - seeds:
         raise UserError(f"--seed {options.seed}: give a number from 0 to 2^63")

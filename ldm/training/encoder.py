@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import weights_digest
+from ldm.checkpoint import encoder_digests
 from ldm.data.buckets import Size
 from ldm.data.transforms import to_range
 from ldm.models.diffusion.latent import check_reads_captions
@@ -30,10 +30,7 @@ class Encoder:
 
     def __init__(self, model: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         check_reads_captions(model)
-        self.digests = {
-            "autoencoder": weights_digest(model.first_stage_model.state_dict()),
-            "text_tower": weights_digest(model.cond_stage_model.state_dict()),
-        }  # before the weights are rounded to `dtype`
+        self.digests = encoder_digests(model.state_dict())  # before the weights are rounded to `dtype`
         model.first_stage_model.to(device, dtype)
         model.cond_stage_model.to(device, dtype)
         self.model = model

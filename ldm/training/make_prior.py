@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.data import npy
 from ldm.data.dropout import CaptionDropout
-from ldm.data.index import check_against_index
+from ldm.data.opening import check_encoders, open_shards
 from ldm.data.shards import ShardDataset
-from ldm.data.urls import expand_urls, is_stream, names_all_there
 from ldm.data.writer import existing_shards
 from ldm.models.diffusion.text_to_image import Request, draw_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -76,21 +74,18 @@ def drawn(
         yield samples
 
 
-def open_pictures(model: Any, urls: str, out: str) -> ShardDataset:
-    """The pre-encoded set that `urls` names.
+def open_pictures(encoder: Encoder, urls: str, out: str) -> ShardDataset:
+    """The pre-encoded set that `urls` names, which the encoder's model made: what is written says that it did.
 
     Raises:
-        UserError: it is streamed, unfinished, of several sizes or of another model, has a key twice, or `out` would
-            replace it.
+        UserError: as `open_shards`; or it was made by another model, is of several sizes, has a key twice, or `out`
+            would replace it.
     """
-    paths = expand_urls(urls)
-    if any(map(is_stream, paths)):
-        raise UserError(f"--shards {urls}: give local shards, not a stream")
-    check_against_index(paths, whole=names_all_there(urls))
-    replaced = {path.resolve() for path in existing_shards(out)} & {Path(path).resolve() for path in paths}
+    dataset, model = open_shards(urls), encoder.model
+    replaced = {path.resolve() for path in existing_shards(out)} & {path.resolve() for path in dataset.paths}
     if replaced:
         raise UserError(f"--out {out}: would replace {replaced.pop()}, which is read; take another folder")
-    dataset = ShardDataset(paths)
+    check_encoders(dataset, encoder.digests, "--ckpt")
     twice = next((key for key, count in Counter(dataset.sample_keys).items() if count > 1), None)
     if twice is not None:  # one shard cannot hold both
         raise UserError(

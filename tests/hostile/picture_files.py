@@ -89,9 +89,19 @@ def indexes() -> Corpus:
             [{"name": "s-0.tar", "bytes": [1]}],
             [{"name": "\0"}],
             [{"name": None}],
+            [{"name": ""}],
+            [{"name": "s-0.tar"}, {"name": "s\n1.tar"}],
+            [{"name": "s-0.tar", "bytes": "1\n2"}],
+            [{"name": "s-0.tar", "sha256": 3}],
+            [{"name": "s-0.tar", "sha256": [3]}],
+            [{"name": "s-0.tar", "sha256": "0"}],
+            [{"name": "s-0.tar", "sha256": "0\n1"}],
         )
     ):
         yield f"shards-{number}", json.dumps({"format": 1, "shards": shards}).encode()
+    for number, digest in enumerate((3, [3], {}, "", "0", "0\n1", "0" * 100_000)):
+        for key in ("autoencoder", "text_tower"):
+            yield f"{key}-{number}", json.dumps({"shards": [{"name": "s-0.tar"}], key: digest}).encode()
     yield "complete", json.dumps({"complete": "no", "shards": [{"name": "s-0.tar"}]}).encode()
     yield "deep", b"[" * 200_000
     yield "digits", b'{"shards": ' + b"9" * 5000 + b"}"

@@ -21,7 +21,7 @@ import torch
 from ldm.checkpoint import load_state_dict
 from ldm.data.decode import decode_image
 from ldm.data.images import find_images
-from ldm.data.index import check_against_index
+from ldm.data.opening import check_encoders, open_shards
 from ldm.data.shards import ShardDataset, decode_member
 from ldm.data.stream import ShardStream
 from ldm.training.config import load_config, plain
@@ -95,7 +95,7 @@ def read_metadata(folder: Path, data: bytes) -> Any:
 def read_index(folder: Path, data: bytes) -> Any:
     (folder / "s-0.tar").write_bytes(tar_of(SAMPLE))
     (folder / "index.json").write_bytes(data)
-    check_against_index([folder / "s-0.tar"], whole=True)
+    check_encoders(open_shards(folder), {"autoencoder": "a" * 64, "text_tower": "b" * 64}, "a model")
     return "taken"
 
 

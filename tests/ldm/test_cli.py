@@ -1,7 +1,8 @@
-"""What a command line does with errors, and where it looks for checkpoints."""
+"""What a command line says of itself and does with errors, and where it looks for checkpoints."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from ldm.cli import newest_checkpoint, run
+from ldm.cli import HelpFormatter, newest_checkpoint, run
 from ldm.util import UserError
 
 
@@ -77,3 +78,13 @@ def test_newest_checkpoint(tmp_path: Path) -> None:
 def test_no_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--train-ckpt"):
         newest_checkpoint(tmp_path)
+
+
+def test_help_has_the_docstring_as_it_is_and_the_defaults_that_there_are() -> None:
+    parser = argparse.ArgumentParser(description="First,\n    x-%06d.tar", formatter_class=HelpFormatter)
+    parser.add_argument("--count", type=int, default=0, help="how many")
+    parser.add_argument("--name", help="of it")
+    parser.add_argument("--quick", action="store_true", help="at once")
+    said = parser.format_help()
+    assert "First,\n    x-%06d.tar\n" in said and "how many (default: 0)\n" in said
+    assert "of it\n" in said and "at once\n" in said

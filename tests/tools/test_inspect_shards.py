@@ -63,7 +63,7 @@ def test_without_a_model(inspect, shards, tmp_path, caplog):
 def test_another_autoencoder_is_told_of(inspect, shards, tiny_release, tmp_path, caplog):
     write_index(tmp_path / "set", {**read_index(tmp_path / "set"), "autoencoder": "0" * 64})
     assert inspect(shards, "--ckpt", tiny_release, "--config", RELEASE_CONFIG) is None
-    assert "the set was made by another autoencoder than that of" in caplog.text
+    assert f"the set was made by another autoencoder (000000000000…) than that of {tiny_release} (" in caplog.text
 
 
 @pytest.mark.parametrize(

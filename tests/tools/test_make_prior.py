@@ -155,7 +155,7 @@ def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
         (("--prompt", "x", "--null-share", 0.5), "--null-share says nothing without --teacher"),
         (("--shards", "pictures", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
         (("--shards", "pictures", "--teacher", 1, "--H", 64), "leave out --H$"),
-        (("--shards", "pipe:cat x", "--teacher", 1), "give local shards, not a stream"),
+        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is streamed; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "pictures of 2 sizes; a prior needs one"),

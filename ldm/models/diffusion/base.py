@@ -6,8 +6,8 @@ B batch; C, H, W channels, height and width of what is diffused; t (B,) timestep
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -253,20 +253,13 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         if self.use_ema:
             self.model_ema(self.model)
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+    def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
         """Within it the model has its averaged weights, if it keeps an EMA. `context` names the use in the log."""
-        if not self.use_ema or self.model_ema.collected_params:  # no average, or already within
-            yield
-            return
-        self.model_ema.store(self.model.parameters())
-        self.model_ema.copy_to(self.model)
+        if not self.use_ema:
+            return nullcontext()
         if context:
             logger.info("%s: with averaged weights", context)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(self.model.parameters())
+        return self.model_ema.applied_to(self.model)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer gets, in order."""

@@ -75,10 +75,11 @@ def test_a_model_that_reads_captions_itself_asks_for_no_text_tower(tmp_path, mad
 
     def start(key):
         dataset = ShardDataset(list((tmp_path / "shards").glob("*.tar")), cond_stage_key=key)
-        callback.on_fit_start(SimpleNamespace(datamodule=SimpleNamespace(datasets={"training": dataset})), None)
+        datamodule = SimpleNamespace(datasets={"training": dataset})
+        callback.on_fit_start(SimpleNamespace(datamodule=datamodule, callbacks=[callback]), None)
 
     start("txt")
-    with pytest.raises(UserError, match=r"made by another text tower \(000000000000…\) than the checkpoint's \(1111"):
+    with pytest.raises(UserError, match=r"another text tower \(000000000000…\) than that of the checkpoint \(1111"):
         start("t5")
 
 

@@ -18,8 +18,15 @@ from ldm.evaluation.sets import open_set
 from ldm.training.config import build_model
 from ldm.util import UserError
 from tests.golden_data import fill_seeded
-from tests.test_main import assert_same_training, sending
-from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+from tests.sent_signals import sending
+from tests.training_runs import (  # noqa: F401
+    CONFIG,
+    assert_same_training,
+    fixture_one_thread,
+    fixture_train,
+    logged,
+    the_run,
+)
 
 PLACE = "lightning.callbacks.forgetting"
 RELEASED = "model.params.ckpt_path=released.safetensors"

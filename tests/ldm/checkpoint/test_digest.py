@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
-from ldm.checkpoint import load_state_dict, save_state_dict, weights_digest
+from ldm.checkpoint import encoder_digests, load_state_dict, save_state_dict, weights_digest
 
 WEIGHTS = {"a.b.weight": torch.tensor([[0.1, 2.0, -3.5]]), "a.a": torch.tensor([7], dtype=torch.int32)}
 
@@ -44,3 +44,10 @@ def test_values_shapes_and_names_count():
 def test_no_weights_and_weights_that_lost_bits_have_none():
     assert weights_digest(WEIGHTS, "b.") is None
     assert weights_digest({key: value.bfloat16() for key, value in WEIGHTS.items()}) is None
+
+
+def test_the_encoders_of_a_release():
+    weights = {"first_stage_model.w": torch.ones(2), "cond_stage_model.w": torch.zeros(2), "model.w": torch.ones(3)}
+    own = {"autoencoder": weights_digest({"w": torch.ones(2)}), "text_tower": weights_digest({"w": torch.zeros(2)})}
+    assert encoder_digests(weights) == own
+    assert encoder_digests({"model.w": torch.ones(3)}) == {"autoencoder": None, "text_tower": None}

@@ -8,7 +8,7 @@ import pytest
 
 from ldm.data import npy
 from ldm.data.writer import Shard
-from ldm.evaluation.inspection import Moments, inspect, latent_channels, open_shards
+from ldm.evaluation.inspection import Moments, inspect, latent_channels, open_to_inspect
 from ldm.evaluation.inspection_text import inspection_text
 from ldm.util import UserError
 
@@ -48,11 +48,11 @@ def test_moments_by_hand():
 @pytest.mark.parametrize(("channels", "of_latent"), [(4, 4), (8, 4), (16, 8), (3, 3), (9, 9)])
 def test_the_channels_tell_posteriors_from_latents(tmp_path, channels, of_latent):
     urls = write(tmp_path, [("a", latent(1, (channels, 2, 2)), None, None)])
-    assert latent_channels(open_shards(urls)) == of_latent
+    assert latent_channels(open_to_inspect(urls)) == of_latent
 
 
 def found_in(tmp_path, samples, scale_factor=0.5):
-    return inspect(open_shards(write(tmp_path, samples)), 4, scale_factor)
+    return inspect(open_to_inspect(write(tmp_path, samples)), 4, scale_factor)
 
 
 def test_duplicates_and_mirror_images(tmp_path):
@@ -124,4 +124,4 @@ def test_the_text_says_what_was_found(tmp_path):
 
 def test_streams_are_refused():
     with pytest.raises(UserError, match="pipe:cat x: is streamed"):
-        open_shards("pipe:cat x")
+        open_to_inspect("pipe:cat x")

@@ -45,6 +45,19 @@ def test_store_copy_restore() -> None:
     assert equal(model.parameters(), trained)
 
 
+def test_a_scope_ends_with_the_weights_as_they_were_whatever_happens() -> None:
+    model = fill_seeded(linears(), "a")
+    ema = LitEma(model)
+    trained = [parameter.clone() for parameter in fill_seeded(model, "b").parameters()]
+    averaged = list(fill_seeded(linears(), "a").parameters())
+    with pytest.raises(ZeroDivisionError), ema.applied_to(model):
+        with ema.applied_to(model):
+            assert equal(model.parameters(), averaged)
+        assert equal(model.parameters(), averaged)
+        raise ZeroDivisionError
+    assert equal(model.parameters(), trained)
+
+
 def test_without_counting_the_decay_is_constant() -> None:
     model = fill_seeded(linears(), "a")
     ema = LitEma(model, decay=0.5, use_num_updates=False)

@@ -42,6 +42,9 @@ class Model:
         self.model = SimpleNamespace(diffusion_model=SimpleNamespace(downsampling=2))
         self.texts = []
 
+    def state_dict(self):
+        return self.first_stage_model.state_dict(prefix="first_stage_model.")
+
     def get_learned_conditioning(self, texts):
         self.texts += texts
         return torch.stack([torch.full((7, 6), float(len(text) + 1)) for text in texts])

@@ -8,7 +8,7 @@ import torch
 from ldm.models.diffusion import first_stage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from tests.golden_data import seeded_tensor
-from tests.ldm.models.diffusion.test_latent import batch_of
+from tests.ldm.models.diffusion.conftest import batch_of
 
 # Nothing is moved, so the CPU can stand for a GPU.
 HOST, DEVICE = torch.device("meta"), torch.device("cpu")

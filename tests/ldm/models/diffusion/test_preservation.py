@@ -8,6 +8,7 @@ import torch
 from ldm.models.diffusion.preservation import Prior, Teacher
 from ldm.util import UserError
 from tests.golden_data import seeded_tensor
+from tests.ldm.models.diffusion.conftest import TEXT_TOWER, construct
 
 MASK = torch.tensor([False, True, False, True])
 
@@ -136,8 +137,6 @@ def test_gradients_reach_the_unet_and_nothing_else(make_model, target):
 
 
 def test_a_frozen_text_tower_stays_so_and_a_trained_one_learns_from_the_prior():
-    from tests.ldm.models.diffusion.test_latent import TEXT_TOWER, construct
-
     for trainable in (False, True):
         model = construct(TEXT_TOWER, cond_stage_trainable=trainable, cond_stage_key="txt")
         batch = {**batch_of(is_prior=torch.tensor([False, True, True, True])), "txt": ["a cat"] * 4}

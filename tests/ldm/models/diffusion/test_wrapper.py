@@ -1,0 +1,61 @@
+"""How the UNet is given its conditioning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddpm import DiffusionWrapper
+from ldm.util import UserError
+from tests.golden_data import case, seeded_tensor
+from tests.ldm.models.diffusion.conftest import TEXT_TOWER, batch_of, construct
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "cond"),
+    [
+        (None, {}, None),
+        ("concat", {"in_channels": 6}, (2, 2, 8, 8)),
+        ("adm", {"num_classes": 5}, "labels"),
+    ],
+)
+def test_other_conditionings(key: str | None, changes: dict, cond: object) -> None:
+    unet = {
+        **case("unet_attention_block")["params"],
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_classes": None,
+    } | changes
+    dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "c"}}
+    model = construct("__is_unconditional__" if key is None else dummy, unet=unet, conditioning_key=key)
+    batch = {"f8": batch_of((2, 4, 8, 8))["f8"]}
+    if cond == "labels":
+        batch["c"] = torch.tensor([1, 4])
+    elif cond is not None:
+        batch["c"] = seeded_tensor("latent/map", cond)
+    loss, _ = model.shared_step(batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_hybrid_concatenates_and_attends() -> None:
+    unet = {**case("unet_sd_tiny")["params"], "in_channels": 5}
+    dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "t5"}}
+    model = construct(dummy, unet=unet, conditioning_key="hybrid", concat_keys=["mask"])
+    batch = {**batch_of((2, 4, 8, 8)), "mask": torch.ones(2, 1, 8, 8)}
+    cond = model.encode_conditioning(batch)
+    assert [part.shape for part in cond["c_concat"]] == [(2, 1, 8, 8)]
+    assert torch.isfinite(model.shared_step(batch)[0])
+
+
+def test_concatenated_maps_come_after_the_input() -> None:
+    unet = {"target": "torch.nn.Identity"}
+    wrapper = DiffusionWrapper(unet, "concat")
+    wrapper.diffusion_model.forward = lambda x, t: x
+    x, extra = torch.zeros(1, 4, 2, 2), torch.ones(1, 2, 2, 2)
+    assert wrapper(x, torch.tensor([1]), c_concat=[extra])[0, :, 0, 0].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_hybrid_needs_maps() -> None:
+    with pytest.raises(UserError, match="concat_keys"):
+        construct(TEXT_TOWER, conditioning_key="hybrid")

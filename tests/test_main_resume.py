@@ -1,0 +1,102 @@
+"""main.py: a run that goes on, as if it had not stopped, or with what it is given."""
+
+import signal
+import sys
+
+import pytest
+import torch
+
+from tests.sent_signals import sending
+from tests.training_runs import (  # noqa: F401
+    assert_same_training,
+    fixture_one_thread,
+    fixture_train,
+    logged,
+    state,
+    the_run,
+)
+
+
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        (3, ""),  # within an epoch of six batches
+        (6, ""),  # at the end of one
+        (9, "data.params.num_workers=2"),
+        (4, "--accumulate_grad_batches 4"),  # two steps an epoch, the second of two batches only
+        (4, "data.params.val_urls=shards/s-000000.tar --val_check_interval 2"),
+    ],
+)
+def test_a_run_that_reached_its_steps_goes_on_as_if_it_had_not_stopped(train, tmp_path, stop, options):
+    train(f"-l straight --max_steps {stop + 4} {options}")
+    train(f"-l resumed --max_steps {stop} {options}")
+    resumed = the_run(tmp_path / "resumed")
+    train(f"--resume {resumed} --max_steps {stop + 4}")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+@pytest.mark.parametrize("limit", ["--max_steps 21", "--max_epochs 4"])
+@pytest.mark.parametrize("stops", [(6, 12, 18), (6, 8, 12, 13)])
+def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, limit, stops):
+    train(f"-l straight {limit}")
+    train(f"-l resumed {limit} {sending(stops[0], signal.SIGINT)}")
+    resumed = the_run(tmp_path / "resumed")
+    for stop in (*stops[1:], 0):
+        assert train(f"--resume {resumed} {sending(stop, signal.SIGINT)}") == 0
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_a_run_that_has_its_steps_says_so(train, tmp_path, caplog):
+    train("--max_steps 3")
+    assert "Nothing was trained" not in caplog.text
+    assert train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 2") == 0
+    assert "already at step 3 (max_steps=2)" in caplog.text
+
+
+def test_the_bar_of_a_run_that_goes_on_within_an_epoch_is_full_at_its_end(train, tmp_path, capsys, monkeypatch):
+    train("--max_steps 2")
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 4") == 0
+    assert "| 4/4 [" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_seed(train, tmp_path):
+    train("-l straight --max_steps 4 -s 5")
+    train("-l resumed --max_steps 2 -s 5")
+    resumed = the_run(tmp_path / "resumed")
+    train(f"--resume {resumed} --max_steps 4")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+    train("-l other --max_steps 4")
+    assert logged(the_run(tmp_path / "other"), "train/loss") != logged(resumed, "train/loss")
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(train, tmp_path, schedule):
+    where = "model.params.scheduler_config"
+    params = f"{where}.params.warm_up_steps=[1] {where}.params.cycle_lengths=[10000] {where}.params.f_start=[1.0]"
+    params += f" {where}.params.f_max=[1.0] {where}.params.f_min=[1.0]"
+    options = f"{where}.target=ldm.lr_scheduler.LambdaLinearScheduler {params}" if schedule else ""
+    train(f"--max_steps 2 {options}")
+    run = the_run(tmp_path / "logs")
+    train(f"--resume {run} --max_steps 5 model.base_learning_rate=5e-4")
+    rates = [float(rate) for rate in logged(run, "lr-AdamW").values()]
+    assert rates == pytest.approx([2e-3] * 2 + [1e-3] * 3)
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_new_run(train, tmp_path):
+    train("-l first --max_steps 1")
+    (the_run(tmp_path / "first") / "checkpoints" / "last.ckpt").rename(tmp_path / "hacked.ckpt")
+    assert train("-b tiny.yaml --resume hacked.ckpt -l second --max_steps 2") == 0
+    assert sorted(logged(the_run(tmp_path / "second"), "train/loss")) == [1]
+
+
+def test_a_checkpoint_without_an_average_starts_it_from_the_weights(train, tmp_path):
+    train("-l first --max_steps 1 model.params.use_ema=False")
+    first = the_run(tmp_path / "first")
+    weights = state(first / "checkpoints" / "last.ckpt")["state_dict"]
+    train(f"--resume {first} model.params.use_ema=True --max_steps 2 model.base_learning_rate=1e-9")
+    averaged = state(first / "checkpoints" / "last.ckpt")["state_dict"]
+    for key in (key for key in weights if key.startswith("model.")):
+        shadow = averaged["model_ema." + key.removeprefix("model.").replace(".", "")]
+        torch.testing.assert_close(shadow, weights[key], rtol=0, atol=1e-5)

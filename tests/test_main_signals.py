@@ -1,0 +1,84 @@
+"""main.py: what each signal does, and that none loses anything."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.sent_signals import sending
+from tests.training_runs import assert_same_training, fixture_one_thread, fixture_train, state, the_run  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "options"),
+    [
+        (signal.SIGINT, 0, ""),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGINT, 0, "--accumulate_grad_batches 2"),
+    ],
+)
+def test_a_signal_that_stops_loses_nothing(train, tmp_path, caplog, signum, code, options):
+    caplog.set_level(logging.INFO)
+    train(f"-l straight --max_steps 6 {options}")
+    assert train(f"-l resumed --max_steps 6 {options} {sending(2, signum)}") == code
+    resumed = the_run(tmp_path / "resumed")
+    assert f"python main.py --resume {resumed.relative_to(tmp_path)} -t" in caplog.text
+    assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == 2
+    assert train(f"--resume {resumed} {sending(0, signum)}") == 0
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_ctrl_c_during_validation_loses_nothing(train, tmp_path):
+    options = "--max_steps 6 data.params.val_urls=shards/s-{000000..000001}.tar --val_check_interval 2"
+    train(f"-l straight {options}")
+    assert train(f"-l resumed {options} {sending(4, signal.SIGINT, validation=True)}") == 0
+    resumed = the_run(tmp_path / "resumed")
+    assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert train(f"--resume {resumed} {sending(0, signal.SIGINT)}") == 0
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_leaves_no_run_folder(train, tmp_path, signum, code):
+    validation = "data.params.val_urls=shards/s-000000.tar"
+    assert train(f"--max_steps 2 {validation} {sending(-1, signum)}") == code
+    assert not list(tmp_path.glob("logs/*"))
+
+
+def test_a_second_ctrl_c_quits_at_once(train, tmp_path):
+    assert train(f"--max_steps 4 {sending(3, signal.SIGINT)} lightning.callbacks.send.params.times=2") == 130
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_sigusr1_saves_and_goes_on(train, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        "ldm.training.resume.save_checkpoint", lambda content, path: saved.append((content["global_step"], path.name))
+    )
+    assert train(f"--max_steps 5 {sending(2, signal.SIGUSR1)}") == 0
+    assert saved == [(2, "last.ckpt"), (5, "last.ckpt")]
+
+
+def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_one(train, tmp_path):
+    """The signal goes to the whole process group, as from a terminal, at whatever moment it is."""
+    line = [sys.executable, str(ROOT / "main.py"), "-b", "tiny.yaml", "-t", "--no-test", "-l", "stopped"]
+    line += ["data.params.num_workers=2", "lightning.modelcheckpoint.params.every_n_train_steps=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+    with subprocess.Popen(line, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("stopped/*/checkpoints/last.ckpt")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    stopped = the_run(tmp_path / "stopped")
+    step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
+    assert f"stopped by SIGINT after step {step}" in output
+    assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
+    train(f"-l straight --max_steps {step + 3}")
+    assert_same_training(the_run(tmp_path / "straight"), stopped)

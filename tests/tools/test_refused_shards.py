@@ -1,0 +1,185 @@
+"""Whatever reads pre-encoded shards refuses a broken, half-made or foreign set, in the same line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ldm.checkpoint import encoder_digests, save_state_dict
+from ldm.data.index import INDEX, write_index
+from ldm.data.verify import file_sha256
+from ldm.training.config import build_model
+from tests.conftest import ROOT
+from tests.golden_data import fill_seeded
+from tests.ldm.data.shard_files import write_set
+from tests.training_runs import CONFIG, TEXT_TOWER, fixture_one_thread  # noqa: F401
+
+WATCHED = "lightning.callbacks.forgetting"
+WATCH = f"{WATCHED}.target=ldm.callbacks.forgetting.Forgetting {WATCHED}.params.every_n_train_steps=1 {WATCHED}.params"
+TRAIN = "main.py -b tiny.yaml -t --no-test -l logs --max_steps 1 model.params.ckpt_path=tiny.safetensors"
+RELEASE = "--ckpt tiny.safetensors --config release.yaml --device cpu"
+PAIR = "--base tiny.safetensors --ckpt tiny.safetensors --timesteps 1 --device cpu --out out --set new=SHARDS"
+READERS = {
+    "training": f"{TRAIN} data.params.training_urls=SHARDS",
+    "prior": f"{TRAIN} data.params.training_urls=good data.params.prior_urls=SHARDS",
+    "watching": f"{TRAIN} data.params.training_urls=good {WATCH}.sets.new=SHARDS",
+    "evaluate": f"tools/evaluate.py {PAIR} --config release.yaml",
+    "evaluate, stored encodings": f"tools/evaluate.py {PAIR} --config tiny.yaml",
+    "make_prior": f"tools/make_prior.py {RELEASE} --teacher 1 --out out/s.tar --shards SHARDS",
+    "inspect_shards": "tools/inspect_shards.py --json found.json SHARDS",
+    "inspect_shards, with a model": f"tools/inspect_shards.py {RELEASE} --sheet sheet.png SHARDS",
+}
+READS_ENCODINGS = ("evaluate, stored encodings", "make_prior")  # of these, and knows the text tower of its release
+LOOKS = [name for name in READERS if name.startswith("inspect")]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny release, its config with a text encoder, and that of its training."""
+    folder = tmp_path_factory.mktemp("release")
+    OmegaConf.save(OmegaConf.create(CONFIG), folder / "tiny.yaml")
+    config = {"model": copy.deepcopy(CONFIG["model"])}
+    config["model"]["params"] |= {"use_ema": False, "cond_stage_key": "txt", "cond_stage_config": TEXT_TOWER}
+    OmegaConf.save(OmegaConf.create(config), folder / "release.yaml")
+    save_state_dict(fill_seeded(build_model(OmegaConf.create(config))).state_dict(), folder / "tiny.safetensors")
+    return folder
+
+
+def index_of(folder: Path) -> dict:
+    return json.loads((folder / INDEX).read_text())
+
+
+@pytest.fixture
+def here(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
+    """A folder with the release, and a set twice, `good` and `bad`, of two shards that the release made."""
+    from ldm.checkpoint import load_state_dict
+
+    digests = encoder_digests(load_state_dict(release / "tiny.safetensors"))
+    for path in release.iterdir():
+        os.link(path, tmp_path / path.name)
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        write_set(tmp_path / name, 4, f8_shape=(8, 4, 4), t5_shape=(77, 8))
+        paths = sorted((tmp_path / name).glob("*.tar"))
+        shards = [{"name": p.name, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths]
+        write_index(tmp_path / name, {"format": 2, "complete": True, "shards": shards, **digests})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that a run's own value goes away with the test
+    return tmp_path
+
+
+@pytest.fixture
+def read(here: Path, run_tool: Callable) -> Callable[[str, str], str | int | None]:
+    """Runs the reader's command on the shards; returns what it exits with: None or the error."""
+
+    def call(reader: str, shards: str) -> str | int | None:
+        script, *words = READERS[reader].replace("SHARDS", shards).split()
+        return run_tool(ROOT / script, *words)
+
+    return call
+
+
+def files(folder: Path) -> set[Path]:
+    """All but the notes of which shards were verified."""
+    return {path for path in folder.rglob("*") if path.is_file() and path.name != ".verified.json"}
+
+
+def unfinished(folder: Path) -> None:
+    write_index(folder, {**index_of(folder), "complete": False, "shards": []})
+
+
+def flipped_bit(folder: Path) -> None:
+    data = bytearray((folder / "set-001.tar").read_bytes())
+    data[700] ^= 1  # in an array, which stays one
+    (folder / "set-001.tar").write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "set-001.tar", 3000)
+
+
+def gone(folder: Path) -> None:
+    (folder / "set-001.tar").unlink()
+
+
+def added(folder: Path) -> None:
+    (folder / "set-001.tar").rename(folder / "old.tar")
+
+
+UNFINISHED = (
+    "bad/index.json: the set is unfinished, its making was interrupted; give the same command of tools/preencode.py "
+    "again to go on, or make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+)
+MISSING = "bad/set-001.tar: missing, as 1 of the 2 shards in index.json are; copy it again, name only shards that"
+DAMAGE = {
+    "checksum": (flipped_bit, "bad", "bad/set-001.tar: its bytes are not those that were written: SHA-256 "),
+    "size": (cut_short, "bad", "bad/set-001.tar: has 3000 bytes, but 20480 in bad/index.json; copy it again, or make"),
+    "missing": (gone, "bad/*.tar", MISSING),
+    "missing, named": (gone, "bad/set-{000..001}.tar", MISSING),
+    "not its own": (added, "bad", "bad/old.tar: not in bad/index.json; move it to a folder of its own, or make it"),
+    "no such": (gone, "bad/set-002.tar", "bad/set-002.tar: no such file"),
+    "streamed": (gone, "pipe:false", "pipe:false: is streamed; give local shards, which can be read in any order"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_reader_refuses_in_the_same_line(here: Path, read: Callable, damage: str) -> None:
+    break_it, shards, line = DAMAGE[damage]
+    break_it(here / "bad")
+    before = files(here)
+    said = {}
+    for reader in READERS:
+        if damage == "streamed" and "main.py" in READERS[reader]:
+            continue  # what training does with a `pipe:` is a matter of trust
+        error = read(reader, shards)
+        assert isinstance(error, str) and error.startswith("error: "), reader
+        said[reader] = error.removeprefix("error: ").removeprefix("set 'new': ")
+    assert len(set(said.values())) == 1, said
+    assert said["evaluate"].startswith(line) and "\n" not in said["evaluate"]
+    assert files(here) == before
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_unfinished_set_is_refused_but_can_be_looked_at(
+    here: Path, read: Callable, reader: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfinished(here / "bad")
+    error = read(reader, "bad")
+    if reader not in LOOKS:
+        assert error.removeprefix("error: ").removeprefix("set 'new': ") == UNFINISHED
+        return
+    assert error is None
+    assert UNFINISHED in [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if "json" in READERS[reader]:
+        found = json.loads((here / "found.json").read_text())
+        assert (found["complete"], found["samples"]) == (False, 4)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("what", ["autoencoder", "text_tower"])
+def test_a_set_of_other_encoders_is_refused_where_they_are_known(
+    here: Path, read: Callable, reader: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_index(here / "bad", {**index_of(here / "bad"), what: "0" * 64})
+    error = read(reader, "bad")
+    line = f"bad/index.json: the set was made by another {what.replace('_', ' ')} (000000000000…) than that of "
+    if reader in LOOKS:
+        assert error is None
+        knows = what == "autoencoder" and "--ckpt" in READERS[reader]
+        assert (f"{line}tiny.safetensors (" in caplog.text) == knows
+    elif what == "autoencoder" or reader in READS_ENCODINGS:
+        assert error.removeprefix("error: ").startswith(line)
+        assert error.endswith("or use the release that made the set") and "\n" not in error
+    else:  # training from a release knows no text tower; see tests/ldm/callbacks/test_encoders.py
+        assert error is None
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_whole_set_is_read(here: Path, read: Callable, reader: str) -> None:
+    assert read(reader, "bad") is None
