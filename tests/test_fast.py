@@ -81,6 +81,13 @@ def test_compiled_blocks_compute_the_same(compiled: list[torch.fx.GraphModule]) 
     assert len(compiled) == len(fast.input_blocks) + 1 + len(fast.output_blocks)
 
 
+def test_every_size_of_picture_is_compiled_once(compiled: list[torch.fx.GraphModule]) -> None:
+    fast, sizes = tiny(**FAST), range(4, 13)  # as many as `tools/preencode.py --buckets` makes at 512 pixels
+    for width in (*sizes, *sizes):
+        fast.run(fast.input_blocks[0], torch.ones(1, 4, 4, width), torch.ones(1, 128), torch.ones(1, 5, 8))
+    assert len(compiled) == len(sizes)
+
+
 def test_without_gradients_nothing_is_compiled(compiled: list[torch.fx.GraphModule]) -> None:
     given = torch.ones(3, 4, 4, 4), torch.ones(3), torch.ones(3, 5, 8)
     with torch.no_grad():
@@ -111,9 +118,9 @@ def test_before_torch_2_13_the_blocks_share_a_larger_stock_of_programs(monkeypat
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     monkeypatch.setattr("ldm.modules.diffusionmodules.openaimodel._ISOLATES", False)
-    with limits.patch(recompile_limit=8):
+    with limits.patch(recompile_limit=8, accumulated_recompile_limit=256):
         tiny(**FAST)
-        assert limits.recompile_limit == 20
+        assert limits.recompile_limit == limits.accumulated_recompile_limit == 5 * 64
     assert len(asked) == 5 and not any("isolate_recompiles" in options for options in asked)
 
 

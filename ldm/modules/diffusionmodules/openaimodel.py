@@ -23,6 +23,7 @@ from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_e
 from ldm.util import UserError
 
 _ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from torch 2.13 on
+_SIZES = 64  # of pictures, times the sizes of batches, that blocks are compiled for; more are hours of compiling
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -268,9 +269,12 @@ class UNetModel(nn.Module):
 
 
 def _room_for_programs(blocks: int) -> dict[str, bool]:
-    """Arguments of `torch.compile` for `blocks` of one class, which by default share a stock of a few programs."""
-    if _ISOLATES:
-        return {"isolate_recompiles": True}
+    """Arguments of `torch.compile` for `blocks` of one class, which by default share a stock of a few programs.
+
+    Each block has one for every size of picture, and at the end of its stock training would stop.
+    """
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 4 * blocks)  # a few sizes of picture each
-    return {}
+    each = 1 if _ISOLATES else blocks
+    limits.recompile_limit = max(limits.recompile_limit, _SIZES * each)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SIZES * blocks)
+    return {"isolate_recompiles": True} if _ISOLATES else {}
