@@ -124,6 +124,20 @@ def test_before_torch_2_13_the_blocks_share_a_larger_stock_of_programs(monkeypat
     assert len(asked) == 5 and not any("isolate_recompiles" in options for options in asked)
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_begin_anew_at_every_step_and_do_not_accumulate(
+    mode: str, fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(len(steps)))
+    setting = f"model.params.unet_config.params.compile_mode={mode}"
+    fast(f"-l one --max_steps 2 {setting} data.params.val_urls=shards/s-000000.tar")
+    assert len(steps) == 2  # nor for validation
+    with pytest.raises(UserError, match=r"accumulate_grad_batches=2 .*compile_mode=default"):
+        fast(f"-l two --max_steps 2 {setting} --accumulate_grad_batches 2")
+
+
 def test_a_machine_that_cannot_compile_is_told_what_to_do(
     fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,19 @@ from ldm.optim import InBackward
 from ldm.util import UserError, get_obj_from_str
 
 
+def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if the UNet of `model` is compiled to CUDA graphs and `trainer` accumulates gradients.
+
+    Gradients lie in the graphs' own memory, which the next batch's forward pass overwrites.
+    """
+    unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if getattr(unet, "uses_cuda_graphs", False) and trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds up gradients that CUDA graphs overwrite; "
+            "leave it out, or set model.params.unet_config.params.compile_mode=default"
+        )
+
+
 def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` if the optimizer of `model` steps inside backward and `trainer` needs all gradients at once."""
     config = getattr(model, "optimizer_config", None)

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.training.compatibility import check_in_backward
+from ldm.training.compatibility import check_cuda_graphs, check_in_backward
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -31,6 +31,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         UserError: Lightning or the optimizer refuses the combination of arguments, or the device has too little memory.
     """
     check_in_backward(model, trainer)
+    check_cuda_graphs(model, trainer)
     log.info("Run folder: %s", run.folder)
     is_new = not run.folder.exists()
     try:
@@ -72,6 +73,7 @@ def _one_line_errors() -> Iterator[None]:
     except BackendCompilerFailed as error:
         reason = str(error.inner_exception).partition("\n")[0]
         raise UserError(
-            f"the blocks cannot be compiled ({reason}); torch.compile needs a C++ compiler, and on a GPU Triton: "
-            "install them, or set model.params.unet_config.params.compile_mode=null"
+            f"what is to be compiled cannot be ({reason}); torch.compile needs a C++ compiler, and on a GPU Triton: "
+            "install them, or set model.params.unet_config.params.compile_mode=null; a low-bit optimizer cannot do "
+            "without them there"
         ) from error

@@ -24,7 +24,8 @@ from ldm.util import UserError
 
 _ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from torch 2.13 on
 _SIZES = 64  # of pictures, times the sizes of batches, that blocks are compiled for; more are hours of compiling
-_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+_COMPILE_MODES = ("default", *_CUDA_GRAPHS, "max-autotune-no-cudagraphs")
 
 
 class UNetModel(nn.Module):
@@ -126,6 +127,7 @@ class UNetModel(nn.Module):
         self.context_dim = context_dim
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.is_compiled = compile_mode is not None
+        self.uses_cuda_graphs = compile_mode in _CUDA_GRAPHS
         self.downsampling = 2 ** (len(channel_mult) - 1)  # H and W must be multiples of it
 
         emb_channels = 4 * model_channels
@@ -253,6 +255,8 @@ class UNetModel(nn.Module):
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError(f"class labels y={y} do not fit a UNetModel with num_classes={self.num_classes}")
+        if self.uses_cuda_graphs and torch.is_grad_enabled():
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs made in the last step may be overwritten
         emb = self.run(self.time_embed, timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (B, E)
         if y is not None:
             emb = emb + self.run(self.label_emb, y)
