@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor
@@ -17,8 +18,35 @@ from ldm.callbacks.device import peak_memory
 log = logging.getLogger(__name__)
 
 
+class LatestNumber:
+    """A number of the device's, fetched without waiting for it: on CUDA what is read is the last that has arrived."""
+
+    def __init__(self) -> None:
+        self._arrived: float | None = None
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def fetch(self, number: Tensor) -> None:
+        """Send `number` (a tensor of one) to the host, after which it may be read at some time."""
+        if number.device.type != "cuda":
+            self._arrived = number.item()
+            return
+        self.read()
+        here = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+        here.copy_(number.detach(), non_blocking=True)
+        self._coming = here, torch.cuda.current_stream(number.device).record_event()
+
+    def read(self, wait: bool = False) -> float | None:
+        """The last number that has arrived; the last that was sent, if need be after a while, with `wait`."""
+        if self._coming is not None and (wait or self._coming[1].query()):
+            number, event = self._coming
+            event.synchronize()
+            self._arrived, self._coming = number.item(), None
+        return self._arrived
+
+
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with img/s and peak memory, redrawn by the clock: showing a loss waits for the device.
+    """Lightning's bar with img/s and peak memory, redrawn by the clock. Training does not wait for it: on CUDA the loss
+    that it shows is that of the redraw before.
 
     Args:
         refresh_rate: batches between redraws, at least; 0 is no bar.
@@ -36,7 +64,8 @@ class ProgressBar(TQDMProgressBar):
         self._drawn = 0.0
         self._images = 0
         self._speed = 0.0
-        self._loss: Tensor | None = None
+        self._loss = LatestNumber()
+        self._is_last = False
 
     @property
     def total_train_batches(self) -> int | float:
@@ -68,7 +97,9 @@ class ProgressBar(TQDMProgressBar):
         is_last = trainer.global_step == trainer.max_steps or (self._is_bar and trainer.is_last_batch)
         if elapsed >= self._seconds or is_last:
             self._speed = self._images / elapsed
-            self._loss = outputs["loss"] * trainer.accumulate_grad_batches if outputs else None  # Lightning divided it
+            self._is_last = trainer.global_step == trainer.max_steps
+            if outputs:
+                self._loss.fetch(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning divided it
             if self._is_bar:
                 super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             elif trainer.is_global_zero:
@@ -85,8 +116,9 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        if self._loss is not None:
-            metrics["loss"] = self._loss.item()
+        loss = self._loss.read(wait=self._is_last)
+        if loss is not None:
+            metrics["loss"] = loss
         metrics["img/s"] = f"{self._speed:.1f}"
         metrics["mem"] = f"{peak_memory(trainer.strategy.root_device) / 2**30:.2f}GiB"
         return metrics

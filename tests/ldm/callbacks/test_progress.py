@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.callbacks.device import peak_memory
-from ldm.callbacks.progress import ProgressBar, batch_size
+from ldm.callbacks.progress import LatestNumber, ProgressBar, batch_size
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,33 @@ def test_the_bar_ends_where_the_epoch_does(first, max_steps, total):
     )
     bar._first_batch = first
     assert bar.total_train_batches == total
+
+
+def test_a_number_of_the_devices_is_read_when_it_has_arrived(monkeypatch):
+    events = []
+
+    def record_event():
+        events.append(SimpleNamespace(arrived=False, query=lambda: events[-1].arrived, synchronize=lambda: None))
+        return events[-1]
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=record_event))
+    cuda = SimpleNamespace(type="cuda")
+
+    def number(value):
+        return SimpleNamespace(device=cuda, shape=(), dtype=torch.float32, detach=lambda: torch.tensor(value))
+
+    latest = LatestNumber()
+    latest.fetch(number(1.0))
+    assert latest.read() is None
+    events[-1].arrived = True
+    latest.fetch(number(2.0))
+    assert latest.read() == 1.0  # while the second is on its way
+    assert latest.read(wait=True) == 2.0
+
+
+def test_a_number_of_the_hosts_is_read_at_once():
+    latest = LatestNumber()
+    latest.fetch(torch.tensor(3.0))
+    assert latest.read() == 3.0
