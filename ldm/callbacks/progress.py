@@ -8,39 +8,32 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from ldm.callbacks.device import peak_memory
+from ldm.coming import Coming
 
 log = logging.getLogger(__name__)
 
 
 class LatestNumber:
-    """A number of the device's, fetched without waiting for it: on CUDA what is read is the last that has arrived."""
+    """A number of the device's, shown without waiting for it: what is read is the last that has arrived."""
 
     def __init__(self) -> None:
         self._arrived: float | None = None
-        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._coming: Coming | None = None
 
     def fetch(self, number: Tensor) -> None:
-        """Send `number` (a tensor of one) to the host, after which it may be read at some time."""
-        if number.device.type != "cuda":
-            self._arrived = number.item()
-            return
+        """Send `number` (a tensor of one) to the host, where it may be read some time later."""
         self.read()
-        here = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
-        here.copy_(number.detach(), non_blocking=True)
-        self._coming = here, torch.cuda.current_stream(number.device).record_event()
+        self._coming = Coming(number)
 
     def read(self, wait: bool = False) -> float | None:
-        """The last number that has arrived; the last that was sent, if need be after a while, with `wait`."""
-        if self._coming is not None and (wait or self._coming[1].query()):
-            number, event = self._coming
-            event.synchronize()
-            self._arrived, self._coming = number.item(), None
+        """The last number that has arrived; with `wait`, the last that was sent."""
+        if self._coming is not None and (wait or self._coming.has_arrived):
+            self._arrived, self._coming = self._coming.get().item(), None
         return self._arrived
 
 
