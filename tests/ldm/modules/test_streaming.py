@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -73,3 +76,21 @@ def test_without_gradients_nothing_is_recomputed() -> None:
     with torch.no_grad():
         forward(stream, layers)
     assert [number for number, _ in seen] == [0, 1]
+
+
+def test_the_next_copy_waits_until_the_device_is_done_with_earlier_blocks() -> None:
+    stream, layers, seen = chain(3)
+    done: list[str] = []
+    transfer = stream._transfer
+    copy, arrive = transfer.copy, transfer.arrive
+
+    def mark(device: torch.device) -> Any:
+        number = len(seen)
+        return SimpleNamespace(synchronize=lambda: done.append(f"wait for what was before {number}"))
+
+    transfer.mark = mark
+    transfer.copy = lambda block, device, changed: done.append(f"copy {block.number}") or copy(block, device, changed)
+    transfer.arrive = lambda copies: done.append("arrive") or arrive(copies)
+    forward(stream, layers)
+    waits = [f"wait for what was before {number}" for number in range(3)]
+    assert done == ["copy 0", "arrive", waits[0], "copy 1", "arrive", waits[1], "copy 2", "arrive", waits[2]]
