@@ -64,11 +64,8 @@ class WeightStream:
         return {name: _Copied.apply(parameter, copy) for (name, parameter), copy in zip(named, copies, strict=True)}
 
     def _copy_ahead(self, number: int, device: torch.device, changed: bool, begin: torch.cuda.Event | None) -> None:
-        if begin is not None:
-            # Until then copies for earlier blocks may be in use: with the next one there would be more than two.
-            begin.synchronize()
         if 0 <= number < len(self._blocks) and number not in self._copies:
-            self._copies[number] = self._transfer.copy(self._blocks[number], device, changed)
+            self._copies[number] = self._transfer.copy(self._blocks[number], device, changed, begin)
 
 
 class _Copied(torch.autograd.Function):
@@ -93,12 +90,20 @@ class _Transfer:
         self._stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
-    def copy(self, block: nn.Module, device: torch.device, changed: bool) -> list[Tensor]:
-        """Copies of the block's parameters; `changed`: since the last time."""
+    def copy(
+        self, block: nn.Module, device: torch.device, changed: bool, after: torch.cuda.Event | None = None
+    ) -> list[Tensor]:
+        """Copies of the block's parameters; `changed`: since the last time.
+
+        They are made when `after` has come to pass: until then copies for earlier blocks may be in use, and with these
+        there would be more than two.
+        """
         if device.type != "cuda":
             return [parameter.to(device, self._dtype, copy=True) for parameter in block.parameters()]
         self._stream = self._stream or torch.cuda.Stream(device)
         pinned = self._pin(block, changed)
+        if after is not None:
+            after.synchronize()
         with torch.cuda.stream(self._stream):
             return [source.to(device, non_blocking=True) for source in pinned]
 

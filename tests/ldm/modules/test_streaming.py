@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def test_one_block_is_copied_ahead_in_the_order_of_use() -> None:
     stream, layers, seen = chain(3)
     copied: list[int] = []
     copy = stream._transfer.copy
-    stream._transfer.copy = lambda block, device, changed: copied.append(block.number) or copy(block, device, changed)
+    stream._transfer.copy = lambda block, *how: copied.append(block.number) or copy(block, *how)
     out = forward(stream, layers)
     assert copied == [0, 1, 2] and [number for number, _ in seen] == [0, 1, 2]
     out.sum().backward()
@@ -78,19 +77,16 @@ def test_without_gradients_nothing_is_recomputed() -> None:
     assert [number for number, _ in seen] == [0, 1]
 
 
-def test_the_next_copy_waits_until_the_device_is_done_with_earlier_blocks() -> None:
+def test_the_next_copy_comes_after_what_was_before_this_block() -> None:
     stream, layers, seen = chain(3)
-    done: list[str] = []
+    copied: list[tuple[int, Any]] = []
     transfer = stream._transfer
-    copy, arrive = transfer.copy, transfer.arrive
+    copy = transfer.copy
 
-    def mark(device: torch.device) -> Any:
-        number = len(seen)
-        return SimpleNamespace(synchronize=lambda: done.append(f"wait for what was before {number}"))
+    def noted(block: Noting, device: torch.device, changed: bool, after: Any = None) -> list[Tensor]:
+        copied.append((block.number, after))
+        return copy(block, device, changed)
 
-    transfer.mark = mark
-    transfer.copy = lambda block, device, changed: done.append(f"copy {block.number}") or copy(block, device, changed)
-    transfer.arrive = lambda copies: done.append("arrive") or arrive(copies)
+    transfer.mark, transfer.copy = lambda device: f"blocks before {len(seen)}", noted
     forward(stream, layers)
-    waits = [f"wait for what was before {number}" for number in range(3)]
-    assert done == ["copy 0", "arrive", waits[0], "copy 1", "arrive", waits[1], "copy 2", "arrive", waits[2]]
+    assert copied == [(0, None), (1, "blocks before 0"), (2, "blocks before 1")]
