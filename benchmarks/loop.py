@@ -135,12 +135,15 @@ def bare(options: argparse.Namespace) -> float:
 
     from ldm.planning.batch import make_batch
     from ldm.training.config import build_model, load_config
+    from ldm.training.fit import use_tensor_cores
 
     config = load_config(
         [CONFIG, *([options.tier] if options.tier else [])], [a for a in arguments(options) if "=" in a]
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = config.lightning.trainer.get("precision")
+    use_tensor_cores(device)
+    torch.backends.cudnn.benchmark = bool(config.lightning.trainer.get("benchmark"))
     model = build_model(config).to(device, torch.bfloat16 if precision == "bf16-true" else torch.float32).train()
     model.learning_rate = 1e-6
     optimizer = model.configure_optimizers()
