@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import TritonMissing
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training.config import build_model, load_config
@@ -138,20 +139,23 @@ def test_cuda_graphs_begin_anew_at_every_step_and_do_not_accumulate(
         fast(f"-l two --max_steps 2 {setting} --accumulate_grad_batches 2")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError("no compiler here"), "no compiler here"), (TritonMissing(None), "Cannot find a working triton")],
+    ids=["compiler", "triton"],
+)
 def test_a_machine_that_cannot_compile_is_told_what_to_do(
-    fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    error: Exception, reason: str, fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_ = torch.compile
 
     def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
-        raise OSError("no compiler here")
+        raise error
 
     monkeypatch.setattr(
         torch, "compile", lambda function, mode, **options: compile_(function, backend=backend, **options)
     )
-    with pytest.raises(
-        UserError, match=r"no compiler here\); .* set model\.params\.unet_config\.params\.compile_mode=null"
-    ):
+    with pytest.raises(UserError, match=rf"{reason}.*\); .* set model\.params\.unet_config\.params\.compile_mode=null"):
         fast("--max_steps 1")
 
 

@@ -14,6 +14,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
 from ldm.training.compatibility import check_cuda_graphs, check_in_backward
@@ -80,8 +81,8 @@ def _one_line_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
         raise UserError(f"{first}; lower data.params.batch_size and raise --accumulate_grad_batches") from error
-    except BackendCompilerFailed as error:
-        reason = str(error.inner_exception).partition("\n")[0]
+    except (BackendCompilerFailed, TritonMissing, GPUTooOldForTriton) as error:
+        reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
         raise UserError(
             f"what is to be compiled cannot be ({reason}); torch.compile needs a C++ compiler, and on a GPU Triton: "
             "install them, or set model.params.unet_config.params.compile_mode=null; a low-bit optimizer cannot do "
