@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         from benchmarks.recipe_full_size import write_shard
 
-        samples = max(256, 2 * options.batch)
+        samples = max(256, 16 * options.batch)  # epochs of 16 steps: at the start of one the loader has nothing ready
         write_shard(Path(name) / "shards", samples, options.size // 8)
         if options.profile:
             worker("loop", name)
