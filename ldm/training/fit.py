@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.training.compatibility import check_cuda_graphs, check_in_backward
+from ldm.training.compatibility import check_clipping, check_cuda_graphs, check_in_backward
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -33,6 +33,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
     """
     check_in_backward(model, trainer)
     check_cuda_graphs(model, trainer)
+    check_clipping(model, trainer)
     use_tensor_cores(trainer.strategy.root_device)
     log.info("Run folder: %s", run.folder)
     is_new = not run.folder.exists()
