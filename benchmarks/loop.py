@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         from benchmarks.recipe_full_size import write_shard
 
-        samples = max(256, 16 * options.batch)
+        samples = max(256, 16 * options.batch)  # epochs of 16 steps: at the start of one the loader has nothing ready
         write_shard(Path(name) / "shards", samples, options.size // 8)
         if options.profile:
             worker("loop", name)
@@ -177,6 +177,7 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
 
     from ldm.planning.batch import make_batch
     from ldm.training.config import build_model
+    from ldm.training.fit import use_tensor_cores
     from ldm.training.host_memory import keep_freed_memory
 
     config = config_of(options)
@@ -184,6 +185,8 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
     if device.type == "cpu":
         keep_freed_memory()  # as main.py does
     precision = config.lightning.trainer.get("precision")
+    use_tensor_cores(device)
+    torch.backends.cudnn.benchmark = bool(config.lightning.trainer.get("benchmark"))
     model = build_model(config).to(device, torch.bfloat16 if precision == "bf16-true" else torch.float32).train()
     model.learning_rate = 1e-6
     optimizer = model.configure_optimizers()

@@ -100,11 +100,14 @@ def work(options: argparse.Namespace) -> dict[str, float]:
 
     from ldm.callbacks.device import peak_memory
     from ldm.optim import build_optimizer
+    from ldm.training.fit import use_tensor_cores
     from ldm.training.host_memory import keep_freed_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.keep_memory or (device.type == "cpu" and options.side in OURS):
         keep_freed_memory()
+    use_tensor_cores(device)
+    torch.backends.cudnn.benchmark = True  # on a GPU, for all sides, as fast.yaml has it
     torch.manual_seed(0)
     if options.side in OURS:
         unet, described, halves = build_ours(options.side, options)
@@ -152,7 +155,10 @@ def product_rate(options: argparse.Namespace) -> dict[str, float]:
     """TFLOP/s of a large matrix product in the precision that is compared."""
     import torch
 
+    from ldm.training.fit import use_tensor_cores
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_tensor_cores(device)
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32)
     best = float("inf")

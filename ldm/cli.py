@@ -29,7 +29,8 @@ _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` or an error of the operating system becomes one line on stderr and exit code 1.
+    """Call `main`; a `UserError`, an error of the operating system or a full GPU becomes one line on stderr and exit
+    code 1.
 
     SIGTERM becomes `SystemExit(143)`, so that what is half written is removed.
     """
@@ -46,6 +47,10 @@ def run(main: Callable[[], None]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {where}{error.strerror or error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        sys.exit(f"error: {str(error).split('. ')[0]}; take fewer at a time, where there is a --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
 

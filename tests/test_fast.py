@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import TritonMissing
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training.config import build_model, load_config
@@ -82,6 +83,13 @@ def test_compiled_blocks_compute_the_same(compiled: list[torch.fx.GraphModule]) 
     assert len(compiled) == len(fast.input_blocks) + 1 + len(fast.output_blocks)
 
 
+def test_every_size_of_picture_is_compiled_once(compiled: list[torch.fx.GraphModule]) -> None:
+    fast, sizes = tiny(**FAST), range(4, 13)  # as many as `tools/preencode.py --buckets` makes at 512 pixels
+    for width in (*sizes, *sizes):
+        fast.run(fast.input_blocks[0], torch.ones(1, 4, 4, width), torch.ones(1, 128), torch.ones(1, 5, 8))
+    assert len(compiled) == len(sizes)
+
+
 def test_without_gradients_nothing_is_compiled(compiled: list[torch.fx.GraphModule]) -> None:
     given = torch.ones(3, 4, 4, 4), torch.ones(3), torch.ones(3, 5, 8)
     with torch.no_grad():
@@ -112,26 +120,43 @@ def test_before_torch_2_13_the_blocks_share_a_larger_stock_of_programs(monkeypat
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     monkeypatch.setattr("ldm.modules.diffusionmodules.openaimodel._ISOLATES", False)
-    with limits.patch(recompile_limit=8):
+    with limits.patch(recompile_limit=8, accumulated_recompile_limit=256):
         tiny(**FAST)
-        assert limits.recompile_limit == 20
+        assert limits.recompile_limit == limits.accumulated_recompile_limit == 5 * 64
     assert len(asked) == 5 and not any("isolate_recompiles" in options for options in asked)
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_begin_anew_at_every_step_and_do_not_accumulate(
+    mode: str, fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(len(steps)))
+    setting = f"model.params.unet_config.params.compile_mode={mode}"
+    fast(f"-l one --max_steps 2 {setting} data.params.val_urls=shards/s-000000.tar")
+    assert len(steps) == 2  # nor for validation
+    with pytest.raises(UserError, match=r"accumulate_grad_batches=2 .*compile_mode=default"):
+        fast(f"-l two --max_steps 2 {setting} --accumulate_grad_batches 2")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError("no compiler here"), "no compiler here"), (TritonMissing(None), "Cannot find a working triton")],
+    ids=["compiler", "triton"],
+)
 def test_a_machine_that_cannot_compile_is_told_what_to_do(
-    fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    error: Exception, reason: str, fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_ = torch.compile
 
     def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
-        raise OSError("no compiler here")
+        raise error
 
     monkeypatch.setattr(
         torch, "compile", lambda function, mode, **options: compile_(function, backend=backend, **options)
     )
-    with pytest.raises(
-        UserError, match=r"no compiler here\); .* set model\.params\.unet_config\.params\.compile_mode=null"
-    ):
+    with pytest.raises(UserError, match=rf"{reason}.*\); .* set model\.params\.unet_config\.params\.compile_mode=null"):
         fast("--max_steps 1")
 
 

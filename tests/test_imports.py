@@ -16,7 +16,16 @@ ROOMS = (
     ("main", "tools"),
     ("ldm.callbacks", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.planning", "ldm.training"),
     ("ldm.modules", "ldm.optim"),
-    ("ldm.util", "ldm.files", "ldm.entries", "ldm.cli", "ldm.checkpoint", "ldm.lr_scheduler", "ldm.pictures"),
+    (
+        "ldm.util",
+        "ldm.files",
+        "ldm.entries",
+        "ldm.cli",
+        "ldm.checkpoint",
+        "ldm.coming",
+        "ldm.lr_scheduler",
+        "ldm.pictures",
+    ),
 )
 FORBIDDEN = {
     "ldm.modules": ("pytorch_lightning", "omegaconf", "webdataset"),

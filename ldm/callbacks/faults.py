@@ -113,10 +113,14 @@ class NumericalFaults(Callback):
         if not self.skips and self.grad_norm_factor is None:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        fault = self._fault_of(norm, getattr(trainer.precision_plugin, "scaler", None) is not None)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        # Those of a fused optimizer are unscaled only within its step.
+        are_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / (scaler.get_scale() if are_scaled else 1.0)
+        fault = self._fault_of(norm, scaler is not None)
         if _agreed(trainer, fault is not None):
-            self._leave_out(f"step {trainer.global_step + 1}: {fault or 'a fault in another process'}", optimizer)
+            what = f"step {trainer.global_step + 1}: {fault or 'a fault in another process'}"
+            self._leave_out(what, optimizer, are_scaled)
         elif math.isfinite(norm):
             self._norms.append(norm)
             self._skipped = 0
@@ -170,7 +174,7 @@ class NumericalFaults(Callback):
     def _batches(self) -> str:
         return "; ".join(entry.described() for entry in self._noted)
 
-    def _leave_out(self, what: str, optimizer: Optimizer) -> None:
+    def _leave_out(self, what: str, optimizer: Optimizer, are_scaled: bool) -> None:
         self._skipped += 1
         if not self.skips or self._skipped >= self.most_skips:
             after = f" ({self._skipped} steps left out one after another)" if self.skips else ""
@@ -178,7 +182,10 @@ class NumericalFaults(Callback):
         log.warning("\nLeft out %s", what)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None  # which optimizers pass over, momentum and weight decay included
+                if are_scaled and parameter.grad is not None:
+                    parameter.grad.fill_(math.inf)  # which the scaler finds: it leaves the step out itself
+                else:
+                    parameter.grad = None  # which optimizers pass over, momentum and weight decay included
 
 
 def _sample_keys(batch: Any) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
@@ -15,12 +17,15 @@ from torch import Tensor
 from ldm.callbacks.aside import aside
 from ldm.pictures import image_grid, save_png
 
+log = logging.getLogger(__name__)
+
 
 class ImageLogger(Callback):
     """Asks the module for `log_images(batch, N=max_images, split=...)`, saves each entry as a PNG grid, and logs it.
 
     That happens at the steps 1, 2, 4, ... (with `increase_log_steps`) and then every `batch_frequency`. Validation
-    shows its first batch, at most every `batch_frequency` steps. Training goes on as if nothing had been sampled.
+    shows its first batch, at most every `batch_frequency` steps. Training goes on as if nothing had been sampled, also
+    where a GPU is too small for it.
 
     Args:
         batch_frequency: steps between pictures.
@@ -83,8 +88,16 @@ class ImageLogger(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
         if self.disabled or not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
             return
-        with aside(pl_module):
-            images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+        try:
+            with aside(pl_module):
+                images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+        except torch.OutOfMemoryError as error:  # a card that a step just fits may be too small for a decoder
+            log.warning(
+                "\nNo pictures at step %d: %s; training goes on. To draw none: "
+                "lightning.callbacks.image_logger.params.disabled=true",
+                trainer.global_step, str(error).split(". ")[0],
+            )  # fmt: skip
+            return
         folder = Path(trainer.default_root_dir) / "images" / split
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         samples = len(next(iter(images.values())))

@@ -13,12 +13,33 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from ldm.callbacks.device import peak_memory
+from ldm.coming import Coming
 
 log = logging.getLogger(__name__)
 
 
+class LatestNumber:
+    """A number of the device's, shown without waiting for it: what is read is the last that has arrived."""
+
+    def __init__(self) -> None:
+        self._arrived: float | None = None
+        self._coming: Coming | None = None
+
+    def fetch(self, number: Tensor) -> None:
+        """Send `number` (a tensor of one) to the host, where it may be read some time later."""
+        self.read()
+        self._coming = Coming(number)
+
+    def read(self, wait: bool = False) -> float | None:
+        """The last number that has arrived; with `wait`, the last that was sent."""
+        if self._coming is not None and (wait or self._coming.has_arrived):
+            self._arrived, self._coming = self._coming.get().item(), None
+        return self._arrived
+
+
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with img/s and peak memory, redrawn by the clock: showing a loss waits for the device.
+    """Lightning's bar with img/s and peak memory, redrawn by the clock. Training does not wait for it: on CUDA the loss
+    that it shows is that of the redraw before.
 
     Args:
         refresh_rate: batches between redraws, at least; 0 is no bar.
@@ -36,7 +57,8 @@ class ProgressBar(TQDMProgressBar):
         self._drawn = 0.0
         self._images = 0
         self._speed = 0.0
-        self._loss: Tensor | None = None
+        self._loss = LatestNumber()
+        self._is_last = False
 
     @property
     def total_train_batches(self) -> int | float:
@@ -68,7 +90,9 @@ class ProgressBar(TQDMProgressBar):
         is_last = trainer.global_step == trainer.max_steps or (self._is_bar and trainer.is_last_batch)
         if elapsed >= self._seconds or is_last:
             self._speed = self._images / elapsed
-            self._loss = outputs["loss"] * trainer.accumulate_grad_batches if outputs else None  # Lightning divided it
+            self._is_last = trainer.global_step == trainer.max_steps
+            if outputs:
+                self._loss.fetch(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning divided it
             if self._is_bar:
                 super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             elif trainer.is_global_zero:
@@ -85,8 +109,9 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        if self._loss is not None:
-            metrics["loss"] = self._loss.item()
+        loss = self._loss.read(wait=self._is_last)
+        if loss is not None:
+            metrics["loss"] = loss
         metrics["img/s"] = f"{self._speed:.1f}"
         metrics["mem"] = f"{peak_memory(trainer.strategy.root_device) / 2**30:.2f}GiB"
         return metrics

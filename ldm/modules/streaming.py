@@ -5,7 +5,6 @@ The gradients come back to the host's parameters, and there are the optimizer an
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,10 +47,11 @@ class WeightStream:
             nonlocal recomputing
             ahead = number - 1 if recomputing else number + 1
             changed, recomputing = not recomputing, True
+            begin = self._transfer.mark(device)
             try:
                 return functional_call(block, self._weights(number, device, changed), inputs)
             finally:  # a recomputation is left by an exception once it has made what backward needs
-                self._copy_ahead(ahead, device, changed)
+                self._copy_ahead(ahead, device, changed, begin)
 
         return checkpoint(compute, *inputs, enabled=True)
 
@@ -63,10 +63,9 @@ class WeightStream:
         named = self._blocks[number].named_parameters()
         return {name: _Copied.apply(parameter, copy) for (name, parameter), copy in zip(named, copies, strict=True)}
 
-    def _copy_ahead(self, number: int, device: torch.device, changed: bool) -> None:
-        self._transfer.keep_pace(device)
+    def _copy_ahead(self, number: int, device: torch.device, changed: bool, begin: torch.cuda.Event | None) -> None:
         if 0 <= number < len(self._blocks) and number not in self._copies:
-            self._copies[number] = self._transfer.copy(self._blocks[number], device, changed)
+            self._copies[number] = self._transfer.copy(self._blocks[number], device, changed, begin)
 
 
 class _Copied(torch.autograd.Function):
@@ -93,15 +92,22 @@ class _Transfer:
         self._dtype = dtype
         self._pinned: dict[nn.Module, list[Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
-        self._computed: deque[torch.cuda.Event] = deque()
 
     @torch.no_grad()
-    def copy(self, block: nn.Module, device: torch.device, changed: bool) -> list[Tensor]:
-        """Copies of the block's parameters; `changed`: since the last time."""
+    def copy(
+        self, block: nn.Module, device: torch.device, changed: bool, after: torch.cuda.Event | None = None
+    ) -> list[Tensor]:
+        """Copies of the block's parameters; `changed`: since the last time.
+
+        They are made when `after` has come to pass: until then copies for earlier blocks may be in use, and with these
+        there would be more than two.
+        """
         if device.type != "cuda":
             return [parameter.to(device, self._dtype, copy=True) for parameter in block.parameters()]
         self._stream = self._stream or torch.cuda.Stream(device)
         pinned = self._pin(block, changed)
+        if after is not None:
+            after.synchronize()
         with torch.cuda.stream(self._stream):
             return [source.to(device, non_blocking=True) for source in pinned]
 
@@ -125,12 +131,9 @@ class _Transfer:
             for copy in copies:
                 copy.record_stream(computation)
 
-    def keep_pace(self, device: torch.device) -> None:
-        """Wait for the block before the last: a host that runs ahead makes copies before others are freed."""
-        if device.type == "cuda":
-            self._computed.append(torch.cuda.current_stream(device).record_event())
-            if len(self._computed) > 2:
-                self._computed.popleft().synchronize()
+    def mark(self, device: torch.device) -> torch.cuda.Event | None:
+        """What tells when a CUDA device has done all that it was given so far."""
+        return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def finish(self) -> None:
         """Wait for all copies."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from threading import Lock
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class InBackward(Optimizer):
         self._bucket: list[nn.Parameter] = []
         self._bucket_filled = 0  # bytes
         self._taken: set[nn.Parameter] = set()  # in this step
+        self._one_at_a_time = Lock()  # gradients of each device, the host's among them, come in a thread of their own
 
     def _share_inner_state(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
@@ -97,13 +99,14 @@ class InBackward(Optimizer):
 
     def _take(self, parameter: nn.Parameter) -> None:
         """Put a parameter whose gradient is complete into the bucket."""
-        if parameter in self._taken:
-            raise RuntimeError("a second backward pass within one step: its gradients come after the step was taken")
-        self._taken.add(parameter)
-        self._bucket.append(parameter)
-        self._bucket_filled += parameter.grad.nbytes
-        if self._bucket_filled >= self.bucket_bytes:
-            self._step_bucket()
+        with self._one_at_a_time:
+            if parameter in self._taken:
+                raise RuntimeError("a second backward pass within a step: its gradients come after the step was taken")
+            self._taken.add(parameter)
+            self._bucket.append(parameter)
+            self._bucket_filled += parameter.grad.nbytes
+            if self._bucket_filled >= self.bucket_bytes:
+                self._step_bucket()
 
     def _step_bucket(self) -> None:
         if not self._bucket:

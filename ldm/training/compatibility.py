@@ -5,8 +5,35 @@ from __future__ import annotations
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
+from ldm.models.diffusion.ddpm import DDPM
 from ldm.optim import InBackward
 from ldm.util import UserError, get_obj_from_str
+
+
+def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if the UNet of `model` is compiled to CUDA graphs and `trainer` accumulates gradients.
+
+    Gradients lie in the graphs' own memory, which the next batch's forward pass overwrites.
+    """
+    unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if getattr(unet, "uses_cuda_graphs", False) and trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds up gradients that CUDA graphs overwrite; "
+            "leave it out, or set model.params.unet_config.params.compile_mode=default"
+        )
+
+
+def check_clipping(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if gradients are to be clipped that a fused optimizer has yet to unscale, as in float16."""
+    config = getattr(model, "optimizer_config", None)
+    fused = config is None or (config.get("params") or {}).get("fused")
+    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if isinstance(model, DDPM) and trainer.gradient_clip_val and scales and fused:
+        raise UserError(
+            f"gradient_clip_val={trainer.gradient_clip_val} cannot clip what precision={trainer.precision} scales and "
+            "a fused optimizer unscales; use --precision bf16-mixed, or set "
+            "model.params.optimizer_config={target: torch.optim.AdamW}"
+        )
 
 
 def check_in_backward(model: LightningModule, trainer: Trainer) -> None:

@@ -9,15 +9,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ldm.coming import Coming
 from ldm.data.buckets import Size
 from ldm.data.images import ImageItem
 from ldm.training.encoded_shard import EncodedShard
 from ldm.training.encoder import Encoder
-from ldm.training.pictures import batches, read_pictures
+from ldm.training.pictures import Picture, batches, read_pictures
 from ldm.training.records import Record
 
 _READ = 2  # batches that are decoded before the device is free for them
@@ -84,15 +86,25 @@ def encode_shards(
                 encoder.forget_captions()
                 pictures = shard.readable(_counted(islice(results, len(numbers)), bar))
                 for batch in batches(pictures, batch_size, _AHEAD * batch_size):
-                    contexts = encoder.captions([picture.caption for _, picture in batch])
+                    contexts = encoder.captions_coming([picture.caption for _, picture in batch])
                     pixels = torch.stack([torch.from_numpy(picture.pixels) for _, picture in batch])
-                    views = [encoder.pictures(view) for view in ([pixels, pixels.flip(-1)] if flip else [pixels])]
-                    behind.do(shard.add, batch, views, contexts)
+                    both = [pixels, pixels.flip(-1)] if flip else [pixels]
+                    views = [Coming(encoder.pictures(view)) for view in both]
+                    behind.do(_write, shard, batch, views, contexts)  # which waits for the device in this one's place
                 behind.do(lambda shard=shard: keep(shard.path, shard.finish()))
     except BaseException as error:
         for shard in open_shards:
             shard.abandon(error)
         raise
+
+
+def _write(
+    shard: EncodedShard,
+    batch: Sequence[tuple[int, Picture]],
+    views: Sequence[Coming],
+    contexts: Callable[[], Sequence[np.ndarray]],
+) -> None:
+    shard.add(batch, [view.get().numpy() for view in views], contexts())
 
 
 def _counted(results: Iterable[Any], bar: tqdm) -> Iterable[Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from ldm.data import npy
 from ldm.data.writer import Shard
@@ -46,18 +45,17 @@ class EncodedShard:
             self.failed.append({"name": result.item.name, "reason": result.reason})
 
     def add(
-        self, batch: Sequence[tuple[int, Picture]], views: Sequence[Tensor], contexts: Sequence[np.ndarray]
+        self, batch: Sequence[tuple[int, Picture]], values: Sequence[np.ndarray], contexts: Sequence[np.ndarray]
     ) -> None:
-        """Take the encodings of pictures, of which `views` are the plain ones and, if there are two, the mirrored ones.
+        """Take the encodings of pictures: in `values` the plain ones' and, if there are two, the mirrored ones'.
 
         Raises:
             UserError: a value is not finite.
         """
-        values = [view.cpu().numpy() for view in views]  # waits for the device
         for i, ((place, picture), context) in enumerate(zip(batch, contexts, strict=True)):
             self._early[place] = [_sample(picture, view[i], context, bool(flip)) for flip, view in enumerate(values)]
             self.without_caption += picture.item.caption is None
-            self.sizes["{}x{}".format(*picture.size)] += len(views)
+            self.sizes["{}x{}".format(*picture.size)] += len(values)
             self.shapes.add(values[0].shape[1:])
         if self._shard is None:
             self.prepare()

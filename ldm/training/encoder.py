@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,32 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import encoder_digests
+from ldm.coming import Coming
 from ldm.data.buckets import Size
 from ldm.data.transforms import to_range
 from ldm.models.diffusion.latent import check_reads_captions
 from ldm.util import UserError
 
 _CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
+
+
+class _Caption:
+    """The encoding of one caption, float16 (77, 768), for which whoever needs it waits."""
+
+    def __init__(self, text: str, batch: Coming, index: int) -> None:
+        self._text = text
+        self._coming: tuple[Coming, int] | None = batch, index
+        self._array: np.ndarray | None = None
+
+    def get(self) -> np.ndarray:
+        coming = self._coming
+        if coming is not None:
+            batch, index = coming
+            self._array = batch.get()[index].numpy().copy()  # the batch's memory can be used again
+            self._coming = None
+            if not np.isfinite(self._array).all():
+                raise UserError(f"the caption {self._text!r} encodes to NaN or infinity; try --precision fp32")
+        return self._array
 
 
 class Encoder:
@@ -36,7 +56,7 @@ class Encoder:
         self.model = model
         self.device = torch.device(device)
         self.dtype = dtype
-        self._captions: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._captions: OrderedDict[str, _Caption] = OrderedDict()
 
     def check_sizes(self, sizes: Iterable[Size]) -> None:
         """Raise `UserError` unless the autoencoder and the UNet can halve pictures of these sizes evenly."""
@@ -53,7 +73,10 @@ class Encoder:
 
         On a GPU the work is under way when this returns.
         """
-        encoded = self.model.first_stage_model.encode(to_range(batch.to(self.device)).to(self.dtype))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # else the device would be waited for
+        there = batch.to(self.device, non_blocking=True)
+        encoded = self.model.first_stage_model.encode(to_range(there).to(self.dtype))
         values = encoded if isinstance(encoded, Tensor) else encoded.parameters
         values = values.float()
         if not isinstance(encoded, Tensor):
@@ -65,19 +88,21 @@ class Encoder:
     @torch.inference_mode()
     def captions(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The encodings, float16 (77, 768), of `texts`; each text is encoded once as long as it is remembered."""
+        return self.captions_coming(texts)()
+
+    @torch.inference_mode()
+    def captions_coming(self, texts: Sequence[str]) -> Callable[[], list[np.ndarray]]:
+        """What gives `captions(texts)`, in any thread: on a GPU the work is under way when this returns."""
         new = [text for text in dict.fromkeys(texts) if text not in self._captions]
         if new:
-            encoded = self.model.get_learned_conditioning(new)
-            for text, value in zip(new, encoded.float().half().cpu().numpy(), strict=True):
-                if not np.isfinite(value).all():
-                    raise UserError(f"the caption {text!r} encodes to NaN or infinity; try --precision fp32")
-                self._captions[text] = value
+            batch = Coming(self.model.get_learned_conditioning(new).float().half())
+            self._captions |= {text: _Caption(text, batch, index) for index, text in enumerate(new)}
         for text in texts:
             self._captions.move_to_end(text)
         found = [self._captions[text] for text in texts]
         while len(self._captions) > _CACHED_CAPTIONS:
             self._captions.popitem(last=False)
-        return found
+        return lambda: [caption.get() for caption in found]
 
     def forget_captions(self) -> None:
         """Encode each text anew: rounding depends on what else is encoded with it, and so on what is remembered."""

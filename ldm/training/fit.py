@@ -14,9 +14,10 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.training.compatibility import check_in_backward
+from ldm.training.compatibility import check_clipping, check_cuda_graphs, check_in_backward
 from ldm.training.host_memory import keep_freed_memory
 from ldm.training.host_state import HostStateStrategy
 from ldm.training.run import Run
@@ -33,6 +34,9 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         UserError: Lightning or the optimizer refuses the combination of arguments, or the device has too little memory.
     """
     check_in_backward(model, trainer)
+    check_cuda_graphs(model, trainer)
+    check_clipping(model, trainer)
+    use_tensor_cores(trainer.strategy.root_device)
     if trainer.strategy.root_device.type == "cpu" or isinstance(trainer.strategy, HostStateStrategy):
         keep_freed_memory()
     log.info("Run folder: %s", run.folder)
@@ -47,6 +51,15 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
     except TrainingStopped as stop:
         log.info("Training %s; go on with: python main.py --resume %s -t", stop, run.folder)
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Let float32 matrix products on a CUDA `device` be TF32, as its convolutions are by torch's default.
+
+    They take several times as long otherwise. NVIDIA's libraries do neither where NVIDIA_TF32_OVERRIDE=0 is set.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def test(trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig) -> None:
@@ -73,9 +86,10 @@ def _one_line_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
         raise UserError(f"{first}; lower data.params.batch_size and raise --accumulate_grad_batches") from error
-    except BackendCompilerFailed as error:
-        reason = str(error.inner_exception).partition("\n")[0]
+    except (BackendCompilerFailed, TritonMissing, GPUTooOldForTriton) as error:
+        reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
         raise UserError(
-            f"the blocks cannot be compiled ({reason}); torch.compile needs a C++ compiler, and on a GPU Triton: "
-            "install them, or set model.params.unet_config.params.compile_mode=null"
+            f"what is to be compiled cannot be ({reason}); torch.compile needs a C++ compiler, and on a GPU Triton: "
+            "install them, or set model.params.unet_config.params.compile_mode=null; a low-bit optimizer cannot do "
+            "without them there"
         ) from error

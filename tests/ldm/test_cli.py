@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from ldm.cli import HelpFormatter, newest_checkpoint, run
@@ -27,6 +28,10 @@ def raises(error: BaseException):
         (UserError("size 0: give 1 or more"), "error: size 0: give 1 or more"),
         (FileNotFoundError(2, "No such file or directory", "a.ckpt"), "error: a.ckpt: No such file or directory"),
         (OSError(28, "No space left on device"), "error: No space left on device"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8.00 GiB."),
+            "error: CUDA out of memory; take fewer at a time, where there is a --batch-size",
+        ),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -37,8 +42,9 @@ def test_errors_of_users_are_one_line(error: BaseException, code: object) -> Non
 
 
 def test_errors_of_ours_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run(raises(ZeroDivisionError()))
+    for error in (ZeroDivisionError(), RuntimeError("a shape")):
+        with pytest.raises(type(error)):
+            run(raises(error))
 
 
 def test_an_error_begins_a_line_after_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,6 @@ class AncestralSampler(Sampler):
             x0 = x0.clamp(-1, 1)
         t = torch.full((x.shape[0],), int(self.timesteps[index]), device=x.device)
         mean, _, log_variance = self.model.q_posterior(x0, x, t)
-        if t[0] == 0:
+        if self.timesteps[index] == 0:
             return mean, x0
         return mean + (0.5 * log_variance).exp() * noise(), x0

@@ -20,7 +20,8 @@ from ldm.models.diffusion.batch import Batch
 class Draws:
     """Numbers for the rows of a batch, each from streams of its own if the rows are named.
 
-    Without `names`, as in validation, they come from the global generators, for the batch as a whole.
+    Without `names`, as in validation, they come from the global generators, for the batch as a whole. They are drawn
+    where they are needed, so a GPU's are other numbers than the CPU's, by its own generator.
     """
 
     names: Sequence[str] | None = None

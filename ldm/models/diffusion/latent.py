@@ -287,6 +287,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
     # Pictures
 
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
-        pictures = super().log_images(batch, N, **kwargs)
-        self._put_first_stage_away(batch)
-        return pictures
+        try:
+            return super().log_images(batch, N, **kwargs)
+        finally:
+            self._put_first_stage_away(batch)

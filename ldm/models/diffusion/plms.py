@@ -45,6 +45,6 @@ class PLMSSampler(Sampler):
             following = min(index + 1, len(self.timesteps) - 1)
             eps = (prediction.eps + predict(ddim_step(prediction, previous), following).eps) / 2
         self.earlier = [prediction.eps, *self.earlier][:3]
-        alpha_bar = torch.tensor(self.alphas[index], device=x.device, dtype=x.dtype)
+        alpha_bar = torch.full((), self.alphas[index], device=x.device, dtype=x.dtype)
         combined = Prediction(*prediction_to_eps_x0(eps, x, alpha_bar, "eps"))
         return ddim_step(combined, previous), combined.x0

@@ -100,7 +100,8 @@ class Sampler:
         t = torch.full((x.shape[0],), self.timesteps[index], device=x.device, dtype=torch.float32)
         t = t if self.timesteps[index] % 1 else t.long()
         output = guided_output(self.model, x, t, cond, uncond, scale)
-        alpha_bar = torch.tensor(self.alphas[index], device=x.device, dtype=x.dtype)
+        # filled on the device: a tensor made of a Python number would cross over, and be waited for
+        alpha_bar = torch.full((), self.alphas[index], device=x.device, dtype=x.dtype)
         parameterization = getattr(self.model, "parameterization", "eps")
         return Prediction(*prediction_to_eps_x0(output.to(x.dtype), x, alpha_bar, parameterization))
 

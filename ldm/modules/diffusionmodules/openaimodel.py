@@ -23,7 +23,9 @@ from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_e
 from ldm.util import UserError
 
 _ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from torch 2.13 on
-_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_SIZES = 64  # of pictures, times the sizes of batches, that blocks are compiled for; more are hours of compiling
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+_COMPILE_MODES = ("default", *_CUDA_GRAPHS, "max-autotune-no-cudagraphs")
 
 
 class UNetModel(nn.Module):
@@ -125,6 +127,7 @@ class UNetModel(nn.Module):
         self.context_dim = context_dim
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.is_compiled = compile_mode is not None
+        self.uses_cuda_graphs = compile_mode in _CUDA_GRAPHS
         self.downsampling = 2 ** (len(channel_mult) - 1)  # H and W must be multiples of it
 
         emb_channels = 4 * model_channels
@@ -252,6 +255,8 @@ class UNetModel(nn.Module):
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError(f"class labels y={y} do not fit a UNetModel with num_classes={self.num_classes}")
+        if self.uses_cuda_graphs and torch.is_grad_enabled():
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs made in the last step may be overwritten
         emb = self.run(self.time_embed, timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (B, E)
         if y is not None:
             emb = emb + self.run(self.label_emb, y)
@@ -268,9 +273,12 @@ class UNetModel(nn.Module):
 
 
 def _room_for_programs(blocks: int) -> dict[str, bool]:
-    """Arguments of `torch.compile` for `blocks` of one class, which by default share a stock of a few programs."""
-    if _ISOLATES:
-        return {"isolate_recompiles": True}
+    """Arguments of `torch.compile` for `blocks` of one class, which by default share a stock of a few programs.
+
+    Each block has one for every size of picture, and at the end of its stock training would stop.
+    """
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 4 * blocks)  # a few sizes of picture each
-    return {}
+    each = 1 if _ISOLATES else blocks
+    limits.recompile_limit = max(limits.recompile_limit, _SIZES * each)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SIZES * blocks)
+    return {"isolate_recompiles": True} if _ISOLATES else {}

@@ -124,7 +124,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     def forward(self, texts: Sequence[str] | str) -> torch.Tensor:
         """Captions -> (B, max_length, hidden_size)."""
-        return self.transformer(self.tokenize(texts).to(self.device))
+        # A few kilobytes, which are on their way when this returns: nothing waits for the device.
+        return self.transformer(self.tokenize(texts).to(self.device, non_blocking=True))
 
 
 class _TextTransformer(nn.Module):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from ldm.callbacks.faults import NumericalFault, NumericalFaults
@@ -42,10 +43,11 @@ class Slope(pl.LightningModule):
             self.trainer.save_checkpoint(self.checkpoint[self.trainer.global_step])
 
 
-def fit(module, values, folder, ckpt_path=None, accumulate=1, **params):
+def fit(module, values, folder, ckpt_path=None, accumulate=1, plugins=None, **params):
     data = [{"x": torch.tensor(value), "__key__": f"k{number}"} for number, value in enumerate(values)]
     trainer = pl.Trainer(
         callbacks=[NumericalFaults(**params)],
+        plugins=plugins,
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         accelerator="cpu",
@@ -222,3 +224,21 @@ def test_skip_goes_on_and_resumes_exactly(poisoned, tmp_path, caplog):
         assert torch.equal(value, parts["state_dict"][key]), key
     steps = {int(state["step"]) for state in whole["optimizer_states"][0]["state"].values()}
     assert steps == {8 - sum(bool(bad.any()) for _, bad in drawn[:8])}  # Adam did not count what was left out
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", [NAN, 100.0])
+def test_a_step_of_a_scaled_loss_is_left_out(fused, bad, tmp_path):
+    """A fused optimizer unscales gradients within its step, which a gradient scaler must have looked at."""
+
+    class Scaled(Slope):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 0.1, fused=fused)
+
+    def left_out(values):
+        scaling = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+        options = {"on_fault": "skip", "grad_norm_factor": 10.0, "window": 2}
+        return fit(Scaled(), values, tmp_path, plugins=[scaling], **options)
+
+    without, seen = left_out([1.0, 1.5, 0.5]), left_out([1.0, 1.5, bad, 0.5])
+    assert seen == [*without[:2], without[1], without[2]]

@@ -117,3 +117,21 @@ def test_loggers_that_take_images_get_them(tmp_path):
     logger = ImageLogger(1)
     logger.on_train_batch_end(trainer(tmp_path, 2, [recorder, object()]), Model([("samples", 1)]), None, {}, 0)
     assert recorder.images == [("train/samples", (8, 8), 2)]
+
+
+def test_a_gpu_too_small_for_pictures_goes_on_training(tmp_path, caplog):
+    model = Model([("samples", 1)])
+    enough = model.log_images
+
+    def log_images(*args, **kwargs):
+        if not model.calls:
+            model.calls.append(None)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return enough(*args, **kwargs)
+
+    model.log_images = log_images
+    logger = ImageLogger(10)
+    for step in (1, 2):
+        logger.on_train_batch_end(trainer(tmp_path, step), model, None, {}, 0)
+    assert "No pictures at step 1: CUDA out of memory; training goes on" in caplog.text
+    assert model.trained.training and len(list(tmp_path.rglob("*.png"))) == 1

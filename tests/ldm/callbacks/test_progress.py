@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.callbacks.device import peak_memory
-from ldm.callbacks.progress import ProgressBar, batch_size
+from ldm.callbacks.progress import LatestNumber, ProgressBar, batch_size
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,20 @@ def test_the_bar_ends_where_the_epoch_does(first, max_steps, total):
     )
     bar._first_batch = first
     assert bar.total_train_batches == total
+
+
+def test_the_loss_shown_is_the_last_that_has_arrived(monkeypatch):
+    sent = []
+
+    def coming(number):
+        sent.append(SimpleNamespace(has_arrived=False, get=lambda: number))
+        return sent[-1]
+
+    monkeypatch.setattr("ldm.callbacks.progress.Coming", coming)
+    latest = LatestNumber()
+    latest.fetch(torch.tensor(1.0))
+    assert latest.read() is None
+    sent[-1].has_arrived = True
+    latest.fetch(torch.tensor(2.0))
+    assert latest.read() == 1.0
+    assert latest.read(wait=True) == 2.0

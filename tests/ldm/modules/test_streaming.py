@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ def test_one_block_is_copied_ahead_in_the_order_of_use() -> None:
     stream, layers, seen = chain(3)
     copied: list[int] = []
     copy = stream._transfer.copy
-    stream._transfer.copy = lambda block, device, changed: copied.append(block.number) or copy(block, device, changed)
+    stream._transfer.copy = lambda block, *how: copied.append(block.number) or copy(block, *how)
     out = forward(stream, layers)
     assert copied == [0, 1, 2] and [number for number, _ in seen] == [0, 1, 2]
     out.sum().backward()
@@ -73,3 +75,18 @@ def test_without_gradients_nothing_is_recomputed() -> None:
     with torch.no_grad():
         forward(stream, layers)
     assert [number for number, _ in seen] == [0, 1]
+
+
+def test_the_next_copy_comes_after_what_was_before_this_block() -> None:
+    stream, layers, seen = chain(3)
+    copied: list[tuple[int, Any]] = []
+    transfer = stream._transfer
+    copy = transfer.copy
+
+    def noted(block: Noting, device: torch.device, changed: bool, after: Any = None) -> list[Tensor]:
+        copied.append((block.number, after))
+        return copy(block, device, changed)
+
+    transfer.mark, transfer.copy = lambda device: f"blocks before {len(seen)}", noted
+    forward(stream, layers)
+    assert copied == [(0, None), (1, "blocks before 0"), (2, "blocks before 1")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,21 @@ def test_two_backward_passes_in_one_step_are_refused() -> None:
 def test_mistakes_are_told(params: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         in_backward(nn.Linear(2, 2), **params)
+
+
+def test_gradients_of_two_devices_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer, within = in_backward(module, bucket_mb=1e-6), []
+
+    def step() -> None:
+        within.append(1)
+        time.sleep(0.001)
+        assert len(within) == 1
+        within.clear()
+
+    monkeypatch.setattr(optimizer.inner, "step", step)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(optimizer._take, list(module.parameters())))
+    assert all(parameter.grad is None for parameter in module.parameters())

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from ldm.training.compatibility import check_in_backward
+from ldm.training.compatibility import check_clipping, check_in_backward
+from ldm.training.config import build_model
 from ldm.util import UserError
-from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
+from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, the_run  # noqa: F401
 
 WHERE = "model.params.optimizer_config"
 IN_BACKWARD = f"{WHERE}.target=ldm.optim.InBackward {WHERE}.params.optimizer.target=torch.optim.AdamW"
@@ -40,6 +42,18 @@ def test_a_scaled_loss_is_refused() -> None:
         UserError, match=r"precision=16-mixed scales the loss.* use --precision bf16-true or bf16-mixed"
     ):
         check_in_backward(model, trainer)
+
+
+def test_scaled_gradients_of_a_fused_optimizer_are_not_clipped() -> None:
+    model = build_model(OmegaConf.create(CONFIG))
+    scaling = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(gradient_clip_val=1.0, plugins=[scaling], **options)
+    with pytest.raises(UserError, match=r"gradient_clip_val=1\.0 cannot clip what precision=16-mixed scales"):
+        check_clipping(model, trainer)
+    check_clipping(model, Trainer(gradient_clip_val=1.0, **options))
+    model.optimizer_config = {"target": "torch.optim.AdamW"}
+    check_clipping(model, trainer)
 
 
 def test_other_optimizers_may_clip(train: Callable[[str], int], tmp_path: Path) -> None:
