@@ -81,7 +81,7 @@ def time_encoder(encoder: Any, captions: Sequence[str], size: int, batch_size: i
     started = time.perf_counter()
     for start in range(0, len(captions), batch_size):
         part = captions[start : start + batch_size]
-        contexts = encoder.captions_coming(part)
+        contexts = encoder.captions_later(part)
         last = encoder.pictures(pixels[: len(part)])
     contexts(), last.cpu()  # wait for the device
     return time.perf_counter() - started

@@ -22,7 +22,7 @@ ROOMS = (
         "ldm.entries",
         "ldm.cli",
         "ldm.checkpoint",
-        "ldm.coming",
+        "ldm.host_copy",
         "ldm.lr_scheduler",
         "ldm.pictures",
     ),

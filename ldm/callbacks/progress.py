@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from ldm.callbacks.device import peak_memory
-from ldm.coming import Coming
+from ldm.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +23,17 @@ class LatestNumber:
 
     def __init__(self) -> None:
         self._arrived: float | None = None
-        self._coming: Coming | None = None
+        self._copy: HostCopy | None = None
 
     def fetch(self, number: Tensor) -> None:
         """Send `number` (a tensor of one) to the host, where it may be read some time later."""
         self.read()
-        self._coming = Coming(number)
+        self._copy = HostCopy(number)
 
     def read(self, wait: bool = False) -> float | None:
         """The last number that has arrived; with `wait`, the last that was sent."""
-        if self._coming is not None and (wait or self._coming.has_arrived):
-            self._arrived, self._coming = self._coming.get().item(), None
+        if self._copy is not None and (wait or self._copy.has_arrived):
+            self._arrived, self._copy = self._copy.get().item(), None
         return self._arrived
 
 

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ldm.coming import Coming
 from ldm.data.buckets import Size
 from ldm.data.images import ImageItem
+from ldm.host_copy import HostCopy
 from ldm.training.encoded_shard import EncodedShard
 from ldm.training.encoder import Encoder
 from ldm.training.pictures import Picture, batches, read_pictures
@@ -86,10 +86,10 @@ def encode_shards(
                 encoder.forget_captions()
                 pictures = shard.readable(_counted(islice(results, len(numbers)), bar))
                 for batch in batches(pictures, batch_size, _AHEAD * batch_size):
-                    contexts = encoder.captions_coming([picture.caption for _, picture in batch])
+                    contexts = encoder.captions_later([picture.caption for _, picture in batch])
                     pixels = torch.stack([torch.from_numpy(picture.pixels) for _, picture in batch])
                     both = [pixels, pixels.flip(-1)] if flip else [pixels]
-                    views = [Coming(encoder.pictures(view)) for view in both]
+                    views = [HostCopy(encoder.pictures(view)) for view in both]
                     behind.do(_write, shard, batch, views, contexts)  # which waits for the device in this one's place
                 behind.do(lambda shard=shard: keep(shard.path, shard.finish()))
     except BaseException as error:
@@ -101,7 +101,7 @@ def encode_shards(
 def _write(
     shard: EncodedShard,
     batch: Sequence[tuple[int, Picture]],
-    views: Sequence[Coming],
+    views: Sequence[HostCopy],
     contexts: Callable[[], Sequence[np.ndarray]],
 ) -> None:
     shard.add(batch, [view.get().numpy() for view in views], contexts())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import encoder_digests
-from ldm.coming import Coming
 from ldm.data.buckets import Size
 from ldm.data.transforms import to_range
+from ldm.host_copy import HostCopy
 from ldm.models.diffusion.latent import check_reads_captions
 from ldm.util import UserError
 
@@ -23,17 +23,17 @@ _CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
 class _Caption:
     """The encoding of one caption, float16 (77, 768), for which whoever needs it waits."""
 
-    def __init__(self, text: str, batch: Coming, index: int) -> None:
+    def __init__(self, text: str, batch: HostCopy, index: int) -> None:
         self._text = text
-        self._coming: tuple[Coming, int] | None = batch, index
+        self._copy: tuple[HostCopy, int] | None = batch, index
         self._array: np.ndarray | None = None
 
     def get(self) -> np.ndarray:
-        coming = self._coming
-        if coming is not None:
-            batch, index = coming
+        copy = self._copy
+        if copy is not None:
+            batch, index = copy
             self._array = batch.get()[index].numpy().copy()  # the batch's memory can be used again
-            self._coming = None
+            self._copy = None
             if not np.isfinite(self._array).all():
                 raise UserError(f"the caption {self._text!r} encodes to NaN or infinity; try --precision fp32")
         return self._array
@@ -88,14 +88,14 @@ class Encoder:
     @torch.inference_mode()
     def captions(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The encodings, float16 (77, 768), of `texts`; each text is encoded once as long as it is remembered."""
-        return self.captions_coming(texts)()
+        return self.captions_later(texts)()
 
     @torch.inference_mode()
-    def captions_coming(self, texts: Sequence[str]) -> Callable[[], list[np.ndarray]]:
+    def captions_later(self, texts: Sequence[str]) -> Callable[[], list[np.ndarray]]:
         """What gives `captions(texts)`, in any thread: on a GPU the work is under way when this returns."""
         new = [text for text in dict.fromkeys(texts) if text not in self._captions]
         if new:
-            batch = Coming(self.model.get_learned_conditioning(new).float().half())
+            batch = HostCopy(self.model.get_learned_conditioning(new).float().half())
             self._captions |= {text: _Caption(text, batch, index) for index, text in enumerate(new)}
         for text in texts:
             self._captions.move_to_end(text)

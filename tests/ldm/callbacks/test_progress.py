@@ -49,11 +49,11 @@ def test_the_bar_ends_where_the_epoch_does(first, max_steps, total):
 def test_the_loss_shown_is_the_last_that_has_arrived(monkeypatch):
     sent = []
 
-    def coming(number):
+    def copy(number):
         sent.append(SimpleNamespace(has_arrived=False, get=lambda: number))
         return sent[-1]
 
-    monkeypatch.setattr("ldm.callbacks.progress.Coming", coming)
+    monkeypatch.setattr("ldm.callbacks.progress.HostCopy", copy)
     latest = LatestNumber()
     latest.fetch(torch.tensor(1.0))
     assert latest.read() is None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Coming:
+class HostCopy:
     """The host's copy of `tensor`. A CUDA device sends it when it has computed it, and meanwhile nobody waits."""
 
     def __init__(self, tensor: Tensor) -> None:

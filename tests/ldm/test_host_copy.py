@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.coming import Coming
+from ldm.host_copy import HostCopy
 
 
 def test_what_is_on_the_host_has_arrived() -> None:
-    coming = Coming(torch.tensor([1.0, 2.0], requires_grad=True))
-    assert coming.has_arrived
-    assert coming.get().tolist() == [1.0, 2.0] and not coming.get().requires_grad
+    copy = HostCopy(torch.tensor([1.0, 2.0], requires_grad=True))
+    assert copy.has_arrived
+    assert copy.get().tolist() == [1.0, 2.0] and not copy.get().requires_grad
 
 
 def test_a_gpu_sends_to_pinned_memory_and_says_when_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_a_gpu_sends_to_pinned_memory_and_says_when_it_has(monkeypatch: pytest.M
     number: Any = SimpleNamespace(
         device=torch.device("cuda", 0), shape=(), dtype=torch.float32, detach=lambda: torch.tensor(3.0)
     )
-    coming = Coming(number)
-    assert asked == [True] and not coming.has_arrived
-    assert coming.get().item() == 3.0
-    assert coming.has_arrived and done == ["waited"]
+    copy = HostCopy(number)
+    assert asked == [True] and not copy.has_arrived
+    assert copy.get().item() == 3.0
+    assert copy.has_arrived and done == ["waited"]
