@@ -130,10 +130,9 @@ def latent_scale(shards: str) -> float:
     """1 / standard deviation of the latents in the shards, drawn from their posteriors."""
     import numpy as np
 
-    from ldm.data.shards import ShardDataset
-    from ldm.data.urls import expand_urls
+    from ldm.data.opening import open_shards
 
-    dataset = ShardDataset(expand_urls(shards), cond_stage_key="txt")
+    dataset = open_shards(shards, cond_stage_key="txt")
     values = np.stack([dataset[index]["f8"] for index in range(len(dataset))]).astype(np.float64)
     mean, logvar = np.split(values, 2, axis=1)
     return float((mean.var() + np.exp(logvar).mean()) ** -0.5)
