@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoint import load_state_dict, save_state_dict
+from ldm.checkpoint import load_state_dict, save_state_dict, weights_digest
 from ldm.training.config import build_model, load_config
-from ldm.training.hack import hack_training
+from ldm.training.hack import hack_config, hack_training
 from ldm.training.merge import merge_files
+from ldm.util import UserError
 from tests.golden_data import fill_seeded
 from tests.test_main import assert_same_training, state
 from tests.training_runs import (  # noqa: F401
@@ -20,6 +21,7 @@ from tests.training_runs import (  # noqa: F401
     logged,
     run_main,
     the_run,
+    write_index,
     write_inputs,
 )
 
@@ -91,6 +93,23 @@ def test_lean_checkpoints_are_hacked_resumed_and_merged(lean: Callable, tmp_path
         unchanged = trained[key] == released[WEIGHT].to(trained[key].dtype)  # is the release's, to its last bit
         assert torch.equal(merged[WEIGHT], torch.where(unchanged, released[WEIGHT], trained[key].float()))
         assert not torch.equal(merged[WEIGHT], released[WEIGHT])
+
+
+def test_a_lean_run_goes_on_with_the_set_of_its_autoencoder(lean: Callable, tmp_path: Path) -> None:
+    """Its checkpoints hold the autoencoder in bfloat16, which tells nothing of the float32 one that made the set."""
+    release, hacked = tmp_path / "release.safetensors", tmp_path / "hacked.ckpt"
+    save_state_dict(fill_seeded(build_model(load_config([tmp_path / "tiny.yaml"]))).state_dict(), release)
+    write_index(tmp_path / "shards", autoencoder=weights_digest(load_state_dict(release), "first_stage_model."))
+    hack_config([tmp_path / "tiny.yaml"], release, hacked)
+    lean(f"--resume {hacked} -b tiny.yaml lean.yaml --max_steps 1")
+    run = the_run(tmp_path / "logs")
+    for steps in (2, 3):
+        lean(f"--resume {run} --max_steps {steps}")
+    hack_training(last(run), release, last(run))
+    lean(f"--resume {run} --max_steps 4")
+    write_index(tmp_path / "shards", autoencoder="0" * 64)
+    with pytest.raises(UserError, match="made by another autoencoder"):
+        lean(f"--resume {run} --max_steps 5")
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
