@@ -185,7 +185,8 @@ def test_a_signal_that_stops_loses_nothing(train, tmp_path, caplog, signum, code
     train(f"-l straight --max_steps 6 {options}")
     assert train(f"-l resumed --max_steps 6 {options} {sending(2, signum)}") == code
     resumed = the_run(tmp_path / "resumed")
-    assert f"python main.py --resume {resumed.relative_to(tmp_path)} -t" in caplog.text
+    go_on = next(line for line in caplog.messages if "go on with" in line)  # the class that sends it needs trust there
+    assert go_on.endswith(f"python main.py --resume {resumed.relative_to(tmp_path)} -t --trust-config")
     assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == 2
     assert train(f"--resume {resumed} {sending(0, signum)}") == 0
     assert_same_training(the_run(tmp_path / "straight"), resumed)
@@ -268,7 +269,8 @@ def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_o
     assert process.returncode == 0, output
     stopped = the_run(tmp_path / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
-    assert f"stopped by SIGINT after step {step}" in output
+    go_on = f"go on with: python main.py --resume {stopped.relative_to(tmp_path)} -t\n"
+    assert f"Training stopped by SIGINT after step {step}; {go_on}" in output
     assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
     train(f"-l straight --max_steps {step + 3}")
     assert_same_training(the_run(tmp_path / "straight"), stopped)
@@ -306,6 +308,16 @@ def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(train, tmp_path,
     train(f"--resume {run} --max_steps 5 model.base_learning_rate=5e-4")
     rates = [float(rate) for rate in logged(run, "lr-AdamW").values()]
     assert rates == pytest.approx([2e-3] * 2 + [1e-3] * 3)
+
+
+def test_a_run_remembers_whether_its_learning_rate_is_scaled(train, tmp_path):
+    train("--max_steps 1 --scale_lr False")
+    run = the_run(tmp_path / "logs")
+    train(f"--resume {run} --max_steps 2")
+    train(f"--resume {run} --max_steps 3 --scale_lr")
+    train(f"--resume {run} --max_steps 4")
+    rates = [float(rate) for rate in logged(run, "lr-AdamW").values()]
+    assert rates == pytest.approx([1e-3] * 2 + [2e-3] * 2)
 
 
 def test_a_checkpoint_from_elsewhere_starts_a_new_run(train, tmp_path):

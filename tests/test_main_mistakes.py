@@ -78,6 +78,7 @@ class FullDisk(Callback):
         ),
         ("--finetune_from nothing.ckpt", "nothing.ckpt"),
         ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
+        ("lightning.scale_lr=maybe", "lightning.scale_lr 'maybe': give true or false"),
         ("--gradient_clip_val 1.0 --gradient_clip_algorithm nope", "lightning.trainer: .*"),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),

@@ -48,7 +48,7 @@ class Arguments:
     seed: int | None  # None: the seed of the run that is resumed, or DEFAULT_SEED
     postfix: str
     logdir: Path
-    scale_lr: bool
+    scale_lr: bool | None  # None: as the run that is resumed has it, or True
     trust_config: bool
     trainer: dict[str, Any] = field(default_factory=dict)  # unchecked: which ones exist, only Lightning knows
     overrides: list[str] = field(default_factory=list)  # `a.b.c=value`
@@ -109,8 +109,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("-l", "--logdir", type=Path, default=Path("logs"), help="where run folders are made (default: logs)")
     add(
         "--scale_lr",
-        default=True,
-        help="multiply base_learning_rate by devices, batch size and accumulation (default: True)",
+        help="multiply base_learning_rate by devices, batch size and accumulation; a run remembers it (default: True)",
         **switch,
     )
     add_trust_option(parser)

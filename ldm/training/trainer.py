@@ -38,7 +38,15 @@ from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
 
-_LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy", "find_unused_parameters")
+_LIGHTNING_KEYS = (
+    "trainer",
+    "callbacks",
+    "logger",
+    "modelcheckpoint",
+    "strategy",
+    "find_unused_parameters",
+    "scale_lr",  # the switch, which a run remembers here
+)
 _DEFAULT_CALLBACKS: dict[str, Any] = {
     "image_logger": {"target": "ldm.callbacks.image_logger.ImageLogger", "params": {"batch_frequency": 750}},
     "learning_rate_logger": {
@@ -75,6 +83,10 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
+    if arguments.scale_lr is not None:
+        section["scale_lr"] = arguments.scale_lr
+    if not isinstance(section.setdefault("scale_lr", True), bool):
+        raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
     return config
@@ -212,8 +224,8 @@ def build_trainer(
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
 
-def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Trainer, scale: bool) -> None:
-    """Set `model.learning_rate` from `model.base_learning_rate`; `scale` multiplies it by the images of a step.
+def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Trainer) -> None:
+    """Set `model.learning_rate` from `model.base_learning_rate`, times the images of a step if `lightning.scale_lr`.
 
     Raises:
         UserError: there is no base learning rate, or no batch size to scale it by.
@@ -221,7 +233,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     base = config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)):
         raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
-    if not scale:
+    if not config.lightning.scale_lr:
         model.learning_rate = base
         log.info("Learning rate %.3e (not scaled)", base)
         return

@@ -62,8 +62,9 @@ def test_command_lines_of_2022(line, expected):
 
 def test_defaults():
     arguments = parse_arguments(["-b", "a.yaml"])
-    assert not arguments.train and not arguments.no_test and arguments.scale_lr
-    assert (arguments.seed, arguments.logdir, arguments.postfix, arguments.trainer) == (None, Path("logs"), "", {})
+    assert not arguments.train and not arguments.no_test
+    assert (arguments.seed, arguments.scale_lr, arguments.logdir) == (None, None, Path("logs"))
+    assert (arguments.postfix, arguments.trainer) == ("", {})
 
 
 @pytest.mark.parametrize(
