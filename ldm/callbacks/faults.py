@@ -56,6 +56,8 @@ class NumericalFaults(Callback):
     and moving average go on. Either way nothing is saved before losses, trained weights and optimizer state are seen
     to be finite: what is on the disk stays the last good checkpoint.
 
+    An optimizer that steps within the backward pass leaves nothing to skip: `ldm.training.compatibility` refuses that.
+
     In float16 mixed precision gradients that overflow are the gradient scaler's business, and no fault.
 
     Args:

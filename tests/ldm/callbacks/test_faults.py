@@ -16,6 +16,11 @@ from ldm.util import UserError
 from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
 
 NAN = float("nan")
+_OPTIMIZER = "model.params.optimizer_config"
+IN_BACKWARD = (
+    f"{_OPTIMIZER}.target=ldm.optim.InBackward {_OPTIMIZER}.params.bucket_mb=0.1 "
+    f"{_OPTIMIZER}.params.optimizer.target=torch.optim.AdamW"
+)
 
 
 class Slope(pl.LightningModule):
@@ -194,10 +199,11 @@ def checkpoint(logs):
     return load_checkpoint(the_run(logs) / "checkpoints/last.ckpt", mmap=False)
 
 
-def test_stop_names_step_timestep_and_sample_and_keeps_the_last_good_checkpoint(poisoned, tmp_path):
+@pytest.mark.parametrize("optimizer", ["", IN_BACKWARD])
+def test_stop_names_step_timestep_and_sample_and_keeps_the_last_good_checkpoint(poisoned, tmp_path, optimizer):
     train, drawn = poisoned
     with pytest.raises(NumericalFault) as caught:
-        train("-l logs --max_steps 7 lightning.modelcheckpoint.params.every_n_train_steps=1")
+        train(f"-l logs --max_steps 7 lightning.modelcheckpoint.params.every_n_train_steps=1 {optimizer}")
     step, timestep = first_fault(drawn)
     assert 1 < step < 7 and len(drawn) == step
     assert str(caught.value).startswith(
