@@ -63,6 +63,27 @@ def test_a_lean_run_goes_on_as_if_it_had_not_stopped(lean: Callable, tmp_path: P
         assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.82e-3, 0.73e-3])
 
 
+def test_a_lean_run_decays_to_its_start(lean: Callable, tmp_path: Path) -> None:
+    """Laid over lean.yaml, the decay leaves its optimizer as it is, but for the decay to zero."""
+    torch.manual_seed(23)  # as the runs do, whose weights these are
+    save_state_dict(build_model(load_config([tmp_path / "tiny.yaml"])).state_dict(), tmp_path / "start.safetensors")
+    where = "lightning.callbacks.decay_to_start.params"
+    options = f"-b decay_to_start.yaml {where}.start=start.safetensors {where}.weight=100 {where}.every_n_steps=2"
+    lean(f"-l straight --max_steps 4 {options}")
+    lean(f"-l resumed --max_steps 2 {options}")
+    resumed = the_run(tmp_path / "resumed")
+    lean(f"--resume {resumed} --max_steps 4")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+    content = state(last(resumed))
+    assert {group["weight_decay"] for group in content["optimizer_states"][0]["param_groups"]} == {0.0}
+    lean("-l free --max_steps 4")
+    start = load_state_dict(tmp_path / "start.safetensors")[WEIGHT]
+    free = state(last(the_run(tmp_path / "free")))["state_dict"][WEIGHT]
+    pulled = content["state_dict"][WEIGHT]
+    assert pulled.dtype == free.dtype == torch.bfloat16
+    assert (pulled.float() - start).norm() < 0.8 * (free.float() - start).norm()
+
+
 def test_only_weights_are_bfloat16(lean: Callable, tmp_path: Path) -> None:
     lean("--max_steps 1 model.params.learn_logvar=True")
     weights = state(last(the_run(tmp_path / "logs")))["state_dict"]
