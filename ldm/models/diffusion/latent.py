@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -285,6 +286,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
 
     # Pictures
 
+    @wraps(DDPM.log_images)
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
         pictures = super().log_images(batch, N, **kwargs)
         self._put_first_stage_away(batch)
