@@ -12,6 +12,7 @@ from tests.test_main import assert_same_training, state
 from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 PICTURES = "lightning.callbacks.image_logger.params.disabled=False lightning.callbacks.image_logger.params"
+VALIDATED = "data.params.val_urls=shards/s-000000.tar"
 
 
 class FailAfter(Callback):
@@ -115,8 +116,8 @@ def test_a_logger_whose_package_is_missing_is_one_line(train, monkeypatch):
     [
         (2, ""),
         (6, "lightning.modelcheckpoint.params.every_n_train_steps=4"),  # before the second epoch's first step
-        (7, "data.params.val_urls=shards/s-000000.tar lightning.modelcheckpoint.params.every_n_train_steps=100"),
-        (4, "--accumulate_grad_batches 2 data.params.val_urls=shards/s-000000.tar --val_check_interval 2"),
+        (7, f"{VALIDATED} --check_val_every_n_epoch 1 lightning.modelcheckpoint.params.every_n_train_steps=100"),
+        (4, f"--accumulate_grad_batches 2 {VALIDATED} --val_check_interval 2"),
     ],
 )
 def test_a_mistake_that_shows_while_training_loses_nothing(train, tmp_path, step, options):

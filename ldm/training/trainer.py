@@ -25,6 +25,7 @@ from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
+from ldm.callbacks.validation import SparseValidation
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
 from ldm.training.host_state import host_state_strategy, streams_weights
@@ -151,7 +152,13 @@ def _build_checkpoints(
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
     kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
-    return [_instantiate(kept, "lightning.modelcheckpoint"), last]
+    best = _instantiate(kept, "lightning.modelcheckpoint")
+    best.writing = last.writing
+    callbacks = [best, last]
+    is_set = any(section.trainer.get(key) is not None for key in ("val_check_interval", "check_val_every_n_epoch"))
+    if last.every_n_train_steps and not is_set:
+        callbacks.append(SparseValidation(last.every_n_train_steps))
+    return callbacks
 
 
 def _steps_between(metric: str, callbacks: Sequence[Callback]) -> int | None:
