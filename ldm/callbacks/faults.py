@@ -116,9 +116,11 @@ class NumericalFaults(Callback):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
-        fault = self._fault_of(norm, getattr(trainer.precision_plugin, "scaler", None) is not None)
+        step = trainer.global_step + 1
+        batches = [entry for entry in self._noted if entry.step == step]  # earlier ones wait there to be looked at
+        fault = self._fault_of(norm, batches, getattr(trainer.precision_plugin, "scaler", None) is not None)
         if _agreed(trainer, fault is not None):
-            self._leave_out(f"step {trainer.global_step + 1}: {fault or 'a fault in another process'}", optimizer)
+            self._leave_out(f"step {step}: {fault or 'a fault in another process'}", optimizer)
         elif math.isfinite(norm):
             self._norms.append(norm)
             self._skipped = 0
@@ -156,21 +158,19 @@ class NumericalFaults(Callback):
             what = f"step {first.step}: {first.described()}" if first else "a loss in another process is not finite"
             raise NumericalFault(f"{what}; nothing was saved since; go on from the last checkpoint with --resume")
 
-    def _fault_of(self, norm: float, is_scaled: bool) -> str | None:
-        bad = next((entry for entry in self._noted if not math.isfinite(entry.loss)), None)
+    def _fault_of(self, norm: float, batches: list[_Noted], is_scaled: bool) -> str | None:
+        """What is wrong with a step of these batches, whose gradients have this norm."""
+        bad = next((entry for entry in batches if not math.isfinite(entry.loss)), None)
         if bad is not None:
             return bad.described()
         if not math.isfinite(norm):
-            return None if is_scaled else f"gradient norm {norm}; {self._batches()}"
+            return None if is_scaled else f"gradient norm {norm}; {_told(batches)}"
         if self.grad_norm_factor is None or len(self._norms) < (self._norms.maxlen or 0):
             return None
         usual = statistics.median(self._norms)
         if norm <= self.grad_norm_factor * usual:
             return None
-        return f"gradient norm {norm:.4g}, {norm / usual:.4g} times the usual {usual:.4g}; {self._batches()}"
-
-    def _batches(self) -> str:
-        return "; ".join(entry.described() for entry in self._noted)
+        return f"gradient norm {norm:.4g}, {norm / usual:.4g} times the usual {usual:.4g}; {_told(batches)}"
 
     def _leave_out(self, what: str, optimizer: Optimizer) -> None:
         self._skipped += 1
@@ -181,6 +181,10 @@ class NumericalFaults(Callback):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None  # which optimizers pass over, momentum and weight decay included
+
+
+def _told(batches: list[_Noted]) -> str:
+    return "; ".join(entry.described() for entry in batches)
 
 
 def _sample_keys(batch: Any) -> list[str]:
