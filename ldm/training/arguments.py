@@ -64,8 +64,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser = _build_parser()
     own, trainer, overrides = _split(argv, parser)
     arguments = Arguments(**vars(parser.parse_args(own)), trainer=trainer, overrides=overrides)
-    if "resume_from_checkpoint" in trainer:  # how Lightning 1 named it
-        arguments.resume = arguments.resume or str(trainer.pop("resume_from_checkpoint"))
+    old = trainer.pop("resume_from_checkpoint", None)  # how Lightning 1 named it
+    if old is not None and arguments.resume not in (None, str(old)):
+        raise UserError(f"--resume {arguments.resume} and --resume_from_checkpoint {old} are two checkpoints; give one")
+    if old is not None:
+        arguments.resume = str(old)
     for name in _WEIGHTS:
         if name in trainer:
             overrides.append(f"model.params.ckpt_path={trainer.pop(name)}")
