@@ -53,9 +53,9 @@ def main() -> None:
         trainer = build_trainer(config, callbacks, loggers, plan, checkpoint)
         del checkpoint  # the trainer has it, until it is taken up
         if arguments.train:
-            set_learning_rate(model, config, trainer, arguments.scale_lr)
+            set_learning_rate(model, config, trainer)
             warn_if_too_large(config, trainer.strategy.root_device)
-            fit(trainer, model, data, plan)
+            fit(trainer, model, data, config, plan)
         if not arguments.no_test:
             test(trainer, model, data, config)
 

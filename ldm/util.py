@@ -71,6 +71,12 @@ def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter
     return named, True
 
 
+def takes(target: Callable[..., Any], name: str) -> bool:
+    """Whether `target` takes a parameter of that name."""
+    named, takes_any = _parameters(target)
+    return name in named or takes_any
+
+
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first of `params` that `target` (named `path` in the config) does not take.
 

@@ -1,18 +1,31 @@
 """Every config: its targets exist, its params fit them; and the SD v1 ones make the released keys."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ldm.training.building import without_initialisation
 from ldm.training.config import build_model, load_config, plain
-from ldm.util import check_params, get_obj_from_str
+from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+INVERSION = "textual_inversion.yaml"
+# Each is laid over a config that trains; this last one over a release's.
+OVERLAYS = (
+    *("fast.yaml", "lean.yaml", "minimal.yaml", "prior_pictures.yaml", "prior_teacher.yaml", "decay_to_start.yaml"),
+    *("watch_forgetting.yaml", INVERSION),
+)
+REFUSED = {
+    ("minimal.yaml", "fast.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
+    ("minimal.yaml", "lean.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
+}
 KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
 
@@ -35,7 +48,7 @@ def test_targets_resolve_and_params_bind(path):
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
 
 
-@pytest.mark.parametrize("overlay", ["prior_pictures.yaml", "prior_teacher.yaml", "decay_to_start.yaml", "fast.yaml"])
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != INVERSION])
 def test_overlays_bind_on_top_of_the_recipe(overlay):
     merged = plain(load_config(["finetune_stable_diffusion.yaml", overlay]))
     for _, entry in described(merged):
@@ -43,9 +56,37 @@ def test_overlays_bind_on_top_of_the_recipe(overlay):
     assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
 
 
+@pytest.mark.parametrize("pair", permutations(OVERLAYS, 2), ids=lambda pair: "-".join(pair).replace(".yaml", ""))
+def test_two_overlays_combine_or_say_why_not(pair):
+    base = "demo_tiny_release.yaml" if INVERSION in pair else "demo_tiny.yaml"
+    config = load_config([base, *pair])
+    for _, entry in described(plain(config)):
+        check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
+    for described_callback in plain(config.lightning.callbacks).values():
+        instantiate_from_config(described_callback)
+    if pair in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[pair]):
+            build_model(config)
+        return
+    with without_initialisation():
+        model = build_model(config)
+    model.learning_rate = 1e-3
+    model.configure_optimizers()
+
+
+def test_the_last_tier_of_several_is_the_one_that_counts():
+    def optimizer(*names):
+        return plain(load_config(["finetune_stable_diffusion.yaml", *names]).model.params.optimizer_config)
+
+    assert optimizer("lean.yaml", "minimal.yaml") == optimizer("minimal.yaml")
+    for other in ("fast.yaml", "minimal.yaml", "decay_to_start.yaml"):
+        assert optimizer(other, "lean.yaml") == optimizer("lean.yaml")
+    assert optimizer("lean.yaml", "decay_to_start.yaml") == optimizer("lean.yaml")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_names_its_launch_commands(path):
-    header = path.read_text().split("\nmodel:")[0]
+    header = re.split(r"\n(?=\w+:)", path.read_text())[0]
     assert all(line.startswith("#") for line in header.splitlines())
     assert path.name in header and "python " in header
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoint import load_state_dict, save_state_dict
+from ldm.checkpoint import load_state_dict, save_state_dict, weights_digest
 from ldm.training.config import build_model, load_config
-from ldm.training.hack import hack_training
+from ldm.training.hack import hack_config, hack_training
 from ldm.training.merge import merge_files
+from ldm.util import UserError
 from tests.golden_data import fill_seeded
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
@@ -21,6 +22,7 @@ from tests.training_runs import (  # noqa: F401
     run_main,
     state,
     the_run,
+    write_index,
     write_inputs,
 )
 
@@ -62,6 +64,27 @@ def test_a_lean_run_goes_on_as_if_it_had_not_stopped(lean: Callable, tmp_path: P
         assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.82e-3, 0.73e-3])
 
 
+def test_a_lean_run_decays_to_its_start(lean: Callable, tmp_path: Path) -> None:
+    """Laid over lean.yaml, the decay leaves its optimizer as it is, but for the decay to zero."""
+    torch.manual_seed(23)  # as the runs do, whose weights these are
+    save_state_dict(build_model(load_config([tmp_path / "tiny.yaml"])).state_dict(), tmp_path / "start.safetensors")
+    where = "lightning.callbacks.decay_to_start.params"
+    options = f"-b decay_to_start.yaml {where}.start=start.safetensors {where}.weight=100 {where}.every_n_steps=2"
+    lean(f"-l straight --max_steps 4 {options}")
+    lean(f"-l resumed --max_steps 2 {options}")
+    resumed = the_run(tmp_path / "resumed")
+    lean(f"--resume {resumed} --max_steps 4")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+    content = state(last(resumed))
+    assert {group["weight_decay"] for group in content["optimizer_states"][0]["param_groups"]} == {0.0}
+    lean("-l free --max_steps 4")
+    start = load_state_dict(tmp_path / "start.safetensors")[WEIGHT]
+    free = state(last(the_run(tmp_path / "free")))["state_dict"][WEIGHT]
+    pulled = content["state_dict"][WEIGHT]
+    assert pulled.dtype == free.dtype == torch.bfloat16
+    assert (pulled.float() - start).norm() < 0.8 * (free.float() - start).norm()
+
+
 def test_only_weights_are_bfloat16(lean: Callable, tmp_path: Path) -> None:
     lean("--max_steps 1 model.params.learn_logvar=True")
     weights = state(last(the_run(tmp_path / "logs")))["state_dict"]
@@ -92,6 +115,23 @@ def test_lean_checkpoints_are_hacked_resumed_and_merged(lean: Callable, tmp_path
         unchanged = trained[key] == released[WEIGHT].to(trained[key].dtype)  # is the release's, to its last bit
         assert torch.equal(merged[WEIGHT], torch.where(unchanged, released[WEIGHT], trained[key].float()))
         assert not torch.equal(merged[WEIGHT], released[WEIGHT])
+
+
+def test_a_lean_run_goes_on_with_the_set_of_its_autoencoder(lean: Callable, tmp_path: Path) -> None:
+    """Its checkpoints hold the autoencoder in bfloat16, which tells nothing of the float32 one that made the set."""
+    release, hacked = tmp_path / "release.safetensors", tmp_path / "hacked.ckpt"
+    save_state_dict(fill_seeded(build_model(load_config([tmp_path / "tiny.yaml"]))).state_dict(), release)
+    write_index(tmp_path / "shards", autoencoder=weights_digest(load_state_dict(release), "first_stage_model."))
+    hack_config([tmp_path / "tiny.yaml"], release, hacked)
+    lean(f"--resume {hacked} -b tiny.yaml lean.yaml --max_steps 1")
+    run = the_run(tmp_path / "logs")
+    for steps in (2, 3):
+        lean(f"--resume {run} --max_steps {steps}")
+    hack_training(last(run), release, last(run))
+    lean(f"--resume {run} --max_steps 4")
+    write_index(tmp_path / "shards", autoencoder="0" * 64)
+    with pytest.raises(UserError, match="made by another autoencoder"):
+        lean(f"--resume {run} --max_steps 5")
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -17,6 +17,9 @@ from tests.training_runs import (  # noqa: F401
     the_run,
 )
 
+PICTURES = "lightning.callbacks.image_logger.params.disabled=False lightning.callbacks.image_logger.params"
+VALIDATED = "data.params.val_urls=shards/s-000000.tar"
+
 
 class FailAfter(Callback):
     """What a file that turns out to be damaged does."""
@@ -61,6 +64,15 @@ class FullDisk(Callback):
             "lightning.callbacks.image_logger.params.max_image=1",
             "lightning.callbacks.image_logger: unknown key 'max_image' .*; did you mean 'max_images'",
         ),
+        (f"{PICTURES}.batch_frequency=0", "image_logger: batch_frequency 0: give at least 1"),
+        (f"{PICTURES}.max_images=-1", "image_logger: max_images -1: give at least 1"),
+        (
+            f"{PICTURES}.log_images_kwargs.ddim_stepz=5",
+            "unknown key 'ddim_stepz' in params of the image logger's log_images_kwargs; did you mean 'ddim_steps'",
+        ),
+        (f"{PICTURES}.log_images_kwargs.ddim_steps=few", "ddim_steps='few' in params of the .*: give a whole number"),
+        (f"{PICTURES}.log_images_kwargs.n_row=0", "the image logger's log_images_kwargs: n_row 0: give at least 1"),
+        (f"{PICTURES}.log_images_kwargs.N=2", "log_images_kwargs: N is the logger's own to give; set max_images for N"),
         ("lightning.callbacks.mine.params.x=1", "lightning.callbacks.mine: expected a mapping with the key 'target'"),
         ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
         (
@@ -90,6 +102,7 @@ class FullDisk(Callback):
         ),
         ("--finetune_from nothing.ckpt", "nothing.ckpt"),
         ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
+        ("lightning.scale_lr=maybe", "lightning.scale_lr 'maybe': give true or false"),
         ("--gradient_clip_val 1.0 --gradient_clip_algorithm nope", "lightning.trainer: .*"),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),
@@ -115,8 +128,8 @@ def test_a_logger_whose_package_is_missing_is_one_line(train, monkeypatch):
     [
         (2, ""),
         (6, "lightning.modelcheckpoint.params.every_n_train_steps=4"),  # before the second epoch's first step
-        (7, "data.params.val_urls=shards/s-000000.tar lightning.modelcheckpoint.params.every_n_train_steps=100"),
-        (4, "--accumulate_grad_batches 2 data.params.val_urls=shards/s-000000.tar --val_check_interval 2"),
+        (7, f"{VALIDATED} --check_val_every_n_epoch 1 lightning.modelcheckpoint.params.every_n_train_steps=100"),
+        (4, f"--accumulate_grad_batches 2 {VALIDATED} --val_check_interval 2"),
     ],
 )
 def test_a_mistake_that_shows_while_training_loses_nothing(train, tmp_path, step, options):

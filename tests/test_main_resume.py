@@ -84,6 +84,16 @@ def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(train, tmp_path,
     assert rates == pytest.approx([2e-3] * 2 + [1e-3] * 3)
 
 
+def test_a_run_remembers_whether_its_learning_rate_is_scaled(train, tmp_path):
+    train("--max_steps 1 --scale_lr False")
+    run = the_run(tmp_path / "logs")
+    train(f"--resume {run} --max_steps 2")
+    train(f"--resume {run} --max_steps 3 --scale_lr")
+    train(f"--resume {run} --max_steps 4")
+    rates = [float(rate) for rate in logged(run, "lr-AdamW").values()]
+    assert rates == pytest.approx([1e-3] * 2 + [2e-3] * 2)
+
+
 def test_a_checkpoint_from_elsewhere_starts_a_new_run(train, tmp_path):
     train("-l first --max_steps 1")
     (the_run(tmp_path / "first") / "checkpoints" / "last.ckpt").rename(tmp_path / "hacked.ckpt")

@@ -29,13 +29,11 @@ class Runs:
         write_inputs(folder)
 
     def start(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> list:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         base = "" if "--resume" in line else f"-b tiny.yaml -l {name}"
         processes = []
         for rank in range(ranks):
-            environment = _environment(launcher, str(rank), str(ranks), str(port)) if ranks > 1 else {}
+            environment = _environment(launcher, str(rank), str(ranks), port) if ranks > 1 else {}
             files = (self.folder / f"{name}-{rank}.output", self.folder / f"{name}-{rank}.losses")
             processes.append(start(f"{base} {OPTIONS} {line}", self.folder, *files, environment))
         return processes
@@ -55,6 +53,12 @@ class Runs:
             for (step, _), (loss,) in read_losses(path).items():
                 noted.setdefault(step, []).append(float.fromhex(loss))
         return {step: sum(values) / len(values) for step, values in sorted(noted.items())}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def _environment(launcher: str, rank: str, ranks: str, port: str) -> dict[str, str]:
@@ -100,6 +104,25 @@ def test_two_processes_share_one_run_folder_and_go_on_exactly(runs: Runs) -> Non
     assert len(list(stopped.glob("csv/*"))) == len(list(stopped.glob("tensorboard/events*"))) == 1
     runs("stopped", f"--resume {stopped} --max_steps 5", ranks=2)
     assert_same_training(straight, stopped)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_processes_that_start_seconds_apart_name_one_run_folder(tmp_path: Path, launcher: str) -> None:
+    code = (
+        "import sys, time; from ldm.training.arguments import parse_arguments; from ldm.training.run import plan_run; "
+        "time.sleep(1.2 * int(sys.argv[1])); run = plan_run(parse_arguments(['-b', 'tiny.yaml', '-t'])); "
+        "print(run.folder, flush=True); sys.stdin.read()"  # the first serves the other
+    )
+    port, pipe = free_port(), subprocess.PIPE
+    processes = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **_environment(launcher, rank, "2", port)}
+        line = [sys.executable, "-c", code, rank]
+        processes.append(subprocess.Popen(line, cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe, text=True))
+    first, second = [process.stdout.readline() for process in processes]
+    for process in processes:
+        process.communicate()
+    assert first.startswith("logs/") and second == first
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+
+from ldm.data.index import INDEX
 
 SAMPLES = 12
 CONFIG = {
@@ -117,6 +120,12 @@ def write_inputs(folder: Path) -> None:
                     member.size = buffer.tell()
                     buffer.seek(0)
                     tar.addfile(member, buffer)
+
+
+def write_index(shards: Path, **digests: str | None) -> None:
+    """An index of the tars in `shards` that says which weights made them."""
+    listed = [{"name": path.name} for path in sorted(shards.glob("*.tar"))]
+    (shards / INDEX).write_text(json.dumps({"format": 2, "complete": True, "shards": listed, **digests}))
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, line: str) -> None:

@@ -16,7 +16,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from ldm.callbacks.faults import NumericalFault
-from ldm.callbacks.saving import keep_numbered, saved
+from ldm.callbacks.saving import WritingTime, keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
 from ldm.util import UserError
 
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 # With several processes, agreeing on a signal waits for the device, so it is not done at every step. But launchers
 # kill half a minute after SIGTERM.
 _STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS = 10, 3.0
-# What writing may take of the training time before it is said, and from how many seconds on.
-_SHARE, _SECONDS = 0.05, 60
 
 
 class LastCheckpoint(Checkpoint):
@@ -71,15 +69,14 @@ class LastCheckpoint(Checkpoint):
         self._progress: dict[str, Any] = {}  # the checkpoint's entries that go on changing after a step
         self._is_late = False
         self._stopping = False
-        self._began = self._last_tried = time.monotonic()
-        self._seconds_writing = 0.0
-        self._share_is_said = False
+        self.writing = WritingTime()
+        self._last_tried = self._agreed_at = time.monotonic()
         self._next_agreement = self._agreed_step = 0  # steps
-        self._agreed_at = self._began
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        self._began = self._last_tried = self._agreed_at = time.monotonic()
+        self._last_tried = self._agreed_at = time.monotonic()
+        self.writing.training_begins()
         self._agreed_step = self._step
         self.requests.install()
         self.requests.training = True
@@ -175,11 +172,10 @@ class LastCheckpoint(Checkpoint):
             began = time.monotonic()
             written = saved(trainer, lambda: self._write(trainer), needed=needed)
             self._last_tried = time.monotonic()
-            self._seconds_writing += self._last_tried - began
+            self.writing.add(since=began)
             if not written:
                 return
             self._saved_step = trainer.global_step
-            self._say_share()
         if announce:
             log.info("\nSaved step %d to %s", trainer.global_step, self.path)
 
@@ -187,13 +183,6 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
         if self.save_last_k and trainer.is_global_zero:
             keep_numbered(self.path, trainer.global_step, self.save_last_k)
-
-    def _say_share(self) -> None:
-        share = self._seconds_writing / (self._last_tried - self._began)
-        if self._seconds_writing >= _SECONDS and share > _SHARE and not self._share_is_said:
-            self._share_is_said = True
-            log.warning("\nWriting checkpoints has taken %.0f %% of the training time; write fewer, by "
-                        "lightning.modelcheckpoint.params.every_n_train_steps", 100 * share)  # fmt: skip
 
     def _stop_if_asked(self) -> None:
         if self._stopping:
@@ -210,12 +199,14 @@ def _check(name: str, value: Any, kind: Any, least: int) -> None:
 class KeptCheckpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which complains, not fatally, about a metric that is not logged or a full disk.
 
-    The recipe's monitor is a validation metric, and a first try often has no validation data.
+    The recipe's monitor is a validation metric, and a first try often has no validation data. What it takes to write
+    is added to `writing`, which may be that of other checkpoints too.
     """
 
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
-        self._complained = False
+        self.writing = WritingTime()
+        self._complained = self._validated = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Else the best of another run, which this one must not delete; nor any file that a checkpoint happens to name.
@@ -228,23 +219,26 @@ class KeptCheckpoints(ModelCheckpoint):
         return all(Path(path).parent == Path(self.dirpath) and Path(path).suffix == ".ckpt" for path in paths)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        before = copy.deepcopy(self.state_dict())
+        before, began = copy.deepcopy(self.state_dict()), time.monotonic()
         if not saved(trainer, partial(super()._save_topk_checkpoint, trainer, monitor_candidates)):
             super().load_state_dict(before)  # nor was one removed for it
+        self.writing.add(since=began)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._can_rank(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated |= not trainer.sanity_checking
         if trainer.sanity_checking or self._can_rank(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def _can_rank(self, trainer: Trainer) -> bool:
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             return True
-        # What is saved every so many steps waits for the first of them.
-        if self.every_n_epochs and not self._complained and trainer.is_global_zero:
+        # What is saved every so many steps waits for the first of them, and a validation need not follow each epoch.
+        is_to_come = not self.every_n_epochs or (any(trainer.num_val_batches) and not self._validated)
+        if not is_to_come and not self._complained and trainer.is_global_zero:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             hint = "" if any(trainer.num_val_batches) else "; no validation data?"
             log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)

@@ -30,26 +30,29 @@ class DecayToStart(Callback):
     θ⁰ is read from the file's memory map one parameter at a time, and its memory given back: no second model is held.
     All of the file is read each time: `every_n_steps` makes that less often.
 
-    The arithmetic is float32, but weights kept in bfloat16 lose changes below their precision, of 2⁻⁸ of a weight:
-    there choose `every_n_steps` large. The average of the weights (EMA) and checkpoints see the weights after it.
+    The arithmetic is float32. Weights kept in bfloat16 are rounded stochastically: a pull is far smaller than their
+    precision, of 2⁻⁸ of a weight. The average of the weights (EMA) and checkpoints see the weights after it.
 
-    An optimizer's own `weight_decay`, 0.01 in AdamW unless it is set, goes on pulling to zero: set it to 0 in
-    `model.params.optimizer_config`.
+    An optimizer's own decay, 0.01 in AdamW unless it is set, pulls to zero at the same time.
 
     Args:
         start: the released checkpoint, or the training checkpoint made from it.
         weight: λ.
         every_n_steps: apply n · λ at each step that n divides.
+        weight_decay: what the optimizer's own decay is set to, whichever optimizer it is; null leaves it.
     """
 
-    def __init__(self, start: str, weight: float, every_n_steps: int = 1) -> None:
+    def __init__(self, start: str, weight: float, every_n_steps: int = 1, weight_decay: float | None = None) -> None:
         if not 0 < weight < math.inf:
             raise UserError(f"weight {weight!r}: give a number above 0")
         if every_n_steps < 1:
             raise UserError(f"every_n_steps {every_n_steps}: give a whole number of at least 1")
+        if weight_decay is not None and not (isinstance(weight_decay, (int, float)) and 0 <= weight_decay < math.inf):
+            raise UserError(f"weight_decay {weight_decay!r}: give a number of at least 0, or null")
         self.start = Path(start)
         self.weight = weight
         self.every_n_steps = every_n_steps
+        self.weight_decay = weight_decay
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,12 +64,14 @@ class DecayToStart(Callback):
         opened = open_checkpoint(self.start)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         for group in groups:
+            if self.weight_decay is not None and "weight_decay" in group:
+                group["weight_decay"] = self.weight_decay
             self._check_group(group)
         starts = self._starts(groups, pl_module, weights_of(opened.content, self.start))
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (trainer.global_step + 1) % self.every_n_steps == 0:  # it counts a step when all of it is done
-                self._pull(optimizer, starts, opened.file.drop_pages)
+                self._pull(optimizer, starts, opened.file.drop_pages, seed=trainer.global_step)
 
         self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
 
@@ -85,7 +90,7 @@ class DecayToStart(Callback):
         if group.get("weight_decay"):
             log.warning(
                 "decay_to_start: the optimizer's own weight_decay %s pulls to zero at the same time; "
-                "set it to 0 in model.params.optimizer_config",
+                "set it to 0 by lightning.callbacks.decay_to_start.params.weight_decay=0.0",
                 group["weight_decay"],
             )
 
@@ -113,13 +118,25 @@ class DecayToStart(Callback):
 
     @torch.no_grad()
     def _pull(
-        self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], after_each: Callable[[], None]
+        self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], after_each: Callable[[], None], seed: int
     ) -> None:
+        generators: dict[torch.device, torch.Generator] = {}  # of their own: equal in all processes, and after a resume
         for group in optimizer.param_groups:
             share = min(self._share(group["lr"]), 1.0)  # more would shoot past the start
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
                     start = starts[parameter].to(parameter.device, dtype)
-                    parameter.copy_(torch.lerp(parameter.to(dtype), start, share))
+                    pulled = torch.lerp(parameter.to(dtype), start, share)
+                    if parameter.dtype == torch.bfloat16:
+                        if parameter.device not in generators:
+                            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
+                        pulled = _rounded_stochastically(pulled, generators[parameter.device])
+                    parameter.copy_(pulled)
                     after_each()
+
+
+def _rounded_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Float32 `value` at bfloat16's precision: further from zero with the probability that the cut bits stand for."""
+    noise = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
+    return ((value.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)

@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 class SameEncoders(Callback):
     """Refuses to train, or to evaluate beside it, on shards of another autoencoder or text tower than the checkpoint's.
 
-    The shards' index has the digests of both. The autoencoder is in the training's model; of the text tower, which is
-    not, `tools/hack_weights.py` leaves the digest in the checkpoint, as this callback's state, and each checkpoint of
-    the run has it. It counts where the stored encodings are trained on, not where the model reads captions itself.
-    What has no digest (shards or checkpoints made before there were any) is not compared.
+    The shards' index has the digests of both, and so has each checkpoint of the run, as this callback's state:
+    `tools/hack_weights.py` leaves them there. The text tower is not in the training's model, and the autoencoder may be
+    in its checkpoints in bfloat16, which no digest tells; where the state lacks it, it is that of the loaded weights.
+    The text tower counts where the stored encodings are trained on, not where the model reads captions itself. What
+    has no digest (shards or checkpoints made before there were any) is not compared.
 
     Args:
         is_loaded: whether the run's weights come from a file. If not, the autoencoder is a random one, and another
@@ -31,18 +32,20 @@ class SameEncoders(Callback):
     def __init__(self, is_loaded: bool) -> None:
         self.is_loaded = is_loaded
         self.text_tower: str | None = None
-        self._autoencoder: str | None = None
+        self.autoencoder: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.text_tower is None else {"text_tower": self.text_tower}
+        digests = {"text_tower": self.text_tower, "autoencoder": self.autoencoder}
+        return {name: digest for name, digest in digests.items() if digest is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.text_tower = state_dict.get("text_tower")
+        self.autoencoder = state_dict.get("autoencoder") or self.autoencoder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The weights are loaded, and no precision has been set that would round them."""
         first_stage = getattr(pl_module, "first_stage_model", None)
-        self._autoencoder = None if first_stage is None else weights_digest(first_stage.state_dict())
+        self.autoencoder = None if first_stage is None else weights_digest(first_stage.state_dict())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The callbacks' states are loaded too.
@@ -57,7 +60,7 @@ class SameEncoders(Callback):
                 self._check(dataset)
 
     def _check(self, dataset: ShardDataset) -> None:
-        own = {"autoencoder": self._autoencoder, "text_tower": self.text_tower}
+        own = {"autoencoder": self.autoencoder, "text_tower": self.text_tower}
         if self.is_loaded:
             check_encoders(dataset, own, "the checkpoint")
             return

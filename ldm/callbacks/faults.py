@@ -56,6 +56,8 @@ class NumericalFaults(Callback):
     and moving average go on. Either way nothing is saved before losses, trained weights and optimizer state are seen
     to be finite: what is on the disk stays the last good checkpoint.
 
+    An optimizer that steps within the backward pass leaves nothing to skip: `ldm.training.compatibility` refuses that.
+
     In float16 mixed precision gradients that overflow are the gradient scaler's business, and no fault.
 
     Args:
@@ -113,14 +115,14 @@ class NumericalFaults(Callback):
         if not self.skips and self.grad_norm_factor is None:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        step, scaler = trainer.global_step + 1, getattr(trainer.precision_plugin, "scaler", None)
+        batches = [entry for entry in self._noted if entry.step == step]  # earlier ones wait there to be looked at
         # Those of a fused optimizer are unscaled only within its step.
         are_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         norm = float(torch.nn.utils.get_total_norm(gradients)) / (scaler.get_scale() if are_scaled else 1.0)
-        fault = self._fault_of(norm, scaler is not None)
+        fault = self._fault_of(norm, batches, scaler is not None)
         if _agreed(trainer, fault is not None):
-            what = f"step {trainer.global_step + 1}: {fault or 'a fault in another process'}"
-            self._leave_out(what, optimizer, are_scaled)
+            self._leave_out(f"step {step}: {fault or 'a fault in another process'}", optimizer, are_scaled)
         elif math.isfinite(norm):
             self._norms.append(norm)
             self._skipped = 0
@@ -158,21 +160,19 @@ class NumericalFaults(Callback):
             what = f"step {first.step}: {first.described()}" if first else "a loss in another process is not finite"
             raise NumericalFault(f"{what}; nothing was saved since; go on from the last checkpoint with --resume")
 
-    def _fault_of(self, norm: float, is_scaled: bool) -> str | None:
-        bad = next((entry for entry in self._noted if not math.isfinite(entry.loss)), None)
+    def _fault_of(self, norm: float, batches: list[_Noted], is_scaled: bool) -> str | None:
+        """What is wrong with a step of these batches, whose gradients have this norm."""
+        bad = next((entry for entry in batches if not math.isfinite(entry.loss)), None)
         if bad is not None:
             return bad.described()
         if not math.isfinite(norm):
-            return None if is_scaled else f"gradient norm {norm}; {self._batches()}"
+            return None if is_scaled else f"gradient norm {norm}; {_told(batches)}"
         if self.grad_norm_factor is None or len(self._norms) < (self._norms.maxlen or 0):
             return None
         usual = statistics.median(self._norms)
         if norm <= self.grad_norm_factor * usual:
             return None
-        return f"gradient norm {norm:.4g}, {norm / usual:.4g} times the usual {usual:.4g}; {self._batches()}"
-
-    def _batches(self) -> str:
-        return "; ".join(entry.described() for entry in self._noted)
+        return f"gradient norm {norm:.4g}, {norm / usual:.4g} times the usual {usual:.4g}; {_told(batches)}"
 
     def _leave_out(self, what: str, optimizer: Optimizer, are_scaled: bool) -> None:
         self._skipped += 1
@@ -186,6 +186,10 @@ class NumericalFaults(Callback):
                     parameter.grad.fill_(math.inf)  # which the scaler finds: it leaves the step out itself
                 else:
                     parameter.grad = None  # which optimizers pass over, momentum and weight decay included
+
+
+def _told(batches: list[_Noted]) -> str:
+    return "; ".join(entry.described() for entry in batches)
 
 
 def _sample_keys(batch: Any) -> list[str]:

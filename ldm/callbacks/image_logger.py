@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.callbacks.aside import aside
 from ldm.pictures import image_grid, save_png
+from ldm.util import UserError, check_params
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ class ImageLogger(Callback):
         log_on_batch_idx: count batches instead of optimizer steps.
         log_first_step: also before the first step has been counted, which only happens with `log_on_batch_idx`.
         log_images_kwargs: passed on to `log_images`.
+
+    Raises:
+        UserError: numbers below 1, or, as training is set up, what `log_images` does not take.
     """
 
     def __init__(
@@ -50,6 +54,9 @@ class ImageLogger(Callback):
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, number in (("batch_frequency", batch_frequency), ("max_images", max_images)):
+            if number < 1:
+                raise UserError(f"{name} {number}: give at least 1")
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp
@@ -60,6 +67,18 @@ class ImageLogger(Callback):
         self.log_first_step = log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
         self._last_shown: dict[str, int] = {}  # by split: several batches share a step when gradients accumulate
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.disabled or not hasattr(pl_module, "log_images"):
+            return
+        where = "the image logger's log_images_kwargs"
+        for name in ("batch", "N", "split"):
+            if name in self.log_images_kwargs:
+                raise UserError(f"{where}: {name} is the logger's own to give; set max_images for N")
+        check_params(where, pl_module.log_images, self.log_images_kwargs)
+        for name in ("n_row", "ddim_steps"):
+            if self.log_images_kwargs.get(name, 1) < 1:
+                raise UserError(f"{where}: {name} {self.log_images_kwargs[name]}: give at least 1")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

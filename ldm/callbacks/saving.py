@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,34 @@ from ldm.files import atomic_write
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
+
+# What writing may take of the training time before it is said, and from how many seconds on.
+_SHARE, _SECONDS = 0.05, 60
+
+
+class WritingTime:
+    """What the checkpoints of a run, of whatever kind, take of its training time; says once that it is much."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._is_said = False
+        self.training_begins()
+
+    def training_begins(self) -> None:
+        self._began = time.monotonic()
+
+    def add(self, since: float) -> None:
+        """Count the time `since` a moment of `time.monotonic` until now as spent on writing."""
+        now = time.monotonic()
+        self._seconds += now - since
+        share = self._seconds / max(now - self._began, 1e-9)
+        if self._seconds >= _SECONDS and share > _SHARE and not self._is_said:
+            self._is_said = True
+            log.warning(
+                "\nWriting checkpoints has taken %.0f %% of the training time; write fewer: last.ckpt by "
+                "lightning.modelcheckpoint.params.every_n_train_steps, the best by --check_val_every_n_epoch",
+                100 * share,
+            )  # fmt: skip
 
 
 def saved(trainer: Trainer, save: Callable[[], None], *, needed: bool = False) -> bool:

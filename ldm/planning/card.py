@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ldm.planning.step import peak_of_step
 from ldm.training.config import find_config, load_config
+from ldm.training.overlays import laid_over
 from ldm.util import UserError
 
 GIB = 2**30
@@ -47,7 +48,7 @@ def is_tier(name: str) -> bool:
 
 def with_tier(config: DictConfig, tier: str) -> DictConfig:
     """`config` with what the tier's config changes of it."""
-    return config if tier == AS_GIVEN else OmegaConf.merge(config, load_config([tier]))
+    return config if tier == AS_GIVEN else laid_over(config, load_config([tier]), trusted=True)
 
 
 def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:

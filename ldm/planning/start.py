@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ldm.planning.card import AS_GIVEN, GIB, needed, tiers, with_tier
 from ldm.planning.step import peak_of_step
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,10 @@ def compare(config: DictConfig, free: int) -> None:
     for tier in (AS_GIVEN, *tiers()):
         described = with_tier(config, tier)
         batch = 1 if tier == AS_GIVEN else described.data.params.batch_size
-        needs_less = _needs(described, batch)
+        try:
+            needs_less = _needs(described, batch)
+        except UserError:  # the tier does not go over this config, as no other does over minimal.yaml
+            continue
         if needs_less <= free:
             named = f"data.params.batch_size={batch}" if tier == AS_GIVEN else f"--base ... {tier}, batch {batch},"
             advice = f"{named} would need {needs_less / GIB:.1f} GiB"

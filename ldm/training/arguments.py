@@ -48,7 +48,7 @@ class Arguments:
     seed: int | None  # None: the seed of the run that is resumed, or DEFAULT_SEED
     postfix: str
     logdir: Path
-    scale_lr: bool
+    scale_lr: bool | None  # None: as the run that is resumed has it, or True
     trust_config: bool
     trainer: dict[str, Any] = field(default_factory=dict)  # unchecked: which ones exist, only Lightning knows
     overrides: list[str] = field(default_factory=list)  # `a.b.c=value`
@@ -64,8 +64,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser = _build_parser()
     own, trainer, overrides = _split(argv, parser)
     arguments = Arguments(**vars(parser.parse_args(own)), trainer=trainer, overrides=overrides)
-    if "resume_from_checkpoint" in trainer:  # how Lightning 1 named it
-        arguments.resume = arguments.resume or str(trainer.pop("resume_from_checkpoint"))
+    old = trainer.pop("resume_from_checkpoint", None)  # how Lightning 1 named it
+    if old is not None and arguments.resume not in (None, str(old)):
+        raise UserError(f"--resume {arguments.resume} and --resume_from_checkpoint {old} are two checkpoints; give one")
+    if old is not None:
+        arguments.resume = str(old)
     for name in _WEIGHTS:
         if name in trainer:
             overrides.append(f"model.params.ckpt_path={trainer.pop(name)}")
@@ -109,8 +112,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("-l", "--logdir", type=Path, default=Path("logs"), help="where run folders are made (default: logs)")
     add(
         "--scale_lr",
-        default=True,
-        help="multiply base_learning_rate by devices, batch size and accumulation (default: True)",
+        help="multiply base_learning_rate by devices, batch size and accumulation; a run remembers it (default: True)",
         **switch,
     )
     add_trust_option(parser)

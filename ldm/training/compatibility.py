@@ -5,6 +5,7 @@ from __future__ import annotations
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
+from ldm.callbacks.faults import NumericalFaults
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.optim import InBackward
 from ldm.util import UserError, get_obj_from_str
@@ -46,6 +47,14 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
             f"gradient_clip_val={trainer.gradient_clip_val} clips all gradients together, and {config['target']} never "
             "has all of them; leave it out, and clip each parameter's gradient with optimizer_config.params.clip_each"
         )
+    for faults in (callback for callback in trainer.callbacks if isinstance(callback, NumericalFaults)):
+        if faults.skips or faults.grad_norm_factor is not None:
+            given = "on_fault=skip" if faults.skips else f"grad_norm_factor={faults.grad_norm_factor}"
+            raise UserError(
+                f"lightning.callbacks.numerical_faults.params.{given} judges a step by its gradients, and "
+                f"{config['target']} takes most of a step before all are there; leave it out: a loss that is not "
+                "finite then stops the training"
+            )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise UserError(
             f"precision={trainer.precision} scales the loss, and checks all gradients before a step, which "

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.training.interpolations import check_interpolations
+from ldm.training.overlays import laid_over
 from ldm.training.trust import check_trust
 from ldm.util import UserError, instantiate_from_config, nearest
 
@@ -23,6 +24,8 @@ _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/late
 
 def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
     """The YAML files `names` merged left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
+
+    They merge as `laid_over` says.
 
     Unless they are `trusted`, the files are held against `ldm.training.trust`; overrides, being typed, are not.
 
@@ -40,7 +43,7 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
             if section not in SECTIONS:
                 raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
         try:
-            config = OmegaConf.merge(config, part)
+            config = laid_over(config, part, trusted)
         except OmegaConfBaseException as error:
             raise UserError(f"{name}: {_first_line(error)}") from error
     try:

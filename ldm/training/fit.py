@@ -18,15 +18,17 @@ from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
 from ldm.training.compatibility import check_clipping, check_cuda_graphs, check_in_backward
+from ldm.training.config import plain
 from ldm.training.host_memory import keep_freed_memory
 from ldm.training.host_state import HostStateStrategy
 from ldm.training.run import Run
+from ldm.training.trust import needs_trust
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
-def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run: Run) -> None:
+def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig, run: Run) -> None:
     """Train, from `run.resume` if there is one.
 
     Raises:
@@ -49,7 +51,8 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
         raise
     except TrainingStopped as stop:
-        log.info("Training %s; go on with: python main.py --resume %s -t", stop, run.folder)
+        trust = " --trust-config" if needs_trust(plain(config)) else ""
+        log.info("Training %s; go on with: python main.py --resume %s -t%s", stop, run.folder, trust)
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
 
 

@@ -34,7 +34,7 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     grafted = graft(weights_of(training.content, training_path), released, release_path)
     log.info("\n".join(grafted.summary()))
     log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
-    content = _with_text_tower(grafted_checkpoint(training.content, grafted), released)
+    content = _with_encoders(grafted_checkpoint(training.content, grafted), released, release)
     _write(content, out, [training, release])
 
 
@@ -56,7 +56,7 @@ def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Pat
     released = _release_weights(release, release_path)
     grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
-    _write(_with_text_tower(fresh_checkpoint(grafted), released), out, [release])
+    _write(_with_encoders(fresh_checkpoint(grafted), released, release), out, [release])
 
 
 def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
@@ -66,10 +66,13 @@ def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
     return weights
 
 
-def _with_text_tower(content: dict, released: dict) -> dict:
-    """`content` with the digest of the release's text tower, which training compares with that of its shards."""
-    state = {"SameEncoders": {"text_tower": weights_digest(released, "cond_stage_model.")}}
-    return {**content, "callbacks": {**content.get("callbacks", {}), **state}}
+def _with_encoders(content: dict, released: dict, release: OpenCheckpoint) -> dict:
+    """`content` with the digests of the release's encoders, which training compares with those of its shards."""
+    digests = {}
+    for name, prefix in (("text_tower", "cond_stage_model."), ("autoencoder", "first_stage_model.")):
+        digests[name] = weights_digest(released, prefix)
+        release.file.drop_pages()
+    return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
 
 
 def _check_out(out: Path, release: Path) -> None:

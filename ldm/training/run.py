@@ -1,4 +1,7 @@
-"""The folder of a run: where it is, what it goes on from, and the configs that it saved before. Imports no torch."""
+"""The folder of a run: where it is, what it goes on from, and the configs that it saved before.
+
+Imports torch only where a launcher started several processes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.training.agreement import said_by_first
 from ldm.training.arguments import Arguments
+from ldm.training.processes import launched
 from ldm.util import UserError
 
 # Tells the processes that Lightning starts for the other devices which run they belong to.
@@ -83,5 +88,8 @@ def _new_folder(arguments: Arguments, started: str) -> Path:
     while folder.exists():  # two runs started in one second
         folder = first.with_name(f"{first.name}-{number}")
         number += 1
+    launch = launched()
+    if launch and launch.processes * launch.machines > 1:  # whose clocks may differ, or seconds pass between them
+        folder = Path(said_by_first(str(folder), launch))
     os.environ[_SHARED_FOLDER] = str(folder)
     return folder

@@ -25,6 +25,7 @@ from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
+from ldm.callbacks.validation import SparseValidation
 from ldm.training.arguments import Arguments
 from ldm.training.config import load_config, plain
 from ldm.training.host_state import host_state_strategy, streams_weights
@@ -38,7 +39,15 @@ from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
 
-_LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy", "find_unused_parameters")
+_LIGHTNING_KEYS = (
+    "trainer",
+    "callbacks",
+    "logger",
+    "modelcheckpoint",
+    "strategy",
+    "find_unused_parameters",
+    "scale_lr",  # the switch, which a run remembers here
+)
 _DEFAULT_CALLBACKS: dict[str, Any] = {
     "image_logger": {"target": "ldm.callbacks.image_logger.ImageLogger", "params": {"batch_frequency": 750}},
     "learning_rate_logger": {
@@ -75,6 +84,10 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
+    if arguments.scale_lr is not None:
+        section["scale_lr"] = arguments.scale_lr
+    if not isinstance(section.setdefault("scale_lr", True), bool):
+        raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
     return config
@@ -139,7 +152,13 @@ def _build_checkpoints(
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
     kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
-    return [_instantiate(kept, "lightning.modelcheckpoint"), last]
+    best = _instantiate(kept, "lightning.modelcheckpoint")
+    best.writing = last.writing
+    callbacks = [best, last]
+    is_set = any(section.trainer.get(key) is not None for key in ("val_check_interval", "check_val_every_n_epoch"))
+    if last.every_n_train_steps and not is_set:
+        callbacks.append(SparseValidation(last.every_n_train_steps))
+    return callbacks
 
 
 def _steps_between(metric: str, callbacks: Sequence[Callback]) -> int | None:
@@ -212,8 +231,8 @@ def build_trainer(
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
 
-def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Trainer, scale: bool) -> None:
-    """Set `model.learning_rate` from `model.base_learning_rate`; `scale` multiplies it by the images of a step.
+def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Trainer) -> None:
+    """Set `model.learning_rate` from `model.base_learning_rate`, times the images of a step if `lightning.scale_lr`.
 
     Raises:
         UserError: there is no base learning rate, or no batch size to scale it by.
@@ -221,7 +240,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     base = config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)):
         raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
-    if not scale:
+    if not config.lightning.scale_lr:
         model.learning_rate = base
         log.info("Learning rate %.3e (not scaled)", base)
         return

@@ -51,6 +51,15 @@ def check_trust(config: Any, source: str, typed: Any = ()) -> None:
             raise UserError(f"{source}: {text!r:.100} runs a command; {_HINT}")
 
 
+def needs_trust(config: Any) -> bool:
+    """Whether `config`, read from a file as it stands, would need trust, though a person may have typed it now."""
+    try:
+        check_trust(config, "config")
+    except UserError:
+        return True
+    return False
+
+
 def _check_target(target: str, source: str) -> None:
     if target.partition(".")[0] not in _IMPORTED:
         raise UserError(f"{source}: target {target!r:.100} is of none of the packages that need no trust; {_HINT}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import pytorch_lightning as pl
@@ -293,6 +294,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         steps = timesteps or self.num_timesteps
         return sampler.sample(steps, batch_size, shape, conditioning=cond, x_T=x_T, verbose=False)[0]
 
+    @wraps(log_images)  # whose signature tells the image logger what may be asked for
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
         """Pictures (N, 3, H, W) in [-1, 1] for the image logger; see `ldm.models.diffusion.log_images`."""
         return log_images(self, batch, N, **kwargs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -286,6 +287,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
 
     # Pictures
 
+    @wraps(DDPM.log_images)
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
         try:
             return super().log_images(batch, N, **kwargs)

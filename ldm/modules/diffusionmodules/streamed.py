@@ -32,7 +32,10 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
         if stream_dtype not in _DTYPES:
             raise UserError(f"stream_dtype {stream_dtype!r} is unknown; valid: {', '.join(_DTYPES)}")
         if kwargs.get("use_checkpoint"):
-            raise UserError("use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks")
+            raise UserError(
+                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks (of several tiers, "
+                "minimal.yaml comes last)"
+            )
         if kwargs.get("compile_mode"):
             raise UserError("compile_mode: leave it out; StreamedUNetModel's blocks are not compiled")
         embedding = [self.time_embed, *([self.label_emb] if self.num_classes is not None else [])]

@@ -41,7 +41,7 @@ class Run:
             save_checkpoint=self.save,
             strategy=SimpleNamespace(barrier=lambda name: None),
         )
-        callback = LastCheckpoint(self.path, SignalRequests(), **params)
+        callback = self.callback = LastCheckpoint(self.path, SignalRequests(), **params)
         callback.on_train_start(trainer, None)
         for step in range(1, 3 * steps_an_epoch + 1):
             self.now += 10
@@ -159,12 +159,26 @@ def test_what_one_process_could_not_write_no_process_takes_for_written(caplog) -
 def test_writing_that_takes_much_of_the_time_is_said_once(run: Run, caplog) -> None:
     run.seconds_to_write = 30
     run(every_n_train_steps=2)
-    (said,) = (record.getMessage() for record in caplog.records)
+    (said,) = caplog.messages
     assert "Writing checkpoints has taken 60 % of the training time" in said  # 60 of 100 seconds
     caplog.clear()
     run.seconds_to_write = 1
     run(every_n_train_steps=2)
     assert not caplog.records
+
+
+def test_what_the_best_checkpoints_take_counts_too(run: Run, tmp_path: Path, monkeypatch, caplog) -> None:
+    def write(self: KeptCheckpoints, trainer: SimpleNamespace, candidates: dict) -> None:
+        run.now += 30
+
+    monkeypatch.setattr("pytorch_lightning.callbacks.ModelCheckpoint._save_topk_checkpoint", write)
+    run(every_n_train_steps=1000)
+    kept = KeptCheckpoints(dirpath=str(tmp_path), monitor="val/loss")
+    kept.writing = run.callback.writing
+    for _ in range(3):
+        kept._save_topk_checkpoint(run.trainer, {})
+    (said,) = caplog.messages
+    assert "Writing checkpoints has taken 33 % of the training time" in said  # 60 of 180 seconds
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,22 @@ def test_a_decay_towards_zero_beside_it_is_said(start, tmp_path, caplog):
     assert "weight_decay 0.01 pulls to zero" in record.getMessage() and "\n" not in record.getMessage()
 
 
+def test_the_optimizers_own_decay_can_be_set_beside_it(start, tmp_path, caplog):
+    without, instead = Pulled(), Pulled(weight_decay=0.01)
+    fit(without, tmp_path, DecayToStart(str(start), 0.25))
+    fit(instead, tmp_path, DecayToStart(str(start), 0.25, weight_decay=0.0))
+    assert instead.seen == without.seen
+    assert "weight_decay" not in caplog.text
+
+
+def test_bfloat16_weights_go_the_way_on_average_that_their_precision_hides(start):
+    weights = torch.nn.Parameter(torch.full((100_000,), 3.0, dtype=torch.bfloat16))  # the next ones: 1/64 away
+    optimizer = torch.optim.SGD([weights], 1.0)
+    DecayToStart(str(start), 0.001)._pull(optimizer, {weights: torch.ones(100_000)}, lambda: None, seed=0)
+    assert weights.dtype == torch.bfloat16 and set(weights.tolist()) == {3.0, 3.0 - 1 / 64}
+    assert weights.double().mean().item() == pytest.approx(3.0 - 0.001 * 2.0, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
@@ -139,6 +155,7 @@ def test_a_decay_towards_zero_beside_it_is_said(start, tmp_path, caplog):
         ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"learning rate 0\.5 \* weight 5\.0 .* is 2\.5, beyond"),
         ({"inner.0": torch.zeros(2)}, {"weight": 0}, "weight 0: give a number above 0"),
         ({"inner.0": torch.zeros(2)}, {"every_n_steps": 0}, "every_n_steps 0"),
+        ({"inner.0": torch.zeros(2)}, {"weight_decay": "none"}, "weight_decay 'none': give a number"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, weights, options, message):

@@ -1,6 +1,6 @@
 """A set of shards is only trained on with the encoders that made it."""
 
-import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,24 +8,17 @@ import torch
 
 from ldm.callbacks.encoders import SameEncoders
 from ldm.checkpoint import load_checkpoint, save_checkpoint, weights_digest
-from ldm.data.index import INDEX
 from ldm.data.shards import ShardDataset
 from ldm.training.config import build_model, load_config
 from ldm.util import UserError
 from tests.ldm.data.shard_files import write_set
-from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
+from tests.training_runs import fixture_one_thread, fixture_train, the_run, write_index  # noqa: F401
 
 
 @pytest.fixture
 def made_by(tmp_path):
     """Gives the shards of the tiny run an index with digests."""
-
-    def write(**digests):
-        shards = [{"name": path.name} for path in sorted((tmp_path / "shards").glob("*.tar"))]
-        content = {"format": 2, "complete": True, "shards": shards, **digests}
-        (tmp_path / "shards" / INDEX).write_text(json.dumps(content))
-
-    return write
+    return partial(write_index, tmp_path / "shards")
 
 
 def started(train, tmp_path):
@@ -47,7 +40,8 @@ def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by,
     assert "index.json: the set was made by another text tower" in train_error(train, f"{resume} 2")
     made_by(autoencoder=autoencoder, text_tower="t" * 64)
     assert train(f"{resume} 2") == 0
-    assert load_checkpoint(checkpoint)["callbacks"]["SameEncoders"] == {"text_tower": "t" * 64}
+    state = load_checkpoint(checkpoint)["callbacks"]["SameEncoders"]
+    assert state == {"text_tower": "t" * 64, "autoencoder": autoencoder}
     made_by(autoencoder=None)  # as far as is known
     assert train(f"{resume} 3") == 0
 

@@ -1,6 +1,7 @@
 """Losses, gradients and weights that are no numbers: what is said, what is skipped, and what stays on the disk."""
 
 import io
+import re
 import tarfile
 
 import numpy as np
@@ -17,6 +18,11 @@ from ldm.util import UserError
 from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
 
 NAN = float("nan")
+_OPTIMIZER = "model.params.optimizer_config"
+IN_BACKWARD = (
+    f"{_OPTIMIZER}.target=ldm.optim.InBackward {_OPTIMIZER}.params.bucket_mb=0.1 "
+    f"{_OPTIMIZER}.params.optimizer.target=torch.optim.AdamW"
+)
 
 
 class Slope(pl.LightningModule):
@@ -99,10 +105,19 @@ def test_a_gradient_far_out_of_its_range_is_skipped(tmp_path, caplog):
     seen = fit(Slope(), values, tmp_path, **params)
     assert seen == pytest.approx(by_hand([9, 1, 1, 1, 3, None, 1, None]))
     assert "Left out step 6: gradient norm 3.5, 3.5 times the usual 1; loss" in caplog.text
-    with pytest.raises(
-        NumericalFault, match=r"step 6: gradient norm 3\.5.*sample 'k5'; go on from the last checkpoint"
-    ):
+    with pytest.raises(NumericalFault) as caught:  # and blames no sample of the steps since losses were looked at
         fit(Slope(), values, tmp_path, **params | {"on_fault": "stop"})
+    assert re.fullmatch(
+        r"step 6: gradient norm 3\.5, 3\.5 times the usual 1; loss [-\d.]+, sample 'k5'; "
+        r"go on from the last checkpoint with --resume",
+        str(caught.value),
+    )
+
+
+def test_a_gradient_out_of_its_range_is_told_with_all_that_its_step_accumulates(tmp_path):
+    params = {"grad_norm_factor": 3.0, "window": 2, "on_fault": "stop"}
+    with pytest.raises(NumericalFault, match=r"usual 1; loss \S+, sample 'k4'; loss \S+, sample 'k5'; go on"):
+        fit(Slope(), [1.0, 1.0, 1.0, 1.0, 5.0, 2.0], tmp_path, accumulate=2, **params)
 
 
 def test_a_resumed_run_skips_what_the_unbroken_one_skips(tmp_path):
@@ -196,10 +211,11 @@ def checkpoint(logs):
     return load_checkpoint(the_run(logs) / "checkpoints/last.ckpt", mmap=False)
 
 
-def test_stop_names_step_timestep_and_sample_and_keeps_the_last_good_checkpoint(poisoned, tmp_path):
+@pytest.mark.parametrize("optimizer", ["", IN_BACKWARD])
+def test_stop_names_step_timestep_and_sample_and_keeps_the_last_good_checkpoint(poisoned, tmp_path, optimizer):
     train, drawn = poisoned
     with pytest.raises(NumericalFault) as caught:
-        train("-l logs --max_steps 7 lightning.modelcheckpoint.params.every_n_train_steps=1")
+        train(f"-l logs --max_steps 7 lightning.modelcheckpoint.params.every_n_train_steps=1 {optimizer}")
     step, timestep = first_fault(drawn)
     assert 1 < step < 7 and len(drawn) == step
     assert str(caught.value).startswith(

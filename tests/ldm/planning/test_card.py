@@ -44,3 +44,5 @@ def test_each_tier_is_asked_with_its_own_config(monkeypatch: pytest.MonkeyPatch)
     assert found["fast.yaml"].pictures == 0
     assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB)
     assert found["minimal.yaml"].pictures == 28
+    decaying = load_config(["finetune_stable_diffusion.yaml", "decay_to_start.yaml"])
+    assert {fit.tier: fit for fit in fits(decaying, 8 * GIB, 512)} == found

@@ -9,7 +9,7 @@ import torch
 
 from ldm.planning import start
 from ldm.planning.card import GIB, needed
-from ldm.training.config import load_config
+from ldm.training.config import build_model, load_config
 
 BASE = load_config(["finetune_stable_diffusion.yaml"])  # batch 4
 
@@ -46,8 +46,24 @@ def test_one_that_does_not_fit_is_warned_of_with_what_would(
     planned: pytest.LogCaptureFixture, free: int, advice: str
 ) -> None:
     start.compare(BASE, free * GIB)
-    (record,) = [record for record in planned.records if record.levelno == logging.WARNING]
+    (record,) = [record for record in planned.records if record.levelno == logging.WARNING and "ldm" in record.name]
     assert f"15.0 GiB are needed and {free}.0 free. {advice}" in record.getMessage()
+
+
+@pytest.mark.parametrize("names", [["lean.yaml"], ["decay_to_start.yaml"], ["minimal.yaml"], ["fast.yaml"]])
+def test_real_tiers_are_asked_over_every_config(
+    names: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are built, so that what cannot be laid over another shows."""
+
+    def peak_of_step(config, pictures):
+        with torch.device("meta"):
+            build_model(config)
+        return {"weights": 10 * GIB}
+
+    monkeypatch.setattr(start, "peak_of_step", peak_of_step)
+    start.compare(load_config(["demo_tiny.yaml", *names]), GIB)
+    assert "10.9 GiB are needed and 1.0 free. nothing here fits" in caplog.text
 
 
 def test_it_is_asked_on_cuda_alone(planned: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,9 @@ TUTORIALS = [
         | {"trainer": {"benchmark": True, "max_steps": 3}},
     ),
     ("--base a.yaml --resume_from_checkpoint m.ckpt -t", {"resume": "m.ckpt", "trainer": {}}),
+    ("--base a.yaml --resume_from_checkpoint None -t", {"resume": None, "trainer": {}}),
+    ("--resume logs/run --resume_from_checkpoint None -t", {"resume": "logs/run", "trainer": {}}),
+    ("--resume m.ckpt --resume_from_checkpoint m.ckpt -t", {"resume": "m.ckpt", "trainer": {}}),
     (
         "--base a.yaml -t --actual_resume sd-v1-4.ckpt",
         {"resume": None, "overrides": ["model.params.ckpt_path=sd-v1-4.ckpt"]},
@@ -62,8 +65,9 @@ def test_command_lines_of_2022(line, expected):
 
 def test_defaults():
     arguments = parse_arguments(["-b", "a.yaml"])
-    assert not arguments.train and not arguments.no_test and arguments.scale_lr
-    assert (arguments.seed, arguments.logdir, arguments.postfix, arguments.trainer) == (None, Path("logs"), "", {})
+    assert not arguments.train and not arguments.no_test
+    assert (arguments.seed, arguments.scale_lr, arguments.logdir) == (None, None, Path("logs"))
+    assert (arguments.postfix, arguments.trainer) == ("", {})
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,10 @@ def test_defaults():
     [
         ("-t --gpus 0,", "nothing to do: give a config with --base"),
         ("-b a.yaml --no-test", "nothing to do: neither --train nor a test"),
+        (
+            "--resume logs/run --resume_from_checkpoint m.ckpt -t",
+            "--resume logs/run and --resume_from_checkpoint m.ckpt are two checkpoints; give one",
+        ),
         ("-b a.yaml -t maybe", "expected True or False, got 'maybe'"),
         ("-b a.yaml -s x", "--seed: expected a whole number from 0 to 4294967295, got 'x'"),
         ("-b a.yaml -s -1", "--seed: expected"),

@@ -19,12 +19,15 @@ from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, the_r
 
 WHERE = "model.params.optimizer_config"
 IN_BACKWARD = f"{WHERE}.target=ldm.optim.InBackward {WHERE}.params.optimizer.target=torch.optim.AdamW"
+FAULTS = "lightning.callbacks.numerical_faults.params"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--gradient_clip_val 1.0", "gradient_clip_val=1.0 .* optimizer_config.params.clip_each"),
+        (f"{FAULTS}.on_fault=skip", "on_fault=skip judges .*InBackward takes most of a step before all are there; le"),
+        (f"{FAULTS}.grad_norm_factor=10", "grad_norm_factor=10 judges .*InBackward takes most of a step before"),
         ("--accelerator cpu --devices 2", "over 2 devices; train on one device, or name its inner optimizer"),
     ],
 )

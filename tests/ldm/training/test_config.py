@@ -25,6 +25,43 @@ def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     }
 
 
+ADAM = "model: {params: {optimizer: {target: torch.optim.Adam, params: {amsgrad: true, weight_decay: 0.1}}}}"
+
+
+@pytest.mark.parametrize(
+    ("over", "expected"),
+    [
+        ("{params: {amsgrad: false}}", {"amsgrad": False, "weight_decay": 0.1}),
+        ("{target: torch.optim.Adam}", {"amsgrad": True, "weight_decay": 0.1}),
+        ("{target: torch.optim.SGD, params: {momentum: 0.9}}", {"weight_decay": 0.1, "momentum": 0.9}),
+        ("{target: torch.optim.SGD, params: {amsgrad: 1}}", {"weight_decay": 0.1, "amsgrad": 1}),  # an error, later
+        ("{target: torch.optim.SDG}", {"amsgrad": True, "weight_decay": 0.1}),
+    ],
+)
+@pytest.mark.parametrize("typed", [False, True])
+def test_another_class_leaves_the_params_behind_that_it_does_not_take(tmp_path, over, expected, typed):
+    base = write(tmp_path / "a.yaml", ADAM)
+    if typed:
+        config = load_config([base], [f"model.params.optimizer={over}"])
+    else:
+        config = load_config([base, write(tmp_path / "b.yaml", f"model: {{params: {{optimizer: {over}}}}}")])
+    assert plain(config.model.params.optimizer.params) == expected
+
+
+def test_a_config_that_is_not_trusted_imports_nothing_when_it_is_laid_over_another(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    write(tmp_path / "imported_by_a_config.py", "class Mine:\n    def __init__(self, lr):\n        pass\n")
+    base = write(tmp_path / "a.yaml", ADAM)
+    mine = write(tmp_path / "b.yaml", "model: {params: {optimizer: {target: imported_by_a_config.Mine}}}")
+    with pytest.raises(UserError, match="--trust-config"):
+        load_config([base, mine])
+    config = load_config([base, mine, base])  # nothing of it is left
+    assert "imported_by_a_config" not in sys.modules
+    assert config.model.params.optimizer.target == "torch.optim.Adam"
+    assert plain(load_config([base, mine], trusted=True).model.params.optimizer.params) == {}
+    assert "imported_by_a_config" in sys.modules
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-5", 1e-5), ("True", True), ("null", None), ("", None), ("abc", "abc"), ("{a: 1}", {"a": 1}), ("'1'", "1")],

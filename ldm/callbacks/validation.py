@@ -1,0 +1,31 @@
+"""How often a training on few pictures is validated."""
+
+from __future__ import annotations
+
+import logging
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+
+class SparseValidation(Callback):
+    """Validates after so many whole epochs that `every_n_train_steps` have passed, and once before the last step.
+
+    An epoch of a few pictures is over in seconds. Each validation that finds a better model is a checkpoint written,
+    which for a large one takes longer. Where an epoch has as many steps, each is validated as ever.
+    """
+
+    def __init__(self, every_n_train_steps: int) -> None:
+        self.every_n_train_steps = every_n_train_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation or trainer.num_training_batches in (0, float("inf")):
+            return
+        steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # of an epoch
+        limits = [-(-self.every_n_train_steps // steps), trainer.max_steps // steps, trainer.max_epochs or -1]
+        epochs = max(1, min(limit for limit in limits if limit >= 0))
+        if epochs > 1:
+            trainer.check_val_every_n_epoch = epochs
+            log.info("Validation after every %d epochs, %d steps; --check_val_every_n_epoch or --val_check_interval "
+                     "sets it", epochs, epochs * steps)  # fmt: skip

@@ -1,0 +1,65 @@
+"""After how many epochs a validation is due."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from ldm.callbacks.validation import SparseValidation
+from tests.test_main import assert_same_training
+from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("batches", "given", "epochs"),
+    [
+        (5, {}, 200),
+        (7, {}, 143),  # 1001 steps
+        (1000, {}, 1),
+        (5000, {}, 1),
+        (5, {"accumulate_grad_batches": 2}, 334),  # 3 steps an epoch, the last of one batch
+        (5, {"max_steps": 804}, 160),
+        (5, {"max_steps": 4}, 1),  # none comes before the end
+        (5, {"max_epochs": 30, "max_steps": -1}, 30),
+        (float("inf"), {}, 1),
+        (5, {"enable_validation": False}, 1),
+    ],
+)
+def test_epochs_between_validations(batches: float, given: dict, epochs: int) -> None:
+    limits = {"max_steps": 10000, "max_epochs": -1, "accumulate_grad_batches": 1, "enable_validation": True} | given
+    trainer = SimpleNamespace(num_training_batches=batches, check_val_every_n_epoch=1, **limits)
+    SparseValidation(1000).on_train_start(trainer, None)
+    assert trainer.check_val_every_n_epoch == epochs
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("lightning.modelcheckpoint.params.every_n_train_steps=12", {12, 24}),
+        ("lightning.modelcheckpoint.params.every_n_train_steps=5", {6, 12, 18, 24}),
+        ("lightning.modelcheckpoint.params.every_n_train_steps=1000", {24}),
+        ("lightning.modelcheckpoint.params.every_n_train_steps=12 --check_val_every_n_epoch 3", {18}),
+        ("", {6, 12, 18, 24}),  # as last.ckpt
+    ],
+)
+def test_a_run_on_few_pictures_is_validated_as_often_as_it_is_saved(train, tmp_path, caplog, options, steps) -> None:
+    """An epoch has six steps."""
+    assert train(f"--max_steps 24 data.params.val_urls=shards/s-000000.tar {options}") == 0
+    run = the_run(tmp_path / "logs")
+    assert {step + 1 for step in logged(run, "val/loss_simple_ema")} == steps
+    kept = {int(path.stem.rpartition("=")[2]) for path in (run / "checkpoints").glob("epoch*.ckpt")}
+    assert kept and kept <= steps
+    assert "No best checkpoints are kept" not in caplog.text
+
+
+@pytest.mark.parametrize("stop", [12, 14])
+def test_a_run_goes_on_as_if_it_had_not_stopped(train, tmp_path, stop) -> None:
+    options = "data.params.val_urls=shards/s-000000.tar lightning.modelcheckpoint.params.every_n_train_steps=12"
+    train(f"-l straight --max_steps 25 {options}")
+    train(f"-l resumed --max_steps {stop} {options}")
+    resumed = the_run(tmp_path / "resumed")
+    train(f"--resume {resumed} --max_steps 25")
+    straight = the_run(tmp_path / "straight")
+    assert_same_training(straight, resumed)
+    assert logged(straight, "val/loss_simple_ema") == logged(resumed, "val/loss_simple_ema")
