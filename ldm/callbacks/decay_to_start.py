@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ldm.callbacks.parts import cut_as, own_part
 from ldm.checkpoint import is_optional, open_checkpoint, weights_of
 from ldm.util import UserError
 
@@ -120,6 +121,7 @@ class DecayToStart(Callback):
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
-                    start = starts[parameter].to(parameter.device, dtype)
-                    parameter.copy_(torch.lerp(parameter.to(dtype), start, share))
+                    start = own_part(cut_as(starts[parameter], parameter)).to(parameter.device, dtype)
+                    own = own_part(parameter)
+                    own.copy_(torch.lerp(own.to(dtype), start, share))
                     after_each()

@@ -15,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.callbacks.parts import own_part, whole
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class NumericalFaults(Callback):
         if not self.skips and self.grad_norm_factor is None:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
         fault = self._fault_of(norm, getattr(trainer.precision_plugin, "scaler", None) is not None)
         if _agreed(trainer, fault is not None):
             self._leave_out(f"step {trainer.global_step + 1}: {fault or 'a fault in another process'}", optimizer)
@@ -137,7 +138,7 @@ class NumericalFaults(Callback):
         """Raise `NumericalFault` rather than let a broken state be written over a good one."""
         if not self.skips:
             self._check_losses(trainer)
-        trained = (parameter for parameter in pl_module.parameters() if parameter.requires_grad)
+        trained = (own_part(parameter) for parameter in pl_module.parameters() if parameter.requires_grad)
         broken = not _all_finite(trained) or not _all_finite(_tensors(checkpoint.get("optimizer_states")))
         if _agreed(trainer, broken):
             raise NumericalFault(

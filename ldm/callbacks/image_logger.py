@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from ldm.callbacks.aside import aside
+from ldm.callbacks.parts import is_cut_up
 from ldm.pictures import image_grid, save_png
 
 
@@ -81,10 +82,14 @@ class ImageLogger(Callback):
         return is_early or count % self.batch_frequency == 0
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
-        if self.disabled or not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
+        if self.disabled or not hasattr(pl_module, "log_images"):
+            return
+        if not trainer.is_global_zero and not is_cut_up(pl_module):
             return
         with aside(pl_module):
             images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+        if not trainer.is_global_zero:  # it took part in the computing, and is not the one to show it
+            return
         folder = Path(trainer.default_root_dir) / "images" / split
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         samples = len(next(iter(images.values())))

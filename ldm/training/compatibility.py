@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import optim
 
 from ldm.optim import InBackward
+from ldm.training.sharded import ShardedStrategy, unet_of
 from ldm.util import UserError, get_obj_from_str
 
 
@@ -28,4 +30,33 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
         raise UserError(
             f"{config['target']} steps before gradients are averaged over {trainer.world_size} devices; train on one "
             "device, or name its inner optimizer as optimizer_config"
+        )
+
+
+# What an optimizer of these does to a number depends on no other number, and so not on how they are cut up.
+_ELEMENT_BY_ELEMENT = (optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)
+_SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+def check_sharded(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if `trainer` is to cut up the weights of `model`, and something in the way of it is asked for."""
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        return
+    unet = unet_of(model)
+    if unet is None:
+        raise UserError(f"strategy fsdp cuts up the UNet of a diffusion model, and {type(model).__name__} is none; use ddp")
+    if {*model.trained_parameters()} - {*unet.parameters()}:
+        raise UserError(
+            "strategy fsdp trains the UNet alone; with cond_stage_trainable or learn_logvar use --strategy ddp"
+        )
+    target = (model.optimizer_config or {}).get("target", "torch.optim.AdamW")
+    if not issubclass(get_obj_from_str(target), _ELEMENT_BY_ELEMENT):
+        raise UserError(
+            f"optimizer_config: {target} cannot step weights that strategy fsdp has cut up; "
+            "name torch.optim.AdamW, or use --strategy ddp"
+        )
+    if trainer.precision not in _SHARDED_PRECISIONS:
+        raise UserError(
+            f"precision={trainer.precision} does not go with strategy fsdp; use --precision bf16-mixed, or one of "
+            f"{', '.join(_SHARDED_PRECISIONS)}"
         )

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.training.compatibility import check_in_backward
+from ldm.training.compatibility import check_in_backward, check_sharded
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -31,6 +31,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, run
         UserError: Lightning or the optimizer refuses the combination of arguments, or the device has too little memory.
     """
     check_in_backward(model, trainer)
+    check_sharded(model, trainer)
     log.info("Run folder: %s", run.folder)
     is_new = not run.folder.exists()
     try:

@@ -1,0 +1,104 @@
+"""`--strategy fsdp`: the UNet's weights, gradients and optimizer state cut up among the processes (arXiv:2304.11277)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from ldm.callbacks.parts import cut_as, is_cut_up, whole_on_first
+
+
+class ShardedStrategy(DDPStrategy):
+    """Each process holds a part of every weight of the UNet, of its gradient and of its optimizer state (FSDP2).
+
+    The layers' weights are gathered one layer after the other as forward and backward come to them, and let go of
+    after it; gradients are averaged and cut up at once, those of accumulated batches as well. What is not trained stays
+    whole in each process.
+
+    Checkpoints are those of a training on one device: the first process gathers all in the host's memory, and writes.
+    Taken up, each process cuts out its parts of the one file.
+    """
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None and self.model is not None
+        self.accelerator.setup(trainer)
+        if not is_cut_up(self.model):  # a test after the training finds it so
+            self.precision_plugin.convert_module(self.model)
+            self._make_equal(self.model)
+            self._cut_up(unet_of(self.model))
+        self.model_to_device()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)  # of the parts
+        self.setup_precision_plugin()
+
+    def _make_equal(self, module: nn.Module) -> None:
+        """Give all processes the first one's weights and buffers, as DistributedDataParallel does."""
+        for tensor in chain(module.parameters(), module.buffers()):
+            sent = tensor.detach().to(self.root_device).contiguous()
+            distributed.broadcast(sent, 0)
+            tensor.detach().copy_(sent)
+
+    def _cut_up(self, unet: nn.Module) -> None:
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        for unit in (*units(unet), unet):  # the last takes what is left
+            # Also those of the last, and after a validation: between steps all of the weights are always cut up.
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The full weights in the first process, nothing in the others; all must ask."""
+        return self._whole(super().lightning_module_state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The full state in the first process, nothing in the others; all must ask."""
+        return self._whole(super().optimizer_state(optimizer))
+
+    def _whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        gathered = whole_on_first(dict(state), self.is_global_zero)
+        return gathered if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this process's parts of the full states."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):  # a hacked one: none
+            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = dict(zip(numbers, own, strict=False))  # if they are not as many, the optimizer says so
+            parts = {
+                number: {key: _part(value, parameters[number]) for key, value in kept.items()}
+                for number, kept in state["state"].items()
+                if number in parameters
+            }
+            optimizer.load_state_dict({**state, "state": parts})
+
+    def teardown(self) -> None:
+        # Not what the others do besides, moving the weights to the host: a test may come, and parts stay where they are.
+        assert self.accelerator is not None and self.cluster_environment is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def unet_of(model: nn.Module) -> nn.Module | None:
+    """The network that is cut up; None if `model` is no diffusion model."""
+    return getattr(getattr(model, "model", None), "diffusion_model", None)
+
+
+def _part(value: Any, parameter: Tensor) -> Any:
+    """What is kept of a `parameter`, cut up as that is; a number of steps is not."""
+    is_like_it = isinstance(value, Tensor) and value.shape == parameter.shape
+    return cut_as(value, parameter) if is_like_it else value
+
+
+def units(unet: nn.Module) -> list[nn.Module]:
+    """What is gathered at one time: each residual block, each transformer; a whole block where blocks are compiled."""
+    blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
+    return list(blocks) if unet.is_compiled else [layer for block in blocks for layer in block]
