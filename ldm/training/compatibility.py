@@ -36,21 +36,30 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
 # What an optimizer of these does to a number depends on no other number, and so not on how they are cut up.
 _ELEMENT_BY_ELEMENT = (optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def check_sharded(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` if `trainer` is to cut up the weights of `model`, and something in the way of it is asked for."""
+    """Raise `UserError` if `trainer` is to cut up the weights of `model`, and they or other settings forbid it."""
     if not isinstance(trainer.strategy, ShardedStrategy):
         return
     unet = unet_of(model)
     if unet is None:
-        raise UserError(f"strategy fsdp cuts up the UNet of a diffusion model, and {type(model).__name__} is none; use ddp")
+        raise UserError(
+            f"strategy fsdp cuts up a UNetModel, and this {type(model).__name__} has none; use --strategy ddp"
+        )
+    if unet.compile_mode in _WITH_CUDA_GRAPHS:
+        raise UserError(
+            f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must stay in their place, and strategy "
+            "fsdp gathers them anew each time; use compile_mode=default"
+        )
     if {*model.trained_parameters()} - {*unet.parameters()}:
         raise UserError(
             "strategy fsdp trains the UNet alone; with cond_stage_trainable or learn_logvar use --strategy ddp"
         )
     target = (model.optimizer_config or {}).get("target", "torch.optim.AdamW")
-    if not issubclass(get_obj_from_str(target), _ELEMENT_BY_ELEMENT):
+    optimizer = get_obj_from_str(target)
+    if not (isinstance(optimizer, type) and issubclass(optimizer, _ELEMENT_BY_ELEMENT)):
         raise UserError(
             f"optimizer_config: {target} cannot step weights that strategy fsdp has cut up; "
             "name torch.optim.AdamW, or use --strategy ddp"

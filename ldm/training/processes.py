@@ -66,7 +66,9 @@ def strategy(config: DictConfig, arguments: Mapping[str, Any]) -> Any:
     name = given if isinstance(given, str) else type(given).__name__
     if "fsdp" in name.lower():
         if name != "fsdp":
-            raise UserError(f"strategy {name}: its checkpoints would not be ours; give --strategy fsdp, without settings")
+            raise UserError(
+                f"strategy {name}: its checkpoints would not be ours; give --strategy fsdp, without settings"
+            )
         if is_single(arguments):
             return "auto"
         if (config.model.get("params") or {}).get("use_ema", True):

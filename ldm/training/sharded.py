@@ -1,4 +1,4 @@
-"""`--strategy fsdp`: the UNet's weights, gradients and optimizer state cut up among the processes (arXiv:2304.11277)."""
+"""`--strategy fsdp`: weights, gradients and optimizer state cut up among the processes (arXiv:2304.11277)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from ldm.callbacks.parts import cut_as, is_cut_up, whole_on_first
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 
 class ShardedStrategy(DDPStrategy):
@@ -34,7 +35,9 @@ class ShardedStrategy(DDPStrategy):
         if not is_cut_up(self.model):  # a test after the training finds it so
             self.precision_plugin.convert_module(self.model)
             self._make_equal(self.model)
-            self._cut_up(unet_of(self.model))
+            unet = unet_of(self.model)
+            assert unet is not None
+            self._cut_up(unet)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)  # of the parts
@@ -45,13 +48,16 @@ class ShardedStrategy(DDPStrategy):
         for tensor in chain(module.parameters(), module.buffers()):
             sent = tensor.detach().to(self.root_device).contiguous()
             distributed.broadcast(sent, 0)
-            tensor.detach().copy_(sent)
+            if not self.is_global_zero:
+                tensor.detach().copy_(sent)
 
-    def _cut_up(self, unet: nn.Module) -> None:
+    def _cut_up(self, unet: UNetModel) -> None:
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         for unit in (*units(unet), unet):  # the last takes what is left
             # Also those of the last, and after a validation: between steps all of the weights are always cut up.
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+            if self.root_device.type == "cpu":  # some releases of gloo give the sum for the mean
+                unit.set_force_sum_reduction_for_comms(True)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The full weights in the first process, nothing in the others; all must ask."""
@@ -67,7 +73,8 @@ class ShardedStrategy(DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's parts of the full states."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):  # a hacked one: none
+        states = checkpoint["optimizer_states"]  # none in a hacked checkpoint
+        for optimizer, state in zip(self.optimizers, states, strict=False):
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             parameters = dict(zip(numbers, own, strict=False))  # if they are not as many, the optimizer says so
@@ -79,7 +86,7 @@ class ShardedStrategy(DDPStrategy):
             optimizer.load_state_dict({**state, "state": parts})
 
     def teardown(self) -> None:
-        # Not what the others do besides, moving the weights to the host: a test may come, and parts stay where they are.
+        # Without moving the weights to the host, as others do: a test may come, and parts stay where they are.
         assert self.accelerator is not None and self.cluster_environment is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -87,9 +94,10 @@ class ShardedStrategy(DDPStrategy):
         self.checkpoint_io.teardown()
 
 
-def unet_of(model: nn.Module) -> nn.Module | None:
-    """The network that is cut up; None if `model` is no diffusion model."""
-    return getattr(getattr(model, "model", None), "diffusion_model", None)
+def unet_of(model: nn.Module) -> UNetModel | None:
+    """The network that is cut up; None if `model` has none."""
+    unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+    return unet if isinstance(unet, UNetModel) else None
 
 
 def _part(value: Any, parameter: Tensor) -> Any:
@@ -98,7 +106,7 @@ def _part(value: Any, parameter: Tensor) -> Any:
     return cut_as(value, parameter) if is_like_it else value
 
 
-def units(unet: nn.Module) -> list[nn.Module]:
+def units(unet: UNetModel) -> list[nn.Module]:
     """What is gathered at one time: each residual block, each transformer; a whole block where blocks are compiled."""
     blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
     return list(blocks) if unet.is_compiled else [layer for block in blocks for layer in block]
