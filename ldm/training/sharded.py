@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
@@ -37,7 +38,7 @@ class ShardedStrategy(DDPStrategy):
             self._make_equal(self.model)
             unet = unet_of(self.model)
             assert unet is not None
-            self._cut_up(unet)
+            cut_up(unet, self.root_device)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)  # of the parts
@@ -50,14 +51,6 @@ class ShardedStrategy(DDPStrategy):
             distributed.broadcast(sent, 0)
             if not self.is_global_zero:
                 tensor.detach().copy_(sent)
-
-    def _cut_up(self, unet: UNetModel) -> None:
-        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        for unit in (*units(unet), unet):  # the last takes what is left
-            # Also those of the last, and after a validation: between steps all of the weights are always cut up.
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-            if self.root_device.type == "cpu":  # some releases of gloo give the sum for the mean
-                unit.set_force_sum_reduction_for_comms(True)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The full weights in the first process, nothing in the others; all must ask."""
@@ -98,6 +91,16 @@ def unet_of(model: nn.Module) -> UNetModel | None:
     """The network that is cut up; None if `model` has none."""
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     return unet if isinstance(unet, UNetModel) else None
+
+
+def cut_up(unet: UNetModel, device: torch.device) -> None:
+    """Leave in this process a part of each weight of `unet`, on its `device`. All processes must call it."""
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for unit in (*units(unet), unet):  # the last takes what is left
+        # Also those of the last, and after a validation: between steps all of the weights are always cut up.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        if device.type == "cpu":  # some releases of gloo give the sum for the mean
+            unit.set_force_sum_reduction_for_comms(True)
 
 
 def _part(value: Any, parameter: Tensor) -> Any:
