@@ -99,8 +99,6 @@ def cut_up(unet: UNetModel, device: torch.device) -> None:
     for unit in (*units(unet), unet):  # the last takes what is left
         # Also those of the last, and after a validation: between steps all of the weights are always cut up.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-        if device.type == "cpu":  # some releases of gloo give the sum for the mean
-            unit.set_force_sum_reduction_for_comms(True)
 
 
 def _part(value: Any, parameter: Tensor) -> Any:
