@@ -80,7 +80,7 @@ class FullDisk(Callback):
             "train_time_interval 'soon': give a number of min",
         ),
         ("--strategy fsdp --devices 2", "strategy fsdp cuts up the weights, and the EMA cannot follow"),
-        ("--strategy fsdp --devices 2 model.params.use_ema=False", "lightning.trainer: .*fsdp.* requires a GPU"),
+        ("--strategy fsdp_cpu_offload --devices 2", "its checkpoints would not be ours; give --strategy fsdp"),
         ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),
         ("data.params.batch_size=abc", "batch_size='abc' in params of main.WebDataNpy.*: give a whole number"),
         ("data.params.batch_size=2.5", "batch_size=2.5 in params of .*: give a whole number"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ldm.callbacks.sharding import local_tensor, shard_like
 from ldm.checkpoint import is_optional, open_checkpoint, weights_of
 from ldm.util import UserError
 
@@ -126,13 +127,14 @@ class DecayToStart(Callback):
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
-                    start = starts[parameter].to(parameter.device, dtype)
-                    pulled = torch.lerp(parameter.to(dtype), start, share)
-                    if parameter.dtype == torch.bfloat16:
-                        if parameter.device not in generators:
-                            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
-                        pulled = _rounded_stochastically(pulled, generators[parameter.device])
-                    parameter.copy_(pulled)
+                    start = local_tensor(shard_like(starts[parameter], parameter)).to(parameter.device, dtype)
+                    own = local_tensor(parameter)
+                    pulled = torch.lerp(own.to(dtype), start, share)
+                    if own.dtype == torch.bfloat16:
+                        if own.device not in generators:
+                            generators[own.device] = torch.Generator(own.device).manual_seed(seed)
+                        pulled = _rounded_stochastically(pulled, generators[own.device])
+                    own.copy_(pulled)
                     after_each()
 
 

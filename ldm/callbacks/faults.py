@@ -15,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.callbacks.sharding import full_tensor, local_tensor
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ class NumericalFaults(Callback):
         batches = [entry for entry in self._noted if entry.step == step]  # earlier ones wait there to be looked at
         # Those of a fused optimizer are unscaled only within its step.
         are_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / (scaler.get_scale() if are_scaled else 1.0)
+        norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
+        norm /= scaler.get_scale() if are_scaled else 1.0
         fault = self._fault_of(norm, batches, scaler is not None)
         if _agreed(trainer, fault is not None):
             self._leave_out(f"step {step}: {fault or 'a fault in another process'}", optimizer, are_scaled)
@@ -143,7 +145,7 @@ class NumericalFaults(Callback):
         """Raise `NumericalFault` rather than let a broken state be written over a good one."""
         if not self.skips:
             self._check_losses(trainer)
-        trained = (parameter for parameter in pl_module.parameters() if parameter.requires_grad)
+        trained = (local_tensor(parameter) for parameter in pl_module.parameters() if parameter.requires_grad)
         broken = not _all_finite(trained) or not _all_finite(_tensors(checkpoint.get("optimizer_states")))
         if _agreed(trainer, broken):
             raise NumericalFault(

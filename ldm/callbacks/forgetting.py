@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.callbacks.aside import aside
+from ldm.callbacks.sharding import is_sharded
 from ldm.data.shards import ShardDataset
 from ldm.evaluation.denoising import Comparison, Record, compare, record
 from ldm.evaluation.fixed import midpoint_timesteps
@@ -104,8 +105,8 @@ class Forgetting(Callback):
         trainer.strategy.barrier()  # before the file is there for all to see
         if not known:
             self._recorded = trainer.global_step
-            if trainer.is_global_zero:
-                self._record(pl_module, path)
+            if trainer.is_global_zero or is_sharded(pl_module):
+                self._record(trainer, pl_module, path)
             trainer.strategy.barrier()
         self._start = load_start(path, self._sets, self._timesteps)
         if not known:
@@ -124,15 +125,16 @@ class Forgetting(Callback):
         # For `monitor`. Lightning would pass on to the loggers only what falls on log_every_n_steps.
         pl_module.log_dict(self._log(trainer, found), logger=False, on_step=True, on_epoch=False, batch_size=1)
 
-    def _record(self, model: LightningModule, path: Path) -> None:
-        if self._recorded:
+    def _record(self, trainer: Trainer, model: LightningModule, path: Path) -> None:
+        if self._recorded and trainer.is_global_zero:
             log.warning(
                 "%s: made at step %d; loss ratio and drift are relative to these weights, not to those of step 0",
                 path, self._recorded,
             )  # fmt: skip
         with aside(model):
             found = [record(model, pictures, self._timesteps, self.batch_size) for pictures in self._sets]
-        save_start(path, self._sets, found, self._timesteps)
+        if trainer.is_global_zero:
+            save_start(path, self._sets, found, self._timesteps)
 
     def _log(self, trainer: Trainer, found: Sequence[Comparison]) -> dict[str, float]:
         """Tell the loggers and the terminal; returns what was said."""

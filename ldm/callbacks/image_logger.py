@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from ldm.callbacks.aside import aside
+from ldm.callbacks.sharding import is_sharded
 from ldm.pictures import image_grid, save_png
 from ldm.util import UserError, check_params
 
@@ -105,7 +106,9 @@ class ImageLogger(Callback):
         return is_early or count % self.batch_frequency == 0
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
-        if self.disabled or not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
+        if self.disabled or not hasattr(pl_module, "log_images"):
+            return
+        if not trainer.is_global_zero and not is_sharded(pl_module):
             return
         try:
             with aside(pl_module):
@@ -116,6 +119,8 @@ class ImageLogger(Callback):
                 "lightning.callbacks.image_logger.params.disabled=true",
                 trainer.global_step, str(error).split(". ")[0],
             )  # fmt: skip
+            return
+        if not trainer.is_global_zero:  # it took part in the computing, and is not the one to show it
             return
         folder = Path(trainer.default_root_dir) / "images" / split
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"

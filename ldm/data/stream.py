@@ -21,7 +21,8 @@ class ShardStream(IterableDataset):
 
     The order depends on the seed, the epoch and the number of workers. A stream has no length, and cannot be resumed
     in the middle: an epoch that was cut short starts again. Ranks may find different numbers of batches, so on
-    several ranks set the trainer's `limit_train_batches` to what every rank has.
+    several ranks set the trainer's `limit_train_batches` to what every rank has; under `--strategy fsdp`, where no rank
+    computes alone, `limit_val_batches` and `limit_test_batches` too.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.planning.card import AS_GIVEN, GIB, needed, tiers, with_tier
 from ldm.planning.step import peak_of_step
@@ -15,8 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def warn_if_too_large(config: DictConfig, device: torch.device) -> None:
-    """On a CUDA `device`, warn if a training step of `config` will not fit what is free there, and say what would."""
-    if device.type != "cuda":
+    """On a CUDA `device`, warn if a training step of `config` will not fit what is free there, and say what would.
+
+    The prediction is for a device that holds all of the weights: none is made where they are cut up among several.
+    """
+    is_sharded = OmegaConf.select(config, "lightning.trainer.strategy") == "fsdp"
+    if device.type != "cuda" or is_sharded:
         return
     free, _ = torch.cuda.mem_get_info(device)
     try:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.optim import InBackward
+from ldm.training.sharded import ShardedStrategy, unet_of
 from ldm.util import UserError, get_obj_from_str
+
+
+def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` for the first of what `model` and `trainer` are set to that cannot work together."""
+    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping):
+        check(model, trainer)
 
 
 def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
@@ -16,8 +24,8 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
 
     Gradients lie in the graphs' own memory, which the next batch's forward pass overwrites.
     """
-    unet = getattr(getattr(model, "model", None), "diffusion_model", None)
-    if getattr(unet, "uses_cuda_graphs", False) and trainer.accumulate_grad_batches > 1:
+    unet = unet_of(model)
+    if unet is not None and unet.uses_cuda_graphs and trainer.accumulate_grad_batches > 1:
         raise UserError(
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds up gradients that CUDA graphs overwrite; "
             "leave it out, or set model.params.unet_config.params.compile_mode=default"
@@ -64,4 +72,41 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
         raise UserError(
             f"{config['target']} steps before gradients are averaged over {trainer.world_size} devices; train on one "
             "device, or name its inner optimizer as optimizer_config"
+        )
+
+
+# What an optimizer of these does to a number depends on no other number, and so not on how they are cut up.
+_ELEMENT_BY_ELEMENT = (optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)
+_SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+def check_sharded(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if `trainer` is to cut up the weights of `model`, and they or other settings forbid it."""
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        return
+    unet = unet_of(model)
+    if unet is None:
+        raise UserError(
+            f"strategy fsdp cuts up a UNetModel, and this {type(model).__name__} has none; use --strategy ddp"
+        )
+    if unet.uses_cuda_graphs:
+        raise UserError(
+            f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must stay in their place, and strategy "
+            "fsdp gathers them anew each time; use compile_mode=default"
+        )
+    if {*model.trained_parameters()} - {*unet.parameters()}:
+        raise UserError(
+            "strategy fsdp trains the UNet alone; with cond_stage_trainable or learn_logvar use --strategy ddp"
+        )
+    target = (model.optimizer_config or {}).get("target", "torch.optim.AdamW")
+    optimizer = get_obj_from_str(target)
+    if not (isinstance(optimizer, type) and issubclass(optimizer, _ELEMENT_BY_ELEMENT)):
+        raise UserError(
+            f"optimizer_config: {target} cannot step weights that strategy fsdp has cut up; "
+            "name torch.optim.AdamW, or use --strategy ddp"
+        )
+    if trainer.precision not in _SHARDED_PRECISIONS:
+        raise UserError(
+            f"precision={trainer.precision} does not go with strategy fsdp; use --precision bf16-mixed, or one of "
+            f"{', '.join(_SHARDED_PRECISIONS)}"
         )

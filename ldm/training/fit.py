@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.training.compatibility import check_clipping, check_cuda_graphs, check_in_backward
+from ldm.training.compatibility import check_compatibility
 from ldm.training.config import plain
 from ldm.training.host_memory import keep_freed_memory
 from ldm.training.host_state import HostStateStrategy
@@ -35,9 +35,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
         SystemExit: a signal stopped the training; after its state was saved with code 0 for Ctrl-C, 143 for SIGTERM.
         UserError: Lightning or the optimizer refuses the combination of arguments, or the device has too little memory.
     """
-    check_in_backward(model, trainer)
-    check_cuda_graphs(model, trainer)
-    check_clipping(model, trainer)
+    check_compatibility(model, trainer)
     use_tensor_cores(trainer.strategy.root_device)
     if trainer.strategy.root_device.type == "cpu" or isinstance(trainer.strategy, HostStateStrategy):
         keep_freed_memory()

@@ -56,15 +56,27 @@ def check_launch(arguments: Mapping[str, Any], launch: Launch) -> None:
 def strategy(config: DictConfig, arguments: Mapping[str, Any]) -> Any:
     """The Trainer's argument `strategy`: what is given, else DistributedDataParallel where there are several processes.
 
+    `fsdp` is our own, which is not Lightning's; a single process has nothing to cut up, and does without.
+
     Raises:
-        UserError: FSDP with an EMA, whose copies would have to be cut up as it cuts up the weights.
+        UserError: another FSDP; or FSDP with an EMA, whose copies would have to be cut up as it cuts up the weights.
     """
     given = arguments.get("strategy", "auto")
     name = given if isinstance(given, str) else type(given).__name__
-    if "fsdp" in name.lower() and (config.model.get("params") or {}).get("use_ema", True):
-        raise UserError(
-            f"strategy {name} cuts up the weights, and the EMA cannot follow: set model.params.use_ema=False"
-        )
+    if "fsdp" in name.lower():
+        if name != "fsdp":
+            raise UserError(
+                f"strategy {name}: its checkpoints would not be ours; give --strategy fsdp, without settings"
+            )
+        if is_single(arguments):
+            return "auto"
+        if (config.model.get("params") or {}).get("use_ema", True):
+            raise UserError(
+                "strategy fsdp cuts up the weights, and the EMA cannot follow: set model.params.use_ema=False"
+            )
+        from ldm.training.sharded import ShardedStrategy
+
+        return ShardedStrategy()
     if name not in ("auto", "ddp", "ddp_find_unused_parameters_true") or is_single(arguments):
         return given
     from pytorch_lightning.strategies import DDPStrategy

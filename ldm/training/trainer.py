@@ -34,6 +34,7 @@ from ldm.training.precision import Bfloat16Weights
 from ldm.training.processes import check_launch, launched, strategy
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
+from ldm.training.sharded import ShardedStrategy
 from ldm.training.trainer_arguments import check_names, is_single, modernise
 from ldm.util import UserError, instantiate_from_config, nearest
 
@@ -211,6 +212,8 @@ def build_trainer(
     elif not is_single(given):
         given.setdefault("strategy", _described_strategy(config.lightning))
     given["strategy"] = strategy(config, given)
+    if isinstance(given["strategy"], ShardedStrategy):
+        given["inference_mode"] = False  # weights gathered in a validation must be fit for the training after it
     if config.data.target.startswith(_SHARING_DATA):
         given["use_distributed_sampler"] = False
     given |= {

@@ -126,8 +126,7 @@ class UNetModel(nn.Module):
         self.num_classes = num_classes
         self.context_dim = context_dim
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.is_compiled = compile_mode is not None
-        self.uses_cuda_graphs = compile_mode in _CUDA_GRAPHS
+        self.compile_mode = compile_mode
         self.downsampling = 2 ** (len(channel_mult) - 1)  # H and W must be multiples of it
 
         emb_channels = 4 * model_channels
@@ -233,10 +232,20 @@ class UNetModel(nn.Module):
         """The type that the blocks compute in."""
         return self.time_embed[0].weight.dtype
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether each block is compiled for training."""
+        return self.compile_mode is not None
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether the compiled blocks are replayed as CUDA graphs, whose memory stays where it is."""
+        return self.compile_mode in _CUDA_GRAPHS
+
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """`block(*inputs)`. Every use of weights goes through here."""
         if self.is_compiled and not torch.is_grad_enabled():
-            return block.forward(*inputs)
+            return block._call_impl(*inputs)  # uncompiled, but with hooks, which gather weights that are cut up
         return block(*inputs)
 
     def forward(

@@ -71,6 +71,8 @@ def test_parameters_without_gradients_are_looked_for_where_the_config_says_so():
 
 
 def test_fsdp_and_an_ema_are_refused():
-    assert strategy(settings(use_ema=False), {"devices": 2, "strategy": "fsdp"}) == "fsdp"
+    made = strategy(settings(use_ema=False), {"devices": 2, "strategy": "fsdp"})
+    assert type(made).__name__ == "ShardedStrategy"
+    assert strategy(settings(), {"devices": 1, "strategy": "fsdp"}) == "auto"  # as a run that went on alone
     with pytest.raises(UserError, match=r"strategy fsdp cuts up the weights.*model.params.use_ema=False"):
         strategy(settings(), {"devices": 2, "strategy": "fsdp"})
