@@ -54,7 +54,7 @@ def main() -> None:
         del checkpoint  # the trainer has it, until it is taken up
         if arguments.train:
             set_learning_rate(model, config, trainer)
-            warn_if_too_large(config, trainer.strategy.root_device)
+            warn_if_too_large(config, trainer.strategy)
             fit(trainer, model, data, config, plan)
         if not arguments.no_test:
             test(trainer, model, data, config)

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class HostCopy:
-    """The host's copy of `tensor`. A CUDA device sends it when it has computed it, and meanwhile nobody waits."""
+    """The host's copy of `tensor`, which must not be changed until it is read: on a CPU it is the tensor itself.
+
+    A CUDA device sends it when it has computed it, and meanwhile nobody waits.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self._sent: torch.cuda.Event | None = None

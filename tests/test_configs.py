@@ -56,7 +56,7 @@ def test_overlays_bind_on_top_of_the_recipe(overlay):
     assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
 
 
-@pytest.mark.parametrize("pair", permutations(OVERLAYS, 2), ids=lambda pair: "-".join(pair).replace(".yaml", ""))
+@pytest.mark.parametrize("pair", list(permutations(OVERLAYS, 2)), ids=lambda pair: "-".join(pair).replace(".yaml", ""))
 def test_two_overlays_combine_or_say_why_not(pair):
     base = "demo_tiny_release.yaml" if INVERSION in pair else "demo_tiny.yaml"
     config = load_config([base, *pair])

@@ -79,7 +79,7 @@ class FullDisk(Callback):
             "lightning.modelcheckpoint.params.train_time_interval=soon",
             "train_time_interval 'soon': give a number of min",
         ),
-        ("--strategy fsdp --devices 2", "strategy fsdp cuts up the weights, and the EMA cannot follow"),
+        ("--strategy fsdp --devices 2", "strategy fsdp shards the weights, and the EMA cannot follow"),
         ("--strategy fsdp_cpu_offload --devices 2", "its checkpoints would not be ours; give --strategy fsdp"),
         ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),
         ("data.params.batch_size=abc", "batch_size='abc' in params of main.WebDataNpy.*: give a whole number"),

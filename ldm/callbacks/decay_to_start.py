@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ldm.callbacks.sharding import local_tensor, shard_like
 from ldm.checkpoint import is_optional, open_checkpoint, weights_of
+from ldm.modules.sharding import local_tensor, shard_like
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class DecayToStart(Callback):
             raise UserError(f"weight {weight!r}: give a number above 0")
         if every_n_steps < 1:
             raise UserError(f"every_n_steps {every_n_steps}: give a whole number of at least 1")
-        if weight_decay is not None and not (isinstance(weight_decay, (int, float)) and 0 <= weight_decay < math.inf):
+        if weight_decay is not None and not 0 <= weight_decay < math.inf:
             raise UserError(f"weight_decay {weight_decay!r}: give a number of at least 0, or null")
         self.start = Path(start)
         self.weight = weight

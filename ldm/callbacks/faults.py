@@ -15,7 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.callbacks.sharding import full_tensor, local_tensor
+from ldm.modules.sharding import full_tensor, local_tensor
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

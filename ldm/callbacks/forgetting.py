@@ -10,13 +10,13 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.callbacks.aside import aside
-from ldm.callbacks.sharding import is_sharded
 from ldm.data.shards import ShardDataset
 from ldm.evaluation.denoising import Comparison, Record, compare, record
 from ldm.evaluation.fixed import midpoint_timesteps
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.evaluation.start import load_start, save_start
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.sharding import is_sharded
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

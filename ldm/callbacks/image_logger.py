@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from ldm.callbacks.aside import aside
-from ldm.callbacks.sharding import is_sharded
+from ldm.modules.sharding import is_sharded
 from ldm.pictures import image_grid, save_png
 from ldm.util import UserError, check_params
 
@@ -114,6 +114,8 @@ class ImageLogger(Callback):
             with aside(pl_module):
                 images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         except torch.OutOfMemoryError as error:  # a card that a step just fits may be too small for a decoder
+            if is_sharded(pl_module):
+                raise  # other processes wait for this one
             log.warning(
                 "\nNo pictures at step %d: %s; training goes on. To draw none: "
                 "lightning.callbacks.image_logger.params.disabled=true",

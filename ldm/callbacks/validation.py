@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping
 
 log = logging.getLogger(__name__)
 
@@ -27,5 +28,8 @@ class SparseValidation(Callback):
         epochs = max(1, min(limit for limit in limits if limit >= 0))
         if epochs > 1:
             trainer.check_val_every_n_epoch = epochs
+            for callback in trainer.callbacks:
+                if isinstance(callback, EarlyStopping):  # which took it for 1 when it was set up
+                    callback._check_on_train_epoch_end = False
             log.info("Validation after every %d epochs, %d steps; --check_val_every_n_epoch or --val_check_interval "
                      "sets it", epochs, epochs * steps)  # fmt: skip

@@ -158,7 +158,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
             items = WithPrior(items, prior, dropout, getattr(self._model(), "num_timesteps", None))
-            sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio)
+            sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
         loader = ResumableLoader if training else SampleLoader
         return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
 

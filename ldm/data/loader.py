@@ -138,9 +138,10 @@ class ResumableLoader(SampleLoader):
         """Go on after the batch that `state` was saved at; at the start of its epoch if the data are not the same."""
         sampler: EpochBatchSampler = self.batch_sampler
         sampler.set_epoch(state.get("epoch", 0))
-        described = sampler.described().items()
-        state = {"data": sampler.data, **state}  # which older checkpoints do not tell
-        changed = {key: (state.get(key), value) for key, value in described if state.get(key) != value}
+        described = sampler.described()
+        not_told = {key: described[key] for key in ("data", "prior_data") if key in described}  # by older checkpoints
+        state = {**not_told, **state}
+        changed = {key: (state.get(key), value) for key, value in described.items() if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
             logger.warning("the training data changed since the checkpoint (%s): its epoch starts again", what)

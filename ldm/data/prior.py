@@ -7,7 +7,7 @@ beside the training set's epochs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.dropout import CaptionDropout, EpochItems
 from ldm.data.index import read_index
-from ldm.data.sampling import EpochBatchSampler, Item, draw_name
+from ldm.data.sampling import EpochBatchSampler, Item, draw_name, samples_digest
 from ldm.data.shards import ShardDataset
 from ldm.entries import DRAW, IS_PRIOR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
 from ldm.util import UserError
@@ -87,10 +87,12 @@ class PriorBatchSampler(EpochBatchSampler):
         UserError: the ratio is no positive number, or too small for one sample a batch.
     """
 
-    def __init__(self, sampler: EpochBatchSampler, samples: int, ratio: float) -> None:
+    def __init__(self, sampler: EpochBatchSampler, samples: int, ratio: float, keys: Sequence[str] = ()) -> None:
+        """`keys` are the names of the prior's `samples`, if they have any."""
         super().__init__(sampler.groups, sampler.batch_size, **sampler.options)
         self.data = sampler.data
         self.samples = samples
+        self.prior_data = samples_digest([np.arange(samples)], keys)
         self.count = round(self.batch_size * ratio)
         if self.count < 1:
             raise UserError(
@@ -98,7 +100,8 @@ class PriorBatchSampler(EpochBatchSampler):
             )
 
     def described(self) -> dict[str, int | bool | str]:
-        return {**super().described(), "prior_samples": self.samples, "prior_batch_size": self.count}
+        own = {"prior_samples": self.samples, "prior_batch_size": self.count, "prior_data": self.prior_data}
+        return {**super().described(), **own}
 
     def __iter__(self) -> Iterator[list[Item]]:
         step = self.epoch * len(self) + self.start

@@ -56,7 +56,7 @@ def _steps(order: np.ndarray, batch_size: int, world: int, drop_last: bool) -> l
     return [step for step in np.split(order, cuts) if len(step) >= world]
 
 
-def _digest(groups: Sequence[np.ndarray], keys: Sequence[str]) -> str:
+def samples_digest(groups: Sequence[np.ndarray], keys: Sequence[str]) -> str:
     """Twelve hex digits that tell which samples there are, in which order, and which of them share batches."""
     hashed = hashlib.sha256(json.dumps([[len(group) for group in groups], list(keys)]).encode())
     for group in groups:
@@ -74,7 +74,7 @@ class EpochBatchSampler:
         self, groups: Sequence[np.ndarray], batch_size: int, keys: Sequence[str] = (), **options: int | bool
     ) -> None:
         """`keys` are the samples' names, if they have any; `options` those of `epoch_batches`, without `epoch`."""
-        self.data = _digest(groups, keys)
+        self.data = samples_digest(groups, keys)
         self.groups = list(groups)
         self.batch_size = batch_size
         self.options = options

@@ -67,8 +67,8 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
             yield
             return
         self.store(model.parameters())
-        self.copy_to(model)
         try:
+            self.copy_to(model)
             yield
         finally:
             self.restore(model.parameters())

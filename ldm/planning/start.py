@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from pytorch_lightning.strategies import Strategy
 
 from ldm.planning.card import AS_GIVEN, GIB, needed, tiers, with_tier
 from ldm.planning.step import peak_of_step
+from ldm.training.sharded import ShardedStrategy
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
-def warn_if_too_large(config: DictConfig, device: torch.device) -> None:
-    """On a CUDA `device`, warn if a training step of `config` will not fit what is free there, and say what would.
+def warn_if_too_large(config: DictConfig, strategy: Strategy) -> None:
+    """On a CUDA device, warn if a training step of `config` will not fit what is free there, and say what would.
 
-    The prediction is for a device that holds all of the weights: none is made where they are cut up among several.
+    The prediction is for a device that holds all of the weights: none is made where they are sharded.
     """
-    is_sharded = OmegaConf.select(config, "lightning.trainer.strategy") == "fsdp"
-    if device.type != "cuda" or is_sharded:
+    if strategy.root_device.type != "cuda" or isinstance(strategy, ShardedStrategy):
         return
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(strategy.root_device)
     try:
         compare(config, free)
     except Exception as error:  # a forecast that fails must not keep a run from starting

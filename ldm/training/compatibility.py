@@ -75,20 +75,22 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
         )
 
 
-# What an optimizer of these does to a number depends on no other number, and so not on how they are cut up.
+# What an optimizer of these does to a number depends on no other number, and so not on how they are sharded.
 _ELEMENT_BY_ELEMENT = (optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 def check_sharded(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` if `trainer` is to cut up the weights of `model`, and they or other settings forbid it."""
+    """Raise `UserError` if `trainer` is to shard the weights of `model`, and they or other settings forbid it."""
     if not isinstance(trainer.strategy, ShardedStrategy):
         return
     unet = unet_of(model)
     if unet is None:
         raise UserError(
-            f"strategy fsdp cuts up a UNetModel, and this {type(model).__name__} has none; use --strategy ddp"
+            f"strategy fsdp shards a UNetModel, and this {type(model).__name__} has none; use --strategy ddp"
         )
+    if model.use_ema:
+        raise UserError("strategy fsdp shards the weights, and the EMA cannot follow: set model.params.use_ema=False")
     if unet.uses_cuda_graphs:
         raise UserError(
             f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must stay in their place, and strategy "
@@ -102,7 +104,7 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
     optimizer = get_obj_from_str(target)
     if not (isinstance(optimizer, type) and issubclass(optimizer, _ELEMENT_BY_ELEMENT)):
         raise UserError(
-            f"optimizer_config: {target} cannot step weights that strategy fsdp has cut up; "
+            f"optimizer_config: {target} cannot step weights that strategy fsdp has sharded; "
             "name torch.optim.AdamW, or use --strategy ddp"
         )
     if trainer.precision not in _SHARDED_PRECISIONS:

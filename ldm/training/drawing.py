@@ -32,7 +32,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How samples are drawn, whatever of."""
     add = parser.add_argument
     add("--seed", type=int, default=42, help="seed of the first sample; they count up from it")
-    add("--steps", type=int, default=50, help="ddim and plms run more where the model's 1000 do not divide by it")
+    add(
+        "--steps",
+        type=int,
+        default=50,
+        help="sampling steps; ddim and plms run more where these do not divide the model's 1000",
+    )
     add("--scale", type=float, default=7.5, help="classifier-free guidance; 1 for none")
     add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampling method")
 

@@ -90,7 +90,6 @@ def _one_line_errors() -> Iterator[None]:
     except (BackendCompilerFailed, TritonMissing, GPUTooOldForTriton) as error:
         reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
         raise UserError(
-            f"what is to be compiled cannot be ({reason}); torch.compile needs a C++ compiler, and on a GPU Triton: "
-            "install them, or set model.params.unet_config.params.compile_mode=null; a low-bit optimizer cannot do "
-            "without them there"
+            f"torch.compile failed ({reason}): it needs a C++ compiler, and on a GPU Triton; install them, or set "
+            "model.params.unet_config.params.compile_mode=null (low-bit optimizers always need them on a GPU)"
         ) from error

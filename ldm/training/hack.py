@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.checkpoint import OpenCheckpoint, open_checkpoint, save_checkpoint, weights_digest, weights_of
+from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint, weights_of
 from ldm.training.config import build_model, load_config
 from ldm.training.graft import graft, grafted_checkpoint
 from ldm.training.layout import check_release, check_training_checkpoint
@@ -68,10 +68,8 @@ def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
 
 def _with_encoders(content: dict, released: dict, release: OpenCheckpoint) -> dict:
     """`content` with the digests of the release's encoders, which training compares with those of its shards."""
-    digests = {}
-    for name, prefix in (("text_tower", "cond_stage_model."), ("autoencoder", "first_stage_model.")):
-        digests[name] = weights_digest(released, prefix)
-        release.file.drop_pages()
+    digests = encoder_digests(released)
+    release.file.drop_pages()
     return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
 
 

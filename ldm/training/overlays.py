@@ -42,4 +42,6 @@ def _strangers(below: dict, above: dict, trusted: bool) -> list[str]:
         was, is_now = get_obj_from_str(old), get_obj_from_str(new)
     except UserError:  # said of the config as a whole, or by whoever builds from it
         return []
+    if not callable(was) or not callable(is_now):
+        return []
     return [key for key in params if takes(was, key) and not takes(is_now, key)]

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
-
 from ldm.training.ranks import Ranks, is_srun_task
 from ldm.training.trainer_arguments import is_single
 from ldm.util import UserError
@@ -53,13 +51,13 @@ def check_launch(arguments: Mapping[str, Any], launch: Launch) -> None:
         )
 
 
-def strategy(config: DictConfig, arguments: Mapping[str, Any]) -> Any:
+def strategy(arguments: Mapping[str, Any]) -> Any:
     """The Trainer's argument `strategy`: what is given, else DistributedDataParallel where there are several processes.
 
-    `fsdp` is our own, which is not Lightning's; a single process has nothing to cut up, and does without.
+    `fsdp` is our own, which is not Lightning's; a single process has nothing to shard, and does without.
 
     Raises:
-        UserError: another FSDP; or FSDP with an EMA, whose copies would have to be cut up as it cuts up the weights.
+        UserError: another FSDP.
     """
     given = arguments.get("strategy", "auto")
     name = given if isinstance(given, str) else type(given).__name__
@@ -70,10 +68,6 @@ def strategy(config: DictConfig, arguments: Mapping[str, Any]) -> Any:
             )
         if is_single(arguments):
             return "auto"
-        if (config.model.get("params") or {}).get("use_ema", True):
-            raise UserError(
-                "strategy fsdp cuts up the weights, and the EMA cannot follow: set model.params.use_ema=False"
-            )
         from ldm.training.sharded import ShardedStrategy
 
         return ShardedStrategy()

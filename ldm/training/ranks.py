@@ -37,7 +37,7 @@ class Ranks:
         Raises:
             UserError: they are no numbers, or contradict each other.
         """
-        if "RANK" not in os.environ and is_srun_task():
+        if "LOCAL_WORLD_SIZE" not in os.environ and is_srun_task():
             world = _number("SLURM_STEP_NUM_TASKS", 1)
             machines = max(_number("SLURM_STEP_NUM_NODES", 1), 1)
             return cls(_number("SLURM_PROCID", 0), world, _number("SLURM_LOCALID", 0), max(world // machines, 1))

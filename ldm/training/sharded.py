@@ -1,4 +1,4 @@
-"""`--strategy fsdp`: weights, gradients and optimizer state cut up among the processes (arXiv:2304.11277)."""
+"""`--strategy fsdp`: weights, gradients and optimizer state sharded among the processes (arXiv:2304.11277)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
-from ldm.callbacks.sharding import gather_on_first, is_sharded, shard_like
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.sharding import gather_on_first, is_sharded, shard_like
 
 
 class ShardedStrategy(DDPStrategy):
-    """Each process holds a part of every weight of the UNet, of its gradient and of its optimizer state (FSDP2).
+    """Each process holds a shard of every weight of the UNet, of its gradient and of its optimizer state (FSDP2).
 
-    The layers' weights are gathered one layer after the other as forward and backward come to them, and let go of
-    after it; gradients are averaged and cut up at once, those of accumulated batches as well. What is not trained stays
-    whole in each process.
+    The weights of one unit after the other are gathered as forward and backward come to them, and resharded after it;
+    gradients are reduced and scattered at once, those of accumulated batches as well. What is not trained stays whole
+    in each process.
 
     Checkpoints are those of a training on one device: the first process gathers all in the host's memory, and writes.
-    Taken up, each process cuts out its parts of the one file.
+    On resuming, each process takes its shards of the one file.
     """
 
     def setup(self, trainer: Trainer) -> None:
@@ -41,7 +41,7 @@ class ShardedStrategy(DDPStrategy):
             shard_unet(unet, self.root_device)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)  # of the parts
+            self.setup_optimizers(trainer)  # of the shards
         self.setup_precision_plugin()
 
     def _make_equal(self, module: nn.Module) -> None:
@@ -54,32 +54,32 @@ class ShardedStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The full weights in the first process, nothing in the others; all must ask."""
-        return self._whole(super().lightning_module_state_dict())
+        return self._gathered(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The full state in the first process, nothing in the others; all must ask."""
-        return self._whole(super().optimizer_state(optimizer))
+        return self._gathered(super().optimizer_state(optimizer))
 
-    def _whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
         gathered = gather_on_first(dict(state), self.is_global_zero)
         return gathered if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this process's parts of the full states."""
+        """Take this process's shards of the full states."""
         states = checkpoint["optimizer_states"]  # none in a hacked checkpoint
         for optimizer, state in zip(self.optimizers, states, strict=False):
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             parameters = dict(zip(numbers, own, strict=False))  # if they are not as many, the optimizer says so
-            parts = {
-                number: {key: _part(value, parameters[number]) for key, value in kept.items()}
+            shards = {
+                number: {key: _shard(value, parameters[number]) for key, value in kept.items()}
                 for number, kept in state["state"].items()
                 if number in parameters
             }
-            optimizer.load_state_dict({**state, "state": parts})
+            optimizer.load_state_dict({**state, "state": shards})
 
     def teardown(self) -> None:
-        # Without moving the weights to the host, as others do: a test may come, and parts stay where they are.
+        # Without moving the weights to the host, as others do: a test may come, and shards stay where they are.
         assert self.accelerator is not None and self.cluster_environment is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -88,21 +88,21 @@ class ShardedStrategy(DDPStrategy):
 
 
 def unet_of(model: nn.Module) -> UNetModel | None:
-    """The network that is cut up; None if `model` has none."""
+    """The UNet of `model`; None if it has none."""
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     return unet if isinstance(unet, UNetModel) else None
 
 
 def shard_unet(unet: UNetModel, device: torch.device) -> None:
-    """Leave in this process a part of each weight of `unet`, on its `device`. All processes must call it."""
+    """Leave in this process a shard of each weight of `unet`, on its `device`. All processes must call it."""
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for unit in (*units(unet), unet):  # the last takes what is left
-        # Also those of the last, and after a validation: between steps all of the weights are always cut up.
+        # Also those of the last, and after a validation: between steps all of the weights are always sharded.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
-def _part(value: Any, parameter: Tensor) -> Any:
-    """What is kept of a `parameter`, cut up as that is; a number of steps is not."""
+def _shard(value: Any, parameter: Tensor) -> Any:
+    """What is kept of a `parameter`, sharded as that is; a number of steps is not."""
     is_like_it = isinstance(value, Tensor) and value.shape == parameter.shape
     return shard_like(value, parameter) if is_like_it else value
 

@@ -157,6 +157,7 @@ def _build_checkpoints(
     best.writing = last.writing
     callbacks = [best, last]
     is_set = any(section.trainer.get(key) is not None for key in ("val_check_interval", "check_val_every_n_epoch"))
+    is_set = is_set or given.get("every_n_epochs") is not None
     if last.every_n_train_steps and not is_set:
         callbacks.append(SparseValidation(last.every_n_train_steps))
     return callbacks
@@ -211,7 +212,7 @@ def build_trainer(
         given["strategy"] = host_state_strategy(given, has_cuda)
     elif not is_single(given):
         given.setdefault("strategy", _described_strategy(config.lightning))
-    given["strategy"] = strategy(config, given)
+    given["strategy"] = strategy(given)
     if isinstance(given["strategy"], ShardedStrategy):
         given["inference_mode"] = False  # weights gathered in a validation must be fit for the training after it
     if config.data.target.startswith(_SHARING_DATA):

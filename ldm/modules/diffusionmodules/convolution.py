@@ -13,7 +13,7 @@ _MANY_WEIGHTS = 5000
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`; on a CPU, a few pixels with many weights are a matrix product of their neighbourhoods.
+    """`torch.nn.Conv2d`; on a CPU, a few pixels with many weights are a matrix product of their patches (im2col).
 
     Input (B, C_in, H, W), output (B, C_out, H', W'). Results differ from the other way's by rounding alone.
     """
@@ -22,16 +22,15 @@ class Conv2d(nn.Conv2d):
         return self._as_product(x) if self._has_many_weights(x) else super().forward(x)
 
     def _has_many_weights(self, x: Tensor) -> bool:
-        if not is_on_cpu(x) or self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+        is_plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if not is_plain or not is_on_cpu(x) or x.ndim != 4:
             return False
         pixels = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
         return self.in_channels * self.out_channels >= _MANY_WEIGHTS * pixels
 
     def _as_product(self, x: Tensor) -> Tensor:
-        neighbourhoods = F.unfold(
-            x, self.kernel_size, self.dilation, self.padding, self.stride
-        )  # B (C_in kh kw) pixels
-        out = F.linear(neighbourhoods.transpose(1, 2), self.weight.flatten(1), self.bias)  # B pixels C_out
+        columns = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # B (C_in kh kw) pixels
+        out = F.linear(columns.transpose(1, 2), self.weight.flatten(1), self.bias)  # B pixels C_out
         size = [
             (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for length, padding, dilation, kernel, stride in zip(

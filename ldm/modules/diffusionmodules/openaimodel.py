@@ -245,7 +245,7 @@ class UNetModel(nn.Module):
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """`block(*inputs)`. Every use of weights goes through here."""
         if self.is_compiled and not torch.is_grad_enabled():
-            return block._call_impl(*inputs)  # uncompiled, but with hooks, which gather weights that are cut up
+            return block._call_impl(*inputs)  # uncompiled, but with hooks, which gather sharded weights
         return block(*inputs)
 
     def forward(

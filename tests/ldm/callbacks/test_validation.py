@@ -7,8 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from ldm.callbacks.validation import SparseValidation
-from tests.test_main import assert_same_training
-from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+from tests.training_runs import (  # noqa: F401
+    assert_same_training,
+    fixture_one_thread,
+    fixture_train,
+    logged,
+    the_run,
+)
+
+KEPT = "lightning.modelcheckpoint.params"
 
 
 @pytest.mark.parametrize(
@@ -28,7 +35,7 @@ from tests.training_runs import fixture_one_thread, fixture_train, logged, the_r
 )
 def test_epochs_between_validations(batches: float, given: dict, epochs: int) -> None:
     limits = {"max_steps": 10000, "max_epochs": -1, "accumulate_grad_batches": 1, "enable_validation": True} | given
-    trainer = SimpleNamespace(num_training_batches=batches, check_val_every_n_epoch=1, **limits)
+    trainer = SimpleNamespace(num_training_batches=batches, check_val_every_n_epoch=1, callbacks=[], **limits)
     SparseValidation(1000).on_train_start(trainer, None)
     assert trainer.check_val_every_n_epoch == epochs
 
@@ -40,6 +47,7 @@ def test_epochs_between_validations(batches: float, given: dict, epochs: int) ->
         ("lightning.modelcheckpoint.params.every_n_train_steps=5", {6, 12, 18, 24}),
         ("lightning.modelcheckpoint.params.every_n_train_steps=1000", {24}),
         ("lightning.modelcheckpoint.params.every_n_train_steps=12 --check_val_every_n_epoch 3", {18}),
+        (f"{KEPT}.every_n_train_steps=12 {KEPT}.every_n_epochs=3", {6, 12, 18, 24}),
         ("", {6, 12, 18, 24}),  # as last.ckpt
     ],
 )
@@ -51,6 +59,14 @@ def test_a_run_on_few_pictures_is_validated_as_often_as_it_is_saved(train, tmp_p
     kept = {int(path.stem.rpartition("=")[2]) for path in (run / "checkpoints").glob("epoch*.ckpt")}
     assert kept and kept <= steps
     assert "No best checkpoints are kept" not in caplog.text
+
+
+def test_early_stopping_waits_for_a_validation(train, tmp_path) -> None:
+    stopping = "lightning.callbacks.stopping"
+    options = f"{stopping}.target=pytorch_lightning.callbacks.EarlyStopping {KEPT}.every_n_train_steps=12"
+    options += f" {stopping}.params.monitor=val/loss_simple_ema data.params.val_urls=shards/s-000000.tar"
+    assert train(f"--max_steps 24 {options}") == 0
+    assert {step + 1 for step in logged(the_run(tmp_path / "logs"), "val/loss_simple_ema")} == {12, 24}
 
 
 @pytest.mark.parametrize("stop", [12, 14])

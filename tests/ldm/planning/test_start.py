@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from ldm.planning import start
 from ldm.planning.card import GIB, needed
@@ -67,10 +68,10 @@ def test_real_tiers_are_asked_over_every_config(
 
 
 def test_it_is_asked_on_cuda_alone(planned: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    start.warn_if_too_large(BASE, torch.device("cpu"))
+    start.warn_if_too_large(BASE, SingleDeviceStrategy("cpu"))
     assert not planned.records
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
-    start.warn_if_too_large(BASE, torch.device("cuda", 0))
+    start.warn_if_too_large(BASE, SingleDeviceStrategy("cuda:0"))
     assert "80.0 GiB are free" in planned.text
 
 
@@ -82,5 +83,5 @@ def test_a_forecast_that_fails_keeps_no_run_from_starting(
 
     monkeypatch.setattr(start, "peak_of_step", fail)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
-    start.warn_if_too_large(BASE, torch.device("cuda", 0))
+    start.warn_if_too_large(BASE, SingleDeviceStrategy("cuda:0"))
     assert "not known beforehand (no such kernel)" in planned.text

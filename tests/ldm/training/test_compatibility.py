@@ -1,4 +1,4 @@
-"""What stepping inside backward cannot be combined with: refused before a run begins, with what to do instead."""
+"""What cannot be combined is refused before a run begins, with what to do instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from ldm.training.compatibility import check_clipping, check_in_backward
+from ldm.training.compatibility import check_compatibility, check_in_backward
 from ldm.training.config import build_model
 from ldm.util import UserError
 from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, the_run  # noqa: F401
@@ -53,10 +53,10 @@ def test_scaled_gradients_of_a_fused_optimizer_are_not_clipped() -> None:
     options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     trainer = Trainer(gradient_clip_val=1.0, plugins=[scaling], **options)
     with pytest.raises(UserError, match=r"gradient_clip_val=1\.0 cannot clip what precision=16-mixed scales"):
-        check_clipping(model, trainer)
-    check_clipping(model, Trainer(gradient_clip_val=1.0, **options))
+        check_compatibility(model, trainer)
+    check_compatibility(model, Trainer(gradient_clip_val=1.0, **options))
     model.optimizer_config = {"target": "torch.optim.AdamW"}
-    check_clipping(model, trainer)
+    check_compatibility(model, trainer)
 
 
 def test_other_optimizers_may_clip(train: Callable[[str], int], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from omegaconf import OmegaConf
 
 from ldm.training.processes import Launch, check_launch, is_first_process, launched, strategy
 from ldm.util import UserError
@@ -49,30 +48,23 @@ def test_devices_that_do_not_fit_are_refused(devices, machines):
         check_launch({"devices": devices, "num_nodes": machines}, Launch("torchrun", 4, 2))
 
 
-def settings(use_ema=True):
-    return OmegaConf.create({"model": {"params": {"use_ema": use_ema}}})
-
-
 @pytest.mark.parametrize("given", [{}, {"strategy": "auto"}, {"strategy": "ddp"}])
 def test_several_devices_do_not_send_buffers(given):
-    made = strategy(settings(), {"devices": 2, **given})
+    made = strategy({"devices": 2, **given})
     assert made._ddp_kwargs["broadcast_buffers"] is False
     assert not made._ddp_kwargs["find_unused_parameters"]
 
 
 def test_one_device_on_each_of_two_machines_is_several():
-    assert strategy(settings(), {"devices": 1}) == "auto"
-    assert type(strategy(settings(), {"devices": 1, "num_nodes": 2})).__name__ == "DDPStrategy"
+    assert strategy({"devices": 1}) == "auto"
+    assert type(strategy({"devices": 1, "num_nodes": 2})).__name__ == "DDPStrategy"
 
 
 def test_parameters_without_gradients_are_looked_for_where_the_config_says_so():
-    made = strategy(settings(), {"devices": 2, "strategy": "ddp_find_unused_parameters_true"})
+    made = strategy({"devices": 2, "strategy": "ddp_find_unused_parameters_true"})
     assert made._ddp_kwargs["find_unused_parameters"]
 
 
-def test_fsdp_and_an_ema_are_refused():
-    made = strategy(settings(use_ema=False), {"devices": 2, "strategy": "fsdp"})
-    assert type(made).__name__ == "ShardedStrategy"
-    assert strategy(settings(), {"devices": 1, "strategy": "fsdp"}) == "auto"  # as a run that went on alone
-    with pytest.raises(UserError, match=r"strategy fsdp cuts up the weights.*model.params.use_ema=False"):
-        strategy(settings(), {"devices": 2, "strategy": "fsdp"})
+def test_fsdp_is_our_own_and_only_for_several():
+    assert type(strategy({"devices": 2, "strategy": "fsdp"})).__name__ == "ShardedStrategy"
+    assert strategy({"devices": 1, "strategy": "fsdp"}) == "auto"  # as a run that went on alone

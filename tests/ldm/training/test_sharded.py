@@ -1,4 +1,4 @@
-"""Weights cut up between two processes, over gloo on the CPU: losses, checkpoints and pictures are those of one."""
+"""Weights sharded between two processes, over gloo on the CPU: losses, checkpoints and pictures are those of one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import distributed
 from torch.optim import Optimizer
 
 from benchmarks.child_runs import read_losses
-from ldm.callbacks.sharding import local_tensor
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.sharding import local_tensor
 from ldm.training.config import load_config
 from ldm.training.sharded import shard_unet, units
 from ldm.util import UserError
@@ -238,14 +238,14 @@ def test_compiled_blocks_are_gathered_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("model.params.use_ema=True", "cuts up the weights, and the EMA cannot follow: set model.params.use_ema=False"),
+        ("model.params.use_ema=True", "shards the weights, and the EMA cannot follow: set model.params.use_ema=False"),
         (
             f"{OPTIMIZER}.target=ldm.optim.InBackward {OPTIMIZER}.params.optimizer.target=torch.optim.AdamW",
             "InBackward",
         ),
         (
             f"{OPTIMIZER}.target=torch.optim.Muon",
-            "Muon cannot step weights that strategy fsdp has cut up; name .*AdamW",
+            "Muon cannot step weights that strategy fsdp has sharded; name .*AdamW",
         ),
         ("--precision 64-true", "precision=64-true does not go with strategy fsdp; use --precision bf16-mixed"),
         (
