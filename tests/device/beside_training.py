@@ -1,0 +1,104 @@
+"""What is done with a model beside training steps, on a device."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from tests.device import pretended
+from tests.device.pretended import pretending
+from tests.device.steps import (
+    batch,
+    build,
+    check,
+    must_not_wait,
+)
+from tests.training_runs import TEXT_TOWER
+
+
+@check
+def validation() -> None:
+    model = build("model.params.use_ema=true")
+    with pretending() as waits, mock.patch.object(LightningModule, "device", pretended.GPU):
+        pretended.place(model.eval())
+        logged: dict[str, Tensor] = {}
+        model.log_dict = lambda values, **_: logged.update(values)
+        given = batch()
+        waits.places.clear()
+        with torch.no_grad():
+            model.validation_step(given, 0)
+        must_not_wait(waits)
+        assert {value.device for value in logged.values()} == {pretended.GPU}
+
+
+@check
+def pictures_for_the_log() -> None:
+    model = build(cond_stage=TEXT_TOWER)
+    with pretending(), torch.no_grad():
+        pretended.place(model.eval())
+        drawn = model.log_images(
+            batch(), N=2, ddim_steps=2, ddim_eta=1.0, plot_diffusion_rows=True, unconditional_guidance_scale=3.0
+        )
+        assert len(drawn) == 6 and {value.device for value in drawn.values()} == {pretended.GPU}
+        first_stage = next(model.first_stage_model.parameters())
+        assert first_stage.device.type == "cpu", "the first stage was not put away"
+
+
+@check
+def samplers() -> None:
+    from ldm.models.diffusion.ancestral import AncestralSampler
+    from ldm.models.diffusion.ddim import DDIMSampler
+    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, draw_latents
+
+    model = build(cond_stage=TEXT_TOWER)
+    with pretending() as waits:
+        pretended.place(model.eval())
+        for name in SAMPLERS:
+            assert list(draw_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
+        context = torch.empty(2, 77, 8, device=pretended.GPU)
+        mask, x0 = torch.empty(2, 1, 4, 4, device=pretended.GPU), torch.empty(2, 4, 4, 4, device=pretended.GPU)
+        DDIMSampler(model).sample(2, 2, (4, 4, 4), context, mask=mask, x0=x0, verbose=False)
+        ready = lambda _: waits.places.clear()  # noqa: E731 - the schedule is made, the steps begin
+        with mock.patch.object(AncestralSampler, "start", ready):
+            model.sample(2, context, timesteps=2)
+        must_not_wait(waits)
+
+
+@check
+def evaluation_beside_training() -> None:
+    from ldm.callbacks.aside import aside
+    from ldm.evaluation.denoising import compare, record
+
+    sample = {"f8": np.zeros((8, 4, 4), np.float16), "t5": np.zeros((77, 8), np.float16), "txt": "a"}
+    pictures = mock.MagicMock()
+    pictures.__len__.return_value = 3
+    pictures.__getitem__.side_effect = lambda position: {**sample, "__key__": str(position)}
+    pictures.batches.side_effect = lambda size: [[0, 1], [2]]
+    model = build("model.params.use_ema=true")
+    with pretending(), mock.patch.object(LightningModule, "device", pretended.GPU):
+        pretended.place(model)
+        with aside(model):
+            compare(record(model, pictures, [1, 7], 2), model, pictures, [1, 7], 2)
+
+
+@check
+def encoder_and_teacher() -> None:
+    from ldm.training.encoder import Encoder
+    from ldm.training.teacher import Teacher
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(cond_stage=TEXT_TOWER)
+        with pretending(), mock.patch("ldm.training.encoder.encoder_digests", return_value={}):
+            encoder = Encoder(model, pretended.GPU, dtype)
+            encoded = encoder.pictures(torch.empty(2, 3, 8, 8, dtype=torch.uint8))
+            assert (encoded.device, encoded.shape) == (pretended.GPU, (2, 8, 4, 4))
+            assert len(encoder.captions(["a", "b", "a"])) == 3
+    model = build()
+    with pretending():
+        pretended.place(model.eval())
+        latents, contexts = np.zeros((2, 4, 4, 4), np.float16), np.zeros((2, 77, 8), np.float16)
+        assert len(Teacher(model, 2, seed=0).members([0, 1], latents, contexts)) == 2
