@@ -2,8 +2,8 @@
 """Pre-encoding from picture files to shards, beside its encoder alone on pictures in memory: pictures a second.
 
 The two take turns, so that a machine whose speed drifts slows both. Without --images, photographs are made up. With
---stand-in, a device that takes so long a batch, and no CPU, stands in for one that is not there: what is left of its
-rate is what decoding and writing leave.
+--stand-in, a device that takes so long a batch, and no CPU, stands in for one that is not there. Like a GPU it is given
+work and does it meanwhile, one batch after the other: what is left of its rate is what decoding and writing leave.
 
     python benchmarks/preencode_throughput.py --size 64 --batch-size 16 --rounds 3
     python benchmarks/preencode_throughput.py --ckpt sd-v1-4.ckpt --config stable_diffusion_v1.yaml --size 512 \\
@@ -20,7 +20,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -57,19 +60,37 @@ def make_up_pictures(folder: Path, count: int) -> None:
         (folder / f"{number:06d}.txt").write_text(f"picture number {number}, of nothing")
 
 
-def stand_in(encoder: Any, seconds: float) -> None:
-    """Let `encoder` sleep for `seconds` in place of each encoding of pictures, and give what it gave for that shape."""
-    import torch
+class StandIn:
+    """In place of the pictures' encoder: each batch is done `seconds` after it is given, or after the one before it.
 
-    real, known = encoder.pictures, {}
+    What comes of it is what `encoder` gave for that shape once, of type `Pending`, that waits for the time to pass.
+    """
 
-    def pictures(batch: torch.Tensor) -> torch.Tensor:
-        if batch.shape[1:] not in known:
-            known[batch.shape[1:]] = real(batch[:1])
-        time.sleep(seconds)
-        return known[batch.shape[1:]].expand(len(batch), -1, -1, -1)
+    def __init__(self, encoder: Any, seconds: float) -> None:
+        self._real, self._seconds = encoder.pictures, seconds
+        self._known: dict[Any, Any] = {}
+        self._free_at = 0.0
+        encoder.pictures = self.pictures
 
-    encoder.pictures = pictures
+    def pictures(self, batch: torch.Tensor) -> Pending:
+        shape = batch.shape[1:]
+        if shape not in self._known:
+            self._known[shape] = self._real(batch[:1])
+        self._free_at = max(self._free_at, time.perf_counter()) + self._seconds
+        return Pending(self._known[shape].expand(len(batch), -1, -1, -1), self._free_at)
+
+
+class Pending:
+    """A tensor that the stand-in has done at a time; in the place of `HostCopy`, a copy of which is there then."""
+
+    def __init__(self, tensor: Any, done_at: float | None = None) -> None:
+        self._tensor, self._done_at = (tensor._tensor, tensor._done_at) if done_at is None else (tensor, done_at)
+
+    def get(self) -> torch.Tensor:
+        time.sleep(max(0.0, self._done_at - time.perf_counter()))
+        return self._tensor
+
+    cpu = get
 
 
 def time_encoder(encoder: Any, captions: Sequence[str], size: int, batch_size: int) -> float:
@@ -92,6 +113,7 @@ def main() -> None:
     import torch
 
     from ldm.data.images import find_images
+    from ldm.training import encode_shards
     from ldm.training.encoder import Encoder
     from ldm.training.pictures import default_workers
     from ldm.training.preencode import preencode
@@ -100,7 +122,8 @@ def main() -> None:
     device = pick_device(options.device)
     encoder = Encoder(load_release(options.ckpt, options.config), device, PRECISIONS[options.precision])
     if options.stand_in is not None:
-        stand_in(encoder, options.stand_in / 1000)
+        StandIn(encoder, options.stand_in / 1000)
+        encode_shards.HostCopy = Pending
     workers = default_workers() if options.num_workers is None else options.num_workers
     settings = {"size": options.size, "buckets": options.buckets, "batch_size": options.batch_size}
     with tempfile.TemporaryDirectory() as name:
