@@ -118,6 +118,6 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
         return target(**params)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # the last, of sizes below 0
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{config['target']}: {reason}") from error

@@ -34,7 +34,7 @@ class Forgetting(Callback):
     Training goes on as if nothing had been evaluated.
 
     Args:
-        sets: name to shards, as in `data.params.training_urls`, local ones.
+        sets: name to shards, as in `data.params.training_urls`, local ones; null for a set that is not wanted.
         every_n_train_steps: optimizer steps between evaluations.
         timesteps: how many, at the midpoints of equal strata of the schedule.
         limit: pictures a set, spread over it; null for all.
@@ -54,12 +54,12 @@ class Forgetting(Callback):
         batch_size: int = 8,
         verify_shards: bool = True,
     ) -> None:
-        if not isinstance(sets, Mapping) or not sets:
+        if not isinstance(sets, Mapping) or all(shards is None for shards in sets.values()):
             raise UserError(f"sets {sets!r}: give at least one, as name: shards")
         for name, number in (("every_n_train_steps", every_n_train_steps), ("batch_size", batch_size)):
             if number < 1:
                 raise UserError(f"{name} {number}: give at least 1")
-        self.urls = dict(sets)
+        self.urls = {name: shards for name, shards in sets.items() if shards is not None}
         self.every_n_train_steps = every_n_train_steps
         self.timestep_count = timesteps
         self.limit = limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 
 from ldm.cli import add_trust_option
 from ldm.util import UserError
+
+log = logging.getLogger(__name__)
 
 DEFAULT_SEED = 23
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+=")
@@ -82,6 +85,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise UserError("nothing to do: give a config with --base, or a run to go on with by --resume (see --help)")
     if arguments.no_test and not arguments.train:
         raise UserError("nothing to do: neither --train nor a test (see --help)")
+    if not arguments.train:
+        log.info("Without -t nothing is trained: only the test set is run, if there is one")
     return arguments
 
 

@@ -44,6 +44,8 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
                 raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
         try:
             config = laid_over(config, part, trusted)
+        except TypeError as error:  # OmegaConf's, of a list over a mapping
+            raise UserError(f"{name}: a list over a mapping, or the other way round ({error})") from error
         except OmegaConfBaseException as error:
             raise UserError(f"{name}: {_first_line(error)}") from error
     try:

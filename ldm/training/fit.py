@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
         raise
     except TrainingStopped as stop:
         trust = " --trust-config" if needs_trust(plain(config)) else ""
-        log.info("Training %s; go on with: python main.py --resume %s -t%s", stop, run.folder, trust)
+        log.info("Training %s; go on with: python main.py --resume %s -t%s", stop, shlex.quote(str(run.folder)), trust)
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
     if kept:
         log.info("kept what it replaces: %s", kept)
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content["state_dict"]))
-    log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", out)
+    log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", shlex.quote(str(out)))
 
 
 def _is_made_from_config(path: Path) -> bool:

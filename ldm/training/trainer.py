@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -242,7 +243,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         UserError: there is no base learning rate, or no batch size to scale it by.
     """
     base = config.model.get("base_learning_rate")
-    if not isinstance(base, (int, float)):
+    if not isinstance(base, (int, float)) or not 0 <= base < math.inf:
         raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
     if not config.lightning.scale_lr:
         model.learning_rate = base

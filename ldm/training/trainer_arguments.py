@@ -69,6 +69,9 @@ def modernise(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) ->
     """The Trainer arguments of today that mean what `given` means; what no longer exists is left out with a warning.
 
     `launched` is how many devices are meant where none are named.
+
+    Raises:
+        UserError: numbers of devices or of accumulated batches that are none.
     """
     arguments = {name: value for name, value in given.items() if name not in _IGNORED}
     for name in given.keys() & _IGNORED:
@@ -82,6 +85,9 @@ def modernise(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) ->
         arguments["enable_model_summary"] = arguments.pop("weights_summary") is not None
     if arguments.pop("progress_bar_refresh_rate", None) == 0:
         arguments["enable_progress_bar"] = False
+    accumulate = arguments.get("accumulate_grad_batches")
+    if accumulate is not None and (not isinstance(accumulate, int) or accumulate < 1):
+        raise UserError(f"accumulate_grad_batches {accumulate!r}: give a whole number of at least 1")
     return _devices(arguments, has_cuda, launched)
 
 

@@ -178,3 +178,9 @@ def test_other_models_are_refused():
     callback = Forgetting({"new": "shards/s-000000.tar"}, every_n_train_steps=1)
     with pytest.raises(UserError, match="evaluates a LatentDiffusion, not a Linear"):
         callback.setup(None, torch.nn.Linear(1, 1), "fit")
+
+
+def test_a_set_that_is_null_is_left_out():
+    assert Forgetting({"new": "data/val/*.tar", "rest": None}, every_n_train_steps=1).urls == {"new": "data/val/*.tar"}
+    with pytest.raises(UserError, match="give at least one"):
+        Forgetting({"rest": None}, every_n_train_steps=1)
