@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 # One stream each, so that what a dataset draws for a step is not also the noise of that step.
-_STEP, _DATA, _VALIDATION = range(3)
+_STEP, _DATA, _VALIDATION, _OPTIMIZER = range(4)
 
 
 def seed_all(*words: int) -> None:
@@ -54,6 +55,11 @@ class StepSeeds(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._seed(trainer, _STEP, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """All processes draw the same from here: where weights are rounded stochastically, they would drift apart."""
+        if trainer.world_size > 1:
+            seed_all(self.seed, 0, _OPTIMIZER, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

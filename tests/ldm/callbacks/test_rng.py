@@ -46,3 +46,15 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
     assert stream(1, 5, 2) == stream(1, 5, 2, before=9)
     different = [stream(1, 5, 2), stream(2, 5, 2), stream(1, 6, 2), stream(1, 5, 3), stream(1, 5, 2, rank=1)]
     assert len({drawn for pair in different for drawn in pair}) == 10, "noise and data of a step differ, too"
+
+
+def test_what_an_optimizer_draws_is_the_same_in_all_processes():
+    def drawn(rank, world, step=3):
+        trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world)
+        seeds = StepSeeds(1)
+        seeds.on_train_batch_start(trainer, None, None, 0)
+        seeds.on_before_optimizer_step(trainer, None, None)
+        return draw()
+
+    assert drawn(0, 2) == drawn(1, 2) != drawn(0, 2, step=4)
+    assert drawn(0, 1) != drawn(0, 2)  # alone, the step's stream goes on
