@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    threading.excepthook = _say_of_thread
     try:
         with _sigterm_unwinds(), _bars_ended():
             main()
@@ -53,6 +55,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {str(error).split('. ')[0]}; take fewer at a time, where there is a --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """An error of the operating system in a thread, as of a logger on a full disk, is one line too."""
+    if isinstance(failed.exc_value, OSError):
+        logger.error("error: %s", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 @contextmanager

@@ -45,6 +45,10 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
     try:
         with _one_line_errors():
             trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"{run.folder}: {error.strerror or error}") from error
     except (UserError, SystemExit):
         if is_new and trainer.is_global_zero and trainer.global_step == 0:
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_errors_of_ours_keep_their_traceback() -> None:
     for error in (ZeroDivisionError(), RuntimeError("a shape")):
         with pytest.raises(type(error)):
             run(raises(error))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("ours")])
+def test_an_error_in_a_thread_is_one_line_too(
+    error: Exception, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    monkeypatch.setattr("threading.excepthook", None)
+
+    def main() -> None:
+        thread = threading.Thread(target=raises(error))
+        thread.start()
+        thread.join()
+
+    run(main)
+    assert ("No space left" in caplog.text) == isinstance(error, OSError)
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, ValueError)
 
 
 def test_an_error_begins_a_line_after_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
