@@ -79,7 +79,13 @@ def test_captions_are_cut_at_77_with_start_and_end(tmp_path):
     found = found_in(tmp_path, [(str(i), latent(i), text, None) for i, text in enumerate(captions)])["captions"]
     assert (found["cut"], found["tokens_most"], found["longest"]) == (1, 76, captions[1])
     assert found["tokens_median"] == (12 + 75) / 2
-    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "10-19": 1, "70-79": 2}
+    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "10-19": 1, "70-77": 2}
+
+
+def test_captions_that_are_far_too_long_share_a_class(tmp_path):
+    found = found_in(tmp_path, [(str(n), latent(n), "cat " * n, None) for n in (5, 77, 78, 3000)])["captions"]
+    assert found["tokens_most"] == 3000 and len(found["tokens"]) == 9
+    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "70-77": 1, "78-": 2}
 
 
 def test_originals_and_what_was_enlarged(tmp_path):
