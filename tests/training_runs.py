@@ -17,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.data.index import INDEX
+from ldm.data.verify import file_sha256
 
 SAMPLES = 12
 CONFIG = {
@@ -124,7 +125,8 @@ def write_inputs(folder: Path) -> None:
 
 def write_index(shards: Path, **digests: str | None) -> None:
     """An index of the tars in `shards` that says which weights made them."""
-    listed = [{"name": path.name} for path in sorted(shards.glob("*.tar"))]
+    paths = sorted(shards.glob("*.tar"))
+    listed = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
     (shards / INDEX).write_text(json.dumps({"format": 2, "complete": True, "shards": listed, **digests}))
 
 

@@ -8,17 +8,17 @@ Format 2 has the keys
     shards                    name, samples, bytes and sha256 of each
     samples                   in all
 
-and those that its maker adds: see `ldm.training.preencode`. Format 1 has no digests. What an index does not have is not
-compared.
+and those that its maker adds: see `ldm.training.preencode`. Format 1 has no digests, and its shards may lack bytes and
+sha256. What an index does not have is not compared; what it has is held to its type, since people edit these files.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from ldm.files import atomic_write, read_at_most
@@ -30,6 +30,7 @@ INDEX = "index.json"
 FORMAT_VERSION = 2
 ENCODERS = {"autoencoder": "autoencoder", "text_tower": "text tower"}  # keys that have their digests, and what they are
 MAKE_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+_MEND = f"put back what was written there, or {MAKE_AGAIN}"
 _MOST_BYTES = 1 << 28  # of the file; a million shards take a sixth
 
 
@@ -54,35 +55,81 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}; {MAKE_AGAIN}") from error
-    shards = index.get("shards") if isinstance(index, dict) else None
-    if not (isinstance(shards, list) and all(map(_is_shard, shards))):
+    if not isinstance(index, dict) or "shards" not in index:
         raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove it if it is not that of a set of shards")
-    if not isinstance(index.get("complete", True), bool):
-        raise UserError(f"{path}: complete is {index['complete']!r:.80}, neither true nor false; {MAKE_AGAIN}")
-    for key in ENCODERS:
-        if not _is_digest(index.get(key)):
-            raise UserError(f"{path}: {key} is {index[key]!r:.80}, which is no digest; {MAKE_AGAIN}")
     version = index.get("format", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(f"{path}: has format {version!r}, this program knows 1 to {FORMAT_VERSION}; {MAKE_AGAIN}")
+    if not (_is_whole(version) and 1 <= version <= FORMAT_VERSION):
+        raise UserError(f"{path}: has format {version!r:.80}, this program knows 1 to {FORMAT_VERSION}; {MAKE_AGAIN}")
+    _check(f"{path}: ", index, _ENTRIES)
+    for number, shard in enumerate(index["shards"]):
+        where = f"{path}: shards[{number}]"
+        if not isinstance(shard, dict):
+            raise UserError(f"{where} is {shard!r:.80}, not the name, bytes and sha256 of a shard; {_MEND}")
+        needed = ("name",) if version == 1 else ("name", "bytes", "sha256")
+        missing = next((key for key in needed if key not in shard), None)
+        if missing is not None:
+            raise UserError(f"{where} has no {missing}; {_MEND}")
+        _check(f"{where}: its ", shard, _SHARD_ENTRIES)
     return index
 
 
-def _is_shard(shard: Any) -> bool:
-    """Whether an entry of the index names a file in its folder, and what it says of it can be compared."""
-    if not isinstance(shard, dict) or not isinstance(shard.get("bytes"), (int, NoneType)):
+def _check(where: str, found: Mapping[str, Any], entries: Mapping[str, _Entry]) -> None:
+    """Raise `UserError` for the first of `entries` that is in `found` and not what it should be."""
+    for key, (fits, what) in entries.items():
+        if key in found and not fits(found[key]):
+            raise UserError(f"{where}{key} is {found[key]!r:.80}, {what}; {_MEND}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_scale(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return _is_name(shard.get("name")) and _is_digest(shard.get("sha256"))
+    try:
+        return math.isfinite(value) and value > 0
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _is_failures(value: Any) -> bool:
+    """Whether it lists pictures that could not be read."""
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "reason"))
+        for entry in value
+    )
 
 
 def _is_name(name: Any) -> bool:
+    """Whether it names a file in the index's folder."""
     if not isinstance(name, str) or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
         return False
     return name.splitlines() == [name]  # it is to be in a message of one line
 
 
 def _is_digest(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value.isalnum())
+    return isinstance(value, str) and value.isalnum()
+
+
+_Entry = tuple[Callable[[Any], bool], str]  # whether a value is right, and what to say of one that is not
+_WHOLE: _Entry = (_is_whole, "not a whole number of at least 0")
+_DIGEST: _Entry = (_is_digest, "which is no digest")
+_ENTRIES: dict[str, _Entry] = {
+    "shards": (lambda value: isinstance(value, list), "not a list"),
+    "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
+    "samples": _WHOLE,
+    **dict.fromkeys(ENCODERS, (lambda value: value is None or _is_digest(value), "which is no digest")),
+    "scale_factor": (_is_scale, "not a finite number above 0"),
+    "failed": (_is_failures, "not a list of the name and the reason of pictures that could not be read"),
+    "made_from": (lambda value: isinstance(value, dict), "not what the set is made from, by name"),
+}
+_SHARD_ENTRIES: dict[str, _Entry] = {
+    "name": (_is_name, "which names no file in this folder"),
+    "samples": _WHOLE,
+    "bytes": _WHOLE,
+    "sha256": _DIGEST,
+}
 
 
 def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished: bool = False) -> None:

@@ -124,6 +124,8 @@ class ShardDataset(Dataset):
                     spans.append([span or (-1, -1) for span in found])
                     groups.append(self._check(sample, path, file.fileno()))
         if not self.sample_keys:
+            if len(self.paths) == 1:
+                raise UserError(f"no samples in 1 shard, {self.paths[0]}")
             raise UserError(f"no samples in {len(self.paths)} shards, such as {self.paths[0]}")
         # Arrays, not objects: workers fork, and reference counts would copy the index into each.
         self._shards = np.asarray(shards, dtype=np.int32)

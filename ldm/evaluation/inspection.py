@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 
 _SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # pixels: where the classes of an original's shorter side begin
-_TOKENS = 10  # a class of the histogram of caption lengths
+# Tokens: where the classes of caption lengths begin; all that is beyond CLIP's 77 is one.
+_LENGTHS = (0, 10, 20, 30, 40, 50, 60, 70, 78)
 
 
 def open_to_inspect(urls: str | Sequence[str]) -> ShardDataset:
@@ -159,9 +161,10 @@ def _described_captions(captions: Mapping[str, int]) -> dict[str, Any]:
         longest = max(longest, (length, text))
     total = sum(lengths.values())
     values = np.repeat(list(lengths), list(lengths.values()))
-    histogram = Counter(dict.fromkeys(range(0, max(lengths) + 1, _TOKENS), 0))
+    histogram = dict.fromkeys((start for start in _LENGTHS if start <= max(lengths)), 0)
     for length, count in lengths.items():
-        histogram[length // _TOKENS * _TOKENS] += count
+        histogram[max(start for start in histogram if start <= length)] += count
+    ends = {start: str(end - 1) for start, end in pairwise(_LENGTHS)}
     return {
         "captions": total,
         "empty": captions.get("", 0),
@@ -170,7 +173,7 @@ def _described_captions(captions: Mapping[str, int]) -> dict[str, Any]:
         "tokens_mean": float(values.mean()),
         "tokens_most": longest[0],
         "longest": longest[1],
-        "tokens": {f"{start}-{start + _TOKENS - 1}": count for start, count in sorted(histogram.items())},
+        "tokens": {f"{start}-{ends.get(start, '')}": count for start, count in histogram.items()},
         "room": room,
         "cut": sum(count for length, count in lengths.items() if length > room),
     }

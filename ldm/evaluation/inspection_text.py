@@ -23,14 +23,20 @@ def inspection_text(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _counts(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    lines = [f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB"]
+    counts = f"{_counted(found['samples'], 'sample')} in {_counted(found['shards'], 'shard')}"
+    lines = [f"{counts}, {found['bytes'] / 1e6:.1f} MB"]
     if found["mirrored"]:
-        lines[0] += f"; {found['mirrored']} of them mirror images"
+        lines[0] += f"; {_counted(found['mirrored'], 'mirror image')} among them"
     failed = about.get("failed") or []
     if failed:
-        lines.append(f"{len(failed)} pictures could not be read, such as {failed[0]['name']}: {failed[0]['reason']}")
+        lines.append(f"{_counted(len(failed), 'picture')} could not be read, such as {_failure(**failed[0])}")
     lines += [f"{what}: {about[key]}" for key, what in _SAID if about.get(key) is not None]
     return "\n".join(lines)
+
+
+def _failure(name: str, reason: str, **_: Any) -> str:
+    """The reason, with the name before it unless it begins with that already."""
+    return reason if reason.startswith(f"{name}:") else f"{name}: {reason}"
 
 
 _SAID = (
@@ -60,9 +66,11 @@ def _captions(captions: Mapping[str, Any]) -> str:
 def _duplicates(duplicates: Mapping[str, Any]) -> str:
     captions, latents = duplicates["captions"], duplicates["latents"]
     shared = sum(entry["samples"] for entry in captions)
-    lines = [f"{len(captions)} captions are those of several pictures, {shared} in all"]
+    told = f"{_counted(len(captions), 'caption')} {'is that' if len(captions) == 1 else 'are those'}"
+    lines = [f"{told} of several pictures, {shared} in all"]
     lines += [f"  {entry['samples']} x {_short(entry['caption'])!r}" for entry in captions[:_SHOWN]]
-    lines.append(f"{len(latents)} latents are there more than once, {sum(map(len, latents))} samples in all")
+    told = f"{_counted(len(latents), 'latent')} {'is' if len(latents) == 1 else 'are'} there more than once"
+    lines.append(f"{told}, {_counted(sum(map(len, latents)), 'sample')} in all")
     lines += [f"  {' = '.join(keys[:_SHOWN])}" for keys in latents[:_SHOWN]]
     return "\n".join(lines)
 
@@ -84,6 +92,10 @@ def _bars(counts: Mapping[str, int]) -> str:
     """A line a class: name, bar and count."""
     most, width = max(counts.values()), max(map(len, counts))
     return "\n".join(f"  {name:>{width}} {'#' * -(-count * _BAR // most)} {count}" for name, count in counts.items())
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _short(text: str) -> str:

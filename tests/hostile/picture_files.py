@@ -102,6 +102,9 @@ def indexes() -> Corpus:
     for number, digest in enumerate((3, [3], {}, "", "0", "0\n1", "0" * 100_000)):
         for key in ("autoencoder", "text_tower"):
             yield f"{key}-{number}", json.dumps({"shards": [{"name": "s-0.tar"}], key: digest}).encode()
+    for number, value in enumerate((None, True, -3, 1.5, 10**400, float("nan"), "abc", {}, {"a": 1}, ["x"], [{}])):
+        for key in ("format", "samples", "scale_factor", "failed", "made_from"):
+            yield f"{key}-{number}", json.dumps({"shards": [{"name": "s-0.tar"}], key: value}).encode()
     yield "complete", json.dumps({"complete": "no", "shards": [{"name": "s-0.tar"}]}).encode()
     yield "deep", b"[" * 200_000
     yield "digits", b'{"shards": ' + b"9" * 5000 + b"}"

@@ -49,7 +49,7 @@ def test_text_json_and_sheet(inspect, shards, tiny_release, tmp_path, caplog):
     assert sorted(found["shapes"].values()) == [2, 3] and found["duplicates"]["captions"][0]["samples"] == 5
     assert len(found["latents"]["channel_std"]) == model.channels
     assert found["latents"]["expected_std"] == pytest.approx(1 / model.scale_factor)
-    assert "5 samples in 1 shards" in caplog.text and "another autoencoder" not in caplog.text
+    assert "5 samples in 1 shard, " in caplog.text and "another autoencoder" not in caplog.text
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] > 4 * 192 and len(sheet.getcolors(1 << 24)) > 1000  # four pictures in a row
 
@@ -64,6 +64,16 @@ def test_another_autoencoder_is_told_of(inspect, shards, tiny_release, tmp_path,
     write_index(tmp_path / "set", {**read_index(tmp_path / "set"), "autoencoder": "0" * 64})
     assert inspect(shards, "--ckpt", tiny_release, "--config", RELEASE_CONFIG) is None
     assert f"the set was made by another autoencoder (000000000000…) than that of {tiny_release} (" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scale_factor", "abc"), ("scale_factor", {}), ("failed", "abc"), ("failed", {"a": 1}), ("failed", ["x"])],
+)
+def test_an_index_edited_wrongly_is_one_line(inspect, shards, tmp_path, key, value):
+    write_index(tmp_path / "set", {**read_index(tmp_path / "set"), key: value})
+    error = inspect(shards)
+    assert f"index.json: {key} is {value!r}, not a " in error and "\n" not in error
 
 
 @pytest.mark.parametrize(

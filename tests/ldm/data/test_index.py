@@ -6,6 +6,7 @@ import pytest
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.index import INDEX
+from ldm.data.verify import file_sha256
 from ldm.util import UserError
 from tests.ldm.data.shard_files import write_set
 
@@ -14,7 +15,8 @@ from tests.ldm.data.shard_files import write_set
 def folder(tmp_path):
     """Three shards with their index."""
     write_set(tmp_path, 9, shards=3)
-    shards = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(tmp_path.glob("*.tar"))]
+    paths = sorted(tmp_path.glob("*.tar"))
+    shards = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
     (tmp_path / INDEX).write_text(json.dumps({"complete": True, "shards": shards}))
     return tmp_path
 
@@ -58,8 +60,7 @@ def test_shards_of_another_set_are_refused(folder):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", '{"shards": [1]}', "[" * 100_000]
-    + [f'{{"shards": [{{"name": {name}}}]}}' for name in ("3", '["a"]', '"../a.tar"', '"a\\u0000"', "null")],
+    ["{", "[]", "{}", "[" * 100_000],
 )
 def test_an_index_that_is_none_is_one_line(folder, text):
     (folder / INDEX).write_text(text)
@@ -67,14 +68,77 @@ def test_an_index_that_is_none_is_one_line(folder, text):
         count(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "what"),
+    [
+        ("shards", (3, "s", {}, None), "not a list"),
+        ("samples", (-1, 1.5, True, "3", None), "not a whole number of at least 0"),
+        (
+            "scale_factor",
+            ("abc", {}, ["x"], True, float("nan"), float("inf"), 10**400, 0, None),
+            "not a finite number above",
+        ),
+        ("failed", ("abc", -3, 1.5, True, {"a": 1}, ["x"], [{"name": "a"}], None), "not a list of the name and"),
+        ("autoencoder", (3, "", "a\nb", {}), "which is no digest"),
+        ("text_tower", (3, "", True), "which is no digest"),
+        ("made_from", (3, None, []), "not what the set is made from"),
+    ],
+)
+def test_an_entry_of_the_wrong_type_is_named(folder, key, values, what):
+    index = json.loads((folder / INDEX).read_text())
+    for value in values:
+        (folder / INDEX).write_text(json.dumps({**index, key: value}))
+        with pytest.raises(UserError, match=rf"index\.json: {key} is .*, {what}.*; put back what was") as caught:
+            count(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("name", (3, ["a"], "../a.tar", "a\0", "a\nb.tar", "", None)),
+        ("samples", (-1, 1.5, True, "3", None)),
+        ("bytes", (-1, 1.5, True, "x", None)),
+        ("sha256", (3, [3], "", "0\n1", None)),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_wrong_entry_of_a_shard_is_named(folder, key, values, version):
+    index = json.loads((folder / INDEX).read_text()) | {"format": version}
+    for value in values:
+        index["shards"][1] = {**index["shards"][0], key: value}
+        (folder / INDEX).write_text(json.dumps(index))
+        with pytest.raises(UserError, match=rf"index\.json: shards\[1\]: its {key} is .*; put back") as caught:
+            count(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_shard_has_all_that_its_format_asks_for(folder):
+    index = json.loads((folder / INDEX).read_text())
+    for shard in (3, None, "set-000.tar"):
+        (folder / INDEX).write_text(json.dumps({**index, "shards": [shard]}))
+        with pytest.raises(UserError, match=r"index\.json: shards\[0\] is .*, not the name, bytes and sha256"):
+            count(str(folder))
+    for version, keys in ((1, ["name"]), (2, ["name", "bytes", "sha256"])):
+        for key in keys:
+            lacking = [{k: v for k, v in shard.items() if k != key} for shard in index["shards"]]
+            (folder / INDEX).write_text(json.dumps({"format": version, "shards": lacking}))
+            with pytest.raises(UserError, match=rf"index\.json: shards\[0\] has no {key}; put back"):
+                count(str(folder))
+    old = [{"name": shard["name"]} for shard in index["shards"]]
+    (folder / INDEX).write_text(json.dumps({"format": 1, "shards": old}))
+    assert count(str(folder)) == 9
+
+
 def test_an_index_of_a_later_format_is_not_guessed_at(folder):
     index = json.loads((folder / INDEX).read_text())
     for version in (1, 2):
         (folder / INDEX).write_text(json.dumps({**index, "format": version}))
         assert count(str(folder)) == 9
-    (folder / INDEX).write_text(json.dumps({**index, "format": 3}))
-    with pytest.raises(UserError, match=r"index\.json: has format 3, this program knows 1 to 2"):
-        count(str(folder))
+    for version in (3, 0, -3, True, 1.0, "2", None):
+        (folder / INDEX).write_text(json.dumps({**index, "format": version}))
+        with pytest.raises(UserError, match=rf"index\.json: has format {version!r}, this program knows 1 to 2"):
+            count(str(folder))
 
 
 def test_complete_is_true_or_false(folder):

@@ -79,7 +79,13 @@ def test_captions_are_cut_at_77_with_start_and_end(tmp_path):
     found = found_in(tmp_path, [(str(i), latent(i), text, None) for i, text in enumerate(captions)])["captions"]
     assert (found["cut"], found["tokens_most"], found["longest"]) == (1, 76, captions[1])
     assert found["tokens_median"] == (12 + 75) / 2
-    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "10-19": 1, "70-79": 2}
+    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "10-19": 1, "70-77": 2}
+
+
+def test_captions_that_are_far_too_long_share_a_class(tmp_path):
+    found = found_in(tmp_path, [(str(n), latent(n), "cat " * n, None) for n in (5, 77, 78, 3000)])["captions"]
+    assert found["tokens_most"] == 3000 and len(found["tokens"]) == 9
+    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "70-77": 1, "78-": 2}
 
 
 def test_originals_and_what_was_enlarged(tmp_path):
@@ -107,17 +113,20 @@ def test_the_text_says_what_was_found(tmp_path):
     about = {"format": 2, "autoencoder": "abc", "failed": [{"name": "x.png", "reason": "broken"}]}
     text = inspection_text(found, about)
     for expected in (
-        "2 samples in 1 shards",
-        "1 pictures could not be read, such as x.png: broken",
+        "2 samples in 1 shard, ",
+        "1 picture could not be read, such as x.png: broken",
         "autoencoder: abc",
         "4x2x4 ######################################## 1",
         "0 of 1 had to be enlarged",
+        "1 caption is that of several pictures, 2 in all",
         "2 x 'a cat'",
         "0 latents are there more than once",
         "0 longer than the 75 that are read",
         "the model expects a std of 2.0000",
     ):
         assert expected in text
+    about["failed"] = [{"name": "x.png", "reason": "x.png: not a picture (PNG)"}] * 2
+    assert "2 pictures could not be read, such as x.png: not a picture (PNG)\n" in inspection_text(found, about)
     silent = inspection_text(found_in(tmp_path, [("a", latent(1), "", None)], None), {})
     assert "originals: the samples do not say" in silent and "expects" not in silent
 
