@@ -155,7 +155,6 @@ def test_bfloat16_weights_go_the_way_on_average_that_their_precision_hides(start
         ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"learning rate 0\.5 \* weight 5\.0 .* is 2\.5, beyond"),
         ({"inner.0": torch.zeros(2)}, {"weight": 0}, "weight 0: give a number above 0"),
         ({"inner.0": torch.zeros(2)}, {"every_n_steps": 0}, "every_n_steps 0"),
-        ({"inner.0": torch.zeros(2)}, {"weight_decay": "none"}, "weight_decay 'none': give a number"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, weights, options, message):
