@@ -33,6 +33,13 @@ def nearest(name: str, valid: Mapping[str, Any] | list[str] | set[str]) -> str:
     return f"; valid: {', '.join(sorted(valid)) or 'none'}"
 
 
+def check_at_least_one(**numbers: int) -> None:
+    """Raise `UserError` for the first of the named `numbers` that is below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} {number}: give at least 1")
+
+
 def get_obj_from_str(path: str) -> Any:
     """The object that the dotted `path` names, such as `"torch.nn.Linear"`.
 

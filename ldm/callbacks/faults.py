@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.modules.sharding import full_tensor, local_tensor
-from ldm.util import UserError
+from ldm.util import UserError, check_at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,7 @@ class NumericalFaults(Callback):
     ) -> None:
         if on_fault not in ("stop", "skip"):
             raise UserError(f"on_fault {on_fault!r}: give stop or skip")
-        for name, number in (("every_n_batches", every_n_batches), ("window", window), ("most_skips", most_skips)):
-            if number < 1:
-                raise UserError(f"{name} {number}: give at least 1")
+        check_at_least_one(every_n_batches=every_n_batches, window=window, most_skips=most_skips)
         if grad_norm_factor is not None and not grad_norm_factor > 1:
             raise UserError(f"grad_norm_factor {grad_norm_factor!r}: give a number above 1, or null for no limit")
         self.skips = on_fault == "skip"

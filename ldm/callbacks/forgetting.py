@@ -17,7 +17,7 @@ from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.evaluation.start import load_start, save_start
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.sharding import is_sharded
-from ldm.util import UserError
+from ldm.util import UserError, check_at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,7 @@ class Forgetting(Callback):
     ) -> None:
         if not isinstance(sets, Mapping) or all(shards is None for shards in sets.values()):
             raise UserError(f"sets {sets!r}: give at least one, as name: shards")
-        for name, number in (("every_n_train_steps", every_n_train_steps), ("batch_size", batch_size)):
-            if number < 1:
-                raise UserError(f"{name} {number}: give at least 1")
+        check_at_least_one(every_n_train_steps=every_n_train_steps, batch_size=batch_size)
         self.urls = {name: shards for name, shards in sets.items() if shards is not None}
         self.every_n_train_steps = every_n_train_steps
         self.timestep_count = timesteps

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.callbacks.aside import aside
 from ldm.modules.sharding import is_sharded
 from ldm.pictures import image_grid, save_png
-from ldm.util import UserError, check_params
+from ldm.util import UserError, check_at_least_one, check_params
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ class ImageLogger(Callback):
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, number in (("batch_frequency", batch_frequency), ("max_images", max_images)):
-            if number < 1:
-                raise UserError(f"{name} {number}: give at least 1")
+        check_at_least_one(batch_frequency=batch_frequency, max_images=max_images)
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp

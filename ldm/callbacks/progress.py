@@ -58,7 +58,6 @@ class ProgressBar(TQDMProgressBar):
         self._images = 0
         self._speed = 0.0
         self._loss = LatestNumber()
-        self._is_last = False
 
     @property
     def total_train_batches(self) -> int | float:
@@ -90,7 +89,6 @@ class ProgressBar(TQDMProgressBar):
         is_last = trainer.global_step == trainer.max_steps or (self._is_bar and trainer.is_last_batch)
         if elapsed >= self._seconds or is_last:
             self._speed = self._images / elapsed
-            self._is_last = trainer.global_step == trainer.max_steps
             if outputs:
                 self._loss.fetch(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning divided it
             if self._is_bar:
@@ -109,7 +107,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        loss = self._loss.read(wait=self._is_last)
+        loss = self._loss.read(wait=trainer.global_step == trainer.max_steps)
         if loss is not None:
             metrics["loss"] = loss
         metrics["img/s"] = f"{self._speed:.1f}"

@@ -102,17 +102,16 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or "t5"
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
-        urls = self.urls[split]
-        if split != "prior" and any(map(is_stream, expand_urls(urls))):  # a prior is read in any order
-            return self._open_stream(split)
+        urls = expand_urls(self.urls[split])
+        if split != "prior" and any(map(is_stream, urls)):  # a prior is read in any order
+            return self._open_stream(split, urls)
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
         extra = TEACHER_KEYS if split == "prior" and self._has_teacher() else ()
-        dataset = open_shards(urls, *self._keys(), extra, verify=verify)
+        dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), _describe(dataset))
         return dataset
 
-    def _open_stream(self, split: str) -> ShardStream:
-        urls = expand_urls(self.urls[split])
+    def _open_stream(self, split: str, urls: list[str]) -> ShardStream:
         dataset = ShardStream(urls, *self._keys(), **self._rank())
         # The first sample tells the shapes, and what is wrong before the training starts.
         if next(iter(dataset), None) is None:

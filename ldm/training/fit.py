@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -43,12 +44,8 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
     log.info("Run folder: %s", run.folder)
     is_new = not run.folder.exists()
     try:
-        with _one_line_errors():
+        with _one_line_errors(run.folder):
             trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise UserError(f"{run.folder}: {error.strerror or error}") from error
     except (UserError, SystemExit):
         if is_new and trainer.is_global_zero and trainer.global_step == 0:
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
@@ -75,14 +72,19 @@ def test(trainer: Trainer, model: LightningModule, data: LightningDataModule, co
     elif not any((config.data.get("params") or {}).get(key) for key in ("test", "test_urls")):
         log.info("No test: the config has no test set")
     else:
-        with _one_line_errors():
+        with _one_line_errors(Path(trainer.default_root_dir)):
             trainer.test(model, datamodule=data, verbose=trainer.is_global_zero)
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    """Make `UserError`s of what users can mend; `folder` is what is written to, where an error names no file."""
     try:
         yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"{folder}: {error.strerror or error}") from error
     except MisconfigurationException as error:
         raise UserError(f"lightning: {' '.join(str(error).split())}") from error
     except ValueError as error:

@@ -23,13 +23,11 @@ class Launch:
 
 def launched() -> Launch | None:
     """What started this process as one of several, by its environment; None if nothing did."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ranks = Ranks.from_environment()
-        return Launch("torchrun", ranks.local_world, ranks.world // ranks.local_world)
-    if is_srun_task():
-        ranks = Ranks.from_environment()
-        return Launch("srun", ranks.local_world, ranks.world // ranks.local_world)
-    return None
+    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not is_torchrun and not is_srun_task():
+        return None
+    ranks = Ranks.from_environment()
+    return Launch("torchrun" if is_torchrun else "srun", ranks.local_world, ranks.world // ranks.local_world)
 
 
 def is_first_process() -> bool:

@@ -157,9 +157,8 @@ def _build_checkpoints(
     best = _instantiate(kept, "lightning.modelcheckpoint")
     best.writing = last.writing
     callbacks = [best, last]
-    is_set = any(section.trainer.get(key) is not None for key in ("val_check_interval", "check_val_every_n_epoch"))
-    is_set = is_set or given.get("every_n_epochs") is not None
-    if last.every_n_train_steps and not is_set:
+    intervals = [section.trainer.get(key) for key in ("val_check_interval", "check_val_every_n_epoch")]
+    if last.every_n_train_steps and not any(n is not None for n in (*intervals, given.get("every_n_epochs"))):
         callbacks.append(SparseValidation(last.every_n_train_steps))
     return callbacks
 
