@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from child_runs import read_losses, start
+from child_runs import read_losses, start  # noqa: E402
 
-from ldm.cli import call, run
-from ldm.util import UserError
+from ldm.cli.run import call, run  # noqa: E402
+from ldm.util import UserError  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
