@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("main", "tools"),
     ("ldm.callbacks", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.planning", "ldm.training"),
+    ("ldm.checkpoint",),
     ("ldm.modules", "ldm.optim"),
     (
         "ldm.util",
         "ldm.files",
         "ldm.entries",
         "ldm.cli",
-        "ldm.checkpoint",
         "ldm.host_copy",
         "ldm.lr_scheduler",
         "ldm.pictures",

@@ -1,11 +1,11 @@
-"""Opening a checkpoint of either kind, told apart by content, and saying in one line why a file is not one."""
+"""Opening a checkpoint of either kind, recognised by its content; a file that is none is refused in one line."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ldm.checkpoint.archive import ZipArchive, load_legacy
+from ldm.checkpoint.builders import UnreadTensor
 from ldm.checkpoint.formats import SAFETENSORS_NAMES
 from ldm.checkpoint.mapped import MappedFile
 from ldm.checkpoint.pickled import without_left_out
+from ldm.files import open_file
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -36,10 +38,14 @@ _MISTAKEN = (
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """What a checkpoint file holds, and the memory map that its tensors are read from."""
+    """Content of a checkpoint file, whose tensors lie in a memory map of it, and its metadata.
+
+    `metadata` is that of the header of a `.safetensors`, or what a `.ckpt` holds as text under `"metadata"`.
+    """
 
     content: dict[str, Any]
     file: MappedFile
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
@@ -49,7 +55,9 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
     file = MappedFile(path, mapped=mmap)
     try:
         if _is_safetensors(head):
-            return OpenCheckpoint(_load_safetensors(path, file), file)
+            content = _load_safetensors(path, file)
+            file.check_unchanged()
+            return OpenCheckpoint(content, file, content["metadata"])
         if head.startswith(b"PK\x03\x04"):
             content = ZipArchive(path, file).load()
         elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -57,8 +65,11 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
         else:
             raise UserError(f"{path}: not a checkpoint (neither .ckpt nor .safetensors content); name the right file")
         content, left_out = without_left_out(content)
+        file.check_unchanged()
     except UserError:
         raise
+    except UnreadTensor as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a broken or hostile file can trip anything, and all of it means the same
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint ({reason}); download or copy it again") from error
@@ -67,7 +78,9 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
     if not isinstance(content, dict):
         held = f"an object of {left_out[0]}" if left_out else type(content).__name__
         raise UserError(f"{path}: holds {held}, not a dict of weights; save the model's state_dict() instead")
-    return OpenCheckpoint(content, file)
+    metadata = content.get("metadata")
+    is_text = isinstance(metadata, dict) and all(isinstance(text, str) for pair in metadata.items() for text in pair)
+    return OpenCheckpoint(content, file, metadata if is_text else {})
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
@@ -111,12 +124,11 @@ def _head(path: Path) -> bytes:
     """The first bytes of the file, after the mistakes that they give away."""
     if path.is_dir():
         raise UserError(f"{path}: a folder; name the .ckpt or .safetensors file in it")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():  # to open a named pipe waits for ever
-        raise UserError(f"{path}: no regular file; name the checkpoint itself")
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with open_file(path) as file:
+            head = file.read(512)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file") from error
     if not head:
         raise UserError(f"{path}: empty file; download or copy it again")
     for beginning, meaning in _MISTAKEN:
@@ -136,8 +148,8 @@ def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
             pass
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or cut short safetensors file ({error}); download it again") from error
-    length = int.from_bytes(file.map[:8], "little")
-    header = json.loads(file.map[8 : 8 + length])
+    length = int.from_bytes(file.read(0, 8), "little")
+    header = json.loads(file.read(8, length))
     metadata = header.pop("__metadata__", {})
     weights = {}
     for key, entry in header.items():

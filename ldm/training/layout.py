@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli import CONVENTIONAL_RELEASE
-from ldm.modules.ema import shadow_name
 from ldm.util import UserError
 
 # What Lightning needs to take a training up again.
 TRAINING_STATE = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
-
-
-def ema_key(key: str) -> str:
-    """The state-dict key of the EMA of the weight `key`, which is below `model.`."""
-    return "model_ema." + shadow_name(key.removeprefix("model."))
 
 
 def check_release(content: Mapping[str, Any], path: str | Path) -> None:

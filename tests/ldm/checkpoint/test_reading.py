@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.checkpoint import load_checkpoint, load_state_dict, open_checkpoint
+from ldm.checkpoint import load_checkpoint, load_state_dict
 from ldm.util import UserError
-from tests.ldm.checkpoint.sample_tensors import same, tensors
+from tests.ldm.checkpoint.sample_tensors import safetensors_holds, same, tensors
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -47,16 +47,12 @@ def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path):
     assert torch.equal(load_state_dict(tmp_path / "model.ckpt")["w"], torch.ones(4))
 
 
-def test_dropped_pages_are_read_again(tmp_path):
-    torch.save({"w": torch.arange(100_000.0)}, tmp_path / "model.ckpt")
-    opened = open_checkpoint(tmp_path / "model.ckpt")
-    assert opened.content["w"].sum() > 0
-    opened.file.drop_pages()
-    assert torch.equal(opened.content["w"], torch.arange(100_000.0))
-
-
 def test_a_safetensors_file_loads_with_its_metadata(tmp_path):
-    weights = {key: value.detach().contiguous().clone() for key, value in tensors().items() if key != "complex"}
+    weights = {
+        key: value.detach().contiguous().clone().resolve_conj().resolve_neg()
+        for key, value in tensors().items()
+        if safetensors_holds(value)
+    }
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt", "title": "x"})
     loaded = load_checkpoint(tmp_path / "model.safetensors")
     assert loaded["metadata"] == {"format": "pt", "title": "x"}

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ldm.checkpoint import Pending, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
+from ldm.checkpoint import Pending, ema_key, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
 from ldm.training.graft import graft
-from ldm.training.layout import ema_key
 from ldm.training.merge import merge, merge_files
 from ldm.util import UserError
 
