@@ -10,6 +10,8 @@ import secrets
 import signal
 import stat
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,7 +101,11 @@ def exit_on_bus_error() -> None:
     if sys.platform != "linux":
         return
 
+    first = threading.Lock()
+
     def handle(signum: int) -> None:
+        while not first.acquire(blocking=False):  # several threads of one computation get here together
+            time.sleep(1)
         cut = next((path for number, (path, size) in list(_MAPPED.items()) if os.fstat(number).st_size < size), None)
         where = f"{cut}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
         os.write(2, f"error: {where} while it was read; start again with the whole file\n".encode(errors="replace"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import zipfile
 import zlib
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class ZipArchive:
                 storages[key] = self.file.tensor(dtype, offset, numel)
             return storages[key]
 
-        return read_pickle(BytesIO(self.read("data.pkl")), storage)
+        return read_pickle(io.BytesIO(self.read("data.pkl")), storage)
 
 
 def load_legacy(file: MappedFile) -> Any:
@@ -143,27 +143,25 @@ def load_legacy(file: MappedFile) -> Any:
 
     # The data lie behind the object that describes them, so the object is read twice.
     read_pickle(stream, note)
-    places: dict[str, int] = {}
+    storages: dict[str, torch.Tensor] = {}
     for key in _read_plain(stream):
         dtype, expected = roots[key]
         (numel,) = struct.unpack("<q", stream.read(8))
         if numel != expected:
             raise ValueError(f"storage {key} has {numel} elements, expected {expected}")
-        places[key] = stream.tell()
-        if places[key] + numel * dtype.itemsize > len(file):
-            raise ValueError(f"storage {key} is cut short")
-        stream.seek(places[key] + numel * dtype.itemsize)
+        storages[key] = file.tensor(dtype, stream.tell(), numel)
+        stream.seek(numel * dtype.itemsize, io.SEEK_CUR)
 
     views: dict[str, tuple[str, int, int]] = {}
 
     def storage(saved_id: Any) -> torch.Tensor:
-        dtype, key, numel, view = _storage_id(saved_id)
+        _, key, numel, view = _storage_id(saved_id)
         if view is None:
-            return file.tensor(dtype, places[key], numel)
+            return storages[key]
         name, offset, size = _view_of(view, numel)
         if views.setdefault(name, (key, offset, size)) != (key, offset, size):
             raise ValueError(f"view {name} described in two ways")
-        return file.tensor(dtype, places[key] + offset * dtype.itemsize, size)
+        return storages[key][offset : offset + size]
 
     stream.seek(start)
     return read_pickle(stream, storage)

@@ -107,34 +107,42 @@ def read_pickle(file: BinaryIO, persistent_load: Callable[[Any], Any]) -> Any:
     return _Unpickler(file, persistent_load).load()
 
 
-def without_left_out(value: Any) -> tuple[Any, list[str]]:
-    """`value` with no `LeftOut` and no `Global` in it, and the sorted names of those.
+class _Cleaner:
+    """Remover of `LeftOut`s and `Global`s. A class and no nested functions: a cycle would keep the tensors alive."""
 
-    They are dropped from dicts, with their key or value, and become None elsewhere.
-    """
-    names: set[str] = set()
-    done: dict[int, tuple[Any, Any]] = {}  # id -> (the container, kept alive so that its id stays its own; the result)
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        # id of a container -> (the container, kept alive so that its id stays its own; the result)
+        self._done: dict[int, tuple[Any, Any]] = {}
 
-    def clean(item: Any) -> Any:
+    def __call__(self, item: Any) -> Any:
         if isinstance(item, LeftOut | Global):
-            names.add(item.name)
+            self.names.add(item.name)
             return _OUT
         if not isinstance(item, dict | list | tuple | set | frozenset):
             return item
-        if id(item) not in done:
-            done[id(item)] = (item, item)  # a container may hold itself
+        if id(item) not in self._done:
+            self._done[id(item)] = (item, item)  # a container may hold itself
             if isinstance(item, dict):
-                pairs = [(clean(key), clean(part)) for key, part in item.items()]
+                pairs = [(self(key), self(part)) for key, part in item.items()]
                 item.clear()
                 item.update((key, part) for key, part in pairs if key is not _OUT and part is not _OUT)
             elif isinstance(item, list):
-                item[:] = map(clean_or_none, item)
+                item[:] = map(self.or_none, item)
             else:
-                done[id(item)] = (item, type(item)(map(clean_or_none, item)))
-        return done[id(item)][1]
+                self._done[id(item)] = (item, type(item)(map(self.or_none, item)))
+        return self._done[id(item)][1]
 
-    def clean_or_none(item: Any) -> Any:
-        cleaned = clean(item)
+    def or_none(self, item: Any) -> Any:
+        cleaned = self(item)
         return None if cleaned is _OUT else cleaned
 
-    return clean_or_none(value), sorted(ascii(name)[1:-1] for name in names)
+
+def without_left_out(value: Any) -> tuple[Any, list[str]]:
+    """Return `value` with no `LeftOut` and no `Global` in it, and the sorted names of those.
+
+    They are dropped from dicts, with their key or value, and become None elsewhere.
+    """
+    cleaner = _Cleaner()
+    cleaned = cleaner.or_none(value)
+    return cleaned, sorted(ascii(name)[1:-1] for name in cleaner.names)
