@@ -1,4 +1,8 @@
-"""Where the members of a WebDataset tar lie, read from its headers alone, and fetching them by offset."""
+"""Places of the members of a WebDataset tar, read from its headers alone, and members by offset.
+
+It is our own, on top of `tarfile`, since WebDataset reads front to back, while an epoch here is a permutation of all
+samples; and since `tarfile` takes a damaged header for the end of the tar.
+"""
 
 from __future__ import annotations
 
