@@ -1,0 +1,222 @@
+"""Mutation fuzzer of everything that reads a user's files: an equal value, or a `UserError` of one line.
+
+Each loader is one entry of the table `LOADERS`: how to make a whole file, what of ours reads it, and what else reads it.
+A file is made, changed in a few places, and read. What ours takes is compared with what the other reader makes of it,
+where that reads the file too. Each input has a number, from which it can be made again.
+
+    python tests/hostile/fuzz.py --inputs 100000                # all loaders in turn
+    python tests/hostile/fuzz.py --only tar --first 1234 --inputs 1   # one input again
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, from whichever folder this is run
+
+import torch
+
+from ldm.util import UserError
+from tests.hostile import fuzz_loaders as loaders
+
+SECONDS = 10  # an input
+MEMORY = 2 << 30  # bytes beyond those that the process begins with
+NUMBERS = (0, 1, -1, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A kind of file: how it is made, how ours reads it, and how another program does."""
+
+    make: Callable[[random.Random], bytes]
+    ours: Callable[[Path, bytes], Any]
+    other: Callable[[bytes], Any]
+    tokens: tuple[bytes, ...] = ()  # bytes that mean something in such a file
+
+
+LOADERS = {
+    "checkpoint": Loader(loaders.make_zip, loaders.read_checkpoint, loaders.torch_load, loaders.PICKLE_TOKENS),
+    "pickle in a checkpoint": Loader(loaders.make_sealed, loaders.read_sealed, loaders.load_sealed),
+    "old checkpoint": Loader(loaders.make_legacy, loaders.read_checkpoint, loaders.torch_load, loaders.PICKLE_TOKENS),
+    "resumed checkpoint": Loader(loaders.make_training, loaders.read_training, loaders.load_training),
+    "safetensors": Loader(loaders.make_safetensors, loaders.read_checkpoint, loaders.load_safetensors, loaders.JSON),
+    "npy": Loader(loaders.make_npy, loaders.read_npy, loaders.load_npy, loaders.NPY_TOKENS),
+    "tar": Loader(loaders.make_tar, loaders.read_tar, loaders.load_tar, loaders.TAR_TOKENS),
+    "streamed tar": Loader(loaders.make_tar, loaders.stream_members, loaders.load_tar, loaders.TAR_TOKENS),
+    "index": Loader(loaders.make_index, loaders.read_set_index, loaders.load_json, loaders.JSON),
+    "record": Loader(loaders.make_record, loaders.read_shard_record, loaders.load_json, loaders.JSON),
+    "metadata": Loader(loaders.make_metadata, loaders.read_metadata, loaders.load_metadata, loaders.JSON),
+    "config": Loader(loaders.make_config, loaders.read_config, loaders.load_config, loaders.YAML_TOKENS),
+}
+
+
+@dataclass
+class Result:
+    """Counts of what became of the inputs, by loader, and the failures."""
+
+    taken: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    compared: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+class TooLong(BaseException):
+    """An input took longer than `SECONDS`."""
+
+
+def mutated(rng: random.Random, data: bytes, tokens: tuple[bytes, ...]) -> bytes:
+    """Return `data` changed in one to four places; one in ten is left whole."""
+    if rng.random() < 0.1:
+        return data
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        data = _changed(rng, data, tokens)
+    return data
+
+
+def _changed(rng: random.Random, data: bytes, tokens: tuple[bytes, ...]) -> bytes:
+    place = rng.randrange(len(data) + 1)
+    if rng.random() < 0.5:  # headers are where the meaning is
+        place = min(place, rng.randrange(600))
+    length = min(rng.randint(1, 32), max(len(data) - place, 1))
+    other = rng.randrange(len(data) + 1)
+    width = rng.choice((1, 2, 4, 8))
+    number = (rng.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, rng.choice(("little", "big")))
+    return {
+        "bit": lambda: (
+            data[:place] + bytes(b ^ 1 << rng.randrange(8) for b in data[place : place + 1]) + data[place + 1 :]
+        ),
+        "byte": lambda: data[:place] + rng.randbytes(1) + data[place + 1 :],
+        "number": lambda: data[:place] + number + data[place + width :],
+        "digit": lambda: data[:place] + rng.choice((b"0", b"9", b"-1", b"1e9", b"99999999999")) + data[place + 1 :],
+        "zeros": lambda: data[:place] + bytes(length) + data[place + length :],
+        "noise": lambda: data[:place] + rng.randbytes(length) + data[place + length :],
+        "gap": lambda: data[:place] + data[place + length :],
+        "twice": lambda: data[: place + length] + data[place:],
+        "copy": lambda: data[:place] + data[other : other + length] + data[place + length :],
+        "token": lambda: data[:place] + rng.choice(tokens or (b"",)) + data[place + rng.choice((0, 1, length)) :],
+        "cut": lambda: data[:place],
+    }[
+        rng.choice(
+            ("bit", "byte", "number", "digit", "zeros", "noise", "gap", "twice", "copy", "token", "token", "cut")
+        )
+    ]()
+
+
+def input_of(name: str, number: int) -> bytes:
+    """Return input `number` of the loader `name`."""
+    rng, loader = random.Random(f"{name}/{number}"), LOADERS[name]
+    return mutated(rng, loader.make(rng), loader.tokens)
+
+
+def verdict(name: str, data: bytes, folder: Path) -> tuple[str, str]:
+    """Return `taken`, `compared` or `refused`, and what is wrong with that, or nothing."""
+    loader = LOADERS[name]
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        ours = loader.ours(folder, data)
+    except UserError as error:
+        lines = str(error).splitlines()
+        return "refused", "" if len(lines) == 1 else f"a message of {len(lines)} lines: {error!s:.200}"
+    except BaseException as error:
+        return "refused", f"{type(error).__name__}: {error!s:.200}\n{traceback.format_exc(limit=-4)}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        other = loader.other(data)
+    except (Exception, TooLong):
+        return "taken", ""
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if loaders.comparable(ours) == loaders.comparable(other):
+        return "compared", ""
+    return "compared", f"another value: {ours!r:.300}, not {other!r:.300}"
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise TooLong
+
+
+def _work(names: list[str], numbers: range, results: Any) -> None:
+    """In a process of its own, since a bad file may end it: send the name and number of each input, then its verdict."""
+    own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, own + MEMORY))
+    signal.signal(signal.SIGALRM, _stop)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in numbers:
+            name = names[number % len(names)]
+            data = input_of(name, number)
+            results.send((name, number, None))
+            results.send((name, number, verdict(name, data, Path(folder))))
+    results.send(None)
+
+
+def _messages(names: list[str], numbers: range) -> Iterator[tuple[str, int, tuple[str, str] | None]]:
+    """Yield what the workers send; a worker that dies is replaced by one that goes on behind the input."""
+    context = multiprocessing.get_context("fork")  # the imports are done
+    while numbers:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(names, numbers, sender))
+        process.start()
+        sender.close()
+        last = ("", numbers.start - 1)
+        try:
+            while receiver.poll(4 * SECONDS) and (message := receiver.recv()) is not None:
+                last = message[:2]
+                yield message
+            if receiver.poll(0) or message is None:
+                return
+            reason = "hangs where no signal reaches it"
+        except EOFError:
+            reason = "the process died"
+        finally:
+            process.kill()
+            process.join()
+        yield (*last, ("refused", reason))
+        numbers = range(last[1] + 1, numbers.stop)
+
+
+def fuzz(inputs: int, first: int = 0, names: list[str] | None = None) -> Result:
+    """Read `inputs` inputs from number `first` on, by the loaders `names` in turn."""
+    result = Result()
+    for name, number, said in _messages(names or list(LOADERS), range(first, first + inputs)):
+        if said is None:
+            continue
+        what, wrong = said
+        getattr(result, what)[name] += 1
+        if wrong:
+            result.failures.append(f"{name} {number}: {wrong}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=2000, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument("--only", choices=list(LOADERS), action="append", help="loaders to use; default: all")
+    options = parser.parse_args()
+    result = fuzz(options.inputs, options.first, options.only)
+    for name in options.only or LOADERS:
+        counts = (result.taken[name], result.compared[name], result.refused[name])
+        sys.stdout.write("%-24s taken %6d, compared %6d, refused %6d\n" % (name, *counts))
+    sys.exit("\n".join([*result.failures, f"{len(result.failures)} failures"]) if result.failures else 0)
+
+
+if __name__ == "__main__":
+    main()
