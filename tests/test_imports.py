@@ -20,11 +20,11 @@ ROOMS = (
     (
         "ldm.util",
         "ldm.files",
-        "ldm.entries",
+        "ldm.shards.sample",
         "ldm.cli",
         "ldm.host_copy",
         "ldm.lr_scheduler",
-        "ldm.pictures",
+        "ldm.images.grid",
     ),
 )
 FORBIDDEN = {

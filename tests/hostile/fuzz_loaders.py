@@ -18,13 +18,14 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint import open_checkpoint
 from ldm.checkpoint.formats import as_bytes
-from ldm.data.captions import METADATA, from_metadata
-from ldm.data.index import INDEX, read_index
-from ldm.data.shards import decode_member
-from ldm.data.tar import index_tar, is_sample, read_span, split_name
-from ldm.training.config import load_config as load_our_config
-from ldm.training.config import plain
-from ldm.training.records import read_record, write_record
+from ldm.config.load import load_config as load_our_config
+from ldm.config.load import plain
+from ldm.encoding.jobs import read_record, write_record
+from ldm.files import read_span
+from ldm.images.captions import METADATA, from_metadata
+from ldm.shards.index import INDEX, read_index
+from ldm.shards.reader import decode_member
+from ldm.shards.tar import index_tar, is_sample, split_name
 from ldm.training.resume import read_training_checkpoint
 from tests.hostile.sample_files import SAMPLE, npy_header, npy_of, tar_of
 from tests.ldm.checkpoint.legacy_files import random_legacy

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import ema_key, load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
-from ldm.training.config import build_model, load_config
+from ldm.config.load import build_model, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "hack_weights.py"
