@@ -1,6 +1,6 @@
 """Mutation fuzzer of everything that reads a user's files: an equal value, or a `UserError` of one line.
 
-Each loader is one entry of the table `LOADERS`: how to make a whole file, what of ours reads it, and what else reads it.
+Each loader is one entry of the table `LOADERS`: how to make a whole file, our reader, and another program's reader.
 A file is made, changed in a few places, and read. What ours takes is compared with what the other reader makes of it,
 where that reads the file too. Each input has a number, from which it can be made again.
 
@@ -95,25 +95,21 @@ def _changed(rng: random.Random, data: bytes, tokens: tuple[bytes, ...]) -> byte
     other = rng.randrange(len(data) + 1)
     width = rng.choice((1, 2, 4, 8))
     number = (rng.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, rng.choice(("little", "big")))
-    return {
-        "bit": lambda: (
-            data[:place] + bytes(b ^ 1 << rng.randrange(8) for b in data[place : place + 1]) + data[place + 1 :]
-        ),
-        "byte": lambda: data[:place] + rng.randbytes(1) + data[place + 1 :],
-        "number": lambda: data[:place] + number + data[place + width :],
-        "digit": lambda: data[:place] + rng.choice((b"0", b"9", b"-1", b"1e9", b"99999999999")) + data[place + 1 :],
-        "zeros": lambda: data[:place] + bytes(length) + data[place + length :],
-        "noise": lambda: data[:place] + rng.randbytes(length) + data[place + length :],
-        "gap": lambda: data[:place] + data[place + length :],
+    before, after = data[:place], data[place + 1 :]
+    changes = {
+        "bit": lambda: before + bytes(b ^ 1 << rng.randrange(8) for b in data[place : place + 1]) + after,
+        "byte": lambda: before + rng.randbytes(1) + after,
+        "number": lambda: before + number + data[place + width :],
+        "digit": lambda: before + rng.choice((b"0", b"9", b"-1", b"1e9", b"99999999999")) + after,
+        "zeros": lambda: before + bytes(length) + data[place + length :],
+        "noise": lambda: before + rng.randbytes(length) + data[place + length :],
+        "gap": lambda: before + data[place + length :],
         "twice": lambda: data[: place + length] + data[place:],
-        "copy": lambda: data[:place] + data[other : other + length] + data[place + length :],
-        "token": lambda: data[:place] + rng.choice(tokens or (b"",)) + data[place + rng.choice((0, 1, length)) :],
-        "cut": lambda: data[:place],
-    }[
-        rng.choice(
-            ("bit", "byte", "number", "digit", "zeros", "noise", "gap", "twice", "copy", "token", "token", "cut")
-        )
-    ]()
+        "copy": lambda: before + data[other : other + length] + data[place + length :],
+        "token": lambda: before + rng.choice(tokens or (b"",)) + data[place + rng.choice((0, 1, length)) :],
+        "cut": lambda: before,
+    }
+    return changes[rng.choice((*changes, "token"))]()
 
 
 def input_of(name: str, number: int) -> bytes:
@@ -152,7 +148,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _work(names: list[str], numbers: range, results: Any) -> None:
-    """In a process of its own, since a bad file may end it: send the name and number of each input, then its verdict."""
+    """Send name and number of each input, then its verdict; in a process of its own, since a bad file may end it."""
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, own + MEMORY))
     signal.signal(signal.SIGALRM, _stop)
@@ -214,7 +210,7 @@ def main() -> None:
     result = fuzz(options.inputs, options.first, options.only)
     for name in options.only or LOADERS:
         counts = (result.taken[name], result.compared[name], result.refused[name])
-        sys.stdout.write("%-24s taken %6d, compared %6d, refused %6d\n" % (name, *counts))
+        sys.stdout.write("{:24} taken {:6}, compared {:6}, refused {:6}\n".format(name, *counts))
     sys.exit("\n".join([*result.failures, f"{len(result.failures)} failures"]) if result.failures else 0)
 
 

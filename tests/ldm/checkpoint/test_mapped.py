@@ -146,7 +146,7 @@ def test_a_file_replaced_after_it_was_opened_is_read_as_it_was(path, tmp_path):
 def test_exit_on_bus_error_names_the_file_and_leaves_nothing_half_written(path, tmp_path):
     program = f"""
 import os
-from ldm.cli import run
+from ldm.cli.run import run
 from ldm.checkpoint import Pending, load_state_dict, save_state_dict
 weights = load_state_dict({str(path)!r})
 def touch():
