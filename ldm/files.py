@@ -130,8 +130,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The folder is made if it is missing. The temporary name keeps the suffix of `path`, since writers choose by it.
     What killed processes of this machine left of this file is removed. An `OSError` that names no file (a full disk)
     gets `path`.
+
+    Raises:
+        UserError: at `path` is a folder, a pipe or a device.
     """
     path = Path(path)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     # Machines and containers share folders: a process id can stand for several processes, and so can a host name.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.files import MOST_IN_MEMBER
+from ldm.files import MOST_IN_MEMBER, check_file, open_file
 from ldm.util import UserError
 
 _GZIP = b"\x1f\x8b"
@@ -91,7 +91,7 @@ def check_member(member: tarfile.TarInfo, where: str) -> bool:
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each plain file in the tar, in order; whatever is broken is a `UserError`."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if file.read(2) == _GZIP:
             raise UserError(f"{path}: is compressed; unpack it with gunzip, or name it as 'pipe:gzip -dc {path}'")
         file.seek(0)
@@ -125,7 +125,8 @@ def index_tar(path: Path) -> list[TarSample]:
         UserError: the tar is missing, truncated, damaged, compressed, holds a name that leads outside, or one twice.
     """
     samples: dict[str, TarSample] = {}
-    if not path.is_file():
+    check_file(path)
+    if not path.exists():
         raise UserError(f"{path}: no such file")
     for name, offset, size in _members(path):
         key, extension = split_name(name.removeprefix("./"))

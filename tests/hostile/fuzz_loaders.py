@@ -100,9 +100,9 @@ def _content(rng: random.Random) -> dict[Any, Any]:
     return {"state_dict": _weights(rng), **kept}
 
 
-def _saved(content: Any, zipped: bool = True) -> bytes:
+def _saved(content: Any) -> bytes:
     file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    torch.save(content, file)
     return file.getvalue()
 
 
@@ -111,7 +111,9 @@ def make_zip(rng: random.Random) -> bytes:
 
 
 def make_legacy(rng: random.Random) -> bytes:
-    return random_legacy(rng) if rng.random() < 0.5 else _saved(_content(rng), zipped=False)
+    plain_data = _content(rng)
+    del plain_data["state_dict"]
+    return random_legacy(rng, plain_data)
 
 
 def read_checkpoint(folder: Path, data: bytes) -> Any:
@@ -186,7 +188,7 @@ def _strike(rng: random.Random, value: Any) -> Any:
 
 def make_training(rng: random.Random) -> bytes:
     content = _training()
-    for _ in range(rng.randint(0, 3)):
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         content = _strike(rng, content) if isinstance(content, dict) else content
     return _saved(content)
 
@@ -195,16 +197,12 @@ def read_training(folder: Path, data: bytes) -> Any:
     return read_training_checkpoint(_write(folder, "last.ckpt", data)).content
 
 
-def load_training(data: bytes) -> Any:
-    return torch_load(data)
-
-
 # Safetensors.
 
 
 def make_safetensors(rng: random.Random) -> bytes:
     weights = {key: value.contiguous().resolve_conj() for key, value in _weights(rng).items()}
-    return safetensors.torch.save(weights, rng.choice((None, {"format": "pt"}, {"title": "é", "x": ""})))
+    return safetensors.torch.save(weights, rng.choice((None, {"format": "pt"}, {"title": "é\n"})))
 
 
 def load_safetensors(data: bytes) -> Any:
@@ -312,7 +310,8 @@ def load_json(data: bytes) -> Any:
 
 
 def make_record(rng: random.Random) -> bytes:
-    content = {"samples": 3, "bytes": 512, "sha256": "ab" * 32, "failed": [{"name": "a.png", "reason": "x"}]}
+    content = {"name": "s-0.tar", "samples": 3, "bytes": 512, "sha256": "ab" * 32, "pictures": 4, "without_caption": 0}
+    content |= {"failed": [{"name": "a.png", "reason": "x"}], "sizes": {"64x64": 3}, "f8": [[8, 8, 8]]}
     return json.dumps(_strike_json(rng, content) if rng.random() < 0.5 else content).encode()
 
 

@@ -60,8 +60,11 @@ def legacy_file(content, storages):
     return file.getvalue()
 
 
-def random_legacy(rng):
-    """Return the bytes of a legacy file of a few tensors in storages and in views of them, drawn by `rng`."""
+def random_legacy(rng, beside=None):
+    """Return the bytes of a legacy file of a few tensors in storages and in views of them, chosen by `rng`.
+
+    `beside` is what else the file holds.
+    """
     dtypes = [dtype for dtype in STORAGE_NAMES if not dtype.is_complex]
     storages, content = [], {}
     for number in range(rng.randint(1, 3)):
@@ -76,7 +79,7 @@ def random_legacy(rng):
         for place, room in places:
             for _ in range(rng.randint(1, 2)):
                 content[f"w{len(content)}"] = _random_layout(rng, place, room)
-    return legacy_file({"state_dict": content}, storages)
+    return legacy_file({"state_dict": content, **(beside or {})}, storages)
 
 
 def _random_layout(rng, storage, room):
