@@ -51,13 +51,22 @@ _PACKED = tuple(
 )
 
 
+def reducible(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return `tensor` in a dtype that torch reduces; None if its dtype has no infinity and no NaN.
+
+    float8 becomes float32, and complex numbers become pairs of real ones.
+    """
+    if tensor.dtype in _PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all values are finite, in any dtype: torch's own `isfinite` lacks most kinds of float8."""
-    if tensor.dtype in _PACKED:  # these have no infinity and no NaN
-        return True
-    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.float32)
-    return bool(torch.isfinite(tensor).all())
+    """Return whether all values are finite, in any dtype."""
+    numbers = reducible(tensor)
+    return numbers is None or bool(torch.isfinite(numbers).all())
 
 
 def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -66,6 +75,8 @@ def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
         return first.shape == second.shape and torch.equal(as_bytes(first), as_bytes(second))
     if first.dtype == torch.complex32:
         first, second = first.to(torch.complex64), second.to(torch.complex64)
+    elif first.is_floating_point() and first.dtype.itemsize == 1:
+        first, second = first.to(torch.float32), second.to(torch.float32)
     return torch.equal(first, second)
 
 

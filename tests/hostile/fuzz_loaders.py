@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-import yaml
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import open_checkpoint
@@ -121,7 +120,17 @@ def read_checkpoint(folder: Path, data: bytes) -> Any:
 
 
 def torch_load(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=True)
+    return _without_names(torch.load(io.BytesIO(data), weights_only=True))
+
+
+def _without_names(value: Any) -> Any:
+    """Return `value` without classes and functions, which ours leaves out: dropped from dicts, None elsewhere."""
+    if isinstance(value, dict):
+        pairs = [pair for pair in value.items() if not any(map(callable, pair))]
+        return {key: _without_names(part) for key, part in pairs}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_without_names, value))
+    return None if callable(value) else value
 
 
 def make_sealed(rng: random.Random) -> bytes:
@@ -361,5 +370,5 @@ def read_config(folder: Path, data: bytes) -> Any:
 
 
 def load_config(data: bytes) -> Any:
-    config = OmegaConf.create(yaml.safe_load(data.decode()))
+    config = OmegaConf.create(data.decode())  # with the numbers of YAML 1.2, such as 1e-4
     return OmegaConf.to_container(config, resolve=True)

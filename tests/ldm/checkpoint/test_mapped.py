@@ -19,7 +19,6 @@ from ldm.checkpoint import (
     save_state_dict,
     weights_digest,
 )
-from ldm.checkpoint.formats import as_bytes
 from ldm.checkpoint.mapped import MappedFile
 from ldm.util import UserError
 from tests.ldm.checkpoint.sample_tensors import same, tensors
@@ -174,7 +173,3 @@ def test_descriptors_and_maps_are_closed_with_the_last_tensor(path):
     assert torch.equal(in_memory(part), torch.arange(10.0, 20.0)) and in_memory(part) is not part
     del part
     assert count() == before
-
-
-def test_as_bytes_takes_a_single_element_of_any_stride():
-    assert as_bytes(torch.arange(4.0)[::2][1:]).tolist() == [0, 0, 0, 64]
