@@ -42,7 +42,11 @@ class _Source:
         self.check()
         done = 0
         while done < len(buffer):
-            count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            except OSError as error:  # of a disk that fails
+                error.filename = str(self.path)
+                raise
             if not count:
                 raise UserError(f"{self.path}: was cut short while it was read; start again with the whole file")
             done += count

@@ -52,8 +52,8 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
     """Open the checkpoint at `path`; see `load_checkpoint`."""
     path = Path(path)
     head = _head(path)
-    file = MappedFile(path, mapped=mmap)
     try:
+        file = MappedFile(path, mapped=mmap)
         if _is_safetensors(head):
             content = _load_safetensors(path, file)
             file.check_unchanged()

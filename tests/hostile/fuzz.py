@@ -31,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, fr
 import torch
 
 from ldm.util import UserError
-from tests.hostile import fuzz_loaders as loaders
+from tests.hostile import fuzz_checkpoints as checkpoints
+from tests.hostile import fuzz_samples as samples
+from tests.hostile.fuzz_values import comparable
 
 SECONDS = 10  # an input
 SILENCE = 120  # seconds until a worker counts as hanging where no signal reaches it
@@ -51,18 +53,28 @@ class Loader:
 
 
 LOADERS = {
-    "checkpoint": Loader(loaders.make_zip, loaders.read_checkpoint, loaders.torch_load, loaders.PICKLE_TOKENS),
-    "pickle in a checkpoint": Loader(loaders.make_sealed, loaders.read_sealed, loaders.load_sealed),
-    "old checkpoint": Loader(loaders.make_legacy, loaders.read_checkpoint, loaders.torch_load, loaders.PICKLE_TOKENS),
-    "resumed checkpoint": Loader(loaders.make_training, loaders.read_training, loaders.torch_load, whole=1.0),
-    "safetensors": Loader(loaders.make_safetensors, loaders.read_checkpoint, loaders.load_safetensors, loaders.JSON),
-    "npy": Loader(loaders.make_npy, loaders.read_npy, loaders.load_npy, loaders.NPY_TOKENS),
-    "tar": Loader(loaders.make_tar, loaders.read_tar, loaders.load_tar, loaders.TAR_TOKENS),
-    "streamed tar": Loader(loaders.make_tar, loaders.stream_members, loaders.load_tar, loaders.TAR_TOKENS),
-    "index": Loader(loaders.make_index, loaders.read_set_index, loaders.load_json, loaders.JSON),
-    "record": Loader(loaders.make_record, loaders.read_shard_record, loaders.load_json, loaders.JSON),
-    "metadata": Loader(loaders.make_metadata, loaders.read_metadata, loaders.load_metadata, loaders.JSON),
-    "config": Loader(loaders.make_config, loaders.read_config, loaders.load_config, loaders.YAML_TOKENS),
+    "checkpoint": Loader(
+        checkpoints.make_zip, checkpoints.read_checkpoint, checkpoints.torch_load, checkpoints.PICKLE_TOKENS
+    ),
+    "pickle in a checkpoint": Loader(
+        checkpoints.make_sealed, checkpoints.read_sealed, checkpoints.load_sealed, checkpoints.PICKLE_TOKENS
+    ),
+    "old checkpoint": Loader(
+        checkpoints.make_legacy, checkpoints.read_checkpoint, checkpoints.torch_load, checkpoints.PICKLE_TOKENS
+    ),
+    "resumed checkpoint": Loader(
+        checkpoints.make_training, checkpoints.read_training, checkpoints.torch_load, whole=1.0
+    ),
+    "safetensors": Loader(
+        checkpoints.make_safetensors, checkpoints.read_checkpoint, checkpoints.load_safetensors, samples.JSON
+    ),
+    "npy": Loader(samples.make_npy, samples.read_npy, samples.load_npy, samples.NPY_TOKENS),
+    "tar": Loader(samples.make_tar, samples.read_tar, samples.load_tar, samples.TAR_TOKENS),
+    "streamed tar": Loader(samples.make_tar, samples.stream_members, samples.load_tar, samples.TAR_TOKENS),
+    "index": Loader(samples.make_index, samples.read_set_index, samples.load_json, samples.JSON),
+    "record": Loader(samples.make_record, samples.read_shard_record, samples.load_json, samples.JSON),
+    "metadata": Loader(samples.make_metadata, samples.read_metadata, samples.load_metadata, samples.JSON),
+    "config": Loader(samples.make_config, samples.read_config, samples.load_config, samples.YAML_TOKENS),
 }
 
 
@@ -139,7 +151,7 @@ def verdict(name: str, data: bytes, folder: Path) -> tuple[str, str]:
         return "taken", ""
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    if loaders.comparable(ours) == loaders.comparable(other):
+    if comparable(ours) == comparable(other):
         return "compared", ""
     return "compared", f"another value: {ours!r:.300}, not {other!r:.300}"
 
