@@ -1,4 +1,4 @@
-"""Files: opening none that never ends, writing so that a kill or a full disk leaves the old file whole. No torch."""
+"""Opening of files that end, and writing that leaves the old file whole after a kill or a full disk. No torch."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """How the temporary files of `path` begin on this machine."""
+    """Return the beginning of the names of temporary files of `path` on this machine."""
     return f".{path.stem}.{os.uname().nodename}."
 
 
@@ -184,7 +184,7 @@ def _is_running(process: int) -> bool:
 
 
 def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
-    """`size` bytes at `offset` of an open file; `UserError` naming `name` where it ends early."""
+    """Return `size` bytes at `offset` of an open file; `UserError` naming `name` where it ends early."""
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
         raise UserError(f"{name}: the file ends early; it changed after it was indexed")

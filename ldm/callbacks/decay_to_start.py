@@ -98,7 +98,7 @@ class DecayToStart(Callback):
     def _starts(
         self, groups: Sequence[Mapping[str, Any]], module: nn.Module, weights: Mapping[str, Tensor]
     ) -> dict[nn.Parameter, Tensor]:
-        """The mapped start of each trained parameter; those that a release may lack have none."""
+        """Return the start of each trained parameter, in its file; those that a release may lack have none."""
         names = {parameter: name for name, parameter in module.named_parameters()}
         starts = {}
         for parameter in (parameter for group in groups for parameter in group["params"]):
@@ -114,7 +114,7 @@ class DecayToStart(Callback):
         return starts
 
     def _share(self, rate: float | Tensor) -> float:
-        """The share of its way back that a weight goes at once, at the learning rate `rate`."""
+        """Return the share of its way back that a weight goes per pull, at the learning rate `rate`."""
         return float(rate) * self.weight * self.every_n_steps
 
     @torch.no_grad()
@@ -138,6 +138,6 @@ class DecayToStart(Callback):
 
 
 def _rounded_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Float32 `value` at bfloat16's precision: further from zero with the probability that the cut bits stand for."""
+    """Return float32 `value` at bfloat16's precision: further from zero with the probability that the cut bits stand for."""
     noise = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     return ((value.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)

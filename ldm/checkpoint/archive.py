@@ -41,7 +41,7 @@ def _storage_id(saved_id: Any) -> tuple[torch.dtype, str, int, Any]:
 
 
 class ZipArchive:
-    """The records of a `torch.save` zip, read through `file`."""
+    """Records of a `torch.save` zip, read through `file`."""
 
     def __init__(self, path: Path, file: MappedFile) -> None:
         self.file = file

@@ -17,12 +17,12 @@ _MOST_EXPANDED = 1 << 20  # elements that a tensor may have beyond its storage
 
 
 class UnreadTensor(ValueError):
-    """A tensor of a kind that is not read; the message says which, and what to save in its place."""
+    """Tensor of a kind that is not read; the message names the kind, and what to save in its place."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A class or function that a pickle names, such as `torch._utils._rebuild_tensor_v2`; never looked up."""
+    """Class or function that a pickle names, such as `torch._utils._rebuild_tensor_v2`; never looked up."""
 
     name: str
 
@@ -98,14 +98,14 @@ def _bytes(text: str, encoding: str = "latin1") -> bytes:
 
 
 def _plain(items: Any = ()) -> Any:
-    """`items` if it is a list or a tuple."""
+    """Return `items` if it is a list or a tuple."""
     if not isinstance(items, list | tuple):
         raise ValueError(f"a list was expected, not {type(items).__name__}")
     return items
 
 
 def keys(items: list[Any]) -> list[Any]:
-    """`items` if each can be a key of a dict or an element of a set."""
+    """Return `items` if each can be a key of a dict or an element of a set."""
     for item in items:
         for part in item if isinstance(item, tuple) else (item,):
             if not isinstance(part, _KEYS):

@@ -17,7 +17,7 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-_PART_BYTES = 2**28
+_PART_BYTES = 2**26
 
 
 class LoadReport(NamedTuple):
@@ -39,7 +39,7 @@ def load_into(
 
     The text tower, `cond_stage_model.*`, is also optional in the weights of a module whose cond stage has none.
     EMA weights stand in for the weights where a file holds nothing else. `assign` makes the tensors the module's own
-    instead of copying them; weights that are copied are read a few hundred megabytes at a time. `source` names the
+    instead of copying them; weights that are copied are read some megabytes at a time. `source` names the
     weights in messages.
 
     Raises:

@@ -26,7 +26,7 @@ _PRESENT, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61
 
 @dataclass(frozen=True)
 class _Source:
-    """The file behind a memory map, which begins at the address `start`."""
+    """File behind a memory map, which begins at the address `start`."""
 
     path: Path
     descriptor: int
@@ -61,7 +61,7 @@ _SOURCES: dict[int, _Source] = {}  # of the maps that are alive, by their addres
 
 
 class MappedFile:
-    """A private memory map of the file at `path`: tensors made from it may be written to, the file does not change.
+    """Private memory map of the file at `path`: tensors made from it may be written to, the file does not change.
 
     Args:
         mapped: whether tensors lie in the map; else they are read at once.
@@ -114,7 +114,7 @@ class MappedFile:
 
 
 class BoundedReader(io.BufferedReader):
-    """A stream of a file that makes no room for more bytes than the file has, whatever a pickle claims."""
+    """Stream of a file that makes no room for more bytes than the file has, whatever a pickle claims."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         super().__init__(io.FileIO(os.dup(descriptor)))

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
-# What people have instead of a checkpoint: how the file begins, and what to tell them.
+# Files that people mistake for a checkpoint: how they begin, and what to tell.
 _MISTAKEN = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download it"),
     (b"<", "looks like a web page: the download failed (a login or a licence page?); download it again"),
@@ -84,11 +84,11 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    """The whole content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
+    """Return the whole content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
 
-    Nothing in the file is run: what is neither a tensor nor plain data is left out and logged. Tensors are on the CPU,
-    without gradients, and memory-mapped (`mmap=False`: read into memory). What the file has checksums of is held
-    against them.
+    Nothing in the file is run: objects that are neither tensors nor plain data are left out and logged. Tensors are on
+    the CPU, without gradients, and memory-mapped (`mmap=False`: read into memory). Their bytes are compared with the
+    checksums that the file has.
 
     Raises:
         UserError: the file is missing, damaged, or no checkpoint.
@@ -97,7 +97,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in a `.ckpt` or `.safetensors` file, flat, whether or not nested under `"state_dict"`.
+    """Return the weights in a `.ckpt` or `.safetensors` file, flat, whether or not nested under `"state_dict"`.
 
     Raises:
         UserError: the file is missing, damaged, or holds no weights.
@@ -106,7 +106,7 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a loaded checkpoint by key; `path` is for messages."""
+    """Return the tensors of a loaded checkpoint by key; `path` is for messages."""
     nested = content.get("state_dict", content)
     if not isinstance(nested, dict):
         raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
@@ -121,7 +121,11 @@ def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Ten
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of the file, after the mistakes that they give away."""
+    """Return the first bytes of the file.
+
+    Raises:
+        UserError: they are those of something that people mistake for a checkpoint.
+    """
     if path.is_dir():
         raise UserError(f"{path}: a folder; name the .ckpt or .safetensors file in it")
     try:
@@ -138,7 +142,7 @@ def _head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether a file begins with a 64-bit length, of which some byte is not text, and a JSON object."""
+    """Return whether a file begins with a 64-bit length, of which some byte is not text, and a JSON object."""
     return head[8:9] == b"{" and not all(32 <= byte < 127 for byte in head[:8])
 
 

@@ -28,7 +28,7 @@ from ldm.util import UserError
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """A tensor that `compute` gives when its turn to be written comes. Its shape and dtype are known before."""
+    """Tensor that `compute` returns when it is written; its shape and dtype are known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class Pending:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Pending:
-    """`tensor` itself if it has `dtype`, else converted when it is written."""
+    """Return `tensor` itself if it has `dtype`, else a `Pending` that converts it when it is written."""
     if tensor.dtype == dtype:
         return tensor
     return Pending(tuple(tensor.shape), dtype, lambda: converted(in_memory(tensor), dtype))
@@ -91,7 +91,7 @@ def check_suffix(path: str | Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """Stands for the bytes of one tensor in the pickle."""
+    """Placeholder in the pickle of the bytes of one tensor."""
 
     kind: type
     key: str
@@ -99,7 +99,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles as `torch.save` does, but keeps each tensor for later, with a contiguous storage of its own."""
+    """Pickler in the format of `torch.save` that keeps each tensor for later, in a contiguous storage of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)  # the protocol that torch.load(weights_only=True) reads

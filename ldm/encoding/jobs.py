@@ -92,7 +92,7 @@ def read_record(shard: Path) -> Record | None:
 
 
 def take_up(shard: Path) -> Record | None:
-    """The record of a shard that an earlier run finished, if all of its bytes are as they were written; else None."""
+    """Return the record of a shard that an earlier run finished, if its bytes are as they were written; else None."""
     try:
         record = read_record(shard)
     except UserError as error:
@@ -108,7 +108,7 @@ def take_up(shard: Path) -> Record | None:
 
 
 def wait_for_records(shards: Sequence[Path]) -> list[Record]:
-    """The records of all `shards`; waits for those that other processes make."""
+    """Return the records of all `shards`; wait for those that other processes make."""
     records: dict[Path, Record] = {}
     told = False
     while True:

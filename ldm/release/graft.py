@@ -1,4 +1,4 @@
-"""Released weights into a training checkpoint that `main.py --resume` takes."""
+"""Grafting of released weights into a training checkpoint that `main.py --resume` takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN = (*SCHEDULE_KEYS, EMA_DECAY)
 
 @dataclass
 class Graft:
-    """A state dict with released weights in it, and where its keys came from."""
+    """State dict with released weights in it, and where its keys came from."""
 
     state_dict: dict[str, torch.Tensor | Pending] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Graft:
     skipped: list[str] = field(default_factory=list)  # of the release: the training has no place for them
 
     def summary(self) -> list[str]:
-        """One line for each kind of key, with counts."""
+        """Return one line for each kind of key, with counts."""
         cond_stage = sum(key.startswith(COND_STAGE) and not is_optional(key) for key in self.skipped)
         ema = sum(key.startswith(EMA) for key in self.skipped)
         lines = [
@@ -85,7 +85,7 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
 
 
 def _ema_origins(state_dict: Weights, release: Weights) -> dict[str, str]:
-    """For each EMA weight of `state_dict`, the key of `release` that it starts from: all EMA, or all weights."""
+    """Return the key of `release` that each EMA weight of `state_dict` starts from: all EMA, or all weights."""
     shadows = {ema_key(key): key for key in state_dict if key.startswith(MODEL)}
     shadows = {shadow: key for shadow, key in shadows.items() if shadow in state_dict}
     if shadows.keys() <= release.keys():
@@ -94,7 +94,7 @@ def _ema_origins(state_dict: Weights, release: Weights) -> dict[str, str]:
 
 
 def grafted_checkpoint(training: Mapping[str, Any], grafted: Graft) -> dict[str, Any]:
-    """The Lightning checkpoint `training` with the grafted weights; its optimizers forget the weights they knew.
+    """Return the Lightning checkpoint `training` with the grafted weights and without its optimizers' moments.
 
     Loops, step, schedulers and the optimizers' param groups stay.
     """

@@ -1,4 +1,4 @@
-"""What `tools/hack_weights.py` does with files: read, graft, keep what is replaced, write, and say so."""
+"""Files of `tools/hack_weights.py`: read, graft, keep the file that is replaced, write, and log it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
 
 
 def _with_encoders(content: dict, released: dict) -> dict:
-    """`content` with the digests of the release's encoders, which training compares with those of its shards."""
+    """Return `content` with the digests of the release's encoders, which training compares with those of its shards."""
     digests = encoder_digests(released)
     return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
 
@@ -95,7 +95,7 @@ def _write(content: dict, out: Path) -> None:
 
 
 def _is_made_from_config(path: Path) -> bool:
-    """Whether the file is a checkpoint that `hack_config` wrote: no training is lost with it."""
+    """Return whether `hack_config` wrote the file: then no training is lost with it."""
     try:
         content = open_checkpoint(path).content
     except UserError:

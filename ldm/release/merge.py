@@ -1,4 +1,4 @@
-"""A training checkpoint and the release that it started from → a new release."""
+"""Merging of a training checkpoint into the release that it started from: a new release."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash
 
 @dataclass
 class Merge:
-    """A release's state dict with trained weights in it, and which of its keys came from where."""
+    """State dict of a release with trained weights in it, and where each of its keys came from."""
 
     kind: str  # of the trained weights: "ema" or "raw"
     state_dict: dict[str, torch.Tensor | Pending] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Merge:
     untouched: list[str] = field(default_factory=list)
 
     def summary(self) -> list[str]:
-        """One line for each kind of key, with counts."""
+        """Return one line for each kind of key, with counts."""
         kind = "its moving average (ema)" if self.kind == "ema" else "the weights themselves (raw)"
         lines = [
             (len(self.trained), f"weights taken from the training, {kind}"),
@@ -65,10 +65,10 @@ def merge(
     weights: str | None = None,
     half: bool = False,
 ) -> Merge:
-    """`release` with every weight that `training` changed, cast to the release's dtype; the rest bit for bit.
+    """Return `release` with every weight that `training` changed, cast to the release's dtype; the rest bit for bit.
 
-    A weight counts as changed if it differs from the released one in the dtype of the training, and so does each
-    element: a training in a narrow dtype does not round those that it left alone.
+    A weight counts as changed if it differs from the released one in the dtype of the training. The same holds for each
+    element: those that a training in a narrow dtype left alone are not rounded.
 
     Args:
         weights: `ema` takes the moving average where there is one, `raw` the weights themselves; None: `ema` if the
@@ -153,7 +153,7 @@ def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.
 
 
 def merge_files(training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool) -> None:
-    """Merge the checkpoints at `training_path` and `release_path` into the release `out`, saying what came from where.
+    """Merge the checkpoints at `training_path` and `release_path` into the release `out`, and log where the keys came from.
 
     `weights` and `half` are those of `merge`; the format of `out` goes by its suffix. The release's metadata is kept,
     except for digests of its weights.
