@@ -138,6 +138,6 @@ class DecayToStart(Callback):
 
 
 def _rounded_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Return float32 `value` at bfloat16's precision: further from zero with the probability that the cut bits stand for."""
+    """Return float32 `value` at bfloat16's precision, further from zero with the probability that the cut bits give."""
     noise = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     return ((value.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)

@@ -21,6 +21,7 @@ from ldm.util import UserError
 _STORAGE_DTYPES = {**{name: dtype for dtype, name in STORAGE_NAMES.items()}, "UntypedStorage": torch.uint8}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_FOLDER = 0x10  # the attribute of DOS
 _CHUNK = 1 << 26  # bytes of a record that are in memory at once while it is checked
 
 
@@ -70,6 +71,8 @@ class ZipArchive:
             raise ValueError(f"record {name} is missing")
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise ValueError(f"record {name} is compressed or encrypted, which torch.save never does")
+        if record.external_attr & _FOLDER:  # of which torch reads nothing
+            raise ValueError(f"record {name} is marked as a folder")
         header = self.file.read(record.header_offset, 30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise ValueError(f"record {name} has no header")

@@ -59,11 +59,13 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
     tensor = _strided(storage, offset, size, stride)
     if metadata is None:
         return tensor
-    if not isinstance(metadata, dict) or not all(type(key) is str for key in metadata):
-        raise ValueError("a tensor with metadata that is no dict")
-    if metadata.get("conj") is True:
+    if not isinstance(metadata, dict) or any(key not in ("conj", "neg") for key in keys(list(metadata))):
+        raise ValueError("a tensor with metadata that torch does not write")
+    if not all(flag is True for flag in metadata.values()):
+        raise ValueError("a conjugate or negative view that is none")
+    if "conj" in metadata:
         tensor = tensor.conj().resolve_conj()
-    if metadata.get("neg") is True:
+    if "neg" in metadata:
         tensor = -tensor
     return tensor
 

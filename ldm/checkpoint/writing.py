@@ -113,6 +113,8 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) not in (torch.Tensor, torch.nn.Parameter, Pending):
             return NotImplemented  # a tensor subclass reduces to a class and plain tensors
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_nested):
+            raise UserError("a quantised, sparse or nested tensor cannot be saved; save a dense one in its place")
         key, size = str(len(self.tensors)), torch.Size(value.shape)
         self.tensors.append(value)
         stride = torch.empty(size, device="meta").stride()

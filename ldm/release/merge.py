@@ -153,7 +153,7 @@ def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.
 
 
 def merge_files(training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool) -> None:
-    """Merge the checkpoints at `training_path` and `release_path` into the release `out`, and log where the keys came from.
+    """Merge the checkpoints at `training_path` and `release_path` into the release `out`; log where its keys come from.
 
     `weights` and `half` are those of `merge`; the format of `out` goes by its suffix. The release's metadata is kept,
     except for digests of its weights.

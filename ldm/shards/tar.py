@@ -36,7 +36,7 @@ class TarSample:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return `"a/b.f8.npy"` as key `"a/b"` and extension `"f8.npy"`: WebDataset cuts at the first dot of the file name."""
+    """Return `"a/b.f8.npy"` as key `"a/b"` and extension `"f8.npy"`: WebDataset cuts at the first dot of the name."""
     folder, slash, file_name = name.rpartition("/")
     stem, _, extension = file_name.partition(".")
     return folder + slash + stem, extension.lower()

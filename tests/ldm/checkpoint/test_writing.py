@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm.checkpoint import (
@@ -14,6 +15,7 @@ from ldm.checkpoint import (
     formats,
     load_checkpoint,
     load_state_dict,
+    open_checkpoint,
     save_checkpoint,
     save_state_dict,
     writing,
@@ -111,3 +113,39 @@ def test_a_dtype_that_safetensors_lacks_is_named(tmp_path):
     with pytest.raises(UserError, match="complex128"):
         save_state_dict({"a": torch.ones(1, dtype=torch.complex128)}, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.eye(2).to_sparse_csr(),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+)
+def test_save_checkpoint_refuses_tensors_of_other_kinds(make, tmp_path):
+    with pytest.raises(UserError, match="cannot be saved"):
+        save_checkpoint({"state_dict": {"w": torch.ones(2), "x": make()}}, tmp_path / "model.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_save_state_dict_keeps_metadata(suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    metadata = {"modelspec.title": "Cats \n é", "ss_steps": "3"}
+    save_state_dict({"w": torch.ones(2)}, path, metadata=metadata)
+    found = open_checkpoint(path).metadata
+    assert {**found, "format": "pt"} == {"format": "pt", **metadata}
+    if suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt", **metadata}
+    else:
+        assert torch.load(path, weights_only=True)["metadata"] == metadata
+    assert load_state_dict(path).keys() == {"w"}
+
+
+def test_save_state_dict_writes_no_metadata_where_there_is_none(tmp_path):
+    save_state_dict({"w": torch.ones(2)}, tmp_path / "model.ckpt", metadata={})
+    assert load_checkpoint(tmp_path / "model.ckpt").keys() == {"state_dict"}
