@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ldm.checkpoint.keys import COND_STAGE, EMA, MODEL, OPTIONAL_KEYS, has_part, is_optional, with_ema_as_weights
+from ldm.checkpoint.keys import (
+    COND_STAGE,
+    CONDITIONER,
+    EMA,
+    MODEL,
+    OPTIONAL_KEYS,
+    has_part,
+    is_optional,
+    with_ema_as_weights,
+)
 from ldm.checkpoint.mapped import in_memory
 from ldm.checkpoint.reading import load_state_dict
 from ldm.util import UserError
@@ -37,7 +46,7 @@ def load_into(
 ) -> LoadReport:
     """Load `state_dict` into `module`; keys that match `optional` (shell patterns) may be missing or unexpected.
 
-    The text tower, `cond_stage_model.*`, is also optional in the weights of a module whose cond stage has none.
+    Text encoders, `cond_stage_model.*` or `conditioner.*`, are also optional where the module has none.
     EMA weights stand in for the weights where a file holds nothing else. `assign` makes the tensors the module's own
     instead of copying them; weights that are copied are read some megabytes at a time. `source` names the
     weights in messages.
@@ -54,8 +63,7 @@ def load_into(
             shapes = f"{tuple(value.shape)}, the model's is {tuple(own[key].shape)}"
             raise UserError(f"{source}: {key} has shape {shapes}; is this a checkpoint of another model?")
     optional = list(optional)
-    if not has_part(own, COND_STAGE):
-        optional.append(f"{COND_STAGE}*")
+    optional += [f"{part}*" for part in (COND_STAGE, CONDITIONER) if not has_part(own, part)]
     report = LoadReport([key for key in own if key not in state_dict], [key for key in state_dict if key not in own])
     for keys, what in zip(report, ("lacks", "has unexpected"), strict=True):
         required = [key for key in keys if not is_optional(key, optional)]

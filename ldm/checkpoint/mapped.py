@@ -134,7 +134,9 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: the file was cut short or changed since it was opened.
     """
-    if tensor.device.type != "cpu" or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        return tensor
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():
         return tensor
     address = tensor.data_ptr()
     source = next((s for s in _SOURCES.values() if s.start <= address < s.start + s.state[0]), None)

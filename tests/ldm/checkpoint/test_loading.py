@@ -98,6 +98,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(changes, message):
     assert torch.equal(model.model.bias, before)
 
 
+def test_the_text_encoders_of_sdxl_are_optional_where_the_model_has_none():
+    text = {"conditioner.embedders.0.weight": torch.ones(2, 2)}
+    assert load_into(Model(), weights(**text)).unexpected == list(text)
+
+
 def test_a_text_tower_is_optional_where_the_model_has_none():
     text = {"cond_stage_model.weight": torch.ones(2, 2)}
     assert load_into(Model(), weights(**text)).unexpected == list(text)

@@ -59,8 +59,20 @@ def test_in_memory_reads_every_kind_of_tensor(tmp_path):
 
 
 def test_in_memory_gives_other_tensors_as_they_are():
-    for tensor in (torch.ones(3), torch.ones(3)[1:], torch.empty(0), torch.empty(2, device="meta")):
+    for tensor in (
+        torch.ones(3),
+        torch.ones(3)[1:],
+        torch.empty(0),
+        torch.empty(2, device="meta"),
+        torch.eye(2).to_sparse(),
+    ):
         assert in_memory(tensor) is tensor
+
+
+def test_in_memory_keeps_the_sign_of_a_conjugate_view(tmp_path):
+    save_checkpoint({"w": torch.tensor([1 + 2j])}, tmp_path / "model.ckpt")
+    view = load_state_dict(tmp_path / "model.ckpt")["w"].conj()
+    assert in_memory(view).tolist() == [1 - 2j] and in_memory(view.imag).tolist() == [-2.0]
 
 
 @pytest.mark.parametrize("write", [lambda w: w.add_(1), lambda w: w.numpy().__iadd__(1), lambda w: w.data[5:6].add_(1)])
