@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ldm.checkpoint import is_optional, open_checkpoint, weights_of
+from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
 from ldm.distributed.dtensor import local_tensor, shard_like
 from ldm.util import UserError
 
@@ -28,8 +28,8 @@ class DecayToStart(Callback):
     optimizer's statistics as AdamW's weight decay is (arXiv:1711.05101, algorithm 2). Alone it halves the distance of a
     weight from its start in ln 2 / (lr · λ) steps, so small learning rates need a large λ.
 
-    θ⁰ is read from the memory-mapped file one parameter at a time, so no second model is held. Each application reads
-    the whole file; `every_n_steps` makes that less frequent.
+    θ⁰ is read from the file one parameter at a time, so no second model is held. Each application reads the whole file;
+    `every_n_steps` makes that less frequent. A file that is overwritten or cut short ends the training.
 
     The arithmetic is float32. Weights kept in bfloat16 are rounded stochastically, because the pull is far smaller than
     their precision of 2⁻⁸. The moving average (EMA) and checkpoints see the weights after the pull.
@@ -72,7 +72,7 @@ class DecayToStart(Callback):
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (trainer.global_step + 1) % self.every_n_steps == 0:  # it counts a step when all of it is done
-                self._pull(optimizer, starts, opened.file.drop_pages, seed=trainer.global_step)
+                self._pull(optimizer, starts, seed=trainer.global_step)
 
         self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
 
@@ -118,16 +118,16 @@ class DecayToStart(Callback):
         return float(rate) * self.weight * self.every_n_steps
 
     @torch.no_grad()
-    def _pull(
-        self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], after_each: Callable[[], None], seed: int
-    ) -> None:
+    def _pull(self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], seed: int) -> None:
         generators: dict[torch.device, torch.Generator] = {}  # of their own: equal in all processes, and after a resume
         for group in optimizer.param_groups:
             share = min(self._share(group["lr"]), 1.0)  # more would shoot past the start
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
-                    start = local_tensor(shard_like(starts[parameter], parameter)).to(parameter.device, dtype)
+                    start = local_tensor(shard_like(in_memory(starts[parameter]), parameter)).to(
+                        parameter.device, dtype
+                    )
                     own = local_tensor(parameter)
                     pulled = torch.lerp(own.to(dtype), start, share)
                     if own.dtype == torch.bfloat16:
@@ -135,7 +135,6 @@ class DecayToStart(Callback):
                             generators[own.device] = torch.Generator(own.device).manual_seed(seed)
                         pulled = _rounded_stochastically(pulled, generators[own.device])
                     own.copy_(pulled)
-                    after_each()
 
 
 def _rounded_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.checkpoint.formats import reducible
 from ldm.distributed.dtensor import full_tensor, local_tensor
 from ldm.util import UserError, check_at_least_one
 
@@ -215,13 +216,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _all_finite(tensors: Iterator[Tensor]) -> bool:
-    """Return True if all plain floating-point tensors are finite, with one read per device. Quantised state is left
-    out.
-    """
+    """Return whether plain tensors (quantised state is none) are finite; waits once for each device."""
     found: dict[torch.device, Tensor] = {}
     for tensor in tensors:
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_floating_point() and tensor.numel():
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel():
+            continue
+        numbers = reducible(tensor.detach())
+        if numbers is not None:
             # The sum of squares overflows where no value is infinite; extremes are exact, and pass NaN on.
-            extremes = torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
+            extremes = torch.stack(torch.aminmax(numbers)).isfinite().all()
             found[tensor.device] = found[tensor.device] & extremes if tensor.device in found else extremes
     return all(map(bool, found.values()))
