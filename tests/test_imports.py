@@ -25,6 +25,7 @@ ROOMS = (
         "ldm.host_copy",
         "ldm.lr_scheduler",
         "ldm.pictures",
+        "ldm.translations",
     ),
 )
 FORBIDDEN = {
