@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def read_image(item: ImageItem) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let errors about an image, such as one too small for a crop, begin with its name."""
+    try:
+        yield
+    except UserError as error:
+        if name in str(error):
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
 def to_minus_one_one(image: Image.Image | np.ndarray) -> torch.Tensor:
     """A uint8 RGB image as float32 (H, W, 3) in [-1, 1], as CompVis' models read it from a batch."""
     return torch.from_numpy(np.array(image)).float() / 127.5 - 1
@@ -129,7 +141,9 @@ class ListedImages(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.transform(read_image(self.items[index]))
+        item = self.items[index]
+        with naming(item.name):
+            image = self.transform(read_image(item))
         return {"image": to_minus_one_one(image), **self.labels_of(index)}
 
     def labels_of(self, index: int) -> dict[str, Any]:

@@ -30,11 +30,11 @@ class SuperresOpenImagesAdvancedTrain(PairedImages):
     """The images to train super-resolution on; see `PairedImages`."""
 
     def __init__(self, data_root: str | Path = _TRAIN, **kwargs: Any) -> None:
-        super().__init__(ListedImages(folder_images(data_root, _WHAT), lambda image: image), **kwargs)
+        super().__init__(ListedImages(folder_images(data_root, _WHAT), scaled_and_cropped(None)), **kwargs)
 
 
 class SuperresOpenImagesAdvancedValidation(PairedImages):
     """The images to validate super-resolution on; see `PairedImages`."""
 
     def __init__(self, data_root: str | Path = _VALIDATION, **kwargs: Any) -> None:
-        super().__init__(ListedImages(folder_images(data_root, _WHAT), lambda image: image), **kwargs)
+        super().__init__(ListedImages(folder_images(data_root, _WHAT), scaled_and_cropped(None)), **kwargs)
