@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.data.base import Txt2ImgIterableBaseDataset, share_among_workers
 from ldm.data.base_module import BaseDataModule, check_number
-from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
+from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
+from ldm.data.sizes import check_sizes
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class DataModuleFromConfig(BaseDataModule):
             dataset = self.datasets[split] = self.build_dataset(split)
             size = "a stream" if isinstance(dataset, IterableDataset) else f"{len(dataset)} samples"
             logger.info("%s data: %s, %s", split, type(dataset).__name__, size)
+            if stage == "fit" and not isinstance(dataset, IterableDataset) and self.trainer is not None:
+                with seeded(self.seed, 0, 0):
+                    check_sizes(self.trainer.lightning_module, dataset[0] if len(dataset) else None, split)
 
     def build_dataset(self, split: str) -> Any:
         """The dataset of `split`, which its config describes."""

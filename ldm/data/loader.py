@@ -60,6 +60,14 @@ class SeededDataset(Dataset):
         return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
 
 
+_UNEQUAL = "stack expects each tensor to be equal size"  # torch's words, of the default collation
+
+
+def _sizes_of(error: RuntimeError) -> str:
+    """Torch's own account of two sizes that differ; a worker's error has its traceback before that."""
+    return str(error).partition(_UNEQUAL)[2].strip(", ").splitlines()[0]
+
+
 def _raise_in_one_line(error: UserError) -> None:
     """Raise `error`; from a worker it comes with the worker's traceback, whose last line is the message."""
     last = str(error).strip().splitlines()[-1]
@@ -92,6 +100,11 @@ class SampleLoader(DataLoader):
         except UserError as error:
             _raise_in_one_line(error)
         except RuntimeError as error:
+            if _UNEQUAL in str(error):
+                raise UserError(
+                    "samples of one batch differ in size: crop them to one size, as with RandomCrop after Resize, or "
+                    f"set data.params.batch_size=1 ({_sizes_of(error)})"
+                ) from error
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(f"{error}: was it killed for want of memory? lower data.params.num_workers") from error
