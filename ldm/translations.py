@@ -33,6 +33,10 @@ _INSTEAD = {
     "torchvision.transforms": f"see {_TRANSFORMS} for the transforms that are there",
     "torchvision": "torchvision is not used here; only torchvision.transforms is translated",
 }
+# A key of public configs that no class here takes, and what to use.
+_INSTEAD_OF_KEY = {
+    "reg": "regularisation images go into a prior: tools/make_prior.py and prior_pictures.yaml",
+}
 
 
 def todays_path(path: str) -> str:
@@ -49,3 +53,8 @@ def instead(path: str) -> str:
         if path.startswith(prefix):
             return f"; {_INSTEAD[prefix]}"
     return ""
+
+
+def instead_of_key(key: str) -> str:
+    """`"; use X"` for a key of public configs that nothing here takes, else the empty string."""
+    return f"; {_INSTEAD_OF_KEY[key]}" if key in _INSTEAD_OF_KEY else ""

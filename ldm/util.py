@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.translations import instead, todays_path
+from ldm.translations import instead, instead_of_key, todays_path
 
 # Annotations that a value is checked against, and what to give.
 _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -97,7 +97,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         if key not in named:
             if takes_any:
                 continue
-            raise UserError(f"unknown key {key!r} in params of {path}{nearest(key, set(named))}")
+            hint = instead_of_key(key) or nearest(key, set(named))
+            raise UserError(f"unknown key {key!r} in params of {path}{hint}")
         annotation = named[key].annotation  # a string where the module defers annotations
         expected = _CHECKED_TYPES.get(
             annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")

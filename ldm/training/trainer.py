@@ -36,7 +36,7 @@ from ldm.training.processes import check_launch, launched, strategy
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.sharded import ShardedStrategy
-from ldm.training.trainer_arguments import check_names, is_single, modernise
+from ldm.training.trainer_arguments import check_names, is_single, modernise, take_old_keys
 from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ _LIGHTNING_KEYS = (
     "modelcheckpoint",
     "strategy",
     "find_unused_parameters",
+    "metrics_over_trainsteps_checkpoint",
     "scale_lr",  # the switch, which a run remembers here
 )
 _DEFAULT_CALLBACKS: dict[str, Any] = {
@@ -86,6 +87,7 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
+    take_old_keys(section)
     if arguments.scale_lr is not None:
         section["scale_lr"] = arguments.scale_lr
     if not isinstance(section.setdefault("scale_lr", True), bool):
