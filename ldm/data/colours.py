@@ -84,11 +84,10 @@ def _range(name: str, given: float | Sequence[float], centre: float, least: floa
     """The range that a factor is drawn from: a number is how far from `centre`, a pair is the range itself."""
     if isinstance(given, Sequence):
         low, high = given
+    elif given < 0:
+        low, high = most, least  # no range, which is refused below
     else:
-        low, high = centre - given, centre + given
-        if given < 0:
-            low = high = most + 1  # refused below
-        low = max(low, least)
+        low, high = max(centre - given, least), centre + given
     if not least <= low <= high <= most:
         raise UserError(f"{name} {given!r}: give a number of at least 0, or a range from {least:g} to {most:g}")
     return float(low), float(high)
