@@ -12,8 +12,8 @@ _MOVED = {
     "edit_dataset": "ldm.data.edit",
     "stable_diffusion.ldm": "ldm",
 }
-_INVERSION = "train on a folder of images with ldm.data.images.ImageCaptionDataset, as textual_inversion.yaml does"
-_FOLDER = "use ldm.data.images.ImageCaptionDataset, which reads a folder of images and captions"
+_INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"
+_FOLDER = "use ldm.data.datasets.ImageCaptionDataset, which reads a folder of images and captions"
 _OTHER_PROJECT = "it belongs to another project's package; install that one and give --trust-config, or " + _FOLDER
 # A prefix of a dotted path that no module here has, and what to use.
 _INSTEAD = {

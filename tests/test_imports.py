@@ -19,12 +19,12 @@ ROOMS = (
     (
         "ldm.util",
         "ldm.files",
-        "ldm.entries",
+        "ldm.shards.sample",
         "ldm.cli",
         "ldm.checkpoint",
         "ldm.host_copy",
         "ldm.lr_scheduler",
-        "ldm.pictures",
+        "ldm.images.grid",
         "ldm.translations",
     ),
 )

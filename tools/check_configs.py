@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import HelpFormatter, run
+from ldm.cli.run import HelpFormatter, run
 from ldm.files import atomic_write
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.augmentations import RandomHorizontalFlip
-from ldm.data.images import ImageItem
 from ldm.data.listed import existing_folder, naming, read_image, to_minus_one_one
 from ldm.data.pixels import crop, random_below, resize
+from ldm.images.find import ImageItem
 from ldm.util import UserError
 
 _SPLITS = ("train", "val", "test")

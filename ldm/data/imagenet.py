@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from ldm.data.images import ImageItem
 from ldm.data.listed import ListedImages, folder_images, read_list, scaled_and_cropped
 from ldm.data.superresolution import PairedImages
+from ldm.images.find import ImageItem
 from ldm.util import UserError, nearest
 
 logger = logging.getLogger(__name__)

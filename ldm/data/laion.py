@@ -13,7 +13,7 @@ from ldm.data.base_module import check_number
 from ldm.data.conditions import AddEdge, AddLR, AddMask
 from ldm.data.config_module import DataModuleFromConfig
 from ldm.data.tar_images import Filter, TarImages, read_words
-from ldm.data.urls import expand_urls, is_stream
+from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError, nearest
 
 __all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]

@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.augmentations import CenterCrop, Compose, RandomCrop, Resize
-from ldm.data.images import ImageItem, find_images
+from ldm.data.sources import find_images
 from ldm.files import read_at_most
+from ldm.images.find import ImageItem
 from ldm.util import UserError
 
 _MOST_IN_LIST = 1 << 30  # bytes

@@ -13,11 +13,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.augmentations import build_transform
-from ldm.data.captions import decode_caption
-from ldm.data.decode import EXTENSIONS, decode_image
 from ldm.data.listed import naming
 from ldm.data.simple import as_model_input
-from ldm.data.tar import TarSample, index_tar, read_span
+from ldm.files import read_span
+from ldm.images.captions import decode_caption
+from ldm.images.decode import EXTENSIONS, decode_image
+from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from ldm.modules.diffusionmodules.util import StaysOnHost
-from ldm.training.trainer_arguments import is_single
+from ldm.training.trainer_2022 import is_single
 from ldm.util import UserError, get_obj_from_str
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.training.ranks import Ranks, is_srun_task
-from ldm.training.trainer_arguments import is_single
+from ldm.distributed.ranks import Ranks, is_srun_task
+from ldm.training.trainer_2022 import is_single
 from ldm.util import UserError
 
 
@@ -66,7 +66,7 @@ def strategy(arguments: Mapping[str, Any]) -> Any:
             )
         if is_single(arguments):
             return "auto"
-        from ldm.training.sharded import ShardedStrategy
+        from ldm.training.strategies import ShardedStrategy
 
         return ShardedStrategy()
     if name not in ("auto", "ddp", "ddp_find_unused_parameters_true") or is_single(arguments):

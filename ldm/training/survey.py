@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 
-from ldm.training.config import read_config
-from ldm.training.trust import check_trust
+from ldm.config.load import read_config
+from ldm.config.trust import check_trust
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config, takes
 
 _WEIGHTS = ("ckpt_path", "ckpt_dir")  # files that a survey does without

@@ -19,24 +19,22 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
-from ldm.callbacks.learning_rate import LearningRateOnResume
-from ldm.callbacks.leftover import NothingLeft
 from ldm.callbacks.progress import ProgressBar
+from ldm.callbacks.resume import LearningRateOnResume, NothingLeft
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
 from ldm.callbacks.validation import SparseValidation
+from ldm.config.load import load_config, plain
+from ldm.distributed.ranks import launched
 from ldm.training.arguments import Arguments
-from ldm.training.config import load_config, plain
-from ldm.training.host_state import host_state_strategy, streams_weights
-from ldm.training.noise import silence_lightning
 from ldm.training.precision import Bfloat16Weights
-from ldm.training.processes import check_launch, launched, strategy
+from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
-from ldm.training.sharded import ShardedStrategy
-from ldm.training.trainer_arguments import check_names, is_single, modernise, take_old_keys
+from ldm.training.strategies import ShardedStrategy, check_launch, host_state_strategy, strategy, streams_weights
+from ldm.training.trainer_2022 import check_names, is_single, modernise, take_old_keys
 from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
