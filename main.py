@@ -36,10 +36,12 @@ def main() -> None:
     from ldm.callbacks.signals import SignalRequests
     from ldm.config.load import build_data
     from ldm.planning.warning import warn_if_too_large
+    from ldm.training.callbacks import build_callbacks
     from ldm.training.fit import fit, test
+    from ldm.training.loggers import build_loggers
     from ldm.training.resume import build_from, read_training_checkpoint, seed_run
     from ldm.training.run import plan_run
-    from ldm.training.trainer import build_callbacks, build_loggers, build_trainer, merge_config, set_learning_rate
+    from ldm.training.trainer import build_trainer, merge_config, set_learning_rate
 
     plan = plan_run(arguments)
     config = merge_config(arguments, plan)

@@ -111,8 +111,8 @@ def time_encoder(encoder: Any, captions: Sequence[str], size: int, batch_size: i
 def main() -> None:
     options = parse_arguments()
     import torch
-    from ldm.data.sources import find_images
 
+    from ldm.data.sources import find_images
     from ldm.encoding import pipeline as encode_shards
     from ldm.encoding.encoder import Encoder
     from ldm.encoding.preencode import preencode

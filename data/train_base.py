@@ -21,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
 from ldm.cli.paths import newest_checkpoint
-
 from ldm.cli.run import call, run
 from ldm.files import atomic_write
 from ldm.util import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_TRANSFORMS = "ldm.data.augmentations"
+_TRANSFORMS = "ldm.images.augmentations"
 # A prefix of a dotted path, and what takes its place. The longest prefix that fits takes precedence.
 _MOVED = {
     "torchvision.transforms": _TRANSFORMS,

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
-
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError

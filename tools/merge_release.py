@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
-
 from ldm.cli.run import run
 
 

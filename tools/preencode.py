@@ -61,7 +61,6 @@ def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
     from ldm.data.sources import find_images
-
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import Encoder
     from ldm.encoding.preencode import preencode

@@ -13,16 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# Where the 2022 tutorials put the released weights, and where runs put theirs.
-CONVENTIONAL_RELEASE = Path("models/ldm/stable-diffusion-v1/model.ckpt")
-LOGS = Path("logs")
 
 # transformers imports torchao where it is installed, which tells of kernels that this machine lacks and nobody uses,
 # and which registers its types in a way that torch warns about.
@@ -99,27 +95,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, []) and action.default is not False
         return super()._get_help_string(action) if has_default else action.help
-
-
-def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--trust-config` to the parser of a command that builds what a config describes."""
-    parser.add_argument(
-        "--trust-config",
-        action="store_true",
-        help="let the configs name any class, and commands to read data from: they can then run any code",
-    )
-
-
-def newest_checkpoint(logs: Path = LOGS) -> Path:
-    """The `last.ckpt` written last among the runs under `logs`.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = sorted(logs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"no {logs}/*/checkpoints/last.ckpt; name the training checkpoint with --train-ckpt")
-    return found[-1]
 
 
 def call(*words: object) -> None:

@@ -5,11 +5,12 @@ The one place of this policy; `ldm.config.load.load_config` holds every config a
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from ldm.config.trust import runs_command
+from ldm.config.braces import expand_braces
 from ldm.translations import instead, todays_path
 from ldm.util import UserError, get_obj_from_str
 
@@ -88,3 +89,22 @@ def _strings(value: Any, key: Any = None) -> Iterator[tuple[Any, str]]:
             yield from _strings(part, key)
     else:
         yield key, str(value)
+
+
+def runs_command(text: str) -> bool:
+    """Whether `text`, read as URLs, has a `pipe:`, which WebDataset gives to a shell."""
+    if ":" not in text:
+        return False
+    try:
+        return any(url.lower().startswith("pipe:") for pattern in text.split("::") for url in expand_braces(pattern))
+    except UserError:  # what cannot be expanded is not read either
+        return False
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--trust-config` to the parser of a command that builds what a config describes."""
+    parser.add_argument(
+        "--trust-config",
+        action="store_true",
+        help="let the configs name any class, and commands to read data from: they can then run any code",
+    )

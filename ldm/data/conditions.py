@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.base_module import check_number
-from ldm.data.degradations import degradation
 from ldm.data.listed import to_minus_one_one
-from ldm.data.masks import random_mask, style_of
-from ldm.data.pixels import random_between, resize
+from ldm.images.degradations import degradation
+from ldm.images.masks import random_mask, style_of
+from ldm.images.pixels import random_between, resize
 from ldm.util import UserError
 
 
@@ -52,7 +52,7 @@ class AddMask:
     """Add `mask` (h, w, 1), 1 where the image is hidden, and `masked_image`, which is 0 there.
 
     Args:
-        mode: a style of `ldm.data.masks.STYLES`.
+        mode: a style of `ldm.images.masks.STYLES`.
         p_drop: probability of hiding the whole image.
         image_key: the entry of the image.
     """

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.augmentations import RandomHorizontalFlip
 from ldm.data.listed import existing_folder, naming, read_image, to_minus_one_one
-from ldm.data.pixels import crop, random_below, resize
+from ldm.images.augmentations import RandomHorizontalFlip
 from ldm.images.find import ImageItem
+from ldm.images.pixels import crop, random_below, resize
 from ldm.util import UserError
 
 _SPLITS = ("train", "val", "test")

@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.listed import existing_folder, listed_images, naming, read_image, read_list, to_minus_one_one
-from ldm.data.pixels import crop, image_size, random_below, resize
 from ldm.images.find import ImageItem
+from ldm.images.pixels import crop, image_size, random_below, resize
 from ldm.util import UserError
 
 LABELS = 182  # of COCO-Stuff, whose segmentations they are

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.data.sources import find_images
 from ldm.files import read_at_most
+from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.images.find import ImageItem
 from ldm.util import UserError
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.data.augmentations import RandomHorizontalFlip
 from ldm.data.listed import ListedImages, listed_images, read_list
-from ldm.data.pixels import crop, filter_of, resize
+from ldm.images.augmentations import RandomHorizontalFlip
+from ldm.images.pixels import crop, filter_of, resize
 from ldm.util import UserError
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.augmentations import build_transform
 from ldm.data.listed import existing_folder, folder_images, naming, read_image, read_list, to_minus_one_one
-from ldm.data.pixels import random_below
 from ldm.data.sources import find_images
 from ldm.files import read_at_most
+from ldm.images.augmentations import build_transform
 from ldm.images.find import ImageItem
+from ldm.images.pixels import random_below
 from ldm.util import UserError, instantiate_from_config
 
 _MOST_IN_CAPTIONS = 1 << 30  # bytes

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.degradations import degradation
 from ldm.data.listed import ListedImages, read_image, to_minus_one_one
-from ldm.data.pixels import crop, random_below, random_between, resize
+from ldm.images.degradations import degradation
+from ldm.images.pixels import crop, random_below, random_between, resize
 from ldm.util import UserError
 
 
@@ -21,7 +21,7 @@ class PairedImages(Dataset):
 
     Args:
         size: pixels of a side.
-        degradation: a name of `ldm.data.degradations.NAMES`.
+        degradation: a name of `ldm.images.degradations.NAMES`.
         downscale_f: how many times smaller `LR_image` is; divides `size`.
         min_crop_f, max_crop_f: least and most share of the smaller side that a square covers.
         random_crop: take the square anywhere, else in the middle.

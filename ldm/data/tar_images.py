@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.augmentations import build_transform
 from ldm.data.listed import naming
 from ldm.data.simple import as_model_input
 from ldm.files import read_span
+from ldm.images.augmentations import build_transform
 from ldm.images.captions import decode_caption
 from ldm.images.decode import EXTENSIONS, decode_image
 from ldm.shards.tar import TarSample, index_tar

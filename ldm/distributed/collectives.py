@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import Tensor, distributed
+
 from ldm.distributed.ranks import Launch
 
 _stores: list[Any] = []  # one that this process serves must live as long as others may ask it
@@ -30,3 +32,12 @@ def said_by_first(text: str, launch: Launch) -> str:
     if rank == 0:
         store.set(key, text)
     return store.get(key).decode()
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of `values`, of one shape everywhere, over the processes that train together, if there are several."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return values
+    total = values.detach().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()

@@ -56,3 +56,28 @@ def _number(name: str, default: int) -> int:
     if not text.isdecimal():
         raise UserError(f"{name}={text} in the environment: is no number from 0")
     return int(text)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher started: `processes` on each of `machines`."""
+
+    launcher: str
+    processes: int
+    machines: int
+
+
+def launched() -> Launch | None:
+    """What started this process as one of several, by its environment; None if nothing did."""
+    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not is_torchrun and not is_srun_task():
+        return None
+    ranks = Ranks.from_environment()
+    return Launch("torchrun" if is_torchrun else "srun", ranks.local_world, ranks.world // ranks.local_world)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all."""
+    names = {"torchrun": "RANK", "srun": "SLURM_PROCID"}
+    launch = launched()
+    return os.environ.get(names[launch.launcher] if launch else "LOCAL_RANK", "0") == "0"

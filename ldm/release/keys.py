@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.paths import CONVENTIONAL_RELEASE
 from ldm.modules.ema import shadow_name
 from ldm.util import UserError
 
@@ -27,7 +26,7 @@ def check_release(content: Mapping[str, Any], path: str | Path) -> None:
     if "optimizer_states" in content:
         raise UserError(
             f"{path}: a training checkpoint (it holds optimizer_states), not a release; give the released weights "
-            f"that training began from, such as {CONVENTIONAL_RELEASE}, or make a release with tools/merge_release.py"
+            "that training began from, such as sd-v1-4.ckpt, or make a release with tools/merge_release.py"
         )
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.files import read_span
 from ldm.shards import npy
-from ldm.shards.sample import TEACHER_KEYS, TIMESTEPS
+from ldm.shards.sample import CAPTION, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, nearest
 
@@ -26,14 +26,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TEXT_KEYS = ("txt", "json")  # members that are not arrays
-CAPTION, ORIGIN = TEXT_KEYS
 _ABSENT = {CAPTION: "", ORIGIN: None}  # what stands for one that a sample does not have
-
-
-def member_extension(key: str) -> str:
-    """How the member that holds `key` ends: `f8` is in `<sample>.f8.npy`, `txt` in `<sample>.txt`."""
-    return key if key in TEXT_KEYS else f"{key}.npy"
 
 
 def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
@@ -49,11 +42,6 @@ def find_member(key: str, members: Mapping[str, T], optional: Container[str], sa
             hint = "; write the teacher's predictions with tools/make_prior.py --teacher, or set prior_target: data"
         raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
     return members.get(extension)
-
-
-def number_types(key: str) -> tuple[str, ...]:
-    """The numpy types that the array under `key` may have."""
-    return npy.INTEGERS if key == TIMESTEPS else npy.FLOATS
 
 
 def decode_member(key: str, data: bytearray, name: str) -> Any:

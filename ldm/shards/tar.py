@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from ldm.files import MOST_IN_MEMBER
 from ldm.util import UserError
 
 _GZIP = b"\x1f\x8b"
-# Bytes: no member of a sample is larger, though a file with holes can claim terabytes; no name is longer.
-MOST_IN_MEMBER = 1 << 30
 _MOST_IN_HEADER = 1 << 14  # old Pythons read one in the square of its length
 _MOST_IN_TAIL = 1 << 22
 _EXTENDED = (
@@ -165,11 +163,3 @@ def stream_tar(file: BinaryIO, url: str) -> Iterator[tuple[str, dict[str, bytes]
                 raise UserError(f"{url}: damaged tar: data behind its end mark")
     if members:
         yield current, members
-
-
-def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
-    """`size` bytes at `offset` of an open file; `UserError` naming `name` where it ends early."""
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise UserError(f"{name}: the file ends early; it changed after it was indexed")
-    return bytearray(data)  # writable, so that tensors can share it

@@ -1,4 +1,4 @@
-"""`--strategy fsdp`: weights, gradients and optimizer state sharded among the processes (arXiv:2304.11277)."""
+"""Strategies of the Trainer: one device with state on the host, DistributedDataParallel, or FSDP (arXiv:2304.11277)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from itertools import chain
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from pytorch_lightning import Trainer
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +17,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from ldm.distributed.dtensor import gather_on_first, is_sharded, shard_like
+from ldm.distributed.ranks import Launch
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import StaysOnHost
+from ldm.training.trainer_2022 import is_single
+from ldm.util import UserError, get_obj_from_str
 
 
 class ShardedStrategy(DDPStrategy):
@@ -111,3 +116,74 @@ def units(unet: UNetModel) -> list[nn.Module]:
     """What is gathered at one time: each residual block, each transformer; a whole block where blocks are compiled."""
     blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
     return list(blocks) if unet.is_compiled else [layer for block in blocks for layer in block]
+
+
+class HostStateStrategy(SingleDeviceStrategy):
+    """One device, where a resume leaves the optimizer's state beside the parameters instead of moving it there."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # A hacked checkpoint has no states.
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict(state)
+
+
+def streams_weights(config: DictConfig) -> bool:
+    """Whether the weights of the UNet that `config` describes stay on the host."""
+    target = ((config.model.get("params") or {}).get("unet_config") or {}).get("target")
+    unet = get_obj_from_str(target) if target else None
+    return isinstance(unet, type) and issubclass(unet, StaysOnHost)
+
+
+def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostStateStrategy:
+    """The strategy of a model whose weights stay on the host, under the Trainer's `arguments`.
+
+    Raises:
+        UserError: there are several devices or machines, or a strategy is asked for.
+    """
+    devices = arguments["devices"]
+    if not is_single(arguments) or arguments.get("strategy", "auto") != "auto":
+        raise UserError(
+            f"weights that stay on the host train on one device, without a strategy; given: devices={devices!r}, "
+            f"num_nodes={arguments.get('num_nodes', 1)!r}, strategy={arguments.get('strategy')!r}"
+        )
+    number = devices[0] if isinstance(devices, list) else 0
+    on_gpu = has_cuda and arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return HostStateStrategy(torch.device("cuda", number) if on_gpu else torch.device("cpu"))
+
+
+def check_launch(arguments: Mapping[str, Any], launch: Launch) -> None:
+    """Raise `UserError` unless the Trainer `arguments` ask for the devices and machines that were launched."""
+    devices, machines = arguments["devices"], arguments["num_nodes"]
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else devices
+    if (count, int(machines)) != (launch.processes, launch.machines) and count not in (-1, "-1", "auto"):
+        raise UserError(
+            f"{launch.launcher} started {launch.processes} processes on each of {launch.machines} machines, but "
+            f"--devices (or --gpus) and --num_nodes ask for {count} on {machines}; "
+            "leave them out, and each process takes a device"
+        )
+
+
+def strategy(arguments: Mapping[str, Any]) -> Any:
+    """The Trainer's argument `strategy`: what is given, else DistributedDataParallel where there are several processes.
+
+    `fsdp` is our own, which is not Lightning's; a single process has nothing to shard, and does without.
+
+    Raises:
+        UserError: another FSDP.
+    """
+    given = arguments.get("strategy", "auto")
+    name = given if isinstance(given, str) else type(given).__name__
+    if "fsdp" in name.lower():
+        if name != "fsdp":
+            raise UserError(
+                f"strategy {name}: its checkpoints would not be ours; give --strategy fsdp, without settings"
+            )
+        if is_single(arguments):
+            return "auto"
+        return ShardedStrategy()
+    if name not in ("auto", "ddp", "ddp_find_unused_parameters_true") or is_single(arguments):
+        return given
+    # The buffers, an EMA among them, follow from the weights: to send them at each step would cost as much as these.
+    return DDPStrategy(
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=name not in ("auto", "ddp")
+    )

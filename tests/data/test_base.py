@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ldm.data.datasets import ImageCaptionDataset
 
 from ldm.checkpoint import load_state_dict
+from ldm.data.datasets import ImageCaptionDataset
 from ldm.evaluation.protocol import fixed_noise, midpoint_timesteps
 from ldm.images.grid import picture_distances
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from ldm.data.sources import find_images
 
 from ldm.checkpoint import load_state_dict
 from ldm.config.load import load_config, plain
+from ldm.data.sources import find_images
 from ldm.data.stream import ShardStream
 from ldm.images.decode import decode_image
 from ldm.shards.open import check_encoders, open_shards

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ldm.data.sources import find_images
 from PIL import Image
 
+from ldm.data.sources import find_images
 from ldm.encoding.encoder import Encoder
 from ldm.encoding.preencode import preencode
 from ldm.release.load import load_release

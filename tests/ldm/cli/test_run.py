@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldm.cli.paths import newest_checkpoint
 from tqdm import tqdm
 
+from ldm.cli.paths import newest_checkpoint
 from ldm.cli.run import HelpFormatter, run
 from ldm.util import UserError
 

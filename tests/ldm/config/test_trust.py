@@ -42,7 +42,7 @@ def test_what_configs_of_2022_name_needs_no_trust(tmp_path, target):
         ("torch.load", "no class"),
         ("torch.hub.load", "no class"),
         ("torch.utils.cpp_extension.load_inline", "no class"),
-        ("ldm.cli.call", "no class"),
+        ("ldm.cli.run.call", "no class"),
         ("ldm.util.importlib", "no class"),
         ("torch.nn.modules.module.OrderedDict", "defined in collections"),
         ("ldm.config.load.Path", "defined in pathlib"),

@@ -4,11 +4,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from ldm.data.sources import find_images
 from torch import nn
 
 from ldm.checkpoint import weights_digest
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.data.sources import find_images
 from ldm.encoding.encoder import Encoder
 from ldm.encoding.preencode import preencode
 from ldm.encoding.read import sample_key

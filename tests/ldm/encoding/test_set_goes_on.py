@@ -8,8 +8,8 @@ import signal
 
 import pytest
 import torch
-from ldm.data.sources import find_images
 
+from ldm.data.sources import find_images
 from ldm.distributed.ranks import Ranks
 from ldm.encoding import preencode as module
 from ldm.images.find import digest_images

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from ldm.data.sources import find_images
 from PIL import Image
 from torch import nn
 
+from ldm.data.sources import find_images
 from ldm.encoding.encoder import Encoder
 from ldm.encoding.preencode import preencode
 

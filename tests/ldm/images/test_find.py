@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from ldm.data.datasets import ImageCaptionDataset
 from ldm.data.sources import find_images
-
 from ldm.util import UserError
 from tests.ldm.shard_files import png, write_tar
 

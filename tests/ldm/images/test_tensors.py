@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.tensors import ConvertImageDtype, Normalize, PILToTensor, ToPILImage, ToTensor
+from ldm.images.tensors import ConvertImageDtype, Normalize, PILToTensor, ToPILImage, ToTensor
 from ldm.util import UserError
-from tests.ldm.data.image_files import gradient
+from tests.ldm.image_files import gradient
 
 
 def test_to_tensor_scales_bytes_and_nothing_else():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.degradations import (
+from ldm.images.degradations import (
     _FULL,
     _LIGHT,
     NAMES,
@@ -17,9 +17,9 @@ from ldm.data.degradations import (
     isotropic_kernel,
     scale_like_opencv,
 )
-from ldm.data.sensor import bayer_mask, demosaic, sensor_noise
+from ldm.images.sensor import bayer_mask, demosaic, sensor_noise
 from ldm.util import UserError
-from tests.ldm.data.image_files import gradient
+from tests.ldm.image_files import gradient
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
 

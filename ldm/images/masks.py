@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm.data.pixels import random_below, random_between
+from ldm.images.pixels import random_below, random_between
 from ldm.util import UserError, nearest
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.pixels import filter_of, random_below, random_between
-from ldm.data.sensor import sensor_noise
+from ldm.images.pixels import filter_of, random_below, random_between
+from ldm.images.sensor import sensor_noise
 from ldm.util import UserError, nearest
 
 _PIL = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.pixels import random_between
+from ldm.images.pixels import random_between
 
 _GAMMA = 2.2
 _LEAST = 1e-8

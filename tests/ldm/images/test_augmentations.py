@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import augmentations as ours
-from ldm.data.augmentations import (
+from ldm.images import augmentations as ours
+from ldm.images.augmentations import (
     CenterCrop,
     Compose,
     Pad,
@@ -18,9 +18,9 @@ from ldm.data.augmentations import (
     Resize,
     build_transform,
 )
-from ldm.data.tensors import PILToTensor
+from ldm.images.tensors import PILToTensor
 from ldm.util import UserError, get_obj_from_str
-from tests.ldm.data.image_files import gradient
+from tests.ldm.image_files import gradient
 
 
 def image(height, width):

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.colours import ColorJitter, Grayscale, RandomGrayscale
-from ldm.data.pixels import ImageLike, crop, filter_of, image_size, pad, random_below, random_between, resize
-from ldm.data.tensors import ConvertImageDtype, Normalize, PILToTensor, ToPILImage, ToTensor
+from ldm.images.colours import ColorJitter, Grayscale, RandomGrayscale
+from ldm.images.pixels import ImageLike, crop, filter_of, image_size, pad, random_below, random_between, resize
+from ldm.images.tensors import ConvertImageDtype, Normalize, PILToTensor, ToPILImage, ToTensor
 from ldm.util import UserError, instantiate_from_config
 
 __all__ = [

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import colours
-from ldm.data.colours import ColorJitter, Grayscale, RandomGrayscale
-from ldm.data.tensors import PILToTensor, ToTensor
+from ldm.images import colours
+from ldm.images.colours import ColorJitter, Grayscale, RandomGrayscale
+from ldm.images.tensors import PILToTensor, ToTensor
 from ldm.util import UserError
-from tests.ldm.data.image_files import gradient
+from tests.ldm.image_files import gradient
 
 PIL = Image.fromarray(gradient(16, 24))
 

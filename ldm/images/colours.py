@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from ldm.data.pixels import ImageLike
+from ldm.images.pixels import ImageLike
 from ldm.util import UserError
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601
