@@ -80,11 +80,12 @@ def read_image(item: ImageItem) -> Image.Image:
         array = np.load(io.BytesIO(read_at_most(item.path, _MOST_IN_ARRAY)), allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{item.name}: {getattr(error, 'strerror', None) or error}") from error
+    given = f"{array.dtype} {array.shape}"
     array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
     if array.ndim == 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(f"{item.name}: {array.dtype} {array.shape}, not uint8 (3, height, width)")
+        raise UserError(f"{item.name}: {given}, not uint8 (3, height, width)")
     return Image.fromarray(np.ascontiguousarray(array))
 
 

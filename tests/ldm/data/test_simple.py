@@ -116,7 +116,7 @@ def test_hf_dataset_reads_a_local_folder_and_downloads_nothing(tmp_path):
     write_images(tmp_path / "beside", ["1.jpg"])
     (tmp_path / "beside" / "1.txt").write_text("next to it")
     assert hf_dataset(str(tmp_path / "beside"))[0]["txt"] == "next to it"
-    with pytest.raises(UserError, match="no folder '.*someone/some-captions'.*nothing is downloaded"):
+    with pytest.raises(UserError, match=r"no folder '.*someone/some-captions'.*nothing is downloaded"):
         hf_dataset("someone/some-captions")
 
 
