@@ -60,12 +60,8 @@ class SeededDataset(Dataset):
         return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
 
 
-_UNEQUAL = "stack expects each tensor to be equal size"  # torch's words, of the default collation
-
-
-def _sizes_of(error: RuntimeError) -> str:
-    """Torch's own account of two sizes that differ; a worker's error has its traceback before that."""
-    return str(error).partition(_UNEQUAL)[2].strip(", ").splitlines()[0]
+# Torch's words where samples of unequal sizes are collated: in this process, and in a worker.
+_UNEQUAL = ("stack expects each tensor to be equal size", "Trying to resize storage that is not resizable")
 
 
 def _raise_in_one_line(error: UserError) -> None:
@@ -100,10 +96,10 @@ class SampleLoader(DataLoader):
         except UserError as error:
             _raise_in_one_line(error)
         except RuntimeError as error:
-            if _UNEQUAL in str(error):
+            if any(words in str(error) for words in _UNEQUAL):
                 raise UserError(
                     "samples of one batch differ in size: crop them to one size, as with RandomCrop after Resize, or "
-                    f"set data.params.batch_size=1 ({_sizes_of(error)})"
+                    "set data.params.batch_size=1"
                 ) from error
             if not str(error).startswith("DataLoader worker"):
                 raise

@@ -71,7 +71,7 @@ def sized(*sizes):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_batch_of_unequal_sizes_is_one_line(num_workers):
     data = DataModuleFromConfig(2, sized((8, 8), (8, 6)), num_workers=num_workers, shuffle=False)
-    with pytest.raises(UserError, match=r"samples of one batch differ in size.*\[8, 6, 3\]") as caught:
+    with pytest.raises(UserError, match="samples of one batch differ in size") as caught:
         list(batches(data, "train"))
     assert "\n" not in str(caught.value)
 
