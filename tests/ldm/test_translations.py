@@ -50,5 +50,5 @@ def test_instead_is_said_of_other_packages_that_need_trust(path):
 
 
 def test_instead_of_key_names_what_takes_its_place():
-    with pytest.raises(UserError, match="unknown key 'reg' in params of .*; .*make_prior"):
+    with pytest.raises(UserError, match=r"unknown key 'reg' in params of .*; .*make_prior"):
         check_params("main.DataModuleFromConfig", get_obj_from_str("main.DataModuleFromConfig"), {"reg": {}})

@@ -91,7 +91,7 @@ def test_find_configs(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         find_configs([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no .yaml or .yml file"):
+    with pytest.raises(UserError, match=r"no \.yaml or \.yml file"):
         find_configs([tmp_path / "empty"])
 
 
