@@ -11,7 +11,7 @@ from tests.ldm.image_files import write_images
 from tests.training_runs import fixture_one_thread, logged, run_main, the_run  # noqa: F401
 
 CONFIG = ROOT / "tests/public_configs/captioned_folder.yaml"
-OPTIONS = "-t --no-test --max_steps 3 --accelerator cpu --enable_progress_bar False"
+OPTIONS = "-t --no-test --max_steps 3 --accelerator cpu --enable_progress_bar False --log_every_n_steps 1"
 
 
 @pytest.fixture
