@@ -9,6 +9,7 @@ _MOVED = {
     "torchvision.transforms.transforms": _TRANSFORMS,
     "torchvision.transforms.v2": _TRANSFORMS,
     "taming.data.faceshq": "ldm.data.faceshq",
+    "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",
     "edit_dataset": "ldm.data.edit",
     "stable_diffusion.ldm": "ldm",
 }

@@ -27,6 +27,12 @@ def test_todays_path(path, expected):
         check_trust({"target": path}, "config")  # needs no trust, being ours
 
 
+def test_todays_path_of_the_loss_of_codebooks():
+    name = "losses.vqperceptual.VQLPIPSWithDiscriminator"
+    assert todays_path(f"taming.modules.{name}") == f"ldm.modules.{name}"
+    check_trust({"target": f"taming.modules.{name}"}, "config")
+
+
 @pytest.mark.parametrize(
     ("path", "use"),
     [
