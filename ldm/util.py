@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ldm.translations import instead, instead_of_key, todays_path
+
 # Annotations that a value is checked against, and what to give.
 _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
@@ -41,21 +43,22 @@ def check_at_least_one(**numbers: int) -> None:
 
 
 def get_obj_from_str(path: str) -> Any:
-    """The object that the dotted `path` names, such as `"torch.nn.Linear"`.
+    """The object that the dotted `path` names, such as `"torch.nn.Linear"`; see `ldm.translations` for what moved.
 
     Raises:
         UserError: `path` is no dotted path, or the module or the attribute does not exist.
     """
     if not isinstance(path, str) or "." not in path or not all(part.isidentifier() for part in path.split(".")):
-        raise UserError(f"target {path!r} is not a dotted path such as 'package.module.Class'")
-    module_name, _, attribute = path.rpartition(".")
+        raise UserError(f"target {path!r} is not a dotted path such as 'package.module.Class'{instead(str(path))}")
+    module_name, _, attribute = todays_path(path).rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"target {path!r}: no module named {error.name!r}") from error
+        raise UserError(f"target {path!r}: no module named {error.name!r}{instead(path)}") from error
     if not hasattr(module, attribute):
         public = [name for name in dir(module) if not name.startswith("_")]
-        raise UserError(f"target {path!r}: module {module_name!r} has no {attribute!r}{nearest(attribute, public)}")
+        hint = instead(path) or nearest(attribute, public)
+        raise UserError(f"target {path!r}: module {module_name!r} has no {attribute!r}{hint}")
     return getattr(module, attribute)
 
 
@@ -94,7 +97,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         if key not in named:
             if takes_any:
                 continue
-            raise UserError(f"unknown key {key!r} in params of {path}{nearest(key, set(named))}")
+            hint = instead_of_key(key) or nearest(key, set(named))
+            raise UserError(f"unknown key {key!r} in params of {path}{hint}")
         annotation = named[key].annotation  # a string where the module defers annotations
         expected = _CHECKED_TYPES.get(
             annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ldm.config.braces import expand_braces
+from ldm.translations import instead, todays_path
 from ldm.util import UserError, get_obj_from_str
 
 # Where the classes are defined that configs name: models, layers, optimizers, and what Lightning is told to use.
@@ -62,8 +63,9 @@ def needs_trust(config: Any) -> bool:
 
 
 def _check_target(target: str, source: str) -> None:
-    if target.partition(".")[0] not in _IMPORTED:
-        raise UserError(f"{source}: target {target!r:.100} is of none of the packages that need no trust; {_HINT}")
+    if todays_path(target).partition(".")[0] not in _IMPORTED:
+        hint = f"{instead(target)}; {_HINT}"
+        raise UserError(f"{source}: target {target!r:.100} is of none of the packages that need no trust{hint}")
     try:
         found = get_obj_from_str(target)
     except UserError:  # a slip, or a class that Lightning no longer has: nothing that could run
