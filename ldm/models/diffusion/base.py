@@ -22,11 +22,11 @@ from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.log_images import log_images
-from ldm.models.diffusion.preservation import Prior
+from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
 from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
-from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion, min_snr_weights
+from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
 from ldm.optim import build_optimizer
@@ -50,15 +50,15 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         image_size, channels: of what is diffused.
         log_every_t: steps between the pictures of a denoising row.
         clip_denoised: keep x₀ in [-1, 1] in ancestral sampling.
-        original_elbo_weight, l_simple_weight: weights of the variational bound and of the simple loss (eq. 14).
         v_posterior: see `diffusion_buffers`.
         conditioning_key: see `DiffusionWrapper`.
         parameterization: what the UNet predicts: `eps`, `x0` or `v`.
         scheduler_config: `target` and `params` of a multiplier from `ldm.lr_scheduler`.
         optimizer_config: `target` and `params` of the optimizer; fused AdamW without one.
         use_positional_encodings: accepted for old configs; no model here has any.
-        learn_logvar, logvar_init: a log variance a timestep that weights the loss.
-        min_snr_gamma: weight the simple loss by `min_snr_weights`: little noise counts less; 5 is usual.
+        loss_config: `target` and `params` of the loss weighting, a class of `ldm.models.diffusion.loss`.
+        original_elbo_weight, l_simple_weight, learn_logvar, logvar_init, min_snr_gamma: the weighting by older keys,
+            in place of `loss_config`: `VariationalBound`, `LogVariance` and `MinSNR`.
     """
 
     def __init__(
@@ -92,10 +92,9 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         min_snr_gamma: float | None = None,
+        loss_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise UserError(f"min_snr_gamma {min_snr_gamma!r}: give a number above 0, or leave it out")
         if parameterization not in PARAMETERIZATIONS:
             raise UserError(f"parameterization {parameterization!r} is unknown; valid: {', '.join(PARAMETERIZATIONS)}")
         if loss_type not in ("l1", "l2"):
@@ -109,12 +108,9 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         self.channels = channels
         self.log_every_t = log_every_t
         self.clip_denoised = clip_denoised
-        self.original_elbo_weight = original_elbo_weight
         self.v_posterior = v_posterior
-        self.l_simple_weight = l_simple_weight
         self.scheduler_config = scheduler_config
         self.optimizer_config = optimizer_config
-        self.learn_logvar = learn_logvar
         self.learning_rate: float | None = None  # set by whoever trains
         # Timesteps (B,) and losses (B,) of the last batch, for whoever must name a sample.
         self.sample_losses: tuple[Tensor, Tensor] | None = None
@@ -123,15 +119,10 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         if use_ema:
             self.model_ema = LitEma(self.model)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        snr_weights = None
-        if min_snr_gamma is not None:
-            snr_weights = min_snr_weights(self.alphas_cumprod, min_snr_gamma, parameterization)
-        self.register_buffer("snr_weights", snr_weights, persistent=False)
-        logvar = torch.full((self.num_timesteps,), float(logvar_init))
-        if learn_logvar:
-            self.logvar = nn.Parameter(logvar)
-        else:
-            self.register_buffer("logvar", logvar, persistent=False)
+        self.weighting = weighting_of(
+            loss_config, min_snr_gamma, learn_logvar, logvar_init, original_elbo_weight, l_simple_weight
+        )
+        self.weighting.attach(self)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
@@ -168,51 +159,89 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         return self.model(x, t)
 
     def training_loss(
-        self, output: Tensor, target: Tensor, t: Tensor, prior: Prior | None = None
+        self, output: Tensor, target: Tensor, t: Tensor, samples: BatchMean = EQUAL
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its logged parts: simple + weight · variational bound, over exp(logvar) (eq. 14).
-
-        With a `prior` its samples join in as it says, and the parts are those of the training samples.
-        """
-        mean, joined = (prior.training_mean, prior.joined) if prior else (Tensor.mean, Tensor.mean)
+        """Return the loss, by `weighting` and `samples`, and its parts to log, those of the training samples."""
         error = target.float() - output.float()
         per_sample = (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)  # (B,)
         self.sample_losses = (t, per_sample.detach())
-        prefix = "train" if self.training else "val"
-        logged = {f"{prefix}/loss_simple": mean(per_sample)}
-        if prior:
-            logged[f"{prefix}/loss_prior"] = prior.prior_mean(per_sample)
-
-        logvar = self.logvar[t]
-        simple = per_sample if self.snr_weights is None else self.snr_weights[t] * per_sample
-        weighted = simple / logvar.exp() + logvar
-        if self.learn_logvar:
-            logged[f"{prefix}/loss_gamma"] = mean(weighted)
-            logged["logvar"] = self.logvar.mean()
-        bound = self.lvlb_weights[t] * per_sample
-        logged[f"{prefix}/loss_vlb"] = mean(bound)
-        loss = self.l_simple_weight * joined(weighted) + self.original_elbo_weight * joined(bound)
-        logged[f"{prefix}/loss"] = loss
+        split, mean = "train" if self.training else "val", samples.training_mean
+        logged = {f"{split}/loss_simple": mean(per_sample), **samples.logged(per_sample, split)}
+        logged |= self.weighting.logged(self, per_sample, t, mean, split)
+        logged[f"{split}/loss_vlb"] = mean(self.lvlb_weights[t] * per_sample)
+        logged[f"{split}/loss"] = loss = self.weighting.loss(self, per_sample, t, samples.joined)
         return loss, {key: value.detach() for key, value in logged.items()}
 
-    def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W)."""
+    def p_losses(
+        self,
+        x_start: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor | None = None,
+        samples: BatchMean = EQUAL,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and its parts to log."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        output = self.apply_model(self.q_sample(x_start, t, noise), t)
-        return self.training_loss(output, self.training_target(x_start, noise, t), t)
+        t, noise = samples.asked(t, noise)
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        return self.training_loss(output, samples.target(self.training_target(x_start, noise, t)), t, samples)
 
     def draw_timesteps(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> Tensor:
         """Uniform timesteps (B,)."""
         return draws.integers("timestep", self.num_timesteps, x)
 
-    def forward(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of clean images at random timesteps."""
+    def forward(
+        self, x: Tensor, c: Conditioning = None, samples: BatchMean = EQUAL, draws: Draws = FROM_GLOBAL
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of clean `x` (B, C, H, W) under `c`, at random timesteps, and its parts to log."""
         t = self.draw_timesteps(x, draws)
-        return self.p_losses(x, t, draws.normal("noise", x))
+        c = self.conditioning_at(c, t, draws)
+        return self.p_losses(x, c, t, draws.normal("noise", x), samples)
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and what to log of it."""
-        return self(self.get_input(batch, self.first_stage_key), Draws.of(batch))
+        """Return the loss of a batch, and its parts to log."""
+        draws = Draws.of(batch)
+        x = self.diffused(batch, draws)
+        samples = self.samples_of(batch)
+        return self(x, self.encode_conditioning(batch), samples, draws)
+
+    # The answers of a model of pixels without conditioning; `LatentDiffusion` has others.
+
+    def diffused(self, batch: Batch, draws: Draws = FROM_GLOBAL) -> Tensor:
+        """Return the clean tensor (B, C, H, W) that is diffused."""
+        return self.get_input(batch, self.first_stage_key)
+
+    def encode_conditioning(self, batch: Batch) -> Conditioning:
+        """Return the conditioning of a batch, in the form that `apply_model` takes."""
+        return None
+
+    def conditioning_at(self, c: Conditioning, t: Tensor, draws: Draws = FROM_GLOBAL) -> Conditioning:
+        """Return the conditioning that the model sees at timesteps `t` (B,)."""
+        return c
+
+    def samples_of(self, batch: Batch) -> BatchMean:
+        """Return how the samples of a batch count."""
+        return EQUAL
+
+    def encode_with_images(self, batch: Batch) -> tuple[Tensor, Conditioning, Tensor]:
+        """Return what is diffused, its conditioning, and the images (B, C, H, W) that it stands for."""
+        x = self.diffused(batch)
+        return x, self.encode_conditioning(batch), x
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Return the images (B, C, H, W), about [-1, 1], that a clean `x` stands for."""
+        return x
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the conditioning of captions can be asked for."""
+        return False
+
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
+    ) -> Conditioning:
+        """Return what guidance moves away from."""
+        return None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch)
@@ -264,7 +293,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer gets, in order."""
-        return list(self.model.parameters()) + ([self.logvar] if self.learn_logvar else [])
+        return [*self.model.parameters(), *self.parameters(recurse=False)]
 
     def configure_optimizers(self) -> Any:
         """The optimizer of `optimizer_config` (default: fused AdamW), with the multiplier of `scheduler_config`.

@@ -18,6 +18,7 @@ from ldm.models.diffusion.base import DDPM
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.first_stage import WithFirstStage
+from ldm.models.diffusion.loss import EQUAL, BatchMean
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
@@ -107,7 +108,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
         self.unet_trainable = unet_trainable
         if not unet_trainable and self.use_ema:
             raise UserError("use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false")
-        if not (unet_trainable or cond_stage_trainable or self.learn_logvar):
+        if not (unet_trainable or cond_stage_trainable or list(self.parameters(recurse=False))):
             raise UserError("unet_trainable: false leaves nothing to train; set cond_stage_trainable: true beside it")
         self.model.requires_grad_(unet_trainable)
         self.cond_stage_forward = cond_stage_forward
@@ -149,7 +150,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
     def trained_parameters(self) -> list[nn.Parameter]:
         parts = [self.model, self.cond_stage_model] if self.cond_stage_trainable else [self.model]
         trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-        return [*trained, *([self.logvar] if self.learn_logvar else [])]
+        return [*trained, *self.parameters(recurse=False)]
 
     # Batches
 
@@ -186,6 +187,21 @@ class LatentDiffusion(WithFirstStage, DDPM):
         encoded = encode(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
+    @property
+    def reads_captions(self) -> bool:
+        return hasattr(self.cond_stage_model, "tokenize")
+
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
+    ) -> Conditioning:
+        """Return the conditioning of `batch_size` captions, all `null_label` or one each.
+
+        What `cond` holds besides a caption's encoding, such as a mask, is kept.
+        """
+        captions = [null_label] * batch_size if isinstance(null_label, str) else list(null_label)
+        encoded = self.get_learned_conditioning(captions)
+        return {**cond, "c_crossattn": [encoded]} if isinstance(cond, Mapping) else encoded
+
     def raw_conditioning(self, batch: Batch) -> Any:
         """The batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
         if getattr(self.cond_stage_model, "key", None) is not None:
@@ -221,30 +237,16 @@ class LatentDiffusion(WithFirstStage, DDPM):
 
     # Training
 
-    def p_losses(
-        self,
-        x_start: Tensor,
-        cond: Conditioning,
-        t: Tensor,
-        noise: Tensor | None = None,
-        prior: Prior | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at timesteps `t` (B,) of clean scaled latents `x_start` (B, C, h, w) under `cond`."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        if prior:
-            t, noise = prior.asked(t, noise)
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        target = self.training_target(x_start, noise, t)
-        return self.training_loss(output, prior.target(target) if prior else target, t, prior)
+    def diffused(self, batch: Batch, draws: Draws = FROM_GLOBAL) -> Tensor:
+        """Return the scaled latents (B, C, h, w) of a batch."""
+        return self.get_first_stage_encoding(self.encode_batch(batch), draws)
 
-    def forward(
-        self, x: Tensor, c: Conditioning, prior: Prior | None = None, draws: Draws = FROM_GLOBAL
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of clean latents at random timesteps, with the conditioning noised if the config says so."""
-        t = self.draw_timesteps(x, draws)
-        if self.num_timesteps_cond > 1:
-            c = self._noised_conditioning(c, self.cond_ids[t], draws)
-        return self.p_losses(x, c, t, noise=draws.normal("noise", x), prior=prior)
+    def samples_of(self, batch: Batch) -> BatchMean:
+        return Prior.of(batch, self.prior_loss_weight, self.prior_target) or EQUAL
+
+    def conditioning_at(self, c: Conditioning, t: Tensor, draws: Draws = FROM_GLOBAL) -> Conditioning:
+        """Return `c`, noised for the timesteps `t` if `num_timesteps_cond` is above 1."""
+        return c if self.num_timesteps_cond == 1 else self._noised_conditioning(c, self.cond_ids[t], draws)
 
     def _noised_conditioning(
         self, c: Conditioning, t: Tensor, draws: Draws, what: str = "conditioning"
@@ -255,12 +257,6 @@ class LatentDiffusion(WithFirstStage, DDPM):
                 for key, entries in c.items()
             }
         return self.q_sample(c, t, draws.normal(what, c)) if isinstance(c, Tensor) and c.is_floating_point() else c
-
-    def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        draws = Draws.of(batch)
-        latent = self.get_first_stage_encoding(self.encode_batch(batch), draws)
-        prior = Prior.of(batch, self.prior_loss_weight, self.prior_target)
-        return self(latent, self.encode_conditioning(batch), prior, draws)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._scale_is_loaded = "scale_factor" in checkpoint["state_dict"]
@@ -285,7 +281,18 @@ class LatentDiffusion(WithFirstStage, DDPM):
             self.scale_factor.copy_(1.0 / mean_over_processes(latent.std()))
             logger.info("scale_factor set to %.5f, from the first batch", self.scale_factor.item())
 
-    # Pictures
+    # Images
+
+    def encode_with_images(self, batch: Batch) -> tuple[Tensor, Conditioning, Tensor]:
+        encoded = self.encode_batch(batch)
+        latent, cond = self.get_first_stage_encoding(encoded), self.encode_conditioning(batch)
+        if not self.is_pre_encoded(batch[self.first_stage_key]):
+            return latent, cond, self.get_input(batch, self.first_stage_key)
+        return latent, cond, self.to_images(self.most_likely_latent(encoded))  # the closest there is to the image
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Return the decoded images, one at a time: decoding takes far more memory than a training step."""
+        return torch.cat([self.decode_first_stage(part) for part in x.split(1)])
 
     @wraps(DDPM.log_images)
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.sampling import Conditioning
+from ldm.models.diffusion.sampling import Conditioning, Denoiser
 
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+
+class Shown(Denoiser, Protocol):
+    """The answers of a model about what it trains on."""
+
+    log_every_t: int
+    reads_captions: bool
+
+    def encode_with_images(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning, Tensor]: ...
+
+    def to_images(self, x: Tensor) -> Tensor: ...
+
+    def q_sample(self, x_start: Tensor, t: Tensor) -> Tensor: ...
+
+    def ema_scope(self) -> AbstractContextManager[None]: ...
+
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
+    ) -> Conditioning: ...
 
 
 def first(value: Any, n: int) -> Any:
@@ -32,7 +48,7 @@ def _as_pictures(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def log_images(
-    model: DDPM | LatentDiffusion,
+    model: Shown,
     batch: Mapping[str, Any],
     N: int = 8,
     n_row: int = 4,
@@ -62,8 +78,8 @@ def log_images(
     del split, inpaint, quantize_denoised, plot_progressive_rows
     ddim_steps = min(ddim_steps, model.num_timesteps)
     batch = first(batch, N)
-    latent, cond, inputs = _encode(model, batch)
-    pictures = {"inputs": inputs, "reconstruction": _decode(model, latent)}
+    latent, cond, inputs = model.encode_with_images(batch)
+    pictures = {"inputs": inputs, "reconstruction": model.to_images(latent)}
     if plot_diffusion_rows:
         pictures["diffusion_row"] = _diffusion_row(model, latent[:n_row])
     if not sample:
@@ -84,44 +100,23 @@ def log_images(
             )
 
     samples, intermediates = draw()
-    pictures["samples"] = _decode(model, samples)
+    pictures["samples"] = model.to_images(samples)
     if plot_denoise_rows:
         steps = torch.stack(intermediates["pred_x0"][1:], dim=1)[:n_row]  # (n, steps, C, h, w)
-        pictures["denoise_row"] = _decode(model, steps.flatten(0, 1))
-    if unconditional_guidance_scale != 1.0 and hasattr(getattr(model, "cond_stage_model", None), "tokenize"):
+        pictures["denoise_row"] = model.to_images(steps.flatten(0, 1))
+    if unconditional_guidance_scale != 1.0 and model.reads_captions:
         label = unconditional_guidance_label
         label = label if isinstance(label, str) else label[0]  # old configs give a list of one
-        uncond = model.get_learned_conditioning([label] * latent.shape[0])
+        uncond = model.get_unconditional_conditioning(latent.shape[0], label, cond)
         guided, _ = draw(unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uncond)
-        pictures[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = _decode(model, guided)
+        pictures[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = model.to_images(guided)
     return {key: _as_pictures(value) for key, value in pictures.items()}
 
 
-def _encode(model: DDPM | LatentDiffusion, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning, Tensor]:
-    """What is diffused, its conditioning, and the pictures that it stands for."""
-    key = model.first_stage_key
-    if not hasattr(model, "encode_batch"):
-        x = model.get_input(batch, key)
-        return x, None, x
-    encoded = model.encode_batch(batch)
-    latent = model.get_first_stage_encoding(encoded)
-    if not model.is_pre_encoded(batch[key]):
-        return latent, model.encode_conditioning(batch), model.get_input(batch, key)
-    # Pre-encoded: the mode's decoding is the closest there is to the picture.
-    return latent, model.encode_conditioning(batch), _decode(model, model.most_likely_latent(encoded))
-
-
-def _decode(model: DDPM | LatentDiffusion, x: Tensor) -> Tensor:
-    """Pictures of what is diffused, decoded one at a time: decoding takes far more memory than a training step."""
-    if not hasattr(model, "decode_first_stage"):
-        return x
-    return torch.cat([model.decode_first_stage(part) for part in x.split(1)])
-
-
-def _diffusion_row(model: DDPM | LatentDiffusion, latent: Tensor) -> Tensor:
+def _diffusion_row(model: Shown, latent: Tensor) -> Tensor:
     """The latents (n, C, h, w) at rising noise, sample by sample."""
     steps = range(0, model.num_timesteps, model.log_every_t)
     rows = [
         model.q_sample(latent, torch.full((latent.shape[0],), t, device=latent.device, dtype=torch.long)) for t in steps
     ]
-    return _decode(model, torch.stack(rows, dim=1).flatten(0, 1))
+    return model.to_images(torch.stack(rows, dim=1).flatten(0, 1))

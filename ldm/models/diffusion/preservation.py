@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.entries import IS_PRIOR, TEACHER_KEYS
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.loss import BatchMean
 from ldm.util import UserError
 
 TARGETS = ("data", "teacher")
@@ -36,7 +37,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Prior:
+class Prior(BatchMean):
     """The prior samples of a batch, and how their losses join those of the training samples.
 
     Without a teacher their target is that of any sample, from the data. With one it is the frozen model's prediction at
@@ -87,6 +88,10 @@ class Prior:
     def joined(self, values: Tensor) -> Tensor:
         """Mean over the training samples + λ · mean over the prior samples (DreamBooth, arXiv:2208.12242, eq. 2)."""
         return self.training_mean(values) + self.weight * self.prior_mean(values)
+
+    def logged(self, error: Tensor, split: str) -> dict[str, Tensor]:
+        """Return the mean error of the prior samples."""
+        return {f"{split}/loss_prior": self.prior_mean(error)}
 
 
 def _mean_where(mask: Tensor, values: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str)
 
     The loss of x₀ is SNR⁻¹ times that of ε, and that of v is SNR + 1 times that of x₀ (arXiv:2303.09556, section 3.4).
     """
-    snr = alphas_cumprod.double() / (1 - alphas_cumprod.double())
+    # above 0 even at a zero terminal SNR, where the weight of ε tends to 1
+    snr = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).clamp(min=1e-300)
     per_x0 = {"eps": snr, "x0": 1.0, "v": snr + 1}[parameterization]
     return (snr.clamp(max=gamma) / per_x0).float()
 
