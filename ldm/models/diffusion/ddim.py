@@ -7,11 +7,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Predict, Prediction, Sampler
+from ldm.modules.diffusionmodules.schedule import noised
 
 
 def ddim_step(prediction: Prediction, alpha_bar_prev: float, sigma: float = 0.0) -> Tensor:
     """The deterministic part of eq. 12: √ᾱ_prev x₀ + √(1 − ᾱ_prev − σ²) ε. The caller adds σ · noise."""
-    return alpha_bar_prev**0.5 * prediction.x0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * prediction.eps
+    return noised(prediction.x0, prediction.eps, alpha_bar_prev**0.5, (1 - alpha_bar_prev - sigma**2) ** 0.5)
 
 
 class DDIMSampler(Sampler):

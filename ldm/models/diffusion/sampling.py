@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, prediction_to_eps_x0
+from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, noised, prediction_to_eps_x0
 from ldm.util import UserError
 
 # A tensor, a list of tensors, or a dict of such lists: whatever the model's `apply_model` takes.
@@ -171,7 +171,8 @@ class Sampler:
         for index in tqdm(range(steps), desc=type(self).__name__, disable=not verbose):
             if mask is not None:
                 alpha_bar = self.alphas[index]
-                x = mask * (alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise()) + (1 - mask) * x
+                kept = noised(x0, noise(), alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+                x = mask * kept + (1 - mask) * x
             x, pred_x0 = self.step(x, index, predict, lambda: temperature * noise())
             if callback:
                 callback(index)

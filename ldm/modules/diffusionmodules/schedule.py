@@ -122,19 +122,31 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str)
     return (snr.clamp(max=gamma) / per_x0).float()
 
 
+# The level of noise of x = α x₀ + σ ε: α = √ᾱ and σ = √(1 − ᾱ), numbers or tensors that broadcast to x.
+Level = float | Tensor
+
+
+def noised(x0: Tensor, noise: Tensor, alpha: Level, sigma: Level) -> Tensor:
+    """Return x = α x₀ + σ ε (eq. 4)."""
+    return alpha * x0 + sigma * noise
+
+
+def velocity(x0: Tensor, noise: Tensor, alpha: Level, sigma: Level) -> Tensor:
+    """Return v = α ε − σ x₀ (arXiv:2202.00512, section 4)."""
+    return alpha * noise - sigma * x0
+
+
 def prediction_to_eps_x0(
     prediction: Tensor, x: Tensor, alpha_bar: Tensor, parameterization: str
 ) -> tuple[Tensor, Tensor]:
-    """The noise ε and the clean x₀ that a model's `prediction` at `x` implies.
-
-    `alpha_bar` is ᾱ_t, broadcast to `x`. v = √ᾱ ε − √(1−ᾱ) x₀ (arXiv:2202.00512, section 4).
-    """
+    """Return the noise ε and the clean x₀ that a model's `prediction` at `x` implies; `alpha_bar` broadcasts to `x`."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if parameterization == "eps":
         return prediction, (x - sigma * prediction) / alpha
     if parameterization == "x0":
         return (x - alpha * prediction) / sigma, prediction
-    return alpha * prediction + sigma * x, alpha * x - sigma * prediction
+    # (x, v) is (x₀, ε) turned by an angle, and these two formulas turn it back.
+    return noised(prediction, x, alpha, sigma), velocity(prediction, x, alpha, sigma)
 
 
 class GaussianDiffusion:
@@ -175,15 +187,16 @@ class GaussianDiffusion:
         return extract_into_tensor(getattr(self, name), t, x.shape)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t = √ᾱ x₀ + √(1−ᾱ) ε (eq. 4)."""
+        """Return x_t, `noised` for timesteps `t`."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-        return mean + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+        return noised(x_start, noise, *self._level(t, x_start))
 
     def get_v(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v = √ᾱ ε − √(1−ᾱ) x₀ (arXiv:2202.00512, section 4)."""
-        mean = self._at("sqrt_alphas_cumprod", t, x_start) * noise
-        return mean - self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * x_start
+        """Return the `velocity` at timesteps `t`."""
+        return velocity(x_start, noise, *self._level(t, x_start))
+
+    def _level(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._at("sqrt_alphas_cumprod", t, x), self._at("sqrt_one_minus_alphas_cumprod", t, x)
 
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the model should predict under its parameterization."""
