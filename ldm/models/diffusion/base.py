@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -17,14 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.checkpoint import LoadReport, load_file_into
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
 from ldm.models.diffusion.processes import mean_over_processes
-from ldm.models.diffusion.sampling import Conditioning
+from ldm.models.diffusion.replacement import replaced, replacements_of
+from ldm.models.diffusion.weights import StartsFromWeights
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.diffusionmodules.util import KeepsTypes
@@ -35,15 +35,20 @@ from ldm.util import UserError, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 
-class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
+class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
         unet_config: `target` and `params` of the UNet.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s: see `make_beta_schedule`.
         given_betas: the schedule itself, in place of these.
+        rescale_betas_zero_snr: see `rescale_to_zero_snr`; for `v` and `x0`.
         loss_type: `l1` or `l2`.
         ckpt_path, ignore_keys, load_only_unet: weights to start from, and key prefixes to leave out of them.
+        load_ema, reset_ema: take the file's moving average along, or begin one at its weights.
+        reset_num_ema_updates: let the average follow quickly again, as it does at its start.
+        make_it_fit: repeat a tensor of the file where the model's is larger.
+        ucg_training: by batch entry, `p` and `val`: the share of samples whose entry `val` replaces in training.
         monitor: the logged value that picks the best checkpoint.
         use_ema: keep a moving average of the UNet's weights.
         first_stage_key: the batch entry that holds the images.
@@ -70,6 +75,11 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
+        load_ema: bool = True,
+        reset_ema: bool = False,
+        reset_num_ema_updates: bool = False,
+        make_it_fit: bool = False,
+        ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
         monitor: str = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
@@ -81,6 +91,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
         given_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
         original_elbo_weight: float = 0.0,
         v_posterior: float = 0.0,
         l_simple_weight: float = 1.0,
@@ -103,6 +114,10 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         self.loss_type = loss_type
         self.monitor = monitor
         self.use_ema = use_ema
+        self.load_ema = load_ema and not reset_ema
+        self.reset_num_ema_updates = reset_num_ema_updates
+        self.make_it_fit = make_it_fit
+        self.replacements = replacements_of(ucg_training)
         self.first_stage_key = first_stage_key
         self.image_size = image_size
         self.channels = channels
@@ -118,32 +133,16 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.model_ema = LitEma(self.model)
-        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        if rescale_betas_zero_snr and parameterization == "eps":
+            logger.warning("rescale_betas_zero_snr: eps predicts nothing of the last step; set parameterization to v")
+        ends = linear_start, linear_end, cosine_s
+        self.register_schedule(given_betas, beta_schedule, timesteps, *ends, rescale_betas_zero_snr)
         self.weighting = weighting_of(
             loss_config, min_snr_gamma, learn_logvar, logvar_init, original_elbo_weight, l_simple_weight
         )
         self.weighting.attach(self)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
-
-    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> LoadReport:
-        """Load weights from a checkpoint, leaving out keys that start with one of `ignore_keys`.
-
-        With `only_model`, just the UNet. An EMA that the file does not hold starts from the loaded weights.
-
-        Raises:
-            UserError: the file cannot be read, or does not fit this model.
-        """
-        module, prefix = (self.model, "model.") if only_model else (self, "")
-        report = load_file_into(module, path, ignore_keys, prefix)
-        if only_model or any(key.startswith("model_ema.") for key in report.missing):
-            self.restart_ema()
-        return report
-
-    def restart_ema(self) -> None:
-        """Begin the moving average, if there is one, at the present weights."""
-        if self.use_ema:
-            self.model_ema = LitEma(self.model)
 
     # Training
 
@@ -244,7 +243,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         return None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, logged = self.shared_step(batch)
+        loss, logged = self.shared_step(replaced(batch, self.replacements, self.device))
         # All in one message, not one by one, as with `sync_dist`.
         means = mean_over_processes(torch.stack(list(logged.values())))
         self.log_dict(dict(zip(logged, means, strict=True)), batch_size=self.batch_size_of(batch))
@@ -282,14 +281,6 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         optimizer.zero_grad()  # Lightning would keep the gradients until the next backward, beside its activations
         if self.use_ema:
             self.model_ema(self.model)
-
-    def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
-        """Within it the model has its averaged weights, if it keeps an EMA. `context` names the use in the log."""
-        if not self.use_ema:
-            return nullcontext()
-        if context:
-            logger.info("%s: with averaged weights", context)
-        return self.model_ema.applied_to(self.model)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer gets, in order."""

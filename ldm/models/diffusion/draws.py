@@ -46,6 +46,12 @@ class Draws:
             what, like, lambda generator: torch.randint(0, high, (), generator=generator, device=like.device)
         )
 
+    def uniform(self, what: str, like: Tensor) -> Tensor:
+        """Return uniform numbers (B,) for `what`, from 0 to 1, on the device of `like` (B, ...)."""
+        if self.names is None:
+            return torch.rand(len(like), device=like.device)
+        return self._rows(what, like, lambda generator: torch.rand((), generator=generator, device=like.device))
+
     def _rows(self, what: str, like: Tensor, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         generator = torch.Generator(like.device)
         rows = []

@@ -15,30 +15,23 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import LoadReport
 from ldm.models.diffusion.base import DDPM
-from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.batch import Batch
+from ldm.models.diffusion.conditioning import WithConditioning, check_reads_captions
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.loss import EQUAL, BatchMean
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 
-def check_reads_captions(model: Any) -> None:
-    """Raise `UserError` unless the model's cond stage takes captions: not entries of batches, nor images."""
-    stage = model.cond_stage_model
-    if stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None:
-        raise UserError(
-            f"the config's cond_stage_config, {'none' if stage is None else type(stage).__name__}, reads no captions; "
-            "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
-        )
+__all__ = ["LatentDiffusion", "check_reads_captions"]
 
 
-class LatentDiffusion(WithFirstStage, DDPM):
+class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
     """Diffusion in the latent space of a frozen first stage (arXiv:2112.10752).
 
     The batch entry `first_stage_key` is either images, channels last (B, H, W, 3) in [-1, 1], which the first stage
@@ -58,6 +51,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
         concat_mode: what an unset `conditioning_key` means: `concat`, or `crossattn`.
         cond_stage_forward: the cond stage's method to call, instead of `encode` or `forward`.
         concat_keys: batch entries (channels first) concatenated to the input, for `conditioning_key: hybrid`.
+        force_null_conditioning: keep `conditioning_key` with `__is_unconditional__`: the batch's entry conditions.
         scale_factor: latents are multiplied by it.
         scale_by_std: set `scale_factor` to 1 / standard deviation of the first batch's latents.
         prior_loss_weight: weight of the loss on samples that the batch marks as the prior's; see `Prior`.
@@ -75,7 +69,8 @@ class LatentDiffusion(WithFirstStage, DDPM):
         concat_mode: bool = True,
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
-        concat_keys: Sequence[str] = (),
+        concat_keys: Sequence[str] | None = None,
+        force_null_conditioning: bool = False,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
         prior_loss_weight: float = 1.0,
@@ -85,7 +80,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
         load_only_unet: bool = False,
         **kwargs: Any,
     ) -> None:
-        if cond_stage_config == "__is_unconditional__":
+        if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
             conditioning_key = None
         elif conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
@@ -112,9 +107,11 @@ class LatentDiffusion(WithFirstStage, DDPM):
             raise UserError("unet_trainable: false leaves nothing to train; set cond_stage_trainable: true beside it")
         self.model.requires_grad_(unet_trainable)
         self.cond_stage_forward = cond_stage_forward
-        self.concat_keys = tuple(concat_keys)
-        if conditioning_key == "hybrid" and not concat_keys:
-            raise UserError("conditioning_key 'hybrid' needs concat_keys, the batch entries to put onto the input")
+        self.concat_keys = self.default_concat_keys if concat_keys is None else tuple(concat_keys)
+        if self.model.takes_maps and conditioning_key != "concat" and not self.concat_keys:
+            raise UserError(
+                f"conditioning_key {conditioning_key!r} needs concat_keys, the batch entries to put onto the input"
+            )
         self.scale_by_std = scale_by_std
         self._scale_is_loaded = False
         if scale_by_std:
@@ -177,64 +174,6 @@ class LatentDiffusion(WithFirstStage, DDPM):
                 "were the captions encoded by another text encoder?"
             )
 
-    # Conditioning
-
-    def get_learned_conditioning(self, c: Any) -> Conditioning:
-        """What the cond stage makes of raw conditioning: captions → (B, 77, D), labels → (B, 1, D), and so on."""
-        if self.cond_stage_forward is not None:
-            return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
-        encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
-        encoded = encode(c)
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-
-    @property
-    def reads_captions(self) -> bool:
-        return hasattr(self.cond_stage_model, "tokenize")
-
-    def get_unconditional_conditioning(
-        self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
-    ) -> Conditioning:
-        """Return the conditioning of `batch_size` captions, all `null_label` or one each.
-
-        What `cond` holds besides a caption's encoding, such as a mask, is kept.
-        """
-        captions = [null_label] * batch_size if isinstance(null_label, str) else list(null_label)
-        encoded = self.get_learned_conditioning(captions)
-        return {**cond, "c_crossattn": [encoded]} if isinstance(cond, Mapping) else encoded
-
-    def raw_conditioning(self, batch: Batch) -> Any:
-        """The batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
-        if getattr(self.cond_stage_model, "key", None) is not None:
-            return batch
-        entry = batch_entry(batch, self.cond_stage_key)
-        images = isinstance(entry, Tensor) and entry.ndim == 4  # as in all of latent diffusion, channels last
-        return super().get_input(batch, self.cond_stage_key) if images else entry
-
-    def encode_conditioning(self, batch: Batch) -> Conditioning:
-        """The conditioning of a batch, in the form that `apply_model` takes; None for an unconditional model."""
-        if self.model.conditioning_key is None:
-            return None
-        with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
-            encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
-        if isinstance(encoded, Tensor) and encoded.is_floating_point():
-            # Stored encodings are float16, which autocast on the CPU does not mix with bfloat16.
-            encoded = encoded.float()
-        if self.model.conditioning_key != "hybrid":
-            return encoded
-        return {"c_concat": [batch_entry(batch, key).float() for key in self.concat_keys], "c_crossattn": [encoded]}
-
-    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """The UNet's prediction at the noisy `x` (B, C, h, w).
-
-        `cond` is a tensor, a list of them, or a dict with lists under `c_concat` and `c_crossattn`.
-        """
-        if cond is None:
-            return self.model(x, t)
-        if not isinstance(cond, Mapping):
-            cond = cond if isinstance(cond, (list, tuple)) else [cond]
-            cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
-        return self.model(x, t, **cond)
-
     # Training
 
     def diffused(self, batch: Batch, draws: Draws = FROM_GLOBAL) -> Tensor:
@@ -243,20 +182,6 @@ class LatentDiffusion(WithFirstStage, DDPM):
 
     def samples_of(self, batch: Batch) -> BatchMean:
         return Prior.of(batch, self.prior_loss_weight, self.prior_target) or EQUAL
-
-    def conditioning_at(self, c: Conditioning, t: Tensor, draws: Draws = FROM_GLOBAL) -> Conditioning:
-        """Return `c`, noised for the timesteps `t` if `num_timesteps_cond` is above 1."""
-        return c if self.num_timesteps_cond == 1 else self._noised_conditioning(c, self.cond_ids[t], draws)
-
-    def _noised_conditioning(
-        self, c: Conditioning, t: Tensor, draws: Draws, what: str = "conditioning"
-    ) -> Conditioning:
-        if isinstance(c, Mapping):
-            return {
-                key: [self._noised_conditioning(entry, t, draws, f"{key}/{i}") for i, entry in enumerate(entries)]
-                for key, entries in c.items()
-            }
-        return self.q_sample(c, t, draws.normal(what, c)) if isinstance(c, Tensor) and c.is_floating_point() else c
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._scale_is_loaded = "scale_factor" in checkpoint["state_dict"]
