@@ -31,7 +31,11 @@ Predict = Callable[[Tensor, int], Prediction]
 
 
 class NotFiniteError(UserError):
-    """A sample that holds infinities or NaN."""
+    """A sample that holds infinities or NaN; `row` is its place in the batch, where that is known."""
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class Sampler:
@@ -178,13 +182,15 @@ class Sampler:
         finite: list[Tensor] = []
         for index in tqdm(range(first, len(self.timesteps)), desc=type(self).__name__, disable=not verbose):
             x, pred_x0 = self.step(keep(x, index), index, lambda x, i: self.predict(x, i, guided), noise)
-            finite.append(x.isfinite().all())
+            finite.append(x.isfinite().flatten(1).all(1))
             yield index, x, pred_x0
-        wrong = torch.stack(finite).logical_not().nonzero().flatten().tolist()
+        wrong = torch.stack(finite).logical_not().nonzero().tolist()  # (step, row), in order
         if wrong:
+            step, row = wrong[0]
             raise NotFiniteError(
-                f"{type(self).__name__}: the sample holds NaN or infinities from step {wrong[0] + 1} of {len(finite)} "
-                "on; check the checkpoint's weights, or sample with --precision fp32"
+                f"{type(self).__name__}: the sample holds NaN or infinities from step {step + 1} of {len(finite)} on; "
+                "check the weights, or try --precision fp32",
+                row,
             )
 
     def _noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
