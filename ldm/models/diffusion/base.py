@@ -16,13 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
-from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.replacement import replaced, replacements_of
 from ldm.models.diffusion.weights import StartsFromWeights
 from ldm.models.diffusion.wrapper import DiffusionWrapper
