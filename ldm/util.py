@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # Annotations that a value is checked against, and what to give.
 _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -16,9 +20,35 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "float | None": ((int, float, type(None)), "a number or null"),
 }
-_CONFIG_KEYS = ("target", "params", "base_learning_rate")  # the last is the trainer's, in a model's config
+# The third is the trainer's, in a model's config; the last stands beside `target` in some published configs.
+_CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values that stand for "nothing to build": the model fills the place itself.
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
+
+# Keys of models in textual-inversion and DreamBooth forks, and what to use here.
+_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
+_PRIOR = "images of the class go into a prior, by prior_pictures.yaml"
+_RATE = "the learning rate is model.base_learning_rate, one for all weights"
+INSTEAD_OF_KEY = {
+    "personalization_config": _TOKEN,
+    "embedding_manager_ckpt": _TOKEN,
+    "placeholder_string": _TOKEN,
+    "placeholder_strings": _TOKEN,
+    "placeholder_token": _TOKEN,
+    "initializer_words": _TOKEN,
+    "embedding_reg_weight": "leave it out: textual_inversion.yaml trains one embedding, begun at initial_token's",
+    "unfreeze_model": "leave it out: the UNet trains unless unet_trainable is false, and the text encoder if "
+    "cond_stage_trainable is true",
+    "freeze_model": "unet_trainable: false freezes the UNet",
+    "train_text_encoder": "cond_stage_trainable: true trains the text encoder",
+    "reg_weight": f"prior_loss_weight is that weight; {_PRIOR}",
+    "reg_data_root": _PRIOR,
+    "with_prior_preservation": _PRIOR,
+    "class_prompt": f"{_PRIOR}, made by tools/make_prior.py --prompt",
+    "model_lr": _RATE,
+    "lr_text_encoder": _RATE,
+    "u_cond_percent": "ucg_training: {txt: {p: 0.1}} replaces captions by the empty one",
+}
 
 
 class UserError(ValueError):
@@ -94,7 +124,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         if key not in named:
             if takes_any:
                 continue
-            raise UserError(f"unknown key {key!r} in params of {path}{nearest(key, set(named))}")
+            hint = f"; {INSTEAD_OF_KEY[key]}" if key in INSTEAD_OF_KEY else nearest(key, set(named))
+            raise UserError(f"unknown key {key!r} in params of {path}{hint}")
         annotation = named[key].annotation  # a string where the module defers annotations
         expected = _CHECKED_TYPES.get(
             annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
@@ -106,7 +137,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
 def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides: Any) -> Any:
     """Call `config["target"]` with `config["params"]`, updated by `overrides`.
 
-    The markers `__is_first_stage__` and `__is_unconditional__` give None.
+    The markers `__is_first_stage__` and `__is_unconditional__` give None. A `ckpt_path` beside `target` counts as one
+    in `params` if there is such a file: published configs name files there that the whole model's checkpoint replaces.
 
     Raises:
         UserError: no `target`, a target that does not exist, or a key or value in `params` that it does not take.
@@ -121,6 +153,13 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     target = get_obj_from_str(config["target"])
     params = {**(config.get("params") or {}), **overrides}
     check_params(config["target"], target, params)
+    beside = config.get("ckpt_path")
+    if beside is not None and "ckpt_path" not in params:
+        if takes(target, "ckpt_path") and Path(beside).is_file():
+            params["ckpt_path"] = beside
+        else:
+            why = "there is no such file" if takes(target, "ckpt_path") else "this class loads none"
+            logger.warning("%s: ckpt_path %s beside target is not loaded: %s", config["target"], beside, why)
     try:
         return target(**params)
     except UserError:
