@@ -52,7 +52,7 @@ class TrainedAutoencoder(pl.LightningModule):
         self.learning_rate: float | None = None  # set by whoever trains
 
     def prepare_training(self, colorize_nlabels: int | None) -> None:
-        """Fill `loss` with its weights, choose its optimization, and choose colours for label maps of that many channels."""
+        """Fill `loss` with its weights and choose its optimization; set the colours of so many labels."""
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
         if getattr(self.loss, "perceptual_loss", None) is not None:

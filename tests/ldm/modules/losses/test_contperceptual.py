@@ -105,7 +105,5 @@ def test_bad_options() -> None:
 def test_perceptual_weight_of_one_builds_and_needs_weights_to_train() -> None:
     loss = LPIPSWithDiscriminator(disc_start=10)
     assert loss.perceptual_weight == 1.0
-    with pytest.raises(
-        UserError, match=r"perceptual_weight 1.0 needs .*lossconfig\.params\.perceptual_ckpt.* to 0 there"
-    ):
+    with pytest.raises(UserError, match=r"perceptual_weight 1.0 needs .*params\.perceptual_ckpt.* to 0 there"):
         loss(INPUTS, INPUTS, POSTERIOR, AUTOENCODER, 0)
