@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ldm.cli import run
+from ldm.cli.run import run
 from ldm.training.arguments import parse_arguments
 
 # What YAML files name as `main.X`. Looked up when it is named, so that `--help` need not import torch.
@@ -34,12 +34,14 @@ def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
 
     from ldm.callbacks.signals import SignalRequests
-    from ldm.planning.start import warn_if_too_large
-    from ldm.training.config import build_data
+    from ldm.config.load import build_data
+    from ldm.planning.warning import warn_if_too_large
+    from ldm.training.callbacks import build_callbacks
     from ldm.training.fit import fit, test
+    from ldm.training.loggers import build_loggers
     from ldm.training.resume import build_from, read_training_checkpoint, seed_run
     from ldm.training.run import plan_run
-    from ldm.training.trainer import build_callbacks, build_loggers, build_trainer, merge_config, set_learning_rate
+    from ldm.training.trainer import build_trainer, merge_config, set_learning_rate
 
     plan = plan_run(arguments)
     config = merge_config(arguments, plan)

@@ -2,7 +2,7 @@
 """Does a model know the pictures that it was trained on? Samples captions and looks for the nearest picture.
 
 A sample is right if, of all pictures of the set, the one with its caption is the nearest by
-`ldm.pictures.picture_distances`: the root mean square difference of RGB values in [0, 1] at 32x32.
+`ldm.images.grid.picture_distances`: the root mean square difference of RGB values in [0, 1] at 32x32.
 
     python benchmarks/base_recall.py --ckpt data/base/emoji.safetensors --config demo_tiny_release.yaml --n 200
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
-from ldm.cli import run
+from ldm.cli.run import run
 from ldm.util import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,9 +46,9 @@ def main() -> None:
     import torch
     from PIL import Image
 
+    from ldm.images.grid import image_grid, picture_distances, save_png
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
-    from ldm.pictures import image_grid, picture_distances, save_png
-    from ldm.training.release import load_release
+    from ldm.release.load import load_release
 
     lines = (options.pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 from ldm.checkpoint import save_checkpoint
-from ldm.cli import run
+from ldm.cli.run import run
 
 log = logging.getLogger(__name__)
 

@@ -70,7 +70,7 @@ def _main(words: list[str], folder: Path, output: Path, losses: Path, environmen
     import torch
 
     import main
-    from ldm.cli import run
+    from ldm.cli.run import run
 
     torch.set_num_threads(1)
     with losses.open("ab", buffering=0) as file:

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 from benchmarks.child_runs import read_losses, start
 from ldm.checkpoint import load_checkpoint
-from ldm.cli import run
-from ldm.data import npy
-from ldm.data.writer import ShardWriter
+from ldm.cli.run import run
+from ldm.shards import npy
+from ldm.shards.writer import ShardWriter
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 from forgetting_report import report
 from forgetting_sets import CONFIG, DRAWING, RELEASE, shards, write_sets, write_text
 
-from ldm.cli import call, run
+from ldm.cli.run import call, run
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

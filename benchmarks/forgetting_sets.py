@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import call
+from ldm.cli.run import call
 from ldm.files import atomic_write
 from ldm.util import UserError
 

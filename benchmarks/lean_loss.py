@@ -22,10 +22,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldm.data.images import ImageCaptionDataset  # noqa: E402
+from ldm.data.datasets import ImageCaptionDataset  # noqa: E402
 from ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 from ldm.optim import build_optimizer  # noqa: E402
-from ldm.training.release import load_release  # noqa: E402
+from ldm.release.load import load_release  # noqa: E402
 
 BATCH = 8
 

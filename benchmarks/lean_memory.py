@@ -39,8 +39,8 @@ def work(options: argparse.Namespace) -> dict[str, float]:
 
     import ldm.optim.low_bit  # noqa: F401 - so that loading torchao is not counted
     from ldm.callbacks.device import peak_memory
+    from ldm.config.load import load_config, plain
     from ldm.optim import build_optimizer
-    from ldm.training.config import load_config, plain
     from ldm.util import instantiate_from_config
 
     config = plain(load_config(["finetune_stable_diffusion.yaml", "lean.yaml"]).model.params)

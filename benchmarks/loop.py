@@ -130,7 +130,7 @@ def configs(options: argparse.Namespace) -> list[str]:
 
 def config_of(options: argparse.Namespace) -> Any:
     """The config that both sides train by."""
-    from ldm.training.config import load_config
+    from ldm.config.load import load_config
 
     return load_config(configs(options), overrides(options))
 
@@ -175,8 +175,8 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
     """Images a second of steps on one batch, as `main.py` would configure them."""
     import torch
 
-    from ldm.planning.batch import make_batch
-    from ldm.training.config import build_model
+    from ldm.config.load import build_model
+    from ldm.planning.fake_batch import make_batch
     from ldm.training.fit import use_tensor_cores
     from ldm.training.host_memory import keep_freed_memory
 

@@ -112,12 +112,12 @@ def main() -> None:
     options = parse_arguments()
     import torch
 
-    from ldm.data.images import find_images
-    from ldm.training import encode_shards
-    from ldm.training.encoder import Encoder
-    from ldm.training.pictures import default_workers
-    from ldm.training.preencode import preencode
-    from ldm.training.release import PRECISIONS, load_release, pick_device
+    from ldm.data.sources import find_images
+    from ldm.encoding import pipeline as encode_shards
+    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.preencode import preencode
+    from ldm.encoding.read import default_workers
+    from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device = pick_device(options.device)
     encoder = Encoder(load_release(options.ckpt, options.config), device, PRECISIONS[options.precision])

@@ -27,9 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 from ldm.checkpoint import Pending, load_state_dict, save_state_dict
-from ldm.cli import run
-from ldm.data import npy
-from ldm.data.writer import ShardWriter
+from ldm.cli.run import run
+from ldm.shards import npy
+from ldm.shards.writer import ShardWriter
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

@@ -66,9 +66,9 @@ def prepare(folder: Path, options: argparse.Namespace) -> list[str]:
 
     from benchmarks.recipe_full_size import write_shard
     from ldm.checkpoint import save_checkpoint
-    from ldm.training.config import build_model, load_config
-    from ldm.training.fresh import fresh_checkpoint
-    from ldm.training.graft import Graft
+    from ldm.config.load import build_model, load_config
+    from ldm.release.fresh import fresh_checkpoint
+    from ldm.release.graft import Graft
 
     write_shard(folder / "shards", 2, options.size // 8)
     overrides = [f"model.params.unet_config.params.model_channels={options.channels}"]

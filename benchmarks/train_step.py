@@ -57,8 +57,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_ours(side: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
     """Our UNet of a tier, the tier's optimizer, and whether its weights are bfloat16."""
-    from ldm.training.building import without_initialisation
-    from ldm.training.config import load_config, plain
+    from ldm.config.load import load_config, plain
+    from ldm.release.building import without_initialisation
     from ldm.util import instantiate_from_config
 
     tier = [f"{side}.yaml"] if side in TIERS else []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.cli import run
+from ldm.cli.run import run
 from ldm.files import atomic_write
 from ldm.util import UserError
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import call, newest_checkpoint, run
+from ldm.cli.paths import newest_checkpoint
+from ldm.cli.run import call, run
 from ldm.files import atomic_write
 from ldm.util import UserError
 
@@ -89,7 +90,7 @@ def assemble(autoencoder: Path, out: Path) -> None:
     import torch
 
     from ldm.checkpoint import load_into, load_state_dict, save_state_dict
-    from ldm.training.config import build_model, load_config
+    from ldm.config.load import build_model, load_config
 
     torch.manual_seed(SEED)
     model = build_model(load_config([RELEASE_CONFIG]))
@@ -130,7 +131,7 @@ def latent_scale(shards: str) -> float:
     """1 / standard deviation of the latents in the shards, drawn from their posteriors."""
     import numpy as np
 
-    from ldm.data.opening import open_shards
+    from ldm.shards.open import open_shards
 
     dataset = open_shards(shards, cond_stage_key="txt")
     values = np.stack([dataset[index]["f8"] for index in range(len(dataset))]).astype(np.float64)

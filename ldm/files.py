@@ -11,6 +11,9 @@ from pathlib import Path
 
 from ldm.util import UserError
 
+# Bytes: no member of a sample is larger, though a file with holes can claim terabytes.
+MOST_IN_MEMBER = 1 << 30
+
 
 def read_at_most(path: str | Path, most: int) -> bytes:
     """The content of the file at `path`: a file with holes can claim terabytes.
@@ -78,3 +81,11 @@ def _is_running(process: int) -> bool:
     except PermissionError:  # somebody else's
         pass
     return True
+
+
+def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
+    """`size` bytes at `offset` of an open file; `UserError` naming `name` where it ends early."""
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise UserError(f"{name}: the file ends early; it changed after it was indexed")
+    return bytearray(data)  # writable, so that tensors can share it

@@ -24,7 +24,7 @@ def no_run_folder_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release checkpoint of the demo's tiny model, with seeded weights."""
     from ldm.checkpoint import save_state_dict
-    from ldm.training.config import build_model, load_config
+    from ldm.config.load import build_model, load_config
     from tests.golden_data import fill_seeded
 
     path = tmp_path_factory.mktemp("tiny_release") / "release.safetensors"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.training.building import without_initialisation
-from ldm.training.config import build_model, load_config, plain
+from ldm.config.load import build_model, load_config, plain
+from ldm.release.building import without_initialisation
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._inductor.exc import TritonMissing
 
+from ldm.config.load import build_model, load_config
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.training.config import build_model, load_config
 from ldm.util import UserError
 from tests.golden_data import fill_seeded, seeded_tensor
 from tests.training_runs import (  # noqa: F401

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_state_dict, save_state_dict, weights_digest
-from ldm.training.config import build_model, load_config
-from ldm.training.hack import hack_config, hack_training
-from ldm.training.merge import merge_files
+from ldm.config.load import build_model, load_config
+from ldm.release.hack import hack_config, hack_training
+from ldm.release.merge import merge_files
 from ldm.util import UserError
 from tests.golden_data import fill_seeded
 from tests.training_runs import (  # noqa: F401

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers.logger import DummyLogger
 
 import main
-from ldm.training.config import load_config
+from ldm.config.load import load_config
 from ldm.util import get_obj_from_str
 from tests.training_runs import (  # noqa: F401
     assert_same_training,

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_state_dict, save_state_dict
-from ldm.data import npy
-from ldm.data.writer import ShardWriter
-from ldm.training.config import build_model, load_config
+from ldm.config.load import build_model, load_config
+from ldm.shards import npy
+from ldm.shards.writer import ShardWriter
 from ldm.util import UserError
 from tests.training_runs import assert_same_training, fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 

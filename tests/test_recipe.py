@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_checkpoint, load_state_dict
-from ldm.training.release import load_release
+from ldm.release.load import load_release
 from tests.conftest import RELEASE_CONFIG, ROOT
 from tests.golden_data import relative_error, seeded_tensor
 

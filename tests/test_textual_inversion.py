@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_checkpoint, load_state_dict
-from ldm.data.writer import ShardWriter
-from ldm.training.config import load_config
-from ldm.training.hack import hack_config
-from ldm.training.merge import merge_files
-from ldm.training.release import load_release
+from ldm.config.load import load_config
+from ldm.release.hack import hack_config
+from ldm.release.load import load_release
+from ldm.release.merge import merge_files
+from ldm.shards.writer import ShardWriter
 from tests.conftest import RELEASE_CONFIG
 from tests.golden_data import seeded_tensor
 from tests.training_runs import fixture_one_thread, run_main, the_run  # noqa: F401

@@ -16,8 +16,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.data.index import INDEX
-from ldm.data.verify import file_sha256
+from ldm.shards.index import INDEX
+from ldm.shards.verify import file_sha256
 
 SAMPLES = 12
 CONFIG = {

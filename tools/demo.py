@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import call, newest_checkpoint, run
+from ldm.cli.paths import newest_checkpoint
+from ldm.cli.run import call, run
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def compare(folders: dict[str, Path], out: Path) -> None:
     """One picture: a row a prompt, and side by side the samples of each folder, of the same seeds, under its title."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from ldm.pictures import save_png
+    from ldm.images.grid import save_png
 
     side, gap, label, head = 96, 4, 270, 28  # pixels
     block = SAMPLES * (side + gap) + 2 * gap

@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import HelpFormatter, add_trust_option, run
-from ldm.training.drawing import add_network_options, add_sampling_options, check_at_least, check_sampling_options
+from ldm.cli.options import add_network_options, add_sampling_options, check_at_least, check_sampling_options
+from ldm.cli.run import HelpFormatter, run
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,13 @@ def main() -> None:
     check_arguments(options)
     # Only now the slow imports: --help should answer at once.
     from ldm.checkpoint import encoder_digests, load_state_dict
-    from ldm.evaluation.figure import draw_figure
+    from ldm.evaluation.plots import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
     from ldm.evaluation.report import rows_of, table, write_json
     from ldm.evaluation.samples import Sampling
     from ldm.evaluation.sets import parse_sets
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.training.release import PRECISIONS, load_release, pick_device
+    from ldm.release.load import PRECISIONS, load_release, pick_device
 
     sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
     # Of both, before the base is evaluated: a wrong name, and a set of other encoders, show at once.

@@ -14,13 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import CONVENTIONAL_RELEASE, add_trust_option, newest_checkpoint, run
+from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
+from ldm.cli.run import run
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from ldm.training.hack import hack_config, hack_training  # torch, which --help does without
+    from ldm.release.hack import hack_config, hack_training  # torch, which --help does without
 
     if arguments.base:
         out = arguments.out or arguments.release.with_name("hacked.ckpt")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import add_trust_option, run
+from ldm.cli.run import run
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,13 @@ def main() -> None:
     options = parse_arguments()
     # Only now the slow imports: --help should answer at once.
     from ldm.checkpoint import encoder_digests
-    from ldm.data.opening import check_encoders
-    from ldm.evaluation.contact_sheet import contact_sheet
-    from ldm.evaluation.inspection import inspect, is_complete, latent_channels, open_to_inspect, read_about
-    from ldm.evaluation.inspection_text import inspection_text
     from ldm.files import atomic_write
-    from ldm.pictures import save_png
-    from ldm.training.release import load_release, pick_device
+    from ldm.images.grid import save_png
+    from ldm.inspection.measure import inspect, is_complete, latent_channels, open_to_inspect, read_about
+    from ldm.inspection.sheet import contact_sheet
+    from ldm.inspection.text import inspection_text
+    from ldm.release.load import load_release, pick_device
+    from ldm.shards.open import check_encoders
 
     dataset = open_to_inspect(options.shards)
     about = read_about(dataset)

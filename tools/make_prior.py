@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import HelpFormatter, add_trust_option, run
-from ldm.training.drawing import SETTINGS, add_drawing_options, check_at_least, check_drawing_options, read_prompts
+from ldm.cli.options import SETTINGS, add_drawing_options, check_at_least, check_drawing_options, read_prompts
+from ldm.cli.run import HelpFormatter, run
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,12 @@ def main() -> None:
     options = parse_arguments()
     # Only now the slow imports: --help should answer at once.
     from ldm.data.dropout import CaptionDropout
+    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.prior import drawn, make_prior, open_pictures, pictured, taught
+    from ldm.encoding.shard_set import check_out
+    from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
-    from ldm.training.encoder import Encoder
-    from ldm.training.make_prior import drawn, make_prior, open_pictures, pictured, taught
-    from ldm.training.release import PRECISIONS, load_release, pick_device
-    from ldm.training.shard_set import check_out
-    from ldm.training.teacher import Teacher
+    from ldm.release.load import PRECISIONS, load_release, pick_device
 
     check_out(options.out, options.overwrite)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]

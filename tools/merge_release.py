@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import CONVENTIONAL_RELEASE, newest_checkpoint, run
+from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
+from ldm.cli.run import run
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from ldm.training.merge import merge_files  # torch, which --help does without
+    from ldm.release.merge import merge_files  # torch, which --help does without
 
     training = arguments.train_ckpt or newest_checkpoint()
     out = arguments.out or training.with_name("merged.ckpt")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import add_trust_option, run
+from ldm.cli.run import run
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
-    from ldm.training.config import load_config
+    from ldm.config.load import load_config
 
     if arguments.card is None:
         config = load_config(arguments.base, arguments.overrides, arguments.trust_config)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import add_trust_option, run
+from ldm.cli.run import run
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
-    from ldm.data.images import find_images
-    from ldm.training.encoder import Encoder
-    from ldm.training.pictures import default_workers
-    from ldm.training.preencode import preencode
-    from ldm.training.ranks import Ranks
-    from ldm.training.release import PRECISIONS, load_release, pick_device
-    from ldm.training.shard_set import check_out
+    from ldm.data.sources import find_images
+    from ldm.distributed.ranks import Ranks
+    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.preencode import preencode
+    from ldm.encoding.read import default_workers
+    from ldm.encoding.shard_set import check_out
+    from ldm.release.load import PRECISIONS, load_release, pick_device
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and arguments.overwrite:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli import HelpFormatter, add_trust_option, run
-from ldm.training.drawing import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
+from ldm.cli.options import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
+from ldm.cli.run import HelpFormatter, run
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ def main() -> None:
 
     import torch
 
+    from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
-    from ldm.pictures import image_grid, save_png, to_images
-    from ldm.training.release import PRECISIONS, load_release, pick_device
+    from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ldm.checkpoint import is_optional, open_checkpoint, weights_of
-from ldm.modules.sharding import local_tensor, shard_like
+from ldm.distributed.dtensor import local_tensor, shard_like
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

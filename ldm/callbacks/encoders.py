@@ -8,8 +8,8 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.checkpoint import weights_digest
-from ldm.data.opening import check_encoders
-from ldm.data.shards import ShardDataset
+from ldm.shards.open import check_encoders
+from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.modules.sharding import full_tensor, local_tensor
+from ldm.distributed.dtensor import full_tensor, local_tensor
 from ldm.util import UserError, check_at_least_one
 
 log = logging.getLogger(__name__)

@@ -9,14 +9,14 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm.callbacks.aside import aside
-from ldm.data.shards import ShardDataset
+from ldm.callbacks.rng import aside
+from ldm.distributed.dtensor import is_sharded
+from ldm.evaluation.baseline import load_start, save_start
 from ldm.evaluation.denoising import Comparison, Record, compare, record
-from ldm.evaluation.fixed import midpoint_timesteps
+from ldm.evaluation.protocol import midpoint_timesteps
 from ldm.evaluation.sets import EvaluationSet, open_set
-from ldm.evaluation.start import load_start, save_start
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.sharding import is_sharded
+from ldm.shards.reader import ShardDataset
 from ldm.util import UserError, check_at_least_one
 
 log = logging.getLogger(__name__)

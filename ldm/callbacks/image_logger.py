@@ -14,9 +14,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from ldm.callbacks.aside import aside
-from ldm.modules.sharding import is_sharded
-from ldm.pictures import image_grid, save_png
+from ldm.callbacks.rng import aside
+from ldm.distributed.dtensor import is_sharded
+from ldm.images.grid import image_grid, save_png
 from ldm.util import UserError, check_at_least_one, check_params
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
 from torch.optim import Optimizer
 
 # One stream each, so that what a dataset draws for a step is not also the noise of that step.
@@ -73,3 +74,16 @@ class StepSeeds(Callback):
 
     def _seed(self, trainer: Trainer, stream: int, batch_idx: int) -> None:
         seed_all(self.seed, trainer.global_rank, stream, trainer.global_step, max(batch_idx, 0))
+
+
+@contextmanager
+def aside(module: nn.Module) -> Iterator[None]:
+    """`module` in evaluation mode without gradients; then the modes and all random states are again as before."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad(), preserved_rng():
+            yield
+    finally:
+        for part in training:
+            part.training = True

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 
-from ldm.data.sampling import EpochBatchSampler
+from ldm.data.sampler import EpochBatchSampler
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from typing import Any
 from ldm.data.base_module import BaseDataModule
 from ldm.data.dropout import CaptionDropout, EpochItems, load_null
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
-from ldm.data.opening import open_shards
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
-from ldm.data.shards import TEXT_KEYS, ShardDataset
 from ldm.data.stream import ShardStream
-from ldm.data.urls import expand_urls, is_stream
-from ldm.entries import TEACHER_KEYS
+from ldm.shards.open import open_shards
+from ldm.shards.reader import ShardDataset
+from ldm.shards.sample import TEACHER_KEYS, TEXT_KEYS
+from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data import npy
-from ldm.data.sampling import Item, draw_name
-from ldm.data.shards import CAPTION
-from ldm.data.tar import MOST_IN_MEMBER
-from ldm.entries import DRAW
-from ldm.files import read_at_most
+from ldm.data.sampler import Item, draw_name
+from ldm.files import MOST_IN_MEMBER, read_at_most
+from ldm.shards import npy
+from ldm.shards.sample import CAPTION, DRAW
 from ldm.util import UserError
 
 

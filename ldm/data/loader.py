@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampling import EpochBatchSampler, Item, draw_name
-from ldm.entries import DRAW
+from ldm.data.sampler import EpochBatchSampler, Item, draw_name
+from ldm.shards.sample import DRAW
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.data.dropout import CaptionDropout, EpochItems
-from ldm.data.index import read_index
-from ldm.data.sampling import EpochBatchSampler, Item, draw_name, samples_digest
-from ldm.data.shards import ShardDataset
-from ldm.entries import DRAW, IS_PRIOR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
+from ldm.data.sampler import EpochBatchSampler, Item, draw_name, samples_digest
+from ldm.shards.index import read_index
+from ldm.shards.reader import ShardDataset
+from ldm.shards.sample import DRAW, IS_PRIOR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
 from ldm.util import UserError
 
 # The log variance that makes a posterior of a latent: the least that one is read with, a standard deviation of 3e-7.

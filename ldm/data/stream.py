@@ -11,8 +11,9 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import CaptionDropout
-from ldm.data.shards import CAPTION, TEXT_KEYS, check_shape, decode_member, find_member, member_extension
-from ldm.data.tar import stream_tar
+from ldm.shards.reader import check_shape, decode_member, find_member
+from ldm.shards.sample import CAPTION, TEXT_KEYS, member_extension
+from ldm.shards.tar import stream_tar
 from ldm.util import UserError
 
 

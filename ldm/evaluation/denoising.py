@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.evaluation.fixed import fixed_noise
+from ldm.evaluation.protocol import fixed_noise
 from ldm.evaluation.sets import LATENT, EvaluationSet, conditioning_member
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampling import Conditioning

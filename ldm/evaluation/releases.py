@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ldm.data.opening import check_encoders
 from ldm.evaluation.denoising import Comparison, Record, compare, record
-from ldm.evaluation.fixed import midpoint_timesteps
+from ldm.evaluation.protocol import midpoint_timesteps
 from ldm.evaluation.samples import Drawn, SampleDistances, Sampling, decoded, draw, sample_distances
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latent import check_reads_captions
+from ldm.shards.open import check_encoders
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)

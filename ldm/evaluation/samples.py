@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.shards import CAPTION
 from ldm.evaluation.denoising import clean_latents
-from ldm.evaluation.fixed import spread
+from ldm.evaluation.protocol import spread
 from ldm.evaluation.sets import EvaluationSet
 from ldm.evaluation.statistics import Bootstrap, Interval
+from ldm.images.grid import picture_distances
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
-from ldm.pictures import picture_distances
+from ldm.shards.sample import CAPTION
 
 
 class Sampling(NamedTuple):
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class SampleDistances(NamedTuple):
-    """Distances of `ldm.pictures.picture_distances`, one a sample.
+    """Distances of `ldm.images.grid.picture_distances`, one a sample.
 
     `moved` is that of base and tuned; the other two are those to the set's own picture, as the base decodes it.
     """

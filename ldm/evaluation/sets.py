@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.opening import open_shards
-from ldm.data.shards import CAPTION, ShardDataset
-from ldm.evaluation.fixed import spread
+from ldm.evaluation.protocol import spread
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.shards.open import open_shards
+from ldm.shards.reader import ShardDataset
+from ldm.shards.sample import CAPTION
 from ldm.util import UserError
 
 LATENT = "f8"  # the member that holds a picture's latent, whatever entry the config's model trains on

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from ldm.config.load import find_config, load_config
+from ldm.config.merge import laid_over
 from ldm.planning.step import peak_of_step
-from ldm.training.config import find_config, load_config
-from ldm.training.overlays import laid_over
 from ldm.util import UserError
 
 GIB = 2**30

@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ldm.config.load import build_model, plain
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.cpu import as_on_cuda
 from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
 from ldm.optim import build_optimizer
-from ldm.planning.batch import gives_pictures, make_batch
+from ldm.planning.fake_batch import gives_pictures, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
-from ldm.training.building import without_initialisation
-from ldm.training.config import build_model, plain
+from ldm.release.building import without_initialisation
 from ldm.util import UserError, nearest
 
 # Lightning's `precision` → the type of the weights, and that of autocast.

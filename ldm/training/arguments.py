@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldm.cli import add_trust_option
+from ldm.config.trust import add_trust_option
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torch import optim
 from ldm.callbacks.faults import NumericalFaults
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.optim import InBackward
-from ldm.training.sharded import ShardedStrategy, unet_of
+from ldm.training.strategies import ShardedStrategy, unet_of
 from ldm.util import UserError, get_obj_from_str
 
 

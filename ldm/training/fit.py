@@ -19,12 +19,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
+from ldm.config.load import plain
+from ldm.config.trust import needs_trust
 from ldm.training.compatibility import check_compatibility
-from ldm.training.config import plain
 from ldm.training.host_memory import keep_freed_memory
-from ldm.training.host_state import HostStateStrategy
 from ldm.training.run import Run
-from ldm.training.trust import needs_trust
+from ldm.training.strategies import HostStateStrategy
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

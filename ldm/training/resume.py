@@ -13,10 +13,10 @@ from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
 from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
+from ldm.config.load import build_model
+from ldm.release.building import without_initialisation
+from ldm.release.keys import check_training_checkpoint
 from ldm.training.arguments import DEFAULT_SEED
-from ldm.training.building import without_initialisation
-from ldm.training.config import build_model
-from ldm.training.layout import check_training_checkpoint
 from ldm.training.run import lies_in_run
 from ldm.util import UserError
 

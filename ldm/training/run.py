@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.training.agreement import said_by_first
+from ldm.distributed.collectives import said_by_first
+from ldm.distributed.ranks import launched
 from ldm.training.arguments import Arguments
-from ldm.training.processes import launched
 from ldm.util import UserError
 
 # Tells the processes that Lightning starts for the other devices which run they belong to.

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_state_dict
-from ldm.data.images import ImageCaptionDataset
-from ldm.evaluation.fixed import fixed_noise, midpoint_timesteps
+from ldm.data.datasets import ImageCaptionDataset
+from ldm.evaluation.protocol import fixed_noise, midpoint_timesteps
+from ldm.images.grid import picture_distances
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
-from ldm.pictures import picture_distances
-from ldm.training.release import load_release
+from ldm.release.load import load_release
 from tests.conftest import RELEASE_CONFIG, ROOT
 
 BASE = ROOT / "data" / "base" / "emoji.safetensors"

@@ -70,7 +70,7 @@ def samplers() -> None:
 
 @check
 def evaluation_beside_training() -> None:
-    from ldm.callbacks.aside import aside
+    from ldm.callbacks.rng import aside
     from ldm.evaluation.denoising import compare, record
 
     sample = {"f8": np.zeros((8, 4, 4), np.float16), "t5": np.zeros((77, 8), np.float16), "txt": "a"}
@@ -87,12 +87,12 @@ def evaluation_beside_training() -> None:
 
 @check
 def encoder_and_teacher() -> None:
-    from ldm.training.encoder import Encoder
-    from ldm.training.teacher import Teacher
+    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.teacher import Teacher
 
     for dtype in (torch.float32, torch.bfloat16):
         model = build(cond_stage=TEXT_TOWER)
-        with pretending(), mock.patch("ldm.training.encoder.encoder_digests", return_value={}):
+        with pretending(), mock.patch("ldm.encoding.encoder.encoder_digests", return_value={}):
             encoder = Encoder(model, pretended.GPU, dtype)
             encoded = encoder.pictures(torch.empty(2, 3, 8, 8, dtype=torch.uint8))
             assert (encoded.device, encoded.shape) == (pretended.GPU, (2, 8, 4, 4))

@@ -25,7 +25,7 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 def build(*overrides: str, cond_stage: dict[str, Any] | None = None) -> Any:
     """A tiny model in training mode; with a `cond_stage` it reads captions."""
-    from ldm.training.config import build_model
+    from ldm.config.load import build_model
 
     changed = OmegaConf.from_dotlist(["model.params.use_ema=false", *overrides])
     config = OmegaConf.merge(OmegaConf.create(CONFIG), changed)

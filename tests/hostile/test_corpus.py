@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_state_dict
-from ldm.data.decode import decode_image
-from ldm.data.images import find_images
-from ldm.data.opening import check_encoders, open_shards
-from ldm.data.shards import ShardDataset, decode_member
+from ldm.config.load import load_config, plain
+from ldm.data.sources import find_images
 from ldm.data.stream import ShardStream
-from ldm.training.config import load_config, plain
+from ldm.images.decode import decode_image
+from ldm.shards.open import check_encoders, open_shards
+from ldm.shards.reader import ShardDataset, decode_member
 from ldm.util import UserError
 from tests.hostile.make_corpus import everything
 from tests.hostile.picture_files import png_of

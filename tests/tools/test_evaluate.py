@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.checkpoint import save_checkpoint, save_state_dict
-from ldm.training.config import build_model
+from ldm.config.load import build_model
 from tests.conftest import ROOT
 from tests.golden_data import fill_seeded, seeded_tensor
-from tests.ldm.data.shard_files import write_set, write_tar
+from tests.ldm.shard_files import write_set, write_tar
 from tests.training_runs import CONFIG, TEXT_TOWER
 
 TOOL = ROOT / "tools/evaluate.py"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.images import find_images
-from ldm.data.index import read_index, write_index
-from ldm.training.encoder import Encoder
-from ldm.training.preencode import preencode
-from ldm.training.release import load_release
+from ldm.data.sources import find_images
+from ldm.encoding.encoder import Encoder
+from ldm.encoding.preencode import preencode
+from ldm.release.load import load_release
+from ldm.shards.index import read_index, write_index
 from tests.conftest import RELEASE_CONFIG, ROOT
 
 TOOL = ROOT / "tools/inspect_shards.py"

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from ldm.data import npy
+from ldm.config.load import load_config
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
-from ldm.data.shards import ShardDataset
-from ldm.data.writer import ShardWriter
-from ldm.entries import TEACHER_KEYS
 from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
-from ldm.training.config import load_config
-from ldm.training.release import load_release
+from ldm.release.load import load_release
+from ldm.shards import npy
+from ldm.shards.reader import ShardDataset
+from ldm.shards.sample import TEACHER_KEYS
+from ldm.shards.writer import ShardWriter
 from tests.conftest import RELEASE_CONFIG
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/make_prior.py"

@@ -17,12 +17,12 @@ import yaml
 from PIL import Image
 
 from ldm.checkpoint import save_checkpoint
-from ldm.data import npy
+from ldm.config.load import load_config
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.data.shards import ShardDataset
-from ldm.data.transforms import fit_square
-from ldm.training.config import load_config
-from ldm.training.release import load_release
+from ldm.images.transforms import fit_square
+from ldm.release.load import load_release
+from ldm.shards import npy
+from ldm.shards.reader import ShardDataset
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[2]

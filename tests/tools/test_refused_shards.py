@@ -12,12 +12,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import encoder_digests, save_state_dict
-from ldm.data.index import INDEX, write_index
-from ldm.data.verify import file_sha256
-from ldm.training.config import build_model
+from ldm.config.load import build_model
+from ldm.shards.index import INDEX, write_index
+from ldm.shards.verify import file_sha256
 from tests.conftest import ROOT
 from tests.golden_data import fill_seeded
-from tests.ldm.data.shard_files import write_set
+from tests.ldm.shard_files import write_set
 from tests.training_runs import CONFIG, TEXT_TOWER, fixture_one_thread  # noqa: F401
 
 WATCHED = "lightning.callbacks.forgetting"

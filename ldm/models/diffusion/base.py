@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.checkpoint import LoadReport, load_file_into
+from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.preservation import Prior
-from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion, min_snr_weights

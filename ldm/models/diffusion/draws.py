@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.entries import DRAW
 from ldm.models.diffusion.batch import Batch
+from ldm.shards.sample import DRAW
 
 
 @dataclass(frozen=True)

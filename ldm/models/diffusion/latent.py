@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import LoadReport
+from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.base import DDPM
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
-from ldm.models.diffusion.processes import mean_over_processes
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config

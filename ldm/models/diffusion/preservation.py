@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.entries import IS_PRIOR, TEACHER_KEYS
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.shards.sample import IS_PRIOR, TEACHER_KEYS
 from ldm.util import UserError
 
 TARGETS = ("data", "teacher")

@@ -8,10 +8,10 @@ import torch
 
 from ldm.callbacks.encoders import SameEncoders
 from ldm.checkpoint import load_checkpoint, save_checkpoint, weights_digest
-from ldm.data.shards import ShardDataset
-from ldm.training.config import build_model, load_config
+from ldm.config.load import build_model, load_config
+from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
-from tests.ldm.data.shard_files import write_set
+from tests.ldm.shard_files import write_set
 from tests.training_runs import fixture_one_thread, fixture_train, the_run, write_index  # noqa: F401
 
 

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 
 from ldm.callbacks.forgetting import Forgetting
 from ldm.checkpoint import load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
+from ldm.config.load import build_model
 from ldm.evaluation.denoising import compare, record
-from ldm.evaluation.fixed import midpoint_timesteps
+from ldm.evaluation.protocol import midpoint_timesteps
 from ldm.evaluation.sets import open_set
-from ldm.training.config import build_model
 from ldm.util import UserError
 from tests.golden_data import fill_seeded
 from tests.sent_signals import sending

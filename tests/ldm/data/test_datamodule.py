@@ -6,11 +6,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from ldm.data import npy
 from ldm.data.config_module import DataModuleFromConfig
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.shards import npy
 from ldm.util import UserError
-from tests.ldm.data.shard_files import sample_members, write_set, write_tar
+from tests.ldm.shard_files import sample_members, write_set, write_tar
 
 TRAINER = {
     "accelerator": "cpu",

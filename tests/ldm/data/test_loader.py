@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.data.loader import ResumableLoader, SeededDataset
-from ldm.data.sampling import EpochBatchSampler
+from ldm.data.sampler import EpochBatchSampler
 from ldm.util import UserError
 
 

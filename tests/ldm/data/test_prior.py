@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data import npy
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.data.index import write_index
 from ldm.data.prior import PriorBatchSampler
-from ldm.data.sampling import EpochBatchSampler
+from ldm.data.sampler import EpochBatchSampler
+from ldm.shards import npy
+from ldm.shards.index import write_index
 from ldm.util import UserError
-from tests.ldm.data.shard_files import write_set, write_tar
 from tests.ldm.data.test_datamodule import Recorder, batches, fit
+from tests.ldm.shard_files import write_set, write_tar
 
 
 class Remembering(Recorder):

@@ -6,7 +6,7 @@ import pytest
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.stream import ShardStream
 from ldm.util import UserError
-from tests.ldm.data.shard_files import sample_members, write_set, write_tar
+from tests.ldm.shard_files import sample_members, write_set, write_tar
 
 
 def piped(pattern: str) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.data import npy
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.shards import npy
 from ldm.util import instantiate_from_config
 from tests.golden_data import fill_seeded, seeded_tensor
-from tests.ldm.data.shard_files import write_tar
+from tests.ldm.shard_files import write_tar
 from tests.training_runs import CONFIG, TEXT_TOWER
 
 KEYS = ["a", "b", "c", "d", "e"]

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data import npy
 from ldm.evaluation.denoising import compare, record
-from ldm.evaluation.fixed import fixed_noise
+from ldm.evaluation.protocol import fixed_noise
 from ldm.evaluation.sets import open_set
+from ldm.shards import npy
 from tests.golden_data import fill_seeded, seeded_tensor
-from tests.ldm.data.shard_files import write_tar
 from tests.ldm.evaluation.conftest import KEYS, constant, members
+from tests.ldm.shard_files import write_tar
 
 TIMESTEPS = [6, 18, 31, 43]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.evaluation.axes import ticks
 from ldm.evaluation.denoising import Comparison
-from ldm.evaluation.figure import draw_figure
+from ldm.evaluation.plots import draw_figure
 from ldm.evaluation.releases import SetResult
 from ldm.evaluation.report import FORMAT_VERSION, rows_of, table, write_json
 from ldm.evaluation.samples import Drawn, SampleDistances

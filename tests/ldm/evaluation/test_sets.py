@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ldm.data import npy
 from ldm.evaluation.sets import open_set, parse_sets
+from ldm.shards import npy
 from ldm.util import UserError
-from tests.ldm.data.shard_files import write_tar
 from tests.ldm.evaluation.conftest import KEYS, members
+from tests.ldm.shard_files import write_tar
 
 
 def test_parse_sets():

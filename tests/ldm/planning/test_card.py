@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from ldm.config.load import load_config
 from ldm.planning import card
 from ldm.planning.card import GIB, Fit, fits, largest_batch, needed
-from ldm.training.config import load_config
 
 # Bytes by batch, of the shape that steps have: the most of some moments, each linear in the batch.
 STEPS: list[Callable[[int], int]] = [

@@ -6,8 +6,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm.config.load import load_config
 from ldm.planning.step import peak_of_step
-from ldm.training.config import load_config
 from ldm.util import UserError
 from tests.training_runs import CONFIG
 

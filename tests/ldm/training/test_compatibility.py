@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
 
+from ldm.config.load import build_model
 from ldm.training.compatibility import check_compatibility, check_in_backward
-from ldm.training.config import build_model
 from ldm.util import UserError
 from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, the_run  # noqa: F401
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from ldm.training.config import load_config
-from ldm.training.host_state import HostStateStrategy, host_state_strategy, streams_weights
+from ldm.config.load import load_config
+from ldm.training.strategies import HostStateStrategy, host_state_strategy, streams_weights
 from ldm.util import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import save_checkpoint
-from ldm.training.config import build_model
+from ldm.config.load import build_model
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
 from tests.training_runs import CONFIG
 

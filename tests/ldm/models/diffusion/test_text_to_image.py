@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.config.load import load_config
 from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
 from ldm.models.diffusion.text_to_image import SAMPLERS, Request, latent_shape, text_to_image
-from ldm.training.config import load_config
-from ldm.training.release import load_release
+from ldm.release.load import load_release
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG
 

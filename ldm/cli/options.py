@@ -1,0 +1,90 @@
+"""What the tools that draw pictures ask for on their command lines. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from ldm.cli.paths import CONVENTIONAL_RELEASE
+from ldm.util import UserError
+
+SETTINGS = ("steps", "scale", "sampler", "eta")  # the options that `draw_latents` takes as they are
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """The release, the captions, and how to draw."""
+    add = parser.add_argument
+    add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release checkpoint")
+    add("--config", type=Path, default=Path("stable_diffusion_v1.yaml"), help="its config")
+    add("--prompt", nargs="+", action="extend", default=[], help="one or more captions")
+    add("--from-file", type=Path, help="a text file with one caption a line")
+    add("--n", type=int, default=1, help="samples a prompt")
+    add_sampling_options(parser)
+    add("--eta", type=float, default=0.0, help="noise added in ddim steps; 0 is deterministic")
+    add("--H", type=int, help="height in pixels; default: the model's own")
+    add("--W", type=int, help="width in pixels; default: the model's own")
+    add("--batch-size", type=int, default=4, help="samples at a time")
+    add_network_options(parser)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How samples are drawn, whatever of."""
+    add = parser.add_argument
+    add("--seed", type=int, default=42, help="seed of the first sample; they count up from it")
+    add(
+        "--steps",
+        type=int,
+        default=50,
+        help="sampling steps; ddim and plms run more where these do not divide the model's 1000",
+    )
+    add("--scale", type=float, default=7.5, help="classifier-free guidance; 1 for none")
+    add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampling method")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Where the networks run, and in which precision."""
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks")
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """The captions given, and those of the file, without its empty lines.
+
+    Raises:
+        UserError: there are none, or the file is not text.
+    """
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
+        prompts = prompts + [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("no caption: give --prompt or --from-file")
+    return prompts
+
+
+def check_drawing_options(options: argparse.Namespace, seeds: int) -> None:
+    """Raise `UserError` for values that cannot be; `seeds` of them are counted from `--seed`."""
+    check_at_least(options, n=1, batch_size=1)
+    check_sampling_options(options, seeds)
+    if not 0 <= options.eta <= 1:
+        raise UserError(f"--eta {options.eta}: give a number from 0 to 1")
+
+
+def check_at_least(options: argparse.Namespace, **least: int) -> None:
+    """Raise `UserError` for a number below the `least` that its option may have; None is no number."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {smallest} or more")
+
+
+def check_sampling_options(options: argparse.Namespace, seeds: int) -> None:
+    """Raise `UserError` for values that cannot be; `seeds` of them are counted from `--seed`."""
+    if not math.isfinite(options.scale):
+        raise UserError(f"--scale {options.scale}: give a finite number")
+    if not 0 <= options.seed < 2**63 - seeds:
+        raise UserError(f"--seed {options.seed}: give a number from 0 to 2^63")

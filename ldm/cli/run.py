@@ -1,0 +1,112 @@
+"""What every command line shares: logging, one-line errors and exit codes. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+
+# transformers imports torchao where it is installed, which tells of kernels that this machine lacks and nobody uses,
+# and which registers its types in a way that torch warns about.
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a `UserError`, an error of the operating system or a full GPU becomes one line on stderr and exit
+    code 1.
+
+    SIGTERM becomes `SystemExit(143)`, so that what is half written is removed.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    threading.excepthook = _say_of_thread
+    try:
+        with _sigterm_unwinds(), _bars_ended():
+            main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        sys.exit(f"error: {str(error).split('. ')[0]}; take fewer at a time, where there is a --batch-size")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """An error of the operating system in a thread, as of a logger on a full disk, is one line too."""
+    if isinstance(failed.exc_value, OSError):
+        logger.error("error: %s", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
+
+
+@contextmanager
+def _bars_ended() -> Iterator[None]:
+    """Close the progress bars that an error leaves open: what is said next begins a line."""
+    try:
+        yield
+    finally:
+        if "tqdm" in sys.modules:
+            for bar in list(sys.modules["tqdm"].tqdm._instances):
+                bar.close()
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    owner = os.getpid()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise SystemExit(128 + signum)
+        signal.signal(signum, signal.SIG_DFL)  # a forked worker, whose clean-up is its parent's
+        os.kill(os.getpid(), signum)
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, and the defaults of the options that have any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, []) and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
+def call(*words: object) -> None:
+    """Print a command as a user would type it, and run it with this Python.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    command = [str(word) for word in words]
+    logger.info("\n$ %s", shlex.join(["python", *command]))
+    started = time.monotonic()
+    status = subprocess.run([sys.executable, *command]).returncode
+    if status:
+        raise UserError(f"that command ended with exit code {status}")
+    logger.info("(%.0f s)", time.monotonic() - started)

@@ -1,0 +1,141 @@
+"""Reading YAML configs, merging them with `a.b.c=value` overrides, and building the model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.config.interpolations import check_interpolations
+from ldm.config.merge import laid_over
+from ldm.config.trust import check_trust
+from ldm.util import UserError, instantiate_from_config, nearest
+
+SECTIONS = ("model", "data", "lightning")
+_MOST_BYTES = 1 << 20  # of a config file; real ones have a few thousand
+# Where a bare file name is also looked for: under the working directory, then in this repository.
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/latent-diffusion")
+
+
+def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
+    """The YAML files `names` merged left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
+
+    They merge as `laid_over` says.
+
+    Unless they are `trusted`, the files are held against `ldm.config.trust`; overrides, being typed, are not.
+
+    Raises:
+        UserError: a file is missing or is not a YAML mapping, an override cannot be read, an interpolation does not
+            resolve, a top-level section is none of `SECTIONS` or no mapping, or the config needs trust.
+    """
+    files = [(str(path), _read(path)) for path in map(find_config, names)]
+    typed = [(repr(override), _parse_override(override)) for override in overrides]
+    # A resumed run has many, whose folders would make the line long.
+    source = str(names[0]) if len(names) == 1 else ", ".join(Path(name).name for name in names) or "the command line"
+    config = OmegaConf.create()
+    for name, part in files + typed:
+        for section in part:
+            if section not in SECTIONS:
+                raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
+        try:
+            config = laid_over(config, part, trusted)
+        except TypeError as error:  # OmegaConf's, of a list over a mapping
+            raise UserError(f"{name}: a list over a mapping, or the other way round ({error})") from error
+        except OmegaConfBaseException as error:
+            raise UserError(f"{name}: {_first_line(error)}") from error
+    try:
+        if not trusted:
+            check_interpolations(OmegaConf.to_container(config), source)
+        OmegaConf.resolve(config)
+        if not trusted:
+            check_trust(plain(config), source, [plain(part) for _, part in typed])
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{source}: {_first_line(error)}") from error
+    for section, value in config.items():
+        if not isinstance(value, DictConfig):
+            raise UserError(f"section {section!r} must be a mapping, got {value!r}")
+    return config
+
+
+def find_config(name: str | Path) -> Path:
+    """`name` itself if it exists, else the file of that name in configs/latent-diffusion/.
+
+    Raises:
+        UserError: it is in none of these places.
+    """
+    for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
+        if path.is_file():
+            return path
+    known = sorted({path.name for folder in _CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+    raise UserError(f"config {str(name)!r} not found{nearest(Path(name).name, known)}")
+
+
+def plain(config: Any) -> Any:
+    """`config` as plain dicts, lists and scalars, so that nothing of OmegaConf reaches models and checkpoints."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def build_model(config: DictConfig) -> Any:
+    """The module that `config.model` describes.
+
+    Raises:
+        UserError: there is no `model` section, or it names a target or a key that does not exist.
+    """
+    return _build(config, "model")
+
+
+def build_data(config: DictConfig) -> Any:
+    """The data module that `config.data` describes.
+
+    Raises:
+        UserError: there is no `data` section, or it names a target or a key that does not exist.
+    """
+    return _build(config, "data")
+
+
+def _build(config: DictConfig, section: str) -> Any:
+    if not config.get(section):
+        raise UserError(f"the config has no {section!r} section; give one with --base")
+    return instantiate_from_config(plain(config[section]))
+
+
+def _read(path: Path) -> DictConfig:
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config; name the right file")
+    try:
+        part = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or _first_line(error)
+        raise UserError(f"{path}{where}: not valid YAML ({reason})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file, so not a config ({error.reason})") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise UserError(f"{path}: not a YAML mapping with the sections {', '.join(SECTIONS)}") from error
+    except Exception as error:  # values that PyYAML cannot make, such as `!!int x`, raise whatever they trip over
+        raise UserError(f"{path}: not a config that can be read ({_first_line(error)})") from error
+    if not isinstance(part, DictConfig):
+        raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, found a list")
+    return part
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"{override!r} is not an override of the form a.b.c=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{override!r}: the value is not valid YAML ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -1,0 +1,55 @@
+"""Datasets of images with captions, for training without pre-encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ldm.data.sources import find_images
+from ldm.images.transforms import fit_square
+from ldm.util import UserError
+
+
+class ImageCaptionDataset(Dataset):
+    """Pictures and captions for training straight from pictures, cropped and scaled to `size`.
+
+    An item is `{image_key: float32 (size, size, 3) in [-1, 1], caption_key: str}`; with `flip`, half are mirrored.
+    `sample_keys` are the pictures' names.
+
+    Raises:
+        UserError: as `find_images`, or a picture of a kind, or with a caption, that cannot be read; on access, a
+            picture that is broken, by name.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | Sequence[str | Path],
+        size: int,
+        flip: bool = False,
+        caption: str | None = None,
+        image_key: str = "image",
+        caption_key: str = "caption",
+    ) -> None:
+        self.items = find_images(root, caption)
+        for item in self.items:
+            if item.error is not None:
+                raise UserError(f"{item.name}: {item.error}")
+        self.sample_keys = [item.name for item in self.items]
+        self.size = size
+        self.flip = flip
+        self.image_key = image_key
+        self.caption_key = caption_key
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        picture = fit_square(torch.from_numpy(item.read()), self.size)  # 3 size size
+        if self.flip and torch.rand(()) < 0.5:
+            picture = picture.flip(-1)
+        return {self.image_key: picture.permute(1, 2, 0).contiguous(), self.caption_key: item.caption or ""}

@@ -1,0 +1,109 @@
+"""What pre-encoding needs of a model: pictures to posteriors, and captions to hidden states."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import encoder_digests
+from ldm.host_copy import HostCopy
+from ldm.images.buckets import Size
+from ldm.images.transforms import to_range
+from ldm.models.diffusion.latent import check_reads_captions
+from ldm.util import UserError
+
+_CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
+
+
+class _Caption:
+    """The encoding of one caption, float16 (77, 768), for which whoever needs it waits."""
+
+    def __init__(self, text: str, batch: HostCopy, index: int) -> None:
+        self._text = text
+        self._copy: tuple[HostCopy, int] | None = batch, index
+        self._array: np.ndarray | None = None
+
+    def get(self) -> np.ndarray:
+        copy = self._copy
+        if copy is not None:
+            batch, index = copy
+            self._array = batch.get()[index].numpy().copy()  # the batch's memory can be used again
+            self._copy = None
+            if not np.isfinite(self._array).all():
+                raise UserError(f"the caption {self._text!r} encodes to NaN or infinity; try --precision fp32")
+        return self._array
+
+
+class Encoder:
+    """The two halves of a `LatentDiffusion` that pre-encoding needs, moved to `device` and `dtype`; the UNet stays.
+
+    `digests` tells their weights, as they are given, from others.
+
+    Raises:
+        UserError: the model has no text encoder.
+    """
+
+    def __init__(self, model: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        check_reads_captions(model)
+        self.digests = encoder_digests(model.state_dict())  # before the weights are rounded to `dtype`
+        model.first_stage_model.to(device, dtype)
+        model.cond_stage_model.to(device, dtype)
+        self.model = model
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._captions: OrderedDict[str, _Caption] = OrderedDict()
+
+    def check_sizes(self, sizes: Iterable[Size]) -> None:
+        """Raise `UserError` unless the autoencoder and the UNet can halve pictures of these sizes evenly."""
+        unet = getattr(self.model.model.diffusion_model, "downsampling", 1)
+        multiple = self.model.first_stage_model.downsampling * unet
+        for height, width in sizes:
+            if height % multiple or width % multiple:
+                size = f"--size {height}" if height == width else f"--buckets, {height}x{width}"
+                raise UserError(f"{size}: this model takes pictures in multiples of {multiple} pixels")
+
+    @torch.inference_mode()
+    def pictures(self, batch: Tensor) -> Tensor:
+        """Pictures uint8 (B, 3, H, W) to posterior parameters, or latents, float16 (B, 2C or C, h, w), on the device.
+
+        On a GPU the work is under way when this returns.
+        """
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # else the device would be waited for
+        there = batch.to(self.device, non_blocking=True)
+        encoded = self.model.first_stage_model.encode(to_range(there).to(self.dtype))
+        values = encoded if isinstance(encoded, Tensor) else encoded.parameters
+        values = values.float()
+        if not isinstance(encoded, Tensor):
+            mean, logvar = values.chunk(2, dim=1)
+            # The posterior clamps it so when it is read; unclamped it need not fit in float16.
+            values = torch.cat([mean, logvar.clamp(-30.0, 20.0)], dim=1)
+        return values.half()
+
+    @torch.inference_mode()
+    def captions(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The encodings, float16 (77, 768), of `texts`; each text is encoded once as long as it is remembered."""
+        return self.captions_later(texts)()
+
+    @torch.inference_mode()
+    def captions_later(self, texts: Sequence[str]) -> Callable[[], list[np.ndarray]]:
+        """What gives `captions(texts)`, in any thread: on a GPU the work is under way when this returns."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._captions]
+        if new:
+            batch = HostCopy(self.model.get_learned_conditioning(new).float().half())
+            self._captions |= {text: _Caption(text, batch, index) for index, text in enumerate(new)}
+        for text in texts:
+            self._captions.move_to_end(text)
+        found = [self._captions[text] for text in texts]
+        while len(self._captions) > _CACHED_CAPTIONS:
+            self._captions.popitem(last=False)
+        return lambda: [caption.get() for caption in found]
+
+    def forget_captions(self) -> None:
+        """Encode each text anew: rounding depends on what else is encoded with it, and so on what is remembered."""
+        self._captions.clear()

@@ -1,0 +1,117 @@
+"""What `tools/hack_weights.py` does with files: read, graft, keep what is replaced, write, and say so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint, weights_of
+from ldm.config.load import build_model, load_config
+from ldm.release.graft import graft, grafted_checkpoint
+from ldm.release.keys import check_release, check_training_checkpoint
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+
+def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
+    """Write the training checkpoint at `training_path`, with the released weights in it, to `out`.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model; nothing is written then.
+    """
+    if training_path.exists() and release_path.exists() and training_path.samefile(release_path):
+        raise UserError(f"{training_path}: given as the release and as the training checkpoint; name two files")
+    _check_out(out, release_path)
+    training = open_checkpoint(training_path)
+    check_training_checkpoint(training.content, training_path)
+    release = open_checkpoint(release_path)
+    log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
+    released = _release_weights(release, release_path)
+    grafted = graft(weights_of(training.content, training_path), released, release_path)
+    log.info("\n".join(grafted.summary()))
+    log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
+    content = _with_encoders(grafted_checkpoint(training.content, grafted), released, release)
+    _write(content, out, [training, release])
+
+
+def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path, trusted: bool = False) -> None:
+    """Write a training checkpoint at step 0 for the model of `config_names`, with the released weights, to `out`.
+
+    `trusted` is that of `load_config`.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model; nothing is written then.
+    """
+    _check_out(out, release_path)
+    config = load_config(config_names, trusted=trusted)
+    release = open_checkpoint(release_path)
+    from ldm.release.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
+
+    state_dict = state_dict_without_weights(lambda: build_model(config))
+    log.info("made from: %s", ", ".join(map(str, config_names)))
+    released = _release_weights(release, release_path)
+    grafted = graft(state_dict, released, release_path)
+    log.info("\n".join(grafted.summary()))
+    _write(_with_encoders(fresh_checkpoint(grafted), released, release), out, [release])
+
+
+def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
+    check_release(release.content, path)
+    weights = weights_of(release.content, path)
+    log.info("release: %s, %d values", path, len(weights))
+    return weights
+
+
+def _with_encoders(content: dict, released: dict, release: OpenCheckpoint) -> dict:
+    """`content` with the digests of the release's encoders, which training compares with those of its shards."""
+    digests = encoder_digests(released)
+    release.file.drop_pages()
+    return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
+
+
+def _check_out(out: Path, release: Path) -> None:
+    if out.suffix != ".ckpt":
+        raise UserError(f"{out}: a training checkpoint's name must end in .ckpt")
+    if out.exists() and release.exists() and out.samefile(release):
+        raise UserError(f"{out}: is the release itself, which would be replaced; choose another --out")
+
+
+def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
+    kept = _keep(out) if out.exists() and not _is_made_from_config(out) else None
+    try:
+        save_checkpoint(content, out, sources=[source.file for source in sources])
+    except BaseException:  # Ctrl-C too: what was not replaced needs no second name
+        if kept and kept.samefile(out):
+            kept.unlink()
+        raise
+    if kept:
+        log.info("kept what it replaces: %s", kept)
+    log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content["state_dict"]))
+    log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", shlex.quote(str(out)))
+
+
+def _is_made_from_config(path: Path) -> bool:
+    """Whether the file is a checkpoint that `hack_config` wrote: no training is lost with it."""
+    try:
+        content = open_checkpoint(path).content
+    except UserError:
+        return False
+    return content.get("global_step") == 0 and content.get("optimizer_states") == []
+
+
+def _keep(path: Path) -> Path:
+    """Give the file at `path` a second name that no file has yet; no copy where the file system has links."""
+    kept, count = path.with_name(f"{path.stem}.before-hack{path.suffix}"), 1
+    while kept.exists():
+        count += 1
+        kept = path.with_name(f"{path.stem}.before-hack-{count}{path.suffix}")
+    try:
+        os.link(path, kept)
+    except OSError:
+        shutil.copy2(path, kept)
+    return kept

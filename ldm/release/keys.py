@@ -1,0 +1,45 @@
+"""What a training checkpoint and a release are, and how its keys are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.modules.ema import shadow_name
+from ldm.util import UserError
+
+# What Lightning needs to take a training up again.
+TRAINING_STATE = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
+
+
+def ema_key(key: str) -> str:
+    """The state-dict key of the EMA of the weight `key`, which is below `model.`."""
+    return "model_ema." + shadow_name(key.removeprefix("model."))
+
+
+def check_release(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `UserError` if `content`, read from `path`, is a training checkpoint.
+
+    Optimizers are what pruning takes out: releases of 2022 still have the step, the callbacks and the loops.
+    """
+    if "optimizer_states" in content:
+        raise UserError(
+            f"{path}: a training checkpoint (it holds optimizer_states), not a release; give the released weights "
+            "that training began from, such as sd-v1-4.ckpt, or make a release with tools/merge_release.py"
+        )
+
+
+def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training."""
+    missing = [key for key in TRAINING_STATE if key not in content]
+    if missing:
+        raise UserError(
+            f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "
+            "make one from weights with tools/hack_weights.py, or start from them with model.params.ckpt_path"
+        )
+    if not isinstance(content["global_step"], int):
+        raise UserError(f"{path}: not a training checkpoint (its global_step is no number)")
+    optimizers = content["optimizer_states"]
+    if not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)):
+        raise UserError(f"{path}: not a training checkpoint (its optimizer_states are no list of dicts)")

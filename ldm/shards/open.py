@@ -1,0 +1,68 @@
+"""Opening a set of local pre-encoded shards: the one way for all that read any, with one line for each thing wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ldm.shards.index import ENCODERS, INDEX, check_against_index, read_index
+from ldm.shards.reader import ShardDataset
+from ldm.shards.urls import expand_urls, is_stream, names_all_there
+from ldm.shards.verify import verify_shards
+from ldm.util import UserError
+
+_SAME_RELEASE = "encode the pictures again with the release that is used here, or use the release that made the set"
+
+
+def open_shards(
+    urls: str | Path | Sequence[str | Path],
+    first_stage_key: str = "f8",
+    cond_stage_key: str | None = "t5",
+    extra: Sequence[str] = (),
+    *,
+    verify: bool = True,
+    unfinished: bool = False,
+) -> ShardDataset:
+    """The samples of the shards that `urls` names, as in `expand_urls`; the keys are those of `ShardDataset`.
+
+    The shards are held against the index beside them, where there is one, before any is looked into.
+
+    Args:
+        verify: read each new shard once as a whole, against its checksum in the index.
+        unfinished: of a set that is not finished take what is there, and only warn: for whoever looks at one.
+
+    Raises:
+        UserError: nothing matches, a shard is streamed, missing, damaged or not that of its index, the set is
+            unfinished, or its samples do not fit together; names the file, and says what to do.
+    """
+    paths = expand_urls(urls)
+    stream = next(filter(is_stream, paths), None)
+    if stream is not None:
+        raise UserError(f"{stream}: is streamed; give local shards, which can be read in any order")
+    check_against_index(paths, whole=names_all_there(urls), unfinished=unfinished)
+    if verify:
+        verify_shards(paths)
+    return ShardDataset(paths, first_stage_key, cond_stage_key, extra)
+
+
+def check_encoders(
+    dataset: ShardDataset, own: Mapping[str, str | None], whose: str, advice: str = _SAME_RELEASE
+) -> None:
+    """Refuse a set that was made by other encoders than those of `whose`, which have the digests `own`.
+
+    The keys of `own` are `autoencoder` and `text_tower`, as in an index. The text tower counts where stored encodings
+    are read, not where captions are. What has no digest, here or there, is not compared.
+
+    Raises:
+        UserError: the set was made by another one; names its index, and ends in `advice`.
+    """
+    for folder in dict.fromkeys(path.parent for path in dataset.paths):
+        index = read_index(folder) or {}
+        for key, what in ENCODERS.items():
+            made_by, ours = index.get(key), own.get(key)
+            if None in (made_by, ours) or made_by == ours or (key == "text_tower" and not dataset.reads_encodings):
+                continue
+            raise UserError(
+                f"{folder / INDEX}: the set was made by another {what} ({made_by:.12}…) than that of {whose} "
+                f"({ours:.12}…); {advice}"
+            )

@@ -1,0 +1,164 @@
+"""Pre-encoded samples in local tar shards, read by offset: any sample at any time, in whatever order.
+
+A shard is indexed once, by its headers. So the order of an epoch is a permutation of all samples, whatever the number
+of workers; a set may have fewer samples than workers; and everything that does not fit is found before training starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.files import read_span
+from ldm.shards import npy
+from ldm.shards.sample import CAPTION, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
+from ldm.shards.tar import TarSample, index_tar
+from ldm.util import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ABSENT = {CAPTION: "", ORIGIN: None}  # what stands for one that a sample does not have
+
+
+def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
+    """What `members` has, by extension, under `key`; None if it is one of the `optional` that the sample lacks.
+
+    Raises:
+        UserError: the `sample` of the shard `where` lacks another key.
+    """
+    extension = member_extension(key)
+    if extension not in members and key not in optional:
+        hint = nearest(extension, list(members))
+        if key in TEACHER_KEYS:
+            hint = "; write the teacher's predictions with tools/make_prior.py --teacher, or set prior_target: data"
+        raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
+    return members.get(extension)
+
+
+def decode_member(key: str, data: bytearray, name: str) -> Any:
+    """The value of one member: an array, a string (`txt`) or parsed JSON (`json`).
+
+    Raises:
+        UserError: it cannot be decoded, or an array is not finite; names `name`.
+    """
+    if key in TEXT_KEYS:
+        try:
+            text = data.decode("utf-8")
+            return text if key == CAPTION else json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}: {error}") from error
+    array = npy.decode(data, name, number_types(key))
+    if not np.isfinite(array).all():
+        raise UserError(f"{name}: holds NaN or infinite values; encode it again")
+    return array
+
+
+def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], picture: bool, name: str) -> None:
+    """Raise `UserError` unless `shape` can be in one set with the shape of the set's `first` sample.
+
+    Pictures, `(channels, height, width)`, may differ in height and width; everything else is one shape.
+    """
+    if picture and len(shape) != 3:
+        raise UserError(f"{name}: shape {shape} is not (channels, height, width)")
+    if (shape[0] != first[0]) if picture else (shape != first):
+        raise UserError(f"{name}: shape {shape}, but the first sample's {key} is {first}")
+
+
+class ShardDataset(Dataset):
+    """The samples of local shards: `dataset[i]` is a dict of the `keys`, `"txt"` (the caption) and `"__key__"`.
+
+    Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`
+    unless it is None; and what else `extra` names, such as `TEACHER_KEYS`, or `"json"`, which is None where there is
+    none.
+
+    Raises:
+        UserError: a shard is damaged, a sample lacks one of the keys, or its shape is not that of the others.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        first_stage_key: str = "f8",
+        cond_stage_key: str | None = "t5",
+        extra: Sequence[str] = (),
+    ) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.first_stage_key = first_stage_key
+        keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
+        self.keys = [key for key in dict.fromkeys(keys) if key is not None]
+        self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
+        self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
+        self.sample_keys: list[str] = []
+        self.shapes: dict[str, dict[tuple[int, ...], str]] = {key: {} for key in self.keys}  # shape -> type, as found
+        shards, spans, groups = [], [], []
+        for number, path in enumerate(self.paths):
+            samples = index_tar(path)
+            if not samples:
+                logger.warning("%s holds no samples", path)
+                continue
+            with path.open("rb") as file:
+                for sample in samples:
+                    self.sample_keys.append(sample.key)
+                    shards.append(number)
+                    found = [find_member(key, sample.spans, self.optional, sample.key, str(path)) for key in self.keys]
+                    spans.append([span or (-1, -1) for span in found])
+                    groups.append(self._check(sample, path, file.fileno()))
+        if not self.sample_keys:
+            if len(self.paths) == 1:
+                raise UserError(f"no samples in 1 shard, {self.paths[0]}")
+            raise UserError(f"no samples in {len(self.paths)} shards, such as {self.paths[0]}")
+        # Arrays, not objects: workers fork, and reference counts would copy the index into each.
+        self._shards = np.asarray(shards, dtype=np.int32)
+        self._spans = np.asarray(spans, dtype=np.int64)  # (samples, keys, 2): offset and size, -1 for none
+        self._groups = np.asarray(groups, dtype=np.int32)
+
+    def _check(self, sample: TarSample, path: Path, descriptor: int) -> int:
+        """Check the headers of a sample's arrays; returns the number of its picture's shape among all shapes."""
+        group = 0
+        for key in self.keys:
+            if key in TEXT_KEYS:
+                continue
+            offset, size = sample.spans[member_extension(key)]
+            name = f"{path}: {sample.key}.{member_extension(key)}"
+            start = read_span(descriptor, offset, min(size, npy.HEADER_BYTES), name)
+            header = npy.read_header(start, size, name, number_types(key))
+            known = self.shapes[key]
+            if header.shape not in known:
+                picture = key == self.first_stage_key
+                check_shape(key, header.shape, next(iter(known), header.shape), picture, name)
+                known[header.shape] = header.dtype.name
+            if key == self.first_stage_key:
+                group = list(known).index(header.shape)
+        return group
+
+    def __len__(self) -> int:
+        return len(self.sample_keys)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[self._shards[index]]
+        sample: dict[str, Any] = {"__key__": self.sample_keys[index]}
+        # Opened for each sample: a set may have more shards than a process may hold open, and an open costs 10 us.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            for key, (offset, size) in zip(self.keys, self._spans[index].tolist(), strict=True):
+                name = f"{path}: {sample['__key__']}.{member_extension(key)}"
+                if size < 0:
+                    sample[key] = _ABSENT[key]
+                else:
+                    sample[key] = decode_member(key, read_span(descriptor, offset, size, name), name)
+        finally:
+            os.close(descriptor)
+        return sample
+
+    def groups(self) -> list[np.ndarray]:
+        """The sample numbers, one array for each shape of picture: what may share a batch."""
+        return [np.flatnonzero(self._groups == group) for group in range(len(self.shapes[self.first_stage_key]))]

@@ -1,0 +1,78 @@
+"""Whether shards hold the bytes that were written: their SHA-256 against that of the index, read once a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from ldm.files import atomic_write
+from ldm.shards.index import MAKE_AGAIN, read_index
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+# Beside the shards: what was found of each, for as long as its size and its time of change are the same.
+_SEEN = ".verified.json"
+_THREADS = 4  # hashing does not hold Python's lock, and a disk likes a few readers
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def verify_shards(paths: Sequence[str | Path]) -> None:
+    """Hold the shards at `paths` against the checksums in the indexes of their folders, where there are any.
+
+    All of a file is read, once: what was found is kept in `.verified.json` beside it, if that can be written.
+
+    Raises:
+        UserError: a shard is not what was written; names it.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in map(Path, paths):
+        folders.setdefault(path.parent, []).append(path)
+    for folder, shards in folders.items():
+        index = read_index(folder) or {"shards": []}
+        expected = {shard["name"]: shard["sha256"] for shard in index["shards"] if shard.get("sha256")}
+        _verify_folder(folder, [path for path in shards if path.name in expected and path.is_file()], expected)
+
+
+def _verify_folder(folder: Path, shards: list[Path], expected: dict[str, str]) -> None:
+    seen = _read_seen(folder)
+    states = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in shards}
+    # What did not match is read again: a copy that keeps the time of change may have mended it.
+    unread = [path for path in shards if seen.get(path.name) != [*states[path], expected[path.name]]]
+    if unread:
+        size = sum(states[path][0] for path in unread)
+        logger.info("%s: reading %d shards (%.1f GB) to verify their checksums", folder, len(unread), size / 1e9)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(unread, pool.map(file_sha256, unread), strict=True))
+    seen |= {path.name: [*states[path], digest] for path, digest in found.items()}
+    if unread:
+        with suppress(OSError), atomic_write(folder / _SEEN) as path:  # a folder for reading alone: verified each time
+            path.write_text(json.dumps(seen) + "\n")
+    for path in shards:
+        if seen[path.name][2] != expected[path.name]:
+            raise UserError(
+                f"{path}: its bytes are not those that were written: SHA-256 {seen[path.name][2][:12]}…, "
+                f"{expected[path.name][:12]}… in its index; copy it again, or {MAKE_AGAIN}"
+            )
+
+
+def _read_seen(folder: Path) -> dict[str, list]:
+    try:
+        seen = json.loads((folder / _SEEN).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    entries = seen.items() if isinstance(seen, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 3}

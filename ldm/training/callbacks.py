@@ -1,0 +1,113 @@
+"""Callbacks of a run: the defaults, and those that `lightning.callbacks` and `lightning.modelcheckpoint` describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import LearningRateMonitor
+
+from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.encoders import SameEncoders
+from ldm.callbacks.forgetting import Forgetting
+from ldm.callbacks.progress import ProgressBar
+from ldm.callbacks.resume import LearningRateOnResume, NothingLeft
+from ldm.callbacks.rng import StepSeeds
+from ldm.callbacks.setup import SetupCallback
+from ldm.callbacks.signals import SignalRequests
+from ldm.callbacks.summary import ParameterSummary
+from ldm.callbacks.validation import SparseValidation
+from ldm.config.load import plain
+from ldm.training.described import instantiate_described
+from ldm.training.run import Run
+from ldm.util import UserError, nearest
+
+_DEFAULT_CALLBACKS: dict[str, Any] = {
+    "image_logger": {"target": "ldm.callbacks.image_logger.ImageLogger", "params": {"batch_frequency": 750}},
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
+    "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
+    "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
+}
+# Parameters of modelcheckpoint that are last.ckpt's too or alone, and those that it decides for itself.
+_OF_LAST = ("every_n_train_steps", "train_time_interval", "save_last_k")
+_NOT_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
+
+
+def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed: int) -> list[Callback]:
+    """The default callbacks, changed and added to by `lightning.callbacks`."""
+    section = config.lightning
+    callbacks: list[Callback] = [
+        StepSeeds(seed),
+        LearningRateOnResume(),
+        NothingLeft(),
+        SameEncoders(run.resume is not None or _names_weights(config)),
+        SetupCallback(
+            now=run.started,
+            logdir=run.folder,
+            ckptdir=run.checkpoints,
+            cfgdir=run.configs,
+            config=OmegaConf.masked_copy(config, ["model", "data"]),
+            lightning_config=section,
+        ),
+    ]
+    refresh_rate = section.trainer.get("progress_bar_refresh_rate", 1)
+    if section.trainer.get("enable_progress_bar") is not False and refresh_rate != 0:
+        callbacks.append(ProgressBar(refresh_rate or 1))
+    if section.trainer.get("enable_model_summary") is not False and "weights_summary" not in section.trainer:
+        callbacks.append(ParameterSummary())
+    described = OmegaConf.merge(_DEFAULT_CALLBACKS, section.get("callbacks") or {})
+    built = [instantiate_described(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
+    if section.trainer.get("logger") is False:
+        built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
+    return callbacks + built + _build_checkpoints(config, run, requests, built)
+
+
+def _names_weights(config: DictConfig) -> bool:
+    """Whether the config takes the autoencoder's weights from a file."""
+    named = ("model.params.ckpt_path", "model.params.first_stage_config.params.ckpt_path")
+    return any(OmegaConf.select(config, key) is not None for key in named)
+
+
+def _build_checkpoints(
+    config: DictConfig, run: Run, requests: SignalRequests, others: Sequence[Callback]
+) -> list[Callback]:
+    section = config.lightning
+    periodic = section.trainer.get("enable_checkpointing", section.trainer.get("checkpoint_callback")) is not False
+    described = plain(section.get("modelcheckpoint") or {})
+    for key in described:
+        if key not in ("target", "params"):
+            raise UserError(f"unknown key lightning.modelcheckpoint.{key}{nearest(key, ['target', 'params'])}")
+    given = described.get("params") or {}
+    of_last = {key: given[key] for key in _OF_LAST if given.get(key) is not None}
+    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **of_last, periodic=periodic)
+    params = {key: value for key, value in given.items() if key not in _NOT_KEPT}
+    params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
+    if params["monitor"] is not None:
+        params.setdefault("save_top_k", 3)
+        # Not last.ckpt's number of steps: the metric is new only after a validation, or where a callback logs it.
+        params["every_n_train_steps"] = _steps_between(params["monitor"], others)
+    elif "train_time_interval" in of_last and "every_n_train_steps" not in of_last:
+        params["train_time_interval"] = timedelta(minutes=of_last["train_time_interval"])
+    if not periodic or (params["monitor"] is None and "save_top_k" not in params):
+        return [last]
+    params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
+    kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
+    best = instantiate_described(kept, "lightning.modelcheckpoint")
+    best.writing = last.writing
+    callbacks = [best, last]
+    intervals = [section.trainer.get(key) for key in ("val_check_interval", "check_val_every_n_epoch")]
+    if last.every_n_train_steps and not any(n is not None for n in (*intervals, given.get("every_n_epochs"))):
+        callbacks.append(SparseValidation(last.every_n_train_steps))
+    return callbacks
+
+
+def _steps_between(metric: str, callbacks: Sequence[Callback]) -> int | None:
+    """Every how many steps one of `callbacks` logs `metric`; None if none does."""
+    evaluating = (callback for callback in callbacks if isinstance(callback, Forgetting))
+    return next((callback.every_n_train_steps for callback in evaluating if metric in callback.metrics), None)

@@ -1,0 +1,114 @@
+"""What a command line says of itself and does with errors, and where it looks for checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from ldm.cli.paths import newest_checkpoint
+from ldm.cli.run import HelpFormatter, run
+from ldm.util import UserError
+
+
+def raises(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("size 0: give 1 or more"), "error: size 0: give 1 or more"),
+        (FileNotFoundError(2, "No such file or directory", "a.ckpt"), "error: a.ckpt: No such file or directory"),
+        (OSError(28, "No space left on device"), "error: No space left on device"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8.00 GiB."),
+            "error: CUDA out of memory; take fewer at a time, where there is a --batch-size",
+        ),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_of_users_are_one_line(error: BaseException, code: object) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(raises(error))
+    assert end.value.code == code
+
+
+def test_errors_of_ours_keep_their_traceback() -> None:
+    for error in (ZeroDivisionError(), RuntimeError("a shape")):
+        with pytest.raises(type(error)):
+            run(raises(error))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("ours")])
+def test_an_error_in_a_thread_is_one_line_too(
+    error: Exception, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    monkeypatch.setattr("threading.excepthook", None)
+
+    def main() -> None:
+        thread = threading.Thread(target=raises(error))
+        thread.start()
+        thread.join()
+
+    run(main)
+    assert ("No space left" in caplog.text) == isinstance(error, OSError)
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, ValueError)
+
+
+def test_an_error_begins_a_line_after_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        for _ in tqdm(range(3)):
+            raise UserError("unreadable")
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_sigterm_cleans_up(tmp_path: Path) -> None:
+    def main() -> None:
+        try:
+            (tmp_path / "half.tmp").touch()
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            (tmp_path / "half.tmp").unlink()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 143 and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_newest_checkpoint(tmp_path: Path) -> None:
+    for age, name in enumerate(("newer", "older")):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    assert newest_checkpoint(tmp_path).parts[-3] == "newer"
+
+
+def test_no_checkpoint_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--train-ckpt"):
+        newest_checkpoint(tmp_path)
+
+
+def test_help_has_the_docstring_as_it_is_and_the_defaults_that_there_are() -> None:
+    parser = argparse.ArgumentParser(description="First,\n    x-%06d.tar", formatter_class=HelpFormatter)
+    parser.add_argument("--count", type=int, default=0, help="how many")
+    parser.add_argument("--name", help="of it")
+    parser.add_argument("--quick", action="store_true", help="at once")
+    said = parser.format_help()
+    assert "First,\n    x-%06d.tar\n" in said and "how many (default: 0)\n" in said
+    assert "of it\n" in said and "at once\n" in said

@@ -1,0 +1,132 @@
+"""Configs: merging, overrides, lookup of bare names, and one clear line for each kind of bad input."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ldm.config.load import build_model, find_config, load_config, plain
+from ldm.util import UserError
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
+    first = write(tmp_path / "a.yaml", "model: {base_learning_rate: 1.0e-4, params: {x: 1, y: 2}}")
+    second = write(tmp_path / "b.yaml", "model: {params: {y: 3}}\ndata: {params: {z: t}}")
+    config = load_config([first, second], ["model.params.x=[1, 2]", "lightning.trainer.max_steps=5"])
+    assert plain(config) == {
+        "model": {"base_learning_rate": 1e-4, "params": {"x": [1, 2], "y": 3}},
+        "data": {"params": {"z": "t"}},
+        "lightning": {"trainer": {"max_steps": 5}},
+    }
+
+
+ADAM = "model: {params: {optimizer: {target: torch.optim.Adam, params: {amsgrad: true, weight_decay: 0.1}}}}"
+
+
+@pytest.mark.parametrize(
+    ("over", "expected"),
+    [
+        ("{params: {amsgrad: false}}", {"amsgrad": False, "weight_decay": 0.1}),
+        ("{target: torch.optim.Adam}", {"amsgrad": True, "weight_decay": 0.1}),
+        ("{target: torch.optim.SGD, params: {momentum: 0.9}}", {"weight_decay": 0.1, "momentum": 0.9}),
+        ("{target: torch.optim.SGD, params: {amsgrad: 1}}", {"weight_decay": 0.1, "amsgrad": 1}),  # an error, later
+        ("{target: torch.optim.SDG}", {"amsgrad": True, "weight_decay": 0.1}),
+    ],
+)
+@pytest.mark.parametrize("typed", [False, True])
+def test_another_class_leaves_the_params_behind_that_it_does_not_take(tmp_path, over, expected, typed):
+    base = write(tmp_path / "a.yaml", ADAM)
+    if typed:
+        config = load_config([base], [f"model.params.optimizer={over}"])
+    else:
+        config = load_config([base, write(tmp_path / "b.yaml", f"model: {{params: {{optimizer: {over}}}}}")])
+    assert plain(config.model.params.optimizer.params) == expected
+
+
+def test_a_config_that_is_not_trusted_imports_nothing_when_it_is_laid_over_another(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    write(tmp_path / "imported_by_a_config.py", "class Mine:\n    def __init__(self, lr):\n        pass\n")
+    base = write(tmp_path / "a.yaml", ADAM)
+    mine = write(tmp_path / "b.yaml", "model: {params: {optimizer: {target: imported_by_a_config.Mine}}}")
+    with pytest.raises(UserError, match="--trust-config"):
+        load_config([base, mine])
+    config = load_config([base, mine, base])  # nothing of it is left
+    assert "imported_by_a_config" not in sys.modules
+    assert config.model.params.optimizer.target == "torch.optim.Adam"
+    assert plain(load_config([base, mine], trusted=True).model.params.optimizer.params) == {}
+    assert "imported_by_a_config" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("True", True), ("null", None), ("", None), ("abc", "abc"), ("{a: 1}", {"a": 1}), ("'1'", "1")],
+)
+def test_override_values_are_yaml(text, value):
+    assert plain(load_config([], [f"model.x={text}"])) == {"model": {"x": value}}
+
+
+def test_interpolations_resolve_across_files_and_overrides(tmp_path):
+    path = write(tmp_path / "a.yaml", "model: {size: 8, params: {image_size: '${model.size}'}}")
+    assert load_config([path], ["model.size=16"]).model.params.image_size == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", r"c\.yaml line 2: not valid YAML"),
+        ("- 1", "found a list"),
+        ("3", "not a YAML mapping"),
+        ("modle: {}", "unknown section 'modle'; did you mean 'model'"),
+        ("model: 3", "section 'model' must be a mapping, got 3"),
+        ("model: {x: '${nowhere}'}", "'nowhere' not found"),
+        ("model: {x: '${model.x}'}", "[Rr]ecursive"),
+        ("model: {x: !!int y}", "not a config that can be read"),
+        ("model: {x: !!timestamp y}", "not a config that can be read"),
+        ("model: {x: " + "9" * 5000 + "}", "not a config that can be read"),
+        ("model: " + "[" * 3000 + "]" * 3000, "not a config that can be read"),
+        ("model: {x: a" + "a" * (1 << 20) + "}", "bytes, too many for a config"),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path, text, message):
+    path = write(tmp_path / "c.yaml", text + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        load_config([path])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["model", "model..x=1", "=1", "model.x=[1", "trainer.max_steps=1"])
+def test_bad_overrides_are_named(override):
+    with pytest.raises(UserError) as caught:
+        load_config([], [override])
+    assert override in str(caught.value)
+
+
+def test_a_bare_name_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("finetune_stable_diffusion.yaml").parts[-2:] == (
+        "latent-diffusion",
+        "finetune_stable_diffusion.yaml",
+    )
+    with pytest.raises(
+        UserError, match=r"'finetune_stable_difusion.yaml' not found; did you mean 'finetune_stable_diff"
+    ):
+        find_config("finetune_stable_difusion.yaml")
+
+
+def test_build_model_takes_target_and_params(tmp_path):
+    target = "model: {base_learning_rate: 1.0, target: torch.nn.Linear, params: {in_features: 2, out_features: 3}}"
+    assert build_model(load_config([write(tmp_path / "a.yaml", target)])).weight.shape == (3, 2)
+    with pytest.raises(UserError, match="no 'model' section"):
+        build_model(load_config([]))
+    with pytest.raises(UserError, match="unknown key 'parms' beside target"):
+        build_model(load_config([], ["model.target=torch.nn.Linear", "model.parms.in_features=2"]))
+
+
+def test_reading_a_config_imports_no_torch():
+    code = "import sys, ldm.config.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,87 @@
+"""The warning before a training that will not fit."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
+
+from ldm.config.load import build_model, load_config
+from ldm.planning import warning as start
+from ldm.planning.card import GIB, needed
+
+BASE = load_config(["finetune_stable_diffusion.yaml"])  # batch 4
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Steps that take 10 GiB and 1 a picture; 3 and 1 where the optimizer steps in backward."""
+
+    def peak_of_step(config, pictures):
+        lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
+        return {"weights": (3 if lean else 10) * GIB, "activations": (pictures or config.data.params.batch_size) * GIB}
+
+    monkeypatch.setattr(start, "peak_of_step", peak_of_step)
+    monkeypatch.setattr(start, "tiers", lambda: ["lean.yaml", "minimal.yaml"])
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_a_step_that_fits_is_only_told(planned: pytest.LogCaptureFixture) -> None:
+    start.compare(BASE, needed(14 * GIB))
+    assert "predicted to need 15.0 GiB of the GPU; 15.0 GiB are free" in planned.text
+    assert not [record for record in planned.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("free", "advice"),
+    [
+        (13, "data.params.batch_size=1 would need 11.9 GiB; --accumulate_grad_batches 4 keeps the images of a step"),
+        (8, "--base ... lean.yaml, batch 1, would need 4.7 GiB; --accumulate_grad_batches 4 keeps"),
+        (2, "nothing here fits"),
+    ],
+)
+def test_one_that_does_not_fit_is_warned_of_with_what_would(
+    planned: pytest.LogCaptureFixture, free: int, advice: str
+) -> None:
+    start.compare(BASE, free * GIB)
+    (record,) = [record for record in planned.records if record.levelno == logging.WARNING and "ldm" in record.name]
+    assert f"15.0 GiB are needed and {free}.0 free. {advice}" in record.getMessage()
+
+
+@pytest.mark.parametrize("names", [["lean.yaml"], ["decay_to_start.yaml"], ["minimal.yaml"], ["fast.yaml"]])
+def test_real_tiers_are_asked_over_every_config(
+    names: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are built, so that what cannot be laid over another shows."""
+
+    def peak_of_step(config, pictures):
+        with torch.device("meta"):
+            build_model(config)
+        return {"weights": 10 * GIB}
+
+    monkeypatch.setattr(start, "peak_of_step", peak_of_step)
+    start.compare(load_config(["demo_tiny.yaml", *names]), GIB)
+    assert "10.9 GiB are needed and 1.0 free. nothing here fits" in caplog.text
+
+
+def test_it_is_asked_on_cuda_alone(planned: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    start.warn_if_too_large(BASE, SingleDeviceStrategy("cpu"))
+    assert not planned.records
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
+    start.warn_if_too_large(BASE, SingleDeviceStrategy("cuda:0"))
+    assert "80.0 GiB are free" in planned.text
+
+
+def test_a_forecast_that_fails_keeps_no_run_from_starting(
+    planned: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(start, "peak_of_step", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
+    start.warn_if_too_large(BASE, SingleDeviceStrategy("cuda:0"))
+    assert "not known beforehand (no such kernel)" in planned.text

@@ -1,9 +1,0 @@
-"""What the tools that draw pictures read from their command lines."""
-
-from ldm.training.drawing import read_prompts
-
-
-def test_only_line_ends_end_a_caption(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("one\u2028two\r\n\n three\x85four \n".encode())
-    assert read_prompts(["zero"], path) == ["zero", "one\u2028two", "three\x85four"]

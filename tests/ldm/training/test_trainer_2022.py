@@ -1,0 +1,77 @@
+"""Trainer arguments of 2022 in today's words."""
+
+import logging
+
+import pytest
+
+from ldm.training.trainer_2022 import check_names, modernise
+from ldm.util import UserError
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"devices": 1}),
+        ({"gpus": "0,"}, {"accelerator": "gpu", "devices": [0]}),
+        ({"gpus": "0,1"}, {"accelerator": "gpu", "devices": [0, 1]}),
+        ({"gpus": "0,1,"}, {"accelerator": "gpu", "devices": [0, 1]}),
+        ({"gpus": 1}, {"accelerator": "gpu", "devices": 1}),
+        ({"gpus": "2"}, {"accelerator": "gpu", "devices": 2}),
+        ({"gpus": [1]}, {"accelerator": "gpu", "devices": [1]}),
+        ({"gpus": -1}, {"accelerator": "gpu", "devices": -1}),
+        ({"gpus": 0}, {"accelerator": "cpu", "devices": 1}),
+        ({"gpus": None}, {"accelerator": "cpu", "devices": 1}),
+        ({"gpus": "0,", "accelerator": "ddp"}, {"accelerator": "gpu", "devices": [0]}),
+        ({"gpus": "0,1", "accelerator": "ddp"}, {"accelerator": "gpu", "devices": [0, 1], "strategy": "ddp"}),
+        ({"gpus": "0,1", "distributed_backend": "ddp_spawn"}, {"accelerator": "gpu", "devices": [0, 1]}
+         | {"strategy": "ddp_spawn"}),
+        ({"accelerator": "ddp_cpu", "num_processes": 2}, {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}),
+        ({"accelerator": "gpu", "devices": 2}, {"accelerator": "gpu", "devices": 2}),
+        ({"replace_sampler_ddp": False}, {"use_distributed_sampler": False, "devices": 1}),
+        ({"terminate_on_nan": True}, {"detect_anomaly": True, "devices": 1}),
+        ({"checkpoint_callback": False}, {"enable_checkpointing": False, "devices": 1}),
+        ({"weights_summary": None}, {"enable_model_summary": False, "devices": 1}),
+        ({"weights_summary": "top"}, {"enable_model_summary": True, "devices": 1}),
+        ({"progress_bar_refresh_rate": 0}, {"enable_progress_bar": False, "devices": 1}),
+        ({"progress_bar_refresh_rate": 20}, {"devices": 1}),
+        ({"reload_dataloaders_every_epoch": True}, {"reload_dataloaders_every_n_epochs": 1, "devices": 1}),
+        ({"precision": "bf16", "max_steps": 5}, {"precision": "bf16", "max_steps": 5, "devices": 1}),
+    ],
+)  # fmt: skip
+def test_translation(given, expected):
+    assert modernise(given, has_cuda=True) == expected
+
+
+def test_without_cuda_gpus_warns_and_trains_on_the_cpu(caplog):
+    assert modernise({"gpus": "0,"}, has_cuda=False) == {"accelerator": "cpu", "devices": 1}
+    assert "no CUDA device" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["auto_select_gpus", "amp_backend", "flush_logs_every_n_steps", "track_grad_norm"])
+def test_what_is_gone_is_ignored_with_one_line(name, caplog):
+    caplog.set_level(logging.WARNING)
+    assert modernise({name: True}, has_cuda=True) == {"devices": 1}
+    assert len(caplog.records) == 1 and f"--{name} is ignored: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gpus": "cuda:0"}, "--gpus 'cuda:0': expected device numbers"),
+        ({"gpus": "a,b"}, "expected device numbers"),
+        (
+            {"gpus": 2, "distributed_backend": "ddp_spwn"},
+            "unknown distributed_backend 'ddp_spwn'; did you mean 'ddp_spawn'",
+        ),
+    ],
+)
+def test_bad_values_are_named(given, message):
+    with pytest.raises(UserError, match=message):
+        modernise(given, has_cuda=True)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    valid = {"max_steps", "precision"}
+    check_names(["max_steps", "gpus", "amp_backend", "replace_sampler_ddp"], valid, "option --{}")
+    with pytest.raises(UserError, match="unknown option --max_step; did you mean 'max_steps'"):
+        check_names(["max_step"], valid, "option --{}")
