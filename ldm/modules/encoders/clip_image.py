@@ -144,6 +144,37 @@ class FrozenCLIPImageEmbedder(FrozenClipImageEmbedder):
         return self(x)[:, None]
 
 
+class FaceClipEncoder(AbstractEncoder):
+    """A portrait (B, 3, 512, 512) in [-1, 1] as a context of two tokens: its face, and all except the face.
+
+    The face is where aligned portraits have it.
+
+    Args:
+        augment: mirror the face in training, half of the time.
+        retreival_key: the image holds two, in its channels: the first gives the surroundings, the second the face.
+    """
+
+    _ROWS, _COLUMNS = slice(190, 440), slice(125, 387)
+
+    def __init__(self, augment: bool = True, retreival_key: str | None = None) -> None:
+        super().__init__()
+        self.encoder = FrozenCLIPImageEmbedder()
+        self.augment = augment
+        self.retreival_key = retreival_key
+
+    def forward(self, img: Tensor | list[Any]) -> Tensor:
+        """Images -> (B, 2, E); a list -> zeros (len, 2, E)."""
+        if isinstance(img, list):
+            return self.encoder.encode(img).expand(-1, 2, -1)
+        second = img[:, 3:] if self.retreival_key else img
+        face, rest = second[:, :, self._ROWS, self._COLUMNS], img[:, :3].clone()
+        rest[:, :, self._ROWS, self._COLUMNS] = 0
+        if self.augment and self.training:
+            mirrored = torch.rand(len(face), 1, 1, 1, device=face.device) < 0.5
+            face = torch.where(mirrored, face.flip(-1), face)
+        return torch.cat([self.encoder.encode(face), self.encoder.encode(rest)], dim=1)
+
+
 class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
     """OpenCLIP's image tower: images in [-1, 1] -> (B, E), by which Stable unCLIP is conditioned.
 

@@ -113,9 +113,7 @@ def _checked_layer(layer: str, layer_idx: int | None, blocks: int) -> int | None
         return layer_idx
     is_number = isinstance(layer_idx, int) and not isinstance(layer_idx, bool)
     if not is_number or not -blocks - 1 <= layer_idx <= blocks:
-        raise UserError(
-            f"layer_idx {layer_idx!r}: layer 'hidden' needs a number of blocks, 0 to {blocks}, or from -1 down"
-        )
+        raise UserError(f"layer_idx {layer_idx!r}: layer 'hidden' takes a number of blocks, -{blocks + 1} to {blocks}")
     return layer_idx
 
 

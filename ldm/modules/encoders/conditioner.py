@@ -101,9 +101,7 @@ class GeneralConditioner(AbstractEncoder):
     def _embed(self, number: int, embedder: nn.Module, entries: list[Any]) -> list[Tensor]:
         rate = self._ucg_rates[number] if self.training else 0.0
         if rate and self._ucg_values[number] is not None:
-            dropped = (torch.rand(len(entries[0])) < rate).tolist()
-            value = self._ucg_values[number]
-            entries = [[value if drop else one for drop, one in zip(dropped, entries[0], strict=True)], *entries[1:]]
+            entries = [_some_replaced(entries[0], self._ucg_values[number], rate), *entries[1:]]
             rate = 0.0
         device = next((parameter.device for parameter in self.parameters()), None)
         entries = [entry.to(device) if device and isinstance(entry, Tensor) else entry for entry in entries]
@@ -136,6 +134,16 @@ class GeneralConditioner(AbstractEncoder):
         finally:
             self.train(was_training)
         return conditional, unconditional
+
+
+def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
+    """A batch entry, a tensor or a list, in which a share `rate` of the samples is `value`."""
+    dropped = torch.rand(len(entry)) < rate
+    if isinstance(entry, Tensor):
+        entry = entry.clone()
+        entry[dropped.to(entry.device)] = value
+        return entry
+    return [value if drop else one for drop, one in zip(dropped.tolist(), entry, strict=True)]
 
 
 def _inputs_of(number: int, config: Mapping[str, Any]) -> list[str]:

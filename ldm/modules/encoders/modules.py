@@ -3,6 +3,7 @@
 from ldm.modules.encoders.base import AbstractEncoder, ClassEmbedder, DummyEncoder, IdentityEncoder
 from ldm.modules.encoders.bert import BERTEmbedder, TransformerEmbedder
 from ldm.modules.encoders.clip_image import (
+    FaceClipEncoder,
     FrozenCLIPImageEmbedder,
     FrozenClipImageEmbedder,
     FrozenOpenCLIPImageEmbedder,
@@ -18,6 +19,7 @@ __all__ = [
     "ClassEmbedder",
     "ConcatTimestepEmbedderND",
     "DummyEncoder",
+    "FaceClipEncoder",
     "FrozenCLIPEmbedder",
     "FrozenCLIPImageEmbedder",
     "FrozenCLIPTextEmbedder",
