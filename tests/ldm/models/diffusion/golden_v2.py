@@ -12,12 +12,12 @@ from ldm.util import instantiate_from_config
 from tests.golden_data import case, fill_seeded, seeded_tensor
 
 
-def build_v2(name: str, **changes: Any) -> LatentDiffusion:
-    """The model of the case `name`, with seeded weights; keyword arguments change its params."""
+def build_v2(name: str, target: str | None = None, filled: bool = True, **changes: Any) -> LatentDiffusion:
+    """The model of the case `name`, with seeded weights if `filled`; keyword arguments change its params."""
     spec = case(name)
     params = {**spec["params"], **changes}
     dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": params["cond_stage_key"]}}
-    if "hybrid" in params["conditioning_key"] and "target" not in spec:
+    if "hybrid" in params["conditioning_key"] and not (target or "target" in spec):
         params.setdefault("concat_keys", ["map"])
     stages = {
         "unet_config": {
@@ -27,8 +27,9 @@ def build_v2(name: str, **changes: Any) -> LatentDiffusion:
         "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": spec["first_stage"]},
         "cond_stage_config": spec.get("cond_stage", dummy),
     }
-    target = spec.get("target", "ldm.models.diffusion.ddpm.LatentDiffusion")
-    return fill_seeded(instantiate_from_config({"target": target, "params": {**stages, **params}}))
+    target = target or spec.get("target", "ldm.models.diffusion.ddpm.LatentDiffusion")
+    model = instantiate_from_config({"target": target, "params": {**stages, **params}})
+    return fill_seeded(model) if filled else model
 
 
 def given(value: Any, name: str) -> Tensor:
