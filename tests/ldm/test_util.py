@@ -112,7 +112,7 @@ def test_values_that_fit_are_taken() -> None:
     [
         ("personalization_config", "textual_inversion.yaml"),
         ("embedding_reg_weight", "textual_inversion.yaml"),
-        ("unfreeze_model", "unet_trainable.*cond_stage_trainable: true"),
+        ("unfreeze_model", "unet_trainable.*cond_stage_trainable is true"),
         ("reg_weight", "prior_loss_weight.*prior_pictures.yaml"),
         ("model_lr", "model.base_learning_rate"),
     ],

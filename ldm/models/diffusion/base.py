@@ -1,6 +1,6 @@
-"""Diffusion of images as a Lightning module; what diffusion of latents builds on.
+"""Diffusion of images as a Lightning module; the base of diffusion of latents.
 
-B batch; C, H, W channels, height and width of what is diffused; t (B,) timesteps that count from 0.
+B batch; C, H, W channels, height and width of the diffused tensor; t (B,) timesteps that count from 0.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
-from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
-from ldm.models.diffusion.replacement import replaced, replacements_of
+from ldm.models.diffusion.replacement import replacements_of
+from ldm.models.diffusion.steps import Steps
 from ldm.models.diffusion.weights import StartsFromWeights
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.optim import build_optimizer
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule):
+class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
@@ -52,8 +50,8 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
         monitor: the logged value that picks the best checkpoint.
         use_ema: keep a moving average of the UNet's weights.
         first_stage_key: the batch entry that holds the images.
-        image_size, channels: of what is diffused.
-        log_every_t: steps between the pictures of a denoising row.
+        image_size, channels: of the diffused tensor.
+        log_every_t: steps between the images of a diffusion row.
         clip_denoised: keep x₀ in [-1, 1] in ancestral sampling.
         v_posterior: see `diffusion_buffers`.
         conditioning_key: see `DiffusionWrapper`.
@@ -75,11 +73,6 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
-        load_ema: bool = True,
-        reset_ema: bool = False,
-        reset_num_ema_updates: bool = False,
-        make_it_fit: bool = False,
-        ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
         monitor: str = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
@@ -91,7 +84,6 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
         given_betas: Sequence[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
         original_elbo_weight: float = 0.0,
         v_posterior: float = 0.0,
         l_simple_weight: float = 1.0,
@@ -104,6 +96,12 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
         logvar_init: float = 0.0,
         min_snr_gamma: float | None = None,
         loss_config: Mapping[str, Any] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        load_ema: bool = True,
+        reset_ema: bool = False,
+        reset_num_ema_updates: bool = False,
+        make_it_fit: bool = False,
+        ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if parameterization not in PARAMETERIZATIONS:
@@ -147,14 +145,14 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
     # Training
 
     def get_input(self, batch: Batch, k: str) -> Tensor:
-        """The images `batch[k]`, channels last (B, H, W, C) or without channels, as (B, C, H, W) float32."""
+        """Return the images `batch[k]`, channels last (B, H, W, C) or without channels, as (B, C, H, W) float32."""
         x = batch_entry(batch, k)
         if x.ndim == 3:
             x = x[..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float()
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """The UNet's prediction (B, C, H, W) at the noisy `x`."""
+        """Return the UNet's prediction (B, C, H, W) at the noisy `x`."""
         return self.model(x, t)
 
     def training_loss(
@@ -186,7 +184,7 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
         return self.training_loss(output, samples.target(self.training_target(x_start, noise, t)), t, samples)
 
     def draw_timesteps(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> Tensor:
-        """Uniform timesteps (B,)."""
+        """Return uniform timesteps (B,)."""
         return draws.integers("timestep", self.num_timesteps, x)
 
     def forward(
@@ -242,73 +240,13 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
         """Return what guidance moves away from."""
         return None
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, logged = self.shared_step(replaced(batch, self.replacements, self.device))
-        # All in one message, not one by one, as with `sync_dist`.
-        means = mean_over_processes(torch.stack(list(logged.values())))
-        self.log_dict(dict(zip(logged, means, strict=True)), batch_size=self.batch_size_of(batch))
-        return loss
-
-    def batch_size_of(self, batch: Batch) -> int:
-        """The number of samples in a batch."""
-        return len(batch[self.first_stage_key])
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of the weights and of their EMA, on the same noise and timesteps in every epoch."""
-        self._log_evaluation(batch, batch_idx, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_evaluation(batch, batch_idx, "test")
-
-    def _log_evaluation(self, batch: Batch, batch_idx: int, split: str) -> None:
-        losses = self._validation_losses(batch, batch_idx)
-        with self.ema_scope():
-            # Without an EMA the second name still exists, for `monitor`.
-            averaged = self._validation_losses(batch, batch_idx) if self.use_ema else losses
-        losses = losses | {f"{key}_ema": value for key, value in averaged.items()}
-        logged = {key.replace("val/", f"{split}/", 1): value for key, value in losses.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=self.batch_size_of(batch))
-
-    def _validation_losses(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(batch_idx)
-            return self.shared_step(batch)[1]
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """An optimizer step and, at once, the EMA's: a checkpoint written right after a step holds both."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward, beside its activations
-        if self.use_ema:
-            self.model_ema(self.model)
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer gets, in order."""
-        return [*self.model.parameters(), *self.parameters(recurse=False)]
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer of `optimizer_config` (default: fused AdamW), with the multiplier of `scheduler_config`.
-
-        Raises:
-            UserError: no learning rate was set, or the optimizer does not take its `params`.
-        """
-        if self.learning_rate is None:
-            raise UserError("no learning rate: set model.base_learning_rate in the config")
-        config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
-        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
-        if self.scheduler_config is None:
-            return optimizer
-        multiplier = instantiate_from_config(self.scheduler_config)
-        scheduler = LambdaLR(optimizer, lr_lambda=multiplier.schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
-
     # Sampling
 
     @torch.no_grad()
     def sample(
         self, batch_size: int = 16, cond: Conditioning = None, timesteps: int | None = None, x_T: Tensor | None = None
     ) -> Tensor:
-        """Ancestral samples (B, C, H, W), one step a training timestep. See the samplers for faster ones."""
+        """Return ancestral samples (B, C, H, W), one step per training timestep. The samplers are faster."""
         shape = (self.channels, self.image_size, self.image_size)
         sampler = AncestralSampler(self, clip_denoised=self.clip_denoised)
         steps = timesteps or self.num_timesteps
@@ -316,5 +254,5 @@ class DDPM(StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule)
 
     @wraps(log_images)  # whose signature tells the image logger what may be asked for
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
-        """Pictures (N, 3, H, W) in [-1, 1] for the image logger; see `ldm.models.diffusion.log_images`."""
+        """Return images (N, 3, H, W) in [-1, 1] for the image logger; see `ldm.models.diffusion.log_images`."""
         return log_images(self, batch, N, **kwargs)

@@ -36,10 +36,10 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
 
     The batch entry `first_stage_key` is either images, channels last (B, H, W, 3) in [-1, 1], which the first stage
     encodes; or pre-encoded, channels first and unscaled: a posterior's parameters (B, 2C, h, w), from which a fresh
-    latent is drawn at every step, or a latent (B, C, h, w).
+    latent is sampled at every step, or a latent (B, C, h, w).
 
-    Where training batches are pre-encoded the first stage waits in the host's memory, and comes to the device only for
-    what needs it, such as pictures.
+    Where training batches are pre-encoded, the first stage waits in the host's memory. It comes to the device only
+    where it is needed, such as for images.
 
     Args:
         first_stage_config, cond_stage_config: `target` and `params`; the cond stage may also be

@@ -1,4 +1,4 @@
-"""What every sampler shares: the loop over steps, classifier-free guidance, inpainting and the progress bar.
+"""The loop over steps that all samplers share, with inpainting, image to image and the progress bar.
 
 A sampler is a step rule: x, the model's prediction and the step → x at the next, less noisy step.
 B batch; x has shape (B, C, H, W); ᾱ is `alphas_cumprod`.
@@ -56,7 +56,7 @@ class Sampler:
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
     ) -> None:
-        """The DDIM steps: noise levels at a stride of the training schedule, ending at its first."""
+        """Set the DDIM steps: noise levels at a stride of the training schedule, ending at its first."""
         del verbose
         self.eta = ddim_eta
         self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.model.num_timesteps)
@@ -69,7 +69,7 @@ class Sampler:
         """Forget earlier steps; called before the first one."""
 
     def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """The next x and the x₀ it heads for. `noise()` draws fresh standard normal values shaped like x."""
+        """Return the next x and the predicted x₀. `noise()` gives fresh standard normal values shaped like x."""
         raise NotImplementedError
 
     def predict(self, x: Tensor, index: int, guided: Callable[[Tensor, Tensor], Tensor]) -> Prediction:

@@ -52,5 +52,5 @@ class DPMSolverSampler(Sampler):
 
 
 def _half_log_snr(alpha_bar: float) -> float:
-    """λ = log(α/σ); −∞ at a zero terminal SNR."""
+    """Return λ = log(α/σ); −∞ at a zero terminal SNR."""
     return -math.inf if alpha_bar == 0 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
