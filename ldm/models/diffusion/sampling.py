@@ -184,9 +184,9 @@ class Sampler:
             x, pred_x0 = self.step(keep(x, index), index, lambda x, i: self.predict(x, i, guided), noise)
             finite.append(x.isfinite().flatten(1).all(1))
             yield index, x, pred_x0
-        wrong = torch.stack(finite).logical_not().nonzero().tolist()  # (step, row), in order
-        if wrong:
-            step, row = wrong[0]
+        flags = _on_host(torch.stack(finite))  # step row
+        if not flags.all():
+            step, row = flags.logical_not().nonzero()[0].tolist()
             raise NotFiniteError(
                 f"{type(self).__name__}: the sample holds NaN or infinities from step {step + 1} of {len(finite)} on; "
                 "check the weights, or try --precision fp32",
@@ -207,3 +207,11 @@ class Sampler:
         return lambda: torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators]).to(
             device
         )
+
+
+def _on_host(flags: Tensor) -> Tensor:
+    """Return `flags` on the CPU, once its device is done: the one wait of a sampling, after the last step."""
+    copied = flags.to("cpu", non_blocking=True)
+    if flags.device.type in ("cuda", "mps"):
+        getattr(torch, flags.device.type).synchronize()
+    return copied
