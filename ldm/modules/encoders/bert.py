@@ -118,12 +118,13 @@ def vocabulary_path(given: str | None) -> Path:
         if not Path(given).is_file():
             raise UserError(f"vocab {given!r} of BERTEmbedder: no such file; give vocab.txt of bert-base-uncased")
         return Path(given)
-    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import cached_file  # takes seconds; only captions need it
 
     for name in _RELEASED:
-        found = try_to_load_from_cache(name, "vocab.txt")
-        if isinstance(found, str):
-            return Path(found)
+        try:
+            return Path(cached_file(name, "vocab.txt", local_files_only=True))
+        except OSError:  # it is not in the cache
+            continue
     raise UserError(
         "BERTEmbedder needs BERT's vocabulary to read captions: set cond_stage_config.params.vocab to the file "
         "vocab.txt of bert-base-uncased"

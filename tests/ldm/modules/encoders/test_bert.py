@@ -106,16 +106,21 @@ def test_the_embedding_is_dropped_out_in_training() -> None:
 
 def test_the_vocabulary_is_found_in_the_cache(vocab: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    there = {("bert-base-uncased", "vocab.txt"): vocab}
-    monkeypatch.setattr(
-        "huggingface_hub.try_to_load_from_cache", lambda name, file: asked.append(name) or there.get((name, file))
-    )
+
+    def cached_file(name: str, file: str, local_files_only: bool) -> str:
+        asked.append(name)
+        if not local_files_only or (name, file) != ("bert-base-uncased", "vocab.txt"):
+            raise OSError("not in the cache")
+        return vocab
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
     assert vocabulary_path(None) == Path(vocab)
     assert asked == ["google-bert/bert-base-uncased", "bert-base-uncased"]
 
 
-def test_without_a_vocabulary_only_captions_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+def test_without_a_vocabulary_only_captions_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # empty
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = BERTEmbedder(n_embed=8, n_layer=1, vocab_size=10)
     with pytest.raises(UserError, match=r"set cond_stage_config.params.vocab to the file vocab.txt of bert-base"):
         model(["a cat"])
