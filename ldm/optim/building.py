@@ -1,4 +1,4 @@
-"""An optimizer from its `target` and `params`."""
+"""Optimizer built from its `target` and `params`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ldm.util import UserError, instantiate_from_config
 
 
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
-    """The optimizer of `parameters` that `config`, a `target` and `params`, describes; an `lr` in it counts more.
+    """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes. An `lr` in it takes
+    precedence.
 
-    `where` is the config key that it stands under, for messages.
+    `where` is the config key, for messages.
 
     Raises:
-        UserError: the target does not exist, or does not take its `params`; or its state fits no checkpoint.
+        UserError: the target does not exist or does not take its `params`, or its state fits no checkpoint.
     """
     try:
         if str(config.get("target")).startswith("torchao."):
