@@ -34,8 +34,30 @@ _INSTEAD = {
     "torchvision.transforms": f"see {_TRANSFORMS} for the transforms that are there",
     "torchvision": "torchvision is not used here; only torchvision.transforms is translated",
 }
+# Hints for the keys of textual-inversion and DreamBooth forks.
+_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
+_PRIOR = "images of the class go into a prior, by prior_pictures.yaml"
+_RATE = "the learning rate is model.base_learning_rate, one for all weights"
 # A key of public configs that no class here takes, and what to use.
 _INSTEAD_OF_KEY = {
+    "personalization_config": _TOKEN,
+    "embedding_manager_ckpt": _TOKEN,
+    "placeholder_string": _TOKEN,
+    "placeholder_strings": _TOKEN,
+    "placeholder_token": _TOKEN,
+    "initializer_words": _TOKEN,
+    "embedding_reg_weight": "leave it out: textual_inversion.yaml trains one embedding, begun at initial_token's",
+    "unfreeze_model": "leave it out: the UNet trains unless unet_trainable is false, and the text encoder if "
+    "cond_stage_trainable is true",
+    "freeze_model": "unet_trainable: false freezes the UNet",
+    "train_text_encoder": "cond_stage_trainable: true trains the text encoder",
+    "reg_weight": f"prior_loss_weight is that weight; {_PRIOR}",
+    "reg_data_root": _PRIOR,
+    "with_prior_preservation": _PRIOR,
+    "class_prompt": f"{_PRIOR}, made by tools/make_prior.py --prompt",
+    "model_lr": _RATE,
+    "lr_text_encoder": _RATE,
+    "u_cond_percent": "ucg_training: {txt: {p: 0.1}} replaces captions by the empty one",
     "reg": "regularisation images go into a prior: tools/make_prior.py and prior_pictures.yaml",
 }
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ldm.translations import instead, instead_of_key, todays_path
+
+logger = logging.getLogger(__name__)
 
 # Annotations that a value is checked against, and what to give.
 _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -18,7 +22,8 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "float | None": ((int, float, type(None)), "a number or null"),
 }
-_CONFIG_KEYS = ("target", "params", "base_learning_rate")  # the last is the trainer's, in a model's config
+# The third is the trainer's, in a model's config; the last stands beside `target` in some published configs.
+_CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values that stand for "nothing to build": the model fills the place itself.
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
@@ -110,7 +115,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
 def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides: Any) -> Any:
     """Call `config["target"]` with `config["params"]`, updated by `overrides`.
 
-    The markers `__is_first_stage__` and `__is_unconditional__` give None.
+    The markers `__is_first_stage__` and `__is_unconditional__` give None. A `ckpt_path` beside `target` counts as one
+    in `params` if there is such a file: published configs name files there that the whole model's checkpoint replaces.
 
     Raises:
         UserError: no `target`, a target that does not exist, or a key or value in `params` that it does not take.
@@ -125,6 +131,13 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     target = get_obj_from_str(config["target"])
     params = {**(config.get("params") or {}), **overrides}
     check_params(config["target"], target, params)
+    beside = config.get("ckpt_path")
+    if beside is not None and "ckpt_path" not in params:
+        if takes(target, "ckpt_path") and Path(beside).is_file():
+            params["ckpt_path"] = beside
+        else:
+            why = "there is no such file" if takes(target, "ckpt_path") else "this class loads none"
+            logger.warning("%s: ckpt_path %s beside target is not loaded: %s", config["target"], beside, why)
     try:
         return target(**params)
     except UserError:
