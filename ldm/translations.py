@@ -39,7 +39,7 @@ _TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config n
 _PRIOR = "images of the class go into a prior, by prior_pictures.yaml"
 _RATE = "the learning rate is model.base_learning_rate, one for all weights"
 # A key of public configs that no class here takes, and what to use.
-_INSTEAD_OF_KEY = {
+INSTEAD_OF_KEY = {
     "personalization_config": _TOKEN,
     "embedding_manager_ckpt": _TOKEN,
     "placeholder_string": _TOKEN,
@@ -80,4 +80,4 @@ def instead(path: str) -> str:
 
 def instead_of_key(key: str) -> str:
     """`"; use X"` for a key of public configs that nothing here takes, else the empty string."""
-    return f"; {_INSTEAD_OF_KEY[key]}" if key in _INSTEAD_OF_KEY else ""
+    return f"; {INSTEAD_OF_KEY[key]}" if key in INSTEAD_OF_KEY else ""

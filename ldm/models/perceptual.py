@@ -8,11 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.checkpoint import load_state_dict
+from ldm.checkpoint.keys import FIRST_STAGE
 from ldm.modules.losses.lpips import LPIPS
 from ldm.util import UserError
 
 # Prefixes of LPIPS' keys in the checkpoints of autoencoders.
-_PREFIXES = ("first_stage_model.loss.perceptual_loss.", "loss.perceptual_loss.", "perceptual_loss.")
+_PREFIXES = (f"{FIRST_STAGE}loss.perceptual_loss.", "loss.perceptual_loss.", "perceptual_loss.")
 
 
 def fill_lpips(model: LPIPS, files: str | Sequence[str]) -> None:

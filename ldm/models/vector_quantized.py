@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.checkpoint import load_file_into
+from ldm.checkpoint.keys import EMA, has_part
 from ldm.models.autoencoder_training import TrainedAutoencoder, build_coders
 from ldm.modules.ema import LitEma
 from ldm.util import UserError, instantiate_from_config
@@ -87,7 +88,7 @@ class VQModel(TrainedAutoencoder):
             self.model_ema = LitEma(self)
         if ckpt_path is not None:
             report = load_file_into(self, ckpt_path, ignore_keys)
-            if use_ema and any(key.startswith("model_ema.") for key in report.missing):
+            if use_ema and has_part(report.missing, EMA):
                 del self.model_ema  # an average is of all parameters but its own
                 self.model_ema = LitEma(self)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.util import INSTEAD_OF_KEY, UserError, check_params, get_obj_from_str, instantiate_from_config, takes
+from ldm.translations import INSTEAD_OF_KEY
+from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config, takes
 
 ROOT = Path(__file__).resolve().parents[2]
 
