@@ -174,3 +174,14 @@ def test_a_fresh_run_on_a_pre_encoded_set_can_be_resumed(train, tmp_path, caplog
     assert train(f"--resume {run} --max_steps 3 --trust-config") == 0
     assert state(run / "checkpoints/last.ckpt")["global_step"] == 3
     assert train(f"--resume {run} --max_steps 4 --trust-config") == 0, "and again"
+
+
+def test_a_resumed_run_takes_the_optimizer_settings_of_its_config(train, tmp_path):
+    train("--max_steps 1")
+    run = the_run(tmp_path / "logs")
+    train(
+        f"--resume {run} --max_steps 2 model.params.optimizer_config.target=torch.optim.AdamW"
+        " model.params.optimizer_config.params.weight_decay=0.125"
+    )
+    (optimizer,) = state(run / "checkpoints/last.ckpt")["optimizer_states"]
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.125]

@@ -14,11 +14,12 @@ log = logging.getLogger(__name__)
 
 
 class LearningRateOnResume(Callback):
-    """Callback that gives a resumed run the learning rate and the schedule of its present config.
+    """Callback that gives a resumed run the optimizer settings and the schedule of its present config.
 
-    Lightning restores the optimizer's groups, with the rates that the former schedule left there. This callback sets
-    each to the configured rate, times the present schedule at the restored step. A run without a schedule has the
-    configured rate. A schedule that the checkpoint does not hold begins at its start.
+    Lightning restores the optimizer's groups with their former settings, and with the rates that the former schedule
+    left there. This callback sets each rate to the configured one, times the present schedule at the restored step. It
+    sets weight decay and the like to the configured values. A run without a schedule has the configured rate. A
+    schedule that the checkpoint does not hold begins at its start.
     """
 
     def __init__(self) -> None:
@@ -39,35 +40,40 @@ class LearningRateOnResume(Callback):
             log.info("The learning rate schedule %s: the config has changed since the checkpoint", change)
         for optimizer in trainer.optimizers:
             before = [float(group["lr"]) for group in optimizer.param_groups]
-            _set_rates(optimizer, next((s for s in schedulers if s.optimizer is optimizer), None))
+            _set_groups(optimizer, next((s for s in schedulers if s.optimizer is optimizer), None))
             after = [float(group["lr"]) for group in optimizer.param_groups]
             if before != after and trainer.is_global_zero:
                 log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", before[0], after[0])
 
 
-def _set_rates(optimizer: Optimizer, scheduler: Any) -> None:
-    """Set the rates of all groups from the optimizer's `configured_rates`; other schedules than LambdaLR stay."""
-    rates = getattr(optimizer, "configured_rates", None)
-    if rates is None or len(rates) != len(optimizer.param_groups):
+def _set_groups(optimizer: Optimizer, scheduler: Any) -> None:
+    """Set the groups to the optimizer's `configured` settings, with the rates that `scheduler` gives now.
+
+    The rates of a schedule other than LambdaLR stay as they were restored.
+    """
+    configured = getattr(optimizer, "configured", None)
+    if configured is None or len(configured) != len(optimizer.param_groups):
         return
+    rates = [settings["lr"] for settings in configured]
+    now: list[float] | None = rates
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = list(rates)
         factors = (multiplier(scheduler.last_epoch) for multiplier in scheduler.lr_lambdas)
         now = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
         scheduler._last_lr = list(now)
-    elif scheduler is None:
-        now = rates
-    else:
-        return
-    for group, rate, initial in zip(optimizer.param_groups, now, rates, strict=True):
-        if isinstance(group["lr"], Tensor):  # some optimizers read it on the device
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+    elif scheduler is not None:
+        now = None
+    for number, (group, settings) in enumerate(zip(optimizer.param_groups, configured, strict=True)):
+        group |= {key: value for key, value in settings.items() if key != "lr"}
         if scheduler is None:
             group.pop("initial_lr", None)
-        else:
-            group["initial_lr"] = initial
+        elif now is not None:
+            group["initial_lr"] = settings["lr"]
+        if now is not None:
+            if isinstance(group["lr"], Tensor):  # some optimizers read it on the device
+                group["lr"].fill_(now[number])
+            else:
+                group["lr"] = now[number]
 
 
 class NothingLeft(Callback):

@@ -10,12 +10,15 @@ from torch.optim import Optimizer
 
 from ldm.util import UserError, instantiate_from_config
 
+# Entries of a quantised moment in a checkpoint, see `ldm.optim.low_bit`, which needs torchao.
+QUANTISED = {"codes", "scale", "signed"}
+
 
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
     """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes.
 
-    An `lr` in it takes precedence. `where` is the config key, for messages. The optimizer's `configured_rates` are the
-    learning rates of its groups.
+    An `lr` in it takes precedence. `where` is the config key, for messages. The attribute `configured` of the
+    optimizer holds the settings of its groups.
 
     Raises:
         UserError: the target does not exist or does not take its `params`, or its state fits no checkpoint.
@@ -30,6 +33,9 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
         optimizer = instantiate_from_config(config, params=list(parameters), lr=own_lr)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    # A resume replaces the groups by those of the checkpoint; these rates are what the config says now.
-    optimizer.configured_rates = [float(group["lr"]) for group in optimizer.param_groups]
+    # A resume replaces the groups by those of the checkpoint; these settings are what the config says now.
+    optimizer.configured = [
+        {key: float(value) if key == "lr" else value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
     return optimizer
