@@ -63,7 +63,9 @@ def check_low_precision(model: LightningModule, trainer: Trainer) -> None:
 def _rounds_stochastically(config: Mapping[str, Any]) -> bool:
     params = config.get("params") or {}
     inner = params.get("optimizer")
-    return bool(params.get("bf16_stochastic_round")) or (isinstance(inner, dict) and _rounds_stochastically(inner))
+    if isinstance(inner, dict):
+        return _rounds_stochastically(inner)
+    return str(config.get("target")).startswith("ldm.optim.low_bit.") and params.get("bf16_stochastic_round", True)
 
 
 def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
