@@ -29,6 +29,27 @@ def read_at_most(path: str | Path, most: int) -> bytes:
     return data
 
 
+def is_within(folder: str | Path, path: str | Path) -> bool:
+    """Whether `path`, its links and `..` followed, lies in `folder`.
+
+    Raises:
+        UserError: `path` is no path.
+    """
+    try:
+        return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, or a null character
+        raise UserError(f"{str(path)!r:.100}: is no path ({error})") from error
+
+
+def check_within(folder: str | Path, path: str | Path, what: str) -> None:
+    """Raise `UserError` unless `path` lies in `folder`, the folder of a run; `what` names it in the message."""
+    if not is_within(folder, path):
+        raise UserError(
+            f"{what} {str(path)!r:.200}: lies outside {folder}, and a run writes in its own folder alone; leave it "
+            "out, or give a place in that folder"
+        )
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else it is removed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,8 +22,28 @@ _CONFIG_KEYS = ("target", "params", "base_learning_rate")  # the last is the tra
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
 
+# Characters that move the cursor, colour the screen, end a line or reverse the order of letters; and half characters,
+# which stand for bytes of file names that are not text, and cannot be printed.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """Return `text` with its control characters as Python writes them, `\\x1b`, except those in `keep`."""
+
+    def written(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else repr(found[0])[1:-1]
+
+    return _UNPRINTABLE.sub(written, text)
+
+
 class UserError(ValueError):
-    """Bad input from a person: its message is one line that names the file, key or value and what to do."""
+    """Bad input from a person: its message is one line that names the file, key or value and what to do.
+
+    The message may hold names from files as they are: `str` escapes control characters and line ends.
+    """
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 def nearest(name: str, valid: Mapping[str, Any] | list[str] | set[str]) -> str:

@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     # Only now the slow imports: --help should answer at once.
+    from ldm.config.load import load_config
     from ldm.data.dropout import CaptionDropout
     from ldm.encoding.encoder import Encoder
     from ldm.encoding.prior import drawn, make_prior, open_pictures, pictured, taught
@@ -70,7 +71,7 @@ def main() -> None:
 
     check_out(options.out, options.overwrite)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, trusted=options.trust_config)
+    model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config))
     encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
     model.model.to(dtype)
     model.to(device)

@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
+    from ldm.config.load import load_config
     from ldm.data.sources import find_images
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import Encoder
@@ -76,7 +77,7 @@ def main() -> None:
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d pictures in %s", len(items), ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
-    model = load_release(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
+    model = load_release(arguments.ckpt, load_config([arguments.config], trusted=arguments.trust_config))
     report = preencode(
         Encoder(model, device, dtype),
         items,

@@ -216,7 +216,11 @@ class KeptCheckpoints(ModelCheckpoint):
     def _are_own(self, state: dict[str, Any]) -> bool:
         single = (state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path"))
         paths = [*(state.get("best_k_models") or {}), *filter(None, single)]
-        return all(Path(path).parent == Path(self.dirpath) and Path(path).suffix == ".ckpt" for path in paths)
+        return all(isinstance(path, str) and self._is_own(Path(path)) for path in paths)
+
+    def _is_own(self, path: Path) -> bool:
+        others = path.name == "last.ckpt" or path.name.startswith("step=")
+        return path.parent == Path(self.dirpath) and path.suffix == ".ckpt" and not others
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         before, began = copy.deepcopy(self.state_dict()), time.monotonic()

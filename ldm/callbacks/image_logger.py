@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.callbacks.rng import aside
 from ldm.distributed.dtensor import is_sharded
+from ldm.files import check_within
 from ldm.images.grid import image_grid, save_png
 from ldm.util import UserError, check_at_least_one, check_params
 
@@ -123,11 +124,12 @@ class ImageLogger(Callback):
         if not trainer.is_global_zero:  # it took part in the computing, and is not the one to show it
             return
         folder = Path(trainer.default_root_dir) / "images" / split
+        check_within(trainer.default_root_dir, folder, "images in")
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         samples = len(next(iter(images.values())))
         for key, value in images.items():
             grid = self._grid(value, self._columns(key, len(value), samples))
-            save_png(grid, folder / f"{key}_{place}.png")
+            save_png(grid, folder / f"{key}_{place}.png".replace("/", "_"))
             for logger in trainer.loggers:
                 _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
 

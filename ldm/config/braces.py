@@ -15,13 +15,13 @@ _MOST_EXPANDED = 1 << 26
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """The names that `pattern` stands for, without `file:`.
+    """Yield the names that `pattern` stands for, without `file:`.
 
     Raises:
-        UserError: a brace is open, or they are too many.
+        UserError: a brace is open, or it stands for too many names.
     """
     try:
-        if _most_names(pattern) * len(pattern) > _MOST_EXPANDED:
+        if most_names(pattern) * len(pattern) > _MOST_EXPANDED:
             raise ValueError("stands for too many names; name fewer shards")
         for name in braceexpand.braceexpand(pattern):
             yield re.sub("^file:(//)?", "", name)
@@ -29,8 +29,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         raise UserError(f"{pattern:.100}: {error!s:.200}") from error
 
 
-def _most_names(pattern: str) -> int:
-    """An upper bound of how many names the braces of `pattern` stand for, told without expanding them."""
+def most_names(pattern: str) -> int:
+    """Return an upper bound of how many names the braces of `pattern` stand for, without expanding them."""
     names = 1
     for first, last in _RANGE.findall(pattern):
         names *= abs(int(first) - int(last)) + 1

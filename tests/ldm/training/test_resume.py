@@ -41,7 +41,7 @@ def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path:
     save(config, tmp_path / "last.ckpt", left_out="model_ema.")
     checkpoint = read_training_checkpoint(tmp_path / "last.ckpt")
     model = build_from(config, checkpoint)
-    io = AtomicCheckpointIO(checkpoint)
+    io = AtomicCheckpointIO(tmp_path, checkpoint)
     given = io.load_checkpoint(tmp_path / "last.ckpt")
     assert given["global_step"] == 3
     own = model.state_dict()
@@ -54,7 +54,7 @@ def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path:
 def test_another_path_is_read(config: DictConfig, tmp_path: Path) -> None:
     for name in ("one.ckpt", "other.ckpt"):
         save(config, tmp_path / name)
-    io = AtomicCheckpointIO(read_training_checkpoint(tmp_path / "one.ckpt"))
+    io = AtomicCheckpointIO(tmp_path, read_training_checkpoint(tmp_path / "one.ckpt"))
     (tmp_path / "one.ckpt").unlink()
     assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 3
 
