@@ -1,0 +1,269 @@
+"""Hostile configs in every tool and in training, under a guard: no process, no socket, no file outside the folder.
+
+All run in one process, whose imports are done before the guard is armed. Each command also runs on a good config, so
+that a refusal is one of the config.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.checkpoint import encoder_digests, load_checkpoint, save_checkpoint, save_state_dict
+from ldm.config.load import build_model
+from ldm.shards.index import write_index
+from ldm.shards.verify import file_sha256
+from tests.conftest import ROOT
+from tests.golden_data import fill_seeded
+from tests.hostile.config_files import placed_inside, placed_outside, untrusted
+from tests.ldm.shard_files import write_set
+from tests.training_runs import CONFIG, TEXT_TOWER
+
+RELEASE = "--ckpt tiny.safetensors --device cpu --config release.yaml"
+TRAIN = "main.py -b tiny.yaml -t --no-test -l logs --max_steps 1"
+COMMANDS = {
+    "main": TRAIN,
+    "evaluate": f"tools/evaluate.py --base tiny.safetensors {RELEASE} --timesteps 1 --out out --set new=good",
+    "make_prior": f"tools/make_prior.py {RELEASE} --prompt x --steps 1 --out prior/%d.tar --overwrite",
+    "inspect_shards": f"tools/inspect_shards.py {RELEASE} --sheet out/sheet.png good",
+    "txt2img": f"tools/txt2img.py {RELEASE} --prompt x --steps 1 --out out",
+    "preencode": f"tools/preencode.py {RELEASE} --images images --size 64 --num-workers 0 --out set/%d.tar --overwrite",
+    "hack_weights": "tools/hack_weights.py --base tiny.yaml --release tiny.safetensors --out out/hacked.ckpt",
+    "plan_memory": "tools/plan_memory.py --base tiny.yaml --batch 1",
+}
+pytestmark = pytest.mark.timeout(900)
+
+RANKED = {"target": "pytorch_lightning.callbacks.ModelCheckpoint"}
+RANKED["params"] = {"monitor": "train/loss_simple", "save_top_k": 1, "every_n_train_steps": 1}
+
+
+def merged(config: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the plain `part` over it."""
+    result = copy.deepcopy(dict(config))
+    for key, value in part.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return result
+
+
+def write(config: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(config))  # which is YAML, and takes any character
+
+
+def write_good(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A release, shards of it, an image, and the good configs of a training and of the release, which it returns."""
+    training = merged(CONFIG, {"data": {"params": {"training_urls": "plain"}}, "model": {"params": {"use_ema": False}}})
+    release = {"model": copy.deepcopy(training["model"])}
+    release["model"]["params"] |= {"cond_stage_key": "txt", "cond_stage_config": TEXT_TOWER}
+    weights = fill_seeded(build_model(OmegaConf.create(release))).state_dict()
+    save_state_dict(weights, work / "tiny.safetensors")
+    for name in ("good", "plain"):  # the second has no index, so that a random model trains on it and goes on
+        (work / name).mkdir()
+        write_set(work / name, 4, f8_shape=(8, 4, 4), t5_shape=(77, 8))
+    paths = sorted((work / "good").glob("*.tar"))
+    shards = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
+    write_index(work / "good", {"format": 2, "complete": True, "shards": shards, **encoder_digests(weights)})
+    (work / "images").mkdir()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(work / "images" / "a.png")
+    (work / "images" / "a.txt").write_text("a tom")
+    return training, release
+
+
+def words_of(command: str, stem: str = "") -> list[str]:
+    """The words of one of `COMMANDS`, with the configs whose names begin with `stem`."""
+    return [f"{stem}{word}" if word in ("tiny.yaml", "release.yaml") else word for word in command.split()]
+
+
+def forge_state(work: str, outside: str, prepared: str) -> None:
+    """Name files that are not the run's own in the state of each checkpoint callback of the run `prepared`."""
+    (last,) = Path(work).glob(f"{prepared}/*/checkpoints/last.ckpt")
+    content = load_checkpoint(last)
+    run, victims = last.parent.parent, [f"{outside}/victim.ckpt", f"{outside}/victim.txt"]
+    victims += [str(next(run.glob("configs/*.yaml"))), str(last), f"{last.parent}/../../../../outside/victim.ckpt"]
+    forged = 0
+    for state in content["callbacks"].values():
+        if "best_k_models" in state:
+            import torch
+
+            worst = torch.tensor(1e9)
+            state |= {"best_k_models": dict.fromkeys(victims, worst), "kth_best_model_path": victims[0]}
+            state |= {"kth_value": worst, "best_model_path": victims[0], "last_model_path": victims[1]}
+            forged += 1
+    assert forged == 2
+    save_checkpoint(content, last)
+
+
+def link_out(work: str, outside: str, prepared: str, name: str) -> None:
+    """Put a link in the place of `name` in the run `prepared`: to the folder, moved elsewhere, or to a victim."""
+    (run,) = Path(work).glob(f"{prepared}/*")
+    elsewhere = Path(work, f"elsewhere-{prepared}")
+    (run / name).rename(elsewhere)
+    (run / name).symlink_to(elsewhere if elsewhere.is_dir() else f"{outside}/victim.txt")
+
+
+def resumed_commands(work: Path, outside: Path, training: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A run, and resumed ones of it whose state or folder was tampered with."""
+    ranked = {"lightning": {"callbacks": {"ranked": RANKED}, "modelcheckpoint": {"params": RANKED["params"]}}}
+    write(merged(training, ranked), work / "ranked-tiny.yaml")
+    for name in ("state", "images", "tensorboard", "configs", "checkpoints", "csv/version_0/metrics.csv"):
+        logs = f"logs-{name.replace('/', '-')}"
+        train = words_of(TRAIN, "ranked-")
+        train[train.index("logs")] = logs
+        train += ["lightning.callbacks.image_logger.params.disabled=False"] if name == "images" else []
+        yield {"name": f"before {name}", "words": train}
+        prepare = ["forge_state"] if name == "state" else ["link_out"]
+        prepare = [__name__, *prepare, str(work), str(outside), logs, *([] if name == "state" else [name])]
+        yield {
+            "name": f"resumed {name}",
+            "prepare": prepare,
+            "words": ["tests/hostile/resume_newest.py", logs, *["-t", "--no-test", "--max_steps", "3"]],
+        }
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder in which all is done, and one outside that nothing may touch."""
+    top = tmp_path_factory.mktemp("guarded")
+    for name in ("work", "outside"):
+        (top / name).mkdir()
+    for name in ("victim.ckpt", "victim.txt"):
+        (top / "outside" / name).write_text("keep")
+    return top / "work", top / "outside"
+
+
+@pytest.fixture(scope="module")
+def outcomes(places: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
+    """What each command did, by `kind: config: command`."""
+    work, outside = places
+    training, release = write_good(work)
+    write(training, work / "tiny.yaml")
+    write(release, work / "release.yaml")
+    (work / "evil.py").write_text(f"open({str(outside / 'marker')!r}, 'w')\nclass Thing: ...\n")
+    jinaai = work / "x-jinaai-x"
+    jinaai.mkdir()
+    (jinaai / "config.json").write_text('{"model_type": "clip", "auto_map": {"AutoModel": "evil.Thing"}}')
+    (jinaai / "evil.py").write_text((work / "evil.py").read_text())
+    guarded = []
+    for number, (name, part) in enumerate(untrusted(outside / "marker").items()):
+        write(merged(training, part), work / f"{number}-tiny.yaml")
+        write(merged(release, part), work / f"{number}-release.yaml")
+        guarded += [
+            {"name": f"untrusted: {name}: {tool}", "words": words_of(command, f"{number}-")}
+            for tool, command in COMMANDS.items()
+        ]
+    for kind, parts in (("outside", placed_outside(outside)), ("inside", placed_inside(outside))):
+        for number, (name, part) in enumerate(parts.items()):
+            write(merged(training, part), work / f"{kind}{number}-tiny.yaml")
+            guarded.append({"name": f"{kind}: {name}: main", "words": words_of(TRAIN, f"{kind}{number}-")})
+    for option in ("--name", "--postfix"):
+        for text in ("../../outside/x", str(outside / "x"), "a/../../x", "a\nb", "..\\x"):
+            guarded.append({"name": f"outside: {option} {text!r}: main", "words": [*TRAIN.split(), f"{option}={text}"]})
+    guarded += resumed_commands(work, outside, training)
+    warm = [{"name": f"good: {tool}", "words": command.split()} for tool, command in COMMANDS.items()]
+    plan = {"allowed": str(work), "warm": warm, "guarded": guarded}
+    (work.parent / "plan.json").write_text(json.dumps(plan))
+    environment = {name: value for name, value in os.environ.items() if name != "LDM_RUN_FOLDER"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(work)]), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "tests/hostile/guard.py"), str(work.parent / "plan.json"), "../result.json"]
+    done = subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((work.parent / "result.json").read_text())
+
+
+def of_kind(outcomes: Mapping[str, dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    found = {name: outcome for name, outcome in outcomes.items() if name.startswith(kind)}
+    assert found
+    return found
+
+
+def test_good_configs_run_in_every_tool(outcomes: Mapping[str, dict[str, Any]]) -> None:
+    assert {name: outcome["exit"] for name, outcome in of_kind(outcomes, "good").items() if outcome["exit"]} == {}
+
+
+def test_untrusted_configs_ask_for_trust_in_every_tool(outcomes: Mapping[str, dict[str, Any]]) -> None:
+    wrong = {}
+    for name, outcome in of_kind(outcomes, "untrusted").items():
+        said = outcome["exit"]
+        asks = isinstance(said, str) and said.startswith("error: ") and "give --trust-config" in said
+        if not asks or not said.isprintable() or outcome["stopped"]:
+            wrong[name] = outcome
+    assert wrong == {}
+
+
+def test_places_outside_the_run_folder_are_refused(outcomes: Mapping[str, dict[str, Any]]) -> None:
+    wrong = {}
+    for name, outcome in of_kind(outcomes, "outside").items():
+        said = outcome["exit"]
+        refused = isinstance(said, str) and said.startswith("error: ") and said.isprintable()
+        if not refused or outcome["stopped"]:
+            wrong[name] = outcome
+    assert wrong == {}
+
+
+def test_places_that_a_run_does_not_follow_do_no_harm(outcomes: Mapping[str, dict[str, Any]]) -> None:
+    assert set(map(str, of_kind(outcomes, "inside").values())) == {"{'exit': None, 'stopped': []}"}
+
+
+def test_a_resumed_run_touches_nothing_but_its_own_files(
+    outcomes: Mapping[str, dict[str, Any]], places: tuple[Path, Path]
+) -> None:
+    before = of_kind(outcomes, "before")
+    assert {name: outcome for name, outcome in before.items() if outcome["exit"] or outcome["stopped"]} == {}
+    resumed = of_kind(outcomes, "resumed")
+    assert {name: outcome["stopped"] for name, outcome in resumed.items() if outcome["stopped"]} == {}
+    assert resumed.pop("resumed state")["exit"] is None
+    for name, outcome in resumed.items():
+        assert outcome["exit"].startswith("error: link '"), name
+        assert "lies outside" in outcome["exit"], name
+    (run,) = places[0].glob("logs-state/*")
+    assert list((run / "configs").glob("*.yaml")) and (run / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_nothing_outside_was_made_changed_or_removed(
+    outcomes: Mapping[str, dict[str, Any]], places: tuple[Path, Path]
+) -> None:
+    work, outside = places
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {"victim.ckpt": "keep", "victim.txt": "keep"}
+    expected = {"work", "outside", "plan.json", "result.json"}
+    assert {path.name for path in work.parent.iterdir()} == expected
+
+
+def test_the_guard_stops_what_it_is_for(places: tuple[Path, Path]) -> None:
+    work, outside = places
+    script = work / "harmful.py"
+    script.write_text(
+        "import os, shutil, socket, subprocess, sys\n"
+        f"outside = {str(outside)!r}\n"
+        "acts = [lambda: subprocess.run(['true']), lambda: os.system('true'), lambda: os.fork(),\n"
+        "    lambda: os.posix_spawn('/bin/true', ['true'], {}), lambda: socket.getaddrinfo('localhost', 1),\n"
+        "    lambda: socket.socket().connect(('127.0.0.1', 9)), lambda: open(f'{outside}/x', 'w'),\n"
+        "    lambda: os.remove(f'{outside}/victim.txt'), lambda: shutil.rmtree(outside),\n"
+        "    lambda: os.rename('a', f'{outside}/x'), lambda: os.mkdir('../x'), lambda: open('link/victim.txt', 'a')]\n"
+        "os.symlink(outside, 'link')\n"
+        "stopped = 0\n"
+        "for act in acts:\n"
+        "    try:\n"
+        "        act()\n"
+        "    except PermissionError as error:\n"
+        "        stopped += 'the guard' in str(error)\n"
+        "os.unlink('link')\n"
+        "open('own', 'w').close(), os.remove('own')\n"
+        "sys.exit(len(acts) - stopped)\n"
+    )
+    plan = {"allowed": str(work), "warm": [], "guarded": [{"name": "harmful", "words": [str(script)]}]}
+    (work / "plan.json").write_text(json.dumps(plan))
+    line = [sys.executable, str(ROOT / "tests/hostile/guard.py"), "plan.json", "result.json"]
+    subprocess.run(line, cwd=work, check=True)
+    outcome = json.loads((work / "result.json").read_text())["harmful"]
+    assert outcome["exit"] == 0 and len(outcome["stopped"]) == 12
