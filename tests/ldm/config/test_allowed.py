@@ -18,6 +18,7 @@ from ldm.util import get_obj_from_str
 ROOT = Path(__file__).resolve().parents[3]
 OLD = {"pytorch_lightning.loggers.TestTubeLogger", "pytorch_lightning.plugins.DDPPlugin"}
 LISTED = [f"{allowed.module}.{name}" for allowed in ALLOWED for name in allowed.names]
+DOCUMENT = ROOT / "docs" / "security.md"
 WRITES = ("atomic_write", "open", "mkdir", "unlink", "rmtree", "system", "Popen", "urlopen", "urlretrieve")
 
 
@@ -136,3 +137,40 @@ def test_classes_of_own_rooms_write_nothing_when_they_are_built():
                     names = {getattr(func, "attr", getattr(func, "id", "")) for func in calls}
                     found += [f"{path}: {part.name} calls {name}" for name in names & set(WRITES)]
     assert not found
+
+
+def document_tables() -> dict[str, str]:
+    """The tables of `docs/security.md`, by the names of the comments around them."""
+    rooms = [f"| `{room}` | {reason} |" for room, reason in OWN_ROOMS.items()]
+    listed = []
+    for allowed in ALLOWED:
+        if allowed.module.startswith("lightning.pytorch"):
+            continue  # the other name of the row before
+        other = allowed.module.replace("pytorch_lightning", "lightning.pytorch")
+        is_both = any(row.module == other and row.names == allowed.names for row in ALLOWED) and other != allowed.module
+        module = f"`{allowed.module}`, `{other}`" if is_both else f"`{allowed.module}`"
+        listed.append(f"| {module} | {', '.join(allowed.names)} | {allowed.reason} |")
+    return {
+        "rooms": "\n".join(["| room | why |", "|---|---|", *rooms]),
+        "list": "\n".join(["| module | classes | why |", "|---|---|---|", *listed]),
+    }
+
+
+def written(text: str, tables: dict[str, str]) -> str:
+    """The document `text` with `tables` in their places."""
+    for name, table in tables.items():
+        before, found, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        assert found and end
+        text = f"{before}{found}\n{table}\n\n{end}{after}"
+    return text
+
+
+def test_allowed_is_what_the_document_says() -> None:
+    text = DOCUMENT.read_text()
+    tables = document_tables()
+    assert written(text, tables) == text, "put these tables into docs/security.md:\n\n" + "\n\n".join(tables.values())
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n\n".join(document_tables().values()) + "\n")
