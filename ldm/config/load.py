@@ -64,6 +64,16 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
     return config
 
 
+def needs_trust(config: DictConfig) -> bool:
+    """Whether `config`, read from a file as it stands, would need trust, though a person may have typed it now."""
+    try:
+        check_interpolations(OmegaConf.to_container(config), "config")
+        check_trust(plain(config), "config")
+    except (UserError, OmegaConfBaseException):
+        return True
+    return False
+
+
 def find_config(name: str | Path) -> Path:
     """`name` itself if it exists, else the file of that name in configs/latent-diffusion/.
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Iterator
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from ldm.config.allowed import nearest_allowed, reason_for
-from ldm.config.interpolations import Path, check_interpolations
 from ldm.config.reach import reach
 from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from ldm.config.interpolations import Path  # which imports OmegaConf, and command lines import this module
 
 _HINT = "give --trust-config if you trust whoever wrote the config"
 # The keys under which this project, and others, name what is to be built or called.
@@ -51,16 +50,6 @@ def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
             done = "is replaced from the environment by loggers"
         if done is not None:
             raise UserError(f"{source}: {text!r:.100} {done}; {_HINT}")
-
-
-def needs_trust(config: DictConfig) -> bool:
-    """Whether `config`, read from a file as it stands, would need trust, though a person may have typed it now."""
-    try:
-        check_interpolations(OmegaConf.to_container(config), "config")
-        check_trust(OmegaConf.to_container(config, resolve=True), "config")
-    except (UserError, OmegaConfBaseException):
-        return True
-    return False
 
 
 def may_look_up(target: Any, trusted: bool) -> bool:

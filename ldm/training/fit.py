@@ -19,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.config.trust import needs_trust
+from ldm.config.load import needs_trust
 from ldm.training.compatibility import check_compatibility
 from ldm.training.host_memory import keep_freed_memory
 from ldm.training.run import Run

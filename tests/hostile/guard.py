@@ -5,18 +5,21 @@
 PLAN is a JSON file with `allowed`, the one folder in which files may be written, made or removed; `warm`, commands that
 are run first without the guard, so that what libraries do as they are imported is done; and `guarded`, commands. A
 command is `{"name": ..., "words": [script, argument, ...]}`, and may have `prepare`, `[module, function, argument,
-...]`, which is called before without the guard. RESULT gets, by name, what the command exited with and what it did that
-the guard stopped.
+...]`, which is called before without the guard. RESULT gets, by name, what the command exited with, what it said, and
+what it did that the guard stopped.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import logging
 import os
 import runpy
 import sys
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +67,19 @@ class Guard:
         return place != self.allowed and not place.startswith(self.allowed + os.sep)
 
 
-def run_command(words: list[str]) -> Any:
-    """What the command exits with: None, a code, or the line that it says; `traceback: ...` where it breaks down."""
+def run_command(words: list[str]) -> dict[str, Any]:
+    """What the command exits with, None, a code or a line (`traceback: ...` where it breaks down), and what it says."""
     sys.argv = [str(ROOT / words[0]), *words[1:]]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    except BaseException:
-        return f"traceback: {traceback.format_exc()}"
-    return None
+    logging.root.handlers = []  # so that the command sets up its own
+    said, code = io.StringIO(), None
+    with redirect_stdout(said), redirect_stderr(said):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            code = f"traceback: {traceback.format_exc()}"
+    return {"exit": code, "said": said.getvalue() + (code if isinstance(code, str) else "")}
 
 
 def main() -> None:
@@ -81,16 +87,16 @@ def main() -> None:
     result_path = Path(sys.argv[2]).resolve()
     sys.path.insert(0, str(ROOT))
     guard = Guard(Path(plan["allowed"]))
-    result = {command["name"]: {"exit": run_command(command["words"]), "stopped": []} for command in plan["warm"]}
+    result = {command["name"]: run_command(command["words"]) | {"stopped": []} for command in plan["warm"]}
     for command in plan["guarded"]:
         if "prepare" in command:
             module, function, *arguments = command["prepare"]
             getattr(importlib.import_module(module), function)(*arguments)
         guard.seen = []
         guard.armed = True
-        code = run_command(command["words"])
+        outcome = run_command(command["words"])
         guard.armed = False
-        result[command["name"]] = {"exit": code, "stopped": guard.seen}
+        result[command["name"]] = outcome | {"stopped": guard.seen}
     result_path.write_text(json.dumps(result))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,15 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.checkpoint import encoder_digests, load_checkpoint, save_checkpoint, save_state_dict
+from ldm.checkpoint import encoder_digests, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
 from ldm.config.load import build_model
 from ldm.shards.index import write_index
 from ldm.shards.verify import file_sha256
 from tests.conftest import ROOT
 from tests.golden_data import fill_seeded
+from tests.hostile.checkpoint_files import zip_of
 from tests.hostile.config_files import placed_inside, placed_outside, untrusted
-from tests.ldm.shard_files import write_set
+from tests.ldm.shard_files import write_set, write_tar
 from tests.training_runs import CONFIG, TEXT_TOWER
 
 RELEASE = "--ckpt tiny.safetensors --device cpu --config release.yaml"
@@ -44,6 +46,8 @@ COMMANDS = {
 }
 pytestmark = pytest.mark.timeout(900)
 
+# Colours the terminal, begins a line, and turns the letters after it around.
+NAME = "\x1b[31m\nFORGED\u202e"
 RANKED = {"target": "pytorch_lightning.callbacks.ModelCheckpoint"}
 RANKED["params"] = {"monitor": "train/loss_simple", "save_top_k": 1, "every_n_train_steps": 1}
 
@@ -169,6 +173,7 @@ def outcomes(places: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     for option in ("--name", "--postfix"):
         for text in ("../../outside/x", str(outside / "x"), "a/../../x", "a\nb", "..\\x"):
             guarded.append({"name": f"outside: {option} {text!r}: main", "words": [*TRAIN.split(), f"{option}={text}"]})
+    guarded += named_commands(work)
     guarded += resumed_commands(work, outside, training)
     warm = [{"name": f"good: {tool}", "words": command.split()} for tool, command in COMMANDS.items()]
     plan = {"allowed": str(work), "warm": warm, "guarded": guarded}
@@ -179,6 +184,62 @@ def outcomes(places: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     done = subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((work.parent / "result.json").read_text())
+
+
+def named_commands(work: Path) -> Iterator[dict[str, Any]]:
+    """Commands on files whose names, captions, keys and metadata hold what a terminal would obey."""
+    bad, images = f"b{NAME}", work / f"images{NAME}"
+    images.mkdir()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(images / "ok.png")
+    (images / "ok.txt").write_text(f"caption{NAME}")
+    (images / f"{bad}.png").write_bytes(b"no image")
+    (images / f"{bad}.txt").write_text(f"caption{NAME}")
+    (images / f"other{NAME}.xyz").write_text("")
+    (images / os.fsdecode(b"\xff.png")).write_bytes(b"no image")
+    described = work / "described"
+    described.mkdir()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(described / "ok.png")
+    (described / "metadata.jsonl").write_text(json.dumps({"file_name": f"{bad}.png", "text": NAME}))
+    weights = load_state_dict(work / "tiny.safetensors")
+    save_state_dict({**weights, f"key{NAME}": weights["betas"]}, work / "keys.safetensors")
+    name = NAME.encode()
+    pickled = b"\x80\x04\x8c" + bytes([len(name)]) + name + b"\x8c" + bytes([len(name)]) + name + b"\x93)R."
+    (work / "pickled.ckpt").write_bytes(zip_of([("data.pkl", pickled)]))
+    write(json.loads((work / "tiny.yaml").read_text()), work / f"tiny{NAME}.yaml")
+    (work / f"good{NAME}").mkdir()
+    write_set(work / f"good{NAME}", 4, f8_shape=(8, 4, 4), t5_shape=(77, 8))
+    members = [(f"k{NAME}.f8.npy", b"x"), (f"k{NAME}.t5.npy", b"x")]
+    write_tar(work / "members" / "s.tar", members)
+    preencode = f"tools/preencode.py {RELEASE} --size 64 --num-workers 0 --images".split()
+    txt2img = f"tools/txt2img.py {RELEASE} --steps 1".split()
+    lines = {
+        "images": [*preencode, images.name, "--out", f"named{NAME}/%d.tar"],
+        "what was left out": ["tools/inspect_shards.py", f"named{NAME}"],
+        "metadata": [*preencode, "described", "--out", "described-set/%d.tar"],
+        "no images": [*preencode, f"none{NAME}", "--out", "none/%d.tar"],
+        "keys": [*txt2img, "--prompt", "x", "--out", "out", "--ckpt", "keys.safetensors"],
+        "keys of a release": [
+            "tools/hack_weights.py",
+            *["--base", "tiny.yaml", "--release", "keys.safetensors", "--out", "a.ckpt"],
+        ],
+        "globals": ["tools/hack_weights.py", *["--base", "tiny.yaml", "--release", "pickled.ckpt", "--out", "a.ckpt"]],
+        "prompt": [*txt2img, "--prompt", f"x{NAME}", "--out", f"out{NAME}"],
+        "prompts": [*txt2img, "--from-file", f"none{NAME}.txt", "--out", "out"],
+        "set": [*COMMANDS["evaluate"].replace("new=good", "").split(), f"new{NAME}=good{NAME}"],
+        "prior": [*COMMANDS["make_prior"].split(), "--prompt", f"x{NAME}", "--batch-size", "0"],
+        "shards": ["tools/inspect_shards.py", f"none{NAME}.tar"],
+        "members": ["tools/inspect_shards.py", "members"],
+        "config": ["tools/plan_memory.py", "--base", f"none{NAME}.yaml"],
+        "override": ["tools/plan_memory.py", "--base", "tiny.yaml", f"model.{NAME}=1"],
+        "merge": ["tools/merge_release.py", "--train-ckpt", f"none{NAME}.ckpt", "--release", "keys.safetensors"],
+        "run": [*words_of(TRAIN.replace("tiny.yaml", "BASE")), f"data.params.training_urls=good{NAME}"],
+        "resume": ["main.py", "--resume", f"none{NAME}", "-t"],
+        "section": ["main.py", "-b", "tiny.yaml", "-t", f"lightning.{NAME}=1"],
+        "trainer": ["main.py", "-b", "tiny.yaml", "-t", f"--max{NAME}", "1"],
+    }
+    lines["run"][lines["run"].index("BASE")] = f"tiny{NAME}.yaml"
+    for name, words in lines.items():
+        yield {"name": f"names: {name}", "words": words}
 
 
 def of_kind(outcomes: Mapping[str, dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
@@ -212,7 +273,8 @@ def test_places_outside_the_run_folder_are_refused(outcomes: Mapping[str, dict[s
 
 
 def test_places_that_a_run_does_not_follow_do_no_harm(outcomes: Mapping[str, dict[str, Any]]) -> None:
-    assert set(map(str, of_kind(outcomes, "inside").values())) == {"{'exit': None, 'stopped': []}"}
+    wrong = {name: o for name, o in of_kind(outcomes, "inside").items() if o["exit"] is not None or o["stopped"]}
+    assert wrong == {}
 
 
 def test_a_resumed_run_touches_nothing_but_its_own_files(
@@ -228,6 +290,17 @@ def test_a_resumed_run_touches_nothing_but_its_own_files(
         assert "lies outside" in outcome["exit"], name
     (run,) = places[0].glob("logs-state/*")
     assert list((run / "configs").glob("*.yaml")) and (run / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_messages_hold_no_control_characters(outcomes: Mapping[str, dict[str, Any]]) -> None:
+    obeyed = re.compile(r"[^\n\t\r\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
+    wrong = {name: outcome["said"] for name, outcome in outcomes.items() if obeyed.search(outcome["said"])}
+    assert wrong == {}
+    named = of_kind(outcomes, "names")
+    for name, outcome in named.items():
+        assert not re.search("^ *FORGED", outcome["said"], re.MULTILINE), name
+        assert "FORGED" in outcome["said"] or name == "names: prior", name
+        assert "Traceback" not in outcome["said"], name
 
 
 def test_nothing_outside_was_made_changed_or_removed(

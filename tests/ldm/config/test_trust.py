@@ -6,8 +6,8 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.config.load import load_config
-from ldm.config.trust import check_trust, needs_trust
+from ldm.config.load import load_config, needs_trust
+from ldm.config.trust import check_trust
 from ldm.util import UserError
 from tests.conftest import ROOT
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.checkpoint import save_checkpoint
 from ldm.config.load import build_model
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
+from ldm.util import UserError
 from tests.training_runs import CONFIG
 
 
@@ -78,3 +79,30 @@ def test_optional_parameters_that_are_missing_begin_as_in_a_new_model(tmp_path: 
     new = build_model(config)
     assert model.loss.weight.equal(new.loss.weight)
     assert model.encoder.conv_in.weight.equal(weights["encoder.conv_in.weight"])
+
+
+def test_atomic_checkpoint_io_writes_and_removes_in_the_run_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    for folder in (run / "checkpoints", outside):
+        folder.mkdir(parents=True)
+    io, content = AtomicCheckpointIO(run), {"state_dict": {}}
+    (run / "link").symlink_to(outside)
+    for path in (outside / "a.ckpt", run / ".." / "outside" / "a.ckpt", run / "link" / "a.ckpt"):
+        with pytest.raises(UserError, match="lies outside"):
+            io.save_checkpoint(content, path)
+        assert list(outside.iterdir()) == []
+        (outside / "a.ckpt").touch()
+        io.remove_checkpoint(path)
+        assert (outside / "a.ckpt").exists() and "Not removed: " in caplog.text
+        (outside / "a.ckpt").unlink()
+    io.save_checkpoint(content, run / "checkpoints" / "a.ckpt")
+    for name in ("last.ckpt", "notes.txt", "b.ckpt"):
+        (run / "checkpoints" / name).touch()
+    (outside / "linked.ckpt").touch()
+    (run / "checkpoints" / "linked.ckpt").symlink_to(outside / "linked.ckpt")
+    for name in ("a.ckpt", "last.ckpt", "notes.txt", "linked.ckpt", "missing.ckpt"):
+        io.remove_checkpoint(run / "checkpoints" / name)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "notes.txt", "b.ckpt"}
+    assert (outside / "linked.ckpt").exists()
