@@ -10,7 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 # Threads that wait asleep: those that spin make a step five times slower as soon as something else runs as well.
 demo: $(INSTALLED)
@@ -23,6 +23,10 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The pages of docs/ as a site in build/docs.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build -q --strict
 
 # taming-transformers asks for torchvision, which the one class used of it does not need: hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -35,7 +35,7 @@ def main() -> None:
 
     from ldm.callbacks.signals import SignalRequests
     from ldm.config.load import build_data
-    from ldm.planning.warning import warn_if_too_large
+    from ldm.planning.warning import begin_forecast, warn_if_too_large
     from ldm.training.callbacks import build_callbacks
     from ldm.training.fit import fit, test
     from ldm.training.loggers import build_loggers
@@ -45,6 +45,7 @@ def main() -> None:
 
     plan = plan_run(arguments)
     config = merge_config(arguments, plan)
+    forecast = begin_forecast(config) if arguments.train else None  # beside the reading of weights and data
     with SignalRequests() as requests, _debugger_on_error(arguments.debug):
         checkpoint = read_training_checkpoint(plan.resume)
         seed = seed_run(arguments.seed, checkpoint)
@@ -56,7 +57,7 @@ def main() -> None:
         del checkpoint  # the trainer has it, until it is taken up
         if arguments.train:
             set_learning_rate(model, config, trainer)
-            warn_if_too_large(config, trainer.strategy)
+            warn_if_too_large(config, trainer.strategy, forecast)
             fit(trainer, model, data, config, plan)
         if not arguments.no_test:
             test(trainer, model, data, config)

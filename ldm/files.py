@@ -1,31 +1,86 @@
-"""Writing files so that a kill or a full disk leaves the old file whole, and reading no more than is sane. No torch."""
+"""Opening of files that end, and writing that leaves the old file whole after a kill or a full disk. No torch."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import glob
 import os
 import secrets
+import signal
+import stat
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from ldm.util import UserError
+from ldm.util import UserError, escaped
 
 # Bytes: no member of a sample is larger, though a file with holes can claim terabytes.
 MOST_IN_MEMBER = 1 << 30
 
+_KINDS = (
+    (stat.S_ISDIR, "a folder; name a file in it"),
+    (stat.S_ISFIFO, "a named pipe, not a file; write its content to a file first"),
+    (stat.S_ISSOCK, "a socket, not a file"),
+    (stat.S_ISCHR, "a device, not a file"),
+    (stat.S_ISBLK, "a device, not a file"),
+)
+_MAPPED: dict[int, tuple[str, int]] = {}  # descriptors of the files that are memory-mapped: path, size when opened
+_WRITING: dict[Path, int] = {}  # temporary files that are being written: the process that writes
+_KEPT: list[object] = []  # the handler of SIGBUS, which must live as long as the process
 
-def read_at_most(path: str | Path, most: int) -> bytes:
-    """The content of the file at `path`: a file with holes can claim terabytes.
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading, without waiting: opening a named pipe would wait, and a device never ends.
 
     Raises:
-        UserError: it is longer than `most` bytes.
+        UserError: it is a folder, a pipe, a socket or a device; says which.
+        OSError: it is missing or may not be read.
     """
     path = Path(path)
-    with path.open("rb") as file:
-        data = file.read(min(most + 1, path.stat().st_size + 1))
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: no name that a file can have")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket; a folder, on some systems
+            check_file(path)
+        raise
+    try:
+        _check_mode(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def check_file(path: str | Path) -> None:
+    """Raise `UserError` if there is something at `path` that is no file; see `open_file`. It may be missing."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        _check_mode(path, Path(path).stat().st_mode)
+
+
+def _check_mode(path: str | Path, mode: int) -> None:
+    for is_kind, what in _KINDS:
+        if is_kind(mode):
+            raise UserError(f"{path}: {what}")
+
+
+def read_at_most(path: str | Path, most: int) -> bytes:
+    """Return the content of the file at `path`; a file with holes can claim terabytes.
+
+    Raises:
+        UserError: it is longer than `most` bytes, or is no file.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(most, size) + 1)
     if len(data) > most:
-        raise UserError(f"{path}: has {path.stat().st_size} bytes, more than the {most} that such a file may have")
+        raise UserError(f"{path}: has {size} bytes, more than the {most} that such a file may have")
     return data
 
 
@@ -50,6 +105,45 @@ def check_within(folder: str | Path, path: str | Path, what: str) -> None:
         )
 
 
+def note_mapped(path: str | Path, descriptor: int, size: int) -> None:
+    """Note that a file is memory-mapped, so that `exit_on_bus_error` can name it."""
+    _MAPPED[descriptor] = (str(path), size)
+
+
+def forget_mapped(descriptor: int) -> None:
+    """Forget what `note_mapped` noted."""
+    _MAPPED.pop(descriptor, None)
+
+
+def exit_on_bus_error() -> None:
+    """Make SIGBUS end the process in one line and exit code 1, with temporary files removed.
+
+    The system sends it to a process that touches a memory map of a file that was cut short, or whose disk fails.
+    Python's own handlers run between two of its instructions. The instruction at fault never ends, so this handler is a
+    C function.
+    """
+    if sys.platform != "linux":
+        return
+
+    first = threading.Lock()
+
+    def handle(signum: int) -> None:
+        while not first.acquire(blocking=False):  # several threads of one computation get here together
+            time.sleep(1)
+        cut = next((path for number, (path, size) in list(_MAPPED.items()) if os.fstat(number).st_size < size), None)
+        where = f"{escaped(cut)}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
+        os.write(2, f"error: {where} while it was read; start again with the whole file\n".encode(errors="replace"))
+        for temporary, process in list(_WRITING.items()):
+            if process == os.getpid():
+                with suppress(OSError):
+                    temporary.unlink()
+        os._exit(1)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _KEPT.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGBUS.value, handler)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else it is removed.
@@ -57,12 +151,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The folder is made if it is missing. The temporary name keeps the suffix of `path`, since writers choose by it.
     What killed processes of this machine left of this file is removed. An `OSError` that names no file (a full disk)
     gets `path`.
+
+    Raises:
+        UserError: at `path` is a folder, a pipe or a device.
     """
     path = Path(path)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     # Machines and containers share folders: a process id can stand for several processes, and so can a host name.
     temporary = path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    _WRITING[temporary] = os.getpid()
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -74,6 +173,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        del _WRITING[temporary]
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself must survive a power cut
@@ -90,7 +190,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """How the temporary files of `path` begin on this machine."""
+    """Return the beginning of the names of temporary files of `path` on this machine."""
     return f".{path.stem}.{os.uname().nodename}."
 
 
@@ -105,7 +205,7 @@ def _is_running(process: int) -> bool:
 
 
 def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
-    """`size` bytes at `offset` of an open file; `UserError` naming `name` where it ends early."""
+    """Return `size` bytes at `offset` of an open file; `UserError` naming `name` where it ends early."""
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
         raise UserError(f"{name}: the file ends early; it changed after it was indexed")

@@ -1,4 +1,4 @@
-"""Tensors on their way from the device to the host."""
+"""Asynchronous copies of tensors from the device to the host."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class HostCopy:
-    """The host's copy of `tensor`, which must not be changed until it is read: on a CPU it is the tensor itself.
+    """Copy of `tensor` on the host. On a CPU it is the tensor itself, so the tensor must not change before it is read.
 
-    A CUDA device sends it when it has computed it, and meanwhile nobody waits.
+    A CUDA device sends the copy after it has computed the tensor, and nothing waits meanwhile.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -23,11 +23,11 @@ class HostCopy:
 
     @property
     def has_arrived(self) -> bool:
-        """Whether `get` would not wait."""
+        """True if `get` does not wait."""
         return self._sent is None or self._sent.query()
 
     def get(self) -> Tensor:
-        """The copy, for which this waits; in any thread."""
+        """Return the copy, and wait for it if it has not arrived. Any thread may call this."""
         if self._sent is not None:
             self._sent.synchronize()
         return self._here

@@ -1,4 +1,4 @@
-"""Multipliers of the base learning rate as a function of the step, for `torch.optim.lr_scheduler.LambdaLR`."""
+"""Multipliers of the base learning rate per step, for `torch.optim.lr_scheduler.LambdaLR`."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class LambdaWarmUpCosineScheduler:
 
 
 class LambdaWarmUpCosineScheduler2:
-    """Cycles, each a linear warm-up from `f_start` to `f_max` and half a cosine down to `f_min`.
+    """Cycles of a linear warm-up from `f_start` to `f_max` and half a cosine down to `f_min`.
 
-    Every argument is a list with one entry a cycle; `cycle_lengths` includes the warm-up. After the last cycle
-    its end value holds. `verbosity_interval` is accepted for old configs.
+    Every argument is a list with one entry per cycle. `cycle_lengths` includes the warm-up. After the last cycle its
+    end value holds. `verbosity_interval` is accepted for old configs.
 
     Raises:
-        UserError: the lists differ in length, are empty, or a warm-up is as long as its cycle.
+        UserError: the lists differ in length or are empty, or a warm-up is as long as its cycle.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class LambdaWarmUpCosineScheduler2:
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
     """Like `LambdaWarmUpCosineScheduler2`, with a straight line down to `f_min` in place of the cosine.
 
-    The line is that from `f_max` at the start of the cycle, as old configs expect: at the end of the warm-up the
-    multiplier jumps down onto it. After 50 steps of 100, with `f_max` 1 and `f_min` 0, that is from 0.98 to 0.5; a
-    warm-up that is short beside its cycle hardly shows.
+    The line starts at `f_max` at the start of the cycle, as old configs expect. At the end of the warm-up the
+    multiplier therefore jumps down onto it: with `f_max` 1, `f_min` 0 and a warm-up of 50 of 100 steps, from 0.98 to
+    0.5.
     """
 
     def _decay(self, n: int, cycle: int) -> float:

@@ -59,7 +59,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_the_library_and_the_tools_import_only_what_is_declared():
     assert imported("main.py", "ldm/**/*.py", "tools/*.py", "data/*.py") <= names(
-        RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["wandb"]
+        RUNTIME + EXTRAS["augment"] + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["wandb"]
     )
 
 
@@ -75,7 +75,9 @@ def test_tests_and_benchmarks_import_only_what_is_declared():
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    wanted = RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["test"] + EXTRAS["dev"]
+    wanted = (
+        RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["test"] + EXTRAS["augment"] + EXTRAS["docs"] + EXTRAS["dev"]
+    )
     assert names(wanted) - names(PINS) == {PROJECT["name"]}
     exact = {line for line in wanted if "==" in line}
     assert exact <= set(PINS)

@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", required=True, nargs="+", metavar="YAML", help="configs of a training, merged left to right")
-    add("--batch", type=int, help="pictures a step (default: data.params.batch_size)")
+    add("--batch", type=int, help="images a step (default: data.params.batch_size)")
     add("--size", type=int, help="pixels a side (default: what the model's image_size means)")
     add("--card", type=float, metavar="GB", help="say which batch fits a card of so many GB, under each tier")
     add("--json", action="store_true", help="print JSON: bytes, and nothing else")
@@ -91,7 +91,7 @@ def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
     from ldm.planning.card import ALLOWANCE, AS_GIVEN, GAPS, GIB, fits
 
     found = fits(config, int(arguments.card * GIB), arguments.size)
-    use = next((fit.tier for fit in found if fit.pictures), None)
+    use = next((fit.tier for fit in found if fit.images), None)
     if arguments.json:
         logger.info(json.dumps({"tiers": [vars(fit) for fit in found], "use": use}))
         return
@@ -100,7 +100,7 @@ def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
         arguments.card, ALLOWANCE / GIB, 100 * GAPS,
     )  # fmt: skip
     for fit in found:
-        batch = f"batch {fit.pictures}" if fit.pictures else "not even batch 1"
+        batch = f"batch {fit.images}" if fit.images else "not even batch 1"
         logger.info("  %-14s %-16s %7.2f GiB of tensors", fit.tier, batch, fit.peak / GIB)
     if use is None:
         logger.info("nothing fits: a larger card, or a smaller --size")

@@ -1,10 +1,10 @@
-"""Decay towards the weights that training began from: the preservation that needs no data."""
+"""Decay towards the weights that training began from: preservation without data."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ldm.checkpoint import is_optional, open_checkpoint, weights_of
+from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
 from ldm.distributed.dtensor import local_tensor, shard_like
 from ldm.util import UserError
 
@@ -22,25 +22,25 @@ log = logging.getLogger(__name__)
 
 
 class DecayToStart(Callback):
-    """θ ← θ − lr · λ · (θ − θ⁰) at the end of each optimizer step, towards the weights θ⁰ of a file.
+    """Callback that applies θ ← θ − lr · λ · (θ − θ⁰) at the end of each optimizer step, with θ⁰ from a file.
 
-    That is the gradient of L2-SP's penalty λ/2 · ‖θ − θ⁰‖² (arXiv:1802.01483, there with α), decoupled from the
-    optimizer's statistics as AdamW's decay towards zero is (arXiv:1711.05101, algorithm 2). Alone it halves a weight's
-    distance from its start in ln 2 / (lr · λ) steps, whatever moved it; so small learning rates take a large λ.
+    The update is the gradient of L2-SP's penalty λ/2 · ‖θ − θ⁰‖² (arXiv:1802.01483, where λ is α), decoupled from the
+    optimizer's statistics as AdamW's weight decay is (arXiv:1711.05101, algorithm 2). Alone it halves the distance of a
+    weight from its start in ln 2 / (lr · λ) steps, so small learning rates need a large λ.
 
-    θ⁰ is read from the file's memory map one parameter at a time, and its memory given back: no second model is held.
-    All of the file is read each time: `every_n_steps` makes that less often.
+    θ⁰ is read from the file one parameter at a time, so no second model is held. Each application reads the whole file;
+    `every_n_steps` makes that less frequent. A file that is overwritten or cut short ends the training.
 
-    The arithmetic is float32. Weights kept in bfloat16 are rounded stochastically: a pull is far smaller than their
-    precision, of 2⁻⁸ of a weight. The average of the weights (EMA) and checkpoints see the weights after it.
+    The arithmetic is float32. Weights kept in bfloat16 are rounded stochastically, because the pull is far smaller than
+    their precision of 2⁻⁸. The moving average (EMA) and checkpoints see the weights after the pull.
 
-    An optimizer's own decay, 0.01 in AdamW unless it is set, pulls to zero at the same time.
+    An optimizer's own decay, 0.01 in AdamW by default, pulls towards zero at the same time.
 
     Args:
         start: the released checkpoint, or the training checkpoint made from it.
         weight: λ.
         every_n_steps: apply n · λ at each step that n divides.
-        weight_decay: what the optimizer's own decay is set to, whichever optimizer it is; null leaves it.
+        weight_decay: value to set the optimizer's own decay to; null leaves it.
     """
 
     def __init__(self, start: str, weight: float, every_n_steps: int = 1, weight_decay: float | None = None) -> None:
@@ -57,10 +57,10 @@ class DecayToStart(Callback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file, hold it against what is trained, and hook onto the optimizers.
+        """Open the file, compare it with the trained parameters, and register hooks on the optimizers.
 
         Raises:
-            UserError: the file cannot be read, or does not hold the trained parameters; or the decay is too strong.
+            UserError: the file cannot be read or does not hold the trained parameters, or the decay is too strong.
         """
         opened = open_checkpoint(self.start)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -72,7 +72,7 @@ class DecayToStart(Callback):
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (trainer.global_step + 1) % self.every_n_steps == 0:  # it counts a step when all of it is done
-                self._pull(optimizer, starts, opened.file.drop_pages, seed=trainer.global_step)
+                self._pull(optimizer, starts, seed=trainer.global_step)
 
         self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
 
@@ -98,7 +98,7 @@ class DecayToStart(Callback):
     def _starts(
         self, groups: Sequence[Mapping[str, Any]], module: nn.Module, weights: Mapping[str, Tensor]
     ) -> dict[nn.Parameter, Tensor]:
-        """The mapped start of each trained parameter; those that a release may lack have none."""
+        """Return the start of each trained parameter in its file. Parameters that a release may lack have none."""
         names = {parameter: name for name, parameter in module.named_parameters()}
         starts = {}
         for parameter in (parameter for group in groups for parameter in group["params"]):
@@ -114,20 +114,20 @@ class DecayToStart(Callback):
         return starts
 
     def _share(self, rate: float | Tensor) -> float:
-        """The share of its way back that a weight goes at once, at the learning rate `rate`."""
+        """Return the fraction of its distance that a weight moves back per pull, at the learning rate `rate`."""
         return float(rate) * self.weight * self.every_n_steps
 
     @torch.no_grad()
-    def _pull(
-        self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], after_each: Callable[[], None], seed: int
-    ) -> None:
+    def _pull(self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], seed: int) -> None:
         generators: dict[torch.device, torch.Generator] = {}  # of their own: equal in all processes, and after a resume
         for group in optimizer.param_groups:
             share = min(self._share(group["lr"]), 1.0)  # more would shoot past the start
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
-                    start = local_tensor(shard_like(starts[parameter], parameter)).to(parameter.device, dtype)
+                    start = local_tensor(shard_like(in_memory(starts[parameter]), parameter)).to(
+                        parameter.device, dtype
+                    )
                     own = local_tensor(parameter)
                     pulled = torch.lerp(own.to(dtype), start, share)
                     if own.dtype == torch.bfloat16:
@@ -135,10 +135,9 @@ class DecayToStart(Callback):
                             generators[own.device] = torch.Generator(own.device).manual_seed(seed)
                         pulled = _rounded_stochastically(pulled, generators[own.device])
                     own.copy_(pulled)
-                    after_each()
 
 
 def _rounded_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Float32 `value` at bfloat16's precision: further from zero with the probability that the cut bits stand for."""
+    """Round float32 `value` to bfloat16's precision, up in size with the probability that the cut bits represent."""
     noise = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     return ((value.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)

@@ -1,4 +1,4 @@
-"""What training costs: memory and time."""
+"""Memory and time of each epoch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors on a CUDA `device` have taken, elsewhere the most that this process has taken."""
+    """Return the peak memory in bytes: of tensors on a CUDA `device`, or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-_SECONDS_BETWEEN_LINES = 60  # epochs of a few pictures would fill the terminal
+_SECONDS_BETWEEN_LINES = 60  # epochs of a few images would fill the terminal
 
 
 class CUDACallback(Callback):
-    """Logs peak memory and mean step time of each epoch; without CUDA the memory is that of the process."""
+    """Callback that logs peak memory and mean step time of each epoch; without CUDA, the memory of the process."""
 
     def __init__(self) -> None:
         self._began = 0.0
@@ -33,7 +33,7 @@ class CUDACallback(Callback):
         self._said = float("-inf")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_epoch_start(trainer, pl_module)  # which a run that goes on within an epoch does not reach
+        self.on_train_epoch_start(trainer, pl_module)  # a run that resumes within an epoch does not reach it
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = trainer.strategy.root_device

@@ -1,4 +1,4 @@
-"""Whether the pre-encoded shards were made by the encoders that the run's checkpoint has."""
+"""Comparison of the encoders that made the shards with those of the run's checkpoint."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class SameEncoders(Callback):
         self.autoencoder = state_dict.get("autoencoder") or self.autoencoder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The weights are loaded, and no precision has been set that would round them."""
+        """Read the digest of the autoencoder, after its weights are loaded and before a precision rounds them."""
         first_stage = getattr(pl_module, "first_stage_model", None)
         self.autoencoder = None if first_stage is None else weights_digest(first_stage.state_dict())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The callbacks' states are loaded too.
+        """Compare the digests, after the states of the callbacks are loaded.
 
         Raises:
-            UserError: a set was made by another encoder; names its index.
+            UserError: another encoder made a set; the message names its index.
         """
         trained = getattr(trainer.datamodule, "datasets", {}).values()
         watched = (dataset for callback in trainer.callbacks for dataset in getattr(callback, "shard_datasets", []))

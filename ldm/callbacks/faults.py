@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are no numbers any more: the training stops or leaves the step out."""
+"""Detection of losses, gradients and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.checkpoint.formats import reducible
 from ldm.distributed.dtensor import full_tensor, local_tensor
 from ldm.util import UserError, check_at_least_one
 
@@ -24,12 +25,12 @@ _MOST_NAMED = 8  # samples in a message
 
 
 class NumericalFault(UserError):
-    """A loss, a gradient or a weight is not finite, or a gradient far too large. The state must not be saved."""
+    """A loss, a gradient or a weight is not finite, or a gradient is far too large. The state must not be saved."""
 
 
 @dataclass(frozen=True)
 class _Noted:
-    """What is known of a batch when its loss is; tensors stay where they are, since to look at one waits for it."""
+    """Loss of a batch and the facts for a message. Tensors stay on the device, because reading one waits for it."""
 
     step: int  # the optimizer step that it is for, counted from 1
     keys: list[str]
@@ -37,7 +38,7 @@ class _Noted:
     loss: Tensor
 
     def described(self) -> str:
-        """The loss, and the samples whose own losses are not finite, else all, with their timesteps."""
+        """Return the loss and the timesteps of the samples whose own losses are not finite, or else of all samples."""
         timesteps, losses = ([], []) if self.samples is None else (part.tolist() for part in self.samples)
         bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         named = []
@@ -49,28 +50,28 @@ class _Noted:
 
 
 class NumericalFaults(Callback):
-    """Looks for losses, gradients and weights that are not finite, and says at which step, samples and timesteps.
+    """Callback that finds losses, gradients and weights that are not finite, and names step, samples and timesteps.
 
-    `stop`: losses gather on the device and are looked at every few batches, so that no step waits for them. `skip`
-    must know before the optimizer's step, and waits for the gradients' norm at each: then a faulty step (with all
-    batches that it accumulates) changes neither weights nor optimizer state, while step count, learning rate schedule
-    and moving average go on. Either way nothing is saved before losses, trained weights and optimizer state are seen
-    to be finite: what is on the disk stays the last good checkpoint.
+    With `stop`, losses gather on the device and are read every few batches, so that no step waits for them. With
+    `skip`, the callback waits for the gradient norm before each optimizer step. A faulty step, with all batches that it
+    accumulates, then changes neither weights nor optimizer state; step count, learning rate schedule and moving average
+    continue. In both modes a checkpoint is only written after losses, trained weights and optimizer state are known to
+    be finite, so that the last good checkpoint stays on the disk.
 
-    An optimizer that steps within the backward pass leaves nothing to skip: `ldm.training.compatibility` refuses that.
+    An optimizer that steps inside the backward pass leaves nothing to skip: `ldm.training.compatibility` refuses that.
 
-    In float16 mixed precision gradients that overflow are the gradient scaler's business, and no fault.
+    In float16 mixed precision the gradient scaler handles gradients that overflow. They are no fault.
 
     Args:
         on_fault: `stop` or `skip`.
-        every_n_batches: how often the losses are looked at; with `skip` at every step.
-        grad_norm_factor: a gradient whose norm, before clipping, is more than this many times the median of the last
-            `window` good steps is a fault too; None for no such limit, since it makes `stop` wait at each step.
-        window: steps; before there are as many, the norm has no limit.
-        most_skips: this many steps left out one after another stop the training.
+        every_n_batches: batches between reads of the losses; with `skip`, every step reads them.
+        grad_norm_factor: a gradient whose norm before clipping exceeds this multiple of the median of the last `window`
+            good steps is a fault too. None sets no limit. A limit makes `stop` wait at each step.
+        window: number of steps of the median; with fewer steps the norm has no limit.
+        most_skips: number of consecutive skipped steps that stops training.
 
     Raises:
-        UserError: a value that makes no sense.
+        UserError: a value is out of range.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class NumericalFaults(Callback):
             self._check_losses(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise `NumericalFault` rather than let a broken state be written over a good one."""
+        """Raise `NumericalFault` before a broken state replaces a good checkpoint."""
         if not self.skips:
             self._check_losses(trainer)
         trained = (local_tensor(parameter) for parameter in pl_module.parameters() if parameter.requires_grad)
@@ -152,7 +153,7 @@ class NumericalFaults(Callback):
             )
 
     def _check_losses(self, trainer: Trainer) -> None:
-        """Wait for the losses noted so far; raise `NumericalFault` for the first that is not finite."""
+        """Wait for the losses noted so far. Raise `NumericalFault` for the first that is not finite."""
         noted, self._noted = self._noted, []
         finite = torch.stack([entry.loss for entry in noted]).isfinite().tolist() if noted else []
         first = next((entry for entry, good in zip(noted, finite, strict=True) if not good), None)
@@ -161,7 +162,7 @@ class NumericalFaults(Callback):
             raise NumericalFault(f"{what}; nothing was saved since; go on from the last checkpoint with --resume")
 
     def _fault_of(self, norm: float, batches: list[_Noted], is_scaled: bool) -> str | None:
-        """What is wrong with a step of these batches, whose gradients have this norm."""
+        """Return the fault of a step with these batches and this gradient norm, or None."""
         bad = next((entry for entry in batches if not math.isfinite(entry.loss)), None)
         if bad is not None:
             return bad.described()
@@ -193,13 +194,13 @@ def _told(batches: list[_Noted]) -> str:
 
 
 def _sample_keys(batch: Any) -> list[str]:
-    """The names (`__key__`) of the samples in a batch; none where they have none."""
+    """Return the names (`__key__`) of the samples in a batch; an empty list if they have none."""
     keys = batch.get("__key__") if isinstance(batch, Mapping) else None
     return [str(key) for key in keys] if isinstance(keys, (list, tuple)) else []
 
 
 def _agreed(trainer: Trainer, found: bool) -> bool:
-    """Whether any process found something."""
+    """Return True if any process found a fault."""
     return trainer.strategy.reduce_boolean_decision(found, all=False) if trainer.world_size > 1 else found
 
 
@@ -215,11 +216,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _all_finite(tensors: Iterator[Tensor]) -> bool:
-    """Whether plain floating-point tensors (quantised state is none) are finite, told by one look at each device."""
+    """Return whether plain tensors (quantised state is none) are finite; waits once for each device."""
     found: dict[torch.device, Tensor] = {}
     for tensor in tensors:
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_floating_point() and tensor.numel():
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel():
+            continue
+        numbers = reducible(tensor.detach())
+        if numbers is not None:
             # The sum of squares overflows where no value is infinite; extremes are exact, and pass NaN on.
-            extremes = torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
+            extremes = torch.stack(torch.aminmax(numbers)).isfinite().all()
             found[tensor.device] = found[tensor.device] & extremes if tensor.device in found else extremes
     return all(map(bool, found.values()))

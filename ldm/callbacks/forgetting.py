@@ -1,4 +1,4 @@
-"""What training changes on pictures that it does not see: loss and drift, beside the weights that it began with."""
+"""Loss and drift on images outside the training set, beside the weights that training began with."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _METRICS = ("loss", "loss_ratio", "drift")
 
 
 class Forgetting(Callback):
-    """Logs `eval/<set>/loss`, `eval/<set>/loss_ratio` and `eval/<set>/drift` every `every_n_train_steps`.
+    """Callback that logs `eval/<set>/loss`, `eval/<set>/loss_ratio` and `eval/<set>/drift` every `every_n_train_steps`.
 
-    They are what `tools/evaluate.py` gives: the mean square error at fixed timesteps and noise; that over the loss of
-    the weights that the run began with; and how far the noise prediction moved from theirs. `model.params.monitor` may
-    name any of them. What the first weights predict is kept in `evaluation/start.safetensors` of the run, which a
-    resumed run reads. The weights are the averaged ones where the model keeps any: those that a merge would release.
-    Training goes on as if nothing had been evaluated.
+    The numbers are those of `tools/evaluate.py`: the mean square error at fixed timesteps and noise, its ratio to that
+    of the weights that the run began with, and the distance of the noise prediction from theirs. `model.params.monitor`
+    may name any of them. The predictions of the first weights are kept in `evaluation/start.safetensors` of the run,
+    and a resumed run reads them. If the model keeps averaged weights, those are evaluated, because a merge releases
+    them. Evaluation leaves the training unchanged.
 
     Args:
-        sets: name to shards, as in `data.params.training_urls`, local ones; null for a set that is not wanted.
+        sets: name to local shards, as in `data.params.training_urls`; null for a set that is not wanted.
         every_n_train_steps: optimizer steps between evaluations.
-        timesteps: how many, at the midpoints of equal strata of the schedule.
-        limit: pictures a set, spread over it; null for all.
-        batch_size: pictures at a time.
+        timesteps: number of timesteps, at the midpoints of equal strata of the schedule.
+        limit: images per set, spread over it; null for all.
+        batch_size: images per batch.
         verify_shards: read new shards once as a whole, against the checksums of their index.
 
     Raises:
-        UserError: no sets, or numbers below 1.
+        UserError: there is no set, or a number is below 1.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Forgetting(Callback):
 
     @property
     def metrics(self) -> list[str]:
-        """The names of what is logged."""
+        """Names of the logged metrics."""
         return [f"eval/{name}/{metric}" for name in self.urls for metric in _METRICS]
 
     @property
     def shard_datasets(self) -> list[ShardDataset]:
-        """The sets, once they are open, for `SameEncoders`."""
+        """Opened sets, for `SameEncoders`."""
         return [pictures.dataset for pictures in self._sets]
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Forgetting(Callback):
             save_start(path, self._sets, found, self._timesteps)
 
     def _log(self, trainer: Trainer, found: Sequence[Comparison]) -> dict[str, float]:
-        """Tell the loggers and the terminal; returns what was said."""
+        """Send the numbers to the loggers and the terminal, and return them."""
         values: dict[str, float] = {}
         lines = []
         for name, (base, tuned, drift) in zip(self.urls, found, strict=True):

@@ -1,4 +1,4 @@
-"""Progress: loss, images a second, peak memory; a bar on a terminal, else lines."""
+"""Progress of training: loss, images per second and peak memory, as a bar on a terminal and as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ log = logging.getLogger(__name__)
 
 
 class LatestNumber:
-    """A number of the device's, shown without waiting for it: what is read is the last that has arrived."""
+    """Number of the device that is shown without waiting for it: a read gives the last one that has arrived."""
 
     def __init__(self) -> None:
         self._arrived: float | None = None
         self._copy: HostCopy | None = None
 
     def fetch(self, number: Tensor) -> None:
-        """Send `number` (a tensor of one) to the host, where it may be read some time later."""
+        """Send `number`, a tensor with one element, to the host."""
         self.read()
         self._copy = HostCopy(number)
 
     def read(self, wait: bool = False) -> float | None:
-        """The last number that has arrived; with `wait`, the last that was sent."""
+        """Return the last number that has arrived; with `wait`, the last one that was sent."""
         if self._copy is not None and (wait or self._copy.has_arrived):
             self._arrived, self._copy = self._copy.get().item(), None
         return self._arrived
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with img/s and peak memory, redrawn by the clock. Training does not wait for it: on CUDA the loss
-    that it shows is that of the redraw before.
+    """Lightning's progress bar with images per second and peak memory, redrawn by the clock.
+
+    Training does not wait for the bar. On CUDA the loss that it shows is that of the previous redraw.
 
     Args:
-        refresh_rate: batches between redraws, at least; 0 is no bar.
-        seconds: seconds between redraws, at least; by default 0.5, and 10 where the output is no terminal: there a
-            line is logged instead.
+        refresh_rate: least number of batches between redraws; 0 for no bar.
+        seconds: least number of seconds between redraws. The default is 0.5, or 10 if the output is no terminal; the
+            bar then logs a line instead.
     """
 
     def __init__(self, refresh_rate: int = 1, seconds: float | None = None) -> None:
@@ -61,7 +62,7 @@ class ProgressBar(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of this epoch, as far as `max_steps` lets it come."""
+        """Number of batches of this epoch, up to `max_steps`."""
         batches = self.trainer.num_training_batches
         if self.trainer.max_steps < 0:
             return batches
@@ -71,7 +72,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._drawn = time.perf_counter()
-        # A run that goes on within an epoch does not reach its start.
+        # A run that resumes within an epoch does not reach its start.
         self._first_batch = trainer.fit_loop.epoch_loop.batch_progress.current.processed
         self.on_train_epoch_start(trainer, pl_module)
         self._first_batch = 0
@@ -116,7 +117,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 def batch_size(batch: Any) -> int:
-    """The number of samples in a batch: a mapping's first value, or a sequence's first entry, tells it."""
+    """Return the number of samples in a batch, read from a mapping's first value or a sequence's first entry."""
     if isinstance(batch, Mapping):
         batch = next(iter(batch.values()))
     elif isinstance(batch, (list, tuple)) and hasattr(batch[0], "__len__"):

@@ -1,4 +1,4 @@
-"""Randomness that does not depend on what happened before: not on images, validation, workers, or a resume."""
+"""Random numbers that do not depend on history: not on logged images, validation, workers or a resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-# One stream each, so that what a dataset draws for a step is not also the noise of that step.
+# One stream each: the random numbers of a dataset are not also the noise of the step.
 _STEP, _DATA, _VALIDATION, _OPTIMIZER = range(4)
 
 
@@ -27,7 +27,7 @@ def seed_all(*words: int) -> None:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leave the random state of Python, NumPy and torch (the CPU's and the current CUDA device's) as it was."""
+    """Restore the random state of Python, NumPy and torch (the CPU and the current CUDA device) on exit."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -39,10 +39,10 @@ def preserved_rng() -> Iterator[None]:
 
 
 class StepSeeds(Callback):
-    """Gives each training step a random stream of its own, named by seed, process, optimizer step and batch.
+    """Callback that gives each training step its own random stream, named by seed, process, optimizer step and batch.
 
-    A resumed run therefore draws what the uninterrupted one would have, with nothing to restore. Validation draws the
-    same numbers each time, so that its losses compare. The checkpoint names the seed, for a resume to use.
+    A resumed run therefore samples the same numbers as an uninterrupted one, without any state to restore. Validation
+    samples the same numbers each time, so that its losses compare. The checkpoint holds the seed, which a resume uses.
     """
 
     def __init__(self, seed: int) -> None:
@@ -58,7 +58,9 @@ class StepSeeds(Callback):
         self._seed(trainer, _STEP, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """All processes draw the same from here: where weights are rounded stochastically, they would drift apart."""
+        """Give all processes the same stream for the optimizer step; stochastic rounding would otherwise make them
+        diverge.
+        """
         if trainer.world_size > 1:
             seed_all(self.seed, 0, _OPTIMIZER, trainer.global_step)
 
@@ -78,7 +80,7 @@ class StepSeeds(Callback):
 
 @contextmanager
 def aside(module: nn.Module) -> Iterator[None]:
-    """`module` in evaluation mode without gradients; then the modes and all random states are again as before."""
+    """Put `module` into evaluation mode without gradients; restore its modes and all random states on exit."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

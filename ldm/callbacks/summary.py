@@ -1,4 +1,4 @@
-"""What a model consists of."""
+"""Summary of a model's parts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _COLUMNS = ("Name", "Type", "Params", "Mode")
 
 
 class ParameterSummary(ModelSummary):
-    """Lightning's summary without what it does not know of these models: FLOPs, and the size in mixed precision."""
+    """Lightning's summary without FLOPs and the size in mixed precision, which it cannot know for these models."""
 
     @staticmethod
     def summarize(
         summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, *_: Any, **__: Any
     ) -> None:
-        """Log a line for each part, from Lightning's table of columns."""
+        """Log a line per part, from Lightning's table of columns."""
         columns = dict(summary_data)
         widths = [max(map(len, columns[name]), default=0) for name in _COLUMNS]
         for row in zip(*(columns[name] for name in _COLUMNS), strict=True):

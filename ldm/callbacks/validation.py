@@ -1,4 +1,4 @@
-"""How often a training on few pictures is validated."""
+"""Frequency of validation when an epoch is short."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ log = logging.getLogger(__name__)
 
 
 class SparseValidation(Callback):
-    """Validates after so many whole epochs that `every_n_train_steps` have passed, and once before the last step.
+    """Callback that validates after the whole number of epochs that covers `every_n_train_steps`, and before the last
+    step.
 
-    An epoch of a few pictures is over in seconds. Each validation that finds a better model is a checkpoint written,
-    which for a large one takes longer. Where an epoch has as many steps, each is validated as ever.
+    An epoch of a few images takes seconds. Each validation that finds a better model writes a checkpoint, which takes
+    longer for a large one. If an epoch has at least that many steps, each epoch is validated.
     """
 
     def __init__(self, every_n_train_steps: int) -> None:

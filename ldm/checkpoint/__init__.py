@@ -1,7 +1,10 @@
-"""Checkpoints and released weights: reading without running anything, writing whole or not at all."""
+"""Checkpoints and released weights: read without running any code, written whole or not at all."""
 
 from ldm.checkpoint.digest import encoder_digests, weights_digest
-from ldm.checkpoint.loading import OPTIONAL_KEYS, SCHEDULE_KEYS, LoadReport, is_optional, load_file_into, load_into
+from ldm.checkpoint.formats import converted, is_finite, same_values
+from ldm.checkpoint.keys import OPTIONAL_KEYS, SCHEDULE_KEYS, ema_key, is_optional
+from ldm.checkpoint.loading import LoadReport, load_file_into, load_into
+from ldm.checkpoint.mapped import in_memory
 from ldm.checkpoint.reading import OpenCheckpoint, load_checkpoint, load_state_dict, open_checkpoint, weights_of
 from ldm.checkpoint.writing import Pending, cast, check_suffix, save_checkpoint, save_state_dict
 
@@ -13,13 +16,18 @@ __all__ = [
     "Pending",
     "cast",
     "check_suffix",
+    "converted",
+    "ema_key",
     "encoder_digests",
+    "in_memory",
+    "is_finite",
     "is_optional",
     "load_checkpoint",
     "load_file_into",
     "load_into",
     "load_state_dict",
     "open_checkpoint",
+    "same_values",
     "save_checkpoint",
     "save_state_dict",
     "weights_digest",

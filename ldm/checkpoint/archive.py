@@ -1,18 +1,18 @@
-"""The two containers that `torch.save` has written: a zip archive since PyTorch 1.6, and the older run of pickles."""
+"""Readers of the two containers of `torch.save`: a zip archive since PyTorch 1.6, and a run of pickles before."""
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import zipfile
 import zlib
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.checkpoint.builders import Global
+from ldm.checkpoint.builders import Global, UnreadTensor
 from ldm.checkpoint.formats import STORAGE_NAMES
 from ldm.checkpoint.mapped import MappedFile
 from ldm.checkpoint.pickled import read_pickle
@@ -21,16 +21,19 @@ from ldm.util import UserError
 _STORAGE_DTYPES = {**{name: dtype for dtype, name in STORAGE_NAMES.items()}, "UntypedStorage": torch.uint8}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_FOLDER = 0x10  # the attribute of DOS
 _CHUNK = 1 << 26  # bytes of a record that are in memory at once while it is checked
 
 
 def _storage_id(saved_id: Any) -> tuple[torch.dtype, str, int, Any]:
-    """dtype, key, number of elements and (in old files) view of the storage that a persistent id describes."""
+    """Return dtype, key, number of elements and (in old files) view of the storage that a persistent id describes."""
     kind, storage_type, key, _location, numel, *view = saved_id
     if kind != "storage" or not isinstance(key, str) or type(numel) is not int:
         raise ValueError("a persistent id that is not a storage's")
     name = storage_type.name if isinstance(storage_type, Global) else ""
     dtype = _STORAGE_DTYPES.get(name.rpartition(".")[2]) if name.startswith("torch.") else None
+    if name.startswith("torch.Q"):
+        raise UnreadTensor("holds a quantised tensor, which is not read; save its dequantize() in its place")
     if dtype is None:
         raise ValueError(f"a storage of unknown type {name}")
     if not 0 <= numel < 1 << 48:
@@ -39,7 +42,7 @@ def _storage_id(saved_id: Any) -> tuple[torch.dtype, str, int, Any]:
 
 
 class ZipArchive:
-    """The records of a `torch.save` zip, read through `file`."""
+    """Records of a `torch.save` zip, read through `file`."""
 
     def __init__(self, path: Path, file: MappedFile) -> None:
         self.file = file
@@ -62,14 +65,16 @@ class ZipArchive:
             raise UserError(f"{path}: a TorchScript program, not a checkpoint; save its state_dict() with torch.save")
 
     def locate(self, name: str) -> tuple[int, int]:
-        """Byte offset and size of the record `name`."""
+        """Return byte offset and size of the record `name`."""
         record = self.records.get(self.root + name)
         if record is None:
             raise ValueError(f"record {name} is missing")
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise ValueError(f"record {name} is compressed or encrypted, which torch.save never does")
-        header = self.file.map[record.header_offset : record.header_offset + 30]
-        if header[:4] != b"PK\x03\x04":
+        if record.external_attr & _FOLDER:  # of which torch reads nothing
+            raise ValueError(f"record {name} is marked as a folder")
+        header = self.file.read(record.header_offset, 30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise ValueError(f"record {name} has no header")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         return record.header_offset + 30 + name_length + extra_length, record.file_size
@@ -77,12 +82,12 @@ class ZipArchive:
     def read(self, name: str) -> bytes:
         self.check(name)
         offset, size = self.locate(name)
-        return self.file.map[offset : offset + size]
+        return self.file.read(offset, size)
 
     def check(self, name: str) -> None:
-        """Hold the bytes of the record `name` against its checksum; 0 is what torch.save writes when told to save time.
+        """Compare the bytes of the record `name` with its checksum; 0 means that torch.save was told to write none.
 
-        Else a bit that changed on its way would be a wrong weight, which nobody sees.
+        Without this a bit that changed on its way would be a wrong weight, which nobody sees.
         """
         offset, size = self.locate(name)
         expected, found = self.records[self.root + name].CRC, 0
@@ -90,10 +95,8 @@ class ZipArchive:
             raise ValueError(f"record {name} is cut short")
         if not expected:
             return
-        with memoryview(self.file.map) as data:
-            for start in range(offset, offset + size, _CHUNK):
-                found = zlib.crc32(data[start : min(start + _CHUNK, offset + size)], found)
-                self.file.drop_pages()
+        for start in range(offset, offset + size, _CHUNK):
+            found = zlib.crc32(self.file.read(start, min(_CHUNK, offset + size - start)), found)
         if found != expected:
             raise ValueError(f"record {name} does not match its checksum")
 
@@ -117,41 +120,64 @@ class ZipArchive:
                 storages[key] = self.file.tensor(dtype, offset, numel)
             return storages[key]
 
-        return read_pickle(BytesIO(self.read("data.pkl")), storage)
+        return read_pickle(io.BytesIO(self.read("data.pkl")), storage)
 
 
 def load_legacy(file: MappedFile) -> Any:
-    """What a file from before PyTorch 1.6 holds: three pickles of preamble, the object, the storage keys, the data."""
-    stream = file.map
-    stream.seek(0)
+    """Return the content of a file from before PyTorch 1.6.
+
+    It holds three pickles of preamble, the object, the keys of the storages, and their data. A tensor may lie in a
+    view of a storage, which then has a key, an offset and a size of its own.
+    """
+    stream = file.stream()
     if _read_plain(stream) != _LEGACY_MAGIC or _read_plain(stream) != _LEGACY_PROTOCOL:
         raise ValueError("a pickle that torch.save did not write")
     _read_plain(stream)  # the byte widths of the writing machine
     start = stream.tell()
 
-    dtypes: dict[str, torch.dtype] = {}
+    roots: dict[str, tuple[torch.dtype, int]] = {}
 
     def note(saved_id: Any) -> torch.Tensor:
-        dtype, key, numel, _ = _storage_id(saved_id)
-        return torch.empty(numel, dtype=dtypes.setdefault(key, dtype), device="meta")
+        dtype, key, numel, view = _storage_id(saved_id)
+        if roots.setdefault(key, (dtype, numel)) != (dtype, numel):
+            raise ValueError(f"storage {key} described in two ways")
+        numel = numel if view is None else _view_of(view, numel)[2]
+        return torch.empty(numel, dtype=dtype, device="meta")
 
     # The data lie behind the object that describes them, so the object is read twice.
     read_pickle(stream, note)
     storages: dict[str, torch.Tensor] = {}
     for key in _read_plain(stream):
+        dtype, expected = roots[key]
         (numel,) = struct.unpack("<q", stream.read(8))
-        storages[key] = file.tensor(dtypes[key], stream.tell(), numel)
-        stream.seek(numel * dtypes[key].itemsize, 1)
+        if numel != expected:
+            raise ValueError(f"storage {key} has {numel} elements, expected {expected}")
+        storages[key] = file.tensor(dtype, stream.tell(), numel)
+        stream.seek(numel * dtype.itemsize, io.SEEK_CUR)
+
+    views: dict[str, tuple[str, int, int]] = {}
 
     def storage(saved_id: Any) -> torch.Tensor:
-        _, key, _, view = _storage_id(saved_id)
+        _, key, numel, view = _storage_id(saved_id)
         if view is None:
             return storages[key]
-        _, offset, size = view
-        return storages[key].narrow(0, offset, size)
+        name, offset, size = _view_of(view, numel)
+        if views.setdefault(name, (key, offset, size)) != (key, offset, size):
+            raise ValueError(f"view {name} described in two ways")
+        return storages[key][offset : offset + size]
 
     stream.seek(start)
     return read_pickle(stream, storage)
+
+
+def _view_of(view: Any, numel: int) -> tuple[str, int, int]:
+    """Return key, offset and size, in elements, of the `view` of a storage of `numel`."""
+    name, offset, size = view
+    if not isinstance(name, str) or type(offset) is not int or type(size) is not int:
+        raise ValueError("a view of a storage that is not made of integers")
+    if min(offset, size) < 0 or offset + size > numel:
+        raise ValueError(f"a view of elements {offset} to {offset + size} in a storage of {numel}")
+    return name, offset, size
 
 
 def _read_plain(stream: Any) -> Any:

@@ -1,6 +1,6 @@
-"""What a pickle's names may stand for: tensors and plain containers. Every other name stays a name.
+"""Builders of what the names in a pickle may stand for: tensors and plain containers. Other names stay names.
 
-The builders look at types before anything else: to print, hash or compare a hostile value can take for ever.
+The builders check types before anything else: printing, hashing or comparing a hostile value can take for ever.
 """
 
 from __future__ import annotations
@@ -16,36 +16,71 @@ import torch
 _MOST_EXPANDED = 1 << 20  # elements that a tensor may have beyond its storage
 
 
+class UnreadTensor(ValueError):
+    """Tensor of a kind that is not read; the message names the kind, and what to save in its place."""
+
+
 @dataclass(frozen=True)
 class Global:
-    """A class or function that a pickle names, such as `torch._utils._rebuild_tensor_v2`; never looked up."""
+    """Class or function that a pickle names, such as `torch._utils._rebuild_tensor_v2`; never looked up."""
 
     name: str
+
+    def __call__(self, *args: Any) -> Any:
+        """Return what the builder of this name makes of `args`; a `LeftOut` if there is no builder."""
+        builder = BUILDERS.get(self.name)
+        return LeftOut(self.name) if builder is None else builder(*args)
 
 
 @dataclass(frozen=True, eq=False)
 class LeftOut:
-    """Stands where the pickle wanted an object of `name`, which is neither a tensor nor plain data."""
+    """Placeholder of an object of `name`, which is neither a tensor nor plain data."""
 
     name: str
+
+    def __call__(self, *args: Any) -> LeftOut:
+        return LeftOut(self.name)
 
 
 def _strided(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     if not all(type(number) is int for number in (offset, *_plain(size), *_plain(stride))):
         raise ValueError("a tensor whose shape is not made of integers")
+    if min((offset, *size, *stride), default=0) < 0 or len(size) != len(stride):
+        raise ValueError(f"a tensor of shape {tuple(size)} and strides {tuple(stride)} at {offset}")
     if math.prod(size) > max(storage.numel(), _MOST_EXPANDED):  # by strides of 0: a few bytes that copy as terabytes
         raise ValueError(f"a tensor of shape {tuple(size)} in a storage of {storage.numel()}")
-    return torch.as_strided(storage, size, stride, offset)  # torch checks the bounds
+    end = offset + 1 + sum((side - 1) * step for side, step in zip(size, stride, strict=True)) if 0 not in size else 0
+    if end > storage.numel():
+        raise ValueError(f"a tensor that ends at element {end} of a storage of {storage.numel()}")
+    return torch.as_strided(storage, size, stride, storage.storage_offset() + (offset if 0 not in size else 0))
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
-    if metadata:
-        raise ValueError("a conjugate or negative view, which no weight is")
-    return _strided(storage, offset, size, stride)
+    tensor = _strided(storage, offset, size, stride)
+    if metadata is None:
+        return tensor
+    if not isinstance(metadata, dict) or any(key not in ("conj", "neg") for key in keys(list(metadata))):
+        raise ValueError("a tensor with metadata that torch does not write")
+    if not all(flag is True for flag in metadata.values()):
+        raise ValueError("a conjugate or negative view that is none")
+    if "conj" in metadata:
+        tensor = tensor.conj().resolve_conj()
+    if "neg" in metadata:
+        tensor = -tensor
+    return tensor
 
 
 def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> torch.Tensor:
     return _tensor(storage.view(dtype), offset, size, stride, metadata=metadata)
+
+
+def _unread(what: str, instead: str) -> Callable[..., Any]:
+    """Return a builder that refuses a kind of tensor: to leave out a weight in silence would lose it."""
+
+    def refuse(*args: Any) -> Any:
+        raise UnreadTensor(f"holds {what}, which is not read; save {instead} in its place")
+
+    return refuse
 
 
 def _parameter(data: torch.Tensor, requires_grad: bool = True, hooks: Any = None, state: Any = None) -> torch.Tensor:
@@ -65,14 +100,14 @@ def _bytes(text: str, encoding: str = "latin1") -> bytes:
 
 
 def _plain(items: Any = ()) -> Any:
-    """`items` if it is a list or a tuple."""
+    """Return `items` if it is a list or a tuple."""
     if not isinstance(items, list | tuple):
         raise ValueError(f"a list was expected, not {type(items).__name__}")
     return items
 
 
 def keys(items: list[Any]) -> list[Any]:
-    """`items` if each can be a key of a dict or an element of a set."""
+    """Return `items` if each can be a key of a dict or an element of a set."""
     for item in items:
         for part in item if isinstance(item, tuple) else (item,):
             if not isinstance(part, _KEYS):
@@ -98,6 +133,13 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+    "torch._utils._rebuild_qtensor": _unread("a quantised tensor", "its dequantize()"),
+    "torch._utils._rebuild_sparse_tensor": _unread("a sparse tensor", "its to_dense()"),
+    "torch._utils._rebuild_sparse_csr_tensor": _unread("a sparse tensor", "its to_dense()"),
+    "torch._utils._rebuild_nested_tensor": _unread("a nested tensor", "its to_padded_tensor(0.0)"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _unread("a tensor without values (device meta)", "its values"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _unread("a tensor of another device", "its cpu()"),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _unread("a tensor of another device", "its cpu()"),
     "torch.Size": lambda items=(): tuple(_plain(items)),
     "torch.device": lambda kind, index=None: torch.device(kind, index) if index is not None else torch.device(kind),
     "collections.OrderedDict": _ordered_dict,

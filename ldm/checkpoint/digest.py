@@ -1,4 +1,4 @@
-"""What tells weights apart, whichever file they come from."""
+"""Digests of weights, equal whichever file they come from."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.loading import is_optional
+from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE, is_optional
+from ldm.checkpoint.mapped import in_memory
+
+_DIGESTED = (
+    *(torch.float16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 def encoder_digests(weights: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """Digests of a model's autoencoder and text tower, under the names that the index of a set has for them."""
-    prefixes = {"autoencoder": "first_stage_model.", "text_tower": "cond_stage_model."}
+    """Return the digests of a model's autoencoder and text tower, named as in the index of a set."""
+    prefixes = {"autoencoder": FIRST_STAGE, "text_tower": COND_STAGE}
     return {name: weights_digest(weights, prefix) for name, prefix in prefixes.items()}
 
 
 def weights_digest(weights: Mapping[str, Tensor], prefix: str = "") -> str | None:
-    """The SHA-256, in hex, of the `weights` whose keys begin with `prefix`; None if there are none.
+    """Return the SHA-256, in hex, of the `weights` whose keys begin with `prefix`; None if there are none.
 
-    Hashed are, in the order of the keys without the prefix: key, shape, and values, little-endian and in row order,
-    floating-point ones rounded to float16. So a float32 release and its float16 copy have one digest, in whatever kind
-    of file. What a file may carry or lack (`position_ids`, a training loss) does not count. bfloat16 has lost bits that
-    float16 keeps: None as well.
+    The digest covers, in the order of the keys without the prefix: key, shape, and values, little-endian and in row
+    order, floating-point ones rounded to float16. So a float32 release and its float16 copy have one digest, in any
+    kind of file. Optional keys (`position_ids`, a training loss) are left out. Weights in a dtype that lost bits which
+    float16 keeps, such as bfloat16, have none.
     """
     found = {key.removeprefix(prefix): key for key in weights if key.startswith(prefix)}
     hashed = hashlib.sha256()
     kept = [name for name in sorted(found) if not is_optional(name)]
     for name in kept:
-        value = weights[found[name]].detach().cpu()
-        if value.dtype == torch.bfloat16:
+        value = in_memory(weights[found[name]]).detach().cpu()
+        if value.dtype not in _DIGESTED:
             return None
         value = value.to(torch.float16 if value.is_floating_point() else torch.int64).contiguous().numpy()
         hashed.update(f"{name} {value.shape}\n".encode())

@@ -1,8 +1,10 @@
-"""What file formats call torch's dtypes."""
+"""Names that file formats have for torch's dtypes, and reductions for dtypes that torch cannot reduce."""
 
 from __future__ import annotations
 
 import torch
+
+from ldm.util import UserError
 
 # The typed storages that torch.save names; a dtype without one is saved as an UntypedStorage of bytes.
 STORAGE_NAMES = {
@@ -19,20 +21,87 @@ STORAGE_NAMES = {
     torch.complex128: "ComplexDoubleStorage",
     torch.complex64: "ComplexFloatStorage",
 }
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_SAFETENSORS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
+SAFETENSORS_NAMES = {getattr(torch, dtype): name for dtype, name in _SAFETENSORS.items() if hasattr(torch, dtype)}
+# Dtypes of several values to a byte: torch stores them, and computes nothing in them.
+_PACKED = tuple(
+    getattr(torch, name)
+    for name in ("float4_e2m1fn_x2", "bits1x8", "bits2x4", "bits4x2", "bits8", "bits16")
+    if hasattr(torch, name)
+)
+
+
+def reducible(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return `tensor` in a dtype that torch reduces; None if its dtype has no infinity and no NaN.
+
+    float8 becomes float32, and complex numbers become pairs of real ones.
+    """
+    if tensor.dtype in _PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all values are finite, in any dtype."""
+    numbers = reducible(tensor)
+    return numbers is None or bool(torch.isfinite(numbers).all())
+
+
+def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether both tensors, of one dtype, have the same shape and values; NaN equals nothing."""
+    if first.dtype in _PACKED:
+        return first.shape == second.shape and torch.equal(as_bytes(first), as_bytes(second))
+    if first.dtype == torch.complex32:
+        first, second = first.to(torch.complex64), second.to(torch.complex64)
+    elif first.is_floating_point() and first.dtype.itemsize == 1:
+        first, second = first.to(torch.float32), second.to(torch.float32)
+    return torch.equal(first, second)
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `tensor` in `dtype`.
+
+    Raises:
+        UserError: torch has no such conversion, or it would lose imaginary parts.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.is_complex() and not dtype.is_complex:
+        raise UserError(f"a weight is {tensor.dtype}, which {dtype} cannot hold; save it in another dtype")
+    try:
+        return tensor.to(dtype)
+    except RuntimeError as error:
+        raise UserError(f"torch converts no {tensor.dtype} weights to {dtype}; save them in another dtype") from error
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of `tensor` in row order: uint8, one dimension, on the CPU."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.dtype in _PACKED and not tensor.is_contiguous():  # torch copies no such values, but it copies their bytes
+        integers = {1: torch.uint8, 2: torch.int16}[tensor.dtype.itemsize]
+        tensor = tensor.view(integers)
+    tensor = tensor.contiguous()
+    # A single element counts as contiguous whatever its stride, which `view` refuses.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

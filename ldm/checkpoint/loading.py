@@ -1,43 +1,32 @@
-"""The one loader of weights into a module."""
+"""Loader of weights into a module."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ldm.checkpoint.keys import (
+    COND_STAGE,
+    CONDITIONER,
+    EMA,
+    MODEL,
+    OPTIONAL_KEYS,
+    has_part,
+    is_optional,
+    with_ema_as_weights,
+)
+from ldm.checkpoint.mapped import in_memory
 from ldm.checkpoint.reading import load_state_dict
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-# What a model computes from its config: buffers of the noise schedule, and the latents' scale.
-SCHEDULE_KEYS = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "lvlb_weights",
-    "scale_factor",
-    "cond_ids",
-)
-# Keys that a file may carry or lack without harm (shell patterns): these, and what only training has.
-OPTIONAL_KEYS = (*SCHEDULE_KEYS, "logvar", "model_ema.*", "*position_ids", "first_stage_model.loss.*", "loss.*")
-
-_PART_BYTES = 2**28
+_PART_BYTES = 2**26
 
 
 class LoadReport(NamedTuple):
@@ -47,11 +36,6 @@ class LoadReport(NamedTuple):
     unexpected: list[str]
 
 
-def is_optional(key: str, patterns: Sequence[str] = OPTIONAL_KEYS) -> bool:
-    """Whether one of `patterns` fits `key`."""
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
 def load_into(
     module: nn.Module,
     state_dict: Mapping[str, torch.Tensor],
@@ -59,25 +43,27 @@ def load_into(
     source: str = "the checkpoint",
     optional: Sequence[str] = OPTIONAL_KEYS,
     assign: bool = False,
-    after_part: Callable[[], None] | None = None,
 ) -> LoadReport:
     """Load `state_dict` into `module`; keys that match `optional` (shell patterns) may be missing or unexpected.
 
-    The text tower, `cond_stage_model.*`, is also optional in the weights of a module whose cond stage has none.
-    `assign` makes the tensors the module's own instead of copying them. `source` names the weights in messages.
-    `after_part` is called whenever some hundred megabytes have been copied, to give up the memory they were read into.
+    Text encoders, `cond_stage_model.*` or `conditioner.*`, are also optional where the module has none.
+    EMA weights stand in for the weights where a file holds nothing else. `assign` makes the tensors the module's own
+    instead of copying them; weights that are copied are read some megabytes at a time. `source` names the
+    weights in messages.
 
     Raises:
         UserError: a shape differs, or a key that is not optional is missing or unexpected; nothing is loaded then.
     """
     own = module.state_dict()
+    if not has_part(state_dict, MODEL) and has_part(state_dict, EMA) and has_part(own, MODEL):
+        log.info("%s: holds EMA weights alone, which are loaded as the weights", source)
+        state_dict = with_ema_as_weights(state_dict, own)
     for key, value in state_dict.items():
         if key in own and value.shape != own[key].shape:
             shapes = f"{tuple(value.shape)}, the model's is {tuple(own[key].shape)}"
             raise UserError(f"{source}: {key} has shape {shapes}; is this a checkpoint of another model?")
     optional = list(optional)
-    if not any(key.startswith("cond_stage_model.") for key in own):
-        optional.append("cond_stage_model.*")
+    optional += [f"{part}*" for part in (COND_STAGE, CONDITIONER) if not has_part(own, part)]
     report = LoadReport([key for key in own if key not in state_dict], [key for key in state_dict if key not in own])
     for keys, what in zip(report, ("lacks", "has unexpected"), strict=True):
         required = [key for key in keys if not is_optional(key, optional)]
@@ -86,18 +72,21 @@ def load_into(
         if keys:
             log.info("%s: %s %s (fine)", source, what, _some(keys))
     for part in _parts(state_dict):
-        module.load_state_dict(part, strict=False, assign=assign)
-        if after_part is not None:
-            after_part()
+        values = part if assign else {key: in_memory(value) for key, value in part.items()}
+        try:
+            module.load_state_dict(values, strict=False, assign=assign)
+        except RuntimeError as error:  # of a dtype that torch converts to no other
+            reason = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+            raise UserError(f"{source}: cannot be loaded: {reason}") from error
     return report
 
 
 def load_file_into(
     module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), prefix: str = ""
 ) -> LoadReport:
-    """Load the weights of the file at `path`, but for keys that start with one of `ignore_keys`, into `module`.
+    """Load the weights of the file at `path`, except keys that start with one of `ignore_keys`, into `module`.
 
-    With `prefix`, only the keys that begin with it count, and lose it.
+    With `prefix`, only the keys that begin with it are taken, without it.
 
     Raises:
         UserError: the file cannot be read, or does not fit the module.
@@ -112,7 +101,7 @@ def load_file_into(
 
 
 def _parts(state_dict: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """`state_dict` in parts of at least `_PART_BYTES`."""
+    """Yield `state_dict` in parts of at least `_PART_BYTES`."""
     part, size = {}, 0
     for key, value in state_dict.items():
         part[key] = value

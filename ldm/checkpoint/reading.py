@@ -1,11 +1,11 @@
-"""Opening a checkpoint of either kind, told apart by content, and saying in one line why a file is not one."""
+"""Opening a checkpoint of either kind, recognised by its content; a file that is none is refused in one line."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ldm.checkpoint.archive import ZipArchive, load_legacy
+from ldm.checkpoint.builders import UnreadTensor
 from ldm.checkpoint.formats import SAFETENSORS_NAMES
 from ldm.checkpoint.mapped import MappedFile
 from ldm.checkpoint.pickled import without_left_out
+from ldm.files import open_file
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
-# What people have instead of a checkpoint: how the file begins, and what to tell them.
+# Files that people mistake for a checkpoint: how they begin, and what to tell.
 _MISTAKEN = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download it"),
     (b"<", "looks like a web page: the download failed (a login or a licence page?); download it again"),
@@ -36,20 +38,26 @@ _MISTAKEN = (
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """What a checkpoint file holds, and the memory map that its tensors are read from."""
+    """Content of a checkpoint file, whose tensors lie in a memory map of it, and its metadata.
+
+    `metadata` is that of the header of a `.safetensors`, or what a `.ckpt` holds as text under `"metadata"`.
+    """
 
     content: dict[str, Any]
     file: MappedFile
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
     """Open the checkpoint at `path`; see `load_checkpoint`."""
     path = Path(path)
     head = _head(path)
-    file = MappedFile(path, mapped=mmap)
     try:
+        file = MappedFile(path, mapped=mmap)
         if _is_safetensors(head):
-            return OpenCheckpoint(_load_safetensors(path, file), file)
+            content = _load_safetensors(path, file)
+            file.check_unchanged()
+            return OpenCheckpoint(content, file, content["metadata"])
         if head.startswith(b"PK\x03\x04"):
             content = ZipArchive(path, file).load()
         elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -57,8 +65,11 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
         else:
             raise UserError(f"{path}: not a checkpoint (neither .ckpt nor .safetensors content); name the right file")
         content, left_out = without_left_out(content)
+        file.check_unchanged()
     except UserError:
         raise
+    except UnreadTensor as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a broken or hostile file can trip anything, and all of it means the same
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint ({reason}); download or copy it again") from error
@@ -67,15 +78,17 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
     if not isinstance(content, dict):
         held = f"an object of {left_out[0]}" if left_out else type(content).__name__
         raise UserError(f"{path}: holds {held}, not a dict of weights; save the model's state_dict() instead")
-    return OpenCheckpoint(content, file)
+    metadata = content.get("metadata")
+    is_text = isinstance(metadata, dict) and all(isinstance(text, str) for pair in metadata.items() for text in pair)
+    return OpenCheckpoint(content, file, metadata if is_text else {})
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    """The whole content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
+    """Return the whole content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
 
-    Nothing in the file is run: what is neither a tensor nor plain data is left out and logged. Tensors are on the CPU,
-    without gradients, and memory-mapped (`mmap=False`: read into memory). What the file has checksums of is held
-    against them.
+    Nothing in the file is run: objects that are neither tensors nor plain data are left out and logged. Tensors are on
+    the CPU, without gradients, and memory-mapped (`mmap=False`: read into memory). Their bytes are compared with the
+    checksums that the file has.
 
     Raises:
         UserError: the file is missing, damaged, or no checkpoint.
@@ -84,7 +97,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in a `.ckpt` or `.safetensors` file, flat, whether or not nested under `"state_dict"`.
+    """Return the weights in a `.ckpt` or `.safetensors` file, flat, whether or not nested under `"state_dict"`.
 
     Raises:
         UserError: the file is missing, damaged, or holds no weights.
@@ -93,7 +106,7 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a loaded checkpoint by key; `path` is for messages."""
+    """Return the tensors of a loaded checkpoint by key; `path` is for messages."""
     nested = content.get("state_dict", content)
     if not isinstance(nested, dict):
         raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
@@ -108,15 +121,18 @@ def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Ten
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of the file, after the mistakes that they give away."""
+    """Return the first bytes of the file.
+
+    Raises:
+        UserError: they are those of something that people mistake for a checkpoint.
+    """
     if path.is_dir():
         raise UserError(f"{path}: a folder; name the .ckpt or .safetensors file in it")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():  # to open a named pipe waits for ever
-        raise UserError(f"{path}: no regular file; name the checkpoint itself")
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with open_file(path) as file:
+            head = file.read(512)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file") from error
     if not head:
         raise UserError(f"{path}: empty file; download or copy it again")
     for beginning, meaning in _MISTAKEN:
@@ -126,7 +142,7 @@ def _head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether a file begins with a 64-bit length, of which some byte is not text, and a JSON object."""
+    """Return whether a file begins with a 64-bit length, of which some byte is not text, and a JSON object."""
     return head[8:9] == b"{" and not all(32 <= byte < 127 for byte in head[:8])
 
 
@@ -136,8 +152,8 @@ def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
             pass
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or cut short safetensors file ({error}); download it again") from error
-    length = int.from_bytes(file.map[:8], "little")
-    header = json.loads(file.map[8 : 8 + length])
+    length = int.from_bytes(file.read(0, 8), "little")
+    header = json.loads(file.read(8, length))
     metadata = header.pop("__metadata__", {})
     weights = {}
     for key, entry in header.items():

@@ -1,7 +1,8 @@
-"""Writing checkpoints: whole or not at all, one tensor at a time.
+"""Writers of checkpoints: whole or not at all, one tensor at a time.
 
-Both writers stream: a `Pending` tensor exists only while it is written, and the pages of memory-mapped sources are
-given back behind each tensor, so that peak memory does not grow with the file.
+They are our own since `torch.save` and `safetensors` take tensors that are all in memory. Here a `Pending` tensor
+exists only while it is written, and so do the values of one that lies in a file: peak memory does not grow with the
+file.
 """
 
 from __future__ import annotations
@@ -10,27 +11,24 @@ import io
 import json
 import pickle
 import sys
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from ldm.checkpoint.formats import SAFETENSORS_NAMES, STORAGE_NAMES
-from ldm.checkpoint.mapped import MappedFile
+from ldm.checkpoint.formats import SAFETENSORS_NAMES, STORAGE_NAMES, as_bytes, converted
+from ldm.checkpoint.mapped import in_memory
+from ldm.checkpoint.zip_writer import ZipWriter
 from ldm.files import atomic_write
 from ldm.util import UserError
-
-_ALIGNMENT = 64  # bytes, as torch.save aligns storages
-_ROOT = "archive"
 
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """A tensor that `compute` gives when its turn to be written comes. Its shape and dtype are known before."""
+    """Tensor that `compute` returns when it is written; its shape and dtype are known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -42,41 +40,47 @@ class Pending:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Pending:
-    """`tensor` itself if it has `dtype`, else converted when it is written."""
+    """Return `tensor` itself if it has `dtype`, else a `Pending` that converts it when it is written."""
     if tensor.dtype == dtype:
         return tensor
-    return Pending(tuple(tensor.shape), dtype, lambda: tensor.to(dtype))
+    return Pending(tuple(tensor.shape), dtype, lambda: converted(in_memory(tensor), dtype))
 
 
-def save_checkpoint(content: Mapping[str, Any], path: str | Path, *, sources: Sequence[MappedFile] = ()) -> None:
+def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     """Write `content` in the zip format of `torch.save`; its tensors may be `Pending`.
 
-    `sources` are the files that tensors of `content` are mapped from; none of these tensors may have been written to.
+    The archive holds `data.pkl`, `data/N` and `version`, and nothing that older readers refuse: web UIs have lists of
+    the records that they take. Every torch since 1.13 reads it.
     """
-    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         pickled, tensors = _pickle(content)
-        _write_record(archive, "data.pkl", pickled)
-        _write_record(archive, "byteorder", sys.byteorder.encode())
+        archive = ZipWriter(file)
+        archive.add("data.pkl", pickled)
         for key, tensor in enumerate(tensors):
-            _write_record(archive, f"data/{key}", _bytes_of(tensor))
-            _give_back(sources)
-        _write_record(archive, "version", b"3\n")
+            archive.add(f"data/{key}", _bytes_of(tensor))
+        archive.add("version", b"3\n")
+        if sys.byteorder != "little":  # which readers take for granted
+            archive.add("byteorder", sys.byteorder.encode())
+        archive.finish()
 
 
 def save_state_dict(
-    state_dict: Mapping[str, torch.Tensor | Pending], path: str | Path, *, sources: Sequence[MappedFile] = ()
+    state_dict: Mapping[str, torch.Tensor | Pending], path: str | Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write weights as `.safetensors`, or as a `.ckpt` that holds `{"state_dict": ...}`, by the suffix of `path`.
+
+    `metadata` goes into the header of a `.safetensors`, or under `"metadata"` of a `.ckpt`, if there is any.
 
     Raises:
         UserError: another suffix.
     """
     check_suffix(path)
+    metadata = dict(metadata or {})
     if Path(path).suffix == ".ckpt":
-        save_checkpoint({"state_dict": dict(state_dict)}, path, sources=sources)
+        save_checkpoint({"state_dict": dict(state_dict), **({"metadata": metadata} if metadata else {})}, path)
         return
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        _write_safetensors(state_dict, file, sources)
+        _write_safetensors(state_dict, file, metadata)
 
 
 def check_suffix(path: str | Path) -> None:
@@ -87,7 +91,7 @@ def check_suffix(path: str | Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """Stands for the bytes of one tensor in the pickle."""
+    """Placeholder in the pickle of the bytes of one tensor."""
 
     kind: type
     key: str
@@ -95,7 +99,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles as `torch.save` does, but keeps each tensor for later, with a contiguous storage of its own."""
+    """Pickler in the format of `torch.save` that keeps each tensor for later, in a contiguous storage of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)  # the protocol that torch.load(weights_only=True) reads
@@ -109,6 +113,8 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) not in (torch.Tensor, torch.nn.Parameter, Pending):
             return NotImplemented  # a tensor subclass reduces to a class and plain tensors
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_nested):
+            raise UserError("a quantised, sparse or nested tensor cannot be saved; save a dense one in its place")
         key, size = str(len(self.tensors)), torch.Size(value.shape)
         self.tensors.append(value)
         stride = torch.empty(size, device="meta").stride()
@@ -127,22 +133,12 @@ def _pickle(content: Any) -> tuple[bytes, list[torch.Tensor | Pending]]:
     return buffer.getvalue(), pickler.tensors
 
 
-def _write_record(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
-    record = zipfile.ZipInfo(f"{_ROOT}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
-    record.file_size = len(data)  # known beforehand, so that zipfile takes 64-bit fields only where they are needed
-    start = archive.fp.tell() + 30 + len(record.filename)
-    padding = -(start + 4) % _ALIGNMENT
-    record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    with archive.open(record, "w") as file:
-        file.write(data)
-
-
 def _write_safetensors(
-    state_dict: Mapping[str, torch.Tensor | Pending], file: BinaryIO, sources: Sequence[MappedFile]
+    state_dict: Mapping[str, torch.Tensor | Pending], file: BinaryIO, metadata: Mapping[str, str]
 ) -> None:
     # Wide dtypes first, as the format's own writer does: every tensor is then aligned to its dtype.
     names = sorted(state_dict, key=lambda key: (-state_dict[key].dtype.itemsize, key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
         tensor = state_dict[name]
@@ -156,7 +152,6 @@ def _write_safetensors(
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     for name in names:
         file.write(_bytes_of(state_dict[name]))
-        _give_back(sources)
 
 
 def _bytes_of(tensor: torch.Tensor | Pending) -> memoryview:
@@ -164,10 +159,4 @@ def _bytes_of(tensor: torch.Tensor | Pending) -> memoryview:
         computed = tensor.compute()
         assert (tuple(computed.shape), computed.dtype) == (tuple(tensor.shape), tensor.dtype)
         tensor = computed
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def _give_back(sources: Sequence[MappedFile]) -> None:
-    for source in sources:
-        source.drop_pages()
+    return memoryview(as_bytes(in_memory(tensor)).numpy())

@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 
 from ldm.cli.paths import CONVENTIONAL_RELEASE
+from ldm.files import read_at_most
 from ldm.util import UserError
 
 SETTINGS = ("steps", "scale", "sampler", "eta")  # the options that `draw_latents` takes as they are
+_MOST_BYTES = 1 << 28  # of a file of prompts
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +59,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = read_at_most(file, _MOST_BYTES).decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
         prompts = prompts + [line.strip() for line in lines if line.strip()]

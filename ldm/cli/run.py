@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ldm.files import exit_on_bus_error
 from ldm.util import UserError, escaped
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def run(main: Callable[[], None]) -> None:
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     threading.excepthook = _say_of_thread
+    exit_on_bus_error()
     try:
         with _sigterm_unwinds(), _bars_ended():
             main()

@@ -15,10 +15,10 @@ _MOST_EXPANDED = 1 << 26
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yield the names that `pattern` stands for, without `file:`.
+    """Yield the names that `pattern` stands for, without a leading `file:`.
 
     Raises:
-        UserError: a brace is open, or it stands for too many names.
+        UserError: a brace is not closed, or the names are too many.
     """
     try:
         if most_names(pattern) * len(pattern) > _MOST_EXPANDED:
@@ -30,7 +30,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def most_names(pattern: str) -> int:
-    """Return an upper bound of how many names the braces of `pattern` stand for, without expanding them."""
+    """Return an upper bound of the number of names that `pattern` stands for, without expanding the braces."""
     names = 1
     for first, last in _RANGE.findall(pattern):
         names *= abs(int(first) - int(last)) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.config.interpolations import check_interpolations, resolve_references, typed_paths
 from ldm.config.merge import laid_over
 from ldm.config.trust import check_trust
+from ldm.files import check_file, read_at_most
 from ldm.util import UserError, instantiate_from_config, nearest
 
 SECTIONS = ("model", "data", "lightning")
@@ -83,6 +85,7 @@ def find_config(name: str | Path) -> Path:
     for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
         if path.is_file():
             return path
+    check_file(name)
     known = sorted({path.name for folder in _CONFIG_FOLDERS for path in folder.glob("*.yaml")})
     raise UserError(f"config {str(name)!r} not found{nearest(Path(name).name, known)}")
 
@@ -120,7 +123,9 @@ def _read(path: Path) -> DictConfig:
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config; name the right file")
     try:
-        part = OmegaConf.load(path)
+        part = OmegaConf.load(io.StringIO(read_at_most(path, _MOST_BYTES).decode()))
+    except UserError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

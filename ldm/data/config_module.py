@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
+from ldm.data.augment import BatchAugmentation
 from ldm.data.base_module import BaseDataModule, check_number
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
+from ldm.shards.sample import DRAW
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -20,8 +22,9 @@ logger = logging.getLogger(__name__)
 class DataModuleFromConfig(BaseDataModule):
     """Datasets named by `target` and `params`, one a split. Training resumes exactly, augmentations included.
 
-    `wrap` and `use_worker_init_fn` are taken from old configs: any object with `len` and `[i]` will do here, and every
-    sample is seeded.
+    `augment` describes augmentation of the training images on the device, see `BatchAugmentation`; `image_key` is the
+    entry of a batch that holds them. `wrap` and `use_worker_init_fn` are taken from old configs: any object with `len`
+    and `[i]` will do here, and every sample is seeded.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class DataModuleFromConfig(BaseDataModule):
         shuffle: bool = True,
         seed: int | None = None,  # by default the run's
         drop_last: bool = False,
+        augment: Mapping[str, Mapping[str, Any]] | None = None,
+        image_key: str = "image",
     ) -> None:
         if num_workers is None:
             check_number("batch_size", batch_size, 1)
@@ -53,6 +58,8 @@ class DataModuleFromConfig(BaseDataModule):
             "predict": False,
         }
         self.datasets: dict[str, Any] = {}
+        self.augmentation = BatchAugmentation(augment) if augment else None
+        self.image_key = image_key
 
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets of `stage`, and say how many samples each has."""
@@ -77,6 +84,16 @@ class DataModuleFromConfig(BaseDataModule):
         loader = ResumableLoader if training else SampleLoader
         items = SeededDataset(dataset, self.seed, self.run_seed if training else None)
         return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment the images of a training batch, on the device that they are on."""
+        if self.augmentation is None or self.trainer is None or not self.trainer.training:
+            return batch
+        if not isinstance(batch, dict) or self.image_key not in batch or DRAW not in batch:
+            raise UserError(
+                f"data.params.augment: the training samples have no entry {self.image_key!r}; set image_key"
+            )
+        return {**batch, self.image_key: self.augmentation(batch[self.image_key], batch[DRAW])}
 
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
         if "train" not in self.datasets:

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.data.sampler import Item, draw_name
-from ldm.files import MOST_IN_MEMBER, read_at_most
+from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
 from ldm.shards.sample import CAPTION, DRAW
 from ldm.util import UserError
@@ -22,7 +22,8 @@ def load_null(path: Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, broken, not finite, or all zeros, which no text encoder gives.
     """
-    if not path.is_file():
+    check_file(path)
+    if not path.exists():
         raise UserError(
             f"{path}: not found, and null_cond_dropout needs it: the text encoder's output for the empty caption; "
             "tools/preencode.py writes it beside the shards, null_cond_path names another place"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.files import read_span
+from ldm.files import open_file, read_span
 from ldm.images.captions import METADATA, decode_caption
 from ldm.images.decode import EXTENSIONS, UNREAD_EXTENSIONS
 from ldm.images.find import ImageItem, extension_of, from_file, from_folder
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
     items = []
     samples = index_tar(path)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for sample in samples:
             caption, error = fixed, None
             if fixed is None and "txt" in sample.spans:

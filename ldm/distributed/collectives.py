@@ -1,4 +1,4 @@
-"""What the processes of a launch must agree on before they train together. Imports torch only when it is asked."""
+"""Values that the processes of a run exchange. Imports torch.distributed only when a function is called."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, distributed
 
 from ldm.distributed.ranks import Launch
 
-_stores: list[Any] = []  # one that this process serves must live as long as others may ask it
+_stores: list[Any] = []  # a store that this process serves must live as long as others read it
 
 
 def said_by_first(text: str, launch: Launch) -> str:
-    """The `text` of the first process of a `launch`, in each of its processes; each must call this once.
+    """Return the `text` of the first process of `launch`, in each of its processes. Each process must call this once.
 
-    It goes through the store where torch.distributed will have them meet, at the address that Lightning will name.
+    The text goes through a store at the address where torch.distributed will later meet.
     """
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from torch.distributed import rendezvous
@@ -35,7 +35,7 @@ def said_by_first(text: str, launch: Launch) -> str:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of `values`, of one shape everywhere, over the processes that train together, if there are several."""
+    """Return the mean of `values` over the processes that train together. All must give the same shape."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return values
     total = values.detach().clone()

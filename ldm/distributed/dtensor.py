@@ -1,4 +1,4 @@
-"""Tensors that are sharded among the processes (DTensors), as FSDP does it to weights, gradients, optimizer state."""
+"""Tensors that FSDP partitions among the processes (DTensors): weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether weights of `module` are sharded; then it computes only if all processes call it."""
+    """Return True if weights of `module` are partitioned. All processes must then call it together."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's shard of a `tensor`, in the same memory; the tensor itself if it is not sharded."""
+    """Return this process's part of `tensor`, in the same memory; `tensor` itself if it is not partitioned."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full `tensor`, gathered if it is sharded, which takes all processes."""
+    """Return the full `tensor`. If it is partitioned, all processes must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """`full`, of which each process has all, sharded as `like` is; itself if that is not."""
+    """Return the part of `full` that corresponds to `like`; `full` itself if `like` is not partitioned."""
     if not isinstance(like, DTensor):
         return full
     shard = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return shard.clone()  # else it keeps all of it in memory
+    return shard.clone()  # a view would keep the full tensor in memory
 
 
 def gather_on_first(value: Any, is_first: bool) -> Any:
-    """`value`, lists and dicts included, with the sharded tensors in it gathered in the host's memory.
+    """Return `value`, including lists and dicts, with partitioned tensors gathered in host memory.
 
-    All processes must call it, and only the one that `is_first` gets them: what the others get is not to be used.
+    All processes must call this together. Only the first gets usable values.
     """
     if isinstance(value, dict):
         return {key: gather_on_first(part, is_first) for key, part in value.items()}

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun and Slurm say in the environment."""
+"""Rank of this process among those that torchrun or Slurm started, read from the environment."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ldm.util import UserError
 
 T = TypeVar("T")
 
-# What torchrun says, and what holds where it says nothing.
+# Variables of torchrun, and their values where they are not set.
 _TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 
 
 def is_srun_task() -> bool:
-    """Whether `srun` started this process, and not an interactive shell that it was typed in."""
+    """Return True if `srun` started this process. An interactive shell under Slurm does not count."""
     return "SLURM_STEP_NUM_TASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Process `rank` of `world`, the one numbered `local` of `local_world` on its machine; numbers count from 0."""
+    """Process `rank` of `world`, and `local` of `local_world` on its machine. Numbers count from 0."""
 
     rank: int = 0
     world: int = 1
@@ -31,11 +31,12 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say, or else Slurm's variables of an `srun`; a process
-        alone where none are set.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or else the variables that `srun` sets.
+
+        Where neither is set, the process is the only one.
 
         Raises:
-            UserError: they are no numbers, or contradict each other.
+            UserError: a value is not a number, or two contradict each other.
         """
         if "LOCAL_WORLD_SIZE" not in os.environ and is_srun_task():
             world = _number("SLURM_STEP_NUM_TASKS", 1)
@@ -47,7 +48,7 @@ class Ranks:
         return ranks
 
     def share(self, everything: Sequence[T]) -> Sequence[T]:
-        """What of `everything` is this process's: each has every `world`-th."""
+        """Return every `world`-th entry of `everything`, starting at this rank."""
         return everything[self.rank :: self.world]
 
 
@@ -60,7 +61,7 @@ def _number(name: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher started: `processes` on each of `machines`."""
+    """Number of `processes` that a launcher started on each of `machines`."""
 
     launcher: str
     processes: int
@@ -68,7 +69,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """What started this process as one of several, by its environment; None if nothing did."""
+    """Return the launcher that started this process as one of several; None if there is none."""
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if not is_torchrun and not is_srun_task():
         return None
@@ -77,7 +78,7 @@ def launched() -> Launch | None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that speaks for all."""
+    """Return True for the process that logs and writes for all."""
     names = {"torchrun": "RANK", "srun": "SLURM_PROCID"}
     launch = launched()
     return os.environ.get(names[launch.launcher] if launch else "LOCAL_RANK", "0") == "0"

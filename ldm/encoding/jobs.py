@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.encoding.shard_set import PARTS, POLL
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_at_most
+from ldm.shards.index import FAILURES, SHARD_ENTRIES, WHOLE, Entry, check_entries, is_whole
 from ldm.shards.verify import file_sha256
 from ldm.shards.writer import is_spread, shard_paths
 from ldm.util import UserError
@@ -19,6 +20,26 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+_MOST_BYTES = 1 << 28  # of a record
+_REMOVE = "remove it, and its shard is made again"
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_whole(count) for count in value.values())
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(s, list) and all(map(is_whole, s)) for s in value)
+
+
+_ENTRIES: dict[str, Entry] = {
+    "samples": WHOLE,
+    "pictures": WHOLE,
+    "without_caption": WHOLE,
+    "failed": FAILURES,
+    "sizes": (_are_sizes, "not numbers of samples by size"),
+    "f8": (_are_shapes, "not a list of shapes"),
+}
 
 
 def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range]]:
@@ -49,27 +70,45 @@ def write_record(shard: Path, record: Record) -> None:
 
 
 def read_record(shard: Path) -> Record | None:
-    """The record of `shard`; None if it is not finished."""
+    """Return the record of `shard`; None if it is not finished.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = _record_path(shard)
     try:
-        return json.loads(_record_path(shard).read_text())
+        record = json.loads(read_at_most(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())}; {_REMOVE}") from error
+    needed = (*_ENTRIES, *SHARD_ENTRIES) if isinstance(record, dict) and record.get("samples") else tuple(_ENTRIES)
+    if not isinstance(record, dict) or not record.keys() >= set(needed):
+        raise UserError(f"{path}: is {record!r:.80}, not a record of a shard; {_REMOVE}")
+    check_entries(f"{path}: its ", record, {**SHARD_ENTRIES, **_ENTRIES}, _REMOVE)
+    return record
 
 
 def take_up(shard: Path) -> Record | None:
-    """The record of a shard that an earlier run finished, if all of its bytes are as they were written; else None."""
-    record = read_record(shard)
-    if record is None or "sha256" not in record:
-        return record
-    if shard.is_file() and shard.stat().st_size == record["bytes"] and file_sha256(shard) == record["sha256"]:
-        return record
-    logger.warning("%s: is not what was written; it is made again", shard)
+    """Return the record of a shard that an earlier run finished, if its bytes are as they were written; else None."""
+    try:
+        record = read_record(shard)
+    except UserError as error:
+        logger.warning("%s: it is made again, since its record is damaged: %s", shard, error)
+    else:
+        if record is None or "sha256" not in record:
+            return record
+        if shard.is_file() and shard.stat().st_size == record["bytes"] and file_sha256(shard) == record["sha256"]:
+            return record
+        logger.warning("%s: is not what was written; it is made again", shard)
     _record_path(shard).unlink()
     return None
 
 
 def wait_for_records(shards: Sequence[Path]) -> list[Record]:
-    """The records of all `shards`; waits for those that other processes make."""
+    """Return the records of all `shards`; wait for those that other processes make."""
     records: dict[Path, Record] = {}
     told = False
     while True:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.files import MOST_IN_MEMBER, read_at_most, read_span
+from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
 from ldm.images.captions import METADATA, beside, from_metadata
 from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
 from ldm.util import UserError
@@ -37,7 +37,7 @@ class ImageItem:
             if self.span is None:
                 data = read_at_most(self.path, MOST_IN_MEMBER)
             else:
-                with self.path.open("rb") as file:
+                with open_file(self.path) as file:
                     data = read_span(file.fileno(), *self.span, self.name)
         except OSError as error:
             raise UserError(f"{self.name}: {error.strerror or error}") from error

@@ -5,9 +5,8 @@ from __future__ import annotations
 import textwrap
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-from ldm.evaluation.axes import INK, font
 from ldm.evaluation.protocol import spread
 from ldm.evaluation.sets import LATENT
 from ldm.images.grid import to_images
@@ -17,6 +16,7 @@ from ldm.shards.sample import CAPTION
 
 _SIDE, _GAP, _COLUMNS = 192, 12, 6  # pixels of a picture's longer side, and between pictures
 _TEXT, _LINE, _LINES, _LETTERS = 13, 16, 3, 29  # pixels of a letter and a line; lines of a caption, letters of a line
+_INK = "#333333"
 
 
 @torch.no_grad()
@@ -28,6 +28,7 @@ def contact_sheet(model: LatentDiffusion, dataset: ShardDataset, count: int) -> 
     """
     for shape in dataset.shapes[LATENT]:
         model.check_batch_shapes({model.first_stage_key: shape})
+    font = ImageFont.load_default(_TEXT)
     numbers = spread(len(dataset), count)
     columns = min(_COLUMNS, len(numbers))
     width, height = _SIDE + _GAP, _SIDE + _GAP + _LINES * _LINE
@@ -41,7 +42,7 @@ def contact_sheet(model: LatentDiffusion, dataset: ShardDataset, count: int) -> 
         sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
         lines = textwrap.wrap(sample[CAPTION], _LETTERS, max_lines=_LINES, placeholder=" …")
         for line, text in enumerate(lines or ["(no caption)"]):
-            draw.text((left, top + _SIDE + 2 + line * _LINE), text, INK, font(_TEXT))
+            draw.text((left, top + _SIDE + 2 + line * _LINE), text, _INK, font)
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""Optimizers that configs name: built by one function, stepped inside backward, their state kept as plain data."""
+"""Optimizers that a config names, optimizer steps inside backward, and low-bit state that checkpoints can hold."""
 
 from ldm.optim.building import build_optimizer
 from ldm.optim.in_backward import InBackward

@@ -1,4 +1,4 @@
-"""An optimizer from its `target` and `params`."""
+"""Optimizer built from its `target` and `params`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ldm.util import UserError, instantiate_from_config
 
 
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
-    """The optimizer of `parameters` that `config`, a `target` and `params`, describes; an `lr` in it counts more.
+    """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes.
 
-    `where` is the config key that it stands under, for messages.
+    An `lr` in it takes precedence. `where` is the config key, for messages. The optimizer's `configured_rates` are the
+    learning rates of its groups.
 
     Raises:
-        UserError: the target does not exist, or does not take its `params`; or its state fits no checkpoint.
+        UserError: the target does not exist or does not take its `params`, or its state fits no checkpoint.
     """
     try:
         if str(config.get("target")).startswith("torchao."):
@@ -26,6 +27,9 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
                 "AdamW4bit, which are torchao's with a state that it can"
             )
         own_lr = (config.get("params") or {}).get("lr", lr)
-        return instantiate_from_config(config, params=list(parameters), lr=own_lr)
+        optimizer = instantiate_from_config(config, params=list(parameters), lr=own_lr)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    # A resume replaces the groups by those of the checkpoint; these rates are what the config says now.
+    optimizer.configured_rates = [float(group["lr"]) for group in optimizer.param_groups]
+    return optimizer

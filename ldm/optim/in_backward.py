@@ -1,4 +1,4 @@
-"""Optimizer steps that are taken while the backward pass still runs."""
+"""Optimizer steps taken during the backward pass."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ldm.util import UserError
 
 
 class InBackward(Optimizer):
-    """Steps another optimizer in buckets while gradients arrive, and frees each bucket's gradients at once.
+    """Optimizer that steps another one in buckets as gradients arrive, and frees the gradients of each bucket at once.
 
-    `step(closure)` arms hooks on the parameters for as long as the closure runs: a gradient that its backward pass has
-    finished joins the bucket, and a full bucket is stepped. The gradients that exist at one time are then one bucket's
-    instead of the model's. A closure called by itself, as Lightning does for all but the last of the batches whose
-    gradients it accumulates, accumulates as ever; so accumulation stays exact, and keeps the gradients it needs.
+    `step(closure)` arms hooks on the parameters while the closure runs. A finished gradient joins the bucket, and a
+    full bucket is stepped, so that only one bucket of gradients exists at a time. Lightning calls the closure by itself
+    for all accumulated batches except the last. Those accumulate as usual, so accumulation is exact and keeps its
+    gradients.
 
-    There is one inner optimizer over all parameters, whose groups hold the bucket's parameters alone while it steps.
-    Every update is therefore the inner optimizer's own, and so are the parameter groups, the state and the
-    `state_dict`, which a run without this wrapper can go on from. Nothing ever sees all gradients together: what needs
-    their common norm, or scales them, cannot work with it (see `ldm.training.compatibility`).
+    One inner optimizer holds all parameters. While a bucket is stepped, its groups hold the parameters of that bucket
+    alone. Each update, the parameter groups, the state and the `state_dict` are those of the inner optimizer, and a run
+    without this wrapper can resume from them. Nothing sees all gradients together, so a method that needs their common
+    norm or scales them cannot work (see `ldm.training.compatibility`).
 
     Args:
         params: parameters, or parameter groups.
-        lr: the inner optimizer's, unless its `params` name one.
+        lr: learning rate of the inner optimizer, unless its `params` name one.
         optimizer: `target` and `params` of the inner optimizer.
-        bucket_mb: MiB of gradients to step together: few and large calls, at the price of that much memory.
-        clip_each: scale each parameter's gradient down to this L2 norm before its step; None for no clipping.
+        bucket_mb: MiB of gradients per step. Larger buckets mean fewer calls and more memory.
+        clip_each: L2 norm to which each parameter's gradient is scaled down before its step; None for no clipping.
 
     Raises:
-        UserError: a size or a norm that is not positive, or an inner optimizer that does not exist.
+        UserError: a size or a norm is not positive, or the inner optimizer does not exist.
     """
 
     def __init__(
@@ -59,22 +59,23 @@ class InBackward(Optimizer):
         self._bucket: list[nn.Parameter] = []
         self._bucket_filled = 0  # bytes
         self._taken: set[nn.Parameter] = set()  # in this step
-        self._one_at_a_time = Lock()  # gradients of each device, the host's among them, come in a thread of their own
+        # Autograd delivers the gradients of each device, and of the host, in a thread of its own.
+        self._one_at_a_time = Lock()
 
     def _share_inner_state(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's."""
+        """Return the state dict of the inner optimizer."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what the inner optimizer's `state_dict`, wrapped or not, gave."""
+        """Load a state dict of the inner optimizer, from a run with or without this wrapper."""
         self.inner.load_state_dict(state_dict)
         self._share_inner_state()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient, most of them within the closure's backward pass.
+        """Step every parameter that has a gradient, most of them during the closure's backward pass.
 
         Returns what the closure returns.
         """
@@ -91,7 +92,7 @@ class InBackward(Optimizer):
                 for hook in hooks:
                     hook.remove()
             self._step_bucket()
-        for parameter in self._group_of:  # without a closure all; else those that only an earlier batch has reached
+        for parameter in self._group_of:  # all without a closure; otherwise those that only an earlier batch reached
             if parameter.grad is not None:
                 self._take(parameter)
         self._step_bucket()

@@ -1,10 +1,11 @@
-"""AdamW with moments in 8 or 4 bits, and bfloat16 weights that are rounded stochastically. Needs torchao.
+"""AdamW with 8-bit or 4-bit moments and stochastically rounded bfloat16 weights. Needs torchao.
 
-torchao quantises in blocks with a scale each (8 bits: arXiv:2110.02861; 4 bits: arXiv:2309.01507). An update of a
-bfloat16 weight is usually smaller than half the distance to the next one, so that rounding to the nearest would lose
-it; rounding up with the probability that the remainder is of that distance keeps it on average.
+torchao quantises in blocks with one scale each (8 bits: arXiv:2110.02861; 4 bits: arXiv:2309.01507). An update of a
+bfloat16 weight is usually smaller than half the distance to the next value, so that rounding to nearest would lose it.
+Stochastic rounding rounds up with a probability equal to the remainder's share of that distance, which keeps the update
+on average.
 
-Changed here is what torchao leaves to its users: what checkpoints hold, small parameters, and the CPU.
+This module changes what checkpoints hold, the moments of small parameters, and the path on a CPU.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ _PARTS = ("codes", "scale")
 
 
 class _LowBit:
-    """What the classes below change of torchao's.
+    """Changes to torchao's optimizers that the classes below share.
 
-    - `state_dict` holds plain tensors: a quantised moment is the dict `{"codes", "scale", "signed"}`, which any safe
-      reader of checkpoints takes. `load_state_dict` takes that back bit for bit, and the moments of any other AdamW,
-      which it quantises.
-    - Parameters too small to quantise have float32 moments. torchao gives them the parameter's type, in which a second
-      moment stands still: 1 − β₂ is less than bfloat16 resolves.
-    - On the CPU nothing is compiled: that would take a C++ compiler, and minutes.
+    - `state_dict` holds plain tensors. A quantised moment is the dict `{"codes", "scale", "signed"}`, which a safe
+      reader of checkpoints accepts. `load_state_dict` takes it back bit for bit. It also takes the moments of another
+      AdamW and quantises them.
+    - Parameters too small to quantise have float32 moments. torchao gives them the parameter's type. A bfloat16 second
+      moment does not move, because 1 − β₂ is below its resolution.
+    - On the CPU nothing is compiled, because that takes a C++ compiler and minutes.
 
     Args:
         params: parameters, or parameter groups.
         lr: learning rate; kept as a tensor, as torchao does.
-        bf16_stochastic_round: round bfloat16 weights stochastically; without effect on others.
-        kwargs: torchao's: betas, eps, weight_decay, amsgrad, block_size.
+        bf16_stochastic_round: round bfloat16 weights stochastically; no effect on others.
+        kwargs: torchao's arguments: betas, eps, weight_decay, amsgrad, block_size.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class _LowBit:
         return buffer if _is_quantised(buffer) else buffer.float()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the parameters that have a gradient; returns what the closure returns."""
+        """Step the parameters that have a gradient. Returns what the closure returns."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -72,7 +73,7 @@ class _LowBit:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer, all of it plain tensors and numbers that share memory with the state."""
+        """Return the state as plain tensors and numbers, which share memory with it."""
         content = super().state_dict()
         content["state"] = {
             index: {name: _plain(value) for name, value in moments.items()}
@@ -81,10 +82,10 @@ class _LowBit:
         return content
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave, or that of another AdamW.
+        """Load what `state_dict` returned, or the state dict of another AdamW.
 
         Raises:
-            ValueError: it is the state of other parameters, or quantised in another way.
+            ValueError: the state belongs to other parameters, or is quantised in another way.
         """
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:

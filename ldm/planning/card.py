@@ -1,4 +1,4 @@
-"""Which tier of memory, and which batch, fits a card."""
+"""Tiers of memory and batch sizes that fit a card."""
 
 from __future__ import annotations
 
@@ -13,46 +13,49 @@ from ldm.planning.step import peak_of_step
 from ldm.util import UserError
 
 GIB = 2**30
-# What a run takes beside its tensors: context, kernels and workspaces of libraries; and, in proportion, gaps between
-# blocks of memory.
+# Memory that a run takes besides its tensors: context, kernels and library workspaces, and a share for fragmentation.
 ALLOWANCE = int(0.6 * GIB)
 GAPS = 0.03
 AS_GIVEN = "as given"
-# Configs that lower the memory of the one before them on the command line, the fastest first.
+# Overlays that lower memory, the fastest first.
 _TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The largest batch of a tier that fits, 0 for none, and bytes of tensors at its peak (or at that of batch 1)."""
+    """Largest batch of a tier that fits a card.
+
+    `images` is 0 where not even one fits. `peak` is the bytes of tensors at the peak of a step with that batch, or of a
+    step with one image.
+    """
 
     tier: str
-    pictures: int
+    images: int
     peak: int
 
 
 def needed(peak: int) -> int:
-    """Bytes of a card that a run takes whose tensors take `peak`."""
+    """Return the bytes of a card that a run takes if its tensors take `peak`."""
     return int(peak * (1 + GAPS)) + ALLOWANCE
 
 
 def tiers() -> list[str]:
-    """The configs of the tiers that are there."""
+    """Return the names of the tier configs that exist."""
     return [name for name in _TIERS if _is_there(name)]
 
 
 def is_tier(name: str) -> bool:
-    """Whether the config `name` is a tier's."""
+    """Return True if the config `name` is a tier."""
     return name.rpartition("/")[2] in _TIERS
 
 
 def with_tier(config: DictConfig, tier: str) -> DictConfig:
-    """`config` with what the tier's config changes of it."""
+    """Return `config` with the config of `tier` laid over it."""
     return config if tier == AS_GIVEN else laid_over(config, load_config([tier]), trusted=True)
 
 
 def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
-    """For `config` as it is given, and under every tier, the largest batch that a card of `card` bytes holds.
+    """Return, for `config` as it is and under every tier, the largest batch that a card of `card` bytes holds.
 
     Raises:
         UserError: see `peak_of_step`.
@@ -62,10 +65,10 @@ def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
         described = with_tier(config, tier)
         peaks: dict[int, int] = {}
 
-        def takes(pictures: int, described: DictConfig = described, peaks: dict[int, int] = peaks) -> int:
-            if pictures not in peaks:
-                peaks[pictures] = sum(peak_of_step(described, pictures, size).values())
-            return needed(peaks[pictures])
+        def takes(images: int, described: DictConfig = described, peaks: dict[int, int] = peaks) -> int:
+            if images not in peaks:
+                peaks[images] = sum(peak_of_step(described, images, size).values())
+            return needed(peaks[images])
 
         largest = largest_batch(takes, card)
         found.append(Fit(tier, largest, peaks[max(largest, 1)]))
@@ -73,10 +76,10 @@ def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
 
 
 def largest_batch(takes: Callable[[int], int], room: int) -> int:
-    """The largest n with `takes(n)` ≤ `room`; 0 if there is none. `takes` is convex, as the peak of a step is.
+    """Return the largest n with `takes(n)` ≤ `room`, or 0. `takes` must be convex, as the peak of a step is.
 
-    A step takes most at one of several moments, each linear in the batch. So a line through two points lies below what
-    comes after them and above what is between, and few tries are needed.
+    A step peaks at one of several moments, and the memory of each is linear in the batch. A line through two points is
+    therefore a lower bound outside them and an upper bound between them, so that few calls are needed.
     """
     fits, before, above = (1, takes(1)), None, None
     if fits[1] > room:
@@ -89,11 +92,11 @@ def largest_batch(takes: Callable[[int], int], room: int) -> int:
         else:
             before, fits = fits, tried
         other = above or before
-        growth = (other[1] - fits[1]) / (other[0] - fits[0])  # bytes a picture
+        growth = (other[1] - fits[1]) / (other[0] - fits[0])  # bytes per image
         further = int((room - fits[1]) / growth) if growth else 3 * fits[0]
         if above is None and further == 0:
             break
-        crawls = stride == 1 and tried is fits  # the line to a point far above gives steps that are too short
+        crawls = stride == 1 and tried is fits  # a line to a distant point gives steps that are too short
         if above is None:
             stride = min(further, 3 * fits[0])
         else:

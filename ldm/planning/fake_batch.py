@@ -1,4 +1,4 @@
-"""A batch such as a config's data would give, with nothing in it."""
+"""Batch of the shapes and types that a config's data would give, without values."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from ldm.util import UserError, get_obj_from_str
 _TEXT_TOKENS = 77
 
 
-def gives_pictures(model: DDPM, config: DictConfig) -> bool:
-    """Whether the data are pictures, which a latent model's first stage encodes at every step."""
+def gives_images(model: DDPM, config: DictConfig) -> bool:
+    """Return True if the data are images, which the first stage of a latent model encodes at every step."""
     target = (config.get("data") or {}).get("target")
     module = get_obj_from_str(target) if target else None
     is_pre_encoded = isinstance(module, type) and issubclass(module, WebDataNpyModuleFromConfig)
     return not isinstance(model, LatentDiffusion) or not is_pre_encoded
 
 
-def make_batch(model: DDPM, config: DictConfig, pictures: int | None = None, size: int | None = None) -> dict[str, Any]:
-    """The entries that `model` reads of a batch of `pictures`, `size` pixels a side; by default those of `config`.
+def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, Any]:
+    """Return the entries that `model` reads of a batch of `images`, `size` pixels a side; by default those of `config`.
 
-    Where the config has a prior, its samples come on top.
+    The samples of a prior that the config names come on top.
 
     Raises:
         UserError: `config` names no batch size and none is given, or the size does not fit the model.
     """
     params = (config.get("data") or {}).get("params") or {}
-    pictures = pictures or params.get("batch_size")
-    if not isinstance(pictures, int) or pictures < 1:
-        raise UserError(f"batch size {pictures}: give a whole number from 1, as in data.params.batch_size=4")
+    images = images or params.get("batch_size")
+    if not isinstance(images, int) or images < 1:
+        raise UserError(f"batch size {images}: give a whole number from 1, as in data.params.batch_size=4")
     if params.get("prior_urls"):
-        pictures += round(pictures * params.get("prior_ratio", 1.0))
+        images += round(images * params.get("prior_ratio", 1.0))
     factor = model.first_stage_model.downsampling if isinstance(model, LatentDiffusion) else 1
     side = model.image_size if size is None else size // factor
     step = factor * getattr(model.model.diffusion_model, "downsampling", 1)
     if side < 1 or side * factor % step or (size or 0) % step:
         raise UserError(f"{size or side * factor} pixels a side: the model takes multiples of {step}")
-    if gives_pictures(model, config):
+    if gives_images(model, config):
         channels = 3 if isinstance(model, LatentDiffusion) else model.channels
-        data = torch.empty(pictures, side * factor, side * factor, channels)
+        data = torch.empty(images, side * factor, side * factor, channels)
     else:
-        data = torch.empty(pictures, 2 * model.channels, side, side, dtype=torch.float16)
-    return {model.first_stage_key: data, **_conditioning(model, pictures)}
+        data = torch.empty(images, 2 * model.channels, side, side, dtype=torch.float16)
+    return {model.first_stage_key: data, **_conditioning(model, images)}
 
 
-def _conditioning(model: DDPM, pictures: int) -> Mapping[str, Any]:
+def _conditioning(model: DDPM, images: int) -> Mapping[str, Any]:
     stage = getattr(model, "cond_stage_model", None)
     if stage is None or model.model.conditioning_key is None:
         return {}
     if isinstance(stage, DummyEncoder):
         width = model.model.diffusion_model.context_dim
-        return {stage.key: torch.empty(pictures, _TEXT_TOKENS, width, dtype=torch.float16)}
+        return {stage.key: torch.empty(images, _TEXT_TOKENS, width, dtype=torch.float16)}
     if isinstance(stage, ClassEmbedder):
-        return {stage.key: torch.zeros(pictures, dtype=torch.long)}
-    return {model.cond_stage_key: ["a picture"] * pictures}
+        return {stage.key: torch.zeros(images, dtype=torch.long)}
+    return {model.cond_stage_key: ["a image"] * images}

@@ -1,4 +1,4 @@
-"""Accounting of tensors: what is made, when it goes, and what it is for."""
+"""Ledger of tensor storages: sizes, lifetimes and categories."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-TEMPORARIES = "temporaries"  # what has no other name
+TEMPORARIES = "temporaries"  # everything without another name
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", TEMPORARIES)
-HOST = "host"  # not on the device, so not counted
+HOST = "host"  # not on the device, not counted
 
 _BLOCK = 512  # bytes: CUDA's caching allocator hands out multiples of it
 
 
 class Ledger(TorchDispatchMode):
-    """Within it every storage that an operation makes is entered with its size, and again when it is freed.
+    """Context in which every storage that an operation allocates is entered with its size, and again when it is freed.
 
-    Around a `FakeTensorMode`, nothing is computed and nothing takes memory. A category counts for the whole life of a
-    storage, also for the time before it was named: what becomes a gradient is a gradient from the start.
+    Around a `FakeTensorMode`, nothing is computed and no memory is allocated. A category holds for the whole life of a
+    storage, including the time before it was named: a storage that becomes a gradient is a gradient from the start.
     """
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ class Ledger(TorchDispatchMode):
 
     @property
     def now(self) -> int:
-        """The number of entries so far."""
+        """Number of entries so far."""
         return len(self._entries)
 
     @contextmanager
     def naming(self, category: str) -> Iterator[None]:
-        """Within it, what is made is of `category` until it is named otherwise."""
+        """Give `category` to everything that is allocated inside the context, until it is named otherwise."""
         before, self._fresh = self._fresh, category
         try:
             yield
@@ -57,21 +57,23 @@ class Ledger(TorchDispatchMode):
             self._fresh = before
 
     def name(self, tensors: Iterable[Any], category: str) -> None:
-        """Say what `tensors` are; entries that are no tensors are passed over."""
+        """Give `tensors` a category. Entries that are not tensors are passed over."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 for storage in self._enter(tensor):
                     self._categories[storage] = category
 
     def name_survivors(self, since: int, category: str) -> None:
-        """Say what the temporaries are that were made after `since` and are still there."""
+        """Give a category to the temporaries that were allocated after `since` and still exist."""
         made = {storage for storage, size in self._entries[since:] if size > 0}
         for storage, _ in self._live.values():
             if storage in made and self._categories[storage] == TEMPORARIES:
                 self._categories[storage] = category
 
     def peak(self, since: int = 0) -> dict[str, int]:
-        """Bytes of each category on the device at the moment, `since` or later, when they were the most together."""
+        """Return the bytes of each category on the device at the moment, at or after `since`, when their sum was
+        largest.
+        """
         held = dict.fromkeys(CATEGORIES, 0)
         total = most = 0
         at_peak = dict(held)
@@ -85,8 +87,8 @@ class Ledger(TorchDispatchMode):
         return at_peak
 
     def _enter(self, tensor: Tensor) -> list[int]:
-        """The storages of `tensor`, which are entered if they are new."""
-        if is_traceable_wrapper_subclass(tensor):  # such as quantised optimizer state
+        """Return the storages of `tensor`, and enter those that are new."""
+        if is_traceable_wrapper_subclass(tensor):  # for example quantised optimizer state
             parts, _ = tensor.__tensor_flatten__()
             return [storage for part in parts for storage in self._enter(getattr(tensor, part))]
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""What a training step takes on a CUDA device, counted on tensors that hold nothing: no GPU, and hardly any memory."""
+"""Memory of a training step on a CUDA device, counted on fake tensors: without a GPU and with hardly any memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.cpu import as_on_cuda
 from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
 from ldm.optim import build_optimizer
-from ldm.planning.fake_batch import gives_pictures, make_batch
+from ldm.planning.fake_batch import gives_images, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
 from ldm.release.building import without_initialisation
 from ldm.util import UserError, nearest
 
-# Lightning's `precision` → the type of the weights, and that of autocast.
+# Lightning's `precision` → dtype of the weights, dtype of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "64-true": (torch.float64, None),
     "32-true": (torch.float32, None),
@@ -37,14 +37,14 @@ _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 _SHORT_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
-def peak_of_step(config: DictConfig, pictures: int | None = None, size: int | None = None) -> dict[str, int]:
-    """Bytes of each of `ledger.CATEGORIES` at the peak of a training step of `config`, on one device.
+def peak_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, int]:
+    """Return the bytes of each of `ledger.CATEGORIES` at the peak of a training step of `config`, on one device.
 
-    The step is the second, since the first makes the optimizer's state. Counted are tensors: not the CUDA context, the
-    workspaces of libraries, what a kernel takes within, nor what fragmentation wastes.
+    The step is the second one, because the first allocates the optimizer's state. Tensors alone are counted: not the
+    CUDA context, library workspaces, temporaries inside a kernel, or fragmentation.
 
     Args:
-        pictures: of a batch; `data.params.batch_size` by default.
+        images: batch size; `data.params.batch_size` by default.
         size: pixels a side; by default what the model's `image_size` means.
 
     Raises:
@@ -55,9 +55,9 @@ def peak_of_step(config: DictConfig, pictures: int | None = None, size: int | No
     _fill_caches(config)
     with FakeTensorMode(), _on_the_cpu():
         model = _build(config, weights)
-        batch = make_batch(model, config, pictures, size)
+        batch = make_batch(model, config, images, size)
         with Ledger() as ledger:
-            _name_weights(ledger, model, first_stage_leaves=not gives_pictures(model, config))
+            _name_weights(ledger, model, first_stage_leaves=not gives_images(model, config))
             return _second_step(ledger, model, batch, autocast, trainer.get("accumulate_grad_batches") or 1)
 
 
@@ -70,7 +70,7 @@ def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
 
 @contextmanager
 def _on_the_cpu() -> Iterator[None]:
-    """What differs on the CPU is made as it is on CUDA; nothing is compiled, and nobody warned of fake tensors."""
+    """Run on the CPU what would run on CUDA, without compilation and without warnings about fake tensors."""
     compiled, torch.compile = torch.compile, _uncompiled
     try:
         with as_on_cuda(), _CudaAutocast(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
@@ -81,16 +81,15 @@ def _on_the_cpu() -> Iterator[None]:
 
 
 def _uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-    """`torch.compile` for the time of a plan.
+    """Stand in for `torch.compile` during a forecast.
 
-    What is compiled for an optimizer updates tensors in place within a kernel: there is nothing to count, and with fake
-    tensors nothing to do.
+    A compiled optimizer updates tensors in place inside one kernel. That allocates nothing, so it is left out.
     """
     return function if torch.is_grad_enabled() else lambda *_args, **_kwargs: None
 
 
 class _CudaAutocast(TorchFunctionMode):
-    """Makes autocast on the CPU keep normalisation in float32, as it does on CUDA."""
+    """Mode in which autocast on the CPU keeps normalisation in float32, as it does on CUDA."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -101,7 +100,9 @@ class _CudaAutocast(TorchFunctionMode):
 
 
 def _fill_caches(config: DictConfig) -> None:
-    """Let the optimizer's library make the tables that it keeps of real numbers: fake ones would spoil the training."""
+    """Let the optimizer's library build its cached tables from real tensors, because fake ones would break training
+    later.
+    """
     described = plain(config.get("model") or {}).get("params", {}).get("optimizer_config")
     if described:
         parameter = nn.Parameter(torch.zeros(64, 64))
@@ -111,13 +112,13 @@ def _fill_caches(config: DictConfig) -> None:
 
 
 def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
-    """The model, without loading weights, its parameters of `dtype` as Lightning's precision would have them."""
+    """Return the model without loaded weights, with parameters of the `dtype` that Lightning's precision gives."""
     described = OmegaConf.create({"model": _without_files(plain(config.get("model") or {}))})
     with without_initialisation():
         model = build_model(described)
     if not isinstance(model, DDPM):
         raise UserError(f"{config.model.target}: only the steps of diffusion models are planned")
-    # Not by Module.to(): fake tensors cannot be exchanged in place.
+    # Module.to() fails: fake tensors cannot be swapped in place.
     kept = _on_host(model)
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -127,14 +128,14 @@ def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
 
 
 def _without_files(described: Any) -> Any:
-    """A config without the weights that it would load."""
+    """Return `described` without the files of weights that it names."""
     if isinstance(described, dict):
         return {key: _without_files(value) for key, value in described.items() if key != "ckpt_path"}
     return described
 
 
 def _on_host(model: nn.Module) -> set[int]:
-    """The `id`s of the parameters that never leave the host."""
+    """Return the `id` of each parameter that stays on the host."""
     parts = (part for part in model.modules() if isinstance(part, StaysOnHost) and part.stays_on_host)
     return {id(parameter) for part in parts for parameter in part.parameters()}
 
@@ -151,7 +152,7 @@ def _name_weights(ledger: Ledger, model: DDPM, first_stage_leaves: bool) -> None
 def _second_step(
     ledger: Ledger, model: DDPM, batch: dict[str, Any], autocast: torch.dtype | None, accumulate: int
 ) -> dict[str, int]:
-    """Run two steps in the order in which Lightning does; the peak of the second."""
+    """Run two steps in the order that Lightning uses, and return the peak of the second."""
     host = _on_host(model)
     trained = [parameter for parameter in model.trained_parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -173,7 +174,7 @@ def _second_step(
 
     for _ in range(2):
         began = ledger.now
-        if accumulate > 1:  # one is enough for the gradients to be there when the last one begins
+        if accumulate > 1:  # one is enough: gradients then exist when the last begins
             micro_batch(first=True)
         with ledger.naming(stepped_where):
             model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
@@ -183,10 +184,10 @@ def _second_step(
 
 
 def _optimizer(model: DDPM) -> Optimizer:
-    model.learning_rate = 1.0  # whatever: nothing is computed
+    model.learning_rate = 1.0  # any value: nothing is computed
     configured = model.configure_optimizers()
     optimizer = configured if isinstance(configured, Optimizer) else configured[0][0]
     for group in optimizer.param_groups:
         if "foreach" in group and group["foreach"] is None and group.get("fused") is None:
-            group["foreach"] = True  # what torch chooses on CUDA
+            group["foreach"] = True  # torch's choice on CUDA
     return optimizer

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import Strategy
 
+from ldm.distributed.ranks import is_first_process
 from ldm.planning.card import AS_GIVEN, GIB, needed, tiers, with_tier
-from ldm.planning.step import peak_of_step
+from ldm.planning.forecast import forecast, start_forecast
 from ldm.training.strategies import ShardedStrategy
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
-def warn_if_too_large(config: DictConfig, strategy: Strategy) -> None:
-    """On a CUDA device, warn if a training step of `config` will not fit what is free there, and say what would.
+def begin_forecast(config: DictConfig) -> subprocess.Popen | None:
+    """Start the forecast of a step of `config` in a process of its own; None where nobody will ask for it.
 
-    The prediction is for a device that holds all of the weights: none is made where they are sharded.
+    Only the first process of a run asks, and only on a machine with a CUDA device.
     """
-    if strategy.root_device.type != "cuda" or isinstance(strategy, ShardedStrategy):
+    return start_forecast(config) if torch.cuda.is_available() and is_first_process() else None
+
+
+def warn_if_too_large(config: DictConfig, strategy: Strategy, begun: subprocess.Popen | None = None) -> None:
+    """Warn on a CUDA device if a training step of `config` does not fit its free memory, and name what does.
+
+    The forecast is for a device that holds all of the weights: none is made where they are partitioned. `begun` is the
+    process that makes it.
+    """
+    if strategy.root_device.type != "cuda" or isinstance(strategy, ShardedStrategy) or not is_first_process():
         return
     free, _ = torch.cuda.mem_get_info(strategy.root_device)
     try:
+        if begun is not None:
+            begun.wait()
         compare(config, free)
     except Exception as error:  # a forecast that fails must not keep a run from starting
         log.info("The memory of a step is not known beforehand (%s)", str(error).partition("\n")[0])
@@ -40,8 +53,8 @@ def compare(config: DictConfig, free: int) -> None:
     log.info("A training step is predicted to need %.1f GiB of the GPU; %.1f GiB are free", needs / GIB, free / GIB)
     if needs <= free:
         return
-    pictures = config.data.params.batch_size
-    advice = "nothing here fits: train smaller pictures, or on a larger GPU"
+    images = config.data.params.batch_size
+    advice = "nothing here fits: train smaller images, or on a larger GPU"
     for tier in (AS_GIVEN, *tiers()):
         described = with_tier(config, tier)
         batch = 1 if tier == AS_GIVEN else described.data.params.batch_size
@@ -52,11 +65,11 @@ def compare(config: DictConfig, free: int) -> None:
         if needs_less <= free:
             named = f"data.params.batch_size={batch}" if tier == AS_GIVEN else f"--base ... {tier}, batch {batch},"
             advice = f"{named} would need {needs_less / GIB:.1f} GiB"
-            if batch < pictures:
-                advice += f"; --accumulate_grad_batches {-(-pictures // batch)} keeps the images of a step"
+            if batch < images:
+                advice += f"; --accumulate_grad_batches {-(-images // batch)} keeps the images of a step"
             break
     log.warning("This will run out of memory: %.1f GiB are needed and %.1f free. %s", needs / GIB, free / GIB, advice)
 
 
-def _needs(config: DictConfig, pictures: int | None = None) -> int:
-    return needed(sum(peak_of_step(config, pictures).values()))
+def _needs(config: DictConfig, images: int | None = None) -> int:
+    return needed(sum(forecast(config, images).values()))

@@ -1,4 +1,4 @@
-"""Released weights into a training checkpoint that `main.py --resume` takes."""
+"""Grafting of released weights into a training checkpoint that `main.py --resume` takes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, is_optional
-from ldm.release.keys import ema_key
+from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, ema_key, is_optional
+from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_DECAY, EMA_UPDATES, MODEL, has_part
 from ldm.util import UserError
 
 Weights = Mapping[str, torch.Tensor]
@@ -18,12 +18,12 @@ Weights = Mapping[str, torch.Tensor]
 # Callbacks whose state is about the weights that are replaced: the first ones, in evaluation/start.safetensors.
 _OF_THE_WEIGHTS = ("Forgetting",)
 # What the training's config says.
-_OWN = (*SCHEDULE_KEYS, "model_ema.decay")
+_OWN = (*SCHEDULE_KEYS, EMA_DECAY)
 
 
 @dataclass
 class Graft:
-    """A state dict with released weights in it, and where its keys came from."""
+    """State dict with released weights in it, and where its keys came from."""
 
     state_dict: dict[str, torch.Tensor | Pending] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
@@ -32,9 +32,9 @@ class Graft:
     skipped: list[str] = field(default_factory=list)  # of the release: the training has no place for them
 
     def summary(self) -> list[str]:
-        """One line for each kind of key, with counts."""
-        cond_stage = sum(key.startswith("cond_stage_model.") and not is_optional(key) for key in self.skipped)
-        ema = sum(key.startswith("model_ema.") for key in self.skipped)
+        """Return one line for each kind of key, with counts."""
+        cond_stage = sum(key.startswith(COND_STAGE) and not is_optional(key) for key in self.skipped)
+        ema = sum(key.startswith(EMA) for key in self.skipped)
         lines = [
             (len(self.released), "weights taken from the release"),
             (len(self.averaged), "EMA weights taken from the release"),
@@ -71,22 +71,22 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
             raise UserError(f"{source}: {origin} has shape {shapes}; is it a release of another model?")
         (result.averaged if key in origins else result.released).append(key)
         result.state_dict[key] = cast(value, own.dtype)
-    if "model_ema.num_updates" in state_dict and not origins.keys() <= release.keys():
+    if EMA_UPDATES in state_dict and not origins.keys() <= release.keys():
         # The average starts anew. A negative number means that updates are not counted.
-        result.state_dict["model_ema.num_updates"] = state_dict["model_ema.num_updates"].clamp(max=0)
+        result.state_dict[EMA_UPDATES] = state_dict[EMA_UPDATES].clamp(max=0)
 
     used = {*state_dict, *origins.values()}
     result.skipped = [key for key in release if key not in used]
-    has_cond_stage = any(key.startswith("cond_stage_model.") for key in state_dict)
+    has_cond_stage = has_part(state_dict, COND_STAGE)
     for key in result.skipped:
-        if not is_optional(key) and (has_cond_stage or not key.startswith("cond_stage_model.")):
+        if not is_optional(key) and (has_cond_stage or not key.startswith(COND_STAGE)):
             raise UserError(f"{source}: {key} has no place in the training; is it a release of another model?")
     return result
 
 
 def _ema_origins(state_dict: Weights, release: Weights) -> dict[str, str]:
-    """For each EMA weight of `state_dict`, the key of `release` that it starts from: all EMA, or all weights."""
-    shadows = {ema_key(key): key for key in state_dict if key.startswith("model.")}
+    """Return the key of `release` that each EMA weight of `state_dict` starts from: all EMA, or all weights."""
+    shadows = {ema_key(key): key for key in state_dict if key.startswith(MODEL)}
     shadows = {shadow: key for shadow, key in shadows.items() if shadow in state_dict}
     if shadows.keys() <= release.keys():
         return {shadow: shadow for shadow in shadows}
@@ -94,7 +94,7 @@ def _ema_origins(state_dict: Weights, release: Weights) -> dict[str, str]:
 
 
 def grafted_checkpoint(training: Mapping[str, Any], grafted: Graft) -> dict[str, Any]:
-    """The Lightning checkpoint `training` with the grafted weights; its optimizers forget the weights they knew.
+    """Return the Lightning checkpoint `training` with the grafted weights and without its optimizers' moments.
 
     Loops, step, schedulers and the optimizers' param groups stay.
     """

@@ -1,4 +1,4 @@
-"""What `tools/hack_weights.py` does with files: read, graft, keep what is replaced, write, and say so."""
+"""Files of `tools/hack_weights.py`: read, graft, keep the file that is replaced, write, and log it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     grafted = graft(weights_of(training.content, training_path), released, release_path)
     log.info("\n".join(grafted.summary()))
     log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
-    content = _with_encoders(grafted_checkpoint(training.content, grafted), released, release)
-    _write(content, out, [training, release])
+    content = _with_encoders(grafted_checkpoint(training.content, grafted), released)
+    _write(content, out)
 
 
 def hack_config(config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path) -> None:
@@ -58,7 +58,7 @@ def hack_config(config: DictConfig, config_names: Sequence[str | Path], release_
     released = _release_weights(release, release_path)
     grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
-    _write(_with_encoders(fresh_checkpoint(grafted), released, release), out, [release])
+    _write(_with_encoders(fresh_checkpoint(grafted), released), out)
 
 
 def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
@@ -68,10 +68,9 @@ def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
     return weights
 
 
-def _with_encoders(content: dict, released: dict, release: OpenCheckpoint) -> dict:
-    """`content` with the digests of the release's encoders, which training compares with those of its shards."""
+def _with_encoders(content: dict, released: dict) -> dict:
+    """Return `content` with the digests of the release's encoders, which training compares with those of its shards."""
     digests = encoder_digests(released)
-    release.file.drop_pages()
     return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
 
 
@@ -82,10 +81,10 @@ def _check_out(out: Path, release: Path) -> None:
         raise UserError(f"{out}: is the release itself, which would be replaced; choose another --out")
 
 
-def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
+def _write(content: dict, out: Path) -> None:
     kept = _keep(out) if out.exists() and not _is_made_from_config(out) else None
     try:
-        save_checkpoint(content, out, sources=[source.file for source in sources])
+        save_checkpoint(content, out)
     except BaseException:  # Ctrl-C too: what was not replaced needs no second name
         if kept and kept.samefile(out):
             kept.unlink()
@@ -97,7 +96,7 @@ def _write(content: dict, out: Path, sources: Sequence[OpenCheckpoint]) -> None:
 
 
 def _is_made_from_config(path: Path) -> bool:
-    """Whether the file is a checkpoint that `hack_config` wrote: no training is lost with it."""
+    """Return whether `hack_config` wrote the file: then no training is lost with it."""
     try:
         content = open_checkpoint(path).content
     except UserError:

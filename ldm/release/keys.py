@@ -1,4 +1,7 @@
-"""What a training checkpoint and a release are, and how its keys are named."""
+"""Training checkpoints and releases: how their keys are named, and checks that a file is the one or the other.
+
+The names are those of `ldm.checkpoint.keys`.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.modules.ema import shadow_name
+from ldm.checkpoint.keys import (
+    COND_STAGE,
+    CONDITIONER,
+    EMA,
+    EMA_COUNTERS,
+    FIRST_STAGE,
+    MODEL,
+    OPTIONAL_KEYS,
+    SCHEDULE_KEYS,
+    UNET,
+    ema_key,
+    has_part,
+    is_optional,
+)
 from ldm.util import UserError
+
+__all__ = [
+    "CONDITIONER",
+    "COND_STAGE",
+    "EMA",
+    "EMA_COUNTERS",
+    "FIRST_STAGE",
+    "MODEL",
+    "OPTIONAL_KEYS",
+    "SCHEDULE_KEYS",
+    "TRAINING_STATE",
+    "UNET",
+    "check_release",
+    "check_training_checkpoint",
+    "ema_key",
+    "has_part",
+    "is_optional",
+]
 
 # What Lightning needs to take a training up again.
 TRAINING_STATE = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
-
-
-def ema_key(key: str) -> str:
-    """The state-dict key of the EMA of the weight `key`, which is below `model.`."""
-    return "model_ema." + shadow_name(key.removeprefix("model."))
 
 
 def check_release(content: Mapping[str, Any], path: str | Path) -> None:

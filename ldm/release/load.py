@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from ldm.checkpoint import load_into, load_state_dict
+from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.release.building import without_initialisation
@@ -59,7 +60,7 @@ def load_release(
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"the config describes a {type(model).__name__}; a release is a LatentDiffusion")
     report = load_into(model, weights, source=str(ckpt))
-    if any(key.startswith("model_ema.") for key in report.missing):
+    if has_part(report.missing, EMA):
         model.restart_ema()
     for part in (model.model, model.first_stage_model, model.cond_stage_model):
         if part is not None:

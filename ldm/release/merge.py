@@ -1,9 +1,9 @@
-"""A training checkpoint and the release that it started from → a new release."""
+"""Merging of a training checkpoint into the release that it started from: a new release."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,26 +13,33 @@ from ldm.checkpoint import (
     SCHEDULE_KEYS,
     Pending,
     check_suffix,
+    converted,
+    ema_key,
+    in_memory,
+    is_finite,
     is_optional,
     open_checkpoint,
+    same_values,
     save_state_dict,
     weights_of,
 )
-from ldm.release.keys import check_release, check_training_checkpoint, ema_key
+from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, has_part
+from ldm.release.keys import check_release, check_training_checkpoint
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
 
-EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 # Parts that a training may lack: the release's stay as they are.
-_OPTIONAL_PARTS = ("first_stage_model.", "cond_stage_model.")
+_OPTIONAL_PARTS = (FIRST_STAGE, COND_STAGE)
+# Digests of the weights, as other programs store them in the metadata of a release: those of a merge are others.
+_STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 @dataclass
 class Merge:
-    """A release's state dict with trained weights in it, and which of its keys came from where."""
+    """State dict of a release with trained weights in it, and where each of its keys came from."""
 
     kind: str  # of the trained weights: "ema" or "raw"
     state_dict: dict[str, torch.Tensor | Pending] = field(default_factory=dict)
@@ -41,7 +48,7 @@ class Merge:
     untouched: list[str] = field(default_factory=list)
 
     def summary(self) -> list[str]:
-        """One line for each kind of key, with counts."""
+        """Return one line for each kind of key, with counts."""
         kind = "its moving average (ema)" if self.kind == "ema" else "the weights themselves (raw)"
         lines = [
             (len(self.trained), f"weights taken from the training, {kind}"),
@@ -57,24 +64,22 @@ def merge(
     *,
     weights: str | None = None,
     half: bool = False,
-    after_each: Callable[[], None] = lambda: None,
 ) -> Merge:
-    """`release` with every weight that `training` changed, cast to the release's dtype; the rest bit for bit.
+    """Return `release` with every weight that `training` changed, cast to the release's dtype; the rest bit for bit.
 
-    A weight counts as changed if it differs from the released one in the dtype of the training, and so does each
-    element: a training in a narrow dtype does not round those that it left alone.
+    A weight counts as changed if it differs from the released one in the dtype of the training. The same holds for each
+    element: those that a training in a narrow dtype left alone are not rounded.
 
     Args:
         weights: `ema` takes the moving average where there is one, `raw` the weights themselves; None: `ema` if the
             training has any. EMA keys of the release get the training's EMA, or where it has none the changed weights.
         half: floating weights become float16; the noise schedule keeps its dtype.
-        after_each: called when a tensor has been read.
 
     Raises:
         UserError: the two are not of one architecture, or `ema` is asked of a training without. A value that is not
             finite, or too large for its new dtype, raises when its `Pending` is computed.
     """
-    shadows = {key: ema_key(key) for key in training if key.startswith("model.")}
+    shadows = {key: ema_key(key) for key in training if key.startswith(MODEL)}
     has_ema = any(shadow in training for shadow in shadows.values())
     if weights == "ema" and not has_ema:
         raise UserError("the training checkpoint has no moving average (use_ema: False); use --weights raw")
@@ -93,12 +98,11 @@ def merge(
         changed = origin in training and reference in release and _differ(training[origin], release[reference])
         dtype = torch.float16 if half and released.is_floating_point() and key not in SCHEDULE_KEYS else released.dtype
         if changed:
-            (result.averaged if key.startswith("model_ema.") else result.trained).append(key)
+            (result.averaged if key.startswith(EMA) else result.trained).append(key)
             result.state_dict[key] = _converted(origin, training[origin], dtype, start=release[reference])
         else:
             result.untouched.append(key)
             result.state_dict[key] = released if dtype == released.dtype else _converted(key, released, dtype)
-        after_each()
     return result
 
 
@@ -113,39 +117,46 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
             raise UserError(f"{key} has shape {shapes}; are they of one model?")
         if key not in release and not is_optional(key):
             raise UserError(f"the release lacks {key}, which the training has; are they of one model?")
-    parts = [part for part in _OPTIONAL_PARTS if not any(key.startswith(part) for key in training)]
+    parts = [part for part in _OPTIONAL_PARTS if not has_part(training, part)]
     for key in release:
         if key not in training and not is_optional(key) and not key.startswith(tuple(parts)):
             raise UserError(f"the training lacks {key}, which the release has; are they of one model?")
 
 
 def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
-    return not torch.equal(trained, released.to(trained.dtype))
+    trained = in_memory(trained)
+    return not same_values(trained, converted(in_memory(released), trained.dtype))
 
 
-def _converted(key: str, value: torch.Tensor, dtype: torch.dtype, start: torch.Tensor | None = None) -> Pending:
-    """`value` in `dtype`; of a trained one, elements still equal to `start` in the dtype of `value` are `start`'s."""
+def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.Tensor | None = None) -> Pending:
+    """Return `tensor` in `dtype`, to be computed when it is written.
+
+    Elements of a trained `tensor` that still equal `start` in its dtype are those of `start`.
+    """
 
     def compute() -> torch.Tensor:
-        converted = value.to(dtype)
+        value = in_memory(tensor)
+        new = converted(value, dtype)
         if start is not None:
-            converted = torch.where(value == start.to(value.dtype), start.to(dtype), converted)
-        if not torch.isfinite(converted).all():
-            if torch.isfinite(value).all():
+            old = in_memory(start)
+            new = torch.where(value == converted(old, value.dtype), converted(old, dtype), new)
+        if not is_finite(new):
+            if is_finite(value):
                 raise UserError(f"{key} has values too large for {dtype}; merge into a release of a wider dtype")
             if start is not None:
                 raise UserError(
                     f"{key} has values that are not finite: the training diverged; take an older checkpoint"
                 )
-        return converted
+        return new
 
-    return Pending(tuple(value.shape), dtype, compute)
+    return Pending(tuple(tensor.shape), dtype, compute)
 
 
 def merge_files(training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool) -> None:
-    """Merge the checkpoints at `training_path` and `release_path` into the release `out`, saying what came from where.
+    """Merge the checkpoints at `training_path` and `release_path` into the release `out`; log where its keys come from.
 
-    `weights` and `half` are those of `merge`; the format of `out` goes by its suffix.
+    `weights` and `half` are those of `merge`; the format of `out` goes by its suffix. The release's metadata is kept,
+    except for digests of its weights.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
@@ -157,7 +168,6 @@ def merge_files(training_path: Path, release_path: Path, out: Path, weights: str
     training, release = open_checkpoint(training_path), open_checkpoint(release_path)
     check_training_checkpoint(training.content, training_path)
     check_release(release.content, release_path)
-    sources = [training.file, release.file]
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
     log.info("release: %s", release_path)
     try:
@@ -166,10 +176,10 @@ def merge_files(training_path: Path, release_path: Path, out: Path, weights: str
             weights_of(release.content, release_path),
             weights=weights,
             half=half,
-            after_each=lambda: [source.drop_pages() for source in sources],
         )
         log.info("\n".join(merged.summary()))
-        save_state_dict(merged.state_dict, out, sources=sources)
+        metadata = {key: text for key, text in release.metadata.items() if key not in _STALE_METADATA}
+        save_state_dict(merged.state_dict, out, metadata=metadata)
     except UserError as error:
         raise UserError(f"{training_path} into {release_path}: {error}") from error
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(merged.state_dict))

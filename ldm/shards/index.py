@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.files import atomic_write, read_at_most
+from ldm.files import atomic_write, check_file, read_at_most
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,9 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not isinstance(index, dict) or "shards" not in index:
         raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove it if it is not that of a set of shards")
     version = index.get("format", 1)
-    if not (_is_whole(version) and 1 <= version <= FORMAT_VERSION):
+    if not (is_whole(version) and 1 <= version <= FORMAT_VERSION):
         raise UserError(f"{path}: has format {version!r:.80}, this program knows 1 to {FORMAT_VERSION}; {MAKE_AGAIN}")
-    _check(f"{path}: ", index, _ENTRIES)
+    check_entries(f"{path}: ", index, _ENTRIES)
     for number, shard in enumerate(index["shards"]):
         where = f"{path}: shards[{number}]"
         if not isinstance(shard, dict):
@@ -69,18 +69,18 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         missing = next((key for key in needed if key not in shard), None)
         if missing is not None:
             raise UserError(f"{where} has no {missing}; {_MEND}")
-        _check(f"{where}: its ", shard, _SHARD_ENTRIES)
+        check_entries(f"{where}: its ", shard, SHARD_ENTRIES)
     return index
 
 
-def _check(where: str, found: Mapping[str, Any], entries: Mapping[str, _Entry]) -> None:
+def check_entries(where: str, found: Mapping[str, Any], entries: Mapping[str, Entry], mend: str = _MEND) -> None:
     """Raise `UserError` for the first of `entries` that is in `found` and not what it should be."""
     for key, (fits, what) in entries.items():
         if key in found and not fits(found[key]):
-            raise UserError(f"{where}{key} is {found[key]!r:.80}, {what}; {_MEND}")
+            raise UserError(f"{where}{key} is {found[key]!r:.80}, {what}; {mend}")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -112,22 +112,23 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
-_Entry = tuple[Callable[[Any], bool], str]  # whether a value is right, and what to say of one that is not
-_WHOLE: _Entry = (_is_whole, "not a whole number of at least 0")
-_DIGEST: _Entry = (_is_digest, "which is no digest")
-_ENTRIES: dict[str, _Entry] = {
+Entry = tuple[Callable[[Any], bool], str]  # whether a value is right, and what to say of one that is not
+WHOLE: Entry = (is_whole, "not a whole number of at least 0")
+_DIGEST: Entry = (_is_digest, "which is no digest")
+FAILURES: Entry = (_is_failures, "not a list of the name and the reason of pictures that could not be read")
+_ENTRIES: dict[str, Entry] = {
     "shards": (lambda value: isinstance(value, list), "not a list"),
     "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
-    "samples": _WHOLE,
+    "samples": WHOLE,
     **dict.fromkeys(ENCODERS, (lambda value: value is None or _is_digest(value), "which is no digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
-    "failed": (_is_failures, "not a list of the name and the reason of pictures that could not be read"),
+    "failed": FAILURES,
     "made_from": (lambda value: isinstance(value, dict), "not what the set is made from, by name"),
 }
-_SHARD_ENTRIES: dict[str, _Entry] = {
+SHARD_ENTRIES: dict[str, Entry] = {
     "name": (_is_name, "which names no file in this folder"),
-    "samples": _WHOLE,
-    "bytes": _WHOLE,
+    "samples": WHOLE,
+    "bytes": WHOLE,
     "sha256": _DIGEST,
 }
 
@@ -159,7 +160,8 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished:
             continue
         known = {shard["name"]: shard.get("bytes") for shard in index["shards"]}
         for path in shards:
-            if not path.is_file():
+            check_file(path)
+            if not path.exists():
                 if path.name not in known:
                     raise UserError(f"{path}: no such file")
                 continue

@@ -1,4 +1,4 @@
-"""Reading `.npy` arrays from files that nobody vouches for: no pickles, and no more memory than the file holds."""
+"""Reader of `.npy` arrays from untrusted files: numpy's own, without pickles, behind a check of type and size."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ INTEGERS = ("int32", "int64")
 
 @dataclass(frozen=True)
 class NpyHeader:
-    """What a `.npy` header says: where the data starts, and its shape, type and order."""
+    """Header of a `.npy`: where the data starts, their shape and type."""
 
     start: int
     shape: tuple[int, ...]
     dtype: np.dtype
-    fortran_order: bool
 
 
 @lru_cache(maxsize=256)  # the arrays of a set share one header
@@ -35,19 +34,24 @@ def _parse(header: bytes, types: tuple[str, ...]) -> NpyHeader:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"npy format version {version} is not read")
-    shape, fortran_order, dtype = readers[version](file)
+    shape, _, dtype = readers[version](file)
     if dtype.newbyteorder("=").name not in types:
         raise ValueError(f"its type is {dtype}, not one of {', '.join(types)}")
+    if not all(type(side) is int for side in shape):  # numpy takes True for 1
+        raise ValueError(f"its shape {shape} is not made of whole numbers")
+    if not shape:
+        raise ValueError("it is a single number, not an array")
     if any(side < 1 for side in shape):
         raise ValueError(f"its shape {shape} is empty")
-    return NpyHeader(file.tell(), shape, dtype, fortran_order)
+    return NpyHeader(file.tell(), shape, dtype)
 
 
 def read_header(start: bytes, size: int, name: str, types: tuple[str, ...] = FLOATS) -> NpyHeader:
-    """The header of a `.npy` of `size` bytes that begins with `start` (`HEADER_BYTES` of it are enough).
+    """Return the header of a `.npy` of `size` bytes that begins with `start` (`HEADER_BYTES` of it are enough).
 
     Raises:
-        UserError: it is not a `.npy`, of none of `types`, or its shape does not account for `size`; names `name`.
+        UserError: it is no `.npy`, has none of `types`, is no array, or its shape does not account for `size`; names
+            `name`.
     """
     width = 2 if start[6:7] == b"\x01" else 4  # bytes of the field that gives the header's length
     length = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
@@ -62,21 +66,20 @@ def read_header(start: bytes, size: int, name: str, types: tuple[str, ...] = FLO
 
 
 def decode(data: bytearray, name: str, types: tuple[str, ...] = FLOATS) -> np.ndarray:
-    """The array in `data`, sharing its memory; float64 comes back as float32, as nothing here computes in it.
+    """Return the array in `data`, in row order; float64 becomes float32, since nothing here computes in it.
 
     Raises:
         UserError: as `read_header`.
     """
     header = read_header(data[:HEADER_BYTES], len(data), name, types)
-    flat = np.frombuffer(data, dtype=header.dtype, offset=header.start)
-    array = flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     dtype = header.dtype.newbyteorder("=")
     dtype = np.dtype("float32") if dtype == np.float64 else dtype
     return np.ascontiguousarray(array, dtype=dtype)
 
 
 def encode(array: np.ndarray) -> bytes:
-    """`array` as the bytes of a `.npy` file."""
+    """Return `array` as the bytes of a `.npy` file."""
     file = io.BytesIO()
     np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
     return file.getvalue()

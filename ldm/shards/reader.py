@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.files import read_span
+from ldm.files import open_file, read_span
 from ldm.shards import npy
 from ldm.shards.sample import CAPTION, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
 from ldm.shards.tar import TarSample, index_tar
@@ -105,7 +105,7 @@ class ShardDataset(Dataset):
             if not samples:
                 logger.warning("%s holds no samples", path)
                 continue
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 for sample in samples:
                     self.sample_keys.append(sample.key)
                     shards.append(number)

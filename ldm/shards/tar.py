@@ -1,4 +1,8 @@
-"""Where the members of a WebDataset tar lie, read from its headers alone, and fetching them by offset."""
+"""Places of the members of a WebDataset tar, read from its headers alone, and members by offset.
+
+It is our own, on top of `tarfile`, since WebDataset reads front to back, while an epoch here is a permutation of all
+samples; and since `tarfile` takes a damaged header for the end of the tar.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.files import MOST_IN_MEMBER
+from ldm.files import MOST_IN_MEMBER, check_file, open_file
 from ldm.util import UserError
 
 _GZIP = b"\x1f\x8b"
@@ -25,21 +29,21 @@ _EXTENDED = (
 
 @dataclass
 class TarSample:
-    """The members `<key>.<extension>` of one sample: extension (lower case) to (offset, size) in bytes."""
+    """Members `<key>.<extension>` of one sample: extension (lower case) to (offset, size) in bytes."""
 
     key: str
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`"a/b.f8.npy"` as key `"a/b"` and extension `"f8.npy"`: WebDataset cuts at the first dot of the file name."""
+    """Return `"a/b.f8.npy"` as key `"a/b"` and extension `"f8.npy"`: WebDataset cuts at the first dot of the name."""
     folder, slash, file_name = name.rpartition("/")
     stem, _, extension = file_name.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def is_sample(key: str, extension: str) -> bool:
-    """Whether a member of these is one of a sample; `__meta__.json`, `.hidden` and names without a dot are not."""
+    """Return whether such a member belongs to a sample; `__meta__.json`, `.hidden` and names without a dot do not."""
     stem = key.rpartition("/")[2]
     return bool(extension and stem) and not (stem.startswith("__") and stem.endswith("__"))
 
@@ -51,7 +55,9 @@ def check_name(name: str, where: str) -> None:
 
 
 class Member(tarfile.TarInfo):
-    """A tar's header, which tarfile may not pass over where it is damaged; extended ones are as long as names."""
+    """Header of a tar. A damaged one raises, where tarfile would take it for the end; the length of extended ones is
+    bounded.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -63,14 +69,14 @@ class Member(tarfile.TarInfo):
             raise ValueError(f"no end mark, but a header that is damaged or cut short ({error})") from error
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """The hook that tarfile has for subclasses."""
+        """Check the size of an extended header; tarfile calls this for each member."""
         if self.type in _EXTENDED and not 0 <= self.size <= _MOST_IN_HEADER:
             raise ValueError(f"an extended header of {self.size} bytes")
         return super()._proc_member(tar)
 
 
 def check_member(member: tarfile.TarInfo, where: str) -> bool:
-    """Whether `member` of the tar `where` is a file, not a folder.
+    """Return whether `member` of the tar `where` is a file, not a folder.
 
     Raises:
         UserError: it is a link, a device or a sparse file, leads outside, or is larger than any sample.
@@ -86,8 +92,8 @@ def check_member(member: tarfile.TarInfo, where: str) -> bool:
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each plain file in the tar, in order; whatever is broken is a `UserError`."""
-    with path.open("rb") as file:
+    """Yield name, offset and size of each plain file in the tar, in order; all that is broken is a `UserError`."""
+    with open_file(path) as file:
         if file.read(2) == _GZIP:
             raise UserError(f"{path}: is compressed; unpack it with gunzip, or name it as 'pipe:gzip -dc {path}'")
         file.seek(0)
@@ -115,13 +121,14 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def index_tar(path: Path) -> list[TarSample]:
-    """The samples of a plain tar, in the order of their first members; names such as `__meta__.json` are no samples.
+    """Return the samples of a plain tar, in the order of their first members, without names such as `__meta__.json`.
 
     Raises:
         UserError: the tar is missing, truncated, damaged, compressed, holds a name that leads outside, or one twice.
     """
     samples: dict[str, TarSample] = {}
-    if not path.is_file():
+    check_file(path)
+    if not path.exists():
         raise UserError(f"{path}: no such file")
     for name, offset, size in _members(path):
         key, extension = split_name(name.removeprefix("./"))
@@ -135,7 +142,7 @@ def index_tar(path: Path) -> list[TarSample]:
 
 
 def stream_tar(file: BinaryIO, url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members, by extension, of each sample of a tar that can only be read front to back, compressed or not.
+    """Yield key and members, by extension, of each sample of a tar that is read front to back, compressed or not.
 
     The members of a sample must follow each other.
 

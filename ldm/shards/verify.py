@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from ldm.files import atomic_write
+from ldm.files import atomic_write, open_file, read_at_most
 from ldm.shards.index import MAKE_AGAIN, read_index
 from ldm.util import UserError
 
@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 
 # Beside the shards: what was found of each, for as long as its size and its time of change are the same.
 _SEEN = ".verified.json"
+_MOST_BYTES = 1 << 28  # of that file
 _THREADS = 4  # hashing does not hold Python's lock, and a disk likes a few readers
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     hashed = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             hashed.update(block)
     return hashed.hexdigest()
@@ -71,7 +72,7 @@ def _verify_folder(folder: Path, shards: list[Path], expected: dict[str, str]) -
 
 def _read_seen(folder: Path) -> dict[str, list]:
     try:
-        seen = json.loads((folder / _SEEN).read_text())
+        seen = json.loads(read_at_most(folder / _SEEN, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     entries = seen.items() if isinstance(seen, dict) else ()

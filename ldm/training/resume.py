@@ -13,6 +13,7 @@ from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
 from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
+from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
 from ldm.release.building import without_initialisation
@@ -127,8 +128,8 @@ def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> Lig
 def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:
     """Load the weights into `model`, holding them once; returns the keys that the checkpoint lacks."""
     weights = checkpoint.content["state_dict"]
-    report = load_into(model, weights, source=str(checkpoint.path), after_part=checkpoint.opened.file.drop_pages)
-    if any(key.startswith("model_ema.") for key in report.missing):
+    report = load_into(model, weights, source=str(checkpoint.path))
+    if has_part(report.missing, EMA):
         log.info("%s: has no moving average, which starts from the weights", checkpoint.path)
         model.restart_ema()
     # Lightning loads them once more, from the model's own tensors: nothing is copied. What is missing is optional.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoint import save_checkpoint
-from ldm.files import atomic_write, check_within, is_within, read_at_most
+from ldm.checkpoint import open_checkpoint, save_checkpoint
+from ldm.cli.options import read_prompts
+from ldm.config.load import load_config
+from ldm.data.dropout import load_null
+from ldm.encoding.jobs import read_record
+from ldm.files import atomic_write, check_file, check_within, is_within, open_file, read_at_most
+from ldm.images.captions import METADATA, beside, from_metadata
+from ldm.images.find import ImageItem
+from ldm.shards.index import INDEX, read_index
+from ldm.shards.open import open_shards
+from ldm.shards.tar import index_tar
+from ldm.shards.verify import file_sha256
 from ldm.util import UserError
 
 
@@ -112,3 +123,79 @@ def test_is_within_follows_links_and_dots(tmp_path: Path) -> None:
     for path in ("a\0b", folder / "circle"):
         with pytest.raises(UserError, match="is no path"):
             is_within(folder, path)
+
+
+KINDS = {
+    "pipe": (os.mkfifo, "a named pipe"),
+    "folder": (Path.mkdir, "folder"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    "terminal": (lambda path: path.symlink_to("/dev/tty"), "a device"),
+    "socket": (lambda path: _bind(path), "a socket"),
+}
+
+
+def _bind(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.fsencode(os.path.relpath(path)))  # such a name may have about 100 bytes
+
+
+READERS = {
+    "open_file": lambda path: open_file(path).read(),
+    "check_file": check_file,
+    "read_at_most": lambda path: read_at_most(path, 100),
+    "open_checkpoint": open_checkpoint,
+    "index_tar": index_tar,
+    "open_shards": open_shards,
+    "file_sha256": file_sha256,
+    "read_index": lambda path: read_index(_renamed(path, INDEX).parent),
+    "from_metadata": lambda path: from_metadata(_renamed(path, METADATA).parent),
+    "ImageItem": lambda path: ImageItem("a.png", path).read(),
+    "ImageItem in a tar": lambda path: ImageItem("a.png", path, (0, 10)).read(),
+    "load_config": lambda path: load_config([path]),
+    "read_prompts": lambda path: read_prompts([], path),
+    "load_null": load_null,
+    "atomic_write": lambda path: atomic_write(path).__enter__(),
+    "read_record": lambda path: read_record(_moved_to_record(path)),
+}
+
+
+def _renamed(path, name):
+    return path.rename(path.with_name(name))
+
+
+def _moved_to_record(path):
+    record = path.parent / ".parts" / "s.tar.json"
+    record.parent.mkdir()
+    path.rename(record)
+    return path.parent / "s.tar"
+
+
+@pytest.mark.timeout(60)  # to open a named pipe waits for ever
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_open_file_refuses_what_is_no_file_wherever_one_is_expected(kind, reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, said = KINDS[kind]
+    path = tmp_path / "there.tar"
+    make(path)
+    with pytest.raises(UserError, match=said) as caught:
+        READERS[reader](path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_open_file_follows_links_and_leaves_errors_of_the_system(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("a")
+    with open_file(tmp_path / "link") as file:
+        assert file.read() == b"abc"
+    with pytest.raises(FileNotFoundError):
+        open_file(tmp_path / "b")
+    with pytest.raises(UserError, match="no name that a file can have"):
+        open_file("a\0b")
+
+
+def test_captions_that_are_no_files_are_errors_of_their_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "a.txt")
+    caption, error = beside(tmp_path / "a.png")
+    assert caption is None and "a named pipe" in error

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoint import load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
+from ldm.checkpoint import ema_key, load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
 from ldm.config.load import build_model, load_config
-from ldm.release.keys import ema_key
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "hack_weights.py"

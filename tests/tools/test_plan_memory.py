@@ -68,7 +68,7 @@ def test_what_fits_a_card(plan) -> None:
     answer = json.loads(plan("--base demo_tiny.yaml --card 12 --json"))
     assert answer["use"] == "as given" and answer["tiers"][0] == {
         "tier": "as given",
-        "pictures": 1,
+        "images": 1,
         "peak": 11 * GIB,
     }
 

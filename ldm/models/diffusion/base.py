@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.checkpoint import LoadReport, load_file_into
+from ldm.checkpoint.keys import EMA, MODEL, has_part
 from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
@@ -143,9 +144,9 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         Raises:
             UserError: the file cannot be read, or does not fit this model.
         """
-        module, prefix = (self.model, "model.") if only_model else (self, "")
+        module, prefix = (self.model, MODEL) if only_model else (self, "")
         report = load_file_into(module, path, ignore_keys, prefix)
-        if only_model or any(key.startswith("model_ema.") for key in report.missing):
+        if only_model or has_part(report.missing, EMA):
             self.restart_ema()
         return report
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint import load_into, loading
+from ldm.checkpoint import ema_key, load_into, loading
 from ldm.util import UserError
 
 
@@ -29,17 +29,40 @@ def test_weights_are_copied():
     assert model.model.weight.data_ptr() != source["model.weight"].data_ptr()
 
 
-def test_what_was_copied_can_be_given_up_part_by_part(monkeypatch):
+def test_load_into_reads_part_by_part(monkeypatch):
     monkeypatch.setattr(loading, "_PART_BYTES", 24)  # one of the weights
-    model, source, read = Model(), weights(), []
+    read = []
+    monkeypatch.setattr(loading, "in_memory", lambda tensor: read.append(set_so_far(model)) or tensor)
 
-    def give_up():
-        read.append({key for key, value in model.state_dict().items() if value.any()})
+    def set_so_far(model):
+        return {key for key, value in model.state_dict().items() if value.any()}
 
+    model = Model()
     model.model.weight.data.zero_()
     model.model.bias.data.zero_()
-    load_into(model, source, after_part=give_up)
-    assert read == [{"model.weight"}, set(source), set(source)]
+    load_into(model, weights())
+    assert read == [set(), {"model.weight"}, {"model.weight"}]
+
+
+def test_load_into_takes_a_file_of_ema_weights_alone(caplog):
+    caplog.set_level("INFO")
+    shadows = {ema_key(key): value * 2 for key, value in weights(betas=None).items()}
+    model = Model()
+    report = load_into(model, {**shadows, "model_ema.decay": torch.tensor(0.9)}, source="ema.ckpt")
+    assert report.missing == ["betas"]
+    assert torch.equal(model.model.weight, torch.full((3, 2), 2.0))
+    assert "ema.ckpt: holds EMA weights alone" in caplog.text
+
+
+def test_load_into_names_what_a_file_of_ema_weights_lacks():
+    with pytest.raises(UserError, match=r"ema\.ckpt: lacks model\.bias"):
+        load_into(Model(), {ema_key("model.weight"): torch.ones(3, 2)}, source="ema.ckpt")
+
+
+def test_load_into_says_which_dtype_cannot_be_loaded():
+    packed = torch.zeros(3, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(UserError, match=r"model\.ckpt: .*model\.weight"):
+        load_into(Model(), weights(**{"model.weight": packed}), source="model.ckpt")
 
 
 def test_assign_takes_the_tensors_themselves():
@@ -73,6 +96,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(changes, message):
         load_into(model, weights(**changes), source="model.ckpt")
     assert str(caught.value).startswith("model.ckpt: ")
     assert torch.equal(model.model.bias, before)
+
+
+def test_the_text_encoders_of_sdxl_are_optional_where_the_model_has_none():
+    text = {"conditioner.embedders.0.weight": torch.ones(2, 2)}
+    assert load_into(Model(), weights(**text)).unexpected == list(text)
 
 
 def test_a_text_tower_is_optional_where_the_model_has_none():

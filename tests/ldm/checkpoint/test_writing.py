@@ -6,11 +6,22 @@ import zipfile
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ldm.checkpoint import Pending, cast, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
+from ldm.checkpoint import (
+    Pending,
+    cast,
+    formats,
+    load_checkpoint,
+    load_state_dict,
+    open_checkpoint,
+    save_checkpoint,
+    save_state_dict,
+    writing,
+)
 from ldm.util import UserError
-from tests.ldm.checkpoint.sample_tensors import same, tensors
+from tests.ldm.checkpoint.sample_tensors import safetensors_holds, same, tensors
 
 
 def test_torch_load_reads_what_is_written(tmp_path):
@@ -38,7 +49,7 @@ def test_a_view_is_written_at_its_own_size(tmp_path):
 
 
 def test_the_safetensors_library_reads_what_is_written(tmp_path):
-    weights = {key: value for key, value in tensors().items() if key != "complex"}
+    weights = {key: value for key, value in tensors().items() if safetensors_holds(value)}
     save_state_dict(weights, tmp_path / "model.safetensors")
     for loaded in (load_file(tmp_path / "model.safetensors"), load_state_dict(tmp_path / "model.safetensors")):
         assert loaded.keys() == weights.keys()
@@ -47,18 +58,15 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_pending_tensors_are_computed_one_at_a_time(suffix, tmp_path):
+def test_pending_tensors_are_computed_one_at_a_time(suffix, tmp_path, monkeypatch):
     events = []
 
     def pending(name):
         return Pending((3,), torch.float16, lambda: events.append(name) or torch.ones(3, dtype=torch.float16))
 
-    class Source:
-        def drop_pages(self):
-            events.append("drop")
-
-    save_state_dict({"a": pending("a"), "b": pending("b")}, tmp_path / f"m{suffix}", sources=[Source()])
-    assert events == ["a", "drop", "b", "drop"]
+    monkeypatch.setattr(writing, "as_bytes", lambda tensor: events.append("bytes") or formats.as_bytes(tensor))
+    save_state_dict({"a": pending("a"), "b": pending("b")}, tmp_path / f"m{suffix}")
+    assert events == ["a", "bytes", "b", "bytes"]
     assert torch.equal(load_state_dict(tmp_path / f"m{suffix}")["b"], torch.ones(3, dtype=torch.float16))
 
 
@@ -102,6 +110,42 @@ def test_unknown_suffixes_are_refused(tmp_path):
 
 
 def test_a_dtype_that_safetensors_lacks_is_named(tmp_path):
-    with pytest.raises(UserError, match="complex64"):
-        save_state_dict({"a": torch.ones(1, dtype=torch.complex64)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="complex128"):
+        save_state_dict({"a": torch.ones(1, dtype=torch.complex128)}, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.eye(2).to_sparse_csr(),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+)
+def test_save_checkpoint_refuses_tensors_of_other_kinds(make, tmp_path):
+    with pytest.raises(UserError, match="cannot be saved"):
+        save_checkpoint({"state_dict": {"w": torch.ones(2), "x": make()}}, tmp_path / "model.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_save_state_dict_keeps_metadata(suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    metadata = {"modelspec.title": "Cats \n é", "ss_steps": "3"}
+    save_state_dict({"w": torch.ones(2)}, path, metadata=metadata)
+    found = open_checkpoint(path).metadata
+    assert {**found, "format": "pt"} == {"format": "pt", **metadata}
+    if suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt", **metadata}
+    else:
+        assert torch.load(path, weights_only=True)["metadata"] == metadata
+    assert load_state_dict(path).keys() == {"w"}
+
+
+def test_save_state_dict_writes_no_metadata_where_there_is_none(tmp_path):
+    save_state_dict({"w": torch.ones(2)}, tmp_path / "model.ckpt", metadata={})
+    assert load_checkpoint(tmp_path / "model.ckpt").keys() == {"state_dict"}

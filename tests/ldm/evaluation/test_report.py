@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.evaluation.axes import ticks
 from ldm.evaluation.denoising import Comparison
 from ldm.evaluation.plots import draw_figure
 from ldm.evaluation.releases import SetResult
@@ -78,7 +77,7 @@ def test_the_json_file_holds_everything(results, tmp_path):
     assert rest["samples"] is None and rest["overall"]["drift"] == {"value": 0.0, "low": None, "high": None}
 
 
-def test_the_figure_shows_bars_lines_and_samples(results, tmp_path):
+def test_draw_figure_shows_bars_lines_and_samples(results, tmp_path):
     draw_figure(rows_of(results), "tuned beside base", tmp_path / "all.png")
     draw_figure(rows_of(results[1:]), "tuned beside base", tmp_path / "plain.png")
     with Image.open(tmp_path / "all.png") as whole, Image.open(tmp_path / "plain.png") as plain:
@@ -86,16 +85,10 @@ def test_the_figure_shows_bars_lines_and_samples(results, tmp_path):
         colours = {colour for _, colour in whole.convert("RGB").getcolors(1 << 20)}
         assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours, "those of the two sets"
         below = np.asarray(whole.convert("RGB"))[plain.height :]
-        black, white = (below == 0).all(-1), (below == 255).all(-1)
-        assert black.sum() >= 2 * 96 * 96, "two samples of the base"
-        assert black.sum() + white.sum() > 0.9 * black.size
+        assert (below == 0).all(-1).sum() >= 2 * 64 * 64, "two samples of the base"
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.93, 1.08, [0.9, 0.95, 1.0, 1.05, 1.1]), (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1])],
-)
-def test_ticks_are_round_and_hold_the_values(low, high, expected):
-    marks = ticks(low, high)
-    assert marks[0] <= low and marks[-1] >= high
-    assert marks == pytest.approx(expected[: len(marks)])
+def test_draw_figure_takes_any_title(results, tmp_path):
+    draw_figure(rows_of(results), "a_$x^{2$ beside 漢字", tmp_path / "named.png")
+    with Image.open(tmp_path / "named.png") as image:
+        image.verify()

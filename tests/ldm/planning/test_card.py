@@ -32,17 +32,17 @@ def test_a_card_holds_tensors_gaps_and_the_context() -> None:
 
 
 def test_each_tier_is_asked_with_its_own_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    def peak_of_step(config, pictures, size):
+    def peak_of_step(config, images, size):
         lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
         streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")
         fixed = 0 if streamed else 3 * GIB if lean else 13 * GIB
-        return {"weights": fixed, "activations": pictures * GIB // 4 * (size // 512) ** 2}
+        return {"weights": fixed, "activations": images * GIB // 4 * (size // 512) ** 2}
 
     monkeypatch.setattr(card, "peak_of_step", peak_of_step)
     found = {fit.tier: fit for fit in fits(load_config(["finetune_stable_diffusion.yaml"]), 8 * GIB, 512)}
     assert found["as given"] == Fit("as given", 0, 13 * GIB + GIB // 4)
-    assert found["fast.yaml"].pictures == 0
+    assert found["fast.yaml"].images == 0
     assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB)
-    assert found["minimal.yaml"].pictures == 28
+    assert found["minimal.yaml"].images == 28
     decaying = load_config(["finetune_stable_diffusion.yaml", "decay_to_start.yaml"])
     assert {fit.tier: fit for fit in fits(decaying, 8 * GIB, 512)} == found

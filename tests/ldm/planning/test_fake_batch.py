@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from ldm.config.load import build_model
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.planning.fake_batch import gives_pictures, make_batch
+from ldm.planning.fake_batch import gives_images, make_batch
 from tests.training_runs import CONFIG
 
 
@@ -14,7 +14,7 @@ class OwnShards(WebDataNpyModuleFromConfig):
 
 
 @pytest.mark.parametrize(
-    ("target", "pictures"),
+    ("target", "images"),
     [
         ("main.WebDataNpyModuleFromConfig", False),
         ("ldm.data.datamodule.WebDataNpyModuleFromConfig", False),
@@ -23,11 +23,11 @@ class OwnShards(WebDataNpyModuleFromConfig):
         (None, True),
     ],
 )
-def test_the_class_tells_whether_data_are_pictures(target, pictures):
+def test_the_class_tells_whether_data_are_pictures(target, images):
     config = OmegaConf.create(CONFIG)
     model = build_model(config)
     config.data.target = target
-    assert gives_pictures(model, config) is pictures
+    assert gives_images(model, config) is images
 
 
 @pytest.mark.parametrize(("levels", "pixels"), [([1, 1], 2), (None, 8)], ids=["as named", "by default"])
@@ -39,6 +39,6 @@ def test_the_first_stage_tells_how_large_a_picture_is(levels, pixels):
     if levels:
         described.ch_mult = levels
     model = build_model(config)
-    assert make_batch(model, config, pictures=1)["f8"].shape == (1, 4 * pixels, 4 * pixels, 3)
-    batch = make_batch(model, config, pictures=1, size=64)
+    assert make_batch(model, config, images=1)["f8"].shape == (1, 4 * pixels, 4 * pixels, 3)
+    batch = make_batch(model, config, images=1, size=64)
     assert model.encode_batch(batch).mean.shape == (1, 4, 64 // pixels, 64 // pixels)

@@ -18,11 +18,11 @@ BF16 = "lightning.trainer.precision=bf16-true"
 OPTIMIZER = "model.params.optimizer_config"
 
 
-def predicted(*names: str, pictures: int = 1) -> dict[str, float]:
+def predicted(*names: str, images: int = 1) -> dict[str, float]:
     """GiB by category at 512×512, of configs and overrides."""
     overrides = [name for name in names if "=" in name]
     config = load_config([name for name in names if "=" not in name], overrides)
-    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, pictures=pictures).items()}
+    return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, images=images).items()}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_peaks_of_the_full_size_model(names: list[str], gib: float) -> None:
 
 
 def test_a_picture_more_in_the_fast_tier() -> None:
-    held = predicted(BASE, "fast.yaml", pictures=8)
+    held = predicted(BASE, "fast.yaml", images=8)
     assert (held["activations"] + held["temporaries"]) / 8 == pytest.approx(0.635, rel=0.02)
 
 
@@ -64,20 +64,20 @@ def tiny(*overrides: str, **kwargs: int) -> dict[str, float]:
 
 def test_accumulation_keeps_the_gradients_through_the_next_forward() -> None:
     key = "lightning.trainer.accumulate_grad_batches"
-    once, twice = (tiny(f"{key}={count}", pictures=64, size=64) for count in (1, 2))
+    once, twice = (tiny(f"{key}={count}", images=64, size=64) for count in (1, 2))
     assert twice["gradients"] > 5 * once["gradients"]
     assert twice["activations"] == pytest.approx(once["activations"], rel=0.01)
 
 
 def test_batch_and_size_default_to_the_configs() -> None:
-    assert tiny() == tiny(pictures=2, size=8)
-    small, large = (tiny(pictures=8, size=size)["activations"] for size in (64, 128))
+    assert tiny() == tiny(images=2, size=8)
+    small, large = (tiny(images=8, size=size)["activations"] for size in (64, 128))
     assert large > 3.5 * small
 
 
 def test_the_samples_of_a_prior_come_on_top() -> None:
     prior = ("data.params.prior_urls=prior.tar", "data.params.prior_ratio=0.5")
-    assert tiny(*prior, pictures=4) == tiny(pictures=6)
+    assert tiny(*prior, images=4) == tiny(images=6)
 
 
 def test_pictures_need_the_first_stage_on_the_device() -> None:

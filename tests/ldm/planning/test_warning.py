@@ -17,13 +17,13 @@ BASE = load_config(["finetune_stable_diffusion.yaml"])  # batch 4
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Steps that take 10 GiB and 1 a picture; 3 and 1 where the optimizer steps in backward."""
+    """Steps that take 10 GiB and 1 per image; 3 and 1 where the optimizer steps in backward."""
 
-    def peak_of_step(config, pictures):
+    def forecast(config, images=None):
         lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
-        return {"weights": (3 if lean else 10) * GIB, "activations": (pictures or config.data.params.batch_size) * GIB}
+        return {"weights": (3 if lean else 10) * GIB, "activations": (images or config.data.params.batch_size) * GIB}
 
-    monkeypatch.setattr(start, "peak_of_step", peak_of_step)
+    monkeypatch.setattr(start, "forecast", forecast)
     monkeypatch.setattr(start, "tiers", lambda: ["lean.yaml", "minimal.yaml"])
     caplog.set_level(logging.INFO)
     return caplog
@@ -57,12 +57,12 @@ def test_real_tiers_are_asked_over_every_config(
 ) -> None:
     """And are built, so that what cannot be laid over another shows."""
 
-    def peak_of_step(config, pictures):
+    def forecast(config, images=None):
         with torch.device("meta"):
             build_model(config)
         return {"weights": 10 * GIB}
 
-    monkeypatch.setattr(start, "peak_of_step", peak_of_step)
+    monkeypatch.setattr(start, "forecast", forecast)
     start.compare(load_config(["demo_tiny.yaml", *names]), GIB)
     assert "10.9 GiB are needed and 1.0 free. nothing here fits" in caplog.text
 
@@ -81,7 +81,7 @@ def test_a_forecast_that_fails_keeps_no_run_from_starting(
     def fail(*_):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr(start, "peak_of_step", fail)
+    monkeypatch.setattr(start, "forecast", fail)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
     start.warn_if_too_large(BASE, SingleDeviceStrategy("cuda:0"))
     assert "not known beforehand (no such kernel)" in planned.text

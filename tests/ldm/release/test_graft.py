@@ -5,11 +5,11 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ldm.checkpoint import Pending, load_checkpoint, save_checkpoint
+from ldm.checkpoint import Pending, ema_key, load_checkpoint, save_checkpoint
 from ldm.modules.ema import LitEma
 from ldm.release.fresh import fresh_checkpoint, state_dict_without_weights
 from ldm.release.graft import graft, grafted_checkpoint
-from ldm.release.keys import check_training_checkpoint, ema_key
+from ldm.release.keys import check_training_checkpoint
 from ldm.util import UserError
 
 

@@ -4,11 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ldm.checkpoint import Pending, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
+from ldm.checkpoint import (
+    Pending,
+    ema_key,
+    load_checkpoint,
+    load_state_dict,
+    open_checkpoint,
+    save_checkpoint,
+    save_state_dict,
+)
+from ldm.checkpoint.formats import as_bytes
 from ldm.release.graft import graft
-from ldm.release.keys import ema_key
 from ldm.release.merge import merge, merge_files
 from ldm.util import UserError
 
@@ -52,7 +61,7 @@ def values(merged):
 
 
 def identical(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
 
 
 def test_trained_weights_come_from_the_training_and_the_rest_from_the_release():
@@ -175,10 +184,44 @@ def test_parts_that_training_lacks_stay():
     assert identical(weights["first_stage_model.conv.weight"], release()["first_stage_model.conv.weight"])
 
 
-def test_pages_can_be_given_back_on_the_way():
-    calls = []
-    merge(training(), release(), after_each=lambda: calls.append(1))
-    assert len(calls) == len(release())
+WIDE_AND_NARROW = [torch.float8_e4m3fn, torch.float8_e5m2fnuz, torch.float64, torch.complex64, torch.bool, torch.uint16]
+
+
+@pytest.mark.parametrize("dtype", WIDE_AND_NARROW)
+def test_merge_takes_weights_of_every_dtype(dtype):
+    released = {key: (4 * value.abs() + 1).to(dtype) if key in MODEL else value for key, value in release().items()}
+    trained = {**training(), **{key: released[key].clone() for key in MODEL}}
+    trained[MODEL[0]] = torch.zeros_like(released[MODEL[0]])
+    merged = merge(trained, released)
+    assert merged.trained == [MODEL[0]]
+    assert identical(values(merged)[MODEL[0]], trained[MODEL[0]])
+    assert identical(values(merged)[MODEL[1]], released[MODEL[1]])
+
+
+def test_merge_refuses_nan_in_a_dtype_that_torch_cannot_reduce():
+    released = {key: value.to(torch.float8_e4m3fn) if key in MODEL else value for key, value in release().items()}
+    trained = {**training(), MODEL[0]: torch.full_like(training()[MODEL[0]], torch.nan)}
+    with pytest.raises(UserError, match=rf"{MODEL[0]} has values that are not finite"):
+        values(merge(trained, released))
+
+
+def test_merge_into_a_dtype_that_torch_does_not_convert_is_one_line():
+    packed = torch.zeros(release()[MODEL[0]].shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(UserError, match=r"torch converts no .*float4"):
+        values(merge(training(), {**release(), MODEL[0]: packed}))
+
+
+@pytest.mark.parametrize("source", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("out", ["merged.ckpt", "merged.safetensors"])
+def test_merge_files_keeps_the_metadata_of_the_release(files, source, out, tmp_path):
+    metadata = {"modelspec.title": "Cats é", "ss_steps": "3", "modelspec.hash_sha256": "0x1", "sshs_model_hash": "1"}
+    save_state_dict(release(), tmp_path / source, metadata=metadata)
+    merge_files(files[0], tmp_path / source, tmp_path / out, None, False)
+    kept = open_checkpoint(tmp_path / out).metadata
+    assert {**kept, "format": "pt"} == {"format": "pt", "modelspec.title": "Cats é", "ss_steps": "3"}
+    if out.endswith(".safetensors"):
+        with safe_open(tmp_path / out, framework="pt") as file:
+            assert file.metadata() == kept
 
 
 floats = st.floats(-1000, 1000, width=16)

@@ -51,6 +51,15 @@ def test_whole_numbers_are_read_where_they_are_asked_for(dtype):
         (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (1099511627776,), }\n", bytes(8)), "takes 2199023255"),
         (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (-4, -1), }\n", bytes(8)), "is empty"),
         (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (0,), }\n"), "is empty"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (True, 4), }\n", bytes(8)), "not made of whole"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (4, False), }\n", bytes(8)), "not made of whole"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (), }\n", bytes(2)), "a single number"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': 4, }\n", bytes(8)), "not a .npy"),
+        (raw(b"{'descr': '<f2', 'fortran_order': 1, 'shape': (4,), }\n", bytes(8)), "not a .npy"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (4.0,), }\n", bytes(8)), "not a .npy"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (-2, -2), }\n", bytes(8)), "is empty"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (4294967296, 4294967296), }\n", bytes(8)), "takes"),
+        (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (4, 9223372036854775808), }\n", bytes(8)), "takes"),
         (raw(b"__import__('os').system('true')\n", bytes(8)), "not a .npy"),
         (raw(b"(" * 400, bytes(8)), "not a .npy"),
         (raw(b"{'descr': '<f2', 'fortran_order': False, 'shape': (4,), }\n", bytes(8), b"\x03\x00"), "version"),
@@ -61,6 +70,12 @@ def test_hostile_headers_are_refused_in_one_line(data, message):
     with pytest.raises(UserError, match=message) as caught:
         npy.decode(data, "shard.tar: a.f8.npy")
     assert str(caught.value).startswith("shard.tar: a.f8.npy: ") and "\n" not in str(caught.value)
+
+
+def test_decode_gives_what_numpy_gives():
+    for array in (np.ones((1, 1, 1), ">f4"), np.arange(6.0).reshape(2, 3).T, np.arange(4, dtype="<f2")):
+        data = bytearray(npy.encode(array))
+        np.testing.assert_array_equal(npy.decode(data, "x"), np.load(io.BytesIO(data), allow_pickle=False))
 
 
 def test_every_truncation_is_refused():

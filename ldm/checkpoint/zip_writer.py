@@ -1,0 +1,73 @@
+"""Writer of zip archives for `torch.save`'s format.
+
+It is our own since Python's `zipfile` writes 64-bit fields from 2 GiB on. The readers of torch 1.13 to 2.5 compute
+0xFFFFFFFF + the record's size for such an entry, and refuse it as lying behind the end of a file below 4 GiB. Here, as
+in torch's own writer, a field is 64 bits wide only where its value does not fit 32.
+
+The layout is that of the zip specification (PKWARE APPNOTE 6.3.9, sections 4.3 and 4.5.3).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO
+
+_ALIGNMENT = 64  # bytes, as torch.save aligns storages
+_WIDE = 0xFFFFFFFF  # stands in a 32-bit field for a value that is in the ZIP64 extra field
+_MANY = 0xFFFF  # the same for the number of records
+_DATE = 0x21  # 1 January 1980: equal content makes equal files
+_UTF8 = 0x800  # flag: names are UTF-8
+
+
+@dataclass(frozen=True)
+class _Record:
+    name: bytes
+    crc: int
+    size: int
+    offset: int
+
+    def fields(self) -> tuple[int, ...]:
+        """Return what local and central headers share: version, flags, method, time, date, checksum, both sizes."""
+        size = min(self.size, _WIDE)
+        return (45 if size == _WIDE or self.offset >= _WIDE else 20), _UTF8, 0, 0, _DATE, self.crc, size, size
+
+
+class ZipWriter:
+    """Writes records, uncompressed, into `file`, one after another; `finish` writes their directory."""
+
+    def __init__(self, file: BinaryIO, root: str = "archive") -> None:
+        self.file = file
+        self.root = root
+        self._records: list[_Record] = []
+
+    def add(self, name: str, data: bytes | memoryview) -> None:
+        """Write the record `name`, whose bytes begin at a multiple of 64."""
+        encoded = f"{self.root}/{name}".encode()
+        record = _Record(encoded, zlib.crc32(data), len(data), self.file.tell())
+        extra = struct.pack("<HHQQ", 1, 16, len(data), len(data)) if len(data) >= _WIDE else b""
+        padding = -(record.offset + 30 + len(encoded) + len(extra) + 4) % _ALIGNMENT
+        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        header = struct.pack("<4s5H3I2H", b"PK\3\4", *record.fields(), len(encoded), len(extra))
+        self.file.write(header + encoded + extra)
+        self.file.write(data)
+        self._records.append(record)
+
+    def finish(self) -> None:
+        """Write the directory of the records, after which nothing can be added."""
+        start = self.file.tell()
+        for record in self._records:
+            wide = [value for value in (record.size, record.size, record.offset) if value >= _WIDE]
+            extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+            version, *fields = record.fields()
+            rest = (len(record.name), len(extra), 0, 0, 0, 0, min(record.offset, _WIDE))
+            header = struct.pack("<4s6H3I5H2I", b"PK\1\2", version, version, *fields, *rest)
+            self.file.write(header + record.name + extra)
+        end = self.file.tell()
+        count, size = len(self._records), end - start
+        if count >= _MANY or size >= _WIDE or start >= _WIDE:
+            self.file.write(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start))
+            self.file.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
+        short = min(count, _MANY)
+        self.file.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, short, short, min(size, _WIDE), min(start, _WIDE), 0))
