@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli.options import add_network_options, add_sampling_options, check_at_least, check_sampling_options
+from ldm.cli.options import add_network_options, add_sampling_options, check_sampling_options
 from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raise `UserError` for the first option whose value makes no sense."""
-    check_at_least(options, timesteps=1, limit=1, batch_size=1, sample=0)
+    check_number("--timesteps", options.timesteps, least=1)
+    check_number("--limit", options.limit, least=1, optional=True)
+    check_number("--batch-size", options.batch_size, least=1)
+    check_number("--sample", options.sample, least=0)
     check_sampling_options(options, options.sample)
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out}: is a file; name a folder")

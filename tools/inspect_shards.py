@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 
 from ldm.cli.run import Lines, run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--sheet {options.sheet}: give --ckpt and --config, whose autoencoder draws it")
     if options.sheet is not None and options.sheet.suffix != ".png":
         raise UserError(f"--sheet {options.sheet}: the name must end in .png")
-    if options.samples < 1:
-        raise UserError(f"--samples {options.samples}: must be at least 1")
+    check_number("--samples", options.samples, least=1)
     return options
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     add_trust_option(parser)
     arguments = parser.parse_args()
     for name in ("size", "batch_size", "shard_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
-    if arguments.num_workers is not None and arguments.num_workers < 0:
-        raise UserError(f"--num-workers {arguments.num_workers}: must be at least 0")
+        check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
+    check_number("--num-workers", arguments.num_workers, least=0, optional=True)
     return arguments
 
 

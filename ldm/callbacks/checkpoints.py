@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import signal
 import time
 from functools import partial
@@ -18,7 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.saving import WritingTime, keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +54,12 @@ class LastCheckpoint(Checkpoint):
         save_last_k: int = 0,
         periodic: bool = True,
     ) -> None:
-        _check("every_n_train_steps", every_n_train_steps, int, 1)
-        _check("train_time_interval", train_time_interval, (int, float), 0)
-        _check("save_last_k", save_last_k, int, 0)
+        where = "lightning.modelcheckpoint.params"
+        check_number(f"{where}.every_n_train_steps", every_n_train_steps, least=1, optional=True)
+        check_number(
+            f"{where}.train_time_interval", train_time_interval, least=0, whole=False, optional=True, unit="minutes"
+        )
+        check_number(f"{where}.save_last_k", save_last_k, least=0)
         self.path = path
         self.requests = requests
         self.every_n_train_steps = every_n_train_steps
@@ -187,13 +189,6 @@ class LastCheckpoint(Checkpoint):
     def _stop_if_asked(self) -> None:
         if self._stopping:
             raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
-
-
-def _check(name: str, value: Any, kind: Any, least: int) -> None:
-    wrong = isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf
-    if value is not None and wrong:
-        what = "whole number" if kind is int else "number of minutes"
-        raise UserError(f"lightning.modelcheckpoint.params.{name} {value!r}: give a {what} of at least {least}")
 
 
 class KeptCheckpoints(ModelCheckpoint):

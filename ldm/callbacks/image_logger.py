@@ -18,7 +18,7 @@ from ldm.callbacks.rng import aside
 from ldm.distributed.dtensor import is_sharded
 from ldm.files import check_within
 from ldm.images.grid import image_grid, save_png
-from ldm.util import UserError, check_at_least_one, check_params
+from ldm.util import UserError, check_number, check_params
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class ImageLogger(Callback):
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        check_at_least_one(batch_frequency=batch_frequency, max_images=max_images)
+        check_number("batch_frequency", batch_frequency, least=1)
+        check_number("max_images", max_images, least=1)
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp
@@ -77,8 +78,7 @@ class ImageLogger(Callback):
                 raise UserError(f"{where}: {name} is the logger's own to give; set max_images for N")
         check_params(where, pl_module.log_images, self.log_images_kwargs)
         for name in ("n_row", "ddim_steps"):
-            if self.log_images_kwargs.get(name, 1) < 1:
-                raise UserError(f"{where}: {name} {self.log_images_kwargs[name]}: give at least 1")
+            check_number(f"{where}: {name}", self.log_images_kwargs.get(name, 1), least=1)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

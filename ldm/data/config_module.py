@@ -11,10 +11,10 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.data.augment import BatchAugmentation
-from ldm.data.base_module import BaseDataModule, check_number
+from ldm.data.base_module import BaseDataModule
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
 from ldm.shards.sample import DRAW
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, check_number, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class DataModuleFromConfig(BaseDataModule):
         image_key: str = "image",
     ) -> None:
         if num_workers is None:
-            check_number("batch_size", batch_size, 1)
+            check_number("data.params.batch_size", batch_size, least=1)
             num_workers = min(2 * batch_size, os.cpu_count() or 1)
         super().__init__(batch_size, num_workers, seed, drop_last)
         configs = {"train": train, "validation": validation, "test": test, "predict": predict}
