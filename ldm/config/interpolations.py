@@ -79,6 +79,11 @@ def _target(path: Path, dots: str, name: str) -> Path:
     return (*base, *(part for part in re.split(r"[.\[\]]+", name) if part))
 
 
+def _is_ambiguous(value: dict[Any, Any]) -> bool:
+    """Whether two keys, such as 1 and "1", are one in a path."""
+    return len(set(map(str, value))) < len(value)
+
+
 class _Sizes:
     """Characters and nodes of each value, its references replaced."""
 
@@ -97,6 +102,8 @@ class _Sizes:
     def _inside(self, path: Path) -> int:
         value = _at(self.config, path)
         if isinstance(value, dict):
+            if _is_ambiguous(value):
+                raise UserError(f"{self.source}: {'.'.join(path)!r:.100} has a key twice, as text and as a number")
             return sum(len(str(key)) + self.of((*path, str(key))) for key in value)
         if isinstance(value, list):
             return sum(self.of((*path, str(number))) for number in range(len(value)))
@@ -120,11 +127,14 @@ class _Depends:
     def with_values(self, resolved: Any, path: Path, written: Any) -> Any:
         """`resolved`, the values at `path`, except that what depends on a resolver is as it is `written`."""
         if isinstance(written, dict):
+            if _is_ambiguous(written):
+                return written
             return {key: self.with_values(resolved[key], (*path, str(key)), part) for key, part in written.items()}
         if isinstance(written, list):
             parts = enumerate(zip(resolved, written, strict=True))
             return [self.with_values(value, (*path, str(number)), part) for number, (value, part) in parts]
-        return written if self.depends(path) else resolved
+        is_made_of_parts = isinstance(resolved, str) and "${" in resolved  # and would be replaced once more
+        return written if is_made_of_parts or self.depends(path) else resolved
 
     def depends(self, path: Path) -> bool:
         if path not in self.known:

@@ -19,7 +19,7 @@ MOVED = {
 }
 # Parameters of callbacks that name the folders they write in, and names of files in such a folder.
 _FOLDERS = ("dirpath", "logdir", "ckptdir", "cfgdir")
-_FILES = ("filename", "path")
+_FILES = ("filename", "path", "now")
 
 
 def check_callback_places(described: Any, folder: Path, where: str) -> None:
@@ -30,10 +30,11 @@ def check_callback_places(described: Any, folder: Path, where: str) -> None:
     for name in _FOLDERS:
         if params.get(name) is not None:
             check_within(folder, Path(str(params[name])).expanduser(), f"{where}.params.{name}")
+    bases = [Path(str(params[name])) for name in _FOLDERS if params.get(name) is not None]
     for name in _FILES:
-        if params.get(name) is not None:
-            place = Path(str(params.get("dirpath") or folder / "checkpoints")) / str(params[name])
-            check_within(folder, place, f"{where}.params.{name}")
+        for base in bases or [folder / "checkpoints"]:
+            if params.get(name) is not None:
+                check_within(folder, base / str(params[name]), f"{where}.params.{name}")
 
 
 def check_logger_places(params: Any, folder: Path, where: str) -> None:

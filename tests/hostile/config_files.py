@@ -153,6 +153,10 @@ def untrusted(marker: Path) -> dict[str, dict[str, Any]]:
             **_nested(f"{part}.target", "${data.params.val_urls}.system"),
         },
         "a command made of parts": {"data": {"params": {"val_urls": "p", "test_urls": "${.val_urls}ipe:" + touch}}},
+        "an interpolation made of parts": {
+            **_nested("data.params.val_urls", "$"),
+            **_nested("lightning.logger.params.name", "${data.params.val_urls}{oc.env:HOME}"),
+        },
         "an upload": _nested("lightning.trainer.model_registry", "mine/model"),
     }
 
@@ -176,6 +180,9 @@ def placed_outside(outside: Path) -> dict[str, dict[str, Any]]:
         "filename up, after a metric": _nested(kept, {"monitor": None, **keep, "filename": f"{{epoch}}/../{up}/x"}),
         "callback dirpath": callback(checkpoint, dirpath=str(outside), **keep),
         "callback dirpath up": callback(checkpoint, dirpath=f"../{outside.name}", **keep),
+        "configs by name": callback(
+            "main.SetupCallback", now=up, config={}, lightning_config={}, logdir="logs", ckptdir="logs", cfgdir="logs"
+        ),
         "callback filename": callback(checkpoint, filename=f"{up}/x", **keep),
         "callback last": callback(checkpoint, dirpath=str(outside), save_last="link"),
         "on an exception": callback(f"{lightning}.callbacks.OnExceptionCheckpoint", dirpath=str(outside)),

@@ -1,6 +1,7 @@
 """Interpolations in configs: what may be in them, and that they cannot grow without bound."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from ldm.config.interpolations import typed_paths
 from ldm.config.load import load_config, plain
@@ -61,6 +62,29 @@ def test_check_interpolations_asks_for_trust_for_anything_but_references(tmp_pat
     with pytest.raises(UserError, match=r"c\.yaml: .*give --trust-config") as caught:
         load(tmp_path, f"model: {{a: b, b: {value}}}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {x: {1: a, '1': '${oc.env:HOME}'}}",
+        "model: {x: {'1': a, 1: '${oc.env:HOME}'}}",
+        "model: {x: {true: a, 'True': '${oc.env:HOME}'}}",
+    ],
+)
+def test_check_interpolations_looks_at_every_value(tmp_path, text):
+    with pytest.raises(UserError, match=r"c\.yaml: .*('model.x' has a key twice|Conflicting integer and string keys)"):
+        load(tmp_path, text)
+
+
+def test_an_interpolation_that_is_made_of_parts_is_refused_or_stays_as_it_is_written(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {a: $, b: '${model.a}{oc.env:HOME}'}")
+    with pytest.raises(UserError, match=r"is an interpolation again .*give --trust-config"):
+        load_config([path])
+    config = load_config([path], trusted=True)
+    assert OmegaConf.to_container(config)["model"]["b"] == "${model.a}{oc.env:HOME}"
+    assert plain(config)["model"]["b"] == "${oc.env:HOME}"
 
 
 def test_typed_interpolations_are_the_persons_own(tmp_path, monkeypatch):

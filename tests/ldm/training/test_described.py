@@ -34,6 +34,13 @@ def test_check_callback_places_holds_file_names_to_the_run(run, tmp_path):
             check_callback_places({"params": {"dirpath": str(run / "checkpoints"), "filename": outside}}, run, "x")
 
 
+def test_check_callback_places_holds_names_to_each_folder_that_is_given(run):
+    check_callback_places({"params": {"now": "x", "cfgdir": str(run), "logdir": str(run / "a")}}, run, "x")
+    for params in ({"now": "../x", "cfgdir": str(run)}, {"now": "../x", "logdir": str(run / "a"), "cfgdir": str(run)}):
+        with pytest.raises(UserError, match=r"x.params.now .*: lies outside"):
+            check_callback_places({"params": params}, run, "x")
+
+
 def test_check_callback_places_leaves_the_rest_to_whoever_builds_it(run):
     for described in (None, 3, {}, {"params": None}, {"params": [1]}, {"params": {"dirpath": None, "monitor": "/a"}}):
         check_callback_places(described, run, "x")
