@@ -123,6 +123,21 @@ def test_reason_for_imports_nothing():
     assert result.returncode == 0, result.stderr
 
 
+def test_importing_what_is_allowed_starts_no_process_and_asks_no_network():
+    code = "import sys; seen = []\n"
+    code += "forbidden = ('socket.connect', 'socket.getaddr', 'socket.gethostby', 'subprocess', 'os.exec', "
+    code += "'os.posix_spawn', 'os.system', 'os.fork')\n"
+    code += (
+        "sys.addaudithook(lambda event, arguments: event.startswith(forbidden) and seen.append((event, arguments)))\n"
+    )
+    code += "from ldm.util import get_obj_from_str\n"
+    names = [name for name in LISTED if name not in OLD and not name.startswith("lightning.")]
+    code += f"for name in {names!r}: get_obj_from_str(name)\n"
+    code += "sys.exit(str(seen) if seen else 0)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_classes_of_own_rooms_write_nothing_when_they_are_built():
     """A class that writes belongs into a room that configs do not name, or checks its folder when it writes."""
     found = []
