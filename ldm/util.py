@@ -5,10 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from ldm.translations import instead, instead_of_key, todays_path
+
+logger = logging.getLogger(__name__)
 
 # Annotations that a value is checked against, and what to give.
 _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -18,7 +24,8 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "float | None": ((int, float, type(None)), "a number or null"),
 }
-_CONFIG_KEYS = ("target", "params", "base_learning_rate")  # the last is the trainer's, in a model's config
+# The third is the trainer's, in a model's config; the last stands beside `target` in some published configs.
+_CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values that stand for "nothing to build": the model fills the place itself.
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
@@ -97,21 +104,22 @@ def check_number(
 
 
 def get_obj_from_str(path: str) -> Any:
-    """The object that the dotted `path` names, such as `"torch.nn.Linear"`.
+    """The object that the dotted `path` names, such as `"torch.nn.Linear"`; see `ldm.translations` for what moved.
 
     Raises:
         UserError: `path` is no dotted path, or the module or the attribute does not exist.
     """
     if not isinstance(path, str) or "." not in path or not all(part.isidentifier() for part in path.split(".")):
-        raise UserError(f"target {path!r} is not a dotted path such as 'package.module.Class'")
-    module_name, _, attribute = path.rpartition(".")
+        raise UserError(f"target {path!r} is not a dotted path such as 'package.module.Class'{instead(str(path))}")
+    module_name, _, attribute = todays_path(path).rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"target {path!r}: no module named {error.name!r}") from error
+        raise UserError(f"target {path!r}: no module named {error.name!r}{instead(path)}") from error
     if not hasattr(module, attribute):
         public = [name for name in dir(module) if not name.startswith("_")]
-        raise UserError(f"target {path!r}: module {module_name!r} has no {attribute!r}{nearest(attribute, public)}")
+        hint = instead(path) or nearest(attribute, public)
+        raise UserError(f"target {path!r}: module {module_name!r} has no {attribute!r}{hint}")
     return getattr(module, attribute)
 
 
@@ -150,7 +158,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         if key not in named:
             if takes_any:
                 continue
-            raise UserError(f"unknown key {key!r} in params of {path}{nearest(key, set(named))}")
+            hint = instead_of_key(key) or nearest(key, set(named))
+            raise UserError(f"unknown key {key!r} in params of {path}{hint}")
         annotation = named[key].annotation  # a string where the module defers annotations
         expected = _CHECKED_TYPES.get(
             annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
@@ -162,7 +171,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
 def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides: Any) -> Any:
     """Call `config["target"]` with `config["params"]`, updated by `overrides`.
 
-    The markers `__is_first_stage__` and `__is_unconditional__` give None.
+    The markers `__is_first_stage__` and `__is_unconditional__` give None. A `ckpt_path` beside `target` counts as one
+    in `params` if there is such a file: published configs name files there that the whole model's checkpoint replaces.
 
     Raises:
         UserError: no `target`, a target that does not exist, or a key or value in `params` that it does not take.
@@ -177,6 +187,13 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     target = get_obj_from_str(config["target"])
     params = {**(config.get("params") or {}), **overrides}
     check_params(config["target"], target, params)
+    beside = config.get("ckpt_path")
+    if beside is not None and "ckpt_path" not in params:
+        if takes(target, "ckpt_path") and Path(beside).is_file():
+            params["ckpt_path"] = beside
+        else:
+            why = "there is no such file" if takes(target, "ckpt_path") else "this class loads none"
+            logger.warning("%s: ckpt_path %s beside target is not loaded: %s", config["target"], beside, why)
     try:
         return target(**params)
     except UserError:

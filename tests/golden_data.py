@@ -40,14 +40,22 @@ def read_json(name: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
 
 
+_EDITIONS = ("cases", "cases_v2")  # SD v1 and the first latent diffusion models; the families after them
+
+
 def case(name: str) -> dict[str, Any]:
-    """The entry `name` of `cases.json`: constructor arguments, shapes, expected keys and scalars."""
-    return read_json("cases")[name]
+    """The case `name` of either edition: constructor arguments, shapes, expected keys and scalars."""
+    return next(read_json(file)[name] for file in _EDITIONS if name in read_json(file))
 
 
-def cases(kind: str) -> list[str]:
+def cases(kind: str, edition: int = 1) -> list[str]:
     """The names of all cases whose `kind` is `kind`, in file order."""
-    return [name for name, entry in read_json("cases").items() if entry["kind"] == kind]
+    return [name for name, entry in read_json(_EDITIONS[edition - 1]).items() if entry["kind"] == kind]
+
+
+def reference(name: str, what: str) -> torch.Tensor:
+    """The tensor `what` that the case `name` expects."""
+    return next(tensors(file)[f"{name}/{what}"] for file in _EDITIONS if name in read_json(file))
 
 
 @functools.cache
@@ -56,9 +64,9 @@ def tensors(file: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / f"{file}.safetensors")
 
 
-def released_keys(prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a released SD v1 checkpoint, for the keys below `prefix`, with the prefix taken off."""
-    keys = read_json("sd_v1_keys")["keys"]
+def released_keys(prefix: str = "", file: str = "sd_v1_keys") -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a released checkpoint, for the keys below `prefix`, with the prefix taken off."""
+    keys = read_json(file)["keys"]
     return {key[len(prefix) :]: tuple(shape) for key, (shape, _) in keys.items() if key.startswith(prefix)}
 
 

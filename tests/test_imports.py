@@ -37,6 +37,7 @@ ROOMS = (
     "ldm.host_copy",
     "ldm.files",
     "ldm.util",
+    "ldm.translations",
 )
 # Libraries that a room does without.
 FORBIDDEN = {

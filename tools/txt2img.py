@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_drawing_options(parser)
+    parser.add_argument(
+        "--negative-prompt", default="", help="a caption that guidance moves away from; default: the empty one"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the pictures")
     add_trust_option(parser)
     return parser.parse_args()
@@ -37,6 +40,8 @@ def main() -> None:
     options = parse_arguments()
     prompts = read_prompts(options.prompt, options.from_file)
     check_drawing_options(options, options.n)
+    if options.negative_prompt and options.scale == 1:
+        raise UserError("--negative-prompt needs guidance, which --scale 1 turns off; give a larger --scale")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out}: is a file; name a folder")
 
@@ -50,7 +55,8 @@ def main() -> None:
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config), device, dtype)
     shape = latent_shape(model, options.H, options.W)
-    requests = [Request(prompt, options.seed + index) for prompt in prompts for index in range(options.n)]
+    seeds = range(options.seed, options.seed + options.n)
+    requests = [Request(prompt, seed, options.negative_prompt) for prompt in prompts for seed in seeds]
     number = next_number(options.out, "[0-9]*.png")
     pictures = []
     settings = {key: getattr(options, key) for key in SETTINGS}
@@ -64,7 +70,9 @@ def main() -> None:
     grid = options.out / f"grid-{next_number(options.out, 'grid-*.png'):04d}.png"
     columns = options.n if options.n > 1 else None
     save_png(
-        image_grid(torch.stack(pictures), columns), grid, {"parameters": json.dumps({"prompts": prompts, **settings})}
+        image_grid(torch.stack(pictures), columns),
+        grid,
+        {"parameters": json.dumps({"prompts": prompts, "negative_prompt": options.negative_prompt, **settings})},
     )
     logger.info("%s  all %d", grid, len(pictures))
 

@@ -244,6 +244,7 @@ class KeptCheckpoints(ModelCheckpoint):
         score = trainer.callback_metrics.get(self.monitor)
         if score is not None and score is not self._before and not trainer.sanity_checking:
             self._is_of_validation, self._scored_step = True, trainer.global_step
+            self._save_on_train_epoch_end = False  # an epoch's end may come steps after the validation
         if trainer.sanity_checking or self._can_rank(trainer):
             super().on_validation_end(trainer, pl_module)
 

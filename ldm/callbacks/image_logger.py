@@ -1,9 +1,10 @@
-"""Pictures of what the model makes while it trains."""
+"""Images of what the model makes while it trains."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,21 @@ class ImageLogger(Callback):
     """Asks the module for `log_images(batch, N=max_images, split=...)`, saves each entry as a PNG grid, and logs it.
 
     That happens at the steps 1, 2, 4, ... (with `increase_log_steps`) and then every `batch_frequency`. Validation
-    shows its first batch, at most every `batch_frequency` steps. Training goes on as if nothing had been sampled, also
+    shows its first batch, at most every `batch_frequency` steps. Training goes on as if nothing had been sampled, even
     where a GPU is too small for it.
 
     Args:
-        batch_frequency: steps between pictures.
-        max_images: pictures of a batch to show.
+        batch_frequency: steps between images.
+        max_images: images of a batch to show.
         clamp: cut values to [-1, 1] before anything else.
         rescale: the module's images are in [-1, 1]; else they are in [0, 1].
         disabled: do nothing.
         log_on_batch_idx: count batches instead of optimizer steps.
         log_first_step: also before the first step has been counted, which only happens with `log_on_batch_idx`.
-        log_images_kwargs: passed on to `log_images`.
+        log_images_kwargs: passed on to `log_images`; `N` in it lowers `max_images`.
+        log_all_val: show every batch of every validation.
+        enable_autocast: sample in the precision of the training, else in that of the weights.
+        log_before_first_step: also show the first batch before anything is trained.
 
     Raises:
         UserError: numbers below 1, or, as training is set up, what `log_images` does not take.
@@ -55,9 +59,16 @@ class ImageLogger(Callback):
         log_on_batch_idx: bool = False,
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
+        log_all_val: bool = False,
+        enable_autocast: bool = False,
+        log_before_first_step: bool = False,
     ) -> None:
+        passed_on = dict(log_images_kwargs or {})
+        most = passed_on.pop("N", max_images)
         check_number("batch_frequency", batch_frequency, least=1)
         check_number("max_images", max_images, least=1)
+        check_number("log_images_kwargs: N", most, least=1)
+        max_images = min(max_images, most)
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp
@@ -66,19 +77,27 @@ class ImageLogger(Callback):
         self.disabled = disabled
         self.log_on_batch_idx = log_on_batch_idx
         self.log_first_step = log_first_step
-        self.log_images_kwargs = dict(log_images_kwargs or {})
+        self.log_images_kwargs = passed_on
+        self.log_all_val = log_all_val
+        self.enable_autocast = enable_autocast
+        self.log_before_first_step = log_before_first_step
         self._last_shown: dict[str, int] = {}  # by split: several batches share a step when gradients accumulate
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.disabled or not hasattr(pl_module, "log_images"):
             return
         where = "the image logger's log_images_kwargs"
-        for name in ("batch", "N", "split"):
+        for name in ("batch", "split"):
             if name in self.log_images_kwargs:
-                raise UserError(f"{where}: {name} is the logger's own to give; set max_images for N")
+                raise UserError(f"{where}: the logger itself gives {name}; leave it out")
         check_params(where, pl_module.log_images, self.log_images_kwargs)
         for name in ("n_row", "ddim_steps"):
             check_number(f"{where}: {name}", self.log_images_kwargs.get(name, 1), least=1)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.log_before_first_step and trainer.global_step == 0 and "start" not in self._last_shown:
+            self._last_shown["start"] = 0
+            self._show(trainer, pl_module, batch, batch_idx, "train")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,10 +110,10 @@ class ImageLogger(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if batch_idx > 0 or trainer.sanity_checking or trainer.global_step == 0:
+        if trainer.sanity_checking or trainer.global_step == 0 or (batch_idx > 0 and not self.log_all_val):
             return
         last = self._last_shown.get("val")
-        if last is None or trainer.global_step - last >= self.batch_frequency:
+        if self.log_all_val or last is None or trainer.global_step - last >= self.batch_frequency:
             self._last_shown["val"] = trainer.global_step
             self._show(trainer, pl_module, batch, batch_idx, "val")
 
@@ -110,7 +129,8 @@ class ImageLogger(Callback):
         if not trainer.is_global_zero and not is_sharded(pl_module):
             return
         try:
-            with aside(pl_module):
+            precision = trainer.precision_plugin.forward_context() if self.enable_autocast else nullcontext()
+            with aside(pl_module), precision:
                 images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         except torch.OutOfMemoryError as error:  # a card that a step just fits may be too small for a decoder
             if is_sharded(pl_module):

@@ -37,8 +37,18 @@ SCHEDULE_KEYS = (
     "scale_factor",
     "cond_ids",
 )
+# Parts of OpenCLIP text towers that hidden states do not need: SD 2 files may lack them.
+_UNUSED_BY_TOWERS = (f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection", "*.attn_mask")
 # Keys that a file may carry or lack without harm, as shell patterns: the above, and values that only training needs.
-OPTIONAL_KEYS = (*SCHEDULE_KEYS, "logvar", f"{EMA}*", f"*{POSITION_IDS}", f"{FIRST_STAGE}loss.*", "loss.*")
+OPTIONAL_KEYS = (
+    *SCHEDULE_KEYS,
+    "logvar",
+    f"{EMA}*",
+    f"*{POSITION_IDS}",
+    f"{FIRST_STAGE}loss.*",
+    "loss.*",
+    *_UNUSED_BY_TOWERS,
+)
 
 
 def is_optional(key: str, patterns: Sequence[str] = OPTIONAL_KEYS) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from ldm.config.trust import check_trust
 from ldm.files import check_file, read_at_most
 from ldm.util import UserError, instantiate_from_config, nearest
 
+log = logging.getLogger(__name__)
+
 SECTIONS = ("model", "data", "lightning")
 _MOST_BYTES = 1 << 20  # of a config file; real ones have a few thousand
 # Where a bare file name is also looked for: under the working directory, then in this repository.
@@ -27,25 +31,24 @@ _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/late
 def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
     """Merge the YAML files `names` left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
 
-    They merge as `laid_over` says. This is the one place where the trust in configs is applied: unless they are
-    `trusted`, the files are held against `ldm.config.trust`. Overrides are not, since a person typed them.
+    They merge as `laid_over` says. Sections of other names are left out with a warning. This is the one place where the
+    trust in configs is applied: unless they are `trusted`, the files are held against `ldm.config.trust`. Overrides are
+    not, since a person typed them.
 
     References such as `${model.x}` are replaced. What depends on the environment stays as it is written, and OmegaConf
     replaces it where it is read.
 
     Raises:
         UserError: a file is missing or is not a YAML mapping, an override cannot be read, an interpolation does not
-            resolve, a top-level section is none of `SECTIONS` or no mapping, or the config needs trust.
+            resolve, a top-level section is a slip of one of `SECTIONS` or no mapping, or the config needs trust.
     """
-    files = [(str(path), _read(path)) for path in map(find_config, names)]
+    files = [(str(path), read_config(path)) for path in map(find_config, names)]
     typed = [(repr(override), _parse_override(override)) for override in overrides]
     # A resumed run has many, whose folders would make the line long.
     source = str(names[0]) if len(names) == 1 else ", ".join(Path(name).name for name in names) or "the command line"
     config = OmegaConf.create()
-    for name, part in files + typed:
-        for section in part:
-            if section not in SECTIONS:
-                raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
+    for number, (name, part) in enumerate(files + typed):
+        _check_sections(part, name, typed=number >= len(files))
         try:
             config = laid_over(config, part, trusted)
         except TypeError as error:  # OmegaConf's, of a list over a mapping
@@ -56,8 +59,11 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
         if not trusted:
             own = typed_paths([OmegaConf.to_container(part) for _, part in typed])
             check_interpolations(OmegaConf.to_container(config), source, own)
-            check_trust(plain(config), source, own)
         config = resolve_references(config)
+        _drop_other_sections(config, source)
+        values = plain(config)
+        if not trusted:
+            check_trust(values, source, own)
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{source}: {_first_line(error)}") from error
     for section, value in config.items():
@@ -74,6 +80,23 @@ def needs_trust(config: DictConfig) -> bool:
     except (UserError, OmegaConfBaseException):
         return True
     return False
+
+
+def _check_sections(part: DictConfig, name: str, typed: bool) -> None:
+    """Raise `UserError` for a section of `part` that is none of `SECTIONS`, and typed or named almost like one."""
+    for section in part:
+        slip = difflib.get_close_matches(str(section), SECTIONS, n=1, cutoff=0.65)
+        if section not in SECTIONS and (typed or slip):
+            raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
+
+
+def _drop_other_sections(config: DictConfig, source: str) -> None:
+    """Remove sections that other programs read, once interpolations have had their values from them."""
+    others = [section for section in config if section not in SECTIONS]
+    for section in others:
+        del config[section]
+    if others:
+        log.warning("%s: ignored, being none of %s: %s", source, ", ".join(SECTIONS), ", ".join(map(str, others)))
 
 
 def find_config(name: str | Path) -> Path:
@@ -119,7 +142,12 @@ def _build(config: DictConfig, section: str) -> Any:
     return instantiate_from_config(plain(config[section]))
 
 
-def _read(path: Path) -> DictConfig:
+def read_config(path: Path) -> DictConfig:
+    """The YAML file `path` as it stands.
+
+    Raises:
+        UserError: it is too large, or not a YAML mapping.
+    """
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config; name the right file")
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.allowed import nearest_allowed, reason_for
 from ldm.config.reach import reach
+from ldm.translations import instead, todays_path
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
         if path in own:
             continue
         if key in _TARGETS:
-            if reason_for(text) is None:
+            if reason_for(todays_path(text)) is None:
                 raise UserError(
                     f"{source}: target {text!r:.100} is not on the list of classes that need no trust"
-                    f"{nearest_allowed(text)}; {_HINT}"
+                    f"{instead(text) or nearest_allowed(text)}; {_HINT}"
                 )
             continue
         done = (_SENDING.get(path) if key else None) or reach(text)
@@ -56,7 +57,7 @@ def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
 
 def may_look_up(target: Any, trusted: bool) -> bool:
     """Whether the class `target` may be imported to see what it takes."""
-    return trusted or (isinstance(target, str) and reason_for(target) is not None)
+    return trusted or (isinstance(target, str) and reason_for(todays_path(target)) is not None)
 
 
 def _texts(value: Any, path: Path = (), key: str = "") -> Iterator[tuple[Path, str, str]]:

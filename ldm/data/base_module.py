@@ -45,10 +45,18 @@ class BaseDataModule(pl.LightningDataModule):
             return {"rank": 0, "world": 1}
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
 
-    def _sampler(self, groups: list[np.ndarray], keys: Sequence[str], name: str, **options: bool) -> EpochBatchSampler:
-        sampler = EpochBatchSampler(groups, self.batch_size, keys, seed=self.seed, **options, **self._rank())
+    def _sampler(
+        self,
+        groups: list[np.ndarray],
+        keys: Sequence[str],
+        name: str,
+        batch_size: int | None = None,  # by default the module's
+        **options: bool,
+    ) -> EpochBatchSampler:
+        batch_size = batch_size or self.batch_size
+        sampler = EpochBatchSampler(groups, batch_size, keys, seed=self.seed, **options, **self._rank())
         if len(sampler) == 0:
-            counts = f"{sum(map(len, groups))} samples, batch_size {self.batch_size}, ranks {self._rank()['world']}"
+            counts = f"{sum(map(len, groups))} samples, batch_size {batch_size}, ranks {self._rank()['world']}"
             raise UserError(f"the {name} data make no batch: {counts}, drop_last {options.get('drop_last', False)}")
         self._say_never_seen(name, sampler)
         return sampler

@@ -11,8 +11,10 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.data.augment import BatchAugmentation
+from ldm.data.base import Txt2ImgIterableBaseDataset, share_among_workers
 from ldm.data.base_module import BaseDataModule
-from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader
+from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
+from ldm.data.sizes import check_sizes
 from ldm.shards.sample import DRAW
 from ldm.util import UserError, check_number, instantiate_from_config
 
@@ -20,11 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class DataModuleFromConfig(BaseDataModule):
-    """Datasets named by `target` and `params`, one a split. Training resumes exactly, augmentations included.
+    """Datasets named by `target` and `params`, one per split. Training resumes exactly, augmentations included.
 
-    `augment` describes augmentation of the training images on the device, see `BatchAugmentation`; `image_key` is the
-    entry of a batch that holds them. `wrap` and `use_worker_init_fn` are taken from old configs: any object with `len`
-    and `[i]` will do here, and every sample is seeded.
+    Args:
+        num_val_workers: worker processes of the splits other than training; by default `num_workers`.
+        wrap, use_worker_init_fn: taken from old configs without effect: any object with `len` and `[i]` is a dataset
+            here, every sample is seeded, and streams are always shared among workers.
+        augment: augmentation of the training images on the device, see `BatchAugmentation`.
+        image_key: the entry of a batch that holds the images.
     """
 
     def __init__(
@@ -44,11 +49,15 @@ class DataModuleFromConfig(BaseDataModule):
         drop_last: bool = False,
         augment: Mapping[str, Mapping[str, Any]] | None = None,
         image_key: str = "image",
+        num_val_workers: int | None = None,
     ) -> None:
         if num_workers is None:
             check_number("data.params.batch_size", batch_size, least=1)
             num_workers = min(2 * batch_size, os.cpu_count() or 1)
         super().__init__(batch_size, num_workers, seed, drop_last)
+        check_number("data.params.num_val_workers", num_val_workers, least=0, optional=True)
+        self.num_val_workers = num_workers if num_val_workers is None else num_val_workers
+        self.val_batch_size = batch_size
         configs = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.dataset_configs = {split: config for split, config in configs.items() if config is not None}
         self.shuffle = {
@@ -67,32 +76,48 @@ class DataModuleFromConfig(BaseDataModule):
         for split in splits.get(stage, list(self.dataset_configs)):
             if split in self.datasets or split not in self.dataset_configs:
                 continue
-            dataset = self.datasets[split] = instantiate_from_config(self.dataset_configs[split])
+            dataset = self.datasets[split] = self.build_dataset(split)
             size = "a stream" if isinstance(dataset, IterableDataset) else f"{len(dataset)} samples"
             logger.info("%s data: %s, %s", split, type(dataset).__name__, size)
+            if stage == "fit" and not isinstance(dataset, IterableDataset) and self.trainer is not None:
+                with seeded(self.seed, 0, 0):
+                    check_sizes(self.trainer.lightning_module, dataset[0] if len(dataset) else None, split)
+
+    def build_dataset(self, split: str) -> Any:
+        """The dataset of `split`, which its config describes."""
+        return instantiate_from_config(self.dataset_configs[split])
 
     def _loader(self, split: str) -> SampleLoader | list[SampleLoader]:
         if split not in self.datasets:
             return []
         dataset, training = self.datasets[split], split == "train"
         drop_last = training and self.drop_last
+        batch_size, workers = self._sizes(split)
         if isinstance(dataset, IterableDataset):
-            return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
+            options = {"num_workers": workers, "drop_last": drop_last}
+            if isinstance(dataset, Txt2ImgIterableBaseDataset):
+                dataset.share(**self._rank())
+                options["worker_init_fn"] = share_among_workers
+            return StreamLoader(dataset, batch_size, **options)
         shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
         keys = getattr(dataset, "sample_keys", ())  # as of shards, and of pictures
-        sampler = self._sampler([np.arange(len(dataset))], keys, split, shuffle=shuffle, drop_last=drop_last)
+        groups = [np.arange(len(dataset))]
+        sampler = self._sampler(groups, keys, split, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader
         items = SeededDataset(dataset, self.seed, self.run_seed if training else None)
-        return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
+        return loader(items, batch_sampler=sampler, num_workers=workers)
+
+    def _sizes(self, split: str) -> tuple[int, int]:
+        """Samples of a batch and worker processes of `split`."""
+        training = split == "train"
+        return (self.batch_size, self.num_workers) if training else (self.val_batch_size, self.num_val_workers)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment the images of a training batch, on the device that they are on."""
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
         if not isinstance(batch, dict) or self.image_key not in batch or DRAW not in batch:
-            raise UserError(
-                f"data.params.augment: the training samples have no entry {self.image_key!r}; set image_key"
-            )
+            raise UserError(f"data.params.augment: training samples have no entry {self.image_key!r}; set image_key")
         return {**batch, self.image_key: self.augmentation(batch[self.image_key], batch[DRAW])}
 
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
@@ -110,4 +135,5 @@ class DataModuleFromConfig(BaseDataModule):
         if "predict" not in self.datasets:
             return []
         # Lightning builds this one again to follow the sample numbers, which only a plain loader lets it.
-        return DataLoader(self.datasets["predict"], self.batch_size, num_workers=self.num_workers)
+        batch_size, workers = self._sizes("predict")
+        return DataLoader(self.datasets["predict"], batch_size, num_workers=workers)

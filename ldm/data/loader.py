@@ -60,6 +60,10 @@ class SeededDataset(Dataset):
         return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
 
 
+# Torch's words where samples of unequal sizes are collated: in this process, and in a worker.
+_UNEQUAL = ("stack expects each tensor to be equal size", "Trying to resize storage that is not resizable")
+
+
 def _raise_in_one_line(error: UserError) -> None:
     """Raise `error`; from a worker it comes with the worker's traceback, whose last line is the message."""
     last = str(error.args[0]).strip().splitlines()[-1]
@@ -92,6 +96,11 @@ class SampleLoader(DataLoader):
         except UserError as error:
             _raise_in_one_line(error)
         except RuntimeError as error:
+            if any(words in str(error) for words in _UNEQUAL):
+                raise UserError(
+                    "samples of one batch differ in size: crop them to one size, as with RandomCrop after Resize, or "
+                    "set data.params.batch_size=1"
+                ) from error
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(f"{error}: was it killed for want of memory? lower data.params.num_workers") from error

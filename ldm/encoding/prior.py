@@ -66,7 +66,7 @@ def drawn(
         contexts = encoder.captions([requests[number].prompt for number in part])
         samples = []
         for number, context in zip(part, contexts, strict=True):
-            prompt, origin = requests[number].prompt, {**requests[number]._asdict(), **settings}
+            prompt, origin = requests[number].prompt, {**requests[number].described(), **settings}
             latent = (next(latents) / encoder.model.scale_factor).half().cpu().numpy()
             if not np.isfinite(latent).all():
                 raise UserError(f"{prompt!r}, seed {origin['seed']}: drawn as NaN or infinity; try --precision fp32")

@@ -102,7 +102,7 @@ def _samples(row: Row) -> dict[str, Any] | None:
     if drawn is None or distances is None:
         return None
     each = [
-        {"key": key, **request._asdict(), **dict(zip(distances._fields, values, strict=True))}
+        {"key": key, **request.described(), **dict(zip(distances._fields, values, strict=True))}
         for key, request, *values in zip(drawn.keys, drawn.requests, *distances, strict=True)
     ]
     return {**{name: interval._asdict() for name, interval in row.samples.items()}, "pictures": each}

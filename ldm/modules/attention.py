@@ -1,6 +1,6 @@
 """Attention over feature maps and text (arXiv:2112.10752, section 3.3 and appendix E.2.1).
 
-B batch, N query tokens, M context tokens, H heads, D features a head, C channels.
+B batch, N query tokens, M context tokens, H heads, D features per head, C channels.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ class CrossAttention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each normalised before and added to its input."""
+    """Self-attention, attention to the context, feed-forward; each normalised before and added to its input.
+
+    Args:
+        disable_self_attn: attend to the context in the first attention too.
+    """
 
     def __init__(
         self,
@@ -86,9 +90,12 @@ class BasicTransformerBlock(nn.Module):
         dropout: float = 0.0,
         context_dim: int | None = None,
         checkpoint: bool | str = True,
+        disable_self_attn: bool = False,
     ) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.disable_self_attn = disable_self_attn
+        first_dim = context_dim if disable_self_attn else None
+        self.attn1 = CrossAttention(dim, first_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.ff = FeedForward(dim, dropout=dropout)
         self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim)
@@ -100,7 +107,7 @@ class BasicTransformerBlock(nn.Module):
         return checkpoint(self._forward, x, context, enabled=self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -109,10 +116,12 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map (B, in_channels, H, W), added to it.
 
     Args:
-        n_heads, d_head: attention heads and features a head; the blocks are n_heads · d_head wide.
+        n_heads, d_head: attention heads and features per head; the blocks are n_heads · d_head wide.
         depth: number of blocks.
         context_dim: features of the context; None for self-attention in its place.
         use_checkpoint: recompute the blocks' activations in backward; all, or `selective`: see `checkpoint`.
+        use_linear: project by linear layers over the tokens, instead of 1 × 1 convolutions over the map.
+        disable_self_attn: see `BasicTransformerBlock`.
     """
 
     def __init__(
@@ -124,24 +133,45 @@ class SpatialTransformer(nn.Module):
         dropout: float = 0.0,
         context_dim: int | None = None,
         use_checkpoint: bool | str = True,
+        use_linear: bool = False,
+        disable_self_attn: bool = False,
     ) -> None:
         super().__init__()
         inner = n_heads * d_head
+        self.use_linear = use_linear
         self.norm = normalization(in_channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(in_channels, inner, 1)
+        self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
-                inner, n_heads, d_head, dropout=dropout, context_dim=context_dim, checkpoint=use_checkpoint
+                inner,
+                n_heads,
+                d_head,
+                dropout=dropout,
+                context_dim=context_dim,
+                checkpoint=use_checkpoint,
+                disable_self_attn=disable_self_attn,
             )
             for _ in range(depth)
         )
-        self.proj_out = zero_module(nn.Conv2d(inner, in_channels, 1))
+        self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        height = x.shape[-2]
-        h = self.proj_in(self.norm(x))
-        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.to_tokens(x)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = rearrange(h, "b (h w) c -> b c h w", h=height)
-        return x + self.proj_out(h)
+        return self.from_tokens(h, x)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Return the map `x` (B, in_channels, H, W) as the blocks' input (B, H · W, inner)."""
+        h = self.norm(x)
+        if self.use_linear:
+            # Contiguous: of other tokens, torch chooses the kernel by whether the weight takes gradients.
+            return self.proj_in(rearrange(h, "b c h w -> b (h w) c").contiguous())
+        return rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+
+    def from_tokens(self, h: Tensor, x: Tensor) -> Tensor:
+        """Add the blocks' output `h` (B, H · W, inner) to the map `x` (B, in_channels, H, W)."""
+        height = x.shape[-2]
+        if self.use_linear:
+            return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))

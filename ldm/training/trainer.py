@@ -23,7 +23,7 @@ from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.strategies import ShardedStrategy, check_launch, host_state_strategy, strategy, streams_weights
-from ldm.training.trainer_2022 import check_names, is_single, modernise
+from ldm.training.trainer_2022 import check_names, is_single, modernise, take_old_keys
 from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ _LIGHTNING_KEYS = (
     "modelcheckpoint",
     "strategy",
     "find_unused_parameters",
+    "metrics_over_trainsteps_checkpoint",
     "scale_lr",  # the switch, which a run remembers here
 )
 # Where the data modules are that give each process its share themselves.
@@ -57,6 +58,7 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
+    take_old_keys(section)
     if arguments.scale_lr is not None:
         section["scale_lr"] = arguments.scale_lr
     if section.get("scale_lr") is None:

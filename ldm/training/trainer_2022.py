@@ -54,6 +54,19 @@ _STRATEGIES = {
 }
 
 
+def take_old_keys(section: Any) -> None:
+    """Bring keys that public configs have elsewhere in the section `lightning` to their place; name what has no use."""
+    trainer = section.get("trainer") or {}
+    if "find_unused_parameters" in trainer:
+        section.setdefault("find_unused_parameters", trainer["find_unused_parameters"])
+        del trainer["find_unused_parameters"]
+    if section.get("metrics_over_trainsteps_checkpoint"):
+        log.warning(
+            "lightning.metrics_over_trainsteps_checkpoint is ignored: to keep every checkpoint, set "
+            "lightning.modelcheckpoint.params to {monitor: null, save_top_k: -1, every_n_train_steps: N}"
+        )
+
+
 def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
     """Raise `UserError` for the first of `names` that the Trainer takes neither today (`valid`) nor took in 2022.
 

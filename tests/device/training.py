@@ -157,7 +157,7 @@ def autoencoder() -> None:
     from ldm.models.autoencoder import AutoencoderKL
 
     coder = CONFIG["model"]["params"]["first_stage_config"]["params"]
-    loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {"disc_start": 0}}
+    loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {"disc_start": 0, "perceptual_weight": 0}}
     model = AutoencoderKL(**{**coder, "lossconfig": loss})
     properties = {"device": pretended.GPU, "dtype": torch.float32, "global_step": 4}
     with pretending() as waits, mock.patch.multiple(LightningModule, **properties):

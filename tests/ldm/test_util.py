@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from ldm.util import UserError, check_number, check_params, escaped, get_obj_from_str, instantiate_from_config
+from ldm.translations import INSTEAD_OF_KEY
+from ldm.util import UserError, check_number, check_params, escaped, get_obj_from_str, instantiate_from_config, takes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Base:
@@ -157,3 +163,50 @@ def test_check_number_takes_what_is_in_the_range() -> None:
         check_number("x", value, **limits)
     with pytest.raises(UserError, match=r"--x 0: .*, or leave it out"):
         check_number("--x", 0, least=1, optional=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("personalization_config", "textual_inversion.yaml"),
+        ("embedding_reg_weight", "textual_inversion.yaml"),
+        ("unfreeze_model", "unet_trainable.*cond_stage_trainable is true"),
+        ("reg_weight", "prior_loss_weight.*prior_pictures.yaml"),
+        ("model_lr", "model.base_learning_rate"),
+    ],
+)
+def test_instead_of_key_names_the_key_and_what_to_use(key: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key '{key}' in params of .*LatentDiffusion; .*{said}"):
+        instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {key: 1}})
+
+
+def test_instead_of_key_names_what_exists() -> None:
+    """Keys of models that the advice names are arguments, and the overlays are shipped."""
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    advice = " ".join(INSTEAD_OF_KEY.values())
+    overlays = set(re.findall(r"\w+\.yaml", advice))
+    assert overlays and all((ROOT / "configs/latent-diffusion" / name).is_file() for name in overlays)
+    for key in ("unet_trainable", "cond_stage_trainable", "prior_loss_weight", "ucg_training"):
+        assert key in advice and takes(LatentDiffusion, key)
+    assert not any(takes(LatentDiffusion, key) for key in INSTEAD_OF_KEY)
+
+
+class Loads:
+    def __init__(self, ckpt_path: str | None = None) -> None:
+        self.ckpt_path = ckpt_path
+
+
+@pytest.mark.parametrize("params", [{}, {"ckpt_path": "other.ckpt"}])
+def test_ckpt_path_beside_target_is_one_in_params(tmp_path: Path, params: dict) -> None:
+    (tmp_path / "model.ckpt").touch()
+    path = str(tmp_path / "model.ckpt")
+    built = instantiate_from_config({"target": f"{__name__}.Loads", "ckpt_path": path, "params": params})
+    assert built.ckpt_path == params.get("ckpt_path", path)
+
+
+@pytest.mark.parametrize(("target", "said"), [("Loads", "there is no such file"), ("Strict", "this class loads none")])
+def test_ckpt_path_beside_target_that_is_not_loaded(target: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    built = instantiate_from_config({"target": f"{__name__}.{target}", "ckpt_path": "missing.ckpt"})
+    assert getattr(built, "ckpt_path", None) is None
+    assert f"ckpt_path missing.ckpt beside target is not loaded: {said}" in caplog.text

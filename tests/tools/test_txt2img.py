@@ -66,6 +66,7 @@ def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Ca
         (("--prompt", "x", "--scale", "nan"), "--scale nan"),
         (("--prompt", "x", "--eta", 5), "--eta 5"),
         (("--prompt", "x", "--seed", 10**20), "--seed 1000"),
+        (("--prompt", "x", "--negative-prompt", "y", "--scale", 1), "--negative-prompt needs guidance"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -77,3 +78,17 @@ def test_bad_input_is_one_line(
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_negative_prompt_changes_the_image_and_is_in_the_metadata(
+    tiny_release: Path, command: Callable, tmp_path: Path
+) -> None:
+    for negative in ((), ("--negative-prompt", "a dog")):
+        done = command("tools/txt2img.py", "--ckpt", tiny_release, *FAST, "--prompt", "red apple", *negative)
+        assert done.returncode == 0, done.stderr
+    images = []
+    for number, negative in enumerate(("", "a dog")):
+        with Image.open(tmp_path / f"out/0000{number}.png") as image:
+            assert json.loads(image.text["parameters"])["negative_prompt"] == negative
+            images.append(np.asarray(image).astype(int))
+    assert np.abs(images[0] - images[1]).max() > 1

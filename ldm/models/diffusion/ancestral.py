@@ -1,4 +1,4 @@
-"""Ancestral sampling, one step for every training timestep (DDPM, arXiv:2006.11239, algorithm 2)."""
+"""Ancestral sampling, one step per training timestep (DDPM, arXiv:2006.11239, algorithm 2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.util import UserError
 
 
 class AncestralSampler(Sampler):
-    """Draws x_{t−1} from the posterior q(x_{t−1} | x_t, x₀) at the predicted x₀.
+    """Sampler of x_{t−1} from the posterior q(x_{t−1} | x_t, x₀) at the predicted x₀.
 
     The model must hold the posterior's buffers (`GaussianDiffusion`). `clip_denoised` keeps x₀ in [-1, 1], which
     fits pixels, not latents.
@@ -26,7 +26,7 @@ class AncestralSampler(Sampler):
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
     ) -> None:
-        """The last `ddim_num_steps` training timesteps, each visited once; the other arguments do not apply."""
+        """Set the last `ddim_num_steps` training timesteps, each visited once; the other arguments do not apply."""
         if not 1 <= ddim_num_steps <= self.model.num_timesteps:
             raise UserError(f"{ddim_num_steps} sampling steps: choose 1 to {self.model.num_timesteps}")
         self.timesteps = np.arange(ddim_num_steps, dtype=np.float64)[::-1]

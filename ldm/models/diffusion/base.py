@@ -1,65 +1,67 @@
-"""Diffusion of images as a Lightning module; what diffusion of latents builds on.
+"""Diffusion of images as a Lightning module; the base of diffusion of latents.
 
-B batch; C, H, W channels, height and width of what is diffused; t (B,) timesteps that count from 0.
+B batch; C, H, W channels, height and width of the diffused tensor; t (B,) timesteps that count from 0.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
-from ldm.checkpoint import LoadReport, load_file_into
-from ldm.checkpoint.keys import EMA, MODEL, has_part
-from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.log_images import log_images
-from ldm.models.diffusion.preservation import Prior
-from ldm.models.diffusion.sampling import Conditioning
+from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
+from ldm.models.diffusion.replacement import replacements_of
+from ldm.models.diffusion.steps import Steps
+from ldm.models.diffusion.weights import StartsFromWeights
 from ldm.models.diffusion.wrapper import DiffusionWrapper
-from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion, min_snr_weights
+from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.optim import build_optimizer
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 
-class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
+class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
         unet_config: `target` and `params` of the UNet.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s: see `make_beta_schedule`.
         given_betas: the schedule itself, in place of these.
+        rescale_betas_zero_snr: see `rescale_to_zero_snr`; for `v` and `x0`.
         loss_type: `l1` or `l2`.
         ckpt_path, ignore_keys, load_only_unet: weights to start from, and key prefixes to leave out of them.
+        load_ema, reset_ema: take the file's moving average along, or begin one at its weights.
+        reset_num_ema_updates: let the average follow quickly again, as it does at its start.
+        make_it_fit: repeat a tensor of the file where the model's is larger.
+        ucg_training: by batch entry, `p` and `val`: the share of samples whose entry `val` replaces in training.
         monitor: the logged value that picks the best checkpoint.
         use_ema: keep a moving average of the UNet's weights.
         first_stage_key: the batch entry that holds the images.
-        image_size, channels: of what is diffused.
-        log_every_t: steps between the pictures of a denoising row.
+        image_size, channels: of the diffused tensor.
+        log_every_t: steps between the images of a diffusion row.
         clip_denoised: keep x₀ in [-1, 1] in ancestral sampling.
-        original_elbo_weight, l_simple_weight: weights of the variational bound and of the simple loss (eq. 14).
         v_posterior: see `diffusion_buffers`.
         conditioning_key: see `DiffusionWrapper`.
         parameterization: what the UNet predicts: `eps`, `x0` or `v`.
         scheduler_config: `target` and `params` of a multiplier from `ldm.lr_scheduler`.
         optimizer_config: `target` and `params` of the optimizer; fused AdamW without one.
         use_positional_encodings: accepted for old configs; no model here has any.
-        learn_logvar, logvar_init: a log variance a timestep that weights the loss.
-        min_snr_gamma: weight the simple loss by `min_snr_weights`: little noise counts less; 5 is usual.
+        loss_config: `target` and `params` of the loss weighting, a class of `ldm.models.diffusion.loss`.
+        original_elbo_weight, l_simple_weight, learn_logvar, logvar_init, min_snr_gamma: the weighting by older keys,
+            in place of `loss_config`: `VariationalBound`, `LogVariance` and `MinSNR`.
     """
 
     def __init__(
@@ -93,10 +95,15 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         min_snr_gamma: float | None = None,
+        loss_config: Mapping[str, Any] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        load_ema: bool = True,
+        reset_ema: bool = False,
+        reset_num_ema_updates: bool = False,
+        make_it_fit: bool = False,
+        ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise UserError(f"min_snr_gamma {min_snr_gamma!r}: give a number above 0, or leave it out")
         if parameterization not in PARAMETERIZATIONS:
             raise UserError(f"parameterization {parameterization!r} is unknown; valid: {', '.join(PARAMETERIZATIONS)}")
         if loss_type not in ("l1", "l2"):
@@ -105,17 +112,18 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         self.loss_type = loss_type
         self.monitor = monitor
         self.use_ema = use_ema
+        self.load_ema = load_ema and not reset_ema
+        self.reset_num_ema_updates = reset_num_ema_updates
+        self.make_it_fit = make_it_fit
+        self.replacements = replacements_of(ucg_training)
         self.first_stage_key = first_stage_key
         self.image_size = image_size
         self.channels = channels
         self.log_every_t = log_every_t
         self.clip_denoised = clip_denoised
-        self.original_elbo_weight = original_elbo_weight
         self.v_posterior = v_posterior
-        self.l_simple_weight = l_simple_weight
         self.scheduler_config = scheduler_config
         self.optimizer_config = optimizer_config
-        self.learn_logvar = learn_logvar
         self.learning_rate: float | None = None  # set by whoever trains
         # Timesteps (B,) and losses (B,) of the last batch, for whoever must name a sample.
         self.sample_losses: tuple[Tensor, Tensor] | None = None
@@ -123,165 +131,114 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.model_ema = LitEma(self.model)
-        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        snr_weights = None
-        if min_snr_gamma is not None:
-            snr_weights = min_snr_weights(self.alphas_cumprod, min_snr_gamma, parameterization)
-        self.register_buffer("snr_weights", snr_weights, persistent=False)
-        logvar = torch.full((self.num_timesteps,), float(logvar_init))
-        if learn_logvar:
-            self.logvar = nn.Parameter(logvar)
-        else:
-            self.register_buffer("logvar", logvar, persistent=False)
+        if rescale_betas_zero_snr and parameterization == "eps":
+            logger.warning("rescale_betas_zero_snr: eps predicts nothing of the last step; set parameterization to v")
+        ends = linear_start, linear_end, cosine_s
+        self.register_schedule(given_betas, beta_schedule, timesteps, *ends, rescale_betas_zero_snr)
+        self.weighting = weighting_of(
+            loss_config, min_snr_gamma, learn_logvar, logvar_init, original_elbo_weight, l_simple_weight
+        )
+        self.weighting.attach(self)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
-
-    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> LoadReport:
-        """Load weights from a checkpoint, leaving out keys that start with one of `ignore_keys`.
-
-        With `only_model`, just the UNet. An EMA that the file does not hold starts from the loaded weights.
-
-        Raises:
-            UserError: the file cannot be read, or does not fit this model.
-        """
-        module, prefix = (self.model, MODEL) if only_model else (self, "")
-        report = load_file_into(module, path, ignore_keys, prefix)
-        if only_model or has_part(report.missing, EMA):
-            self.restart_ema()
-        return report
-
-    def restart_ema(self) -> None:
-        """Begin the moving average, if there is one, at the present weights."""
-        if self.use_ema:
-            self.model_ema = LitEma(self.model)
 
     # Training
 
     def get_input(self, batch: Batch, k: str) -> Tensor:
-        """The images `batch[k]`, channels last (B, H, W, C) or without channels, as (B, C, H, W) float32."""
+        """Return the images `batch[k]`, channels last (B, H, W, C) or without channels, as (B, C, H, W) float32."""
         x = batch_entry(batch, k)
         if x.ndim == 3:
             x = x[..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float()
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """The UNet's prediction (B, C, H, W) at the noisy `x`."""
+        """Return the UNet's prediction (B, C, H, W) at the noisy `x`."""
         return self.model(x, t)
 
     def training_loss(
-        self, output: Tensor, target: Tensor, t: Tensor, prior: Prior | None = None
+        self, output: Tensor, target: Tensor, t: Tensor, samples: BatchMean = EQUAL
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its logged parts: simple + weight · variational bound, over exp(logvar) (eq. 14).
-
-        With a `prior` its samples join in as it says, and the parts are those of the training samples.
-        """
-        mean, joined = (prior.training_mean, prior.joined) if prior else (Tensor.mean, Tensor.mean)
+        """Return the loss, by `weighting` and `samples`, and its parts to log, those of the training samples."""
         error = target.float() - output.float()
         per_sample = (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)  # (B,)
         self.sample_losses = (t, per_sample.detach())
-        prefix = "train" if self.training else "val"
-        logged = {f"{prefix}/loss_simple": mean(per_sample)}
-        if prior:
-            logged[f"{prefix}/loss_prior"] = prior.prior_mean(per_sample)
-
-        logvar = self.logvar[t]
-        simple = per_sample if self.snr_weights is None else self.snr_weights[t] * per_sample
-        weighted = simple / logvar.exp() + logvar
-        if self.learn_logvar:
-            logged[f"{prefix}/loss_gamma"] = mean(weighted)
-            logged["logvar"] = self.logvar.mean()
-        bound = self.lvlb_weights[t] * per_sample
-        logged[f"{prefix}/loss_vlb"] = mean(bound)
-        loss = self.l_simple_weight * joined(weighted) + self.original_elbo_weight * joined(bound)
-        logged[f"{prefix}/loss"] = loss
+        split, mean = "train" if self.training else "val", samples.training_mean
+        logged = {f"{split}/loss_simple": mean(per_sample), **samples.logged(per_sample, split)}
+        logged |= self.weighting.logged(self, per_sample, t, mean, split)
+        logged[f"{split}/loss_vlb"] = mean(self.lvlb_weights[t] * per_sample)
+        logged[f"{split}/loss"] = loss = self.weighting.loss(self, per_sample, t, samples.joined)
         return loss, {key: value.detach() for key, value in logged.items()}
 
-    def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W)."""
+    def p_losses(
+        self,
+        x_start: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor | None = None,
+        samples: BatchMean = EQUAL,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and its parts to log."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        output = self.apply_model(self.q_sample(x_start, t, noise), t)
-        return self.training_loss(output, self.training_target(x_start, noise, t), t)
+        t, noise = samples.asked(t, noise)
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        return self.training_loss(output, samples.target(self.training_target(x_start, noise, t)), t, samples)
 
     def draw_timesteps(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> Tensor:
-        """Uniform timesteps (B,)."""
+        """Return uniform timesteps (B,)."""
         return draws.integers("timestep", self.num_timesteps, x)
 
-    def forward(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of clean images at random timesteps."""
+    def forward(
+        self, x: Tensor, c: Conditioning = None, samples: BatchMean = EQUAL, draws: Draws = FROM_GLOBAL
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of clean `x` (B, C, H, W) under `c`, at random timesteps, and its parts to log."""
         t = self.draw_timesteps(x, draws)
-        return self.p_losses(x, t, draws.normal("noise", x))
+        c = self.conditioning_at(c, t, draws)
+        return self.p_losses(x, c, t, draws.normal("noise", x), samples)
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and what to log of it."""
-        return self(self.get_input(batch, self.first_stage_key), Draws.of(batch))
+        """Return the loss of a batch, and its parts to log."""
+        draws = Draws.of(batch)
+        x = self.diffused(batch, draws)
+        samples = self.samples_of(batch)
+        return self(x, self.encode_conditioning(batch), samples, draws)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, logged = self.shared_step(batch)
-        # All in one message, not one by one, as with `sync_dist`.
-        means = mean_over_processes(torch.stack(list(logged.values())))
-        self.log_dict(dict(zip(logged, means, strict=True)), batch_size=self.batch_size_of(batch))
-        return loss
+    # The answers of a model of pixels without conditioning; `LatentDiffusion` has others.
 
-    def batch_size_of(self, batch: Batch) -> int:
-        """The number of samples in a batch."""
-        return len(batch[self.first_stage_key])
+    def diffused(self, batch: Batch, draws: Draws = FROM_GLOBAL) -> Tensor:
+        """Return the clean tensor (B, C, H, W) that is diffused."""
+        return self.get_input(batch, self.first_stage_key)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of the weights and of their EMA, on the same noise and timesteps in every epoch."""
-        self._log_evaluation(batch, batch_idx, "val")
+    def encode_conditioning(self, batch: Batch) -> Conditioning:
+        """Return the conditioning of a batch, in the form that `apply_model` takes."""
+        return None
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_evaluation(batch, batch_idx, "test")
+    def conditioning_at(self, c: Conditioning, t: Tensor, draws: Draws = FROM_GLOBAL) -> Conditioning:
+        """Return the conditioning that the model sees at timesteps `t` (B,)."""
+        return c
 
-    def _log_evaluation(self, batch: Batch, batch_idx: int, split: str) -> None:
-        losses = self._validation_losses(batch, batch_idx)
-        with self.ema_scope():
-            # Without an EMA the second name still exists, for `monitor`.
-            averaged = self._validation_losses(batch, batch_idx) if self.use_ema else losses
-        losses = losses | {f"{key}_ema": value for key, value in averaged.items()}
-        logged = {key.replace("val/", f"{split}/", 1): value for key, value in losses.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=self.batch_size_of(batch))
+    def samples_of(self, batch: Batch) -> BatchMean:
+        """Return how the samples of a batch count."""
+        return EQUAL
 
-    def _validation_losses(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(batch_idx)
-            return self.shared_step(batch)[1]
+    def encode_with_images(self, batch: Batch) -> tuple[Tensor, Conditioning, Tensor]:
+        """Return what is diffused, its conditioning, and the images (B, C, H, W) that it stands for."""
+        x = self.diffused(batch)
+        return x, self.encode_conditioning(batch), x
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """An optimizer step and, at once, the EMA's: a checkpoint written right after a step holds both."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward, beside its activations
-        if self.use_ema:
-            self.model_ema(self.model)
+    def to_images(self, x: Tensor) -> Tensor:
+        """Return the images (B, C, H, W), about [-1, 1], that a clean `x` stands for."""
+        return x
 
-    def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
-        """Within it the model has its averaged weights, if it keeps an EMA. `context` names the use in the log."""
-        if not self.use_ema:
-            return nullcontext()
-        if context:
-            logger.info("%s: with averaged weights", context)
-        return self.model_ema.applied_to(self.model)
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the conditioning of captions can be asked for."""
+        return False
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer gets, in order."""
-        return list(self.model.parameters()) + ([self.logvar] if self.learn_logvar else [])
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer of `optimizer_config` (default: fused AdamW), with the multiplier of `scheduler_config`.
-
-        Raises:
-            UserError: no learning rate was set, or the optimizer does not take its `params`.
-        """
-        if self.learning_rate is None:
-            raise UserError("no learning rate: set model.base_learning_rate in the config")
-        config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
-        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
-        if self.scheduler_config is None:
-            return optimizer
-        multiplier = instantiate_from_config(self.scheduler_config)
-        scheduler = LambdaLR(optimizer, lr_lambda=multiplier.schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
+    ) -> Conditioning:
+        """Return what guidance moves away from."""
+        return None
 
     # Sampling
 
@@ -289,7 +246,7 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
     def sample(
         self, batch_size: int = 16, cond: Conditioning = None, timesteps: int | None = None, x_T: Tensor | None = None
     ) -> Tensor:
-        """Ancestral samples (B, C, H, W), one step a training timestep. See the samplers for faster ones."""
+        """Return ancestral samples (B, C, H, W), one step per training timestep. The samplers are faster."""
         shape = (self.channels, self.image_size, self.image_size)
         sampler = AncestralSampler(self, clip_denoised=self.clip_denoised)
         steps = timesteps or self.num_timesteps
@@ -297,5 +254,5 @@ class DDPM(GaussianDiffusion, KeepsTypes, pl.LightningModule):
 
     @wraps(log_images)  # whose signature tells the image logger what may be asked for
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
-        """Pictures (N, 3, H, W) in [-1, 1] for the image logger; see `ldm.models.diffusion.log_images`."""
+        """Return images (N, 3, H, W) in [-1, 1] for the image logger; see `ldm.models.diffusion.log_images`."""
         return log_images(self, batch, N, **kwargs)

@@ -1,4 +1,4 @@
-"""What a model reads of a batch."""
+"""Batches of training data, as the models read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Batch = Mapping[str, Any]
 
 
 def batch_entry(batch: Batch, key: str) -> Any:
-    """`batch[key]`.
+    """Return `batch[key]`.
 
     Raises:
         UserError: the batch has no such entry.

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Predict, Prediction, Sampler
+from ldm.modules.diffusionmodules.schedule import noised
 
 
 def ddim_step(prediction: Prediction, alpha_bar_prev: float, sigma: float = 0.0) -> Tensor:
-    """The deterministic part of eq. 12: √ᾱ_prev x₀ + √(1 − ᾱ_prev − σ²) ε. The caller adds σ · noise."""
-    return alpha_bar_prev**0.5 * prediction.x0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * prediction.eps
+    """Return √ᾱ_prev x₀ + √(1 − ᾱ_prev − σ²) ε, eq. 12 without its noise. The caller adds σ · noise."""
+    return noised(prediction.x0, prediction.eps, alpha_bar_prev**0.5, (1 - alpha_bar_prev - sigma**2) ** 0.5)
 
 
 class DDIMSampler(Sampler):
@@ -21,5 +22,5 @@ class DDIMSampler(Sampler):
         alpha_bar, previous = self.alphas[index], self.alphas_prev[index]
         prediction = predict(x, index)
         sigma = self.eta * ((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous)) ** 0.5
-        # Drawn even where it does not count, so that a seed gives the same masks' noise as ever.
+        # Sampled even where σ is 0, so that a seed gives the same noise under a mask at any eta.
         return ddim_step(prediction, previous, sigma) + sigma * noise(), prediction.x0

@@ -1,4 +1,4 @@
-"""The random numbers of a batch, the same however the samples of a step are spread over processes and batches.
+"""Random numbers of a batch. They do not depend on how a step's samples are spread over processes and batches.
 
 B batch; C, h, w channels, height and width of a latent.
 """
@@ -18,33 +18,39 @@ from ldm.shards.sample import DRAW
 
 @dataclass(frozen=True)
 class Draws:
-    """Numbers for the rows of a batch, each from streams of its own if the rows are named.
+    """Random numbers for the rows of a batch. A named row has streams of its own.
 
-    Without `names`, as in validation, they come from the global generators, for the batch as a whole. They are drawn
-    where they are needed, so a GPU's are other numbers than the CPU's, by its own generator.
+    Without `names`, as in validation, the global generators give the numbers of the whole batch. Numbers are sampled
+    on the device that needs them, so a GPU's differ from the CPU's.
     """
 
     names: Sequence[str] | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> Draws:
-        """Those of a batch, whose entry `DRAW` names its rows."""
+        """Return the random numbers of a batch, whose entry `DRAW` names its rows."""
         return cls(batch.get(DRAW))
 
     def normal(self, what: str, like: Tensor) -> Tensor:
-        """Standard normal numbers for `what`, of the shape (B, ...), dtype and device of `like`."""
+        """Return standard normal numbers for `what`, of the shape (B, ...), dtype and device of `like`."""
         if self.names is None:
             return torch.randn_like(like)
         kind = {"device": like.device, "dtype": like.dtype}
         return self._rows(what, like, lambda generator: torch.randn(like.shape[1:], generator=generator, **kind))
 
     def integers(self, what: str, high: int, like: Tensor) -> Tensor:
-        """Uniform integers (B,) for `what`, from 0 to `high` - 1, on the device of `like` (B, ...)."""
+        """Return uniform integers (B,) for `what`, from 0 to `high` - 1, on the device of `like` (B, ...)."""
         if self.names is None:
             return torch.randint(0, high, (len(like),), device=like.device)
         return self._rows(
             what, like, lambda generator: torch.randint(0, high, (), generator=generator, device=like.device)
         )
+
+    def uniform(self, what: str, like: Tensor) -> Tensor:
+        """Return uniform numbers (B,) for `what`, from 0 to 1, on the device of `like` (B, ...)."""
+        if self.names is None:
+            return torch.rand(len(like), device=like.device)
+        return self._rows(what, like, lambda generator: torch.rand((), generator=generator, device=like.device))
 
     def _rows(self, what: str, like: Tensor, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         generator = torch.Generator(like.device)

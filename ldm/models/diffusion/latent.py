@@ -16,36 +16,30 @@ from torch import Tensor, nn
 from ldm.checkpoint import LoadReport
 from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.base import DDPM
-from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.batch import Batch
+from ldm.models.diffusion.conditioning import WithConditioning, check_reads_captions
 from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.first_stage import WithFirstStage
+from ldm.models.diffusion.loss import EQUAL, BatchMean
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.sampling import Conditioning
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 
-def check_reads_captions(model: Any) -> None:
-    """Raise `UserError` unless the model's cond stage takes captions: not entries of batches, nor images."""
-    stage = model.cond_stage_model
-    if stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None:
-        raise UserError(
-            f"the config's cond_stage_config, {'none' if stage is None else type(stage).__name__}, reads no captions; "
-            "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
-        )
+__all__ = ["LatentDiffusion", "check_reads_captions"]
 
 
-class LatentDiffusion(WithFirstStage, DDPM):
+class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
     """Diffusion in the latent space of a frozen first stage (arXiv:2112.10752).
 
     The batch entry `first_stage_key` is either images, channels last (B, H, W, 3) in [-1, 1], which the first stage
     encodes; or pre-encoded, channels first and unscaled: a posterior's parameters (B, 2C, h, w), from which a fresh
-    latent is drawn at every step, or a latent (B, C, h, w).
+    latent is sampled at every step, or a latent (B, C, h, w).
 
-    Where training batches are pre-encoded the first stage waits in the host's memory, and comes to the device only for
-    what needs it, such as pictures.
+    Where training batches are pre-encoded, the first stage waits in the host's memory. It comes to the device only
+    where it is needed, such as for images.
 
     Args:
         first_stage_config, cond_stage_config: `target` and `params`; the cond stage may also be
@@ -57,6 +51,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
         concat_mode: what an unset `conditioning_key` means: `concat`, or `crossattn`.
         cond_stage_forward: the cond stage's method to call, instead of `encode` or `forward`.
         concat_keys: batch entries (channels first) concatenated to the input, for `conditioning_key: hybrid`.
+        force_null_conditioning: keep `conditioning_key` with `__is_unconditional__`: the batch's entry conditions.
         scale_factor: latents are multiplied by it.
         scale_by_std: set `scale_factor` to 1 / standard deviation of the first batch's latents.
         prior_loss_weight: weight of the loss on samples that the batch marks as the prior's; see `Prior`.
@@ -74,7 +69,8 @@ class LatentDiffusion(WithFirstStage, DDPM):
         concat_mode: bool = True,
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
-        concat_keys: Sequence[str] = (),
+        concat_keys: Sequence[str] | None = None,
+        force_null_conditioning: bool = False,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
         prior_loss_weight: float = 1.0,
@@ -84,7 +80,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
         load_only_unet: bool = False,
         **kwargs: Any,
     ) -> None:
-        if cond_stage_config == "__is_unconditional__":
+        if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
             conditioning_key = None
         elif conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
@@ -107,13 +103,15 @@ class LatentDiffusion(WithFirstStage, DDPM):
         self.unet_trainable = unet_trainable
         if not unet_trainable and self.use_ema:
             raise UserError("use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false")
-        if not (unet_trainable or cond_stage_trainable or self.learn_logvar):
+        if not (unet_trainable or cond_stage_trainable or list(self.parameters(recurse=False))):
             raise UserError("unet_trainable: false leaves nothing to train; set cond_stage_trainable: true beside it")
         self.model.requires_grad_(unet_trainable)
         self.cond_stage_forward = cond_stage_forward
-        self.concat_keys = tuple(concat_keys)
-        if conditioning_key == "hybrid" and not concat_keys:
-            raise UserError("conditioning_key 'hybrid' needs concat_keys, the batch entries to put onto the input")
+        self.concat_keys = self.default_concat_keys if concat_keys is None else tuple(concat_keys)
+        if self.model.takes_maps and conditioning_key != "concat" and not self.concat_keys:
+            raise UserError(
+                f"conditioning_key {conditioning_key!r} needs concat_keys, the batch entries to put onto the input"
+            )
         self.scale_by_std = scale_by_std
         self._scale_is_loaded = False
         if scale_by_std:
@@ -149,7 +147,7 @@ class LatentDiffusion(WithFirstStage, DDPM):
     def trained_parameters(self) -> list[nn.Parameter]:
         parts = [self.model, self.cond_stage_model] if self.cond_stage_trainable else [self.model]
         trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-        return [*trained, *([self.logvar] if self.learn_logvar else [])]
+        return [*trained, *self.parameters(recurse=False)]
 
     # Batches
 
@@ -176,91 +174,14 @@ class LatentDiffusion(WithFirstStage, DDPM):
                 "were the captions encoded by another text encoder?"
             )
 
-    # Conditioning
-
-    def get_learned_conditioning(self, c: Any) -> Conditioning:
-        """What the cond stage makes of raw conditioning: captions → (B, 77, D), labels → (B, 1, D), and so on."""
-        if self.cond_stage_forward is not None:
-            return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
-        encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
-        encoded = encode(c)
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-
-    def raw_conditioning(self, batch: Batch) -> Any:
-        """The batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
-        if getattr(self.cond_stage_model, "key", None) is not None:
-            return batch
-        entry = batch_entry(batch, self.cond_stage_key)
-        images = isinstance(entry, Tensor) and entry.ndim == 4  # as in all of latent diffusion, channels last
-        return super().get_input(batch, self.cond_stage_key) if images else entry
-
-    def encode_conditioning(self, batch: Batch) -> Conditioning:
-        """The conditioning of a batch, in the form that `apply_model` takes; None for an unconditional model."""
-        if self.model.conditioning_key is None:
-            return None
-        with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
-            encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
-        if isinstance(encoded, Tensor) and encoded.is_floating_point():
-            # Stored encodings are float16, which autocast on the CPU does not mix with bfloat16.
-            encoded = encoded.float()
-        if self.model.conditioning_key != "hybrid":
-            return encoded
-        return {"c_concat": [batch_entry(batch, key).float() for key in self.concat_keys], "c_crossattn": [encoded]}
-
-    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """The UNet's prediction at the noisy `x` (B, C, h, w).
-
-        `cond` is a tensor, a list of them, or a dict with lists under `c_concat` and `c_crossattn`.
-        """
-        if cond is None:
-            return self.model(x, t)
-        if not isinstance(cond, Mapping):
-            cond = cond if isinstance(cond, (list, tuple)) else [cond]
-            cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
-        return self.model(x, t, **cond)
-
     # Training
 
-    def p_losses(
-        self,
-        x_start: Tensor,
-        cond: Conditioning,
-        t: Tensor,
-        noise: Tensor | None = None,
-        prior: Prior | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at timesteps `t` (B,) of clean scaled latents `x_start` (B, C, h, w) under `cond`."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        if prior:
-            t, noise = prior.asked(t, noise)
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        target = self.training_target(x_start, noise, t)
-        return self.training_loss(output, prior.target(target) if prior else target, t, prior)
+    def diffused(self, batch: Batch, draws: Draws = FROM_GLOBAL) -> Tensor:
+        """Return the scaled latents (B, C, h, w) of a batch."""
+        return self.get_first_stage_encoding(self.encode_batch(batch), draws)
 
-    def forward(
-        self, x: Tensor, c: Conditioning, prior: Prior | None = None, draws: Draws = FROM_GLOBAL
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of clean latents at random timesteps, with the conditioning noised if the config says so."""
-        t = self.draw_timesteps(x, draws)
-        if self.num_timesteps_cond > 1:
-            c = self._noised_conditioning(c, self.cond_ids[t], draws)
-        return self.p_losses(x, c, t, noise=draws.normal("noise", x), prior=prior)
-
-    def _noised_conditioning(
-        self, c: Conditioning, t: Tensor, draws: Draws, what: str = "conditioning"
-    ) -> Conditioning:
-        if isinstance(c, Mapping):
-            return {
-                key: [self._noised_conditioning(entry, t, draws, f"{key}/{i}") for i, entry in enumerate(entries)]
-                for key, entries in c.items()
-            }
-        return self.q_sample(c, t, draws.normal(what, c)) if isinstance(c, Tensor) and c.is_floating_point() else c
-
-    def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        draws = Draws.of(batch)
-        latent = self.get_first_stage_encoding(self.encode_batch(batch), draws)
-        prior = Prior.of(batch, self.prior_loss_weight, self.prior_target)
-        return self(latent, self.encode_conditioning(batch), prior, draws)
+    def samples_of(self, batch: Batch) -> BatchMean:
+        return Prior.of(batch, self.prior_loss_weight, self.prior_target) or EQUAL
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._scale_is_loaded = "scale_factor" in checkpoint["state_dict"]
@@ -285,7 +206,18 @@ class LatentDiffusion(WithFirstStage, DDPM):
             self.scale_factor.copy_(1.0 / mean_over_processes(latent.std()))
             logger.info("scale_factor set to %.5f, from the first batch", self.scale_factor.item())
 
-    # Pictures
+    # Images
+
+    def encode_with_images(self, batch: Batch) -> tuple[Tensor, Conditioning, Tensor]:
+        encoded = self.encode_batch(batch)
+        latent, cond = self.get_first_stage_encoding(encoded), self.encode_conditioning(batch)
+        if not self.is_pre_encoded(batch[self.first_stage_key]):
+            return latent, cond, self.get_input(batch, self.first_stage_key)
+        return latent, cond, self.to_images(self.most_likely_latent(encoded))  # the closest there is to the image
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Return the decoded images, one at a time: decoding takes far more memory than a training step."""
+        return torch.cat([self.decode_first_stage(part) for part in x.split(1)])
 
     @wraps(DDPM.log_images)
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Prior preservation: the loss of a batch in which some samples are there to be remembered.
+"""Prior preservation: the loss of a batch, some of whose samples are there to be remembered.
 
 B batch; C, h, w channels, height and width of a latent.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.loss import BatchMean
 from ldm.shards.sample import IS_PRIOR, TEACHER_KEYS
 from ldm.util import UserError
 
@@ -28,7 +29,7 @@ def check_prior_settings(weight: float, target: str) -> None:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a frozen model was asked and said of the prior samples of a batch; other rows are arbitrary."""
+    """The predictions of a frozen model on the prior samples of a batch; other rows are arbitrary."""
 
     t: Tensor  # (B,) timesteps
     noise: Tensor  # (B, C, h, w), float32
@@ -36,8 +37,8 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Prior:
-    """The prior samples of a batch, and how their losses join those of the training samples.
+class Prior(BatchMean):
+    """The prior samples of a batch, whose losses join those of the training samples.
 
     Without a teacher their target is that of any sample, from the data. With one it is the frozen model's prediction at
     the stored timestep and noise: knowledge distillation (arXiv:1503.02531) with squared (or absolute) errors, which
@@ -50,7 +51,7 @@ class Prior:
 
     @classmethod
     def of(cls, batch: Batch, weight: float, target: str) -> Prior | None:
-        """The prior of a batch that has the entry `IS_PRIOR`, else None.
+        """Return the prior of a batch that has the entry `IS_PRIOR`, else None.
 
         Raises:
             UserError: `target` is `teacher`, and the batch holds no predictions.
@@ -64,29 +65,33 @@ class Prior:
         return cls(batch[IS_PRIOR], weight, teacher)
 
     def asked(self, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps (B,) and noise (B, C, h, w), with those that the teacher was asked at in the prior's rows."""
+        """Return timesteps (B,) and noise (B, C, h, w): in the prior's rows, those of the teacher's predictions."""
         if self.teacher is None:
             return t, noise
         return torch.where(self.mask, self.teacher.t, t), torch.where(self._rows(), self.teacher.noise, noise)
 
     def target(self, target: Tensor) -> Tensor:
-        """The targets (B, C, h, w), with the teacher's predictions in the prior's rows."""
+        """Return the targets (B, C, h, w), with the teacher's predictions in the prior's rows."""
         return target if self.teacher is None else torch.where(self._rows(), self.teacher.prediction, target)
 
     def _rows(self) -> Tensor:
         return self.mask[:, None, None, None]  # B 1 1 1
 
     def training_mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` (B,) over the training samples; 0 if there are none."""
+        """Return the mean of `values` (B,) over the training samples; 0 if there are none."""
         return _mean_where(~self.mask, values)
 
     def prior_mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` (B,) over the prior samples; 0 if there are none."""
+        """Return the mean of `values` (B,) over the prior samples; 0 if there are none."""
         return _mean_where(self.mask, values)
 
     def joined(self, values: Tensor) -> Tensor:
-        """Mean over the training samples + λ · mean over the prior samples (DreamBooth, arXiv:2208.12242, eq. 2)."""
+        """Return training mean + λ · prior mean (DreamBooth, arXiv:2208.12242, eq. 2)."""
         return self.training_mean(values) + self.weight * self.prior_mean(values)
+
+    def logged(self, error: Tensor, split: str) -> dict[str, Tensor]:
+        """Return the mean error of the prior samples."""
+        return {f"{split}/loss_prior": self.prior_mean(error)}
 
 
 def _mean_where(mask: Tensor, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every sampler shares: the loop over steps, classifier-free guidance, inpainting and the progress bar.
+"""The loop over steps that all samplers share, with inpainting, image to image and the progress bar.
 
 A sampler is a step rule: x, the model's prediction and the step → x at the next, less noisy step.
 B batch; x has shape (B, C, H, W); ᾱ is `alphas_cumprod`.
@@ -6,28 +6,17 @@ B batch; x has shape (B, C, H, W); ᾱ is `alphas_cumprod`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, prediction_to_eps_x0
+from ldm.models.diffusion.guidance import Conditioning, Denoiser, guided_output
+from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, noised, prediction_to_eps_x0
 from ldm.util import UserError
-
-# A tensor, a list of tensors, or a dict of such lists: whatever the model's `apply_model` takes.
-Conditioning = Any
-
-
-class Denoiser(Protocol):
-    """What a sampler needs of a model. `parameterization` is read if there is one; otherwise it is "eps"."""
-
-    num_timesteps: int
-    alphas_cumprod: Tensor
-
-    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
 
 
 class Prediction(NamedTuple):
@@ -41,24 +30,12 @@ class Prediction(NamedTuple):
 Predict = Callable[[Tensor, int], Prediction]
 
 
-def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Two conditionings of one form, along the batch."""
-    if isinstance(first, dict):
-        return {key: concatenate(first[key], second[key]) for key in first}
-    if isinstance(first, (list, tuple)):
-        return [concatenate(a, b) for a, b in zip(first, second, strict=True)]
-    return torch.cat([first, second])
+class NotFiniteError(UserError):
+    """A sample that holds infinities or NaN; `row` is its place in the batch, where that is known."""
 
-
-def guided_output(
-    model: Denoiser, x: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, scale: float
-) -> Tensor:
-    """Classifier-free guidance, uncond + scale · (cond − uncond) (arXiv:2207.12598, eq. 6, with scale = 1 + w)."""
-    if uncond is None or scale == 1.0:
-        return model.apply_model(x, t, cond)
-    both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), concatenate(uncond, cond))
-    without, with_cond = both.float().chunk(2)  # half precision would lose what the difference holds
-    return without + scale * (with_cond - without)
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class Sampler:
@@ -79,7 +56,7 @@ class Sampler:
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
     ) -> None:
-        """The DDIM steps: noise levels at a stride of the training schedule, ending at its first."""
+        """Set the DDIM steps: noise levels at a stride of the training schedule, ending at its first."""
         del verbose
         self.eta = ddim_eta
         self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.model.num_timesteps)
@@ -92,14 +69,14 @@ class Sampler:
         """Forget earlier steps; called before the first one."""
 
     def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """The next x and the x₀ it heads for. `noise()` draws fresh standard normal values shaped like x."""
+        """Return the next x and the predicted x₀. `noise()` gives fresh standard normal values shaped like x."""
         raise NotImplementedError
 
-    def predict(self, x: Tensor, index: int, cond: Conditioning, uncond: Conditioning, scale: float) -> Prediction:
-        """The guided prediction at step `index`."""
+    def predict(self, x: Tensor, index: int, guided: Callable[[Tensor, Tensor], Tensor]) -> Prediction:
+        """Return the prediction at step `index`; `guided` is the model under its conditionings, (x, t) → output."""
         t = torch.full((x.shape[0],), self.timesteps[index], device=x.device, dtype=torch.float32)
         t = t if self.timesteps[index] % 1 else t.long()
-        output = guided_output(self.model, x, t, cond, uncond, scale)
+        output = guided(x, t)
         # filled on the device: a tensor made of a Python number would cross over, and be waited for
         alpha_bar = torch.full((), self.alphas[index], device=x.device, dtype=x.dtype)
         parameterization = getattr(self.model, "parameterization", "eps")
@@ -124,8 +101,11 @@ class Sampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Conditioning = None,
         generators: Sequence[torch.Generator] | None = None,
+        image_guidance_scale: float | None = None,
+        init: Tensor | None = None,
+        strength: float = 1.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Draw `batch_size` samples of `shape` (C, H, W) in `S` steps.
+        """Return `batch_size` samples of `shape` (C, H, W), made in `S` steps.
 
         At the stride of DDIM and PLMS, ⌊T / S⌋, there are more where `S` does not divide T: 500 for 400 of T = 1000,
         and all 1000 for 600.
@@ -140,44 +120,98 @@ class Sampler:
             x_T: the noise to start from.
             log_every_t: steps between entries of the intermediates.
             unconditional_conditioning: what guidance moves away from; with `unconditional_guidance_scale` 1, unused.
-            generators: one a sample; then a sample's noise does not depend on the batch it is drawn in.
+            generators: one per sample; the noise of a sample then does not depend on its batch.
+            image_guidance_scale: the second scale of guidance; see `guided_output`.
+            init, strength: start from the latents `init` (B, C, H, W), noised for the last `strength` of the steps
+                (image to image, arXiv:2108.01073).
 
         Returns:
             The samples (B, C, H, W), and `{"x_inter": [...], "pred_x0": [...]}`.
 
         Raises:
-            UserError: a number of steps or an eta that the sampler cannot take; a mask without `x0`.
+            UserError: a number of steps, an eta or a strength that the sampler cannot take; a mask without `x0`.
+            NotFiniteError: a step gives infinities or NaN.
         """
         if mask is not None and x0 is None:
             raise UserError("a mask needs the latents x0 that it keeps")
+        if not 0 < strength <= 1:
+            raise UserError(f"strength {strength}: give a number above 0, up to 1")
         self.make_schedule(S, ddim_eta=eta)
         self.start()
         device = self.model.alphas_cumprod.device
-        full_shape = (batch_size, *shape)
+        noise = self._noise((batch_size, *shape), generators, device)
 
-        def noise() -> Tensor:
-            if generators is None:
-                return torch.randn(full_shape, device=device)
-            # Drawn where the generator lives (usually the CPU), so that a seed means one picture on every device.
-            drawn = [torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]
-            return torch.stack(drawn).to(device)
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            scales = unconditional_guidance_scale, image_guidance_scale
+            return guided_output(self.model, x, t, conditioning, unconditional_conditioning, *scales)
 
-        def predict(x: Tensor, index: int) -> Prediction:
-            return self.predict(x, index, conditioning, unconditional_conditioning, unconditional_guidance_scale)
+        def keep(x: Tensor, index: int) -> Tensor:
+            return x if mask is None else mask * self._noised(x0, noise(), index) + (1 - mask) * x
 
+        first = 0
         x = noise() if x_T is None else x_T.to(device)
+        if init is not None:
+            first = len(self.timesteps) - max(1, round(strength * len(self.timesteps)))
+            x = self._noised(init.to(device), x, first)
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-        steps = len(self.timesteps)
-        for index in tqdm(range(steps), desc=type(self).__name__, disable=not verbose):
-            if mask is not None:
-                alpha_bar = self.alphas[index]
-                x = mask * (alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise()) + (1 - mask) * x
-            x, pred_x0 = self.step(x, index, predict, lambda: temperature * noise())
+        steps = self._steps(x, first, guided, keep, lambda: temperature * noise(), verbose)
+        for index, x, pred_x0 in steps:
             if callback:
                 callback(index)
             if img_callback:
                 img_callback(pred_x0, index)
-            if (steps - 1 - index) % log_every_t == 0:
+            if (len(self.timesteps) - 1 - index) % log_every_t == 0:
                 intermediates["x_inter"].append(x)
                 intermediates["pred_x0"].append(pred_x0)
         return x, intermediates
+
+    def _steps(
+        self,
+        x: Tensor,
+        first: int,
+        guided: Callable[[Tensor, Tensor], Tensor],
+        keep: Callable[[Tensor, int], Tensor],
+        noise: Callable[[], Tensor],
+        verbose: bool,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the index, x and predicted x₀ of each step from `first` on.
+
+        Raises:
+            NotFiniteError: once all steps are done, so that nothing waits for the device before.
+        """
+        finite: list[Tensor] = []
+        for index in tqdm(range(first, len(self.timesteps)), desc=type(self).__name__, disable=not verbose):
+            x, pred_x0 = self.step(keep(x, index), index, lambda x, i: self.predict(x, i, guided), noise)
+            finite.append(x.isfinite().flatten(1).all(1))
+            yield index, x, pred_x0
+        flags = _on_host(torch.stack(finite))  # step row
+        if not flags.all():
+            step, row = flags.logical_not().nonzero()[0].tolist()
+            raise NotFiniteError(
+                f"{type(self).__name__}: the sample holds NaN or infinities from step {step + 1} of {len(finite)} on; "
+                "check the weights, or try --precision fp32",
+                row,
+            )
+
+    def _noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+        alpha_bar = self.alphas[index]
+        return noised(x0, noise, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+
+    @staticmethod
+    def _noise(
+        shape: tuple[int, ...], generators: Sequence[torch.Generator] | None, device: torch.device
+    ) -> Callable[[], Tensor]:
+        if generators is None:
+            return lambda: torch.randn(shape, device=device)
+        # Sampled where the generator lives (usually the CPU), so that a seed means one image on every device.
+        return lambda: torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators]).to(
+            device
+        )
+
+
+def _on_host(flags: Tensor) -> Tensor:
+    """Return `flags` on the CPU, once its device is done: the one wait of a sampling, after the last step."""
+    copied = flags.to("cpu", non_blocking=True)
+    if flags.device.type in ("cuda", "mps"):
+        getattr(torch, flags.device.type).synchronize()
+    return copied

@@ -1,19 +1,22 @@
-"""Captions to pictures with a latent diffusion model and any of its samplers."""
+"""Captions to images with a latent diffusion model and any of its samplers."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
+from ldm.models.diffusion.guidance import Conditioning, concatenate
+from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampling import Sampler
+from ldm.models.diffusion.sampling import NotFiniteError, Sampler
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,14 +25,19 @@ SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, 
 
 
 class Request(NamedTuple):
-    """One picture to make."""
+    """One image to make."""
 
     prompt: str
     seed: int
+    negative_prompt: str = ""  # the caption that guidance moves away from
+
+    def described(self) -> dict[str, Any]:
+        """Return the fields by name, without an empty negative prompt."""
+        return {name: value for name, value in self._asdict().items() if name != "negative_prompt" or value}
 
 
 def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """(C, h, w) of the latent of a picture of that size in pixels; None is the size that the model was made for.
+    """Return (C, h, w) of the latent of an image of that size in pixels; None is the size that the model was made for.
 
     Raises:
         UserError: a size that the first stage and the UNet cannot halve evenly.
@@ -40,7 +48,7 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
     for name, size in (("H", height), ("W", width)):
         size = pixels * model.image_size if size is None else size
         if size < multiple or size % multiple:
-            raise UserError(f"--{name} {size}: this model makes pictures in multiples of {multiple} pixels")
+            raise UserError(f"--{name} {size}: this model makes images in multiples of {multiple} pixels")
         sizes.append(size // pixels)
     return model.channels, *sizes
 
@@ -57,19 +65,20 @@ def draw_latents(
     batch_size: int = 4,
     verbose: bool = True,
 ) -> Iterator[Tensor]:
-    """Scaled latents (C, h, w), float32 on the model's device, in the order of `requests`.
+    """Yield scaled latents (C, h, w), float32 on the model's device, in the order of `requests`.
 
-    Drawn with the averaged weights, if the model keeps any. A request's noise is drawn from its own seed, so that its
-    latent does not depend on the others or on `batch_size`, but for rounding: kernels sum in another order for another
-    batch, which can move a pixel of its picture by 1/255.
+    The weights are the averaged ones, if the model keeps any. The noise of a request is of its own seed, so that its
+    latent does not depend on the others or on `batch_size`, except for rounding: kernels sum in another order for
+    another batch, which can move a pixel of the image by 1/255.
 
     Args:
         shape: (C, h, w) of the latents; see `latent_shape`.
         sampler: a key of `SAMPLERS`.
-        scale: classifier-free guidance away from the empty caption; 1 for none.
+        scale: classifier-free guidance away from the negative prompt; 1 for none.
 
     Raises:
-        UserError: a model that reads no captions, a sampler that does not exist, or settings that it cannot take.
+        UserError: a model that reads no captions, a sampler that does not exist, settings that it cannot take, or a
+            sample that is not finite.
     """
     check_reads_captions(model)
     if sampler not in SAMPLERS:
@@ -80,16 +89,16 @@ def draw_latents(
         run, of = len(drawer.timesteps), model.num_timesteps
         logger.info("%s runs %d steps, for %d do not divide the model's %d", sampler, run, steps, of)
     guided = scale != 1.0
-    empty = model.get_learned_conditioning([""]) if guided else None  # (1, 77, D)
+    negatives: dict[str, Conditioning] = {}  # by prompt; most requests share one
     for start in range(0, len(requests), batch_size):
         part = requests[start : start + batch_size]
-        with model.ema_scope():
+        with model.ema_scope(), _named(part):
             samples, _ = drawer.sample(
                 S=steps,
                 batch_size=len(part),
                 shape=shape,
                 conditioning=model.get_learned_conditioning([request.prompt for request in part]),
-                unconditional_conditioning=empty.expand(len(part), -1, -1) if guided else None,
+                unconditional_conditioning=_negative_conditioning(model, part, negatives) if guided else None,
                 unconditional_guidance_scale=scale,
                 eta=eta,
                 generators=[torch.Generator().manual_seed(request.seed) for request in part],
@@ -98,10 +107,40 @@ def draw_latents(
         yield from samples
 
 
+def _negative_conditioning(
+    model: LatentDiffusion, part: Sequence[Request], known: dict[str, Conditioning]
+) -> Conditioning:
+    """Return the conditioning of the negative prompts of `part`; each is encoded once, and added to `known`."""
+    for prompt in dict.fromkeys(request.negative_prompt for request in part):
+        if prompt not in known:
+            known[prompt] = model.get_unconditional_conditioning(1, prompt)
+    return concatenate(*(known[request.negative_prompt] for request in part))
+
+
+@contextmanager
+def _named(part: Sequence[Request]) -> Iterator[None]:
+    """Within it, a sample that is not finite is named by its prompt and seed."""
+    try:
+        yield
+    except NotFiniteError as error:
+        request = part[error.row or 0]
+        raise NotFiniteError(f"{request.prompt!r}, seed {request.seed}: {error}", error.row) from error
+
+
 @torch.no_grad()
 def text_to_image(
     model: LatentDiffusion, requests: Sequence[Request], shape: tuple[int, int, int], **settings: Any
 ) -> Iterator[Tensor]:
-    """Pictures (3, H, W), about [-1, 1], float32 on the CPU, of what `draw_latents` draws with the same arguments."""
+    """Yield images (3, H, W), about [-1, 1], float32 on the CPU, of what `draw_latents` gives for the same arguments.
+
+    Raises:
+        UserError: see `draw_latents`; or an image that is not finite.
+    """
     for latent in draw_latents(model, requests, shape, **settings):
-        yield model.decode_first_stage(latent[None])[0].float().cpu()  # alone: it takes more memory than sampling
+        image = model.decode_first_stage(latent[None])[0].float().cpu()  # alone: it takes more memory than sampling
+        if not image.isfinite().all():
+            raise NotFiniteError(
+                "the first stage decodes a finite latent to NaN or infinities; check its weights, or use "
+                "--precision fp32 or bf16"
+            )
+        yield image

@@ -1,4 +1,4 @@
-"""How conditioning reaches the UNet."""
+"""The place of conditioning in the UNet."""
 
 from __future__ import annotations
 
@@ -10,25 +10,40 @@ from torch import Tensor, nn
 
 from ldm.util import UserError, instantiate_from_config
 
-CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
+# For each key: whether maps join the input's channels, whether there is a context, and what is given as `y`.
+_PLACES: dict[str | None, tuple[bool, bool, str | None]] = {
+    None: (False, False, None),
+    "concat": (True, False, None),
+    "crossattn": (False, True, None),
+    "hybrid": (True, True, None),
+    "adm": (False, False, "c_crossattn"),
+    "crossattn-adm": (False, True, "c_adm"),
+    "hybrid-adm": (True, True, "c_adm"),
+}
+CONDITIONING_KEYS = tuple(_PLACES)
 
 
 class DiffusionWrapper(nn.Module):
-    """The UNet, with the conditioning put where `conditioning_key` says.
+    """The UNet, with conditioning where `conditioning_key` puts it.
 
     None: nowhere. `concat`: onto the input's channels. `crossattn`: the context, concatenated along its tokens.
-    `hybrid`: both. `adm`: the class labels `y`.
+    `hybrid`: both. `adm`: the class labels `y`. `crossattn-adm` and `hybrid-adm`: a vector or labels as `y` besides.
 
     Raises:
-        UserError: the key is unknown.
+        UserError: the key is unknown, or `sequential_crossattn` is true.
     """
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
         super().__init__()
         if conditioning_key not in CONDITIONING_KEYS:
             raise UserError(f"conditioning_key {conditioning_key!r} is unknown; valid: {CONDITIONING_KEYS}")
-        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.diffusion_model = instantiate_from_config(_without_order(diff_model_config))
         self.conditioning_key = conditioning_key
+
+    @property
+    def takes_maps(self) -> bool:
+        """Whether maps join the input's channels."""
+        return _PLACES[self.conditioning_key][0]
 
     def forward(
         self,
@@ -36,12 +51,37 @@ class DiffusionWrapper(nn.Module):
         t: Tensor,
         c_concat: Sequence[Tensor] | None = None,
         c_crossattn: Sequence[Tensor] | None = None,
+        c_adm: Tensor | None = None,
     ) -> Tensor:
-        """Predict from x (B, C, H, W) at t (B,), with lists of (B, C', H, W) maps and of (B, M, D) contexts."""
-        if self.conditioning_key in ("concat", "hybrid"):
+        """Predict from x (B, C, H, W) at t (B,), with the conditioning that the key asks for.
+
+        Args:
+            c_concat: maps (B, C', H, W).
+            c_crossattn: contexts (B, M, D); for `adm`, the labels (B,) or vectors (B, D).
+            c_adm: labels (B,) or vectors (B, D).
+
+        Raises:
+            UserError: a part of the conditioning is missing.
+        """
+        maps, context, labels = _PLACES[self.conditioning_key]
+        parts = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
+        for name, wanted in (("c_concat", maps), ("c_crossattn", context), (labels, labels is not None)):
+            if wanted and parts[name] is None:
+                raise UserError(f"conditioning_key {self.conditioning_key!r} needs {name}, which nothing gives")
+        kwargs: dict[str, Tensor] = {}
+        if maps:
             x = torch.cat([x, *c_concat], dim=1)
-        if self.conditioning_key in ("crossattn", "hybrid"):
-            return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=1))
-        if self.conditioning_key == "adm":
-            return self.diffusion_model(x, t, y=c_crossattn[0])
-        return self.diffusion_model(x, t)
+        if context:
+            kwargs["context"] = torch.cat(list(c_crossattn), dim=1)
+        if labels is not None:
+            kwargs["y"] = c_adm if labels == "c_adm" else c_crossattn[0]
+        return self.diffusion_model(x, t, **kwargs)
+
+
+def _without_order(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the UNet's config without the key `sequential_crossattn`, which some releases put beside `target`."""
+    if not isinstance(config, Mapping) or "sequential_crossattn" not in config:
+        return config
+    if config["sequential_crossattn"]:
+        raise UserError("sequential_crossattn: true is for a UNet that is not here; set it to false")
+    return {key: value for key, value in config.items() if key != "sequential_crossattn"}

@@ -144,10 +144,12 @@ class TimestepEmbedSequential(nn.Sequential):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
-            else:
-                x = layer(x)
+            x = layer(x, *conditioning_of(layer, emb, context))
         return x
+
+
+def conditioning_of(layer: nn.Module, emb: Tensor, context: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what `layer` takes beside the feature map."""
+    if isinstance(layer, ResBlock):
+        return (emb,)
+    return (context,) if isinstance(layer, SpatialTransformer) else ()

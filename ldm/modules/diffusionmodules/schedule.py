@@ -42,6 +42,16 @@ def make_beta_schedule(
     raise UserError(f"beta_schedule {schedule!r} is unknown{nearest(schedule, list(SCHEDULES))}")
 
 
+def rescale_to_zero_snr(betas: np.ndarray) -> np.ndarray:
+    """Return β of the schedule shifted and scaled in √ᾱ so that the last ᾱ is 0 and the first stays.
+
+    Algorithm 1 of arXiv:2305.08891.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))  # √ᾱ
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
 def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
     """Everything that training and sampling read off β, float64 (T,), under the released buffer names.
 
@@ -51,6 +61,8 @@ def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, 
     alphas_cumprod = np.cumprod(alphas)
     previous = np.append(1.0, alphas_cumprod[:-1])
     posterior_variance = (1 - v_posterior) * betas * (1 - previous) / (1 - alphas_cumprod) + v_posterior * betas
+    with np.errstate(divide="ignore"):  # 1 / ᾱ, which is 0 at a zero terminal SNR
+        recip = 1 / alphas_cumprod
     return {
         "betas": betas,
         "alphas_cumprod": alphas_cumprod,
@@ -58,8 +70,8 @@ def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, 
         "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
         "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
         "posterior_variance": posterior_variance,
         # β̃_1 is zero; the clip keeps its logarithm finite.
         "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
@@ -85,6 +97,8 @@ def vlb_weights(buffers: dict[str, np.ndarray], parameterization: str) -> np.nda
     else:  # v: unweighted, as published
         weights = np.ones_like(betas)
     weights[0] = weights[min(1, len(weights) - 1)]
+    if alphas[-1] == 0:  # as infinite, at a zero terminal SNR
+        weights[-1] = weights[-2]
     return weights
 
 
@@ -116,24 +130,37 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str)
 
     The loss of x₀ is SNR⁻¹ times that of ε, and that of v is SNR + 1 times that of x₀ (arXiv:2303.09556, section 3.4).
     """
-    snr = alphas_cumprod.double() / (1 - alphas_cumprod.double())
+    # above 0 even at a zero terminal SNR, where the weight of ε tends to 1
+    snr = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).clamp(min=1e-300)
     per_x0 = {"eps": snr, "x0": 1.0, "v": snr + 1}[parameterization]
     return (snr.clamp(max=gamma) / per_x0).float()
+
+
+# The level of noise of x = α x₀ + σ ε: α = √ᾱ and σ = √(1 − ᾱ), numbers or tensors that broadcast to x.
+Level = float | Tensor
+
+
+def noised(x0: Tensor, noise: Tensor, alpha: Level, sigma: Level) -> Tensor:
+    """Return x = α x₀ + σ ε (eq. 4)."""
+    return alpha * x0 + sigma * noise
+
+
+def velocity(x0: Tensor, noise: Tensor, alpha: Level, sigma: Level) -> Tensor:
+    """Return v = α ε − σ x₀ (arXiv:2202.00512, section 4)."""
+    return alpha * noise - sigma * x0
 
 
 def prediction_to_eps_x0(
     prediction: Tensor, x: Tensor, alpha_bar: Tensor, parameterization: str
 ) -> tuple[Tensor, Tensor]:
-    """The noise ε and the clean x₀ that a model's `prediction` at `x` implies.
-
-    `alpha_bar` is ᾱ_t, broadcast to `x`. v = √ᾱ ε − √(1−ᾱ) x₀ (arXiv:2202.00512, section 4).
-    """
+    """Return the noise ε and the clean x₀ that a model's `prediction` at `x` implies; `alpha_bar` broadcasts to `x`."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if parameterization == "eps":
         return prediction, (x - sigma * prediction) / alpha
     if parameterization == "x0":
         return (x - alpha * prediction) / sigma, prediction
-    return alpha * prediction + sigma * x, alpha * x - sigma * prediction
+    # (x, v) is (x₀, ε) turned by an angle, and these two formulas turn it back.
+    return noised(prediction, x, alpha, sigma), velocity(prediction, x, alpha, sigma)
 
 
 class GaussianDiffusion:
@@ -151,8 +178,9 @@ class GaussianDiffusion:
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
+        rescale_betas_zero_snr: bool = False,
     ) -> None:
-        """Register the float32 buffers of a named schedule, or of `given_betas`.
+        """Register the float32 buffers of a named schedule, or of `given_betas`; see `rescale_to_zero_snr`.
 
         Raises:
             UserError: the schedule is unknown, or its betas are not all between 0 and 1.
@@ -163,6 +191,10 @@ class GaussianDiffusion:
             betas = np.asarray(given_betas, dtype=np.float64)
         if len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise UserError(f"{len(betas)} betas: give at least one, each between 0 and 1 (timesteps, given_betas)")
+        if rescale_betas_zero_snr:
+            if len(betas) == 1:
+                raise UserError("rescale_betas_zero_snr: the schedule has one timestep; give at least 2")
+            betas = rescale_to_zero_snr(betas)
         self.num_timesteps = len(betas)
         buffers = diffusion_buffers(betas, self.v_posterior)
         for name, values in buffers.items():
@@ -174,15 +206,16 @@ class GaussianDiffusion:
         return extract_into_tensor(getattr(self, name), t, x.shape)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t = √ᾱ x₀ + √(1−ᾱ) ε (eq. 4)."""
+        """Return x_t, `noised` for timesteps `t`."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-        return mean + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+        return noised(x_start, noise, *self._level(t, x_start))
 
     def get_v(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v = √ᾱ ε − √(1−ᾱ) x₀ (arXiv:2202.00512, section 4)."""
-        mean = self._at("sqrt_alphas_cumprod", t, x_start) * noise
-        return mean - self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * x_start
+        """Return the `velocity` at timesteps `t`."""
+        return velocity(x_start, noise, *self._level(t, x_start))
+
+    def _level(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._at("sqrt_alphas_cumprod", t, x), self._at("sqrt_one_minus_alphas_cumprod", t, x)
 
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the model should predict under its parameterization."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.blocks import TimestepEmbedSequential, conditioning_of
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import StaysOnHost
 from ldm.modules.streaming import WeightStream
@@ -16,11 +19,14 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class StreamedUNetModel(StaysOnHost, UNetModel):
-    """`UNetModel` whose weights stay in host memory, in float32, and visit the input's device block by block.
+    """`UNetModel` whose weights stay in host memory, in float32, and visit the input's device part by part.
+
+    A part is a block of the UNet. A block with several transformer blocks in a row, as in SDXL, visits in smaller
+    parts: each of its other layers, and each of these transformer blocks.
 
     Args:
         stream_dtype: the type of the visiting copies and of the computation, `bf16` or `fp32`.
-        kwargs: see `UNetModel`; `use_checkpoint` must be false, since whole blocks are checkpointed, and `compile_mode`
+        kwargs: see `UNetModel`; `use_checkpoint` must be false, since each part is checkpointed, and `compile_mode`
             left out, since weights come and go.
 
     Raises:
@@ -38,16 +44,47 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
             )
         if kwargs.get("compile_mode"):
             raise UserError("compile_mode: leave it out; StreamedUNetModel's blocks are not compiled")
+        self._ends: dict[nn.Module, tuple[_Part, _Part]] = {}  # what comes before and after the transformer blocks
         embedding = [self.time_embed, *([self.label_emb] if self.num_classes is not None else [])]
-        blocks = [*embedding, *self.input_blocks, self.middle_block, *self.output_blocks, self.out]
-        self._stream = WeightStream(blocks, _DTYPES[stream_dtype])
+        blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
+        parts = [part for block in blocks for part in self._parts_of(block)]
+        self._stream = WeightStream([*embedding, *parts, self.last], _DTYPES[stream_dtype])
 
     @property
     def dtype(self) -> torch.dtype:
         return self._stream.dtype
 
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        return self._stream.run(block, *inputs)
+        if not _is_long(block):
+            return self._stream.run(block, *inputs)
+        x, emb, context = inputs
+        for layer in block:
+            if _is_deep(layer):
+                x = self._run_transformer(layer, x, context)
+            else:
+                x = self._stream.run(layer, x, *conditioning_of(layer, emb, context))
+        return x
+
+    def _run_transformer(self, transformer: SpatialTransformer, x: Tensor, context: Tensor | None) -> Tensor:
+        first, last = self._ends[transformer]
+        h = self._stream.run(first, x)
+        for block in transformer.transformer_blocks:
+            h = self._stream.run(block, h, context)
+        return self._stream.run(last, h, x)
+
+    def _parts_of(self, block: nn.Module) -> Iterator[nn.Module]:
+        """The parts of a block, in the order in which they run."""
+        if not _is_long(block):
+            yield block
+            return
+        for layer in block:
+            if _is_deep(layer):
+                first = _Part(layer.to_tokens, norm=layer.norm, proj_in=layer.proj_in)
+                last = _Part(layer.from_tokens, proj_out=layer.proj_out)
+                self._ends[layer] = first, last
+                yield from (first, *layer.transformer_blocks, last)
+            else:
+                yield layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         self._stream.settle()
@@ -55,3 +92,24 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
             return super().forward(*args, **kwargs)
         finally:
             self._stream.settle()
+
+
+def _is_deep(layer: nn.Module) -> bool:
+    return isinstance(layer, SpatialTransformer) and len(layer.transformer_blocks) > 1
+
+
+def _is_long(block: nn.Module) -> bool:
+    return isinstance(block, TimestepEmbedSequential) and any(_is_deep(layer) for layer in block)
+
+
+class _Part(nn.Module):
+    """A method of a layer as a module of its own, with those of the layer's modules that the method uses."""
+
+    def __init__(self, method: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self._method = method
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._method(*inputs)

@@ -79,6 +79,11 @@ def zero_module(module: ModuleT) -> ModuleT:
     return module
 
 
+def embedding_mlp(in_features: int, features: int) -> nn.Sequential:
+    """Two linear layers around a SiLU, by which timesteps and labels are embedded: (B, in_features) → (B, features)."""
+    return nn.Sequential(nn.Linear(in_features, features), nn.SiLU(), nn.Linear(features, features))
+
+
 # What takes nearly all of a forward's operations: convolutions, matrix products, attention by each of its kernels.
 _COSTLY = [
     torch.ops.aten.convolution.default,

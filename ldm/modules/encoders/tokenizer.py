@@ -66,16 +66,20 @@ def clean(text: str) -> str:
 
 
 class ClipTokenizer:
-    """Captions -> ids (B, max_length): the start token, the text cut to fit, then end tokens up to `max_length`.
+    """Captions -> ids (B, max_length): the start token, the text cut to fit, the end token, then padding.
+
+    Args:
+        padding: the id that fills a row up to `max_length`; the end token by default. OpenCLIP has 0.
 
     Raises:
         UserError: the vocabulary file is not installed.
     """
 
-    def __init__(self, max_length: int = 77) -> None:
+    def __init__(self, max_length: int = 77, padding: int | None = None) -> None:
         self.max_length = max_length
         self._backend = _backend()
         self.start, self.end = (self._backend.token_to_id(token) for token in (_START, _END))
+        self.padding = self.end if padding is None else padding
 
     def __len__(self) -> int:
         """Number of entries in the vocabulary."""
@@ -91,9 +95,8 @@ class ClipTokenizer:
         return self._backend.encode(clean(text)).tokens
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        tokens = torch.full((len(texts), self.max_length), self.end)
-        tokens[:, 0] = self.start
+        tokens = torch.full((len(texts), self.max_length), self.padding)
         for row, ids in zip(tokens, self.encode(texts), strict=True):
-            ids = ids[: self.max_length - 2]
-            row[1 : 1 + len(ids)] = torch.tensor(ids)
+            ids = [self.start, *ids[: self.max_length - 2], self.end]
+            row[: len(ids)] = torch.tensor(ids)
         return tokens

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 
 from ldm.callbacks.image_logger import ImageLogger
+from ldm.util import UserError
 
 
 class Model(nn.Module):
@@ -135,3 +137,45 @@ def test_a_gpu_too_small_for_pictures_goes_on_training(tmp_path, caplog):
         logger.on_train_batch_end(trainer(tmp_path, step), model, None, {}, 0)
     assert "No pictures at step 1: CUDA out of memory; training goes on" in caplog.text
     assert model.trained.training and len(list(tmp_path.rglob("*.png"))) == 1
+
+
+def test_log_all_val_shows_every_batch_of_every_validation(tmp_path):
+    model, logger = Model([("samples", 1)]), ImageLogger(10, log_all_val=True)
+    for step in (0, 3, 6):
+        for batch_idx in range(2):
+            logger.on_validation_batch_end(trainer(tmp_path, step), model, None, {}, batch_idx)
+    names = sorted(path.name for path in (tmp_path / "images" / "val").iterdir())
+    shown = [(name.split("gs-")[1][:6], name[-8:-4]) for name in names]
+    assert shown == [("000003", "0000"), ("000003", "0001"), ("000006", "0000"), ("000006", "0001")]
+
+
+def test_log_images_kwargs_may_lower_the_number_of_images(tmp_path):
+    model = Model([("samples", 1)])
+    for most, expected in ((2, 2), (9, 3)):
+        logger = ImageLogger(1, max_images=3, log_images_kwargs={"N": most, "ddim_steps": 5})
+        logger.on_train_batch_end(trainer(tmp_path), model, None, {}, 0)
+        assert model.calls[-1] == (expected, "train", {"ddim_steps": 5})
+    with pytest.raises(UserError, match="N 0: give at least 1"):
+        ImageLogger(1, log_images_kwargs={"N": 0})
+    with pytest.raises(UserError, match="N 'a'"):
+        ImageLogger(1, log_images_kwargs={"N": "a"})
+
+
+def test_log_before_first_step_shows_once(tmp_path):
+    model = Model([("samples", 1)])
+    for logger, shown in ((ImageLogger(5, log_before_first_step=True), 1), (ImageLogger(5), 0)):
+        model.calls.clear()
+        for step in (0, 0, 1):
+            logger.on_train_batch_start(trainer(tmp_path, step), model, {}, 0)
+        assert len(model.calls) == shown
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_enable_autocast_samples_in_the_precision_of_the_training(tmp_path, enabled):
+    model = Model([("samples", 1)])
+    seen = []
+    model.log_images = lambda *_, **__: seen.append(torch.is_autocast_enabled("cpu")) or {"x": torch.zeros(1, 3, 2, 2)}
+    at = trainer(tmp_path)
+    at.precision_plugin = MixedPrecision("bf16-mixed", "cpu")
+    ImageLogger(1, enable_autocast=enabled).on_train_batch_end(at, model, None, {}, 0)
+    assert seen == [enabled]

@@ -156,3 +156,17 @@ def test_build_model_takes_target_and_params(tmp_path):
 def test_reading_a_config_imports_no_torch():
     code = "import sys, ldm.config.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sections_of_other_programs_are_left_out_with_one_warning(tmp_path, caplog):
+    text = "size: 8\nsampling: {steps: 50}\nmodel: {params: {image_size: '${size}'}}\n"
+    config = load_config([write(tmp_path / "c.yaml", text)])
+    assert plain(config) == {"model": {"params": {"image_size": 8}}}  # an interpolation may take values from them
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "c.yaml: ignored" in record.message
+    assert record.message.endswith("model, data, lightning: size, sampling")
+
+
+def test_sections_that_need_trust_need_none_where_nothing_reads_them(tmp_path):
+    path = write(tmp_path / "c.yaml", "other: {target: os.system, url: 'pipe:ls'}\nmodel: {}\n")
+    assert list(load_config([path])) == ["model"]

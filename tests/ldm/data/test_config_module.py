@@ -49,3 +49,40 @@ def test_ordinary_datasets_for_every_split():
     assert found == list(splits.values())
     with pytest.raises(UserError, match=r"data\.params\.train is missing"):
         DataModuleFromConfig(2).train_dataloader()
+
+
+class Sized:
+    """Images of one size each."""
+
+    def __init__(self, sizes: list) -> None:
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.zeros(*self.sizes[index], 3)}
+
+
+def sized(*sizes):
+    return {"target": f"{__name__}.Sized", "params": {"sizes": [list(size) for size in sizes]}}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_of_unequal_sizes_is_one_line(num_workers):
+    data = DataModuleFromConfig(2, sized((8, 8), (8, 6)), num_workers=num_workers, shuffle=False)
+    with pytest.raises(UserError, match="samples of one batch differ in size") as caught:
+        list(batches(data, "train"))
+    assert "\n" not in str(caught.value)
+
+
+def test_num_val_workers_are_those_of_every_split_but_training():
+    splits = {name: numbers(2) for name in ("train", "validation", "test", "predict")}
+    data = DataModuleFromConfig(2, **splits, num_workers=2, num_val_workers=0)
+    data.setup()
+    assert data.train_dataloader().num_workers == 2
+    assert [data.val_dataloader().num_workers, data.test_dataloader().num_workers] == [0, 0]
+    assert data.predict_dataloader().num_workers == 0
+    assert DataModuleFromConfig(2, num_workers=3).num_val_workers == 3
+    with pytest.raises(UserError, match="num_val_workers -1"):
+        DataModuleFromConfig(2, num_val_workers=-1)

@@ -11,6 +11,7 @@ import torch
 
 from ldm.evaluation.releases import Settings, evaluate_releases
 from ldm.evaluation.samples import Sampling, sample_distances
+from ldm.models.diffusion.text_to_image import Request
 from ldm.util import UserError
 from tests.ldm.evaluation.conftest import KEYS, constant
 
@@ -51,7 +52,10 @@ def test_a_model_beside_itself_moves_nothing(shard, reader):
     assert result.distances.base_to_picture == result.distances.tuned_to_picture
     assert all(0 < distance <= 1 for distance in result.distances.base_to_picture)
     assert result.tuned.keys == ["a", "b"]  # spread over the three that the limit leaves: a, b, d
-    assert [tuple(request) for request in result.tuned.requests] == [("a picture of a", 7), ("a picture of b", 8)]
+    assert [tuple(request) for request in result.tuned.requests] == [
+        Request("a picture of a", 7),
+        Request("a picture of b", 8),
+    ]
 
 
 def test_distances_of_samples_by_hand():

@@ -35,7 +35,7 @@ SD_V1 = {**DDCONFIG, "resolution": 256, "ch": 128, "ch_mult": [1, 2, 4, 4], "num
 def gan(**params: Any) -> dict[str, Any]:
     return {
         "target": "ldm.modules.losses.LPIPSWithDiscriminator",
-        "params": {"disc_start": 0, "kl_weight": 1e-6, "disc_num_layers": 2, **params},
+        "params": {"disc_start": 0, "kl_weight": 1e-6, "disc_num_layers": 2, "perceptual_weight": 0, **params},
     }
 
 

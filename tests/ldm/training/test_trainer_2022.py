@@ -3,8 +3,9 @@
 import logging
 
 import pytest
+from omegaconf import OmegaConf
 
-from ldm.training.trainer_2022 import check_names, modernise
+from ldm.training.trainer_2022 import check_names, modernise, take_old_keys
 from ldm.util import UserError
 
 
@@ -75,3 +76,22 @@ def test_unknown_names_are_refused_with_the_nearest():
     check_names(["max_steps", "gpus", "amp_backend", "replace_sampler_ddp"], valid, "option --{}")
     with pytest.raises(UserError, match="unknown option --max_step; did you mean 'max_steps'"):
         check_names(["max_step"], valid, "option --{}")
+
+
+def test_take_old_keys_finds_find_unused_parameters_in_the_trainer(caplog):
+    section = OmegaConf.create({"trainer": {"find_unused_parameters": True, "max_steps": 3}})
+    take_old_keys(section)
+    assert section == {"trainer": {"max_steps": 3}, "find_unused_parameters": True}
+    own = OmegaConf.create({"trainer": {"find_unused_parameters": True}, "find_unused_parameters": False})
+    take_old_keys(own)
+    assert own.find_unused_parameters is False  # its own place takes precedence
+    take_old_keys(OmegaConf.create({}))
+    assert not caplog.records
+
+
+def test_take_old_keys_names_metrics_over_trainsteps_checkpoint(caplog):
+    take_old_keys(OmegaConf.create({"metrics_over_trainsteps_checkpoint": False}))
+    assert not caplog.records
+    take_old_keys(OmegaConf.create({"metrics_over_trainsteps_checkpoint": True}))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "save_top_k: -1" in caplog.text

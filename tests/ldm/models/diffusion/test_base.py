@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoint import load_state_dict, save_state_dict
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError
-from tests.golden_data import seeded_tensor
+from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from ldm.util import UserError, get_obj_from_str
+from tests.golden_data import case, seeded_tensor
 from tests.ldm.models.diffusion.conftest import batch_of, construct
 
 
@@ -187,3 +188,24 @@ def test_averaged_weights_within_averaged_weights(make_model: Callable[..., Late
         assert torch.equal(model.model.diffusion_model.out[2].weight, averaged)
     assert torch.equal(model.model.diffusion_model.out[2].weight, raw)
     assert not torch.equal(averaged, raw)
+
+
+@pytest.mark.parametrize("target", ["ddpm.LatentDiffusion", "ddpm.LatentInpaintDiffusion", "ddpm_edit.LatentDiffusion"])
+@pytest.mark.parametrize("method", ["p_losses", "forward", "shared_step"])
+def test_signatures_of_p_losses_forward_and_shared_step_are_those_of_ddpm(target: str, method: str) -> None:
+    subclass = get_obj_from_str(f"ldm.models.diffusion.{target}")
+    assert signature(getattr(subclass, method)) == signature(getattr(DDPM, method))
+
+
+def test_ddpm_of_pixels_trains_and_shows_images() -> None:
+    """The base answers for itself what `LatentDiffusion` answers otherwise."""
+    unet = {**case("unet_attention_block")["params"], "in_channels": 3, "out_channels": 3, "num_classes": None}
+    config = {"target": case("unet_attention_block")["target"], "params": unet}
+    model = DDPM(config, image_size=16, timesteps=20, min_snr_gamma=5, use_ema=False)
+    batch = {"image": seeded_tensor("base/image", (2, 16, 16, 3))}
+    loss, logged = model.shared_step(batch)
+    loss.backward()
+    assert set(logged) == {"train/loss_simple", "train/loss_vlb", "train/loss"}
+    images = model.log_images(batch, ddim_steps=2, unconditional_guidance_scale=3.0)
+    assert set(images) == {"inputs", "reconstruction", "samples", "denoise_row"}
+    assert torch.equal(images["inputs"], batch["image"].permute(0, 3, 1, 2))

@@ -45,3 +45,13 @@ def test_guided_pictures_of_captions() -> None:
 def test_picture_settings_of_2022(model: LatentDiffusion, kwargs: dict) -> None:
     batch = batch_of((4, 8, 8, 8))
     assert model.log_images(batch, ddim_steps=2, **kwargs)["samples"].shape == (2, 3, 64, 64)
+
+
+def test_log_images_leave_out_samples_that_are_not_finite(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training, which may recover or stop with a reason of its own, goes on."""
+    monkeypatch.setattr(model, "apply_model", lambda x, t, cond: x * float("nan"))
+    images = model.log_images(batch_of((2, 8, 8, 8)), ddim_steps=2)
+    assert set(images) == {"inputs", "reconstruction"}
+    assert "No samples are shown. DDIMSampler: the sample holds NaN" in caplog.text

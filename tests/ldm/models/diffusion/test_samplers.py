@@ -14,7 +14,13 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.modules.diffusionmodules.schedule import diffusion_buffers, make_beta_schedule, make_ddim_timesteps
+from ldm.models.diffusion.sampling import NotFiniteError
+from ldm.modules.diffusionmodules.schedule import (
+    diffusion_buffers,
+    make_beta_schedule,
+    make_ddim_timesteps,
+    rescale_to_zero_snr,
+)
 from ldm.util import UserError
 from tests.golden_data import case, cases, relative_error, seeded_tensor, tensors
 
@@ -220,3 +226,85 @@ def test_ancestral_sampling_of_a_model(model: LatentDiffusion) -> None:
     assert samples.abs().max() > 1
     with pytest.raises(UserError, match="2000 sampling steps"):
         model.sample(2, timesteps=2000)
+
+
+class Broken(Oracle):
+    """An oracle that predicts NaN for row 1 from its fourth prediction on."""
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+        output = super().apply_model(x, t, cond).clone()
+        if len(self.batches) > 3:
+            output[1] = float("nan")
+        return output
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+def test_not_finite_samples_are_named_by_step_and_row(target: Tensor, sampler: str) -> None:
+    with pytest.raises(NotFiniteError, match=r"NaN or infinities from step 4 of 10 on; .*--precision fp32") as caught:
+        run(SAMPLERS[sampler], Broken(target))
+    assert caught.value.row == 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_strength_keeps_what_little_noise_leaves(target: Tensor, sampler: str) -> None:
+    """The more of the steps run, the nearer a sample comes to the model's own image, and the farther from `init`."""
+    init = target.expand(2, *SHAPE) + 1.0
+    distances = []
+    for strength in (0.1, 0.5, 1.0):
+        model = Oracle(target)
+        samples = run(SAMPLERS[sampler], model, init=init, strength=strength)
+        assert len(model.batches) == round(strength * 10) + (sampler == "plms")
+        distances.append((samples - target).abs().mean().item())
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 0.1
+
+
+@pytest.mark.parametrize("strength", [0, -0.5, 1.5])
+def test_impossible_strength(target: Tensor, strength: float) -> None:
+    with pytest.raises(UserError, match=f"strength {strength}: give a number above 0, up to 1"):
+        run(DDIMSampler, Oracle(target), init=target, strength=strength)
+
+
+def test_init_is_noised_for_the_first_step_that_runs(target: Tensor) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    model = Oracle(target)
+    inner = model.apply_model
+    model.apply_model = lambda x, t, cond: seen.append((x, t)) or inner(x, t, cond)
+    noise, init = seeded_tensor("sampler/x_T", (2, *SHAPE)), torch.full((2, *SHAPE), 2.0)
+    run(DDIMSampler, model, init=init, strength=0.3, x_T=noise)
+    x, t = seen[0]
+    assert t.tolist() == [201, 201]
+    torch.testing.assert_close(x, ALPHA_BAR[201].sqrt() * init + (1 - ALPHA_BAR[201]).sqrt() * noise)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_zero_terminal_snr_is_sampled(sampler: str, target: Tensor) -> None:
+    """With v predicted, every step is finite, also the one at which x is noise alone."""
+    rescaled = diffusion_buffers(rescale_to_zero_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012)))
+    alpha_bar = torch.tensor(rescaled["alphas_cumprod"], dtype=torch.float32)
+
+    class Rescaled(Oracle):
+        alphas_cumprod = alpha_bar
+
+        def apply_model(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+            level = alpha_bar[t.long()].view(-1, 1, 1, 1)
+            eps = (x - level.sqrt() * self.target) / (1 - level).sqrt()
+            return level.sqrt() * eps - (1 - level).sqrt() * self.target
+
+    samples = run(SAMPLERS[sampler], Rescaled(target, "v"), S=10)
+    first = {"ddim": 901, "plms": 901, "dpm_solver": 999}[sampler]
+    x_T = seeded_tensor("sampler/x_T", (2, *SHAPE))
+    noise = (x_T - alpha_bar[first].sqrt() * target) / (1 - alpha_bar[first]).sqrt()
+    expected = alpha_bar[0].sqrt() * target + (1 - alpha_bar[0]).sqrt() * noise
+    torch.testing.assert_close(samples, expected, atol=5e-3, rtol=1e-3)
+
+
+def test_image_guidance_scale_needs_an_image(target: Tensor) -> None:
+    cond = torch.zeros(2, *SHAPE)
+    with pytest.raises(UserError, match=r"image guidance scale 1\.5: the model must be conditioned on an image"):
+        run(DDIMSampler, Oracle(target), conditioning=cond, unconditional_conditioning=cond, image_guidance_scale=1.5)
+
+
+def test_both_public_paths_of_the_dpm_solver() -> None:
+    from ldm.models.diffusion.dpm_solver import sampler
+
+    assert sampler.DPMSolverSampler is DPMSolverSampler

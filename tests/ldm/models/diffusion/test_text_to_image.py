@@ -107,3 +107,43 @@ def test_an_average_that_the_release_lacks_starts_at_its_weights(tiny_release: P
     config = load_config([RELEASE_CONFIG], ["model.params.use_ema=true"])
     averaging = load_release(tiny_release, config)
     torch.testing.assert_close(pictures(averaging, REQUESTS[:1])[0], pictures(model, REQUESTS[:1])[0])
+
+
+def test_negative_prompt_is_of_each_request(model: LatentDiffusion) -> None:
+    """Mixed in a batch, each is as alone; the empty one is as none; guidance of 1 does not read it."""
+    requests = [Request("red apple", 1, "a dog"), Request("red apple", 1), Request("red apple", 1, "a bee")]
+    together = pictures(model, requests, batch_size=3)
+    for one, request in zip(together, requests, strict=True):
+        torch.testing.assert_close(one, pictures(model, [request])[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[1], pictures(model, REQUESTS[:1])[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.01)
+    assert not torch.allclose(together[0], together[2], atol=0.01)
+    plain = pictures(model, [requests[0]], scale=1.0)[0]
+    torch.testing.assert_close(plain, pictures(model, [requests[1]], scale=1.0)[0])
+
+
+def test_negative_prompt_equal_to_the_prompt_leaves_no_guidance(model: LatentDiffusion) -> None:
+    same = pictures(model, [Request("red apple", 1, "red apple")])[0]
+    torch.testing.assert_close(same, pictures(model, [Request("red apple", 1)], scale=1.0)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_not_finite_samples_are_named_by_prompt_and_seed(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = model.apply_model
+
+    def broken(x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        output = predict(x, t, cond).clone()
+        output[2] = float("inf")
+        return output
+
+    monkeypatch.setattr(model, "apply_model", broken)
+    with pytest.raises(UserError, match=r"^'a dog', seed 1: DDIMSampler: .* NaN or infinities from step 1 of 4"):
+        pictures(model, REQUESTS, batch_size=3, scale=1.0)
+
+
+def test_not_finite_images_are_told(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = model.decode_first_stage
+    monkeypatch.setattr(model, "decode_first_stage", lambda z: decode(z) * float("inf"))
+    with pytest.raises(UserError, match=r"the first stage decodes a finite latent to NaN.*--precision fp32 or bf16"):
+        pictures(model, REQUESTS[:1])

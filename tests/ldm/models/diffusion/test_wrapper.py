@@ -59,3 +59,33 @@ def test_concatenated_maps_come_after_the_input() -> None:
 def test_hybrid_needs_maps() -> None:
     with pytest.raises(UserError, match="concat_keys"):
         construct(TEXT_TOWER, conditioning_key="hybrid")
+
+
+@pytest.mark.parametrize(("key", "channels"), [("crossattn-adm", 4), ("hybrid-adm", 6)])
+def test_vectors_reach_the_unet_as_y(key: str, channels: int) -> None:
+    wrapper = DiffusionWrapper({"target": "torch.nn.Identity", "sequential_crossattn": False}, key)
+    seen: dict = {}
+    wrapper.diffusion_model.forward = lambda x, t, **given: seen.update(given) or x
+    x, vector, context = torch.zeros(2, 4, 2, 2), torch.ones(2, 5), torch.ones(2, 3, 8)
+    maps = {"c_concat": [torch.ones(2, 2, 2, 2)]} if key == "hybrid-adm" else {}
+    out = wrapper(x, torch.tensor([1, 2]), c_crossattn=[context, context], c_adm=vector, **maps)
+    assert out.shape[1] == channels
+    assert seen["y"] is vector and seen["context"].shape == (2, 6, 8)
+    with pytest.raises(UserError, match=f"conditioning_key '{key}' needs c_adm, which nothing gives"):
+        wrapper(x, torch.tensor([1, 2]), c_crossattn=[context], **maps)
+
+
+def test_sequential_crossattn_is_refused() -> None:
+    with pytest.raises(UserError, match="sequential_crossattn: true is for a UNet that is not here"):
+        DiffusionWrapper({"target": "torch.nn.Identity", "sequential_crossattn": True}, "crossattn")
+
+
+def test_parts_of_a_general_conditioner_are_placed() -> None:
+    """Its vector becomes `c_adm`, its crossattn `c_crossattn`, for training and for a caption."""
+    model = construct(TEXT_TOWER, cond_stage_key="txt", conditioning_key="crossattn-adm")
+    parts = {"crossattn": torch.ones(2, 7, 64).half(), "vector": torch.ones(2, 5).half()}
+    model.cond_stage_model.encode = lambda captions: parts
+    for cond in (model.encode_conditioning({"txt": ["a", "b"]}), model.get_unconditional_conditioning(2)):
+        assert set(cond) == {"c_crossattn", "c_adm"}
+        assert cond["c_crossattn"][0].shape == (2, 7, 64) and cond["c_adm"].shape == (2, 5)
+    assert model.encode_conditioning({"txt": ["a", "b"]})["c_adm"].dtype == torch.float32

@@ -13,11 +13,14 @@ from tests.golden_data import (
     case,
     cases,
     fill_seeded,
+    reference,
     relative_error,
     released_keys,
     seeded_tensor,
     tensors,
 )
+
+UNETS = [*cases("unet"), *cases("unet", edition=2)]
 
 SD_V1 = {
     "image_size": 32,
@@ -37,6 +40,10 @@ SD_V1 = {
 TINY = case("unet_sd_tiny")["params"]
 
 
+def as_tensor(labels: list | None) -> torch.Tensor | None:
+    return None if labels is None else torch.tensor(labels)
+
+
 def inputs(name: str) -> dict[str, torch.Tensor | None]:
     spec = case(name)
     context, labels = spec["context_shape"], spec["y"]
@@ -44,20 +51,20 @@ def inputs(name: str) -> dict[str, torch.Tensor | None]:
         "x": seeded_tensor(f"{name}/x", spec["x_shape"]),
         "timesteps": torch.tensor(spec["timesteps"]),
         "context": None if context is None else seeded_tensor(f"{name}/context", context),
-        "y": None if labels is None else torch.tensor(labels),
+        "y": seeded_tensor(f"{name}/y", labels["shape"]) if isinstance(labels, dict) else as_tensor(labels),
     }
 
 
-@pytest.mark.parametrize("name", cases("unet"))
+@pytest.mark.parametrize("name", UNETS)
 def test_golden_forward_and_keys(name: str) -> None:
     model = fill_seeded(UNetModel(**case(name)["params"])).eval()
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == case(name)["keys"]
     with torch.no_grad():
         out = model(**inputs(name))
-    assert relative_error(out, tensors("cases")[f"{name}/out"]) < 1e-5
+    assert relative_error(out, reference(name, "out")) < 1e-5
 
 
-@pytest.mark.parametrize("name", cases("unet"))
+@pytest.mark.parametrize("name", UNETS)
 def test_golden_gradients(name: str) -> None:
     spec = case(name)
     model = fill_seeded(UNetModel(**spec["params"]))
@@ -78,6 +85,35 @@ def test_sd_v1_keys() -> None:
     # Anchors that hold even if the list were regenerated.
     assert model.get_parameter("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight").shape == (320, 768)
     assert model.get_parameter("output_blocks.2.1.conv.weight").shape == (1280, 1280, 3, 3)
+
+
+SD_V2 = SD_V1 | {"num_head_channels": 64, "num_heads": -1, "context_dim": 1024, "use_linear_in_transformer": True}
+SDXL = SD_V2 | {
+    "attention_resolutions": [4, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [1, 2, 10],
+    "context_dim": 2048,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+
+
+@pytest.mark.parametrize(
+    ("params", "file", "count"),
+    [
+        (SD_V2, "sd_v2_keys", 865_910_724),
+        (SDXL, "sdxl_base_keys", 2_567_463_684),
+        (SD_V1 | {"in_channels": 9}, "sd_v1_inpainting_keys", 859_535_364),
+        (SD_V1 | {"in_channels": 8}, "instruct_pix2pix_keys", 859_532_484),
+    ],
+    ids=["SD 2", "SDXL", "inpainting", "InstructPix2Pix"],
+)
+def test_unet_keys_of_every_family(params: dict, file: str, count: int) -> None:
+    with torch.device("meta"):
+        model = UNetModel(**params)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == released_keys("model.diffusion_model.", file)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 def test_sd_v1_forward() -> None:
@@ -132,14 +168,14 @@ def test_channels_last_is_a_matter_of_layout() -> None:
         {"num_heads": -1},
         {"num_res_blocks": [1, 1]},
         {"model_channels": 48},
-        {"use_fp16": True},
+        {"context_dim": [64, 32]},
         {"num_head_channels": 256},
         {"use_checkpoint": "some"},
         {"channels_last": True, "dims": 1},
         {"compile_mode": "fastest"},
     ],
     ids=[
-        *("context without dim", "no heads", "short list", "no multiple of 32", "half precision", "wide heads"),
+        *("context without dim", "no heads", "short list", "no multiple of 32", "two contexts", "wide heads"),
         *("no such checkpointing", "channels last in 1-D", "no such mode"),
     ],
 )

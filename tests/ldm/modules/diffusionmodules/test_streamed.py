@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.streamed import StreamedUNetModel
 from ldm.util import UserError
-from tests.golden_data import case, cases, fill_seeded
-from tests.ldm.modules.diffusionmodules.test_openaimodel import TINY, inputs
+from tests.golden_data import case, fill_seeded
+from tests.ldm.modules.diffusionmodules.test_openaimodel import SDXL, TINY, UNETS, inputs
 
 
 def streamed(name: str, **kwargs: object) -> StreamedUNetModel:
     return fill_seeded(StreamedUNetModel(**case(name)["params"] | {"use_checkpoint": False} | kwargs))
 
 
-@pytest.mark.parametrize("name", cases("unet"))
+@pytest.mark.parametrize("name", UNETS)
 def test_gradients_and_keys_are_the_resident_models(name: str) -> None:
     plain, ours = fill_seeded(UNetModel(**case(name)["params"])), streamed(name, stream_dtype="fp32")
     assert {key: value.shape for key, value in ours.state_dict().items()} == {
@@ -30,6 +31,25 @@ def test_gradients_and_keys_are_the_resident_models(name: str) -> None:
     assert all(parameter.grad.equal(expected[key]) for key, parameter in ours.named_parameters())
     with torch.no_grad():
         assert ours.eval()(**inputs(name)).equal(plain.eval()(**inputs(name)))
+
+
+def test_several_transformer_blocks_visit_one_by_one() -> None:
+    model = streamed("sdxl_unet_middle")
+    parts = model._stream._blocks
+    covered = [id(parameter) for part in parts for parameter in part.parameters()]
+    assert sorted(covered) == sorted(id(parameter) for parameter in model.parameters())
+    blocks = [part for part in parts if isinstance(part, BasicTransformerBlock)]
+    deep = [block for block in model.modules() if isinstance(block, SpatialTransformer)]
+    assert len(blocks) == sum(len(block.transformer_blocks) for block in deep if len(block.transformer_blocks) > 1)
+    assert model.input_blocks[1] in parts  # of depth 1: it visits as a whole
+    assert model.label_emb in parts
+
+
+def test_the_largest_visitor_of_sdxl_is_a_tenth_of_a_gibibyte() -> None:
+    with torch.device("meta"):
+        model = StreamedUNetModel(**SDXL | {"use_checkpoint": False})
+    sizes = [2 * sum(parameter.numel() for parameter in part.parameters()) for part in model._stream._blocks]
+    assert max(sizes) < 0.1 * 2**30
 
 
 def test_weights_that_change_between_passes_are_seen() -> None:

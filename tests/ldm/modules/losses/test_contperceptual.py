@@ -19,7 +19,7 @@ KL = 0.5 * (1.0 + math.e - 1.0 - 1.0) * 2 * 2 * 2  # of N(1, e), over two channe
 
 def loss_of(**params: object) -> LPIPSWithDiscriminator:
     torch.manual_seed(0)
-    return LPIPSWithDiscriminator(**{"disc_start": 10, "disc_num_layers": 1} | params)
+    return LPIPSWithDiscriminator(**{"disc_start": 10, "disc_num_layers": 1, "perceptual_weight": 0.0} | params)
 
 
 def test_reconstruction_and_kl() -> None:
@@ -96,7 +96,14 @@ def test_the_config_of_the_published_autoencoders_builds() -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(UserError, match="set perceptual_weight to 0"):
-        loss_of(perceptual_weight=1.0)
+    with pytest.raises(UserError, match="perceptual_weight -1: give a number of at least 0"):
+        loss_of(perceptual_weight=-1)
     with pytest.raises(UserError, match="'wasserstein' is not one of hinge, vanilla"):
         loss_of(disc_loss="wasserstein")
+
+
+def test_perceptual_weight_of_one_builds_and_needs_weights_to_train() -> None:
+    loss = LPIPSWithDiscriminator(disc_start=10)
+    assert loss.perceptual_weight == 1.0
+    with pytest.raises(UserError, match=r"perceptual_weight 1.0 needs .*params\.perceptual_ckpt.* to 0 there"):
+        loss(INPUTS, INPUTS, POSTERIOR, AUTOENCODER, 0)

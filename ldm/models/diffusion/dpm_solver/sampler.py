@@ -27,7 +27,8 @@ class DPMSolverSampler(Sampler):
         if not 1 <= ddim_num_steps <= last:
             raise UserError(f"{ddim_num_steps} sampling steps: choose 1 to {last}")
         times = np.linspace(last, 0, ddim_num_steps + 1)
-        alphas = np.exp(np.interp(times, np.arange(last + 1), np.log(self.alphas_cumprod)))
+        with np.errstate(divide="ignore"):  # the logarithm of 0, at a zero terminal SNR, is −∞
+            alphas = np.exp(np.interp(times, np.arange(last + 1), np.log(self.alphas_cumprod)))
         self.timesteps, self.alphas, self.alphas_prev = times[:-1], alphas[:-1], alphas[1:]
 
     def start(self) -> None:
@@ -51,5 +52,5 @@ class DPMSolverSampler(Sampler):
 
 
 def _half_log_snr(alpha_bar: float) -> float:
-    """λ = log(α/σ)."""
-    return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
+    """Return λ = log(α/σ); −∞ at a zero terminal SNR."""
+    return -math.inf if alpha_bar == 0 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))

@@ -1,0 +1,104 @@
+"""Pairs of images with an instruction, laid out as InstructPix2Pix's data set is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.listed import existing_folder, naming, read_image, to_minus_one_one
+from ldm.images.augmentations import RandomHorizontalFlip
+from ldm.images.find import ImageItem
+from ldm.images.pixels import crop, random_below, resize
+from ldm.util import UserError
+
+_SPLITS = ("train", "val", "test")
+
+
+class EditDataset(Dataset):
+    """Two images and what turns the first into the second.
+
+    An item is `{"edited": (3, c, c), "edit": {"c_concat": (3, c, c), "c_crossattn": instruction}}`, images in [-1, 1].
+    Both get the same size, crop and mirroring.
+
+    Args:
+        path: the folder. Its `seeds.json` is a list of `[name, [seed, ...]]`; the folder `name` holds `prompt.json`
+            with the key `edit`, and `SEED_0.jpg` and `SEED_1.jpg` for each seed.
+        split: `train`, `val` or `test`.
+        splits: the share of each of these, in this order; they sum to 1.
+        min_resize_res, max_resize_res: least and most pixels of a side that images are scaled to.
+        crop_res: pixels of a side that are cut out at random.
+        flip_prob: probability of the mirror images.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        splits: Sequence[float] = (0.9, 0.05, 0.05),
+        min_resize_res: int = 256,
+        max_resize_res: int = 256,
+        crop_res: int = 256,
+        flip_prob: float = 0.0,
+    ) -> None:
+        if split not in _SPLITS:
+            raise UserError(f"split {split!r}: give one of {', '.join(_SPLITS)}")
+        if len(splits) != len(_SPLITS) or not math.isclose(sum(splits), 1):
+            raise UserError(f"splits {list(splits)}: give three shares that sum to 1")
+        if not crop_res <= min_resize_res <= max_resize_res:
+            raise UserError(
+                f"crop_res {crop_res}, min_resize_res {min_resize_res}, max_resize_res {max_resize_res}: "
+                f"each may be at most the next"
+            )
+        self.path = existing_folder(path, "seeds.json and the folders of image pairs")
+        seeds = _read_json(self.path / "seeds.json")
+        if not isinstance(seeds, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in seeds):
+            raise UserError(f"{self.path / 'seeds.json'}: expected a list of [name, [seed, ...]]")
+        first = sum(splits[: _SPLITS.index(split)])
+        last = first + splits[_SPLITS.index(split)]
+        self.seeds = seeds[math.floor(first * len(seeds)) : math.floor(last * len(seeds))]
+        if not self.seeds:
+            raise UserError(f"{self.path / 'seeds.json'}: {len(seeds)} entries leave none for the split {split}")
+        self.sample_keys = [name for name, _ in self.seeds]
+        self.resize_res = (min_resize_res, max_resize_res)
+        self.crop_res = crop_res
+        self.flip = RandomHorizontalFlip(flip_prob)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name, seeds = self.seeds[index]
+        folder = self.path / name
+        seed = seeds[random_below(len(seeds))]
+        prompt = _read_json(folder / "prompt.json").get("edit")
+        if not isinstance(prompt, str):
+            raise UserError(f"{folder / 'prompt.json'}: has no instruction 'edit'")
+        low, high = self.resize_res
+        side = low + random_below(high - low + 1)
+        pair = torch.cat([self._load(f"{name}/{seed}_{which}.jpg", side) for which in (0, 1)])  # 6 side side
+        room = pair.shape[-1] - self.crop_res + 1
+        pair = self.flip(crop(pair, random_below(room), random_below(room), self.crop_res, self.crop_res))
+        before, after = pair.chunk(2)
+        return {"edited": after, "edit": {"c_concat": before, "c_crossattn": prompt}}
+
+    def _load(self, name: str, side: int) -> Tensor:
+        """The image `name`, scaled to a square, as float32 (3, side, side) in [-1, 1]."""
+        with naming(name):
+            image = read_image(ImageItem(name, self.path / name, caption=""))
+        return to_minus_one_one(resize(image, side, side, "lanczos")).permute(2, 0, 1)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no file {str(file.absolute())!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error

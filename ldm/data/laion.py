@@ -1,0 +1,100 @@
+"""Data module of tars of images, captions and LAION's metadata, under the names of Stability AI's configs.
+
+The tars are local: they are read in any order, so a stopped run goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.data.conditions import AddEdge, AddLR, AddMask
+from ldm.data.config_module import DataModuleFromConfig
+from ldm.data.tar_images import Filter, TarImages, read_words
+from ldm.shards.urls import expand_urls, is_stream
+from ldm.util import UserError, check_number, nearest
+
+__all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]
+
+# `shuffle` was the size of a buffer: local tars are read in any order, and only 0 has a meaning.
+_SPLIT_KEYS = ("shards", "shuffle", "image_key", "image_transforms", "postprocess")
+
+
+class WebDataModuleFromConfig(DataModuleFromConfig):
+    """Tars by split. Each split gives `shards`, `shuffle`, `image_key`, `image_transforms` and `postprocess`.
+
+    Items are those of `TarImages`. The training split is shuffled unless its `shuffle` is 0.
+
+    Args:
+        tar_base: the folder of the shards; None where they have paths of their own.
+        multinode: taken from old configs; every process gets its own share.
+        min_size, max_pwatermark, p_unsafe_threshold: see `Filter`.
+        filter_word_list: a YAML file of words that a caption must not have.
+        val_batch_size, val_num_workers: of the other splits; by default those of training.
+    """
+
+    def __init__(
+        self,
+        tar_base: str | None,
+        batch_size: int,
+        train: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
+        test: Mapping[str, Any] | None = None,
+        num_workers: int = 4,
+        multinode: bool = True,
+        min_size: int | None = None,
+        max_pwatermark: float | None = None,
+        p_unsafe_threshold: float | None = None,
+        filter_word_list: str | Path | None = None,
+        val_batch_size: int | None = None,
+        val_num_workers: int | None = None,
+        seed: int | None = None,  # by default the run's
+        drop_last: bool = False,
+    ) -> None:
+        splits = {"train": train, "validation": validation, "test": test}
+        for split, given in splits.items():
+            for key in given or {}:
+                if key not in _SPLIT_KEYS:
+                    raise UserError(f"unknown key {key!r} in data.params.{split}{nearest(key, list(_SPLIT_KEYS))}")
+        super().__init__(
+            batch_size,
+            **splits,
+            num_workers=num_workers,
+            num_val_workers=val_num_workers,
+            shuffle=bool((train or {}).get("shuffle", True)),
+            seed=seed,
+            drop_last=drop_last,
+        )
+        if val_batch_size is not None:
+            check_number("data.params.val_batch_size", val_batch_size, least=1)
+            self.val_batch_size = val_batch_size
+        self.tar_base = tar_base
+        self.filter_settings = (min_size, max_pwatermark, p_unsafe_threshold)
+        self.filter_word_list = filter_word_list
+
+    def build_dataset(self, split: str) -> TarImages:
+        """The images of the split's tars that pass the filters."""
+        given = dict(self.dataset_configs[split])
+        given.pop("shuffle", None)
+        paths = self._paths(split, given.pop("shards", None))
+        keep = Filter(*self.filter_settings, words=read_words(self.filter_word_list))
+        return TarImages(paths, **given, keep=keep if keep else None)
+
+    def _paths(self, split: str, shards: str | Sequence[str] | None) -> list[Path]:
+        if not shards:
+            raise UserError(f"data.params.{split}.shards is missing: name the tars")
+        if self.tar_base and self.tar_base.startswith("__"):
+            raise UserError(
+                f"data.params.tar_base {self.tar_base!r} stands for a set on its authors' servers; "
+                f"give the folder of your tars"
+            )
+        names = [shards] if isinstance(shards, str) else list(shards)
+        names = [name.strip().removesuffix(" -") for name in names]  # the end of an old command to read from
+        if self.tar_base:
+            names = [f"{self.tar_base.rstrip('/')}/{name}" for name in names]
+        paths = expand_urls(names)
+        stream = next(filter(is_stream, paths), None)
+        if stream is not None:
+            raise UserError(f"{stream}: images are read from local tars; fetch it first, and set data.params.tar_base")
+        return [Path(path) for path in paths]

@@ -1,0 +1,154 @@
+"""Datasets of images that a list or a folder names, which the datasets of public configs are made of."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ldm.data.sources import find_images
+from ldm.files import read_at_most
+from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
+from ldm.images.find import ImageItem
+from ldm.util import UserError
+
+_MOST_IN_LIST = 1 << 30  # bytes
+_MOST_IN_ARRAY = 1 << 30
+
+
+def existing_folder(path: str | Path, what: str) -> Path:
+    """`path` as a folder that is there; `what` tells which data belong in it.
+
+    Raises:
+        UserError: it is no folder; the message gives the absolute path.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder.absolute())!r}: put {what} there, or name their folder as data_root")
+    return folder
+
+
+def read_list(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file, without empty ones; `what` tells what they name.
+
+    Raises:
+        UserError: there is no such file, it is not UTF-8, or it is empty; the message gives the absolute path.
+    """
+    file = Path(path).expanduser()
+    try:
+        text = read_at_most(file, _MOST_IN_LIST).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not a text file: {error}") from error
+    except OSError as error:
+        raise UserError(f"no list {str(file.absolute())!r} ({error.strerror}): give {what}, one per line") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{file}: is empty; give {what}, one per line")
+    return lines
+
+
+def listed_images(root: str | Path, names: Iterable[str], what: str) -> list[ImageItem]:
+    """The images `names`, relative to the folder `root`, with the empty caption.
+
+    Raises:
+        UserError: there is no such folder, or its first image is missing.
+    """
+    folder = existing_folder(root, what)
+    items = [ImageItem(name, folder / name, caption="") for name in names]
+    if not items[0].path.is_file():
+        raise UserError(f"{items[0].path.absolute()}: no such image, which is the first of the list")
+    return items
+
+
+def folder_images(root: str | Path, what: str) -> list[ImageItem]:
+    """Every image below the folder `root`, sorted, with the empty caption."""
+    return find_images(existing_folder(root, what), caption="")
+
+
+def read_image(item: ImageItem) -> Image.Image:
+    """The RGB image of `item`: an image file, or a `.npy` of uint8 (3, H, W), (1, 3, H, W) or (H, W, 3)."""
+    if item.path.suffix.lower() != ".npy":
+        return Image.fromarray(item.read())
+    try:
+        array = np.load(io.BytesIO(read_at_most(item.path, _MOST_IN_ARRAY)), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{item.name}: {getattr(error, 'strerror', None) or error}") from error
+    given = f"{array.dtype} {array.shape}"
+    array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+    if array.ndim == 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(f"{item.name}: {given}, not uint8 (3, height, width)")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let errors about an image, such as one too small for a crop, begin with its name."""
+    try:
+        yield
+    except UserError as error:
+        if name in str(error):
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def to_minus_one_one(image: Image.Image | np.ndarray) -> torch.Tensor:
+    """A uint8 RGB image as float32 (H, W, 3) in [-1, 1], as CompVis' models read it from a batch."""
+    return torch.from_numpy(np.array(image)).float() / 127.5 - 1
+
+
+def scaled_and_cropped(size: int | None, crop_size: int | None = None, random_crop: bool = False) -> Compose:
+    """Scale the smaller side to `size`, then take a square of `crop_size` (default: `size`); None leaves images alone.
+
+    Raises:
+        UserError: `crop_size` is above `size`.
+    """
+    if not size:
+        return Compose([])
+    if crop_size and crop_size > size:
+        raise UserError(f"crop_size {crop_size}: give at most the size, {size}")
+    crop = RandomCrop if random_crop else CenterCrop
+    return Compose([Resize(size), crop(crop_size or size)])
+
+
+class ListedImages(Dataset):
+    """Images with labels: an item is `{"image": float32 (h, w, 3) in [-1, 1], "file_path_": str, label: value, ...}`.
+
+    Args:
+        items: the images.
+        transform: takes and gives a PIL image.
+        labels: by name, one value for each image.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[ImageItem],
+        transform: Callable[[Image.Image], Image.Image],
+        labels: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        self.items = list(items)
+        self.sample_keys = [item.name for item in self.items]
+        self.transform = transform
+        self.labels = dict(labels or {})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        with naming(item.name):
+            image = self.transform(read_image(item))
+        return {"image": to_minus_one_one(image), **self.labels_of(index)}
+
+    def labels_of(self, index: int) -> dict[str, Any]:
+        """What an item has besides its image."""
+        labels = {name: values[index] for name, values in self.labels.items()}
+        return {"file_path_": str(self.items[index].path), **labels}

@@ -1,0 +1,126 @@
+"""LSUN under CompVis' names: the lists of file names and the folders are the user's, below `data/lsun`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from ldm.data.listed import ListedImages, listed_images, read_list
+from ldm.images.augmentations import RandomHorizontalFlip
+from ldm.images.pixels import crop, filter_of, resize
+from ldm.util import UserError
+
+
+class LSUNBase(ListedImages):
+    """Images that `txt_file` lists, below `data_root`: the centre square, scaled to `size`, mirrored at times.
+
+    An item also has `relative_file_path_`.
+
+    Args:
+        txt_file: one path per line, relative to `data_root`.
+        size: pixels of a side; None leaves the square as large as it is.
+        interpolation: a filter's name; `linear` is bilinear.
+        flip_p: probability of the mirror image.
+    """
+
+    def __init__(
+        self,
+        txt_file: str | Path,
+        data_root: str | Path,
+        size: int | None = None,
+        interpolation: str = "bicubic",
+        flip_p: float = 0.5,
+    ) -> None:
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"size {size!r}: give a whole number of pixels, or null")
+        names = read_list(txt_file, "the images of this part of LSUN")
+        super().__init__(
+            listed_images(data_root, names, "the images of LSUN"), self.prepare, {"relative_file_path_": names}
+        )
+        self.size = size
+        self.filter = filter_of("bilinear" if interpolation == "linear" else interpolation)
+        self.flip = RandomHorizontalFlip(flip_p)
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """The centre square of `image`, scaled and perhaps mirrored."""
+        side = min(image.size)
+        square = crop(image, (image.height - side) // 2, (image.width - side) // 2, side, side)
+        if self.size is not None:
+            square = resize(square, self.size, self.size, self.filter)
+        return self.flip(square)
+
+
+class LSUNChurchesTrain(LSUNBase):
+    """The outdoor churches to train on."""
+
+    def __init__(
+        self,
+        txt_file: str | Path = "data/lsun/church_outdoor_train.txt",
+        data_root: str | Path = "data/lsun/churches",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(txt_file, data_root, **kwargs)
+
+
+class LSUNChurchesValidation(LSUNBase):
+    """The outdoor churches to validate on, never mirrored."""
+
+    def __init__(
+        self,
+        txt_file: str | Path = "data/lsun/church_outdoor_val.txt",
+        data_root: str | Path = "data/lsun/churches",
+        flip_p: float = 0.0,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(txt_file, data_root, flip_p=flip_p, **kwargs)
+
+
+class LSUNBedroomsTrain(LSUNBase):
+    """The bedrooms to train on."""
+
+    def __init__(
+        self,
+        txt_file: str | Path = "data/lsun/bedrooms_train.txt",
+        data_root: str | Path = "data/lsun/bedrooms",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(txt_file, data_root, **kwargs)
+
+
+class LSUNBedroomsValidation(LSUNBase):
+    """The bedrooms to validate on, never mirrored."""
+
+    def __init__(
+        self,
+        txt_file: str | Path = "data/lsun/bedrooms_val.txt",
+        data_root: str | Path = "data/lsun/bedrooms",
+        flip_p: float = 0.0,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(txt_file, data_root, flip_p=flip_p, **kwargs)
+
+
+class LSUNCatsTrain(LSUNBase):
+    """The cats to train on."""
+
+    def __init__(
+        self,
+        txt_file: str | Path = "data/lsun/cat_train.txt",
+        data_root: str | Path = "data/lsun/cats",
+        **kwargs: object,
+    ) -> None:
+        super().__init__(txt_file, data_root, **kwargs)
+
+
+class LSUNCatsValidation(LSUNBase):
+    """The cats to validate on, never mirrored."""
+
+    def __init__(
+        self,
+        txt_file: str | Path = "data/lsun/cat_val.txt",
+        data_root: str | Path = "data/lsun/cats",
+        flip_p: float = 0.0,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(txt_file, data_root, flip_p=flip_p, **kwargs)

@@ -1,0 +1,235 @@
+"""Datasets of justinpinkney's configs: folders of images with captions, and captions alone. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.listed import existing_folder, folder_images, naming, read_image, read_list, to_minus_one_one
+from ldm.data.sources import find_images
+from ldm.files import read_at_most
+from ldm.images.augmentations import build_transform
+from ldm.images.find import ImageItem
+from ldm.images.pixels import random_below
+from ldm.util import UserError, instantiate_from_config
+
+_MOST_IN_CAPTIONS = 1 << 30  # bytes
+_METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def read_captions(file: str | Path, column: str = "text") -> dict[str, str]:
+    """Captions by file name: of a `.json` mapping, or of a `.jsonl` or `.csv` with `file_name` and `column`.
+
+    Raises:
+        UserError: the file is missing, of another kind, not readable, or names a file outside its folder.
+    """
+    path = Path(file).expanduser()
+    try:
+        text = read_at_most(path, _MOST_IN_CAPTIONS).decode("utf-8-sig")
+        if path.suffix == ".json":
+            pairs = list(json.loads(text).items())
+        elif path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+            pairs = [(entry["file_name"], entry[column]) for entry in entries]
+        elif path.suffix == ".csv":
+            pairs = [(entry["file_name"], entry[column]) for entry in csv.DictReader(text.splitlines())]
+        else:
+            raise UserError(f"{path}: captions are read from .json, .jsonl or .csv")
+    except OSError as error:
+        raise UserError(f"no captions {str(path.absolute())!r}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise UserError(f"{path}: an entry has no {error.args[0]!r}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not captions by file name: {error}") from error
+    for name, caption in pairs:
+        if not isinstance(name, str) or not isinstance(caption, str):
+            raise UserError(f"{path}: {name!r}: expected a file name and its caption, got {caption!r:.80}")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{path}: {name!r} is outside the folder")
+    return dict(pairs)
+
+
+class FolderData(Dataset):
+    """Images below a folder. An item is `{"image": float32 (h, w, 3) in [-1, 1], "txt": caption}`.
+
+    Args:
+        root_dir: the folder.
+        caption_file: captions by file name, as `read_captions` takes them; then only these images are read.
+        image_transforms: transforms of the PIL image, each by `target` and `params`.
+        ext: the extension of the images, or a list of them; only without a `caption_file`.
+        default_caption: caption of images without one.
+        postprocess: `target` and `params` of what takes and gives an item.
+        return_paths: add the item's `path`.
+    """
+
+    def __init__(
+        self,
+        root_dir: str | Path,
+        caption_file: str | Path | None = None,
+        image_transforms: Sequence[Any] | None = None,
+        ext: str | Sequence[str] = "jpg",
+        default_caption: str = "",
+        postprocess: Any = None,
+        return_paths: bool = False,
+    ) -> None:
+        self.root_dir = existing_folder(root_dir, "the images")
+        if caption_file is not None:
+            captions = read_captions(caption_file)
+            items = [ImageItem(name, self.root_dir / name, caption=text) for name, text in captions.items()]
+            if not items:
+                raise UserError(f"{caption_file}: holds no captions")
+        else:
+            items = _with_extensions(self.root_dir, ext)
+        self.items = [ImageItem(i.name, i.path, i.span, i.caption or default_caption, i.error) for i in items]
+        self.sample_keys = [item.name for item in self.items]
+        self.transform = build_transform(image_transforms)
+        self.postprocess: Callable[[dict], dict] | None = _built(postprocess)
+        self.return_paths = return_paths
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        sample = {"image": self.load(item), "txt": item.caption}
+        if self.return_paths:
+            sample["path"] = str(item.path)
+        return self.postprocess(sample) if self.postprocess else sample
+
+    def load(self, item: ImageItem) -> Tensor:
+        """The image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
+        with naming(item.name):
+            return as_model_input(self.transform(read_image(item)))
+
+
+def as_model_input(image: Image.Image | Tensor) -> Tensor:
+    """What transforms gave, as float32 (h, w, 3): PIL images and tensors (3, h, w) in [0, 1] go to [-1, 1]."""
+    if isinstance(image, Tensor):
+        return (image.permute(1, 2, 0) * 2 - 1).contiguous()
+    return to_minus_one_one(image.convert("RGB"))
+
+
+def _with_extensions(folder: Path, ext: str | Sequence[str]) -> list[ImageItem]:
+    wanted = {f".{name.lower().lstrip('.')}" for name in ([ext] if isinstance(ext, str) else ext)}
+    items = [item for item in folder_images(folder, "the images") if item.path.suffix.lower() in wanted]
+    if not items:
+        raise UserError(f"{folder}: no image with ext {', '.join(sorted(wanted))}")
+    return items
+
+
+def _built(described: Any) -> Any:
+    return instantiate_from_config(described) if isinstance(described, Mapping) else described
+
+
+class IdRetreivalDataset(FolderData):
+    """`FolderData` whose items also have `match`: another image, of those that `ret_file` lists for this one.
+
+    Args:
+        ret_file: JSON of lists of file names by file name, relative to `root_dir`.
+    """
+
+    def __init__(self, ret_file: str | Path, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        try:
+            self.matches = json.loads(Path(ret_file).expanduser().read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"no list {str(Path(ret_file).absolute())!r}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{ret_file}: not JSON: {error}") from error
+        if not isinstance(self.matches, dict):
+            raise UserError(f"{ret_file}: expected lists of file names by file name")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        found = self.matches.get(item.name) or self.matches.get(item.path.name) or [item.name]
+        name = found[random_below(len(found))]
+        return {**super().__getitem__(index), "match": self.load(ImageItem(name, self.root_dir / name, caption=""))}
+
+
+class TextOnly(Dataset):
+    """Captions with a black image. An item is `{image_key: float32 (s, s, 3), all -1, caption_key: str}`.
+
+    Args:
+        captions: a list, or the path of a text file with one per line.
+        output_size: pixels of a side.
+        n_gpus: how often each caption comes in a row, so that every one of so many processes gets it.
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[str] | str | Path,
+        output_size: int,
+        image_key: str = "image",
+        caption_key: str = "txt",
+        n_gpus: int = 1,
+    ) -> None:
+        listed = read_list(captions, "captions") if isinstance(captions, (str, Path)) else list(captions)
+        if not listed or n_gpus < 1:
+            raise UserError(f"captions {listed}, n_gpus {n_gpus}: give at least one of each")
+        self.captions = [caption for caption in listed for _ in range(n_gpus)]
+        self.output_size = output_size
+        self.image_key, self.caption_key = image_key, caption_key
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = torch.full((self.output_size, self.output_size, 3), -1.0)
+        return {self.image_key: image, self.caption_key: self.captions[index]}
+
+
+class hf_dataset(Dataset):
+    """Images and captions of a local folder, laid out as the hub's `imagefolder`: images with a metadata file.
+
+    Captions are the column `text_column` of `metadata.jsonl` or `metadata.csv`, or stand in `name.txt` beside each
+    image. A subfolder named as `split` takes precedence over the folder itself.
+
+    Raises:
+        UserError: `name` is no folder here: nothing is downloaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_transforms: Sequence[Any] | None = None,
+        image_column: str = "image",
+        text_column: str = "text",
+        split: str = "train",
+        image_key: str = "image",
+        caption_key: str = "txt",
+    ) -> None:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"hf_dataset: no folder {str(folder.absolute())!r}, and nothing is downloaded from a hub; save the "
+                f"data set's {image_column!r} as image files there, with {text_column!r} in metadata.jsonl"
+            )
+        folder = folder / split if (folder / split).is_dir() else folder
+        metadata = next((folder / file for file in _METADATA if (folder / file).is_file()), None)
+        if metadata is None:
+            self.items = find_images(folder)
+        else:
+            captions = read_captions(metadata, text_column)
+            self.items = [ImageItem(file, folder / file, caption=text) for file, text in captions.items()]
+        self.sample_keys = [item.name for item in self.items]
+        self.transform = build_transform(image_transforms)
+        self.image_key, self.caption_key = image_key, caption_key
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        with naming(item.name):
+            image = as_model_input(self.transform(read_image(item)))
+        return {self.image_key: image, self.caption_key: item.caption or ""}

@@ -1,0 +1,75 @@
+"""Images with low-resolution versions of themselves, to train super-resolution on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.data.listed import ListedImages, read_image, to_minus_one_one
+from ldm.images.degradations import degradation
+from ldm.images.pixels import crop, random_below, random_between, resize
+from ldm.util import UserError
+
+
+class PairedImages(Dataset):
+    """A square of an image, scaled to `size`, and the same made smaller by a degradation.
+
+    An item has `image`, float32 (size, size, 3), and `LR_image`, (size/f, size/f, 3), both in [-1, 1], and the labels
+    of the image.
+
+    Args:
+        size: pixels of a side.
+        degradation: a name of `ldm.images.degradations.NAMES`.
+        downscale_f: how many times smaller `LR_image` is; divides `size`.
+        min_crop_f, max_crop_f: least and most share of the smaller side that a square covers.
+        random_crop: take the square anywhere, else in the middle.
+    """
+
+    def __init__(
+        self,
+        images: ListedImages,
+        size: int | None = None,
+        degradation: str | None = None,
+        downscale_f: int = 4,
+        min_crop_f: float = 0.5,
+        max_crop_f: float = 1.0,
+        random_crop: bool = True,
+    ) -> None:
+        if type(size) is not int or size < 1:
+            raise UserError(f"size {size!r}: give the pixels of a side, such as 256")
+        if type(downscale_f) is not int or downscale_f < 1 or size % downscale_f:
+            raise UserError(f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}")
+        if not 0 < min_crop_f <= max_crop_f <= 1:
+            raise UserError(f"min_crop_f {min_crop_f} and max_crop_f {max_crop_f}: give 0 < min <= max <= 1")
+        self.images = images
+        self.sample_keys = images.sample_keys
+        self.size = size
+        self.degrade = _named(degradation, downscale_f)
+        self.crop_shares = (min_crop_f, max_crop_f)
+        self.random_crop = random_crop
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = read_image(self.images.items[index])
+        side = max(1, int(min(image.size) * random_between(*self.crop_shares)))
+        room = (image.height - side, image.width - side)
+        top, left = (random_below(free + 1) if self.random_crop else free // 2 for free in room)
+        square = resize(
+            crop(image, top, left, side, side), self.size, self.size, "box" if side > self.size else "bicubic"
+        )
+        low = self.degrade(np.array(square))
+        return {
+            "image": to_minus_one_one(square),
+            "LR_image": to_minus_one_one(low),
+            **self.images.labels_of(index),
+        }
+
+
+def _named(name: str | None, factor: int) -> Any:
+    if name is None:
+        raise UserError("degradation is missing: name one, such as bsrgan or pil_bicubic")
+    return degradation(name, factor)

@@ -1,0 +1,146 @@
+"""Images, captions and metadata of local tars, as LAION's tools write them, and which of them are taken."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ldm.data.listed import naming
+from ldm.data.simple import as_model_input
+from ldm.files import read_span
+from ldm.images.augmentations import build_transform
+from ldm.images.captions import decode_caption
+from ldm.images.decode import EXTENSIONS, decode_image
+from ldm.shards.tar import TarSample, index_tar
+from ldm.util import UserError, instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+
+class Filter:
+    """Which samples are taken, by LAION's metadata; a sample without the number that is asked about is not.
+
+    Args:
+        min_size: least `original_width` and `original_height`, in pixels.
+        max_pwatermark: most `pwatermark`; 1 or more takes all.
+        p_unsafe_threshold: most `punsafe`; 1 or more takes all.
+        words: captions with any of these words are not taken.
+    """
+
+    def __init__(
+        self,
+        min_size: int | None = None,
+        max_pwatermark: float | None = None,
+        p_unsafe_threshold: float | None = None,
+        words: Sequence[str] = (),
+    ) -> None:
+        self.min_size = min_size
+        self.most = {
+            name: most
+            for name, most in {"pwatermark": max_pwatermark, "punsafe": p_unsafe_threshold}.items()
+            if most is not None and most < 1
+        }
+        self.words = [word.lower() for word in words]
+
+    def __bool__(self) -> bool:
+        return bool(self.min_size or self.most or self.words)
+
+    def __call__(self, metadata: Mapping[str, Any], caption: str) -> bool:
+        if self.min_size:
+            sides = [metadata.get(name) for name in ("original_width", "original_height")]
+            if not all(isinstance(side, (int, float)) and side >= self.min_size for side in sides):
+                return False
+        for name, most in self.most.items():
+            value = metadata.get(name)
+            if not isinstance(value, (int, float)) or value > most:
+                return False
+        return not any(word in caption.lower() for word in self.words)
+
+
+def read_words(file: str | Path | None) -> list[str]:
+    """The words of a YAML list, or of a mapping of lists; none for None."""
+    if file is None:
+        return []
+    path = Path(file).expanduser()
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"filter_word_list {str(path.absolute())!r}: cannot be read: {error}") from error
+    lists = list(found.values()) if isinstance(found, dict) else [found]
+    if not all(isinstance(words, list) for words in lists):
+        raise UserError(f"filter_word_list {path}: expected a list of words")
+    return [str(word) for words in lists for word in words]
+
+
+class TarImages(Dataset):
+    """Images of local tars. An item is `{image_key: (h, w, 3) in [-1, 1], "txt": caption, "__key__": str}`.
+
+    Args:
+        paths: the tars.
+        image_key: the extension of the images.
+        image_transforms: transforms of the PIL image, by `target` and `params`.
+        postprocess: takes and gives an item, by `target` and `params`.
+        keep: says of a sample's metadata (its `.json`) and caption whether it is taken; None takes all.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        image_key: str = "jpg",
+        image_transforms: Any = None,
+        postprocess: Any = None,
+        keep: Filter | None = None,
+    ) -> None:
+        if image_key not in EXTENSIONS:
+            raise UserError(f"image_key {image_key!r}: give an extension of images, such as jpg or png")
+        self.image_key = image_key
+        self.samples: list[tuple[Path, TarSample]] = []
+        found = 0
+        for path in paths:
+            samples = [sample for sample in index_tar(path) if image_key in sample.spans]
+            found += len(samples)
+            with path.open("rb") as file:
+                self.samples += [(path, s) for s in samples if keep is None or keep(*_described(file.fileno(), s))]
+        if not self.samples:
+            why = f"none of {found} passes the filters" if found else f"no sample has a .{image_key}"
+            raise UserError(f"{', '.join(map(str, paths[:3]))}: {why}")
+        logger.info("%d of %d images of %d tars", len(self.samples), found, len(paths))
+        self.sample_keys = [f"{path.name}/{sample.key}" for path, sample in self.samples]
+        self.transform = build_transform(image_transforms)
+        self.postprocess = instantiate_from_config(postprocess) if isinstance(postprocess, Mapping) else postprocess
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, sample = self.samples[index]
+        name = f"{path}: {sample.key}"
+        with path.open("rb") as file:
+            data = read_span(file.fileno(), *sample.spans[self.image_key], name)
+            _, caption = _described(file.fileno(), sample, metadata=False)
+        with naming(name):
+            image = Image.fromarray(decode_image(bytes(data), name))
+            item = {self.image_key: as_model_input(self.transform(image)), "txt": caption, "__key__": sample.key}
+            return self.postprocess(item) if self.postprocess else item
+
+
+def _described(descriptor: int, sample: TarSample, metadata: bool = True) -> tuple[dict[str, Any], str]:
+    """The metadata of a sample, empty where there are none, and its caption."""
+    described, caption = {}, None
+    if metadata and "json" in sample.spans:
+        try:
+            described = json.loads(read_span(descriptor, *sample.spans["json"], f"{sample.key}.json"))
+        except ValueError as error:
+            raise UserError(f"{sample.key}.json: not JSON: {error}") from error
+    if "txt" in sample.spans:
+        caption, error = decode_caption(read_span(descriptor, *sample.spans["txt"], f"{sample.key}.txt"))
+        if error:
+            raise UserError(f"{sample.key}: {error}")
+    return described if isinstance(described, dict) else {}, caption or ""

@@ -1,0 +1,257 @@
+"""Transforms of images that take torchvision's names and arguments, so that YAML written for it works without it.
+
+An image is a PIL image, or a tensor (..., C, H, W), uint8 in [0, 255] or floating point in [0, 1]. Random numbers come
+from torch's global generator, which the loader seeds per sample. `ldm.translations` sends `torchvision.transforms.X`
+here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.images.colours import ColorJitter, Grayscale, RandomGrayscale
+from ldm.images.pixels import ImageLike, crop, filter_of, image_size, pad, random_below, random_between, resize
+from ldm.images.tensors import ConvertImageDtype, Normalize, PILToTensor, ToPILImage, ToTensor
+from ldm.util import UserError, instantiate_from_config
+
+__all__ = [
+    "CenterCrop",
+    "ColorJitter",
+    "Compose",
+    "ConvertImageDtype",
+    "Grayscale",
+    "Normalize",
+    "PILToTensor",
+    "Pad",
+    "RandomApply",
+    "RandomCrop",
+    "RandomGrayscale",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "RandomVerticalFlip",
+    "Resize",
+    "ToPILImage",
+    "ToTensor",
+]
+
+
+def build_transform(described: Any) -> Callable[[Any], Any]:
+    """The transform that a config describes: None for none, a `target` and `params`, or a list of these in order."""
+    if described is None:
+        return Compose([])
+    if isinstance(described, Mapping):
+        return instantiate_from_config(described)
+    if isinstance(described, Sequence) and not isinstance(described, str):
+        return Compose(described)
+    if callable(described):
+        return described
+    raise UserError(f"image_transforms {described!r}: give a list of transforms by target and params")
+
+
+def _pair(size: Any, what: str = "size") -> tuple[int, int]:
+    """Height and width of a size that is a whole number, a list of one, or a pair."""
+    values = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size]
+    if len(values) not in (1, 2) or not all(type(value) is int and value > 0 for value in values):
+        raise UserError(f"{what} {size!r}: give a whole number of pixels, or [height, width]")
+    return values[0], values[-1]
+
+
+class Compose:
+    """Transforms in order. Each is a callable, or a `target` with `params`."""
+
+    def __init__(self, transforms: Sequence[Any]) -> None:
+        self.transforms = [instantiate_from_config(t) if isinstance(t, Mapping) else t for t in transforms]
+
+    def __call__(self, image: Any) -> Any:
+        for transform in self.transforms:
+            image = transform(image)
+        return image
+
+
+class RandomApply(Compose):
+    """All of `transforms` with probability `p`, else none."""
+
+    def __init__(self, transforms: Sequence[Any], p: float = 0.5) -> None:
+        super().__init__(transforms)
+        self.p = p
+
+    def __call__(self, image: Any) -> Any:
+        return super().__call__(image) if torch.rand(1) < self.p else image
+
+
+class Resize:
+    """Scale to `size`: a pair is (height, width); a whole number is the smaller side, and the proportions stay.
+
+    Args:
+        interpolation: a filter's name, or Pillow's number of it (0 nearest, 2 bilinear, 3 bicubic).
+        max_size: most pixels of the larger side, with a single `size`.
+        antialias: widen the filter of tensors when they shrink; Pillow always does.
+    """
+
+    def __init__(
+        self, size: Any, interpolation: Any = "bilinear", max_size: int | None = None, antialias: bool | None = True
+    ) -> None:
+        height, width = _pair(size)
+        self.exact = isinstance(size, Sequence) and len(size) == 2
+        self.size = (height, width)
+        if max_size is not None and (self.exact or max_size <= height):
+            raise UserError(f"max_size {max_size}: needs a single size below it, not {size}")
+        self.max_size = max_size
+        self.filter = filter_of(interpolation)
+        self.antialias = antialias is not False
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        return resize(image, *self.target(*image_size(image)), self.filter, self.antialias)
+
+    def target(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image of (height, width) is scaled to."""
+        if self.exact:
+            return self.size
+        short, long = min(height, width), max(height, width)
+        new_short, new_long = self.size[0], self.size[0] * long // short
+        if self.max_size is not None and new_long > self.max_size:
+            new_short, new_long = self.max_size * new_short // new_long, self.max_size
+        new_short = max(new_short, 1)
+        return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+class CenterCrop:
+    """The middle of an image, (height, width) or a square of `size`; a smaller image gets a black edge."""
+
+    def __init__(self, size: Any) -> None:
+        self.size = _pair(size)
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        rows, columns = self.size
+        height, width = image_size(image)
+        over, across = max(rows - height, 0), max(columns - width, 0)
+        if over or across:
+            image = pad(image, across // 2, over // 2, (across + 1) // 2, (over + 1) // 2)
+            height, width = image_size(image)
+        return crop(image, round((height - rows) / 2), round((width - columns) / 2), rows, columns)
+
+
+class RandomCrop:
+    """A part of an image, (height, width) or a square of `size`, at a random place.
+
+    Args:
+        padding: pixels to add first: of all sides, of [left and right, top and bottom], or of each from the left on.
+        pad_if_needed: widen an image that is smaller than `size`, which is an error otherwise.
+    """
+
+    def __init__(
+        self,
+        size: Any,
+        padding: Any = None,
+        pad_if_needed: bool = False,
+        fill: Any = 0,
+        padding_mode: str = "constant",
+    ) -> None:
+        self.size = _pair(size)
+        self.pad = None if padding is None else Pad(padding, fill, padding_mode)
+        self.pad_if_needed = pad_if_needed
+        self.fill = fill
+        self.padding_mode = padding_mode
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        rows, columns = self.size
+        image = image if self.pad is None else self.pad(image)
+        height, width = image_size(image)
+        if self.pad_if_needed:
+            across, over = max(columns - width, 0), max(rows - height, 0)
+            image = pad(image, across, over, across, over, self.fill, self.padding_mode)
+            height, width = image_size(image)
+        if height < rows or width < columns:
+            raise UserError(
+                f"RandomCrop of {rows}x{columns} from an image of {height}x{width}: "
+                f"put a Resize before it, or set pad_if_needed"
+            )
+        if (height, width) == (rows, columns):
+            return image
+        top, left = random_below(height - rows + 1), random_below(width - columns + 1)
+        return crop(image, top, left, rows, columns)
+
+
+class RandomResizedCrop:
+    """A part of random area and proportions, scaled to `size`.
+
+    Args:
+        scale: least and most share of the area.
+        ratio: least and most width over height.
+    """
+
+    def __init__(
+        self,
+        size: Any,
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: Any = "bilinear",
+        antialias: bool | None = True,
+    ) -> None:
+        self.size = _pair(size)
+        for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
+            if not 0 < low <= high:
+                raise UserError(f"{name} {[low, high]}: give the least and the most, above 0")
+        self.scale, self.ratio = scale, ratio
+        self.filter = filter_of(interpolation)
+        self.antialias = antialias is not False
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        return resize(crop(image, *self.place(*image_size(image))), *self.size, self.filter, self.antialias)
+
+    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a random part; of the middle where none fits in ten tries."""
+        for _ in range(10):
+            area = height * width * random_between(*self.scale)
+            ratio = math.exp(random_between(*map(math.log, self.ratio)))
+            columns, rows = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < columns <= width and 0 < rows <= height:
+                return random_below(height - rows + 1), random_below(width - columns + 1), rows, columns
+        low, high = self.ratio
+        ratio = min(max(width / height, low), high)
+        rows, columns = min(height, round(width / ratio)), min(width, round(height * ratio))
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+class RandomHorizontalFlip:
+    """The mirror image, with probability `p`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = p
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        if torch.rand(1) >= self.p:
+            return image
+        return image.flip(-1) if isinstance(image, Tensor) else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+class RandomVerticalFlip:
+    """The image upside down, with probability `p`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = p
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        if torch.rand(1) >= self.p:
+            return image
+        return image.flip(-2) if isinstance(image, Tensor) else image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+
+
+class Pad:
+    """More pixels around: of all sides, of [left and right, top and bottom], or of each from the left on clockwise."""
+
+    def __init__(self, padding: Any, fill: Any = 0, padding_mode: str = "constant") -> None:
+        values = list(padding) if isinstance(padding, Sequence) else [padding]
+        if len(values) not in (1, 2, 4) or not all(type(value) is int and value >= 0 for value in values):
+            raise UserError(f"padding {padding!r}: give one, two or four whole numbers")
+        self.sides = (values * 4)[:4]  # left, top, right, bottom: [a, b] is a, b, a, b
+        self.fill, self.padding_mode = fill, padding_mode
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        return pad(image, *self.sides, self.fill, self.padding_mode)

@@ -1,0 +1,204 @@
+"""Latent diffusion that sees maps beside the noisy latent: a masked image, a depth map, a low-resolution image.
+
+B batch; H, W height and width of an image; C, h, w those of its latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.weights import FIRST_CONVOLUTION_KEYS
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import UserError, instantiate_from_config
+
+
+class LatentFinetuneDiffusion(LatentDiffusion):
+    """Base of models whose first convolution sees more channels than that of the release they start from.
+
+    Args:
+        concat_keys: the batch entries that join the input, in their order.
+        finetune_keys: tensors of `ckpt_path` that may have fewer input channels than the model; the new ones start at
+            0. None for no such tensor.
+        keep_finetune_dims: the input channels that are taken from the file.
+        c_concat_log_start, c_concat_log_end: accepted for old configs; the maps are not shown.
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str] | None = None,
+        finetune_keys: Sequence[str] | None = FIRST_CONVOLUTION_KEYS,
+        keep_finetune_dims: int = 4,
+        c_concat_log_start: int | None = None,
+        c_concat_log_end: int | None = None,
+        conditioning_key: str | None = "hybrid",
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        del c_concat_log_start, c_concat_log_end
+        super().__init__(concat_keys=concat_keys, conditioning_key=conditioning_key, **kwargs)
+        self.finetune_keys = tuple(finetune_keys or ())
+        self.keep_finetune_dims = keep_finetune_dims
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
+
+    def latent_size(self, batch: Batch) -> tuple[int, int]:
+        """Return h and w of the latents of a batch."""
+        x = batch_entry(batch, self.first_stage_key)
+        if self.is_pre_encoded(x):
+            return x.shape[2], x.shape[3]
+        factor = self.first_stage_model.downsampling
+        return x.shape[1] // factor, x.shape[2] // factor
+
+
+class LatentInpaintDiffusion(LatentFinetuneDiffusion):
+    """Inpainting: the UNet sees x, the mask, which is 1 where it paints, and the latent of the masked image.
+
+    The mask is (B, H, W, 1) or, stored at the latent's size, (B, 1, h, w). The masked image is an image
+    (B, H, W, 3), or pre-encoded as the images are; see `LatentDiffusion`.
+
+    Args:
+        masked_image_key: the one of `concat_keys` that goes through the first stage.
+    """
+
+    default_concat_keys = ("mask", "masked_image")
+
+    def __init__(self, masked_image_key: str = "masked_image", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.masked_image_key = masked_image_key
+        if masked_image_key not in self.concat_keys:
+            raise UserError(
+                f"masked_image_key {masked_image_key!r} is none of concat_keys: {', '.join(self.concat_keys)}"
+            )
+
+    def concatenated(self, batch: Batch) -> list[Tensor]:
+        return [
+            self.latent_of(batch, key, Draws.of(batch)) if key == self.masked_image_key else self.mask(batch, key)
+            for key in self.concat_keys
+        ]
+
+    def latent_of(self, batch: Batch, key: str, draws: Draws = FROM_GLOBAL) -> Tensor:
+        """Return the scaled latent (B, C, h, w) of the entry `key`, sampled from its posterior."""
+        encoded = self.encode_batch({self.first_stage_key: batch_entry(batch, key)})
+        if isinstance(encoded, DiagonalGaussianDistribution):
+            encoded = encoded.sample(noise=draws.normal(key, encoded.mean))
+        return self.scale_factor * encoded
+
+    def mask(self, batch: Batch, key: str) -> Tensor:
+        """Return the mask `key` at the latent's size, (B, 1, h, w): of each cell the upper left pixel."""
+        mask = batch_entry(batch, key).float()
+        if mask.ndim == 3:
+            mask = mask[:, None]  # B 1 H W
+        elif mask.shape[1] != 1:
+            mask = rearrange(mask, "b h w c -> b c h w")
+        return F.interpolate(mask, size=self.latent_size(batch), mode="nearest")
+
+
+class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
+    """Depth to image: the UNet sees x and a depth map at the latent's size, in [-1, 1].
+
+    An entry of `concat_keys` is a depth map (B, 1, H, W), or, with any other number of channels, what the depth stage
+    makes one of.
+
+    Args:
+        depth_stage_config: `target` and `params` of the network that estimates depth; it stays frozen.
+    """
+
+    default_concat_keys = ("midas_in",)
+
+    def __init__(
+        self,
+        depth_stage_config: Mapping[str, Any],
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.depth_model = instantiate_from_config(depth_stage_config).eval().requires_grad_(False)
+        if ckpt_path is not None:  # only now is the depth stage there to be loaded
+            self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
+
+    def train(self, mode: bool = True) -> LatentDepth2ImageDiffusion:
+        super().train(mode)
+        if hasattr(self, "depth_model"):  # the constructor sets the mode before
+            self.depth_model.eval()
+        return self
+
+    @torch.no_grad()
+    def concatenated(self, batch: Batch) -> list[Tensor]:
+        return [self.depth(batch_entry(batch, key), self.latent_size(batch)) for key in self.concat_keys]
+
+    def depth(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the depth map (B, 1, h, w) of `x`: 2 (d − min) / (max − min + 0.001) − 1 per sample."""
+        depth = (x if x.shape[1] == 1 else self.depth_model(x)).float()
+        depth = F.interpolate(depth, size=size, mode="bicubic", align_corners=False)
+        low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
+        return 2.0 * (depth - low) / (high - low + 0.001) - 1.0
+
+
+class LatentUpscaleDiffusion(LatentDiffusion):
+    """Upscaling: the UNet sees x, a noised low-resolution image at the latent's size, and the level of its noise.
+
+    Args:
+        low_scale_config: `target` and `params` of the stage that noises, image → (map, level (B,)); it stays frozen.
+        low_scale_key: the batch entry of the image, channels last (B, h, w, 3) in [-1, 1].
+        noise_level_key: a batch entry with the levels to use, in place of those that the stage samples.
+    """
+
+    def __init__(
+        self,
+        low_scale_config: Mapping[str, Any],
+        low_scale_key: str = "LR",
+        noise_level_key: str | None = None,
+        concat_keys: Sequence[str] | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(concat_keys=concat_keys or (low_scale_key,), **kwargs)
+        self.low_scale_key = low_scale_key
+        self.noise_level_key = noise_level_key
+        self.low_scale_model = instantiate_from_config(low_scale_config).eval().requires_grad_(False)
+        if ckpt_path is not None:  # only now is the low-scale stage there to be loaded
+            self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
+
+    def train(self, mode: bool = True) -> LatentUpscaleDiffusion:
+        super().train(mode)
+        if hasattr(self, "low_scale_model"):  # the constructor sets the mode before
+            self.low_scale_model.eval()
+        return self
+
+    @torch.no_grad()
+    def maps_and_labels(self, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
+        image = self.get_input(batch, self.low_scale_key)
+        given = None if self.noise_level_key is None else batch_entry(batch, self.noise_level_key).flatten()
+        noised, level = self.low_scale_model(image) if given is None else self.low_scale_model(image, given)
+        return [noised], {"c_adm": level}
+
+
+class Layout2ImgDiffusion(LatentDiffusion):
+    """Layout to image: conditioned on boxes and their classes, as one sequence of tokens per image.
+
+    Args:
+        cond_stage_key: the batch entry of the tokens; `coordinates_bbox` is the only one that layouts have.
+
+    Raises:
+        UserError: `cond_stage_key` is another.
+    """
+
+    def __init__(self, cond_stage_key: str = "coordinates_bbox", **kwargs: Any) -> None:
+        if cond_stage_key != "coordinates_bbox":
+            raise UserError(f"cond_stage_key {cond_stage_key!r}: a Layout2ImgDiffusion reads 'coordinates_bbox'")
+        super().__init__(cond_stage_key=cond_stage_key, **kwargs)

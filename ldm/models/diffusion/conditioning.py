@@ -1,0 +1,147 @@
+"""The conditioning of latent diffusion: from entries of a batch to the form that the UNet takes.
+
+B batch; C, h, w channels, height and width of a latent; t (B,) timesteps that count from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.wrapper import DiffusionWrapper
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import UserError
+
+# The parts that a `GeneralConditioner` returns, and their places in the conditioning of a `DiffusionWrapper`.
+_PARTS = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
+
+
+def check_reads_captions(model: Any) -> None:
+    """Raise `UserError` unless the model's cond stage takes captions: not entries of batches, nor images."""
+    stage = model.cond_stage_model
+    if stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None:
+        raise UserError(
+            f"the config's cond_stage_config, {'none' if stage is None else type(stage).__name__}, reads no captions; "
+            "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
+        )
+
+
+class WithConditioning:
+    """Mixin of `LatentDiffusion` for its `cond_stage_model`, which is None for an unconditional model.
+
+    `DDPM`, whose `get_input` it calls, must follow it among the bases.
+    """
+
+    model: DiffusionWrapper
+    cond_stage_model: nn.Module | None
+    cond_stage_key: str
+    cond_stage_trainable: bool
+    cond_stage_forward: str | None
+    concat_keys: tuple[str, ...]
+    num_timesteps_cond: int
+    # The entries concatenated to the input where the config names none.
+    default_concat_keys: tuple[str, ...] = ()
+
+    def get_learned_conditioning(self, c: Any) -> Conditioning:
+        """Return the encoding of raw conditioning: captions → (B, 77, D), labels → (B, 1, D), and so on."""
+        if self.cond_stage_model is None:
+            return c
+        if self.cond_stage_forward is not None:
+            return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
+        encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
+        encoded = encode(c)
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def raw_conditioning(self, batch: Batch) -> Any:
+        """Return the batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
+        if getattr(self.cond_stage_model, "key", None) is not None:
+            return batch
+        entry = batch_entry(batch, self.cond_stage_key)
+        images = isinstance(entry, Tensor) and entry.ndim == 4  # as in all of latent diffusion, channels last
+        return super().get_input(batch, self.cond_stage_key) if images else entry
+
+    def encode_conditioning(self, batch: Batch) -> Conditioning:
+        """Return the conditioning of a batch, in the form that `apply_model` takes; None if there is none."""
+        if self.model.conditioning_key is None:
+            return None
+        with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
+            encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
+        encoded = _in_float32(encoded)
+        if not self.model.takes_maps or self.model.conditioning_key == "concat":
+            return _placed(encoded) if isinstance(encoded, Mapping) else encoded
+        cond = _placed(encoded) if isinstance(encoded, Mapping) else {"c_crossattn": [encoded]}
+        maps, labels = self.maps_and_labels(batch)
+        return {"c_concat": maps, **cond, **labels}
+
+    def concatenated(self, batch: Batch) -> list[Tensor]:
+        """Return the maps (B, C', h, w) that join the input's channels, for a `hybrid` key."""
+        return [batch_entry(batch, key).float() for key in self.concat_keys]
+
+    def maps_and_labels(self, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the maps, and labels as `c_adm` where the model has any."""
+        return self.concatenated(batch), {}
+
+    @property
+    def reads_captions(self) -> bool:
+        return hasattr(self.cond_stage_model, "tokenize")
+
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
+    ) -> Conditioning:
+        """Return the conditioning of `batch_size` captions, all `null_label` or one each.
+
+        What `cond` holds besides a caption's encoding, such as a mask, is kept.
+        """
+        captions = [null_label] * batch_size if isinstance(null_label, str) else list(null_label)
+        encoded = self.get_learned_conditioning(captions)
+        if isinstance(encoded, Mapping):
+            encoded = _placed(encoded)
+        if not isinstance(cond, Mapping):
+            return encoded
+        return {**cond, **(encoded if isinstance(encoded, Mapping) else {"c_crossattn": [encoded]})}
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
+        """Return the UNet's prediction at the noisy `x` (B, C, h, w).
+
+        `cond` is a tensor, a list of them, or a dict: lists under `c_concat` and `c_crossattn`, a tensor `c_adm`.
+        """
+        if cond is None:
+            return self.model(x, t)
+        if not isinstance(cond, Mapping):
+            cond = cond if isinstance(cond, (list, tuple)) else [cond]
+            cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
+        return self.model(x, t, **cond)
+
+    def conditioning_at(self, c: Conditioning, t: Tensor, draws: Draws = FROM_GLOBAL) -> Conditioning:
+        """Return `c`, noised for the timesteps `t` if `num_timesteps_cond` is above 1; labels stay."""
+        return c if self.num_timesteps_cond == 1 else self._noised_conditioning(c, self.cond_ids[t], draws)
+
+    def _noised_conditioning(
+        self, c: Conditioning, t: Tensor, draws: Draws, what: str = "conditioning"
+    ) -> Conditioning:
+        if isinstance(c, Mapping):
+            return {key: entries if isinstance(entries, Tensor) else
+                    [self._noised_conditioning(entry, t, draws, f"{key}/{i}") for i, entry in enumerate(entries)]
+                    for key, entries in c.items()}  # fmt: skip
+        return self.q_sample(c, t, draws.normal(what, c)) if isinstance(c, Tensor) and c.is_floating_point() else c
+
+
+def _placed(encoded: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the parts that a `GeneralConditioner` gives, in the form that `apply_model` takes."""
+    unknown = encoded.keys() - _PARTS.keys()
+    if unknown:
+        raise UserError(f"the cond stage gives {', '.join(sorted(unknown))}; the UNet takes {', '.join(_PARTS)}")
+    return {_PARTS[key]: part if key == "vector" else [part] for key, part in encoded.items()}
+
+
+def _in_float32(encoded: Conditioning) -> Conditioning:
+    """Return encodings in float32: stored ones are float16, which autocast on the CPU does not mix with bfloat16."""
+    if isinstance(encoded, Mapping):
+        return {key: _in_float32(part) for key, part in encoded.items()}
+    return encoded.float() if isinstance(encoded, Tensor) and encoded.is_floating_point() else encoded

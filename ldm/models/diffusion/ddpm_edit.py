@@ -1,0 +1,77 @@
+"""InstructPix2Pix (arXiv:2211.09800): an image is edited as a caption says; both conditionings are dropped at times.
+
+B batch; H, W height and width of an image; C, h, w those of its latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.concat import LatentFinetuneDiffusion
+from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+
+class LatentDiffusion(LatentFinetuneDiffusion):
+    """Latent diffusion of the edited image under the caption and the latent of the original one.
+
+    Images are channels first (B, 3, H, W) in [-1, 1]. The entry `cond_stage_key` is a mapping: `c_concat` the original
+    images, `c_crossattn` the captions. Of pre-encoded batches, the first of `concat_keys` is the original's posterior
+    or latent, and the cond stage reads the captions' encodings.
+
+    Args:
+        dropout: the share of samples that lose their caption alone, as many that lose their image alone, and as many
+            that lose both.
+    """
+
+    default_concat_keys = ("edit",)
+
+    def __init__(self, dropout: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dropout = dropout
+
+    def get_input(self, batch: Batch, k: str) -> Tensor:
+        """Return the images `batch[k]` (B, 3, H, W), float32."""
+        return batch_entry(batch, k).float()
+
+    def _has_pairs(self, batch: Batch) -> bool:
+        return isinstance(batch.get(self.cond_stage_key), Mapping)
+
+    def raw_conditioning(self, batch: Batch) -> Any:
+        return batch[self.cond_stage_key]["c_crossattn"] if self._has_pairs(batch) else super().raw_conditioning(batch)
+
+    def concatenated(self, batch: Batch) -> list[Tensor]:
+        """Return the most likely latent of the original image, which is not scaled."""
+        if self._has_pairs(batch):
+            encoded = self.encode_first_stage(batch[self.cond_stage_key]["c_concat"].float())
+        else:
+            encoded = self.encode_batch({self.first_stage_key: batch_entry(batch, self.concat_keys[0])})
+        return [encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded]
+
+    def encode_conditioning(self, batch: Batch) -> Conditioning:
+        """Return the conditioning of a batch, with captions and images of random samples dropped.
+
+        With r uniform per sample and u the share `dropout`: below u the caption goes, from u to 2u both, from 2u to
+        3u the image (section 3.2.1). Stored encodings of captions are dropped by the data instead.
+        """
+        cond = super().encode_conditioning(batch)
+        (image,), (text,) = cond["c_concat"], cond["c_crossattn"]
+        r, u = Draws.of(batch).uniform("edit", image), self.dropout  # (B,)
+        drops_text, drops_image = r < 2 * u, (r >= u) & (r < 3 * u)
+        image = torch.where(drops_image[:, None, None, None], 0.0, image)
+        if self.reads_captions:
+            text = torch.where(drops_text[:, None, None], self.get_learned_conditioning([""]), text)
+        return {"c_concat": [image], "c_crossattn": [text]}
+
+    def is_pre_encoded(self, x: Tensor) -> bool:
+        return x.ndim == 4 and x.shape[1] != 3
+
+    def encode_batch(self, batch: Batch) -> DiagonalGaussianDistribution | Tensor:
+        x = batch_entry(batch, self.first_stage_key)
+        return super().encode_batch(batch) if self.is_pre_encoded(x) else self.encode_first_stage(x.float())

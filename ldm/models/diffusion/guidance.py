@@ -1,0 +1,71 @@
+"""Classifier-free guidance: the combination of predictions under several conditionings.
+
+B batch; x has shape (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.util import UserError
+
+# A tensor, a list of tensors, or a dict of these: whatever the model's `apply_model` takes.
+Conditioning = Any
+
+
+class Denoiser(Protocol):
+    """The parts of a model that a sampler needs. Without a `parameterization` the model predicts ε."""
+
+    num_timesteps: int
+    alphas_cumprod: Tensor
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+
+
+def concatenate(first: Conditioning, *others: Conditioning) -> Conditioning:
+    """Return conditionings of one form, concatenated along the batch."""
+    if isinstance(first, dict):
+        return {key: concatenate(first[key], *(other[key] for other in others)) for key in first}
+    if isinstance(first, (list, tuple)):
+        return [concatenate(*parts) for parts in zip(first, *others, strict=True)]
+    return torch.cat([first, *others])
+
+
+def guided_output(
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning,
+    scale: float,
+    image_scale: float | None = None,
+) -> Tensor:
+    """Return uncond + scale · (cond − uncond) (arXiv:2207.12598, eq. 6, with scale = 1 + w).
+
+    With `image_scale`, the conditionings are dicts, and guidance has two scales (arXiv:2211.09800, eq. 3):
+    uncond + image_scale · (image − uncond) + scale · (cond − image), where `image` has the caption of `uncond`.
+    """
+    if image_scale is not None:
+        return _guided_by_image(model, x, t, cond, uncond, scale, image_scale)
+    if uncond is None or scale == 1.0:
+        return model.apply_model(x, t, cond)
+    both = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), concatenate(uncond, cond))
+    without, with_cond = both.float().chunk(2)  # half precision would lose what the difference holds
+    return without + scale * (with_cond - without)
+
+
+def _guided_by_image(
+    model: Denoiser, x: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, scale: float, image_scale: float
+) -> Tensor:
+    if not (isinstance(cond, dict) and isinstance(uncond, dict) and {"c_concat", "c_crossattn"} <= cond.keys()):
+        raise UserError(
+            f"image guidance scale {image_scale}: the model must be conditioned on an image beside the caption; "
+            "leave the scale out"
+        )
+    image = {**cond, "c_crossattn": uncond["c_crossattn"]}
+    outputs = model.apply_model(torch.cat([x] * 3), torch.cat([t] * 3), concatenate(uncond, image, cond))
+    without, with_image, with_both = outputs.float().chunk(3)
+    return without + image_scale * (with_image - without) + scale * (with_both - with_image)

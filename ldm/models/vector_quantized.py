@@ -1,0 +1,244 @@
+"""Autoencoders with a codebook: VQGAN (arXiv:2012.09841), in training or as a frozen first stage.
+
+The quantizer is taming-transformers', an optional extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.checkpoint import load_file_into
+from ldm.checkpoint.keys import EMA, has_part
+from ldm.models.autoencoder_training import TrainedAutoencoder, build_coders
+from ldm.modules.ema import LitEma
+from ldm.util import UserError, instantiate_from_config
+
+# β of VQGAN's eq. 4, as it was trained.
+_COMMITMENT = 0.25
+
+
+class Quantized(NamedTuple):
+    """The quantizer's answer for a batch, as the loss takes it."""
+
+    codebook_loss: Tensor  # scalar
+    indices: Tensor  # of the entries used, one per latent pixel
+
+
+class VQModel(TrainedAutoencoder):
+    """The autoencoder whose latents are entries of a codebook.
+
+    Args:
+        ddconfig: arguments of `Encoder` and `Decoder`.
+        lossconfig: the training loss, such as `ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator`;
+            `torch.nn.Identity` for frozen use.
+        n_embed, embed_dim: entries of the codebook, and channels of the latents.
+        ckpt_path, ignore_keys: weights to start from, and prefixes of the keys to leave out.
+        image_key: the batch entry that holds the images, channels last (B, H, W, C) in [-1, 1].
+        colorize_nlabels: for label maps of that many channels: images of them are projected to random colours.
+        monitor: the logged value that checkpoints are chosen by.
+        batch_resize_range: two sizes in pixels; each training batch is resized to a random multiple of 16 between.
+        scheduler_config: `target` and `params` of a multiplier of both learning rates, from `ldm.lr_scheduler`.
+        lr_g_factor: the autoencoder's learning rate is that of the discriminator times this.
+        remap, sane_index_shape: as the quantizer takes them.
+        use_ema: keep a moving average of the weights, for images.
+
+    Raises:
+        UserError: taming-transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+        batch_resize_range: Sequence[int] | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+        lr_g_factor: float = 1.0,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+        use_ema: bool = False,
+    ) -> None:
+        super().__init__(image_key, monitor)
+        self.n_embed, self.embed_dim = n_embed, embed_dim
+        self.batch_resize_range = batch_resize_range
+        self.scheduler_config = scheduler_config
+        self.lr_g_factor = lr_g_factor
+        self.use_ema = use_ema
+        self.encoder, self.decoder = build_coders(ddconfig, double_z=False)
+        self.loss = instantiate_from_config(_todays_loss(lossconfig))
+        self.quantize = _vector_quantizer(type(self).__name__)(
+            n_embed, embed_dim, beta=_COMMITMENT, remap=remap, sane_index_shape=sane_index_shape
+        )
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.prepare_training(colorize_nlabels)
+        if use_ema:
+            self.model_ema = LitEma(self)
+        if ckpt_path is not None:
+            report = load_file_into(self, ckpt_path, ignore_keys)
+            if use_ema and has_part(report.missing, EMA):
+                del self.model_ema  # an average is of all parameters but its own
+                self.model_ema = LitEma(self)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple]:
+        """Return the quantized latents (B, embed_dim, H/f, W/f) of images, the codebook's loss, and the indices."""
+        return self.quantize(self.encode_to_prequant(x))
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """Return the latents (B, embed_dim, H/f, W/f) of images (B, C, H, W), not yet quantized."""
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Return images (B, C, h*f, w*f) of quantized latents (B, embed_dim, h, w)."""
+        return self.decoder(self.post_quant_conv(quant))
+
+    def decode_code(self, code_b: Tensor) -> Tensor:
+        """Return images of the codebook's entries (B, embed_dim, h, w) at indices (B, h, w)."""
+        return self.decode(self.quantize.embedding(code_b).movedim(-1, 1))
+
+    def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
+        """Return reconstructions of images (B, C, H, W), the codebook's loss, and the indices if asked for."""
+        quant, codebook_loss, (_, _, indices) = self.encode(input)
+        output = self.decode(quant), codebook_loss
+        return (*output, indices) if return_pred_indices else output
+
+    # Training
+
+    def reconstructed(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        reconstructions, codebook_loss, indices = self(images, return_pred_indices=True)
+        return reconstructions, Quantized(codebook_loss, indices)
+
+    def training_images(self, batch: Mapping[str, Tensor]) -> Tensor:
+        x = super().training_images(batch)
+        if self.batch_resize_range is None:
+            return x
+        low, high = self.batch_resize_range
+        sizes = torch.arange(low, high + 16, 16)
+        # The largest first, so that memory that is too small shows at once.
+        size = int(sizes[-1] if self.global_step <= 4 else sizes[torch.randint(len(sizes), ())])
+        return x if size == x.shape[2] else F.interpolate(x, size=size, mode="bicubic")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.use_ema:
+            self.model_ema(self)
+
+    def trained_modules(self) -> Sequence[nn.Module]:
+        return *super().trained_modules(), self.quantize
+
+    def learning_rates(self) -> tuple[float, float]:
+        return self.lr_g_factor * self.learning_rate, self.learning_rate
+
+    def configure_optimizers(self) -> Any:
+        optimizers = super().configure_optimizers()
+        if self.scheduler_config is None:
+            return optimizers
+        multiplier = instantiate_from_config(self.scheduler_config)
+        self.schedules = [LambdaLR(optimizer, lr_lambda=multiplier.schedule) for optimizer in optimizers]
+        if self.automatic_optimization:
+            return optimizers, [{"scheduler": self.schedules[0], "interval": "step", "frequency": 1}]
+        return optimizers, self.schedules
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        if self.scheduler_config is not None and not self.automatic_optimization:
+            for schedule in self.lr_schedulers():
+                schedule.step()
+        return loss
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping[str, Tensor], N: int = 8, only_inputs: bool = False, split: str = "train"
+    ) -> dict[str, Tensor]:
+        """Return images (n, 3, H, W) in [-1, 1]: the first `N` and their reconstructions, by the average too."""
+        inputs = self.get_input(batch, self.image_key)[:N].to(self.device)
+        images = {"inputs": inputs}
+        if not only_inputs:
+            images["reconstructions"] = self(inputs)[0]
+            if self.use_ema:
+                with self.model_ema.applied_to(self):
+                    images["reconstructions_ema"] = self(inputs)[0]
+        return {name: self.to_rgb(image) for name, image in images.items()}
+
+
+class VQModelInterface(nn.Module):
+    """A frozen VQ first stage: the latents are those before quantization; decoding quantizes.
+
+    `VQModel` trains one. `lossconfig` must be `torch.nn.Identity`, as it is in the released configs. Weights under
+    `loss.*` in a checkpoint are left out.
+
+    Args:
+        embed_dim, n_embed: channels of the latents, and entries in the codebook.
+        remap, sane_index_shape: as the quantizer takes them.
+        monitor, image_key, colorize_nlabels: accepted from the configs of the training of such models; no use here.
+
+    Raises:
+        UserError: taming-transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_embed: int,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+    ) -> None:
+        super().__init__()
+        if lossconfig.get("target") != "torch.nn.Identity":
+            raise UserError(
+                f"VQModelInterface is a frozen first stage; set its lossconfig.target to torch.nn.Identity, "
+                f"not {lossconfig.get('target')!r}"
+            )
+        self.encoder, self.decoder = build_coders(ddconfig, double_z=False)
+        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # pixels per latent pixel, each way
+        self.quantize = _vector_quantizer("VQModelInterface")(
+            n_embed, embed_dim, beta=_COMMITMENT, remap=remap, sane_index_shape=sane_index_shape
+        )
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        if ckpt_path is not None:
+            load_file_into(self, ckpt_path, ignore_keys)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the latents (B, embed_dim, H/f, W/f) of images (B, C, H, W), not yet quantized."""
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Return images (B, C, h*f, w*f) of latents (B, embed_dim, h, w), quantized unless `force_not_quantize`."""
+        quantized = h if force_not_quantize else self.quantize(h)[0]
+        return self.decoder(self.post_quant_conv(quantized))
+
+
+def _todays_loss(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the loss, with taming-transformers' replaced by ours: that one needs torchvision."""
+    theirs = config.get("target") == "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+    return {**config, "target": "ldm.modules.losses.VQLPIPSWithDiscriminator"} if theirs else config
+
+
+def _vector_quantizer(wanted_by: str) -> type[nn.Module]:
+    try:
+        from taming.modules.vqvae.quantize import VectorQuantizer2
+    except ImportError as error:
+        raise UserError(
+            f"{wanted_by} needs taming-transformers, an optional extra; "
+            "install it with: pip install --no-deps taming-transformers-rom1504"
+        ) from error
+    return VectorQuantizer2

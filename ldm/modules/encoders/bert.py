@@ -1,0 +1,225 @@
+"""The text encoder of the first text-to-image latent diffusion: a transformer over BERT's word pieces, trained along.
+
+B batch, L ids per caption, D features (arXiv:2112.10752, section 4.3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.modules.encoders.base import AbstractEncoder
+from ldm.util import UserError
+
+_HEADS, _HEAD_FEATURES = 8, 64
+_RELEASED = ("google-bert/bert-base-uncased", "bert-base-uncased")  # one vocabulary, by its new name and its old one
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+class TransformerEmbedder(AbstractEncoder):
+    """A transformer over ids: (B, L) → (B, L, D). State-dict keys are the released ones, `transformer.*`.
+
+    Args:
+        n_embed: features D.
+        n_layer: pairs of attention and feed-forward layers.
+        vocab_size: number of ids.
+        max_seq_len: ids per caption, at most.
+        device: where to put the module; None leaves it where it is built.
+        embedding_dropout: share of the embedded tokens' features that training zeroes.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int,
+        max_seq_len: int = 77,
+        device: str | torch.device | None = None,
+        embedding_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.max_seq_len = max_seq_len
+        self.transformer = _TokenTransformer(n_embed, n_layer, vocab_size, max_seq_len, embedding_dropout)
+        self.put_on(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Ids (B, L) -> (B, L, D)."""
+        return self.transformer(tokens.to(self.device, non_blocking=True))
+
+
+class BERTEmbedder(TransformerEmbedder):
+    """Captions, or ids, to the states of a transformer: (B, max_seq_len, D).
+
+    The captions are cut into the word pieces of BERT (uncased). Its vocabulary is a text file with one piece per line,
+    `vocab.txt` of `bert-base-uncased`, which no package brings. It is read from the path `vocab`, or from the Hugging
+    Face cache of this machine; nothing is downloaded. Only captions need it: the module is built, loaded and saved
+    without it.
+
+    Args:
+        n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout: see `TransformerEmbedder`.
+        use_tokenizer: take captions; if not, ids.
+        vocab: path of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int = 30_522,
+        max_seq_len: int = 77,
+        device: str | torch.device | None = None,
+        use_tokenizer: bool = True,
+        embedding_dropout: float = 0.0,
+        vocab: str | None = None,
+    ) -> None:
+        super().__init__(n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout)
+        self.use_tokenizer = use_tokenizer
+        self.vocab = vocab
+        self.vocab_size = vocab_size
+        self._tokenizer: WordPieces | None = None
+
+    def tokenize(self, texts: Sequence[str] | str) -> Tensor:
+        """Captions -> ids (B, max_seq_len) on the CPU.
+
+        Raises:
+            UserError: there is no vocabulary, or it has more entries than the model.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = WordPieces(vocabulary_path(self.vocab), self.max_seq_len)
+            if len(self._tokenizer) > self.vocab_size:
+                raise UserError(
+                    f"the vocabulary {self._tokenizer.path} has {len(self._tokenizer)} entries; "
+                    f"vocab_size of BERTEmbedder is {self.vocab_size}"
+                )
+        return self._tokenizer([texts] if isinstance(texts, str) else texts)
+
+    def forward(self, text: Sequence[str] | str | Tensor) -> Tensor:
+        """Captions, or ids (B, L) -> (B, L, D)."""
+        is_captions = self.use_tokenizer and not isinstance(text, Tensor)
+        return super().forward(self.tokenize(text) if is_captions else text)
+
+
+def vocabulary_path(given: str | None) -> Path:
+    """Return the file of BERT's vocabulary: `given`, or the one in the Hugging Face cache.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given is not None:
+        if not Path(given).is_file():
+            raise UserError(f"vocab {given!r} of BERTEmbedder: no such file; give vocab.txt of bert-base-uncased")
+        return Path(given)
+    from transformers.utils import cached_file  # takes seconds; only captions need it
+
+    for name in _RELEASED:
+        try:
+            return Path(cached_file(name, "vocab.txt", local_files_only=True))
+        except OSError:  # it is not in the cache
+            continue
+    raise UserError(
+        "BERTEmbedder needs BERT's vocabulary to read captions: set cond_stage_config.params.vocab to the file "
+        "vocab.txt of bert-base-uncased"
+    )
+
+
+class WordPieces:
+    """BERT's tokenizer (arXiv:1810.04805, section 3): captions -> ids (B, length), `[CLS]` text `[SEP]` and padding.
+
+    Args:
+        path: the vocabulary, one piece per line.
+        length: ids per caption; longer ones are cut.
+
+    Raises:
+        UserError: the file is no such vocabulary.
+    """
+
+    def __init__(self, path: Path, length: int) -> None:
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+        try:
+            pieces = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"vocab {path}: cannot be read as text ({error})") from error
+        ids = {piece: number for number, piece in enumerate(pieces)}
+        if not all(piece in ids for piece in _SPECIAL):
+            raise UserError(f"vocab {path}: no vocabulary of BERT; it lacks one of {', '.join(_SPECIAL)}")
+        self.path = path
+        self._backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+        self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        ends = [(piece, ids[piece]) for piece in ("[SEP]", "[CLS]")]
+        self._backend.post_processor = processors.BertProcessing(*ends)
+        self._backend.enable_truncation(length)
+        self._backend.enable_padding(length=length, pad_id=ids["[PAD]"], pad_token="[PAD]")
+
+    def __len__(self) -> int:
+        """Number of entries in the vocabulary."""
+        return self._backend.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
+        return torch.tensor([self._backend.encode(text).ids for text in texts])
+
+
+class _TokenTransformer(nn.Module):
+    """Ids (B, L) → states (B, L, D), under the released keys; `to_logits` is only there for these."""
+
+    def __init__(self, width: int, layers: int, vocabulary: int, positions: int, dropout: float) -> None:
+        super().__init__()
+        self.token_emb = nn.Embedding(vocabulary, width)
+        self.pos_emb = nn.ModuleDict({"emb": nn.Embedding(positions, width)})
+        self.emb_dropout = nn.Dropout(dropout)
+        self.attn_layers = nn.ModuleDict({"layers": nn.ModuleList()})
+        for _ in range(layers):
+            for layer in (_Attention(width), _feed_forward(width)):
+                self.attn_layers["layers"].append(nn.ModuleList([nn.LayerNorm(width), layer]))
+        self.norm = nn.LayerNorm(width)
+        self.to_logits = nn.Linear(width, vocabulary)
+        nn.init.normal_(self.token_emb.weight, std=0.02)
+        nn.init.normal_(self.pos_emb["emb"].weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.emb_dropout(self.token_emb(ids) + self.pos_emb["emb"](positions))
+        for norm, layer in self.attn_layers["layers"]:
+            x = x + layer(norm(x))
+        return self.norm(x)
+
+
+class _Attention(nn.Module):
+    """Self-attention (B, L, D) → (B, L, D), with heads whose width does not follow from D."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = _HEADS * _HEAD_FEATURES
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (self.to_q(x), self.to_k(x), self.to_v(x))
+        q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=_HEADS) for part in parts)
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
+
+
+def _feed_forward(width: int) -> nn.Module:
+    """Two linear layers, four times as wide within; the released keys are `net.0.0` and `net.2`."""
+    first = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
+    return _Net(first, nn.Dropout(0.0), nn.Linear(4 * width, width))
+
+
+class _Net(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)

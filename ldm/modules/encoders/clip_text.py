@@ -1,0 +1,227 @@
+"""CLIP's text tower (arXiv:2103.00020, section 2.4): captions to hidden states, and to one pooled vector.
+
+B batch, L ids per caption, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ldm.modules.encoders.base import AbstractEncoder
+from ldm.modules.encoders.tokenizer import ClipTokenizer
+from ldm.util import UserError, nearest
+
+# The text tower of CLIP ViT-L/14 (arXiv:2103.00020, table 20), with which Stable Diffusion v1 reads captions.
+_CLIP_L14 = "openai/clip-vit-large-patch14"
+_CLIP_L14_TEXT = {
+    "vocab_size": 49_408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+}
+_LAYERS = ("last", "pooled", "hidden")
+
+
+class FrozenCLIPEmbedder(AbstractEncoder):
+    """CLIP's text tower: captions -> the hidden states of the last layer, after the final layer norm.
+
+    Built from its config; weights come with the checkpoint, nothing is ever downloaded. State-dict keys are the
+    released ones, `transformer.text_model.*`; the `position_ids` that some releases carry is ignored.
+
+    Args:
+        version: only the name that released configs give is known.
+        device: where to put the module; None leaves it where it is built. Ids follow the parameters' device.
+        max_length: ids per caption, start and end included; at most `max_position_embeddings`.
+        text_config: entries of transformers' `CLIPTextConfig` that differ from those of ViT-L/14.
+        freeze: set evaluation mode, and no gradients.
+        layer: `last`; `pooled`, the last state at the end token, (B, 1, D); `hidden`, the output of `layer_idx` blocks
+            without the final norm.
+        layer_idx: for `hidden`: a number of blocks; -1 means all of them, -2 all except the last.
+        always_return_pooled: return the pooled state (B, D) too.
+
+    Raises:
+        UserError: unknown `version`, `layer` or `text_config` key, a `max_length`, `layer_idx` or vocabulary that does
+            not fit.
+    """
+
+    def __init__(
+        self,
+        version: str = _CLIP_L14,
+        device: str | torch.device | None = None,
+        max_length: int = 77,
+        text_config: Mapping[str, Any] | None = None,
+        freeze: bool = False,
+        layer: str = "last",
+        layer_idx: int | None = None,
+        always_return_pooled: bool = False,
+    ) -> None:
+        super().__init__()
+        if version != _CLIP_L14:
+            raise UserError(f"version {version!r} is not known; use {_CLIP_L14!r}, with text_config for another size")
+        config = {**_CLIP_L14_TEXT, **(text_config or {})}
+        self.max_length = max_length
+        self.layer = layer
+        self.layer_idx = _checked_layer(layer, layer_idx, config["num_hidden_layers"])
+        self.return_pooled = always_return_pooled
+        self.tokenizer = ClipTokenizer(max_length)
+        self.transformer = _TextTransformer(config)
+        positions, vocabulary = self.transformer.positions, self.transformer.vocabulary
+        if max_length > positions:
+            raise UserError(f"max_length {max_length} exceeds max_position_embeddings {positions} of the text tower")
+        if vocabulary < len(self.tokenizer):
+            raise UserError(f"vocab_size {vocabulary} in text_config must be at least {len(self.tokenizer)}, as CLIP's")
+        self.put_on(device)
+        if freeze:
+            self.freeze()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def tokenize(self, texts: Sequence[str] | str) -> torch.Tensor:
+        """Captions -> ids (B, max_length) on the CPU."""
+        return self.tokenizer([texts] if isinstance(texts, str) else texts)
+
+    def forward(self, texts: Sequence[str] | str) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Captions -> (B, max_length, hidden_size), or what `layer` and `always_return_pooled` ask for."""
+        # A few kilobytes, which are on their way when this returns: nothing waits for the device.
+        ids = self.tokenize(texts).to(self.device, non_blocking=True)
+        if self.layer == "last" and not self.return_pooled:
+            return self.transformer(ids)
+        states = self.transformer.states(ids)
+        if self.layer == "hidden":
+            z = states.hidden[self.layer_idx]
+        else:
+            z = states.last if self.layer == "last" else states.pooled[:, None]
+        return (z, states.pooled) if self.return_pooled else z
+
+
+def _checked_layer(layer: str, layer_idx: int | None, blocks: int) -> int | None:
+    if layer not in _LAYERS:
+        raise UserError(f"layer {layer!r} is unknown; valid: {', '.join(_LAYERS)}")
+    if layer != "hidden":
+        return layer_idx
+    is_number = isinstance(layer_idx, int) and not isinstance(layer_idx, bool)
+    if not is_number or not -blocks - 1 <= layer_idx <= blocks:
+        raise UserError(f"layer_idx {layer_idx!r}: layer 'hidden' takes a number of blocks, -{blocks + 1} to {blocks}")
+    return layer_idx
+
+
+class _States(NamedTuple):
+    """What a text tower makes of ids (B, L)."""
+
+    last: torch.Tensor  # (B, L, D), after the final norm
+    pooled: torch.Tensor  # (B, D), the last state at the end token
+    hidden: Sequence[torch.Tensor]  # (B, L, D) each: the embeddings, then the output of each block
+
+
+class _TextTransformer(nn.Module):
+    """transformers' `CLIPTextModel` with its parts under `text_model.`, as released, in any version of the library."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModel  # takes seconds; only this class needs it
+
+        valid = CLIPTextConfig().to_dict()
+        for key in config:
+            if key not in valid:
+                raise UserError(f"unknown key {key!r} in text_config{nearest(key, valid)}")
+        model = CLIPTextModel(CLIPTextConfig(**config))
+        self.text_model = getattr(model, "text_model", model)
+        # A buffer built on the meta device would stay there when weights are assigned, so positions are an argument.
+        self.text_model.embeddings.position_ids = None
+        self.register_load_state_dict_pre_hook(_drop_position_ids)
+
+    @property
+    def positions(self) -> int:
+        return self.text_model.embeddings.position_embedding.num_embeddings
+
+    @property
+    def vocabulary(self) -> int:
+        return self.text_model.embeddings.token_embedding.num_embeddings
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B, L) -> (B, L, hidden_size)."""
+        return self._run(ids).last_hidden_state
+
+    def states(self, ids: torch.Tensor) -> _States:
+        """Return the states of every layer for ids (B, L)."""
+        out = self._run(ids, output_hidden_states=True)
+        # The end token has the highest id; captions are padded with it, and the first one counts.
+        ends = ids.argmax(dim=1)
+        pooled = out.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
+        return _States(out.last_hidden_state, pooled, out.hidden_states)
+
+    def _run(self, ids: torch.Tensor, **options: bool) -> Any:
+        position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+        return self.text_model(input_ids=ids, position_ids=position_ids, **options)
+
+
+def _drop_position_ids(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    state_dict.pop(f"{prefix}text_model.embeddings.position_ids", None)
+
+
+class FrozenCLIPTextEmbedder(AbstractEncoder):
+    """CLIP's pooled text embedding, by the `clip` package, which downloads the weights of `version` on first use.
+
+    Args:
+        version: a model name of the `clip` package; not a file, which it would unpickle.
+        device: where to put the module; None leaves it on the CPU until it is moved.
+        max_length: ids per caption; longer ones are cut.
+        n_repeat: how often `encode` repeats the embedding along the context.
+        normalize: scale each embedding to length 1.
+
+    Raises:
+        UserError: the `clip` package, or torchvision that it needs, is not installed, or `version` is a file.
+    """
+
+    def __init__(
+        self,
+        version: str = "ViT-L/14",
+        device: str | torch.device | None = None,
+        max_length: int = 77,
+        n_repeat: int = 1,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        clip = _import_clip()
+        if Path(version).is_file():
+            raise UserError(f"version {version!r} is a file, which clip would unpickle; give a name of its models")
+        self.model, _ = clip.load(version, jit=False, device="cpu")
+        self._tokenize = clip.tokenize
+        self.max_length = max_length
+        self.n_repeat = n_repeat
+        self.normalize = normalize
+        if device is not None:
+            self.to(device)
+
+    def forward(self, texts: Sequence[str] | str) -> torch.Tensor:
+        """Captions -> (B, D)."""
+        ids = self._tokenize(texts, context_length=self.max_length, truncate=True)
+        z = self.model.encode_text(ids.to(next(self.model.parameters()).device))
+        return z / z.norm(dim=1, keepdim=True) if self.normalize else z
+
+    def encode(self, texts: Sequence[str] | str) -> torch.Tensor:
+        """Captions -> (B, n_repeat, D)."""
+        return self(texts)[:, None].expand(-1, self.n_repeat, -1)
+
+
+def _import_clip() -> ModuleType:
+    try:
+        import clip
+    except ImportError as error:
+        raise UserError(
+            f"FrozenCLIPTextEmbedder needs the packages clip and torchvision ({error}); install them, "
+            "or use ldm.modules.encoders.modules.FrozenCLIPEmbedder, which needs neither"
+        ) from error
+    return clip

@@ -1,0 +1,165 @@
+"""SDXL's conditioning: several embedders, each of one batch entry, joined by the number of their dimensions.
+
+B batch, L tokens, D features (arXiv:2307.01952, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.util import timestep_embedding
+from ldm.modules.encoders.base import AbstractEncoder
+from ldm.util import UserError, instantiate_from_config
+
+# Dimensions of what an embedder gives → the key it goes to, and the dimension along which several are joined.
+_OUTPUTS = {2: ("vector", 1), 3: ("crossattn", 2), 4: ("concat", 1), 5: ("concat", 1)}
+_EMBEDDER_KEYS = ("target", "params", "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value")
+
+
+class ConcatTimestepEmbedderND(AbstractEncoder):
+    """Sinusoidal embeddings of numbers, each alone: (B, N) → (B, N · outdim), cosines first.
+
+    SDXL embeds sizes and crops so. A sample's single number may come as (B,).
+    """
+
+    def __init__(self, outdim: int) -> None:
+        super().__init__()
+        if outdim < 2:
+            raise UserError(f"outdim {outdim}: give at least 2 features per number")
+        self.outdim = outdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = x[:, None] if x.ndim == 1 else x
+        embedded = timestep_embedding(numbers.flatten(), self.outdim)  # (B · N, outdim)
+        return rearrange(embedded, "(b n) d -> b (n d)", b=len(numbers))
+
+
+class GeneralConditioner(AbstractEncoder):
+    """Embedders joined to a conditioning `{"crossattn": (B, L, D), "vector": (B, D)}`, in their order.
+
+    What an embedder gives goes by its number of dimensions: 2 to `vector`, 3 to `crossattn`, 4 or 5 to `concat`. It
+    may give several tensors. State-dict keys are `embedders.<number>.*`.
+
+    Args:
+        emb_models: for each embedder `target` and `params`; `input_key`, the batch entry that it takes, or
+            `input_keys`, several; `is_trainable`; and `ucg_rate`, the share of samples whose embedding is zeroed in
+            training, or replaced before it by `legacy_ucg_value`.
+
+    Raises:
+        UserError: an embedder's entry has an unknown key, or lacks one.
+    """
+
+    def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self._inputs = [_inputs_of(number, config) for number, config in enumerate(emb_models)]
+        self._ucg_rates = [float(config.get("ucg_rate") or 0.0) for config in emb_models]
+        self._ucg_values = [config.get("legacy_ucg_value") for config in emb_models]
+        self.embedders = nn.ModuleList(
+            instantiate_from_config({key: config[key] for key in ("target", "params") if key in config})
+            for config in emb_models
+        )
+        self._is_trainable = [bool(config.get("is_trainable", False)) for config in emb_models]
+        self.requires_grad_()
+        self.train()
+
+    @property
+    def input_keys(self) -> list[str]:
+        """The batch entries that the embedders take, each once."""
+        return list(dict.fromkeys(key for keys in self._inputs for key in keys))
+
+    def requires_grad_(self, requires_grad: bool = True) -> GeneralConditioner:
+        """Let the trainable embedders take gradients, or not; the others never do."""
+        for embedder, is_trainable in zip(self.embedders, self._is_trainable, strict=True):
+            embedder.requires_grad_(requires_grad and is_trainable)
+        return self
+
+    def train(self, mode: bool = True) -> GeneralConditioner:
+        """Set training mode; embedders that are not trained stay in evaluation mode."""
+        super().train(mode)
+        for embedder, is_trainable in zip(self.embedders, self._is_trainable, strict=True):
+            embedder.train(mode and is_trainable)
+        return self
+
+    def forward(self, batch: Mapping[str, Any], force_zero_embeddings: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Return the conditioning of a batch; embedders of the entries `force_zero_embeddings` give zeros."""
+        parts: dict[str, list[Tensor]] = {}
+        for number, embedder in enumerate(self.embedders):
+            keys = self._inputs[number]
+            for value in self._embed(number, embedder, [_entry(batch, key, number) for key in keys]):
+                if value.ndim not in _OUTPUTS:
+                    raise UserError(f"embedder {number} gives {value.ndim} dimensions; valid: 2 to 5")
+                name, _ = _OUTPUTS[value.ndim]
+                zeroed = any(key in force_zero_embeddings for key in keys)
+                parts.setdefault(name, []).append(torch.zeros_like(value) if zeroed else value)
+        return {name: torch.cat(values, dim=_OUTPUTS[values[0].ndim][1]) for name, values in parts.items()}
+
+    def _embed(self, number: int, embedder: nn.Module, entries: list[Any]) -> list[Tensor]:
+        rate = self._ucg_rates[number] if self.training else 0.0
+        if rate and self._ucg_values[number] is not None:
+            entries = [_some_replaced(entries[0], self._ucg_values[number], rate), *entries[1:]]
+            rate = 0.0
+        device = next((parameter.device for parameter in self.parameters()), None)
+        entries = [entry.to(device) if device and isinstance(entry, Tensor) else entry for entry in entries]
+        with torch.set_grad_enabled(self._is_trainable[number] and torch.is_grad_enabled()):
+            given = embedder(*entries)
+        values = [given] if isinstance(given, Tensor) else list(given)
+        if rate:
+            kept = torch.rand(len(values[0]), device=values[0].device) >= rate
+            values = [value * kept.to(value.dtype).view(-1, *(1,) * (value.ndim - 1)) for value in values]
+        return values
+
+    def get_unconditional_conditioning(
+        self,
+        batch_c: Mapping[str, Any],
+        batch_uc: Mapping[str, Any] | None = None,
+        force_uc_zero_embeddings: Sequence[str] | None = None,
+        force_cond_zero_embeddings: Sequence[str] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the conditioning of `batch_c`, and an unconditional one, of `batch_uc` or of `batch_c` as well.
+
+        Args:
+            force_uc_zero_embeddings: batch entries whose embeddings are zeros in the unconditional one.
+            force_cond_zero_embeddings: the same, in the conditional one.
+        """
+        was_training = self.training
+        self.eval()  # no embedding is dropped by chance
+        try:
+            conditional = self(batch_c, force_cond_zero_embeddings or ())
+            unconditional = self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings or ())
+        finally:
+            self.train(was_training)
+        return conditional, unconditional
+
+
+def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
+    """A batch entry, a tensor or a list, in which a share `rate` of the samples is `value`."""
+    dropped = torch.rand(len(entry)) < rate
+    if isinstance(entry, Tensor):
+        entry = entry.clone()
+        entry[dropped.to(entry.device)] = value
+        return entry
+    return [value if drop else one for drop, one in zip(dropped.tolist(), entry, strict=True)]
+
+
+def _inputs_of(number: int, config: Mapping[str, Any]) -> list[str]:
+    for key in config:
+        if key not in _EMBEDDER_KEYS:
+            raise UserError(
+                f"emb_models: embedder {number} has the unknown key {key!r}; valid: {', '.join(_EMBEDDER_KEYS)}"
+            )
+    if ("input_key" in config) == ("input_keys" in config):
+        raise UserError(f"emb_models: embedder {number} needs input_key, the batch entry that it takes, or input_keys")
+    return [config["input_key"]] if "input_key" in config else list(config["input_keys"])
+
+
+def _entry(batch: Mapping[str, Any], key: str, number: int) -> Any:
+    if key not in batch:
+        raise UserError(
+            f"input_key {key!r} of embedder {number} is not in the batch, which has {', '.join(map(str, batch))}"
+        )
+    return batch[key]

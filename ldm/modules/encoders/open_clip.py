@@ -1,0 +1,201 @@
+"""OpenCLIP's text towers (arXiv:2212.07143), with which Stable Diffusion 2 and SDXL read captions.
+
+B batch, L ids per caption, D features of the tower, E features of the embedding that it shares with images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.encoders.base import AbstractEncoder
+from ldm.modules.encoders.clip_blocks import ClipTransformer
+from ldm.modules.encoders.tokenizer import ClipTokenizer
+from ldm.util import UserError, nearest
+
+_LAYERS = ("last", "penultimate")
+# arch → width, heads, layers, embed_dim of the text tower.
+_ARCHS = {
+    "ViT-B-32": (512, 8, 12, 512),
+    "ViT-B-16": (512, 8, 12, 512),
+    "ViT-L-14": (768, 12, 12, 768),
+    "ViT-L-14-336": (768, 12, 12, 768),
+    "ViT-H-14": (1024, 16, 24, 1024),
+    "ViT-g-14": (1024, 16, 24, 1024),
+    "ViT-bigG-14": (1280, 20, 32, 1280),
+}
+_QUICK = "-quickgelu"  # ends the names of towers with OpenAI's activation; so has the version `openai` of each
+
+
+def text_config_of(arch: str, version: str | None, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the sizes of the text tower of `arch`, with `changes` laid over them.
+
+    Raises:
+        UserError: `arch`, or a key of `changes`, is unknown.
+    """
+    name = arch.removesuffix(_QUICK)
+    if name not in _ARCHS:
+        raise UserError(f"arch {arch!r} is unknown{nearest(name, set(_ARCHS))}")
+    width, heads, layers, embed_dim = _ARCHS[name]
+    config = {
+        "width": width,
+        "heads": heads,
+        "layers": layers,
+        "embed_dim": embed_dim,
+        "vocab_size": 49_408,
+        "context_length": 77,
+        "quick_gelu": arch.endswith(_QUICK) or version == "openai",
+    }
+    for key in changes or {}:
+        if key not in config:
+            raise UserError(f"unknown key {key!r} in text_config{nearest(key, config)}")
+    config |= changes or {}
+    for key, value in config.items():
+        if key != "quick_gelu" and (not isinstance(value, int) or value < 1):
+            raise UserError(f"text_config: {key} {value!r}: give a whole number from 1")
+    if config["width"] % config["heads"]:
+        raise UserError(f"text_config: width {config['width']} is not a multiple of heads {config['heads']}")
+    return config
+
+
+class OpenClipText(nn.Module):
+    """The text half of an OpenCLIP model, under its state-dict keys; see `text_config_of` for its sizes."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        layers: int,
+        embed_dim: int,
+        vocab_size: int,
+        context_length: int,
+        quick_gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.transformer = ClipTransformer(width, heads, layers, causal=True, quick_gelu=quick_gelu)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))  # as training begins; unused here
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        self.register_load_state_dict_pre_hook(_drop_mask)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states (B, L, D) after all blocks, and those before the last one, both without the final norm."""
+        x = self.token_embedding(ids)
+        x = x + self.positional_embedding[: ids.shape[1]].to(x.dtype)
+        *earlier, block = self.transformer.resblocks
+        for one in earlier:
+            x = one(x)
+        return block(x), x
+
+    def pool(self, last: Tensor, ids: Tensor) -> Tensor:
+        """Return the last state at the end token, normalised and projected: (B, E)."""
+        at_end = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]  # its id is the highest
+        return self.ln_final(at_end) @ self.text_projection.to(last.dtype)
+
+
+def _drop_mask(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    state_dict.pop(f"{prefix}attn_mask", None)  # which some files carry: the causal mask
+
+
+class FrozenOpenCLIPEmbedder(AbstractEncoder):
+    """OpenCLIP's text tower: captions -> hidden states (B, max_length, D), after the final layer norm.
+
+    Built from its arch's sizes; weights come with the checkpoint, nothing is ever downloaded. State-dict keys are the
+    released ones, `model.*`.
+
+    Args:
+        arch: a name of OpenCLIP's, such as `ViT-H-14` or `ViT-bigG-14`.
+        version: where released weights came from, a note; `openai` means OpenAI's activation.
+        device: where to put the module; None leaves it where it is built. Ids follow the parameters' device.
+        max_length: ids per caption, start and end included; at most `context_length`.
+        freeze: set evaluation mode, and no gradients.
+        layer: `last`, or `penultimate`, the states before the last block.
+        text_config: sizes that differ from those of `arch`: `width`, `heads`, `layers`, `embed_dim`, `vocab_size`,
+            `context_length`, `quick_gelu`.
+
+    Raises:
+        UserError: an unknown `arch`, `layer` or `text_config` key, a `max_length` or a vocabulary that does not fit.
+    """
+
+    def __init__(
+        self,
+        arch: str = "ViT-H-14",
+        version: str | None = "laion2b_s32b_b79k",
+        device: str | torch.device | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+        text_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if layer not in _LAYERS:
+            raise UserError(f"layer {layer!r} is unknown; valid: {', '.join(_LAYERS)}")
+        config = text_config_of(arch, version, text_config)
+        self.layer = layer
+        self.max_length = max_length
+        self.tokenizer = ClipTokenizer(max_length, padding=0)
+        if max_length > config["context_length"]:
+            raise UserError(f"max_length {max_length} exceeds context_length {config['context_length']} of {arch}")
+        if config["vocab_size"] < len(self.tokenizer):
+            raise UserError(f"vocab_size {config['vocab_size']} must be at least {len(self.tokenizer)}, as CLIP's")
+        self.model = OpenClipText(**config)
+        self.put_on(device)
+        if freeze:
+            self.freeze()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def tokenize(self, texts: Sequence[str] | str) -> Tensor:
+        """Captions -> ids (B, max_length) on the CPU, padded with 0."""
+        return self.tokenizer([texts] if isinstance(texts, str) else texts)
+
+    def forward(self, texts: Sequence[str] | str) -> Tensor:
+        """Captions -> (B, max_length, D)."""
+        return self.model.ln_final(self._states(self._ids(texts))[0])
+
+    def _ids(self, texts: Sequence[str] | str) -> Tensor:
+        return self.tokenize(texts).to(self.device, non_blocking=True)
+
+    def _states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The states of `layer`, and the last ones."""
+        last, penultimate = self.model(ids)
+        return (last if self.layer == "last" else penultimate), last
+
+
+class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
+    """OpenCLIP's text tower as SDXL uses it: without the final norm, and with a pooled vector beside the states.
+
+    Args:
+        always_return_pooled: return (states (B, max_length, D), pooled (B, E)).
+        legacy: put the final norm on the states, as `FrozenOpenCLIPEmbedder` does. There is no pooled vector then.
+        options: those of `FrozenOpenCLIPEmbedder`.
+
+    Raises:
+        UserError: both are asked for, or see `FrozenOpenCLIPEmbedder`.
+    """
+
+    def __init__(self, always_return_pooled: bool = False, legacy: bool = True, **options: Any) -> None:
+        if always_return_pooled and legacy:
+            raise UserError("always_return_pooled: true needs legacy: false")
+        super().__init__(**options)
+        self.return_pooled = always_return_pooled
+        self.legacy = legacy
+
+    def forward(self, texts: Sequence[str] | str) -> Tensor | tuple[Tensor, Tensor]:
+        """Captions -> (B, max_length, D), with `always_return_pooled` beside (B, E)."""
+        if self.legacy:
+            return super().forward(texts)
+        ids = self._ids(texts)
+        z, last = self._states(ids)
+        return (z, self.model.pool(last, ids)) if self.return_pooled else z

@@ -1,0 +1,103 @@
+"""Models of the released configs, built whole on the meta device: their keys and shapes are the released ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import instantiate_from_config
+from tests.golden_data import released_keys
+
+UNET = {
+    "use_checkpoint": True,
+    "image_size": 32,
+    "out_channels": 4,
+    "model_channels": 320,
+    "attention_resolutions": [4, 2, 1],
+    "num_res_blocks": 2,
+    "channel_mult": [1, 2, 4, 4],
+    "use_spatial_transformer": True,
+    "transformer_depth": 1,
+    "legacy": False,
+}
+V1 = {"num_heads": 8, "context_dim": 768}
+V2 = {"num_head_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True}
+CLIP = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
+OPEN_CLIP = {
+    "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+    "params": {"freeze": True, "layer": "penultimate"},
+}
+LOW_SCALE = {
+    "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+    "params": {"noise_schedule_config": {"linear_start": 0.0001, "linear_end": 0.02}, "max_noise_level": 350},
+}
+
+
+def first_stage(ch_mult: list[int]) -> dict[str, Any]:
+    ddconfig = {
+        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": ch_mult, "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    params = {"embed_dim": 4, "ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
+    return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+
+
+def build(target: str, unet: dict[str, Any], cond_stage: dict[str, Any], **params: Any) -> LatentDiffusion:
+    """The model of a released config, as it stands there, without memory for its weights."""
+    released = {
+        "linear_start": 0.00085, "linear_end": 0.012, "num_timesteps_cond": 1, "log_every_t": 200, "timesteps": 1000,
+        "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 64, "channels": 4,
+        "cond_stage_trainable": False, "conditioning_key": "hybrid", "monitor": "val/loss_simple_ema",
+        "scale_factor": 0.18215, "use_ema": False, "cond_stage_config": cond_stage,
+        "first_stage_config": first_stage([1, 2, 4, 4]),
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {**UNET, **unet}},
+    }  # fmt: skip
+    with torch.device("meta"):
+        return instantiate_from_config({"target": f"ldm.models.diffusion.{target}", "params": {**released, **params}})
+
+
+def check_keys(model: LatentDiffusion, file: str) -> None:
+    expected = {key: shape for key, shape in released_keys(file=file).items() if not key.endswith("position_ids")}
+    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert found == expected
+
+
+def test_keys_of_v1_inpainting() -> None:
+    model = build("ddpm.LatentInpaintDiffusion", {**V1, "in_channels": 9}, CLIP, finetune_keys=None)
+    check_keys(model, "sd_v1_inpainting_keys")
+
+
+def test_keys_of_instruct_pix2pix() -> None:
+    keys = {"first_stage_key": "edited", "cond_stage_key": "edit", "image_size": 32, "load_ema": False}
+    check_keys(build("ddpm_edit.LatentDiffusion", {**V1, "in_channels": 8}, CLIP, **keys), "instruct_pix2pix_keys")
+
+
+def test_keys_of_v2() -> None:
+    model = build(
+        "ddpm.LatentDiffusion", {**V2, "in_channels": 4}, OPEN_CLIP, conditioning_key="crossattn", parameterization="v"
+    )
+    check_keys(model, "sd_v2_keys")
+
+
+@pytest.mark.parametrize(
+    ("target", "unet", "params", "channels"),
+    [
+        ("LatentInpaintDiffusion", {"in_channels": 9}, {}, 9),
+        (
+            "LatentUpscaleDiffusion",
+            {"in_channels": 7, "num_classes": 1000, "model_channels": 256, "attention_resolutions": [2, 4, 8],
+             "channel_mult": [1, 2, 2, 4], "disable_self_attentions": [True, True, True, False],
+             "disable_middle_self_attn": False, "num_heads": 8, "num_head_channels": -1},
+            {"parameterization": "v", "low_scale_key": "lr", "conditioning_key": "hybrid-adm", "image_size": 128,
+             "linear_start": 0.0001, "linear_end": 0.02, "scale_factor": 0.08333, "low_scale_config": LOW_SCALE,
+             "first_stage_config": first_stage([1, 2, 4])},
+            7,
+        ),
+    ],
+)  # fmt: skip
+def test_families_of_v2_build_from_their_released_params(target: str, unet: dict, params: dict, channels: int) -> None:
+    model = build(f"ddpm.{target}", {**V2, **unet}, OPEN_CLIP, **params)
+    assert model.state_dict()["model.diffusion_model.input_blocks.0.0.weight"].shape[1] == channels

@@ -1,0 +1,110 @@
+"""Which configs work here: what is said of models and data that do, and of those that do not."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm.training.survey import Checked, check_config, find_configs, table, without_weights
+from ldm.util import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+PUBLIC = sorted((ROOT / "tests/public_configs").glob("*.yaml"))
+REFUSED = "another_project.yaml"
+DECODER = "{target: ldm.models.autoencoder.IdentityFirstStage}"
+
+
+def checked(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return check_config(path)
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda path: path.stem)
+def test_check_config_takes_public_data_sections(path):
+    row = check_config(path)
+    if path.name == REFUSED:
+        assert row.data == "fails"
+        assert row.missing[0] == "main.DataModuleFromConfig(reg)"
+        assert row.missing[1].startswith("ldm.data.personalized.PersonalizedBase: train on a folder")
+    else:
+        assert (row.data, row.missing) == ("resolves", [])
+        assert row.model in ("builds", "-")
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "data", "missing"),
+    [
+        (f"model: {DECODER}", "builds", "-", []),
+        ("model: {params: {x: 1}}", "-", "-", []),  # an overlay
+        ("other: {}", "-", "-", []),
+        (
+            "model: {target: ldm.models.autoencoder.Identity, params: {a: 1}}",
+            "fails", "-", ["ldm.models.autoencoder.Identity"],
+        ),
+        ("model: {target: cldm.ControlNet}", "fails", "-", ["cldm.ControlNet"]),
+        ("model: {target: os.system, params: {command: 'touch ran'}}", "fails", "-", ["os.system"]),
+        (
+            "model: {target: torch.nn.Linear, params: {in_features: 2, out: 3}}",
+            "fails", "-", ["torch.nn.Linear(out)"],
+        ),
+        ("model: {target: torch.nn.Linear, params: {in_features: 2}}", "fails", "-", ["missing 1 required"]),
+        (
+            "data: {target: main.DataModuleFromConfig, params: {batch_size: 0}}",
+            "-", "fails", ["data.params.batch_size 0"],
+        ),
+        (
+            "data: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
+            "train: {target: ldm.data.simple.FolderData}}}",
+            "-", "fails", ["missing a required argument: 'root_dir'"],
+        ),
+        ("data: {target: torchvision.transforms.Resize, params: {size: 3}}", "-", "resolves", []),
+        ("model: '${nowhere}'", "-", "-", ["nowhere"]),
+        ("model: [", "-", "-", ["not valid YAML"]),
+    ],
+)  # fmt: skip
+def test_check_config_names_what_is_missing(tmp_path, monkeypatch, text, model, data, missing):
+    monkeypatch.chdir(tmp_path)
+    row = checked(tmp_path, text)
+    assert (row.model, row.data, len(row.missing)) == (model, data, len(missing))
+    assert all(part in whole and "\n" not in whole for part, whole in zip(missing, row.missing, strict=True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_check_config_imports_no_code_of_its_author(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: ...\n")
+    assert checked(tmp_path, "model: {target: theirs.Model}").model == "fails"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_weights_drops_checkpoint_paths():
+    config = {"ckpt_path": "a", "params": {"ckpt_path": "b", "list": [{"ckpt_dir": "c", "kept": 1}]}}
+    assert without_weights(config) == {"params": {"list": [{"kept": 1}]}}
+
+
+def test_find_configs(tmp_path):
+    for name in ("a/x.yaml", "a/b/y.yml", "a/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("model: {}")
+    found = find_configs([tmp_path / "a", tmp_path / "a/x.yaml"])
+    assert [path.name for path in found] == ["y.yml", "x.yaml"]
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        find_configs([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.yaml or \.yml file"):
+        find_configs([tmp_path / "empty"])
+
+
+def test_table_counts_and_escapes():
+    rows = [Checked("a", "builds", "fails", ["x | y", "z"]), Checked("b", "fails", "resolves"), Checked("c")]
+    lines = table(rows).splitlines()
+    assert lines[0] == "3 configs. Models: 1 build, 1 fail. Data: 1 resolve, 1 fail."
+    assert lines[4:] == ["| a | builds | fails | x \\| y; z |", "| b | fails | resolves | - |", "| c | - | - | - |"]
+
+
+def test_compatibility_page_holds_the_table_of_the_public_configs():
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    for path in PUBLIC:
+        row = check_config(path)
+        row.name = str(path.relative_to(ROOT))
+        assert table([row]).splitlines()[-1] in page, "docs/compatibility.md gives the command that makes its table"

@@ -1,0 +1,51 @@
+"""A config as other repositories publish them trains from its YAML as it stands."""
+
+import json
+import logging
+
+import pytest
+
+from ldm.util import UserError
+from tests.conftest import ROOT
+from tests.ldm.image_files import write_images
+from tests.training_runs import fixture_one_thread, logged, run_main, the_run  # noqa: F401
+
+CONFIG = ROOT / "tests/public_configs/captioned_folder.yaml"
+OPTIONS = "-t --no-test --max_steps 3 --accelerator cpu --enable_progress_bar False --log_every_n_steps 1"
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "captioned/train", [f"{number}.jpg" for number in range(6)])
+    lines = [json.dumps({"file_name": f"{number}.jpg", "text": "a cat"}) for number in range(6)]
+    (tmp_path / "captioned/train/metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_a_public_config_trains_from_its_yaml_as_it_stands(in_folder, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING):
+        run_main(monkeypatch, f"--base {CONFIG} {OPTIONS}")
+    run = the_run(in_folder / "logs")
+    assert len(logged(run, "train/loss")) == 3
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert sorted((run / "images/val").glob("*.png"))  # log_all_val
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("ignored, being none of model, data, lightning: sampling" in line for line in said) == 1
+    assert sum("metrics_over_trainsteps_checkpoint" in line for line in said) == 1
+
+
+def test_sizes_that_do_not_halve_evenly_stop_a_run_before_it_begins(in_folder, monkeypatch):
+    resize = "[{target: torchvision.transforms.Resize, params: {size: [30, 31]}}]"
+    (in_folder / "size.yaml").write_text(f"data: {{params: {{train: {{params: {{image_transforms: {resize}}}}}}}}}\n")
+    with pytest.raises(UserError) as stop:
+        run_main(monkeypatch, f"--base {CONFIG} size.yaml {OPTIONS}")
+    assert "'image' of the first sample has 30x31 pixels, which do not halve evenly" in str(stop.value)
+    assert "multiples of 4" in str(stop.value)
+    assert not list((in_folder / "logs").rglob("*.ckpt"))
+
+
+def test_a_missing_folder_is_one_line_that_says_where_it_was_looked_for(in_folder, monkeypatch):
+    with pytest.raises(UserError) as stop:
+        run_main(monkeypatch, f"--base {CONFIG} {OPTIONS} data.params.train.params.name=someone/captions")
+    assert f"no folder '{in_folder}/someone/captions', and nothing is downloaded" in str(stop.value)

@@ -1,0 +1,19 @@
+"""The tool that tells which configs work here."""
+
+from pathlib import Path
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/check_configs.py"
+
+
+def test_check_configs_prints_or_writes_the_same_table(tmp_path, command):
+    (tmp_path / "c.yaml").write_text("model: {target: torch.nn.Linear, params: {in_features: 2, out_features: 3}}\n")
+    printed = command(TOOL, "c.yaml")
+    assert printed.returncode == 0, printed.stderr
+    assert "| c.yaml | builds | - | - |" in printed.stdout
+    written = command(TOOL, ".", "--out", "table.md")
+    assert written.returncode == 0 and (tmp_path / "table.md").read_text() == printed.stdout
+
+
+def test_check_configs_refuses_in_one_line(tmp_path, command):
+    done = command(TOOL, "nowhere.yaml")
+    assert done.returncode == 1 and done.stderr == "error: nowhere.yaml: no such file or folder\n"
