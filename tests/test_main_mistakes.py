@@ -75,7 +75,7 @@ class FullDisk(Callback):
             f"{PICTURES}.log_images_kwargs.n_row=0",
             "the image logger's log_images_kwargs: n_row 0: give a whole number of at least 1",
         ),
-        (f"{PICTURES}.log_images_kwargs.N=2", "log_images_kwargs: N is the logger's own to give; set max_images for N"),
+        (f"{PICTURES}.log_images_kwargs.N=0", "log_images_kwargs: N 0: give a whole number of at least 1"),
         ("lightning.callbacks.mine.params.x=1", "lightning.callbacks.mine: expected a mapping with the key 'target'"),
         ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
         (
