@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.util import UserError
+from ldm.util import UserError, escaped
 
 # Bytes: no member of a sample is larger, though a file with holes can claim terabytes.
 MOST_IN_MEMBER = 1 << 30
@@ -84,6 +84,27 @@ def read_at_most(path: str | Path, most: int) -> bytes:
     return data
 
 
+def is_within(folder: str | Path, path: str | Path) -> bool:
+    """Whether `path`, its links and `..` followed, lies in `folder`.
+
+    Raises:
+        UserError: `path` is no path.
+    """
+    try:
+        return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, or a null character
+        raise UserError(f"{str(path)!r:.100}: is no path ({error})") from error
+
+
+def check_within(folder: str | Path, path: str | Path, what: str) -> None:
+    """Raise `UserError` unless `path` lies in `folder`, the folder of a run; `what` names it in the message."""
+    if not is_within(folder, path):
+        raise UserError(
+            f"{what} {str(path)!r:.200}: lies outside {folder}, and a run writes in its own folder alone; leave it "
+            "out, or give a place in that folder"
+        )
+
+
 def note_mapped(path: str | Path, descriptor: int, size: int) -> None:
     """Note that a file is memory-mapped, so that `exit_on_bus_error` can name it."""
     _MAPPED[descriptor] = (str(path), size)
@@ -110,7 +131,7 @@ def exit_on_bus_error() -> None:
         while not first.acquire(blocking=False):  # several threads of one computation get here together
             time.sleep(1)
         cut = next((path for number, (path, size) in list(_MAPPED.items()) if os.fstat(number).st_size < size), None)
-        where = f"{cut}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
+        where = f"{escaped(cut)}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
         os.write(2, f"error: {where} while it was read; start again with the whole file\n".encode(errors="replace"))
         for temporary, process in list(_WRITING.items()):
             if process == os.getpid():

@@ -64,15 +64,18 @@ class FullDisk(Callback):
             "lightning.callbacks.image_logger.params.max_image=1",
             "lightning.callbacks.image_logger: unknown key 'max_image' .*; did you mean 'max_images'",
         ),
-        (f"{PICTURES}.batch_frequency=0", "image_logger: batch_frequency 0: give at least 1"),
-        (f"{PICTURES}.max_images=-1", "image_logger: max_images -1: give at least 1"),
+        (f"{PICTURES}.batch_frequency=0", "image_logger: batch_frequency 0: give a whole number of at least 1"),
+        (f"{PICTURES}.max_images=-1", "image_logger: max_images -1: give a whole number of at least 1"),
         (
             f"{PICTURES}.log_images_kwargs.ddim_stepz=5",
             "unknown key 'ddim_stepz' in params of the image logger's log_images_kwargs; did you mean 'ddim_steps'",
         ),
         (f"{PICTURES}.log_images_kwargs.ddim_steps=few", "ddim_steps='few' in params of the .*: give a whole number"),
-        (f"{PICTURES}.log_images_kwargs.n_row=0", "the image logger's log_images_kwargs: n_row 0: give at least 1"),
-        (f"{PICTURES}.log_images_kwargs.N=2", "log_images_kwargs: N is the logger's own to give; set max_images for N"),
+        (
+            f"{PICTURES}.log_images_kwargs.n_row=0",
+            "the image logger's log_images_kwargs: n_row 0: give a whole number of at least 1",
+        ),
+        (f"{PICTURES}.log_images_kwargs.N=0", "log_images_kwargs: N 0: give a whole number of at least 1"),
         ("lightning.callbacks.mine.params.x=1", "lightning.callbacks.mine: expected a mapping with the key 'target'"),
         ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
         (

@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli.options import add_network_options, add_sampling_options, check_at_least, check_sampling_options
-from ldm.cli.run import HelpFormatter, run
+from ldm.cli.options import add_network_options, add_sampling_options, check_sampling_options
+from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raise `UserError` for the first option whose value makes no sense."""
-    check_at_least(options, timesteps=1, limit=1, batch_size=1, sample=0)
+    check_number("--timesteps", options.timesteps, least=1)
+    check_number("--limit", options.limit, least=1, optional=True)
+    check_number("--batch-size", options.batch_size, least=1)
+    check_number("--sample", options.sample, least=0)
     check_sampling_options(options, options.sample)
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out}: is a file; name a folder")
@@ -60,6 +63,7 @@ def main() -> None:
     check_arguments(options)
     # Only now the slow imports: --help should answer at once.
     from ldm.checkpoint import encoder_digests, load_state_dict
+    from ldm.config.load import load_config
     from ldm.evaluation.plots import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
     from ldm.evaluation.report import rows_of, table, write_json
@@ -69,11 +73,12 @@ def main() -> None:
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
+    config = load_config([options.config], trusted=options.trust_config)
     # Of both, before the base is evaluated: a wrong name, and a set of other encoders, show at once.
     encoders = {path: encoder_digests(load_state_dict(path)) for path in (options.base, options.ckpt)}
 
     def load(ckpt: Path) -> LatentDiffusion:
-        return load_release(ckpt, options.config, device, dtype, options.trust_config)
+        return load_release(ckpt, config, device, dtype)
 
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)
@@ -90,7 +95,7 @@ def main() -> None:
     }
     write_json(rows, about, options.out / "evaluation.json")
     draw_figure(rows, f"{options.ckpt.name} beside its base, {options.base.name}", options.out / "evaluation.png")
-    logger.info("\n%s\n\n%s: evaluation.json and evaluation.png", table(rows), options.out)
+    logger.info("\n%s\n\n%s: evaluation.json and evaluation.png", Lines(table(rows)), options.out)
 
 
 if __name__ == "__main__":

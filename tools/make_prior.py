@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli.options import SETTINGS, add_drawing_options, check_at_least, check_drawing_options, read_prompts
+from ldm.cli.options import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ def parse_arguments() -> argparse.Namespace:
         """Those of the options whose values are not the default, as they are typed."""
         return " and ".join(f"--{name}" for name in names if getattr(options, name) != parser.get_default(name))
 
-    check_at_least(options, shard_size=1, teacher=0)
-    if not 0 <= options.null_share <= 1:
-        raise UserError(f"--null-share {options.null_share}: give a number from 0 to 1")
+    check_number("--shard-size", options.shard_size, least=1)
+    check_number("--teacher", options.teacher, least=0, optional=True)
+    check_number("--null-share", options.null_share, least=0, most=1, whole=False)
     if not options.teacher and given("null_share"):
         raise UserError("--null-share says nothing without --teacher; leave it out, or give both")
     if options.shards is None:
@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     # Only now the slow imports: --help should answer at once.
+    from ldm.config.load import load_config
     from ldm.data.dropout import CaptionDropout
     from ldm.encoding.encoder import Encoder
     from ldm.encoding.prior import drawn, make_prior, open_pictures, pictured, taught
@@ -70,7 +71,7 @@ def main() -> None:
 
     check_out(options.out, options.overwrite)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, trusted=options.trust_config)
+    model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config))
     encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
     model.model.to(dtype)
     model.to(device)

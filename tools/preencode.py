@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,15 @@ def parse_arguments() -> argparse.Namespace:
     add_trust_option(parser)
     arguments = parser.parse_args()
     for name in ("size", "batch_size", "shard_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
-    if arguments.num_workers is not None and arguments.num_workers < 0:
-        raise UserError(f"--num-workers {arguments.num_workers}: must be at least 0")
+        check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
+    check_number("--num-workers", arguments.num_workers, least=0, optional=True)
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
+    from ldm.config.load import load_config
     from ldm.data.sources import find_images
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import Encoder
@@ -76,7 +75,7 @@ def main() -> None:
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d pictures in %s", len(items), ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
-    model = load_release(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
+    model = load_release(arguments.ckpt, load_config([arguments.config], trusted=arguments.trust_config))
     report = preencode(
         Encoder(model, device, dtype),
         items,

@@ -47,12 +47,13 @@ def main() -> None:
 
     import torch
 
+    from ldm.config.load import load_config
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
+    model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config), device, dtype)
     shape = latent_shape(model, options.H, options.W)
     seeds = range(options.seed, options.seed + options.n)
     requests = [Request(prompt, seed, options.negative_prompt) for prompt in prompts for seed in seeds]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import signal
 import time
 from functools import partial
@@ -18,7 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.saving import WritingTime, keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +54,12 @@ class LastCheckpoint(Checkpoint):
         save_last_k: int = 0,
         periodic: bool = True,
     ) -> None:
-        _check("every_n_train_steps", every_n_train_steps, int, 1)
-        _check("train_time_interval", train_time_interval, (int, float), 0)
-        _check("save_last_k", save_last_k, int, 0)
+        where = "lightning.modelcheckpoint.params"
+        check_number(f"{where}.every_n_train_steps", every_n_train_steps, least=1, optional=True)
+        check_number(
+            f"{where}.train_time_interval", train_time_interval, least=0, whole=False, optional=True, unit="minutes"
+        )
+        check_number(f"{where}.save_last_k", save_last_k, least=0)
         self.path = path
         self.requests = requests
         self.every_n_train_steps = every_n_train_steps
@@ -189,13 +191,6 @@ class LastCheckpoint(Checkpoint):
             raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
 
 
-def _check(name: str, value: Any, kind: Any, least: int) -> None:
-    wrong = isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf
-    if value is not None and wrong:
-        what = "whole number" if kind is int else "number of minutes"
-        raise UserError(f"lightning.modelcheckpoint.params.{name} {value!r}: give a {what} of at least {least}")
-
-
 class KeptCheckpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which complains, not fatally, about a metric that is not logged or a full disk.
 
@@ -219,7 +214,11 @@ class KeptCheckpoints(ModelCheckpoint):
     def _are_own(self, state: dict[str, Any]) -> bool:
         single = (state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path"))
         paths = [*(state.get("best_k_models") or {}), *filter(None, single)]
-        return all(Path(path).parent == Path(self.dirpath) and Path(path).suffix == ".ckpt" for path in paths)
+        return all(isinstance(path, str) and self._is_own(Path(path)) for path in paths)
+
+    def _is_own(self, path: Path) -> bool:
+        others = path.name == "last.ckpt" or path.name.startswith("step=")
+        return path.parent == Path(self.dirpath) and path.suffix == ".ckpt" and not others
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         before, began = copy.deepcopy(self.state_dict()), time.monotonic()

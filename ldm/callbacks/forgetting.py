@@ -17,7 +17,7 @@ from ldm.evaluation.protocol import midpoint_timesteps
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.reader import ShardDataset
-from ldm.util import UserError, check_at_least_one
+from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,9 @@ class Forgetting(Callback):
     ) -> None:
         if not isinstance(sets, Mapping) or all(shards is None for shards in sets.values()):
             raise UserError(f"sets {sets!r}: give at least one, as name: shards")
-        check_at_least_one(every_n_train_steps=every_n_train_steps, batch_size=batch_size)
+        check_number("every_n_train_steps", every_n_train_steps, least=1)
+        check_number("batch_size", batch_size, least=1)
+        check_number("limit", limit, least=1, optional=True)
         self.urls = {name: shards for name, shards in sets.items() if shards is not None}
         self.every_n_train_steps = every_n_train_steps
         self.timestep_count = timesteps

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ldm.callbacks.rng import aside
 from ldm.distributed.dtensor import is_sharded
+from ldm.files import check_within
 from ldm.images.grid import image_grid, save_png
-from ldm.util import UserError, check_at_least_one, check_params
+from ldm.util import UserError, check_number, check_params
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,9 @@ class ImageLogger(Callback):
     ) -> None:
         passed_on = dict(log_images_kwargs or {})
         most = passed_on.pop("N", max_images)
-        if type(most) is not int:
-            raise UserError(f"log_images_kwargs: N {most!r}: give a whole number of at least 1")
-        check_at_least_one(batch_frequency=batch_frequency, max_images=max_images, N=most)
+        check_number("batch_frequency", batch_frequency, least=1)
+        check_number("max_images", max_images, least=1)
+        check_number("log_images_kwargs: N", most, least=1)
         max_images = min(max_images, most)
         self.batch_frequency = batch_frequency
         self.max_images = max_images
@@ -91,8 +92,7 @@ class ImageLogger(Callback):
                 raise UserError(f"{where}: the logger itself gives {name}; leave it out")
         check_params(where, pl_module.log_images, self.log_images_kwargs)
         for name in ("n_row", "ddim_steps"):
-            if self.log_images_kwargs.get(name, 1) < 1:
-                raise UserError(f"{where}: {name} {self.log_images_kwargs[name]}: give at least 1")
+            check_number(f"{where}: {name}", self.log_images_kwargs.get(name, 1), least=1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.log_before_first_step and trainer.global_step == 0 and "start" not in self._last_shown:
@@ -144,11 +144,12 @@ class ImageLogger(Callback):
         if not trainer.is_global_zero:  # it took part in the computing, and is not the one to show it
             return
         folder = Path(trainer.default_root_dir) / "images" / split
+        check_within(trainer.default_root_dir, folder, "images in")
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         samples = len(next(iter(images.values())))
         for key, value in images.items():
             grid = self._grid(value, self._columns(key, len(value), samples))
-            save_png(grid, folder / f"{key}_{place}.png")
+            save_png(grid, folder / f"{key}_{place}.png".replace("/", "_"))
             for logger in trainer.loggers:
                 _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
 

@@ -12,10 +12,11 @@ from ldm.files import atomic_write
 
 
 class SetupCallback(Callback):
-    """Makes `logdir`, `ckptdir` and `cfgdir`, and saves the resolved configs in the last.
+    """Makes `logdir`, `ckptdir` and `cfgdir`, and saves the configs in the last.
 
     `<now>-project.yaml` holds model and data, `<now>-lightning.yaml` the section `lightning`; `--resume` merges them.
-    They are saved after the first step, since a config that cannot train must not stand in the way of the next resume.
+    What a config takes from the environment is saved as `${oc.env:NAME}`, not as its value. Both are saved after the
+    first step, since a config that cannot train must not stand in the way of the next resume.
     """
 
     def __init__(
@@ -48,4 +49,4 @@ class SetupCallback(Callback):
 
     def _save(self, name: str, config: DictConfig) -> None:
         with atomic_write(self.cfgdir / f"{self.now}-{name}.yaml") as path:
-            OmegaConf.save(config, path, resolve=True)
+            OmegaConf.save(config, path)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ldm.files import exit_on_bus_error
-from ldm.util import UserError
+from ldm.util import UserError, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,9 @@ def run(main: Callable[[], None]) -> None:
 
     SIGTERM becomes `SystemExit(143)`, so that what is half written is removed.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     threading.excepthook = _say_of_thread
@@ -46,13 +48,39 @@ def run(main: Callable[[], None]) -> None:
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {where}{error.strerror or error}")
+        sys.exit(escaped(f"error: {where}{error.strerror or error}"))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
             raise
-        sys.exit(f"error: {str(error).split('. ')[0]}; take fewer at a time, where there is a --batch-size")
+        sys.exit(f"error: {escaped(str(error).split('. ')[0])}; take fewer at a time, where there is a --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Lines(str):
+    """A text of several lines that a log message may hold as they are."""
+
+
+class PrintableFormatter(logging.Formatter):
+    """The message alone, in which what comes from files and configs cannot move the cursor or begin a line.
+
+    Line ends stay in the format of a message, and in arguments that are `Lines`. Every other control character is
+    escaped.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):
+            record = logging.makeLogRecord({**vars(record), "args": tuple(map(_one_line, record.args))})
+        return escaped(super().format(record), keep="\n\t")
+
+
+def _one_line(argument: object) -> object:
+    if isinstance(argument, (Lines, int, float)):
+        return argument
+    return escaped(text) if (text := str(argument)) != escaped(text) else argument
 
 
 def _say_of_thread(failed: threading.ExceptHookArgs) -> None:

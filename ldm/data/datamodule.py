@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import TEACHER_KEYS, TEXT_KEYS
 from ldm.shards.urls import expand_urls, is_stream
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +50,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
-        if not 0 <= null_cond_dropout <= 1:
-            raise UserError(f"data.params.null_cond_dropout {null_cond_dropout!r} is no number from 0 to 1")
-        if not 0 < prior_ratio < math.inf:
-            raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
+        check_number("data.params.null_cond_dropout", null_cond_dropout, least=0, most=1, whole=False)
+        check_number("data.params.prior_ratio", prior_ratio, above=0, whole=False)
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
         self.verify_shards = verify_shards

@@ -66,7 +66,7 @@ _UNEQUAL = ("stack expects each tensor to be equal size", "Trying to resize stor
 
 def _raise_in_one_line(error: UserError) -> None:
     """Raise `error`; from a worker it comes with the worker's traceback, whose last line is the message."""
-    last = str(error).strip().splitlines()[-1]
+    last = str(error.args[0]).strip().splitlines()[-1]
     raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
 
 

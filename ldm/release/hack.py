@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint, weights_of
-from ldm.config.load import build_model, load_config
+from ldm.config.load import build_model
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint
 from ldm.util import UserError
@@ -39,16 +41,15 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     _write(content, out)
 
 
-def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path, trusted: bool = False) -> None:
-    """Write a training checkpoint at step 0 for the model of `config_names`, with the released weights, to `out`.
+def hack_config(config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path) -> None:
+    """Write a training checkpoint at step 0 for the model of `config`, with the released weights, to `out`.
 
-    `trusted` is that of `load_config`.
+    `config_names` are the files that `config` was read from.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
     _check_out(out, release_path)
-    config = load_config(config_names, trusted=trusted)
     release = open_checkpoint(release_path)
     from ldm.release.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
 

@@ -22,7 +22,7 @@ from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
 from ldm.callbacks.validation import SparseValidation
 from ldm.config.load import plain
-from ldm.training.described import instantiate_described
+from ldm.training.described import check_callback_places, instantiate_described
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
 
@@ -41,7 +41,11 @@ _NOT_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
 
 
 def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed: int) -> list[Callback]:
-    """The default callbacks, changed and added to by `lightning.callbacks`."""
+    """Return the default callbacks, changed and added to by `lightning.callbacks`.
+
+    Raises:
+        UserError: a callback cannot be built, or would write outside the run folder.
+    """
     section = config.lightning
     callbacks: list[Callback] = [
         StepSeeds(seed),
@@ -62,8 +66,11 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         callbacks.append(ProgressBar(refresh_rate or 1))
     if section.trainer.get("enable_model_summary") is not False and "weights_summary" not in section.trainer:
         callbacks.append(ParameterSummary())
-    described = OmegaConf.merge(_DEFAULT_CALLBACKS, section.get("callbacks") or {})
-    built = [instantiate_described(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
+    described = OmegaConf.merge(_DEFAULT_CALLBACKS, plain(section.get("callbacks") or {}))
+    entries = {f"lightning.callbacks.{name}": plain(entry) for name, entry in described.items()}
+    for where, entry in entries.items():
+        check_callback_places(entry, run.folder, where)
+    built = [instantiate_described(entry, where) for where, entry in entries.items()]
     if section.trainer.get("logger") is False:
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
     # Last: other callbacks see the loss before it is scaled.
@@ -101,6 +108,7 @@ def _build_checkpoints(
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
     kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
+    check_callback_places(kept, run.folder, "lightning.modelcheckpoint")
     best = instantiate_described(kept, "lightning.modelcheckpoint")
     best.writing = last.writing
     callbacks = [best, last]

@@ -20,8 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.config.load import plain
-from ldm.config.trust import needs_trust
+from ldm.config.load import needs_trust
 from ldm.training.compatibility import check_compatibility
 from ldm.training.host_memory import keep_freed_memory
 from ldm.training.run import Run
@@ -52,7 +51,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
         raise
     except TrainingStopped as stop:
-        trust = " --trust-config" if needs_trust(plain(config)) else ""
+        trust = " --trust-config" if needs_trust(config) else ""
         log.info("Training %s; go on with: python main.py --resume %s -t%s", stop, shlex.quote(str(run.folder)), trust)
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
 

@@ -16,12 +16,13 @@ from ldm.callbacks.rng import StepSeeds
 from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model
+from ldm.files import check_within
 from ldm.release.building import without_initialisation
 from ldm.release.fresh import fresh_checkpoint, loops_at_start
 from ldm.release.graft import Graft
 from ldm.release.keys import LOOPS, check_training_checkpoint
 from ldm.training.arguments import DEFAULT_SEED
-from ldm.training.run import lies_in_run
+from ldm.training.run import LAST, lies_in_run
 from ldm.training.structure import check_structure
 from ldm.util import UserError
 
@@ -44,13 +45,16 @@ class AtomicCheckpointIO(CheckpointIO):
     """Checkpoints that are whole or not there, and that run no code when they are read.
 
     Args:
+        folder: the run folder. Nothing outside is written or removed, whatever a callback or its saved state says.
         taken_up: a checkpoint that was read before. It is handed out the first time that Lightning asks for it.
     """
 
-    def __init__(self, taken_up: TrainingCheckpoint | None = None) -> None:
+    def __init__(self, folder: Path, taken_up: TrainingCheckpoint | None = None) -> None:
+        self._folder = folder
         self._taken_up = taken_up
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        check_within(self._folder, Path(path).parent, "checkpoint in")
         save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
@@ -58,7 +62,14 @@ class AtomicCheckpointIO(CheckpointIO):
         return taken_up.content if taken_up and taken_up.path == Path(path) else load_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        path = Path(path)
+        try:
+            check_within(self._folder, path.parent, "checkpoint in")
+        except UserError as error:
+            log.warning("Not removed: %s", error)
+            return
+        if path.suffix == ".ckpt" and path.name != LAST:
+            path.unlink(missing_ok=True)
 
 
 def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:

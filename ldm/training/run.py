@@ -12,11 +12,13 @@ from pathlib import Path
 
 from ldm.distributed.collectives import said_by_first
 from ldm.distributed.ranks import launched
+from ldm.files import check_within
 from ldm.training.arguments import Arguments
 from ldm.util import UserError
 
 # Tells the processes that Lightning starts for the other devices which run they belong to.
 _SHARED_FOLDER = "LDM_RUN_FOLDER"
+LAST = "last.ckpt"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def plan_run(arguments: Arguments) -> Run:
     """The run that `arguments` ask for: the folder of `--resume`, or a new one. Nothing is written yet.
 
     Raises:
-        UserError: what `--resume` names does not exist, or needs a config that is not given.
+        UserError: what `--resume` names does not exist, or needs a config that is not given; a link in the run folder
+            leads out of it, or `--name` or `--postfix` would.
     """
     started = time.strftime("%Y-%m-%dT%H-%M-%S")
     resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
@@ -54,6 +57,7 @@ def plan_run(arguments: Arguments) -> Run:
             raise UserError(
                 f"--name {arguments.name!r} names a new run, but --resume goes on in {resume.parent.parent}"
             )
+        _check_links(resume.parent.parent)
         return Run(resume.parent.parent, started, resume)
     if not arguments.base:
         raise UserError(f"{resume} lies in no run folder, so its config is unknown: give it with --base")
@@ -65,7 +69,7 @@ def _checkpoint_to_resume(name: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        for candidate in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
+        for candidate in (path / "checkpoints" / LAST, path / LAST):
             if candidate.is_file():
                 return candidate
         raise UserError(f"--resume {name}: it holds no checkpoints/last.ckpt; did that run save one?")
@@ -77,11 +81,32 @@ def lies_in_run(checkpoint: Path) -> bool:
     return checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "configs").is_dir()
 
 
+def _check_links(folder: Path) -> None:
+    """Raise `UserError` for a link in the run `folder` by which the run would write outside.
+
+    A checkpoint may be a link: it is replaced by a new file, or removed, and what it leads to stays.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and (path.is_dir() or path.suffix != ".ckpt"):
+                check_within(folder, path, "link")
+
+
+def _check_part(option: str, text: str) -> None:
+    """Raise `UserError` unless `text`, given to `option`, can be a part of the name of a folder."""
+    if Path(text).name != text or not text.isprintable() or "\\" in text:
+        raise UserError(f"{option} {text!r}: becomes a part of the run folder's name; leave out slashes and the like")
+
+
 def _new_folder(arguments: Arguments, started: str) -> Path:
     if "LOCAL_RANK" in os.environ and _SHARED_FOLDER in os.environ:
         return Path(os.environ[_SHARED_FOLDER])
     parts = [started, arguments.name or Path(arguments.base[0]).stem]
+    if arguments.name:
+        _check_part("--name", arguments.name)
     if arguments.postfix:
+        _check_part("--postfix", arguments.postfix)
         parts.append(arguments.postfix.lstrip("_"))
     folder = first = arguments.logdir / "_".join(parts)
     number = 2

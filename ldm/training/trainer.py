@@ -103,7 +103,7 @@ def build_trainer(
         "default_root_dir": str(run.folder),
         "enable_checkpointing": True,  # LastCheckpoint decides when
         "logger": loggers,
-        "plugins": [AtomicCheckpointIO(checkpoint)],
+        "plugins": [AtomicCheckpointIO(run.folder, checkpoint)],
     }
     if given.get("precision") == "bf16-true":
         del given["precision"]  # Lightning takes the name or the plugin

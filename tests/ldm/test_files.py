@@ -17,7 +17,7 @@ from ldm.cli.options import read_prompts
 from ldm.config.load import load_config
 from ldm.data.dropout import load_null
 from ldm.encoding.jobs import read_record
-from ldm.files import atomic_write, check_file, open_file, read_at_most
+from ldm.files import atomic_write, check_file, check_within, is_within, open_file, read_at_most
 from ldm.images.captions import METADATA, beside, from_metadata
 from ldm.images.find import ImageItem
 from ldm.shards.index import INDEX, read_index
@@ -50,7 +50,7 @@ def test_failure_keeps_the_old_file(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from ldm.files import atomic_write, read_at_most
+from ldm.files import atomic_write, check_within, is_within, read_at_most
 from ldm.util import UserError
 with atomic_write(sys.argv[1]) as temporary:
     temporary.write_text("half")
@@ -108,6 +108,21 @@ def test_no_more_is_read_than_asked_for(tmp_path):
         file.truncate(1 << 40)  # a hole, which takes no place on the disk
     with pytest.raises(UserError, match=r"a: has 1099511627776 bytes, more than the 5 "):
         read_at_most(path, 5)
+
+
+def test_is_within_follows_links_and_dots(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "circle").symlink_to(folder / "circle")
+    assert all(is_within(folder, path) for path in (folder, folder / "a" / "b", folder / "a" / "..", f"{folder}/./x"))
+    for path in (tmp_path, folder / "..", folder / "out", folder / "out" / "x", tmp_path / "run-2", "/", "x"):
+        assert not is_within(folder, path)
+        with pytest.raises(UserError, match=r"place '.*': lies outside .*run"):
+            check_within(folder, path, "place")
+    for path in ("a\0b", folder / "circle"):
+        with pytest.raises(UserError, match="is no path"):
+            is_within(folder, path)
 
 
 KINDS = {

@@ -169,7 +169,7 @@ def test_tars_and_metadata_and_one_caption(here, release, pictures, tmp_path):
         ("no text encoder", "DummyEncoder, reads no captions"),
         ("bad size", "--size 70"),
         ("bad value", r"alpha\.png: encodes to NaN or infinity"),
-        ("bad workers", "--num-workers -1: must be at least 0"),
+        ("bad workers", "--num-workers -1: give a whole number of at least 0"),
         ("existing", "give --overwrite to replace 1 shards"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.cli.paths import newest_checkpoint
-from ldm.cli.run import HelpFormatter, run
+from ldm.cli.run import HelpFormatter, Lines, PrintableFormatter, run
 from ldm.util import UserError
 
 
@@ -112,3 +113,26 @@ def test_help_has_the_docstring_as_it_is_and_the_defaults_that_there_are() -> No
     said = parser.format_help()
     assert "First,\n    x-%06d.tar\n" in said and "how many (default: 0)\n" in said
     assert "of it\n" in said and "at once\n" in said
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments", "expected"),
+    [
+        ("\na\n%s", ("b\nc\x1b[2J",), "\na\n" + r"b\nc\x1b[2J"),
+        ("%s", (Lines("a\nb\x1b"),), "a\nb" + r"\x1b"),
+        ("%d %.1f %s %r", (3, 0.25, None, "a\nb"), r"3 0.2 None 'a\\nb'"),
+        ("%s: %s", (Path("a\nb"), ValueError("c\nd")), r"a\nb: c\nd"),
+        ("raw \x1b", (), r"raw \x1b"),
+        ("%(a)s", ({"a": "b\x1b"},), r"b\x1b"),
+    ],
+)
+def test_printable_formatter_escapes_what_comes_from_elsewhere(message: str, arguments: tuple, expected: str) -> None:
+    record = logging.LogRecord("a", logging.INFO, "a.py", 1, message, arguments, None)
+    assert PrintableFormatter().format(record) == expected
+    assert record.args == (arguments[0] if isinstance(arguments[0], dict) else arguments) if arguments else True
+
+
+def test_errors_of_the_system_are_printable() -> None:
+    with pytest.raises(SystemExit) as end:
+        run(raises(FileNotFoundError(2, "No such file or directory", "a\n\x1bb.ckpt")))
+    assert end.value.code == r"error: a\n\x1bb.ckpt: No such file or directory"

@@ -229,7 +229,7 @@ def test_the_models_keys_name_the_members(tmp_path):
     [
         ({"training_urls": None}, "training_urls is missing"),
         ({"batch_size": 20, "drop_last": True}, "make no batch"),
-        ({"null_cond_dropout": 1.5}, "null_cond_dropout 1.5 is no number from 0 to 1"),
+        ({"null_cond_dropout": 1.5}, "null_cond_dropout 1.5: give a number from 0 to 1"),
         ({"batch_size": 0}, "batch_size 0: give a whole number of at least 1"),
         ({"batch_size": "4"}, "batch_size '4': give"),
         ({"batch_size": 4.0}, r"batch_size 4\.0: give"),

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.checkpoint import save_checkpoint
 from ldm.config.load import build_model
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
+from ldm.util import UserError
 from tests.training_runs import CONFIG
 
 
@@ -41,7 +42,7 @@ def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path:
     save(config, tmp_path / "last.ckpt", left_out="model_ema.")
     checkpoint = read_training_checkpoint(tmp_path / "last.ckpt")
     model = build_from(config, checkpoint)
-    io = AtomicCheckpointIO(checkpoint)
+    io = AtomicCheckpointIO(tmp_path, checkpoint)
     given = io.load_checkpoint(tmp_path / "last.ckpt")
     assert given["global_step"] == 3
     own = model.state_dict()
@@ -54,7 +55,7 @@ def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path:
 def test_another_path_is_read(config: DictConfig, tmp_path: Path) -> None:
     for name in ("one.ckpt", "other.ckpt"):
         save(config, tmp_path / name)
-    io = AtomicCheckpointIO(read_training_checkpoint(tmp_path / "one.ckpt"))
+    io = AtomicCheckpointIO(tmp_path, read_training_checkpoint(tmp_path / "one.ckpt"))
     (tmp_path / "one.ckpt").unlink()
     assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 3
 
@@ -78,3 +79,30 @@ def test_optional_parameters_that_are_missing_begin_as_in_a_new_model(tmp_path: 
     new = build_model(config)
     assert model.loss.weight.equal(new.loss.weight)
     assert model.encoder.conv_in.weight.equal(weights["encoder.conv_in.weight"])
+
+
+def test_atomic_checkpoint_io_writes_and_removes_in_the_run_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    for folder in (run / "checkpoints", outside):
+        folder.mkdir(parents=True)
+    io, content = AtomicCheckpointIO(run), {"state_dict": {}}
+    (run / "link").symlink_to(outside)
+    for path in (outside / "a.ckpt", run / ".." / "outside" / "a.ckpt", run / "link" / "a.ckpt"):
+        with pytest.raises(UserError, match="lies outside"):
+            io.save_checkpoint(content, path)
+        assert list(outside.iterdir()) == []
+        (outside / "a.ckpt").touch()
+        io.remove_checkpoint(path)
+        assert (outside / "a.ckpt").exists() and "Not removed: " in caplog.text
+        (outside / "a.ckpt").unlink()
+    io.save_checkpoint(content, run / "checkpoints" / "a.ckpt")
+    for name in ("last.ckpt", "notes.txt", "b.ckpt"):
+        (run / "checkpoints" / name).touch()
+    (outside / "linked.ckpt").touch()
+    (run / "checkpoints" / "linked.ckpt").symlink_to(outside / "linked.ckpt")
+    for name in ("a.ckpt", "last.ckpt", "notes.txt", "linked.ckpt", "missing.ckpt"):
+        io.remove_checkpoint(run / "checkpoints" / name)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "notes.txt", "b.ckpt"}
+    assert (outside / "linked.ckpt").exists()

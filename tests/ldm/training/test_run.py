@@ -87,3 +87,32 @@ def test_what_cannot_be_resumed_is_named(tmp_path, old_run, line, message):
     (tmp_path / "hacked.ckpt").touch()
     with pytest.raises(UserError, match=message):
         plan(line)
+
+
+@pytest.mark.parametrize("text", ["../x", "/x", "a/b", "a/..", "a\\b", "a\nb", "\x1b[2J", "a\udcff"])
+def test_plan_run_takes_no_name_that_is_a_path(text):
+    for option in ("--name", "--postfix"):
+        with pytest.raises(UserError, match=f"{option} .*becomes a part of the run folder's name") as caught:
+            plan_run(parse_arguments(["-b", "a.yaml", f"{option}={text}"]))
+        assert str(caught.value).isprintable()
+
+
+def test_plan_run_refuses_a_link_that_leads_out_of_the_run(old_run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (old_run / "checkpoints" / "older.ckpt").symlink_to(tmp_path / "any.ckpt")  # is replaced or removed itself
+    (old_run / "csv").mkdir()
+    (old_run / "csv" / "inside").symlink_to(old_run / "configs")
+    assert plan(f"--resume {old_run}").folder == old_run
+    for name in ("images", "csv/version_0", "checkpoints/x.ckpt"):
+        (old_run / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=f"link '.*{name}': lies outside .*old"):
+            plan(f"--resume {old_run}")
+        (old_run / name).unlink()
+    (old_run / "csv" / "metrics.csv").symlink_to(tmp_path / "not-there-yet.csv")
+    with pytest.raises(UserError, match=r"metrics\.csv': lies outside"):
+        plan(f"--resume {old_run}")
+
+
+def test_a_run_folder_may_itself_be_a_link(old_run, tmp_path):
+    (tmp_path / "mine").symlink_to(old_run)
+    assert plan("--resume mine").resume is not None
