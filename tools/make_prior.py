@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Shards of what a model should not forget: its own samples, or pictures of yours, and what it predicts on them.
+"""Shards of what a model should not forget: its own samples, or images of yours, and what it predicts on them.
 
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
 python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/taught/%06d.tar --teacher 8
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_drawing_options(parser)
     add = parser.add_argument
-    add("--shards", help="instead of captions: pre-encoded pictures, as training_urls names them; needs --teacher")
+    add("--shards", help="instead of captions: pre-encoded images, as training_urls names them; needs --teacher")
     add("--out", required=True, help="shards to write, such as data/prior/%%06d.tar")
     add("--teacher", type=int, default=0, help="timesteps a sample at which to store the model's predictions")
     add(
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     elif options.prompt or options.from_file or not options.teacher:
         raise UserError(f"--shards {options.shards}: has its own captions, and needs --teacher, the predictions to add")
     elif unread := given("n", *SETTINGS, "H", "W"):
-        raise UserError(f"--shards {options.shards}: its pictures are taken, nothing is drawn; leave out {unread}")
+        raise UserError(f"--shards {options.shards}: its images are taken, nothing is drawn; leave out {unread}")
     check_drawing_options(options, options.n * len(options.prompt))
     return options
 
@@ -62,7 +62,7 @@ def main() -> None:
     # Only now the slow imports: --help should answer at once.
     from ldm.data.dropout import CaptionDropout
     from ldm.encoding.encoder import Encoder
-    from ldm.encoding.prior import drawn, make_prior, open_pictures, pictured, taught
+    from ldm.encoding.prior import drawn, latents_of_images, make_prior, open_images, taught
     from ldm.encoding.shard_set import check_out
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
@@ -75,9 +75,9 @@ def main() -> None:
     model.model.to(dtype)
     model.to(device)
     if options.shards is not None:
-        dataset = open_pictures(encoder, options.shards, options.out)
+        dataset = open_images(encoder, options.shards, options.out)
         count, about = len(dataset), {}
-        batches = pictured(dataset, model.channels, options.seed, options.batch_size)
+        batches = latents_of_images(dataset, model.channels, options.seed, options.batch_size)
     else:
         prompts = [prompt for prompt in options.prompt for _ in range(options.n)]
         requests = [Request(prompt, options.seed + number) for number, prompt in enumerate(prompts)]

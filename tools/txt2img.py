@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pictures from a release checkpoint: one PNG a sample, with its settings in the metadata, and a grid of all."""
+"""Images from a release checkpoint: one PNG a sample, with its settings in the metadata, and a grid of all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_drawing_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the images")
     add_trust_option(parser)
     return parser.parse_args()
 
@@ -51,21 +51,21 @@ def main() -> None:
     shape = latent_shape(model, options.H, options.W)
     requests = [Request(prompt, options.seed + index) for prompt in prompts for index in range(options.n)]
     number = next_number(options.out, "[0-9]*.png")
-    pictures = []
+    images = []
     settings = {key: getattr(options, key) for key in SETTINGS}
     drawn = text_to_image(model, requests, shape, **settings, batch_size=options.batch_size)
-    for offset, (request, picture) in enumerate(zip(requests, drawn, strict=True)):
-        pictures.append(picture)
+    for offset, (request, image) in enumerate(zip(requests, drawn, strict=True)):
+        images.append(image)
         path = options.out / f"{number + offset:05d}.png"
         metadata = {**request._asdict(), **settings, "ckpt": str(options.ckpt), "precision": options.precision}
-        save_png(to_images(picture[None])[0], path, {"parameters": json.dumps(metadata)})
+        save_png(to_images(image[None])[0], path, {"parameters": json.dumps(metadata)})
         logger.info("%s  seed %d  %s", path, request.seed, request.prompt)
     grid = options.out / f"grid-{next_number(options.out, 'grid-*.png'):04d}.png"
     columns = options.n if options.n > 1 else None
     save_png(
-        image_grid(torch.stack(pictures), columns), grid, {"parameters": json.dumps({"prompts": prompts, **settings})}
+        image_grid(torch.stack(images), columns), grid, {"parameters": json.dumps({"prompts": prompts, **settings})}
     )
-    logger.info("%s  all %d", grid, len(pictures))
+    logger.info("%s  all %d", grid, len(images))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tools that draw pictures ask for on their command lines. Imports no torch."""
+"""What the tools that draw images ask for on their command lines. Imports no torch."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class DataModuleFromConfig(BaseDataModule):
         if isinstance(dataset, IterableDataset):
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
         shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
-        keys = getattr(dataset, "sample_keys", ())  # as of shards, and of pictures
+        keys = getattr(dataset, "sample_keys", ())  # as of shards, and of images
         sampler = self._sampler([np.arange(len(dataset))], keys, split, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader
         items = SeededDataset(dataset, self.seed, self.run_seed if training else None)

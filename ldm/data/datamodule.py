@@ -25,7 +25,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     """Pre-encoded WebDataset shards: latents or posteriors and text embeddings as `.npy` members of tars.
 
     Batches hold `first_stage_key` `(B, channels, h, w)`, `cond_stage_key` `(B, 77, 768)` as stored (float16), and the
-    captions `txt` and names `__key__` as lists of strings. Sets whose pictures differ in size are batched by size.
+    captions `txt` and names `__key__` as lists of strings. Sets whose images differ in size are batched by size.
 
     With `prior_urls`, a training batch has samples of that set behind its own, and the entries of `WithPrior`; those of
     a teacher if the model's `prior_target` asks for one.

@@ -1,6 +1,6 @@
 """Prior preservation's second set: in each batch, behind the training samples, some that are there to be remembered.
 
-The class pictures of DreamBooth (arXiv:2208.12242, section 3.2): a set of shards of its own, which goes round and round
+The class images of DreamBooth (arXiv:2208.12242, section 3.2): a set of shards of its own, which goes round and round
 beside the training set's epochs.
 """
 

@@ -30,7 +30,7 @@ def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
                 caption, error = decode_caption(text)
             extension = next((extension for extension in sample.spans if extension in EXTENSIONS), None)
             if extension is None:
-                error = f"no picture ({', '.join(EXTENSIONS)}) among its members: {', '.join(sample.spans)}"
+                error = f"no image ({', '.join(EXTENSIONS)}) among its members: {', '.join(sample.spans)}"
                 items.append(ImageItem(f"{path.name}/{sample.key}", path, None, caption, error))
             else:
                 name = f"{path.name}/{sample.key}.{extension}"
@@ -49,20 +49,20 @@ def _from_source(source: str, fixed: str | None) -> list[ImageItem]:
     items = []
     for url in expand_urls(source):
         if is_stream(url):
-            raise UserError(f"{url}: pictures are read from folders and local tars; fetch it first")
+            raise UserError(f"{url}: images are read from folders and local tars; fetch it first")
         items += _from_tar(Path(url), fixed)
     return items
 
 
 def find_images(source: str | Path | Sequence[str | Path], caption: str | None = None) -> list[ImageItem]:
-    """Every picture of `source`, sorted by name within a folder; `caption`, if given, is the caption of them all.
+    """Every image of `source`, sorted by name within a folder; `caption`, if given, is the caption of them all.
 
-    `source` is a folder of pictures (`metadata.jsonl` in it holds the captions, or `name.txt` beside each), a folder
-    of tars, tars by path, glob or brace pattern, a picture, or a list of these. Pictures with no caption are told of,
+    `source` is a folder of images (`metadata.jsonl` in it holds the captions, or `name.txt` beside each), a folder
+    of tars, tars by path, glob or brace pattern, an image, or a list of these. Images with no caption are told of,
     and get the empty one.
 
     Raises:
-        UserError: there is no picture, none has a caption, one is named twice, a folder has both pictures and tars,
+        UserError: there is no image, none has a caption, one is named twice, a folder has both images and tars,
             or `metadata.jsonl` or a tar cannot be read.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
@@ -71,23 +71,23 @@ def find_images(source: str | Path | Sequence[str | Path], caption: str | None =
     for entry in sources:
         found = _from_source(entry, caption)
         if not found:
-            raise UserError(f"{entry}: no pictures ({', '.join(EXTENSIONS)}) and no tars of them")
+            raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars of them")
         paths = {item.path.resolve() for item in found}
         counts = Counter((item.path, item.name) for item in found)  # a tar is the path of many
         twice = seen & paths | {path for (path, _), count in counts.items() if count > 1}
         if twice:
-            raise UserError(f"{min(twice)}: named twice among the pictures")
+            raise UserError(f"{min(twice)}: named twice among the images")
         seen |= paths
-        if len(sources) > 1 and Path(entry).is_dir():  # else two folders' pictures could have one name
+        if len(sources) > 1 and Path(entry).is_dir():  # else two folders' images could have one name
             found = [replace(item, name=f"{Path(entry).name}/{item.name}") for item in found]
         items += found
     where = ", ".join(sources)
     missing = [item.name for item in items if item.caption is None and item.error is None]
     if missing and all(item.caption is None for item in items):
         raise UserError(
-            f"{where}: no picture has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
+            f"{where}: no image has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
         )
     if missing:
         names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        logger.warning("%s: %d pictures have no caption and get the empty one: %s", where, len(missing), names)
+        logger.warning("%s: %d images have no caption and get the empty one: %s", where, len(missing), names)
     return items

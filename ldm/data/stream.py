@@ -97,7 +97,7 @@ class ShardStream(IterableDataset):
             if key not in TEXT_KEYS:
                 known = self.shapes.setdefault(key, {})
                 shape = result[key].shape
-                picture = key == self.first_stage_key
-                check_shape(key, shape, next(iter(known), shape), picture, name)
+                image = key == self.first_stage_key
+                check_shape(key, shape, next(iter(known), shape), image, name)
                 known[shape] = result[key].dtype.name
         return result

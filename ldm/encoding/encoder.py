@@ -1,4 +1,4 @@
-"""What pre-encoding needs of a model: pictures to posteriors, and captions to hidden states."""
+"""What pre-encoding needs of a model: images to posteriors, and captions to hidden states."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ class Encoder:
         self._captions: OrderedDict[str, _Caption] = OrderedDict()
 
     def check_sizes(self, sizes: Iterable[Size]) -> None:
-        """Raise `UserError` unless the autoencoder and the UNet can halve pictures of these sizes evenly."""
+        """Raise `UserError` unless the autoencoder and the UNet can halve images of these sizes evenly."""
         unet = getattr(self.model.model.diffusion_model, "downsampling", 1)
         multiple = self.model.first_stage_model.downsampling * unet
         for height, width in sizes:
             if height % multiple or width % multiple:
                 size = f"--size {height}" if height == width else f"--buckets, {height}x{width}"
-                raise UserError(f"{size}: this model takes pictures in multiples of {multiple} pixels")
+                raise UserError(f"{size}: this model takes images in multiples of {multiple} pixels")
 
     @torch.inference_mode()
-    def pictures(self, batch: Tensor) -> Tensor:
-        """Pictures uint8 (B, 3, H, W) to posterior parameters, or latents, float16 (B, 2C or C, h, w), on the device.
+    def images(self, batch: Tensor) -> Tensor:
+        """Images uint8 (B, 3, H, W) to posterior parameters, or latents, float16 (B, 2C or C, h, w), on the device.
 
         On a GPU the work is under way when this returns.
         """

@@ -1,4 +1,4 @@
-"""The shards that a list of pictures makes, and in `.parts/` beside them a record of each that is finished."""
+"""The shards that a list of images makes, and in `.parts/` beside them a record of each that is finished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range]]:
-    """The shards that `count` pictures make, `shard_size` to each, with the numbers of their pictures.
+    """The shards that `count` images make, `shard_size` to each, with the numbers of their images.
 
     Raises:
         UserError: `out` names too few.
@@ -31,7 +31,7 @@ def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     paths = list(islice(shard_paths(out), len(parts)))
     if len(paths) < len(parts):
-        raise UserError(f"--out {out}: {len(paths)} shards of {size} pictures are too few for {count}")
+        raise UserError(f"--out {out}: {len(paths)} shards of {size} images are too few for {count}")
     return list(zip(paths, parts, strict=True))
 
 

@@ -1,16 +1,16 @@
-"""Pictures and captions to shards of posteriors and text embeddings.
+"""Images and captions to shards of posteriors and text embeddings.
 
 A sample `<key>` is `<key>.f8.npy`, the posterior's parameters float16 (2C, height/8, width/8), unscaled;
 `<key>.t5.npy`, the text encoder's output float16 (77, 768); `<key>.txt`; and `<key>.json`, where it comes from.
 
-A shard holds the readable ones of a fixed range of the input's pictures, and depends on nothing else. So shards can be
+A shard holds the readable ones of a fixed range of the input's images, and depends on nothing else. So shards can be
 made by several processes, in any order, and after an interruption, and are always the same. The index has, beside what
 `ldm.shards.index` says,
 
-    made_from           the settings, the digests of the weights and of the list of pictures: what must be the same to
+    made_from           the settings, the digests of the weights and of the list of images: what must be the same to
                         go on with an unfinished set
-    pictures, without_caption, failed   counts, and name and reason of each picture that could not be read
-    sizes, f8, t5       samples by the size (height x width) of their pictures, and the shapes of what is stored
+    images, without_caption, failed   counts, and name and reason of each image that could not be read
+    sizes, f8, t5       samples by the size (height x width) of their images, and the shapes of what is stored
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Report:
-    """What became of the pictures of some shards."""
+    """What became of the images of some shards."""
 
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     without_caption: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)  # name and reason
-    sizes: Counter[str] = field(default_factory=Counter)  # samples by height x width of their pictures
+    sizes: Counter[str] = field(default_factory=Counter)  # samples by height x width of their images
     f8: list[tuple[int, ...]] = field(default_factory=list)  # shapes
     shards: list[Record] = field(default_factory=list)  # name, samples, bytes, sha256; of those with samples
 
@@ -52,7 +52,7 @@ class Report:
         report = cls()
         for record in records:
             report.samples += record["samples"]
-            report.pictures += record["pictures"]
+            report.images += record["images"]
             report.without_caption += record["without_caption"]
             report.failed += record["failed"]
             report.sizes += Counter(record["sizes"])
@@ -123,17 +123,17 @@ def preencode(
     processes with one `out` each makes its share of the shards; rank 0 waits for all and then writes the index.
 
     Args:
-        size: pixels a side of the square that pictures are cropped to; with `buckets`, see `bucket_sizes`.
-        shard_size: samples in a shard; a picture and its mirror image are not parted.
-        workers: processes that decode pictures.
+        size: pixels a side of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
+        shard_size: samples in a shard; an image and its mirror image are not parted.
+        workers: processes that decode images.
         overwrite: begin anew, whatever is there; for a process alone.
         ranks: which process this is; by default, the only one.
 
     Returns:
-        What became of all pictures; of a rank above 0, what became of its own.
+        What became of all images; of a rank above 0, what became of its own.
 
     Raises:
-        UserError: shards are there already, or an unfinished set of something else; no picture can be read; or a value
+        UserError: shards are there already, or an unfinished set of something else; no image can be read; or a value
             does not fit in float16.
     """
     ranks = ranks or Ranks()
@@ -146,7 +146,7 @@ def preencode(
         **settings,
         "precision": str(encoder.dtype).removeprefix("torch."),
         **encoder.digests,
-        "pictures": digest_images(items),
+        "images": digest_images(items),
     }
     null = encoder.captions([""])[0]
     making = _open_set(out, made_from, overwrite, ranks)
@@ -162,8 +162,8 @@ def preencode(
         others = [path for path, _ in shards if path not in making.records]
         records = making.records | dict(zip(others, wait_for_records(others), strict=True))
         report = Report.of(records[path] for path, _ in shards)
-        if not report.pictures:
-            raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
+        if not report.images:
+            raise UserError(f"none of {len(items)} images can be read; the first: {report.failed[0]['reason']}")
     except BaseException as error:
         if ranks.world == 1:
             stop(out, interrupted=isinstance(error, KeyboardInterrupt))
@@ -173,7 +173,7 @@ def preencode(
         null,
         report.shards,
         samples=report.samples,
-        pictures=report.pictures,
+        images=report.images,
         without_caption=report.without_caption,
         failed=report.failed,
         **settings,

@@ -1,4 +1,4 @@
-"""Shards of a prior: samples of a released model straight from its latent space, or the latents of a set of pictures.
+"""Shards of a prior: samples of a released model straight from its latent space, or the latents of a set of images.
 
 A sample is as `ldm.encoding.preencode` writes it, but that `<key>.f8.npy` is one latent, float16 (C, h, w), unscaled,
 and that a teacher adds its members; see `ldm.encoding.teacher`. `<key>.json` tells how it was drawn.
@@ -74,7 +74,7 @@ def drawn(
         yield samples
 
 
-def open_pictures(encoder: Encoder, urls: str, out: str) -> ShardDataset:
+def open_images(encoder: Encoder, urls: str, out: str) -> ShardDataset:
     """The pre-encoded set that `urls` names, which the encoder's model made: what is written says that it did.
 
     Raises:
@@ -93,12 +93,12 @@ def open_pictures(encoder: Encoder, urls: str, out: str) -> ShardDataset:
         )
     latents, (context, *_) = list(dataset.shapes["f8"]), dataset.shapes["t5"]
     if len(latents) > 1:
-        raise UserError(f"--shards {urls}: pictures of {len(latents)} sizes; a prior needs one, the training set's")
+        raise UserError(f"--shards {urls}: images of {len(latents)} sizes; a prior needs one, the training set's")
     model.check_batch_shapes({model.first_stage_key: latents[0], model.cond_stage_key: context})
     return dataset
 
 
-def pictured(dataset: ShardDataset, channels: int, seed: int, size: int) -> Iterator[list[PriorSample]]:
+def latents_of_images(dataset: ShardDataset, channels: int, seed: int, size: int) -> Iterator[list[PriorSample]]:
     """The samples of `dataset`, `size` at a time. Of a posterior a latent (`channels`, h, w) is drawn, by `seed`."""
     for part in _parts(len(dataset), size):
         samples = []

@@ -1,4 +1,4 @@
-"""Captions from `name.txt` beside a picture or from `metadata.jsonl`."""
+"""Captions from `name.txt` beside an image or from `metadata.jsonl`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
     return " ".join(text.split()) or None, None
 
 
-def beside(picture: Path) -> tuple[str | None, str | None]:
-    """Caption and error from the `.txt` beside `picture`; both None where there is none."""
+def beside(image: Path) -> tuple[str | None, str | None]:
+    """Caption and error from the `.txt` beside `image`; both None where there is none."""
     try:
-        return decode_caption(read_at_most(picture.with_suffix(".txt"), _MOST_IN_CAPTION))
+        return decode_caption(read_at_most(image.with_suffix(".txt"), _MOST_IN_CAPTION))
     except FileNotFoundError:
         return None, None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Pictures of any kind that Pillow opens, as RGB; nothing that is broken or absurd gets through."""
+"""Images of any kind that Pillow opens, as RGB; nothing that is broken or absurd gets through."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.util import UserError
 # What photographs and drawings come in. Not all that Pillow reads: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
-# Pictures too, which must not go missing in silence.
+# Images too, which must not go missing in silence.
 UNREAD_EXTENSIONS = (
     "heic", "heif", "avif", "jxl", "jp2", "j2k", "jpx", "psd", "xcf", "svg", "eps", "ico", "tga", "dds", "exr", "hdr",
     "ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
@@ -36,16 +36,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """The picture in `data` the right way up (EXIF), uint8 RGB `(height, width, 3)`; of an animation, the first frame.
+    """The image in `data` the right way up (EXIF), uint8 RGB `(height, width, 3)`; of an animation, the first frame.
 
     Raises:
-        UserError: it is not a picture of the `FORMATS`, is broken, or has more pixels than Pillow's limit against
+        UserError: it is not an image of the `FORMATS`, is broken, or has more pixels than Pillow's limit against
             decompression bombs (179 million); names `name`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name}: not a picture ({', '.join(FORMATS)})") from error
+        raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error
     except Exception as error:  # on broken files the decoders raise what they come across: OSError, SyntaxError...
         raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error

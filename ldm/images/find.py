@@ -1,4 +1,4 @@
-"""Pictures with captions from folders and tars, and a dataset of them for training without pre-encoding."""
+"""Images with captions from folders and tars, and a dataset of them for training without pre-encoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """Where a picture is, and its caption: None if it has none. `error` says why the caption cannot be read."""
+    """Where an image is, and its caption: None if it has none. `error` says why the caption cannot be read."""
 
     name: str  # relative to the source
     path: Path
@@ -30,7 +30,7 @@ class ImageItem:
     error: str | None = None
 
     def read(self) -> np.ndarray:
-        """The picture, uint8 `(height, width, 3)`; `UserError` that names it if it or its caption is unreadable."""
+        """The image, uint8 `(height, width, 3)`; `UserError` that names it if it or its caption is unreadable."""
         if self.error is not None:
             raise UserError(f"{self.name}: {self.error}")
         try:
@@ -53,31 +53,31 @@ def extension_of(path: Path) -> str:
 
 
 def from_file(path: Path, name: str, fixed: str | None) -> ImageItem:
-    """A picture, whose caption is beside it unless it is `fixed`; of a kind that is not read, one with an error."""
+    """An image, whose caption is beside it unless it is `fixed`; of a kind that is not read, one with an error."""
     caption, error = (fixed, None) if fixed is not None else beside(path)
     if extension_of(path) in UNREAD_EXTENSIONS:
-        error = f"pictures of this kind are not read; convert it to one of {', '.join(FORMATS)}"
+        error = f"images of this kind are not read; convert it to one of {', '.join(FORMATS)}"
     return ImageItem(name, path, caption=caption, error=error)
 
 
 def from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
-    pictures = [path for path in files if extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)]
+    images = [path for path in files if extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)]
     tars = [path for path in files if path.suffix == ".tar"]
-    if pictures and tars:
-        examples = " and ".join(str(paths[0].relative_to(folder)) for paths in (pictures, tars))
-        raise UserError(f"{folder}: holds both pictures and tars, {examples}; put them into two folders")
-    others = {path.suffix or path.name for path in set(files) - set(pictures)} - {".txt", ".json", ".jsonl", ".tar"}
+    if images and tars:
+        examples = " and ".join(str(paths[0].relative_to(folder)) for paths in (images, tars))
+        raise UserError(f"{folder}: holds both images and tars, {examples}; put them into two folders")
+    others = {path.suffix or path.name for path in set(files) - set(images)} - {".txt", ".json", ".jsonl", ".tar"}
     if others:
         logger.warning("%s: files of other kinds are left out: %s", folder, ", ".join(sorted(others)))
     if (folder / METADATA).is_file():
         captions = from_metadata(folder)
-        unnamed = {path.relative_to(folder).as_posix() for path in pictures} - {name for name, _ in captions}
+        unnamed = {path.relative_to(folder).as_posix() for path in images} - {name for name, _ in captions}
         if unnamed:
-            logger.warning("%s: %d pictures, such as %s, are not in %s", folder, len(unnamed), min(unnamed), METADATA)
+            logger.warning("%s: %d images, such as %s, are not in %s", folder, len(unnamed), min(unnamed), METADATA)
         named = ((name, caption if fixed is None else fixed) for name, caption in captions)
         return [ImageItem(name, folder / name, caption=caption) for name, caption in named]
-    return [from_file(path, path.relative_to(folder).as_posix(), fixed) for path in pictures]
+    return [from_file(path, path.relative_to(folder).as_posix(), fixed) for path in images]
 
 
 def digest_images(items: Iterable[ImageItem]) -> str:

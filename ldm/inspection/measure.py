@@ -89,7 +89,7 @@ class Moments:
 def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) -> dict[str, Any]:
     """All that there is to say of the set, for JSON; its latents have `channels`.
 
-    Mirror images are left out where captions are compared: a picture and its mirror image share theirs by design.
+    Mirror images are left out where captions are compared: an image and its mirror image share theirs by design.
     """
     captions: Counter[str] = Counter()
     latents: dict[bytes, list[str]] = {}
@@ -127,7 +127,7 @@ def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) ->
 
 
 class _Origins:
-    """Sizes of the pictures that the samples were made of, as their `json` tells."""
+    """Sizes of the images that the samples were made of, as their `json` tells."""
 
     def __init__(self) -> None:
         self.sides: Counter[int] = Counter()

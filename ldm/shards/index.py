@@ -94,7 +94,7 @@ def _is_scale(value: Any) -> bool:
 
 
 def _is_failures(value: Any) -> bool:
-    """Whether it lists pictures that could not be read."""
+    """Whether it lists images that could not be read."""
     return isinstance(value, list) and all(
         isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "reason"))
         for entry in value
@@ -121,7 +121,7 @@ _ENTRIES: dict[str, _Entry] = {
     "samples": _WHOLE,
     **dict.fromkeys(ENCODERS, (lambda value: value is None or _is_digest(value), "which is no digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
-    "failed": (_is_failures, "not a list of the name and the reason of pictures that could not be read"),
+    "failed": (_is_failures, "not a list of the name and the reason of images that could not be read"),
     "made_from": (lambda value: isinstance(value, dict), "not what the set is made from, by name"),
 }
 _SHARD_ENTRIES: dict[str, _Entry] = {

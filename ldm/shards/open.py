@@ -11,7 +11,7 @@ from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.shards.verify import verify_shards
 from ldm.util import UserError
 
-_SAME_RELEASE = "encode the pictures again with the release that is used here, or use the release that made the set"
+_SAME_RELEASE = "encode the images again with the release that is used here, or use the release that made the set"
 
 
 def open_shards(

@@ -1,4 +1,4 @@
-"""The command on a tiny release: from captions, from pictures, with and without predictions."""
+"""The command on a tiny release: from captions, from images, with and without predictions."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def model(tiny_release):
     return load_release(tiny_release, load_config([RELEASE_CONFIG], [f"model.params.{line}" for line in AS_TRAINED]))
 
 
-def write_pictures(model, folder, sizes=((8, 8),) * 5, width=None):
+def write_images(model, folder, sizes=((8, 8),) * 5, width=None):
     """Posteriors with a mean of their number and a standard deviation of 1."""
     with ShardWriter(str(folder / "p-%d.tar"), 1000) as writer:
         for number, size in enumerate(sizes):
@@ -94,11 +94,11 @@ def test_the_teacher_has_no_loss_on_its_own_predictions(make_prior, model, tmp_p
     assert self_loss(model, tmp_path / "s.tar") < 1e-5
 
 
-def test_pictures_get_a_named_draw_and_predictions(make_prior, model, tmp_path):
-    pictures = write_pictures(model, tmp_path / "pictures")
+def test_images_get_a_named_draw_and_predictions(make_prior, model, tmp_path):
+    images = write_images(model, tmp_path / "images")
     for out, size in (("one", 2), ("two", 5)):
         options = ("--teacher", 2, "--null-share", 0, "--batch-size", size)
-        assert make_prior("--shards", pictures, *options, "--out", f"{out}/s.tar") is None
+        assert make_prior("--shards", images, *options, "--out", f"{out}/s.tar") is None
     one, two = (ShardDataset([tmp_path / out / "s.tar"], extra=TEACHER_KEYS) for out in ("one", "two"))
     for number in range(5):
         sample, again = one[number], two[number]
@@ -150,24 +150,24 @@ def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
         (("--prompt", "x", "--teacher", 1001), "--teacher 1001: choose 1 to 1000 timesteps"),
         (("--prompt", "x", "--teacher", 1, "--null-share", 2), "--null-share 2"),
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
-        (("--shards", "pictures"), "--shards pictures: has its own captions, and needs --teacher"),
-        (("--shards", "pictures", "--teacher", 1, "--prompt", "x"), "has its own captions"),
+        (("--shards", "images"), "--shards images: has its own captions, and needs --teacher"),
+        (("--shards", "images", "--teacher", 1, "--prompt", "x"), "has its own captions"),
         (("--prompt", "x", "--null-share", 0.5), "--null-share says nothing without --teacher"),
-        (("--shards", "pictures", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
-        (("--shards", "pictures", "--teacher", 1, "--H", 64), "leave out --H$"),
+        (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
+        (("--shards", "images", "--teacher", 1, "--H", 64), "leave out --H$"),
         (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is streamed; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
-        (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),
-        (("--shards", "sizes", "--teacher", 1), "pictures of 2 sizes; a prior needs one"),
-        (("--shards", "{pictures,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
+        (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
+        (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),
+        (("--shards", "{images,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
-    write_pictures(model, tmp_path / "pictures")
-    write_pictures(model, tmp_path / "again")
-    write_pictures(model, tmp_path / "sizes", [(8, 8), (8, 16)])
-    write_pictures(model, tmp_path / "narrow", width=8)
+    write_images(model, tmp_path / "images")
+    write_images(model, tmp_path / "again")
+    write_images(model, tmp_path / "sizes", [(8, 8), (8, 16)])
+    write_images(model, tmp_path / "narrow", width=8)
     before = sorted(tmp_path.rglob("*"))
     error = make_prior("--out", "out/s-%d.tar", *arguments)
     assert isinstance(error, str) and re.search(f"^error: .*{message}", error) and "\n" not in error

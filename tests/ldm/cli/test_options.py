@@ -1,4 +1,4 @@
-"""What the tools that draw pictures read from their command lines."""
+"""What the tools that draw images read from their command lines."""
 
 from ldm.cli.options import read_prompts
 
