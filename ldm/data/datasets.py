@@ -49,7 +49,7 @@ class ImageCaptionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        image = fit_square(torch.from_numpy(item.read()), self.size)  # 3 size size
+        image = item.read(lambda pixels: fit_square(torch.from_numpy(pixels), self.size))  # 3 size size
         if self.flip and torch.rand(()) < 0.5:
             image = image.flip(-1)
         return {self.image_key: image.permute(1, 2, 0).contiguous(), self.caption_key: item.caption or ""}

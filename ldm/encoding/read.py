@@ -86,9 +86,11 @@ class _Fitted(Dataset):
     def __getitem__(self, entry: Numbered) -> FittedImage | Unreadable:
         number, item = entry
         try:
-            pixels = item.read()
+            return item.read(lambda pixels: self._fit(pixels, number, item))
         except UserError as error:
             return Unreadable(item, str(error))
+
+    def _fit(self, pixels: np.ndarray, number: int, item: ImageItem) -> FittedImage:
         height, width = pixels.shape[:2]
         fitted = fit(torch.from_numpy(pixels), *nearest_size(height, width, self.sizes))
         # numpy, since torch would keep a file open for each image on its way from a worker

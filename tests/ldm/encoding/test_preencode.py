@@ -123,10 +123,10 @@ def test_no_more_than_some_batches_are_in_memory(tmp_path, monkeypatch):
         image(tmp_path / "in" / f"{number:02d}.png", (80, 20) if number == 0 else (20, 20), caption="x")
     read, write, moved, held = ImageItem.read, Shard.write, {"read": 0, "written": 0}, []
 
-    def counted_read(item):
+    def counted_read(item, then):
         moved["read"] += 1
         held.append(moved["read"] - moved["written"])
-        return read(item)
+        return read(item, then)
 
     def counted_write(shard, *sample):
         write(shard, *sample)
