@@ -72,7 +72,7 @@ def main() -> None:
     if ranks.world > 1 and arguments.overwrite:
         raise UserError("--overwrite: none of several processes may remove what others write; remove the set first")
     if ranks.rank == 0:
-        check_out(arguments.out, arguments.overwrite, resumable=True)
+        check_out(arguments.out, arguments.overwrite)
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d images in %s", len(items), ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]

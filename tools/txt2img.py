@@ -44,10 +44,12 @@ def main() -> None:
 
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
+    from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
+    warn_of_cut(model.cond_stage_model, prompts)
     shape = latent_shape(model, options.H, options.W)
     requests = [Request(prompt, options.seed + index) for prompt in prompts for index in range(options.n)]
     number = next_number(options.out, "[0-9]*.png")

@@ -14,7 +14,7 @@ from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teac
 from ldm.data.stream import ShardStream
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import TEACHER_KEYS, TEXT_KEYS
+from ldm.shards.sample import CONTEXT, LATENT, TEACHER_KEYS, TEXT_KEYS, null_path
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError
 
@@ -98,8 +98,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
     def _keys(self) -> tuple[str, str]:
         model = self._model()
-        first = self.first_stage_key or getattr(model, "first_stage_key", None) or "f8"
-        return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or "t5"
+        first = self.first_stage_key or getattr(model, "first_stage_key", None) or LATENT
+        return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or CONTEXT
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
@@ -124,14 +124,14 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             return None
         key = self._keys()[1]
         if key in TEXT_KEYS:
-            return CaptionDropout(key, "", self.null_cond_dropout, self.seed)
+            return CaptionDropout({key: ""}, self.null_cond_dropout, self.seed)
         if self.null_cond_path is None and is_stream(urls[0]):
             raise UserError("null_cond_dropout with streamed shards needs null_cond_path, a local file")
-        path = Path(self.null_cond_path or Path(urls[0]).parent / f"null.{key}.npy")
+        path = Path(self.null_cond_path or null_path(Path(urls[0]).parent, key))
         null = load_null(path)
         if null.shape not in dataset.shapes[key]:
             raise UserError(f"{path}: shape {null.shape}, but the shards' {key} is {next(iter(dataset.shapes[key]))}")
-        return CaptionDropout(key, null, self.null_cond_dropout, self.seed)
+        return CaptionDropout({key: null}, self.null_cond_dropout, self.seed)
 
     def _check_model(self, dataset: ShardDataset | ShardStream) -> None:
         check = getattr(self._model(), "check_batch_shapes", None)

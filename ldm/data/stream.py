@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import CaptionDropout
 from ldm.shards.reader import check_shape, decode_member, find_member
-from ldm.shards.sample import CAPTION, TEXT_KEYS, member_extension
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, TEXT_KEYS, member_extension
 from ldm.shards.tar import stream_tar
 from ldm.util import UserError
 
@@ -29,8 +29,8 @@ class ShardStream(IterableDataset):
     def __init__(
         self,
         urls: Sequence[str],
-        first_stage_key: str = "f8",
-        cond_stage_key: str = "t5",
+        first_stage_key: str = LATENT,
+        cond_stage_key: str = CONTEXT,
         *,
         shuffle_buffer: int = 0,
         seed: int = 0,

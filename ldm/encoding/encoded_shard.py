@@ -6,12 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ldm.encoding.encoder import CaptionEncoding
 from ldm.encoding.jobs import Record
 from ldm.encoding.read import FittedImage, Unreadable
-from ldm.shards import npy
+from ldm.shards.sample import LATENT, encode_members
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 
@@ -32,6 +34,7 @@ class EncodedShard:
         self.without_caption = 0
         self.sizes: Counter[str] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
+        self._cut: dict[int, dict[str, Any]] = {}  # names and tokens of captions that are too long, by place
         self._shard: Shard | None = None
         self._early: dict[int, list[tuple[str, dict[str, bytes]]]] = {}  # samples by place, before their turn
 
@@ -45,7 +48,10 @@ class EncodedShard:
             self.failed.append({"name": result.item.name, "reason": result.reason})
 
     def add(
-        self, batch: Sequence[tuple[int, FittedImage]], values: Sequence[np.ndarray], contexts: Sequence[np.ndarray]
+        self,
+        batch: Sequence[tuple[int, FittedImage]],
+        values: Sequence[np.ndarray],
+        contexts: Sequence[CaptionEncoding],
     ) -> None:
         """Take the encodings of images: in `values` the plain ones' and, if there are two, the mirrored ones'.
 
@@ -54,6 +60,8 @@ class EncodedShard:
         """
         for i, ((place, image), context) in enumerate(zip(batch, contexts, strict=True)):
             self._early[place] = [_sample(image, view[i], context, bool(flip)) for flip, view in enumerate(values)]
+            if context.cut_tokens:
+                self._cut[place] = {"name": image.item.name, "tokens": context.cut_tokens}
             self.without_caption += image.item.caption is None
             self.sizes["{}x{}".format(*image.size)] += len(values)
             self.shapes.add(values[0].shape[1:])
@@ -77,7 +85,8 @@ class EncodedShard:
             "without_caption": self.without_caption,
             "failed": self.failed,
             "sizes": dict(sorted(self.sizes.items())),
-            "f8": sorted(self.shapes),
+            LATENT: sorted(self.shapes),
+            **({"cut": [self._cut[place] for place in sorted(self._cut)]} if self._cut else {}),
         }
 
     def abandon(self, error: BaseException) -> None:
@@ -86,14 +95,11 @@ class EncodedShard:
             self._shard.__exit__(type(error), error, error.__traceback__)
 
 
-def _sample(image: FittedImage, values: np.ndarray, context: np.ndarray, flip: bool) -> tuple[str, dict[str, bytes]]:
+def _sample(
+    image: FittedImage, values: np.ndarray, context: CaptionEncoding, flip: bool
+) -> tuple[str, dict[str, bytes]]:
     """Key and members of the image's sample, or of its mirror image's."""
     if not np.isfinite(values).all():
         raise UserError(f"{image.item.name}: encodes to NaN or infinity; try --precision fp32")
-    members = {
-        "f8.npy": npy.encode(values),
-        "t5.npy": npy.encode(context),
-        "txt": image.caption.encode(),
-        "json": image.origin(flip),
-    }
+    members = encode_members(values, context.arrays, image.caption, image.origin(flip))
     return image.key + ("_flip" if flip else ""), members

@@ -9,13 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.encoding.encoded_shard import EncodedShard
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import CaptionEncoding, Encoder
 from ldm.encoding.jobs import Record
 from ldm.encoding.read import FittedImage, batches, read_images
 from ldm.host_copy import HostCopy
@@ -102,7 +101,7 @@ def _write(
     shard: EncodedShard,
     batch: Sequence[tuple[int, FittedImage]],
     views: Sequence[HostCopy],
-    contexts: Callable[[], Sequence[np.ndarray]],
+    contexts: Callable[[], Sequence[CaptionEncoding]],
 ) -> None:
     shard.add(batch, [view.get().numpy() for view in views], contexts())
 

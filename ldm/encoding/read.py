@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ class FittedImage:
     def key(self) -> str:
         return sample_key(self.number, self.item.name)
 
-    def origin(self, flip: bool) -> bytes:
-        """The sample's `json`: where it comes from, and what was made of it."""
-        origin = {
+    def origin(self, flip: bool) -> dict[str, Any]:
+        """Return the sample's `json`: where it comes from, and what was made of it."""
+        return {
             "source": self.item.name,
             "height": self.height,
             "width": self.width,
@@ -53,7 +53,6 @@ class FittedImage:
             "size": self.size,  # height, width
             "flip": flip,
         }
-        return json.dumps(origin).encode()
 
 
 @dataclass

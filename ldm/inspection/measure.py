@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.evaluation.sets import LATENT
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.shards.index import read_index
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION, ORIGIN
+from ldm.shards.sample import CAPTION, LATENT, ORIGIN
 
 _SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # pixels: where the classes of an original's shorter side begin
 # Tokens: where the classes of caption lengths begin; all that is beyond CLIP's 77 is one.

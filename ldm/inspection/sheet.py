@@ -9,11 +9,10 @@ from PIL import Image, ImageDraw
 
 from ldm.evaluation.axes import INK, font
 from ldm.evaluation.protocol import spread
-from ldm.evaluation.sets import LATENT
 from ldm.images.grid import to_images
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION
+from ldm.shards.sample import CAPTION, LATENT
 
 _SIDE, _GAP, _COLUMNS = 192, 12, 6  # pixels of an image's longer side, and between images
 _TEXT, _LINE, _LINES, _LETTERS = 13, 16, 3, 29  # pixels of a letter and a line; lines of a caption, letters of a line

@@ -58,7 +58,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not isinstance(index, dict) or "shards" not in index:
         raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove it if it is not that of a set of shards")
     version = index.get("format", 1)
-    if not (_is_whole(version) and 1 <= version <= FORMAT_VERSION):
+    if not (is_whole(version) and 1 <= version <= FORMAT_VERSION):
         raise UserError(f"{path}: has format {version!r:.80}, this program knows 1 to {FORMAT_VERSION}; {MAKE_AGAIN}")
     _check(f"{path}: ", index, _ENTRIES)
     for number, shard in enumerate(index["shards"]):
@@ -80,7 +80,7 @@ def _check(where: str, found: Mapping[str, Any], entries: Mapping[str, _Entry]) 
             raise UserError(f"{where}{key} is {found[key]!r:.80}, {what}; {_MEND}")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -93,7 +93,7 @@ def _is_scale(value: Any) -> bool:
         return False
 
 
-def _is_failures(value: Any) -> bool:
+def is_failures(value: Any) -> bool:
     """Whether it lists images that could not be read."""
     return isinstance(value, list) and all(
         isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "reason"))
@@ -108,20 +108,20 @@ def _is_name(name: Any) -> bool:
     return name.splitlines() == [name]  # it is to be in a message of one line
 
 
-def _is_digest(value: Any) -> bool:
+def is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
 _Entry = tuple[Callable[[Any], bool], str]  # whether a value is right, and what to say of one that is not
-_WHOLE: _Entry = (_is_whole, "not a whole number of at least 0")
-_DIGEST: _Entry = (_is_digest, "which is no digest")
+_WHOLE: _Entry = (is_whole, "not a whole number of at least 0")
+_DIGEST: _Entry = (is_digest, "which is no digest")
 _ENTRIES: dict[str, _Entry] = {
     "shards": (lambda value: isinstance(value, list), "not a list"),
     "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
     "samples": _WHOLE,
-    **dict.fromkeys(ENCODERS, (lambda value: value is None or _is_digest(value), "which is no digest")),
+    **dict.fromkeys(ENCODERS, (lambda value: value is None or is_digest(value), "which is no digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
-    "failed": (_is_failures, "not a list of the name and the reason of images that could not be read"),
+    "failed": (is_failures, "not a list of the name and the reason of images that could not be read"),
     "made_from": (lambda value: isinstance(value, dict), "not what the set is made from, by name"),
 }
 _SHARD_ENTRIES: dict[str, _Entry] = {

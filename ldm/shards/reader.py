@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.files import read_span
 from ldm.shards import npy
-from ldm.shards.sample import CAPTION, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, nearest
 
@@ -87,8 +87,8 @@ class ShardDataset(Dataset):
     def __init__(
         self,
         paths: Sequence[str | Path],
-        first_stage_key: str = "f8",
-        cond_stage_key: str | None = "t5",
+        first_stage_key: str = LATENT,
+        cond_stage_key: str | None = CONTEXT,
         extra: Sequence[str] = (),
     ) -> None:
         self.paths = [Path(path) for path in paths]

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 from ldm.config.load import load_config
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
 from ldm.release.load import load_release
 from ldm.shards import npy
@@ -117,24 +118,66 @@ def test_latents_are_taken_as_they_are(make_prior, model, tmp_path):
     assert all(np.array_equal(drawn[n]["f8"], taught[n]["f8"]) for n in range(3))
 
 
-def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
-    from ldm.models.diffusion.ddim import DDIMSampler
+OPTIONS = ("--prompt", "red apple", "--n", 5, "--batch-size", 2, "--shard-size", 2, "--teacher", 2)
 
+
+@pytest.fixture
+def whole(make_prior, tmp_path):
+    """The files of the set that an uninterrupted command makes."""
+    assert make_prior(*OPTIONS, "--out", "whole/s-%d.tar") is None
+    return {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+
+
+def interrupt_at(monkeypatch, call):
+    """Let the sampler's `call`-th batch be interrupted."""
     sample, calls = DDIMSampler.sample, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return sample(self, *args, **kwargs)
 
     monkeypatch.setattr(DDIMSampler, "sample", interrupted)
-    options = ("--prompt", "red apple", "--n", 3, "--batch-size", 1, "--shard-size", 1, "--out", "s-%d.tar")
-    assert make_prior(*options) == 130
-    assert not json.loads((tmp_path / "index.json").read_text())["complete"]
-    assert re.search("give --overwrite to replace 1 shards", make_prior(*options))
-    monkeypatch.setattr(DDIMSampler, "sample", sample)
-    assert make_prior(*options, "--overwrite") is None
+    return calls
+
+
+def test_make_prior_goes_on_after_an_interruption(make_prior, whole, tmp_path, monkeypatch):
+    out = (*OPTIONS, "--out", "out/s-%d.tar")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 3)
+        assert make_prior(*out) == 130
+    assert not json.loads((tmp_path / "out/index.json").read_text())["complete"]
+    for changed in (("--n", 6), ("--seed", 1), ("--teacher", 3), ("--steps", 3), ("--null-share", 0.5)):
+        message = make_prior(*out, *changed)
+        assert re.search(r"the unfinished set was begun with .*give the same command to go on", message)
+    calls = interrupt_at(monkeypatch, 100)
+    assert make_prior(*out) is None and len(calls) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+
+
+def test_make_prior_is_shared_among_processes(make_prior, whole, tmp_path, monkeypatch):
+    """Rank 1 makes its share of a set that rank 0 began; rank 0 started again finds it made, and ends the set."""
+    out = (*OPTIONS, "--out", "out/s-%d.tar")
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("RANK", "0")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 1)
+        assert make_prior(*out) == 130  # the set is begun all the same: the others wait for that
+    monkeypatch.setenv("RANK", "1")
+    assert make_prior(*out) is None
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["s-1.tar"]
+    monkeypatch.setenv("RANK", "0")
+    assert make_prior(*out) is None
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+    assert "none of several processes may remove" in make_prior(*out, "--overwrite")
+
+
+def test_make_prior_names_prompts_that_are_cut(make_prior, caplog):
+    assert make_prior("--prompt", "a cat " * 50, "--out", "s.tar") is None
+    assert "1 prompts are longer than 75 tokens, the rest is not read: 'a cat a cat" in caplog.text
+    assert "(100 tokens)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from ldm.encoding.preencode import preencode
 from ldm.encoding.read import sample_key
 from ldm.files import read_span
 from ldm.images.find import ImageItem
+from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.shards import npy
 from ldm.shards.index import read_index, write_index
 from ldm.shards.reader import ShardDataset
+from ldm.shards.sample import CONTEXT
 from ldm.shards.tar import index_tar
 from ldm.shards.writer import Shard
 from ldm.util import UserError
@@ -286,13 +289,52 @@ def test_a_model_that_reads_no_captions_is_refused():
         Encoder(model)
 
 
+def first_values(encodings):
+    return [int(encoding.arrays[CONTEXT][0, 0]) for encoding in encodings]
+
+
+def test_preencode_counts_and_names_captions_that_are_cut(images, tmp_path, caplog):
+    model = Model()
+    model.cond_stage_model = SimpleNamespace(tokenizer=ClipTokenizer(8), to=lambda *_: None)
+    (images / "p.2.txt").write_text("one two three four five six seven")
+    report, _ = run(images, tmp_path / "s-%d.tar", model, flip=True)
+    index = read_index(tmp_path)
+    assert index["captions_cut"] == 1 and index["cut"] == report.cut == [{"name": "p.2.png", "tokens": 7}]
+    assert "1 captions have more tokens than are read, the rest is cut: p.2.png (7)" in caplog.text
+
+
+def test_preencode_stores_every_encoding_of_the_format(images, tmp_path, monkeypatch):
+    """A second text encoder: its name in the format and a cond stage that gives it are enough."""
+    for module in ("shards.sample", "encoding.shard_set", "encoding.prior"):
+        monkeypatch.setattr(f"ldm.{module}.TEXT_ENCODINGS", (CONTEXT, "pooled"))
+
+    class Two(Model):
+        def get_learned_conditioning(self, texts):
+            hidden = super().get_learned_conditioning(texts)
+            return {CONTEXT: hidden, "pooled": -hidden[:, 0]}
+
+    run(images, tmp_path / "s-%d.tar", Two())
+    sample = ShardDataset([tmp_path / "s-1.tar"], extra=["pooled"])[1]
+    assert (
+        sample["pooled"].tolist() == [-6] * 6 and sample["t5"].shape == (7, 6) and sample["pooled"].dtype == np.float16
+    )
+    assert (npy.decode(bytearray((tmp_path / "null.pooled.npy").read_bytes()), "null") == -1).all()
+    assert read_index(tmp_path)["pooled"] == [6]
+
+
 def test_captions_are_forgotten_in_the_order_of_their_use(monkeypatch):
     monkeypatch.setattr("ldm.encoding.encoder._CACHED_CAPTIONS", 2)
     encoder = Encoder(Model())
     for texts in (["a", "bb"], ["a"], ["ccc"], ["a", "bb"]):
-        assert [int(value[0, 0]) for value in encoder.captions(texts)] == [len(text) + 1 for text in texts]
+        assert [int(value.arrays[CONTEXT][0, 0]) for value in encoder.captions(texts)] == [
+            len(text) + 1 for text in texts
+        ]
     assert encoder.model.texts == ["a", "bb", "ccc", "bb"]
-    assert [int(value[0, 0]) for value in encoder.captions(["dddd", "a", "eeeee"])] == [5, 2, 6]  # more than are kept
+    assert [int(value.arrays[CONTEXT][0, 0]) for value in encoder.captions(["dddd", "a", "eeeee"])] == [
+        5,
+        2,
+        6,
+    ]  # more than are kept
 
 
 def test_keys_have_no_dot_and_sort_by_number():
