@@ -14,7 +14,7 @@ from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teac
 from ldm.data.stream import ShardStream
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CONTEXT, LATENT, TEACHER_KEYS, TEXT_KEYS, null_path
+from ldm.shards.sample import CONTEXT, LATENT, TEACHER_KEYS, TEXT_ENCODINGS, TEXT_KEYS, null_path
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError
 
@@ -48,6 +48,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         drop_last: bool = False,
         prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
         prior_ratio: float = 1.0,  # prior samples for each training sample of batch_size; they come on top of it
+        extra_keys: list[str] | None = None,  # further members to read, such as those of a second text encoder
         verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
@@ -57,6 +58,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
+        self.extra_keys = tuple(extra_keys or ())
         self.verify_shards = verify_shards
         self.null_cond_dropout = null_cond_dropout
         self.null_cond_path = null_cond_path
@@ -106,13 +108,13 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         if split != "prior" and any(map(is_stream, urls)):  # a prior is read in any order
             return self._open_stream(split, urls)
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
-        extra = TEACHER_KEYS if split == "prior" and self._has_teacher() else ()
+        extra = (*self.extra_keys, *(TEACHER_KEYS if split == "prior" and self._has_teacher() else ()))
         dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), _describe(dataset))
         return dataset
 
     def _open_stream(self, split: str, urls: list[str]) -> ShardStream:
-        dataset = ShardStream(urls, *self._keys(), **self._rank())
+        dataset = ShardStream(urls, *self._keys(), extra=self.extra_keys, **self._rank())
         # The first sample tells the shapes, and what is wrong before the training starts.
         if next(iter(dataset), None) is None:
             raise UserError(f"no samples in {dataset.urls[0]}")
@@ -127,11 +129,15 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             return CaptionDropout({key: ""}, self.null_cond_dropout, self.seed)
         if self.null_cond_path is None and is_stream(urls[0]):
             raise UserError("null_cond_dropout with streamed shards needs null_cond_path, a local file")
-        path = Path(self.null_cond_path or null_path(Path(urls[0]).parent, key))
-        null = load_null(path)
-        if null.shape not in dataset.shapes[key]:
-            raise UserError(f"{path}: shape {null.shape}, but the shards' {key} is {next(iter(dataset.shapes[key]))}")
-        return CaptionDropout({key: null}, self.null_cond_dropout, self.seed)
+        folder = Path(urls[0]).parent
+        paths = {key: Path(self.null_cond_path or null_path(folder, key))}
+        paths |= {other: null_path(folder, other) for other in self.extra_keys if other in TEXT_ENCODINGS}
+        nulls = {name: load_null(path) for name, path in paths.items()}
+        for name, null in nulls.items():
+            if null.shape not in dataset.shapes[name]:
+                first = next(iter(dataset.shapes[name]))
+                raise UserError(f"{paths[name]}: shape {null.shape}, but the shards' {name} is {first}")
+        return CaptionDropout(nulls, self.null_cond_dropout, self.seed)
 
     def _check_model(self, dataset: ShardDataset | ShardStream) -> None:
         check = getattr(self._model(), "check_batch_shapes", None)

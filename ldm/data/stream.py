@@ -32,6 +32,7 @@ class ShardStream(IterableDataset):
         first_stage_key: str = LATENT,
         cond_stage_key: str = CONTEXT,
         *,
+        extra: Sequence[str] = (),
         shuffle_buffer: int = 0,
         seed: int = 0,
         rank: int = 0,
@@ -42,7 +43,7 @@ class ShardStream(IterableDataset):
         if not self.urls:
             raise UserError(f"{len(urls)} streamed shards are too few for {world} ranks")
         self.first_stage_key = first_stage_key
-        self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION]))
+        self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION, *extra]))
         self.optional = {CAPTION} - {first_stage_key, cond_stage_key}
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed

@@ -305,7 +305,7 @@ def test_preencode_counts_and_names_captions_that_are_cut(images, tmp_path, capl
 
 def test_preencode_stores_every_encoding_of_the_format(images, tmp_path, monkeypatch):
     """A second text encoder: its name in the format and a cond stage that gives it are enough."""
-    for module in ("shards.sample", "encoding.shard_set", "encoding.prior"):
+    for module in ("shards.sample", "encoding.shard_set", "encoding.prior", "data.datamodule"):
         monkeypatch.setattr(f"ldm.{module}.TEXT_ENCODINGS", (CONTEXT, "pooled"))
 
     class Two(Model):
@@ -320,6 +320,10 @@ def test_preencode_stores_every_encoding_of_the_format(images, tmp_path, monkeyp
     )
     assert (npy.decode(bytearray((tmp_path / "null.pooled.npy").read_bytes()), "null") == -1).all()
     assert read_index(tmp_path)["pooled"] == [6]
+    data = WebDataNpyModuleFromConfig(5, str(tmp_path), extra_keys=["pooled"], null_cond_dropout=1.0)
+    data.setup("fit")
+    [batch] = data.train_dataloader()
+    assert (batch["pooled"] == -1).all() and batch["pooled"].shape == (5, 6) and (batch["t5"] == 1).all()
 
 
 def test_captions_are_forgotten_in_the_order_of_their_use(monkeypatch):
