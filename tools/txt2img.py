@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pictures from a release checkpoint: one PNG a sample, with its settings in the metadata, and a grid of all."""
+"""Images from a release checkpoint: one PNG a sample, with its settings in the metadata, and a grid of all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--negative-prompt", default="", help="a caption that guidance moves away from; default: the empty one"
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the images")
     add_trust_option(parser)
     return parser.parse_args()
 
@@ -50,31 +50,33 @@ def main() -> None:
     from ldm.config.load import load_config
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
+    from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config), device, dtype)
+    warn_of_cut(model.cond_stage_model, prompts)
     shape = latent_shape(model, options.H, options.W)
     seeds = range(options.seed, options.seed + options.n)
     requests = [Request(prompt, seed, options.negative_prompt) for prompt in prompts for seed in seeds]
     number = next_number(options.out, "[0-9]*.png")
-    pictures = []
+    images = []
     settings = {key: getattr(options, key) for key in SETTINGS}
     drawn = text_to_image(model, requests, shape, **settings, batch_size=options.batch_size)
-    for offset, (request, picture) in enumerate(zip(requests, drawn, strict=True)):
-        pictures.append(picture)
+    for offset, (request, image) in enumerate(zip(requests, drawn, strict=True)):
+        images.append(image)
         path = options.out / f"{number + offset:05d}.png"
         metadata = {**request._asdict(), **settings, "ckpt": str(options.ckpt), "precision": options.precision}
-        save_png(to_images(picture[None])[0], path, {"parameters": json.dumps(metadata)})
+        save_png(to_images(image[None])[0], path, {"parameters": json.dumps(metadata)})
         logger.info("%s  seed %d  %s", path, request.seed, request.prompt)
     grid = options.out / f"grid-{next_number(options.out, 'grid-*.png'):04d}.png"
     columns = options.n if options.n > 1 else None
     save_png(
-        image_grid(torch.stack(pictures), columns),
+        image_grid(torch.stack(images), columns),
         grid,
         {"parameters": json.dumps({"prompts": prompts, "negative_prompt": options.negative_prompt, **settings})},
     )
-    logger.info("%s  all %d", grid, len(pictures))
+    logger.info("%s  all %d", grid, len(images))
 
 
 if __name__ == "__main__":

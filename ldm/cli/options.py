@@ -1,4 +1,4 @@
-"""What the tools that draw pictures ask for on their command lines. Imports no torch."""
+"""What the tools that draw images ask for on their command lines. Imports no torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """
     if file is not None:
         try:
-            lines = read_at_most(file, _MOST_BYTES).decode("utf-8").split("\n")
+            lines = read_at_most(file, _MOST_BYTES).decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
         prompts = prompts + [line.strip() for line in lines if line.strip()]

@@ -75,7 +75,7 @@ class BaseDataModule(pl.LightningDataModule):
         drop_last = sampler.options.get("drop_last", False)
         remedy = "lower batch_size, or set drop_last to false" if drop_last else "use fewer processes"
         logger.warning(
-            "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of picture; "
+            "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of image; "
             "batch_size %d, ranks %d, drop_last %s): %s",
             *(name, sum(missing), sum(map(len, sampler.groups)), sum(map(bool, missing)), len(missing)),
             *(sampler.batch_size, self._rank()["world"], drop_last, remedy),

@@ -100,7 +100,7 @@ class DataModuleFromConfig(BaseDataModule):
                 options["worker_init_fn"] = share_among_workers
             return StreamLoader(dataset, batch_size, **options)
         shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
-        keys = getattr(dataset, "sample_keys", ())  # as of shards, and of pictures
+        keys = getattr(dataset, "sample_keys", ())  # as of shards, and of images
         groups = [np.arange(len(dataset))]
         sampler = self._sampler(groups, keys, split, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader

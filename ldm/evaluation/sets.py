@@ -14,10 +14,9 @@ from ldm.evaluation.protocol import spread
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION
+from ldm.shards.sample import CAPTION, LATENT
 from ldm.util import UserError, check_number
 
-LATENT = "f8"  # the member that holds a picture's latent, whatever entry the config's model trains on
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 

@@ -31,7 +31,7 @@ def _counts(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         lines[0] += f"; {_counted(found['mirrored'], 'mirror image')} among them"
     failed = about.get("failed") or []
     if failed:
-        lines.append(f"{_counted(len(failed), 'picture')} could not be read, such as {escaped(_failure(**failed[0]))}")
+        lines.append(f"{_counted(len(failed), 'image')} could not be read, such as {escaped(_failure(**failed[0]))}")
     lines += [f"{what}: {escaped(str(about[key]))}" for key, what in _SAID if about.get(key) is not None]
     return "\n".join(lines)
 
@@ -69,7 +69,7 @@ def _duplicates(duplicates: Mapping[str, Any]) -> str:
     captions, latents = duplicates["captions"], duplicates["latents"]
     shared = sum(entry["samples"] for entry in captions)
     told = f"{_counted(len(captions), 'caption')} {'is that' if len(captions) == 1 else 'are those'}"
-    lines = [f"{told} of several pictures, {shared} in all"]
+    lines = [f"{told} of several images, {shared} in all"]
     lines += [f"  {entry['samples']} x {_short(entry['caption'])!r}" for entry in captions[:_SHOWN]]
     told = f"{_counted(len(latents), 'latent')} {'is' if len(latents) == 1 else 'are'} there more than once"
     lines.append(f"{told}, {_counted(sum(map(len, latents)), 'sample')} in all")

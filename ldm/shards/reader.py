@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.files import open_file, read_span
 from ldm.shards import npy
-from ldm.shards.sample import CAPTION, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, nearest
 
@@ -62,14 +62,14 @@ def decode_member(key: str, data: bytearray, name: str) -> Any:
     return array
 
 
-def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], picture: bool, name: str) -> None:
+def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
     """Raise `UserError` unless `shape` can be in one set with the shape of the set's `first` sample.
 
-    Pictures, `(channels, height, width)`, may differ in height and width; everything else is one shape.
+    Images, `(channels, height, width)`, may differ in height and width; everything else is one shape.
     """
-    if picture and len(shape) != 3:
+    if image and len(shape) != 3:
         raise UserError(f"{name}: shape {shape} is not (channels, height, width)")
-    if (shape[0] != first[0]) if picture else (shape != first):
+    if (shape[0] != first[0]) if image else (shape != first):
         raise UserError(f"{name}: shape {shape}, but the first sample's {key} is {first}")
 
 
@@ -87,8 +87,8 @@ class ShardDataset(Dataset):
     def __init__(
         self,
         paths: Sequence[str | Path],
-        first_stage_key: str = "f8",
-        cond_stage_key: str | None = "t5",
+        first_stage_key: str = LATENT,
+        cond_stage_key: str | None = CONTEXT,
         extra: Sequence[str] = (),
     ) -> None:
         self.paths = [Path(path) for path in paths]
@@ -122,7 +122,7 @@ class ShardDataset(Dataset):
         self._groups = np.asarray(groups, dtype=np.int32)
 
     def _check(self, sample: TarSample, path: Path, descriptor: int) -> int:
-        """Check the headers of a sample's arrays; returns the number of its picture's shape among all shapes."""
+        """Check the headers of a sample's arrays; returns the number of its image's shape among all shapes."""
         group = 0
         for key in self.keys:
             if key in TEXT_KEYS:
@@ -133,8 +133,8 @@ class ShardDataset(Dataset):
             header = npy.read_header(start, size, name, number_types(key))
             known = self.shapes[key]
             if header.shape not in known:
-                picture = key == self.first_stage_key
-                check_shape(key, header.shape, next(iter(known), header.shape), picture, name)
+                image = key == self.first_stage_key
+                check_shape(key, header.shape, next(iter(known), header.shape), image, name)
                 known[header.shape] = header.dtype.name
             if key == self.first_stage_key:
                 group = list(known).index(header.shape)
@@ -160,5 +160,5 @@ class ShardDataset(Dataset):
         return sample
 
     def groups(self) -> list[np.ndarray]:
-        """The sample numbers, one array for each shape of picture: what may share a batch."""
+        """The sample numbers, one array for each shape of image: what may share a batch."""
         return [np.flatnonzero(self._groups == group) for group in range(len(self.shapes[self.first_stage_key]))]

@@ -141,14 +141,14 @@ def test_fewer_samples_than_workers(tmp_path):
     assert [sorted(batch["__key__"]) for batch in batches(data)] == [["000000", "000001"]]
 
 
-def test_pictures_of_one_size_share_a_batch(tmp_path):
+def test_images_of_one_size_share_a_batch(tmp_path):
     shapes = [(4, 4, 4), (4, 2, 8)] * 4
     members = [member for number, shape in enumerate(shapes) for member in sample_members(number, shape)]
     data = WebDataNpyModuleFromConfig(3, str(write_tar(tmp_path / "a.tar", members)))
     assert sorted(len(batch["f8"]) for batch in batches(data)) == [1, 1, 3, 3]
 
 
-def test_pictures_of_a_rare_size_do_not_go_missing_in_silence(tmp_path, caplog):
+def test_images_of_a_rare_size_do_not_go_missing_in_silence(tmp_path, caplog):
     shapes = [(4, 4, 4)] * 6 + [(4, 2, 8)] * 2 + [(4, 8, 2)]
     members = [member for number, shape in enumerate(shapes) for member in sample_members(number, shape)]
     urls = str(write_tar(tmp_path / "a.tar", members))

@@ -37,7 +37,7 @@ def test_keys_name_the_members(tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_pictures_of_several_sizes_are_grouped(tmp_path):
+def test_images_of_several_sizes_are_grouped(tmp_path):
     members = [m for n, shape in enumerate([(4, 4, 4), (4, 2, 8), (4, 4, 4)]) for m in sample_members(n, shape)]
     groups = ShardDataset([write_tar(tmp_path / "a.tar", members)]).groups()
     assert [group.tolist() for group in groups] == [[0, 2], [1]]
