@@ -14,7 +14,6 @@ from tests.training_runs import (  # noqa: F401
     logged,
     state,
     the_run,
-    write_index,
 )
 
 
@@ -111,77 +110,3 @@ def test_a_checkpoint_without_an_average_starts_it_from_the_weights(train, tmp_p
     for key in (key for key in weights if key.startswith("model.")):
         shadow = averaged["model_ema." + key.removeprefix("model.").replace(".", "")]
         torch.testing.assert_close(shadow, weights[key], rtol=0, atol=1e-5)
-
-
-DECAYING = (
-    "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaLinearScheduler"
-    " model.params.scheduler_config.params.warm_up_steps=[{}] model.params.scheduler_config.params.cycle_lengths=[8]"
-    " model.params.scheduler_config.params.f_start=[0.1] model.params.scheduler_config.params.f_max=[1.0]"
-    " model.params.scheduler_config.params.f_min=[0.0]"
-)
-TIERS = ["", "-b tiny.yaml lean.yaml", "-b tiny.yaml minimal.yaml"]
-
-
-def rates_of(checkpoint) -> list[float]:
-    (optimizer,) = checkpoint["optimizer_states"]
-    return [float(group["lr"]) for group in optimizer["param_groups"]]
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_a_schedule_that_the_config_drops_leaves_no_rate_behind(train, tmp_path, caplog, tier):
-    caplog.set_level("INFO")
-    train(f"{tier} --max_steps 4 --scale_lr False {DECAYING.format(1)}")
-    run = the_run(tmp_path / "logs")
-    assert rates_of(state(run / "checkpoints/last.ckpt"))[0] < 6e-4
-    train(f"--resume {run} --max_steps 6 model.params.scheduler_config=null")
-    assert rates_of(state(run / "checkpoints/last.ckpt")) == pytest.approx([1e-3])
-    assert "schedule of the checkpoint is dropped" in caplog.text and "and is 1.000e-03 from here on" in caplog.text
-
-
-def test_a_schedule_that_the_config_changes_applies_at_once(train, tmp_path):
-    train(f"-l straight --max_steps 6 --scale_lr False {DECAYING.format(3)}")
-    train(f"-l resumed --max_steps 4 --scale_lr False {DECAYING.format(1)}")
-    resumed = the_run(tmp_path / "resumed")
-    train(f"--resume {resumed} --max_steps 6 {DECAYING.format(3)}")
-    expected = logged(the_run(tmp_path / "straight"), "lr-AdamW")
-    assert {step: logged(resumed, "lr-AdamW")[step] for step in (4, 5)} == {step: expected[step] for step in (4, 5)}
-
-
-def test_a_schedule_that_the_config_adds_begins_at_its_start(train, tmp_path, caplog):
-    caplog.set_level("INFO")
-    train("--max_steps 3 --scale_lr False")
-    run = the_run(tmp_path / "logs")
-    train(f"--resume {run} --max_steps 5 {DECAYING.format(1)}")
-    rates = {step: float(rate) for step, rate in logged(run, "lr-AdamW").items()}
-    assert rates == pytest.approx({0: 1e-3, 1: 1e-3, 2: 1e-3, 3: 1e-4, 4: 7 / 8 * 1e-3})
-    assert "schedule begins at its start" in caplog.text
-
-
-def test_the_rate_that_an_optimizer_config_names_is_the_one_that_is_printed(train, tmp_path, caplog):
-    caplog.set_level("INFO")
-    optimizer = "model.params.optimizer_config.target=torch.optim.SGD model.params.optimizer_config.params.lr=0.25"
-    train(f"--max_steps 1 {optimizer}")
-    assert rates_of(state(the_run(tmp_path / "logs") / "checkpoints/last.ckpt")) == [0.25]
-    assert "Learning rate 2.500e-01 (optimizer_config.params.lr takes precedence" in caplog.text
-
-
-def test_a_fresh_run_on_a_pre_encoded_set_can_be_resumed(train, tmp_path, caplog):
-    """The workflow of 2022: train, stop with Ctrl-C, put the weights in, resume; the resume may come first."""
-    write_index(tmp_path / "shards", autoencoder="a" * 64, text_tower="b" * 64)
-    assert train(f"{sending(1, signal.SIGINT)}") == 0
-    run = the_run(tmp_path / "logs")
-    assert "another autoencoder" in caplog.text
-    assert train(f"--resume {run} --max_steps 3 --trust-config") == 0
-    assert state(run / "checkpoints/last.ckpt")["global_step"] == 3
-    assert train(f"--resume {run} --max_steps 4 --trust-config") == 0, "and again"
-
-
-def test_a_resumed_run_takes_the_optimizer_settings_of_its_config(train, tmp_path):
-    train("--max_steps 1")
-    run = the_run(tmp_path / "logs")
-    train(
-        f"--resume {run} --max_steps 2 model.params.optimizer_config.target=torch.optim.AdamW"
-        " model.params.optimizer_config.params.weight_decay=0.125"
-    )
-    (optimizer,) = state(run / "checkpoints/last.ckpt")["optimizer_states"]
-    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.125]

@@ -202,9 +202,6 @@ class KeptCheckpoints(ModelCheckpoint):
         super().__init__(**params)
         self.writing = WritingTime()
         self._complained = self._validated = False
-        self._before: Any = None  # the monitored value as a validation began
-        self._scored_step: int | None = None  # the step of the last validation that gave one; None if training does
-        self._is_of_validation = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Else the best of another run, which this one must not delete; nor any file that a checkpoint happens to name.
@@ -226,34 +223,18 @@ class KeptCheckpoints(ModelCheckpoint):
             super().load_state_dict(before)  # nor was one removed for it
         self.writing.add(since=began)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._can_rank(trainer):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._can_rank(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before = trainer.callback_metrics.get(self.monitor)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated |= not trainer.sanity_checking
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and score is not self._before and not trainer.sanity_checking:
-            self._is_of_validation, self._scored_step = True, trainer.global_step
-            self._save_on_train_epoch_end = False  # an epoch's end may come steps after the validation
         if trainer.sanity_checking or self._can_rank(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def _can_rank(self, trainer: Trainer) -> bool:
-        if self.monitor is None:
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
             return True
-        if self.monitor in trainer.callback_metrics:
-            # Between validations the metric is that of older weights: a checkpoint must not be ranked by it.
-            return not self._is_of_validation or self._scored_step == trainer.global_step
         # What is saved every so many steps waits for the first of them, and a validation need not follow each epoch.
         is_to_come = not self.every_n_epochs or (any(trainer.num_val_batches) and not self._validated)
         if not is_to_come and not self._complained and trainer.is_global_zero:

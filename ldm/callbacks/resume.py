@@ -1,4 +1,4 @@
-"""Learning rate and remaining steps of a resumed run."""
+"""The learning rate of a resumed run."""
 
 from __future__ import annotations
 
@@ -7,77 +7,44 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 log = logging.getLogger(__name__)
 
 
 class LearningRateOnResume(Callback):
-    """Callback that gives a resumed run the optimizer settings and the schedule of its present config.
+    """Gives a resumed run the learning rate that its config says now.
 
-    Lightning restores the optimizer's groups with their former settings, and with the rates that the former schedule
-    left there. This callback sets each rate to the configured one, times the present schedule at the restored step. It
-    sets weight decay and the like to the configured values. A run without a schedule has the configured rate. A
-    schedule that the checkpoint does not hold begins at its start.
+    Left alone, the optimizer would silently go on with the saved one. Schedules and ratios between parameter groups
+    stay as they are; nothing is touched while the rate is the same.
     """
 
     def __init__(self) -> None:
-        self._resumed: dict[str, Any] | None = None
+        self._saved: float | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["learning_rate"] = pl_module.learning_rate
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._resumed = {"schedules": len(checkpoint.get("lr_schedulers") or []), "step": checkpoint["global_step"]}
+        self._saved = checkpoint.get("learning_rate")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed is None:
+        saved, now = self._saved, pl_module.learning_rate
+        if not saved or saved == now:
             return
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if len(schedulers) != self._resumed["schedules"] and self._resumed["step"] > 0 and trainer.is_global_zero:
-            change = "begins at its start" if schedulers else "of the checkpoint is dropped"
-            log.info("The learning rate schedule %s: the config has changed since the checkpoint", change)
+        log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", saved, now)
         for optimizer in trainer.optimizers:
-            before = [float(group["lr"]) for group in optimizer.param_groups]
-            _set_groups(optimizer, next((s for s in schedulers if s.optimizer is optimizer), None))
-            after = [float(group["lr"]) for group in optimizer.param_groups]
-            if before != after and trainer.is_global_zero:
-                log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", before[0], after[0])
-
-
-def _set_groups(optimizer: Optimizer, scheduler: Any) -> None:
-    """Set the groups to the optimizer's `configured` settings, with the rates that `scheduler` gives now.
-
-    The rates of a schedule other than LambdaLR stay as they were restored.
-    """
-    configured = getattr(optimizer, "configured", None)
-    if configured is None or len(configured) != len(optimizer.param_groups):
-        return
-    rates = [settings["lr"] for settings in configured]
-    now: list[float] | None = rates
-    if isinstance(scheduler, LambdaLR):
-        scheduler.base_lrs = list(rates)
-        factors = (multiplier(scheduler.last_epoch) for multiplier in scheduler.lr_lambdas)
-        now = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
-        scheduler._last_lr = list(now)
-    elif scheduler is not None:
-        now = None
-    for number, (group, settings) in enumerate(zip(optimizer.param_groups, configured, strict=True)):
-        group |= {key: value for key, value in settings.items() if key != "lr"}
-        if scheduler is None:
-            group.pop("initial_lr", None)
-        elif now is not None:
-            group["initial_lr"] = settings["lr"]
-        if now is not None:
-            if isinstance(group["lr"], Tensor):  # some optimizers read it on the device
-                group["lr"].fill_(now[number])
-            else:
-                group["lr"] = now[number]
+            for group in optimizer.param_groups:
+                for key in ("lr", "initial_lr"):
+                    if isinstance(group.get(key), Tensor):  # some optimizers read it on the device
+                        group[key].mul_(now / saved)
+                    elif key in group:
+                        group[key] *= now / saved
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [rate * now / saved for rate in config.scheduler.base_lrs]
 
 
 class NothingLeft(Callback):
-    """Callback that says when a resumed run had all its steps already, which Lightning skips silently."""
+    """Says that a resumed run had all its steps already, which Lightning skips without a word."""
 
     def __init__(self) -> None:
         self._started = False

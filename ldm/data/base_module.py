@@ -36,16 +36,9 @@ class BaseDataModule(pl.LightningDataModule):
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the order that the run began with, unless the config sets another seed.
-
-        Raises:
-            UserError: the checkpoint holds no seed.
-        """
-        seed = state_dict.get("seed")
-        if type(seed) is not int or not 0 <= seed < 2**63:
-            raise UserError(f"the checkpoint's data module has the seed {seed!r:.60}, which is not a count")
+        """A resumed run goes on in the order that it began with, unless its config sets another seed."""
         if not self.seed_is_given:
-            self.seed = seed
+            self.seed = state_dict["seed"]
 
     def _rank(self) -> dict[str, int]:
         if self.trainer is None:

@@ -10,15 +10,12 @@ from torch.optim import Optimizer
 
 from ldm.util import UserError, instantiate_from_config
 
-# Entries of a quantised moment in a checkpoint, see `ldm.optim.low_bit`, which needs torchao.
-QUANTISED = {"codes", "scale", "signed"}
-
 
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
-    """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes.
+    """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes. An `lr` in it takes
+    precedence.
 
-    An `lr` in it takes precedence. `where` is the config key, for messages. The attribute `configured` of the
-    optimizer holds the settings of its groups.
+    `where` is the config key, for messages.
 
     Raises:
         UserError: the target does not exist or does not take its `params`, or its state fits no checkpoint.
@@ -30,12 +27,6 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
                 "AdamW4bit, which are torchao's with a state that it can"
             )
         own_lr = (config.get("params") or {}).get("lr", lr)
-        optimizer = instantiate_from_config(config, params=list(parameters), lr=own_lr)
+        return instantiate_from_config(config, params=list(parameters), lr=own_lr)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    # A resume replaces the groups by those of the checkpoint; these settings are what the config says now.
-    optimizer.configured = [
-        {key: float(value) if key == "lr" else value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    return optimizer

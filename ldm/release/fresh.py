@@ -24,14 +24,14 @@ def fresh_checkpoint(grafted: Graft) -> dict[str, Any]:
         "global_step": 0,
         "pytorch-lightning_version": pl.__version__,
         "state_dict": grafted.state_dict,
-        "loops": loops_at_start(),
+        "loops": _loops_at_start(),
         "callbacks": {},
         "optimizer_states": [],
         "lr_schedulers": [],
     }
 
 
-def loops_at_start() -> dict[str, Any]:
+def _loops_at_start() -> dict[str, Any]:
     """The progress of a trainer that has not begun, as Lightning saves it."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     logging.disable(logging.INFO)  # its report of the hardware is beside the point

@@ -5,7 +5,6 @@ The names are those of `ldm.checkpoint.keys`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ __all__ = [
     "EMA",
     "EMA_COUNTERS",
     "FIRST_STAGE",
-    "LOOPS",
     "MODEL",
     "OPTIONAL_KEYS",
     "SCHEDULE_KEYS",
@@ -45,11 +43,8 @@ __all__ = [
     "is_optional",
 ]
 
-log = logging.getLogger(__name__)
-
 # What Lightning needs to take a training up again.
-TRAINING_STATE = ("state_dict", "global_step", "optimizer_states", "lr_schedulers")
-LOOPS = "loops"  # progress of the loops, which Lightning saves since 1.5
+TRAINING_STATE = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
 
 
 def check_release(content: Mapping[str, Any], path: str | Path) -> None:
@@ -71,12 +66,6 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> N
         raise UserError(
             f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "
             "make one from weights with tools/hack_weights.py, or start from them with model.params.ckpt_path"
-        )
-    if LOOPS not in content:
-        log.info(
-            "%s: made by Lightning %s, without the progress of the loops; a resume takes its weights, and the step "
-            "counters start anew",
-            *(path, content.get("pytorch-lightning_version", "before 1.5")),
         )
     if not isinstance(content["global_step"], int):
         raise UserError(f"{path}: not a training checkpoint (its global_step is no number)")

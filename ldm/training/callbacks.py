@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LearningRateMonitor
 
-from ldm.callbacks.accumulation import ClippedBeforeFused, MeanOfAccumulated
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
@@ -73,9 +72,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     built = [instantiate_described(entry, where) for where, entry in entries.items()]
     if section.trainer.get("logger") is False:
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
-    # Last: other callbacks see the loss before it is scaled.
-    callbacks += [*built, MeanOfAccumulated(), ClippedBeforeFused()]
-    return callbacks + _build_checkpoints(config, run, requests, built)
+    return callbacks + built + _build_checkpoints(config, run, requests, built)
 
 
 def _names_weights(config: DictConfig) -> bool:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from typing import Any
-
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import optim
@@ -16,12 +12,10 @@ from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
 from ldm.util import UserError, get_obj_from_str
 
-log = logging.getLogger(__name__)
-
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first of what `model` and `trainer` are set to that cannot work together."""
-    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_low_precision):
+    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping):
         check(model, trainer)
 
 
@@ -38,34 +32,17 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
         )
 
 
-def check_low_precision(model: LightningModule, trainer: Trainer) -> None:
-    """Warn about bfloat16 weights that are rounded to nearest, and refuse float16 weights.
-
-    A bfloat16 weight has 8 bits: an update below 2⁻⁹ of it is lost when it is rounded to nearest.
-
-    Raises:
-        UserError: the weights are float16, whose second moments underflow.
-    """
-    if not isinstance(model, DDPM):
-        return
-    if trainer.precision == "16-true":
+def check_clipping(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if gradients are to be clipped that a fused optimizer has yet to unscale, as in float16."""
+    config = getattr(model, "optimizer_config", None)
+    fused = config is None or (config.get("params") or {}).get("fused")
+    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if isinstance(model, DDPM) and trainer.gradient_clip_val and scales and fused:
         raise UserError(
-            "precision=16-true trains float16 weights, which diverge; use --precision bf16-mixed or 16-mixed, or lay "
-            "lean.yaml over the config to train in little memory"
+            f"gradient_clip_val={trainer.gradient_clip_val} cannot clip what precision={trainer.precision} scales and "
+            "a fused optimizer unscales; use --precision bf16-mixed, or set "
+            "model.params.optimizer_config={target: torch.optim.AdamW}"
         )
-    if trainer.precision == "bf16-true" and not _rounds_stochastically(model.optimizer_config or {}):
-        log.warning(
-            "precision=bf16-true rounds each update of a weight to nearest, and at small learning rates loses nearly "
-            "all of them. Use --precision bf16-mixed, or lay lean.yaml over the config: it rounds stochastically"
-        )
-
-
-def _rounds_stochastically(config: Mapping[str, Any]) -> bool:
-    params = config.get("params") or {}
-    inner = params.get("optimizer")
-    if isinstance(inner, dict):
-        return _rounds_stochastically(inner)
-    return str(config.get("target")).startswith("ldm.optim.low_bit.") and params.get("bf16_stochastic_round", True)
 
 
 def check_in_backward(model: LightningModule, trainer: Trainer) -> None:

@@ -6,7 +6,6 @@ import logging
 import shlex
 import shutil
 import signal
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +44,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
     is_new = not run.folder.exists()
     try:
         with _one_line_errors(run.folder):
-            _fit(trainer, model, data, run.resume)
+            trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
     except (UserError, SystemExit):
         if is_new and trainer.is_global_zero and trainer.global_step == 0:
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
@@ -54,25 +53,6 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
         trust = " --trust-config" if needs_trust(config) else ""
         log.info("Training %s; go on with: python main.py --resume %s -t%s", stop, shlex.quote(str(run.folder)), trust)
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
-
-
-def _fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, resume: Path | None) -> None:
-    """Fit; what a state that passed its checks still trips over while it is restored becomes one line."""
-    try:
-        trainer.fit(model, data, ckpt_path=resume, weights_only=True)
-    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, ValueError, RuntimeError) as error:
-        if isinstance(error, (UserError, torch.OutOfMemoryError)) or not _is_of_restoring(error):
-            raise
-        if "loaded state dict" in str(error):  # of another optimizer: said by `_one_line_errors`
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{resume}: cannot be resumed ({type(error).__name__}: {reason:.200})") from error
-
-
-def _is_of_restoring(error: BaseException) -> bool:
-    """Return True if `error` was raised while a state was restored."""
-    names = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any("load_state_dict" in name or name.lstrip("_").startswith(("restore_", "resume_start")) for name in names)
 
 
 def use_tensor_cores(device: torch.device) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,9 @@ from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
 from ldm.release.building import without_initialisation
-from ldm.release.fresh import fresh_checkpoint, loops_at_start
-from ldm.release.graft import Graft
-from ldm.release.keys import LOOPS, check_training_checkpoint
+from ldm.release.keys import check_training_checkpoint
 from ldm.training.arguments import DEFAULT_SEED
 from ldm.training.run import LAST, lies_in_run
-from ldm.training.structure import check_structure
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -73,52 +69,36 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
-    """Read the training checkpoint at `path` and check all of it; None if there is nothing to resume.
-
-    A checkpoint without the progress of the loops (Lightning before 1.5) is taken as weights at step 0.
+    """The training checkpoint at `path`, all of it held against its checksums; None if there is nothing to go on from.
 
     Raises:
-        UserError: the file is damaged, holds no training state, or cannot be resumed. For a run, the message names its
-            newest checkpoint that can.
+        UserError: the file is damaged, and then the newest of its run that is not is named; or it holds no training
+            state.
     """
     if path is None:
         return None
     try:
         opened = open_checkpoint(path)
-        opened = _checked(opened, path)
     except UserError as error:
         raise UserError(f"{error}{_instead_of(path)}") from error
+    check_training_checkpoint(opened.content, path)
     return TrainingCheckpoint(path, opened)
 
 
-def _checked(opened: OpenCheckpoint, path: Path) -> OpenCheckpoint:
-    """Return `opened` as a checkpoint that Lightning can resume."""
-    check_training_checkpoint(opened.content, path)
-    if LOOPS not in opened.content:
-        weights = Graft(state_dict=opened.content["state_dict"])
-        opened = replace(opened, content=fresh_checkpoint(weights))
-    check_structure(opened.content, path, loops_at_start())
-    return opened
-
-
 def _instead_of(broken: Path) -> str:
-    """Return the end of a message about a `broken` checkpoint: the checkpoint of its run to resume instead."""
+    """The end of a message about a `broken` checkpoint: what its run can go on from."""
     if not lies_in_run(broken):
         return ""
-    newest: tuple[int, Path] | None = None
-    for path in sorted(broken.parent.glob("[!.]*.ckpt")):
-        if path == broken:
-            continue
+    others = [path for path in broken.parent.glob("[!.]*.ckpt") if path != broken]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            step = _checked(open_checkpoint(path), path).content["global_step"]
+            content = load_checkpoint(path)
+            check_training_checkpoint(content, path)
         except UserError:
             continue
-        if newest is None or step > newest[0]:
-            newest = step, path
-    if newest is None:
-        return "; this run has no other whole checkpoint"
-    step, path = newest
-    return f"; the newest whole one of this run is of step {step}: python main.py --resume {shlex.quote(str(path))} -t"
+        step = content["global_step"]
+        return f"; the newest whole one of this run is of step {step}: python main.py --resume {path} -t"
+    return "; this run has no other whole checkpoint"
 
 
 def seed_run(asked: int | None, checkpoint: TrainingCheckpoint | None) -> int:

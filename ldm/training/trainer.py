@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,18 +51,14 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     valid = set(inspect.signature(Trainer).parameters)
     check_names(arguments.trainer, valid, "option --{}")
     config = load_config([*run.saved_configs, *arguments.base], arguments.overrides, arguments.trust_config)
-    if config.get("lightning") is None:  # `setdefault` would return a mapping that the config does not hold
-        config["lightning"] = {}
-    section = config["lightning"]
+    section = config.setdefault("lightning", {})
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
     take_old_keys(section)
     if arguments.scale_lr is not None:
         section["scale_lr"] = arguments.scale_lr
-    if section.get("scale_lr") is None:
-        section["scale_lr"] = True
-    if not isinstance(section["scale_lr"], bool):
+    if not isinstance(section.setdefault("scale_lr", True), bool):
         raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
@@ -125,11 +120,6 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     base = config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)) or not 0 <= base < math.inf:
         raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
-    own = _optimizer_rate(plain(config.model).get("params") or {})
-    if own is not None:
-        model.learning_rate = own
-        log.info("Learning rate %.3e (optimizer_config.params.lr takes precedence over base_learning_rate)", own)
-        return
     if not config.lightning.scale_lr:
         model.learning_rate = base
         log.info("Learning rate %.3e (not scaled)", base)
@@ -143,14 +133,6 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         "Learning rate %.3e = %d (accumulated batches) * %d (devices) * %d (batch size) * %.3e (base_learning_rate)",
         model.learning_rate, accumulate, devices, batch_size, base,
     )  # fmt: skip
-
-
-def _optimizer_rate(params: Mapping[str, Any]) -> float | None:
-    """Return the learning rate that `optimizer_config` names, or the inner optimizer's of one that wraps another."""
-    config = params.get("optimizer_config") or {}
-    given = config.get("params") or {}
-    inner = (given.get("optimizer") or {}).get("params") or {} if isinstance(given.get("optimizer"), dict) else {}
-    return inner.get("lr", given.get("lr"))
 
 
 def _described_strategy(section: DictConfig) -> Any:
