@@ -5,15 +5,22 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ldm.checkpoint import encoder_digests, save_state_dict
+from ldm.config.load import build_model
+from ldm.release.hack import hack_training
+from ldm.util import UserError
 from tests.sent_signals import sending
 from tests.training_runs import (  # noqa: F401
+    CONFIG,
     assert_same_training,
     fixture_one_thread,
     fixture_train,
     logged,
     state,
     the_run,
+    write_index,
 )
 
 
@@ -44,6 +51,32 @@ def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, l
     for stop in (*stops[1:], 0):
         assert train(f"--resume {resumed} {sending(stop, signal.SIGINT)}") == 0
     assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_a_fresh_run_that_was_stopped_goes_on_with_shards_of_another_encoder(train, tmp_path, caplog):
+    write_index(tmp_path / "shards", autoencoder="0" * 64)
+    assert train(f"--max_steps 4 {sending(2, signal.SIGINT)}") == 0
+    run = the_run(tmp_path / "logs")
+    caplog.clear()
+    assert train(f"--resume {run} {sending(0, signal.SIGINT)}") == 0
+    assert "the model, which is random" in caplog.text
+    assert train(f"--resume {run} --max_steps 5 {sending(0, signal.SIGINT)}") == 0  # the mark stays
+
+
+def test_the_workflow_of_2022_hacks_a_stopped_run_and_resumes_it(train, tmp_path):
+    """Start, Ctrl-C, put the release into last.ckpt, resume: the shards are of the release's autoencoder."""
+    torch.manual_seed(5)
+    release = build_model(OmegaConf.create(CONFIG)).state_dict()
+    save_state_dict(release, tmp_path / "release.safetensors")
+    write_index(tmp_path / "shards", autoencoder=encoder_digests(release)["autoencoder"])
+    assert train(f"--max_steps 4 {sending(2, signal.SIGINT)}") == 0
+    last = the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt"
+    hack_training(last, tmp_path / "release.safetensors", last)
+    assert "is_loaded" not in state(last)["callbacks"]["SameEncoders"]
+    assert train(f"--resume {the_run(tmp_path / 'logs')} {sending(0, signal.SIGINT)}") == 0
+    write_index(tmp_path / "shards", autoencoder="0" * 64)
+    with pytest.raises(UserError, match="autoencoder"):
+        train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 6 {sending(0, signal.SIGINT)}")
 
 
 def test_a_run_that_has_its_steps_says_so(train, tmp_path, caplog):

@@ -22,6 +22,7 @@ from ldm.callbacks.summary import ParameterSummary
 from ldm.callbacks.validation import SparseValidation
 from ldm.config.load import plain
 from ldm.training.described import instantiate_described
+from ldm.training.loggers import logs_anything
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
 
@@ -63,7 +64,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         callbacks.append(ParameterSummary())
     described = OmegaConf.merge(_DEFAULT_CALLBACKS, section.get("callbacks") or {})
     built = [instantiate_described(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
-    if section.trainer.get("logger") is False:
+    if not logs_anything(config):
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
     return callbacks + built + _build_checkpoints(config, run, requests, built)
 

@@ -88,6 +88,11 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(f"lightning: {' '.join(str(error).split())}") from error
     except ValueError as error:
+        if "val_check_interval" in str(error) and not isinstance(error, UserError):
+            raise UserError(
+                f"lightning.trainer.val_check_interval: beyond the end of an epoch ({' '.join(str(error).split())}); "
+                "give fewer batches, or add --check_val_every_n_epoch None to count them across epochs"
+            ) from error
         if "loaded state dict" not in str(error):
             raise
         raise UserError(f"the checkpoint's optimizer does not fit what this config trains ({error})") from error

@@ -14,10 +14,17 @@ _DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 
 
 def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Logger] | bool:
-    """A CSV logger, and TensorBoard or what `lightning.logger` describes."""
-    if config.lightning.trainer.get("logger") is False:
+    """Return a CSV logger, and TensorBoard or what `lightning.logger` describes; False where either key is false.
+
+    Raises:
+        UserError: `lightning.logger` describes no logger, or one whose package is not installed.
+    """
+    if not logs_anything(config):
         return False
-    described = {"target": _DEFAULT_LOGGER, **plain(config.lightning.get("logger") or {})}
+    section = plain(config.lightning.get("logger"))
+    if section is not None and section is not True and not isinstance(section, dict):
+        raise UserError(f"lightning.logger {section!r}: give a mapping with target and params, or false for no logger")
+    described = {"target": _DEFAULT_LOGGER, **(section if isinstance(section, dict) else {})}
     params = {"save_dir": str(run.folder), **(described.get("params") or {})}
     target = MOVED.get(described["target"], described["target"])
     if target.endswith("TensorBoardLogger"):
@@ -31,3 +38,8 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
     except ModuleNotFoundError as error:
         raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
     return [logger, CSVLogger(str(run.folder), name="csv")]
+
+
+def logs_anything(config: DictConfig) -> bool:
+    """Return whether the run has loggers: neither `lightning.logger` nor `lightning.trainer.logger` is false."""
+    return config.lightning.get("logger") is not False and config.lightning.trainer.get("logger") is not False

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
+from ldm.callbacks.saving import mark_newest
 from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
 from ldm.config.load import build_model
 from ldm.release.building import without_initialisation
@@ -47,6 +48,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         save_checkpoint(checkpoint, path)
+        mark_newest(Path(path))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         taken_up, self._taken_up = self._taken_up, None
