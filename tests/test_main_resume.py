@@ -143,3 +143,55 @@ def test_a_checkpoint_without_an_average_starts_it_from_the_weights(train, tmp_p
     for key in (key for key in weights if key.startswith("model.")):
         shadow = averaged["model_ema." + key.removeprefix("model.").replace(".", "")]
         torch.testing.assert_close(shadow, weights[key], rtol=0, atol=1e-5)
+
+
+SCHEDULE = "model.params.scheduler_config"
+DECAY = f"{SCHEDULE}.target=ldm.lr_scheduler.LambdaLinearScheduler " + " ".join(
+    f"{SCHEDULE}.params.{setting}"
+    for setting in ("warm_up_steps=[1]", "cycle_lengths=[3]", "f_start=[1.0]", "f_max=[1.0]", "f_min=[0.0]")
+)
+LOW_BIT = "model.params.optimizer_config.target=ldm.optim.low_bit.AdamW8bit"
+IN_BACKWARD = (
+    "model.params.optimizer_config.target=ldm.optim.InBackward "
+    "model.params.optimizer_config.params.optimizer.target=torch.optim.AdamW"
+)
+
+
+@pytest.mark.parametrize("optimizer", ["", LOW_BIT, IN_BACKWARD])
+def test_a_schedule_that_the_config_no_longer_has_leaves_no_rate_behind(train, tmp_path, optimizer):
+    train(f"--max_steps 4 {DECAY} {optimizer}")
+    run = the_run(tmp_path / "logs")
+    assert float(state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"]) == 0
+    train(f"--resume {run} --max_steps 6 {SCHEDULE}=null")
+    group = state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]
+    assert float(group["lr"]) == pytest.approx(2e-3) and "initial_lr" not in group
+
+
+def test_a_changed_schedule_is_used_from_the_first_step_on(train, tmp_path):
+    train(f"--max_steps 2 {DECAY}")
+    run = the_run(tmp_path / "logs")
+    train(f"--resume {run} --max_steps 3 {SCHEDULE}.params.f_max=[0.5] {SCHEDULE}.params.f_min=[0.5]")
+    key = next(key for key in ("lr-AdamW", "lr-AdamW/pg1") if logged(run, key))
+    assert float(logged(run, key)[2]) == pytest.approx(1e-3)
+
+
+def test_the_optimizers_own_rate_is_the_one_that_is_printed_and_used_on_resume(train, tmp_path, caplog):
+    where = "model.params.optimizer_config"
+    train(f"--max_steps 1 {where}.target=torch.optim.AdamW {where}.params.lr=3e-4")
+    run = the_run(tmp_path / "logs")
+    caplog.set_level("INFO")
+    train(f"--resume {run} --max_steps 2 {where}.params.lr=5e-4")
+    assert "Learning rate 5.000e-04 (the optimizer's own lr" in caplog.text
+    assert state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"] == 5e-4
+
+
+def test_kept_checkpoints_stay_as_many_after_resumes(train, tmp_path):
+    where = "lightning.modelcheckpoint.params"
+    options = f"data.params.val_urls=shards/s-000000.tar --val_check_interval 2 {where}.filename={{step}}"
+    train(f"--max_steps 8 {options} {where}.save_top_k=3 {where}.monitor=val/loss {where}.every_n_train_steps=1")
+    run = the_run(tmp_path / "logs")
+    kept = sorted((run / "checkpoints").glob("step=?.ckpt")) or sorted((run / "checkpoints").glob("*step*.ckpt"))
+    assert len(kept) == 3
+    moved = run.rename(run.with_name("moved"))  # the checkpoints name the old folder
+    train(f"--resume {moved} --max_steps 12 {where}.save_top_k=2")
+    assert len([path for path in (moved / "checkpoints").glob("*.ckpt") if path.name != "last.ckpt"]) == 2

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.config.interpolations import check_interpolations
 from ldm.config.merge import laid_over
 from ldm.config.trust import check_trust
+from ldm.config.typed import read_typed
 from ldm.util import UserError, instantiate_from_config, nearest
 
 SECTIONS = ("model", "data", "lightning")
@@ -128,11 +129,15 @@ def _read(path: Path) -> DictConfig:
 
 
 def _parse_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{override!r} is not an override of the form a.b.c=value")
     try:
-        return OmegaConf.from_dotlist([override])
+        part = OmegaConf.create()
+        OmegaConf.update(part, key, read_typed(text))
+        return part
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{override!r}: the value is not valid YAML ({_first_line(error)})") from error
 

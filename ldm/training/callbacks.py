@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LearningRateMonitor
 
+from ldm.callbacks.accumulation import MeanOfBatches
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
@@ -66,7 +67,8 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     built = [instantiate_described(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
     if not logs_anything(config):
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
-    return callbacks + built + _build_checkpoints(config, run, requests, built)
+    batch_size = ((config.data.get("params") or {}).get("batch_size")) if section.scale_lr else None
+    return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
 
 
 def _names_weights(config: DictConfig) -> bool:
@@ -98,7 +100,7 @@ def _build_checkpoints(
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
-    kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
+    kept = {"target": "ldm.callbacks.kept.KeptCheckpoints", "params": params}
     best = instantiate_described(kept, "lightning.modelcheckpoint")
     best.writing = last.writing
     callbacks = [best, last]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     base = config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)) or not 0 <= base < math.inf:
         raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
+    own = _own_rate(getattr(model, "optimizer_config", None))
+    if own is not None:
+        model.learning_rate = own
+        log.info("Learning rate %.3e (the optimizer's own lr; base_learning_rate is not used)", own)
+        return
     if not config.lightning.scale_lr:
         model.learning_rate = base
         log.info("Learning rate %.3e (not scaled)", base)
@@ -145,6 +151,14 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         "Learning rate %.3e = %d (accumulated batches) * %d (devices) * %d (batch size) * %.3e (base_learning_rate)",
         model.learning_rate, accumulate, devices, batch_size, base,
     )  # fmt: skip
+
+
+def _own_rate(optimizer: Mapping[str, Any] | None) -> float | None:
+    """Return the `lr` that the `params` of an optimizer, or of the one inside it, name; it takes precedence."""
+    params = (optimizer or {}).get("params") or {}
+    inner = params.get("optimizer")
+    own = _own_rate(inner) if isinstance(inner, Mapping) else None
+    return params.get("lr") if own is None else own
 
 
 def _described_strategy(section: DictConfig) -> Any:
