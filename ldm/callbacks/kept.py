@@ -77,7 +77,7 @@ class KeptCheckpoints(ModelCheckpoint):
         """
         ranked = {path: score for path, score in self.best_k_models.items() if Path(path).is_file()}
         for path in sorted(Path(self.dirpath).glob("[!.]*.ckpt")):
-            if path.name != "last.ckpt" and not path.name.startswith("step=") and str(path) not in ranked:
+            if path.name != "last.ckpt" and str(path) not in ranked:
                 score = _own_score(path, self.monitor)
                 if score is not None:
                     ranked[str(path)] = score

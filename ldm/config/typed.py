@@ -28,6 +28,9 @@ def read_typed(text: str) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     ends = text[:1] + text[-1:] if len(text) > 1 else ""
+    for opening, closing in ("[]", "{}"):
+        if text.startswith(opening) and closing not in text:
+            raise UserError(f"{text!r:.100} is not a valid value: the value is not valid YAML (it lacks {closing!r})")
     if not _SCALAR.fullmatch(text) and ends not in ("[]", "{}", "''", '""'):
         return text
     try:
