@@ -137,7 +137,7 @@ def _parse_override(override: str) -> DictConfig:
         OmegaConf.update(part, key, read_typed(text))
         return part
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(f"{override!r}: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{override!r}: the value is not valid YAML ({_first_line(error)})") from error
 

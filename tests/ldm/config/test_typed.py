@@ -39,5 +39,5 @@ def test_read_typed_reads_numbers_lists_and_mappings(text: str, value: object) -
 
 @pytest.mark.parametrize("text", ["[a", "{a", "'a' b'", "[a, 'b]"])
 def test_read_typed_refuses_what_it_cannot_read(text: str) -> None:
-    with pytest.raises(UserError, match=r"x: .*not valid YAML"):
+    with pytest.raises(UserError, match=r"x=.*not valid YAML"):
         load_config([], [f"data.params.x={text}"])
