@@ -159,6 +159,7 @@ def _check_loops(loops: Any, step: int) -> None:
             _check_like(fit[key], expected, f"loops.fit_loop.{key}")
     for state in (fit.get("state_dict") or {}).get("combined_loader") or []:
         is_position = isinstance(state, dict) and all(_is_count(state.get(key, 0)) for key in ("epoch", "batch"))
+        is_position = is_position and all(type(part) in (int, bool, str) for part in state.values())
         is_whole = is_position and ("samples" not in state or "batch" in state)
         _expect(is_whole, "loops.fit_loop.state_dict.combined_loader", "no position in the data")
     progress = "epoch_loop.automatic_optimization.optim_progress", "epoch_loop.manual_optimization.optim_step_progress"
