@@ -53,7 +53,7 @@ def main() -> None:
         model = build_from(config, checkpoint)
         callbacks = build_callbacks(config, plan, requests, seed)
         loggers = build_loggers(config, plan, arguments.project)
-        trainer = build_trainer(config, callbacks, loggers, plan, checkpoint)
+        trainer = build_trainer(config, model, data, callbacks, loggers, plan, checkpoint)
         del checkpoint  # the trainer has it, until it is taken up
         if arguments.train:
             set_learning_rate(model, config, trainer)

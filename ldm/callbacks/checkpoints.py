@@ -6,13 +6,12 @@ import copy
 import logging
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint
 
 from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.saving import WritingTime, keep_numbered, saved
@@ -189,57 +188,3 @@ class LastCheckpoint(Checkpoint):
     def _stop_if_asked(self) -> None:
         if self._stopping:
             raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
-
-
-class KeptCheckpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which complains, not fatally, about a metric that is not logged or a full disk.
-
-    The recipe's monitor is a validation metric, and a first try often has no validation data. What it takes to write
-    is added to `writing`, which may be that of other checkpoints too.
-    """
-
-    def __init__(self, **params: Any) -> None:
-        super().__init__(**params)
-        self.writing = WritingTime()
-        self._complained = self._validated = False
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Else the best of another run, which this one must not delete; nor any file that a checkpoint happens to name.
-        if state_dict["dirpath"] == self.dirpath and self._are_own(state_dict):
-            super().load_state_dict(state_dict)
-
-    def _are_own(self, state: dict[str, Any]) -> bool:
-        single = (state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path"))
-        paths = [*(state.get("best_k_models") or {}), *filter(None, single)]
-        return all(isinstance(path, str) and self._is_own(Path(path)) for path in paths)
-
-    def _is_own(self, path: Path) -> bool:
-        others = path.name == "last.ckpt" or path.name.startswith("step=")
-        return path.parent == Path(self.dirpath) and path.suffix == ".ckpt" and not others
-
-    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        before, began = copy.deepcopy(self.state_dict()), time.monotonic()
-        if not saved(trainer, partial(super()._save_topk_checkpoint, trainer, monitor_candidates)):
-            super().load_state_dict(before)  # nor was one removed for it
-        self.writing.add(since=began)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._can_rank(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated |= not trainer.sanity_checking
-        if trainer.sanity_checking or self._can_rank(trainer):
-            super().on_validation_end(trainer, pl_module)
-
-    def _can_rank(self, trainer: Trainer) -> bool:
-        if self.monitor is None or self.monitor in trainer.callback_metrics:
-            return True
-        # What is saved every so many steps waits for the first of them, and a validation need not follow each epoch.
-        is_to_come = not self.every_n_epochs or (any(trainer.num_val_batches) and not self._validated)
-        if not is_to_come and not self._complained and trainer.is_global_zero:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            hint = "" if any(trainer.num_val_batches) else "; no validation data?"
-            log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)
-            self._complained = True
-        return False

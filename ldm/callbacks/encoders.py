@@ -26,7 +26,8 @@ class SameEncoders(Callback):
 
     Args:
         is_loaded: whether the run's weights come from a file. If not, the autoencoder is a random one, and another
-            one is told of, no more: so begins a run whose checkpoint is to be hacked.
+            one is told of, no more: so begins a run whose checkpoint is to be hacked. Its checkpoints say so, and a
+            resumed run treats them the same; `tools/hack_weights.py` removes the mark.
     """
 
     def __init__(self, is_loaded: bool) -> None:
@@ -36,10 +37,13 @@ class SameEncoders(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         digests = {"text_tower": self.text_tower, "autoencoder": self.autoencoder}
-        return {name: digest for name, digest in digests.items() if digest is not None}
+        state: dict[str, Any] = {name: digest for name, digest in digests.items() if digest is not None}
+        return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.text_tower = state_dict.get("text_tower")
+        if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, which no tool has put weights into
+            self.is_loaded = False
         self.autoencoder = state_dict.get("autoencoder") or self.autoencoder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

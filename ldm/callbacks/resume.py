@@ -1,46 +1,146 @@
-"""The learning rate of a resumed run."""
+"""The learning rate of a resumed run, and what its optimizers took up."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from numbers import Number
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
 class LearningRateOnResume(Callback):
-    """Gives a resumed run the learning rate that its config says now.
+    """Gives a resumed run the learning rates that its config says now.
 
-    Left alone, the optimizer would silently go on with the saved one. Schedules and ratios between parameter groups
-    stay as they are; nothing is touched while the rate is the same.
+    Left alone, the optimizer would silently go on with the saved ones: with the last value of a schedule that the
+    config no longer has, too. The rates of the optimizer as the config makes it are noted before the checkpoint's state
+    is loaded. A `LambdaLR` goes on at its saved step, with its multiplier of today. One that the checkpoint lacks
+    begins at its first step.
     """
 
     def __init__(self) -> None:
+        self._is_resumed = False
         self._saved: float | None = None
+        self._schedules = 0  # in the checkpoint
+        self._made: list[list[dict[str, Any]]] = []  # parameter groups without parameters, of each optimizer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["learning_rate"] = pl_module.learning_rate
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._is_resumed = bool(checkpoint["optimizer_states"])
+        self._schedules = len(checkpoint["lr_schedulers"])
         self._saved = checkpoint.get("learning_rate")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The optimizers are made, and their state is not loaded yet."""
+        self._made = [
+            [
+                {key: _number(value) for key, value in group.items() if key != "params"}
+                for group in optimizer.param_groups
+            ]
+            for optimizer in trainer.optimizers
+        ]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        saved, now = self._saved, pl_module.learning_rate
-        if not saved or saved == now:
+        """Set the rates.
+
+        Raises:
+            UserError: what was taken up is no state of the optimizers that the config makes.
+        """
+        if not self._is_resumed:
             return
-        log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", saved, now)
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                for key in ("lr", "initial_lr"):
-                    if isinstance(group.get(key), Tensor):  # some optimizers read it on the device
-                        group[key].mul_(now / saved)
-                    elif key in group:
-                        group[key] *= now / saved
-        for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [rate * now / saved for rate in config.scheduler.base_lrs]
+        saved, now = self._saved, pl_module.learning_rate
+        if saved and saved != now:
+            log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", saved, now)
+        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if len(schedules) != self._schedules:
+            what = "has none now" if not schedules else "begins its schedule here"
+            log.info("The checkpoint has %d schedules of the learning rate; the run %s", self._schedules, what)
+        for optimizer, made in zip(trainer.optimizers, self._made, strict=True):
+            _check_taken_up(optimizer, made)
+            own = next((schedule for schedule in schedules if schedule.optimizer is optimizer), None)
+            self._set_rates(optimizer, made, own)
+
+    def _set_rates(self, optimizer: Optimizer, made: list[dict[str, Any]], schedule: LRScheduler | None) -> None:
+        bases = [group.get("initial_lr", group["lr"]) for group in made]
+        if schedule is not None and not isinstance(schedule, LambdaLR):
+            if not self._saved or not self._schedules:
+                return
+            # Another kind: its state is all that tells its rate, so only the base changes.
+            ratios = [base / old if old else 1.0 for base, old in zip(bases, schedule.base_lrs, strict=True)]
+            schedule.base_lrs = bases
+            rates = [group["lr"] * ratio for group, ratio in zip(optimizer.param_groups, ratios, strict=True)]
+        elif schedule is not None:
+            schedule.base_lrs = bases
+            multipliers = [multiplier(schedule.last_epoch) for multiplier in schedule.lr_lambdas]
+            rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
+        else:
+            rates = bases
+        for group, base, rate in zip(optimizer.param_groups, bases, rates, strict=True):
+            _set(group, "lr", rate)
+            if schedule is None:
+                group.pop("initial_lr", None)
+            else:
+                _set(group, "initial_lr", base)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _set(group: dict[str, Any], key: str, rate: float) -> None:
+    if isinstance(group.get(key), Tensor):  # some optimizers read it on the device
+        group[key].fill_(rate)
+    else:
+        group[key] = _number(rate)
+
+
+def _check_taken_up(optimizer: Optimizer, made: list[dict[str, Any]]) -> None:
+    """Raise `UserError` unless groups and moments that `optimizer` took up are such as it has itself."""
+    for group, own in zip(optimizer.param_groups, made, strict=True):
+        for key, value in own.items():
+            if key in ("lr", "initial_lr"):
+                continue
+            taken = _number(group.get(key))
+            if type(taken) is not type(value) and not (_is_number(taken) and _is_number(value)):
+                raise UserError(
+                    f"the checkpoint's optimizer has {key}={taken!r:.60} where this one has {value!r}; is it damaged?"
+                )
+    kinds: Mapping[str, str] | None = None
+    for parameter, moments in optimizer.state.items():
+        found = {key: _kind(value) for key, value in moments.items()}
+        if found and kinds is None:
+            kinds = found
+        elif found and found != kinds:
+            raise UserError(
+                f"the checkpoint's optimizer state holds {sorted(found)} for one parameter and {sorted(kinds)} for "
+                "another, or of other types; is it damaged?"
+            )
+        for key, value in moments.items():
+            if type(value) is Tensor and value.ndim and value.shape != parameter.shape and value.numel() > 1:
+                raise UserError(
+                    f"the checkpoint's optimizer state has {key} of shape {tuple(value.shape)} for a parameter of "
+                    f"shape {tuple(parameter.shape)}; is it damaged?"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "tensor"
+    return "number" if _is_number(value) else type(value).__name__
 
 
 class NothingLeft(Callback):

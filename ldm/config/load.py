@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.config.interpolations import check_interpolations, resolve_references, typed_paths
 from ldm.config.merge import laid_over
 from ldm.config.trust import check_trust
+from ldm.config.typed import read_typed
 from ldm.files import check_file, read_at_most
 from ldm.util import UserError, instantiate_from_config, nearest
 
@@ -173,11 +174,15 @@ def read_config(path: Path) -> DictConfig:
 
 
 def _parse_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{override!r} is not an override of the form a.b.c=value")
     try:
-        return OmegaConf.from_dotlist([override])
+        part = OmegaConf.create()
+        OmegaConf.update(part, key, read_typed(text))
+        return part
+    except UserError as error:
+        raise UserError(f"{override!r}: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{override!r}: the value is not valid YAML ({_first_line(error)})") from error
 

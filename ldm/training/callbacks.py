@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LearningRateMonitor
 
+from ldm.callbacks.accumulation import MeanOfBatches
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
@@ -22,6 +23,7 @@ from ldm.callbacks.summary import ParameterSummary
 from ldm.callbacks.validation import SparseValidation
 from ldm.config.load import plain
 from ldm.training.described import check_callback_places, instantiate_described
+from ldm.training.loggers import logs_anything
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
 
@@ -70,9 +72,10 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     for where, entry in entries.items():
         check_callback_places(entry, run.folder, where)
     built = [instantiate_described(entry, where) for where, entry in entries.items()]
-    if section.trainer.get("logger") is False:
+    if not logs_anything(config):
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
-    return callbacks + built + _build_checkpoints(config, run, requests, built)
+    batch_size = ((config.data.get("params") or {}).get("batch_size")) if section.scale_lr else None
+    return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
 
 
 def _names_weights(config: DictConfig) -> bool:
@@ -104,7 +107,7 @@ def _build_checkpoints(
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
-    kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
+    kept = {"target": "ldm.callbacks.kept.KeptCheckpoints", "params": params}
     check_callback_places(kept, run.folder, "lightning.modelcheckpoint")
     best = instantiate_described(kept, "lightning.modelcheckpoint")
     best.writing = last.writing

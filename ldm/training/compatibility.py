@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from typing import Any
+
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
-from ldm.util import UserError, get_obj_from_str
+from ldm.util import UserError, get_obj_from_str, takes
+
+log = logging.getLogger(__name__)
 
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first of what `model` and `trainer` are set to that cannot work together."""
-    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping):
+    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping, check_rounding):
         check(model, trainer)
 
 
@@ -33,15 +40,18 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
 
 
 def check_clipping(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` if gradients are to be clipped that a fused optimizer has yet to unscale, as in float16."""
+    """Raise `UserError` if float16 gradients are to be clipped by value before a fused optimizer has unscaled them.
+
+    Clipping by value makes finite numbers of those that overflowed, which the scaler must see.
+    """
     config = getattr(model, "optimizer_config", None)
     fused = config is None or (config.get("params") or {}).get("fused")
     scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if isinstance(model, DDPM) and trainer.gradient_clip_val and scales and fused:
+    by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+    if isinstance(model, DDPM) and trainer.gradient_clip_val and by_value and scales and fused:
         raise UserError(
-            f"gradient_clip_val={trainer.gradient_clip_val} cannot clip what precision={trainer.precision} scales and "
-            "a fused optimizer unscales; use --precision bf16-mixed, or set "
-            "model.params.optimizer_config={target: torch.optim.AdamW}"
+            f"gradient_clip_algorithm=value cannot clip what precision={trainer.precision} scales and "
+            "a fused optimizer unscales; use --precision bf16-mixed, or --gradient_clip_algorithm norm"
         )
 
 
@@ -112,3 +122,36 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
             f"precision={trainer.precision} does not go with strategy fsdp; use --precision bf16-mixed, or one of "
             f"{', '.join(_SHARDED_PRECISIONS)}"
         )
+
+
+def check_rounding(model: LightningModule, trainer: Trainer) -> None:
+    """Refuse float16 weights, and warn of bfloat16 weights whose optimizer rounds to the nearest.
+
+    At the learning rates of fine-tuning most updates are smaller than half the distance to the next bfloat16 number,
+    so that rounding to the nearest loses them. Float16 weights underflow and overflow.
+
+    Raises:
+        UserError: the weights would be float16.
+    """
+    if trainer.precision == "16-true":
+        raise UserError(
+            "precision=16-true trains float16 weights, which diverges; use --precision 16-mixed or bf16-mixed, or the "
+            "lean tier: --base ... lean.yaml"
+        )
+    if trainer.precision == "bf16-true" and not _rounds_stochastically(getattr(model, "optimizer_config", None)):
+        log.warning(
+            "precision=bf16-true without stochastic rounding loses most updates at small learning rates; use the lean "
+            "tier, --base ... lean.yaml, whose optimizer rounds stochastically, or --precision bf16-mixed"
+        )
+
+
+def _rounds_stochastically(config: Mapping[str, Any] | None) -> bool:
+    """Return whether the optimizer that `config` describes, or the one inside it, rounds bfloat16 stochastically."""
+    if not config:
+        return False
+    params = config.get("params") or {}
+    target = get_obj_from_str(config["target"])
+    if target is InBackward:
+        return _rounds_stochastically(params.get("optimizer"))
+    key = "bf16_stochastic_round"
+    return takes(target, key) and params.get(key, target.__module__ == "ldm.optim.low_bit") is True

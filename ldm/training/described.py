@@ -12,8 +12,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.files import check_within, is_within
 from ldm.util import UserError, instantiate_from_config
 
-# Classes of 2022 that Lightning no longer has.
+# Classes of 2022 that Lightning no longer has, and one that ranks by scores of weights that are gone.
 MOVED = {
+    "pytorch_lightning.callbacks.ModelCheckpoint": "ldm.callbacks.kept.KeptCheckpoints",
+    "lightning.pytorch.callbacks.ModelCheckpoint": "ldm.callbacks.kept.KeptCheckpoints",
     "pytorch_lightning.loggers.TestTubeLogger": "pytorch_lightning.loggers.TensorBoardLogger",
     "pytorch_lightning.plugins.DDPPlugin": "pytorch_lightning.strategies.DDPStrategy",
 }

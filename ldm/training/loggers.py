@@ -14,14 +14,18 @@ _DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 
 
 def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Logger] | bool:
-    """Return a CSV logger, and TensorBoard or the logger that `lightning.logger` describes.
+    """Return a CSV logger, and TensorBoard or what `lightning.logger` describes; False where either key is false.
 
     Raises:
-        UserError: the logger cannot be built, or would write outside the run folder.
+        UserError: `lightning.logger` describes no logger, one whose package is not installed, or one that would write
+            outside the run folder.
     """
-    if config.lightning.trainer.get("logger") is False:
+    if not logs_anything(config):
         return False
-    described = {"target": _DEFAULT_LOGGER, **plain(config.lightning.get("logger") or {})}
+    section = plain(config.lightning.get("logger"))
+    if section is not None and section is not True and not isinstance(section, dict):
+        raise UserError(f"lightning.logger {section!r}: give a mapping with target and params, or false for no logger")
+    described = {"target": _DEFAULT_LOGGER, **(section if isinstance(section, dict) else {})}
     params = {"save_dir": str(run.folder), **(described.get("params") or {})}
     target = MOVED.get(described["target"], described["target"])
     if target.endswith("TensorBoardLogger"):
@@ -37,3 +41,8 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
         raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
     check_logger(logger, run.folder, "lightning.logger")
     return [logger, CSVLogger(str(run.folder), name="csv")]
+
+
+def logs_anything(config: DictConfig) -> bool:
+    """Return whether the run has loggers: neither `lightning.logger` nor `lightning.trainer.logger` is false."""
+    return config.lightning.get("logger") is not False and config.lightning.trainer.get("logger") is not False

@@ -6,8 +6,10 @@ Imports torch only where a launcher started several processes.
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from ldm.distributed.collectives import said_by_first
@@ -19,6 +21,8 @@ from ldm.util import UserError
 # Tells the processes that Lightning starts for the other devices which run they belong to.
 _SHARED_FOLDER = "LDM_RUN_FOLDER"
 LAST = "last.ckpt"
+_FORMAT = "%Y-%m-%dT%H-%M-%S"
+_STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def plan_run(arguments: Arguments) -> Run:
         UserError: what `--resume` names does not exist, or needs a config that is not given; a link in the run folder
             leads out of it, or `--name` or `--postfix` would.
     """
-    started = time.strftime("%Y-%m-%dT%H-%M-%S")
+    started = time.strftime(_FORMAT)
     resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
     if resume is not None and lies_in_run(resume):
         if arguments.name:
@@ -58,10 +62,23 @@ def plan_run(arguments: Arguments) -> Run:
                 f"--name {arguments.name!r} names a new run, but --resume goes on in {resume.parent.parent}"
             )
         _check_links(resume.parent.parent)
-        return Run(resume.parent.parent, started, resume)
+        return Run(resume.parent.parent, _after_saved_configs(resume.parent.parent / "configs", started), resume)
     if not arguments.base:
         raise UserError(f"{resume} lies in no run folder, so its config is unknown: give it with --base")
     return Run(_new_folder(arguments, started), started, resume)
+
+
+def _after_saved_configs(configs: Path, started: str) -> str:
+    """Return `started`, or a second after the last of `configs` where the clock has been set back since.
+
+    The order of their names is the order in which a resumed run merges them.
+    """
+    saved = [path.name[: len(started)] for path in configs.glob("*.yaml")]
+    newest = max((name for name in saved if _STARTED.fullmatch(name)), default="")
+    if started > newest:
+        return started
+    later = datetime.strptime(newest, _FORMAT) + timedelta(seconds=1)
+    return later.strftime(_FORMAT)
 
 
 def _checkpoint_to_resume(name: str) -> Path:

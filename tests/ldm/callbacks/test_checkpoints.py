@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.callbacks.checkpoints import KeptCheckpoints, LastCheckpoint
+from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.kept import KeptCheckpoints
 from ldm.callbacks.saving import keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests
 from ldm.util import UserError

@@ -47,12 +47,12 @@ def test_a_scaled_loss_is_refused() -> None:
         check_in_backward(model, trainer)
 
 
-def test_scaled_gradients_of_a_fused_optimizer_are_not_clipped() -> None:
+def test_check_clipping_refuses_scaled_gradients_of_a_fused_optimizer_by_value() -> None:
     model = build_model(OmegaConf.create(CONFIG))
     scaling = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
     options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-    trainer = Trainer(gradient_clip_val=1.0, plugins=[scaling], **options)
-    with pytest.raises(UserError, match=r"gradient_clip_val=1\.0 cannot clip what precision=16-mixed scales"):
+    trainer = Trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value", plugins=[scaling], **options)
+    with pytest.raises(UserError, match=r"gradient_clip_algorithm=value cannot clip what precision=16-mixed scales"):
         check_compatibility(model, trainer)
     check_compatibility(model, Trainer(gradient_clip_val=1.0, **options))
     model.optimizer_config = {"target": "torch.optim.AdamW"}
@@ -67,3 +67,34 @@ def test_other_optimizers_may_clip(train: Callable[[str], int], tmp_path: Path) 
 def test_clipping_each_gradient_trains(train: Callable[[str], int], tmp_path: Path) -> None:
     assert train(f"--max_steps 1 {IN_BACKWARD} {WHERE}.params.clip_each=0.1") == 0
     assert the_run(tmp_path / "logs")
+
+
+@pytest.mark.parametrize("options", ["", f"{WHERE}.target=torch.optim.AdamW {WHERE}.params.fused=True"])
+def test_clipping_goes_with_mixed_precision_and_fused_optimizers(
+    train: Callable[[str], int], tmp_path: Path, options: str
+) -> None:
+    assert train(f"--max_steps 2 --precision bf16-mixed --gradient_clip_val 1.0 {options}") == 0
+    assert the_run(tmp_path / "logs")
+
+
+def test_check_rounding_refuses_float16_weights(train: Callable[[str], int], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"16-true trains float16 weights, which diverges.*lean.yaml"):
+        train("--max_steps 1 --precision 16-true")
+    assert not list(tmp_path.glob("logs/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ("", True),
+        (IN_BACKWARD, True),
+        (f"{WHERE}.target=ldm.optim.low_bit.AdamW8bit", False),
+        (f"{WHERE}.target=ldm.optim.low_bit.AdamW8bit {WHERE}.params.bf16_stochastic_round=false", True),
+    ],
+)
+def test_check_rounding_warns_of_bfloat16_that_is_rounded_to_the_nearest(
+    train: Callable[[str], int], caplog: pytest.LogCaptureFixture, options: str, warns: bool
+) -> None:
+    assert train(f"--max_steps 1 --precision bf16-true {options}") == 0
+    assert ("without stochastic rounding loses most updates" in caplog.text) is warns
+    assert ("lean.yaml" in caplog.text) is warns

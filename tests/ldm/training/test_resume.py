@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import save_checkpoint
 from ldm.config.load import build_model
+from ldm.release.fresh import checkpoint_at_start
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
 from ldm.util import UserError
 from tests.training_runs import CONFIG
@@ -24,8 +25,7 @@ def save(config: DictConfig, path: Path, left_out: str = "nothing") -> dict[str,
     """A checkpoint of a new model of `config` at `path`, without keys that begin with `left_out`; its weights."""
     torch.manual_seed(1)
     weights = {key: value for key, value in build_model(config).state_dict().items() if not key.startswith(left_out)}
-    state = {"global_step": 3, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
-    save_checkpoint({"state_dict": weights, **state}, path)
+    save_checkpoint(checkpoint_at_start(weights), path)
     return weights
 
 
@@ -44,7 +44,7 @@ def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path:
     model = build_from(config, checkpoint)
     io = AtomicCheckpointIO(tmp_path, checkpoint)
     given = io.load_checkpoint(tmp_path / "last.ckpt")
-    assert given["global_step"] == 3
+    assert given["global_step"] == 0
     own = model.state_dict()
     assert given["state_dict"].keys() == {key for key in own if not key.startswith("model_ema.")}
     assert all(value.data_ptr() == own[key].data_ptr() for key, value in given["state_dict"].items())
@@ -57,7 +57,7 @@ def test_another_path_is_read(config: DictConfig, tmp_path: Path) -> None:
         save(config, tmp_path / name)
     io = AtomicCheckpointIO(tmp_path, read_training_checkpoint(tmp_path / "one.ckpt"))
     (tmp_path / "one.ckpt").unlink()
-    assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 3
+    assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 0
 
 
 def test_a_missing_average_begins_at_the_weights(config: DictConfig, tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""The step of accumulated batches where an epoch ends before all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from ldm.callbacks.accumulation import MeanOfBatches
+from ldm.optim import InBackward
+
+BATCHES = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
+
+
+class Linear(LightningModule):
+    """Loss w * x, so that the gradient of a step is the mean of its batches."""
+
+    def __init__(self, in_backward: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.in_backward = in_backward
+
+    def training_step(self, batch, batch_idx):
+        return (self.weight * batch).mean()
+
+    def configure_optimizers(self):
+        if self.in_backward:
+            return InBackward([self.weight], lr=1.0, optimizer={"target": "torch.optim.SGD"})
+        return torch.optim.SGD([self.weight], lr=1.0)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(BATCHES)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("data", [BATCHES, Stream()], ids=["listed", "streamed"])
+@pytest.mark.parametrize(
+    ("accumulate", "means"),
+    [(1, [1, 2, 4, 8, 16]), (2, [1.5, 6, 16]), (3, [7 / 3, 12]), (16, [6.2])],
+)
+def test_mean_of_batches_is_over_the_batches_that_there_are(tmp_path, in_backward, data, accumulate, means) -> None:
+    model = Linear(in_backward)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[MeanOfBatches()],
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(data, batch_size=None))
+    assert model.weight.item() == pytest.approx(-sum(means), rel=1e-6)
+    assert trainer.global_step == len(means)
