@@ -19,6 +19,7 @@ from tests.training_runs import assert_same_training, fixture_one_thread, fixtur
     [
         (signal.SIGINT, 0, ""),
         (signal.SIGTERM, 143, ""),
+        (signal.SIGHUP, 129, ""),
         (signal.SIGINT, 0, "--accumulate_grad_batches 2"),
     ],
 )

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
@@ -14,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 from ldm.cli.options import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
+from ldm.files import claim_file
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,10 +31,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def next_number(folder: Path, pattern: str) -> int:
-    """One more than the highest number among the files of `folder` that match, so that none is overwritten."""
-    numbers = [path.stem.split("-")[-1] for path in folder.glob(pattern)]
-    return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
+def numbered(folder: Path, before: str, digits: int) -> Iterator[Path]:
+    """Yield names for a PNG, from one more than the highest number among those that are there."""
+    numbers = [path.stem.removeprefix(before) for path in folder.glob(f"{before}*.png")]
+    first = max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
+    return (folder / f"{before}{number:0{digits}d}.png" for number in itertools.count(first))
+
+
+def save_numbered(save: Callable[[Path], None], names: Iterable[Path]) -> Path:
+    """Save to the first of `names` that no other process has claimed; leaves nothing if it fails."""
+    path = claim_file(names)
+    try:
+        save(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def main() -> None:
@@ -50,21 +66,19 @@ def main() -> None:
     model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
     shape = latent_shape(model, options.H, options.W)
     requests = [Request(prompt, options.seed + index) for prompt in prompts for index in range(options.n)]
-    number = next_number(options.out, "[0-9]*.png")
+    names = numbered(options.out, "", 5)
     pictures = []
     settings = {key: getattr(options, key) for key in SETTINGS}
     drawn = text_to_image(model, requests, shape, **settings, batch_size=options.batch_size)
-    for offset, (request, picture) in enumerate(zip(requests, drawn, strict=True)):
+    for request, picture in zip(requests, drawn, strict=True):
         pictures.append(picture)
-        path = options.out / f"{number + offset:05d}.png"
         metadata = {**request._asdict(), **settings, "ckpt": str(options.ckpt), "precision": options.precision}
-        save_png(to_images(picture[None])[0], path, {"parameters": json.dumps(metadata)})
+        image, about = to_images(picture[None])[0], {"parameters": json.dumps(metadata)}
+        path = save_numbered(partial(save_png, image, metadata=about), names)
         logger.info("%s  seed %d  %s", path, request.seed, request.prompt)
-    grid = options.out / f"grid-{next_number(options.out, 'grid-*.png'):04d}.png"
-    columns = options.n if options.n > 1 else None
-    save_png(
-        image_grid(torch.stack(pictures), columns), grid, {"parameters": json.dumps({"prompts": prompts, **settings})}
-    )
+    image = image_grid(torch.stack(pictures), options.n if options.n > 1 else None)
+    about = {"parameters": json.dumps({"prompts": prompts, **settings})}
+    grid = save_numbered(partial(save_png, image, metadata=about), numbered(options.out, "grid-", 4))
     logger.info("%s  all %d", grid, len(pictures))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from ldm.distributed.ranks import Ranks
 from ldm.encoding.encoder import Encoder
 from ldm.encoding.jobs import Record, plan_shards, take_up, wait_for_records, write_record
 from ldm.encoding.pipeline import encode_shards
-from ldm.encoding.shard_set import RESUMABLE, begin, check_out, finish, goes_on, stop, wait_for_begin
-from ldm.images.buckets import bucket_sizes
+from ldm.encoding.shard_set import RESUMABLE, begin, check_out, finish, goes_on, locked_set, stop, wait_for_begin
+from ldm.images.buckets import Size, bucket_sizes
 from ldm.images.find import ImageItem, digest_images
 from ldm.util import UserError
 
@@ -148,6 +149,23 @@ def preencode(
         **encoder.digests,
         "pictures": digest_images(items),
     }
+    with locked_set(out) if ranks.rank == 0 else nullcontext():  # for the others too
+        return _make(encoder, items, out, shards, sizes, batch_size, settings, workers, overwrite, ranks, made_from)
+
+
+def _make(
+    encoder: Encoder,
+    items: Sequence[ImageItem],
+    out: str,
+    shards: Sequence[tuple[Path, range]],
+    sizes: Sequence[Size],
+    batch_size: int,
+    settings: Mapping[str, Any],
+    workers: int,
+    overwrite: bool,
+    ranks: Ranks,
+    made_from: Mapping[str, Any],
+) -> Report:
     null = encoder.captions([""])[0]
     making = _open_set(out, made_from, overwrite, ranks)
     if making is None:
@@ -156,7 +174,9 @@ def preencode(
     making.take_up(mine)
     missing = [(path, numbers) for path, numbers in ranks.share(shards) if path not in making.records]
     try:
-        encode_shards(encoder, items, missing, sizes, batch_size, flip, workers, making.prepare, making.keep)
+        encode_shards(
+            encoder, items, missing, sizes, batch_size, settings["flip"], workers, making.prepare, making.keep
+        )
         if ranks.rank > 0:
             return Report.of(making.records[path] for path in mine)
         others = [path for path, _ in shards if path not in making.records]

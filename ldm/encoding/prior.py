@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ldm.data.dropout import CaptionDropout
 from ldm.encoding.encoder import Encoder
 from ldm.encoding.read import sample_key
-from ldm.encoding.shard_set import Sample, check_out, finish, write_samples
+from ldm.encoding.shard_set import Sample, check_out, finish, locked_set, write_samples
 from ldm.encoding.teacher import Teacher
 from ldm.models.diffusion.text_to_image import Request, draw_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -161,7 +161,8 @@ def make_prior(
                 yield [(sample.key, sample.members()) for sample in batch]
                 bar.update(len(batch))
 
-    shards = write_samples(out, samples(), shard_size)
-    about |= {"scale_factor": float(encoder.model.scale_factor), "parameterization": encoder.model.parameterization}
-    finish(out, null, shards, samples=count, **encoder.digests, **about)
+    with locked_set(out):
+        shards = write_samples(out, samples(), shard_size)
+        about |= {"scale_factor": float(encoder.model.scale_factor), "parameterization": encoder.model.parameterization}
+        finish(out, null, shards, samples=count, **encoder.digests, **about)
     return shards

@@ -42,12 +42,11 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
     if trainer.strategy.root_device.type == "cpu" or isinstance(trainer.strategy, HostStateStrategy):
         keep_freed_memory()
     log.info("Run folder: %s", run.folder)
-    is_new = not run.folder.exists()
     try:
         with _one_line_errors(run.folder):
             trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
     except (UserError, SystemExit):
-        if is_new and trainer.is_global_zero and trainer.global_step == 0:
+        if trainer.is_global_zero and not run.configs.is_dir():  # which its first step makes
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
         raise
     except TrainingStopped as stop:

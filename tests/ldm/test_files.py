@@ -6,13 +6,15 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm.checkpoint import save_checkpoint
-from ldm.files import atomic_write, read_at_most
+from ldm.files import atomic_write, claim_file, read_at_most
+from ldm.locks import process_namespace, process_start
 from ldm.util import UserError
 
 
@@ -55,10 +57,15 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     others = {
         f".la[s]t.{host}.{os.getppid()}.ab.tmp.ckpt",  # of a process that runs
         ".la[s]t.another.machine.999999999.ab.tmp.ckpt",  # whose processes nobody here can ask for
-        f".last.{host}.999999999.ab.tmp.ckpt",  # of another file
+        f".last.{host}.999999999-1-{process_namespace() + 1:x}.ab.tmp.ckpt",  # of another container
+        f".last.{host}.{os.getpid()}-{process_start(os.getpid()):x}-{process_namespace():x}.ab.tmp.ckpt",
         ".la[s]t.x.tmp.ckpt",  # none of ours
     }
-    for name in others:
+    gone = {
+        f".last.{host}.999999999.ab.tmp.ckpt",  # of another file
+        f".last.{host}.{os.getpid()}-1-{process_namespace():x}.ab.tmp.ckpt",  # an older process had this one's number
+    }
+    for name in others | gone:
         (tmp_path / name).touch()
     with atomic_write(path) as temporary:
         temporary.touch()
@@ -97,3 +104,10 @@ def test_no_more_is_read_than_asked_for(tmp_path):
         file.truncate(1 << 40)  # a hole, which takes no place on the disk
     with pytest.raises(UserError, match=r"a: has 1099511627776 bytes, more than the 5 "):
         read_at_most(path, 5)
+
+
+def test_claim_file_gives_each_a_name_of_its_own(tmp_path):
+    names = [tmp_path / f"{number}.png" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: claim_file(names), range(40)))
+    assert sorted(claimed) == sorted(names)
