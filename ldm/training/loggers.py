@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import CSVLogger, Logger
 
+from ldm.callbacks.tolerance import tolerant
 from ldm.config.load import plain
 from ldm.training.described import MOVED, instantiate_described
 from ldm.training.run import Run
@@ -30,4 +31,4 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
         logger = instantiate_described({**described, "params": params}, "lightning.logger")
     except ModuleNotFoundError as error:
         raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
-    return [logger, CSVLogger(str(run.folder), name="csv")]
+    return [tolerant(logger), tolerant(CSVLogger(str(run.folder), name="csv"))]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.callbacks.image_logger import ImageLogger
+from ldm.callbacks.image_logger import ImageLogger, remove_old_images
 
 
 class Model(nn.Module):
@@ -135,3 +135,16 @@ def test_a_gpu_too_small_for_pictures_goes_on_training(tmp_path, caplog):
         logger.on_train_batch_end(trainer(tmp_path, step), model, None, {}, 0)
     assert "No pictures at step 1: CUDA out of memory; training goes on" in caplog.text
     assert model.trained.training and len(list(tmp_path.rglob("*.png"))) == 1
+
+
+def test_remove_old_images_keeps_the_first_and_the_newest_and_what_is_not_its_own(tmp_path):
+    for step in range(8):
+        for key in ("samples", "inputs"):
+            (tmp_path / f"{key}_gs-{step:06}_e-000000_b-000000.png").touch()
+    (tmp_path / "mine.png").touch()
+    remove_old_images(tmp_path, first=2, newest=3)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {name.removeprefix("samples_gs-") for name in left if name.startswith("samples_gs-")} == {
+        f"{step:06}_e-000000_b-000000.png" for step in (0, 1, 5, 6, 7)
+    }
+    assert "mine.png" in left and len(left) == 11

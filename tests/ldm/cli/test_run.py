@@ -46,7 +46,8 @@ def raises(error: BaseException):
         ),
         (
             RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
-            "error: DataLoader worker (pid(s) 7) exited unexpectedly: was it killed for want of memory? use fewer workers",
+            "error: DataLoader worker (pid(s) 7) exited unexpectedly: "
+            "was it killed for want of memory? use fewer workers",
         ),
         (
             UnicodeEncodeError("ascii", "K\xe4se.png", 1, 2, "ordinal not in range(128)"),
