@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from ldm.callbacks.rng import aside
-from ldm.callbacks.tolerance import Tolerance
+from ldm.callbacks.tolerance import Tolerance, write_tolerantly
 from ldm.distributed.dtensor import is_sharded
 from ldm.images.grid import image_grid, save_png
 from ldm.util import UserError, check_at_least_one, check_params
@@ -210,9 +210,6 @@ def remove_old_images(folder: Path, first: int, newest: int) -> None:
 
 def _log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:
     if isinstance(logger, TensorBoardLogger):
-        add = (
-            _add_image if not isinstance(logger.log_metrics, partial) else partial(logger.log_metrics.func, _add_image)
-        )
-        add(logger, tag, grid, step)
+        write_tolerantly(logger, _add_image, logger, tag, grid, step)
     elif hasattr(logger, "log_image"):  # W&B and the like
         logger.log_image(key=tag, images=[grid], step=step)

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from ldm.util import UserError
 from tests.golden_data import fill_seeded, seeded_tensor
 from tests.test_several_processes import Runs
 from tests.training_runs import (  # noqa: F401
-from tests.waiting import collect, join, wait_for
     CONFIG,
     assert_equal,
     assert_same_training,
@@ -36,6 +34,7 @@ from tests.waiting import collect, join, wait_for
     state,
     the_run,
 )
+from tests.waiting import collect, join, wait_for
 
 ALONE = "model.params.use_ema=False"
 SHARDED = f"--strategy fsdp {ALONE}"
