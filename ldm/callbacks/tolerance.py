@@ -50,10 +50,17 @@ class Tolerance:
         self._failed = False
 
 
+class _Nowhere:
+    """Takes any call and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
 class TolerantLogger:
     """The writing methods of a Lightning logger, with errors turned into warnings.
 
-    A logger keeps its class: `tolerant` replaces methods of the one instance.
+    A logger stays an instance of its class: `tolerant` replaces methods of the one instance.
     """
 
     def __init__(self, logger: Logger) -> None:
@@ -73,9 +80,22 @@ class TolerantLogger:
             self._put_back(before)
             self.tolerance.fail(error)
             return None
-        if write.__name__ in ("save", "log_image"):
+        if write.__name__ in ("save", "log_image") and time.monotonic() >= self._next_try:
             self.tolerance.succeed()
         return result
+
+    def experiment(self, create: Callable[[Logger], Any]) -> Any:
+        """Return what `create` makes of the logger, or something that takes all writes where that fails."""
+        if time.monotonic() >= self._next_try:
+            try:
+                return create(self.logger)
+            except UserError:
+                raise
+            except Exception as error:
+                self.logger._experiment = None
+                self._next_try = time.monotonic() + _SECONDS_BETWEEN_TRIES
+                self.tolerance.fail(error)
+        return _Nowhere()
 
     def _put_back(self, before: tuple[Path, bytes, list[str]] | None) -> None:
         """Mend the logger after a failed write: no line of a CSV file half written, no dead TensorBoard thread."""
@@ -105,7 +125,11 @@ def _csv_content(logger: Logger) -> tuple[Path, bytes, list[str]] | None:
 
 def tolerant(logger: Logger) -> Logger:
     """Let no error of `logger` end the training; returns it."""
-    guard = TolerantLogger(logger)
+    guard, kind = TolerantLogger(logger), type(logger)
+    create = getattr(kind, "experiment", None)
+    if isinstance(create, property):  # Lightning reads it before the first step
+        experiment = property(lambda self: guard.experiment(create.fget))
+        logger.__class__ = type(kind.__name__, (kind,), {"experiment": experiment})
     for name in _WRITES:
         method = getattr(logger, name, None)
         if method is not None:
