@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ class ImageLogger(Callback):
                 if not isinstance(logger, TensorBoardLogger) or self._has_room(logger):
                     _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
         if self.keep_last is not None:
-            with self._images():
+            with suppress(OSError):
                 remove_old_images(folder, _KEEP_FIRST, self.keep_last)
 
     def _has_room(self, logger: TensorBoardLogger) -> bool:
