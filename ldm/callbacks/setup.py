@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from ldm.callbacks.tolerance import Tolerance
 from ldm.files import atomic_write
 
 
@@ -35,17 +36,19 @@ class SetupCallback(Callback):
         self.config = config
         self.lightning_config = lightning_config
         self._saved = False
+        self._tolerance = Tolerance(f"The config in {self.cfgdir}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._saved or not trainer.is_global_zero:
             return
-        self._saved = True
-        for folder in (self.logdir, self.ckptdir, self.cfgdir):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._save("project", self.config)
-        self._save("lightning", OmegaConf.create({"lightning": self.lightning_config}))
+        with self._tolerance():  # else it is tried again after the next batch
+            for folder in (self.logdir, self.ckptdir, self.cfgdir):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._save("project", self.config)
+            self._save("lightning", OmegaConf.create({"lightning": self.lightning_config}))
+            self._saved = True
 
     def _save(self, name: str, config: DictConfig) -> None:
         with atomic_write(self.cfgdir / f"{self.now}-{name}.yaml") as path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from ldm.distributed.ranks import Ranks
 from ldm.encoding.jobs import Record, take_up, wait_for_records, write_record
-from ldm.encoding.shard_set import RESUMABLE, begin, check_out, finish, goes_on, stop, wait_for_begin
+from ldm.encoding.shard_set import RESUMABLE, begin, check_out, finish, goes_on, locked_set, stop, wait_for_begin
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,20 @@ def make_set(
         UserError: shards are there already, or an unfinished set of something else.
     """
     ranks, made_from = ranks or Ranks(), {"out": Path(out).name, **made_from}
+    with locked_set(out) if ranks.rank == 0 else nullcontext():  # the first process holds it for the others
+        return _make_set(out, made_from, jobs, nulls, write, describe, overwrite, ranks)
+
+
+def _make_set(
+    out: str,
+    made_from: Mapping[str, Any],
+    jobs: Sequence[Job],
+    nulls: Mapping[str, np.ndarray],
+    write: Callable[[Sequence[Job], Making], None],
+    describe: Callable[[Sequence[Record]], Mapping[str, Any]],
+    overwrite: bool,
+    ranks: Ranks,
+) -> list[Record]:
     making = _open(out, made_from, overwrite, ranks)
     if making is None:
         return []

@@ -9,12 +9,14 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.files import atomic_write
+from ldm.locks import locked
 from ldm.shards import npy
 from ldm.shards.index import FORMAT_VERSION, INDEX, read_index, write_index
 from ldm.shards.sample import TEXT_ENCODINGS, null_path
@@ -45,6 +47,15 @@ def check_out(out: str, overwrite: bool) -> None:
         raise UserError(f"{folder / INDEX}: another set is in this folder, whose index would be lost: take another")
     if there and not overwrite and not unfinished:
         raise UserError(f"{there[0]} exists; take another folder, or give --overwrite to replace {len(there)} shards")
+
+
+def locked_set(out: str) -> AbstractContextManager[None]:
+    """Hold the lock on the folder of `out`: two sets in the making would mix there.
+
+    Raises:
+        UserError: another process makes a set there.
+    """
+    return locked(Path(out).parent / ".lock", f"--out {out}")
 
 
 def goes_on(out: str, made_from: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm.files import open_file, read_span
 from ldm.shards import npy
+from ldm.shards.identity import Identity, check_identity, identity_of, with_retries
 from ldm.shards.sample import CAPTION, CONTEXT, LATENT, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, nearest
@@ -99,13 +100,16 @@ class ShardDataset(Dataset):
         self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.sample_keys: list[str] = []
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {key: {} for key in self.keys}  # shape -> type, as found
+        self._identities: list[Identity] = []  # of each path
         shards, spans, groups = [], [], []
         for number, path in enumerate(self.paths):
             samples = index_tar(path)
+            self._identities.append((0, 0, 0))
             if not samples:
                 logger.warning("%s holds no samples", path)
                 continue
             with open_file(path) as file:
+                self._identities[number] = identity_of(file.fileno())
                 for sample in samples:
                     self.sample_keys.append(sample.key)
                     shards.append(number)
@@ -144,11 +148,15 @@ class ShardDataset(Dataset):
         return len(self.sample_keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[self._shards[index]]
+        number = int(self._shards[index])
+        return with_retries(lambda: self._read(index, self.paths[number], self._identities[number]), self.paths[number])
+
+    def _read(self, index: int, path: Path, identity: Identity) -> dict[str, Any]:
         sample: dict[str, Any] = {"__key__": self.sample_keys[index]}
         # Opened for each sample: a set may have more shards than a process may hold open, and an open costs 10 us.
         descriptor = os.open(path, os.O_RDONLY)
         try:
+            check_identity(descriptor, path, identity)
             for key, (offset, size) in zip(self.keys, self._spans[index].tolist(), strict=True):
                 name = f"{path}: {sample['__key__']}.{member_extension(key)}"
                 if size < 0:

@@ -42,7 +42,6 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
     if trainer.strategy.root_device.type == "cpu" or isinstance(trainer.strategy, HostStateStrategy):
         keep_freed_memory()
     log.info("Run folder: %s", run.folder)
-    is_new = not run.folder.exists()
     try:
         with _one_line_errors(run.folder):
             try:
@@ -53,7 +52,7 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise UserError(f"{run.resume}: its state cannot be taken up ({reason}); is it damaged?") from error
     except (UserError, SystemExit):
-        if is_new and trainer.is_global_zero and trainer.global_step == 0:
+        if trainer.is_global_zero and not run.configs.is_dir():  # which its first step makes
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
         raise
     except TrainingStopped as stop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import CSVLogger, Logger
 
+from ldm.callbacks.tolerance import tolerant
 from ldm.config.load import plain
 from ldm.training.described import MOVED, check_logger, check_logger_places, instantiate_described
 from ldm.training.run import Run
@@ -40,7 +41,7 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
     except ModuleNotFoundError as error:
         raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
     check_logger(logger, run.folder, "lightning.logger")
-    return [logger, CSVLogger(str(run.folder), name="csv")]
+    return [tolerant(logger), tolerant(CSVLogger(str(run.folder), name="csv"))]
 
 
 def logs_anything(config: DictConfig) -> bool:

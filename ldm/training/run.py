@@ -5,16 +5,22 @@ Imports torch only where a launcher started several processes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from ldm.distributed.collectives import said_by_first
-from ldm.distributed.ranks import launched
-from ldm.files import check_within
+from ldm.distributed.ranks import is_first_process, launched
+from ldm.files import check_within, remove_leftovers
+from ldm.locks import locked, make_folders, remove_empty
 from ldm.training.arguments import Arguments
 from ldm.util import UserError
 
@@ -23,6 +29,7 @@ _SHARED_FOLDER = "LDM_RUN_FOLDER"
 LAST = "last.ckpt"
 _FORMAT = "%Y-%m-%dT%H-%M-%S"
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d")
+LOCK = ".lock"  # in the folder of a run, as long as a process trains there
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Run:
     folder: Path
     started: str  # prefix of the config files, so that they sort by time
     resume: Path | None
+    made: tuple[Path, ...] = ()  # folders that this start made for it, innermost first
 
     @property
     def checkpoints(self) -> Path:
@@ -48,7 +56,9 @@ class Run:
 
 
 def plan_run(arguments: Arguments) -> Run:
-    """The run that `arguments` ask for: the folder of `--resume`, or a new one. Nothing is written yet.
+    """Return the run that `arguments` ask for: in the folder of `--resume`, or in a new one.
+
+    A new folder is made at once, so that no other run takes its name.
 
     Raises:
         UserError: what `--resume` names does not exist, or needs a config that is not given; a link in the run folder
@@ -65,7 +75,8 @@ def plan_run(arguments: Arguments) -> Run:
         return Run(resume.parent.parent, _after_saved_configs(resume.parent.parent / "configs", started), resume)
     if not arguments.base:
         raise UserError(f"{resume} lies in no run folder, so its config is unknown: give it with --base")
-    return Run(_new_folder(arguments, started), started, resume)
+    folder, made = _new_folder(arguments, started)
+    return Run(folder, started, resume, made)
 
 
 def _after_saved_configs(configs: Path, started: str) -> str:
@@ -116,22 +127,58 @@ def _check_part(option: str, text: str) -> None:
         raise UserError(f"{option} {text!r}: becomes a part of the run folder's name; leave out slashes and the like")
 
 
-def _new_folder(arguments: Arguments, started: str) -> Path:
+def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, ...]]:
+    """The folder of a new run, and the folders that were made for it, innermost first."""
     if "LOCAL_RANK" in os.environ and _SHARED_FOLDER in os.environ:
-        return Path(os.environ[_SHARED_FOLDER])
+        return Path(os.environ[_SHARED_FOLDER]), ()
     parts = [started, arguments.name or Path(arguments.base[0]).stem]
     if arguments.name:
         _check_part("--name", arguments.name)
     if arguments.postfix:
         _check_part("--postfix", arguments.postfix)
         parts.append(arguments.postfix.lstrip("_"))
-    folder = first = arguments.logdir / "_".join(parts)
-    number = 2
-    while folder.exists():  # two runs started in one second
-        folder = first.with_name(f"{first.name}-{number}")
-        number += 1
+    folder, made = arguments.logdir / "_".join(parts), ()
     launch = launched()
+    if is_first_process():
+        folder, made = _claim_folder(folder)
     if launch and launch.processes * launch.machines > 1:  # whose clocks may differ, or seconds pass between them
         folder = Path(said_by_first(str(folder), launch))
     os.environ[_SHARED_FOLDER] = str(folder)
-    return folder
+    return folder, made
+
+
+def _claim_folder(first: Path) -> tuple[Path, tuple[Path, ...]]:
+    """Make `first`, or with a number behind it the first that does not exist: runs of one second get one each."""
+    outer = make_folders(first.parent)
+    for number in itertools.count(1):
+        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder, (folder, *outer)
+    raise AssertionError("endless")
+
+
+@contextmanager
+def hold_run(run: Run) -> Iterator[None]:
+    """Keep other processes from writing to the run's folder, and remove a new one that never got to its first step.
+
+    What killed processes left half written in the folder is removed. The first process of a job does this for all.
+
+    Raises:
+        UserError: another process trains in the folder.
+    """
+    if not is_first_process():
+        yield
+        return
+    try:
+        with locked(run.folder / LOCK, str(run.folder)):
+            for folder, _, _ in os.walk(run.folder):
+                remove_leftovers(Path(folder))
+            yield
+    finally:
+        if run.made and not run.configs.exists() and not any(run.checkpoints.glob("*")):
+            if sys.exc_info()[0] is not None:
+                shutil.rmtree(run.folder, ignore_errors=True)
+            remove_empty(list(run.made))

@@ -24,6 +24,7 @@ from ldm.release.load import load_release
 from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
 from ldm.util import instantiate_from_config
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/preencode.py"
@@ -128,7 +129,7 @@ def test_two_processes_make_what_one_makes(here, release, images, tmp_path):
     ranks = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)]
     environments = [{**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **rank} for rank in ranks]
     processes = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
-    said = [process.communicate(timeout=200)[0] for process in processes]
+    said = [process.communicate(timeout=LIMIT)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert here(*common, "--out", tmp_path / "one" / "s-%d.tar") is None
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))

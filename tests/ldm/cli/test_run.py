@@ -6,6 +6,8 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from ldm.cli.paths import newest_checkpoint
-from ldm.cli.run import HelpFormatter, Lines, PrintableFormatter, run
+from ldm.cli.run import NO_MEMORY, HelpFormatter, Lines, PrintableFormatter, run
 from ldm.util import UserError
+from tests.conftest import ROOT
 
 
 def raises(error: BaseException):
@@ -36,6 +39,22 @@ def raises(error: BaseException):
             "error: CUDA out of memory; take fewer at a time, where there is a --batch-size",
         ),
         (KeyboardInterrupt(), 130),
+        (MemoryError(), f"error: {NO_MEMORY}"),
+        (OSError(12, "Cannot allocate memory"), f"error: {NO_MEMORY}"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9"),
+            f"error: {NO_MEMORY}",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            "error: DataLoader worker (pid(s) 7) exited unexpectedly: "
+            "was it killed for want of memory? use fewer workers",
+        ),
+        (
+            UnicodeEncodeError("ascii", "K\xe4se.png", 1, 2, "ordinal not in range(128)"),
+            "error: 'K\\xe4se.png' does not fit the encoding ascii of this locale; "
+            "set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8",
+        ),
     ],
 )
 def test_errors_of_users_are_one_line(error: BaseException, code: object) -> None:
@@ -76,19 +95,20 @@ def test_an_error_begins_a_line_after_a_bar(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.endswith("\n")
 
 
-def test_sigterm_cleans_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_clean_up(tmp_path: Path, number: int, code: int) -> None:
     def main() -> None:
         try:
             (tmp_path / "half.tmp").touch()
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         finally:
             (tmp_path / "half.tmp").unlink()
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end:
         run(main)
-    assert end.value.code == 143 and not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert end.value.code == code and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is before
 
 
 def test_newest_checkpoint(tmp_path: Path) -> None:
@@ -136,3 +156,16 @@ def test_errors_of_the_system_are_printable() -> None:
     with pytest.raises(SystemExit) as end:
         run(raises(FileNotFoundError(2, "No such file or directory", "a\n\x1bb.ckpt")))
     assert end.value.code == r"error: a\n\x1bb.ckpt: No such file or directory"
+
+
+def test_a_legacy_locale_prints_any_name(tmp_path: Path) -> None:
+    code = (
+        "import logging; from ldm.cli.run import run; from ldm.util import UserError\n"
+        "def main():\n"
+        "    logging.info('K\\xe4se \\u732b'); open('K\\xe4se.png')\n"
+        "run(main)"
+    )
+    legacy = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=legacy)
+    assert done.stdout == "K\\xe4se \\u732b\n"
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

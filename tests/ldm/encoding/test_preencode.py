@@ -24,6 +24,7 @@ from ldm.shards.tar import index_tar
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 from tests.ldm.encoding.toy_encoder import Model, image, run
+from tests.waiting import LIMIT
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_a_batch_is_written_while_the_next_is_encoded(images, tmp_path, monkeypa
             return super().get_learned_conditioning(texts)
 
     def waiting(self, *sample):
-        overlapped.append(second.wait(20))
+        overlapped.append(second.wait(LIMIT))
         write(self, *sample)
 
     monkeypatch.setattr(Shard, "write", waiting)

@@ -17,6 +17,7 @@ from ldm.shards.index import INDEX, read_index
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 from tests.ldm.encoding.toy_encoder import Model, image, run
+from tests.waiting import join
 
 OPTIONS = {"shard_size": 4, "batch_size": 2, "flip": True}  # 11 images in 6 shards
 
@@ -86,7 +87,7 @@ def killed(owner, name, count, images, out):
 def test_the_same_command_goes_on_after_a_kill(images, whole, tmp_path, owner, name, count, finished):
     out = tmp_path / "out" / "s-%d.tar"
     process = in_a_process(killed, owner, name, count, images, out)
-    process.join(60)
+    join(process)
     assert process.exitcode == -signal.SIGKILL
     assert not read_index(out.parent)["complete"]
     assert len(list((out.parent / ".parts").glob("*"))) == finished
@@ -105,7 +106,7 @@ def contents_without_leftovers(folder):
 def unfinished(images, tmp_path):
     """The pattern of a set of which four shards are there."""
     out = tmp_path / "out" / "s-%d.tar"
-    in_a_process(killed, module, "write_record", 5, images, out).join(60)
+    join(in_a_process(killed, module, "write_record", 5, images, out))
     return out
 
 
@@ -157,9 +158,7 @@ def test_several_processes_make_the_same_set(images, whole, tmp_path, world):
     out = tmp_path / "out" / "s-%d.tar"
     others = [in_a_process(one_of, rank, world, images, out) for rank in range(1, world)]
     report, model = run(images, out, **OPTIONS, ranks=Ranks(0, world))
-    for process in others:
-        process.join(60)
-        assert process.exitcode == 0
+    assert join(*others) == [0] * len(others)
     assert contents(out.parent) == whole
     assert report.samples == 16 and sum(model.first_stage_model.calls) < 16  # rank 0 encoded its share alone
 
@@ -173,10 +172,10 @@ def test_a_process_that_was_killed_is_waited_for(images, whole, tmp_path):
         one_of(1, 2, images, out)
 
     second = in_a_process(dies)
-    second.join(60)
+    join(second)
     assert second.exitcode == -signal.SIGKILL and not read_index(out.parent)["complete"]
     one_of(1, 2, images, out)  # started again
-    first.join(60)
+    join(first)
     assert first.exitcode == 0
     assert contents_without_leftovers(out.parent) == whole
     report, model = run(images, out, **OPTIONS, ranks=Ranks(1, 2))  # started after all was done

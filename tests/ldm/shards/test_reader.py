@@ -75,7 +75,7 @@ def test_a_shard_cut_after_it_was_indexed_is_an_error(shard_set):
     paths = expand_urls(shard_set)
     dataset = ShardDataset(paths)
     os.truncate(paths[1], 1000)
-    with pytest.raises(UserError, match="ends early"):
+    with pytest.raises(UserError, match="was replaced or changed"):
         dataset[9]
 
 

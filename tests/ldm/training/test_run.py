@@ -1,9 +1,11 @@
 """Where a run lives, and what --resume may name."""
 
+import os
+
 import pytest
 
 from ldm.training.arguments import parse_arguments
-from ldm.training.run import plan_run
+from ldm.training.run import LOCK, hold_run, plan_run
 from ldm.util import UserError
 
 
@@ -47,14 +49,11 @@ def test_a_new_run_is_named_by_time_and_config(line, name):
 
 def test_two_runs_in_a_second_get_two_folders(monkeypatch):
     monkeypatch.setattr("time.strftime", lambda _: "now")
-    first = plan("-b a.yaml")
-    first.folder.mkdir(parents=True)
-    assert plan("-b a.yaml").folder.name == "now_a-2"
+    assert [plan("-b a.yaml").folder.name for _ in range(3)] == ["now_a", "now_a-2", "now_a-3"]
 
 
 def test_the_processes_of_one_run_share_its_folder(monkeypatch):
     first = plan("-b a.yaml")
-    first.folder.mkdir(parents=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert plan("-b a.yaml").folder == first.folder
 
@@ -116,3 +115,34 @@ def test_plan_run_refuses_a_link_that_leads_out_of_the_run(old_run, tmp_path):
 def test_a_run_folder_may_itself_be_a_link(old_run, tmp_path):
     (tmp_path / "mine").symlink_to(old_run)
     assert plan("--resume mine").resume is not None
+
+
+def test_hold_run_leaves_nothing_of_a_run_that_fails_before_its_first_step(tmp_path):
+    run = plan("-b a.yaml")
+    with pytest.raises(UserError), hold_run(run):
+        (run.folder / "csv").mkdir()
+        raise UserError("no data")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hold_run_keeps_what_was_there(old_run):
+    with pytest.raises(UserError), hold_run(plan("--resume logs/old")):
+        raise UserError("no data")
+    assert (old_run / "checkpoints" / "last.ckpt").is_file() and not (old_run / LOCK).exists()
+
+
+def test_hold_run_refuses_a_second_process_and_removes_what_killed_ones_left(old_run):
+    host = os.uname().nodename
+    left = old_run / "images" / "train" / f".a.{host}.999999999.ab.tmp.png"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with hold_run(plan("--resume logs/old")):
+        assert not left.exists()
+        with (
+            pytest.raises(UserError, match=rf"logs/old: process {os.getpid()} on '{host}' is writing it"),
+            hold_run(plan("--resume logs/old")),
+        ):
+            pass
+        assert (old_run / LOCK).exists()
+    with hold_run(plan("--resume logs/old")):
+        pass
