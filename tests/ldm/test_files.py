@@ -19,7 +19,7 @@ from ldm.config.load import load_config
 from ldm.data.dropout import load_null
 from ldm.encoding.jobs import read_record
 from ldm.files import atomic_write, check_file, check_within, claim_file, is_within, open_file, read_at_most
-from ldm.images.captions import METADATA, beside, from_metadata
+from ldm.images.captions import METADATA, from_metadata, read_caption
 from ldm.images.find import ImageItem
 from ldm.locks import process_namespace, process_start
 from ldm.shards.index import INDEX, read_index
@@ -155,7 +155,7 @@ READERS = {
     "open_shards": open_shards,
     "file_sha256": file_sha256,
     "read_index": lambda path: read_index(_renamed(path, INDEX).parent),
-    "from_metadata": lambda path: from_metadata(_renamed(path, METADATA).parent),
+    "from_metadata": lambda path: from_metadata(_renamed(path, METADATA)),
     "ImageItem": lambda path: ImageItem("a.png", path).read(),
     "ImageItem in a tar": lambda path: ImageItem("a.png", path, (0, 10)).read(),
     "load_config": lambda path: load_config([path]),
@@ -204,7 +204,7 @@ def test_open_file_follows_links_and_leaves_errors_of_the_system(tmp_path):
 def test_captions_that_are_no_files_are_errors_of_their_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     os.mkfifo(tmp_path / "a.txt")
-    caption, error = beside(tmp_path / "a.png")
+    caption, error = read_caption(tmp_path / "a.txt")
     assert caption is None and "a named pipe" in error
 
 
