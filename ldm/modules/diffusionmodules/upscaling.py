@@ -53,7 +53,7 @@ class LowScaleModel(GaussianDiffusion, KeepsTypes, nn.Module):
         schedule = {**_SCHEDULE, **noise_schedule_config}
         steps = schedule.pop("timesteps")
         if not 1 <= max_noise_level <= steps:
-            raise UserError(f"max_noise_level {max_noise_level}: give a number from 1 to timesteps ({steps})")
+            raise UserError(f"max_noise_level {max_noise_level}: give 1 to timesteps ({steps})")
         betas = make_beta_schedule(schedule.pop("beta_schedule"), steps, **schedule)
         buffers = diffusion_buffers(betas)
         for name in _BUFFERS:

@@ -153,7 +153,7 @@ class WordPieces:
             raise UserError(f"vocab {path}: cannot be read as text ({error})") from error
         ids = {piece: number for number, piece in enumerate(pieces)}
         if not all(piece in ids for piece in _SPECIAL):
-            raise UserError(f"vocab {path}: not a vocabulary of BERT; it lacks one of {', '.join(_SPECIAL)}")
+            raise UserError(f"vocab {path}: no vocabulary of BERT; it lacks one of {', '.join(_SPECIAL)}")
         self.path = path
         self._backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
         self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)

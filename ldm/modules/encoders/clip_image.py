@@ -210,7 +210,7 @@ class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
         if arch not in _ARCHS:
             raise UserError(f"arch {arch!r} is unknown{nearest(arch, set(_ARCHS))}")
         if layer != "pooled":
-            raise UserError(f"layer {layer!r}: an image tower has only 'pooled'; set it")
+            raise UserError(f"layer {layer!r}: an image tower gives 'pooled' alone")
         self.ucg_rate = ucg_rate
         self.model = OpenClipText(**text_config_of(arch, version, None))
         del self.model.transformer
