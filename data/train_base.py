@@ -3,7 +3,7 @@
 
     python data/train_base.py --folder logs/base --out data/base/emoji.safetensors
 
-Training takes an hour and a half on one core with AMX, and hours elsewhere. To continue after a stop, run the same
+Training takes an hour and a half on one core with AMX, and several hours elsewhere. To continue after a stop, run the same
 command again.
 """
 
