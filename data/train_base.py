@@ -3,8 +3,8 @@
 
     python data/train_base.py --folder logs/base --out data/base/emoji.safetensors
 
-Training takes an hour and a half on one core with AMX, and several hours elsewhere. To continue after a stop, run the same
-command again.
+Training takes an hour and a half on one core with AMX, and several hours elsewhere. To continue after a stop, run the
+same command again.
 """
 
 from __future__ import annotations
