@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Does a model know the pictures that it was trained on? Samples captions and looks for the nearest picture.
+"""Recall of the training images: sample their captions and find the nearest training image of each sample.
 
-A sample is right if, of all pictures of the set, the one with its caption is the nearest by
-`ldm.images.grid.image_distances`: the root mean square difference of RGB values in [0, 1] at 32x32.
+A sample is right if the nearest training image is the one with the sample's caption.
+The distance is the root mean square difference of RGB values in [0, 1] at 32x32 (`ldm.images.grid.image_distances`).
 
     python benchmarks/base_recall.py --ckpt data/base/emoji.safetensors --config demo_tiny_release.yaml --n 200
 """
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", type=Path, required=True, help="release checkpoint")
-    parser.add_argument("--config", type=Path, required=True, help="its config")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "data/emoji", help="folder with metadata.jsonl")
-    parser.add_argument("--n", type=int, default=200, help="captions to sample (default 200)")
+    parser.add_argument("--config", type=Path, required=True, help="config of the checkpoint")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "data/emoji", help="image folder with metadata.jsonl")
+    parser.add_argument("--n", type=int, default=200, help="number of captions to sample (default 200)")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
-    parser.add_argument("--scale", type=float, default=3.0, help="guidance (default 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions and of the noise")
-    parser.add_argument("--out", type=Path, default=Path("outputs/base_recall.png"), help="grid of the first samples")
+    parser.add_argument("--scale", type=float, default=3.0, help="guidance scale (default 3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of captions and for the noise")
+    parser.add_argument("--out", type=Path, default=Path("outputs/base_recall.png"), help="grid of samples to write")
     options = parser.parse_args()
     if options.n < 1 or options.seed < 0:
-        raise UserError(f"--n {options.n} --seed {options.seed}: give at least 1 caption, and a seed of at least 0")
+        raise UserError(f"--n {options.n} --seed {options.seed}: give --n of at least 1 and --seed of at least 0")
     return options
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     chosen = np.random.default_rng(options.seed).choice(len(entries), min(options.n, len(entries)), replace=False)
     requests = [Request(entries[index]["text"], options.seed) for index in chosen]
     model = load_release(options.ckpt, options.config)
-    drawn = text_to_image(
+    generated = text_to_image(
         model,
         requests,
         latent_shape(model, None, None),
@@ -67,19 +67,19 @@ def main() -> None:
         scale=options.scale,
         batch_size=50,
     )
-    samples = torch.stack(list(drawn))  # (n, 3, H, W)
+    samples = torch.stack(list(generated))  # (n, 3, H, W)
     distances = image_distances(samples, known)
     nearest = distances.argmin(1)
     targets = torch.from_numpy(chosen)
     right = nearest == targets
     own = distances[torch.arange(len(targets)), targets]
-    share = f"{int(right.sum())} of {len(requests)} samples are nearest to their own picture"
+    share = f"{int(right.sum())} of {len(requests)} samples are nearest to their own image"
     logger.info("%s (%.1f %%)", share, 100 * right.float().mean())
     nearest_of_all = distances.amin(1).median()
-    logger.info("distance to their own picture: median %.4f, to the nearest %.4f", own.median(), nearest_of_all)
+    logger.info("median distance to their own image: %.4f, to the nearest image: %.4f", own.median(), nearest_of_all)
     side_by_side = torch.stack([known[targets[:32]], samples[:32]], dim=1).flatten(0, 1)
     save_png(image_grid(side_by_side, columns=16), options.out)
-    logger.info("%s: pictures and, to the right of each, its sample", options.out)
+    logger.info("%s: training images, each with its sample to the right", options.out)
 
 
 if __name__ == "__main__":

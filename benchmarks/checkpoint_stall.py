@@ -1,10 +1,15 @@
 #!/usr/bin/env python
-"""How long training stands still for a checkpoint, and how far apart checkpoints must be for that to be a small share.
+"""Time for which training stops to write a checkpoint, and the interval that keeps this time a small share.
 
     python benchmarks/checkpoint_stall.py --folder /somewhere/on/the/disk --gib 2
 
-Writes checkpoints as training does (checksums, sync to the disk, rename), beside a bare write of the same bytes with a
-sync, and the checksums alone. A full fine-tune of SD v1 in float32 with AdamW writes 10.6 GB.
+The benchmark times three actions:
+
+- a checkpoint written as training writes it, with checksums, a sync to the disk and a rename;
+- a plain write of the same bytes with a sync;
+- the checksums alone.
+
+A full fine-tune of SD v1 in float32 with AdamW writes 10.6 GB.
 """
 
 from __future__ import annotations
@@ -29,15 +34,15 @@ from ldm.cli.run import run
 log = logging.getLogger(__name__)
 
 FULL_SIZE = 10.6e9  # bytes
-SHARE = 0.05  # what writing may take of the training time; above it, training says so
+SHARE = 0.05  # of the training time; above this share, training logs a warning
 STEP_SECONDS = (0.2, 1.0, 5.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the files are written, and removed")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to write the files in; they are removed")
     parser.add_argument("--gib", type=float, default=2.0, help="size of a checkpoint (default: 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats; the median is reported (default: 3)")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     tensors = [torch.randn(1 << 22) for _ in range(max(1, int(options.gib * 64)))]  # 16 MiB each
@@ -55,18 +60,18 @@ def main() -> None:
             zlib.crc32(tensor.numpy())
 
     actions: dict[str, Callable[[], None]] = {
-        "a checkpoint, as training writes it": lambda: save_checkpoint({"state_dict": dict(enumerate(tensors))}, path),
-        "the bytes alone, synced": write_bare,
+        "a checkpoint as training writes it": lambda: save_checkpoint({"state_dict": dict(enumerate(tensors))}, path),
+        "a plain write of the same bytes, synced": write_bare,
         "the checksums alone": sum_up,
     }
     for name, action in actions.items():
         seconds = statistics.median(_seconds(action) for _ in range(options.repeats))
-        log.info("%-36s %6.2f s, %.2f GB/s", name, seconds, size / 1e9 / seconds)
-        if action is actions["a checkpoint, as training writes it"]:
+        log.info("%-40s %6.2f s, %.2f GB/s", name, seconds, size / 1e9 / seconds)
+        if action is actions["a checkpoint as training writes it"]:
             stall = seconds * FULL_SIZE / size
     path.unlink()
     for step in STEP_SECONDS:
-        log.info("%.1f GB in %.0f s: at %.1f s a step, %.0f %% of the time if written every %d steps",
+        log.info("%.1f GB in %.0f s: at %.1f s per step, %.0f %% of the time if written every %d steps",
                  FULL_SIZE / 1e9, stall, step, 100 * SHARE, round(stall * (1 / SHARE - 1) / step))  # fmt: skip
 
 

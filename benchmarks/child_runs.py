@@ -1,4 +1,7 @@
-"""`main.py` in processes that begin with everything imported, and so in a second or two: to be killed at will."""
+"""Child processes that run `main.py` from a fork server with all modules imported.
+
+Such a process starts within a second or two, so a benchmark can kill and restart many of them.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,14 @@ _PRELOADED = (
 def start(
     line: str, folder: Path, output: Path, losses: Path, environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
-    """Start `python main.py` with the words of `line` in `folder`, with one thread.
+    """Start `python main.py` with the words of `line` in `folder`, on one thread.
 
-    What it says is appended to `output`; to `losses`, each training loss as it is computed, for `read_losses`.
+    The process appends its messages to `output`, and each training loss to `losses` as soon as it is computed.
+    `read_losses` reads that file.
     """
     _CONTEXT.set_forkserver_preload(list(_PRELOADED))
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)  # the server, which the first process starts, imports by it
+    os.environ["PYTHONPATH"] = str(ROOT)  # import path of the fork server, which the first process starts
     try:
         process = _CONTEXT.Process(target=_main, args=(line.split(), folder, output, losses, dict(environment or {})))
         process.start()
@@ -49,7 +53,7 @@ def start(
 
 
 def read_losses(path: Path) -> dict[tuple[int, int], set[str]]:
-    """The losses that the starts of a run computed, in hexadecimal, by optimizer step and batch of the epoch."""
+    """Return all losses of a run and its restarts, in hexadecimal, by (optimizer step, batch of the epoch)."""
     losses: dict[tuple[int, int], set[str]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         step, batch, loss = line.split()
@@ -61,7 +65,7 @@ def _main(words: list[str], folder: Path, output: Path, losses: Path, environmen
     with output.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a process started from a terminal
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a process that a user starts
     os.chdir(folder)
     os.environ.pop("PL_GLOBAL_SEED", None)
     os.environ.update(environment)
@@ -79,7 +83,7 @@ def _main(words: list[str], folder: Path, output: Path, losses: Path, environmen
 
 
 def _note_losses(file: BinaryIO) -> None:
-    """Note losses at once: loggers gather lines, which a kill loses."""
+    """Make training write each loss at once. Loggers buffer their lines, and a kill loses the buffer."""
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
     plain = LatentDiffusion.training_step

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Attention on the CPU: torch's fused kernel beside plain matrix products, by length, with and without a backward.
+"""Speed of attention on the CPU: torch's fused kernel and plain matrix products, by length, in training and inference.
 
-Where plain products win is what `ldm.modules.attention` goes by.
+`ldm.modules.attention` chooses between the two by these results.
 
     python benchmarks/cpu_attention.py
 """
@@ -31,12 +31,12 @@ LENGTHS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--features", type=int, default=64, help="a head (default 64)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement, of which there are three")
+    parser.add_argument("--batch", type=int, default=16, help="batch size (default 16)")
+    parser.add_argument("--heads", type=int, default=2, help="attention heads (default 2)")
+    parser.add_argument("--features", type=int, default=64, help="features per head (default 64)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="seconds per measurement (default 0.2)")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds, the best of three")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds, best of three")
     for dtype in (torch.float32, torch.bfloat16):
         for queries, keys in LENGTHS:
             shape = (options.batch, options.heads)
@@ -55,7 +55,10 @@ def main() -> None:
 def measure(
     backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backward: bool, least: float
 ) -> float:
-    """Seconds of a forward, and backward if asked for: the mean over at least `least` seconds, after one of warm-up."""
+    """Return the mean seconds of a forward, followed by a backward if `backward`.
+
+    One warm-up run comes first. The timed runs take at least `least` seconds together.
+    """
 
     def run() -> None:
         with sdpa_kernel(backend), torch.set_grad_enabled(backward):

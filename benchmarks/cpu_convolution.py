@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Convolutions of Stable Diffusion's UNet on the CPU: torch's own beside a matrix product, forward and backward.
+"""Speed of convolutions of Stable Diffusion's UNet on the CPU: torch's own and a matrix product, forward and backward.
 
-Where the product wins is what `ldm.modules.diffusionmodules.convolution` goes by.
+`ldm.modules.diffusionmodules.convolution` chooses between the two by these results.
 
     python benchmarks/cpu_convolution.py
 """
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.training.host_memory import keep_freed_memory
 
-# batch, channels in, channels out, pixels a side, kernel, stride
+# batch, channels in, channels out, height and width in pixels, kernel, stride
 SHAPES = (
     (1, 1280, 1280, 4, 3, 1),
     (1, 2560, 1280, 8, 3, 1),
@@ -42,10 +42,10 @@ SHAPES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=6, help="of which the best counts (default 6)")
+    parser.add_argument("--repeats", type=int, default=6, help="repeats; the best one is reported (default 6)")
     options = parser.parse_args()
     keep_freed_memory()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds, the best of {options.repeats}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds, best of {options.repeats}")
     for precision in ("bf16", "fp32"):
         for shape in SHAPES:
             batch, c_in, c_out, side, kernel, stride = shape
@@ -55,12 +55,12 @@ def main() -> None:
             product = measure(module, module._as_product, x, options.repeats)
             weights = c_in * c_out / (batch * (side // stride) ** 2)
             chosen = "product" if module._has_many_weights(x) else "torch's"
-            print(f"{precision} {shape!s:<28}{weights:7.0f} a pixel, torch's {own:7.1f}  product {product:7.1f}  "
+            print(f"{precision} {shape!s:<28}{weights:7.0f} per pixel, torch's {own:7.1f}  product {product:7.1f}  "
                   f"ratio {own / product:5.2f}  chosen: {chosen}", flush=True)  # fmt: skip
 
 
 def measure(module: Conv2d, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, repeats: int) -> float:
-    """Milliseconds of a forward and a backward, with respect to input, weights and bias."""
+    """Return the milliseconds of a forward and a backward (input, weights and bias): the best of `repeats`."""
     best = float("inf")
     for _ in range(repeats):
         module.zero_grad()

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Fault drill: a small run is killed at random moments, its disk filled, a shard cut short, a data worker killed.
+"""Fault drill: kill a small run at random moments, fill its disk, truncate a shard, kill a data worker.
 
     python benchmarks/fault_drill.py --folder drill --kills 50
 
-Each run has two data workers, accumulated gradients, dropped captions, an EMA and prior shards, and is resumed until it
-has all its steps. Then its losses, weights, EMA, optimizer state and counters are held, bit for bit, against those of a
-run that was left alone. What a fault may cost is the steps since the last checkpoint, and no more.
+Each run has two data workers, accumulated gradients, dropped captions, an EMA and prior shards. The drill resumes a run
+until it has all its steps. Then it compares losses, weights, EMA, optimizer state and counters with those of an
+undisturbed run, bit for bit. A fault may cost the steps since the last checkpoint, and no more.
 
-The full disk is a tmpfs, which only root may mount; without that it is left out, and said so.
+The full disk is a tmpfs, which only root may mount. Without root the drill logs that it skips this part.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OPTIONS = (
 
 
 class DrilledRun:
-    """A run in `folder`, started and resumed as often as it takes."""
+    """A run in `folder` that the drill starts and resumes as often as needed."""
 
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder = folder
@@ -66,49 +66,53 @@ class DrilledRun:
 
     @property
     def last(self) -> Path | None:
-        """Its last.ckpt, once there is one."""
+        """The path of the run's last.ckpt; None before the first checkpoint."""
         return next(self.folder.glob("logs/*/checkpoints/last.ckpt"), None)
 
     def start(self) -> BaseProcess:
-        """Start it, or resume it where it has a checkpoint."""
+        """Start the run, or resume it from its checkpoint if there is one."""
         if self.last is None:
             shutil.rmtree(self.folder / "logs", ignore_errors=True)
         resume = f"--resume {self.last.parent.parent} " if self.last else ""
         return start(resume + OPTIONS.format(shards=self.shards), self.folder, self.output, self.losses)
 
     def finish(self) -> None:
-        """Let it come to its end."""
+        """Run to the end.
+
+        Raises:
+            UserError: the run failed.
+        """
         process = self.start()
         process.join()
         if process.exitcode:
-            raise UserError(f"{self.output}: the run failed\n{self.said()}")
+            raise UserError(f"{self.output}: the run failed\n{self.last_line()}")
 
-    def said(self) -> str:
-        """The last line that it wrote."""
+    def last_line(self) -> str:
+        """Return the last line of the run's output."""
         return self.output.read_text(errors="replace").strip().splitlines()[-1]
 
     def steps(self) -> int:
-        """Optimizer steps that it finished, as far as the losses of later ones tell."""
+        """Return the number of finished optimizer steps, as the logged losses show it."""
         return max((step for step, _ in read_losses(self.losses)), default=0)
 
     def lost_steps(self) -> int:
-        """Steps that it finished and would have to do again."""
+        """Return the number of finished steps that a resumed run has to repeat."""
         return max(0, self.steps() - self.saved_steps())
 
     def saved_steps(self) -> int:
-        """The step of its last.ckpt, which must be whole; 0 without one."""
+        """Return the step of last.ckpt, which must be whole; 0 without a checkpoint."""
         if self.last is None:
             return 0
         return load_checkpoint(self.last)["global_step"]
 
     def wait_for(self, process: BaseProcess, step: int) -> None:
-        """Wait until it is past `step`."""
+        """Wait until the run is past `step`."""
         while self.steps() <= step and process.is_alive():
             time.sleep(0.005)
 
 
 def differences(run: DrilledRun, straight: DrilledRun) -> list[str]:
-    """What of `run` is not, bit for bit, what it is of `straight`: losses and the last checkpoint's entries."""
+    """Return the names of losses and checkpoint entries in which `run` differs from `straight` by any bit."""
     losses, expected = read_losses(run.losses), read_losses(straight.losses)
     found = [f"loss of step {step}, batch {batch}" for step, batch in expected
              if losses.get((step, batch)) != expected[step, batch]]  # fmt: skip
@@ -128,7 +132,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def write_shards(folder: Path) -> None:
-    """Twenty-four training samples in three shards, and five of a prior."""
+    """Write three shards of twenty-four training samples in all, and one prior shard of five samples."""
     generator = np.random.default_rng(0)
 
     def encoded(*shape: int) -> bytes:
@@ -142,7 +146,10 @@ def write_shards(folder: Path) -> None:
 
 
 def drill_kills(folder: Path, shards: Path, straight: DrilledRun, kills: int, seconds: float, seed: int) -> int:
-    """SIGKILL at random moments of a start's first `seconds`; returns how many differences were found."""
+    """Kill runs within `seconds` of their start, `kills` times in all, and return the number of differing runs.
+
+    A kill that costs more steps than lie between two checkpoints adds one.
+    """
     chance = random.Random(seed)
     done = writing = most = wrong = runs = 0
     while done < kills:
@@ -160,18 +167,18 @@ def drill_kills(folder: Path, shards: Path, straight: DrilledRun, kills: int, se
             most = max(most, lost)
             half_written = list(killed.folder.glob("logs/*/checkpoints/.last.*"))
             writing += bool(half_written)
-            log.info("kill %d: at step %d%s, steps lost: %d", done, killed.steps(),
-                     ", while last.ckpt was written" if half_written else "", lost)  # fmt: skip
+            log.info("kill %d: at step %d%s; steps lost: %d", done, killed.steps(),
+                     ", during a write of last.ckpt" if half_written else "", lost)  # fmt: skip
         if not killed.last or killed.saved_steps() < STEPS:
             killed.finish()
         wrong += report(f"run {runs}, resumed to its end", killed, straight)
-    log.info("%d kills in %d runs, %d of them while last.ckpt was written; steps lost: at most %d, "
-             "checkpoints are %d apart", done, runs, writing, most, EVERY)  # fmt: skip
+    log.info("%d kills in %d runs, %d of them during a write of last.ckpt; steps lost: at most %d, "
+             "steps between checkpoints: %d", done, runs, writing, most, EVERY)  # fmt: skip
     return wrong + (most > EVERY)
 
 
 def drill_full_disk(folder: Path, shards: Path, straight: DrilledRun) -> int:
-    """A disk that has room for one checkpoint and half of the next."""
+    """Fill the disk with one and a half checkpoints, resume with more room, and return 1 if the run differs."""
     size = straight.last.stat().st_size * 3 // 2
     try:
         with _tmpfs(folder / "disk", size) as disk:
@@ -179,13 +186,13 @@ def drill_full_disk(folder: Path, shards: Path, straight: DrilledRun) -> int:
             full.output, full.losses = folder / "full-disk-output", folder / "full-disk-losses"
             process = full.start()
             process.join()
-            log.info("full disk: ended with exit code %d (%s), steps lost: %d",
-                     process.exitcode, full.said(), full.lost_steps())  # fmt: skip
+            log.info("full disk: exit code %d (%s); steps lost: %d",
+                     process.exitcode, full.last_line(), full.lost_steps())  # fmt: skip
             subprocess.run(["mount", "-o", f"remount,size={100 * size}", disk], check=True)
             full.finish()
-            return report("full disk, resumed with room", full, straight)
+            return report("full disk, resumed with more room", full, straight)
     except PermissionError:
-        log.info("full disk: left out, since only root may mount a tmpfs")
+        log.info("full disk: skipped; run as root, which may mount a tmpfs")
         return 0
 
 
@@ -201,7 +208,7 @@ def _tmpfs(folder: Path, size: int) -> Iterator[Path]:
 
 
 def drill_cut_shard(folder: Path, shards: Path, straight: DrilledRun) -> int:
-    """A training shard loses its second half during training."""
+    """Truncate a training shard during training, restore it, resume, and return 1 if the run differs."""
     own = folder / "cut-shards"
     shutil.copytree(shards, own)
     cut = DrilledRun(folder / "cut-shard", own)
@@ -212,58 +219,58 @@ def drill_cut_shard(folder: Path, shards: Path, straight: DrilledRun) -> int:
     with shard.open("r+b") as file:
         file.truncate(len(whole) // 2)
     process.join()
-    log.info("shard cut short: ended with exit code %d (%s), steps lost: %d",
-             process.exitcode, cut.said(), cut.lost_steps())  # fmt: skip
+    log.info("truncated shard: exit code %d (%s); steps lost: %d",
+             process.exitcode, cut.last_line(), cut.lost_steps())  # fmt: skip
     shard.write_bytes(whole)
     cut.finish()
-    return report("shard cut short, resumed with it whole", cut, straight)
+    return report("truncated shard, restored and resumed", cut, straight)
 
 
 def drill_killed_worker(folder: Path, shards: Path, straight: DrilledRun) -> int:
-    """A data worker is killed, as by a lack of memory."""
-    bereft = DrilledRun(folder / "killed-worker", shards)
-    process = bereft.start()
-    bereft.wait_for(process, STEPS // 3)
+    """Kill a data worker, as the kernel does when memory runs out, resume, and return 1 if the run differs."""
+    robbed = DrilledRun(folder / "killed-worker", shards)
+    process = robbed.start()
+    robbed.wait_for(process, STEPS // 3)
     psutil.Process(process.pid).children()[0].kill()
     process.join()
-    log.info("data worker killed: ended with exit code %d (%s), steps lost: %d",
-             process.exitcode, bereft.said(), bereft.lost_steps())  # fmt: skip
+    log.info("data worker killed: exit code %d (%s); steps lost: %d",
+             process.exitcode, robbed.last_line(), robbed.lost_steps())  # fmt: skip
     if process.exitcode:
-        bereft.finish()
-    return report("data worker killed, resumed", bereft, straight)
+        robbed.finish()
+    return report("data worker killed, resumed", robbed, straight)
 
 
-def report(what: str, run: DrilledRun, straight: DrilledRun) -> int:
-    """Say what differs; returns 1 if anything does."""
+def report(drill: str, run: DrilledRun, straight: DrilledRun) -> int:
+    """Log the differences between `run` and `straight`; return 1 if there are any, else 0."""
     found = differences(run, straight)
-    log.info("%s: %s", what, f"DIFFERS in {', '.join(found)}" if found else "bit for bit the run that was left alone")
+    log.info("%s: %s", drill, f"DIFFERS in {', '.join(found)}" if found else "bit for bit equal to the undisturbed run")
     return bool(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the runs are made; must not exist")
-    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the runs; must not exist")
+    parser.add_argument("--kills", type=int, default=50, help="number of SIGKILLs at random moments (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     options = parser.parse_args()
     if options.folder.exists():
-        raise UserError(f"--folder {options.folder}: exists already; name a new one")
+        raise UserError(f"--folder {options.folder}: exists already; give a new folder")
     folder = options.folder.resolve()
     shards = folder / "shards"
     write_shards(shards)
     straight = DrilledRun(folder / "straight", shards)
     straight.finish()
     began = time.monotonic()
-    again = DrilledRun(folder / "again", shards)  # timed with everything imported
+    again = DrilledRun(folder / "again", shards)  # timed: here the fork server has imported all modules
     again.finish()
     seconds = time.monotonic() - began
-    wrong = report(f"the run once more, {seconds:.1f} s", again, straight)
+    wrong = report(f"undisturbed run, repeated in {seconds:.1f} s", again, straight)
     wrong += drill_kills(folder, shards, straight, options.kills, seconds, options.seed)
     wrong += drill_full_disk(folder, shards, straight)
     wrong += drill_cut_shard(folder, shards, straight)
     wrong += drill_killed_worker(folder, shards, straight)
     if wrong:
-        raise UserError(f"{wrong} of the drills found differences")
+        raise UserError(f"{wrong} drills found differences; see the log above")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 #!/usr/bin/env python
-"""Forgetting, measured: the tiny base model learns a cat by plain fine-tuning, with each kind of preservation, and by
-textual inversion. How well is it learnt, and how far have its neighbours and the rest moved?
+"""Forgetting of the tiny base model while it learns a cat.
+
+The benchmark compares plain fine-tuning, each kind of preservation, and textual inversion. It measures the loss on the
+cat, and the drift of its neighbours and of other images.
 
     python benchmarks/forgetting.py --folder forgetting
 
-Seven of the ten cats are trained on, the other three expressions are held out. Half of the animals, every other one,
-is the prior; the other half, and all that is no animal, is in no variant's training. A run is judged where it has
-learnt as much as plain fine-tuning: at the first evaluated step at which its loss on the trained cats is no higher than
-that of the plain run of the same seed at step --reference. Everything runs as a user would type it.
+Training uses seven of the ten cats; the other three expressions are held out. Every other animal belongs to the prior.
+No variant trains on the remaining animals, nor on anything that is not an animal.
 
-Finished runs are kept under --folder and not run again, so that a stopped benchmark goes on where it was.
+A variant is judged at equal learning: at the first evaluated step at which its loss on the trained cats has fallen to
+that of the plain run of the same seed at step --reference. All commands run as a user would type them.
+
+Results of finished runs stay under --folder. A benchmark that was stopped continues with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 from forgetting_report import report
-from forgetting_sets import CONFIG, DRAWING, RELEASE, shards, write_sets, write_text
+from forgetting_sets import CONFIG, RELEASE, SAMPLING, shards, write_sets, write_text
 
 from ldm.cli.run import call, run
 from ldm.util import UserError
@@ -39,13 +42,13 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("cats", "new_cats", "near", "near_prior", "animals", "rest")
-WATCHED = ("cats", "new_cats", "near", "rest")  # during training too
-SAMPLES = 7  # pictures drawn of a set
+WATCHED = ("cats", "new_cats", "near", "rest")  # these are measured during training too
+SAMPLES = 7  # sampled images per set
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train, a row of the tables: what it adds to a command that is the same for all."""
+    """A way to train, one row of the tables, given by its additions to the common command."""
 
     name: str
     overrides: tuple[str, ...] = ()
@@ -57,12 +60,12 @@ class Variant:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower())
 
     def start(self, folder: Path) -> Path:
-        """The checkpoint to resume."""
+        """Return the checkpoint to resume."""
         return folder / f"{Path(self.configs[-1]).stem}.ckpt"
 
 
 def decay(weight: float) -> tuple[str, ...]:
-    """Decay to the released weights, and none to zero."""
+    """Return overrides that decay weights to the released ones, and switch the optimizer's decay to zero off."""
     return (
         "lightning.callbacks.decay.target=ldm.callbacks.decay_to_start.DecayToStart",
         f"lightning.callbacks.decay.params.start={RELEASE}",
@@ -75,16 +78,16 @@ def decay(weight: float) -> tuple[str, ...]:
 TEACHER = ("model.params.prior_target=teacher",)
 INVERSION = (
     "model.params.cond_stage_config.params.token=tom",
-    "model.params.cond_stage_config.params.initial_token=tiger",  # the closest of what the base knows
-    "data.params.batch_size=16",  # all cats at once, as in the other variants
+    "model.params.cond_stage_config.params.initial_token=tiger",  # the closest word that the base has learnt
+    "data.params.batch_size=16",  # all cats in one batch, as in the other variants
     "model.base_learning_rate=6.25e-4",  # times batch_size: 0.01
 )
 VARIANTS = (
     Variant("plain"),
-    Variant("prior: real pictures", prior="real"),
-    Variant("prior: generated pictures", prior="generated"),
-    Variant("teacher, real pictures", TEACHER, prior="real_taught"),
-    Variant("teacher, generated pictures", TEACHER, prior="generated_taught"),
+    Variant("prior: real images", prior="real"),
+    Variant("prior: generated images", prior="generated"),
+    Variant("teacher, real images", TEACHER, prior="real_taught"),
+    Variant("teacher, generated images", TEACHER, prior="generated_taught"),
     Variant("decay to start, 10", decay(10)),
     Variant("decay to start, 30", decay(30)),
     Variant("decay to start, 100", decay(100)),
@@ -110,22 +113,24 @@ def main() -> None:
     text = report(results, options.reference, options.steps)
     write_text(text, options.folder / "table.md")
     write_text(json.dumps(results, indent=1) + "\n", options.folder / "results.json")
-    log.info("\n%s\n%s holds this, results.json beside it the rest", text, options.folder / "table.md")
+    log.info("\n%s\nwrote these tables and results.json to %s", text, options.folder)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--folder", type=lambda text: Path(text).resolve(), required=True, help="folder for everything; kept")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
-    add("--steps", type=int, default=300, help="of each run (default: 300)")
+    add("--folder", type=lambda text: Path(text).resolve(), required=True, help="folder for all files; they are kept")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
+    add("--steps", type=int, default=300, help="optimizer steps per run (default: 300)")
     add("--every", type=int, default=25, help="steps between evaluations in a run (default: 25)")
-    add("--reference", type=int, default=100, help="step of the plain run whose learning counts (default: 100)")
+    add("--reference", type=int, default=100, help="step of the plain run that sets the loss to reach (default: 100)")
     options = parser.parse_args()
     if options.every < 1 or not 0 < options.reference <= options.steps:
-        raise UserError("--every and --reference: give numbers from 1 to --steps")
+        raise UserError(f"--every {options.every} --reference {options.reference}: give 1 to {options.steps} (--steps)")
     if options.reference % options.every or options.steps % options.every:
-        raise UserError(f"--reference {options.reference} --steps {options.steps}: give multiples of --every")
+        raise UserError(
+            f"--reference {options.reference} --steps {options.steps}: give multiples of {options.every} (--every)"
+        )
     return options
 
 
@@ -134,30 +139,33 @@ def result_path(variant: Variant, seed: int, folder: Path) -> Path:
 
 
 def settings(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
-    """What a result that is there must have been made with."""
+    """Return the settings that a stored result must have to be used again."""
     numbers = {name: getattr(options, name) for name in ("steps", "every", "reference")}
     return {"configs": list(variant.configs), "overrides": list(variant.overrides), "prior": variant.prior, **numbers}
 
 
 def finished(variant: Variant, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The result of an earlier start of this benchmark, if there is one.
+    """Return the result of an earlier start of this benchmark, or None.
 
     Raises:
-        UserError: it was made with other settings.
+        UserError: the result was made with other settings.
     """
     path = result_path(variant, seed, options.folder)
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
     if result["settings"] != settings(variant, options):
-        raise UserError(f"{path}: made with other settings; remove it, or take another --folder")
+        raise UserError(f"{path}: made with other settings; remove the file, or give another --folder")
     return result
 
 
 def train_and_judge(
     variant: Variant, seed: int, plain: dict[str, Any] | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train, merge the checkpoint that has learnt as much as `plain` (None: this is it), and evaluate that."""
+    """Train, merge the checkpoint at equal learning, and evaluate the merged release.
+
+    `plain` is the result of the plain run of this seed; None if this run is the plain one.
+    """
     began = time.monotonic()
     logs = options.folder / "runs" / f"{variant.slug}-{seed}"
     shutil.rmtree(logs, ignore_errors=True)
@@ -172,8 +180,8 @@ def train_and_judge(
     tuned, found = logs / "tuned.safetensors", logs / "evaluation"
     call("tools/merge_release.py", "--train-ckpt", checkpoint, "--release", RELEASE, "--out", tuned)
     sets = [word for name in MEASURED for word in ("--set", f"{name}={shards(options.folder, name)}")]
-    drawing = ("--sample", SAMPLES, "--seed", 1000 * seed, *DRAWING)
-    call("tools/evaluate.py", "--base", RELEASE, "--ckpt", tuned, "--config", CONFIG, *sets, *drawing, "--out", found)
+    sampling = ("--sample", SAMPLES, "--seed", 1000 * seed, *SAMPLING)
+    call("tools/evaluate.py", "--base", RELEASE, "--ckpt", tuned, "--config", CONFIG, *sets, *sampling, "--out", found)
     result = {
         "variant": variant.name,
         "seed": seed,
@@ -186,12 +194,12 @@ def train_and_judge(
         "seconds": round(time.monotonic() - began),
     }
     write_text(json.dumps(result, indent=1) + "\n", result_path(variant, seed, options.folder))
-    shutil.rmtree(logs)  # its checkpoints take gigabytes
+    shutil.rmtree(logs)  # the checkpoints take gigabytes
     return result
 
 
 def training_command(variant: Variant, seed: int, logs: Path, options: argparse.Namespace) -> list[object]:
-    """`main.py` with an evaluation and a checkpoint every so many steps."""
+    """Return the `main.py` command with an evaluation and a checkpoint every `--every` steps."""
     callback, kept = "lightning.callbacks.forgetting", "lightning.modelcheckpoint.params"
     overrides = [
         f"data.params.training_urls={shards(options.folder, 'cats')}",
@@ -206,14 +214,14 @@ def training_command(variant: Variant, seed: int, logs: Path, options: argparse.
         f"{kept}.every_n_train_steps={options.every}",
         *variant.overrides,
     ]
-    if variant.prior:  # about one picture of it beside each cat
+    if variant.prior:  # about one prior image per cat
         overrides += [f"data.params.prior_urls={shards(options.folder, variant.prior)}", "data.params.prior_ratio=0.5"]
     flags = ("-t", "--no-test", "-s", seed, "--logdir", logs, "--max_steps", options.steps)
     return ["main.py", "--resume", variant.start(options.folder), "--base", *variant.configs, *flags, *overrides]
 
 
 def read_curve(trained: Path) -> list[dict[str, Any]]:
-    """What the run `trained` logged: at each `step`, for each set watched, `loss_ratio` and `drift`."""
+    """Return the logged metrics of the run in `trained`: per `step`, `loss_ratio` and `drift` of each watched set."""
     [path] = trained.glob("csv/*/metrics.csv")
     with path.open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row[f"eval/{WATCHED[0]}/drift"]]

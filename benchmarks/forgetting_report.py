@@ -1,4 +1,4 @@
-"""The tables of `forgetting.py`, of the results of its runs: dicts as it keeps them."""
+"""Tables of `forgetting.py`, made from the result dicts of its runs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ Value = Callable[[Result], float]
 
 
 def report(results: Sequence[Result], reference: int, steps: int) -> str:
-    """Both tables, with what they say; the first of `results` is of plain fine-tuning."""
+    """Return both tables with an explanation; the first of `results` is a plain fine-tuning run."""
     variants: dict[str, list[Result]] = {}
     for result in results:
         variants.setdefault(result["variant"], []).append(result)
     seeds = ", ".join(str(result["seed"]) for result in next(iter(variants.values())))
     base = results[0]["sets"]["new_cats"]["samples"]["base_to_picture"]["value"]
     return f"""\
-Mean ± standard deviation over the seeds {seeds}. Losses are multiples of the base's; drift is tools/evaluate.py's;
-the distance is that of samples of the new cats' captions to the pictures (of the base's samples: {base:.3f}).
+Mean ± standard deviation over the seeds {seeds}. Losses are multiples of the base's losses. The drift is the one of
+tools/evaluate.py. The distance is measured between samples of the new cats' captions and their images
+(of the base's samples: {base:.3f}).
 
-Each run where it has learnt the trained cats as well as plain fine-tuning in {reference} steps, or after {steps} steps:
+At equal learning: each run at the step where its loss on the trained cats is as low as that of plain fine-tuning after
+{reference} steps, or after {steps} steps if it never is:
 
 {_markdown(_at_equal_learning(variants))}
 
-After {steps} steps, whatever was learnt:
+After {steps} steps:
 
 {_markdown(_at_the_end(variants))}
 """
@@ -37,7 +39,7 @@ def _at_equal_learning(variants: Mapping[str, Sequence[Result]]) -> list[list[st
     def overall(name: str, value: str) -> Value:
         return lambda result: result["sets"][name]["overall"][value]["value"]
 
-    def drawn(name: str, value: str) -> Value:
+    def sampled(name: str, value: str) -> Value:
         return lambda result: result["sets"][name]["samples"][value]["value"]
 
     drift = overall("near", "drift")
@@ -45,11 +47,11 @@ def _at_equal_learning(variants: Mapping[str, Sequence[Result]]) -> list[list[st
         "step": lambda result: result["step"],
         "trained cats: loss": overall("cats", "loss_ratio"),
         "new cats: loss": overall("new_cats", "loss_ratio"),
-        "new cats: distance": drawn("new_cats", "tuned_to_picture"),
+        "new cats: distance": sampled("new_cats", "tuned_to_picture"),
         "neighbours: drift": drift,
         "× plain's": lambda result: drift(result) / drift(plain[result["seed"]]),
         "neighbours: loss": overall("near", "loss_ratio"),
-        "neighbours: samples moved": drawn("near", "moved"),
+        "neighbours: samples moved": sampled("near", "moved"),
         "neighbours in the prior: drift": overall("near_prior", "drift"),
         "other animals: drift": overall("animals", "drift"),
         "rest: drift": overall("rest", "drift"),
@@ -65,7 +67,7 @@ def _at_equal_learning(variants: Mapping[str, Sequence[Result]]) -> list[list[st
 def _at_the_end(variants: Mapping[str, Sequence[Result]]) -> list[list[str]]:
     sets = {"trained cats": "cats", "new cats": "new_cats", "neighbours": "near", "rest": "rest"}
     keys = {"loss": "loss_ratio", "drift": "drift"}
-    rows = [["", *(f"{title}: {what}" for title in sets for what in keys)]]
+    rows = [["", *(f"{title}: {measure}" for title in sets for measure in keys)]]
     for name, results in variants.items():
         last = [result["curve"][-1] for result in results]
         rows.append([name, *(_spread(point[s][key] for point in last) for s in sets.values() for key in keys.values())])
@@ -73,14 +75,14 @@ def _at_the_end(variants: Mapping[str, Sequence[Result]]) -> list[list[str]]:
 
 
 def _spread(values: Iterable[float]) -> str:
-    """`mean ± standard deviation`."""
+    """Return `mean ± standard deviation` as text."""
     values = list(values)
     middle = _rounded(mean(values), 3)
     return f"{middle} ± {_rounded(stdev(values), 1)}" if len(values) > 1 else middle
 
 
 def _rounded(value: float, digits: int) -> str:
-    """`value` to so many significant digits: 86.6 to one is 90, which the format `.1g` writes as 9e+01."""
+    """Return `value` with `digits` significant digits; 86.6 with one digit is 90, not the 9e+01 of `.1g`."""
     return f"{float(f'{value:.{digits}g}'):g}"
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Does a low-bit optimizer train as well as AdamW in float32? A tiny UNet on latents of the pictures in data/emoji.
+"""Training loss of low-bit optimizers and of AdamW in float32, for a tiny UNet on latents of the images in data/emoji.
 
-Every variant begins at the same weights and sees the same pictures, timesteps and noise; then the loss of all pictures
-is taken at the same timesteps and noise.
+Every variant starts from the same weights and sees the same images, timesteps and noise. The reported loss is measured
+on all images, again at the same timesteps and noise for every variant.
 
     python benchmarks/lean_loss.py --steps 200
 """
@@ -31,7 +31,7 @@ BATCH = 8
 
 
 def low_bit(bits: int, **params: Any) -> dict[str, Any]:
-    """The config of AdamW with moments of so many `bits`, stepped inside backward."""
+    """Return the config of AdamW with moments of `bits` bits, stepped inside backward."""
     inner = {"target": f"ldm.optim.low_bit.AdamW{bits}bit", "params": params}
     return {"target": "ldm.optim.InBackward", "params": {"optimizer": inner, "bucket_mb": 0.5}}
 
@@ -47,16 +47,16 @@ VARIANTS = {
 
 
 class Task:
-    """Latents (N, C, h, w) of about `pictures` of the emoji, the base model's schedule, and a UNet to train."""
+    """Latents (N, C, h, w) of about `images` emoji, the base model's schedule, and a UNet to train."""
 
-    def __init__(self, pictures: int, channel_mult: Sequence[int]) -> None:
+    def __init__(self, images: int, channel_mult: Sequence[int]) -> None:
         base = load_release(
             ROOT / "data/base/emoji.safetensors", ROOT / "configs/latent-diffusion/demo_tiny_release.yaml"
         )
         emoji = ImageCaptionDataset(ROOT / "data/emoji", size=64)
-        chosen = range(0, len(emoji), len(emoji) // pictures)
-        images = torch.stack([torch.as_tensor(emoji[index]["image"]) for index in chosen]).permute(0, 3, 1, 2)
-        posteriors = [base.encode_first_stage(part) for part in images.split(BATCH)]
+        chosen = range(0, len(emoji), len(emoji) // images)
+        pixels = torch.stack([torch.as_tensor(emoji[index]["image"]) for index in chosen]).permute(0, 3, 1, 2)
+        posteriors = [base.encode_first_stage(part) for part in pixels.split(BATCH)]
         self.latents = torch.cat([base.get_first_stage_encoding(posterior.mode()) for posterior in posteriors])
         self.alphas_cumprod = base.alphas_cumprod
         self.channel_mult = channel_mult
@@ -74,41 +74,41 @@ class Task:
             num_heads=2,
         )
 
-    def loss(self, unet: nn.Module, chosen: Tensor, draw: torch.Generator) -> Tensor:
-        """The simple loss of the `chosen` latents at drawn timesteps and noise (arXiv:2006.11239, eq. 14)."""
+    def loss(self, unet: nn.Module, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the simple loss of the `chosen` latents at sampled timesteps and noise (arXiv:2006.11239, eq. 14)."""
         x_start = self.latents[chosen]
-        t = torch.randint(0, len(self.alphas_cumprod), (len(chosen),), generator=draw)
-        noise = torch.randn(x_start.shape, generator=draw)
+        t = torch.randint(0, len(self.alphas_cumprod), (len(chosen),), generator=generator)
+        noise = torch.randn(x_start.shape, generator=generator)
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         output = unet(alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise, t)
         return (output.float() - noise).square().mean()
 
     def trained_loss(self, dtype: torch.dtype, optimizer_config: Mapping[str, Any], steps: int, lr: float) -> float:
-        """The loss of all latents, at four draws each, of a UNet of `dtype` after `steps` of the optimizer."""
+        """Train a UNet of `dtype` for `steps`; return its mean loss over all latents and four noise samples each."""
         unet = self.unet().to(dtype)
         optimizer = build_optimizer(optimizer_config, unet.parameters(), lr, "optimizer_config")
-        draw = torch.Generator().manual_seed(1)
-        torch.manual_seed(2)  # what is rounded stochastically
+        generator = torch.Generator().manual_seed(1)
+        torch.manual_seed(2)  # for stochastic rounding
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = self.loss(unet, torch.randint(0, len(self.latents), (BATCH,), generator=draw), draw)
+            loss = self.loss(unet, torch.randint(0, len(self.latents), (BATCH,), generator=generator), generator)
             loss.backward()
             return loss
 
         for _ in range(steps):
             optimizer.step(closure)
-        draw = torch.Generator().manual_seed(3)
+        generator = torch.Generator().manual_seed(3)
         everything = torch.arange(len(self.latents))
         with torch.no_grad():
-            return sum(self.loss(unet, everything, draw).item() for _ in range(4)) / 4
+            return sum(self.loss(unet, everything, generator).item() for _ in range(4)) / 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default 200)")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate (default 3e-4)")
-    parser.add_argument("--pictures", type=int, default=48, help="pictures to train on (default 48)")
+    parser.add_argument("--pictures", type=int, default=48, help="number of images to train on (default 48)")
     options = parser.parse_args()
     task = Task(options.pictures, channel_mult=(1, 2))
     expected = None

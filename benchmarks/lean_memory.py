@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Peak memory of training steps on the CPU: AdamW in float32 beside the lean tier's optimizer.
+"""Peak memory of training steps on the CPU: AdamW in float32 and the lean tier's optimizer.
 
-Each variant runs in a process of its own, on a UNet like Stable Diffusion's but narrower. The figure is the most that
-the process has taken, less what it took before the UNet was built. The low-bit step is not compiled on a CPU, so its
-temporary tensors, of the largest weight alone, weigh more here than on a GPU.
+Each variant runs in its own process, on a narrow version of Stable Diffusion's UNet. The reported figure is the peak
+memory of the process minus its memory before the UNet was built. On a CPU the low-bit step is not compiled. Its
+temporary tensors, as large as the largest weight, therefore take a larger share here than on a GPU.
 
     python benchmarks/lean_memory.py --channels 128 --size 256
 """
@@ -25,19 +25,19 @@ VARIANTS = ("fp32, AdamW", "bf16, 8-bit AdamW in backward")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--channels", type=int, default=128, help="model_channels; 320 is Stable Diffusion (default 128)"
+        "--channels", type=int, default=128, help="model_channels of the UNet; 320 is Stable Diffusion (default 128)"
     )
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # a worker's
+    parser.add_argument("--size", type=int, default=256, help="height and width in pixels (default 256)")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # for a worker process
     return parser.parse_args()
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """Two steps of one variant: parameters, and peak memory in GiB."""
+    """Run two steps of one variant; return its number of parameters, and its peak memory in GiB."""
     import psutil
     import torch
 
-    import ldm.optim.low_bit  # noqa: F401 - so that loading torchao is not counted
+    import ldm.optim.low_bit  # noqa: F401 - keeps the import of torchao out of the measurement
     from ldm.callbacks.device import peak_memory
     from ldm.config.load import load_config, plain
     from ldm.optim import build_optimizer
@@ -48,7 +48,7 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     chosen = config["optimizer_config"] if lean else {"target": "torch.optim.AdamW", "params": {"fused": True}}
     before = psutil.Process().memory_info().rss
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if lean else torch.float32)  # not made in float32 first
+    torch.set_default_dtype(torch.bfloat16 if lean else torch.float32)  # avoids a float32 copy first
     unet = instantiate_from_config(config["unet_config"], model_channels=options.channels)
     torch.set_default_dtype(torch.float32)
     optimizer = build_optimizer(chosen, unet.parameters(), 1e-5, "optimizer_config")
@@ -82,7 +82,7 @@ def main() -> None:
         print(
             f"{variant:<32} {figures['parameters'] / 1e6:6.1f} M parameters  peak {figures['gib']:6.2f} GiB", flush=True
         )
-    print(f"AdamW's peak / the lean one's: {peaks[0] / peaks[1]:.2f}")
+    print(f"AdamW's peak / the lean optimizer's peak: {peaks[0] / peaks[1]:.2f}")
 
 
 if __name__ == "__main__":

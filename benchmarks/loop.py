@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""The whole training loop beside the bare step, and what the loader of shards gives on one core.
+"""Speed of the whole training loop compared with the bare step, and speed of the shard loader on one core.
 
     python benchmarks/loop.py --channels 64 --size 128 --batch 4
     python benchmarks/loop.py --channels 320 --size 512 --batch 64 --tier fast.yaml --workers 8    # on a GPU
 
-The bare step is forward, backward, optimizer and moving average on one batch that is there. The loop is `main.py` with
-its loader, callbacks and loggers, pictures and checkpoints apart. Both take the same config, run in processes of their
-own, in turn, and are timed after `--warm-up` steps; on a CPU in processor time, which a busy machine does not change,
-so leave `--workers` at 0 there. Shards hold random posteriors and text embeddings. On a GPU the peak memory of the loop
-stands beside what tools/plan_memory.py predicts and beside what the driver reports.
+The bare step is forward, backward, optimizer and moving average on one batch in memory. The loop is `main.py` with its
+loader, callbacks and loggers, but without preview images and checkpoints. Both use the same config. They run in turn,
+each in its own process, and are timed after `--warm-up` steps. Shards hold random posteriors and text embeddings.
+
+On a CPU the unit is processor time, which other load on the machine does not change; leave `--workers` at 0 there. On a
+GPU the benchmark prints the loop's peak memory, the peak that tools/plan_memory.py predicts, and the driver's figure.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ sys.path.insert(0, str(ROOT))
 
 CONFIG = "finetune_stable_diffusion.yaml"
 SIDES = ("bare", "loop")
-APPETITE = 20 * 135  # samples a second: 20 times the fastest step that is aimed at
+APPETITE = 20 * 135  # samples per second: 20 times the rate of the fastest training step that we aim for
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=64, help="model_channels of the UNet (default 64)")
-    parser.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
-    parser.add_argument("--batch", type=int, default=4, help="pictures a step (default 4)")
-    parser.add_argument("--tier", default="", help="a config to lay over the recipe, such as fast.yaml")
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels (default 128)")
+    parser.add_argument("--batch", type=int, default=4, help="images per step (default 4)")
+    parser.add_argument("--tier", default="", help="config on top of the recipe, such as fast.yaml")
     parser.add_argument("--ema", action="store_true", help="keep a moving average")
-    parser.add_argument("--workers", type=int, default=0, help="of the loader (default 0)")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes of the loader (default 0)")
     parser.add_argument("--steps", type=int, default=60, help="timed steps (default 60)")
-    parser.add_argument("--warm-up", type=int, default=10, help="steps before them (default 10)")
+    parser.add_argument("--warm-up", type=int, default=10, help="steps before the timed ones (default 10)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides (default 3)")
-    parser.add_argument("--profile", action="store_true", help="print where the loop's own time goes, and nothing else")
-    parser.add_argument("--side", choices=(*SIDES, "reader"), help=argparse.SUPPRESS)  # a worker's
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # a worker's
+    parser.add_argument("--profile", action="store_true", help="print a profile of the loop and nothing else")
+    parser.add_argument("--side", choices=(*SIDES, "reader"), help=argparse.SUPPRESS)  # for a worker process
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # for a worker process
     return parser.parse_args()
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         from benchmarks.recipe_full_size import write_shard
 
-        samples = max(256, 16 * options.batch)  # epochs of 16 steps: at the start of one the loader has nothing ready
+        samples = max(256, 16 * options.batch)  # at least 16 steps per epoch: each epoch starts with an empty loader
         write_shard(Path(name) / "shards", samples, options.size // 8)
         if options.profile:
             worker("loop", name)
@@ -68,28 +69,29 @@ def main() -> None:
                 print(f"round {number + 1}  {side:<5} {rounds[side][-1]['rate']:9.2f} img/s", flush=True)
         ratios = [one["rate"] / other["rate"] for one, other in zip(rounds["loop"], rounds["bare"], strict=True)]
         shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        print(f"loop / bare, a round: {shown}; median {statistics.median(ratios):.3f}")
+        print(f"loop / bare per round: {shown}; median {statistics.median(ratios):.3f}")
         compare_memory(rounds["loop"], options)
         read = worker("reader", name)
         share = read["rate"] / APPETITE
-        print(f"reader, one core: {read['rate']:.0f} samples/s of its time, {read['rate_by_wall']:.0f} by the wall; "
-              f"{share:.2f} of {APPETITE}")  # fmt: skip
+        print(f"reader, one core: {read['rate']:.0f} samples/s of processor time, "
+              f"{read['rate_by_wall']:.0f} samples/s of wall time; "
+              f"{share:.2f} of the required {APPETITE}")  # fmt: skip
 
 
 def compare_memory(figures: list[dict[str, float]], options: argparse.Namespace) -> None:
-    """Print the loop's peak on a GPU beside the predicted one."""
+    """Print the loop's peak memory on a GPU and the predicted peak."""
     peak, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
     if not peak:
         return
     from ldm.planning.step import peak_of_step
 
     predicted = sum(peak_of_step(config_of(options), options.batch, options.size).values()) / 2**30
-    print(f"loop's peak {peak:.2f} GiB, predicted {predicted:.2f} ({peak / predicted - 1:+.1%}); "
-          f"by the driver {driver:.2f}")  # fmt: skip
+    print(f"peak of the loop {peak:.2f} GiB, predicted {predicted:.2f} ({peak / predicted - 1:+.1%}); "
+          f"reported by the driver {driver:.2f}")  # fmt: skip
 
 
 def worker(side: str, folder: str) -> dict[str, float]:
-    """Run one side in a process of its own; images or samples a second, and GiB on a GPU."""
+    """Run one side in its own process; return images or samples per second, and GiB on a GPU."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder)
     if "--profile" in sys.argv:
@@ -108,7 +110,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
 
 
 def arguments(options: argparse.Namespace) -> list[str]:
-    """Those of main.py, for as many steps as are run."""
+    """Return the arguments of main.py for the warm-up and the timed steps."""
     data = f"data.params.training_urls={options.folder / 'shards/shard.tar'}"
     flags = "-t --no-test --enable_checkpointing False --gpus 0, --max_steps"
     steps = options.warm_up + options.steps
@@ -129,14 +131,14 @@ def configs(options: argparse.Namespace) -> list[str]:
 
 
 def config_of(options: argparse.Namespace) -> Any:
-    """The config that both sides train by."""
+    """Return the config of both sides."""
     from ldm.config.load import load_config
 
     return load_config(configs(options), overrides(options))
 
 
 def loop(options: argparse.Namespace) -> dict[str, float]:
-    """Images a second of `main.py`, and its memory."""
+    """Run `main.py`; return images per second and its memory."""
     import cProfile
     import pstats
 
@@ -151,7 +153,7 @@ def loop(options: argparse.Namespace) -> dict[str, float]:
 
     def noting(model: Any, batch: Any, batch_idx: int) -> Any:
         nonlocal seen, peak
-        if torch.cuda.is_available():  # CUDACallback begins anew in each epoch
+        if torch.cuda.is_available():  # CUDACallback resets the peak in each epoch
             peak = max(peak, torch.cuda.max_memory_allocated())
         if options.profile and seen == options.warm_up:
             profile.enable()
@@ -172,7 +174,7 @@ def loop(options: argparse.Namespace) -> dict[str, float]:
 
 
 def bare(options: argparse.Namespace) -> dict[str, float]:
-    """Images a second of steps on one batch, as `main.py` would configure them."""
+    """Run steps on one batch with the settings of `main.py`; return images per second."""
     import torch
 
     from ldm.config.load import build_model
@@ -211,7 +213,7 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
 
 
 def reader(options: argparse.Namespace) -> dict[str, float]:
-    """Samples that the loader reads, decodes and batches in a second of one core's time, from files in memory."""
+    """Read, decode and batch shards from files in memory; return samples per second of one core's time."""
     import torch
 
     from ldm.data.datamodule import WebDataNpyModuleFromConfig
@@ -231,7 +233,7 @@ def reader(options: argparse.Namespace) -> dict[str, float]:
 
 
 def clock(torch: Any) -> float:
-    """Seconds: on CUDA of the wall, once the device has caught up; else of this process's threads."""
+    """Return seconds: on CUDA wall time after the device has finished, else processor time of this process."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()

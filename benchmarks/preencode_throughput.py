@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Pre-encoding from picture files to shards, beside its encoder alone on pictures in memory: pictures a second.
+"""Images per second of pre-encoding, from image files to shards, compared with the encoder alone on images in memory.
 
-The two take turns, so that a machine whose speed drifts slows both. Without --images, photographs are made up. With
---stand-in, a device that takes so long a batch, and no CPU, stands in for one that is not there. Like a GPU it is given
-work and does it meanwhile, one batch after the other: what is left of its rate is what decoding and writing leave.
+The two sides take turns, so that a drift in the machine's speed slows both. Without --images, the benchmark generates
+photograph-like images.
+
+--stand-in simulates a device that takes a given time per batch and no CPU time. Like a GPU it accepts work and executes
+it in the background, one batch after the other. The drop in its rate is the cost of decoding and writing.
 
     python benchmarks/preencode_throughput.py --size 64 --batch-size 16 --rounds 3
     python benchmarks/preencode_throughput.py --ckpt sd-v1-4.ckpt --config stable_diffusion_v1.yaml --size 512 \\
-        --images pictures/ --precision fp16
+        --images images/ --precision fp16
 """
 
 from __future__ import annotations
@@ -32,23 +34,23 @@ sys.path.insert(0, str(ROOT))
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", type=Path, default=ROOT / "data/base/emoji.safetensors", help="release (default: the demo's)")
-    add("--config", default="demo_tiny_release.yaml", help="its config")
-    add("--images", nargs="+", help="as tools/preencode.py takes them (default: made up)")
-    add("--pictures", type=int, default=256, help="made up, of 768x512 pixels, JPEG (default: 256)")
-    add("--size", type=int, default=64, help="pixels (default: 64)")
-    add("--buckets", action="store_true", help="as tools/preencode.py")
-    add("--batch-size", type=int, default=8, help="pictures encoded at once (default: 8)")
-    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the encoders (default: fp32)")
-    add("--device", default="auto", help="as tools/preencode.py")
-    add("--num-workers", type=int, help="processes that decode (default: as tools/preencode.py)")
-    add("--stand-in", type=float, metavar="MS", help="milliseconds a batch of a device that is not there")
-    add("--rounds", type=int, default=3, help="of both (default: 3)")
+    add("--ckpt", type=Path, default=ROOT / "data/base/emoji.safetensors", help="release (default: the demo's release)")
+    add("--config", default="demo_tiny_release.yaml", help="config of the release")
+    add("--images", nargs="+", help="sources as for tools/preencode.py (default: generated images)")
+    add("--pictures", type=int, default=256, help="number of generated JPEGs of 768x512 pixels (default: 256)")
+    add("--size", type=int, default=64, help="size of the encoded images in pixels (default: 64)")
+    add("--buckets", action="store_true", help="as for tools/preencode.py")
+    add("--batch-size", type=int, default=8, help="images per batch (default: 8)")
+    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="encoder precision (default: fp32)")
+    add("--device", default="auto", help="as for tools/preencode.py")
+    add("--num-workers", type=int, help="decoding processes (default: as for tools/preencode.py)")
+    add("--stand-in", type=float, metavar="MS", help="simulate a device that takes MS milliseconds per batch")
+    add("--rounds", type=int, default=3, help="rounds of both sides (default: 3)")
     return parser.parse_args()
 
 
-def make_up_pictures(folder: Path, count: int) -> None:
-    """JPEGs that cost as much to decode as photographs: shapes and noise, each with a caption of its own."""
+def write_generated_images(folder: Path, count: int) -> None:
+    """Write `count` JPEGs of shapes and noise with captions. They cost as much to decode as photographs."""
     import numpy as np
     from PIL import Image
 
@@ -57,13 +59,13 @@ def make_up_pictures(folder: Path, count: int) -> None:
         coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).resize((768, 512), Image.BICUBIC)
         noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (512, 768, 3), dtype=np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:06d}.jpg", quality=90)
-        (folder / f"{number:06d}.txt").write_text(f"picture number {number}, of nothing")
+        (folder / f"{number:06d}.txt").write_text(f"generated image number {number}")
 
 
 class StandIn:
-    """In place of the pictures' encoder: each batch is done `seconds` after it is given, or after the one before it.
+    """Replacement for the image encoder that completes a batch after `seconds`, or `seconds` after the batch before it.
 
-    What comes of it is what `encoder` gave for that shape once, of type `Pending`, that waits for the time to pass.
+    The result is a `Pending` that waits for this time. Its values come from one call of `encoder` per image shape.
     """
 
     def __init__(self, encoder: Any, seconds: float) -> None:
@@ -72,7 +74,7 @@ class StandIn:
         self._free_at = 0.0
         encoder.images = self.pictures
 
-    def pictures(self, batch: torch.Tensor) -> Pending:
+    def images(self, batch: torch.Tensor) -> Pending:
         shape = batch.shape[1:]
         if shape not in self._known:
             self._known[shape] = self._real(batch[:1])
@@ -81,7 +83,7 @@ class StandIn:
 
 
 class Pending:
-    """A tensor that the stand-in has done at a time; in the place of `HostCopy`, a copy of which is there then."""
+    """Tensor that the stand-in completes at a given time. It replaces `HostCopy`, whose copy is ready at that time."""
 
     def __init__(self, tensor: Any, done_at: float | None = None) -> None:
         self._tensor, self._done_at = (tensor._tensor, tensor._done_at) if done_at is None else (tensor, done_at)
@@ -94,7 +96,7 @@ class Pending:
 
 
 def time_encoder(encoder: Any, captions: Sequence[str], size: int, batch_size: int) -> float:
-    """Seconds in which the encoder alone encodes as many pictures, and their captions."""
+    """Return the seconds that the encoder alone needs for `captions` and an equal number of images."""
     import torch
 
     pixels = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
@@ -129,12 +131,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.images is None:
-            make_up_pictures(folder, options.pictures)
+            write_generated_images(folder, options.pictures)
         items = find_images(options.images or folder)
         captions = [item.caption or "" for item in items]
         time_encoder(encoder, captions[: 2 * options.batch_size], options.size, options.batch_size)  # warm-up
         print(
-            f"{len(items)} pictures, {options.size} pixels, {device}, torch threads {torch.get_num_threads()}, ", end=""
+            f"{len(items)} images, {options.size} pixels, {device}, torch threads {torch.get_num_threads()}, ", end=""
         )
         print(f"{workers} decoding processes")
         rates: dict[str, list[float]] = {"encoder alone": [], "to shards": []}
@@ -144,12 +146,12 @@ def main() -> None:
             started = time.perf_counter()
             preencode(encoder, items, str(folder / f"{round_number}" / "%d.tar"), workers=workers, **settings)
             rates["to shards"].append(len(items) / (time.perf_counter() - started))
-    for what, found in rates.items():
-        print(f"{what:>14}: {statistics.median(found):8.1f} pictures/s ({min(found):.1f} to {max(found):.1f})")
+    for side, found in rates.items():
+        print(f"{side:>14}: {statistics.median(found):8.1f} images/s ({min(found):.1f} to {max(found):.1f})")
     alone, whole = rates.values()
     share = statistics.median(b / a for a, b in zip(alone, whole, strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{share:.1%} of the encoder's own rate; peak memory {peak:.2f} GiB, without the decoding processes'")
+    print(f"{share:.1%} of the rate of the encoder alone; peak memory {peak:.2f} GiB, without the decoding processes")
 
 
 if __name__ == "__main__":

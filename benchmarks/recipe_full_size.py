@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""The recipe at the full size of Stable Diffusion v1, on the CPU, with random weights: seconds and peak memory a stage.
+"""Seconds and peak memory per stage of the recipe, at the full size of Stable Diffusion v1, on the CPU.
+
+Weights are random.
 
     python benchmarks/recipe_full_size.py --folder recipe
 
-Hack, one resumed optimizer step and merge run as a user would type them. Peak memory is the resident set of each
-command, memory-mapped pages included. Takes about 32 GB of disk, which is freed afterwards unless --keep is given.
+The stages are hack, one resumed optimizer step, and merge, run as a user would type them. Peak memory is the resident
+set of each command, including memory-mapped pages. The benchmark needs about 32 GB of disk and frees it afterwards
+unless --keep is given.
 """
 
 from __future__ import annotations
@@ -37,17 +40,17 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "finetune_stable_diffusion.yaml"
 MAX_RSS = 24e9  # bytes, of any stage
-MAX_RSS_OF_RELEASE = 1.3  # of hack and merge, in sizes of the release
+MAX_RSS_OF_RELEASE = 1.3  # of hack and merge, as a multiple of the release's size
 
 
 @dataclass
 class Stage:
-    """What one command took."""
+    """Time and memory that one command took."""
 
     name: str
     seconds: float
     peak_rss: int  # bytes
-    moved: int  # bytes of checkpoints read and written at least
+    moved: int  # bytes of the checkpoints that the stage reads and writes
 
 
 def main() -> None:
@@ -55,7 +58,7 @@ def main() -> None:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise UserError(f"--folder {folder} is not empty")
+        raise UserError(f"--folder {folder}: the folder is not empty; give a new or an empty one")
     try:
         stages = run_recipe(folder, options)
     finally:
@@ -66,12 +69,12 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="an empty or new folder to work in")
-    parser.add_argument("--keep", action="store_true", help="leave the files there")
+    parser.add_argument("--folder", type=Path, required=True, help="new or empty folder for all files")
+    parser.add_argument("--keep", action="store_true", help="keep the files")
     parser.add_argument("--latent-size", type=int, default=64, help="height and width of the latents (default: 64)")
-    parser.add_argument("--samples", type=int, default=2, help="pre-encoded samples (default: 2)")
-    parser.add_argument("--batch-size", type=int, default=1, help="of the training step (default: 1)")
-    parser.add_argument("--skip-training", action="store_true", help="merge what hack_weights.py made: no 24 GB needed")
+    parser.add_argument("--samples", type=int, default=2, help="number of pre-encoded samples (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=1, help="batch size of the training step (default: 1)")
+    parser.add_argument("--skip-training", action="store_true", help="merge the untrained checkpoint; saves 24 GB")
     return parser.parse_args()
 
 
@@ -96,7 +99,8 @@ def run_recipe(folder: Path, options: argparse.Namespace) -> list[Stage]:
     check_merged(merged, release, trained=not options.skip_training)
     for stage in stages:
         if stage.name in ("hack", "merge") and stage.peak_rss > MAX_RSS_OF_RELEASE * size:
-            raise UserError(f"{stage.name} took {stage.peak_rss / size:.2f} x the release, above {MAX_RSS_OF_RELEASE}")
+            ratio = f"{stage.peak_rss / size:.2f} times the release's size"
+            raise UserError(f"{stage.name} took {ratio}; at most {MAX_RSS_OF_RELEASE} is allowed")
     return stages
 
 
@@ -109,7 +113,7 @@ def training_command(folder: Path, start: Path, options: argparse.Namespace) -> 
 
 
 def timed(name: str, command: list[str | Path]) -> Stage:
-    """Run a Python script of the checkout and wait for it; on Linux `ru_maxrss` is in KiB, elsewhere in bytes."""
+    """Run a Python script of the checkout and wait for it. `ru_maxrss` is in KiB on Linux and in bytes elsewhere."""
     arguments = [sys.executable, *map(str, command)]
     log.info("$ %s", shlex.join(["python", *arguments[1:]]))
     begin = time.perf_counter()
@@ -123,7 +127,7 @@ def timed(name: str, command: list[str | Path]) -> Stage:
 
 
 def write_release(path: Path) -> None:
-    """Random weights under the keys and shapes of a released checkpoint, fp32."""
+    """Write random fp32 weights under the keys and shapes of a released checkpoint."""
     listed = json.loads((ROOT / "tests/golden/sd_v1_keys.json").read_text(encoding="utf-8"))["keys"]
 
     def pending(shape: list[int], dtype: torch.dtype) -> Pending:
@@ -139,7 +143,7 @@ def write_release(path: Path) -> None:
 
 
 def write_shard(folder: Path, samples: int, latent_size: int) -> None:
-    """Random posteriors and text embeddings, pre-encoded, and the encoding of the empty caption."""
+    """Write a shard of random posteriors and text embeddings, and the encoding of the empty caption."""
     generator = np.random.default_rng(0)
 
     def encoded(*shape: int) -> bytes:
@@ -153,13 +157,13 @@ def write_shard(folder: Path, samples: int, latent_size: int) -> None:
 
 
 def check_merged(merged: Path, release: Path, trained: bool) -> None:
-    """Raise `UserError` unless the UNet alone differs from the release, and only after training."""
+    """Raise `UserError` unless only the UNet differs from the release, and only after training."""
     new, old = load_state_dict(merged), load_state_dict(release)
     changed = {key for key in old if not torch.equal(new[key], old[key])}
     expected = {key for key in old if key.startswith("model.")} if trained else set()
     if new.keys() != old.keys() or not changed <= expected or (trained and not changed):
-        raise UserError(f"{merged}: {len(changed)} weights differ from the release, expected {len(expected)}")
-    log.info("merged: %d of %d values differ from the release, all of the UNet", len(changed), len(old))
+        raise UserError(f"{merged}: {len(changed)} weights differ from the release; expected {len(expected)}")
+    log.info("merged: %d of %d tensors differ from the release, all of them in the UNet", len(changed), len(old))
 
 
 def report(stages: list[Stage]) -> None:
@@ -169,7 +173,7 @@ def report(stages: list[Stage]) -> None:
         log.info("%-10s %10.1f %12.2f %12.0f", stage.name, stage.seconds, stage.peak_rss / 1e9, rate)
     worst = max(stages, key=lambda stage: stage.peak_rss)
     if worst.peak_rss > MAX_RSS:
-        raise UserError(f"{worst.name} took {worst.peak_rss / 1e9:.1f} GB, above {MAX_RSS / 1e9:.0f}")
+        raise UserError(f"{worst.name} took {worst.peak_rss / 1e9:.1f} GB; at most {MAX_RSS / 1e9:.0f} GB is allowed")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Seeded losses of a fixed set of runs of the demo's model, with full digits: to compare before and after a refactor.
+"""Seeded losses of a fixed set of runs of the demo's model, with all digits, to compare before and after a refactor.
 
-python benchmarks/seeded_losses.py --folder seeded > before.txt
+    python benchmarks/seeded_losses.py --folder seeded > before.txt
 
-Each line is a run, an optimizer step, a batch of the epoch, and the training loss in hexadecimal. The last line of a
-run is the SHA-256 of the weights in its `last.ckpt`. The numbers depend on the processor and on torch, so compare two
-outputs of one machine.
+Each line gives a run, an optimizer step, a batch of the epoch, and the training loss in hexadecimal. The last line of a
+run is the SHA-256 of the weights in its `last.ckpt`. The numbers depend on the processor and on torch, so compare
+outputs from the same machine only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 RELEASE = ROOT / "data/base/emoji.safetensors"
 SHORT = "-t --no-test --max_steps 6 data.params.batch_size=4 lightning.callbacks.image_logger.params.disabled=true"
 PRIOR = "data.params.prior_urls={}/prior/animals-000000.tar"
-# A run is the words of one or several starts of main.py; `{}` is the folder, and a later start resumes the earlier.
+# A run is one or several starts of main.py, each given by its words. Each start resumes the one before it. `{}` is the
+# folder.
 RUNS = {
     "plain": ["--base demo_tiny.yaml model.params.use_ema=false"],
     "ema": ["--base demo_tiny.yaml"],
@@ -45,8 +46,8 @@ def prepare(folder: Path) -> None:
     """Encode the cats, sample a prior, and put the release into a training checkpoint."""
     release = ("--ckpt", RELEASE, "--config", "demo_tiny_release.yaml")
     call("tools/preencode.py", *release, "--images", "data/cats", "--size", 64, "--out", folder / "cats/%06d.tar")
-    drawing = ("--prompt", "panda", "wolf", "--n", 4, "--steps", 4, "--sampler", "dpm_solver")
-    call("tools/make_prior.py", *release, *drawing, "--out", folder / "prior/animals-%06d.tar")
+    sampling = ("--prompt", "panda", "wolf", "--n", 4, "--steps", 4, "--sampler", "dpm_solver")
+    call("tools/make_prior.py", *release, *sampling, "--out", folder / "prior/animals-%06d.tar")
     hack = ("--release", RELEASE, "--base", "demo_tiny.yaml", "--out", folder / "start.ckpt")
     call("tools/hack_weights.py", *hack)
 
@@ -66,7 +67,7 @@ def losses_of(name: str, starts: list[str], folder: Path) -> list[str]:
         process = start(line, ROOT, output, losses)
         process.join()
         if process.exitcode:
-            raise UserError(f"the run {name} ended with exit code {process.exitcode}; see {output}")
+            raise UserError(f"the run {name} ended with exit code {process.exitcode}; read {output}")
     lines = [
         f"{name} {step} {batch} {' '.join(sorted(values))}" for (step, batch), values in read_losses(losses).items()
     ]
@@ -86,7 +87,7 @@ def weights_digest(checkpoint: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder for all files; emptied first")
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="default: all")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="runs to make (default: all)")
     options = parser.parse_args()
     folder = options.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)

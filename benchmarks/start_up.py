@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""From the command to the end of the first step: seconds and resident memory of each stage of `main.py`.
+"""Start-up of `main.py`, from the command to the end of the first step: seconds and resident memory per stage.
 
     python benchmarks/start_up.py --channels 128
 
-A training checkpoint with random weights and AdamW's moments is written first, as a run of some steps leaves it; then
-`main.py` resumes it in a process of its own, with clocks around what it calls. `--channels 320` is Stable Diffusion v1:
+The benchmark first writes a training checkpoint with random weights and AdamW's moments. Then `main.py` resumes it in
+its own process, with clocks around the functions that it calls. `--channels 320` is Stable Diffusion v1 and needs
 10.7 GB of disk and 15 GB of memory.
 """
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CONFIG = "finetune_stable_diffusion.yaml"
-# What main.py calls, in order, and what that stage is.
+# Stages of main.py in order, each with the module and the name of the function that it calls.
 STAGES = {
     "import": ("ldm.training.trainer", "merge_config"),
     "read": ("ldm.training.resume", "read_training_checkpoint"),
@@ -39,9 +39,9 @@ STAGES = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=128, help="model_channels of the UNet (default: 128)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
-    parser.add_argument("--folder", type=Path, help="where to put the files (default: a temporary folder)")
-    parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)  # a worker's: the arguments of main.py
+    parser.add_argument("--size", type=int, default=256, help="height and width in pixels (default: 256)")
+    parser.add_argument("--folder", type=Path, help="parent folder of the temporary files (default: the system's)")
+    parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)  # for a worker process: main.py's arguments
     return parser.parse_args()
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # Linux hands a parent's peak on to its children
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # on Linux a child inherits its parent's peak memory
             arguments = pool.apply(prepare, (folder, options))
         size = (folder / "start.ckpt").stat().st_size
         worker = [sys.executable, __file__, "--train", json.dumps(arguments)]
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Write a checkpoint and shards; returns the arguments of main.py."""
+    """Write a checkpoint and shards; return the arguments of main.py."""
     import torch
 
     from benchmarks.recipe_full_size import write_shard
@@ -88,7 +88,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def start(arguments: list[str]) -> list[tuple[str, float, float]]:
-    """Run main.py: (stage, seconds since the process began, highest resident GB until then) as each stage ends."""
+    """Run main.py; return (stage, seconds since process start, peak resident GB) at the end of each stage."""
     import psutil
 
     began = psutil.Process().create_time()
@@ -118,7 +118,7 @@ def start(arguments: list[str]) -> list[tuple[str, float, float]]:
 
 
 def peak() -> float:
-    """The highest resident set of this process so far, GB."""
+    """Return the highest resident set of this process so far, in GB."""
     import torch
 
     from ldm.callbacks.device import peak_memory

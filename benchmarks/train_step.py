@@ -1,17 +1,22 @@
 #!/usr/bin/env python
-"""A training step of the Stable Diffusion v1 UNet, ours in its tiers beside diffusers': speed and peak memory.
+"""Speed and peak memory of a training step of the Stable Diffusion v1 UNet: our tiers compared with diffusers.
 
-Each side runs in a process of its own, in turn, so that neither pays for the other's memory and a machine whose speed
-drifts slows all. Same shapes, batch, precision and AdamW; random weights. The same command measures a CPU and a GPU.
+Each side runs in its own process, so that no side pays for another's memory. The sides take turns, so that a drift in
+the machine's speed slows all of them. Shapes, batch, precision and AdamW are the same; weights are random. The same
+command measures a CPU and a GPU.
 
     python benchmarks/train_step.py --size 512 --batch 1 --precision bf16 --rounds 3
     python benchmarks/train_step.py --sides fast diffusers-compiled --size 512 --batch 64 --precision bf16 --steps 20
 
-plain: the recipe as it stands, by the options. in-backward: the same, its AdamW stepped within backward. fast, lean,
-minimal: with that config over it; lean is bfloat16 whatever the precision, with its own optimizer. diffusers: by the
-options. diffusers-compiled: channels last and compiled whole.
+Sides:
 
-On a CPU ours keep freed memory, as main.py does, and diffusers' do not, unless --keep-memory gives it to all.
+- plain: the recipe without a tier, with the given options.
+- in-backward: plain, with AdamW stepped within backward.
+- fast, lean, minimal: the recipe with that config on top. lean always uses bfloat16 weights and its own optimizer.
+- diffusers: diffusers' UNet with the given options.
+- diffusers-compiled: diffusers' UNet with channels last, compiled as a whole.
+
+On a CPU our sides keep freed memory, as main.py does. The sides of diffusers do so only with --keep-memory.
 """
 
 from __future__ import annotations
@@ -40,23 +45,23 @@ IN_BACKWARD = {"target": "ldm.optim.InBackward", "params": {"optimizer": ADAMW}}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", choices=(*OURS, *PEERS), default=["plain", "diffusers"], metavar="SIDE",
-                        help=f"of {', '.join((*OURS, *PEERS))} (default: plain diffusers)")  # fmt: skip
-    parser.add_argument("--size", type=int, default=512, help="pixels a side (default 512)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures a step (default 1)")
-    parser.add_argument("--channels", type=int, default=320, help="model_channels: 320 is SD v1 (default 320)")
+                        help=f"from {', '.join((*OURS, *PEERS))} (default: plain diffusers)")  # fmt: skip
+    parser.add_argument("--size", type=int, default=512, help="height and width in pixels (default 512)")
+    parser.add_argument("--batch", type=int, default=1, help="images per step (default 1)")
+    parser.add_argument("--channels", type=int, default=320, help="model_channels; 320 is SD v1 (default 320)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default fp32)")
     parser.add_argument("--checkpointing", action="store_true", help="plain, diffusers: recompute activations")
     parser.add_argument("--channels-last", action="store_true", help="plain, diffusers: feature maps as NHWC")
-    parser.add_argument("--keep-memory", action="store_true", help="on a CPU: freed memory is kept for diffusers too")
+    parser.add_argument("--keep-memory", action="store_true", help="on a CPU: keep freed memory for diffusers too")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones (default 2)")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps a round (default 2)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per round (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all sides (default 3)")
-    parser.add_argument("--side", choices=(*OURS, *PEERS, "product"), help=argparse.SUPPRESS)  # a worker's
+    parser.add_argument("--side", choices=(*OURS, *PEERS, "product"), help=argparse.SUPPRESS)  # for a worker process
     return parser.parse_args()
 
 
 def build_ours(side: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
-    """Our UNet of a tier, the tier's optimizer, and whether its weights are bfloat16."""
+    """Return our UNet of a tier, the tier's optimizer config, and True if the weights are bfloat16."""
     from ldm.config.load import load_config, plain
     from ldm.release.building import without_initialisation
     from ldm.util import instantiate_from_config
@@ -77,7 +82,7 @@ def build_ours(side: str, options: argparse.Namespace) -> tuple[Any, dict[str, A
 
 
 def build_diffusers(side: str, options: argparse.Namespace) -> Any:
-    """diffusers' UNet, set up as its documentation advises."""
+    """Return diffusers' UNet, set up as its documentation advises."""
     import diffusers
     import torch
 
@@ -95,7 +100,7 @@ def build_diffusers(side: str, options: argparse.Namespace) -> Any:
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """Run one side and return its figures: seconds a step, and peak memory by each account."""
+    """Run one side; return its seconds per step, and its peak memory by torch's and by the driver's account."""
     import torch
 
     from ldm.callbacks.device import peak_memory
@@ -107,13 +112,13 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     if options.keep_memory or (device.type == "cpu" and options.side in OURS):
         keep_freed_memory()
     use_tensor_cores(device)
-    torch.backends.cudnn.benchmark = True  # on a GPU, for all sides, as fast.yaml has it
+    torch.backends.cudnn.benchmark = True  # on a GPU, for all sides, as in fast.yaml
     torch.manual_seed(0)
     if options.side in OURS:
         unet, described, halves = build_ours(options.side, options)
     else:
         unet, described, halves = build_diffusers(options.side, options), ADAMW, False
-    with torch.no_grad():  # weights of a usual size, the same for all; skipped initialisation leaves garbage
+    with torch.no_grad():  # weights of a usual scale for all sides, since initialisation was skipped
         for parameter in unet.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
     unet.train().to(device, torch.bfloat16 if halves else torch.float32)
@@ -152,7 +157,7 @@ def work(options: argparse.Namespace) -> dict[str, float]:
 
 
 def product_rate(options: argparse.Namespace) -> dict[str, float]:
-    """TFLOP/s of a large matrix product in the precision that is compared."""
+    """Return the TFLOP/s of a large matrix product in the precision of the comparison."""
     import torch
 
     from ldm.training.fit import use_tensor_cores
@@ -171,8 +176,8 @@ def product_rate(options: argparse.Namespace) -> dict[str, float]:
     return {"tflop_s": 2 * n**3 / best / 1e12}
 
 
-def tflop_a_step(options: argparse.Namespace) -> float:
-    """Operations of forward and backward, without recomputation, counted on the meta device."""
+def tflop_per_step(options: argparse.Namespace) -> float:
+    """Return the TFLOP of a forward and a backward without recomputation, counted on the meta device."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -186,7 +191,7 @@ def tflop_a_step(options: argparse.Namespace) -> float:
 
 
 def run_worker(side: str) -> dict[str, float]:
-    """The figures of one side, from a process of its own."""
+    """Run one side in its own process and return its figures."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
@@ -201,8 +206,8 @@ def main() -> None:
 
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    flop, ceiling = tflop_a_step(options), run_worker("product")["tflop_s"]
-    print(f"{flop:.3f} TFLOP a step; a matrix product makes {ceiling:.2f} TFLOP/s here", flush=True)
+    flop, ceiling = tflop_per_step(options), run_worker("product")["tflop_s"]
+    print(f"{flop:.3f} TFLOP per step; a matrix product reaches {ceiling:.2f} TFLOP/s here", flush=True)
     rounds: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for number in range(options.rounds):
         for side in options.sides if number % 2 == 0 else reversed(options.sides):
@@ -218,13 +223,13 @@ def main() -> None:
 
 
 def memory(figures: list[dict[str, float]]) -> str:
-    """Peaks: of tensors and by the driver on CUDA, of the process elsewhere."""
+    """Format peak memory: of tensors and by the driver on CUDA, of the process elsewhere."""
     own, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
-    return f"peak {own:6.2f} GiB" + (f", by the driver {driver:6.2f} GiB" if driver else "")
+    return f"peak {own:6.2f} GiB" + (f", reported by the driver {driver:6.2f} GiB" if driver else "")
 
 
 def compare(rounds: dict[str, list[dict[str, float]]]) -> None:
-    """Each of ours beside the faster of diffusers' in the same round."""
+    """Print, for each of our sides, the ratio to the faster of diffusers' sides in the same round."""
     peers = [rounds[side] for side in PEERS if side in rounds]
     if not peers:
         return
@@ -233,7 +238,7 @@ def compare(rounds: dict[str, list[dict[str, float]]]) -> None:
         if side in rounds:
             ratios = [b / a["seconds"] for a, b in zip(rounds[side], fastest, strict=True)]
             shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-            print(f"diffusers' time / {side}'s, a round: {shown}; median {statistics.median(ratios):.3f}")
+            print(f"diffusers' time / {side}'s time per round: {shown}; median {statistics.median(ratios):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train the tiny base model from scratch on `data/emoji`, and write it as a release: what `data/base` holds.
-Beside it goes `loss_curves.csv`.
+"""Training of the tiny base model in `data/base`: from scratch on `data/emoji` to a release and its `loss_curves.csv`.
 
     python data/train_base.py --folder logs/base --out data/base/emoji.safetensors
 
-An hour and a half on one core with AMX, hours elsewhere. It goes on where it stopped: give the same command again.
+Training takes an hour and a half on one core with AMX, and several hours elsewhere. To continue after a stop, run the
+same command again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a start from any folder
 
 from ldm.cli.paths import newest_checkpoint
 from ldm.cli.run import call, run
@@ -30,27 +30,27 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 23
 RELEASE_CONFIG, AUTOENCODER_CONFIG, BASE_CONFIG = "demo_tiny_release.yaml", "emoji_autoencoder.yaml", "emoji_base.yaml"
-PICTURES = Path("data/emoji")
-# Two rounds, the second at a lower learning rate and from the first's weights: name, steps, learning rate.
+IMAGES = Path("data/emoji")
+# Name, steps and learning rate of two rounds. The second starts from the weights of the first.
 AUTOENCODER_ROUNDS = [("coarse", 2400, 6e-4), ("fine", 1000, 1.5e-4)]
-CAPTIONS = 3  # a picture: its name and two paraphrases
+CAPTIONS = 3  # per image: its name and two paraphrases
 _EPS = "model.params.parameterization=eps"
 _LINEAR = "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaLinearScheduler"
-# Rounds of one run: its step at the end, captions a picture, overrides. The first three are how this model came to be,
-# and taught it next to nothing of captions: predicting noise, the error at much noise, where the caption decides, is
-# too small to count. Predicting v, 2200 steps did.
+# Last step, captions per image and overrides of each round of one run. The first three rounds belong to the history of
+# this model. They predict noise, and taught it almost nothing about captions: the caption matters at high noise, where
+# the error of the predicted noise is too small. After the change to v, 2200 steps were enough.
 UNET_ROUNDS = [
     (4619, 3, [_EPS, _LINEAR, "model.base_learning_rate=8e-4"]),
     (6790, 1, [_EPS, _LINEAR, "model.base_learning_rate=8e-4", "model.params.min_snr_gamma=1"]),
     (9293, 1, [_EPS, "model.params.min_snr_gamma=1"]),
-    (13250, 1, []),  # names
-    (17500, 3, []),  # and paraphrases
+    (13250, 1, []),  # the names only
+    (17500, 3, []),  # names and paraphrases
 ]
 CURVE_STEPS = 250
 
 
 def train_autoencoder(folder: Path) -> Path:
-    """Its last training checkpoint."""
+    """Train the autoencoder and return its last training checkpoint."""
     start: Path | None = None
     for name, steps, rate in AUTOENCODER_ROUNDS:
         overrides = [f"model.base_learning_rate={rate}"]
@@ -61,10 +61,10 @@ def train_autoencoder(folder: Path) -> Path:
 
 
 def train(logdir: Path, config: str, steps: int, overrides: list[str], start: Path | None = None) -> Path:
-    """Run main.py to `steps`, or take up the run that is under `logdir`; return its last checkpoint.
+    """Run main.py to `steps`, or continue the run under `logdir`; return its last checkpoint.
 
     Raises:
-        UserError: it was stopped before.
+        UserError: the run was stopped before `steps`.
     """
     last = next(iter(sorted(logdir.glob("*/checkpoints/last.ckpt"))), None)
     if last is None or steps_of(last) < steps:
@@ -74,19 +74,19 @@ def train(logdir: Path, config: str, steps: int, overrides: list[str], start: Pa
         call("main.py", *resumed, "--base", config, *settings, "-s", SEED, "--logdir", logdir, *overrides)
         last = newest_checkpoint(logdir)
     if steps_of(last) < steps:
-        raise UserError(f"{last}: stopped at step {steps_of(last)} of {steps}; give the same command again")
+        raise UserError(f"{last}: stopped at step {steps_of(last)} of {steps}; run the same command again")
     return last
 
 
 def steps_of(checkpoint: Path) -> int:
-    """Optimizer steps that a training checkpoint has behind it."""
+    """Return the number of optimizer steps of a training checkpoint."""
     from ldm.checkpoint import open_checkpoint
 
     return open_checkpoint(checkpoint).content["global_step"]
 
 
 def assemble(autoencoder: Path, out: Path) -> None:
-    """A release with the trained autoencoder, and a UNet and a text tower that have learnt nothing yet."""
+    """Write a release of the trained autoencoder, an untrained UNet and an untrained text tower."""
     import torch
 
     from ldm.checkpoint import load_into, load_state_dict, save_state_dict
@@ -99,12 +99,12 @@ def assemble(autoencoder: Path, out: Path) -> None:
 
 
 def caption_sets(folder: Path) -> list[Path]:
-    """Copies of the pictures, one for each caption that a picture has."""
-    rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Copy the images once per caption of an image, and return the folders."""
+    rows = [json.loads(line) for line in (IMAGES / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     folders = []
     for number in range(CAPTIONS):
         target = folder / f"captions-{number}"
-        shutil.copytree(PICTURES, target, dirs_exist_ok=True)
+        shutil.copytree(IMAGES, target, dirs_exist_ok=True)
         lines = [
             json.dumps({"file_name": row["file_name"], "text": [row["text"], *row["paraphrases"]][number]})
             for row in rows
@@ -115,20 +115,20 @@ def caption_sets(folder: Path) -> list[Path]:
 
 
 def encode(folder: Path, release: Path) -> list[str]:
-    """Pre-encode every picture with each of its captions; the shards of each set."""
+    """Pre-encode every image with each of its captions; return the shard pattern of each set."""
     shards = []
-    for pictures in caption_sets(folder / "pictures"):
-        out = folder / "shards" / pictures.name / "%06d.tar"
+    for images in caption_sets(folder / "images"):
+        out = folder / "shards" / images.name / "%06d.tar"
         if not (out.parent / "null.t5.npy").exists():
             options = ["--size", "64", "--batch-size", "32", "--num-workers", "0", "--overwrite"]
-            call("tools/preencode.py", "--ckpt", release, "--config", RELEASE_CONFIG, "--images", pictures,
+            call("tools/preencode.py", "--ckpt", release, "--config", RELEASE_CONFIG, "--images", images,
                  "--out", out, *options)  # fmt: skip
         shards.append(f"{out.parent}/*.tar")
     return shards
 
 
 def latent_scale(shards: str) -> float:
-    """1 / standard deviation of the latents in the shards, drawn from their posteriors."""
+    """Return 1 / standard deviation of latents that are sampled from the posteriors in the shards."""
     import numpy as np
 
     from ldm.shards.open import open_shards
@@ -140,7 +140,7 @@ def latent_scale(shards: str) -> float:
 
 
 def loss_curves(folder: Path, out: Path) -> None:
-    """A table of the runs' training losses, each value the mean over what was logged in `CURVE_STEPS` steps."""
+    """Write a table of the runs' training losses. Each value is a mean over `CURVE_STEPS` steps."""
     with atomic_write(out) as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "steps", "loss"])
@@ -159,7 +159,7 @@ def loss_curves(folder: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("logs/base"), help="of the runs (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("logs/base"), help="run folder (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="release to write")
     options = parser.parse_args()
     folder, out = options.folder.resolve(), options.out.resolve()

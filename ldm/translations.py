@@ -36,7 +36,7 @@ _INSTEAD = {
 }
 # Hints for the keys of textual-inversion and DreamBooth forks.
 _TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
-_PRIOR = "images of the class go into a prior, by prior_pictures.yaml"
+_PRIOR = "images of the class go into a prior, by prior_images.yaml"
 _RATE = "the learning rate is model.base_learning_rate, one for all weights"
 # A key of public configs that no class here takes, and what to use.
 INSTEAD_OF_KEY = {
@@ -58,7 +58,7 @@ INSTEAD_OF_KEY = {
     "model_lr": _RATE,
     "lr_text_encoder": _RATE,
     "u_cond_percent": "ucg_training: {txt: {p: 0.1}} replaces captions by the empty one",
-    "reg": "regularisation images go into a prior: tools/make_prior.py and prior_pictures.yaml",
+    "reg": "regularisation images go into a prior: tools/make_prior.py and prior_images.yaml",
 }
 
 

@@ -1,4 +1,4 @@
-"""First stages: autoencoders whose latents the diffusion models work on (arXiv:2112.10752, section 3.1)."""
+"""First stages: autoencoders whose latents are the input of the diffusion models (arXiv:2112.10752, section 3.1)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface"]
 
 
 class AutoencoderKL(TrainedAutoencoder):
-    """The autoencoder with a Gaussian posterior, frozen (as a first stage) or in training.
+    """Autoencoder with a Gaussian posterior, frozen (as a first stage) or in training.
 
     Args:
         ddconfig: arguments of `Encoder` and `Decoder`.
-        lossconfig: the training loss, such as `ldm.modules.losses.LPIPSWithDiscriminator`; `torch.nn.Identity` for
-            frozen use.
+        lossconfig: training loss, such as `ldm.modules.losses.LPIPSWithDiscriminator`; `torch.nn.Identity` for frozen
+            use.
         embed_dim: channels of the latents.
-        ckpt_path, ignore_keys: weights to start from, and prefixes of the keys to leave out.
-        image_key: the batch entry that holds the images, channels last (B, H, W, C) in [-1, 1].
-        colorize_nlabels: for label maps of that many channels: images of them are projected to random colours.
-        monitor: the logged value that checkpoints are chosen by.
+        ckpt_path, ignore_keys: initial weights, and prefixes of their keys to leave out.
+        image_key: batch entry that holds the images, channels last (B, H, W, C) in [-1, 1].
+        colorize_nlabels: number of channels of label maps; for previews they are projected to random colours.
+        monitor: logged value that selects the best checkpoints.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class AutoencoderKL(TrainedAutoencoder):
     def log_images(
         self, batch: Mapping[str, Tensor], N: int = 8, only_inputs: bool = False, split: str = "train"
     ) -> dict[str, Tensor]:
-        """Return images (n, 3, H, W) in [-1, 1]: the first `N`, their reconstructions, and samples of the prior."""
+        """Return previews (n, 3, H, W) in [-1, 1]: the first `N` inputs, their reconstructions, prior samples."""
         inputs = self.get_input(batch, self.image_key)[:N].to(self.device)
         images = {"inputs": inputs}
         if not only_inputs:
@@ -84,7 +84,7 @@ class AutoencoderKL(TrainedAutoencoder):
 
 
 class IdentityFirstStage(nn.Module):
-    """The first stage of a diffusion model on pixels: gives back what it takes."""
+    """First stage of a diffusion model on pixels, which returns its input."""
 
     def __init__(self, vq_interface: bool = False) -> None:
         super().__init__()

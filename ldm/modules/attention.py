@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm.modules.cpu import is_on_cpu
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
 
-# Scores a head up to which plain matrix products train faster than torch's fused kernel on a CPU, in bfloat16. In
-# float32, and without a backward, the fused one is faster throughout (benchmarks/cpu_attention.py).
+# Largest number of scores per head at which plain matrix products train faster than torch's fused kernel, on a CPU in
+# bfloat16. In float32, and without a backward, the fused kernel is always faster (benchmarks/cpu_attention.py).
 _FEW_SCORES = 128 * 128
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v of queries (B, H, N, D), keys and values (B, H, M, D) (arXiv:1706.03762, eq. 1)."""
+    """Return softmax(q kᵀ / √D) v of queries (B, H, N, D), keys and values (B, H, M, D) (arXiv:1706.03762, eq. 1)."""
     is_few = q.shape[-2] * k.shape[-2] <= _FEW_SCORES
     if is_few and is_on_cpu(q) and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         with sdpa_kernel(SDPBackend.MATH):
@@ -29,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of its second half: (…, dim_in) → (…, dim_out) (arXiv:2002.05202, eq. 6)."""
+    """Linear layer gated by the GELU of its second half: (…, dim_in) → (…, dim_out) (arXiv:2002.05202, eq. 6)."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a gated GELU, four times as wide within: (B, N, dim) → (B, N, dim)."""
+    """Two linear layers around a gated GELU, with 4 · dim features between them: (B, N, dim) → (B, N, dim)."""
 
     def __init__(self, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of (B, N, query_dim) to `context` (B, M, context_dim), or to itself without one."""
+    """Multi-head attention of (B, N, query_dim) to `context` (B, M, context_dim); self-attention without a context."""
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
@@ -76,7 +76,7 @@ class CrossAttention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each normalised before and added to its input.
+    """Self-attention, attention to the context and feed-forward, each with a norm before it and a residual connection.
 
     Args:
         disable_self_attn: attend to the context in the first attention too.
@@ -113,13 +113,13 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map (B, in_channels, H, W), added to it.
+    """Transformer blocks over the pixels of a feature map (B, in_channels, H, W), with a residual connection.
 
     Args:
         n_heads, d_head: attention heads and features per head; the blocks are n_heads · d_head wide.
         depth: number of blocks.
-        context_dim: features of the context; None for self-attention in its place.
-        use_checkpoint: recompute the blocks' activations in backward; all, or `selective`: see `checkpoint`.
+        context_dim: features of the context; None for self-attention instead.
+        use_checkpoint: recompute the blocks' activations in backward: all, or `selective`; see `checkpoint`.
         use_linear: project by linear layers over the tokens, instead of 1 × 1 convolutions over the map.
         disable_self_attn: see `BasicTransformerBlock`.
     """
@@ -165,7 +165,7 @@ class SpatialTransformer(nn.Module):
         """Return the map `x` (B, in_channels, H, W) as the blocks' input (B, H · W, inner)."""
         h = self.norm(x)
         if self.use_linear:
-            # Contiguous: of other tokens, torch chooses the kernel by whether the weight takes gradients.
+            # Contiguous, since otherwise torch's choice of kernel depends on the weight's requires_grad.
             return self.proj_in(rearrange(h, "b c h w -> b (h w) c").contiguous())
         return rearrange(self.proj_in(h), "b c h w -> b (h w) c")
 

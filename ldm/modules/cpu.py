@@ -1,4 +1,4 @@
-"""Where a CPU is faster another way than a GPU is."""
+"""Choice of code paths that are faster on a CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _enabled = True
 
 
 def is_on_cpu(x: Tensor) -> bool:
-    """Whether `x` is on a CPU, so that what is faster there is to be done."""
+    """Return True if `x` is on a CPU and CPU code paths are enabled."""
     return _enabled and x.device.type == "cpu"
 
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Within it nothing is done in a CPU's way: for a forecast of what a GPU will do."""
+    """Disable CPU code paths in this context, to predict the behaviour on a GPU."""
     global _enabled
     before, _enabled = _enabled, False
     try:

@@ -13,15 +13,15 @@ from ldm.util import UserError
 
 
 def shadow_name(parameter_path: str) -> str:
-    """The buffer that shadows the parameter at `parameter_path`: the path without its dots."""
+    """Return the name of the buffer that shadows the parameter at `parameter_path`: the path without its dots."""
     return parameter_path.replace(".", "")
 
 
 class LitEma(StaysOnHost, KeepsTypes, nn.Module):
     """Shadow buffers θ' ← θ' − (1 − d)(θ' − θ) of every trainable parameter of `model`.
 
-    With `use_num_updates`, d is at most (1 + n) / (10 + n) after n updates, so that the start is forgotten. The shadows
-    of a model that stays on the host do too.
+    With `use_num_updates`, d is at most (1 + n) / (10 + n) after n updates, to forget the initial weights.
+    The shadows of a model that stays on the host also stay there.
 
     Raises:
         UserError: `decay` is outside [0, 1].
@@ -40,13 +40,13 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
         self.collected_params: list[Tensor] = []
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each shadow with the parameter of `model` that it follows."""
+        """Yield each shadow and its parameter of `model`."""
         return ((self.get_buffer(name), model.get_parameter(path)) for path, name in self.m_name2s_name.items())
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
         """Update the shadows from `model`."""
-        # Tensor arithmetic throughout: reading a value back would stall a GPU at every step.
+        # Only tensor arithmetic: reading a value back would stall a GPU at every step.
         counting = self.num_updates >= 0
         self.num_updates += counting.to(self.num_updates.dtype)
         warm = (1 + self.num_updates) / (10 + self.num_updates)
@@ -62,7 +62,7 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Within it `model` has the averaged weights; a scope within a scope changes nothing."""
+        """Give `model` the averaged weights in this context. A nested context changes nothing."""
         if self.collected_params:
             yield
             return
@@ -74,12 +74,12 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
             self.restore(model.parameters())
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep a copy of `parameters`, for `restore`."""
+        """Store a copy of `parameters` for `restore`."""
         self.collected_params = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give `parameters` the values that `store` kept, and drop the copy."""
+        """Restore the values of `parameters` from `store`, and drop the copy."""
         for kept, parameter in zip(self.collected_params, parameters, strict=True):
             parameter.copy_(kept)
         self.collected_params = []

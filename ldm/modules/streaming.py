@@ -1,6 +1,6 @@
-"""Weights that stay in host memory and visit the device one block at a time, so that the device need not hold them.
+"""Weights that stay in host memory and visit the device block by block, so that the device need not hold all of them.
 
-The gradients come back to the host's parameters, and there are the optimizer and all that it keeps.
+Gradients return to the host's parameters. The optimizer and its state stay on the host too.
 """
 
 from __future__ import annotations
@@ -16,32 +16,35 @@ from ldm.modules.diffusionmodules.util import checkpoint
 
 
 class WeightStream:
-    """Runs blocks with copies of their weights, made for the forward of a block and again for its backward.
+    """Runner of blocks with temporary copies of their weights on the device.
 
-    While a block computes, the weights of the next one are copied: on CUDA from pinned memory on a stream of their own.
+    The copies are made for the forward of a block, and again for its backward. While a block computes, the weights of
+    the next block are copied. On CUDA they come from pinned memory, on a separate stream.
 
     Args:
-        blocks: modules in the order in which they run; none may checkpoint its own parts, since a part would be
-            recomputed when the block's weights have gone.
-        dtype: of the copies; the parameters keep theirs.
+        blocks: modules in the order in which they run. A block must not checkpoint its own parts: their recomputation
+            would come after the block's weights are freed.
+        dtype: type of the copies; the parameters keep theirs.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._blocks = list(blocks)
-        self._copies: dict[int, list[Tensor]] = {}  # made ahead, by the number of the block
+        self._copies: dict[int, list[Tensor]] = {}  # prefetched copies, by the number of the block
         self._transfer = _Transfer(dtype)
 
     def settle(self) -> None:
-        """Drop what was copied ahead and wait for copies under way. To be called before and after a pass through the
-        blocks: the parameters may change between."""
+        """Drop the prefetched copies and wait for copies in progress.
+
+        Call this before and after a pass through the blocks, since the parameters may change between passes.
+        """
         self._copies.clear()
         self._transfer.finish()
 
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """`block(*inputs)` on the device of the first input; activations within are recomputed in backward."""
+        """Return `block(*inputs)`, computed on the device of the first input. Backward recomputes the activations."""
         number, device = self._blocks.index(block), inputs[0].device
-        recomputing = False  # which happens in backward, the last block first
+        recomputing = False  # true in backward, which starts with the last block
 
         def compute(*inputs: Tensor | None) -> Tensor:
             nonlocal recomputing
@@ -50,7 +53,7 @@ class WeightStream:
             begin = self._transfer.mark(device)
             try:
                 return functional_call(block, self._weights(number, device, changed), inputs)
-            finally:  # a recomputation is left by an exception once it has made what backward needs
+            finally:  # torch ends a recomputation by an exception as soon as backward has all it needs
                 self._copy_ahead(ahead, device, changed, begin)
 
         return checkpoint(compute, *inputs, enabled=True)
@@ -69,7 +72,7 @@ class WeightStream:
 
 
 class _Copied(torch.autograd.Function):
-    """A parameter's copy in the parameter's place: what is its gradient is copied back."""
+    """Function that replaces a parameter by its copy, and copies the gradient back to the parameter's device."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
@@ -79,14 +82,14 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if gradient.device.type == "cuda":
-            # In its own type and into pinned memory: converted there, it would take twice the memory, the bus twice the
-            # time, and an unpinned copy several times that.
+            # Copy in the gradient's own type and into pinned memory. A conversion on the device would double memory and
+            # transfer time. A copy to unpinned memory takes several times longer.
             gradient = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True).copy_(gradient)
         return gradient.to(**ctx.home, copy=True), None
 
 
 class _Transfer:
-    """Copies to a device. On the CPU they are plain ones."""
+    """Copies of blocks to a device, asynchronous on CUDA."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -97,10 +100,10 @@ class _Transfer:
     def copy(
         self, block: nn.Module, device: torch.device, changed: bool, after: torch.cuda.Event | None = None
     ) -> list[Tensor]:
-        """Copies of the block's parameters; `changed`: since the last time.
+        """Return copies of the block's parameters; `changed` means that they changed since the last copy.
 
-        They are made when `after` has come to pass: until then copies for earlier blocks may be in use, and with these
-        there would be more than two.
+        The copies are made after the event `after`. Before it, copies of earlier blocks may still be in use, and the
+        device would hold more than two blocks.
         """
         if device.type != "cuda":
             return [parameter.to(device, self._dtype, copy=True) for parameter in block.parameters()]
@@ -112,7 +115,7 @@ class _Transfer:
             return [source.to(device, non_blocking=True) for source in pinned]
 
     def _pin(self, block: nn.Module, changed: bool) -> list[Tensor]:
-        """The parameters in pinned memory and in the type of the copies, so that half as much crosses the bus."""
+        """Return the parameters in pinned memory, in the type of the copies, which reduces bus traffic."""
         if block not in self._pinned:
             self._pinned[block] = [
                 torch.empty(parameter.shape, dtype=self._dtype, pin_memory=True) for parameter in block.parameters()
@@ -124,7 +127,7 @@ class _Transfer:
         return self._pinned[block]
 
     def arrive(self, copies: Sequence[Tensor]) -> None:
-        """Let the computation wait for `copies`."""
+        """Make the computation wait for `copies`."""
         if self._stream is not None:
             computation = torch.cuda.current_stream(self._stream.device)
             computation.wait_stream(self._stream)
@@ -132,7 +135,7 @@ class _Transfer:
                 copy.record_stream(computation)
 
     def mark(self, device: torch.device) -> torch.cuda.Event | None:
-        """What tells when a CUDA device has done all that it was given so far."""
+        """Return an event that marks the end of all work given to a CUDA device so far; None on other devices."""
         return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def finish(self) -> None:

@@ -26,7 +26,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_what_is_measured_is_not_trained_on(module: Any) -> None:
-    described = module("forgetting_sets")._picture_sets()
+    described = module("forgetting_sets")._image_sets()
     sets = {name: {entry["file_name"] for entry in entries} for name, (_, entries) in described.items()}
     assert (len(sets["cats"]), len(sets["new_cats"])) == (7, 3)
     assert all(len(sets[name]) >= 10 for name in ("near", "near_prior", "animals", "rest", "real"))

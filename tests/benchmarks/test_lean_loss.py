@@ -12,7 +12,7 @@ BAND = 0.01  # of the loss; weights that are rounded to the nearest end 2 % abov
 
 @pytest.mark.usefixtures("one_thread")
 def test_lean_training_reaches_the_loss_of_adamw() -> None:
-    task = Task(pictures=32, channel_mult=(1,))
+    task = Task(images=32, channel_mult=(1,))
     exact, lean = (
         task.trained_loss(*VARIANTS[name], steps=70, lr=1e-3)
         for name in ("fp32, AdamW", "bf16, 8-bit AdamW, stochastic rounding")

@@ -1,4 +1,4 @@
-"""The layers of the denoising UNet: resampling, residual blocks with time embedding, and plain attention.
+"""Layers of the denoising UNet: resampling, residual blocks with time embedding, and plain attention.
 
 B batch, C channels, H and W height and width, N positions, E features of the time embedding. Residual blocks and
 attention follow arXiv:2105.05233, sections 3 and 4.
@@ -15,7 +15,7 @@ from ldm.modules.diffusionmodules.util import avg_pool_nd, checkpoint, conv_nd, 
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repetition, then convolves if `use_conv`: (B, C, H, W) → (B, C, 2H, 2W)."""
+    """Upsampling (B, C, H, W) → (B, C, 2H, 2W) by repetition, then a convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width, by a strided convolution if `use_conv`, else by averaging: (B, C, H, W) → half."""
+    """Downsampling (B, C, H, W) → (B, C, H/2, W/2), by a strided convolution if `use_conv`, else by averaging."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the time embedding between them, added to the input (B, C, H, W).
+    """Two convolutions with the time embedding between them, and a residual connection from (B, C, H, W).
 
     Args:
-        use_scale_shift_norm: the embedding scales and shifts the second norm, instead of being added before it.
+        use_scale_shift_norm: scale and shift the second norm by the embedding, instead of adding it before the norm.
         up, down: resample inside the block.
     """
 
@@ -108,10 +108,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the positions of a feature map (B, C, …), added to it.
+    """Self-attention over the positions of a feature map (B, C, …), with a residual connection.
 
     Args:
-        use_new_attention_order: the 3C features are q, k, v and then heads, instead of heads and then q, k, v.
+        use_new_attention_order: order the 3C features by q, k, v and then by head, instead of by head and then q, k, v.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class AttentionBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence that hands the time embedding and the context to the layers that take them."""
+    """Sequence that passes the time embedding and the context to the layers that need them."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
@@ -149,7 +149,7 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 def conditioning_of(layer: nn.Module, emb: Tensor, context: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return what `layer` takes beside the feature map."""
+    """Return the arguments of `layer` besides the feature map."""
     if isinstance(layer, ResBlock):
         return (emb,)
     return (context,) if isinstance(layer, SpatialTransformer) else ()

@@ -1,4 +1,4 @@
-"""Two-dimensional convolution that is fast on a CPU too where weights are many and pixels few."""
+"""Two-dimensional convolution that is also fast on a CPU for many weights and few pixels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from ldm.modules.cpu import is_on_cpu
 
-# Weights a kernel position and output pixel, from which a matrix product trains faster on a CPU than the convolution,
-# that brings weights and their gradients into a layout of its own and back (benchmarks/cpu_convolution.py).
+# From this number of weights per kernel position and output pixel, a matrix product trains faster on a CPU than torch's
+# convolution, which converts weights and gradients to its own layout and back (benchmarks/cpu_convolution.py).
 _MANY_WEIGHTS = 5000
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`; on a CPU, a few pixels with many weights are a matrix product of their patches (im2col).
+    """`torch.nn.Conv2d` that uses a matrix product of patches (im2col) for many weights and few pixels on a CPU.
 
-    Input (B, C_in, H, W), output (B, C_out, H', W'). Results differ from the other way's by rounding alone.
+    Input (B, C_in, H, W), output (B, C_out, H', W'). The two methods differ only by rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The downward half of the UNet, as a classifier or an encoder (arXiv:2105.05233, section 4.2).
+"""Downward half of the UNet, as a classifier or an encoder (arXiv:2105.05233, section 4.2).
 
 B batch, C channels, H and W height and width.
 """
@@ -17,14 +17,14 @@ from ldm.modules.diffusionmodules.unet_options import note_precision
 from ldm.modules.diffusionmodules.util import conv_nd, embedding_mlp, normalization, timestep_embedding, zero_module
 from ldm.util import UserError
 
-_HIDDEN = 2048  # features between the two layers of the spatial pools
+_HIDDEN = 2048  # features between the two linear layers of the spatial pools
 _POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
 class AttentionPool(nn.Module):
-    """Pool a map (B, C, side, side) by attention from its mean, as CLIP's image towers do: → (B, out_channels).
+    """Attention pooling of a map (B, C, side, side) to (B, out_channels), with the mean of the map as the query.
 
-    (arXiv:2103.00020, section 2.4)
+    CLIP's image towers pool in the same way (arXiv:2103.00020, section 2.4).
     """
 
     def __init__(self, side: int, channels: int, head_channels: int, out_channels: int) -> None:
@@ -36,7 +36,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2)  # (B, C, N)
-        tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)  # the mean comes first
+        tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)  # the mean is the first token
         qkv = self.qkv_proj(tokens + self.positional_embedding.to(tokens.dtype))
         q, k, v = rearrange(qkv, "b (qkv h d) n -> qkv b h n d", qkv=3, h=self.heads)
         pooled = attend(q[:, :, :1], k, v)
@@ -44,12 +44,12 @@ class AttentionPool(nn.Module):
 
 
 class EncoderUNetModel(nn.Module):
-    """The input blocks and the middle of a UNet with plain attention, pooled to (B, out_channels).
+    """Input blocks and middle of a UNet with plain attention, pooled to (B, out_channels).
 
     Args:
-        image_size: height and width of the input, which `pool: attention` needs.
+        image_size: height and width of the input, required for `pool: attention`.
         pool: `adaptive`, the mean over the map; `attention`, see `AttentionPool`; `spatial` and `spatial_v2`, the means
-            over each block's map, together through two linear layers (the latter with a norm between them).
+            over each block's map, joined and passed through two linear layers (`spatial_v2` has a norm between them).
 
     The other arguments are those of `UNetModel`.
 
@@ -119,7 +119,7 @@ class EncoderUNetModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the blocks compute in."""
+        """Type of the blocks' computation."""
         return self.time_embed[0].weight.dtype
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:

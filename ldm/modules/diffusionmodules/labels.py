@@ -1,4 +1,4 @@
-"""The labels `y` that a UNet takes beside text: classes, a number, a timestep, or a vector of features.
+"""Labels `y` that a UNet takes besides text: classes, a number, a timestep, or a vector of features.
 
 B batch, E features of the time embedding, to which the label's embedding is added.
 """
@@ -25,7 +25,7 @@ def label_embedding(num_classes: int | str, model_channels: int, adm_in_channels
         return nn.Embedding(num_classes, features)
     if num_classes == "continuous":
         return nn.Linear(1, features)
-    if num_classes == "timestep":  # released keys count the sinusoidal embedding as the first layer
+    if num_classes == "timestep":  # in the released keys the sinusoidal embedding is the first layer
         return nn.Sequential(nn.Identity(), embedding_mlp(model_channels, features))
     if num_classes == "sequential":
         if not isinstance(adm_in_channels, int) or adm_in_channels < 1:
@@ -37,7 +37,7 @@ def label_embedding(num_classes: int | str, model_channels: int, adm_in_channels
 
 
 def check_labels(y: Tensor | None, batch: int, num_classes: int | str | None, adm_in_channels: int | None) -> None:
-    """Raise `ValueError` unless `y` is what a UNet with these arguments takes for `batch` samples."""
+    """Raise `ValueError` unless `y` fits a UNet with these arguments and `batch` samples."""
     if (y is None) != (num_classes is None):
         raise ValueError(f"class labels y={y} do not fit a UNetModel with num_classes={num_classes}")
     if y is None:
@@ -49,7 +49,7 @@ def check_labels(y: Tensor | None, batch: int, num_classes: int | str | None, ad
 
 
 def label_features(y: Tensor, num_classes: int | str, model_channels: int, dtype: torch.dtype) -> Tensor:
-    """Return what `label_embedding` takes: class numbers as they are, all else as features of type `dtype`."""
+    """Return the input of `label_embedding`: class numbers unchanged, all else as features of type `dtype`."""
     if num_classes == "timestep":
         y = timestep_embedding(y, model_channels)  # (B,) → (B, model_channels)
     return y.to(dtype) if isinstance(num_classes, str) else y

@@ -1,6 +1,6 @@
-"""The layers of a UNet, level by level: what the arguments ask for, checked, and the blocks built from it.
+"""Layers of a UNet, level by level: the plan from the arguments, with checks, and the blocks built from it.
 
-A level is one resolution of the feature map. The way down halves it from level to level, the way up doubles it again.
+A level is one resolution of the feature map. The way down halves the resolution at each level; the way up doubles it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from ldm.util import UserError
 
 @dataclass(frozen=True)
 class Level:
-    """One level: its channels, its residual blocks on the way down (the way up has one more), and its attention.
+    """Channels, residual blocks and attention of one level. The way up has one more residual block than the way down.
 
-    The first `attention_blocks` residual blocks, on either way, are followed by attention with `depth` transformer
-    blocks.
+    On both ways, attention with `depth` transformer blocks follows the first `attention_blocks` residual blocks.
     """
 
     channels: int
@@ -47,10 +46,10 @@ def plan_levels(
     transformer_depth: int | Sequence[int] = 1,
     disable_self_attentions: Sequence[bool] | None = None,
 ) -> list[Level]:
-    """Return the levels that `UNetModel`'s arguments of these names describe, the finest first.
+    """Return the levels for `UNetModel`'s arguments of these names, from the finest to the coarsest.
 
     Raises:
-        UserError: an argument has not one entry per level, or a value that no network has.
+        UserError: an argument does not have one entry per level, or has an invalid value.
     """
     if model_channels % 32 or not channel_mult:
         raise UserError(
@@ -88,7 +87,7 @@ def _per_level(name: str, given: Any, channel_mult: Sequence[int], is_switch: bo
 
 @dataclass(frozen=True)
 class LayerMaker:
-    """Makes the layers of a UNet, all with the same options; see `UNetModel` for their meaning."""
+    """Factory of a UNet's layers with common options; see `UNetModel` for their meaning."""
 
     emb_channels: int
     dropout: float
@@ -106,7 +105,7 @@ class LayerMaker:
     legacy: bool = True
 
     def residual(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
-        """Return a residual block, resampling if it is `up` or `down`."""
+        """Return a residual block that resamples if `up` or `down`."""
         return ResBlock(
             channels,
             self.emb_channels,
@@ -120,7 +119,7 @@ class LayerMaker:
         )
 
     def resampling(self, channels: int, up: bool) -> nn.Module:
-        """Return the layer that doubles the resolution, or halves it."""
+        """Return the layer that doubles or halves the resolution."""
         if self.resblock_updown:
             return self.residual(channels, channels, up=up, down=not up)
         return (Upsample if up else Downsample)(channels, self.conv_resample, dims=self.dims)
@@ -177,7 +176,7 @@ def way_down(make: LayerMaker, levels: Sequence[Level], in_channels: int, model_
 
 
 def channels_down(levels: Sequence[Level], model_channels: int) -> Iterator[int]:
-    """Yield the channels that each of the input blocks puts out."""
+    """Yield the output channels of each input block."""
     channels = model_channels
     yield channels
     for level in levels:
@@ -190,7 +189,7 @@ def channels_down(levels: Sequence[Level], model_channels: int) -> Iterator[int]
 def way_up(
     make: LayerMaker, levels: Sequence[Level], model_channels: int, num_heads_upsample: int = -1
 ) -> nn.ModuleList:
-    """Return the output blocks. Each takes an input block's output beside its input, the last one's first."""
+    """Return the output blocks. Each also takes the output of an input block, from the last to the first."""
     skips = list(channels_down(levels, model_channels))
     channels = skips[-1]
     heads_up = make.num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -210,7 +209,7 @@ def way_up(
 def middle(
     make: LayerMaker, channels: int, depth: int, disable_self_attn: bool = False, has_attention: bool = True
 ) -> TimestepEmbedSequential:
-    """Return the block between the two ways; without attention its layers keep their numbers."""
+    """Return the block between the two ways. Without attention its layers keep their numbers."""
     first = make.residual(channels, channels)
     attention = make.attention(channels, depth, disable_self_attn) if has_attention else nn.Identity()
     return TimestepEmbedSequential(first, attention, make.residual(channels, channels))

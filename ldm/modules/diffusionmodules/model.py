@@ -1,7 +1,7 @@
-"""The convolutional encoder and decoder of the first stage (Rombach et al., arXiv:2112.10752, appendix G).
+"""Convolutional encoder and decoder of the first stage (Rombach et al., arXiv:2112.10752, appendix G).
 
-Both take the whole `ddconfig`, so each accepts the keys that only the other one reads. Images are (B, C, H, W)
-with H and W multiples of 2^(levels - 1); level i works at 1/2^i of that size with `ch * ch_mult[i]` channels.
+Both take the whole `ddconfig`, so each accepts keys that only the other one uses. Images are (B, C, H, W)
+with H and W multiples of 2^(levels - 1). Level i works at 1/2^i of that size with `ch * ch_mult[i]` channels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NORM_GROUPS = 32
 
 
 def normalize(channels: int) -> nn.GroupNorm:
-    """The group norm before each convolution.
+    """Return the group norm that precedes each convolution.
 
     Raises:
         UserError: `channels` is not a multiple of the 32 groups.
@@ -31,7 +31,7 @@ def normalize(channels: int) -> nn.GroupNorm:
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a 3x3 convolution if `with_conv`."""
+    """Upsampling (B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, followed by a 3x3 convolution if `with_conv`."""
 
     def __init__(self, channels: int, with_conv: bool = True) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2): a strided 3x3 convolution if `with_conv`, else average pooling."""
+    """Downsampling (B, C, H, W) -> (B, C, H/2, W/2): a strided 3x3 convolution if `with_conv`, else average pooling."""
 
     def __init__(self, channels: int, with_conv: bool = True) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.conv is None:
             return F.avg_pool2d(x, 2)
-        # Released weights expect padding on the right and at the bottom only, which Conv2d cannot do itself.
+        # Released weights need padding on the right and at the bottom only, which Conv2d does not offer.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class ResnetBlock(nn.Module):
-    """Two norm-swish-convolution steps beside a shortcut; (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+    """Two norm-swish-convolution steps with a shortcut: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over all positions with one head of C channels, beside a shortcut; keeps (B, C, H, W)."""
+    """Self-attention over all positions, with one head of C channels and a shortcut: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (project(h).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C), without the (H*W, H*W) matrix
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C), without storing the (H*W, H*W) matrix
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
         return x + self.proj_out(h)
 
@@ -106,7 +106,7 @@ class _Middle(nn.Module):
 
 
 class _Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if `attention`."""
+    """Residual blocks of one resolution, each followed by attention if `attention`."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, dropout: float, attention: bool) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _Level(nn.Module):
 
 
 class _DownLevel(_Level):
-    """A level of the encoder: its blocks, then `downsample`."""
+    """Level of the encoder: its blocks, then `downsample`."""
 
     def __init__(self, *level: Any, downsample: nn.Module) -> None:
         super().__init__(*level)
@@ -134,7 +134,7 @@ class _DownLevel(_Level):
 
 
 class _UpLevel(_Level):
-    """A level of the decoder: its blocks, then `upsample`."""
+    """Level of the decoder: its blocks, then `upsample`."""
 
     def __init__(self, *level: Any, upsample: nn.Module) -> None:
         super().__init__(*level)
@@ -154,12 +154,14 @@ def _has_attention(attn_type: str, use_linear_attn: bool) -> bool:
 
 
 class Encoder(nn.Module):
-    """(B, in_channels, H, W) -> (B, 2 * z_channels if double_z else z_channels, H/2^(levels-1), W/2^(levels-1)).
+    """Encoder (B, in_channels, H, W) -> (B, Z, H/2^(levels-1), W/2^(levels-1)).
+
+    Z is 2 * z_channels if double_z, else z_channels.
 
     Args:
-        ch, ch_mult: channels of the first level, and each level's multiple of them.
-        num_res_blocks: residual blocks a level; the decoder has one more.
-        attn_resolutions: levels of these sizes, for an image `resolution` wide, have attention after each block.
+        ch, ch_mult: channels of the first level, and the multiple of them in each level.
+        num_res_blocks: residual blocks per level; the decoder has one more.
+        attn_resolutions: sizes of the levels that have attention after each block, for an image `resolution` wide.
         attn_type: 'vanilla', or 'none' for no attention anywhere.
     """
 
@@ -210,13 +212,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, h, w) -> (B, out_ch, h * 2^(levels-1), w * 2^(levels-1)).
+    """Decoder (B, z_channels, h, w) -> (B, out_ch, h * 2^(levels-1), w * 2^(levels-1)).
 
-    Takes the arguments of `Encoder`, and besides:
+    It takes the arguments of `Encoder`, and two more:
 
     Args:
         give_pre_end: stop before the last norm and convolution.
-        tanh_out: squash the output into [-1, 1].
+        tanh_out: limit the output to [-1, 1] by a tanh.
     """
 
     def __init__(
@@ -243,10 +245,10 @@ class Decoder(nn.Module):
         self.tanh_out = tanh_out
         attention = _has_attention(attn_type, use_linear_attn)
         widths = [ch * multiple for multiple in ch_mult]
-        widths.append(widths[-1])  # the lowest level starts from the middle, which is as wide
+        widths.append(widths[-1])  # the lowest level has the width of the middle
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = _Middle(widths[-1], dropout, attention)
-        # Counted from the lowest level up, which matters to a `resolution` that does not halve evenly.
+        # Computed from the lowest level up, which matters if `resolution` does not halve evenly.
         last = len(ch_mult) - 1
         sizes = [resolution // 2**last * 2 ** (last - i) for i in range(len(ch_mult))]
         self.up = nn.ModuleList(

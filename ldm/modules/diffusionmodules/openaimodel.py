@@ -1,4 +1,4 @@
-"""The denoising UNet: residual blocks with time embedding, and attention (arXiv:2105.05233; arXiv:2112.10752).
+"""Denoising UNet: residual blocks with time embedding, and attention (arXiv:2105.05233; arXiv:2112.10752).
 
 B batch, C channels, H and W height and width, E features of the time embedding.
 """
@@ -25,51 +25,51 @@ from ldm.modules.diffusionmodules.unet_options import (
 from ldm.modules.diffusionmodules.util import conv_nd, embedding_mlp, normalization, timestep_embedding, zero_module
 
 _ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from torch 2.13 on
-_SIZES = 64  # of images, times the sizes of batches, that blocks are compiled for; more are hours of compiling
+_SIZES = 64  # image sizes times batch sizes that blocks are compiled for; more would take hours
 
 
 class UNetModel(nn.Module):
-    """The UNet that predicts noise, x₀ or v from a noisy (B, in_channels, H, W).
+    """UNet that predicts noise, x₀ or v from a noisy (B, in_channels, H, W).
 
     Args:
-        image_size: kept in configs as a note; any H and W that halve evenly work.
-        in_channels, out_channels: of the input and the prediction.
+        image_size: accepted for configs and not used; any H and W that halve evenly work.
+        in_channels, out_channels: channels of the input and of the prediction.
         model_channels: channels at the first level.
         num_res_blocks: residual blocks per level, one number or one per level.
         attention_resolutions: downsampling factors at which attention is used.
-        dropout: inside residual blocks.
-        channel_mult: channels of each level, in units of `model_channels`.
+        dropout: dropout rate inside residual blocks.
+        channel_mult: channels of each level, as a multiple of `model_channels`.
         conv_resample: resample by learned convolutions.
         dims: spatial dimensions of the input, 1, 2 or 3.
-        num_classes: what the labels `y` are: the number of classes; `continuous`, a number (B, 1); `timestep`, a
-            timestep (B,); `sequential`, a vector (B, adm_in_channels). None for no labels.
-        use_checkpoint: recompute activations in backward (slower, smaller); `selective`: except convolutions, matrix
-            products and attention, whose results are kept.
-        use_fp16, use_bf16: accepted with a note; the trainer's `precision` sets the type.
+        num_classes: kind of the labels `y`: the number of classes; `continuous` for a number (B, 1); `timestep` for a
+            timestep (B,); `sequential` for a vector (B, adm_in_channels); None for no labels.
+        use_checkpoint: recompute activations in backward (slower, less memory); `selective` keeps the results of
+            convolutions, matrix products and attention.
+        use_fp16, use_bf16: accepted without effect; the trainer's `precision` sets the type.
         num_heads: attention heads, if `num_head_channels` is -1.
         num_head_channels: features per head; -1 for a fixed number of heads.
         num_heads_upsample: heads of plain attention blocks on the way up, in the legacy layout.
-        use_scale_shift_norm: the time embedding scales and shifts norms.
+        use_scale_shift_norm: scale and shift norms by the time embedding.
         resblock_updown: resample inside residual blocks.
-        use_new_attention_order: of the features in plain attention blocks.
-        use_spatial_transformer: transformers with `context`, instead of plain attention blocks.
+        use_new_attention_order: see `AttentionBlock`.
+        use_spatial_transformer: use transformers with `context` instead of plain attention blocks.
         transformer_depth: transformer blocks per spatial transformer, one number or one per level.
-        transformer_depth_middle: those in the middle; by default as in the last level.
-        context_dim: features of the context. A list must repeat one number.
+        transformer_depth_middle: transformer blocks in the middle; by default as in the last level.
+        context_dim: features of the context. All entries of a list must be equal.
         n_embed: predict the logits of this many codebook entries, (B, n_embed, H, W), instead.
-        legacy: head sizes as in the first release: channels / heads in spatial transformers, even if
+        legacy: use the head sizes of the first release: channels / heads in spatial transformers, even if
             `num_head_channels` does not divide them.
-        disable_self_attentions: per level, attend to the context in the place of self-attention.
-        num_attention_blocks: per level, how many of the first residual blocks have attention; all by default.
-        disable_middle_self_attn: attend to the context in the place of self-attention, in the middle.
-        disable_middle_transformer: no attention in the middle.
-        use_linear_in_transformer: spatial transformers project by linear layers, instead of convolutions.
-        spatial_transformer_attn_type: `softmax` or `softmax-xformers`, which are the same here.
+        disable_self_attentions: per level, attend to the context instead of self-attention.
+        num_attention_blocks: per level, number of residual blocks with attention, from the first on; all by default.
+        disable_middle_self_attn: in the middle, attend to the context instead of self-attention.
+        disable_middle_transformer: use no attention in the middle.
+        use_linear_in_transformer: project by linear layers instead of convolutions in spatial transformers.
+        spatial_transformer_attn_type: `softmax` or `softmax-xformers`, which have the same effect.
         adm_in_channels: features of `y`, for `num_classes: sequential`.
-        channels_last: lay feature maps out channels last (NHWC), which convolutions are faster in. Weights keep their
-            layout, and with it checkpoints and optimizers theirs.
+        channels_last: lay feature maps out channels last (NHWC), for faster convolutions. The layout of weights,
+            checkpoints and optimizers does not change.
         compile_mode: compile each block for training, in this mode of `torch.compile`; `reduce-overhead` and
-            `max-autotune` use CUDA graphs. Not for inference: images come in many sizes, each compiled anew.
+            `max-autotune` use CUDA graphs. Inference is not compiled, since each image size would need its own program.
 
     Raises:
         UserError: arguments that contradict each other.
@@ -151,7 +151,7 @@ class UNetModel(nn.Module):
         self.context_dim = context_dim
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_mode = compile_mode
-        self.downsampling = 2 ** (len(levels) - 1)  # H and W must be multiples of it
+        self.downsampling = 2 ** (len(levels) - 1)  # H and W must be multiples of this number
 
         self.time_embed = embedding_mlp(model_channels, make.emb_channels)
         if num_classes is not None:
@@ -173,28 +173,28 @@ class UNetModel(nn.Module):
 
     def _compile_blocks(self) -> None:
         blocks = (*self.input_blocks, self.middle_block, *self.output_blocks)
-        for block in blocks:  # in place, so that keys stay
+        for block in blocks:  # in place, so that the keys do not change
             block.compile(mode=self.compile_mode, dynamic=False, fullgraph=True, **_room_for_programs(len(blocks)))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the blocks compute in."""
+        """Type of the blocks' computation."""
         return self.time_embed[0].weight.dtype
 
     @property
     def is_compiled(self) -> bool:
-        """Whether each block is compiled for training."""
+        """True if each block is compiled for training."""
         return self.compile_mode is not None
 
     @property
     def uses_cuda_graphs(self) -> bool:
-        """Whether the compiled blocks are replayed as CUDA graphs, whose memory stays where it is."""
+        """True if the compiled blocks are replayed as CUDA graphs, whose memory has fixed addresses."""
         return self.compile_mode in CUDA_GRAPHS
 
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """`block(*inputs)`. Every use of weights goes through here."""
+        """Return `block(*inputs)`. The model uses weights only through this method."""
         if self.is_compiled and not torch.is_grad_enabled():
-            return block._call_impl(*inputs)  # uncompiled, but with hooks, which gather sharded weights
+            return block._call_impl(*inputs)  # uncompiled, but with the hooks that gather sharded weights
         return block(*inputs)
 
     def forward(
@@ -206,15 +206,15 @@ class UNetModel(nn.Module):
     ) -> Tensor:
         """Predict from a noisy `x` (B, in_channels, H, W) at `timesteps` (B,), which may be fractional.
 
-        `context` is (B, M, context_dim); `y` are the labels that `num_classes` asks for, (B,) or (B, features). The
-        result is (B, out_channels, H, W).
+        `context` is (B, M, context_dim). `y` are the labels for `num_classes`, (B,) or (B, features). The result is
+        (B, out_channels, H, W).
 
         Raises:
             ValueError: `y` is given to a model without classes, or missing in one with classes.
         """
         check_labels(y, len(x), self.num_classes, self.adm_in_channels)
         if self.uses_cuda_graphs and torch.is_grad_enabled():
-            torch.compiler.cudagraph_mark_step_begin()  # what the graphs made in the last step may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs may overwrite the outputs of the last step
         emb = self.run(self.time_embed, timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (B, E)
         if y is not None:
             emb = emb + self.run(self.label_emb, label_features(y, self.num_classes, self.model_channels, self.dtype))
@@ -231,14 +231,15 @@ class UNetModel(nn.Module):
 
     @property
     def last(self) -> nn.Module:
-        """The layers that make the prediction from the last feature map."""
+        """Layers that make the prediction from the last feature map."""
         return getattr(self, "id_predictor", self.out)
 
 
 def _room_for_programs(blocks: int) -> dict[str, bool]:
-    """Arguments of `torch.compile` for `blocks` of one class, which by default share a stock of a few programs.
+    """Return arguments of `torch.compile` that give `blocks` of one class enough room for compiled programs.
 
-    Each block has one for every size of image, and at the end of its stock training would stop.
+    Each block needs one program per image size. By default the blocks share a limit of a few programs, and training
+    stops at that limit.
     """
     limits = torch._dynamo.config
     each = 1 if _ISOLATES else blocks

@@ -21,7 +21,7 @@ PARAMETERIZATIONS = ("eps", "x0", "v")
 def make_beta_schedule(
     schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:
-    """β_1…β_T, float64 (n_timestep,).
+    """Return β_1…β_T, float64 (n_timestep,).
 
     `linear` is linear in √β; `sqrt_linear` is linear in β; `sqrt` is the root of that; `cosine` follows
     arXiv:2102.09672, eq. 17, with offset `cosine_s` and β at most 0.999.
@@ -43,7 +43,7 @@ def make_beta_schedule(
 
 
 def rescale_to_zero_snr(betas: np.ndarray) -> np.ndarray:
-    """Return β of the schedule shifted and scaled in √ᾱ so that the last ᾱ is 0 and the first stays.
+    """Return β of the schedule, shifted and scaled in √ᾱ so that the last ᾱ is 0 and the first is unchanged.
 
     Algorithm 1 of arXiv:2305.08891.
     """
@@ -53,15 +53,15 @@ def rescale_to_zero_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
-    """Everything that training and sampling read off β, float64 (T,), under the released buffer names.
+    """Return all buffers that training and sampling derive from β, float64 (T,), under their released names.
 
-    `v_posterior` blends the posterior variance between β̃ (0, eq. 7) and β (1).
+    `v_posterior` interpolates the posterior variance between β̃ (0, eq. 7) and β (1).
     """
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
     previous = np.append(1.0, alphas_cumprod[:-1])
     posterior_variance = (1 - v_posterior) * betas * (1 - previous) / (1 - alphas_cumprod) + v_posterior * betas
-    with np.errstate(divide="ignore"):  # 1 / ᾱ, which is 0 at a zero terminal SNR
+    with np.errstate(divide="ignore"):  # 1 / ᾱ; ᾱ is 0 at a zero terminal SNR
         recip = 1 / alphas_cumprod
     return {
         "betas": betas,
@@ -82,9 +82,10 @@ def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, 
 
 
 def vlb_weights(buffers: dict[str, np.ndarray], parameterization: str) -> np.ndarray:
-    """Weights of the squared error in the variational bound, (T,); the first, infinite, takes the second's value.
+    """Return the weights of the squared error in the variational bound, (T,).
 
-    float32, from the buffers as they are stored: so were the published ones, and 1 − ᾱ of early steps shows it.
+    The first weight is infinite and takes the value of the second. The weights are computed in float32 from the stored
+    buffers, as the published ones were; at early steps 1 − ᾱ depends on this precision.
     """
     stored = {name: values.astype(np.float32) for name, values in buffers.items()}
     betas, alphas_cumprod = stored["betas"], stored["alphas_cumprod"]
@@ -97,13 +98,15 @@ def vlb_weights(buffers: dict[str, np.ndarray], parameterization: str) -> np.nda
     else:  # v: unweighted, as published
         weights = np.ones_like(betas)
     weights[0] = weights[min(1, len(weights) - 1)]
-    if alphas[-1] == 0:  # as infinite, at a zero terminal SNR
+    if alphas[-1] == 0:  # also infinite, at a zero terminal SNR
         weights[-1] = weights[-2]
     return weights
 
 
 def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
-    """Increasing model timesteps to visit (arXiv:2010.02502, appendix D.3): a `uniform` or `quad`ratic stride, plus 1.
+    """Return the increasing model timesteps to visit (arXiv:2010.02502, appendix D.3).
+
+    `uniform` and `quad` are linear and quadratic strides. All timesteps are shifted by 1.
 
     Raises:
         UserError: an unknown method, or a number of steps outside 1 … `num_ddpm_timesteps`.
@@ -121,14 +124,14 @@ def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddp
 
 
 def extract_into_tensor(values: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
-    """`values[t]`, (B,), shaped (B, 1, …, 1) to multiply a tensor of `shape`."""
+    """Return `values[t]`, (B,), in the shape (B, 1, …, 1) that multiplies a tensor of `shape`."""
     return values[t].view(-1, *(1,) * (len(shape) - 1))
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str) -> Tensor:
-    """Weights of the loss, (T,), that bound the clean image's error by min(SNR, γ), SNR = ᾱ / (1 − ᾱ).
+    """Return weights of the loss, (T,), that weight the clean image's error by min(SNR, γ), SNR = ᾱ / (1 − ᾱ).
 
-    The loss of x₀ is SNR⁻¹ times that of ε, and that of v is SNR + 1 times that of x₀ (arXiv:2303.09556, section 3.4).
+    The loss of x₀ is SNR⁻¹ times that of ε. The loss of v is SNR + 1 times that of x₀ (arXiv:2303.09556, section 3.4).
     """
     # above 0 even at a zero terminal SNR, where the weight of ε tends to 1
     snr = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).clamp(min=1e-300)
@@ -136,7 +139,7 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str)
     return (snr.clamp(max=gamma) / per_x0).float()
 
 
-# The level of noise of x = α x₀ + σ ε: α = √ᾱ and σ = √(1 − ᾱ), numbers or tensors that broadcast to x.
+# Noise level of x = α x₀ + σ ε: α = √ᾱ and σ = √(1 − ᾱ), numbers or tensors that broadcast to x.
 Level = float | Tensor
 
 
@@ -153,18 +156,18 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Level, sigma: Level) -> Tensor:
 def prediction_to_eps_x0(
     prediction: Tensor, x: Tensor, alpha_bar: Tensor, parameterization: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the noise ε and the clean x₀ that a model's `prediction` at `x` implies; `alpha_bar` broadcasts to `x`."""
+    """Return the noise ε and the clean x₀ from a model's `prediction` at `x`; `alpha_bar` broadcasts to `x`."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if parameterization == "eps":
         return prediction, (x - sigma * prediction) / alpha
     if parameterization == "x0":
         return (x - alpha * prediction) / sigma, prediction
-    # (x, v) is (x₀, ε) turned by an angle, and these two formulas turn it back.
+    # (x, v) is a rotation of (x₀, ε), and these two formulas invert it.
     return noised(prediction, x, alpha, sigma), velocity(prediction, x, alpha, sigma)
 
 
 class GaussianDiffusion:
-    """Mixin for a module: the schedule's buffers and the closed forms of the diffusion process on them.
+    """Mixin that adds the schedule's buffers and the closed forms of the diffusion process to a module.
 
     The module sets `parameterization` and `v_posterior` before it calls `register_schedule`.
     B batch; x_start, x_t and noise have one shape (B, …); t (B,) counts from 0.
@@ -218,7 +221,7 @@ class GaussianDiffusion:
         return self._at("sqrt_alphas_cumprod", t, x), self._at("sqrt_one_minus_alphas_cumprod", t, x)
 
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model should predict under its parameterization."""
+        """Return the target of the model's prediction under its parameterization."""
         if self.parameterization == "eps":
             return noise
         if self.parameterization == "x0":
@@ -226,7 +229,7 @@ class GaussianDiffusion:
         return self.get_v(x_start, noise, t)
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log variance of q(x_{t−1} | x_t, x₀) (eqs. 6 and 7)."""
+        """Return mean, variance and clipped log variance of q(x_{t−1} | x_t, x₀) (eqs. 6 and 7)."""
         mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
         variance = self._at("posterior_variance", t, x_t)
         return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)

@@ -1,4 +1,4 @@
-"""The UNet for a device that is smaller than its weights."""
+"""UNet for a device whose memory is smaller than the weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class StreamedUNetModel(StaysOnHost, UNetModel):
     """`UNetModel` whose weights stay in host memory, in float32, and visit the input's device part by part.
 
-    A part is a block of the UNet. A block with several transformer blocks in a row, as in SDXL, visits in smaller
-    parts: each of its other layers, and each of these transformer blocks.
+    A part is a block of the UNet. A block with several transformer blocks in a row, as in SDXL, is divided into smaller
+    parts: each of its transformer blocks, and each of its other layers.
 
     Args:
-        stream_dtype: the type of the visiting copies and of the computation, `bf16` or `fp32`.
-        kwargs: see `UNetModel`; `use_checkpoint` must be false, since each part is checkpointed, and `compile_mode`
-            left out, since weights come and go.
+        stream_dtype: type of the copies on the device and of the computation, `bf16` or `fp32`.
+        kwargs: see `UNetModel`. `use_checkpoint` must be false, since each part is checkpointed. `compile_mode` must be
+            left out, since the weights are temporary copies.
 
     Raises:
         UserError: an argument has another value.
@@ -39,12 +39,12 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
             raise UserError(f"stream_dtype {stream_dtype!r} is unknown; valid: {', '.join(_DTYPES)}")
         if kwargs.get("use_checkpoint"):
             raise UserError(
-                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks (of several tiers, "
-                "minimal.yaml comes last)"
+                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks (put "
+                "minimal.yaml last among several tiers)"
             )
         if kwargs.get("compile_mode"):
             raise UserError("compile_mode: leave it out; StreamedUNetModel's blocks are not compiled")
-        self._ends: dict[nn.Module, tuple[_Part, _Part]] = {}  # what comes before and after the transformer blocks
+        self._ends: dict[nn.Module, tuple[_Part, _Part]] = {}  # layers before and after the transformer blocks
         embedding = [self.time_embed, *([self.label_emb] if self.num_classes is not None else [])]
         blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
         parts = [part for block in blocks for part in self._parts_of(block)]
@@ -73,7 +73,7 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
         return self._stream.run(last, h, x)
 
     def _parts_of(self, block: nn.Module) -> Iterator[nn.Module]:
-        """The parts of a block, in the order in which they run."""
+        """Return the parts of a block in the order in which they run."""
         if not _is_long(block):
             yield block
             return
@@ -103,7 +103,7 @@ def _is_long(block: nn.Module) -> bool:
 
 
 class _Part(nn.Module):
-    """A method of a layer as a module of its own, with those of the layer's modules that the method uses."""
+    """Method of a layer as a separate module that contains the submodules that the method uses."""
 
     def __init__(self, method: Callable[..., Tensor], **modules: nn.Module) -> None:
         super().__init__()

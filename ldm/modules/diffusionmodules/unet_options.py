@@ -1,4 +1,4 @@
-"""Checks of the UNet's options that stand for themselves, and a note where an option has no effect here."""
+"""Checks of single UNet options, and log lines for options without effect."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ logger = logging.getLogger(__name__)
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _COMPILE_MODES = ("default", *CUDA_GRAPHS, "max-autotune-no-cudagraphs")
-_ATTENTION_TYPES = ("softmax", "softmax-xformers")  # one function, by two kernels: torch chooses the kernel here
+_ATTENTION_TYPES = ("softmax", "softmax-xformers")  # two kernels for one function; torch chooses the kernel here
 
 
 def one_width(context_dim: int | Sequence[int] | None) -> int | None:
-    """Return the features of the context, which some configs give once per transformer block.
+    """Return the features of the context. Some configs give this number once per transformer block.
 
     Raises:
-        UserError: a list whose entries differ.
+        UserError: the entries of a list differ.
     """
     if context_dim is None or isinstance(context_dim, int):
         return context_dim
@@ -35,7 +35,7 @@ def check_options(
     num_head_channels: int,
     use_checkpoint: bool | str,
 ) -> None:
-    """Raise `UserError` for what contradicts itself."""
+    """Raise `UserError` for options that contradict each other."""
     if use_spatial_transformer != (context_dim is not None):
         raise UserError(
             f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} go together: "
@@ -48,7 +48,7 @@ def check_options(
 
 
 def check_kernels(attention_type: str, compile_mode: str | None, channels_last: bool, dims: int) -> None:
-    """Raise `UserError` for a kernel or a memory layout that does not exist."""
+    """Raise `UserError` for an unknown kernel or memory layout."""
     if attention_type not in _ATTENTION_TYPES:
         raise UserError(
             f"spatial_transformer_attn_type {attention_type!r} is unknown; valid: {', '.join(_ATTENTION_TYPES)}"
@@ -60,7 +60,7 @@ def check_kernels(attention_type: str, compile_mode: str | None, channels_last: 
 
 
 def note_precision(**switches: bool) -> None:
-    """Log that each of `switches` that is on has no effect: the trainer's precision sets the type."""
+    """Log that each active entry of `switches` has no effect, since the trainer's precision sets the type."""
     for name, is_on in switches.items():
         if is_on:
             logger.info("%s: true has no effect; --precision sets the type that the UNet computes in", name)

@@ -1,4 +1,4 @@
-"""The low-resolution image that an upscaler is conditioned on, noised so that its faults do not count.
+"""Low-resolution image that conditions an upscaler, with noise that hides its defects.
 
 B batch, C channels, H and W height and width (arXiv:2106.15282, section 3: conditioning augmentation).
 """
@@ -16,7 +16,7 @@ from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.util import UserError, nearest
 
 _SCHEDULE = {"beta_schedule": "linear", "timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2, "cosine_s": 8e-3}
-# The released models carry these of the schedule's buffers.
+# Buffers of the schedule in the released models.
 _BUFFERS = (
     "betas",
     "alphas_cumprod",
@@ -30,15 +30,15 @@ _BUFFERS = (
 
 
 class LowScaleModel(GaussianDiffusion, KeepsTypes, nn.Module):
-    """An image and its noise level → the image noised at that level, by a schedule of its own.
+    """Noiser of an image at a given level, with its own schedule.
 
     Args:
-        noise_schedule_config: `beta_schedule`, `timesteps`, `linear_start`, `linear_end`, `cosine_s`, as far as they
+        noise_schedule_config: those of `beta_schedule`, `timesteps`, `linear_start`, `linear_end` and `cosine_s` that
             differ from a linear schedule of 1000 steps from 0.0001 to 0.02; None for no noise.
-        max_noise_level: noise levels are sampled below it.
+        max_noise_level: exclusive upper limit of sampled noise levels.
 
     Raises:
-        UserError: an unknown key of the schedule, or a noise level that it does not have.
+        UserError: an unknown key of the schedule, or a noise level outside the schedule.
     """
 
     def __init__(self, noise_schedule_config: Mapping[str, Any] | None = None, max_noise_level: int = 1000) -> None:
@@ -60,30 +60,30 @@ class LowScaleModel(GaussianDiffusion, KeepsTypes, nn.Module):
             self.register_buffer(name, torch.tensor(buffers[name], dtype=torch.float32))
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the noised `x` (B, C, H, W), and its noise levels (B,), sampled if they are not given."""
+        """Return the noised `x` (B, C, H, W) and its noise levels (B,), which are sampled if not given."""
         if noise_level is None:
             highest = self.max_noise_level if self.has_schedule else 1
             noise_level = torch.randint(0, highest, x.shape[:1], device=x.device)
         return (self.q_sample(x, noise_level) if self.has_schedule else x), noise_level
 
     def decode(self, x: Tensor) -> Tensor:
-        """Return the image itself, which a model in latent space would decode."""
+        """Return the image unchanged; a model in latent space would decode it here."""
         return x
 
 
 class SimpleImageConcat(LowScaleModel):
-    """The low-resolution image as it is, with noise levels of 0."""
+    """Low-resolution image without noise, with noise levels of 0."""
 
     def __init__(self) -> None:
         super().__init__(noise_schedule_config=None, max_noise_level=1)
 
 
 class ImageConcatWithNoiseAugmentation(LowScaleModel):
-    """The low-resolution image with noise of a level that the UNet is told.
+    """Low-resolution image with noise, whose level the UNet also receives.
 
     Args:
         noise_schedule_config, max_noise_level: see `LowScaleModel`.
-        to_cuda: accepted for old configs; the model goes where the diffusion model goes.
+        to_cuda: accepted for old configs; the model moves together with the diffusion model.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Layers and small functions that the diffusion models share."""
+"""Shared layers and small functions of the diffusion models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.convolution import Conv2d
 
-# The schedules are public under this module's name too.
+# These functions are also public under this module's name.
 from ldm.modules.diffusionmodules.schedule import (  # noqa: F401
     extract_into_tensor,
     make_beta_schedule,
@@ -29,8 +29,8 @@ _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 class KeepsTypes:
     """Mixin for a module whose own buffers and parameters stay float32 when the module is cast to bfloat16.
 
-    Those of its submodules are cast. A noise schedule in bfloat16 has ᾱ = 1 in its early steps, a moving average in it
-    never moves, and a learned log variance hardly.
+    Submodules are cast. In bfloat16 the early steps of a noise schedule have ᾱ = 1, a moving average never changes,
+    and a learned log variance changes too little.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool) -> nn.Module:
@@ -49,7 +49,7 @@ class KeepsTypes:
 
 
 class StaysOnHost:
-    """Mixin for a module whose tensors stay in host memory, in their own types, when the model is moved or cast."""
+    """Mixin for a module whose tensors keep their type and stay in host memory when the model is moved or cast."""
 
     stays_on_host = True
 
@@ -58,33 +58,33 @@ class StaysOnHost:
 
 
 def conv_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:
-    """A convolution over `dims` (1, 2 or 3) spatial dimensions."""
+    """Return a convolution over `dims` (1, 2 or 3) spatial dimensions."""
     return _CONVOLUTIONS[dims](*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:
-    """Average pooling over `dims` (1, 2 or 3) spatial dimensions."""
+    """Return average pooling over `dims` (1, 2 or 3) spatial dimensions."""
     return _AVERAGE_POOLS[dims](*args, **kwargs)
 
 
 def normalization(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """Group normalisation in 32 groups. Half-precision inputs are summed in float32 by the kernel itself."""
+    """Return a group norm with 32 groups. Its kernel sums half-precision inputs in float32."""
     return nn.GroupNorm(32, channels, eps=eps)
 
 
 def zero_module(module: ModuleT) -> ModuleT:
-    """`module` with every parameter set to zero, so that a residual branch starts as the identity."""
+    """Return `module` with every parameter set to zero, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def embedding_mlp(in_features: int, features: int) -> nn.Sequential:
-    """Two linear layers around a SiLU, by which timesteps and labels are embedded: (B, in_features) → (B, features)."""
+    """Return two linear layers around a SiLU, to embed timesteps and labels: (B, in_features) → (B, features)."""
     return nn.Sequential(nn.Linear(in_features, features), nn.SiLU(), nn.Linear(features, features))
 
 
-# What takes nearly all of a forward's operations: convolutions, matrix products, attention by each of its kernels.
+# Operations with nearly all of a forward's cost: convolutions, matrix products, and each attention kernel.
 _COSTLY = [
     torch.ops.aten.convolution.default,
     torch.ops.aten.mm.default,
@@ -100,10 +100,10 @@ _keep_costly = functools.partial(torch.utils.checkpoint.create_selective_checkpo
 
 
 def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, enabled: bool | str) -> Tensor:
-    """`function(*args)`; when `enabled`, its activations are recomputed in backward instead of kept.
+    """Return `function(*args)`; if `enabled`, backward recomputes its activations instead of keeping them.
 
-    `"selective"` keeps the results of convolutions, matrix products and attention, so that only what is cheap (norms,
-    activations, sums) is recomputed. The non-reentrant form leaves frozen parameters alone and works under autocast and
+    `"selective"` keeps the results of convolutions, matrix products and attention, and recomputes only cheap operations
+    (norms, activations, sums). The non-reentrant form leaves frozen parameters alone. It works under autocast and
     `torch.compile`.
     """
     if not enabled or not torch.is_grad_enabled():
@@ -113,7 +113,7 @@ def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, enabled: b
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding (N,) → (N, dim), cosines first; float32 (arXiv:1706.03762, section 3.5).
+    """Return the sinusoidal embedding (N,) → (N, dim), cosines first, in float32 (arXiv:1706.03762, section 3.5).
 
     `timesteps` may be fractional. An odd `dim` ends with a zero.
     """

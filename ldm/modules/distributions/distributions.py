@@ -1,4 +1,4 @@
-"""The diagonal Gaussian over latents (Kingma & Welling, arXiv:1312.6114)."""
+"""Diagonal Gaussian over latents (Kingma & Welling, arXiv:1312.6114)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 
 import torch
 
-# Keeps exp(logvar) finite and above zero in float32, whatever an untrained encoder says.
+# Limits that keep exp(logvar) finite and above zero in float32 for any output of an untrained encoder.
 _LOGVAR_RANGE = (-30.0, 20.0)
 
 
 def normal_kl(mean1: torch.Tensor, logvar1: torch.Tensor, mean2: torch.Tensor, logvar2: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) in nats, element by element; the shapes broadcast."""
+    """Return KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) in nats per element; the shapes broadcast."""
     return 0.5 * (
         logvar2 - logvar1 - 1.0 + torch.exp(logvar1 - logvar2) + (mean1 - mean2).square() * torch.exp(-logvar2)
     )
 
 
 class DiagonalGaussianDistribution:
-    """A posterior over latents of shape (B, C, h, w).
+    """Posterior over latents of shape (B, C, h, w).
 
     Args:
         parameters: (B, 2C, h, w), the mean and the log-variance stacked; kept as the attribute of that name.
-        deterministic: no spread: each sample is the mean, and the divergence and the likelihood are 0.
+        deterministic: use zero variance; each sample is the mean, and divergence and likelihood are 0.
     """
 
     def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
@@ -35,17 +35,17 @@ class DiagonalGaussianDistribution:
         self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
 
     def sample(self, generator: torch.Generator | None = None, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """One latent (B, C, h, w), in the dtype and on the device of the parameters; `noise` is drawn if not given."""
+        """Return a latent (B, C, h, w) of the parameters' dtype and device; sample `noise` if it is None."""
         if noise is None:
             noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def mode(self) -> torch.Tensor:
-        """The most likely latent, which is the mean."""
+        """Return the most likely latent, which is the mean."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> torch.Tensor:
-        """KL divergence from `other`, or from the standard normal, in nats an example: (B,)."""
+        """Return the KL divergence from `other`, or from the standard normal, in nats per example: (B,)."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         zero = torch.zeros_like(self.mean)
@@ -53,7 +53,7 @@ class DiagonalGaussianDistribution:
         return normal_kl(self.mean, self.logvar, mean, logvar).sum(dim=(1, 2, 3))
 
     def nll(self, sample: torch.Tensor, dims: Sequence[int] = (1, 2, 3)) -> torch.Tensor:
-        """Negative log-likelihood of `sample` (B, C, h, w) in nats, summed over `dims`."""
+        """Return the negative log-likelihood of `sample` (B, C, h, w) in nats, summed over `dims`."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         log_density = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var

@@ -1,4 +1,4 @@
-"""Cond stages without a network, and what all cond stages share."""
+"""Cond stages without a network, and the base class of all cond stages."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ logger = logging.getLogger(__name__)
 
 
 class AbstractEncoder(nn.Module):
-    """A cond stage: `encode` gives the conditioning of a batch, by default as calling the module does."""
+    """Cond stage whose `encode` returns the conditioning of a batch; by default it calls the module."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
 
     def freeze(self) -> None:
-        """Set evaluation mode, and no gradients for the parameters."""
+        """Set evaluation mode and turn gradients of the parameters off."""
         self.eval()
         self.requires_grad_(False)
 
     def put_on(self, device: str | torch.device | None) -> None:
-        """Move to `device`; with None, or on a machine without the CUDA that it names, stay."""
+        """Move to `device`; stay for None, or for a CUDA device on a machine without CUDA."""
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            logger.warning("device %s of the text tower: there is no CUDA here; it stays on the CPU", device)
+            logger.warning("device %s of the text tower: no CUDA here; the text tower stays on the CPU", device)
         elif device is not None:
             self.to(device)
 
 
 class IdentityEncoder(AbstractEncoder):
-    """No encoder: the conditioning is the batch entry itself."""
+    """Cond stage that returns the batch entry itself."""
 
     def forward(self, x: Any) -> Any:
         return x
 
 
 class DummyEncoder(AbstractEncoder):
-    """No encoder: the batch entry `key` holds the conditioning itself, such as stored text embeddings (B, 77, D)."""
+    """Cond stage that returns the batch entry `key`, such as stored text embeddings (B, 77, D)."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
         self.key = key
 
     def forward(self, batch: Mapping[str, torch.Tensor] | torch.Tensor) -> torch.Tensor:
-        """Return `batch[key]`; a tensor is passed through."""
+        """Return `batch[key]`, or `batch` itself if it is a tensor."""
         return _entry(batch, self.key)
 
 
 class ClassEmbedder(AbstractEncoder):
-    """A learned vector for each of `n_classes` labels; labels are the batch entry `key`.
+    """Learned vector for each of `n_classes` labels; the labels are the batch entry `key`.
 
     Args:
-        ucg_rate: share of the labels that training replaces by the last class, which stands for no label.
+        ucg_rate: share of labels that training replaces by the last class, which stands for no label.
     """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
@@ -74,7 +74,7 @@ class ClassEmbedder(AbstractEncoder):
         key: str | None = None,
         disable_dropout: bool = False,
     ) -> torch.Tensor:
-        """Labels (B,), given or in the batch -> (B, 1, embed_dim)."""
+        """Embed labels (B,), given directly or in a batch, to (B, 1, embed_dim)."""
         labels = _entry(batch, key or self.key)
         if self.ucg_rate and self.training and not disable_dropout:
             dropped = torch.rand(labels.shape, device=labels.device) < self.ucg_rate

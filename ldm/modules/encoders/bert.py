@@ -1,4 +1,6 @@
-"""The text encoder of the first text-to-image latent diffusion: a transformer over BERT's word pieces, trained along.
+"""Text encoder of the first text-to-image latent diffusion: a transformer over BERT's word pieces.
+
+It trains together with the UNet.
 
 B batch, L ids per caption, D features (arXiv:2112.10752, section 4.3.1).
 """
@@ -17,20 +19,20 @@ from ldm.modules.encoders.base import AbstractEncoder
 from ldm.util import UserError
 
 _HEADS, _HEAD_FEATURES = 8, 64
-_RELEASED = ("google-bert/bert-base-uncased", "bert-base-uncased")  # one vocabulary, by its new name and its old one
+_RELEASED = ("google-bert/bert-base-uncased", "bert-base-uncased")  # new and old name of one vocabulary
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 class TransformerEmbedder(AbstractEncoder):
-    """A transformer over ids: (B, L) → (B, L, D). State-dict keys are the released ones, `transformer.*`.
+    """Transformer over ids: (B, L) → (B, L, D). State-dict keys are the released ones, `transformer.*`.
 
     Args:
         n_embed: features D.
         n_layer: pairs of attention and feed-forward layers.
         vocab_size: number of ids.
-        max_seq_len: ids per caption, at most.
-        device: where to put the module; None leaves it where it is built.
-        embedding_dropout: share of the embedded tokens' features that training zeroes.
+        max_seq_len: maximal number of ids per caption.
+        device: device of the module; None leaves it on the device where it is built.
+        embedding_dropout: share of the embedded tokens' features that training sets to zero.
     """
 
     def __init__(
@@ -52,21 +54,21 @@ class TransformerEmbedder(AbstractEncoder):
         return next(self.parameters()).device
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) -> (B, L, D)."""
+        """Encode ids (B, L) to (B, L, D)."""
         return self.transformer(tokens.to(self.device, non_blocking=True))
 
 
 class BERTEmbedder(TransformerEmbedder):
-    """Captions, or ids, to the states of a transformer: (B, max_seq_len, D).
+    """Encoder of captions, or ids, to the states (B, max_seq_len, D) of a transformer.
 
-    The captions are cut into the word pieces of BERT (uncased). Its vocabulary is a text file with one piece per line,
-    `vocab.txt` of `bert-base-uncased`, which no package brings. It is read from the path `vocab`, or from the Hugging
-    Face cache of this machine; nothing is downloaded. Only captions need it: the module is built, loaded and saved
-    without it.
+    Captions are split into the word pieces of BERT (uncased). The vocabulary is a text file with one piece per line,
+    `vocab.txt` of `bert-base-uncased`, which no package contains. It is read from the path `vocab`, or from the Hugging
+    Face cache of this machine; nothing is downloaded. Only captions need the vocabulary. The module can be built,
+    loaded and saved without it.
 
     Args:
         n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout: see `TransformerEmbedder`.
-        use_tokenizer: take captions; if not, ids.
+        use_tokenizer: take captions; if false, take ids.
         vocab: path of the vocabulary.
     """
 
@@ -88,7 +90,7 @@ class BERTEmbedder(TransformerEmbedder):
         self._tokenizer: WordPieces | None = None
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
-        """Captions -> ids (B, max_seq_len) on the CPU.
+        """Return the ids (B, max_seq_len) of captions, on the CPU.
 
         Raises:
             UserError: there is no vocabulary, or it has more entries than the model.
@@ -103,7 +105,7 @@ class BERTEmbedder(TransformerEmbedder):
         return self._tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, text: Sequence[str] | str | Tensor) -> Tensor:
-        """Captions, or ids (B, L) -> (B, L, D)."""
+        """Encode captions, or ids (B, L), to (B, L, D)."""
         is_captions = self.use_tokenizer and not isinstance(text, Tensor)
         return super().forward(self.tokenize(text) if is_captions else text)
 
@@ -112,7 +114,7 @@ def vocabulary_path(given: str | None) -> Path:
     """Return the file of BERT's vocabulary: `given`, or the one in the Hugging Face cache.
 
     Raises:
-        UserError: there is none.
+        UserError: the file does not exist.
     """
     if given is not None:
         if not Path(given).is_file():
@@ -123,7 +125,7 @@ def vocabulary_path(given: str | None) -> Path:
     for name in _RELEASED:
         try:
             return Path(cached_file(name, "vocab.txt", local_files_only=True))
-        except OSError:  # it is not in the cache
+        except OSError:  # the file is not in the cache
             continue
     raise UserError(
         "BERTEmbedder needs BERT's vocabulary to read captions: set cond_stage_config.params.vocab to the file "
@@ -135,11 +137,11 @@ class WordPieces:
     """BERT's tokenizer (arXiv:1810.04805, section 3): captions -> ids (B, length), `[CLS]` text `[SEP]` and padding.
 
     Args:
-        path: the vocabulary, one piece per line.
-        length: ids per caption; longer ones are cut.
+        path: vocabulary file, one piece per line.
+        length: ids per caption; longer captions are cut.
 
     Raises:
-        UserError: the file is no such vocabulary.
+        UserError: the file is not a vocabulary of BERT.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -162,7 +164,7 @@ class WordPieces:
         self._backend.enable_padding(length=length, pad_id=ids["[PAD]"], pad_token="[PAD]")
 
     def __len__(self) -> int:
-        """Number of entries in the vocabulary."""
+        """Return the number of entries in the vocabulary."""
         return self._backend.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -171,7 +173,7 @@ class WordPieces:
 
 
 class _TokenTransformer(nn.Module):
-    """Ids (B, L) → states (B, L, D), under the released keys; `to_logits` is only there for these."""
+    """Transformer from ids (B, L) to states (B, L, D), under the released keys, which include `to_logits`."""
 
     def __init__(self, width: int, layers: int, vocabulary: int, positions: int, dropout: float) -> None:
         super().__init__()
@@ -196,7 +198,7 @@ class _TokenTransformer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention (B, L, D) → (B, L, D), with heads whose width does not follow from D."""
+    """Self-attention (B, L, D) → (B, L, D) whose head width is independent of D."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -211,7 +213,7 @@ class _Attention(nn.Module):
 
 
 def _feed_forward(width: int) -> nn.Module:
-    """Two linear layers, four times as wide within; the released keys are `net.0.0` and `net.2`."""
+    """Return two linear layers with four times the width between them; the released keys are `net.0.0` and `net.2`."""
     first = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
     return _Net(first, nn.Dropout(0.0), nn.Linear(4 * width, width))
 

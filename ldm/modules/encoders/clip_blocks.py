@@ -1,4 +1,4 @@
-"""The transformer of OpenAI's and OpenCLIP's models (arXiv:2103.00020, section 2.4), under their state-dict keys.
+"""Transformer of OpenAI's and OpenCLIP's models (arXiv:2103.00020, section 2.4), under their state-dict keys.
 
 B batch, L tokens, D features.
 """
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 
 class QuickGELU(nn.Module):
-    """x · σ(1.702 x), which OpenAI's models have in the place of the GELU."""
+    """x · σ(1.702 x), the activation of OpenAI's models instead of the GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
 class ClipAttention(nn.Module):
-    """Multi-head self-attention (B, L, D) → (B, L, D), `causal` if no token sees a later one."""
+    """Multi-head self-attention (B, L, D) → (B, L, D); with `causal`, no token attends to a later one."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ClipAttention(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """Self-attention and two linear layers, each normalised before and added to its input."""
+    """Self-attention and two linear layers, each with a norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, causal: bool, quick_gelu: bool, mlp_width: int | None = None) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class ClipBlock(nn.Module):
 
 
 class ClipTransformer(nn.Module):
-    """`layers` blocks, one after the other: (B, L, D) → (B, L, D)."""
+    """Sequence of `layers` blocks: (B, L, D) → (B, L, D)."""
 
     def __init__(
         self, width: int, heads: int, layers: int, causal: bool, quick_gelu: bool, mlp_width: int | None = None

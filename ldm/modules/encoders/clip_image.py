@@ -1,6 +1,6 @@
-"""CLIP's image towers (arXiv:2103.00020): an image to one vector, which conditions a model in the place of text.
+"""CLIP's image towers (arXiv:2103.00020), which encode an image to one vector that conditions a model instead of text.
 
-B batch, N patches, D features of the tower, E features of the embedding that it shares with captions.
+B batch, N patches, D features of the tower, E features of the embedding that images share with captions.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ldm.modules.encoders.clip_blocks import ClipTransformer
 from ldm.modules.encoders.open_clip import OpenClipText, text_config_of
 from ldm.util import UserError, nearest
 
-_SIDE = 224  # pixels, that images are resized to
-# The means and standard deviations of the images that CLIP was trained on, in [0, 1].
+_SIDE = 224  # pixels; images are resized to this height and width
+# Means and standard deviations of CLIP's training images, in [0, 1].
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 # arch → width, heads, layers, patch, width of the linear layers, embed_dim of the image tower.
@@ -32,7 +32,7 @@ _ARCHS = {
 
 
 class VisionTower(nn.Module):
-    """A vision transformer (B, 3, side, side) → (B, E), under OpenAI's and OpenCLIP's state-dict keys."""
+    """Vision transformer (B, 3, side, side) → (B, E), under OpenAI's and OpenCLIP's state-dict keys."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
 
 
 class _ImageEmbedder(AbstractEncoder):
-    """Images in [-1, 1], any size, to the vectors of a vision tower, `model.visual`."""
+    """Embedder of images in [-1, 1] of any size by a vision tower, `model.visual`."""
 
     def __init__(self, antialias: bool) -> None:
         super().__init__()
@@ -74,27 +74,27 @@ class _ImageEmbedder(AbstractEncoder):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Resize images (B, 3, H, W) in [-1, 1] to the tower's size, and normalise them as its training images."""
-        # Torch's own antialiasing, which knows no aligned corners.
+        """Resize images (B, 3, H, W) in [-1, 1] to the tower's size and normalise them like its training images."""
+        # torch's own antialiasing, which does not support aligned corners
         corners = {"antialias": True} if self.antialias else {"align_corners": True}
         x = F.interpolate(x.float(), (_SIDE, _SIDE), mode="bicubic", **corners)
         return ((x + 1) / 2 - self.mean[:, None, None]) / self.std[:, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> (B, E)."""
+        """Encode images (B, 3, H, W) in [-1, 1] to (B, E)."""
         return self.model.visual(self.preprocess(x)).float()
 
 
 class FrozenClipImageEmbedder(_ImageEmbedder):
     """CLIP's image tower: images in [-1, 1] -> (B, E). State-dict keys are those of the whole CLIP, `model.*`.
 
-    Built from its name's sizes; weights come with the checkpoint, nothing is ever downloaded.
+    The sizes follow from `model`. The weights come with the checkpoint, and nothing is ever downloaded.
 
     Args:
-        model: a name of OpenAI's, such as `ViT-L/14`.
+        model: name of a model of OpenAI, such as `ViT-L/14`.
         jit: accepted for old configs if false.
-        device: where to put the module; None leaves it where it is built.
-        antialias: smooth images that are made smaller, by torch's own resize.
+        device: device of the module; None leaves it on the device where it is built.
+        antialias: smooth images that become smaller, with torch's own resize.
 
     Raises:
         UserError: an unknown name, or `jit`.
@@ -117,16 +117,16 @@ class FrozenClipImageEmbedder(_ImageEmbedder):
         self.put_on(device)
 
     def _build(self, arch: str) -> None:
-        # The text half is part of the released keys, in OpenAI's layout at the top of the model.
+        # The released keys include the text half, in OpenAI's layout at the top of the model.
         self.model = OpenClipText(**text_config_of(arch, "openai", None))
         self.model.visual = VisionTower(*_ARCHS[arch], quick_gelu=True)
 
 
 class FrozenCLIPImageEmbedder(FrozenClipImageEmbedder):
-    """CLIP's image tower as a context of one token: `encode` gives (B, 1, E).
+    """CLIP's image tower as a context of one token: `encode` returns (B, 1, E).
 
-    State-dict keys lack the blocks of the text half. Where samples drop their image, a list stands in its place, and
-    the context is zero.
+    State-dict keys lack the blocks of the text half. For samples without an image the input is a list, and the context
+    is zero.
     """
 
     def _build(self, arch: str) -> None:
@@ -134,24 +134,25 @@ class FrozenCLIPImageEmbedder(FrozenClipImageEmbedder):
         del self.model.transformer
 
     def forward(self, x: Tensor | list[Any]) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> (B, E); a list -> zeros (len, E)."""
+        """Encode images (B, 3, H, W) in [-1, 1] to (B, E), and a list to zeros (len, E)."""
         if isinstance(x, list):
             return self.mean.new_zeros(len(x), self.model.visual.proj.shape[1])
         return super().forward(x)
 
     def encode(self, x: Tensor | list[Any]) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> (B, 1, E)."""
+        """Encode images (B, 3, H, W) in [-1, 1] to (B, 1, E)."""
         return self(x)[:, None]
 
 
 class FaceClipEncoder(AbstractEncoder):
-    """A portrait (B, 3, 512, 512) in [-1, 1] as a context of two tokens: its face, and all except the face.
+    """Encoder of a portrait (B, 3, 512, 512) in [-1, 1] to two tokens: the face, and the image without the face.
 
-    The face is where aligned portraits have it.
+    The face is expected at its position in aligned portraits.
 
     Args:
-        augment: mirror the face in training, half of the time.
-        retreival_key: the image holds two, in its channels: the first gives the surroundings, the second the face.
+        augment: mirror the face in half of the training samples.
+        retreival_key: take two images stacked along the channels; the first gives the surroundings, the second
+            the face.
     """
 
     _ROWS, _COLUMNS = slice(190, 440), slice(125, 387)
@@ -163,7 +164,7 @@ class FaceClipEncoder(AbstractEncoder):
         self.retreival_key = retreival_key
 
     def forward(self, img: Tensor | list[Any]) -> Tensor:
-        """Images -> (B, 2, E); a list -> zeros (len, 2, E)."""
+        """Encode images to (B, 2, E), and a list to zeros (len, 2, E)."""
         if isinstance(img, list):
             return self.encoder.encode(img).expand(-1, 2, -1)
         second = img[:, 3:] if self.retreival_key else img
@@ -176,19 +177,19 @@ class FaceClipEncoder(AbstractEncoder):
 
 
 class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
-    """OpenCLIP's image tower: images in [-1, 1] -> (B, E), by which Stable unCLIP is conditioned.
+    """OpenCLIP's image tower, which conditions Stable unCLIP: images in [-1, 1] -> (B, E).
 
-    State-dict keys are those of the whole model without the text blocks, `model.*`. Built from its arch's sizes;
-    weights come with the checkpoint, nothing is ever downloaded.
+    State-dict keys are those of the whole model without the text blocks, `model.*`. The sizes follow from `arch`. The
+    weights come with the checkpoint, and nothing is ever downloaded.
 
     Args:
-        arch: a name of OpenCLIP's, such as `ViT-H-14`.
-        version: where released weights came from, a note; `openai` means OpenAI's activation.
-        device: where to put the module; None leaves it where it is built.
+        arch: name of an OpenCLIP model, such as `ViT-H-14`.
+        version: origin of the released weights, for information; `openai` selects OpenAI's activation.
+        device: device of the module; None leaves it on the device where it is built.
         max_length: accepted for old configs.
-        freeze: set evaluation mode, and no gradients.
-        antialias: smooth images that are made smaller, by torch's own resize.
-        ucg_rate: share of the embeddings that training zeroes.
+        freeze: set evaluation mode and turn gradients off.
+        antialias: smooth images that become smaller, with torch's own resize.
+        ucg_rate: share of embeddings that training sets to zero.
 
     Raises:
         UserError: an unknown `arch`.
@@ -219,7 +220,7 @@ class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
             self.freeze()
 
     def forward(self, x: Tensor, no_dropout: bool = False) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> (B, E)."""
+        """Encode images (B, 3, H, W) in [-1, 1] to (B, E)."""
         z = super().forward(x)
         if self.ucg_rate and self.training and not no_dropout:
             z = z * (torch.rand(len(z), 1, device=z.device) >= self.ucg_rate)

@@ -17,7 +17,7 @@ from ldm.modules.encoders.base import AbstractEncoder
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.util import UserError, nearest
 
-# The text tower of CLIP ViT-L/14 (arXiv:2103.00020, table 20), with which Stable Diffusion v1 reads captions.
+# Text tower of CLIP ViT-L/14 (arXiv:2103.00020, table 20), the caption encoder of Stable Diffusion v1.
 _CLIP_L14 = "openai/clip-vit-large-patch14"
 _CLIP_L14_TEXT = {
     "vocab_size": 49_408,
@@ -33,21 +33,21 @@ _LAYERS = ("last", "pooled", "hidden")
 
 
 class FrozenCLIPEmbedder(AbstractEncoder):
-    """CLIP's text tower: captions -> the hidden states of the last layer, after the final layer norm.
+    """CLIP's text tower: captions -> hidden states of the last layer, after the final layer norm.
 
-    Built from its config; weights come with the checkpoint, nothing is ever downloaded. State-dict keys are the
-    released ones, `transformer.text_model.*`; the `position_ids` that some releases carry is ignored.
+    The weights come with the checkpoint, and nothing is ever downloaded. State-dict keys are the released ones,
+    `transformer.text_model.*`. The entry `position_ids` of some releases is ignored.
 
     Args:
-        version: only the name that released configs give is known.
-        device: where to put the module; None leaves it where it is built. Ids follow the parameters' device.
+        version: must be the name in the released configs.
+        device: device of the module; None leaves it where it is built. Ids move to the parameters' device.
         max_length: ids per caption, start and end included; at most `max_position_embeddings`.
         text_config: entries of transformers' `CLIPTextConfig` that differ from those of ViT-L/14.
-        freeze: set evaluation mode, and no gradients.
+        freeze: set evaluation mode and turn gradients off.
         layer: `last`; `pooled`, the last state at the end token, (B, 1, D); `hidden`, the output of `layer_idx` blocks
             without the final norm.
-        layer_idx: for `hidden`: a number of blocks; -1 means all of them, -2 all except the last.
-        always_return_pooled: return the pooled state (B, D) too.
+        layer_idx: number of blocks for `hidden`; -1 means all of them, -2 all except the last.
+        always_return_pooled: also return the pooled state (B, D).
 
     Raises:
         UserError: unknown `version`, `layer` or `text_config` key, a `max_length`, `layer_idx` or vocabulary that does
@@ -89,12 +89,12 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         return next(self.parameters()).device
 
     def tokenize(self, texts: Sequence[str] | str) -> torch.Tensor:
-        """Captions -> ids (B, max_length) on the CPU."""
+        """Return the ids (B, max_length) of captions, on the CPU."""
         return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, texts: Sequence[str] | str) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Captions -> (B, max_length, hidden_size), or what `layer` and `always_return_pooled` ask for."""
-        # A few kilobytes, which are on their way when this returns: nothing waits for the device.
+        """Encode captions to (B, max_length, hidden_size), or as `layer` and `always_return_pooled` select."""
+        # A few kilobytes, copied asynchronously: nothing waits for the device.
         ids = self.tokenize(texts).to(self.device, non_blocking=True)
         if self.layer == "last" and not self.return_pooled:
             return self.transformer(ids)
@@ -118,7 +118,7 @@ def _checked_layer(layer: str, layer_idx: int | None, blocks: int) -> int | None
 
 
 class _States(NamedTuple):
-    """What a text tower makes of ids (B, L)."""
+    """Results of a text tower for ids (B, L)."""
 
     last: torch.Tensor  # (B, L, D), after the final norm
     pooled: torch.Tensor  # (B, D), the last state at the end token
@@ -126,7 +126,7 @@ class _States(NamedTuple):
 
 
 class _TextTransformer(nn.Module):
-    """transformers' `CLIPTextModel` with its parts under `text_model.`, as released, in any version of the library."""
+    """transformers' `CLIPTextModel` with its parts under the released prefix `text_model.`, in any library version."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class _TextTransformer(nn.Module):
                 raise UserError(f"unknown key {key!r} in text_config{nearest(key, valid)}")
         model = CLIPTextModel(CLIPTextConfig(**config))
         self.text_model = getattr(model, "text_model", model)
-        # A buffer built on the meta device would stay there when weights are assigned, so positions are an argument.
+        # Positions are an argument, since a buffer on the meta device would stay there when weights are assigned.
         self.text_model.embeddings.position_ids = None
         self.register_load_state_dict_pre_hook(_drop_position_ids)
 
@@ -151,13 +151,13 @@ class _TextTransformer(nn.Module):
         return self.text_model.embeddings.token_embedding.num_embeddings
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (B, L) -> (B, L, hidden_size)."""
+        """Encode ids (B, L) to (B, L, hidden_size)."""
         return self._run(ids).last_hidden_state
 
     def states(self, ids: torch.Tensor) -> _States:
         """Return the states of every layer for ids (B, L)."""
         out = self._run(ids, output_hidden_states=True)
-        # The end token has the highest id; captions are padded with it, and the first one counts.
+        # The end token has the highest id. It also pads captions, so take the first one.
         ends = ids.argmax(dim=1)
         pooled = out.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
         return _States(out.last_hidden_state, pooled, out.hidden_states)
@@ -172,13 +172,13 @@ def _drop_position_ids(module: nn.Module, state_dict: dict[str, torch.Tensor], p
 
 
 class FrozenCLIPTextEmbedder(AbstractEncoder):
-    """CLIP's pooled text embedding, by the `clip` package, which downloads the weights of `version` on first use.
+    """CLIP's pooled text embedding from the `clip` package, which downloads the weights of `version` on first use.
 
     Args:
-        version: a model name of the `clip` package; not a file, which it would unpickle.
-        device: where to put the module; None leaves it on the CPU until it is moved.
-        max_length: ids per caption; longer ones are cut.
-        n_repeat: how often `encode` repeats the embedding along the context.
+        version: model name of the `clip` package. A file is not accepted, since the package would unpickle it.
+        device: device of the module; None leaves it on the CPU until it is moved.
+        max_length: ids per caption; longer captions are cut.
+        n_repeat: repeats of the embedding along the context in `encode`.
         normalize: scale each embedding to length 1.
 
     Raises:
@@ -206,13 +206,13 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
             self.to(device)
 
     def forward(self, texts: Sequence[str] | str) -> torch.Tensor:
-        """Captions -> (B, D)."""
+        """Encode captions to (B, D)."""
         ids = self._tokenize(texts, context_length=self.max_length, truncate=True)
         z = self.model.encode_text(ids.to(next(self.model.parameters()).device))
         return z / z.norm(dim=1, keepdim=True) if self.normalize else z
 
     def encode(self, texts: Sequence[str] | str) -> torch.Tensor:
-        """Captions -> (B, n_repeat, D)."""
+        """Encode captions to (B, n_repeat, D)."""
         return self(texts)[:, None].expand(-1, self.n_repeat, -1)
 
 

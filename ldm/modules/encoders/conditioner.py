@@ -1,4 +1,4 @@
-"""SDXL's conditioning: several embedders, each of one batch entry, joined by the number of their dimensions.
+"""Conditioning of SDXL: several embedders of batch entries, joined by the number of their output dimensions.
 
 B batch, L tokens, D features (arXiv:2307.01952, section 2).
 """
@@ -16,15 +16,15 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.encoders.base import AbstractEncoder
 from ldm.util import UserError, instantiate_from_config
 
-# Dimensions of what an embedder gives → the key it goes to, and the dimension along which several are joined.
+# Number of dimensions of an embedder's output → its key, and the dimension along which outputs are joined.
 _OUTPUTS = {2: ("vector", 1), 3: ("crossattn", 2), 4: ("concat", 1), 5: ("concat", 1)}
 _EMBEDDER_KEYS = ("target", "params", "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value")
 
 
 class ConcatTimestepEmbedderND(AbstractEncoder):
-    """Sinusoidal embeddings of numbers, each alone: (B, N) → (B, N · outdim), cosines first.
+    """Sinusoidal embedding of each number separately: (B, N) → (B, N · outdim), cosines first.
 
-    SDXL embeds sizes and crops so. A sample's single number may come as (B,).
+    SDXL embeds sizes and crops in this way. A single number per sample may come as (B,).
     """
 
     def __init__(self, outdim: int) -> None:
@@ -40,15 +40,15 @@ class ConcatTimestepEmbedderND(AbstractEncoder):
 
 
 class GeneralConditioner(AbstractEncoder):
-    """Embedders joined to a conditioning `{"crossattn": (B, L, D), "vector": (B, D)}`, in their order.
+    """Embedders joined in their order to a conditioning `{"crossattn": (B, L, D), "vector": (B, D)}`.
 
-    What an embedder gives goes by its number of dimensions: 2 to `vector`, 3 to `crossattn`, 4 or 5 to `concat`. It
-    may give several tensors. State-dict keys are `embedders.<number>.*`.
+    The number of dimensions of an embedder's output selects the key: 2 for `vector`, 3 for `crossattn`, 4 or 5 for
+    `concat`. An embedder may return several tensors. State-dict keys are `embedders.<number>.*`.
 
     Args:
-        emb_models: for each embedder `target` and `params`; `input_key`, the batch entry that it takes, or
-            `input_keys`, several; `is_trainable`; and `ucg_rate`, the share of samples whose embedding is zeroed in
-            training, or replaced before it by `legacy_ucg_value`.
+        emb_models: per embedder `target` and `params`; `input_key`, its batch entry, or `input_keys` for several;
+            `is_trainable`; and `ucg_rate`, the share of samples whose embedding is zero in training. With
+            `legacy_ucg_value`, this value replaces the batch entry of these samples instead.
 
     Raises:
         UserError: an embedder's entry has an unknown key, or lacks one.
@@ -69,11 +69,11 @@ class GeneralConditioner(AbstractEncoder):
 
     @property
     def input_keys(self) -> list[str]:
-        """The batch entries that the embedders take, each once."""
+        """Batch entries that the embedders take, each listed once."""
         return list(dict.fromkeys(key for keys in self._inputs for key in keys))
 
     def requires_grad_(self, requires_grad: bool = True) -> GeneralConditioner:
-        """Let the trainable embedders take gradients, or not; the others never do."""
+        """Turn gradients of the trainable embedders on or off; the others stay frozen."""
         for embedder, is_trainable in zip(self.embedders, self._is_trainable, strict=True):
             embedder.requires_grad_(requires_grad and is_trainable)
         return self
@@ -86,7 +86,7 @@ class GeneralConditioner(AbstractEncoder):
         return self
 
     def forward(self, batch: Mapping[str, Any], force_zero_embeddings: Sequence[str] = ()) -> dict[str, Tensor]:
-        """Return the conditioning of a batch; embedders of the entries `force_zero_embeddings` give zeros."""
+        """Return the conditioning of a batch, with zeros for embedders of the entries `force_zero_embeddings`."""
         parts: dict[str, list[Tensor]] = {}
         for number, embedder in enumerate(self.embedders):
             keys = self._inputs[number]
@@ -120,14 +120,14 @@ class GeneralConditioner(AbstractEncoder):
         force_uc_zero_embeddings: Sequence[str] | None = None,
         force_cond_zero_embeddings: Sequence[str] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the conditioning of `batch_c`, and an unconditional one, of `batch_uc` or of `batch_c` as well.
+        """Return the conditioning of `batch_c`, and an unconditional one of `batch_uc`, which defaults to `batch_c`.
 
         Args:
-            force_uc_zero_embeddings: batch entries whose embeddings are zeros in the unconditional one.
-            force_cond_zero_embeddings: the same, in the conditional one.
+            force_uc_zero_embeddings: batch entries whose embeddings are zero in the unconditional one.
+            force_cond_zero_embeddings: batch entries whose embeddings are zero in the conditional one.
         """
         was_training = self.training
-        self.eval()  # no embedding is dropped by chance
+        self.eval()  # evaluation mode drops no embedding
         try:
             conditional = self(batch_c, force_cond_zero_embeddings or ())
             unconditional = self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings or ())
@@ -137,7 +137,7 @@ class GeneralConditioner(AbstractEncoder):
 
 
 def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
-    """A batch entry, a tensor or a list, in which a share `rate` of the samples is `value`."""
+    """Return a batch entry, a tensor or a list, in which `value` replaces a share `rate` of the samples."""
     dropped = torch.rand(len(entry)) < rate
     if isinstance(entry, Tensor):
         entry = entry.clone()

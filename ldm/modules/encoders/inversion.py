@@ -1,4 +1,4 @@
-"""Textual inversion (arXiv:2208.01618): a new subject learnt as the embedding of one word, with all weights frozen."""
+"""Textual inversion (arXiv:2208.01618): a new subject learnt as the embedding of one word. All weights are frozen."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class TextualInversionEmbedder(FrozenCLIPEmbedder):
-    """CLIP's text tower, of which the embedding v of one token is all that trains.
+    """CLIP's text tower in which only the embedding v of one token trains.
 
-    v* = argmin_v E ‖ε − ε_θ(z_t, t, c_θ(y))‖² over captions y that contain the token (eq. 2). The optimizer gets the
-    row v alone, not the table that it stands in: neither weight decay nor momentum can reach another word. State-dict
-    keys are those of `FrozenCLIPEmbedder`, with v in its place in the table.
+    v* = argmin_v E ‖ε − ε_θ(z_t, t, c_θ(y))‖² over captions y that contain the token (eq. 2). The optimizer gets only
+    the row v, not the whole table, so that weight decay and momentum cannot change another word. State-dict keys are
+    those of `FrozenCLIPEmbedder`, with v at its place in the table.
 
     Args:
-        token: the word to learn, one piece of CLIP's vocabulary. A rare one is best: what it meant is lost.
-        initial_token: a word, one piece too, from whose embedding a training that begins at step 0 sets out
-            (section 4); by default from that of `token`.
+        token: word to learn, one piece of CLIP's vocabulary. Choose a rare one, since its old meaning is lost.
+        initial_token: word, also one piece, whose embedding initialises a training that begins at step 0 (section 4);
+            the default is `token`.
         options: those of `FrozenCLIPEmbedder`.
 
     Raises:
@@ -44,16 +44,16 @@ class TextualInversionEmbedder(FrozenCLIPEmbedder):
 
     @property
     def table(self) -> EmbeddingWithTrainedRow:
-        """The embeddings of all pieces of the vocabulary."""
+        """Embeddings of all pieces of the vocabulary."""
         return self.transformer.text_model.embeddings.token_embedding
 
     def _piece(self, option: str, word: str) -> int:
-        """The id of the one piece that is `word`."""
+        """Return the id of the piece that equals `word`."""
         pieces = self.tokenizer.pieces(word)
         if len(pieces) != 1:
             raise UserError(
                 f"{option} {word!r} is {len(pieces)} pieces in CLIP's vocabulary ({', '.join(pieces)}); "
-                "choose a word that is one, such as 'sks'"
+                "choose a word that is one piece, such as 'sks'"
             )
         [[index]] = self.tokenizer.encode([word])
         if index in (self.tokenizer.start, self.tokenizer.end):
@@ -61,19 +61,19 @@ class TextualInversionEmbedder(FrozenCLIPEmbedder):
         return index
 
     def requires_grad_(self, requires_grad: bool = True) -> TextualInversionEmbedder:
-        """Let the token's row take gradients, or not; nothing else ever does."""
+        """Turn gradients of the token's row on or off; all other parameters stay frozen."""
         super().requires_grad_(False)
         self.table.row.requires_grad_(requires_grad)
         return self
 
     @torch.no_grad()
     def begin_training(self) -> None:
-        """Start from the embedding of `initial_token`; called once, before the first step."""
+        """Start from the embedding of `initial_token`. The trainer calls this once, before the first step."""
         if self.initial_index is not None:
             self.table.row.copy_(self.table.weight[self.initial_index])
 
     def tokenize(self, texts: Sequence[str] | str) -> torch.Tensor:
-        """Captions -> ids (B, max_length) on the CPU; in training, says if none of them has the token."""
+        """Return the ids (B, max_length) of captions, on the CPU. In training, warn if none has the token."""
         ids = super().tokenize(texts)
         if self.training and not self._token_was_missed and not (ids == self.index).any():
             self._token_was_missed = True
@@ -82,9 +82,9 @@ class TextualInversionEmbedder(FrozenCLIPEmbedder):
 
 
 class EmbeddingWithTrainedRow(nn.Embedding):
-    """An embedding table with one row as a parameter of its own: the rest can stay frozen, and costs no gradient.
+    """Embedding table with one row as a separate parameter. The other rows can stay frozen without a gradient.
 
-    In the state dict there is `weight` alone, with the row in it.
+    The state dict contains only `weight`, with the row in it.
     """
 
     def __init__(self, table: nn.Embedding, index: int) -> None:
@@ -93,7 +93,7 @@ class EmbeddingWithTrainedRow(nn.Embedding):
         self.row = nn.Parameter(table.weight[index].detach().clone())
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (B, L) -> (B, L, D)."""
+        """Embed ids (B, L) to (B, L, D)."""
         return torch.where((ids == self.index)[..., None], self.row, super().forward(ids))
 
     @torch.no_grad()

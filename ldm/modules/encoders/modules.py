@@ -1,4 +1,4 @@
-"""Cond stages by the names that configs give: each turns a batch entry into the UNet's conditioning."""
+"""Cond stages under the names in configs. Each turns a batch entry into the UNet's conditioning."""
 
 from ldm.modules.encoders.base import AbstractEncoder, ClassEmbedder, DummyEncoder, IdentityEncoder
 from ldm.modules.encoders.bert import BERTEmbedder, TransformerEmbedder

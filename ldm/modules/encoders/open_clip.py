@@ -1,6 +1,6 @@
-"""OpenCLIP's text towers (arXiv:2212.07143), with which Stable Diffusion 2 and SDXL read captions.
+"""OpenCLIP's text towers (arXiv:2212.07143), which encode captions for Stable Diffusion 2 and SDXL.
 
-B batch, L ids per caption, D features of the tower, E features of the embedding that it shares with images.
+B batch, L ids per caption, D features of the tower, E features of the embedding that captions share with images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.util import UserError, nearest
 
 _LAYERS = ("last", "penultimate")
-# arch → width, heads, layers, embed_dim of the text tower.
+# arch → width, heads, layers and embed_dim of the text tower
 _ARCHS = {
     "ViT-B-32": (512, 8, 12, 512),
     "ViT-B-16": (512, 8, 12, 512),
@@ -28,11 +28,11 @@ _ARCHS = {
     "ViT-g-14": (1024, 16, 24, 1024),
     "ViT-bigG-14": (1280, 20, 32, 1280),
 }
-_QUICK = "-quickgelu"  # ends the names of towers with OpenAI's activation; so has the version `openai` of each
+_QUICK = "-quickgelu"  # suffix of towers with OpenAI's activation, which the version `openai` of each tower also has
 
 
 def text_config_of(arch: str, version: str | None, changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the sizes of the text tower of `arch`, with `changes` laid over them.
+    """Return the sizes of the text tower of `arch`, updated with `changes`.
 
     Raises:
         UserError: `arch`, or a key of `changes`, is unknown.
@@ -63,7 +63,7 @@ def text_config_of(arch: str, version: str | None, changes: Mapping[str, Any] | 
 
 
 class OpenClipText(nn.Module):
-    """The text half of an OpenCLIP model, under its state-dict keys; see `text_config_of` for its sizes."""
+    """Text half of an OpenCLIP model, under its state-dict keys; see `text_config_of` for its sizes."""
 
     def __init__(
         self,
@@ -81,14 +81,14 @@ class OpenClipText(nn.Module):
         self.transformer = ClipTransformer(width, heads, layers, causal=True, quick_gelu=quick_gelu)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))  # as training begins; unused here
+        self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))  # initial value in training; not used here
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
         self.register_load_state_dict_pre_hook(_drop_mask)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states (B, L, D) after all blocks, and those before the last one, both without the final norm."""
+        """Return the states (B, L, D) after all blocks and before the last block, both without the final norm."""
         x = self.token_embedding(ids)
         x = x + self.positional_embedding[: ids.shape[1]].to(x.dtype)
         *earlier, block = self.transformer.resblocks
@@ -98,32 +98,32 @@ class OpenClipText(nn.Module):
 
     def pool(self, last: Tensor, ids: Tensor) -> Tensor:
         """Return the last state at the end token, normalised and projected: (B, E)."""
-        at_end = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]  # its id is the highest
+        at_end = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]  # the end token has the highest id
         return self.ln_final(at_end) @ self.text_projection.to(last.dtype)
 
 
 def _drop_mask(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    state_dict.pop(f"{prefix}attn_mask", None)  # which some files carry: the causal mask
+    state_dict.pop(f"{prefix}attn_mask", None)  # the causal mask, which some files contain
 
 
 class FrozenOpenCLIPEmbedder(AbstractEncoder):
     """OpenCLIP's text tower: captions -> hidden states (B, max_length, D), after the final layer norm.
 
-    Built from its arch's sizes; weights come with the checkpoint, nothing is ever downloaded. State-dict keys are the
-    released ones, `model.*`.
+    The sizes follow from `arch`. The weights come with the checkpoint, and nothing is ever downloaded. State-dict keys
+    are the released ones, `model.*`.
 
     Args:
-        arch: a name of OpenCLIP's, such as `ViT-H-14` or `ViT-bigG-14`.
-        version: where released weights came from, a note; `openai` means OpenAI's activation.
-        device: where to put the module; None leaves it where it is built. Ids follow the parameters' device.
+        arch: name of an OpenCLIP model, such as `ViT-H-14` or `ViT-bigG-14`.
+        version: origin of the released weights, for information; `openai` selects OpenAI's activation.
+        device: device of the module; None leaves it where it is built. Ids move to the parameters' device.
         max_length: ids per caption, start and end included; at most `context_length`.
-        freeze: set evaluation mode, and no gradients.
+        freeze: set evaluation mode and turn gradients off.
         layer: `last`, or `penultimate`, the states before the last block.
         text_config: sizes that differ from those of `arch`: `width`, `heads`, `layers`, `embed_dim`, `vocab_size`,
             `context_length`, `quick_gelu`.
 
     Raises:
-        UserError: an unknown `arch`, `layer` or `text_config` key, a `max_length` or a vocabulary that does not fit.
+        UserError: an unknown `arch`, `layer` or `text_config` key, or a `max_length` or vocabulary that does not fit.
     """
 
     def __init__(
@@ -157,32 +157,32 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
         return next(self.parameters()).device
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
-        """Captions -> ids (B, max_length) on the CPU, padded with 0."""
+        """Return the ids (B, max_length) of captions, on the CPU, padded with 0."""
         return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, texts: Sequence[str] | str) -> Tensor:
-        """Captions -> (B, max_length, D)."""
+        """Encode captions to (B, max_length, D)."""
         return self.model.ln_final(self._states(self._ids(texts))[0])
 
     def _ids(self, texts: Sequence[str] | str) -> Tensor:
         return self.tokenize(texts).to(self.device, non_blocking=True)
 
     def _states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The states of `layer`, and the last ones."""
+        """Return the states of `layer`, and the last ones."""
         last, penultimate = self.model(ids)
         return (last if self.layer == "last" else penultimate), last
 
 
 class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
-    """OpenCLIP's text tower as SDXL uses it: without the final norm, and with a pooled vector beside the states.
+    """OpenCLIP's text tower as in SDXL: without the final norm, and with a pooled vector.
 
     Args:
         always_return_pooled: return (states (B, max_length, D), pooled (B, E)).
-        legacy: put the final norm on the states, as `FrozenOpenCLIPEmbedder` does. There is no pooled vector then.
+        legacy: apply the final norm to the states, as `FrozenOpenCLIPEmbedder` does. There is no pooled vector then.
         options: those of `FrozenOpenCLIPEmbedder`.
 
     Raises:
-        UserError: both are asked for, or see `FrozenOpenCLIPEmbedder`.
+        UserError: `always_return_pooled` with `legacy`, or an error of `FrozenOpenCLIPEmbedder`.
     """
 
     def __init__(self, always_return_pooled: bool = False, legacy: bool = True, **options: Any) -> None:
@@ -193,7 +193,7 @@ class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
         self.legacy = legacy
 
     def forward(self, texts: Sequence[str] | str) -> Tensor | tuple[Tensor, Tensor]:
-        """Captions -> (B, max_length, D), with `always_return_pooled` beside (B, E)."""
+        """Encode captions to (B, max_length, D), and to (B, E) if `always_return_pooled`."""
         if self.legacy:
             return super().forward(texts)
         ids = self._ids(texts)

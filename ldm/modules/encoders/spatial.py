@@ -1,4 +1,4 @@
-"""Cond stages that keep an image an image: segmentation maps made smaller, low-resolution images made noisy latents.
+"""Cond stages with spatial output: reduced segmentation maps, and low-resolution images as noised latents.
 
 B batch, C channels, H and W height and width.
 """
@@ -21,12 +21,12 @@ _METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
 
 
 class SpatialRescaler(AbstractEncoder):
-    """Resize a map `n_stages` times by `multiplier`, then map its channels, if asked: (B, C, H, W) → (B, C', h, w).
+    """Resizing by `multiplier`, `n_stages` times, and an optional projection of channels: (B, C, H, W) → (B, C', h, w).
 
     Args:
-        method: of interpolation.
-        in_channels, out_channels: of the 1 × 1 convolution at the end; without `out_channels` there is none.
-        bias: whether that convolution has one.
+        method: interpolation method.
+        in_channels, out_channels: channels of the 1 × 1 convolution at the end; without `out_channels` there is none.
+        bias: give this convolution a bias.
 
     Raises:
         UserError: an unknown method, or a negative number of stages.
@@ -59,14 +59,14 @@ class SpatialRescaler(AbstractEncoder):
 
 
 class LowScaleEncoder(LowScaleModel):
-    """A low-resolution image as a noised latent, from which an upscaler starts: (B, 3, H, W) → (B, C, h, w).
+    """Encoder of a low-resolution image to a noised latent, the input of an upscaler: (B, 3, H, W) → (B, C, h, w).
 
     Args:
         model_config: `target` and `params` of the autoencoder.
-        linear_start, linear_end, timesteps: the schedule of the noise.
-        max_noise_level: noise levels are sampled below it.
-        output_size: height and width of the result; None for those of the latent.
-        scale_factor: latents are multiplied by it.
+        linear_start, linear_end, timesteps: noise schedule.
+        max_noise_level: exclusive upper limit of sampled noise levels.
+        output_size: height and width of the result; None keeps those of the latent.
+        scale_factor: factor that multiplies the latents.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LowScaleEncoder(LowScaleModel):
         self.scale_factor = scale_factor
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the noised latent, and the noise levels (B,)."""
+        """Return the noised latent and the noise levels (B,)."""
         encoded = self.model.encode(x)
         latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
         latent, noise_level = super().forward(latent * self.scale_factor, noise_level)

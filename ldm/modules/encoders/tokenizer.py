@@ -24,14 +24,14 @@ _NAMED = 5  # prompts that a warning names
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
-# The file lists more merges than CLIP uses: 49,408 entries less 2 x 256 byte symbols and the two special tokens.
+# Number of merges that CLIP uses, fewer than the file lists: 49,408 entries - 2 x 256 byte symbols - 2 special tokens.
 _NUM_MERGES = 49_408 - 2 * 256 - 2
-# Contractions, runs of letters, single digits, runs of anything else that is not space.
+# Contractions, runs of letters, single digits, runs of all other characters except spaces.
 _WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def vocabulary_path() -> Path:
-    """The vocabulary file in the installed `clip` package, which is not imported since it would import torchvision.
+    """Return the vocabulary file of the installed `clip` package, without an import, which would load torchvision.
 
     Raises:
         UserError: the package is not installed, or does not hold the file.
@@ -65,16 +65,16 @@ def _backend() -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """`text` as CLIP saw its captions: encoding faults and HTML entities repaired, spaces collapsed, lower case."""
+    """Clean `text` like CLIP's training captions: repair encoding and HTML entities, collapse spaces, lowercase."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, since captions were often escaped twice
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
 class ClipTokenizer:
-    """Captions -> ids (B, max_length): the start token, the text cut to fit, the end token, then padding.
+    """Tokenizer of captions to ids (B, max_length): start token, text cut to fit, end token, padding.
 
     Args:
-        padding: the id that fills a row up to `max_length`; the end token by default. OpenCLIP has 0.
+        padding: id that fills a row up to `max_length`; the end token by default. OpenCLIP uses 0.
 
     Raises:
         UserError: the vocabulary file is not installed.
@@ -87,11 +87,11 @@ class ClipTokenizer:
         self.padding = self.end if padding is None else padding
 
     def __len__(self) -> int:
-        """Number of entries in the vocabulary."""
+        """Return the number of entries in the vocabulary."""
         return self._backend.get_vocab_size()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, however many, without start and end tokens."""
+        """Return all ids of each text, without start and end tokens."""
         # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
         return [self._backend.encode(clean(text)).ids for text in texts]
 
@@ -102,7 +102,7 @@ class ClipTokenizer:
         return {text: length for text, length in lengths.items() if length > room}
 
     def pieces(self, text: str) -> list[str]:
-        """What `text` is cut into, as the vocabulary writes it: `</w>` ends a word."""
+        """Return the pieces of `text` in the notation of the vocabulary: `</w>` ends a word."""
         return self._backend.encode(clean(text)).tokens
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:

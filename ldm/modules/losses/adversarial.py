@@ -1,6 +1,6 @@
-"""The parts that the losses of autoencoders share: pixel and perceptual error, and the GAN term of VQGAN.
+"""Shared parts of the autoencoder losses: pixel and perceptual error, and the GAN term of VQGAN.
 
-The GAN term and its adaptive weight are those of arXiv:2012.09841, equations 6 and 7.
+The GAN term and its adaptive weight follow arXiv:2012.09841, equations 6 and 7.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from ldm.util import UserError
 
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
 
-AUTOENCODER, DISCRIMINATOR = 0, 1  # the two values of `optimizer_idx`
+AUTOENCODER, DISCRIMINATOR = 0, 1  # values of `optimizer_idx`
 
 
 class AdversarialLoss(nn.Module):
-    """Base of the losses with a discriminator.
+    """Base class of the losses with a discriminator.
 
     Args:
-        disc_start: autoencoder step from which the GAN term counts.
+        disc_start: autoencoder step at which the GAN term starts.
         pixelloss_weight: weight of the absolute error.
-        disc_factor: weight of the GAN term for both players; 0 turns it off, and `adversarial` is then False.
-        disc_weight: weight of the autoencoder's GAN term, besides the adaptive one.
+        disc_factor: weight of the GAN term for both players; 0 turns it off and sets `adversarial` to False.
+        disc_weight: constant weight of the autoencoder's GAN term, multiplied by the adaptive weight.
         perceptual_weight: weight of LPIPS (arXiv:1801.03924); it needs `perceptual_ckpt`.
-        perceptual_ckpt: files that hold the weights of VGG16, and of LPIPS on it; see `ldm.models.perceptual`.
-        disc_conditional: the discriminator sees `cond` beside the image, stacked on the channels.
+        perceptual_ckpt: files with the weights of VGG16 and of LPIPS on it; see `ldm.models.perceptual`.
+        disc_conditional: give the discriminator `cond` and the image, stacked along the channels.
         disc_ndf: channels of the discriminator's first layer.
         disc_loss: 'hinge' or 'vanilla'.
     """
@@ -62,7 +62,7 @@ class AdversarialLoss(nn.Module):
         self.disc_conditional = disc_conditional
         self.disc_loss = _DISCRIMINATOR_LOSSES[disc_loss]
         self.perceptual_ckpt = perceptual_ckpt
-        self.perceptual_is_filled = False  # until the autoencoder has read `perceptual_ckpt`
+        self.perceptual_is_filled = False  # True after the autoencoder has read `perceptual_ckpt`
         self.perceptual_loss: LPIPS | None = None
         if perceptual_weight > 0 and perceptual_ckpt is not None:
             self.perceptual_loss = LPIPS()
@@ -70,19 +70,19 @@ class AdversarialLoss(nn.Module):
 
     @property
     def adversarial(self) -> bool:
-        """Whether the GAN term is ever on, so that the discriminator needs an optimizer."""
+        """True if the GAN term is used, so that the discriminator needs an optimizer."""
         return self.disc_factor > 0
 
     def check_trainable(self) -> None:
         """Raise `UserError` if the weights of the perceptual term are missing."""
         if self.perceptual_weight > 0 and not self.perceptual_is_filled:
             raise UserError(
-                f"perceptual_weight {self.perceptual_weight} needs the weights of VGG16 and LPIPS; name the file in "
+                f"perceptual_weight {self.perceptual_weight} needs the weights of VGG16 and LPIPS; give the file in "
                 "lossconfig.params.perceptual_ckpt, or set perceptual_weight to 0 there"
             )
 
     def error(self, inputs: Tensor, reconstructions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the error of each value, (B, C, H, W), and what to log of it."""
+        """Return the error of each value, (B, C, H, W), and the values to log."""
         self.check_trainable()
         error = self.pixelloss_weight * (inputs - reconstructions).abs()
         if self.perceptual_loss is None:
@@ -91,13 +91,13 @@ class AdversarialLoss(nn.Module):
         return error + self.perceptual_weight * perceptual, {"p_loss": perceptual.mean()}
 
     def active(self, global_step: int) -> float:
-        """Return the weight of the GAN term after so many steps of the autoencoder."""
+        """Return the weight of the GAN term at autoencoder step `global_step`."""
         return self.disc_factor if global_step >= self.disc_start else 0.0
 
     def gan_term(
         self, nll: Tensor, reconstructions: Tensor, last_layer: Tensor | None, cond: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the autoencoder's GAN term, weighted beside `nll`, and what to log of it."""
+        """Return the autoencoder's GAN term, weighted relative to `nll`, and the values to log."""
         g_loss = -self._judge(reconstructions, cond).mean()
         weight = self.disc_weight * _adaptive_weight(nll, g_loss, last_layer)
         return weight * g_loss, {"g_loss": g_loss, "d_weight": weight}
@@ -105,7 +105,7 @@ class AdversarialLoss(nn.Module):
     def discriminator_loss(
         self, inputs: Tensor, reconstructions: Tensor, active: float, cond: Tensor | None, split: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the discriminator's loss, and what to log of it."""
+        """Return the discriminator's loss and the values to log."""
         real = self._judge(inputs.detach(), cond)
         fake = self._judge(reconstructions.detach(), cond)
         loss = active * self.disc_loss(real, fake)
@@ -115,12 +115,12 @@ class AdversarialLoss(nn.Module):
         if not self.disc_conditional:
             return self.discriminator(images)
         if cond is None:
-            raise UserError("disc_conditional is true, but this model gives the loss no condition; set it to false")
+            raise UserError("disc_conditional is true, but this model passes no condition to the loss; set it to false")
         return self.discriminator(torch.cat((images, cond), dim=1))
 
 
 def _adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
-    """Return the ratio of the two terms' gradients on the last layer (equation 7); 1 where there are none."""
+    """Return the ratio of the two terms' gradients on the last layer (equation 7); 1 without gradients."""
     if last_layer is None or not torch.is_grad_enabled():
         return torch.ones_like(g_loss)
     nll_grad = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
@@ -129,5 +129,5 @@ def _adaptive_weight(nll: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> 
 
 
 def detached(values: dict[str, Tensor], split: str) -> dict[str, Tensor]:
-    """Return `values` without gradients, their names begun by `split`."""
+    """Return `values` without gradients, under names with the prefix `split`."""
     return {f"{split}/{name}": value.detach() for name, value in values.items()}

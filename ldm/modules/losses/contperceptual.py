@@ -1,4 +1,4 @@
-"""The training loss of the KL autoencoder: reconstruction, KL divergence and an optional GAN term.
+"""Training loss of the KL autoencoder: reconstruction, KL divergence and an optional GAN term.
 
 Rombach et al., arXiv:2112.10752, equation 25.
 """
@@ -20,7 +20,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
     """Weighted sum of reconstruction error, KL divergence and, from `disc_start` on, a GAN term.
 
     Args:
-        disc_start: see `AdversarialLoss`, as for all that is not named here.
+        disc_start: see `AdversarialLoss`, also for the arguments that are not listed here.
         logvar_init: log-variance of the reconstruction error; stored with the weights, but not trained.
         kl_weight: weight of the KL divergence, in nats per image.
     """
@@ -41,13 +41,13 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         cond: Tensor | None = None,
         split: str = "train",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar loss of the autoencoder (`optimizer_idx` 0) or the discriminator (1), and what to log.
+        """Return the scalar loss of the autoencoder (`optimizer_idx` 0) or discriminator (1), and the values to log.
 
         Args:
             inputs, reconstructions: images (B, C, H, W).
-            global_step: autoencoder steps taken so far.
-            last_layer: the decoder's last weight, where the adaptive weight compares gradients; without it that is 1.
-            split: the beginning of the names of the logged values.
+            global_step: autoencoder steps so far.
+            last_layer: last weight of the decoder, for the adaptive weight's gradients; None sets that weight to 1.
+            split: prefix of the names of the logged values.
         """
         active = self.active(global_step)
         if optimizer_idx == DISCRIMINATOR:

@@ -1,4 +1,4 @@
-"""The patch discriminator of the first stage's GAN term (pix2pix, arXiv:1611.07004, section 3.2.2)."""
+"""Patch discriminator of the first stage's GAN term (pix2pix, arXiv:1611.07004, section 3.2.2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LEAK = 0.2  # slope of the leaky ReLUs, pix2pix section 6.1
 
 
 class ActNorm(nn.Module):
-    """An affine map per channel; its first training batch gets mean 0 and variance 1 (Glow, arXiv:1807.03039)."""
+    """Affine map per channel, initialised for mean 0 and variance 1 of its first batch (Glow, arXiv:1807.03039)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ActNorm(nn.Module):
 
 
 def _weights_init(module: nn.Module) -> None:
-    """Gaussian weights of standard deviation 0.02 (pix2pix section 6.2)."""
+    """Initialise weights as Gaussian with standard deviation 0.02 (pix2pix, section 6.2)."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -40,9 +40,9 @@ def _weights_init(module: nn.Module) -> None:
 
 
 class PatchDiscriminator(nn.Module):
-    """(B, in_channels, H, W) -> (B, 1, h, w): one logit a patch, high for real images.
+    """Discriminator (B, in_channels, H, W) -> (B, 1, h, w) with one logit per patch, high for real images.
 
-    `num_layers` strided 4x4 convolutions set the patch: 3 give the 70x70 pixels of pix2pix.
+    `num_layers` strided 4x4 convolutions set the size of a patch: 3 give the 70x70 pixels of pix2pix.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Mean hinge of the logits on real and on fake images (Lim & Ye, arXiv:1705.02894)."""
+    """Return the mean hinge loss of the logits on real and on fake images (Lim & Ye, arXiv:1705.02894)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
 def vanilla_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the logits on real and on fake images (Goodfellow et al., arXiv:1406.2661)."""
+    """Return the mean cross-entropy of the logits on real and on fake images (Goodfellow et al., arXiv:1406.2661)."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())

@@ -1,7 +1,7 @@
 """Perceptual distance: LPIPS version 0.1 on VGG16 (arXiv:1801.03924, arXiv:1409.1556).
 
-The `lpips` package needs torchvision, and downloads; so the network is built here, without weights: see
-`ldm.models.perceptual`.
+The `lpips` package needs torchvision and downloads weights. This module therefore builds the network without weights;
+see `ldm.models.perceptual`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Channels of VGG16's convolutions, by the stage that they are in; a stage after the first begins with max pooling.
+# Channels of VGG16's convolutions per stage. Each stage except the first begins with max pooling.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# The mean and standard deviation of ImageNet's channels, for images in [-1, 1].
+# Mean and standard deviation of ImageNet's channels, for images in [-1, 1].
 _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """The distance of images (B, 3, H, W) in [-1, 1]: (B, 1, 1, 1). Frozen; its keys are those of the public VQGANs."""
+    """Distance (B, 1, 1, 1) of images (B, 3, H, W) in [-1, 1], frozen, under the keys of the public VQGANs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class LPIPS(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Return features (B, C, h, w) of length 1 over the channels."""
+    """Return features (B, C, h, w) with length 1 over the channels."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
@@ -55,7 +55,7 @@ class _Scaling(nn.Module):
 
 
 class _Weights(nn.Module):
-    """The learned weight of each channel: a 1×1 convolution; dropout only matters while it is learned."""
+    """Learned weight of each channel: a 1×1 convolution. Its dropout only acts while these weights are learned."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Weights(nn.Module):
 
 
 class _Vgg16(nn.Module):
-    """VGG16's convolutions, as five slices whose layers have their numbers in the whole network."""
+    """VGG16's convolutions in five slices. The layers keep their numbers from the whole network."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training loss of the autoencoder with a codebook (VQGAN, arXiv:2012.09841, equations 4 and 6)."""
+"""Training loss of the autoencoder with a codebook (VQGAN, arXiv:2012.09841, equations 4 and 6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.util import UserError
 
 
 class Quantized(Protocol):
-    """The quantizer's answer for a batch."""
+    """Results of the quantizer for a batch."""
 
     codebook_loss: Tensor  # scalar
     indices: Tensor  # of the entries used
@@ -22,10 +22,10 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
     """Weighted sum of reconstruction error, codebook loss and, from `disc_start` on, a GAN term.
 
     Args:
-        disc_start: see `AdversarialLoss`, as for all that is not named here.
-        codebook_weight: weight of the codebook's loss.
-        n_classes: entries of the codebook, to log its perplexity and how many are used.
-        perceptual_loss, pixel_loss: `lpips` and `l1`, the only ones.
+        disc_start: see `AdversarialLoss`, also for the arguments that are not listed here.
+        codebook_weight: weight of the codebook loss.
+        n_classes: number of codebook entries, used to log perplexity and usage.
+        perceptual_loss, pixel_loss: only `lpips` and `l1` are valid.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
 
 
 def _usage(indices: Tensor, entries: int) -> dict[str, Tensor]:
-    """Return the perplexity of the codebook's use, exp of its entropy, and the number of entries used."""
+    """Return the perplexity of the codebook's use (exp of its entropy) and the number of entries used."""
     share = F.one_hot(indices.flatten(), entries).float().mean(0)
     perplexity = (-(share * (share + 1e-10).log()).sum()).exp()
     return {"perplexity": perplexity, "cluster_usage": (share > 0).sum().float()}

@@ -1,4 +1,4 @@
-"""MiDaS, by which Stable Diffusion 2 finds the depth of an image (arXiv:1907.01341; arXiv:2103.13413).
+"""MiDaS, which estimates the depth of an image for Stable Diffusion 2 (arXiv:1907.01341; arXiv:2103.13413).
 
 B batch, H and W height and width.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ldm.modules.midas.keys import from_released, released_name, to_released
 from ldm.util import UserError
 
-# The one that Stable Diffusion 2 has: a vision transformer over the features of a ResNet-50.
+# Network of Stable Diffusion 2: a vision transformer over the features of a ResNet-50.
 _DPT_HYBRID = {
     "is_hybrid": True,
     "hidden_size": 768,
@@ -30,11 +30,11 @@ _CLASSES = 1000
 
 
 class MiDaSInference(nn.Module):
-    """Relative depth of images: (B, 3, H, W) in [-1, 1] → (B, 1, H, W), larger where something is nearer.
+    """Relative depth of images: (B, 3, H, W) in [-1, 1] → (B, 1, H, W), larger for nearer objects.
 
-    H and W must be multiples of 32; 384 is what the network was trained with. Built from its sizes by transformers;
-    weights come with the checkpoint, nothing is ever downloaded. State-dict keys are the released ones, `model.*`. It
-    is never trained.
+    H and W must be multiples of 32; the network was trained at 384. transformers builds the network from its sizes.
+    The weights come with the checkpoint, and nothing is ever downloaded. State-dict keys are the released ones,
+    `model.*`. The network is never trained.
 
     Args:
         model_type: `dpt_hybrid`.
@@ -71,20 +71,20 @@ class _DepthNet(nn.Module):
         from transformers import DPTConfig, DPTForDepthEstimation  # takes seconds; only this class needs it
 
         self.net = DPTForDepthEstimation(DPTConfig(**config))
-        self.classifier = nn.Linear(config["hidden_size"], _CLASSES)  # released along, and unused
+        self.classifier = nn.Linear(config["hidden_size"], _CLASSES)  # in the release, but not used
         self._names = {released_name(name): name for name in self.net.state_dict()}
         self.register_state_dict_post_hook(_rename_saved)
         self.register_load_state_dict_pre_hook(_rename_loaded)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → depths (B, H, W). transformers' own forward takes squares of one size alone."""
+        """Return depths (B, H, W) of images (B, 3, H, W). transformers' own forward takes only squares of one size."""
         net, (height, width) = self.net, x.shape[2:]
-        net.dpt.embeddings.image_size = height, width  # its positions are resized to any
+        net.dpt.embeddings.image_size = height, width  # its positions can be resized to any size
         embedded = net.dpt.embeddings(x)
         features, h = list(embedded.intermediate_activations), embedded.last_hidden_states
         for number, block in enumerate(net.dpt.encoder.layer):
             h = block(h)
-            if number in net.config.backbone_out_indices[2:]:  # the first two are those of the ResNet
+            if number in net.config.backbone_out_indices[2:]:  # the first two are the ResNet's
                 features.append(h)
         patch = net.config.patch_size
         return net.head(net.neck(features, height // patch, width // patch))

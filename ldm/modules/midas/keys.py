@@ -1,4 +1,4 @@
-"""State-dict keys of MiDaS' depth network, as releases have them, and of the same network in transformers."""
+"""State-dict keys of MiDaS' depth network in releases, and of the same network in transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-# transformers' name → the released one, tried in this order. Numbers of stages count from 1 in released names.
+# Name in transformers → released name, tried in this order. Released names count stages from 1.
 _RULES: tuple[tuple[str, str], ...] = (
     (r"dpt\.embeddings\.cls_token", "pretrained.model.cls_token"),
     (r"dpt\.embeddings\.position_embeddings", "pretrained.model.pos_embed"),
@@ -47,7 +47,7 @@ _PARTS = ("query", "key", "value")
 
 
 def released_name(name: str) -> str:
-    """Return the released key of transformers' key `name`; of one of three projections, that of the three together."""
+    """Return the released key of transformers' key `name`. Query, key and value share one released key."""
     match = _QKV.fullmatch(name)
     if match:
         return f"pretrained.model.blocks.{match[1]}.attn.qkv.{match[3]}"
@@ -74,7 +74,7 @@ def to_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def from_released(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
     """Return those of the released weights `state` that the network has, under transformers' keys.
 
-    `names` maps each released key that is not fused to its own in transformers.
+    `names` maps each released key that is not fused to its key in transformers.
     """
     own: dict[str, Tensor] = {}
     for key, value in state.items():
