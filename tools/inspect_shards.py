@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
+from ldm.cli.options import add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ckpt", type=Path, help="release that made the set")
     add("--config", help="its config")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add_vae_option(parser)
     add_trust_option(parser)
     options = parser.parse_args()
     if (options.ckpt is None) != (options.config is None):
@@ -66,7 +68,9 @@ def main() -> None:
     about = read_about(dataset)
     model = None
     if options.ckpt is not None:
-        model = load_release(options.ckpt, options.config, pick_device(options.device), trusted=options.trust_config)
+        model = load_release(
+            options.ckpt, options.config, pick_device(options.device), trusted=options.trust_config, vae=options.vae
+        )
         try:
             check_encoders(dataset, encoder_digests(model.state_dict()), str(options.ckpt))
         except UserError as error:

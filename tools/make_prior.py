@@ -70,7 +70,7 @@ def main() -> None:
 
     check_out(options.out, options.overwrite)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, trusted=options.trust_config)
+    model = load_release(options.ckpt, options.config, trusted=options.trust_config, vae=options.vae)
     encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
     model.model.to(dtype)
     model.to(device)

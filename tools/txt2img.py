@@ -52,7 +52,7 @@ def main() -> None:
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
+    model = load_release(options.ckpt, options.config, device, dtype, options.trust_config, options.vae)
     shape = latent_shape(model, options.H, options.W)
     seeds = range(options.seed, options.seed + options.n)
     requests = [Request(prompt, seed, options.negative_prompt) for prompt in prompts for seed in seeds]

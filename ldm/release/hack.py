@@ -9,17 +9,20 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint, weights_of
+from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
 from ldm.config.load import build_model, load_config
 from ldm.release.graft import graft, grafted_checkpoint
-from ldm.release.keys import check_release, check_training_checkpoint
+from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
+from ldm.release.opening import release_of, training_weights
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
-def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
+def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path | None = None) -> None:
     """Write the training checkpoint at `training_path`, with the released weights in it, to `out`.
+
+    `vae` is a file whose autoencoder takes the place of the release's.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
@@ -31,18 +34,26 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     check_training_checkpoint(training.content, training_path)
     release = open_checkpoint(release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
-    released = _release_weights(release, release_path)
-    grafted = graft(weights_of(training.content, training_path), released, release_path)
+    state_dict = training_weights(training.content, training_path)
+    released = _release_weights(release, release_path, vae, state_dict)
+    grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
     log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
-    content = _with_encoders(grafted_checkpoint(training.content, grafted), released)
-    _write(content, out)
+    if has_step_counters(training.content, training_path):
+        content = grafted_checkpoint(training.content, grafted)
+    else:
+        from ldm.release.fresh import fresh_checkpoint  # Lightning, seconds to import
+
+        content = fresh_checkpoint(grafted)
+    _write(_with_encoders(content, released), out)
 
 
-def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path, trusted: bool = False) -> None:
+def hack_config(
+    config_names: Sequence[str | Path], release_path: Path, out: Path, trusted: bool = False, vae: Path | None = None
+) -> None:
     """Write a training checkpoint at step 0 for the model of `config_names`, with the released weights, to `out`.
 
-    `trusted` is that of `load_config`.
+    `trusted` is that of `load_config`, `vae` that of `hack_training`.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
@@ -54,17 +65,17 @@ def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Pat
 
     state_dict = state_dict_without_weights(lambda: build_model(config))
     log.info("made from: %s", ", ".join(map(str, config_names)))
-    released = _release_weights(release, release_path)
+    released = _release_weights(release, release_path, vae, state_dict)
     grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
     _write(_with_encoders(fresh_checkpoint(grafted), released), out)
 
 
-def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
+def _release_weights(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) -> dict:
     check_release(release.content, path)
-    weights = weights_of(release.content, path)
-    log.info("release: %s, %d values", path, len(weights))
-    return weights
+    opened = release_of(release, path, vae, own)
+    log.info("release: %s, %d values", path, len(opened.named.file))
+    return opened.weights
 
 
 def _with_encoders(content: dict, released: dict) -> dict:

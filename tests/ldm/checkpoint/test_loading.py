@@ -41,7 +41,7 @@ def test_load_into_reads_part_by_part(monkeypatch):
     model.model.weight.data.zero_()
     model.model.bias.data.zero_()
     load_into(model, weights())
-    assert read == [set(), {"model.weight"}, {"model.weight"}]
+    assert read == [set(), {"model.weight"}]
 
 
 def test_load_into_takes_a_file_of_ema_weights_alone(caplog):
@@ -63,6 +63,21 @@ def test_load_into_says_which_dtype_cannot_be_loaded():
     packed = torch.zeros(3, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with pytest.raises(UserError, match=r"model\.ckpt: .*model\.weight"):
         load_into(Model(), weights(**{"model.weight": packed}), source="model.ckpt")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_load_into_takes_weights_of_every_floating_dtype(dtype):
+    model = Model()
+    load_into(model, weights(**{"model.weight": torch.full((3, 2), 0.5).to(dtype)}))
+    assert torch.equal(model.model.weight, torch.full((3, 2), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_load_into_refuses_numbers_of_another_kind(dtype):
+    with pytest.raises(UserError, match=r"model\.ckpt: cannot be loaded: model\.weight is torch\.\w+, the model's is"):
+        load_into(Model(), weights(**{"model.weight": torch.ones(3, 2).to(dtype)}), source="model.ckpt")
 
 
 def test_assign_takes_the_tensors_themselves():
