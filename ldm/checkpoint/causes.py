@@ -13,6 +13,7 @@ _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _CONTEXT = re.compile(rf"^{re.escape(UNET)}.*\.attn2\.to_k\.weight$")
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+NO_UNET = "the file holds no UNet; name a whole release"
 _NO_VAE = "the file holds no autoencoder: --vae FILE takes one from another file"
 _NO_TEXT = "the file holds no text encoder: give a whole release, or a config whose cond stage needs none"
 
@@ -23,7 +24,7 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
         if found:
             return found
     if has_part(own, MODEL) and not has_part(weights, MODEL) and not has_part(weights, EMA):
-        return "the file holds no UNet; name a whole release"
+        return NO_UNET
     lacks = [part for part in (FIRST_STAGE, COND_STAGE) if has_part(own, part) and not has_part(weights, part)]
     if len(lacks) == 2:
         return f"the file holds a UNet alone; {_NO_VAE}, but no option gives a text encoder: name a whole release"

@@ -27,6 +27,7 @@ from ldm.checkpoint.writing import Pending
 
 Weights = Mapping[str, torch.Tensor]
 
+_LABELS = 10  # in a message
 _PARTS = (MODEL, EMA, FIRST_STAGE, COND_STAGE, CONDITIONER)
 _TOWER = f"{COND_STAGE}transformer."
 _ATTENTION = rf"^({re.escape(FIRST_STAGE)}|)((?:encoder|decoder)\.(?:.*\.)?(?:attn_\d+|attn\.\d+))\."
@@ -48,12 +49,13 @@ _RENAMED = [
     *((re.compile(rf"{_ATTENTION}(?:{theirs})\.(weight|bias)$"), rf"\1\2.{ours}.\3")
       for ours, theirs in _VAE_NAMES.items()),
 ]  # fmt: skip
+_LORA = re.compile(r"(?:^|\.)lora_")
 # Values inside the parts that no model here uses.
 _CARRIED = [
     re.compile(rf"^{re.escape(FIRST_STAGE)}(?:.*\.)?[^.]*ema[^.]*(?:\.|$)"),
     re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:vision_model|visual_projection|text_projection)\."),
     re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:logit_scale|text_projection)$"),
-    re.compile(r"(?:^|\.)lora_"),
+    _LORA,
 ]
 _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
 
@@ -78,9 +80,9 @@ class Renamed:
             (theirs, ours) = renamed[0]
             lines.append(f"{len(renamed)} keys have other names, such as {theirs} for {ours}")
         if self.carried:
-            kinds = list(dict.fromkeys(_kind(key) for key in self.carried))
-            more = ", …" if len(kinds) > 6 else ""
-            lines.append(f"{len(self.carried)} values are not used: {', '.join(kinds[:6])}{more}")
+            labels = list(dict.fromkeys(_label(key) for key in self.carried))
+            more = ", …" if len(labels) > _LABELS else ""
+            lines.append(f"{len(self.carried)} values are not used: {', '.join(labels[:_LABELS])}{more}")
         return lines
 
     def restored(self, state_dict: Mapping[str, torch.Tensor | Pending]) -> dict[str, torch.Tensor | Pending]:
@@ -140,6 +142,13 @@ def _our_name(key: str) -> str:
 
 def _kind(key: str) -> str:
     return key.split(".")[0]
+
+
+def _label(key: str) -> str:
+    """Return what a message calls a value that is not used."""
+    if _LORA.search(key):
+        return "lora_*"
+    return ".".join(key.split(".")[:2]) if key.startswith(_PARTS) else _kind(key)
 
 
 def _is_carried(name: str, known: Iterable[str]) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import OpenCheckpoint, is_optional, open_checkpoint, weights_of
-from ldm.checkpoint.causes import diffusers_layout
-from ldm.checkpoint.keys import FIRST_STAGE, has_part
+from ldm.checkpoint.causes import NO_UNET, diffusers_layout, likely_cause
+from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.names import Renamed, in_our_names
 from ldm.util import UserError
 
@@ -48,9 +48,11 @@ def release_of(
     one of values that are not used.
 
     Raises:
-        UserError: the file holds no weights, or `vae` no autoencoder that fits.
+        UserError: the file holds no UNet, or `vae` no autoencoder that fits.
     """
     named = in_our_names(weights_of(opened.content, path), own)
+    if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
+        raise UserError(f"{path}: {likely_cause(named.file, named.weights, NO_UNET)}")
     _say(named, Path(path))
     return Release(Path(path), named if vae is None else _with_autoencoder(named, vae), opened.metadata)
 
