@@ -14,13 +14,14 @@ _CONTEXT = re.compile(rf"^{re.escape(UNET)}.*\.attn2\.to_k\.weight$")
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 NO_UNET = "the file holds no UNet; name a whole release"
+_DIFFUSERS = "the file has the layout of diffusers; convert it to a single .safetensors file of the original layout"
 _NO_VAE = "the file holds no autoencoder: --vae FILE takes one from another file"
 _NO_TEXT = "the file holds no text encoder: give a whole release, or a config whose cond stage needs none"
 
 
 def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], default: str) -> str:
     """Return why `weights` do not fit the model with the state dict `own`, as far as the keys tell; else `default`."""
-    for found in (_other_kind(weights), _other_family(weights, own), _other_unet(weights, own)):
+    for found in (_file_kind(weights, own), _other_family(weights, own), _other_unet(weights, own)):
         if found:
             return found
     if has_part(own, MODEL) and not has_part(weights, MODEL) and not has_part(weights, EMA):
@@ -36,13 +37,20 @@ def diffusers_layout(keys: Iterable[str]) -> bool:
     return any(re.search(r"(?:^|\.)(?:down|up)_blocks\.\d|(?:^|\.)mid_block\.", key) for key in keys)
 
 
-def _other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
+def _file_kind(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
+    if has_part(own, MODEL):
+        return other_kind(weights)
+    return _DIFFUSERS if diffusers_layout(weights) and not diffusers_layout(own) else None
+
+
+def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Return what a file without a UNet holds instead of a release, if its keys tell."""
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None
     if any("lora_" in key for key in weights):
         return "the file is a LoRA, not a release"
     if diffusers_layout(weights):
-        return "the file has the layout of diffusers; convert it to a single .safetensors file of the original layout"
+        return _DIFFUSERS
     if has_part(weights, "encoder.") and has_part(weights, "decoder."):
         return "the file is an autoencoder alone: give it by --vae FILE, and a release beside it"
     if has_part(weights, "control_model."):

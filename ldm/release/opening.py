@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import OpenCheckpoint, is_optional, open_checkpoint, weights_of
-from ldm.checkpoint.causes import NO_UNET, diffusers_layout, likely_cause
+from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.names import Renamed, in_our_names
 from ldm.util import UserError
@@ -52,7 +52,7 @@ def release_of(
     """
     named = in_our_names(weights_of(opened.content, path), own)
     if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
-        raise UserError(f"{path}: {likely_cause(named.file, named.weights, NO_UNET)}")
+        raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _say(named, Path(path))
     return Release(Path(path), named if vae is None else _with_autoencoder(named, vae), opened.metadata)
 
