@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint import ema_key, load_into, loading
+from ldm.checkpoint import ema_key, load_file_into, load_into, loading, save_state_dict
 from ldm.util import UserError
 
 
@@ -128,3 +128,23 @@ def test_a_text_tower_is_optional_where_the_model_has_none():
 
 def test_the_optional_keys_can_be_chosen():
     assert load_into(Model(), {"betas": torch.ones(4)}, optional=["model.*"]).missing == ["model.weight", "model.bias"]
+
+
+def test_load_file_into_takes_the_names_of_other_programs(tmp_path, caplog):
+    caplog.set_level("INFO")
+    other = {f"module.{key}": value * 3 for key, value in weights(betas=None).items()}
+    save_state_dict({**other, "embedding_manager.x": torch.ones(1)}, tmp_path / "r.safetensors")
+    model = Model()
+    assert load_file_into(model, tmp_path / "r.safetensors").missing == ["betas"]
+    assert torch.equal(model.model.weight, torch.full((3, 2), 3.0))
+    assert "r.safetensors: 2 keys have other names" in caplog.text
+    assert "r.safetensors: 1 values are not used: embedding_manager" in caplog.text
+
+
+def test_load_file_into_takes_a_bare_unet_below_a_prefix(tmp_path):
+    module = nn.Module()
+    module.diffusion_model = nn.ModuleDict({"input_blocks": nn.Linear(2, 3)})
+    own = {key: torch.ones_like(value) for key, value in module.state_dict().items()}
+    save_state_dict({key.removeprefix("diffusion_model."): v for key, v in own.items()}, tmp_path / "unet.ckpt")
+    load_file_into(module, tmp_path / "unet.ckpt", prefix="model.")
+    assert all(value.eq(1).all() for value in module.state_dict().values())
