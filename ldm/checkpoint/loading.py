@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoint.causes import likely_cause
+from ldm.checkpoint.formats import can_hold
 from ldm.checkpoint.keys import (
     COND_STAGE,
     CONDITIONER,
@@ -69,7 +70,7 @@ def load_into(
         if key in own and value.shape != own[key].shape:
             shapes = f"{tuple(value.shape)}, the model's is {tuple(own[key].shape)}"
             raise UserError(f"{source}: {key} has shape {shapes}; {likely_cause(state_dict, own, cause)}")
-        if key in own and not _can_hold(own[key].dtype, value.dtype):
+        if key in own and not can_hold(own[key].dtype, value.dtype):
             raise UserError(
                 f"{source}: cannot be loaded: {key} is {value.dtype}, the model's is {own[key].dtype}; "
                 "save it as floating-point numbers (a quantised model: dequantise it)"
@@ -114,13 +115,6 @@ def load_file_into(
     }
     optional = (*OPTIONAL_KEYS, *(f"{key}*" for key in ignore_keys))
     return load_into(module, weights, source=str(path), optional=optional)
-
-
-def _can_hold(own: torch.dtype, given: torch.dtype) -> bool:
-    """Return whether numbers of the dtype `given` mean the same in `own`: integers would be quantised weights."""
-    if own.is_complex or not (own.is_floating_point or given.is_complex):
-        return True
-    return given.is_floating_point
 
 
 def _parts(state_dict: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:

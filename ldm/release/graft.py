@@ -11,6 +11,7 @@ import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, ema_key, is_optional
 from ldm.checkpoint.causes import likely_cause
+from ldm.checkpoint.formats import can_hold
 from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_DECAY, EMA_UPDATES, MODEL, has_part, with_ema_as_weights
 from ldm.checkpoint.names import is_carried
 from ldm.util import UserError
@@ -75,6 +76,11 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
         if value.shape != own.shape:
             shapes = f"{tuple(value.shape)}, in the training {tuple(own.shape)}"
             raise UserError(f"{source}: {origin} has shape {shapes}; {likely_cause(release, state_dict, cause)}")
+        if not can_hold(own.dtype, value.dtype):
+            raise UserError(
+                f"{source}: {origin} is {value.dtype}, in the training {own.dtype}; save it as floating-point numbers "
+                "(a quantised model: dequantise it)"
+            )
         (result.averaged if key in origins else result.released).append(key)
         result.state_dict[key] = cast(value, own.dtype)
     if EMA_UPDATES in state_dict and not origins.keys() <= release.keys():
