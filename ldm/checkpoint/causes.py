@@ -75,17 +75,18 @@ def _other_family(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.T
 def _other_unet(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
     theirs, ours = weights.get(_CONV_IN), own.get(_CONV_IN)
     if theirs is not None and ours is not None and theirs.ndim == ours.ndim == 4 and theirs.shape[1] != ours.shape[1]:
-        kind = _CHANNELS.get(theirs.shape[1], "another model")
-        return (
-            f"its UNet takes {theirs.shape[1]} channels, as {kind} does, and the config's {ours.shape[1]}; "
-            "name the config of that model"
-        )
+        count = theirs.shape[1]
+        if count in _CHANNELS:
+            return (
+                f"its UNet takes {count} channels, as {_CHANNELS[count]} does, and the config's {ours.shape[1]}; "
+                "name the config of that model"
+            )
     key = next((key for key in weights if _CONTEXT.match(key) and key in own), None)
     if key and weights[key].ndim == own[key].ndim == 2 and weights[key].shape[1] != own[key].shape[1]:
         width = weights[key].shape[1]
-        family = f", as {_WIDTHS[width]} does" if width in _WIDTHS else ""
-        return (
-            f"its UNet reads captions of width {width}{family}, and the config's of {own[key].shape[1]}; "
-            "name the config of that model"
-        )
+        if width in _WIDTHS:
+            return (
+                f"its UNet reads captions of width {width}, as {_WIDTHS[width]} does, and the config's of "
+                f"{own[key].shape[1]}; name the config of that model"
+            )
     return None
