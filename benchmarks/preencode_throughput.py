@@ -72,7 +72,7 @@ class StandIn:
         self._real, self._seconds = encoder.images, seconds
         self._known: dict[Any, Any] = {}
         self._free_at = 0.0
-        encoder.images = self.pictures
+        encoder.images = self.images
 
     def images(self, batch: torch.Tensor) -> Pending:
         shape = batch.shape[1:]

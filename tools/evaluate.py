@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli.options import add_network_options, add_sampling_options, check_sampling_options
+from ldm.cli.options import add_network_options, add_sampling_options, add_vae_option, check_sampling_options
 from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add_sampling_options(parser)
     add_network_options(parser)
     add("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results")
+    add_vae_option(parser)
     add_trust_option(parser)
     return parser.parse_args()
 
@@ -62,7 +63,7 @@ def main() -> None:
     options = parse_arguments()
     check_arguments(options)
     # Only now the slow imports: --help should answer at once.
-    from ldm.checkpoint import encoder_digests, load_state_dict
+    from ldm.checkpoint import encoder_digests
     from ldm.config.load import load_config
     from ldm.evaluation.plots import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
@@ -71,14 +72,15 @@ def main() -> None:
     from ldm.evaluation.sets import parse_sets
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.opening import open_release
 
     sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
     config = load_config([options.config], trusted=options.trust_config)
     # Of both, before the base is evaluated: a wrong name, and a set of other encoders, show at once.
-    encoders = {path: encoder_digests(load_state_dict(path)) for path in (options.base, options.ckpt)}
+    encoders = {path: encoder_digests(open_release(path, options.vae).weights) for path in (options.base, options.ckpt)}
 
     def load(ckpt: Path) -> LatentDiffusion:
-        return load_release(ckpt, config, device, dtype)
+        return load_release(ckpt, config, device, dtype, options.vae)
 
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)

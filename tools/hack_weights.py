@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
+from ldm.cli.options import add_vae_option
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
@@ -28,10 +29,10 @@ def main() -> None:
     if arguments.base:
         out = arguments.out or arguments.release.with_name("hacked.ckpt")
         config = load_config(arguments.base, trusted=arguments.trust_config)
-        hack_config(config, arguments.base, arguments.release, out)
+        hack_config(config, arguments.base, arguments.release, out, arguments.vae)
     else:
         training = arguments.train_ckpt or newest_checkpoint()
-        hack_training(training, arguments.release, arguments.out or training)
+        hack_training(training, arguments.release, arguments.out or training, arguments.vae)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--base", nargs="+", metavar="CONFIG", help="make a training checkpoint for these configs instead")
     add("--out", type=Path, help="file to write; one that it replaces is kept as NAME.before-hack.ckpt "
         "(default: the training checkpoint; with --base, hacked.ckpt beside the release)")  # fmt: skip
+    add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
     if arguments.base and arguments.train_ckpt:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
+from ldm.cli.options import add_vae_option
 from ldm.cli.run import Lines, run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ckpt", type=Path, help="release that made the set")
     add("--config", help="its config")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add_vae_option(parser)
     add_trust_option(parser)
     options = parser.parse_args()
     if (options.ckpt is None) != (options.config is None):
@@ -67,7 +69,7 @@ def main() -> None:
     model = None
     if options.ckpt is not None:
         config = load_config([options.config], trusted=options.trust_config)
-        model = load_release(options.ckpt, config, pick_device(options.device))
+        model = load_release(options.ckpt, config, pick_device(options.device), vae=options.vae)
         try:
             check_encoders(dataset, encoder_digests(model.state_dict()), str(options.ckpt))
         except UserError as error:

@@ -89,7 +89,7 @@ def main() -> None:
     if ranks.rank == 0:
         check_out(options.out, options.overwrite)
     device, dtype = pick_device(options.device, ranks.local), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config))
+    model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config), vae=options.vae)
     encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
     unet = unet_digests(model)
     model.model.to(dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
+from ldm.cli.options import add_vae_option
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
 from ldm.cli.run import run
 
@@ -23,7 +24,7 @@ def main() -> None:
 
     training = arguments.train_ckpt or newest_checkpoint()
     out = arguments.out or training.with_name("merged.ckpt")
-    merge_files(training, arguments.release, out, arguments.weights, arguments.half)
+    merge_files(training, arguments.release, out, arguments.weights, arguments.half, arguments.vae)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, help="file to write, .ckpt or .safetensors (default: merged.ckpt beside the training's)")
     add("--weights", choices=["ema", "raw"], help="which trained weights (default: ema if the training kept them)")
     add("--half", action="store_true", help="write the weights as float16, half the size")
+    add_vae_option(parser)
     return parser.parse_args()
 
 

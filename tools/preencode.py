@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
+from ldm.cli.options import add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--caption", help="one caption for all images, in place of their own")
     add("--num-workers", type=int, help="processes that decode images (default: up to 16)")
     add("--overwrite", action="store_true", help="replace the shards of --out that are there, finished or not")
+    add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
     for name in ("size", "batch_size", "shard_size"):
@@ -75,7 +77,8 @@ def main() -> None:
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d images in %s", len(items), ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
-    model = load_release(arguments.ckpt, load_config([arguments.config], trusted=arguments.trust_config))
+    config = load_config([arguments.config], trusted=arguments.trust_config)
+    model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(
         Encoder(model, device, dtype),
         items,

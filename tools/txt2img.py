@@ -70,7 +70,8 @@ def main() -> None:
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config), device, dtype)
+    config = load_config([options.config], trusted=options.trust_config)
+    model = load_release(options.ckpt, config, device, dtype, options.vae)
     warn_of_cut(model.cond_stage_model, prompts)
     shape = latent_shape(model, options.H, options.W)
     seeds = range(options.seed, options.seed + options.n)

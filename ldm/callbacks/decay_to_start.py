@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
+from ldm.checkpoint.names import in_our_names
 from ldm.distributed.dtensor import local_tensor, shard_like
 from ldm.util import UserError, check_number
 
@@ -64,7 +65,8 @@ class DecayToStart(Callback):
             if self.weight_decay is not None and "weight_decay" in group:
                 group["weight_decay"] = self.weight_decay
             self._check_group(group)
-        starts = self._starts(groups, pl_module, weights_of(opened.content, self.start))
+        names = [name for name, _ in pl_module.named_parameters()]
+        starts = self._starts(groups, pl_module, in_our_names(weights_of(opened.content, self.start), names).weights)
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (trainer.global_step + 1) % self.every_n_steps == 0:  # it counts a step when all of it is done

@@ -80,6 +80,13 @@ def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first, second)
 
 
+def can_hold(own: torch.dtype, given: torch.dtype) -> bool:
+    """Return whether numbers of the dtype `given` mean the same in `own`: integers would be quantised weights."""
+    if own.is_complex or not (own.is_floating_point or given.is_complex):
+        return True
+    return given.is_floating_point
+
+
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return `tensor` in `dtype`.
 

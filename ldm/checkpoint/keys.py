@@ -17,6 +17,7 @@ COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
 EMA = "model_ema."
 EMA_DECAY, EMA_UPDATES = EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
+SCALE_FACTOR = "scale_factor"  # of the latents
 POSITION_IDS = "position_ids"  # a constant of text encoders, which some releases store
 
 # Values that a model computes from its config: buffers of the noise schedule, and the scale of the latents.
@@ -34,7 +35,7 @@ SCHEDULE_KEYS = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
     "lvlb_weights",
-    "scale_factor",
+    SCALE_FACTOR,
     "cond_ids",
 )
 # Parts of OpenCLIP text towers that hidden states do not need: SD 2 files may lack them.

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ldm.checkpoint.causes import likely_cause
+from ldm.checkpoint.formats import can_hold
 from ldm.checkpoint.keys import (
     COND_STAGE,
     CONDITIONER,
@@ -21,7 +23,9 @@ from ldm.checkpoint.keys import (
     with_ema_as_weights,
 )
 from ldm.checkpoint.mapped import in_memory
+from ldm.checkpoint.names import in_our_names
 from ldm.checkpoint.reading import load_state_dict
+from ldm.checkpoint.schedule import without_schedule
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -47,31 +51,40 @@ def load_into(
     """Load `state_dict` into `module`; keys that match `optional` (shell patterns) may be missing or unexpected.
 
     Text encoders, `cond_stage_model.*` or `conditioner.*`, are also optional where the module has none.
-    EMA weights stand in for the weights where a file holds nothing else. `assign` makes the tensors the module's own
+    EMA weights stand in for the weights where a file holds nothing else. The noise schedule stays the module's, and a
+    warning names one that differs. `assign` makes the tensors the module's own
     instead of copying them; weights that are copied are read some megabytes at a time. `source` names the
     weights in messages.
 
     Raises:
-        UserError: a shape differs, or a key that is not optional is missing or unexpected; nothing is loaded then.
+        UserError: a shape or a kind of numbers differs, or a key that is not optional is missing or unexpected; the
+            message names the likely cause, and nothing is loaded.
     """
     own = module.state_dict()
     if not has_part(state_dict, MODEL) and has_part(state_dict, EMA) and has_part(own, MODEL):
         log.info("%s: holds EMA weights alone, which are loaded as the weights", source)
         state_dict = with_ema_as_weights(state_dict, own)
-    for key, value in state_dict.items():
+    cause = "is this a checkpoint of another model?"
+    loaded = without_schedule(state_dict, module, own, source)
+    for key, value in loaded.items():
         if key in own and value.shape != own[key].shape:
             shapes = f"{tuple(value.shape)}, the model's is {tuple(own[key].shape)}"
-            raise UserError(f"{source}: {key} has shape {shapes}; is this a checkpoint of another model?")
+            raise UserError(f"{source}: {key} has shape {shapes}; {likely_cause(state_dict, own, cause)}")
+        if key in own and not can_hold(own[key].dtype, value.dtype):
+            raise UserError(
+                f"{source}: cannot be loaded: {key} is {value.dtype}, the model's is {own[key].dtype}; "
+                "save it as floating-point numbers (a quantised model: dequantise it)"
+            )
     optional = list(optional)
     optional += [f"{part}*" for part in (COND_STAGE, CONDITIONER) if not has_part(own, part)]
     report = LoadReport([key for key in own if key not in state_dict], [key for key in state_dict if key not in own])
     for keys, what in zip(report, ("lacks", "has unexpected"), strict=True):
         required = [key for key in keys if not is_optional(key, optional)]
         if required:
-            raise UserError(f"{source}: {what} {_some(required)}; is this a checkpoint of another model?")
+            raise UserError(f"{source}: {what} {_some(required)}; {likely_cause(state_dict, own, cause)}")
         if keys:
             log.info("%s: %s %s (fine)", source, what, _some(keys))
-    for part in _parts(state_dict):
+    for part in _parts(loaded):
         values = part if assign else {key: in_memory(value) for key, value in part.items()}
         try:
             module.load_state_dict(values, strict=False, assign=assign)
@@ -86,14 +99,18 @@ def load_file_into(
 ) -> LoadReport:
     """Load the weights of the file at `path`, except keys that start with one of `ignore_keys`, into `module`.
 
-    With `prefix`, only the keys that begin with it are taken, without it.
+    With `prefix`, only the keys that begin with it are taken, without it. Names that other programs give to the keys
+    are understood; a log line tells of them.
 
     Raises:
         UserError: the file cannot be read, or does not fit the module.
     """
+    renamed = in_our_names(load_state_dict(path), [prefix + key for key in module.state_dict()])
+    for line in renamed.summary():
+        log.info("%s: %s", path, line)
     weights = {
         key.removeprefix(prefix): value
-        for key, value in load_state_dict(path).items()
+        for key, value in renamed.weights.items()
         if key.startswith(prefix) and not key.startswith(tuple(ignore_keys))
     }
     optional = (*OPTIONAL_KEYS, *(f"{key}*" for key in ignore_keys))

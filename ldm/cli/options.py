@@ -18,6 +18,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release checkpoint")
     add("--config", type=Path, default=Path("stable_diffusion_v1.yaml"), help="its config")
+    add_vae_option(parser)
     add("--prompt", nargs="+", action="extend", default=[], help="one or more captions")
     add("--from-file", type=Path, help="a text file with one caption a line")
     add("--n", type=int, default=1, help="samples a prompt")
@@ -27,6 +28,11 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--W", type=int, help="width in pixels; default: the model's own")
     add("--batch-size", type=int, default=4, help="samples at a time")
     add_network_options(parser)
+
+
+def add_vae_option(parser: argparse.ArgumentParser) -> None:
+    """Add the autoencoder that replaces a release's."""
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="take the autoencoder of this file, not the release's")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, ema_key, is_optional
-from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_DECAY, EMA_UPDATES, MODEL, has_part
+from ldm.checkpoint.causes import likely_cause
+from ldm.checkpoint.formats import can_hold
+from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_DECAY, EMA_UPDATES, MODEL, has_part, with_ema_as_weights
+from ldm.checkpoint.names import is_carried
 from ldm.util import UserError
 
 Weights = Mapping[str, torch.Tensor]
@@ -56,19 +59,28 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
         UserError: a shape differs, the release lacks a weight, or it has one that the training has no place for.
     """
     result = Graft()
+    release = with_ema_as_weights(release, state_dict)
+    cause = "is it a release of another model?"
     origins = _ema_origins(state_dict, release)
     for key, own in state_dict.items():
         origin = origins.get(key, key)
         if key in _OWN or origin not in release:
-            if own.is_meta or not is_optional(key):
-                raise UserError(f"{source}: lacks {origin}, which the training has; is it a release of another model?")
+            if own.is_meta or not (is_optional(key) or is_carried(key)):
+                raise UserError(
+                    f"{source}: lacks {origin}, which the training has; {likely_cause(release, state_dict, cause)}"
+                )
             result.kept.append(key)
             result.state_dict[key] = own
             continue
         value = release[origin]
         if value.shape != own.shape:
             shapes = f"{tuple(value.shape)}, in the training {tuple(own.shape)}"
-            raise UserError(f"{source}: {origin} has shape {shapes}; is it a release of another model?")
+            raise UserError(f"{source}: {origin} has shape {shapes}; {likely_cause(release, state_dict, cause)}")
+        if not can_hold(own.dtype, value.dtype):
+            raise UserError(
+                f"{source}: {origin} is {value.dtype}, in the training {own.dtype}; save it as floating-point numbers "
+                "(a quantised model: dequantise it)"
+            )
         (result.averaged if key in origins else result.released).append(key)
         result.state_dict[key] = cast(value, own.dtype)
     if EMA_UPDATES in state_dict and not origins.keys() <= release.keys():
@@ -80,7 +92,7 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
     has_cond_stage = has_part(state_dict, COND_STAGE)
     for key in result.skipped:
         if not is_optional(key) and (has_cond_stage or not key.startswith(COND_STAGE)):
-            raise UserError(f"{source}: {key} has no place in the training; is it a release of another model?")
+            raise UserError(f"{source}: {key} has no place in the training; {likely_cause(release, state_dict, cause)}")
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import logging
 import os
@@ -14,30 +15,34 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint, weights_of
+from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
 from ldm.config.load import build_model
 from ldm.locks import locked_file
 from ldm.release.graft import graft, grafted_checkpoint
-from ldm.release.keys import check_release, check_training_checkpoint
+from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
+from ldm.release.opening import release_of, training_weights
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
 def _alone(write: Callable[..., None]) -> Callable[..., None]:
-    """Let no two processes run `write` with the same third argument, the file that it writes."""
+    """Let no two processes run `write` with one `out`, the file that it writes."""
 
     @functools.wraps(write)
-    def call(first: Any, release: Path, out: Path, *rest: Any, **options: Any) -> None:
-        with locked_file(out):
-            write(first, release, out, *rest, **options)
+    def call(*arguments: Any, **options: Any) -> None:
+        given = inspect.signature(write).bind(*arguments, **options).arguments
+        with locked_file(given["out"]):
+            write(*arguments, **options)
 
     return call
 
 
 @_alone
-def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
+def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path | None = None) -> None:
     """Write the training checkpoint at `training_path`, with the released weights in it, to `out`.
+
+    `vae` is a file whose autoencoder takes the place of the release's.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
@@ -49,19 +54,27 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     check_training_checkpoint(training.content, training_path)
     release = open_checkpoint(release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
-    released = _release_weights(release, release_path)
-    grafted = graft(weights_of(training.content, training_path), released, release_path)
+    state_dict = training_weights(training.content, training_path)
+    released = _release_weights(release, release_path, vae, state_dict)
+    grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
     log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
-    content = _with_encoders(grafted_checkpoint(training.content, grafted), released)
-    _write(content, out)
+    if has_step_counters(training.content, training_path):
+        content = grafted_checkpoint(training.content, grafted)
+    else:
+        from ldm.release.fresh import fresh_checkpoint  # Lightning, seconds to import
+
+        content = fresh_checkpoint(grafted)
+    _write(_with_encoders(content, released), out)
 
 
 @_alone
-def hack_config(config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path) -> None:
+def hack_config(
+    config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path, vae: Path | None = None
+) -> None:
     """Write a training checkpoint at step 0 for the model of `config`, with the released weights, to `out`.
 
-    `config_names` are the files that `config` was read from.
+    `config_names` are the files that `config` was read from; `vae` is that of `hack_training`.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
@@ -72,17 +85,17 @@ def hack_config(config: DictConfig, config_names: Sequence[str | Path], release_
 
     state_dict = state_dict_without_weights(lambda: build_model(config))
     log.info("made from: %s", ", ".join(map(str, config_names)))
-    released = _release_weights(release, release_path)
+    released = _release_weights(release, release_path, vae, state_dict)
     grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
     _write(_with_encoders(fresh_checkpoint(grafted), released), out)
 
 
-def _release_weights(release: OpenCheckpoint, path: Path) -> dict:
+def _release_weights(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) -> dict:
     check_release(release.content, path)
-    weights = weights_of(release.content, path)
-    log.info("release: %s, %d values", path, len(weights))
-    return weights
+    opened = release_of(release, path, vae, own)
+    log.info("release: %s, %d values", path, len(opened.named.file))
+    return opened.weights
 
 
 def _with_encoders(content: dict, released: dict) -> dict:

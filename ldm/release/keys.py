@@ -5,6 +5,7 @@ The names are those of `ldm.checkpoint.keys`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,15 @@ from ldm.checkpoint.keys import (
 )
 from ldm.util import UserError
 
+log = logging.getLogger(__name__)
+
 __all__ = [
     "CONDITIONER",
     "COND_STAGE",
     "EMA",
     "EMA_COUNTERS",
     "FIRST_STAGE",
+    "LOOPS",
     "MODEL",
     "OPTIONAL_KEYS",
     "SCHEDULE_KEYS",
@@ -40,11 +44,13 @@ __all__ = [
     "check_training_checkpoint",
     "ema_key",
     "has_part",
+    "has_step_counters",
     "is_optional",
 ]
 
-# What Lightning needs to take a training up again.
-TRAINING_STATE = ("state_dict", "global_step", "loops", "optimizer_states", "lr_schedulers")
+# What a training checkpoint holds. Lightning 1.4 has no `loops`, which hold the counters that a resume goes on from.
+TRAINING_STATE = ("state_dict", "global_step", "optimizer_states", "lr_schedulers")
+LOOPS = "loops"
 
 
 def check_release(content: Mapping[str, Any], path: str | Path) -> None:
@@ -65,7 +71,10 @@ def is_of_2022(content: Mapping[str, Any]) -> bool:
 
 
 def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
-    """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training."""
+    """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training.
+
+    A checkpoint of Lightning 1.4 has no `loops` and is one too: see `has_step_counters`.
+    """
     missing = [key for key in TRAINING_STATE if key not in content and not (key == "loops" and is_of_2022(content))]
     if missing:
         raise UserError(
@@ -77,3 +86,12 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> N
     optimizers = content["optimizer_states"]
     if not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)):
         raise UserError(f"{path}: not a training checkpoint (its optimizer_states are no list of dicts)")
+
+
+def has_step_counters(content: Mapping[str, Any], path: str | Path) -> bool:
+    """Return whether the training checkpoint has the counters of Lightning 1.5 and newer; a log line says if not."""
+    if LOOPS in content:
+        return True
+    version = content.get("pytorch-lightning_version", "1.4 or older")
+    log.info("%s: written by Lightning %s, without loops: the step counters start anew", path, version)
+    return False

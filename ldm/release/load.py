@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ldm.checkpoint import load_into, load_state_dict
+from ldm.checkpoint import load_into, open_checkpoint
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.release.building import without_initialisation
+from ldm.release.opening import Release, release_of
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,11 @@ def load_release(
     config: str | Path | DictConfig | Mapping[str, Any],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    vae: str | Path | None = None,
 ) -> LatentDiffusion:
     """Return the model of `config` with the weights of `ckpt`, for inference.
+
+    `vae` is a file whose autoencoder takes the place of the release's.
 
     `config` is what `load_config` gives, or the path of a config that is not trusted. The diffusion schedule stays in
     float32 whatever `dtype` is.
@@ -54,15 +58,30 @@ def load_release(
     """
     if isinstance(config, (str, Path)):
         config = load_config([config])
-    weights = load_state_dict(ckpt)
+    opened = open_checkpoint(ckpt)
     with without_initialisation():
         model = build_model(config)
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"the config describes a {type(model).__name__}; a release is a LatentDiffusion")
-    report = load_into(model, weights, source=str(ckpt))
+    release = release_of(opened, ckpt, vae, model.state_dict())
+    _check_prediction(model, release)
+    report = load_into(model, release.weights, source=str(ckpt))
     if has_part(report.missing, EMA):
         model.restart_ema()
     for part in (model.model, model.first_stage_model, model.cond_stage_model):
         if part is not None:
             part.to(dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _check_prediction(model: LatentDiffusion, release: Release) -> None:
+    """Warn of a release whose marks tell another kind of prediction than the config."""
+    mark = next((key for key in ("v_pred", "edm_vpred.sigma_max") if key in release.named.carried), None)
+    if mark and model.parameterization != "v":
+        logger.warning(
+            "%s: holds %s, the mark of v-prediction, and the config's parameterization is %s; "
+            "set model.params.parameterization to v",
+            release.path,
+            mark,
+            model.parameterization,
+        )

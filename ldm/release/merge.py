@@ -21,11 +21,13 @@ from ldm.checkpoint import (
     open_checkpoint,
     same_values,
     save_state_dict,
-    weights_of,
 )
+from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, has_part
+from ldm.checkpoint.names import is_carried
 from ldm.locks import locked_file
-from ldm.release.keys import check_release, check_training_checkpoint
+from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
+from ldm.release.opening import release_of, training_weights
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Merge:
     trained: list[str] = field(default_factory=list)
     averaged: list[str] = field(default_factory=list)  # EMA weights of the release, replaced too
     untouched: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # parts of the training that the release lacks
 
     def summary(self) -> list[str]:
         """Return one line for each kind of key, with counts."""
@@ -56,7 +59,8 @@ class Merge:
             (len(self.averaged), "EMA weights of the release replaced too"),
             (len(self.untouched), "values kept from the release, which training did not change"),
         ]
-        return [f"{count} {what}" for count, what in lines if count]
+        told = [f"{count} {what}" for count, what in lines if count]
+        return told + [f"{part}* of the training left out: the release has no such part" for part in self.left_out]
 
 
 def merge(
@@ -84,9 +88,11 @@ def merge(
     has_ema = any(shadow in training for shadow in shadows.values())
     if weights == "ema" and not has_ema:
         raise UserError("the training checkpoint has no moving average (use_ema: False); use --weights raw")
+    left_out = [part for part in _OPTIONAL_PARTS if has_part(training, part) and not has_part(release, part)]
+    training = {key: value for key, value in training.items() if not key.startswith(tuple(left_out))}
     check_same_architecture(training, release)
 
-    result = Merge(weights or ("ema" if has_ema else "raw"))
+    result = Merge(weights or ("ema" if has_ema else "raw"), left_out=left_out)
     origins = {key: key for key in training if key not in SCHEDULE_KEYS and (has_ema or key not in EMA_COUNTERS)}
     if result.kind == "ema":
         origins |= {key: shadow for key, shadow in shadows.items() if shadow in training}
@@ -112,16 +118,21 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
 
     The release may have a first stage and a cond stage that the training lacks; both may have or lack optional keys.
     """
+    cause = "are they of one model?"
     for key, value in training.items():
         if key in release and key not in SCHEDULE_KEYS and value.shape != release[key].shape:
             shapes = f"{tuple(value.shape)} in the training, {tuple(release[key].shape)} in the release"
-            raise UserError(f"{key} has shape {shapes}; are they of one model?")
-        if key not in release and not is_optional(key):
-            raise UserError(f"the release lacks {key}, which the training has; are they of one model?")
+            raise UserError(f"{key} has shape {shapes}; {likely_cause(release, training, cause)}")
+        if key not in release and not (is_optional(key) or is_carried(key)):
+            raise UserError(
+                f"the release lacks {key}, which the training has; {likely_cause(release, training, cause)}"
+            )
     parts = [part for part in _OPTIONAL_PARTS if not has_part(training, part)]
     for key in release:
         if key not in training and not is_optional(key) and not key.startswith(tuple(parts)):
-            raise UserError(f"the training lacks {key}, which the release has; are they of one model?")
+            raise UserError(
+                f"the training lacks {key}, which the release has; {likely_cause(release, training, cause)}"
+            )
 
 
 def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
@@ -153,21 +164,26 @@ def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.
     return Pending(tuple(tensor.shape), dtype, compute)
 
 
-def merge_files(training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool) -> None:
+def merge_files(
+    training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool, vae: Path | None = None
+) -> None:
     """Merge the checkpoints at `training_path` and `release_path` into the release `out`; log where its keys come from.
 
-    `weights` and `half` are those of `merge`; the format of `out` goes by its suffix. The release's metadata is kept,
-    except for digests of its weights.
+    `weights` and `half` are those of `merge`; the format of `out` goes by its suffix. The keys have the names that the
+    release has for them, and values that no model uses are written as they are. The release's metadata is kept, except
+    for digests of its weights. `vae` is a file whose autoencoder takes the place of the release's.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
     check_suffix(out)
     with locked_file(out):
-        _merge_files(training_path, release_path, out, weights, half)
+        _merge_files(training_path, release_path, out, weights, half, vae)
 
 
-def _merge_files(training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool) -> None:
+def _merge_files(
+    training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool, vae: Path | None
+) -> None:
     for path in (training_path, release_path):
         if out.exists() and path.exists() and out.samefile(path):
             raise UserError(f"{out}: is one of the files to merge, which would be replaced; choose another --out")
@@ -175,17 +191,18 @@ def _merge_files(training_path: Path, release_path: Path, out: Path, weights: st
     check_training_checkpoint(training.content, training_path)
     check_release(release.content, release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
+    has_step_counters(training.content, training_path)
     log.info("release: %s", release_path)
+    trained = training_weights(training.content, training_path)
+    opened = release_of(release, release_path, vae, trained)
+    if vae is not None:
+        trained = {key: value for key, value in trained.items() if not key.startswith(FIRST_STAGE)}
     try:
-        merged = merge(
-            weights_of(training.content, training_path),
-            weights_of(release.content, release_path),
-            weights=weights,
-            half=half,
-        )
+        merged = merge(trained, opened.weights, weights=weights, half=half)
         log.info("\n".join(merged.summary()))
         metadata = {key: text for key, text in release.metadata.items() if key not in _STALE_METADATA}
-        save_state_dict(merged.state_dict, out, metadata=metadata)
+        content = opened.named.restored(merged.state_dict)
+        save_state_dict(content, out, metadata=metadata)
     except UserError as error:
         raise UserError(f"{training_path} into {release_path}: {error}") from error
-    log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(merged.state_dict))
+    log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))

@@ -101,7 +101,7 @@ def _open_whole(path: Path) -> OpenCheckpoint:
         opened.content.clear()
         opened.content.update(checkpoint_at_start(weights))
     try:
-        check_structure(opened.content, opened.file.drop_pages)
+        check_structure(opened.content)
     except UserError as error:
         raise UserError(f"{path}: not a checkpoint that a run can go on from ({error})") from error
     return opened

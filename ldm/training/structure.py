@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,9 @@ _VERSION = re.compile(r"\d+\.\d+.*")
 _DATA_MODULES = ("WebDataNpyModuleFromConfig", "DataModuleFromConfig")
 
 
-def check_structure(content: Mapping[str, Any], after_part: Callable[[], None] = lambda: None) -> None:
+def check_structure(content: Mapping[str, Any]) -> None:
     """Hold what a run takes up of the checkpoint `content` against what Lightning and the callbacks expect.
 
-    `after_part` is called after each tensor of the weights.
 
     Raises:
         UserError: a part is missing, of another type, or not finite; the message begins with its key.
@@ -31,7 +30,7 @@ def check_structure(content: Mapping[str, Any], after_part: Callable[[], None] =
     _expect(_is_count(content.get("epoch", 0)), "epoch", "no count of epochs")
     rate = content.get("learning_rate")
     _expect(rate is None or _is_number(rate), "learning_rate", "no finite number")
-    _check_weights(content["state_dict"], after_part)
+    _check_weights(content["state_dict"])
     _check_optimizers(content["optimizer_states"])
     _check_schedules(content["lr_schedulers"])
     _check_callbacks(content.get("callbacks", {}))
@@ -65,13 +64,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def _check_weights(weights: Any, after_part: Callable[[], None]) -> None:
+def _check_weights(weights: Any) -> None:
     _expect(isinstance(weights, dict) and weights, "state_dict", "no weights")
     for key, value in weights.items():
         _expect(isinstance(key, str), f"state_dict key {key!r:.60}", "no name of a weight")
         _expect(type(value) is Tensor, f"state_dict.{key}", "no tensor")
         _expect(key in SCHEDULE_KEYS or _is_finite(value), f"state_dict.{key}", "has values that are not finite")
-        after_part()
 
 
 def _check_optimizers(optimizers: Any) -> None:

@@ -83,6 +83,13 @@ def test_the_steps_by_hand(start, tmp_path, every):
     assert module.logvar.item() == pytest.approx(-sum(0.5**step for step in range(1, 7)))  # a release has none
 
 
+def test_DecayToStart_takes_the_names_of_other_programs(tmp_path):
+    path, module = tmp_path / "other.safetensors", Pulled()
+    save_state_dict({"module.inner.0": torch.tensor([1.0, -1.0])}, path)
+    fit(module, tmp_path, DecayToStart(str(path), 0.25, 1), steps=2)
+    torch.testing.assert_close(torch.tensor(module.seen), torch.tensor(by_hand(2, 0.25, 1)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_of_any_type(start, tmp_path, dtype):
     module = Pulled(dtype)

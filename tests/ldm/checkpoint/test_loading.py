@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint import ema_key, load_into, loading
+from ldm.checkpoint import ema_key, load_file_into, load_into, loading, save_state_dict
 from ldm.util import UserError
 
 
@@ -41,7 +41,7 @@ def test_load_into_reads_part_by_part(monkeypatch):
     model.model.weight.data.zero_()
     model.model.bias.data.zero_()
     load_into(model, weights())
-    assert read == [set(), {"model.weight"}, {"model.weight"}]
+    assert read == [set(), {"model.weight"}]
 
 
 def test_load_into_takes_a_file_of_ema_weights_alone(caplog):
@@ -63,6 +63,21 @@ def test_load_into_says_which_dtype_cannot_be_loaded():
     packed = torch.zeros(3, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with pytest.raises(UserError, match=r"model\.ckpt: .*model\.weight"):
         load_into(Model(), weights(**{"model.weight": packed}), source="model.ckpt")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_load_into_takes_weights_of_every_floating_dtype(dtype):
+    model = Model()
+    load_into(model, weights(**{"model.weight": torch.full((3, 2), 0.5).to(dtype)}))
+    assert torch.equal(model.model.weight, torch.full((3, 2), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_load_into_refuses_numbers_of_another_kind(dtype):
+    with pytest.raises(UserError, match=r"model\.ckpt: cannot be loaded: model\.weight is torch\.\w+, the model's is"):
+        load_into(Model(), weights(**{"model.weight": torch.ones(3, 2).to(dtype)}), source="model.ckpt")
 
 
 def test_assign_takes_the_tensors_themselves():
@@ -113,3 +128,23 @@ def test_a_text_tower_is_optional_where_the_model_has_none():
 
 def test_the_optional_keys_can_be_chosen():
     assert load_into(Model(), {"betas": torch.ones(4)}, optional=["model.*"]).missing == ["model.weight", "model.bias"]
+
+
+def test_load_file_into_takes_the_names_of_other_programs(tmp_path, caplog):
+    caplog.set_level("INFO")
+    other = {f"module.{key}": value * 3 for key, value in weights(betas=None).items()}
+    save_state_dict({**other, "embedding_manager.x": torch.ones(1)}, tmp_path / "r.safetensors")
+    model = Model()
+    assert load_file_into(model, tmp_path / "r.safetensors").missing == ["betas"]
+    assert torch.equal(model.model.weight, torch.full((3, 2), 3.0))
+    assert "r.safetensors: 2 keys have other names" in caplog.text
+    assert "r.safetensors: 1 values are not used: embedding_manager" in caplog.text
+
+
+def test_load_file_into_takes_a_bare_unet_below_a_prefix(tmp_path):
+    module = nn.Module()
+    module.diffusion_model = nn.ModuleDict({"input_blocks": nn.Linear(2, 3)})
+    own = {key: torch.ones_like(value) for key, value in module.state_dict().items()}
+    save_state_dict({key.removeprefix("diffusion_model."): v for key, v in own.items()}, tmp_path / "unet.ckpt")
+    load_file_into(module, tmp_path / "unet.ckpt", prefix="model.")
+    assert all(value.eq(1).all() for value in module.state_dict().values())

@@ -259,3 +259,16 @@ def test_a_grafted_training_goes_on_at_its_step(tmp_path):
 def test_what_is_no_training_checkpoint_is_refused(content):
     with pytest.raises(UserError, match=r"^run\.ckpt: not a training checkpoint"):
         check_training_checkpoint(content, "run.ckpt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_graft_refuses_numbers_of_another_kind(dtype):
+    key = next(key for key in release() if key.startswith("model."))
+    with pytest.raises(UserError, match=rf"r\.ckpt: {key} is {dtype}, in the training torch\.float32"):
+        graft(training(), release(**{key: release()[key].to(dtype)}), "r.ckpt")
+
+
+def test_graft_keeps_what_no_model_uses_of_a_training():
+    extra = {"embedding_manager.x": torch.ones(2)}
+    result = graft({**training(), **extra}, release(), "r.ckpt")
+    assert torch.equal(result.state_dict["embedding_manager.x"], torch.ones(2))

@@ -1,0 +1,92 @@
+"""Likely causes of weights that do not fit a model, in words for the end of a message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, FIRST_STAGE, MODEL, UNET, has_part
+
+_CONV_IN = f"{UNET}input_blocks.0.0.weight"
+_CONTEXT = re.compile(rf"^{re.escape(UNET)}.*\.attn2\.to_k\.weight$")
+_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
+_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+NO_UNET = "the file holds no UNet; name a whole release"
+_DIFFUSERS = "the file has the layout of diffusers; convert it to a single .safetensors file of the original layout"
+_NO_VAE = "the file holds no autoencoder: --vae FILE takes one from another file"
+_NO_TEXT = "the file holds no text encoder: give a whole release, or a config whose cond stage needs none"
+
+
+def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], default: str) -> str:
+    """Return why `weights` do not fit the model with the state dict `own`, as far as the keys tell; else `default`."""
+    for found in (_file_kind(weights, own), _other_family(weights, own), _other_unet(weights, own)):
+        if found:
+            return found
+    if has_part(own, MODEL) and not has_part(weights, MODEL) and not has_part(weights, EMA):
+        return NO_UNET
+    lacks = [part for part in (FIRST_STAGE, COND_STAGE) if has_part(own, part) and not has_part(weights, part)]
+    if len(lacks) == 2:
+        return f"the file holds a UNet alone; {_NO_VAE}, but no option gives a text encoder: name a whole release"
+    return {(FIRST_STAGE,): _NO_VAE, (COND_STAGE,): _NO_TEXT}.get(tuple(lacks), default)
+
+
+def diffusers_layout(keys: Iterable[str]) -> bool:
+    """Return whether `keys` have diffusers' names of blocks."""
+    return any(re.search(r"(?:^|\.)(?:down|up)_blocks\.\d|(?:^|\.)mid_block\.", key) for key in keys)
+
+
+def _file_kind(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
+    if has_part(own, MODEL):
+        return other_kind(weights)
+    return _DIFFUSERS if diffusers_layout(weights) and not diffusers_layout(own) else None
+
+
+def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Return what a file without a UNet holds instead of a release, if its keys tell."""
+    if has_part(weights, MODEL) or has_part(weights, EMA):
+        return None
+    if any("lora_" in key for key in weights):
+        return "the file is a LoRA, not a release"
+    if diffusers_layout(weights):
+        return _DIFFUSERS
+    if has_part(weights, "encoder.") and has_part(weights, "decoder."):
+        return "the file is an autoencoder alone: give it by --vae FILE, and a release beside it"
+    if has_part(weights, "control_model."):
+        return "the file is a ControlNet, not a release"
+    if has_part(weights, "text_model."):
+        return "the file is a text encoder alone; name a whole release"
+    return None
+
+
+def _other_family(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
+    if has_part(weights, CONDITIONER) and not has_part(own, CONDITIONER):
+        return "the file has the layout of SDXL, and the config describes another family; name its own config"
+    openclip = f"{COND_STAGE}model."
+    if has_part(weights, openclip) and has_part(own, COND_STAGE) and not has_part(own, openclip):
+        return (
+            "the file has the layout of SD 2 (an OpenCLIP text encoder), and the config describes another family; "
+            "name its own config"
+        )
+    return None
+
+
+def _other_unet(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
+    theirs, ours = weights.get(_CONV_IN), own.get(_CONV_IN)
+    if theirs is not None and ours is not None and theirs.ndim == ours.ndim == 4 and theirs.shape[1] != ours.shape[1]:
+        count = theirs.shape[1]
+        if count in _CHANNELS:
+            return (
+                f"its UNet takes {count} channels, as {_CHANNELS[count]} does, and the config's {ours.shape[1]}; "
+                "name the config of that model"
+            )
+    key = next((key for key in weights if _CONTEXT.match(key) and key in own), None)
+    if key and weights[key].ndim == own[key].ndim == 2 and weights[key].shape[1] != own[key].shape[1]:
+        width = weights[key].shape[1]
+        if width in _WIDTHS:
+            return (
+                f"its UNet reads captions of width {width}, as {_WIDTHS[width]} does, and the config's of "
+                f"{own[key].shape[1]}; name the config of that model"
+            )
+    return None

@@ -1,0 +1,168 @@
+"""Names that other programs give to the weights of a release, in the terms of this package, and the way back.
+
+A layout of another program is one entry in `_RENAMED`, or one in `_CARRIED` where the model has no use for the values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ldm.checkpoint.keys import (
+    COND_STAGE,
+    CONDITIONER,
+    EMA,
+    FIRST_STAGE,
+    MODEL,
+    OPTIONAL_KEYS,
+    SCHEDULE_KEYS,
+    UNET,
+    ema_key,
+    has_part,
+)
+from ldm.checkpoint.writing import Pending
+
+Weights = Mapping[str, torch.Tensor]
+
+_LABELS = 10  # in a message
+_PARTS = (MODEL, EMA, FIRST_STAGE, COND_STAGE, CONDITIONER)
+_TOWER = f"{COND_STAGE}transformer."
+_ATTENTION = rf"^({re.escape(FIRST_STAGE)}|)((?:encoder|decoder)\.(?:.*\.)?(?:attn_\d+|attn\.\d+))\."
+_VAE_NAMES = {
+    **{"q": "to_q|query", "k": "to_k|key", "v": "to_v|value"},
+    **{"proj_out": r"to_out\.0|to_out|proj_attn", "norm": "group_norm"},
+}
+# (pattern, replacement), applied one after another.
+_RENAMED = [
+    # Wrappers of a saved module: torch.compile, and processes that share the work.
+    (re.compile(r"(?:^|(?<=\.))_orig_mod\."), ""),
+    (re.compile(r"^(?:_forward_module\.|module\.)+"), ""),
+    # A UNet alone.
+    (re.compile(r"^(?:diffusion_model\.)?((?:input|output)_blocks\.|middle_block\.|(?:time|label)_emb\w*\.|out\.\d)"),
+     rf"{UNET}\1"),
+    # The text tower of transformers 5, and of models that were saved without the outer module.
+    (re.compile(rf"^{re.escape(_TOWER)}(embeddings|encoder|final_layer_norm)\."), rf"{_TOWER}text_model.\1."),
+    # Attention of an autoencoder in the terms of diffusers.
+    *((re.compile(rf"{_ATTENTION}(?:{theirs})\.(weight|bias)$"), rf"\1\2.{ours}.\3")
+      for ours, theirs in _VAE_NAMES.items()),
+]  # fmt: skip
+_LORA = re.compile(r"(?:^|\.)lora_")
+# Values inside the parts that no model here uses.
+_CARRIED = [
+    re.compile(rf"^{re.escape(FIRST_STAGE)}(?:.*\.)?[^.]*ema[^.]*(?:\.|$)"),
+    re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:vision_model|visual_projection|text_projection)\."),
+    re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:logit_scale|text_projection)$"),
+    _LORA,
+]
+_LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Weights by the names and shapes of this package, and the file's own names.
+
+    `origins` maps each key of `weights` to that of `file`; `carried` are the keys of `file` that no model uses.
+    """
+
+    file: Weights
+    weights: dict[str, torch.Tensor]
+    origins: dict[str, str]
+    carried: list[str]
+
+    def summary(self) -> list[str]:
+        """Return one line for what has other names, and one for what is not used; none for a plain file."""
+        renamed = [(theirs, ours) for ours, theirs in self.origins.items() if theirs != ours]
+        lines = []
+        if renamed:
+            (theirs, ours) = renamed[0]
+            lines.append(f"{len(renamed)} keys have other names, such as {theirs} for {ours}")
+        if self.carried:
+            labels = list(dict.fromkeys(_label(key) for key in self.carried))
+            more = ", …" if len(labels) > _LABELS else ""
+            lines.append(f"{len(self.carried)} values are not used: {', '.join(labels[:_LABELS])}{more}")
+        return lines
+
+    def restored(self, state_dict: Mapping[str, torch.Tensor | Pending]) -> dict[str, torch.Tensor | Pending]:
+        """Return `state_dict` with the names, the shapes and the order of the file, and with what it carried.
+
+        Keys that the file lacks come last, under the names of this package.
+        """
+        ours = {theirs: key for key, theirs in self.origins.items()}
+        result = {}
+        for theirs, original in self.file.items():
+            if theirs not in ours:
+                result[theirs] = original
+            elif ours[theirs] in state_dict:
+                result[theirs] = _reshaped(state_dict[ours[theirs]], tuple(original.shape))
+        return {**result, **{key: value for key, value in state_dict.items() if key not in self.origins}}
+
+
+def in_our_names(weights: Weights, own: Collection[str] = ()) -> Renamed:
+    """Return `weights` by the names that a model has, whose keys are `own`; a key in `own` keeps its name.
+
+    EMA weights become the weights where `weights` hold nothing else for the UNet: those have no dots, so only `own`
+    can tell their names.
+    """
+    own = set(own)
+    names = {key: key if key in own else _our_name(key) for key in weights}
+    if not has_part(names.values(), MODEL) and has_part(names.values(), EMA):
+        shadows = {ema_key(key): key for key in own if key.startswith(MODEL)}
+        names = {key: shadows.get(name, name) for key, name in names.items()}
+    known = _known(own)
+    exact = {key for key, name in names.items() if key == name}
+    renamed = Renamed(weights, {}, {}, [])
+    for key, name in names.items():
+        taken = name in renamed.origins or (key != name and name in exact)
+        if taken or (name not in own and _is_carried(name, known)):
+            renamed.carried.append(key)
+            continue
+        renamed.weights[name] = _as_convolution(name, weights[key])
+        renamed.origins[name] = key
+    return renamed
+
+
+def is_carried(key: str, own: Iterable[str] = ()) -> bool:
+    """Return whether `key` is the name of a value that no model uses; `own` are further keys of the model."""
+    return _is_carried(key, _known(own))
+
+
+def _known(own: Iterable[str]) -> set[str]:
+    """Return the names before the first dot that a model may have."""
+    return {_kind(key) for key in (*own, *_PARTS, *SCHEDULE_KEYS, *OPTIONAL_KEYS)}
+
+
+def _our_name(key: str) -> str:
+    for pattern, replacement in _RENAMED:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def _kind(key: str) -> str:
+    return key.split(".")[0]
+
+
+def _label(key: str) -> str:
+    """Return what a message calls a value that is not used."""
+    if _LORA.search(key):
+        return "lora_*"
+    return ".".join(key.split(".")[:2]) if key.startswith(_PARTS) else _kind(key)
+
+
+def _is_carried(name: str, known: Iterable[str]) -> bool:
+    return _kind(name) not in known or any(pattern.search(name) for pattern in _CARRIED)
+
+
+def _as_convolution(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight (O, I) of a linear layer as that of a 1x1 convolution (O, I, 1, 1), where the model has one."""
+    return weight[:, :, None, None] if weight.ndim == 2 and _LINEAR.search(name) else weight
+
+
+def _reshaped(value: torch.Tensor | Pending, shape: tuple[int, ...]) -> torch.Tensor | Pending:
+    if tuple(value.shape) == shape:
+        return value
+    if isinstance(value, Pending):
+        return Pending(shape, value.dtype, lambda: value.compute().reshape(shape))
+    return value.reshape(shape)

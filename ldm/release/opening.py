@@ -1,0 +1,103 @@
+"""Opening of a release whichever program wrote it: its weights by our names, and an autoencoder from another file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoint import OpenCheckpoint, is_optional, open_checkpoint, weights_of
+from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
+from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
+from ldm.checkpoint.names import Renamed, in_our_names
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+_ENDS = ("encoder.conv_in.weight", "decoder.conv_out.weight")  # of an autoencoder: both ways
+
+
+@dataclass(frozen=True)
+class Release:
+    """Weights of a release by the names of this package, their names in the file, and the file's metadata."""
+
+    path: Path
+    named: Renamed
+    metadata: Mapping[str, str]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.named.weights
+
+
+def open_release(path: str | Path, vae: str | Path | None = None) -> Release:
+    """Open the release, or the training checkpoint, at `path`; see `release_of`."""
+    return release_of(open_checkpoint(path), path, vae)
+
+
+def release_of(
+    opened: OpenCheckpoint, path: str | Path, vae: str | Path | None = None, own: Collection[str] = ()
+) -> Release:
+    """Return the release that was `opened` from `path`, with the autoencoder of the file `vae` in place of its own.
+
+    `own` are the keys of the model that the weights are for; see `in_our_names`. A log line tells of other names, and
+    one of values that are not used.
+
+    Raises:
+        UserError: the file holds no UNet, or `vae` no autoencoder that fits.
+    """
+    named = in_our_names(weights_of(opened.content, path), own)
+    if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
+        raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
+    _say(named, Path(path))
+    return Release(Path(path), named if vae is None else _with_autoencoder(named, vae), opened.metadata)
+
+
+def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a training checkpoint by our names, and after them the values that no model here uses."""
+    named = in_our_names(weights_of(content, path))
+    _say(named, path)
+    return {**named.weights, **{key: named.file[key] for key in named.carried}}
+
+
+def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the autoencoder in the file at `path`, alone or in a release, as a first stage's.
+
+    Raises:
+        UserError: the file holds none, or one in the layout of diffusers.
+    """
+    weights = weights_of(open_checkpoint(path).content, path)
+    if not has_part(weights, FIRST_STAGE):
+        weights = {FIRST_STAGE + key: value for key, value in weights.items()}
+    named = in_our_names(weights).weights
+    found = {key: value for key, value in named.items() if key.startswith(FIRST_STAGE) and not is_optional(key)}
+    if not all(FIRST_STAGE + end in found for end in _ENDS):
+        raise UserError(f"--vae {path}: holds no autoencoder; name a .safetensors or .ckpt file with one")
+    if diffusers_layout(found):
+        raise UserError(
+            f"--vae {path}: has the layout of diffusers; name a file of the original layout, with keys such as "
+            "decoder.mid.block_1.conv1.weight"
+        )
+    return found
+
+
+def _with_autoencoder(named: Renamed, vae: str | Path) -> Renamed:
+    given = read_autoencoder(vae)
+    replaced = [key for key in named.weights if key.startswith(FIRST_STAGE) and not is_optional(key)]
+    for key in replaced:
+        if key not in given:
+            raise UserError(f"--vae {vae}: lacks {key}, which the release has; is it of another kind of autoencoder?")
+        if given[key].shape != named.weights[key].shape:
+            shapes = f"{tuple(given[key].shape)}, that of the release is {tuple(named.weights[key].shape)}"
+            raise UserError(f"--vae {vae}: {key} has shape {shapes}; is it of another kind of autoencoder?")
+    log.info("%s: its autoencoder is taken, %d weights", vae, len(given))
+    return replace(named, weights={**named.weights, **given})
+
+
+def _say(named: Renamed, path: Path) -> None:
+    for line in named.summary():
+        log.info("%s: %s", path, line)
