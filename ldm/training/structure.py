@@ -157,7 +157,9 @@ def _check_loops(loops: Any, step: int) -> None:
     for key, expected in loops_at_start()["fit_loop"].items():
         if key in fit:  # Lightning passes over what it does not find
             _check_like(fit[key], expected, f"loops.fit_loop.{key}")
-    for state in (fit.get("state_dict") or {}).get("combined_loader") or []:
+    positions = fit.get("state_dict", {}).get("combined_loader", [])
+    _expect(isinstance(positions, list), "loops.fit_loop.state_dict.combined_loader", "no list of positions")
+    for state in positions:
         is_position = isinstance(state, dict) and all(_is_count(state.get(key, 0)) for key in ("epoch", "batch"))
         is_position = is_position and all(type(part) in (int, bool, str) for part in state.values())
         is_whole = is_position and ("samples" not in state or "batch" in state)
