@@ -122,6 +122,9 @@ def _check_schedules(schedules: Any) -> None:
         _expect(isinstance(bases, list) and all(map(_is_number, bases)), f"{where}.base_lrs", "no list of numbers")
         lambdas = state.get("lr_lambdas", [])
         _expect(isinstance(lambdas, list) and len(lambdas) == len(bases), f"{where}.lr_lambdas", "not one of each rate")
+        for key, part in _leaves({key: part for key, part in state.items() if key != "lr_lambdas"}, where):
+            is_plain = part is None or isinstance(part, bool | int | float | str) or _is_number(part)
+            _expect(is_plain, key, "no plain value")
         _check_finite(state, where)
 
 
