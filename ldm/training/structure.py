@@ -120,6 +120,9 @@ def _check_schedules(schedules: Any) -> None:
         _expect(isinstance(bases, list) and all(map(_is_number, bases)), f"{where}.base_lrs", "no list of numbers")
         lambdas = state.get("lr_lambdas", [])
         _expect(isinstance(lambdas, list) and len(lambdas) == len(bases), f"{where}.lr_lambdas", "not one of each rate")
+        for key, part in _leaves({key: part for key, part in state.items() if key != "lr_lambdas"}, where):
+            is_plain = part is None or isinstance(part, bool | int | float | str) or _is_number(part)
+            _expect(is_plain, key, "no plain value")
         _check_finite(state, where)
 
 
@@ -155,7 +158,9 @@ def _check_loops(loops: Any, step: int) -> None:
     for key, expected in loops_at_start()["fit_loop"].items():
         if key in fit:  # Lightning passes over what it does not find
             _check_like(fit[key], expected, f"loops.fit_loop.{key}")
-    for state in (fit.get("state_dict") or {}).get("combined_loader") or []:
+    positions = fit.get("state_dict", {}).get("combined_loader", [])
+    _expect(isinstance(positions, list), "loops.fit_loop.state_dict.combined_loader", "no list of positions")
+    for state in positions:
         is_position = isinstance(state, dict) and all(_is_count(state.get(key, 0)) for key in ("epoch", "batch"))
         is_position = is_position and all(type(part) in (int, bool, str) for part in state.values())
         is_whole = is_position and ("samples" not in state or "batch" in state)
