@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import SCHEDULE_KEYS
+from ldm.checkpoint import SCHEDULE_KEYS, in_memory, is_finite
 from ldm.release.fresh import loops_at_start
 from ldm.util import UserError
 
@@ -57,11 +57,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    if tensor.element_size() == 1:  # float8, which few operations know
-        tensor = tensor.float()
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    return is_finite(in_memory(tensor))
 
 
 def _check_weights(weights: Any) -> None:
