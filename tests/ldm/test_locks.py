@@ -93,7 +93,7 @@ def test_locked_takes_a_file_that_names_nobody(tmp_path: Path, text: str) -> Non
         pass
 
 
-@pytest.mark.parametrize(("start", "refused"), [(process_start(os.getpid()), True), (1, False)])
+@pytest.mark.parametrize(("start", "refused"), [(process_start(os.getpid()), True), (1, False)], ids=["own", "other"])
 def test_locked_without_flock_goes_by_process_and_start(tmp_path: Path, monkeypatch, start: int, refused: bool) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(38, "Function not implemented")
