@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from ldm.checkpoint.keys import SCHEDULE_KEYS
 from ldm.config.load import build_model, load_config, plain
 from ldm.release.building import without_initialisation
+from ldm.release.families import FAMILIES, recognise
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +27,15 @@ OVERLAYS = (
 REFUSED = {
     ("minimal.yaml", "fast.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
     ("minimal.yaml", "lean.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
+}
+# Lists of released keys, by family.
+RELEASED = {
+    "sd1": "sd_v1",
+    "sd1_inpainting": "sd_v1_inpainting",
+    "instruct_pix2pix": "instruct_pix2pix",
+    "sd2_768_v": "sd_v2",
+    "sd2_base": "sd_v2",
+    "sdxl": "sdxl_base",
 }
 KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
@@ -114,6 +125,34 @@ def test_textual_inversion_goes_over_a_release(release):
     assert own == expected
     [row] = model.trained_parameters()
     assert row.shape == (model.model.diffusion_model.context_dim,)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_release_configs_are_what_FAMILIES_say(family):
+    with torch.device("meta"):
+        model = build_model(load_config([family.config]))
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert recognise(own, parameterization=family.parameterization) == family
+    assert model.model.conditioning_key == family.conditioning_key
+    assert (model.parameterization, model.scale_factor) == (family.parameterization, family.scale)
+    assert (model.image_size * family.factor, model.channels) == (family.size, family.channels)
+    assert model.first_stage_model.downsampling == family.factor
+    assert any(key.startswith(family.encoders) for key in own)
+    assert ("label_emb" in str(model.model.diffusion_model)) == family.has_vector
+    if family.key not in RELEASED:
+        return
+    released = json.loads((KEYS.parent / f"{RELEASED[family.key]}_keys.json").read_text())["keys"]
+    expected = {key: tuple(shape) for key, (shape, _) in released.items() if not key.endswith("position_ids")}
+    if not expected.keys() & set(SCHEDULE_KEYS):  # SDXL's list has no schedule
+        own = {key: shape for key, shape in own.items() if key not in SCHEDULE_KEYS}
+    assert own == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_first_stages_of_FAMILIES_are_one(family):
+    params = plain(load_config([family.config]))["model"]["params"]
+    first = plain(load_config([FAMILIES["sd1"].config]))["model"]["params"]
+    assert params["first_stage_config"] == first["first_stage_config"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
 EMA = "model_ema."
 EMA_DECAY, EMA_UPDATES = EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
+# Marks of SDXL files that predict v, and of those whose schedule ends without signal; their values are empty.
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 POSITION_IDS = "position_ids"  # a constant of text encoders, which some releases store
 
 # Values that a model computes from its config: buffers of the noise schedule, and the scale of the latents.

@@ -59,8 +59,9 @@ class WithConditioning:
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
     def raw_conditioning(self, batch: Batch) -> Any:
-        """Return the batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
-        if getattr(self.cond_stage_model, "key", None) is not None:
+        """Return the batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entries itself."""
+        stage = self.cond_stage_model
+        if getattr(stage, "key", None) is not None or hasattr(stage, "input_keys"):
             return batch
         entry = batch_entry(batch, self.cond_stage_key)
         images = isinstance(entry, Tensor) and entry.ndim == 4  # as in all of latent diffusion, channels last
