@@ -55,7 +55,8 @@ def described(node: Any, where: str = "") -> Iterator[tuple[str, Mapping[str, An
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_targets_resolve_and_params_bind(path):
     for where, entry in described(plain(load_config([path]))):
-        assert set(entry) <= {"target", "params", "base_learning_rate"}, where
+        more = {"input_key", "is_trainable"} if ".emb_models[" in where else {"base_learning_rate"}
+        assert set(entry) <= {"target", "params", *more}, where
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
 
 

@@ -89,7 +89,7 @@ def test_recognise_prefers_the_UNet_to_a_control_network() -> None:
     ],
 )
 def test_recognise_tells_v_prediction_by_argument_then_size(asked: dict, key: str) -> None:
-    assert recognise(shapes_for("sd2_768_v"), **asked) is FAMILIES[key]
+    assert recognise(shapes_for("sd2_768_v"), **asked) == FAMILIES[key]
 
 
 def test_recognise_says_which_and_that_another_has_the_same_keys(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,7 +113,6 @@ def test_recognise_reads_the_marks_of_v_prediction(key: str, caplog: pytest.LogC
         assert recognise(shapes) == predicts_v
         assert recognise({**shapes, ZERO_SNR: ()}) == replace(predicts_v, zero_snr=True)
     assert "predicts v, with zero terminal SNR" in caplog.text
-    assert recognise({**shapes, ZERO_SNR: ()}, parameterization="eps") is not predicts_v
     assert recognise({**shapes, ZERO_SNR: ()}, parameterization="eps") == FAMILIES[key]
     assert recognise(shapes_for(key), parameterization="v") == predicts_v
 
