@@ -67,8 +67,11 @@ def main() -> None:
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.matching import release_config
 
     check_out(options.out, options.overwrite)
+    chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
+    _, options.config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, options.config, trusted=options.trust_config)
     encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values

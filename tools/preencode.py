@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, type=Path, help="release checkpoint, .ckpt or .safetensors")
-    add("--config", required=True, help="its config, with the text encoder")
+    add("--config", help="its config, with the text encoder; default: that of the family which the keys tell")
     add(
         "--images",
         required=True,
@@ -67,6 +67,7 @@ def main() -> None:
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.matching import release_config
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and arguments.overwrite:
@@ -75,6 +76,7 @@ def main() -> None:
         check_out(arguments.out, arguments.overwrite, resumable=True)
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d pictures in %s", len(items), ", ".join(arguments.images))
+    _, arguments.config = release_config(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
     model = load_release(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
     report = preencode(

@@ -50,7 +50,10 @@ def main() -> None:
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.matching import release_config
 
+    chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
+    _, options.config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
     shape = latent_shape(model, options.H, options.W)

@@ -18,7 +18,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The release, the captions, and how to draw."""
     add = parser.add_argument
     add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release checkpoint")
-    add("--config", type=Path, default=Path("stable_diffusion_v1.yaml"), help="its config")
+    add_config_options(parser)
     add("--prompt", nargs="+", action="extend", default=[], help="one or more captions")
     add("--from-file", type=Path, help="a text file with one caption a line")
     add("--n", type=int, default=1, help="samples a prompt")
@@ -28,6 +28,18 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--W", type=int, help="width in pixels; default: the model's own")
     add("--batch-size", type=int, default=4, help="samples at a time")
     add_network_options(parser)
+
+
+def add_config_options(parser: argparse.ArgumentParser, what: str = "its config") -> None:
+    """Add the config of a release, and what its UNet predicts."""
+    parser.add_argument(
+        "--config", type=Path, help=f"{what}; default: the one of the family that the checkpoint's keys tell"
+    )
+    parser.add_argument(
+        "--parameterization",
+        choices=["eps", "v"],
+        help="what the UNet predicts, the noise or v, which keys do not tell; default: as the config has it",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
