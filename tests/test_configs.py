@@ -37,6 +37,7 @@ RELEASED = {
     "sd2_base": "sd_v2",
     "sdxl": "sdxl_base",
 }
+RECIPES = [family.finetune_config for family in FAMILIES.values() if family.finetune_config]
 KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
 
@@ -61,8 +62,9 @@ def test_targets_resolve_and_params_bind(path):
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != INVERSION])
-def test_overlays_bind_on_top_of_the_recipe(overlay):
-    merged = plain(load_config(["finetune_stable_diffusion.yaml", overlay]))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
+    merged = plain(load_config([recipe, overlay]))
     for _, entry in described(merged):
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
     assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
@@ -147,6 +149,24 @@ def test_the_release_configs_are_what_FAMILIES_say(family):
     if not expected.keys() & set(SCHEDULE_KEYS):  # SDXL's list has no schedule
         own = {key: shape for key, shape in own.items() if key not in SCHEDULE_KEYS}
     assert own == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_finetune_configs_of_FAMILIES_train_the_released_UNet(recipe):
+    [family] = [family for family in FAMILIES.values() if family.finetune_config == recipe]
+    params, released = (
+        plain(load_config([name]))["model"]["params"] for name in (family.finetune_config, family.config)
+    )
+    own = ("first_stage_key", "cond_stage_key", "cond_stage_config", "monitor")
+    params["first_stage_config"]["params"].pop("monitor")
+    assert {key: value for key, value in params.items() if key not in own} == {
+        key: value for key, value in released.items() if key not in own
+    }
+    with torch.device("meta"):
+        model = build_model(load_config([recipe]))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert recognise(shapes, parameterization=model.parameterization) == family
+    model.check_batch_shapes({"f8": (8, family.size // 8, family.size // 8), "t5": (77, family.layout.context)})
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

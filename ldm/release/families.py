@@ -164,8 +164,10 @@ _ROWS = [
            in_channels=9, **_HYBRID),
     Family("instruct_pix2pix", "InstructPix2Pix", _V1, 512, "instruct_pix2pix.yaml", in_channels=8, **_HYBRID),
     # Of rows with the same keys, the first is the default.
-    Family("sd2_768_v", "Stable Diffusion 2 768-v", _V2, 768, "stable_diffusion_v2_768_v.yaml", parameterization="v"),
-    Family("sd2_base", "Stable Diffusion 2 base", _V2, 512, "stable_diffusion_v2_base.yaml"),
+    Family("sd2_768_v", "Stable Diffusion 2 768-v", _V2, 768, "stable_diffusion_v2_768_v.yaml",
+           "finetune_stable_diffusion_v2_768_v.yaml", parameterization="v"),
+    Family("sd2_base", "Stable Diffusion 2 base", _V2, 512, "stable_diffusion_v2_base.yaml",
+           "finetune_stable_diffusion_v2_base.yaml"),
     Family("sd2_inpainting", "Stable Diffusion 2 inpainting", _V2, 512, "stable_diffusion_v2_inpainting.yaml",
            in_channels=9, **_HYBRID),
     Family("sd2_depth", "Stable Diffusion 2 depth", _V2, 512, "stable_diffusion_v2_depth.yaml", in_channels=5,

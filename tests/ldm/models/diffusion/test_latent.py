@@ -12,6 +12,7 @@ import torch
 
 from ldm.checkpoint import save_state_dict
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, has_part
+from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError
 from tests.golden_data import case, fill_seeded, seeded_tensor
@@ -198,6 +199,9 @@ def test_keys_of_a_GeneralConditioner_begin_as_those_of_SDXL() -> None:
     model.shared_step(batch)[0].backward()
     assert all(parameter.grad is not None for parameter in model.conditioner.parameters())
     assert len(model.trained_parameters()) == len([*model.model.parameters(), *model.conditioner.parameters()])
+
+    with pytest.raises(UserError, match="GeneralConditioner, takes txt, target_size_as_tuple, which"):
+        check_reads_captions(model)
 
     copied = deepcopy(model).double()
     assert copied.cond_stage_model is copied.conditioner is not model.conditioner
