@@ -17,8 +17,6 @@ COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
 EMA = "model_ema."
 EMA_DECAY, EMA_UPDATES = EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
-# Marks of SDXL files that predict v, and of those whose schedule ends without signal; their values are empty.
-V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 POSITION_IDS = "position_ids"  # a constant of text encoders, which some releases store
 
 # Values that a model computes from its config: buffers of the noise schedule, and the scale of the latents.
@@ -39,6 +37,8 @@ SCHEDULE_KEYS = (
     "scale_factor",
     "cond_ids",
 )
+# Marks of SDXL files that predict v, and of those whose schedule ends without signal; their values are empty.
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 # Parts of OpenCLIP text towers that hidden states do not need: SD 2 files may lack them.
 _UNUSED_BY_TOWERS = (f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection", "*.attn_mask")
 # Keys that a file may carry or lack without harm, as shell patterns: the above, and values that only training needs.
