@@ -1,4 +1,5 @@
 # make demo: install into .venv, then the whole recipe on a tiny model. make test: install, then the tests.
+# make check: the quick tests, for each commit; those marked slow (tests/conftest.py lists them) are left out.
 #
 # torch comes from PyPI, whose Linux build is the CUDA one: about 3 GB to download. Without an NVIDIA GPU, name
 # PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL, or put a CPU wheel of the pinned version in PIP_FIND_LINKS.
@@ -10,15 +11,19 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test check lint docs clean
 
 # Threads that wait asleep: those that spin make a step five times slower as soon as something else runs as well.
 demo: $(INSTALLED)
 	OMP_WAIT_POLICY=PASSIVE $(RUN) tools/demo.py
 
-# One thread a worker: workers that each start a thread per core only slow each other down.
+# Prints the 15 slowest tests. One thread per worker: workers that each start a thread per core only slow each other down.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --durations=15
+
+# Under 90 s on two idle cores.
+check: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) -m "not slow" --durations=15
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -40,20 +40,20 @@ def main() -> None:
     from ldm.training.fit import fit, test
     from ldm.training.loggers import build_loggers
     from ldm.training.resume import build_from, read_training_checkpoint, seed_run
-    from ldm.training.run import plan_run
+    from ldm.training.run import hold_run, plan_run
     from ldm.training.trainer import build_trainer, merge_config, set_learning_rate
 
     plan = plan_run(arguments)
-    config = merge_config(arguments, plan)
-    forecast = begin_forecast(config) if arguments.train else None  # beside the reading of weights and data
-    with SignalRequests() as requests, _debugger_on_error(arguments.debug):
+    with hold_run(plan), SignalRequests() as requests, _debugger_on_error(arguments.debug):
+        config = merge_config(arguments, plan)
+        forecast = begin_forecast(config) if arguments.train else None  # beside the reading of weights and data
         checkpoint = read_training_checkpoint(plan.resume)
         seed = seed_run(arguments.seed, checkpoint)
         data = build_data(config)
         model = build_from(config, checkpoint)
         callbacks = build_callbacks(config, plan, requests, seed)
         loggers = build_loggers(config, plan, arguments.project)
-        trainer = build_trainer(config, callbacks, loggers, plan, checkpoint)
+        trainer = build_trainer(config, model, data, callbacks, loggers, plan, checkpoint)
         del checkpoint  # the trainer has it, until it is taken up
         if arguments.train:
             set_learning_rate(model, config, trainer)

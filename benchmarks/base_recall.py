@@ -2,7 +2,7 @@
 """Does a model know the pictures that it was trained on? Samples captions and looks for the nearest picture.
 
 A sample is right if, of all pictures of the set, the one with its caption is the nearest by
-`ldm.images.grid.picture_distances`: the root mean square difference of RGB values in [0, 1] at 32x32.
+`ldm.images.grid.image_distances`: the root mean square difference of RGB values in [0, 1] at 32x32.
 
     python benchmarks/base_recall.py --ckpt data/base/emoji.safetensors --config demo_tiny_release.yaml --n 200
 """
@@ -46,7 +46,7 @@ def main() -> None:
     import torch
     from PIL import Image
 
-    from ldm.images.grid import image_grid, picture_distances, save_png
+    from ldm.images.grid import image_distances, image_grid, save_png
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
     from ldm.release.load import load_release
 
@@ -68,7 +68,7 @@ def main() -> None:
         batch_size=50,
     )
     samples = torch.stack(list(drawn))  # (n, 3, H, W)
-    distances = picture_distances(samples, known)
+    distances = image_distances(samples, known)
     nearest = distances.argmin(1)
     targets = torch.from_numpy(chosen)
     right = nearest == targets

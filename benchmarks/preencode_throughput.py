@@ -67,10 +67,10 @@ class StandIn:
     """
 
     def __init__(self, encoder: Any, seconds: float) -> None:
-        self._real, self._seconds = encoder.pictures, seconds
+        self._real, self._seconds = encoder.images, seconds
         self._known: dict[Any, Any] = {}
         self._free_at = 0.0
-        encoder.pictures = self.pictures
+        encoder.images = self.pictures
 
     def pictures(self, batch: torch.Tensor) -> Pending:
         shape = batch.shape[1:]
@@ -103,7 +103,7 @@ def time_encoder(encoder: Any, captions: Sequence[str], size: int, batch_size: i
     for start in range(0, len(captions), batch_size):
         part = captions[start : start + batch_size]
         contexts = encoder.captions_later(part)
-        last = encoder.pictures(pixels[: len(part)])
+        last = encoder.images(pixels[: len(part)])
     contexts(), last.cpu()  # wait for the device
     return time.perf_counter() - started
 

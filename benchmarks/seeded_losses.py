@@ -36,7 +36,7 @@ RUNS = {
     "accumulate": ["--base demo_tiny.yaml --accumulate_grad_batches 2"],
     "lean": ["--base demo_tiny.yaml lean.yaml"],
     "minimal": ["--base demo_tiny.yaml minimal.yaml"],
-    "prior": ["--base demo_tiny.yaml prior_pictures.yaml " + PRIOR],
+    "prior": ["--base demo_tiny.yaml prior_images.yaml " + PRIOR],
     "resumed": ["--base demo_tiny.yaml --max_steps 3", "--max_steps 6"],
 }
 

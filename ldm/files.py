@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import os
+import re
 import secrets
 import signal
 import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.util import UserError
+from ldm.locks import is_running, process_namespace, process_start
+from ldm.util import UserError, escaped
 
 # Bytes: no member of a sample is larger, though a file with holes can claim terabytes.
 MOST_IN_MEMBER = 1 << 30
+_swept: set[str] = set()  # folders whose leftovers this process has removed
 
 _KINDS = (
     (stat.S_ISDIR, "a folder; name a file in it"),
@@ -84,6 +86,27 @@ def read_at_most(path: str | Path, most: int) -> bytes:
     return data
 
 
+def is_within(folder: str | Path, path: str | Path) -> bool:
+    """Whether `path`, its links and `..` followed, lies in `folder`.
+
+    Raises:
+        UserError: `path` is no path.
+    """
+    try:
+        return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, or a null character
+        raise UserError(f"{str(path)!r:.100}: is no path ({error})") from error
+
+
+def check_within(folder: str | Path, path: str | Path, what: str) -> None:
+    """Raise `UserError` unless `path` lies in `folder`, the folder of a run; `what` names it in the message."""
+    if not is_within(folder, path):
+        raise UserError(
+            f"{what} {str(path)!r:.200}: lies outside {folder}, and a run writes in its own folder alone; leave it "
+            "out, or give a place in that folder"
+        )
+
+
 def note_mapped(path: str | Path, descriptor: int, size: int) -> None:
     """Note that a file is memory-mapped, so that `exit_on_bus_error` can name it."""
     _MAPPED[descriptor] = (str(path), size)
@@ -110,7 +133,7 @@ def exit_on_bus_error() -> None:
         while not first.acquire(blocking=False):  # several threads of one computation get here together
             time.sleep(1)
         cut = next((path for number, (path, size) in list(_MAPPED.items()) if os.fstat(number).st_size < size), None)
-        where = f"{cut}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
+        where = f"{escaped(cut)}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
         os.write(2, f"error: {where} while it was read; start again with the whole file\n".encode(errors="replace"))
         for temporary, process in list(_WRITING.items()):
             if process == os.getpid():
@@ -128,7 +151,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else it is removed.
 
     The folder is made if it is missing. The temporary name keeps the suffix of `path`, since writers choose by it.
-    What killed processes of this machine left of this file is removed. An `OSError` that names no file (a full disk)
+    What killed processes of this machine left in the folder is removed. An `OSError` that names no file (a full disk)
     gets `path`.
 
     Raises:
@@ -137,9 +160,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    # Machines and containers share folders: a process id can stand for several processes, and so can a host name.
-    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    remove_leftovers_once(path.parent)
+    temporary = _temporary(path)
     _WRITING[temporary] = os.getpid()
     try:
         yield temporary
@@ -160,27 +182,47 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.close(folder)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove this machine's temporary files of `path` whose processes are gone: each is as large as the file."""
-    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*.tmp{glob.escape(path.suffix)}"):
-        number = leftover.name.removeprefix(_prefix(path)).partition(".")[0]
-        if number.isdecimal() and not _is_running(int(number)):
-            leftover.unlink(missing_ok=True)
+def remove_leftovers(folder: Path) -> None:
+    """Remove from `folder` the temporary files of this machine's processes that are gone: each is as large as a file.
+
+    Those of other machines, of other containers and of living processes stay.
+    """
+    host, namespace = re.escape(os.uname().nodename), process_namespace()
+    pattern = re.compile(rf"\..+\.{host}\.(\d+)(?:-([0-9a-f]+)-([0-9a-f]+))?\.[0-9a-f]+\.tmp(\..*)?", re.DOTALL)
+    with suppress(OSError):  # a folder that cannot be read, or a file that cannot be removed, is no hindrance
+        for name in os.listdir(folder):  # noqa: PTH208  (names are all that is needed, of folders with many files)
+            found = pattern.fullmatch(name) if name.startswith(".") else None
+            if found is None or (found[3] and int(found[3], 16) != namespace):
+                continue
+            if not is_running(int(found[1]), int(found[2], 16) or None if found[2] else None):
+                (folder / name).unlink(missing_ok=True)
 
 
-def _prefix(path: Path) -> str:
-    """Return the beginning of the names of temporary files of `path` on this machine."""
-    return f".{path.stem}.{os.uname().nodename}."
+def remove_leftovers_once(folder: Path) -> None:
+    """Call `remove_leftovers`, once per folder in the life of this process."""
+    key = os.path.abspath(folder)  # noqa: PTH100  (symbolic links need not be resolved)
+    if key not in _swept:
+        _swept.add(key)
+        remove_leftovers(folder)
 
 
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # signal 0 only asks
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
+def _temporary(path: Path) -> Path:
+    """A temporary name beside `path` that tells the machine, the container and the process that write it."""
+    own, host = os.getpid(), os.uname().nodename
+    process = f"{own}-{process_start(own) or 0:x}-{process_namespace():x}"
+    return path.with_name(f".{path.stem}.{host}.{process}.{secrets.token_hex(4)}.tmp{path.suffix}")
+
+
+def claim_file(candidates: Iterable[Path]) -> Path:
+    """Create the first of `candidates` that does not exist yet, empty, and return it: nobody else gets that name."""
+    for path in candidates:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError("no candidate was free")
 
 
 def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
@@ -189,3 +231,16 @@ def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
     if len(data) != size:
         raise UserError(f"{name}: the file ends early; it changed after it was indexed")
     return bytearray(data)  # writable, so that tensors can share it
+
+
+def leave_closed_terminal() -> None:
+    """Let output to a terminal that was closed go nowhere: each line of it would be an error that ends the program."""
+    for descriptor in (1, 2):
+        try:
+            closed = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+        except OSError:
+            continue
+        if closed:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)

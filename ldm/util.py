@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import logging
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,28 @@ _CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
 
+# Characters that move the cursor, colour the screen, end a line or reverse the order of letters; and half characters,
+# which stand for bytes of file names that are not text, and cannot be printed.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """Return `text` with its control characters as Python writes them, `\\x1b`, except those in `keep`."""
+
+    def written(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else repr(found[0])[1:-1]
+
+    return _UNPRINTABLE.sub(written, text)
+
+
 class UserError(ValueError):
-    """Bad input from a person: its message is one line that names the file, key or value and what to do."""
+    """Bad input from a person: its message is one line that names the file, key or value and what to do.
+
+    The message may hold names from files as they are: `str` escapes control characters and line ends.
+    """
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 def nearest(name: str, valid: Mapping[str, Any] | list[str] | set[str]) -> str:
@@ -40,11 +62,45 @@ def nearest(name: str, valid: Mapping[str, Any] | list[str] | set[str]) -> str:
     return f"; valid: {', '.join(sorted(valid)) or 'none'}"
 
 
-def check_at_least_one(**numbers: int) -> None:
-    """Raise `UserError` for the first of the named `numbers` that is below 1."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} {number}: give at least 1")
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    whole: bool = True,
+    optional: bool = False,
+    unit: str = "",
+) -> None:
+    """Raise `UserError` unless `value` is a finite number within the limits; `name` says whose value it is.
+
+    Args:
+        least, above, most: limits, of which `above` itself is not in the range; None for no limit.
+        whole: ask for a whole number.
+        optional: take None too.
+        unit: what the number counts, for the message.
+    """
+    if value is None and optional:
+        return
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    in_range = is_number and (
+        (isinstance(value, int) or math.isfinite(value))
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+    )
+    if in_range:
+        return
+    limits = {
+        f"from {least} to {most}": least is not None and most is not None,
+        f"of at least {least}": least is not None,
+        f"above {above}": above is not None,
+    }
+    kind = "a whole number" if whole else "a number" if any(limits.values()) else "a finite number"
+    parts = [kind, f"of {unit}" if unit else "", next((text for text, known in limits.items() if known), "")]
+    nothing = ", or leave it out" if name.startswith("--") else ", or null"
+    raise UserError(f"{name} {value!r}: give {' '.join(filter(None, parts))}{nothing if optional else ''}")
 
 
 def get_obj_from_str(path: str) -> Any:

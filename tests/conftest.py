@@ -6,12 +6,29 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Files of tests that train, start processes or run whole tools: minutes together. `make check` leaves them out.
+SLOW = (
+    "test_fast", "test_kills", "test_lean", "test_main", "test_main_faults", "test_main_mistakes", "test_main_resume",
+    "test_main_signals", "test_minimal", "test_packaging", "test_preservation", "test_recipe",
+    "test_several_processes", "test_textual_inversion", "tools/*", "hostile/*", "oracle/*", "device/*", "benchmarks/*",
+    "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_goes_on",
+    "ldm/optim/*", "ldm/planning/*", "ldm/models/diffusion/test_samplers", "ldm/release/test_merge",
+)  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the `SLOW` files."""
+    for item in items:
+        name = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+        if any(fnmatch(name, pattern) for pattern in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 INVERSION = "textual_inversion.yaml"
 # Each is laid over a config that trains; this last one over a release's.
 OVERLAYS = (
-    *("fast.yaml", "lean.yaml", "minimal.yaml", "prior_pictures.yaml", "prior_teacher.yaml", "decay_to_start.yaml"),
+    *("fast.yaml", "lean.yaml", "minimal.yaml", "prior_images.yaml", "prior_teacher.yaml", "decay_to_start.yaml"),
     *("watch_forgetting.yaml", INVERSION),
 )
 REFUSED = {

@@ -36,6 +36,7 @@ ROOMS = (
     "ldm.modules",
     "ldm.host_copy",
     "ldm.files",
+    "ldm.locks",
     "ldm.util",
     "ldm.translations",
 )

@@ -122,7 +122,8 @@ def test_a_lean_run_goes_on_with_the_set_of_its_autoencoder(lean: Callable, tmp_
     release, hacked = tmp_path / "release.safetensors", tmp_path / "hacked.ckpt"
     save_state_dict(fill_seeded(build_model(load_config([tmp_path / "tiny.yaml"]))).state_dict(), release)
     write_index(tmp_path / "shards", autoencoder=weights_digest(load_state_dict(release), "first_stage_model."))
-    hack_config([tmp_path / "tiny.yaml"], release, hacked)
+    configs = [tmp_path / "tiny.yaml"]
+    hack_config(load_config(configs), configs, release, hacked)
     lean(f"--resume {hacked} -b tiny.yaml lean.yaml --max_steps 1")
     run = the_run(tmp_path / "logs")
     for steps in (2, 3):

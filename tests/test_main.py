@@ -68,17 +68,6 @@ def test_the_best_are_ranked_by_the_validation_of_their_own_step(train, tmp_path
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5]
 
 
-def test_no_checkpoint_is_ranked_by_the_score_of_an_earlier_step(train, tmp_path, monkeypatch):
-    saved = []
-    monkeypatch.setattr(
-        "ldm.training.resume.save_checkpoint",
-        lambda content, path: saved.append((content["global_step"], Path(path).name)),
-    )
-    options = "lightning.modelcheckpoint.params.save_on_train_epoch_end=true data.params.val_urls=shards/s-000000.tar"
-    assert train(f"--max_epochs 2 --val_check_interval 4 {options}") == 0  # validated at 4 and 10 of 12 steps
-    assert [step for step, name in saved if name != "last.ckpt"] == [4, 10]
-
-
 def test_without_a_monitor_every_so_many_steps_are_kept(train, tmp_path):
     params = "lightning.modelcheckpoint.params"
     assert train(f"--max_steps 4 {params}.every_n_train_steps=2 {params}.monitor=null {params}.save_top_k=-1") == 0

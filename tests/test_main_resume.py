@@ -5,9 +5,15 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ldm.checkpoint import encoder_digests, save_state_dict
+from ldm.config.load import build_model
+from ldm.release.hack import hack_training
+from ldm.util import UserError
 from tests.sent_signals import sending
 from tests.training_runs import (  # noqa: F401
+    CONFIG,
     assert_same_training,
     fixture_one_thread,
     fixture_train,
@@ -45,6 +51,32 @@ def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, l
     for stop in (*stops[1:], 0):
         assert train(f"--resume {resumed} {sending(stop, signal.SIGINT)}") == 0
     assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_a_fresh_run_that_was_stopped_goes_on_with_shards_of_another_encoder(train, tmp_path, caplog):
+    write_index(tmp_path / "shards", autoencoder="0" * 64)
+    assert train(f"--max_steps 4 {sending(2, signal.SIGINT)}") == 0
+    run = the_run(tmp_path / "logs")
+    caplog.clear()
+    assert train(f"--resume {run} {sending(0, signal.SIGINT)}") == 0
+    assert "the model, which is random" in caplog.text
+    assert train(f"--resume {run} --max_steps 5 {sending(0, signal.SIGINT)}") == 0  # the mark stays
+
+
+def test_the_workflow_of_2022_hacks_a_stopped_run_and_resumes_it(train, tmp_path):
+    """Start, Ctrl-C, put the release into last.ckpt, resume: the shards are of the release's autoencoder."""
+    torch.manual_seed(5)
+    release = build_model(OmegaConf.create(CONFIG)).state_dict()
+    save_state_dict(release, tmp_path / "release.safetensors")
+    write_index(tmp_path / "shards", autoencoder=encoder_digests(release)["autoencoder"])
+    assert train(f"--max_steps 4 {sending(2, signal.SIGINT)}") == 0
+    last = the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt"
+    hack_training(last, tmp_path / "release.safetensors", last)
+    assert "is_loaded" not in state(last)["callbacks"]["SameEncoders"]
+    assert train(f"--resume {the_run(tmp_path / 'logs')} {sending(0, signal.SIGINT)}") == 0
+    write_index(tmp_path / "shards", autoencoder="0" * 64)
+    with pytest.raises(UserError, match="autoencoder"):
+        train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 6 {sending(0, signal.SIGINT)}")
 
 
 def test_a_run_that_has_its_steps_says_so(train, tmp_path, caplog):
@@ -113,64 +145,53 @@ def test_a_checkpoint_without_an_average_starts_it_from_the_weights(train, tmp_p
         torch.testing.assert_close(shadow, weights[key], rtol=0, atol=1e-5)
 
 
-DECAYING = (
-    "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaLinearScheduler"
-    " model.params.scheduler_config.params.warm_up_steps=[{}] model.params.scheduler_config.params.cycle_lengths=[8]"
-    " model.params.scheduler_config.params.f_start=[0.1] model.params.scheduler_config.params.f_max=[1.0]"
-    " model.params.scheduler_config.params.f_min=[0.0]"
+SCHEDULE = "model.params.scheduler_config"
+DECAY = f"{SCHEDULE}.target=ldm.lr_scheduler.LambdaLinearScheduler " + " ".join(
+    f"{SCHEDULE}.params.{setting}"
+    for setting in ("warm_up_steps=[1]", "cycle_lengths=[3]", "f_start=[1.0]", "f_max=[1.0]", "f_min=[0.0]")
 )
-TIERS = ["", "-b tiny.yaml lean.yaml", "-b tiny.yaml minimal.yaml"]
+LOW_BIT = "model.params.optimizer_config.target=ldm.optim.low_bit.AdamW8bit"
+IN_BACKWARD = (
+    "model.params.optimizer_config.target=ldm.optim.InBackward "
+    "model.params.optimizer_config.params.optimizer.target=torch.optim.AdamW"
+)
 
 
-def rates_of(checkpoint) -> list[float]:
-    (optimizer,) = checkpoint["optimizer_states"]
-    return [float(group["lr"]) for group in optimizer["param_groups"]]
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_a_schedule_that_the_config_drops_leaves_no_rate_behind(train, tmp_path, caplog, tier):
-    caplog.set_level("INFO")
-    train(f"{tier} --max_steps 4 --scale_lr False {DECAYING.format(1)}")
+@pytest.mark.parametrize("optimizer", ["", LOW_BIT, IN_BACKWARD])
+def test_a_schedule_that_the_config_no_longer_has_leaves_no_rate_behind(train, tmp_path, optimizer):
+    train(f"--max_steps 4 {DECAY} {optimizer}")
     run = the_run(tmp_path / "logs")
-    assert rates_of(state(run / "checkpoints/last.ckpt"))[0] < 6e-4
-    train(f"--resume {run} --max_steps 6 model.params.scheduler_config=null")
-    assert rates_of(state(run / "checkpoints/last.ckpt")) == pytest.approx([1e-3])
-    assert "schedule of the checkpoint is dropped" in caplog.text and "and is 1.000e-03 from here on" in caplog.text
+    assert float(state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"]) == 0
+    train(f"--resume {run} --max_steps 6 {SCHEDULE}=null")
+    group = state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]
+    assert float(group["lr"]) == pytest.approx(2e-3) and "initial_lr" not in group
 
 
-def test_a_schedule_that_the_config_changes_applies_at_once(train, tmp_path):
-    train(f"-l straight --max_steps 6 --scale_lr False {DECAYING.format(3)}")
-    train(f"-l resumed --max_steps 4 --scale_lr False {DECAYING.format(1)}")
-    resumed = the_run(tmp_path / "resumed")
-    train(f"--resume {resumed} --max_steps 6 {DECAYING.format(3)}")
-    expected = logged(the_run(tmp_path / "straight"), "lr-AdamW")
-    assert {step: logged(resumed, "lr-AdamW")[step] for step in (4, 5)} == {step: expected[step] for step in (4, 5)}
-
-
-def test_a_schedule_that_the_config_adds_begins_at_its_start(train, tmp_path, caplog):
-    caplog.set_level("INFO")
-    train("--max_steps 3 --scale_lr False")
+def test_a_changed_schedule_is_used_from_the_first_step_on(train, tmp_path):
+    train(f"--max_steps 2 {DECAY}")
     run = the_run(tmp_path / "logs")
-    train(f"--resume {run} --max_steps 5 {DECAYING.format(1)}")
-    rates = {step: float(rate) for step, rate in logged(run, "lr-AdamW").items()}
-    assert rates == pytest.approx({0: 1e-3, 1: 1e-3, 2: 1e-3, 3: 1e-4, 4: 7 / 8 * 1e-3})
-    assert "schedule begins at its start" in caplog.text
+    train(f"--resume {run} --max_steps 3 {SCHEDULE}.params.f_max=[0.5] {SCHEDULE}.params.f_min=[0.5]")
+    key = next(key for key in ("lr-AdamW", "lr-AdamW/pg1") if logged(run, key))
+    assert float(logged(run, key)[2]) == pytest.approx(1e-3)
 
 
-def test_the_rate_that_an_optimizer_config_names_is_the_one_that_is_printed(train, tmp_path, caplog):
-    caplog.set_level("INFO")
-    optimizer = "model.params.optimizer_config.target=torch.optim.SGD model.params.optimizer_config.params.lr=0.25"
-    train(f"--max_steps 1 {optimizer}")
-    assert rates_of(state(the_run(tmp_path / "logs") / "checkpoints/last.ckpt")) == [0.25]
-    assert "Learning rate 2.500e-01 (optimizer_config.params.lr takes precedence" in caplog.text
-
-
-def test_a_fresh_run_on_a_pre_encoded_set_can_be_resumed(train, tmp_path, caplog):
-    """The workflow of 2022: train, stop with Ctrl-C, put the weights in, resume; the resume may come first."""
-    write_index(tmp_path / "shards", autoencoder="a" * 64, text_tower="b" * 64)
-    assert train(f"{sending(1, signal.SIGINT)}") == 0
+def test_the_optimizers_own_rate_is_the_one_that_is_printed_and_used_on_resume(train, tmp_path, caplog):
+    where = "model.params.optimizer_config"
+    train(f"--max_steps 1 {where}.target=torch.optim.AdamW {where}.params.lr=3e-4")
     run = the_run(tmp_path / "logs")
-    assert "another autoencoder" in caplog.text
-    assert train(f"--resume {run} --max_steps 3 --trust-config") == 0
-    assert state(run / "checkpoints/last.ckpt")["global_step"] == 3
-    assert train(f"--resume {run} --max_steps 4 --trust-config") == 0, "and again"
+    caplog.set_level("INFO")
+    train(f"--resume {run} --max_steps 2 {where}.params.lr=5e-4")
+    assert "Learning rate 5.000e-04 (the optimizer's own lr" in caplog.text
+    assert state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"] == 5e-4
+
+
+def test_kept_checkpoints_stay_as_many_after_resumes(train, tmp_path):
+    where = "lightning.modelcheckpoint.params"
+    options = f"data.params.val_urls=shards/s-000000.tar --val_check_interval 2 {where}.filename={{step}}"
+    train(f"--max_steps 8 {options} {where}.save_top_k=3 {where}.monitor=val/loss {where}.every_n_train_steps=1")
+    run = the_run(tmp_path / "logs")
+    kept = sorted((run / "checkpoints").glob("step=?.ckpt")) or sorted((run / "checkpoints").glob("*step*.ckpt"))
+    assert len(kept) == 3
+    moved = run.rename(run.with_name("moved"))  # the checkpoints name the old folder
+    train(f"--resume {moved} --max_steps 12 {where}.save_top_k=2")
+    assert len([path for path in (moved / "checkpoints").glob("*.ckpt") if path.name != "last.ckpt"]) == 2

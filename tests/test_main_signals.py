@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.sent_signals import sending
 from tests.training_runs import assert_same_training, fixture_one_thread, fixture_train, state, the_run  # noqa: F401
+from tests.waiting import LIMIT, wait_for
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from tests.training_runs import assert_same_training, fixture_one_thread, fixtur
     [
         (signal.SIGINT, 0, ""),
         (signal.SIGTERM, 143, ""),
+        (signal.SIGHUP, 129, ""),
         (signal.SIGINT, 0, "--accumulate_grad_batches 2"),
     ],
 )
@@ -71,11 +72,9 @@ def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_o
     line += ["data.params.num_workers=2", "lightning.modelcheckpoint.params.every_n_train_steps=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
     with subprocess.Popen(line, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
-        while not list(tmp_path.glob("stopped/*/checkpoints/last.ckpt")):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
+        wait_for(lambda: list(tmp_path.glob("stopped/*/checkpoints/last.ckpt")), process)
         os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 0, output
     stopped = the_run(tmp_path / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]

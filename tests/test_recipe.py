@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ldm.checkpoint import load_checkpoint, load_state_dict
 from ldm.release.load import load_release
 from tests.conftest import RELEASE_CONFIG, ROOT
 from tests.golden_data import relative_error, seeded_tensor
+from tests.waiting import LIMIT, wait_for
 
 TRAIN = ("--base", "demo_tiny.yaml", "-t", "--no-test", "--gpus", "0,", "data.params.training_urls=shards/*.tar")
 QUIET = ("data.params.batch_size=4", "lightning.callbacks.image_logger.params.disabled=True")
@@ -108,9 +108,9 @@ def test_recipe_with_an_aborted_run(work: Callable, tmp_path: Path) -> None:
     log = tmp_path / "aborted.log"
     with log.open("w") as output:
         run = subprocess.Popen(line, cwd=tmp_path, stdout=output, stderr=output)
-        wait_for(lambda: "loss=" in log.read_text() or run.poll() is not None)
+        wait_for(lambda: "loss=" in log.read_text(), run)
         os.kill(run.pid, signal.SIGINT)
-        run.wait(timeout=120)
+        run.wait(timeout=LIMIT)
     [last] = tmp_path.glob("logs/*/checkpoints/last.ckpt")
     aborted = load_checkpoint(last)["global_step"]
     assert aborted > 0, log.read_text()[-2000:]
@@ -123,10 +123,3 @@ def test_recipe_with_an_aborted_run(work: Callable, tmp_path: Path) -> None:
     work("tools/merge_release.py")
     release = tmp_path / "models/ldm/stable-diffusion-v1/model.ckpt"
     check_merged(release, last.with_name("merged.ckpt"), last)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)

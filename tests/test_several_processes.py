@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from benchmarks.child_runs import read_losses, start
 from tests.conftest import ROOT
 from tests.training_runs import assert_same_training, logged, state, the_run, write_inputs
+from tests.waiting import join, wait_for
 
 OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
@@ -129,13 +129,10 @@ def test_processes_that_start_seconds_apart_name_one_run_folder(tmp_path: Path, 
 def test_a_signal_to_one_process_stops_both_and_loses_nothing(runs: Runs, signum: int, code: int) -> None:
     processes = runs.start("stopped", "--max_steps 100000", ranks=2)
     losses = runs.folder / "stopped-1.losses"
-    while len(read_losses(losses)) < 4:
-        assert all(process.is_alive() for process in processes)
-        time.sleep(0.02)
+    wait_for(lambda: len(read_losses(losses)) >= 4, *processes)
     for _ in range(2):  # the terminal's, or Slurm's, and torchrun's
         os.kill(processes[1].pid, signum)
-    for process in processes:
-        process.join(60)
+    join(*processes)
     assert processes[1].exitcode == code
     stopped = the_run(runs.folder / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]

@@ -40,7 +40,7 @@ def train(
     """Trains as `train("--logdir a --resume start.ckpt --max_steps 4")` says; the last checkpoint."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(tiny_release, "release.safetensors")
-    hack_config(CONFIGS, Path("release.safetensors"), Path("start.ckpt"))
+    hack_config(load_config(CONFIGS), CONFIGS, Path("release.safetensors"), Path("start.ckpt"))
     params = load_config(CONFIGS).model.params
     with ShardWriter("shard.tar", len(CAPTIONS)) as writer:
         for index, caption in enumerate(CAPTIONS):

@@ -25,12 +25,11 @@ from ldm.cli.options import (
     add_config_options,
     add_network_options,
     add_sampling_options,
-    check_at_least,
     check_sampling_options,
 )
-from ldm.cli.run import HelpFormatter, run
+from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raise `UserError` for the first option whose value makes no sense."""
-    check_at_least(options, timesteps=1, limit=1, batch_size=1, sample=0)
+    check_number("--timesteps", options.timesteps, least=1)
+    check_number("--limit", options.limit, least=1, optional=True)
+    check_number("--batch-size", options.batch_size, least=1)
+    check_number("--sample", options.sample, least=0)
     check_sampling_options(options, options.sample)
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out}: is a file; name a folder")
@@ -83,7 +85,7 @@ def main() -> None:
     encoders = {path: encoder_digests(load_state_dict(path)) for path in (options.base, options.ckpt)}
 
     def load(ckpt: Path) -> LatentDiffusion:
-        return load_release(ckpt, config, device, dtype, options.trust_config)
+        return load_release(ckpt, config, device, dtype)
 
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)
@@ -100,7 +102,7 @@ def main() -> None:
     }
     write_json(rows, about, options.out / "evaluation.json")
     draw_figure(rows, f"{options.ckpt.name} beside its base, {options.base.name}", options.out / "evaluation.png")
-    logger.info("\n%s\n\n%s: evaluation.json and evaluation.png", table(rows), options.out)
+    logger.info("\n%s\n\n%s: evaluation.json and evaluation.png", Lines(table(rows)), options.out)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ from ldm.util import UserError
 
 def main() -> None:
     arguments = parse_arguments()
+    from ldm.config.load import load_config
     from ldm.release.hack import hack_config, hack_training  # torch, which --help does without
 
     if arguments.base:
         out = arguments.out or arguments.release.with_name("hacked.ckpt")
-        hack_config(arguments.base, arguments.release, out, arguments.trust_config)
+        config = load_config(arguments.base, trusted=arguments.trust_config)
+        hack_config(config, arguments.base, arguments.release, out)
     else:
         training = arguments.train_ckpt or newest_checkpoint()
         hack_training(training, arguments.release, arguments.out or training)

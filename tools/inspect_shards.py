@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli.run import run
+from ldm.cli.run import Lines, run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--sheet {options.sheet}: give --ckpt and --config, whose autoencoder draws it")
     if options.sheet is not None and options.sheet.suffix != ".png":
         raise UserError(f"--sheet {options.sheet}: the name must end in .png")
-    if options.samples < 1:
-        raise UserError(f"--samples {options.samples}: must be at least 1")
+    check_number("--samples", options.samples, least=1)
     return options
 
 
@@ -54,6 +53,7 @@ def main() -> None:
     options = parse_arguments()
     # Only now the slow imports: --help should answer at once.
     from ldm.checkpoint import encoder_digests
+    from ldm.config.load import load_config
     from ldm.files import atomic_write
     from ldm.images.grid import save_png
     from ldm.inspection.measure import inspect, is_complete, latent_channels, open_to_inspect, read_about
@@ -66,7 +66,8 @@ def main() -> None:
     about = read_about(dataset)
     model = None
     if options.ckpt is not None:
-        model = load_release(options.ckpt, options.config, pick_device(options.device), trusted=options.trust_config)
+        config = load_config([options.config], trusted=options.trust_config)
+        model = load_release(options.ckpt, config, pick_device(options.device))
         try:
             check_encoders(dataset, encoder_digests(model.state_dict()), str(options.ckpt))
         except UserError as error:
@@ -74,7 +75,7 @@ def main() -> None:
     channels = latent_channels(dataset) if model is None else model.channels
     scale_factor = about.get("scale_factor") if model is None else float(model.scale_factor)
     found = {"complete": is_complete(dataset), **inspect(dataset, channels, scale_factor)}
-    logger.info("%s", inspection_text(found, about))
+    logger.info("%s", Lines(inspection_text(found, about)))
     if options.json is not None:
         with atomic_write(options.json) as path:
             path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,8 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     # argparse gives all that follows --base to it.
     arguments.overrides += [word for word in arguments.base if "=" in word]
     arguments.base = [word for word in arguments.base if "=" not in word]
-    if arguments.card is not None and arguments.card <= 0:
-        raise UserError(f"--card {arguments.card}: give the card's memory in GB, such as 8")
+    check_number("--card", arguments.card, above=0, whole=False, optional=True, unit="GB")
     if arguments.card is not None and arguments.batch is not None:
         raise UserError("--card finds the batch; leave out --batch")
     return arguments

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Encode pictures and captions once, for training without the autoencoder and the text encoder.
+"""Encode images and captions once, for training without the autoencoder and the text encoder.
 
     python tools/preencode.py --ckpt models/ldm/stable-diffusion-v1/model.ckpt \\
         --config configs/latent-diffusion/stable_diffusion_v1.yaml \\
-        --images pictures/ --out shards/toms-%06d.tar --size 512 --flip
+        --images images/ --out shards/toms-%06d.tar --size 512 --flip
 
 Interrupted, it goes on when the same command is given again. Under torchrun or srun, on one machine or several that
 share the folder of --out, each process makes its share of the shards.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +34,24 @@ def parse_arguments() -> argparse.Namespace:
         "--images",
         required=True,
         nargs="+",
-        help="folders with name.txt beside name.jpg, or with metadata.jsonl; tars of pictures and .txt; pictures",
+        help="folders with name.txt beside name.jpg, or with metadata.jsonl; tars of images and .txt; images",
     )
     add("--out", required=True, help="shards to write, such as shards/toms-%%06d.tar or shards/toms-{000..009}.tar")
-    add("--size", type=int, default=512, help="pixels; pictures are cropped to a square in the middle (default: 512)")
+    add("--size", type=int, default=512, help="pixels; images are cropped to a square in the middle (default: 512)")
     add("--buckets", action="store_true", help="crop less: to sizes of up to the area of the square, in steps of 64")
-    add("--batch-size", type=int, default=8, help="pictures encoded at once (default: 8)")
+    add("--batch-size", type=int, default=8, help="images encoded at once (default: 8)")
     add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes this process's GPU if there is one")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the encoders (default: fp32)")
-    add("--flip", action="store_true", help="also encode the mirror image of each picture")
-    add("--caption", help="one caption for all pictures, in place of their own")
-    add("--num-workers", type=int, help="processes that decode pictures (default: up to 16)")
+    add("--flip", action="store_true", help="also encode the mirror image of each image")
+    add("--caption", help="one caption for all images, in place of their own")
+    add("--num-workers", type=int, help="processes that decode images (default: up to 16)")
     add("--overwrite", action="store_true", help="replace the shards of --out that are there, finished or not")
     add_trust_option(parser)
     arguments = parser.parse_args()
     for name in ("size", "batch_size", "shard_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
-    if arguments.num_workers is not None and arguments.num_workers < 0:
-        raise UserError(f"--num-workers {arguments.num_workers}: must be at least 0")
+        check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
+    check_number("--num-workers", arguments.num_workers, least=0, optional=True)
     return arguments
 
 
@@ -73,12 +71,12 @@ def main() -> None:
     if ranks.world > 1 and arguments.overwrite:
         raise UserError("--overwrite: none of several processes may remove what others write; remove the set first")
     if ranks.rank == 0:
-        check_out(arguments.out, arguments.overwrite, resumable=True)
+        check_out(arguments.out, arguments.overwrite)
     items = find_images(arguments.images, arguments.caption)
-    logger.info("%d pictures in %s", len(items), ", ".join(arguments.images))
-    _, arguments.config = release_config(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
+    logger.info("%d images in %s", len(items), ", ".join(arguments.images))
+    _, config = release_config(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
-    model = load_release(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
+    model = load_release(arguments.ckpt, config)
     report = preencode(
         Encoder(model, device, dtype),
         items,
@@ -93,10 +91,10 @@ def main() -> None:
         ranks=ranks,
     )
     logger.info(
-        "%swrote %d samples of %d pictures in %d shards to %s; %d pictures failed, %d without a caption",
+        "%swrote %d samples of %d images in %d shards to %s; %d images failed, %d without a caption",
         f"rank {ranks.rank} of {ranks.world} " if ranks.rank else "",
         report.samples,
-        report.pictures,
+        report.images,
         len(report.shards),
         Path(arguments.out).parent,
         len(report.failed),

@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""Pictures from a release checkpoint: one PNG a sample, with its settings in the metadata, and a grid of all."""
+"""Images from a release checkpoint: one PNG a sample, with its settings in the metadata, and a grid of all."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
@@ -14,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 from ldm.cli.options import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
+from ldm.files import claim_file
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,15 +29,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--negative-prompt", default="", help="a caption that guidance moves away from; default: the empty one"
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the images")
     add_trust_option(parser)
     return parser.parse_args()
 
 
-def next_number(folder: Path, pattern: str) -> int:
-    """One more than the highest number among the files of `folder` that match, so that none is overwritten."""
-    numbers = [path.stem.split("-")[-1] for path in folder.glob(pattern)]
-    return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
+def numbered(folder: Path, before: str, digits: int) -> Iterator[Path]:
+    """Yield names for a PNG, from one more than the highest number among those that are there."""
+    numbers = [path.stem.removeprefix(before) for path in folder.glob(f"{before}*.png")]
+    first = max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
+    return (folder / f"{before}{number:0{digits}d}.png" for number in itertools.count(first))
+
+
+def save_numbered(save: Callable[[Path], None], names: Iterable[Path]) -> Path:
+    """Save to the first of `names` that no other process has claimed; leaves nothing if it fails."""
+    path = claim_file(names)
+    try:
+        save(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def main() -> None:
@@ -49,34 +65,33 @@ def main() -> None:
 
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
+    from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.load import PRECISIONS, load_release, pick_device
     from ldm.release.matching import release_config
 
     chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
-    _, options.config = release_config(options.ckpt, *chosen, options.trust_config)
+    _, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, options.config, device, dtype, options.trust_config)
+    model = load_release(options.ckpt, config, device, dtype)
+    warn_of_cut(model.cond_stage_model, prompts)
     shape = latent_shape(model, options.H, options.W)
     seeds = range(options.seed, options.seed + options.n)
     requests = [Request(prompt, seed, options.negative_prompt) for prompt in prompts for seed in seeds]
-    number = next_number(options.out, "[0-9]*.png")
-    pictures = []
+    names = numbered(options.out, "", 5)
+    images = []
     settings = {key: getattr(options, key) for key in SETTINGS}
-    drawn = text_to_image(model, requests, shape, **settings, batch_size=options.batch_size)
-    for offset, (request, picture) in enumerate(zip(requests, drawn, strict=True)):
-        pictures.append(picture)
-        path = options.out / f"{number + offset:05d}.png"
+    sampled = text_to_image(model, requests, shape, **settings, batch_size=options.batch_size)
+    for request, image in zip(requests, sampled, strict=True):
+        images.append(image)
         metadata = {**request._asdict(), **settings, "ckpt": str(options.ckpt), "precision": options.precision}
-        save_png(to_images(picture[None])[0], path, {"parameters": json.dumps(metadata)})
+        png, about = to_images(image[None])[0], {"parameters": json.dumps(metadata)}
+        path = save_numbered(partial(save_png, png, metadata=about), names)
         logger.info("%s  seed %d  %s", path, request.seed, request.prompt)
-    grid = options.out / f"grid-{next_number(options.out, 'grid-*.png'):04d}.png"
-    columns = options.n if options.n > 1 else None
-    save_png(
-        image_grid(torch.stack(pictures), columns),
-        grid,
-        {"parameters": json.dumps({"prompts": prompts, "negative_prompt": options.negative_prompt, **settings})},
-    )
-    logger.info("%s  all %d", grid, len(pictures))
+    sheet = image_grid(torch.stack(images), options.n if options.n > 1 else None)
+    about = {"prompts": prompts, "negative_prompt": options.negative_prompt, **settings}
+    write = partial(save_png, sheet, metadata={"parameters": json.dumps(about)})
+    grid = save_numbered(write, numbered(options.out, "grid-", 4))
+    logger.info("%s  all %d", grid, len(images))
 
 
 if __name__ == "__main__":

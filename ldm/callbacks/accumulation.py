@@ -1,8 +1,9 @@
-"""Gradient accumulation at the end of an epoch, and gradient clipping of fused optimizers."""
+"""Accumulated batches: a step is the mean over the batches that there are."""
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -11,52 +12,59 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
-class MeanOfAccumulated(Callback):
-    """Callback that makes the gradient of a step the mean over the batches that the step has.
+class MeanOfBatches(Callback):
+    """Makes each optimizer step the mean over its batches, where an epoch ends before all are accumulated.
 
-    Lightning divides each loss by `accumulate_grad_batches`. The last step of an epoch may have fewer batches, and its
-    gradient would be too small by that ratio. At the last batch of such a step, this callback scales the gradients of
-    the earlier batches and the loss.
+    Lightning divides each batch's loss by `accumulate_grad_batches` and steps at the last batch of an epoch, however
+    few came before it. The last batch of such a step, and the gradients accumulated before it, are scaled by
+    `accumulate_grad_batches` / batches. This is done before its backward pass, so that optimizers that step inside
+    backward and DistributedDataParallel see scaled gradients. It stands last among the callbacks: those before it see
+    the loss as Lightning divided it.
+
+    Args:
+        scaled_batch: batch size that the learning rate was multiplied by; None if it was not scaled. A step that has
+            fewer images than the learning rate was scaled for is told of once.
     """
 
-    def __init__(self) -> None:
-        self._factor = 1.0
+    def __init__(self, scaled_batch: int | None = None) -> None:
+        self.scaled_batch = scaled_batch
+        self._batches = 0  # whose gradients are accumulated
+        self._batch_idx = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = 0
         batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-        if batches < accumulate and trainer.is_global_zero:
+        if self.scaled_batch is None or not trainer.is_global_zero or not 0 < batches < math.inf:
+            return
+        scaled_for = accumulate * trainer.world_size * self.scaled_batch
+        images = min(accumulate, batches) * trainer.world_size * self.scaled_batch
+        groups = getattr(getattr(trainer.train_dataloader, "batch_sampler", None), "groups", None)
+        if groups is not None:
+            images = min(images, sum(map(len, groups)))
+        if images < scaled_for:
             log.warning(
-                "An epoch has %d of the %d batches that accumulate_grad_batches asks for: each step is the mean of %d. "
-                "A scaled learning rate counts %d; lower accumulate_grad_batches to %d, or set the rate with "
-                "--scale_lr False",
-                *(batches, accumulate, batches, accumulate, batches),
-            )
+                "A step has %d images at most, all of an epoch, but the learning rate %.3e is scaled for %d "
+                "(accumulate_grad_batches %d * devices %d * batch_size %d); lower accumulate_grad_batches or "
+                "batch_size, or give --scale_lr False",
+                images, pl_module.learning_rate, scaled_for, accumulate, trainer.world_size, self.scaled_batch,
+            )  # fmt: skip
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        accumulate = trainer.accumulate_grad_batches
-        batches = batch_idx % accumulate + 1  # of this step so far
-        self._factor = accumulate / batches if trainer.is_last_batch else 1.0
-        if self._factor == 1.0 or not pl_module.automatic_optimization:
-            return
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(self._factor)
+        self._batch_idx = batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._factor != 1.0 and pl_module.automatic_optimization:
-            loss.mul_(self._factor)  # in place: autograd differentiates this very tensor
-
-
-class ClippedBeforeFused(Callback):
-    """Callback that lets gradients of a fused optimizer be clipped.
-
-    A fused optimizer removes the loss scale of float16 inside its step, so Lightning refuses to clip before it. Without
-    this offer the gradient scaler removes the scale first, and bfloat16 has no scale at all.
-    """
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.gradient_clip_val:
-            for optimizer in trainer.optimizers:
-                optimizer._step_supports_amp_scaling = False
+        accumulate = trainer.accumulate_grad_batches
+        if accumulate == 1:
+            return
+        self._batches += 1
+        number = self._batch_idx + 1
+        if number % accumulate and not trainer.is_last_batch and number != trainer.num_training_batches:
+            return
+        if self._batches < accumulate:
+            factor = accumulate / self._batches
+            loss.mul_(factor)
+            if self._batches > 1:
+                for parameter in pl_module.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+        self._batches = 0

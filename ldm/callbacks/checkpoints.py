@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint
 
 from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.saving import WritingTime, keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +53,12 @@ class LastCheckpoint(Checkpoint):
         save_last_k: int = 0,
         periodic: bool = True,
     ) -> None:
-        _check("every_n_train_steps", every_n_train_steps, int, 1)
-        _check("train_time_interval", train_time_interval, (int, float), 0)
-        _check("save_last_k", save_last_k, int, 0)
+        where = "lightning.modelcheckpoint.params"
+        check_number(f"{where}.every_n_train_steps", every_n_train_steps, least=1, optional=True)
+        check_number(
+            f"{where}.train_time_interval", train_time_interval, least=0, whole=False, optional=True, unit="minutes"
+        )
+        check_number(f"{where}.save_last_k", save_last_k, least=0)
         self.path = path
         self.requests = requests
         self.every_n_train_steps = every_n_train_steps
@@ -187,79 +188,3 @@ class LastCheckpoint(Checkpoint):
     def _stop_if_asked(self) -> None:
         if self._stopping:
             raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
-
-
-def _check(name: str, value: Any, kind: Any, least: int) -> None:
-    wrong = isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf
-    if value is not None and wrong:
-        what = "whole number" if kind is int else "number of minutes"
-        raise UserError(f"lightning.modelcheckpoint.params.{name} {value!r}: give a {what} of at least {least}")
-
-
-class KeptCheckpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which complains, not fatally, about a metric that is not logged or a full disk.
-
-    The recipe's monitor is a validation metric, and a first try often has no validation data. What it takes to write
-    is added to `writing`, which may be that of other checkpoints too.
-    """
-
-    def __init__(self, **params: Any) -> None:
-        super().__init__(**params)
-        self.writing = WritingTime()
-        self._complained = self._validated = False
-        self._before: Any = None  # the monitored value as a validation began
-        self._scored_step: int | None = None  # the step of the last validation that gave one; None if training does
-        self._is_of_validation = False
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Else the best of another run, which this one must not delete; nor any file that a checkpoint happens to name.
-        if state_dict["dirpath"] == self.dirpath and self._are_own(state_dict):
-            super().load_state_dict(state_dict)
-
-    def _are_own(self, state: dict[str, Any]) -> bool:
-        single = (state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path"))
-        paths = [*(state.get("best_k_models") or {}), *filter(None, single)]
-        return all(Path(path).parent == Path(self.dirpath) and Path(path).suffix == ".ckpt" for path in paths)
-
-    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        before, began = copy.deepcopy(self.state_dict()), time.monotonic()
-        if not saved(trainer, partial(super()._save_topk_checkpoint, trainer, monitor_candidates)):
-            super().load_state_dict(before)  # nor was one removed for it
-        self.writing.add(since=began)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._can_rank(trainer):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._can_rank(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before = trainer.callback_metrics.get(self.monitor)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated |= not trainer.sanity_checking
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and score is not self._before and not trainer.sanity_checking:
-            self._is_of_validation, self._scored_step = True, trainer.global_step
-            self._save_on_train_epoch_end = False  # an epoch's end may come steps after the validation
-        if trainer.sanity_checking or self._can_rank(trainer):
-            super().on_validation_end(trainer, pl_module)
-
-    def _can_rank(self, trainer: Trainer) -> bool:
-        if self.monitor is None:
-            return True
-        if self.monitor in trainer.callback_metrics:
-            # Between validations the metric is that of older weights: a checkpoint must not be ranked by it.
-            return not self._is_of_validation or self._scored_step == trainer.global_step
-        # What is saved every so many steps waits for the first of them, and a validation need not follow each epoch.
-        is_to_come = not self.every_n_epochs or (any(trainer.num_val_batches) and not self._validated)
-        if not is_to_come and not self._complained and trainer.is_global_zero:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            hint = "" if any(trainer.num_val_batches) else "; no validation data?"
-            log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)
-            self._complained = True
-        return False

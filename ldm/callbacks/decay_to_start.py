@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
 from ldm.distributed.dtensor import local_tensor, shard_like
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +43,9 @@ class DecayToStart(Callback):
     """
 
     def __init__(self, start: str, weight: float, every_n_steps: int = 1, weight_decay: float | None = None) -> None:
-        if not 0 < weight < math.inf:
-            raise UserError(f"weight {weight!r}: give a number above 0")
-        if every_n_steps < 1:
-            raise UserError(f"every_n_steps {every_n_steps}: give a whole number of at least 1")
-        if weight_decay is not None and not 0 <= weight_decay < math.inf:
-            raise UserError(f"weight_decay {weight_decay!r}: give a number of at least 0, or null")
+        check_number("weight", weight, above=0, whole=False)
+        check_number("every_n_steps", every_n_steps, least=1)
+        check_number("weight_decay", weight_decay, least=0, whole=False, optional=True)
         self.start = Path(start)
         self.weight = weight
         self.every_n_steps = every_n_steps

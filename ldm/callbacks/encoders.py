@@ -16,19 +16,18 @@ log = logging.getLogger(__name__)
 
 
 class SameEncoders(Callback):
-    """Callback that refuses shards of another autoencoder or text tower than the checkpoint's.
+    """Refuses to train, or to evaluate beside it, on shards of another autoencoder or text tower than the checkpoint's.
 
-    The index of the shards holds the digests of both encoders, and so does this callback's state in each checkpoint of
-    the run; `tools/hack_weights.py` writes them there. The training's model has no text tower, and a checkpoint may
-    hold the autoencoder in bfloat16, which has another digest. If the state has no digest of the autoencoder, it is
-    computed from the loaded weights. The text tower is compared where training uses the stored encodings, and not where
-    the model reads captions itself. Shards and checkpoints without digests are not compared.
-
-    A fresh run, whose checkpoint will be hacked, has a random autoencoder. Its mismatch is a warning, also when the run
-    is resumed before released weights are put into its checkpoint.
+    The shards' index has the digests of both, and so has each checkpoint of the run, as this callback's state:
+    `tools/hack_weights.py` leaves them there. The text tower is not in the training's model, and the autoencoder may be
+    in its checkpoints in bfloat16, which no digest tells; where the state lacks it, it is that of the loaded weights.
+    The text tower counts where the stored encodings are trained on, not where the model reads captions itself. What
+    has no digest (shards or checkpoints made before there were any) is not compared.
 
     Args:
-        is_loaded: True if the weights of the run come from a file.
+        is_loaded: whether the run's weights come from a file. If not, the autoencoder is a random one, and another
+            one is told of, no more: so begins a run whose checkpoint is to be hacked. Its checkpoints say so, and a
+            resumed run treats them the same; `tools/hack_weights.py` removes the mark.
     """
 
     def __init__(self, is_loaded: bool) -> None:
@@ -37,14 +36,14 @@ class SameEncoders(Callback):
         self.autoencoder: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.is_loaded:
-            return {"random": True}
         digests = {"text_tower": self.text_tower, "autoencoder": self.autoencoder}
-        return {name: digest for name, digest in digests.items() if digest is not None}
+        state: dict[str, Any] = {name: digest for name, digest in digests.items() if digest is not None}
+        return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.is_loaded = not state_dict.get("random", False)
         self.text_tower = state_dict.get("text_tower")
+        if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, which no tool has put weights into
+            self.is_loaded = False
         self.autoencoder = state_dict.get("autoencoder") or self.autoencoder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ldm.checkpoint.formats import reducible
 from ldm.distributed.dtensor import full_tensor, local_tensor
-from ldm.util import UserError, check_at_least_one
+from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,10 @@ class NumericalFaults(Callback):
     ) -> None:
         if on_fault not in ("stop", "skip"):
             raise UserError(f"on_fault {on_fault!r}: give stop or skip")
-        check_at_least_one(every_n_batches=every_n_batches, window=window, most_skips=most_skips)
-        if grad_norm_factor is not None and not grad_norm_factor > 1:
-            raise UserError(f"grad_norm_factor {grad_norm_factor!r}: give a number above 1, or null for no limit")
+        counts = {"every_n_batches": every_n_batches, "window": window, "most_skips": most_skips}
+        for name, count in counts.items():
+            check_number(name, count, least=1)
+        check_number("grad_norm_factor", grad_norm_factor, above=1, whole=False, optional=True)
         self.skips = on_fault == "skip"
         self.every_n_batches = every_n_batches
         self.grad_norm_factor = grad_norm_factor

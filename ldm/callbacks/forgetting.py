@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.callbacks.rng import aside
+from ldm.callbacks.tolerance import Tolerance
 from ldm.distributed.dtensor import is_sharded
 from ldm.evaluation.baseline import load_start, save_start
 from ldm.evaluation.denoising import Comparison, Record, compare, record
@@ -17,7 +18,7 @@ from ldm.evaluation.protocol import midpoint_timesteps
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.reader import ShardDataset
-from ldm.util import UserError, check_at_least_one
+from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ class Forgetting(Callback):
     ) -> None:
         if not isinstance(sets, Mapping) or all(shards is None for shards in sets.values()):
             raise UserError(f"sets {sets!r}: give at least one, as name: shards")
-        check_at_least_one(every_n_train_steps=every_n_train_steps, batch_size=batch_size)
+        check_number("every_n_train_steps", every_n_train_steps, least=1)
+        check_number("batch_size", batch_size, least=1)
+        check_number("limit", limit, least=1, optional=True)
         self.urls = {name: shards for name, shards in sets.items() if shards is not None}
         self.every_n_train_steps = every_n_train_steps
         self.timestep_count = timesteps
@@ -68,6 +71,8 @@ class Forgetting(Callback):
         self._start: list[Record] = []
         self._recorded: int | None = None  # the step whose weights are the start
         self._step = 0
+        self._is_off = False  # as the start could not be kept
+        self._tolerance = Tolerance("The start of the evaluation")
 
     @property
     def metrics(self) -> list[str]:
@@ -106,6 +111,9 @@ class Forgetting(Callback):
             if trainer.is_global_zero or is_sharded(pl_module):
                 self._record(trainer, pl_module, path)
             trainer.strategy.barrier()
+        if not path.exists():  # no process could write it
+            self._recorded, self._is_off = None, True
+            return
         self._start = load_start(path, self._sets, self._timesteps)
         if not known:
             self._log(trainer, [Comparison(start.loss, start.loss, 0 * start.loss) for start in self._start])
@@ -114,7 +122,7 @@ class Forgetting(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._step or step % self.every_n_train_steps:
+        if self._is_off or step == self._step or step % self.every_n_train_steps:
             return  # the first: gradients are still accumulating
         self._step = step
         with aside(pl_module):
@@ -132,7 +140,8 @@ class Forgetting(Callback):
         with aside(model):
             found = [record(model, pictures, self._timesteps, self.batch_size) for pictures in self._sets]
         if trainer.is_global_zero:
-            save_start(path, self._sets, found, self._timesteps)
+            with self._tolerance():
+                save_start(path, self._sets, found, self._timesteps)
 
     def _log(self, trainer: Trainer, found: Sequence[Comparison]) -> dict[str, float]:
         """Send the numbers to the loggers and the terminal, and return them."""

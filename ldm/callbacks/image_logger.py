@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from ldm.callbacks.rng import aside
+from ldm.callbacks.tolerance import Tolerance, write_tolerantly
 from ldm.distributed.dtensor import is_sharded
+from ldm.files import check_within
 from ldm.images.grid import image_grid, save_png
-from ldm.util import UserError, check_at_least_one, check_params
+from ldm.util import UserError, check_number, check_params
 
 log = logging.getLogger(__name__)
+
+_KEEP_FIRST = 10  # steps whose images stay: what the model made at the start
+_NAME = re.compile(r".+_gs-(\d+)_e-\d+_b-\d+\.png")
 
 
 class ImageLogger(Callback):
@@ -42,6 +48,10 @@ class ImageLogger(Callback):
         log_all_val: show every batch of every validation.
         enable_autocast: sample in the precision of the training, else in that of the weights.
         log_before_first_step: also show the first batch before anything is trained.
+        keep_last: number of steps whose images of each split stay in the run folder: the newest, besides the first few.
+            None keeps all.
+        event_file_gb: size of TensorBoard's files from which on they get numbers and no images; None for no limit. PNG
+            files are not affected.
 
     Raises:
         UserError: numbers below 1, or, as training is set up, what `log_images` does not take.
@@ -61,13 +71,22 @@ class ImageLogger(Callback):
         log_all_val: bool = False,
         enable_autocast: bool = False,
         log_before_first_step: bool = False,
+        keep_last: int | None = 1000,
+        event_file_gb: float | None = 2.0,
     ) -> None:
         passed_on = dict(log_images_kwargs or {})
         most = passed_on.pop("N", max_images)
-        if type(most) is not int:
-            raise UserError(f"log_images_kwargs: N {most!r}: give a whole number of at least 1")
-        check_at_least_one(batch_frequency=batch_frequency, max_images=max_images, N=most)
+        check_number("batch_frequency", batch_frequency, least=1)
+        check_number("max_images", max_images, least=1)
+        check_number("log_images_kwargs: N", most, least=1)
         max_images = min(max_images, most)
+        if keep_last is not None:
+            check_number("keep_last", keep_last, least=1)
+        if event_file_gb is not None and not event_file_gb >= 0:
+            raise UserError(f"event_file_gb {event_file_gb}: give a number of at least 0, or null for no limit")
+        self.keep_last = keep_last
+        self.event_file_gb = event_file_gb
+        self._images, self._is_full = Tolerance("Images of the training"), False
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp
@@ -91,13 +110,19 @@ class ImageLogger(Callback):
                 raise UserError(f"{where}: the logger itself gives {name}; leave it out")
         check_params(where, pl_module.log_images, self.log_images_kwargs)
         for name in ("n_row", "ddim_steps"):
-            if self.log_images_kwargs.get(name, 1) < 1:
-                raise UserError(f"{where}: {name} {self.log_images_kwargs[name]}: give at least 1")
+            check_number(f"{where}: {name}", self.log_images_kwargs.get(name, 1), least=1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.log_before_first_step and trainer.global_step == 0 and "start" not in self._last_shown:
             self._last_shown["start"] = 0
             self._show(trainer, pl_module, batch, batch_idx, "train")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.disabled or not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
+            return
+        kept = "all" if self.keep_last is None else f"the first {_KEEP_FIRST} and the newest {self.keep_last}"
+        limit = "without limit" if self.event_file_gb is None else f"up to {self.event_file_gb:g} GB"
+        log.info("Images of the training: %s steps of a split are kept; TensorBoard's files take them %s", kept, limit)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -144,13 +169,38 @@ class ImageLogger(Callback):
         if not trainer.is_global_zero:  # it took part in the computing, and is not the one to show it
             return
         folder = Path(trainer.default_root_dir) / "images" / split
+        check_within(trainer.default_root_dir, folder, "images in")
         place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         samples = len(next(iter(images.values())))
         for key, value in images.items():
             grid = self._grid(value, self._columns(key, len(value), samples))
-            save_png(grid, folder / f"{key}_{place}.png")
+            with self._images():
+                save_png(grid, folder / f"{key}_{place}.png".replace("/", "_"))
             for logger in trainer.loggers:
-                _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
+                if not isinstance(logger, TensorBoardLogger) or self._has_room(logger):
+                    _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
+        if self.keep_last is not None:
+            with suppress(OSError):
+                remove_old_images(folder, _KEEP_FIRST, self.keep_last)
+
+    def _has_room(self, logger: TensorBoardLogger) -> bool:
+        """Whether TensorBoard's files are below their limit; says once that they are not."""
+        if self.event_file_gb is None:
+            return True
+        try:
+            size = sum(path.stat().st_size for path in Path(logger.log_dir).glob("events.out.tfevents.*"))
+        except OSError:
+            return True
+        if size < self.event_file_gb * 1e9:
+            return True
+        if not self._is_full:
+            self._is_full = True
+            log.warning(
+                "\n%s: its files have reached %g GB and get no more images; PNG files go on. To change that: "
+                "lightning.callbacks.image_logger.params.event_file_gb",
+                logger.log_dir, self.event_file_gb,
+            )  # fmt: skip
+        return False
 
     def _columns(self, key: str, count: int, samples: int) -> int:
         """Entries named `..._row` hold each sample's steps one after the other, which makes a row of the grid."""
@@ -164,8 +214,24 @@ class ImageLogger(Callback):
         return image_grid(images if self.rescale else images * 2.0 - 1.0, columns)
 
 
+def _add_image(logger: TensorBoardLogger, tag: str, grid: Image.Image, step: int) -> None:
+    logger.experiment.add_image(tag, np.asarray(grid), step, dataformats="HWC")
+
+
+def remove_old_images(folder: Path, first: int, newest: int) -> None:
+    """Of the images of this logger in `folder`, keep those of the `first` steps and of the `newest`."""
+    steps: dict[int, list[Path]] = {}
+    for path in folder.glob("*.png"):
+        found = _NAME.fullmatch(path.name)
+        if found:
+            steps.setdefault(int(found[1]), []).append(path)
+    for step in sorted(steps)[first:-newest]:
+        for path in steps[step]:
+            path.unlink(missing_ok=True)
+
+
 def _log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:
     if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(tag, np.asarray(grid), step, dataformats="HWC")
+        write_tolerantly(logger, _add_image, logger, tag, grid, step)
     elif hasattr(logger, "log_image"):  # W&B and the like
         logger.log_image(key=tag, images=[grid], step=step)

@@ -1,77 +1,150 @@
-"""Learning rate and remaining steps of a resumed run."""
+"""The learning rate of a resumed run, and what its optimizers took up."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from numbers import Number
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
 class LearningRateOnResume(Callback):
-    """Callback that gives a resumed run the learning rate and the schedule of its present config.
+    """Gives a resumed run the learning rates that its config says now.
 
-    Lightning restores the optimizer's groups, with the rates that the former schedule left there. This callback sets
-    each to the configured rate, times the present schedule at the restored step. A run without a schedule has the
-    configured rate. A schedule that the checkpoint does not hold begins at its start.
+    Left alone, the optimizer would silently go on with the saved ones: with the last value of a schedule that the
+    config no longer has, too. The rates of the optimizer as the config makes it are noted before the checkpoint's state
+    is loaded. A `LambdaLR` goes on at its saved step, with its multiplier of today. One that the checkpoint lacks
+    begins at its first step.
     """
 
     def __init__(self) -> None:
-        self._resumed: dict[str, Any] | None = None
+        self._is_resumed = False
+        self._saved: float | None = None
+        self._schedules = 0  # in the checkpoint
+        self._made: list[list[dict[str, Any]]] = []  # parameter groups without parameters, of each optimizer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["learning_rate"] = pl_module.learning_rate
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._resumed = {"schedules": len(checkpoint.get("lr_schedulers") or []), "step": checkpoint["global_step"]}
+        self._is_resumed = bool(checkpoint["optimizer_states"])
+        self._schedules = len(checkpoint["lr_schedulers"])
+        self._saved = checkpoint.get("learning_rate")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The optimizers are made, and their state is not loaded yet."""
+        self._made = [
+            [
+                {key: _number(value) for key, value in group.items() if key != "params"}
+                for group in optimizer.param_groups
+            ]
+            for optimizer in trainer.optimizers
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed is None:
+        """Set the rates.
+
+        Raises:
+            UserError: what was taken up is no state of the optimizers that the config makes.
+        """
+        if not self._is_resumed:
             return
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if len(schedulers) != self._resumed["schedules"] and self._resumed["step"] > 0 and trainer.is_global_zero:
-            change = "begins at its start" if schedulers else "of the checkpoint is dropped"
-            log.info("The learning rate schedule %s: the config has changed since the checkpoint", change)
-        for optimizer in trainer.optimizers:
-            before = [float(group["lr"]) for group in optimizer.param_groups]
-            _set_rates(optimizer, next((s for s in schedulers if s.optimizer is optimizer), None))
-            after = [float(group["lr"]) for group in optimizer.param_groups]
-            if before != after and trainer.is_global_zero:
-                log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", before[0], after[0])
+        saved, now = self._saved, pl_module.learning_rate
+        if saved and saved != now:
+            log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", saved, now)
+        schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if len(schedules) != self._schedules:
+            what = "has none now" if not schedules else "begins its schedule here"
+            log.info("The checkpoint has %d schedules of the learning rate; the run %s", self._schedules, what)
+        for optimizer, made in zip(trainer.optimizers, self._made, strict=True):
+            _check_taken_up(optimizer, made)
+            own = next((schedule for schedule in schedules if schedule.optimizer is optimizer), None)
+            self._set_rates(optimizer, made, own)
+
+    def _set_rates(self, optimizer: Optimizer, made: list[dict[str, Any]], schedule: LRScheduler | None) -> None:
+        bases = [group.get("initial_lr", group["lr"]) for group in made]
+        if schedule is not None and not isinstance(schedule, LambdaLR):
+            if not self._saved or not self._schedules:
+                return
+            # Another kind: its state is all that tells its rate, so only the base changes.
+            ratios = [base / old if old else 1.0 for base, old in zip(bases, schedule.base_lrs, strict=True)]
+            schedule.base_lrs = bases
+            rates = [group["lr"] * ratio for group, ratio in zip(optimizer.param_groups, ratios, strict=True)]
+        elif schedule is not None:
+            schedule.base_lrs = bases
+            multipliers = [multiplier(schedule.last_epoch) for multiplier in schedule.lr_lambdas]
+            rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
+        else:
+            rates = bases
+        for group, base, rate in zip(optimizer.param_groups, bases, rates, strict=True):
+            _set(group, "lr", rate)
+            if schedule is None:
+                group.pop("initial_lr", None)
+            else:
+                _set(group, "initial_lr", base)
 
 
-def _set_rates(optimizer: Optimizer, scheduler: Any) -> None:
-    """Set the rates of all groups from the optimizer's `configured_rates`; other schedules than LambdaLR stay."""
-    rates = getattr(optimizer, "configured_rates", None)
-    if rates is None or len(rates) != len(optimizer.param_groups):
-        return
-    if isinstance(scheduler, LambdaLR):
-        scheduler.base_lrs = list(rates)
-        factors = (multiplier(scheduler.last_epoch) for multiplier in scheduler.lr_lambdas)
-        now = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
-        scheduler._last_lr = list(now)
-    elif scheduler is None:
-        now = rates
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _set(group: dict[str, Any], key: str, rate: float) -> None:
+    if isinstance(group.get(key), Tensor):  # some optimizers read it on the device
+        group[key].fill_(rate)
     else:
-        return
-    for group, rate, initial in zip(optimizer.param_groups, now, rates, strict=True):
-        if isinstance(group["lr"], Tensor):  # some optimizers read it on the device
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-        if scheduler is None:
-            group.pop("initial_lr", None)
-        else:
-            group["initial_lr"] = initial
+        group[key] = _number(rate)
+
+
+def _check_taken_up(optimizer: Optimizer, made: list[dict[str, Any]]) -> None:
+    """Raise `UserError` unless groups and moments that `optimizer` took up are such as it has itself."""
+    for group, own in zip(optimizer.param_groups, made, strict=True):
+        for key, value in own.items():
+            if key in ("lr", "initial_lr"):
+                continue
+            taken = _number(group.get(key))
+            if type(taken) is not type(value) and not (_is_number(taken) and _is_number(value)):
+                raise UserError(
+                    f"the checkpoint's optimizer has {key}={taken!r:.60} where this one has {value!r}; is it damaged?"
+                )
+    kinds: Mapping[str, str] | None = None
+    for parameter, moments in optimizer.state.items():
+        found = {key: _kind(value) for key, value in moments.items()}
+        if found and kinds is None:
+            kinds = found
+        elif found and found != kinds:
+            raise UserError(
+                f"the checkpoint's optimizer state holds {sorted(found)} for one parameter and {sorted(kinds)} for "
+                "another, or of other types; is it damaged?"
+            )
+        for key, value in moments.items():
+            if type(value) is Tensor and value.ndim and value.shape != parameter.shape and value.numel() > 1:
+                raise UserError(
+                    f"the checkpoint's optimizer state has {key} of shape {tuple(value.shape)} for a parameter of "
+                    f"shape {tuple(parameter.shape)}; is it damaged?"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "tensor"
+    return "number" if _is_number(value) else type(value).__name__
 
 
 class NothingLeft(Callback):
-    """Callback that says when a resumed run had all its steps already, which Lightning skips silently."""
+    """Says that a resumed run had all its steps already, which Lightning skips without a word."""
 
     def __init__(self) -> None:
         self._started = False

@@ -74,6 +74,28 @@ def saved(trainer: Trainer, save: Callable[[], None], *, needed: bool = False) -
     return False
 
 
+def mark_newest(path: Path) -> None:
+    """Make the modification time of the checkpoint at `path` later than that of all others in its folder and logs.
+
+    The clock may have been set back since those were written.
+    """
+    others = {*path.parent.glob("[!.]*.ckpt")}
+    if path.parent.name == "checkpoints":
+        others |= {*path.parent.parent.parent.glob("*/checkpoints/last.ckpt")}
+    times = []
+    for other in others - {path}:
+        try:
+            times.append(other.stat().st_mtime_ns)
+        except OSError:  # removed in the meantime
+            continue
+    try:
+        now = path.stat()
+        if times and now.st_mtime_ns <= max(times):
+            os.utime(path, ns=(now.st_atime_ns, max(times) + 1_000_000))
+    except OSError as error:  # not worth a checkpoint
+        log.debug("%s: its time was not set (%s)", path, error)
+
+
 def keep_numbered(path: Path, step: int, count: int) -> None:
     """Keep the checkpoint at `path` as `step=<step>.ckpt` too, and of all with such names the `count` written last.
 

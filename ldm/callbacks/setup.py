@@ -8,14 +8,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from ldm.callbacks.tolerance import Tolerance
 from ldm.files import atomic_write
 
 
 class SetupCallback(Callback):
-    """Makes `logdir`, `ckptdir` and `cfgdir`, and saves the resolved configs in the last.
+    """Makes `logdir`, `ckptdir` and `cfgdir`, and saves the configs in the last.
 
     `<now>-project.yaml` holds model and data, `<now>-lightning.yaml` the section `lightning`; `--resume` merges them.
-    They are saved after the first step, since a config that cannot train must not stand in the way of the next resume.
+    What a config takes from the environment is saved as `${oc.env:NAME}`, not as its value. Both are saved after the
+    first step, since a config that cannot train must not stand in the way of the next resume.
     """
 
     def __init__(
@@ -34,18 +36,20 @@ class SetupCallback(Callback):
         self.config = config
         self.lightning_config = lightning_config
         self._saved = False
+        self._tolerance = Tolerance(f"The config in {self.cfgdir}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._saved or not trainer.is_global_zero:
             return
-        self._saved = True
-        for folder in (self.logdir, self.ckptdir, self.cfgdir):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._save("project", self.config)
-        self._save("lightning", OmegaConf.create({"lightning": self.lightning_config}))
+        with self._tolerance():  # else it is tried again after the next batch
+            for folder in (self.logdir, self.ckptdir, self.cfgdir):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._save("project", self.config)
+            self._save("lightning", OmegaConf.create({"lightning": self.lightning_config}))
+            self._saved = True
 
     def _save(self, name: str, config: DictConfig) -> None:
         with atomic_write(self.cfgdir / f"{self.now}-{name}.yaml") as path:
-            OmegaConf.save(config, path, resolve=True)
+            OmegaConf.save(config, path)

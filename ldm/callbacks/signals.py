@@ -1,4 +1,4 @@
-"""SIGUSR1, Ctrl-C and SIGTERM as wishes that training grants at its next step. Imports no torch."""
+"""SIGUSR1, Ctrl-C, SIGTERM and SIGHUP as wishes that training grants at its next step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 import time
 from types import FrameType
 from typing import Any
+
+from ldm.files import leave_closed_terminal
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ class TrainingStopped(Exception):
 
 
 class SignalRequests:
-    """A context manager that turns signals into requests: `save` (SIGUSR1) and `stop` (SIGINT, SIGTERM).
+    """A context manager that turns signals into requests: `save` (SIGUSR1) and `stop` (SIGINT, SIGTERM, SIGHUP).
 
     While `training` is False there is no state to save, and the signals that stop act at once. So does a second one,
     unless torchrun passes on what a terminal or Slurm has sent to this process as well.
@@ -47,9 +49,12 @@ class SignalRequests:
     def install(self) -> None:
         """Take the signals over, also from Lightning, which sets its own handlers when a fit begins."""
         for number in _HANDLED:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            leave_closed_terminal()
         if os.getpid() != self._owner:
             _handle_in_worker(signum)
         elif signum == signal.SIGUSR1:
@@ -65,7 +70,7 @@ class SignalRequests:
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # the environment of what it has started
 _SECONDS_TO_PASS_ON = 3
-_HANDLED = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+_HANDLED = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _handle_in_worker(signum: int) -> None:

@@ -1,14 +1,13 @@
-"""What the tools that draw pictures ask for on their command lines. Imports no torch."""
+"""What the tools that draw images ask for on their command lines. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from ldm.cli.paths import CONVENTIONAL_RELEASE
 from ldm.files import read_at_most
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 SETTINGS = ("steps", "scale", "sampler", "eta")  # the options that `draw_latents` takes as they are
 _MOST_BYTES = 1 << 28  # of a file of prompts
@@ -71,7 +70,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """
     if file is not None:
         try:
-            lines = read_at_most(file, _MOST_BYTES).decode("utf-8").split("\n")
+            lines = read_at_most(file, _MOST_BYTES).decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
         prompts = prompts + [line.strip() for line in lines if line.strip()]
@@ -81,24 +80,17 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
 
 
 def check_drawing_options(options: argparse.Namespace, seeds: int) -> None:
-    """Raise `UserError` for values that cannot be; `seeds` of them are counted from `--seed`."""
-    check_at_least(options, n=1, batch_size=1)
+    """Raise `UserError` for the first option of `add_drawing_options` out of its range.
+
+    `seeds` of them are counted from `--seed`.
+    """
+    check_number("--n", options.n, least=1)
+    check_number("--batch-size", options.batch_size, least=1)
     check_sampling_options(options, seeds)
-    if not 0 <= options.eta <= 1:
-        raise UserError(f"--eta {options.eta}: give a number from 0 to 1")
-
-
-def check_at_least(options: argparse.Namespace, **least: int) -> None:
-    """Raise `UserError` for a number below the `least` that its option may have; None is no number."""
-    for name, smallest in least.items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give {smallest} or more")
+    check_number("--eta", options.eta, least=0, most=1, whole=False)
 
 
 def check_sampling_options(options: argparse.Namespace, seeds: int) -> None:
-    """Raise `UserError` for values that cannot be; `seeds` of them are counted from `--seed`."""
-    if not math.isfinite(options.scale):
-        raise UserError(f"--scale {options.scale}: give a finite number")
-    if not 0 <= options.seed < 2**63 - seeds:
-        raise UserError(f"--seed {options.seed}: give a number from 0 to 2^63")
+    """Raise `UserError` for the first option of `add_sampling_options` out of its range."""
+    check_number("--scale", options.scale, whole=False)
+    check_number("--seed", options.seed, least=0, most=2**63 - 1 - seeds)

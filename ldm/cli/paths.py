@@ -12,12 +12,14 @@ LOGS = Path("logs")
 
 
 def newest_checkpoint(logs: Path = LOGS) -> Path:
-    """The `last.ckpt` written last among the runs under `logs`.
+    """Return the `last.ckpt` written last among the runs under `logs`, at any depth: a run may be named `a/b`.
+
+    `ldm.callbacks.saving.mark_newest` keeps their times in the order in which they were written, whatever the clock.
 
     Raises:
         UserError: there is none.
     """
-    found = sorted(logs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(logs.rglob("checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"no {logs}/*/checkpoints/last.ckpt; name the training checkpoint with --train-ckpt")
     return found[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import shlex
@@ -15,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ldm.files import exit_on_bus_error
-from ldm.util import UserError
+from ldm.files import exit_on_bus_error, leave_closed_terminal
+from ldm.util import UserError, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -26,33 +27,92 @@ logger = logging.getLogger(__name__)
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
+NO_MEMORY = "this machine has too little memory left: use a smaller batch and fewer data workers, or end other programs"
+# What torch says where the host's memory ends, in a plain RuntimeError.
+_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `UserError`, an error of the operating system or a full GPU becomes one line on stderr and exit
     code 1.
 
-    SIGTERM becomes `SystemExit(143)`, so that what is half written is removed.
+    SIGTERM becomes `SystemExit(143)`, and SIGHUP (a closed terminal) `SystemExit(129)`: what is half written is
+    removed.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any file name can be printed in any locale
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     threading.excepthook = _say_of_thread
     exit_on_bus_error()
     try:
-        with _sigterm_unwinds(), _bars_ended():
+        with _signals_unwind(), _bars_ended():
             main()
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            sys.exit(f"error: {NO_MEMORY}")
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {where}{error.strerror or error}")
+        sys.exit(escaped(f"error: {where}{error.strerror or error}"))
+    except MemoryError:
+        sys.exit(f"error: {NO_MEMORY}")
+    except UnicodeError as error:
+        if sys.getfilesystemencoding() == "utf-8" and not isinstance(error, UnicodeEncodeError):
+            raise
+        name = ascii(error.object)[:200]
+        sys.exit(
+            f"error: {name} does not fit the encoding {error.encoding} of this locale; "
+            "set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+        )
     except RuntimeError as error:
+        if is_host_memory_error(error):
+            sys.exit(f"error: {NO_MEMORY}")
+        if str(error).startswith("DataLoader worker"):
+            sys.exit(f"error: {str(error).splitlines()[0]}: was it killed for want of memory? use fewer workers")
         if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
             raise
-        sys.exit(f"error: {str(error).split('. ')[0]}; take fewer at a time, where there is a --batch-size")
+        sys.exit(f"error: {escaped(str(error).split('. ')[0])}; take fewer at a time, where there is a --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Lines(str):
+    """A text of several lines that a log message may hold as they are."""
+
+
+class PrintableFormatter(logging.Formatter):
+    """The message alone, in which what comes from files and configs cannot move the cursor or begin a line.
+
+    Line ends stay in the format of a message, and in arguments that are `Lines`. Every other control character is
+    escaped.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):
+            record = logging.makeLogRecord({**vars(record), "args": tuple(map(_one_line, record.args))})
+        return escaped(super().format(record), keep="\n\t")
+
+
+def _one_line(argument: object) -> object:
+    if isinstance(argument, (Lines, int, float)):
+        return argument
+    return escaped(text) if (text := str(argument)) != escaped(text) else argument
+
+
+def is_host_memory_error(error: BaseException) -> bool:
+    """Return whether `error` says that the host has no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in _ALLOCATION_FAILED)
+    )
 
 
 def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
@@ -75,20 +135,26 @@ def _bars_ended() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
+def _signals_unwind() -> Iterator[None]:
     owner = os.getpid()
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:
+            if signum == signal.SIGHUP:
+                leave_closed_terminal()
             raise SystemExit(128 + signum)
         signal.signal(signum, signal.SIG_DFL)  # a forked worker, whose clean-up is its parent's
         os.kill(os.getpid(), signum)
 
-    previous = signal.signal(signal.SIGTERM, handle)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -21,7 +21,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
         UserError: a brace is not closed, or the names are too many.
     """
     try:
-        if _most_names(pattern) * len(pattern) > _MOST_EXPANDED:
+        if most_names(pattern) * len(pattern) > _MOST_EXPANDED:
             raise ValueError("stands for too many names; name fewer shards")
         for name in braceexpand.braceexpand(pattern):
             yield re.sub("^file:(//)?", "", name)
@@ -29,8 +29,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         raise UserError(f"{pattern:.100}: {error!s:.200}") from error
 
 
-def _most_names(pattern: str) -> int:
-    """Return an upper bound of the number of names, without expanding the braces."""
+def most_names(pattern: str) -> int:
+    """Return an upper bound of the number of names that `pattern` stands for, without expanding the braces."""
     names = 1
     for first, last in _RANGE.findall(pattern):
         names *= abs(int(first) - int(last)) + 1

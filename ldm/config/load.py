@@ -13,9 +13,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.interpolations import check_interpolations
+from ldm.config.interpolations import check_interpolations, resolve_references, typed_paths
 from ldm.config.merge import laid_over
 from ldm.config.trust import check_trust
+from ldm.config.typed import read_typed
 from ldm.files import check_file, read_at_most
 from ldm.util import UserError, instantiate_from_config, nearest
 
@@ -29,11 +30,14 @@ _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/late
 
 
 def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
-    """The YAML files `names` merged left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
+    """Merge the YAML files `names` left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
 
-    They merge as `laid_over` says. Sections of other names are left out with a warning.
+    They merge as `laid_over` says. Sections of other names are left out with a warning. This is the one place where the
+    trust in configs is applied: unless they are `trusted`, the files are held against `ldm.config.trust`. Overrides are
+    not, since a person typed them.
 
-    Unless they are `trusted`, the files are held against `ldm.config.trust`; overrides, being typed, are not.
+    References such as `${model.x}` are replaced. What depends on the environment stays as it is written, and OmegaConf
+    replaces it where it is read.
 
     Raises:
         UserError: a file is missing or is not a YAML mapping, an override cannot be read, an interpolation does not
@@ -54,17 +58,29 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
             raise UserError(f"{name}: {_first_line(error)}") from error
     try:
         if not trusted:
-            check_interpolations(OmegaConf.to_container(config), source)
-        OmegaConf.resolve(config)
+            own = typed_paths([OmegaConf.to_container(part) for _, part in typed])
+            check_interpolations(OmegaConf.to_container(config), source, own)
+        config = resolve_references(config)
         _drop_other_sections(config, source)
+        values = plain(config)
         if not trusted:
-            check_trust(plain(config), source, [plain(part) for _, part in typed])
+            check_trust(values, source, own)
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{source}: {_first_line(error)}") from error
     for section, value in config.items():
         if not isinstance(value, DictConfig):
             raise UserError(f"section {section!r} must be a mapping, got {value!r}")
     return config
+
+
+def needs_trust(config: DictConfig) -> bool:
+    """Whether `config`, read from a file as it stands, would need trust, though a person may have typed it now."""
+    try:
+        check_interpolations(OmegaConf.to_container(config), "config")
+        check_trust(plain(config), "config")
+    except (UserError, OmegaConfBaseException):
+        return True
+    return False
 
 
 def _check_sections(part: DictConfig, name: str, typed: bool) -> None:
@@ -158,11 +174,15 @@ def read_config(path: Path) -> DictConfig:
 
 
 def _parse_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{override!r} is not an override of the form a.b.c=value")
     try:
-        return OmegaConf.from_dotlist([override])
+        part = OmegaConf.create()
+        OmegaConf.update(part, key, read_typed(text))
+        return part
+    except UserError as error:
+        raise UserError(f"{override!r}: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{override!r}: the value is not valid YAML ({_first_line(error)})") from error
 

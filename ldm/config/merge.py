@@ -6,16 +6,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.trust import check_trust
+from ldm.config.trust import may_look_up
 from ldm.util import UserError, get_obj_from_str, takes
 
 
 def laid_over(config: DictConfig, part: DictConfig, trusted: bool = False) -> DictConfig:
-    """`config` with `part` over it, as OmegaConf merges, so that `part` need only say what it changes.
+    """Return `config` with `part` over it, merged as OmegaConf does, so that `part` need only say what it changes.
 
-    But where it names another class as a `target`, those `params` below that the old class takes and the new one does
-    not are left behind: one optimizer's settings mean nothing to another. The classes are looked up, which imports
-    them, if both are `trusted` or pass `ldm.config.trust`; other ones keep all `params`.
+    Where `part` names another class as a `target`, the `params` of `config` that the old class takes and the new one
+    does not are left out: one optimizer's settings mean nothing to another. Both classes are looked up, which imports
+    them, if they are `trusted` or need no trust. Otherwise all `params` stay.
     """
     below = OmegaConf.to_container(config)
     _leave_behind(below, OmegaConf.to_container(part), trusted)
@@ -36,9 +36,9 @@ def _strangers(below: dict, above: dict, trusted: bool) -> list[str]:
     old, new, params = below.get("target"), above.get("target"), below.get("params")
     if old in (None, new) or new is None or not isinstance(params, dict):
         return []
+    if not may_look_up(old, trusted) or not may_look_up(new, trusted):
+        return []
     try:
-        if not trusted:
-            check_trust([{"target": old}, {"target": new}], "config")
         was, is_now = get_obj_from_str(old), get_obj_from_str(new)
     except UserError:  # said of the config as a whole, or by whoever builds from it
         return []

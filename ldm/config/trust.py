@@ -1,104 +1,79 @@
-"""What a config may name without being trusted: it is data, and building what it describes runs no code in it.
+"""The policy for configs that are not trusted: they are data, and building what they describe runs no code in them.
 
-The one place of this policy; `ldm.config.load.load_config` holds every config against it. Imports no torch.
+`ldm.config.load.load_config` holds every config against it. `docs/security.md` states it for users.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
-from ldm.config.braces import expand_braces
+from ldm.config.allowed import nearest_allowed, reason_for
+from ldm.config.reach import reach
 from ldm.translations import instead, todays_path
-from ldm.util import UserError, get_obj_from_str
+from ldm.util import UserError
 
-# Where the classes are defined that configs name: models, layers, optimizers, and what Lightning is told to use.
-# Not whole packages: torch and transformers have classes that start processes, and functions that unpickle files.
-PACKAGES = (
-    "ldm",
-    "torch.nn",
-    "torch.optim",
-    "torchao.optim",
-    "torchmetrics",
-    "transformers.optimization",
-    *(
-        f"{lightning}.{part}"
-        for lightning in ("pytorch_lightning", "lightning.pytorch")
-        for part in ("callbacks", "loggers", "plugins", "strategies")
-    ),
-)
-# What may be imported to see what is meant: the packages themselves, and main.py, which passes on classes of ldm.
-_IMPORTED = {"main", *(package.partition(".")[0] for package in PACKAGES)}
+if TYPE_CHECKING:
+    from ldm.config.interpolations import Path  # which imports OmegaConf, and command lines import this module
+
 _HINT = "give --trust-config if you trust whoever wrote the config"
+# The keys under which this project, and others, name what is to be built or called.
+_TARGETS = ("target", "_target_", "class_path")
+# Settings that hand something to another machine.
+_SENDING = {("lightning", "trainer", "model_registry"): "uploads checkpoints"}
+_LOGGER = ("lightning", "logger")
 
 
-def check_trust(config: Any, source: str, typed: Any = ()) -> None:
-    """Hold `config`, plain dicts and lists, against the policy; `source` names it in messages.
+def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
+    """Hold `config`, plain dicts and lists with all `${...}` replaced, against the policy.
 
-    A `target` must be a class that is defined in one of `PACKAGES`; what is not there at all is left to whoever builds
-    it. No string may be a `pipe:` URL, which is a command. What a person typed, the strings in `typed`, is exempt.
+    A `target` must be on the list of `ldm.config.allowed`. No text, key or value, may run a command or be a URL, and
+    none of the section `lightning.logger` may be an environment variable, which loggers replace. What was typed on the
+    command line, the values at the paths `typed`, is the person's own. Nothing is imported.
 
     Raises:
-        UserError: one of these is not so.
+        UserError: one of these is not so; names `source` and the text.
     """
-    exempt = {text for _, text in _strings(typed)}
-    for key, text in _strings(config):
-        if text in exempt:
+    own = set(typed) | {path[:depth] for path in typed for depth in range(1, len(path))}
+    for path, key, text in _texts(config):
+        if path in own:
             continue
-        if key == "target":
-            _check_target(text, source)
-        elif runs_command(text):
-            raise UserError(f"{source}: {text!r:.100} runs a command; {_HINT}")
+        if key in _TARGETS:
+            if reason_for(todays_path(text)) is None:
+                raise UserError(
+                    f"{source}: target {text!r:.100} is not on the list of classes that need no trust"
+                    f"{instead(text) or nearest_allowed(text)}; {_HINT}"
+                )
+            continue
+        done = (_SENDING.get(path) if key else None) or reach(text)
+        if done is None and "${" in text:
+            done = "is an interpolation again once its parts are put together"
+        if done is None and path[:2] == _LOGGER and "$" in text:
+            done = "is replaced from the environment by loggers"
+        if done is not None:
+            raise UserError(f"{source}: {text!r:.100} {done}; {_HINT}")
 
 
-def needs_trust(config: Any) -> bool:
-    """Whether `config`, read from a file as it stands, would need trust, though a person may have typed it now."""
-    try:
-        check_trust(config, "config")
-    except UserError:
-        return True
-    return False
+def may_look_up(target: Any, trusted: bool) -> bool:
+    """Whether the class `target` may be imported to see what it takes."""
+    return trusted or (isinstance(target, str) and reason_for(todays_path(target)) is not None)
 
 
-def _check_target(target: str, source: str) -> None:
-    if todays_path(target).partition(".")[0] not in _IMPORTED:
-        hint = f"{instead(target)}; {_HINT}"
-        raise UserError(f"{source}: target {target!r:.100} is of none of the packages that need no trust{hint}")
-    try:
-        found = get_obj_from_str(target)
-    except UserError:  # a slip, or a class that Lightning no longer has: nothing that could run
-        return
-    if not inspect.isclass(found):
-        raise UserError(f"{source}: target {target!r:.100} is no class; {_HINT}")
-    if not any(found.__module__ == package or found.__module__.startswith(f"{package}.") for package in PACKAGES):
-        raise UserError(
-            f"{source}: target {target!r:.100} is defined in {found.__module__}, which is none of the packages that "
-            f"need no trust; {_HINT}"
-        )
+def _texts(value: Any, path: Path = (), key: str = "") -> Iterator[tuple[Path, str, str]]:
+    """Each scalar in `value` as text (YAML can make paths too), with its path and the key that it stands under.
 
-
-def _strings(value: Any, key: Any = None) -> Iterator[tuple[Any, str]]:
-    """Each scalar in `value` as a string (YAML can make paths too), with the key that it stands under."""
+    The keys themselves are texts under no key.
+    """
     if isinstance(value, dict):
         for name, part in value.items():
-            yield from _strings(part, name)
+            yield (*path, str(name)), "", str(name)
+            yield from _texts(part, (*path, str(name)), str(name))
     elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _strings(part, key)
-    else:
-        yield key, str(value)
-
-
-def runs_command(text: str) -> bool:
-    """Whether `text`, read as URLs, has a `pipe:`, which WebDataset gives to a shell."""
-    if ":" not in text:
-        return False
-    try:
-        return any(url.lower().startswith("pipe:") for pattern in text.split("::") for url in expand_braces(pattern))
-    except UserError:  # what cannot be expanded is not read either
-        return False
+        for number, part in enumerate(value):
+            yield from _texts(part, (*path, str(number)), key)
+    elif value is not None:
+        yield path, key, str(value)
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
@@ -106,5 +81,6 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-config",
         action="store_true",
-        help="let the configs name any class, and commands to read data from: they can then run any code",
+        help="let the configs name any class, URLs, commands to read data from, and environment variables: "
+        "they can then run any code",
     )

@@ -11,15 +11,9 @@ import numpy as np
 import pytorch_lightning as pl
 
 from ldm.data.sampler import EpochBatchSampler
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
-
-
-def check_number(name: str, value: Any, least: int) -> None:
-    """Raise `UserError` unless the parameter `name` is a whole number of at least `least`."""
-    if type(value) is not int or value < least:  # a bool is an int too
-        raise UserError(f"data.params.{name} {value!r}: give a whole number of at least {least}")
 
 
 class BaseDataModule(pl.LightningDataModule):
@@ -27,10 +21,9 @@ class BaseDataModule(pl.LightningDataModule):
 
     def __init__(self, batch_size: int, num_workers: int, seed: int | None, drop_last: bool) -> None:
         super().__init__()
-        check_number("batch_size", batch_size, 1)
-        check_number("num_workers", num_workers, 0)
-        if seed is not None:
-            check_number("seed", seed, 0)
+        check_number("data.params.batch_size", batch_size, least=1)
+        check_number("data.params.num_workers", num_workers, least=0)
+        check_number("data.params.seed", seed, least=0, optional=True)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed_is_given = seed is not None
@@ -75,7 +68,7 @@ class BaseDataModule(pl.LightningDataModule):
         drop_last = sampler.options.get("drop_last", False)
         remedy = "lower batch_size, or set drop_last to false" if drop_last else "use fewer processes"
         logger.warning(
-            "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of picture; "
+            "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of image; "
             "batch_size %d, ranks %d, drop_last %s): %s",
             *(name, sum(missing), sum(map(len, sampler.groups)), sum(map(bool, missing)), len(missing)),
             *(sampler.batch_size, self._rank()["world"], drop_last, remedy),

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.base_module import check_number
 from ldm.data.listed import to_minus_one_one
 from ldm.images.degradations import degradation
 from ldm.images.masks import random_mask, style_of
 from ldm.images.pixels import random_between, resize
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 
 class AddLR:
@@ -34,7 +33,7 @@ class AddLR:
     def __init__(
         self, factor: int, output_size: int | None = None, initial_size: int | None = None, image_key: str = "jpg"
     ) -> None:
-        check_number("postprocess.params.factor", factor, 1)
+        check_number("postprocess.params.factor", factor, least=1)
         self.degrade = degradation("bsrgan_light", factor)
         self.output_size, self.initial_size, self.image_key = output_size, initial_size, image_key
 

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.data.augment import BatchAugmentation
 from ldm.data.base import Txt2ImgIterableBaseDataset, share_among_workers
-from ldm.data.base_module import BaseDataModule, check_number
+from ldm.data.base_module import BaseDataModule
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
 from ldm.data.sizes import check_sizes
 from ldm.shards.sample import DRAW
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, check_number, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,10 @@ class DataModuleFromConfig(BaseDataModule):
         num_val_workers: int | None = None,
     ) -> None:
         if num_workers is None:
-            check_number("batch_size", batch_size, 1)
+            check_number("data.params.batch_size", batch_size, least=1)
             num_workers = min(2 * batch_size, os.cpu_count() or 1)
         super().__init__(batch_size, num_workers, seed, drop_last)
-        if num_val_workers is not None:
-            check_number("num_val_workers", num_val_workers, 0)
+        check_number("data.params.num_val_workers", num_val_workers, least=0, optional=True)
         self.num_val_workers = num_workers if num_val_workers is None else num_val_workers
         self.val_batch_size = batch_size
         configs = {"train": train, "validation": validation, "test": test, "predict": predict}
@@ -101,7 +100,7 @@ class DataModuleFromConfig(BaseDataModule):
                 options["worker_init_fn"] = share_among_workers
             return StreamLoader(dataset, batch_size, **options)
         shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
-        keys = getattr(dataset, "sample_keys", ())  # as of shards, and of pictures
+        keys = getattr(dataset, "sample_keys", ())  # as of shards, and of images
         groups = [np.arange(len(dataset))]
         sampler = self._sampler(groups, keys, split, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teac
 from ldm.data.stream import ShardStream
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import TEACHER_KEYS, TEXT_KEYS
+from ldm.shards.sample import CONTEXT, LATENT, TEACHER_KEYS, TEXT_ENCODINGS, TEXT_KEYS, null_path
 from ldm.shards.urls import expand_urls, is_stream
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     """Pre-encoded WebDataset shards: latents or posteriors and text embeddings as `.npy` members of tars.
 
     Batches hold `first_stage_key` `(B, channels, h, w)`, `cond_stage_key` `(B, 77, 768)` as stored (float16), and the
-    captions `txt` and names `__key__` as lists of strings. Sets whose pictures differ in size are batched by size.
+    captions `txt` and names `__key__` as lists of strings. Sets whose images differ in size are batched by size.
 
     With `prior_urls`, a training batch has samples of that set behind its own, and the entries of `WithPrior`; those of
     a teacher if the model's `prior_target` asks for one.
@@ -48,15 +47,15 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         drop_last: bool = False,
         prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
         prior_ratio: float = 1.0,  # prior samples for each training sample of batch_size; they come on top of it
+        extra_keys: list[str] | None = None,  # further members to read, such as those of a second text encoder
         verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
-        if not 0 <= null_cond_dropout <= 1:
-            raise UserError(f"data.params.null_cond_dropout {null_cond_dropout!r} is no number from 0 to 1")
-        if not 0 < prior_ratio < math.inf:
-            raise UserError(f"data.params.prior_ratio {prior_ratio!r} is no number above 0")
+        check_number("data.params.null_cond_dropout", null_cond_dropout, least=0, most=1, whole=False)
+        check_number("data.params.prior_ratio", prior_ratio, above=0, whole=False)
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
+        self.extra_keys = tuple(extra_keys or ())
         self.verify_shards = verify_shards
         self.null_cond_dropout = null_cond_dropout
         self.null_cond_path = null_cond_path
@@ -98,21 +97,21 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
     def _keys(self) -> tuple[str, str]:
         model = self._model()
-        first = self.first_stage_key or getattr(model, "first_stage_key", None) or "f8"
-        return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or "t5"
+        first = self.first_stage_key or getattr(model, "first_stage_key", None) or LATENT
+        return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or CONTEXT
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
         if split != "prior" and any(map(is_stream, urls)):  # a prior is read in any order
             return self._open_stream(split, urls)
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
-        extra = TEACHER_KEYS if split == "prior" and self._has_teacher() else ()
+        extra = (*self.extra_keys, *(TEACHER_KEYS if split == "prior" and self._has_teacher() else ()))
         dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), _describe(dataset))
         return dataset
 
     def _open_stream(self, split: str, urls: list[str]) -> ShardStream:
-        dataset = ShardStream(urls, *self._keys(), **self._rank())
+        dataset = ShardStream(urls, *self._keys(), extra=self.extra_keys, **self._rank())
         # The first sample tells the shapes, and what is wrong before the training starts.
         if next(iter(dataset), None) is None:
             raise UserError(f"no samples in {dataset.urls[0]}")
@@ -124,14 +123,18 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             return None
         key = self._keys()[1]
         if key in TEXT_KEYS:
-            return CaptionDropout(key, "", self.null_cond_dropout, self.seed)
+            return CaptionDropout({key: ""}, self.null_cond_dropout, self.seed)
         if self.null_cond_path is None and is_stream(urls[0]):
             raise UserError("null_cond_dropout with streamed shards needs null_cond_path, a local file")
-        path = Path(self.null_cond_path or Path(urls[0]).parent / f"null.{key}.npy")
-        null = load_null(path)
-        if null.shape not in dataset.shapes[key]:
-            raise UserError(f"{path}: shape {null.shape}, but the shards' {key} is {next(iter(dataset.shapes[key]))}")
-        return CaptionDropout(key, null, self.null_cond_dropout, self.seed)
+        folder = Path(urls[0]).parent
+        paths = {key: Path(self.null_cond_path or null_path(folder, key))}
+        paths |= {other: null_path(folder, other) for other in self.extra_keys if other in TEXT_ENCODINGS}
+        nulls = {name: load_null(path) for name, path in paths.items()}
+        for name, null in nulls.items():
+            if null.shape not in dataset.shapes[name]:
+                first = next(iter(dataset.shapes[name]))
+                raise UserError(f"{paths[name]}: shape {null.shape}, but the shards' {name} is {first}")
+        return CaptionDropout(nulls, self.null_cond_dropout, self.seed)
 
     def _check_model(self, dataset: ShardDataset | ShardStream) -> None:
         check = getattr(self._model(), "check_batch_shapes", None)

@@ -15,14 +15,14 @@ from ldm.util import UserError
 
 
 class ImageCaptionDataset(Dataset):
-    """Pictures and captions for training straight from pictures, cropped and scaled to `size`.
+    """Images and captions for training straight from images, cropped and scaled to `size`.
 
     An item is `{image_key: float32 (size, size, 3) in [-1, 1], caption_key: str}`; with `flip`, half are mirrored.
-    `sample_keys` are the pictures' names.
+    `sample_keys` are the images' names.
 
     Raises:
-        UserError: as `find_images`, or a picture of a kind, or with a caption, that cannot be read; on access, a
-            picture that is broken, by name.
+        UserError: as `find_images`, or an image of a kind, or with a caption, that cannot be read; on access, a
+            image that is broken, by name.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ImageCaptionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        picture = fit_square(torch.from_numpy(item.read()), self.size)  # 3 size size
+        image = item.read(lambda pixels: fit_square(torch.from_numpy(pixels), self.size))  # 3 size size
         if self.flip and torch.rand(()) < 0.5:
-            picture = picture.flip(-1)
-        return {self.image_key: picture.permute(1, 2, 0).contiguous(), self.caption_key: item.caption or ""}
+            image = image.flip(-1)
+        return {self.image_key: image.permute(1, 2, 0).contiguous(), self.caption_key: item.caption or ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,16 @@ def load_null(path: Path) -> np.ndarray:
 
 
 class CaptionDropout:
-    """Puts `null` in place of `sample[key]` with a probability, by chance that (seed, epoch, sample) decide."""
+    """Puts `nulls` in place of a sample's encodings with a probability, by chance that (seed, epoch, sample) decide."""
 
-    def __init__(self, key: str, null: np.ndarray | str, probability: float, seed: int) -> None:
-        self.key = key
-        self.null = null
+    def __init__(self, nulls: Mapping[str, np.ndarray | str], probability: float, seed: int) -> None:
+        self.nulls = nulls
         self.probability = probability
         self.seed = seed
 
     def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
         if random.Random(f"{self.seed}/{epoch}/{number}").random() < self.probability:
-            sample[self.key] = self.null
+            sample |= self.nulls
             sample[CAPTION] = ""
         return sample
 

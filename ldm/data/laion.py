@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.data.base_module import check_number
 from ldm.data.conditions import AddEdge, AddLR, AddMask
 from ldm.data.config_module import DataModuleFromConfig
 from ldm.data.tar_images import Filter, TarImages, read_words
 from ldm.shards.urls import expand_urls, is_stream
-from ldm.util import UserError, nearest
+from ldm.util import UserError, check_number, nearest
 
 __all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]
 
@@ -68,7 +67,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
             drop_last=drop_last,
         )
         if val_batch_size is not None:
-            check_number("val_batch_size", val_batch_size, 1)
+            check_number("data.params.val_batch_size", val_batch_size, least=1)
             self.val_batch_size = val_batch_size
         self.tar_base = tar_base
         self.filter_settings = (min_size, max_pwatermark, p_unsafe_threshold)

@@ -66,7 +66,7 @@ _UNEQUAL = ("stack expects each tensor to be equal size", "Trying to resize stor
 
 def _raise_in_one_line(error: UserError) -> None:
     """Raise `error`; from a worker it comes with the worker's traceback, whose last line is the message."""
-    last = str(error).strip().splitlines()[-1]
+    last = str(error.args[0]).strip().splitlines()[-1]
     raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
 
 
@@ -95,6 +95,13 @@ class SampleLoader(DataLoader):
             yield from batches
         except UserError as error:
             _raise_in_one_line(error)
+        except OSError as error:  # a file that went away while training; from a worker it comes without its number
+            first = f"{error.filename}: {error.strerror}" if error.filename else str(error).strip().splitlines()[-1]
+            raise UserError(f"the training data cannot be read: {first}") from None
+        except MemoryError:
+            raise UserError(
+                "too little memory to load data; lower data.params.num_workers or data.params.batch_size"
+            ) from None
         except RuntimeError as error:
             if any(words in str(error) for words in _UNEQUAL):
                 raise UserError(

@@ -1,6 +1,6 @@
 """Prior preservation's second set: in each batch, behind the training samples, some that are there to be remembered.
 
-The class pictures of DreamBooth (arXiv:2208.12242, section 3.2): a set of shards of its own, which goes round and round
+The class images of DreamBooth (arXiv:2208.12242, section 3.2): a set of shards of its own, which goes round and round
 beside the training set's epochs.
 """
 
@@ -18,11 +18,9 @@ from ldm.data.dropout import CaptionDropout, EpochItems
 from ldm.data.sampler import EpochBatchSampler, Item, draw_name, samples_digest
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import DRAW, IS_PRIOR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
+from ldm.shards.sample import DRAW, IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
 from ldm.util import UserError
 
-# The log variance that makes a posterior of a latent: the least that one is read with, a standard deviation of 3e-7.
-_NO_SPREAD = -30.0
 # What a stored prediction depends on, beside the weights: attributes of the model, and keys of index.json.
 _MEANING = ("scale_factor", "parameterization")
 
@@ -171,5 +169,6 @@ class WithPrior(Dataset):
         sample |= {key: sample[key].astype(dtype, copy=False) for key, dtype in self._types.items()}
         latent = sample[self.prior.first_stage_key]
         if len(latent) < self._channels:
-            sample[self.prior.first_stage_key] = np.concatenate([latent, np.full_like(latent, _NO_SPREAD)])
+            no_spread = np.full_like(latent, LEAST_LOGVAR)  # a standard deviation of 3e-7
+            sample[self.prior.first_stage_key] = np.concatenate([latent, no_spread])
         return sample

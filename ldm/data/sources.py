@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ldm.files import open_file, read_span
-from ldm.images.captions import METADATA, decode_caption
-from ldm.images.decode import EXTENSIONS, UNREAD_EXTENSIONS
-from ldm.images.find import ImageItem, extension_of, from_file, from_folder
+from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
+from ldm.images.decode import EXTENSIONS
+from ldm.images.find import ImageItem, SingleImages, from_folder, is_image
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError
@@ -30,7 +32,7 @@ def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
                 caption, error = decode_caption(text)
             extension = next((extension for extension in sample.spans if extension in EXTENSIONS), None)
             if extension is None:
-                error = f"no picture ({', '.join(EXTENSIONS)}) among its members: {', '.join(sample.spans)}"
+                error = f"no image ({', '.join(EXTENSIONS)}) among its members: {', '.join(sample.spans)}"
                 items.append(ImageItem(f"{path.name}/{sample.key}", path, None, caption, error))
             else:
                 name = f"{path.name}/{sample.key}.{extension}"
@@ -38,56 +40,80 @@ def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
     return items
 
 
-def _from_source(source: str, fixed: str | None) -> list[ImageItem]:
+def _from_source(source: str, single: SingleImages) -> list[ImageItem]:
     path = Path(source)
-    if path.is_file() and extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS):
-        return [from_file(path, path.name, fixed)]
+    if os.path.lexists(path) and not path.is_dir() and is_image(path):
+        return [single.item(path, path.name)]
     if path.is_dir():
-        items = from_folder(path, fixed)
+        items = from_folder(path, single.fixed)
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
     for url in expand_urls(source):
         if is_stream(url):
-            raise UserError(f"{url}: pictures are read from folders and local tars; fetch it first")
-        items += _from_tar(Path(url), fixed)
+            raise UserError(f"{url}: images are read from folders and local tars; fetch it first")
+        found = is_image(Path(url)) and not Path(url).is_dir()
+        items += [single.item(Path(url), Path(url).name)] if found else _from_tar(Path(url), single.fixed)
     return items
 
 
-def find_images(source: str | Path | Sequence[str | Path], caption: str | None = None) -> list[ImageItem]:
-    """Every picture of `source`, sorted by name within a folder; `caption`, if given, is the caption of them all.
+def _without_captions(sources: Sequence[str]) -> list[str]:
+    """Return `sources` without the files beside the images, which `folder/*` names too; warns of those not read."""
+    if len(sources) < 2:
+        return list(sources)
+    kept, left_out = [], []
+    stems = {same_name(str(Path(source).with_suffix(""))) for source in sources if is_image(Path(source))}
+    for source in sources:
+        path = Path(source)
+        if not path.is_file() or is_image(path) or tarfile.is_tarfile(path):
+            kept.append(source)
+        elif path.suffix.lower() == ".txt" and same_name(str(path.with_suffix(""))) in stems:
+            continue
+        elif path.name not in METADATA_FILES and path.suffix.lower() != ".tar":
+            left_out.append(source)
+        elif path.suffix.lower() == ".tar":
+            kept.append(source)  # a damaged one
+    if left_out:
+        names = ", ".join(left_out[:5]) + (" ..." if len(left_out) > 5 else "")
+        logger.warning("%d files are neither images nor tars, and are left out: %s", len(left_out), names)
+    return kept or list(sources)
 
-    `source` is a folder of pictures (`metadata.jsonl` in it holds the captions, or `name.txt` beside each), a folder
-    of tars, tars by path, glob or brace pattern, a picture, or a list of these. Pictures with no caption are told of,
+
+def find_images(source: str | Path | Sequence[str | Path], caption: str | None = None) -> list[ImageItem]:
+    """Return every image of `source`, sorted by name within a folder; `caption`, if given, is the caption of them all.
+
+    `source` is a folder of images (`metadata.jsonl` in it holds the captions, or `name.txt` beside each), a folder
+    of tars, tars by path, glob or brace pattern, an image, or a list of these. Images with no caption are told of,
     and get the empty one.
 
     Raises:
-        UserError: there is no picture, none has a caption, one is named twice, a folder has both pictures and tars,
+        UserError: there is no image, none has a caption, one is named twice, a folder has both images and tars,
             or `metadata.jsonl` or a tar cannot be read.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
     items: list[ImageItem] = []
     seen: set[Path] = set()
-    for entry in sources:
-        found = _from_source(entry, caption)
+    single = SingleImages(caption)
+    for entry in _without_captions(sources):
+        found = _from_source(entry, single)
         if not found:
-            raise UserError(f"{entry}: no pictures ({', '.join(EXTENSIONS)}) and no tars of them")
+            raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars of them")
         paths = {item.path.resolve() for item in found}
         counts = Counter((item.path, item.name) for item in found)  # a tar is the path of many
         twice = seen & paths | {path for (path, _), count in counts.items() if count > 1}
         if twice:
-            raise UserError(f"{min(twice)}: named twice among the pictures")
+            raise UserError(f"{min(twice)}: named twice among the images")
         seen |= paths
-        if len(sources) > 1 and Path(entry).is_dir():  # else two folders' pictures could have one name
+        if len(sources) > 1 and Path(entry).is_dir():  # else two folders' images could have one name
             found = [replace(item, name=f"{Path(entry).name}/{item.name}") for item in found]
         items += found
     where = ", ".join(sources)
     missing = [item.name for item in items if item.caption is None and item.error is None]
     if missing and all(item.caption is None for item in items):
         raise UserError(
-            f"{where}: no picture has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
+            f"{where}: no image has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
         )
     if missing:
         names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        logger.warning("%s: %d pictures have no caption and get the empty one: %s", where, len(missing), names)
+        logger.warning("%s: %d images have no caption and get the empty one: %s", where, len(missing), names)
     return items

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import CaptionDropout
 from ldm.shards.reader import check_shape, decode_member, find_member
-from ldm.shards.sample import CAPTION, TEXT_KEYS, member_extension
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, TEXT_KEYS, member_extension
 from ldm.shards.tar import stream_tar
 from ldm.util import UserError
 
@@ -29,9 +29,10 @@ class ShardStream(IterableDataset):
     def __init__(
         self,
         urls: Sequence[str],
-        first_stage_key: str = "f8",
-        cond_stage_key: str = "t5",
+        first_stage_key: str = LATENT,
+        cond_stage_key: str = CONTEXT,
         *,
+        extra: Sequence[str] = (),
         shuffle_buffer: int = 0,
         seed: int = 0,
         rank: int = 0,
@@ -42,7 +43,7 @@ class ShardStream(IterableDataset):
         if not self.urls:
             raise UserError(f"{len(urls)} streamed shards are too few for {world} ranks")
         self.first_stage_key = first_stage_key
-        self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION]))
+        self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION, *extra]))
         self.optional = {CAPTION} - {first_stage_key, cond_stage_key}
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
@@ -97,7 +98,7 @@ class ShardStream(IterableDataset):
             if key not in TEXT_KEYS:
                 known = self.shapes.setdefault(key, {})
                 shape = result[key].shape
-                picture = key == self.first_stage_key
-                check_shape(key, shape, next(iter(known), shape), picture, name)
+                image = key == self.first_stage_key
+                check_shape(key, shape, next(iter(known), shape), image, name)
                 known[shape] = result[key].dtype.name
         return result

@@ -1,4 +1,4 @@
-"""A shard while its pictures are encoded."""
+"""A shard while its images are encoded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ldm.encoding.encoder import CaptionEncoding
 from ldm.encoding.jobs import Record
-from ldm.encoding.read import Picture, Unreadable
-from ldm.shards import npy
+from ldm.encoding.read import FittedImage, Unreadable
+from ldm.shards.sample import LATENT, encode_members
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class EncodedShard:
-    """Writes what is encoded of a shard's pictures, in their order, and counts it.
+    """Writes what is encoded of a shard's images, in their order, and counts it.
 
     `prepare` is called before the file is opened, when the first encodings are known to be sound.
     """
@@ -28,42 +30,48 @@ class EncodedShard:
         self.path = path
         self.prepare = prepare
         self.failed: list[dict[str, str]] = []
-        self.pictures = 0
+        self.images = 0
         self.without_caption = 0
         self.sizes: Counter[str] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
+        self._cut: dict[int, dict[str, Any]] = {}  # names and tokens of captions that are too long, by place
         self._shard: Shard | None = None
         self._early: dict[int, list[tuple[str, dict[str, bytes]]]] = {}  # samples by place, before their turn
 
-    def readable(self, results: Iterable[Picture | Unreadable]) -> Iterator[Picture]:
-        """The pictures among `results`; the others are told of."""
+    def readable(self, results: Iterable[FittedImage | Unreadable]) -> Iterator[FittedImage]:
+        """The images among `results`; the others are told of."""
         for result in results:
-            if isinstance(result, Picture):
+            if isinstance(result, FittedImage):
                 yield result
                 continue
             logger.warning("left out: %s", result.reason)
             self.failed.append({"name": result.item.name, "reason": result.reason})
 
     def add(
-        self, batch: Sequence[tuple[int, Picture]], values: Sequence[np.ndarray], contexts: Sequence[np.ndarray]
+        self,
+        batch: Sequence[tuple[int, FittedImage]],
+        values: Sequence[np.ndarray],
+        contexts: Sequence[CaptionEncoding],
     ) -> None:
-        """Take the encodings of pictures: in `values` the plain ones' and, if there are two, the mirrored ones'.
+        """Take the encodings of images: in `values` the plain ones' and, if there are two, the mirrored ones'.
 
         Raises:
             UserError: a value is not finite.
         """
-        for i, ((place, picture), context) in enumerate(zip(batch, contexts, strict=True)):
-            self._early[place] = [_sample(picture, view[i], context, bool(flip)) for flip, view in enumerate(values)]
-            self.without_caption += picture.item.caption is None
-            self.sizes["{}x{}".format(*picture.size)] += len(values)
+        for i, ((place, image), context) in enumerate(zip(batch, contexts, strict=True)):
+            self._early[place] = [_sample(image, view[i], context, bool(flip)) for flip, view in enumerate(values)]
+            if context.cut_tokens:
+                self._cut[place] = {"name": image.item.name, "tokens": context.cut_tokens}
+            self.without_caption += image.item.caption is None
+            self.sizes["{}x{}".format(*image.size)] += len(values)
             self.shapes.add(values[0].shape[1:])
         if self._shard is None:
             self.prepare()
             self._shard = Shard(self.path).__enter__()
-        while self.pictures in self._early:
-            for key, members in self._early.pop(self.pictures):
+        while self.images in self._early:
+            for key, members in self._early.pop(self.images):
                 self._shard.write(key, members)
-            self.pictures += 1
+            self.images += 1
 
     def finish(self) -> Record:
         """Close the shard; its record."""
@@ -73,11 +81,12 @@ class EncodedShard:
             entry = self._shard.entry
         return {
             **entry,
-            "pictures": self.pictures,
+            "images": self.images,
             "without_caption": self.without_caption,
             "failed": self.failed,
             "sizes": dict(sorted(self.sizes.items())),
-            "f8": sorted(self.shapes),
+            LATENT: sorted(self.shapes),
+            **({"cut": [self._cut[place] for place in sorted(self._cut)]} if self._cut else {}),
         }
 
     def abandon(self, error: BaseException) -> None:
@@ -86,14 +95,11 @@ class EncodedShard:
             self._shard.__exit__(type(error), error, error.__traceback__)
 
 
-def _sample(picture: Picture, values: np.ndarray, context: np.ndarray, flip: bool) -> tuple[str, dict[str, bytes]]:
-    """Key and members of the picture's sample, or of its mirror image's."""
+def _sample(
+    image: FittedImage, values: np.ndarray, context: CaptionEncoding, flip: bool
+) -> tuple[str, dict[str, bytes]]:
+    """Key and members of the image's sample, or of its mirror image's."""
     if not np.isfinite(values).all():
-        raise UserError(f"{picture.item.name}: encodes to NaN or infinity; try --precision fp32")
-    members = {
-        "f8.npy": npy.encode(values),
-        "t5.npy": npy.encode(context),
-        "txt": picture.caption.encode(),
-        "json": picture.origin(flip),
-    }
-    return picture.key + ("_flip" if flip else ""), members
+        raise UserError(f"{image.item.name}: encodes to NaN or infinity; try --precision fp32")
+    members = encode_members(values, context.arrays, image.caption, image.origin(flip))
+    return image.key + ("_flip" if flip else ""), members

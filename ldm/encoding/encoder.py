@@ -1,9 +1,10 @@
-"""What pre-encoding needs of a model: pictures to posteriors, and captions to hidden states."""
+"""What pre-encoding needs of a model: images to posteriors, and captions to hidden states."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,28 +16,41 @@ from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.transforms import to_range
 from ldm.models.diffusion.latent import check_reads_captions
+from ldm.modules.encoders.tokenizer import cut_captions
+from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR, text_encodings
 from ldm.util import UserError
 
 _CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
 
 
+@dataclass(frozen=True)
+class CaptionEncoding:
+    """Encodings of one caption, float16, by member, and its length in tokens if it is cut; 0 if it is not."""
+
+    arrays: dict[str, np.ndarray]
+    cut_tokens: int = 0
+
+
 class _Caption:
-    """The encoding of one caption, float16 (77, 768), for which whoever needs it waits."""
+    """The encoding of one caption, which is computed when it is first asked for."""
 
-    def __init__(self, text: str, batch: HostCopy, index: int) -> None:
+    def __init__(self, text: str, batch: Mapping[str, HostCopy], index: int, cut_tokens: int) -> None:
         self._text = text
-        self._copy: tuple[HostCopy, int] | None = batch, index
-        self._array: np.ndarray | None = None
+        self._copy: tuple[Mapping[str, HostCopy], int] | None = batch, index
+        self._cut_tokens = cut_tokens
+        self._encoding: CaptionEncoding | None = None
 
-    def get(self) -> np.ndarray:
+    def get(self) -> CaptionEncoding:
         copy = self._copy
         if copy is not None:
             batch, index = copy
-            self._array = batch.get()[index].numpy().copy()  # the batch's memory can be used again
+            # Copies, since the batch's memory can be used again.
+            arrays = {key: part.get()[index].numpy().copy() for key, part in batch.items()}
+            self._encoding = CaptionEncoding(arrays, self._cut_tokens)
             self._copy = None
-            if not np.isfinite(self._array).all():
+            if not all(np.isfinite(array).all() for array in arrays.values()):
                 raise UserError(f"the caption {self._text!r} encodes to NaN or infinity; try --precision fp32")
-        return self._array
+        return self._encoding
 
 
 class Encoder:
@@ -59,17 +73,17 @@ class Encoder:
         self._captions: OrderedDict[str, _Caption] = OrderedDict()
 
     def check_sizes(self, sizes: Iterable[Size]) -> None:
-        """Raise `UserError` unless the autoencoder and the UNet can halve pictures of these sizes evenly."""
+        """Raise `UserError` unless the autoencoder and the UNet can halve images of these sizes evenly."""
         unet = getattr(self.model.model.diffusion_model, "downsampling", 1)
         multiple = self.model.first_stage_model.downsampling * unet
         for height, width in sizes:
             if height % multiple or width % multiple:
                 size = f"--size {height}" if height == width else f"--buckets, {height}x{width}"
-                raise UserError(f"{size}: this model takes pictures in multiples of {multiple} pixels")
+                raise UserError(f"{size}: this model takes images in multiples of {multiple} pixels")
 
     @torch.inference_mode()
-    def pictures(self, batch: Tensor) -> Tensor:
-        """Pictures uint8 (B, 3, H, W) to posterior parameters, or latents, float16 (B, 2C or C, h, w), on the device.
+    def images(self, batch: Tensor) -> Tensor:
+        """Images uint8 (B, 3, H, W) to posterior parameters, or latents, float16 (B, 2C or C, h, w), on the device.
 
         On a GPU the work is under way when this returns.
         """
@@ -82,21 +96,23 @@ class Encoder:
         if not isinstance(encoded, Tensor):
             mean, logvar = values.chunk(2, dim=1)
             # The posterior clamps it so when it is read; unclamped it need not fit in float16.
-            values = torch.cat([mean, logvar.clamp(-30.0, 20.0)], dim=1)
+            values = torch.cat([mean, logvar.clamp(LEAST_LOGVAR, MOST_LOGVAR)], dim=1)
         return values.half()
 
     @torch.inference_mode()
-    def captions(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The encodings, float16 (77, 768), of `texts`; each text is encoded once as long as it is remembered."""
+    def captions(self, texts: Sequence[str]) -> list[CaptionEncoding]:
+        """Return the encodings of `texts`; each text is encoded once as long as it is remembered."""
         return self.captions_later(texts)()
 
     @torch.inference_mode()
-    def captions_later(self, texts: Sequence[str]) -> Callable[[], list[np.ndarray]]:
-        """What gives `captions(texts)`, in any thread: on a GPU the work is under way when this returns."""
+    def captions_later(self, texts: Sequence[str]) -> Callable[[], list[CaptionEncoding]]:
+        """Return a function that gives `captions(texts)`, in any thread: on a GPU the work is under way by then."""
         new = [text for text in dict.fromkeys(texts) if text not in self._captions]
         if new:
-            batch = HostCopy(self.model.get_learned_conditioning(new).float().half())
-            self._captions |= {text: _Caption(text, batch, index) for index, text in enumerate(new)}
+            encodings = text_encodings(self.model.get_learned_conditioning(new))
+            batch = {key: HostCopy(value.float().half()) for key, value in encodings.items()}
+            cut = cut_captions(self.model.cond_stage_model, new)
+            self._captions |= {text: _Caption(text, batch, i, cut.get(text, 0)) for i, text in enumerate(new)}
         for text in texts:
             self._captions.move_to_end(text)
         found = [self._captions[text] for text in texts]

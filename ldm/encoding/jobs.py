@@ -1,18 +1,19 @@
-"""The shards that a list of pictures makes, and in `.parts/` beside them a record of each that is finished."""
+"""The shards that a list of images or prompts makes, and in `.parts/` beside them a record of each that is finished."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ldm.encoding.shard_set import PARTS, POLL
 from ldm.files import atomic_write, read_at_most
-from ldm.shards.index import FAILURES, SHARD_ENTRIES, WHOLE, Entry, check_entries, is_whole
+from ldm.shards.index import is_digest, is_failures, is_whole
+from ldm.shards.sample import LATENT
 from ldm.shards.verify import file_sha256
 from ldm.shards.writer import is_spread, shard_paths
 from ldm.util import UserError
@@ -21,29 +22,10 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 _MOST_BYTES = 1 << 28  # of a record
-_REMOVE = "remove it, and its shard is made again"
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, dict) and all(is_whole(count) for count in value.values())
-
-
-def _are_shapes(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(s, list) and all(map(is_whole, s)) for s in value)
-
-
-_ENTRIES: dict[str, Entry] = {
-    "samples": WHOLE,
-    "pictures": WHOLE,
-    "without_caption": WHOLE,
-    "failed": FAILURES,
-    "sizes": (_are_sizes, "not numbers of samples by size"),
-    "f8": (_are_shapes, "not a list of shapes"),
-}
 
 
 def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range]]:
-    """The shards that `count` pictures make, `shard_size` to each, with the numbers of their pictures.
+    """Return the shards that `count` images or prompts make, `shard_size` to each, with the numbers of these.
 
     Raises:
         UserError: `out` names too few.
@@ -52,7 +34,7 @@ def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     paths = list(islice(shard_paths(out), len(parts)))
     if len(paths) < len(parts):
-        raise UserError(f"--out {out}: {len(paths)} shards of {size} pictures are too few for {count}")
+        raise UserError(f"--out {out}: {len(paths)} shards of {size} are too few for {count}")
     return list(zip(paths, parts, strict=True))
 
 
@@ -73,36 +55,80 @@ def read_record(shard: Path) -> Record | None:
     """Return the record of `shard`; None if it is not finished.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the record is damaged.
     """
     path = _record_path(shard)
     try:
         record = json.loads(read_at_most(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())}; {_REMOVE}") from error
-    needed = (*_ENTRIES, *SHARD_ENTRIES) if isinstance(record, dict) and record.get("samples") else tuple(_ENTRIES)
-    if not isinstance(record, dict) or not record.keys() >= set(needed):
-        raise UserError(f"{path}: is {record!r:.80}, not a record of a shard; {_REMOVE}")
-    check_entries(f"{path}: its ", record, {**SHARD_ENTRIES, **_ENTRIES}, _REMOVE)
+    except (ValueError, RecursionError) as error:  # UserError is one
+        raise UserError(f"{path}: damaged: {error!s:.200}; remove it, and its shard is made again") from error
+    if isinstance(record, dict):
+        record = {_RENAMED.get(key, key): value for key, value in record.items()}
+    wrong = _wrong_entry(record, shard.name)
+    if wrong is not None:
+        raise UserError(f"{path}: damaged: {wrong}; remove it, and its shard is made again")
     return record
 
 
+def _wrong_entry(record: Any, name: str) -> str | None:
+    """Return what is wrong with a record of the shard `name`; None if nothing is."""
+    if not isinstance(record, dict):
+        return f"{record!r:.80} is no record"
+    if not is_whole(record.get("samples")):
+        return f"samples is {record.get('samples')!r:.80}"
+    needed = {"name": lambda value: value == name, "bytes": is_whole, "sha256": is_digest} if record["samples"] else {}
+    for key, is_right in (_ENTRIES | needed).items():
+        if (key in record or key in needed) and not is_right(record.get(key)):
+            return f"{key} is {record.get(key)!r:.80}"
+    missing = _OF_IMAGES - record.keys() if _OF_IMAGES & record.keys() else set()
+    return f"it has no {min(missing)}" if missing else None
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_whole, value.values()))
+
+
+def _is_shapes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(shape, list) and all(map(is_whole, shape)) for shape in value)
+
+
+def _is_cut(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and is_whole(entry.get("tokens"))
+        for entry in value
+    )
+
+
+_RENAMED = {"pictures": "images"}  # in records of an older version
+_OF_IMAGES = {"images", "without_caption", "failed", "sizes", LATENT}
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "images": is_whole,
+    "without_caption": is_whole,
+    "failed": is_failures,
+    "sizes": _is_sizes,
+    LATENT: _is_shapes,
+    "cut": _is_cut,
+}
+
+
 def take_up(shard: Path) -> Record | None:
-    """Return the record of a shard that an earlier run finished, if its bytes are as they were written; else None."""
+    """Return the record of a shard that an earlier run finished, if all of its bytes are as they were written.
+
+    Of another shard, and of one whose record is damaged, the result is None: it is made again.
+    """
     try:
         record = read_record(shard)
     except UserError as error:
-        logger.warning("%s: it is made again, since its record is damaged: %s", shard, error)
-    else:
-        if record is None or "sha256" not in record:
-            return record
-        if shard.is_file() and shard.stat().st_size == record["bytes"] and file_sha256(shard) == record["sha256"]:
-            return record
-        logger.warning("%s: is not what was written; it is made again", shard)
+        logger.warning("%s", str(error).replace("remove it, and its shard is made again", "its shard is made again"))
+        _record_path(shard).unlink()
+        return None
+    if record is None or "sha256" not in record:
+        return record
+    if shard.is_file() and shard.stat().st_size == record["bytes"] and file_sha256(shard) == record["sha256"]:
+        return record
+    logger.warning("%s: is not what was written; it is made again", shard)
     _record_path(shard).unlink()
     return None
 

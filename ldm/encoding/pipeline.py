@@ -1,4 +1,4 @@
-"""Encoding the pictures of shards, with the device, the decoding and the writing at work at the same time."""
+"""Encoding the images of shards, with the device, the decoding and the writing at work at the same time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.encoding.encoded_shard import EncodedShard
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import CaptionEncoding, Encoder
 from ldm.encoding.jobs import Record
-from ldm.encoding.read import Picture, batches, read_pictures
+from ldm.encoding.read import FittedImage, batches, read_images
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.find import ImageItem
 
 _READ = 2  # batches that are decoded before the device is free for them
-_AHEAD = 16  # batches that may overtake a picture that waits for more of its size
+_AHEAD = 16  # batches that may overtake an image that waits for more of its size
 _BEHIND = 2  # batches that are encoded but not yet written
 
 
@@ -65,17 +64,17 @@ def encode_shards(
     prepare: Callable[[], None],
     keep: Callable[[Path, Record], None],
 ) -> None:
-    """Make each of `shards`, of the pictures among `items` with its numbers, fitted to `sizes`.
+    """Make each of `shards`, of the images among `items` with its numbers, fitted to `sizes`.
 
-    While the device encodes a batch, `workers` processes decode the next pictures and a thread writes the last ones.
-    Memory holds no more than a few batches of them, whatever the number of pictures.
+    While the device encodes a batch, `workers` processes decode the next images and a thread writes the last ones.
+    Memory holds no more than a few batches of them, whatever the number of images.
 
     Args:
         prepare: called before each file is opened, by the thread.
         keep: called with the path and the record of each finished shard, by the thread.
     """
     numbered = ((number, items[number]) for _, numbers in shards for number in numbers)
-    results = read_pictures(numbered, sizes, workers, _READ * batch_size)
+    results = read_images(numbered, sizes, workers, _READ * batch_size)
     count = sum(len(numbers) for _, numbers in shards)
     open_shards: list[EncodedShard] = []
     try:
@@ -84,12 +83,12 @@ def encode_shards(
                 shard = EncodedShard(path, prepare)
                 open_shards = [*open_shards[-1:], shard]  # the one before may have to be written yet
                 encoder.forget_captions()
-                pictures = shard.readable(_counted(islice(results, len(numbers)), bar))
-                for batch in batches(pictures, batch_size, _AHEAD * batch_size):
-                    contexts = encoder.captions_later([picture.caption for _, picture in batch])
-                    pixels = torch.stack([torch.from_numpy(picture.pixels) for _, picture in batch])
+                images = shard.readable(_counted(islice(results, len(numbers)), bar))
+                for batch in batches(images, batch_size, _AHEAD * batch_size):
+                    contexts = encoder.captions_later([image.caption for _, image in batch])
+                    pixels = torch.stack([torch.from_numpy(image.pixels) for _, image in batch])
                     both = [pixels, pixels.flip(-1)] if flip else [pixels]
-                    views = [HostCopy(encoder.pictures(view)) for view in both]
+                    views = [HostCopy(encoder.images(view)) for view in both]
                     behind.do(_write, shard, batch, views, contexts)  # which waits for the device in this one's place
                 behind.do(lambda shard=shard: keep(shard.path, shard.finish()))
     except BaseException as error:
@@ -100,9 +99,9 @@ def encode_shards(
 
 def _write(
     shard: EncodedShard,
-    batch: Sequence[tuple[int, Picture]],
+    batch: Sequence[tuple[int, FittedImage]],
     views: Sequence[HostCopy],
-    contexts: Callable[[], Sequence[np.ndarray]],
+    contexts: Callable[[], Sequence[CaptionEncoding]],
 ) -> None:
     shard.add(batch, [view.get().numpy() for view in views], contexts())
 

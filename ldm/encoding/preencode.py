@@ -1,48 +1,56 @@
-"""Pictures and captions to shards of posteriors and text embeddings.
+"""Images and captions to shards of posteriors and text encodings.
 
-A sample `<key>` is `<key>.f8.npy`, the posterior's parameters float16 (2C, height/8, width/8), unscaled;
-`<key>.t5.npy`, the text encoder's output float16 (77, 768); `<key>.txt`; and `<key>.json`, where it comes from.
+The members of a sample are those of `ldm.shards.sample`: the posterior's parameters float16 (2C, height/8, width/8),
+unscaled; the text encoder's outputs, such as float16 (77, 768); the caption; and where the image comes from.
 
-A shard holds the readable ones of a fixed range of the input's pictures, and depends on nothing else. So shards can be
+A shard holds the readable ones of a fixed range of the input's images, and depends on nothing else. So shards can be
 made by several processes, in any order, and after an interruption, and are always the same. The index has, beside what
 `ldm.shards.index` says,
 
-    made_from           the settings, the digests of the weights and of the list of pictures: what must be the same to
+    made_from           the settings, the digests of the weights and of the list of images: what must be the same to
                         go on with an unfinished set
-    pictures, without_caption, failed   counts, and name and reason of each picture that could not be read
-    sizes, f8, t5       samples by the size (height x width) of their pictures, and the shapes of what is stored
+    images, without_caption, captions_cut   counts
+    failed, cut         name and reason of each image that could not be read; name and tokens of each caption that is
+                        longer than the text encoder reads
+    sizes, f8, t5       samples by the size (height x width) of their images, and the shapes of what is stored
+
+Sets of an older version have `pictures` in place of `images`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ldm.distributed.ranks import Ranks
 from ldm.encoding.encoder import Encoder
-from ldm.encoding.jobs import Record, plan_shards, take_up, wait_for_records, write_record
+from ldm.encoding.jobs import Record, plan_shards
+from ldm.encoding.making import INDEXED, Job, Making, make_set
 from ldm.encoding.pipeline import encode_shards
-from ldm.encoding.shard_set import RESUMABLE, begin, check_out, finish, goes_on, stop, wait_for_begin
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
+from ldm.shards.index import INDEX
+from ldm.shards.sample import LATENT, index_shapes
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 5  # images that a warning names
+
 
 @dataclass
 class Report:
-    """What became of the pictures of some shards."""
+    """What became of the images of some shards."""
 
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     without_caption: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)  # name and reason
-    sizes: Counter[str] = field(default_factory=Counter)  # samples by height x width of their pictures
+    cut: list[dict[str, Any]] = field(default_factory=list)  # name and tokens of captions that are too long
+    sizes: Counter[str] = field(default_factory=Counter)  # samples by height x width of their images
     f8: list[tuple[int, ...]] = field(default_factory=list)  # shapes
     shards: list[Record] = field(default_factory=list)  # name, samples, bytes, sha256; of those with samples
 
@@ -52,55 +60,15 @@ class Report:
         report = cls()
         for record in records:
             report.samples += record["samples"]
-            report.pictures += record["pictures"]
+            report.images += record["images"]
             report.without_caption += record["without_caption"]
             report.failed += record["failed"]
             report.sizes += Counter(record["sizes"])
-            report.f8 = sorted({tuple(shape) for shape in [*report.f8, *record["f8"]]})
+            report.cut += record.get("cut", [])
+            report.f8 = sorted({tuple(shape) for shape in [*report.f8, *record[LATENT]]})
             if record["samples"]:
-                report.shards.append({key: record[key] for key in ("name", "samples", "bytes", "sha256")})
+                report.shards.append({key: record[key] for key in INDEXED})
         return report
-
-
-@dataclass
-class _SetInMaking:
-    """This process's part of a set: whether the set's folder is marked as its own, and its records of shards."""
-
-    out: str
-    made_from: Mapping[str, Any]
-    begun: bool
-    records: dict[Path, Record] = field(default_factory=dict)
-
-    def take_up(self, shards: Sequence[Path]) -> None:
-        """Take over those of `shards` that an earlier run finished."""
-        found = {path: take_up(path) for path in shards if self.begun}
-        self.records = {path: record for path, record in found.items() if record is not None}
-        if self.records:
-            logger.info("going on: %d of %d shards are finished", len(self.records), len(shards))
-
-    def prepare(self) -> None:
-        """Begin the set, now that it is sure that there will be one to replace the old one."""
-        if not self.begun:
-            begin(self.out, self.made_from)
-            self.begun = True
-
-    def keep(self, shard: Path, record: Record) -> None:
-        """Note that `shard` is finished."""
-        self.records[shard] = record
-        if self.begun:
-            write_record(shard, record)
-
-
-def _open_set(out: str, made_from: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> _SetInMaking | None:
-    """The set to begin, or to go on with; None if rank 0 has finished it without this process."""
-    assert ranks.world == 1 or not overwrite, "none of several processes may remove what others write"
-    if ranks.rank > 0:
-        return _SetInMaking(out, made_from, begun=True) if wait_for_begin(out, made_from) else None
-    check_out(out, overwrite, resumable=True)
-    making = _SetInMaking(out, made_from, begun=not overwrite and goes_on(out, made_from))
-    if ranks.world > 1:
-        making.prepare()  # the others wait for it
-    return making
 
 
 def preencode(
@@ -123,65 +91,57 @@ def preencode(
     processes with one `out` each makes its share of the shards; rank 0 waits for all and then writes the index.
 
     Args:
-        size: pixels a side of the square that pictures are cropped to; with `buckets`, see `bucket_sizes`.
-        shard_size: samples in a shard; a picture and its mirror image are not parted.
-        workers: processes that decode pictures.
+        size: pixels a side of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
+        shard_size: samples in a shard; an image and its mirror image are not parted.
+        workers: processes that decode images.
         overwrite: begin anew, whatever is there; for a process alone.
         ranks: which process this is; by default, the only one.
 
     Returns:
-        What became of all pictures; of a rank above 0, what became of its own.
+        What became of all images; of a rank above 0, what became of its own.
 
     Raises:
-        UserError: shards are there already, or an unfinished set of something else; no picture can be read; or a value
+        UserError: shards are there already, or an unfinished set of something else; no image can be read; or a value
             does not fit in float16.
     """
-    ranks = ranks or Ranks()
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
     shards = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size}
     made_from = {
-        "out": Path(out).name,
         **settings,
         "precision": str(encoder.dtype).removeprefix("torch."),
         **encoder.digests,
-        "pictures": digest_images(items),
+        "images": digest_images(items),
     }
-    null = encoder.captions([""])[0]
-    making = _open_set(out, made_from, overwrite, ranks)
-    if making is None:
-        return Report()
-    mine = [path for path, _ in ranks.share(shards)]
-    making.take_up(mine)
-    missing = [(path, numbers) for path, numbers in ranks.share(shards) if path not in making.records]
-    try:
+    nulls = encoder.captions([""])[0].arrays
+
+    def write(missing: Sequence[Job], making: Making) -> None:
         encode_shards(encoder, items, missing, sizes, batch_size, flip, workers, making.prepare, making.keep)
-        if ranks.rank > 0:
-            return Report.of(making.records[path] for path in mine)
-        others = [path for path, _ in shards if path not in making.records]
-        records = making.records | dict(zip(others, wait_for_records(others), strict=True))
-        report = Report.of(records[path] for path, _ in shards)
-        if not report.pictures:
-            raise UserError(f"none of {len(items)} pictures can be read; the first: {report.failed[0]['reason']}")
-    except BaseException as error:
-        if ranks.world == 1:
-            stop(out, interrupted=isinstance(error, KeyboardInterrupt))
-        raise
-    finish(
-        out,
-        null,
-        report.shards,
-        samples=report.samples,
-        pictures=report.pictures,
-        without_caption=report.without_caption,
-        failed=report.failed,
-        **settings,
-        sizes=dict(sorted(report.sizes.items())),
-        f8=report.f8,
-        t5=list(null.shape),
-        scale_factor=float(encoder.model.scale_factor),
-        **encoder.digests,
-        **{RESUMABLE: made_from},
-    )
+
+    def describe(records: Sequence[Record]) -> dict[str, Any]:
+        report = Report.of(records)
+        if not report.images:
+            raise UserError(f"none of {len(items)} images can be read; the first: {report.failed[0]['reason']}")
+        return {
+            "samples": report.samples,
+            "images": report.images,
+            "without_caption": report.without_caption,
+            "captions_cut": len(report.cut),
+            "failed": report.failed,
+            "cut": report.cut,
+            **settings,
+            "sizes": dict(sorted(report.sizes.items())),
+            **index_shapes(report.f8, nulls),
+            "scale_factor": float(encoder.model.scale_factor),
+            **encoder.digests,
+        }
+
+    report = Report.of(make_set(out, made_from, shards, nulls, write, describe, overwrite, ranks))
+    if report.cut:
+        shown = ", ".join(f"{entry['name']} ({entry['tokens']})" for entry in report.cut[:_NAMED])
+        more = f" and {len(report.cut) - _NAMED} more, see {INDEX}" if len(report.cut) > _NAMED else ""
+        logger.warning(
+            "%d captions have more tokens than are read, the rest is cut: %s%s", len(report.cut), shown, more
+        )
     return report

@@ -1,15 +1,18 @@
-"""Shards of a prior: samples of a released model straight from its latent space, or the latents of a set of pictures.
+"""Shards of a prior: samples of a released model straight from its latent space, or the latents of a set of images.
 
-A sample is as `ldm.encoding.preencode` writes it, but that `<key>.f8.npy` is one latent, float16 (C, h, w), unscaled,
-and that a teacher adds its members; see `ldm.encoding.teacher`. `<key>.json` tells how it was drawn.
+A sample is as `ldm.encoding.preencode` writes it, except that it holds one latent, float16 (C, h, w), unscaled, and
+that a teacher adds its members; see `ldm.encoding.teacher`. Its `json` tells how it was sampled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +20,21 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ldm.checkpoint.digest import weights_digest
 from ldm.data.dropout import CaptionDropout
+from ldm.distributed.ranks import Ranks
 from ldm.encoding.encoder import Encoder
+from ldm.encoding.jobs import Record, plan_shards
+from ldm.encoding.making import Job, Making, make_set
 from ldm.encoding.read import sample_key
-from ldm.encoding.shard_set import Sample, check_out, finish, write_samples
 from ldm.encoding.teacher import Teacher
-from ldm.models.diffusion.text_to_image import Request, draw_latents
+from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.text_to_image import Request, draw_batches
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.shards import npy
 from ldm.shards.open import check_encoders, open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.writer import existing_shards
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, STORED, TEXT_ENCODINGS, encode_members
+from ldm.shards.writer import Shard, existing_shards
 from ldm.util import UserError
 
 
@@ -38,50 +45,53 @@ class PriorSample:
     number: int
     key: str
     latent: np.ndarray  # C h w, float16, unscaled
-    context: np.ndarray  # 77 D, float16
+    encodings: dict[str, np.ndarray]  # of the caption, float16
     caption: str
     origin: Mapping[str, Any]
-    answers: Mapping[str, bytes] = field(default_factory=dict)  # the teacher's members
+    answers: Mapping[str, np.ndarray] = field(default_factory=dict)  # the teacher's
 
     def members(self) -> dict[str, bytes]:
-        return {
-            "f8.npy": npy.encode(self.latent),
-            "t5.npy": npy.encode(self.context),
-            "txt": self.caption.encode(),
-            "json": json.dumps(self.origin).encode(),
-            **self.answers,
-        }
+        return encode_members(self.latent, self.encodings, self.caption, self.origin, self.answers)
 
 
-def _parts(count: int, size: int) -> Iterator[range]:
-    return (range(start, min(start + size, count)) for start in range(0, count, size))
+# Yields the samples of each of the ranges of numbers that it is given.
+Source = Callable[[Sequence[range]], Iterator[list[PriorSample]]]
 
 
 def drawn(
-    encoder: Encoder, requests: Sequence[Request], shape: tuple[int, int, int], settings: Mapping[str, Any], size: int
-) -> Iterator[list[PriorSample]]:
-    """Samples of the encoder's model, `size` at a time; `settings` are arguments of `draw_latents`."""
-    latents = draw_latents(encoder.model, requests, shape, **settings, batch_size=size, verbose=False)
-    for part in _parts(len(requests), size):
-        contexts = encoder.captions([requests[number].prompt for number in part])
-        samples = []
-        for number, context in zip(part, contexts, strict=True):
-            prompt, origin = requests[number].prompt, {**requests[number].described(), **settings}
-            latent = (next(latents) / encoder.model.scale_factor).half().cpu().numpy()
-            if not np.isfinite(latent).all():
-                raise UserError(f"{prompt!r}, seed {origin['seed']}: drawn as NaN or infinity; try --precision fp32")
-            samples.append(PriorSample(number, sample_key(number, prompt), latent, context, prompt, origin))
-        yield samples
+    encoder: Encoder, requests: Sequence[Request], shape: tuple[int, int, int], settings: Mapping[str, Any]
+) -> Source:
+    """Return a source of samples of the encoder's model; `settings` are arguments of `draw_batches`."""
+
+    def samples_of(parts: Sequence[range]) -> Iterator[list[PriorSample]]:
+        asked = ([requests[number] for number in part] for part in parts)
+        for part, latents in zip(
+            parts, draw_batches(encoder.model, asked, shape, **settings, verbose=False), strict=True
+        ):
+            contexts = encoder.captions([requests[number].prompt for number in part])
+            samples = []
+            for number, drawn_latent, context in zip(part, latents, contexts, strict=True):
+                prompt, origin = requests[number].prompt, {**requests[number].described(), **settings}
+                latent = (drawn_latent / encoder.model.scale_factor).half().cpu().numpy()
+                if not np.isfinite(latent).all():
+                    raise UserError(
+                        f"{prompt!r}, seed {origin['seed']}: sampled as NaN or infinity; try --precision fp32"
+                    )
+                key = sample_key(number, prompt)
+                samples.append(PriorSample(number, key, latent, dict(context.arrays), prompt, origin))
+            yield samples
+
+    return samples_of
 
 
-def open_pictures(encoder: Encoder, urls: str, out: str) -> ShardDataset:
+def open_images(encoder: Encoder, urls: str, out: str) -> ShardDataset:
     """The pre-encoded set that `urls` names, which the encoder's model made: what is written says that it did.
 
     Raises:
         UserError: as `open_shards`; or it was made by another model, is of several sizes, has a key twice, or `out`
             would replace it.
     """
-    dataset, model = open_shards(urls), encoder.model
+    dataset, model = open_shards(urls, extra=TEXT_ENCODINGS), encoder.model
     replaced = {path.resolve() for path in existing_shards(out)} & {path.resolve() for path in dataset.paths}
     if replaced:
         raise UserError(f"--out {out}: would replace {replaced.pop()}, which is read; take another folder")
@@ -91,26 +101,27 @@ def open_pictures(encoder: Encoder, urls: str, out: str) -> ShardDataset:
         raise UserError(
             f"--shards {urls}: has two samples {twice!r}; make a prior of each part, and name both in prior_urls"
         )
-    latents, (context, *_) = list(dataset.shapes["f8"]), dataset.shapes["t5"]
+    latents, (context, *_) = list(dataset.shapes[LATENT]), dataset.shapes[CONTEXT]
     if len(latents) > 1:
-        raise UserError(f"--shards {urls}: pictures of {len(latents)} sizes; a prior needs one, the training set's")
+        raise UserError(f"--shards {urls}: images of {len(latents)} sizes; a prior needs one, the training set's")
     model.check_batch_shapes({model.first_stage_key: latents[0], model.cond_stage_key: context})
     return dataset
 
 
-def pictured(dataset: ShardDataset, channels: int, seed: int, size: int) -> Iterator[list[PriorSample]]:
-    """The samples of `dataset`, `size` at a time. Of a posterior a latent (`channels`, h, w) is drawn, by `seed`."""
-    for part in _parts(len(dataset), size):
-        samples = []
-        for number in part:
-            stored = dataset[number]
-            key, latent, context = stored["__key__"], torch.from_numpy(stored["f8"]), stored["t5"].astype(np.float16)
-            if len(latent) != channels:
-                generator = torch.Generator().manual_seed(_word(seed, number))
-                latent = DiagonalGaussianDistribution(latent[None].float()).sample(generator)[0]
-            origin = {"source": key, "seed": seed}
-            samples.append(PriorSample(number, key, latent.half().numpy(), context, stored["txt"], origin))
-        yield samples
+def latents_of_images(dataset: ShardDataset, channels: int, seed: int) -> Source:
+    """Return a source of the samples of `dataset`. Of a posterior a latent (`channels`, h, w) is sampled, by `seed`."""
+
+    def sample_of(number: int) -> PriorSample:
+        stored = dataset[number]
+        key, latent = stored["__key__"], torch.from_numpy(stored[LATENT])
+        encodings = {member: stored[member].astype(STORED) for member in TEXT_ENCODINGS}
+        if len(latent) != channels:
+            generator = torch.Generator().manual_seed(_word(seed, number))
+            latent = DiagonalGaussianDistribution(latent[None].float()).sample(generator)[0]
+        origin = {"source": key, "seed": seed}
+        return PriorSample(number, key, latent.half().numpy(), encodings, stored[CAPTION], origin)
+
+    return lambda parts: ([sample_of(number) for number in part] for part in parts)
 
 
 def _word(seed: int, number: int) -> int:
@@ -118,50 +129,105 @@ def _word(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number, 1]).generate_state(1)[0])  # without the 1, the teacher's noise
 
 
-def taught(
-    batches: Iterator[list[PriorSample]], teacher: Teacher, dropout: CaptionDropout
-) -> Iterator[list[PriorSample]]:
-    """`batches` with what `teacher` predicts on them, after `dropout`.
+def taught(source: Source, teacher: Teacher, dropout: CaptionDropout) -> Source:
+    """Return `source` with what `teacher` predicts on its samples, after `dropout`.
 
     Training leaves the captions of predictions alone: the empty one is put in here, for what guidance moves away from
     to be remembered as well.
     """
-    for samples in batches:
-        for sample in samples:
-            kept = dropout({"t5": sample.context, "txt": sample.caption}, 0, sample.number)
-            sample.context, sample.caption = kept["t5"], kept["txt"]
-        latents, contexts = (np.stack([getattr(s, name) for s in samples]) for name in ("latent", "context"))
-        answers = teacher.members([sample.number for sample in samples], latents, contexts)
-        for sample, answer in zip(samples, answers, strict=True):
-            sample.answers = answer
-        yield samples
+
+    def samples_of(parts: Sequence[range]) -> Iterator[list[PriorSample]]:
+        for samples in source(parts):
+            for sample in samples:
+                kept = dropout({**sample.encodings, CAPTION: sample.caption}, 0, sample.number)
+                sample.caption = kept.pop(CAPTION)
+                sample.encodings = kept
+            latents = np.stack([sample.latent for sample in samples])
+            encodings = {key: np.stack([s.encodings[key] for s in samples]) for key in samples[0].encodings}
+            answers = teacher.answers([sample.number for sample in samples], latents, encodings)
+            for sample, answer in zip(samples, answers, strict=True):
+                sample.answers = answer
+            yield samples
+
+    return samples_of
+
+
+def digest_of(*content: Any) -> str:
+    """Return the SHA-256, in hex, of values that JSON holds."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def unet_digests(model: LatentDiffusion) -> dict[str, str | None]:
+    """Return digests of the weights that samples and predictions depend on, beside those of the encoders."""
+    prefixes = {"unet": "model.", "unet_ema": "model_ema."}
+    return {name: weights_digest(model.state_dict(), prefix) for name, prefix in prefixes.items()}
+
+
+def digest_shards(dataset: ShardDataset) -> str:
+    """Return the SHA-256, in hex, of the names of samples, and of names and sizes of the shards, of `dataset`."""
+    return digest_of(dataset.sample_keys, [[path.name, path.stat().st_size] for path in dataset.paths])
 
 
 def make_prior(
     encoder: Encoder,
-    batches: Iterator[list[PriorSample]],
+    source: Source,
     count: int,
     out: str,
     *,
+    made_from: Mapping[str, Any],
+    batch_size: int = 4,
     shard_size: int = 1000,
     overwrite: bool = False,
+    ranks: Ranks | None = None,
     **about: Any,
-) -> list[dict[str, Any]]:
-    """Write the `count` samples of `batches` to the shards of `out`, which it returns; `about` goes into the index.
+) -> list[Record]:
+    """Write the `count` samples of `source` to the shards of `out`; `about` goes into the index.
+
+    An unfinished set that the same arguments began is taken up, and several processes share the shards, as in
+    `ldm.encoding.preencode`.
+
+    Args:
+        made_from: what `source` depends on, beside the weights of the encoders. It must be the same to go on with a
+            set, and so must `about` and the size of shards.
+        batch_size: samples at a time; a batch is of one shard.
+
+    Returns:
+        The records of all shards; of a rank above 0, those of its own.
 
     Raises:
-        UserError: shards are there already, or a value does not fit in float16.
+        UserError: shards are there already, or an unfinished set of something else; or a value does not fit in float16.
     """
-    check_out(out, overwrite)
-    null = encoder.captions([""])[0]
+    model, nulls = encoder.model, encoder.captions([""])[0].arrays
+    jobs = plan_shards(out, count, shard_size)
 
-    def samples() -> Iterator[list[Sample]]:
-        with logging_redirect_tqdm(), tqdm(total=count, unit="sample", desc="prior") as bar:
-            for batch in batches:
-                yield [(sample.key, sample.members()) for sample in batch]
-                bar.update(len(batch))
+    def write(missing: Sequence[Job], making: Making) -> None:
+        parts = [list(_parts(numbers, batch_size)) for _, numbers in missing]
+        batches = source([part for ours in parts for part in ours])
+        total = sum(len(numbers) for _, numbers in missing)
+        with logging_redirect_tqdm(), tqdm(total=total, unit="sample", desc="prior") as bar:
+            for (path, _), ours in zip(missing, parts, strict=True):
+                making.keep(path, _write_shard(path, islice(batches, len(ours)), making, bar))
 
-    shards = write_samples(out, samples(), shard_size)
-    about |= {"scale_factor": float(encoder.model.scale_factor), "parameterization": encoder.model.parameterization}
-    finish(out, null, shards, samples=count, **encoder.digests, **about)
-    return shards
+    index = {
+        **{"samples": count, **encoder.digests, **about},
+        **{"scale_factor": float(model.scale_factor), "parameterization": model.parameterization},
+    }
+    asked = {**made_from, **about, "shard_size": shard_size, "precision": str(encoder.dtype).removeprefix("torch.")}
+    return make_set(out, {**asked, **encoder.digests}, jobs, nulls, write, lambda _: index, overwrite, ranks)
+
+
+def _parts(numbers: range, size: int) -> Iterator[range]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def _write_shard(path: Path, batches: Iterator[list[PriorSample]], making: Making, bar: tqdm) -> Record:
+    """Write the samples of `batches` to the shard at `path`; returns its record."""
+    samples = next(batches)
+    making.prepare()  # only now it is sure that there will be a set to replace the old one
+    with Shard(path) as shard:
+        while samples:
+            for sample in samples:
+                shard.write(sample.key, sample.members())
+            bar.update(len(samples))
+            samples = next(batches, None)
+    return shard.entry

@@ -1,13 +1,13 @@
-"""Pictures on their way to the encoder: decoded and fitted in worker processes, and put together by size."""
+"""Images on their way to the encoder: decoded and fitted in worker processes, and put together by size."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from ldm.images.find import ImageItem
 from ldm.images.transforms import centre_crop, fit
 from ldm.util import UserError
 
-Numbered = tuple[int, ImageItem]  # a picture and its number in the whole input
+Numbered = tuple[int, ImageItem]  # an image and its number in the whole input
 
 
 @dataclass
-class Picture:
-    """A picture that was read."""
+class FittedImage:
+    """An image that was read."""
 
     number: int
     item: ImageItem
@@ -43,9 +43,9 @@ class Picture:
     def key(self) -> str:
         return sample_key(self.number, self.item.name)
 
-    def origin(self, flip: bool) -> bytes:
-        """The sample's `json`: where it comes from, and what was made of it."""
-        origin = {
+    def origin(self, flip: bool) -> dict[str, Any]:
+        """Return the sample's `json`: where it comes from, and what was made of it."""
+        return {
             "source": self.item.name,
             "height": self.height,
             "width": self.width,
@@ -53,12 +53,11 @@ class Picture:
             "size": self.size,  # height, width
             "flip": flip,
         }
-        return json.dumps(origin).encode()
 
 
 @dataclass
 class Unreadable:
-    """A picture that could not be read, and why."""
+    """An image that could not be read, and why."""
 
     item: ImageItem
     reason: str
@@ -83,21 +82,23 @@ class _Fitted(Dataset):
     def __init__(self, sizes: Sequence[Size]) -> None:
         self.sizes = sizes
 
-    def __getitem__(self, entry: Numbered) -> Picture | Unreadable:
+    def __getitem__(self, entry: Numbered) -> FittedImage | Unreadable:
         number, item = entry
         try:
-            pixels = item.read()
+            return item.read(lambda pixels: self._fit(pixels, number, item))
         except UserError as error:
             return Unreadable(item, str(error))
+
+    def _fit(self, pixels: np.ndarray, number: int, item: ImageItem) -> FittedImage:
         height, width = pixels.shape[:2]
         fitted = fit(torch.from_numpy(pixels), *nearest_size(height, width, self.sizes))
-        # numpy, since torch would keep a file open for each picture on its way from a worker
-        return Picture(number, item, fitted.numpy(), height, width)
+        # numpy, since torch would keep a file open for each image on its way from a worker
+        return FittedImage(number, item, fitted.numpy(), height, width)
 
 
-def read_pictures(
+def read_images(
     entries: Iterable[Numbered], sizes: Sequence[Size], workers: int, ahead: int
-) -> Iterator[Picture | Unreadable]:
+) -> Iterator[FittedImage | Unreadable]:
     """What becomes of each of `entries`, in order; `workers` processes read at least `ahead` before they are asked."""
     # The items go to the workers one by one: a list that they share is copied as soon as they count references in it.
     options = {"prefetch_factor": max(2, -(-ahead // workers))} if workers else {}
@@ -105,17 +106,17 @@ def read_pictures(
     return iter(loader)
 
 
-def batches(pictures: Iterable[Picture], batch_size: int, ahead: int) -> Iterator[list[tuple[int, Picture]]]:
-    """Pictures of one size, `batch_size` together, each with its place in `pictures`.
+def batches(images: Iterable[FittedImage], batch_size: int, ahead: int) -> Iterator[list[tuple[int, FittedImage]]]:
+    """Images of one size, `batch_size` together, each with its place in `images`.
 
     None waits for more of its size until `ahead` others have gone by: then fewer go together.
     """
-    waiting: dict[Size, list[tuple[int, Picture]]] = {}  # in the order of their first ones
-    for place, picture in enumerate(pictures):
-        group = waiting.setdefault(picture.size, [])
-        group.append((place, picture))
+    waiting: dict[Size, list[tuple[int, FittedImage]]] = {}  # in the order of their first ones
+    for place, image in enumerate(images):
+        group = waiting.setdefault(image.size, [])
+        group.append((place, image))
         if len(group) == batch_size:
-            yield waiting.pop(picture.size)
+            yield waiting.pop(image.size)
         while waiting and place - next(iter(waiting.values()))[0][0] >= ahead:
             yield waiting.pop(next(iter(waiting)))
     yield from waiting.values()

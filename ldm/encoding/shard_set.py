@@ -8,32 +8,33 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.files import atomic_write
+from ldm.locks import locked
 from ldm.shards import npy
 from ldm.shards.index import FORMAT_VERSION, INDEX, read_index, write_index
-from ldm.shards.writer import ShardWriter, existing_shards, shard_paths
+from ldm.shards.sample import TEXT_ENCODINGS, null_path
+from ldm.shards.writer import existing_shards, shard_paths
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-NULL = "null.t5.npy"
 RESUMABLE = "made_from"  # the index's entry that tells whether a command goes on with the set
+_RENAMED = {"pictures": "images"}  # keys of sets that an older version began
 PARTS = ".parts"
 POLL = 0.5  # seconds between looks at what other processes have done
 
-Sample = tuple[str, Mapping[str, bytes]]  # its key, and its members by extension
 
-
-def check_out(out: str, overwrite: bool, resumable: bool = False) -> None:
+def check_out(out: str, overwrite: bool) -> None:
     """Refuse a pattern that names no shards, to mix two sets in one folder, and to write over what is there.
 
-    An unfinished set is no hindrance where it is `resumable`.
+    An unfinished set is no hindrance: `goes_on` tells whether it is the same one.
 
     Raises:
         UserError: one of these.
@@ -44,11 +45,17 @@ def check_out(out: str, overwrite: bool, resumable: bool = False) -> None:
     unfinished = index is not None and not index.get("complete", True) and index.get("out") == Path(out).name
     if index is not None and not there and not unfinished:
         raise UserError(f"{folder / INDEX}: another set is in this folder, whose index would be lost: take another")
-    if there and not overwrite and not (unfinished and resumable):
-        state = ", left by an interrupted run" if unfinished else ""
-        raise UserError(
-            f"{there[0]} exists{state}; take another folder, or give --overwrite to replace {len(there)} shards"
-        )
+    if there and not overwrite and not unfinished:
+        raise UserError(f"{there[0]} exists; take another folder, or give --overwrite to replace {len(there)} shards")
+
+
+def locked_set(out: str) -> AbstractContextManager[None]:
+    """Hold the lock on the folder of `out`: two sets in the making would mix there.
+
+    Raises:
+        UserError: another process makes a set there.
+    """
+    return locked(Path(out).parent / ".lock", f"--out {out}")
 
 
 def goes_on(out: str, made_from: Mapping[str, Any]) -> bool:
@@ -62,6 +69,7 @@ def goes_on(out: str, made_from: Mapping[str, Any]) -> bool:
     if index is None or index.get("complete", True):
         return False
     begun = index.get(RESUMABLE, {})
+    begun = {_RENAMED.get(key, key): value for key, value in begun.items()}
     differing = [key for key in made_from if begun.get(key) != made_from[key]]
     if not differing:
         return True
@@ -91,34 +99,13 @@ def wait_for_begin(out: str, made_from: Mapping[str, Any]) -> bool:
     return True
 
 
-def write_samples(out: str, batches: Iterable[Iterable[Sample]], shard_size: int) -> list[dict[str, Any]]:
-    """Write the shards of `out`, which stay marked as unfinished until `finish`; returns what `ShardWriter` lists.
-
-    The old set goes when the first batch is there. Whatever `batches` raises comes through.
-    """
-    writer, begun = ShardWriter(out, shard_size), False
-    try:
-        with writer:
-            for batch in batches:
-                samples = list(batch)
-                if not begun:  # only now it is sure that there will be a set to replace the old one
-                    begin(out)
-                    begun = True
-                for key, members in samples:
-                    writer.write(key, members)
-    except BaseException as error:
-        stop(out, interrupted=isinstance(error, KeyboardInterrupt))
-        raise
-    return writer.shards
-
-
 def begin(out: str, made_from: Mapping[str, Any] | None = None) -> None:
     """Mark the set as unfinished, and remove the one that is there: whatever happens next, neither seems whole."""
     folder = Path(out).parent
     mark = {"format": FORMAT_VERSION, "out": Path(out).name, "complete": False, "shards": []}
     write_index(folder, mark | ({RESUMABLE: made_from} if made_from else {}))
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    for path in [folder / NULL, *existing_shards(out)]:
+    for path in [*(null_path(folder, key) for key in TEXT_ENCODINGS), *existing_shards(out)]:
         path.unlink(missing_ok=True)
 
 
@@ -142,11 +129,12 @@ def stop(out: str, interrupted: bool) -> None:
         logger.warning("interrupted: nothing was written, the %d shards in %s are as they were", len(there), folder)
 
 
-def finish(out: str, null: np.ndarray, shards: Sequence[Mapping[str, Any]], **about: Any) -> None:
-    """Put the empty caption's encoding and, last, the index beside the shards: `about` says what they are."""
+def finish(out: str, nulls: Mapping[str, np.ndarray], shards: Sequence[Mapping[str, Any]], **about: Any) -> None:
+    """Put the empty caption's encodings and, last, the index beside the shards: `about` says what they are."""
     folder = Path(out).parent
-    with atomic_write(folder / NULL) as path:
-        path.write_bytes(npy.encode(null))
+    for key, null in nulls.items():
+        with atomic_write(null_path(folder, key)) as path:
+            path.write_bytes(npy.encode(null))
     index = {"format": FORMAT_VERSION, "out": Path(out).name, "complete": True, **about, "shards": list(shards)}
     write_index(folder, index)
     shutil.rmtree(folder / PARTS, ignore_errors=True)

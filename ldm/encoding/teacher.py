@@ -6,15 +6,14 @@ B batch; K questions a sample; C, h, w channels, height and width of a latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.shards import npy
-from ldm.shards.sample import NOISE, PREDICTION, TIMESTEPS, member_extension
+from ldm.shards.sample import CONTEXT, NOISE, PREDICTION, STORED, TIMESTEPS
 from ldm.util import UserError
 
 
@@ -37,11 +36,13 @@ class Teacher:
         self.count = count
         self.seed = seed
 
-    def members(self, numbers: Sequence[int], latents: np.ndarray, contexts: np.ndarray) -> list[dict[str, bytes]]:
-        """The shard members of what is asked and predicted about unscaled `latents` (B, C, h, w) under `contexts`.
+    def answers(
+        self, numbers: Sequence[int], latents: np.ndarray, encodings: Mapping[str, np.ndarray]
+    ) -> list[dict[str, np.ndarray]]:
+        """Return what is asked and predicted about unscaled `latents` (B, C, h, w) under text `encodings` (B, ...).
 
-        A sample's are `t.npy`, int32 (K,); `noise.npy`, float16 (K, C, h, w); and `prediction.npy`, like it: what the
-        model gives at √ᾱ_t · scale_factor · latent + √(1 − ᾱ_t) · noise, in its own parameterization.
+        A sample has `TIMESTEPS`, int32 (K,); `NOISE`, float16 (K, C, h, w); and `PREDICTION`, like it: the output of
+        the model at √ᾱ_t · scale_factor · latent + √(1 − ᾱ_t) · noise, in its own parameterization.
 
         Raises:
             UserError: a prediction is not finite in float16.
@@ -49,21 +50,20 @@ class Teacher:
         generators = [np.random.default_rng([self.seed, number]) for number in numbers]
         t = np.stack([stratified_timesteps(g, self.count, self.model.num_timesteps) for g in generators])  # B K
         shape = (self.count, *latents.shape[1:])
-        noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]).astype(np.float16)
-        prediction = self._predict(*map(torch.from_numpy, (latents, contexts, t, noise))).numpy()
+        noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]).astype(STORED)
+        prediction = self._predict(latents, encodings, torch.from_numpy(t), torch.from_numpy(noise)).numpy()
         if not np.isfinite(prediction).all():
             raise UserError("the model predicts NaN or infinity; try --precision fp32")
         arrays = {TIMESTEPS: t, NOISE: noise, PREDICTION: prediction}
-        return [
-            {member_extension(key): npy.encode(values[i]) for key, values in arrays.items()}
-            for i in range(len(numbers))
-        ]
+        return [{key: values[i] for key, values in arrays.items()} for i in range(len(numbers))]
 
     @torch.no_grad()
-    def _predict(self, latents: Tensor, contexts: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Float16 (B, K, C, h, w), of the values as they are stored: training sees no others."""
+    def _predict(self, latents: np.ndarray, encodings: Mapping[str, np.ndarray], t: Tensor, noise: Tensor) -> Tensor:
+        """Return float16 (B, K, C, h, w), of the values as they are stored: training sees no others."""
         device = self.model.alphas_cumprod.device
-        x, cond = self.model.scale_factor * latents.to(device).float(), contexts.to(device).float()
+        x = self.model.scale_factor * torch.from_numpy(latents).to(device).float()
+        conds = {key: torch.from_numpy(value).to(device).float() for key, value in encodings.items()}
+        cond = conds[CONTEXT] if len(conds) == 1 else conds
         predictions = []
         with self.model.ema_scope():
             for t_k, noise_k in zip(t.to(device).long().T, noise.to(device).float().unbind(1), strict=True):

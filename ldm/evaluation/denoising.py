@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.evaluation.protocol import fixed_noise
-from ldm.evaluation.sets import LATENT, EvaluationSet, conditioning_member
+from ldm.evaluation.sets import EvaluationSet, conditioning_member
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, prediction_to_eps_x0
+from ldm.shards.sample import LATENT
 
 
 class Record(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ldm.evaluation.releases import SetResult
 from ldm.evaluation.statistics import CONFIDENCE, RESAMPLES, SEED, Interval, Summary, summarise
 from ldm.files import atomic_write
+from ldm.util import escaped
 
 FORMAT_VERSION = 1
 
@@ -37,7 +38,7 @@ def table(rows: Sequence[Row]) -> str:
     head = ["set", "pictures", "loss base", "loss tuned", "tuned / base", "drift"]
     lines = [
         [
-            row.name,
+            escaped(row.name),
             str(len(row.result.pictures)),
             f"{row.overall.loss_base.value:.5f}",
             f"{row.overall.loss_tuned.value:.5f}",

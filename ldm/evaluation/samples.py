@@ -13,7 +13,7 @@ from ldm.evaluation.denoising import clean_latents
 from ldm.evaluation.protocol import spread
 from ldm.evaluation.sets import EvaluationSet
 from ldm.evaluation.statistics import Bootstrap, Interval
-from ldm.images.grid import picture_distances
+from ldm.images.grid import image_distances
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
 from ldm.shards.sample import CAPTION
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class SampleDistances(NamedTuple):
-    """Distances of `ldm.images.grid.picture_distances`, one a sample.
+    """Distances of `ldm.images.grid.image_distances`, one a sample.
 
     `moved` is that of base and tuned; the other two are those to the set's own picture, as the base decodes it.
     """
@@ -77,5 +77,5 @@ def sample_distances(base: Tensor, tuned: Tensor, own: Sequence[Tensor]) -> Samp
     """The distances of samples (n, 3, H, W) of both models and the n pictures `own`."""
     pairs = [(base, tuned), (base, own), (tuned, own)]
     return SampleDistances(
-        *([float(picture_distances(a[None], b[None])) for a, b in zip(*pair, strict=True)] for pair in pairs)
+        *([float(image_distances(a[None], b[None])) for a, b in zip(*pair, strict=True)] for pair in pairs)
     )

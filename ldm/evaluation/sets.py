@@ -14,10 +14,9 @@ from ldm.evaluation.protocol import spread
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION
-from ldm.util import UserError
+from ldm.shards.sample import CAPTION, LATENT
+from ldm.util import UserError, check_number
 
-LATENT = "f8"  # the member that holds a picture's latent, whatever entry the config's model trains on
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -97,8 +96,7 @@ def open_set(
         raise UserError(f"set {name!r}: a name is letters, digits, _ and -; quote one of digits alone")
     if not isinstance(urls, (str, Sequence)):
         raise UserError(f"set {name!r}: {urls!r} names no shards")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit}: give at least 1 picture a set")
+    check_number("limit", limit, least=1, optional=True)
     member = conditioning_member(model)
     try:
         dataset = open_shards(urls, LATENT, member, verify=verify)

@@ -1,4 +1,4 @@
-"""Sizes of about one area and many proportions, so that a picture is cropped little: aspect-ratio buckets."""
+"""Sizes of about one area and many proportions, so that an image is cropped little: aspect-ratio buckets."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def bucket_sizes(size: int) -> list[Size]:
 def nearest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
     """The one of `sizes` whose proportions are nearest to height : width, by their ratio; of equals, the first.
 
-    A picture scaled to cover it loses the least share of its area at the borders.
+    An image scaled to cover it loses the least share of its area at the borders.
     """
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))

@@ -1,19 +1,33 @@
-"""Captions from `name.txt` beside a picture or from `metadata.jsonl`."""
+"""Captions of images: from a text file of the same name, or from a metadata file of the folder."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import logging
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ldm.files import read_at_most
 from ldm.util import UserError
 
+logger = logging.getLogger(__name__)
+
+# Names of the file that lists the images of a folder; the first that is there is read.
 METADATA = "metadata.jsonl"
+METADATA_FILES = (METADATA, "metadata.csv")
+# Keys of an entry; the first that it has is read.
+_FILE_KEYS = ("file_name", "file", "filename", "file_path", "filepath", "image", "image_path", "image_file", "path")
+_TEXT_KEYS = ("text", "caption", "prompt", "description")
 _MOST_IN_CAPTION, _MOST_IN_METADATA = 1 << 20, 1 << 32  # bytes
 
 
 def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
-    """Caption and error of a caption file: white space is one space; an empty file is no caption."""
+    """Return caption and error of a caption file: white space is one space; an empty file is no caption."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -21,46 +35,132 @@ def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
     return " ".join(text.split()) or None, None
 
 
-def beside(picture: Path) -> tuple[str | None, str | None]:
-    """Caption and error from the `.txt` beside `picture`; both None where there is none."""
-    try:
-        return decode_caption(read_at_most(picture.with_suffix(".txt"), _MOST_IN_CAPTION))
-    except FileNotFoundError:
+def same_name(name: str) -> str:
+    """Return one form of all spellings of a file name: Unicode composed, the suffix in lower case.
+
+    Programs on macOS write é as e and an accent, others as one character.
+    """
+    path = PurePosixPath(unicodedata.normalize("NFC", name))
+    return str(path.with_suffix(path.suffix.lower())) if path.suffix else str(path)
+
+
+class CaptionFiles:
+    """Finds the `.txt` file of an image, whichever spelling its name has; lists each folder once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[str, Path]] = {}
+
+    def of(self, image: Path) -> Path | None:
+        """Return the caption file beside `image`; None if there is none."""
+        exact = image.with_suffix(".txt")
+        if os.path.lexists(exact):
+            return exact
+        if image.parent not in self._folders:
+            try:
+                files = [path for path in image.parent.iterdir() if path.suffix.lower() == ".txt"]
+            except OSError:
+                files = []
+            self._folders[image.parent] = {same_name(path.name): path for path in sorted(files, reverse=True)}
+        return self._folders[image.parent].get(same_name(exact.name))
+
+
+def read_caption(path: Path | None) -> tuple[str | None, str | None]:
+    """Return caption and error of the caption file at `path`; both None where there is none."""
+    if path is None:
         return None, None
+    try:
+        return decode_caption(read_at_most(path, _MOST_IN_CAPTION))
     except OSError as error:
         return None, f"its caption cannot be read: {error.strerror}"
     except UserError as error:
         return None, str(error)
 
 
-def from_metadata(folder: Path) -> list[tuple[str, str | None]]:
-    """File name, relative to `folder`, and caption (`text`) of each line of its `metadata.jsonl`.
+def metadata_file(folder: Path) -> Path | None:
+    """Return the metadata file of `folder`; None if there is none."""
+    return next((folder / name for name in METADATA_FILES if os.path.lexists(folder / name)), None)
+
+
+def from_metadata(path: Path) -> list[tuple[str, str | None]]:
+    """Return file name, relative to the folder of `path`, and caption of each entry of a metadata file.
+
+    The keys `file_name` and `text` have the synonyms `_FILE_KEYS` and `_TEXT_KEYS`. A warning names keys that are not
+    read. Paths may be absolute or have backslashes, as long as they lead into the folder.
 
     Raises:
-        UserError: a line is not a JSON object with `file_name`, or names a file outside `folder`; gives its number.
+        UserError: an entry has no file name, or names a file outside the folder; gives its line.
     """
-    path = folder / METADATA
-    found: list[tuple[str, str | None]] = []
     try:
-        lines = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig").split("\n")  # "\u2028" is a letter to JSON
+        text = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
+        raise UserError(f"{path}: not UTF-8: {error}; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    entries = _csv_entries(text, path) if path.suffix == ".csv" else _json_entries(text, path)
+    found: list[tuple[str, str | None]] = []
+    unread: dict[str, None] = {}
+    for where, entry in entries:
+        file_key = next((key for key in _FILE_KEYS if entry.get(key)), None)
+        text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
+        name, caption = entry.get(file_key), entry.get(text_key)
+        if not isinstance(name, str):
+            shown = json.dumps(entry)[:80]
+            raise UserError(f"{where}: expected {{'file_name': ..., 'text': ...}}, got {shown!r}")
+        if caption is not None and not isinstance(caption, str):
+            raise UserError(f"{where}: {text_key} is not a string: {caption!r:.80}")
+        if any("\ud800" <= letter <= "\udfff" for letter in name + (caption or "")):
+            raise UserError(f"{where}: half of a surrogate pair, which is no letter: {json.dumps(entry)[:80]!r}")
+        unread |= dict.fromkeys(key for key in entry if key not in (file_key, text_key))
+        found.append((_relative(name, path.parent, f"{where}: {file_key}"), " ".join((caption or "").split()) or None))
+    if unread:
+        named = ", ".join(repr(key) for key in list(unread)[:8]) + (" ..." if len(unread) > 8 else "")
+        logger.warning("%s: keys that are not read: %s", path, named)
+    return found
+
+
+def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`: "\u2028" is a letter to JSON
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{path}, line {number}: expected {{'file_name': ..., 'text': ...}}, got {line[:80]!r}")
-        if "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{path}, line {number}: file_name {name!r} is outside the folder")
-        text = entry.get("text")
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: text is not a string: {text!r}")
-        if any("\ud800" <= letter <= "\udfff" for letter in name + (text or "")):
-            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no letter: {line[:80]!r}")
-        found.append((PurePosixPath(name).as_posix(), " ".join((text or "").split()) or None))
-    return found
+            raise UserError(f"{where}: not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: expected {{'file_name': ..., 'text': ...}}, got {line[:80]!r}")
+        yield where, entry
+
+
+def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if not set(names) & set(_FILE_KEYS):
+            raise UserError(f"{path}, line 1: expected the columns file_name and text, got {', '.join(names):.80}")
+        reader.fieldnames = names
+        for entry in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in entry:
+                raise UserError(f"{where}: has more values than the {len(names)} columns; quote texts with commas")
+            yield where, {key: value for key, value in entry.items() if value}
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _relative(name: str, folder: Path, where: str) -> str:
+    """Return the path `name`, relative to `folder`.
+
+    Raises:
+        UserError: it leads outside.
+    """
+    path = PurePosixPath(name)
+    if "\\" in name and "\0" not in name and not os.path.lexists(folder / path):
+        path = PurePosixPath(name.replace("\\", "/"))  # written on Windows
+    if path.is_absolute():
+        roots = (folder.absolute(), folder.resolve())
+        inside = next((root for root in roots if path.is_relative_to(root)), None)
+        path = path.relative_to(inside) if inside is not None else path
+    if "\0" in name or path.is_absolute() or ".." in path.parts or not path.parts:
+        raise UserError(f"{where} {name!r:.200} is outside the folder")
+    return path.as_posix()

@@ -1,4 +1,4 @@
-"""Tensors to pictures: one place for the range, the rounding and the grid."""
+"""Tensors to images: one place for the range, the rounding and the grid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.files import atomic_write
 
 _COMPARED = 32  # pixels a side of what is compared: a shift of one pixel does not count much
-_GAP = 2  # black pixels between and around the pictures of a grid
+_GAP = 2  # black pixels between and around the images of a grid
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -26,25 +26,25 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """Images (N, 1 or 3, H, W) in [-1, 1] as a list of N RGB pictures."""
-    return [Image.fromarray(picture) for picture in to_uint8(images)]
+    """Images (N, 1 or 3, H, W) in [-1, 1] as a list of N RGB images."""
+    return [Image.fromarray(image) for image in to_uint8(images)]
 
 
 def image_grid(batch: Tensor, columns: int | None = None) -> Image.Image:
     """Images (N, 1 or 3, H, W) in [-1, 1] side by side, row by row; by default as square a grid as can be."""
-    pictures = to_uint8(batch)
-    count, height, width, _ = pictures.shape
+    images = to_uint8(batch)
+    count, height, width, _ = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
     grid = np.zeros((_GAP + rows * (height + _GAP), _GAP + columns * (width + _GAP), 3), dtype=np.uint8)
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
         top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
-        grid[top : top + height, left : left + width] = picture
+        grid[top : top + height, left : left + width] = image
     return Image.fromarray(grid)
 
 
-def picture_distances(first: Tensor, second: Tensor) -> Tensor:
+def image_distances(first: Tensor, second: Tensor) -> Tensor:
     """(N, M) distances of images (N, 3, H, W) and (M, 3, H', W') in [-1, 1], from 0 to 1.
 
     Root mean square differences of RGB values in [0, 1], both first averaged down to 32×32, or to the smallest side.
@@ -54,7 +54,7 @@ def picture_distances(first: Tensor, second: Tensor) -> Tensor:
         F.interpolate((images.float().clamp(-1, 1) + 1) / 2, (side, side), mode="area").flatten(1)
         for images in (first, second)
     ]
-    # By differences: a matrix product is not exactly 0 for a picture and itself.
+    # By differences: a matrix product is not exactly 0 for an image and itself.
     return torch.cdist(*small, compute_mode="donot_use_mm_for_euclid_dist") / small[0].shape[1] ** 0.5
 
 

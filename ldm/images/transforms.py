@@ -1,15 +1,17 @@
-"""The one way from a decoded picture to what the autoencoder sees."""
+"""The steps from a decoded image to the input of the autoencoder."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+_BAND = 1024  # rows
+
 
 def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width, in pixels, of the largest part in the middle with the proportions asked for.
+    """Return top, left, height and width, in pixels, of the largest part in the middle with the given proportions.
 
-    They are met to the nearest pixel.
+    The proportions are met to the nearest pixel.
     """
     if width * to_height > height * to_width:
         cropped = height, max(1, (2 * height * to_width + to_height) // (2 * to_height))
@@ -18,24 +20,30 @@ def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple
     return (height - cropped[0]) // 2, (width - cropped[1]) // 2, *cropped
 
 
-def fit(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The centre crop of a uint8 `(H, W, 3)` picture, scaled to uint8 `(3, height, width)`: it covers that size.
+def fit(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the centre crop of a uint8 `(H, W, 3)` image, scaled to uint8 `(3, height, width)`: it covers that size.
 
-    Cropped before it is scaled, so that a very long picture costs no more than a square one. The filter is a cubic
-    widened by the scale (as Pillow's `BICUBIC`): torch's own, since kornia's blurs with a Gaussian and then drops
-    pixels, which is 4 to 7 times as far from Pillow's result.
+    The image is cropped before it is scaled, so that a very long one costs no more than a square one. The filter is a
+    cubic widened by the scale (as Pillow's `BICUBIC`): torch's own, since kornia's blurs with a Gaussian and then drops
+    pixels, which is 4 to 7 times as far from Pillow's result. It works on columns and rows apart, so rows are narrowed
+    a band at a time: a large image is never in memory in floating point.
     """
-    top, left, rows, columns = centre_crop(picture.shape[0], picture.shape[1], height, width)
-    cropped = picture[top : top + rows, left : left + columns].permute(2, 0, 1)[None].float()  # 1 3 rows columns
-    scaled = F.interpolate(cropped, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    top, left, rows, columns = centre_crop(image.shape[0], image.shape[1], height, width)
+    cropped = image[top : top + rows, left : left + columns].permute(2, 0, 1)[None]  # 1 3 rows columns
+    bands = [_scaled(band.float(), band.shape[2], width) for band in cropped.split(_BAND, dim=2)]
+    scaled = _scaled(torch.cat(bands, dim=2), height, width)
     return scaled[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
+def _scaled(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+
+
 def to_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels of any shape as float32 in [-1, 1]."""
+    """Return uint8 pixels of any shape as float32 in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1)
 
 
-def fit_square(picture: torch.Tensor, size: int) -> torch.Tensor:
-    """The centre square of a uint8 `(H, W, 3)` picture, scaled to float32 `(3, size, size)` in [-1, 1]."""
-    return to_range(fit(picture, size, size))
+def fit_square(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the centre square of a uint8 `(H, W, 3)` image, scaled to float32 `(3, size, size)` in [-1, 1]."""
+    return to_range(fit(image, size, size))

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.evaluation.sets import LATENT
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.shards.index import read_index
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION, ORIGIN
+from ldm.shards.sample import CAPTION, LATENT, ORIGIN
 
 _SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # pixels: where the classes of an original's shorter side begin
 # Tokens: where the classes of caption lengths begin; all that is beyond CLIP's 77 is one.
@@ -89,7 +88,7 @@ class Moments:
 def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) -> dict[str, Any]:
     """All that there is to say of the set, for JSON; its latents have `channels`.
 
-    Mirror images are left out where captions are compared: a picture and its mirror image share theirs by design.
+    Mirror images are left out where captions are compared: an image and its mirror image share theirs by design.
     """
     captions: Counter[str] = Counter()
     latents: dict[bytes, list[str]] = {}
@@ -127,7 +126,7 @@ def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) ->
 
 
 class _Origins:
-    """Sizes of the pictures that the samples were made of, as their `json` tells."""
+    """Sizes of the images that the samples were made of, as their `json` tells."""
 
     def __init__(self) -> None:
         self.sides: Counter[int] = Counter()

@@ -8,13 +8,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.evaluation.protocol import spread
-from ldm.evaluation.sets import LATENT
 from ldm.images.grid import to_images
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION
+from ldm.shards.sample import CAPTION, LATENT
 
-_SIDE, _GAP, _COLUMNS = 192, 12, 6  # pixels of a picture's longer side, and between pictures
+_SIDE, _GAP, _COLUMNS = 192, 12, 6  # pixels of an image's longer side, and between images
 _TEXT, _LINE, _LINES, _LETTERS = 13, 16, 3, 29  # pixels of a letter and a line; lines of a caption, letters of a line
 _INK = "#333333"
 
@@ -38,8 +37,8 @@ def contact_sheet(model: LatentDiffusion, dataset: ShardDataset, count: int) -> 
         sample = dataset[number]
         row, column = divmod(place, columns)
         left, top = _GAP + column * width, _GAP + row * height
-        picture = _decode(model, torch.from_numpy(sample[LATENT]))
-        sheet.paste(picture, (left + (_SIDE - picture.width) // 2, top + (_SIDE - picture.height) // 2))
+        image = _decode(model, torch.from_numpy(sample[LATENT]))
+        sheet.paste(image, (left + (_SIDE - image.width) // 2, top + (_SIDE - image.height) // 2))
         lines = textwrap.wrap(sample[CAPTION], _LETTERS, max_lines=_LINES, placeholder=" …")
         for line, text in enumerate(lines or ["(no caption)"]):
             draw.text((left, top + _SIDE + 2 + line * _LINE), text, _INK, font)
@@ -47,9 +46,9 @@ def contact_sheet(model: LatentDiffusion, dataset: ShardDataset, count: int) -> 
 
 
 def _decode(model: LatentDiffusion, stored: torch.Tensor) -> Image.Image:
-    """The picture of a posterior's parameters (2C, h, w), or of a latent (C, h, w), at the sheet's size."""
+    """The image of a posterior's parameters (2C, h, w), or of a latent (C, h, w), at the sheet's size."""
     latent = stored[None, : model.channels].float().to(model.device)  # of a posterior, the mean
-    [picture] = to_images(model.decode_first_stage(model.scale_factor * latent))
-    scale = _SIDE / max(picture.size)
-    size = [max(1, round(side * scale)) for side in picture.size]
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    [image] = to_images(model.decode_first_stage(model.scale_factor * latent))
+    scale = _SIDE / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)

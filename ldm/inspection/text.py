@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.util import escaped
+
 _BAR, _SHOWN, _WIDTH = 40, 5, 100  # characters of the longest bar; entries of a list; characters of a caption
 
 
@@ -29,8 +31,8 @@ def _counts(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         lines[0] += f"; {_counted(found['mirrored'], 'mirror image')} among them"
     failed = about.get("failed") or []
     if failed:
-        lines.append(f"{_counted(len(failed), 'picture')} could not be read, such as {_failure(**failed[0])}")
-    lines += [f"{what}: {about[key]}" for key, what in _SAID if about.get(key) is not None]
+        lines.append(f"{_counted(len(failed), 'image')} could not be read, such as {escaped(_failure(**failed[0]))}")
+    lines += [f"{what}: {escaped(str(about[key]))}" for key, what in _SAID if about.get(key) is not None]
     return "\n".join(lines)
 
 
@@ -60,18 +62,18 @@ def _captions(captions: Mapping[str, Any]) -> str:
         f"{captions['tokens_most']}; {captions['empty']} empty; {captions['cut']} longer than the "
         f"{captions['room']} that are read, and cut"
     )
-    return f"{head}\n{_bars(captions['tokens'])}\nlongest: {_short(captions['longest'])}"
+    return f"{head}\n{_bars(captions['tokens'])}\nlongest: {escaped(_short(captions['longest']))}"
 
 
 def _duplicates(duplicates: Mapping[str, Any]) -> str:
     captions, latents = duplicates["captions"], duplicates["latents"]
     shared = sum(entry["samples"] for entry in captions)
     told = f"{_counted(len(captions), 'caption')} {'is that' if len(captions) == 1 else 'are those'}"
-    lines = [f"{told} of several pictures, {shared} in all"]
+    lines = [f"{told} of several images, {shared} in all"]
     lines += [f"  {entry['samples']} x {_short(entry['caption'])!r}" for entry in captions[:_SHOWN]]
     told = f"{_counted(len(latents), 'latent')} {'is' if len(latents) == 1 else 'are'} there more than once"
     lines.append(f"{told}, {_counted(sum(map(len, latents)), 'sample')} in all")
-    lines += [f"  {' = '.join(keys[:_SHOWN])}" for keys in latents[:_SHOWN]]
+    lines += [f"  {escaped(' = '.join(keys[:_SHOWN]))}" for keys in latents[:_SHOWN]]
     return "\n".join(lines)
 
 

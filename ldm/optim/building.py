@@ -12,10 +12,10 @@ from ldm.util import UserError, instantiate_from_config
 
 
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
-    """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes.
+    """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes. An `lr` in it takes
+    precedence.
 
-    An `lr` in it takes precedence. `where` is the config key, for messages. The optimizer's `configured_rates` are the
-    learning rates of its groups.
+    `where` is the config key, for messages.
 
     Raises:
         UserError: the target does not exist or does not take its `params`, or its state fits no checkpoint.
@@ -27,9 +27,6 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
                 "AdamW4bit, which are torchao's with a state that it can"
             )
         own_lr = (config.get("params") or {}).get("lr", lr)
-        optimizer = instantiate_from_config(config, params=list(parameters), lr=own_lr)
+        return instantiate_from_config(config, params=list(parameters), lr=own_lr)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    # A resume replaces the groups by those of the checkpoint; these rates are what the config says now.
-    optimizer.configured_rates = [float(group["lr"]) for group in optimizer.param_groups]
-    return optimizer

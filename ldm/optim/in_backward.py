@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ldm.optim.building import build_optimizer
-from ldm.util import UserError
+from ldm.util import check_number
 
 
 class InBackward(Optimizer):
@@ -46,9 +46,8 @@ class InBackward(Optimizer):
         bucket_mb: float = 32,
         clip_each: float | None = None,
     ) -> None:
-        for name, value in (("bucket_mb", bucket_mb), ("clip_each", clip_each)):
-            if value is not None and not value > 0:
-                raise UserError(f"{name}={value}: give a number above 0")
+        check_number("bucket_mb", bucket_mb, above=0, whole=False)
+        check_number("clip_each", clip_each, above=0, whole=False, optional=True)
         self.inner = build_optimizer(optimizer, params, lr, "optimizer")
         self.bucket_bytes = int(bucket_mb * 2**20)
         self.clip_each = clip_each

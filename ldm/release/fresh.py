@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,19 +19,24 @@ def fresh_checkpoint(grafted: Graft) -> dict[str, Any]:
     It names no optimizer and no scheduler: a resume then makes them from its config, with the learning rate that
     `--scale_lr` and the number of devices give.
     """
+    return checkpoint_at_start(grafted.state_dict)
+
+
+def checkpoint_at_start(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a Lightning checkpoint at step 0 that holds `weights` alone."""
     return {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": pl.__version__,
-        "state_dict": grafted.state_dict,
-        "loops": _loops_at_start(),
+        "state_dict": dict(weights),
+        "loops": loops_at_start(),
         "callbacks": {},
         "optimizer_states": [],
         "lr_schedulers": [],
     }
 
 
-def _loops_at_start() -> dict[str, Any]:
+def loops_at_start() -> dict[str, Any]:
     """The progress of a trainer that has not begun, as Lightning saves it."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     logging.disable(logging.INFO)  # its report of the hardware is beside the point

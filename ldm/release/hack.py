@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
 
 from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint, weights_of
-from ldm.config.load import build_model, load_config
+from ldm.config.load import build_model
+from ldm.locks import locked_file
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint
 from ldm.util import UserError
@@ -18,6 +24,18 @@ from ldm.util import UserError
 log = logging.getLogger(__name__)
 
 
+def _alone(write: Callable[..., None]) -> Callable[..., None]:
+    """Let no two processes run `write` with the same third argument, the file that it writes."""
+
+    @functools.wraps(write)
+    def call(first: Any, release: Path, out: Path, *rest: Any, **options: Any) -> None:
+        with locked_file(out):
+            write(first, release, out, *rest, **options)
+
+    return call
+
+
+@_alone
 def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     """Write the training checkpoint at `training_path`, with the released weights in it, to `out`.
 
@@ -39,16 +57,16 @@ def hack_training(training_path: Path, release_path: Path, out: Path) -> None:
     _write(content, out)
 
 
-def hack_config(config_names: Sequence[str | Path], release_path: Path, out: Path, trusted: bool = False) -> None:
-    """Write a training checkpoint at step 0 for the model of `config_names`, with the released weights, to `out`.
+@_alone
+def hack_config(config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path) -> None:
+    """Write a training checkpoint at step 0 for the model of `config`, with the released weights, to `out`.
 
-    `trusted` is that of `load_config`.
+    `config_names` are the files that `config` was read from.
 
     Raises:
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
     _check_out(out, release_path)
-    config = load_config(config_names, trusted=trusted)
     release = open_checkpoint(release_path)
     from ldm.release.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
 
@@ -105,12 +123,22 @@ def _is_made_from_config(path: Path) -> bool:
 
 def _keep(path: Path) -> Path:
     """Give the file at `path` a second name that no file has yet; no copy where the file system has links."""
-    kept, count = path.with_name(f"{path.stem}.before-hack{path.suffix}"), 1
-    while kept.exists():
-        count += 1
-        kept = path.with_name(f"{path.stem}.before-hack-{count}{path.suffix}")
-    try:
-        os.link(path, kept)
-    except OSError:
-        shutil.copy2(path, kept)
-    return kept
+    for count in itertools.count(1):
+        number = "" if count == 1 else f"-{count}"
+        kept = path.with_name(f"{path.stem}.before-hack{number}{path.suffix}")
+        try:
+            os.link(path, kept)
+        except FileExistsError:
+            continue
+        except OSError:
+            try:
+                kept.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            try:
+                shutil.copy2(path, kept)
+            except BaseException:
+                kept.unlink(missing_ok=True)
+                raise
+        return kept
+    raise AssertionError("endless")

@@ -59,9 +59,14 @@ def check_release(content: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
+def is_of_2022(content: Mapping[str, Any]) -> bool:
+    """Return whether `content` is a checkpoint of Lightning 1.4 or before, which kept no progress of the loops."""
+    return "loops" not in content and "pytorch-lightning_version" in content and "optimizer_states" in content
+
+
 def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training."""
-    missing = [key for key in TRAINING_STATE if key not in content]
+    missing = [key for key in TRAINING_STATE if key not in content and not (key == "loops" and is_of_2022(content))]
     if missing:
         raise UserError(
             f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "

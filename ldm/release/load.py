@@ -43,17 +43,17 @@ def load_release(
     config: str | Path | DictConfig | Mapping[str, Any],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    trusted: bool = False,
 ) -> LatentDiffusion:
-    """The model of `config` (a path, or what `load_config` gives) with the weights of `ckpt`, for inference.
+    """Return the model of `config` with the weights of `ckpt`, for inference.
 
-    The diffusion schedule stays in float32 whatever `dtype` is. `trusted` is that of `load_config`.
+    `config` is what `load_config` gives, or the path of a config that is not trusted. The diffusion schedule stays in
+    float32 whatever `dtype` is.
 
     Raises:
         UserError: a file is missing or broken, or the checkpoint does not fit the config.
     """
     if isinstance(config, (str, Path)):
-        config = load_config([config], trusted=trusted)
+        config = load_config([config])
     weights = load_state_dict(ckpt)
     with without_initialisation():
         model = build_model(config)

@@ -24,6 +24,7 @@ from ldm.checkpoint import (
     weights_of,
 )
 from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, has_part
+from ldm.locks import locked_file
 from ldm.release.keys import check_release, check_training_checkpoint
 from ldm.util import UserError
 
@@ -162,6 +163,11 @@ def merge_files(training_path: Path, release_path: Path, out: Path, weights: str
         UserError: a file is missing, damaged or of another model; nothing is written then.
     """
     check_suffix(out)
+    with locked_file(out):
+        _merge_files(training_path, release_path, out, weights, half)
+
+
+def _merge_files(training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool) -> None:
     for path in (training_path, release_path):
         if out.exists() and path.exists() and out.samefile(path):
             raise UserError(f"{out}: is one of the files to merge, which would be replaced; choose another --out")

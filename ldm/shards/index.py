@@ -93,8 +93,8 @@ def _is_scale(value: Any) -> bool:
         return False
 
 
-def _is_failures(value: Any) -> bool:
-    """Whether it lists pictures that could not be read."""
+def is_failures(value: Any) -> bool:
+    """Whether it lists images that could not be read."""
     return isinstance(value, list) and all(
         isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "reason"))
         for entry in value
@@ -108,19 +108,19 @@ def _is_name(name: Any) -> bool:
     return name.splitlines() == [name]  # it is to be in a message of one line
 
 
-def _is_digest(value: Any) -> bool:
+def is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
 Entry = tuple[Callable[[Any], bool], str]  # whether a value is right, and what to say of one that is not
 WHOLE: Entry = (is_whole, "not a whole number of at least 0")
-_DIGEST: Entry = (_is_digest, "which is no digest")
-FAILURES: Entry = (_is_failures, "not a list of the name and the reason of pictures that could not be read")
+_DIGEST: Entry = (is_digest, "which is no digest")
+FAILURES: Entry = (is_failures, "not a list of the name and the reason of images that could not be read")
 _ENTRIES: dict[str, Entry] = {
     "shards": (lambda value: isinstance(value, list), "not a list"),
     "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
     "samples": WHOLE,
-    **dict.fromkeys(ENCODERS, (lambda value: value is None or _is_digest(value), "which is no digest")),
+    **dict.fromkeys(ENCODERS, (lambda value: value is None or is_digest(value), "which is no digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
     "failed": FAILURES,
     "made_from": (lambda value: isinstance(value, dict), "not what the set is made from, by name"),

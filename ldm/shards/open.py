@@ -7,17 +7,18 @@ from pathlib import Path
 
 from ldm.shards.index import ENCODERS, INDEX, check_against_index, read_index
 from ldm.shards.reader import ShardDataset
+from ldm.shards.sample import CONTEXT, LATENT
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.shards.verify import verify_shards
 from ldm.util import UserError
 
-_SAME_RELEASE = "encode the pictures again with the release that is used here, or use the release that made the set"
+_SAME_RELEASE = "encode the images again with the release that is used here, or use the release that made the set"
 
 
 def open_shards(
     urls: str | Path | Sequence[str | Path],
-    first_stage_key: str = "f8",
-    cond_stage_key: str | None = "t5",
+    first_stage_key: str = LATENT,
+    cond_stage_key: str | None = CONTEXT,
     extra: Sequence[str] = (),
     *,
     verify: bool = True,

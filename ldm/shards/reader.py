@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 
 from ldm.files import open_file, read_span
 from ldm.shards import npy
-from ldm.shards.sample import CAPTION, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
+from ldm.shards.identity import Identity, check_identity, identity_of, with_retries
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, nearest
 
@@ -62,14 +63,14 @@ def decode_member(key: str, data: bytearray, name: str) -> Any:
     return array
 
 
-def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], picture: bool, name: str) -> None:
+def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
     """Raise `UserError` unless `shape` can be in one set with the shape of the set's `first` sample.
 
-    Pictures, `(channels, height, width)`, may differ in height and width; everything else is one shape.
+    Images, `(channels, height, width)`, may differ in height and width; everything else is one shape.
     """
-    if picture and len(shape) != 3:
+    if image and len(shape) != 3:
         raise UserError(f"{name}: shape {shape} is not (channels, height, width)")
-    if (shape[0] != first[0]) if picture else (shape != first):
+    if (shape[0] != first[0]) if image else (shape != first):
         raise UserError(f"{name}: shape {shape}, but the first sample's {key} is {first}")
 
 
@@ -87,8 +88,8 @@ class ShardDataset(Dataset):
     def __init__(
         self,
         paths: Sequence[str | Path],
-        first_stage_key: str = "f8",
-        cond_stage_key: str | None = "t5",
+        first_stage_key: str = LATENT,
+        cond_stage_key: str | None = CONTEXT,
         extra: Sequence[str] = (),
     ) -> None:
         self.paths = [Path(path) for path in paths]
@@ -99,13 +100,16 @@ class ShardDataset(Dataset):
         self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.sample_keys: list[str] = []
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {key: {} for key in self.keys}  # shape -> type, as found
+        self._identities: list[Identity] = []  # of each path
         shards, spans, groups = [], [], []
         for number, path in enumerate(self.paths):
             samples = index_tar(path)
+            self._identities.append((0, 0, 0))
             if not samples:
                 logger.warning("%s holds no samples", path)
                 continue
             with open_file(path) as file:
+                self._identities[number] = identity_of(file.fileno())
                 for sample in samples:
                     self.sample_keys.append(sample.key)
                     shards.append(number)
@@ -122,7 +126,7 @@ class ShardDataset(Dataset):
         self._groups = np.asarray(groups, dtype=np.int32)
 
     def _check(self, sample: TarSample, path: Path, descriptor: int) -> int:
-        """Check the headers of a sample's arrays; returns the number of its picture's shape among all shapes."""
+        """Check the headers of a sample's arrays; returns the number of its image's shape among all shapes."""
         group = 0
         for key in self.keys:
             if key in TEXT_KEYS:
@@ -133,8 +137,8 @@ class ShardDataset(Dataset):
             header = npy.read_header(start, size, name, number_types(key))
             known = self.shapes[key]
             if header.shape not in known:
-                picture = key == self.first_stage_key
-                check_shape(key, header.shape, next(iter(known), header.shape), picture, name)
+                image = key == self.first_stage_key
+                check_shape(key, header.shape, next(iter(known), header.shape), image, name)
                 known[header.shape] = header.dtype.name
             if key == self.first_stage_key:
                 group = list(known).index(header.shape)
@@ -144,11 +148,15 @@ class ShardDataset(Dataset):
         return len(self.sample_keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[self._shards[index]]
+        number = int(self._shards[index])
+        return with_retries(lambda: self._read(index, self.paths[number], self._identities[number]), self.paths[number])
+
+    def _read(self, index: int, path: Path, identity: Identity) -> dict[str, Any]:
         sample: dict[str, Any] = {"__key__": self.sample_keys[index]}
         # Opened for each sample: a set may have more shards than a process may hold open, and an open costs 10 us.
         descriptor = os.open(path, os.O_RDONLY)
         try:
+            check_identity(descriptor, path, identity)
             for key, (offset, size) in zip(self.keys, self._spans[index].tolist(), strict=True):
                 name = f"{path}: {sample['__key__']}.{member_extension(key)}"
                 if size < 0:
@@ -160,5 +168,5 @@ class ShardDataset(Dataset):
         return sample
 
     def groups(self) -> list[np.ndarray]:
-        """The sample numbers, one array for each shape of picture: what may share a batch."""
+        """The sample numbers, one array for each shape of image: what may share a batch."""
         return [np.flatnonzero(self._groups == group) for group in range(len(self.shapes[self.first_stage_key]))]

@@ -1,61 +1,111 @@
-"""What a person may write where shards are named: a path, a folder, a glob, a brace pattern, a URL, a list of these."""
+"""Names of shards as people write them: a path, a folder, a glob, a brace pattern, a URL, a list of these.
+
+A path that exists means itself, whatever characters it has. So do the folders at the beginning of a pattern: only
+what follows them is a pattern.
+"""
 
 from __future__ import annotations
 
 import glob
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ldm.config.braces import expand_braces
 from ldm.util import UserError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
+_FILE_SCHEME = re.compile("^file:(//)?")
 
 
 def is_stream(url: str) -> bool:
-    """Whether `url` can only be read front to back: `pipe:`, `http:` and the like."""
-    return _SCHEME.match(url) is not None
+    """Return whether `url` can only be read front to back: `pipe:`, `http:` and the like."""
+    return _SCHEME.match(url) is not None and not _is_there(url)
 
 
 def names_all_there(urls: str | Path | Iterable[str | Path]) -> bool:
-    """Whether `urls` has a folder or a glob, which stand for whatever shards are there."""
-    entries = [urls] if isinstance(urls, (str, Path)) else urls
-    patterns = [re.sub("^file:(//)?", "", pattern) for entry in entries for pattern in str(entry).split("::")]
-    return any(_local(pattern).is_dir() if _is_there(pattern) else glob.has_magic(pattern) for pattern in patterns)
+    """Return whether `urls` has a folder or a glob, which stand for whatever shards are there."""
+    for entry in [urls] if isinstance(urls, (str, Path)) else urls:
+        for pattern in _split(str(entry)):
+            path = _FILE_SCHEME.sub("", pattern)
+            if _is_there(path) and _local(path).is_dir():
+                return True
+            if not _is_there(path) and glob.has_magic(path[len(existing_folder(path)) :]):
+                return True
+    return False
+
+
+def existing_folder(pattern: str) -> str:
+    """Return the beginning of `pattern` up to the last slash before which a folder of that very name exists."""
+    end = len(pattern)
+    while (end := pattern.rfind("/", 0, end)) > 0:
+        if _is_there(pattern[:end]):
+            return pattern[: end + 1]
+    return "/" if pattern.startswith("/") else ""
 
 
 def _local(pattern: str) -> Path:
+    path = Path(pattern)
+    if not path.parts or os.path.lexists(path.parts[0]):  # a folder may be called ~x
+        return path
     try:
-        return Path(pattern).expanduser()
+        return path.expanduser()
     except RuntimeError as error:  # ~nobody
         raise UserError(f"{pattern:.100}: {error}") from error
 
 
 def _is_there(name: str) -> bool:
     try:
-        return _local(name).exists()
+        return os.path.lexists(_local(name))
     except (OSError, ValueError):  # too long, or with a null character: no name of a file
         return False
 
 
-def _expand_local(pattern: str) -> list[str]:
+def _split(entry: str) -> list[str]:
+    """Return the patterns that `::` joins in `entry`, unless that is the name of a file or folder."""
+    path = _FILE_SCHEME.sub("", entry)
+    if _is_there(path):
+        return [entry]
+    folder = existing_folder(path)
+    first, *others = path[len(folder) :].split("::")
+    return [folder + first, *others] if "::" in folder else entry.split("::")
+
+
+def _expand_local(pattern: str, folder: str) -> list[str]:
+    """Return the paths of a pattern without braces, which begins with the existing `folder`."""
     path = _local(pattern)
     if _is_there(pattern) and path.is_dir():
         found = sorted(str(tar) for tar in path.glob("[!.]*.tar"))  # a hidden one is still being written
         if not found:
             raise UserError(f"{pattern}: the folder holds no .tar")
         return found
-    if not _is_there(pattern) and glob.has_magic(pattern):
-        found = sorted(glob.glob(str(path)))  # noqa: PTH207  (the pattern may begin at the root)
+    if not _is_there(pattern) and glob.has_magic(pattern[len(folder) :]):
+        start = glob.escape(str(_local(folder) / "_")[:-1]) if folder else ""
+        found = sorted(glob.glob(start + pattern[len(folder) :]))  # noqa: PTH207  (the pattern may begin at the root)
         if not found:
             raise UserError(f"{pattern}: no file matches")
         return found
     return [str(path)]
 
 
+def _expand(pattern: str) -> Iterator[str]:
+    """Yield the shards that `pattern`, without `::`, names."""
+    path = _FILE_SCHEME.sub("", pattern)
+    folder = existing_folder(path)
+    if _is_there(path) or folder not in ("", "/"):  # braces in the name of a folder that is there mean themselves
+        names = [path] if _is_there(path) else (folder + rest for rest in expand_braces(path[len(folder) :]))
+    else:
+        names = expand_braces(pattern)
+    for name in names:
+        if is_stream(name):
+            yield name
+        else:
+            yield from _expand_local(name, existing_folder(name))
+
+
 def expand_urls(urls: str | Path | Iterable[str | Path]) -> list[str]:
-    """Every shard that `urls` names, in order: local paths without `file:`, and streams as they are.
+    """Return every shard that `urls` names, in order: local paths without `file:`, and streams as they are.
 
     Braces are expanded and `::` joins several, as in WebDataset; a folder stands for its tars, a glob for its matches.
 
@@ -64,14 +114,7 @@ def expand_urls(urls: str | Path | Iterable[str | Path]) -> list[str]:
     """
     if isinstance(urls, (str, Path)):
         urls = [urls]
-    found: list[str] = []
-    for entry in urls:
-        for pattern in str(entry).split("::"):
-            if _is_there(pattern):  # a name that exists means itself, braces and all
-                found += _expand_local(pattern)
-                continue
-            for url in expand_braces(pattern):
-                found += [url] if is_stream(url) else _expand_local(url)
+    found = [url for entry in urls for pattern in _split(str(entry)) for url in _expand(pattern)]
     if not found:
         raise UserError(f"no shards: {urls!r} names none")
     seen: set[str] = set()

@@ -7,13 +7,13 @@ import io
 import itertools
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import braceexpand
-
+from ldm.config.braces import expand_braces
 from ldm.files import atomic_write
 from ldm.util import UserError
 
@@ -21,34 +21,66 @@ _NUMBER = re.compile(r"%0?\d*d")
 
 
 def shard_paths(pattern: str) -> Iterator[Path]:
-    """The names that `pattern` stands for, in order: endless for `%06d`, counted for `{000..009}`, else just one.
+    """Return the names that `pattern` stands for, in order: endless for `%06d`, counted for `{000..009}`, else one.
+
+    The folder is taken as it is written. A file that exists is taken as it is written, too.
 
     Raises:
-        UserError: it does not end in `.tar`, has more than one number, or a brace is open.
+        UserError: it does not end in `.tar`, names shards in several folders, has more than one number, or a brace is
+            open.
     """
     if not pattern.endswith(".tar"):
         raise UserError(f"--out {pattern}: name shards such as shards/toms-%06d.tar, or a single .tar")
-    numbers = _NUMBER.findall(pattern)
+    path = Path(pattern)
+    _check_folder(path)
+    if not is_spread(pattern):
+        return iter([path])
+    numbers = _NUMBER.findall(path.name)
     if len(numbers) > 1:
         raise UserError(f"--out {pattern}: has {len(numbers)} numbers, one is enough")
     if numbers:
-        return (Path(pattern.replace(numbers[0], numbers[0] % number)) for number in itertools.count())
+        return (path.with_name(path.name.replace(numbers[0], numbers[0] % number)) for number in itertools.count())
     try:
-        return map(Path, list(braceexpand.braceexpand(pattern)))
-    except braceexpand.UnbalancedBracesError as error:
-        raise UserError(f"--out {pattern}: {error}") from error
+        names = list(expand_braces(path.name))
+    except UserError as error:
+        raise UserError(f"--out {pattern}: {str(error).removeprefix(f'{path.name:.100}: ')}") from error
+    _check_names(pattern, names)
+    return (path.with_name(name) for name in names)
+
+
+def _check_folder(path: Path) -> None:
+    """Raise `UserError` for a folder that is a pattern: the shards of a set share one folder, with its index."""
+    folder = str(path.parent)
+    if path.parent.exists():
+        return
+    is_pattern = _NUMBER.search(folder) is not None
+    with suppress(UserError):  # an open brace is a plain character
+        is_pattern = is_pattern or len(list(expand_braces(folder))) > 1
+    if is_pattern:
+        raise UserError(
+            f"--out {path}: a set is written to one folder, {folder} would be several; put the pattern into the name "
+            "of the file, or make that folder first if it is meant as it is written"
+        )
+
+
+def _check_names(pattern: str, names: Sequence[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"--out {pattern}: names {twice[0]} twice")
+    if other := [name for name in names if "/" in name or not name.endswith(".tar")]:
+        raise UserError(f"--out {pattern}: names {other[0]}, which is no shard such as toms-000.tar")
 
 
 def is_spread(pattern: str) -> bool:
-    """Whether `pattern` names several shards, rather than the one that takes everything."""
-    return bool(_NUMBER.search(pattern)) or "{" in pattern
+    """Return whether `pattern` names several shards, rather than the one that takes everything."""
+    path = Path(pattern)
+    return (bool(_NUMBER.search(path.name)) or "{" in path.name) and not path.exists()
 
 
 def existing_shards(pattern: str) -> list[Path]:
-    """The files that `shard_paths(pattern)` would name, as far as they are there."""
-    if not _NUMBER.search(pattern):
-        return [path for path in shard_paths(pattern) if path.exists()]
+    """Return the files that `shard_paths(pattern)` would name, as far as they are there."""
     path = Path(pattern)
+    if not is_spread(pattern) or not _NUMBER.search(path.name):
+        return [path for path in shard_paths(pattern) if path.exists()]
     before, after = _NUMBER.split(path.name)
     matching = re.compile(re.escape(before) + r"\d+" + re.escape(after))
     return sorted(found for found in path.parent.glob("*.tar") if matching.fullmatch(found.name))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.config.trust import add_trust_option
+from ldm.config.typed import read_typed
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,6 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+=")
 _WEIGHTS = ("actual_resume", "finetune_from")
 _TEXTUAL_INVERSION = ("data_root", "embedding_manager_ckpt", "init_word", "placeholder_string")
 _NUMBER = re.compile(r"-\.?\d")
-_CLOCK = re.compile(r"\d+(:\d+)+")  # YAML 1.1 would read 12:00:00 as a number in base 60
 
 _EPILOG = """\
 Any argument of Lightning's Trainer is an option too, by its name today or by the one it had in 2022:
@@ -167,15 +167,10 @@ def _is_value(token: str) -> bool:
 
 
 def _typed(flag: str, text: str) -> Any:
-    """`text` read as YAML; `None`, as Python writes it, is null."""
-    import yaml
-    from omegaconf import OmegaConf
-
+    """Return `text` as `read_typed` reads it; `None`, as Python writes it, is null."""
     if text == "None":
         return None
-    if _CLOCK.fullmatch(text):
-        return text
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except yaml.YAMLError as error:
-        raise UserError(f"{flag}: {text!r} is not a valid value ({str(error).splitlines()[0]})") from error
+        return read_typed(text)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error

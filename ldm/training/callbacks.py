@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LearningRateMonitor
 
-from ldm.callbacks.accumulation import ClippedBeforeFused, MeanOfAccumulated
+from ldm.callbacks.accumulation import MeanOfBatches
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
@@ -22,7 +22,8 @@ from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
 from ldm.callbacks.validation import SparseValidation
 from ldm.config.load import plain
-from ldm.training.described import instantiate_described
+from ldm.training.described import check_callback_places, instantiate_described
+from ldm.training.loggers import logs_anything
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
 
@@ -41,7 +42,11 @@ _NOT_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
 
 
 def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed: int) -> list[Callback]:
-    """The default callbacks, changed and added to by `lightning.callbacks`."""
+    """Return the default callbacks, changed and added to by `lightning.callbacks`.
+
+    Raises:
+        UserError: a callback cannot be built, or would write outside the run folder.
+    """
     section = config.lightning
     callbacks: list[Callback] = [
         StepSeeds(seed),
@@ -62,13 +67,15 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         callbacks.append(ProgressBar(refresh_rate or 1))
     if section.trainer.get("enable_model_summary") is not False and "weights_summary" not in section.trainer:
         callbacks.append(ParameterSummary())
-    described = OmegaConf.merge(_DEFAULT_CALLBACKS, section.get("callbacks") or {})
-    built = [instantiate_described(plain(entry), f"lightning.callbacks.{name}") for name, entry in described.items()]
-    if section.trainer.get("logger") is False:
+    described = OmegaConf.merge(_DEFAULT_CALLBACKS, plain(section.get("callbacks") or {}))
+    entries = {f"lightning.callbacks.{name}": plain(entry) for name, entry in described.items()}
+    for where, entry in entries.items():
+        check_callback_places(entry, run.folder, where)
+    built = [instantiate_described(entry, where) for where, entry in entries.items()]
+    if not logs_anything(config):
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
-    # Last: other callbacks see the loss before it is scaled.
-    callbacks += [*built, MeanOfAccumulated(), ClippedBeforeFused()]
-    return callbacks + _build_checkpoints(config, run, requests, built)
+    batch_size = ((config.data.get("params") or {}).get("batch_size")) if section.scale_lr else None
+    return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
 
 
 def _names_weights(config: DictConfig) -> bool:
@@ -100,7 +107,8 @@ def _build_checkpoints(
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
-    kept = {"target": "ldm.callbacks.checkpoints.KeptCheckpoints", "params": params}
+    kept = {"target": "ldm.callbacks.kept.KeptCheckpoints", "params": params}
+    check_callback_places(kept, run.folder, "lightning.modelcheckpoint")
     best = instantiate_described(kept, "lightning.modelcheckpoint")
     best.writing = last.writing
     callbacks = [best, last]

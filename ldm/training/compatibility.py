@@ -8,20 +8,21 @@ from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
-from ldm.util import UserError, get_obj_from_str
+from ldm.util import UserError, get_obj_from_str, takes
 
 log = logging.getLogger(__name__)
 
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first of what `model` and `trainer` are set to that cannot work together."""
-    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_low_precision):
+    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping, check_rounding):
         check(model, trainer)
 
 
@@ -38,32 +39,20 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
         )
 
 
-def check_low_precision(model: LightningModule, trainer: Trainer) -> None:
-    """Warn about bfloat16 weights that are rounded to nearest, and refuse float16 weights.
+def check_clipping(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if float16 gradients are to be clipped by value before a fused optimizer has unscaled them.
 
-    A bfloat16 weight has 8 bits: an update below 2⁻⁹ of it is lost when it is rounded to nearest.
-
-    Raises:
-        UserError: the weights are float16, whose second moments underflow.
+    Clipping by value makes finite numbers of those that overflowed, which the scaler must see.
     """
-    if not isinstance(model, DDPM):
-        return
-    if trainer.precision == "16-true":
+    config = getattr(model, "optimizer_config", None)
+    fused = config is None or (config.get("params") or {}).get("fused")
+    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+    by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+    if isinstance(model, DDPM) and trainer.gradient_clip_val and by_value and scales and fused:
         raise UserError(
-            "precision=16-true trains float16 weights, which diverge; use --precision bf16-mixed or 16-mixed, or lay "
-            "lean.yaml over the config to train in little memory"
+            f"gradient_clip_algorithm=value cannot clip what precision={trainer.precision} scales and "
+            "a fused optimizer unscales; use --precision bf16-mixed, or --gradient_clip_algorithm norm"
         )
-    if trainer.precision == "bf16-true" and not _rounds_stochastically(model.optimizer_config or {}):
-        log.warning(
-            "precision=bf16-true rounds each update of a weight to nearest, and at small learning rates loses nearly "
-            "all of them. Use --precision bf16-mixed, or lay lean.yaml over the config: it rounds stochastically"
-        )
-
-
-def _rounds_stochastically(config: Mapping[str, Any]) -> bool:
-    params = config.get("params") or {}
-    inner = params.get("optimizer")
-    return bool(params.get("bf16_stochastic_round")) or (isinstance(inner, dict) and _rounds_stochastically(inner))
 
 
 def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
@@ -133,3 +122,36 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
             f"precision={trainer.precision} does not go with strategy fsdp; use --precision bf16-mixed, or one of "
             f"{', '.join(_SHARDED_PRECISIONS)}"
         )
+
+
+def check_rounding(model: LightningModule, trainer: Trainer) -> None:
+    """Refuse float16 weights, and warn of bfloat16 weights whose optimizer rounds to the nearest.
+
+    At the learning rates of fine-tuning most updates are smaller than half the distance to the next bfloat16 number,
+    so that rounding to the nearest loses them. Float16 weights underflow and overflow.
+
+    Raises:
+        UserError: the weights would be float16.
+    """
+    if trainer.precision == "16-true":
+        raise UserError(
+            "precision=16-true trains float16 weights, which diverges; use --precision 16-mixed or bf16-mixed, or the "
+            "lean tier: --base ... lean.yaml"
+        )
+    if trainer.precision == "bf16-true" and not _rounds_stochastically(getattr(model, "optimizer_config", None)):
+        log.warning(
+            "precision=bf16-true without stochastic rounding loses most updates at small learning rates; use the lean "
+            "tier, --base ... lean.yaml, whose optimizer rounds stochastically, or --precision bf16-mixed"
+        )
+
+
+def _rounds_stochastically(config: Mapping[str, Any] | None) -> bool:
+    """Return whether the optimizer that `config` describes, or the one inside it, rounds bfloat16 stochastically."""
+    if not config:
+        return False
+    params = config.get("params") or {}
+    target = get_obj_from_str(config["target"])
+    if target is InBackward:
+        return _rounds_stochastically(params.get("optimizer"))
+    key = "bf16_stochastic_round"
+    return takes(target, key) and params.get(key, target.__module__ == "ldm.optim.low_bit") is True

@@ -6,6 +6,7 @@ import logging
 import shlex
 import shutil
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from ldm.callbacks.signals import TrainingStopped
-from ldm.config.load import plain
-from ldm.config.trust import needs_trust
+from ldm.config.load import needs_trust
 from ldm.training.compatibility import check_compatibility
 from ldm.training.host_memory import keep_freed_memory
 from ldm.training.run import Run
@@ -42,16 +42,21 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
     if trainer.strategy.root_device.type == "cpu" or isinstance(trainer.strategy, HostStateStrategy):
         keep_freed_memory()
     log.info("Run folder: %s", run.folder)
-    is_new = not run.folder.exists()
     try:
         with _one_line_errors(run.folder):
-            trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
+            try:
+                trainer.fit(model, data, ckpt_path=run.resume, weights_only=True)
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+                if isinstance(error, UserError) or not _restores(error):
+                    raise
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise UserError(f"{run.resume}: its state cannot be taken up ({reason}); is it damaged?") from error
     except (UserError, SystemExit):
-        if is_new and trainer.is_global_zero and trainer.global_step == 0:
+        if trainer.is_global_zero and not run.configs.is_dir():  # which its first step makes
             shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
         raise
     except TrainingStopped as stop:
-        trust = " --trust-config" if needs_trust(plain(config)) else ""
+        trust = " --trust-config" if needs_trust(config) else ""
         log.info("Training %s; go on with: python main.py --resume %s -t%s", stop, shlex.quote(str(run.folder)), trust)
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
 
@@ -76,6 +81,14 @@ def test(trainer: Trainer, model: LightningModule, data: LightningDataModule, co
             trainer.test(model, datamodule=data, verbose=trainer.is_global_zero)
 
 
+def _restores(error: BaseException) -> bool:
+    """Return whether `error` was raised while Lightning restored the state of a checkpoint."""
+    if "loaded state dict" in str(error):
+        return False  # another optimizer, which has a message of its own
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("checkpoint_connector" in frame.filename and frame.name.startswith("restore") for frame in frames)
+
+
 @contextmanager
 def _one_line_errors(folder: Path) -> Iterator[None]:
     """Make `UserError`s of what users can mend; `folder` is what is written to, where an error names no file."""
@@ -88,6 +101,11 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(f"lightning: {' '.join(str(error).split())}") from error
     except ValueError as error:
+        if "val_check_interval" in str(error) and not isinstance(error, UserError):
+            raise UserError(
+                f"lightning.trainer.val_check_interval: beyond the end of an epoch ({' '.join(str(error).split())}); "
+                "give fewer batches, or add --check_val_every_n_epoch None to count them across epochs"
+            ) from error
         if "loaded state dict" not in str(error):
             raise
         raise UserError(f"the checkpoint's optimizer does not fit what this config trains ({error})") from error

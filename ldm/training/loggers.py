@@ -5,8 +5,9 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import CSVLogger, Logger
 
+from ldm.callbacks.tolerance import tolerant
 from ldm.config.load import plain
-from ldm.training.described import MOVED, instantiate_described
+from ldm.training.described import MOVED, check_logger, check_logger_places, instantiate_described
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -14,10 +15,18 @@ _DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 
 
 def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Logger] | bool:
-    """A CSV logger, and TensorBoard or what `lightning.logger` describes."""
-    if config.lightning.trainer.get("logger") is False:
+    """Return a CSV logger, and TensorBoard or what `lightning.logger` describes; False where either key is false.
+
+    Raises:
+        UserError: `lightning.logger` describes no logger, one whose package is not installed, or one that would write
+            outside the run folder.
+    """
+    if not logs_anything(config):
         return False
-    described = {"target": _DEFAULT_LOGGER, **plain(config.lightning.get("logger") or {})}
+    section = plain(config.lightning.get("logger"))
+    if section is not None and section is not True and not isinstance(section, dict):
+        raise UserError(f"lightning.logger {section!r}: give a mapping with target and params, or false for no logger")
+    described = {"target": _DEFAULT_LOGGER, **(section if isinstance(section, dict) else {})}
     params = {"save_dir": str(run.folder), **(described.get("params") or {})}
     target = MOVED.get(described["target"], described["target"])
     if target.endswith("TensorBoardLogger"):
@@ -26,8 +35,15 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
         params = {"name": run.folder.name, **params}
         if project:
             params["project"] = project
+    check_logger_places(params, run.folder, "lightning.logger.params")
     try:
         logger = instantiate_described({**described, "params": params}, "lightning.logger")
     except ModuleNotFoundError as error:
         raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
-    return [logger, CSVLogger(str(run.folder), name="csv")]
+    check_logger(logger, run.folder, "lightning.logger")
+    return [tolerant(logger), tolerant(CSVLogger(str(run.folder), name="csv"))]
+
+
+def logs_anything(config: DictConfig) -> bool:
+    """Return whether the run has loggers: neither `lightning.logger` nor `lightning.trainer.logger` is false."""
+    return config.lightning.get("logger") is not False and config.lightning.trainer.get("logger") is not False

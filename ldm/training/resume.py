@@ -12,13 +12,17 @@ from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
-from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
+from ldm.callbacks.saving import mark_newest
+from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint, weights_of
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model
+from ldm.files import check_within
 from ldm.release.building import without_initialisation
-from ldm.release.keys import check_training_checkpoint
+from ldm.release.fresh import checkpoint_at_start
+from ldm.release.keys import check_training_checkpoint, is_of_2022
 from ldm.training.arguments import DEFAULT_SEED
-from ldm.training.run import lies_in_run
+from ldm.training.run import LAST, lies_in_run
+from ldm.training.structure import check_structure
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -40,21 +44,32 @@ class AtomicCheckpointIO(CheckpointIO):
     """Checkpoints that are whole or not there, and that run no code when they are read.
 
     Args:
+        folder: the run folder. Nothing outside is written or removed, whatever a callback or its saved state says.
         taken_up: a checkpoint that was read before. It is handed out the first time that Lightning asks for it.
     """
 
-    def __init__(self, taken_up: TrainingCheckpoint | None = None) -> None:
+    def __init__(self, folder: Path, taken_up: TrainingCheckpoint | None = None) -> None:
+        self._folder = folder
         self._taken_up = taken_up
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        check_within(self._folder, Path(path).parent, "checkpoint in")
         save_checkpoint(checkpoint, path)
+        mark_newest(Path(path))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         taken_up, self._taken_up = self._taken_up, None
         return taken_up.content if taken_up and taken_up.path == Path(path) else load_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        path = Path(path)
+        try:
+            check_within(self._folder, path.parent, "checkpoint in")
+        except UserError as error:
+            log.warning("Not removed: %s", error)
+            return
+        if path.suffix == ".ckpt" and path.name != LAST:
+            path.unlink(missing_ok=True)
 
 
 def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
@@ -67,11 +82,29 @@ def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
     if path is None:
         return None
     try:
-        opened = open_checkpoint(path)
+        return TrainingCheckpoint(path, _open_whole(path))
     except UserError as error:
         raise UserError(f"{error}{_instead_of(path)}") from error
+
+
+def _open_whole(path: Path) -> OpenCheckpoint:
+    """Open the checkpoint at `path` and check its structure; of one without progress, the weights alone are taken up.
+
+    Raises:
+        UserError: the file is damaged, or not a training checkpoint.
+    """
+    opened = open_checkpoint(path)
     check_training_checkpoint(opened.content, path)
-    return TrainingCheckpoint(path, opened)
+    if is_of_2022(opened.content):
+        log.info("%s: of Lightning 1.4, without progress: its weights are taken up, the step counters start anew", path)
+        weights = weights_of(opened.content, path)
+        opened.content.clear()
+        opened.content.update(checkpoint_at_start(weights))
+    try:
+        check_structure(opened.content, opened.file.drop_pages)
+    except UserError as error:
+        raise UserError(f"{path}: not a checkpoint that a run can go on from ({error})") from error
+    return opened
 
 
 def _instead_of(broken: Path) -> str:
@@ -81,8 +114,7 @@ def _instead_of(broken: Path) -> str:
     others = [path for path in broken.parent.glob("[!.]*.ckpt") if path != broken]
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            content = load_checkpoint(path)
-            check_training_checkpoint(content, path)
+            content = _open_whole(path).content
         except UserError:
             continue
         step = content["global_step"]

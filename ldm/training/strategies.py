@@ -7,8 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
@@ -21,7 +20,7 @@ from ldm.distributed.ranks import Launch
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import StaysOnHost
 from ldm.training.trainer_2022 import is_single
-from ldm.util import UserError, get_obj_from_str
+from ldm.util import UserError
 
 
 class ShardedStrategy(DDPStrategy):
@@ -127,11 +126,27 @@ class HostStateStrategy(SingleDeviceStrategy):
             optimizer.load_state_dict(state)
 
 
-def streams_weights(config: DictConfig) -> bool:
-    """Whether the weights of the UNet that `config` describes stay on the host."""
-    target = ((config.model.get("params") or {}).get("unet_config") or {}).get("target")
-    unet = get_obj_from_str(target) if target else None
-    return isinstance(unet, type) and issubclass(unet, StaysOnHost)
+def choose_strategy(arguments: Mapping[str, Any], model: LightningModule, described: Any, has_cuda: bool) -> Any:
+    """Return the Trainer's argument `strategy` for the built `model`.
+
+    `arguments` are the Trainer's; `described` is the strategy of the section `lightning`, for several devices.
+
+    Raises:
+        UserError: the strategy does not exist here, or does not go with the model.
+    """
+    if streams_weights(model):
+        return host_state_strategy(arguments, has_cuda)
+    return strategy({"strategy": described, **arguments})
+
+
+def streams_weights(model: nn.Module) -> bool:
+    """Return whether the weights of the UNet of `model` stay on the host."""
+    return isinstance(unet_of(model), StaysOnHost)
+
+
+def trains_on_gpu(arguments: Mapping[str, Any], has_cuda: bool) -> bool:
+    """Return whether the Trainer's `arguments` mean a CUDA device."""
+    return has_cuda and arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda")
 
 
 def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostStateStrategy:
@@ -147,7 +162,7 @@ def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostSta
             f"num_nodes={arguments.get('num_nodes', 1)!r}, strategy={arguments.get('strategy')!r}"
         )
     number = devices[0] if isinstance(devices, list) else 0
-    on_gpu = has_cuda and arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    on_gpu = trains_on_gpu(arguments, has_cuda)
     return HostStateStrategy(torch.device("cuda", number) if on_gpu else torch.device("cpu"))
 
 

@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.config.load import load_config, plain
+from ldm.data.base_module import BaseDataModule
 from ldm.distributed.ranks import launched
 from ldm.training.arguments import Arguments
 from ldm.training.described import instantiate_described
-from ldm.training.precision import Bfloat16Weights
+from ldm.training.precision import Bfloat16Weights, ClippedMixedPrecision
 from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
-from ldm.training.strategies import ShardedStrategy, check_launch, host_state_strategy, strategy, streams_weights
+from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
 from ldm.training.trainer_2022 import check_names, is_single, modernise, take_old_keys
+from ldm.training.trainer_values import check_values
 from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,10 @@ _LIGHTNING_KEYS = (
     "metrics_over_trainsteps_checkpoint",
     "scale_lr",  # the switch, which a run remembers here
 )
-# Where the data modules are that give each process its share themselves.
-_SHARING_DATA = ("main.", "ldm.data.")
+
+
+# Spellings of mixed precision that Lightning takes, by the name it gives them.
+_MIXED = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "16-mixed": "16-mixed", "16": "16-mixed", 16: "16-mixed"}
 
 
 def merge_config(arguments: Arguments, run: Run) -> DictConfig:
@@ -52,9 +56,9 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     valid = set(inspect.signature(Trainer).parameters)
     check_names(arguments.trainer, valid, "option --{}")
     config = load_config([*run.saved_configs, *arguments.base], arguments.overrides, arguments.trust_config)
-    if config.get("lightning") is None:  # `setdefault` would return a mapping that the config does not hold
+    if config.get("lightning") is None:  # `setdefault` of a DictConfig returns a plain default that it does not store
         config["lightning"] = {}
-    section = config["lightning"]
+    section = config.lightning
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
@@ -67,17 +71,22 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
         raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
+    check_values(plain(section["trainer"]))
     return config
 
 
 def build_trainer(
     config: DictConfig,
+    model: LightningModule,
+    data: LightningDataModule,
     callbacks: list[Callback],
     loggers: list[Logger] | bool,
     run: Run,
     checkpoint: TrainingCheckpoint | None,
 ) -> Trainer:
-    """The Trainer that `config.lightning` describes, which goes on from `checkpoint` if there is one.
+    """Return the Trainer of `model` and `data` that `config.lightning` describes.
+
+    It goes on from `checkpoint` if there is one.
 
     Raises:
         UserError: an argument has a value that Lightning does not take, or that does not go with the model.
@@ -89,25 +98,26 @@ def build_trainer(
     given = modernise(given, has_cuda=has_cuda, launched=launch.processes if launch else 1)
     if launch:
         check_launch(given, launch)
-    if streams_weights(config):
-        given["strategy"] = host_state_strategy(given, has_cuda)
-    elif not is_single(given):
-        given.setdefault("strategy", _described_strategy(config.lightning))
-    given["strategy"] = strategy(given)
+    described = "auto" if is_single(given) else _described_strategy(config.lightning)
+    given["strategy"] = choose_strategy(given, model, described, has_cuda)
     if isinstance(given["strategy"], ShardedStrategy):
         given["inference_mode"] = False  # weights gathered in a validation must be fit for the training after it
-    if config.data.target.startswith(_SHARING_DATA):
+    if isinstance(data, BaseDataModule):  # which gives each process its share itself
         given["use_distributed_sampler"] = False
     given |= {
         "callbacks": callbacks,
         "default_root_dir": str(run.folder),
         "enable_checkpointing": True,  # LastCheckpoint decides when
         "logger": loggers,
-        "plugins": [AtomicCheckpointIO(checkpoint)],
+        "plugins": [AtomicCheckpointIO(run.folder, checkpoint)],
     }
     if given.get("precision") == "bf16-true":
         del given["precision"]  # Lightning takes the name or the plugin
         given["plugins"].append(Bfloat16Weights())
+    elif given.get("precision") in _MIXED:
+        precision = _MIXED[given.pop("precision")]
+        device = "cuda" if trains_on_gpu(given, has_cuda) else "cpu"
+        given["plugins"].append(ClippedMixedPrecision(precision, device))
     silence_lightning()
     try:
         return Trainer(**given)
@@ -125,10 +135,10 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     base = config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)) or not 0 <= base < math.inf:
         raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
-    own = _optimizer_rate(plain(config.model).get("params") or {})
+    own = _own_rate(getattr(model, "optimizer_config", None))
     if own is not None:
         model.learning_rate = own
-        log.info("Learning rate %.3e (optimizer_config.params.lr takes precedence over base_learning_rate)", own)
+        log.info("Learning rate %.3e (the optimizer's own lr; base_learning_rate is not used)", own)
         return
     if not config.lightning.scale_lr:
         model.learning_rate = base
@@ -145,12 +155,12 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     )  # fmt: skip
 
 
-def _optimizer_rate(params: Mapping[str, Any]) -> float | None:
-    """Return the learning rate that `optimizer_config` names, or the inner optimizer's of one that wraps another."""
-    config = params.get("optimizer_config") or {}
-    given = config.get("params") or {}
-    inner = (given.get("optimizer") or {}).get("params") or {} if isinstance(given.get("optimizer"), dict) else {}
-    return inner.get("lr", given.get("lr"))
+def _own_rate(optimizer: Mapping[str, Any] | None) -> float | None:
+    """Return the `lr` that the `params` of an optimizer, or of the one inside it, name; it takes precedence."""
+    params = (optimizer or {}).get("params") or {}
+    inner = params.get("optimizer")
+    own = _own_rate(inner) if isinstance(inner, Mapping) else None
+    return params.get("lr") if own is None else own
 
 
 def _described_strategy(section: DictConfig) -> Any:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ldm.util import UserError, nearest
+from ldm.util import UserError, check_number, nearest
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +98,7 @@ def modernise(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) ->
         arguments["enable_model_summary"] = arguments.pop("weights_summary") is not None
     if arguments.pop("progress_bar_refresh_rate", None) == 0:
         arguments["enable_progress_bar"] = False
-    accumulate = arguments.get("accumulate_grad_batches")
-    if accumulate is not None and (not isinstance(accumulate, int) or accumulate < 1):
-        raise UserError(f"accumulate_grad_batches {accumulate!r}: give a whole number of at least 1")
+    check_number("accumulate_grad_batches", arguments.get("accumulate_grad_batches"), least=1, optional=True)
     return _devices(arguments, has_cuda, launched)
 
 

@@ -8,7 +8,7 @@ import torch
 from ldm.checkpoint import load_state_dict
 from ldm.data.datasets import ImageCaptionDataset
 from ldm.evaluation.protocol import fixed_noise, midpoint_timesteps
-from ldm.images.grid import picture_distances
+from ldm.images.grid import image_distances
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
 from ldm.release.load import load_release
@@ -45,7 +45,7 @@ def test_it_draws_what_the_caption_says(base, known):
     requests = [Request(prompt, 0) for prompt in PROMPTS]
     shape = latent_shape(base, None, None)
     drawn = text_to_image(base, requests, shape, sampler="dpm_solver", steps=15, scale=3, batch_size=8, verbose=False)
-    distances = picture_distances(torch.stack(list(drawn)), torch.stack(list(known.values())))
+    distances = image_distances(torch.stack(list(drawn)), torch.stack(list(known.values())))
     captions = list(known)
     assert [captions[index] for index in distances.argmin(1)] == PROMPTS
 

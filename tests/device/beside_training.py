@@ -94,11 +94,11 @@ def encoder_and_teacher() -> None:
         model = build(cond_stage=TEXT_TOWER)
         with pretending(), mock.patch("ldm.encoding.encoder.encoder_digests", return_value={}):
             encoder = Encoder(model, pretended.GPU, dtype)
-            encoded = encoder.pictures(torch.empty(2, 3, 8, 8, dtype=torch.uint8))
+            encoded = encoder.images(torch.empty(2, 3, 8, 8, dtype=torch.uint8))
             assert (encoded.device, encoded.shape) == (pretended.GPU, (2, 8, 4, 4))
             assert len(encoder.captions(["a", "b", "a"])) == 3
     model = build()
     with pretending():
         pretended.place(model.eval())
         latents, contexts = np.zeros((2, 4, 4, 4), np.float16), np.zeros((2, 77, 8), np.float16)
-        assert len(Teacher(model, 2, seed=0).members([0, 1], latents, contexts)) == 2
+        assert len(Teacher(model, 2, seed=0).answers([0, 1], latents, {"t5": contexts})) == 2

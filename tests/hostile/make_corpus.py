@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, fr
 from tests.hostile.checkpoint_files import checkpoints, safetensors
 from tests.hostile.config_files import configs
 from tests.hostile.damage import Corpus
-from tests.hostile.picture_files import indexes, lines, pictures, png_of
+from tests.hostile.image_files import images, indexes, lines, png_of
 from tests.hostile.sample_files import SAMPLE, arrays, tars
 
 
@@ -27,8 +27,8 @@ def everything(marker: Path) -> dict[str, Corpus]:
         "safetensors": safetensors(),
         "npy": arrays(marker),
         "shard": tars(SAMPLE),
-        "pictures": tars([("0.png", png_of(2, 2, data=bytes(14))), ("0.txt", b"tom")]),
-        "picture": pictures(),
+        "images": tars([("0.png", png_of(2, 2, data=bytes(14))), ("0.txt", b"tom")]),
+        "image": images(),
         "metadata": lines(),
         "index": indexes(),
         "config": configs(marker),

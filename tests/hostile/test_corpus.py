@@ -26,8 +26,8 @@ from ldm.images.decode import decode_image
 from ldm.shards.open import check_encoders, open_shards
 from ldm.shards.reader import ShardDataset, decode_member
 from ldm.util import UserError
+from tests.hostile.image_files import png_of
 from tests.hostile.make_corpus import everything
-from tests.hostile.picture_files import png_of
 from tests.hostile.sample_files import SAMPLE, tar_of
 
 SECONDS = 5  # a file
@@ -74,15 +74,15 @@ def read_stream(folder: Path, data: bytes) -> Any:
     return plain_samples(ShardStream([f"file:{path}"]))
 
 
-def read_pictures(folder: Path, data: bytes) -> Any:
+def read_images(folder: Path, data: bytes) -> Any:
     path = folder / "s.tar"
     path.write_bytes(data)
     return [(item.name, item.caption, item.read().tobytes()) for item in find_images(path)]
 
 
-def read_picture(folder: Path, data: bytes) -> Any:
-    picture = decode_image(data, "a.png")
-    return picture.shape, picture.tobytes()
+def read_image(folder: Path, data: bytes) -> Any:
+    image = decode_image(data, "a.png")
+    return image.shape, image.tobytes()
 
 
 def read_metadata(folder: Path, data: bytes) -> Any:
@@ -111,9 +111,9 @@ READERS: dict[str, tuple[str, Reader]] = {
     "arrays": ("npy", read_array),
     "shards by offset": ("shard", read_shard),
     "shards front to back": ("shard", read_stream),
-    "tars of pictures": ("pictures", read_pictures),
-    "pictures": ("picture", read_picture),
-    "metadata of pictures": ("metadata", read_metadata),
+    "tars of images": ("images", read_images),
+    "images": ("image", read_image),
+    "metadata of images": ("metadata", read_metadata),
     "indexes": ("index", read_index),
     "configs": ("config", read_config),
 }

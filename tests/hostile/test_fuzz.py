@@ -32,13 +32,19 @@ def _raise(error):
 
 
 @pytest.mark.timeout(120)
+class _TwoLines(UserError):
+    """An error that does not escape the ends of lines, as `UserError` does."""
+
+    __str__ = ValueError.__str__
+
+
 @pytest.mark.parametrize(
     ("ours", "said"),
     {
         "right": (lambda folder, data: data, None),
         "refused": (lambda folder, data: _raise(UserError("x: broken")), None),
         "another value": (lambda folder, data: data + b"!", "another value"),
-        "two lines": (lambda folder, data: _raise(UserError("x:\nbroken")), "a message of 2 lines"),
+        "two lines": (lambda folder, data: _raise(_TwoLines("x:\nbroken")), "a message of 2 lines"),
         "another error": (lambda folder, data: _raise(KeyError("x")), "KeyError"),
         "a hang": (lambda folder, data: _wait(), "TooLong"),
         "a crash": (lambda folder, data: _crash(), "the process died"),

@@ -1,4 +1,4 @@
-"""Small sets of pre-encoded samples and small pictures, written to files."""
+"""Small sets of pre-encoded samples and small images, written to files."""
 
 from __future__ import annotations
 

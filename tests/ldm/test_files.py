@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from ldm.cli.options import read_prompts
 from ldm.config.load import load_config
 from ldm.data.dropout import load_null
 from ldm.encoding.jobs import read_record
-from ldm.files import atomic_write, check_file, open_file, read_at_most
+from ldm.files import atomic_write, check_file, check_within, claim_file, is_within, open_file, read_at_most
 from ldm.images.captions import METADATA, beside, from_metadata
 from ldm.images.find import ImageItem
+from ldm.locks import process_namespace, process_start
 from ldm.shards.index import INDEX, read_index
 from ldm.shards.open import open_shards
 from ldm.shards.tar import index_tar
@@ -50,7 +52,7 @@ def test_failure_keeps_the_old_file(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from ldm.files import atomic_write, read_at_most
+from ldm.files import atomic_write, check_within, is_within, read_at_most
 from ldm.util import UserError
 with atomic_write(sys.argv[1]) as temporary:
     temporary.write_text("half")
@@ -66,10 +68,15 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     others = {
         f".la[s]t.{host}.{os.getppid()}.ab.tmp.ckpt",  # of a process that runs
         ".la[s]t.another.machine.999999999.ab.tmp.ckpt",  # whose processes nobody here can ask for
-        f".last.{host}.999999999.ab.tmp.ckpt",  # of another file
+        f".last.{host}.999999999-1-{process_namespace() + 1:x}.ab.tmp.ckpt",  # of another container
+        f".last.{host}.{os.getpid()}-{process_start(os.getpid()):x}-{process_namespace():x}.ab.tmp.ckpt",
         ".la[s]t.x.tmp.ckpt",  # none of ours
     }
-    for name in others:
+    gone = {
+        f".last.{host}.999999999.ab.tmp.ckpt",  # of another file
+        f".last.{host}.{os.getpid()}-1-{process_namespace():x}.ab.tmp.ckpt",  # an older process had this one's number
+    }
+    for name in others | gone:
         (tmp_path / name).touch()
     with atomic_write(path) as temporary:
         temporary.touch()
@@ -108,6 +115,21 @@ def test_no_more_is_read_than_asked_for(tmp_path):
         file.truncate(1 << 40)  # a hole, which takes no place on the disk
     with pytest.raises(UserError, match=r"a: has 1099511627776 bytes, more than the 5 "):
         read_at_most(path, 5)
+
+
+def test_is_within_follows_links_and_dots(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "circle").symlink_to(folder / "circle")
+    assert all(is_within(folder, path) for path in (folder, folder / "a" / "b", folder / "a" / "..", f"{folder}/./x"))
+    for path in (tmp_path, folder / "..", folder / "out", folder / "out" / "x", tmp_path / "run-2", "/", "x"):
+        assert not is_within(folder, path)
+        with pytest.raises(UserError, match=r"place '.*': lies outside .*run"):
+            check_within(folder, path, "place")
+    for path in ("a\0b", folder / "circle"):
+        with pytest.raises(UserError, match="is no path"):
+            is_within(folder, path)
 
 
 KINDS = {
@@ -184,3 +206,10 @@ def test_captions_that_are_no_files_are_errors_of_their_images(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     caption, error = beside(tmp_path / "a.png")
     assert caption is None and "a named pipe" in error
+
+
+def test_claim_file_gives_each_a_name_of_its_own(tmp_path):
+    names = [tmp_path / f"{number}.png" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: claim_file(names), range(40)))
+    assert sorted(claimed) == sorted(names)

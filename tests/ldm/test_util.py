@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.translations import INSTEAD_OF_KEY
-from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config, takes
+from ldm.util import UserError, check_number, check_params, escaped, get_obj_from_str, instantiate_from_config, takes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,6 +106,63 @@ def test_values_that_do_not_fit_are_one_line(params: dict[str, object], message:
 def test_values_that_fit_are_taken() -> None:
     params = {"flag": True, "size": 2, "cap": None, "share": 1, "most": None}
     assert isinstance(instantiate_from_config({"target": f"{__name__}.Strict", "params": params}), Strict)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nb", r"a\nb"),
+        ("\x1b[2J\x07", r"\x1b[2J\x07"),
+        ("a\x85b\x9b", r"a\x85b\x9b"),
+        ("a\u2028b\u202eb\u2066", r"a\u2028b\u202eb\u2066"),
+        ("a\udcff", r"a\udcff"),
+        ("tom 🐱 – ünï\u200d \\n", "tom 🐱 – ünï\u200d \\n"),
+    ],
+)
+def test_escaped_leaves_what_a_terminal_only_shows(text: str, expected: str) -> None:
+    assert escaped(text) == expected
+    assert str(UserError(text)) == expected and UserError(text).args == (text,)
+
+
+def test_escaped_keeps_what_it_is_told_to() -> None:
+    assert escaped("a\n\tb\r", keep="\n\t") == "a\n\tb" + r"\r"
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "said"),
+    [
+        (0, {"least": 1}, "x 0: give a whole number of at least 1"),
+        (1.0, {"least": 1}, "x 1.0: give a whole number of at least 1"),
+        (True, {"least": 1}, "x True: give a whole number of at least 1"),
+        ("3", {"least": 1}, "x '3': give a whole number of at least 1"),
+        (None, {"least": 1}, "x None: give a whole number of at least 1"),
+        (0, {"least": 1, "optional": True}, "x 0: give a whole number of at least 1, or null"),
+        (0, {"above": 0, "whole": False}, "x 0: give a number above 0"),
+        (float("inf"), {"above": 0, "whole": False}, "x inf: give a number above 0"),
+        (float("nan"), {"whole": False}, "x nan: give a finite number"),
+        (1.5, {"least": 0, "most": 1, "whole": False}, "x 1.5: give a number from 0 to 1"),
+        (-1, {"least": 0, "whole": False, "unit": "minutes"}, "x -1: give a number of minutes of at least 0"),
+        ([], {"whole": False}, "x []: give a finite number"),
+    ],
+)
+def test_check_number_says_what_to_give(value: object, limits: dict, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_number("x", value, **limits)
+    assert str(caught.value) == said
+
+
+def test_check_number_takes_what_is_in_the_range() -> None:
+    for value, limits in (
+        (1, {"least": 1}),
+        (10**400, {"least": 1}),
+        (0.5, {"least": 0, "most": 1, "whole": False}),
+        (1, {"above": 0, "whole": False}),
+        (None, {"least": 1, "optional": True}),
+        (-5, {}),
+    ):
+        check_number("x", value, **limits)
+    with pytest.raises(UserError, match=r"--x 0: .*, or leave it out"):
+        check_number("--x", 0, least=1, optional=True)
 
 
 @pytest.mark.parametrize(

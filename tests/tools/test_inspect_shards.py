@@ -23,8 +23,8 @@ TOOL = ROOT / "tools/inspect_shards.py"
 
 @pytest.fixture
 def shards(tiny_release: Path, tmp_path: Path) -> str:
-    """Five pictures of two proportions."""
-    folder = tmp_path / "pictures"
+    """Five images of two proportions."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number, size in enumerate([(80, 80)] * 3 + [(50, 200)] * 2):
@@ -51,7 +51,7 @@ def test_text_json_and_sheet(inspect, shards, tiny_release, tmp_path, caplog):
     assert found["latents"]["expected_std"] == pytest.approx(1 / model.scale_factor)
     assert "5 samples in 1 shard, " in caplog.text and "another autoencoder" not in caplog.text
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size[0] > 4 * 192 and len(sheet.getcolors(1 << 24)) > 1000  # four pictures in a row
+        assert sheet.size[0] > 4 * 192 and len(sheet.getcolors(1 << 24)) > 1000  # four images in a row
 
 
 def test_without_a_model(inspect, shards, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""The command on a tiny release: from captions, from pictures, with and without predictions."""
+"""The command on a tiny release: from captions, from images, with and without predictions."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 from ldm.config.load import load_config
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
 from ldm.release.load import load_release
 from ldm.shards import npy
@@ -42,7 +43,7 @@ def model(tiny_release):
     return load_release(tiny_release, load_config([RELEASE_CONFIG], [f"model.params.{line}" for line in AS_TRAINED]))
 
 
-def write_pictures(model, folder, sizes=((8, 8),) * 5, width=None):
+def write_images(model, folder, sizes=((8, 8),) * 5, width=None):
     """Posteriors with a mean of their number and a standard deviation of 1."""
     with ShardWriter(str(folder / "p-%d.tar"), 1000) as writer:
         for number, size in enumerate(sizes):
@@ -94,11 +95,11 @@ def test_the_teacher_has_no_loss_on_its_own_predictions(make_prior, model, tmp_p
     assert self_loss(model, tmp_path / "s.tar") < 1e-5
 
 
-def test_pictures_get_a_named_draw_and_predictions(make_prior, model, tmp_path):
-    pictures = write_pictures(model, tmp_path / "pictures")
+def test_images_get_a_named_draw_and_predictions(make_prior, model, tmp_path):
+    images = write_images(model, tmp_path / "images")
     for out, size in (("one", 2), ("two", 5)):
         options = ("--teacher", 2, "--null-share", 0, "--batch-size", size)
-        assert make_prior("--shards", pictures, *options, "--out", f"{out}/s.tar") is None
+        assert make_prior("--shards", images, *options, "--out", f"{out}/s.tar") is None
     one, two = (ShardDataset([tmp_path / out / "s.tar"], extra=TEACHER_KEYS) for out in ("one", "two"))
     for number in range(5):
         sample, again = one[number], two[number]
@@ -117,24 +118,66 @@ def test_latents_are_taken_as_they_are(make_prior, model, tmp_path):
     assert all(np.array_equal(drawn[n]["f8"], taught[n]["f8"]) for n in range(3))
 
 
-def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
-    from ldm.models.diffusion.ddim import DDIMSampler
+OPTIONS = ("--prompt", "red apple", "--n", 5, "--batch-size", 2, "--shard-size", 2, "--teacher", 2)
 
+
+@pytest.fixture
+def whole(make_prior, tmp_path):
+    """The files of the set that an uninterrupted command makes."""
+    assert make_prior(*OPTIONS, "--out", "whole/s-%d.tar") is None
+    return {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+
+
+def interrupt_at(monkeypatch, call):
+    """Let the sampler's `call`-th batch be interrupted."""
     sample, calls = DDIMSampler.sample, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return sample(self, *args, **kwargs)
 
     monkeypatch.setattr(DDIMSampler, "sample", interrupted)
-    options = ("--prompt", "red apple", "--n", 3, "--batch-size", 1, "--shard-size", 1, "--out", "s-%d.tar")
-    assert make_prior(*options) == 130
-    assert not json.loads((tmp_path / "index.json").read_text())["complete"]
-    assert re.search("give --overwrite to replace 1 shards", make_prior(*options))
-    monkeypatch.setattr(DDIMSampler, "sample", sample)
-    assert make_prior(*options, "--overwrite") is None
+    return calls
+
+
+def test_make_prior_goes_on_after_an_interruption(make_prior, whole, tmp_path, monkeypatch):
+    out = (*OPTIONS, "--out", "out/s-%d.tar")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 3)
+        assert make_prior(*out) == 130
+    assert not json.loads((tmp_path / "out/index.json").read_text())["complete"]
+    for changed in (("--n", 6), ("--seed", 1), ("--teacher", 3), ("--steps", 3), ("--null-share", 0.5)):
+        message = make_prior(*out, *changed)
+        assert re.search(r"the unfinished set was begun with .*give the same command to go on", message)
+    calls = interrupt_at(monkeypatch, 100)
+    assert make_prior(*out) is None and len(calls) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+
+
+def test_make_prior_is_shared_among_processes(make_prior, whole, tmp_path, monkeypatch):
+    """Rank 1 makes its share of a set that rank 0 began; rank 0 started again finds it made, and ends the set."""
+    out = (*OPTIONS, "--out", "out/s-%d.tar")
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("RANK", "0")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 1)
+        assert make_prior(*out) == 130  # the set is begun all the same: the others wait for that
+    monkeypatch.setenv("RANK", "1")
+    assert make_prior(*out) is None
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["s-1.tar"]
+    monkeypatch.setenv("RANK", "0")
+    assert make_prior(*out) is None
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+    assert "none of several processes may remove" in make_prior(*out, "--overwrite")
+
+
+def test_make_prior_names_prompts_that_are_cut(make_prior, caplog):
+    assert make_prior("--prompt", "a cat " * 50, "--out", "s.tar") is None
+    assert "1 prompts are longer than 75 tokens, the rest is not read: 'a cat a cat" in caplog.text
+    assert "(100 tokens)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -150,24 +193,24 @@ def test_an_interrupted_set_is_marked(make_prior, tmp_path, monkeypatch):
         (("--prompt", "x", "--teacher", 1001), "--teacher 1001: choose 1 to 1000 timesteps"),
         (("--prompt", "x", "--teacher", 1, "--null-share", 2), "--null-share 2"),
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
-        (("--shards", "pictures"), "--shards pictures: has its own captions, and needs --teacher"),
-        (("--shards", "pictures", "--teacher", 1, "--prompt", "x"), "has its own captions"),
+        (("--shards", "images"), "--shards images: has its own captions, and needs --teacher"),
+        (("--shards", "images", "--teacher", 1, "--prompt", "x"), "has its own captions"),
         (("--prompt", "x", "--null-share", 0.5), "--null-share says nothing without --teacher"),
-        (("--shards", "pictures", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
-        (("--shards", "pictures", "--teacher", 1, "--H", 64), "leave out --H$"),
+        (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
+        (("--shards", "images", "--teacher", 1, "--H", 64), "leave out --H$"),
         (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is streamed; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
-        (("--shards", "pictures", "--teacher", 1, "--out", "pictures/p-%d.tar", "--overwrite"), "would replace"),
-        (("--shards", "sizes", "--teacher", 1), "pictures of 2 sizes; a prior needs one"),
-        (("--shards", "{pictures,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
+        (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
+        (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),
+        (("--shards", "{images,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
-    write_pictures(model, tmp_path / "pictures")
-    write_pictures(model, tmp_path / "again")
-    write_pictures(model, tmp_path / "sizes", [(8, 8), (8, 16)])
-    write_pictures(model, tmp_path / "narrow", width=8)
+    write_images(model, tmp_path / "images")
+    write_images(model, tmp_path / "again")
+    write_images(model, tmp_path / "sizes", [(8, 8), (8, 16)])
+    write_images(model, tmp_path / "narrow", width=8)
     before = sorted(tmp_path.rglob("*"))
     error = make_prior("--out", "out/s-%d.tar", *arguments)
     assert isinstance(error, str) and re.search(f"^error: .*{message}", error) and "\n" not in error

@@ -77,7 +77,7 @@ def test_what_fits_a_card(plan) -> None:
     ("line", "message"),
     [
         ("--base nothing.yaml", "config 'nothing.yaml' not found"),
-        ("--base demo_tiny.yaml --card 0", "--card 0.0: give the card's memory in GB"),
+        ("--base demo_tiny.yaml --card 0", "--card 0.0: give a number of GB above 0"),
         ("--base demo_tiny.yaml --card 8 --batch 1", "--card finds the batch; leave out --batch"),
     ],
 )

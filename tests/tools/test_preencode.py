@@ -1,4 +1,4 @@
-"""The command, on a tiny model of the released layout and real picture files."""
+"""The command, on a tiny model of the released layout and real image files."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from ldm.release.load import load_release
 from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
 from ldm.util import instantiate_from_config
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/preencode.py"
@@ -41,9 +42,9 @@ def release(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Four pictures of different kinds with captions, and one that is broken."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Four images of different kinds with captions, and one that is broken."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     pixels = Image.fromarray(rng.integers(0, 256, (80, 100, 3), dtype=np.uint8))
@@ -80,16 +81,16 @@ def test_help_answers_at_once():
     assert time.perf_counter() - start < 2  # half a second on a quiet machine
 
 
-def test_from_pictures_to_batches(release, pictures, tmp_path):
+def test_from_images_to_batches(release, images, tmp_path):
     out = tmp_path / "out" / "toms-%06d.tar"
     result = preencode(
-        *("--ckpt", release, "--config", CONFIG, "--images", pictures, "--out", out),
+        *("--ckpt", release, "--config", CONFIG, "--images", images, "--out", out),
         *("--size", 64, "--batch-size", 3, "--shard-size", 4, "--flip", "--num-workers", 1),
     )
     assert result.returncode == 0, result.stderr
     assert "left out: broken.png" in result.stdout + result.stderr
     last = result.stdout.strip().splitlines()[-1]
-    assert "wrote 8 samples of 4 pictures in 3 shards" in last and "1 pictures failed, 0 without a caption" in last
+    assert "wrote 8 samples of 4 images in 3 shards" in last and "1 images failed, 0 without a caption" in last
 
     shards = sorted(out.parent.glob("*.tar"))
     dataset = ShardDataset(shards)
@@ -101,7 +102,7 @@ def test_from_pictures_to_batches(release, pictures, tmp_path):
     ]
     model = load_release(release, CONFIG)
     turned = dataset[6]
-    with Image.open(pictures / "turned.jpg") as image:
+    with Image.open(images / "turned.jpg") as image:
         upright = np.array(image.transpose(Image.Transpose.ROTATE_270))
     with torch.no_grad():
         view = fit_square(torch.from_numpy(upright), 64)[None]
@@ -121,42 +122,42 @@ def test_from_pictures_to_batches(release, pictures, tmp_path):
     assert batch["f8"].shape == (8, 32, 8, 8) and batch["t5"].shape == (8, *context.shape[1:])
 
 
-def test_two_processes_make_what_one_makes(here, release, pictures, tmp_path):
-    common = ("--ckpt", release, "--config", CONFIG, "--images", pictures, "--size", 64, "--num-workers", 0)
+def test_two_processes_make_what_one_makes(here, release, images, tmp_path):
+    common = ("--ckpt", release, "--config", CONFIG, "--images", images, "--size", 64, "--num-workers", 0)
     common += ("--shard-size", 2, "--device", "cpu")
     words = [str(word) for word in (sys.executable, TOOL, *common, "--out", tmp_path / "two" / "s-%d.tar")]
     ranks = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)]
     environments = [{**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **rank} for rank in ranks]
     processes = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
-    said = [process.communicate(timeout=200)[0] for process in processes]
+    said = [process.communicate(timeout=LIMIT)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert here(*common, "--out", tmp_path / "one" / "s-%d.tar") is None
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
     assert sorted(one) == ["index.json", "null.t5.npy", "s-0.tar", "s-1.tar", "s-2.tar"]
-    assert "rank 1 of 2 wrote 2 samples" in said[1] and "wrote 4 samples of 4 pictures in 3 shards" in said[0]
+    assert "rank 1 of 2 wrote 2 samples" in said[1] and "wrote 4 samples of 4 images in 3 shards" in said[0]
 
 
-def test_one_of_several_processes_replaces_nothing(here, release, pictures, tmp_path, monkeypatch):
+def test_one_of_several_processes_replaces_nothing(here, release, images, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     out = ("--out", tmp_path / "s-%d.tar")
-    error = here("--ckpt", release, "--config", CONFIG, "--images", pictures, *out, "--overwrite")
+    error = here("--ckpt", release, "--config", CONFIG, "--images", images, *out, "--overwrite")
     assert re.search("^error: --overwrite: none of several processes", error)
 
 
-def test_tars_and_metadata_and_one_caption(here, release, pictures, tmp_path):
+def test_tars_and_metadata_and_one_caption(here, release, images, tmp_path):
     with tarfile.open(tmp_path / "in-0.tar", "w") as tar:
-        for path in sorted(pictures.glob("*")):
+        for path in sorted(images.glob("*")):
             tar.add(path, path.name)
     lines = [json.dumps({"file_name": name, "text": "from a list"}) for name in ("alpha.png", "cmyk.jpg")]
-    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    (images / "metadata.jsonl").write_text("\n".join(lines))
     common = ("--ckpt", release, "--config", CONFIG, "--size", 64, "--precision", "bf16", "--num-workers", 0)
-    for name, images, extra, captions in (
+    for name, source, extra, captions in (
         ("tar", tmp_path / "in-{0..0}.tar", ("--caption", "tom"), {"tom"}),
-        ("list", pictures, (), {"from a list"}),
+        ("list", images, (), {"from a list"}),
     ):
-        assert here(*common, "--images", images, "--out", tmp_path / name / "s.tar", *extra) is None
+        assert here(*common, "--images", source, "--out", tmp_path / name / "s.tar", *extra) is None
         dataset = ShardDataset([tmp_path / name / "s.tar"])
         assert {dataset[i]["txt"] for i in range(len(dataset))} == captions
 
@@ -164,20 +165,20 @@ def test_tars_and_metadata_and_one_caption(here, release, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("no pictures", "nowhere: no such file"),
+        ("no images", "nowhere: no such file"),
         ("no checkpoint", r"none\.ckpt"),
         ("no text encoder", "DummyEncoder, reads no captions"),
         ("bad size", "--size 70"),
         ("bad value", r"alpha\.png: encodes to NaN or infinity"),
-        ("bad workers", "--num-workers -1: must be at least 0"),
+        ("bad workers", "--num-workers -1: give a whole number of at least 0"),
         ("existing", "give --overwrite to replace 1 shards"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(here, release, pictures, tmp_path, case, message):
-    arguments = {"--ckpt": release, "--config": CONFIG, "--images": pictures, "--size": 64, "--num-workers": 0}
+def test_bad_input_is_one_line_and_writes_nothing(here, release, images, tmp_path, case, message):
+    arguments = {"--ckpt": release, "--config": CONFIG, "--images": images, "--size": 64, "--num-workers": 0}
     arguments["--out"] = tmp_path / "out" / "s-%d.tar"
     before = []
-    if case == "no pictures":
+    if case == "no images":
         arguments["--images"] = tmp_path / "nowhere"
     elif case == "no checkpoint":
         arguments["--ckpt"] = tmp_path / "none.ckpt"

@@ -15,26 +15,29 @@ from tests.conftest import RELEASE_CONFIG
 FAST = ("--config", RELEASE_CONFIG, "--steps", 2, "--H", 32, "--W", 32, "--out", "out")
 
 
-def test_pictures_settings_and_grid(tiny_release: Path, command: Callable, tmp_path: Path) -> None:
+def test_images_settings_and_grid(tiny_release: Path, command: Callable, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a dog\n\n")
+    long = " ".join(["red apple"] * 40)
     done = command(
         "tools/txt2img.py",
         "--ckpt",
         tiny_release,
         *FAST,
         "--prompt",
-        "red apple",
+        long,
         "--prompt",
         "a bee",
         "--from-file",
         "prompts.txt",
     )
     assert done.returncode == 0, done.stderr
+    assert "1 prompts are longer than 75 tokens, the rest is not read: 'red apple" in done.stdout
+    assert "(80 tokens)" in done.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]
-    with Image.open(tmp_path / "out/00002.png") as picture:
-        assert picture.size == (32, 32)
-        settings = json.loads(picture.text["parameters"])
+    with Image.open(tmp_path / "out/00002.png") as image:
+        assert image.size == (32, 32)
+        settings = json.loads(image.text["parameters"])
     assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a dog", 42, 2)
 
 

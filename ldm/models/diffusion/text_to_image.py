@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -80,6 +80,23 @@ def draw_latents(
         UserError: a model that reads no captions, a sampler that does not exist, settings that it cannot take, or a
             sample that is not finite.
     """
+    parts = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
+    for samples in draw_batches(model, parts, shape, sampler, steps, scale, eta, verbose):
+        yield from samples
+
+
+@torch.no_grad()
+def draw_batches(
+    model: LatentDiffusion,
+    parts: Iterable[Sequence[Request]],
+    shape: tuple[int, int, int],
+    sampler: str,
+    steps: int,
+    scale: float,
+    eta: float,
+    verbose: bool,
+) -> Iterator[Tensor]:
+    """Yield the scaled latents (B, C, h, w) of each of `parts`, as `draw_latents` does of its batches."""
     check_reads_captions(model)
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
@@ -90,8 +107,7 @@ def draw_latents(
         logger.info("%s runs %d steps, for %d do not divide the model's %d", sampler, run, steps, of)
     guided = scale != 1.0
     negatives: dict[str, Conditioning] = {}  # by prompt; most requests share one
-    for start in range(0, len(requests), batch_size):
-        part = requests[start : start + batch_size]
+    for part in parts:
         with model.ema_scope(), _named(part):
             samples, _ = drawer.sample(
                 S=steps,
@@ -104,7 +120,7 @@ def draw_latents(
                 generators=[torch.Generator().manual_seed(request.seed) for request in part],
                 verbose=verbose,
             )
-        yield from samples
+        yield samples
 
 
 def _negative_conditioning(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import gzip
 import html
+import logging
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import torch
@@ -16,6 +18,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from ldm.util import UserError
 
+logger = logging.getLogger(__name__)
+
+_NAMED = 5  # prompts that a warning names
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
@@ -90,6 +95,12 @@ class ClipTokenizer:
         # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
         return [self._backend.encode(clean(text)).ids for text in texts]
 
+    def cut(self, texts: Sequence[str]) -> dict[str, int]:
+        """Return those of `texts` that are cut to fit, with their tokens, start and end not counted."""
+        room = self.max_length - 2
+        lengths = {text: len(ids) for text, ids in zip(texts, self.encode(texts), strict=True)}
+        return {text: length for text, length in lengths.items() if length > room}
+
     def pieces(self, text: str) -> list[str]:
         """What `text` is cut into, as the vocabulary writes it: `</w>` ends a word."""
         return self._backend.encode(clean(text)).tokens
@@ -100,3 +111,20 @@ class ClipTokenizer:
             ids = [self.start, *ids[: self.max_length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
+
+
+def cut_captions(cond_stage: Any, texts: Sequence[str]) -> dict[str, int]:
+    """Return those of `texts` that `cond_stage` cuts, with their tokens; empty where it has no tokenizer of CLIP."""
+    tokenizer = getattr(cond_stage, "tokenizer", None)
+    return tokenizer.cut(texts) if isinstance(tokenizer, ClipTokenizer) else {}
+
+
+def warn_of_cut(cond_stage: Any, texts: Sequence[str]) -> None:
+    """Warn of those of `texts` that `cond_stage` cuts."""
+    cut = cut_captions(cond_stage, list(dict.fromkeys(texts)))
+    if not cut:
+        return
+    room = cond_stage.tokenizer.max_length - 2
+    shown = "; ".join(f"{text!r:.80} ({length} tokens)" for text, length in list(cut.items())[:_NAMED])
+    more = f"; and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
+    logger.warning("%d prompts are longer than %d tokens, the rest is not read: %s%s", len(cut), room, shown, more)

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.callbacks.checkpoints import KeptCheckpoints, LastCheckpoint
+from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.kept import KeptCheckpoints
 from ldm.callbacks.saving import keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests
 from ldm.util import UserError
@@ -200,8 +201,9 @@ def test_numbers_that_make_no_sense_are_named(params: dict, message: str) -> Non
 def test_a_checkpoint_cannot_have_other_files_deleted(tmp_path: Path, key: str) -> None:
     """What it says was kept may be removed when something better comes, but only in the folder of checkpoints."""
     state = {"dirpath": str(tmp_path), "best_model_score": None, "best_model_path": "", "best_k_models": {}}
+    not_its_own = ((str(tmp_path / name), False) for name in ("last.ckpt", "step=000000003.ckpt"))  # LastCheckpoint's
     own, other = str(tmp_path / "a.ckpt"), str(tmp_path.parent / "a.ckpt")
-    for path, taken in ((own, True), (other, False), (str(tmp_path / "x.py"), False)):
+    for path, taken in ((own, True), (other, False), (str(tmp_path / "x.py"), False), *not_its_own):
         kept = KeptCheckpoints(dirpath=str(tmp_path), monitor="val/loss", save_top_k=2)
         kept.load_state_dict(state | {key: {path: torch.tensor(1.0)} if key == "best_k_models" else path})
         assert (getattr(kept, key) in (path, {path: torch.tensor(1.0)})) == taken

@@ -160,7 +160,7 @@ def test_a_broken_state_is_not_saved(tmp_path, on_fault, broken):
     ("params", "message"),
     [
         ({"on_fault": "ignore"}, "'ignore': give stop or skip"),
-        ({"window": 0}, "window 0: give at least 1"),
+        ({"window": 0}, "window 0: give a whole number of at least 1"),
         ({"grad_norm_factor": 1.0}, "grad_norm_factor 1.0: give a number above 1"),
         ({"grad_norm_factor": NAN}, "grad_norm_factor nan: give a number above 1"),
     ],

@@ -159,9 +159,9 @@ def test_a_run_goes_on_only_with_its_own_sets(train, released, tmp_path):
     ("options", "message"),
     [
         (watching(new="nowhere.tar"), "set 'new': nowhere.tar: no such file"),
-        (watching(0), "forgetting: .*every_n_train_steps 0: give at least 1"),
+        (watching(0), "forgetting: .*every_n_train_steps 0: give a whole number of at least 1"),
         (f"{watching()} {PLACE}.params.timesteps=51", "51 timesteps to evaluate at: choose 1 to 50"),
-        (f"{watching()} {PLACE}.params.limit=0", "limit 0: give at least 1"),
+        (f"{watching()} {PLACE}.params.limit=0", "limit 0: give a whole number of at least 1"),
         (f"{watching()} {PLACE}.params.sets=null", "sets None: give at least one"),
         (f"{watching()} {PLACE}.params.every=3", "unknown key 'every'"),
         (f"{watching()} model.params.scale_by_std=True", "set scale_factor, not scale_by_std"),

@@ -10,7 +10,7 @@ from PIL import Image
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 
-from ldm.callbacks.image_logger import ImageLogger
+from ldm.callbacks.image_logger import ImageLogger, remove_old_images
 from ldm.util import UserError
 
 
@@ -179,3 +179,16 @@ def test_enable_autocast_samples_in_the_precision_of_the_training(tmp_path, enab
     at.precision_plugin = MixedPrecision("bf16-mixed", "cpu")
     ImageLogger(1, enable_autocast=enabled).on_train_batch_end(at, model, None, {}, 0)
     assert seen == [enabled]
+
+
+def test_remove_old_images_keeps_the_first_and_the_newest_and_what_is_not_its_own(tmp_path):
+    for step in range(8):
+        for key in ("samples", "inputs"):
+            (tmp_path / f"{key}_gs-{step:06}_e-000000_b-000000.png").touch()
+    (tmp_path / "mine.png").touch()
+    remove_old_images(tmp_path, first=2, newest=3)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {name.removeprefix("samples_gs-") for name in left if name.startswith("samples_gs-")} == {
+        f"{step:06}_e-000000_b-000000.png" for step in (0, 1, 5, 6, 7)
+    }
+    assert "mine.png" in left and len(left) == 11

@@ -34,6 +34,22 @@ def test_while_training_the_first_signal_asks_and_the_second_quits(requests):
     assert caught.value.code == 130
 
 
+def test_a_closed_terminal_asks_as_sigterm_does_unless_nohup_ignores_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with SignalRequests() as requests:
+            requests.training = True
+            send(signal.SIGHUP)
+            assert requests.stop == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with SignalRequests() as requests:
+            requests.training = True
+            send(signal.SIGHUP)
+            assert requests.stop is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_otherwise_the_first_signal_quits(requests, number, code):
     with pytest.raises(SystemExit) as caught:

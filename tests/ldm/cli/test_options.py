@@ -1,4 +1,4 @@
-"""What the tools that draw pictures read from their command lines."""
+"""What the tools that draw images read from their command lines."""
 
 from ldm.cli.options import read_prompts
 
@@ -7,3 +7,9 @@ def test_only_line_ends_end_a_caption(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("one\u2028two\r\n\n three\x85four \n".encode())
     assert read_prompts(["zero"], path) == ["zero", "one\u2028two", "three\x85four"]
+
+
+def test_read_prompts_of_a_file_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\r\ntwo".encode())
+    assert read_prompts([], path) == ["one", "two"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from ldm.cli.paths import newest_checkpoint
-from ldm.cli.run import HelpFormatter, run
+from ldm.cli.run import NO_MEMORY, HelpFormatter, Lines, PrintableFormatter, run
 from ldm.util import UserError
+from tests.conftest import ROOT
 
 
 def raises(error: BaseException):
@@ -35,6 +39,22 @@ def raises(error: BaseException):
             "error: CUDA out of memory; take fewer at a time, where there is a --batch-size",
         ),
         (KeyboardInterrupt(), 130),
+        (MemoryError(), f"error: {NO_MEMORY}"),
+        (OSError(12, "Cannot allocate memory"), f"error: {NO_MEMORY}"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9"),
+            f"error: {NO_MEMORY}",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            "error: DataLoader worker (pid(s) 7) exited unexpectedly: "
+            "was it killed for want of memory? use fewer workers",
+        ),
+        (
+            UnicodeEncodeError("ascii", "K\xe4se.png", 1, 2, "ordinal not in range(128)"),
+            "error: 'K\\xe4se.png' does not fit the encoding ascii of this locale; "
+            "set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8",
+        ),
     ],
 )
 def test_errors_of_users_are_one_line(error: BaseException, code: object) -> None:
@@ -75,19 +95,20 @@ def test_an_error_begins_a_line_after_a_bar(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.endswith("\n")
 
 
-def test_sigterm_cleans_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_clean_up(tmp_path: Path, number: int, code: int) -> None:
     def main() -> None:
         try:
             (tmp_path / "half.tmp").touch()
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         finally:
             (tmp_path / "half.tmp").unlink()
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end:
         run(main)
-    assert end.value.code == 143 and not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert end.value.code == code and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is before
 
 
 def test_newest_checkpoint(tmp_path: Path) -> None:
@@ -112,3 +133,39 @@ def test_help_has_the_docstring_as_it_is_and_the_defaults_that_there_are() -> No
     said = parser.format_help()
     assert "First,\n    x-%06d.tar\n" in said and "how many (default: 0)\n" in said
     assert "of it\n" in said and "at once\n" in said
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments", "expected"),
+    [
+        ("\na\n%s", ("b\nc\x1b[2J",), "\na\n" + r"b\nc\x1b[2J"),
+        ("%s", (Lines("a\nb\x1b"),), "a\nb" + r"\x1b"),
+        ("%d %.1f %s %r", (3, 0.25, None, "a\nb"), r"3 0.2 None 'a\\nb'"),
+        ("%s: %s", (Path("a\nb"), ValueError("c\nd")), r"a\nb: c\nd"),
+        ("raw \x1b", (), r"raw \x1b"),
+        ("%(a)s", ({"a": "b\x1b"},), r"b\x1b"),
+    ],
+)
+def test_printable_formatter_escapes_what_comes_from_elsewhere(message: str, arguments: tuple, expected: str) -> None:
+    record = logging.LogRecord("a", logging.INFO, "a.py", 1, message, arguments, None)
+    assert PrintableFormatter().format(record) == expected
+    assert record.args == (arguments[0] if isinstance(arguments[0], dict) else arguments) if arguments else True
+
+
+def test_errors_of_the_system_are_printable() -> None:
+    with pytest.raises(SystemExit) as end:
+        run(raises(FileNotFoundError(2, "No such file or directory", "a\n\x1bb.ckpt")))
+    assert end.value.code == r"error: a\n\x1bb.ckpt: No such file or directory"
+
+
+def test_a_legacy_locale_prints_any_name(tmp_path: Path) -> None:
+    code = (
+        "import logging; from ldm.cli.run import run; from ldm.util import UserError\n"
+        "def main():\n"
+        "    logging.info('K\\xe4se \\u732b'); open('K\\xe4se.png')\n"
+        "run(main)"
+    )
+    legacy = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=legacy)
+    assert done.stdout == "K\\xe4se \\u732b\n"
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from ldm.config.load import build_model, find_config, load_config, plain
 from ldm.util import UserError
@@ -35,7 +36,6 @@ ADAM = "model: {params: {optimizer: {target: torch.optim.Adam, params: {amsgrad:
         ("{target: torch.optim.Adam}", {"amsgrad": True, "weight_decay": 0.1}),
         ("{target: torch.optim.SGD, params: {momentum: 0.9}}", {"weight_decay": 0.1, "momentum": 0.9}),
         ("{target: torch.optim.SGD, params: {amsgrad: 1}}", {"weight_decay": 0.1, "amsgrad": 1}),  # an error, later
-        ("{target: torch.optim.SDG}", {"amsgrad": True, "weight_decay": 0.1}),
     ],
 )
 @pytest.mark.parametrize("typed", [False, True])
@@ -46,6 +46,12 @@ def test_another_class_leaves_the_params_behind_that_it_does_not_take(tmp_path, 
     else:
         config = load_config([base, write(tmp_path / "b.yaml", f"model: {{params: {{optimizer: {over}}}}}")])
     assert plain(config.model.params.optimizer.params) == expected
+
+
+def test_a_class_that_is_not_there_keeps_all_params(tmp_path):
+    base = write(tmp_path / "a.yaml", ADAM)
+    config = load_config([base], ["model.params.optimizer.target=torch.optim.SDG"])
+    assert plain(config.model.params.optimizer.params) == {"amsgrad": True, "weight_decay": 0.1}
 
 
 def test_a_config_that_is_not_trusted_imports_nothing_when_it_is_laid_over_another(tmp_path, monkeypatch):
@@ -116,6 +122,26 @@ def test_a_bare_name_is_found_from_any_folder(tmp_path, monkeypatch):
         UserError, match=r"'finetune_stable_difusion.yaml' not found; did you mean 'finetune_stable_diff"
     ):
         find_config("finetune_stable_difusion.yaml")
+
+
+def test_load_config_leaves_what_depends_on_the_environment_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_TEST_PLACE", "/secret")
+    text = "model: {a: 1, b: '${.a}', c: '${oc.env:LDM_TEST_PLACE}/x', d: '${model.c}-${model.a}', e: ['${model.d}'], "
+    text += "f: '${oc.select:model.a}', g: {h: 1}, i: '${model.g}', j: {k: '${model.c}'}, l: '${model.j}'}"
+    config = load_config([write(tmp_path / "a.yaml", text)], trusted=True)
+    assert OmegaConf.to_container(config)["model"] == {
+        "a": 1,
+        "b": 1,
+        "c": "${oc.env:LDM_TEST_PLACE}/x",
+        "d": "${model.c}-${model.a}",
+        "e": ["${model.d}"],
+        "f": "${oc.select:model.a}",
+        "g": {"h": 1},
+        "i": {"h": 1},
+        "j": {"k": "${model.c}"},
+        "l": "${model.j}",
+    }
+    assert plain(config.model)["e"] == ["/secret/x-1"] and plain(config)["model"]["l"] == {"k": "/secret/x"}
 
 
 def test_build_model_takes_target_and_params(tmp_path):

@@ -141,14 +141,14 @@ def test_fewer_samples_than_workers(tmp_path):
     assert [sorted(batch["__key__"]) for batch in batches(data)] == [["000000", "000001"]]
 
 
-def test_pictures_of_one_size_share_a_batch(tmp_path):
+def test_images_of_one_size_share_a_batch(tmp_path):
     shapes = [(4, 4, 4), (4, 2, 8)] * 4
     members = [member for number, shape in enumerate(shapes) for member in sample_members(number, shape)]
     data = WebDataNpyModuleFromConfig(3, str(write_tar(tmp_path / "a.tar", members)))
     assert sorted(len(batch["f8"]) for batch in batches(data)) == [1, 1, 3, 3]
 
 
-def test_pictures_of_a_rare_size_do_not_go_missing_in_silence(tmp_path, caplog):
+def test_images_of_a_rare_size_do_not_go_missing_in_silence(tmp_path, caplog):
     shapes = [(4, 4, 4)] * 6 + [(4, 2, 8)] * 2 + [(4, 8, 2)]
     members = [member for number, shape in enumerate(shapes) for member in sample_members(number, shape)]
     urls = str(write_tar(tmp_path / "a.tar", members))
@@ -229,7 +229,7 @@ def test_the_models_keys_name_the_members(tmp_path):
     [
         ({"training_urls": None}, "training_urls is missing"),
         ({"batch_size": 20, "drop_last": True}, "make no batch"),
-        ({"null_cond_dropout": 1.5}, "null_cond_dropout 1.5 is no number from 0 to 1"),
+        ({"null_cond_dropout": 1.5}, "null_cond_dropout 1.5: give a number from 0 to 1"),
         ({"batch_size": 0}, "batch_size 0: give a whole number of at least 1"),
         ({"batch_size": "4"}, "batch_size '4': give"),
         ({"batch_size": 4.0}, r"batch_size 4\.0: give"),

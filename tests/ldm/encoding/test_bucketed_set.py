@@ -1,32 +1,32 @@
-"""Pictures in sizes of their own proportions: cropped little, written in order, and trained on size by size."""
+"""Images in sizes of their own proportions: cropped little, written in order, and trained on size by size."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.encoding.read import Picture, batches
+from ldm.encoding.read import FittedImage, batches
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
-from tests.ldm.encoding.toy_encoder import picture, run
+from tests.ldm.encoding.toy_encoder import image, run
 
 WIDE, SQUARE, TALL = (80, 20), (30, 32), (10, 60)
 SIZES = [WIDE, SQUARE, SQUARE, TALL, WIDE, SQUARE, SQUARE, WIDE]  # width, height
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for number, size in enumerate(SIZES):
-        picture(tmp_path / "pictures" / f"p{number}.png", size, caption=f"picture {number}")
-    return tmp_path / "pictures"
+        image(tmp_path / "images" / f"p{number}.png", size, caption=f"image {number}")
+    return tmp_path / "images"
 
 
-def test_a_bucketed_set(pictures, tmp_path):
+def test_a_bucketed_set(images, tmp_path):
     out = tmp_path / "out" / "s-%d.tar"
-    _, model = run(pictures, out, size=128, buckets=True, shard_size=8)
+    _, model = run(images, out, size=128, buckets=True, shard_size=8)
     dataset = ShardDataset([out.parent / "s-0.tar"], extra=["json"])
-    assert [dataset[i]["txt"] for i in range(8)] == [f"picture {i}" for i in range(8)]
+    assert [dataset[i]["txt"] for i in range(8)] == [f"image {i}" for i in range(8)]
     shapes = {WIDE: (8, 8, 32), SQUARE: (8, 16, 16), TALL: (8, 32, 8)}
     assert [dataset[i]["f8"].shape for i in range(8)] == [shapes[size] for size in SIZES]
     assert dataset[0]["json"]["size"] == [64, 256] and dataset[0]["json"]["crop"] == [0, 0, 20, 80]
@@ -38,7 +38,7 @@ def test_a_bucketed_set(pictures, tmp_path):
     assert index["f8"] == [[8, 8, 32], [8, 16, 16], [8, 32, 8]]
 
 
-def test_what_is_kept_is_the_middle_of_the_picture(tmp_path):
+def test_what_is_kept_is_the_middle_of_the_image(tmp_path):
     pixels = np.zeros((40, 200, 3), np.uint8)
     pixels[:, 20:100, 0], pixels[:, 100:180, 1] = 255, 255  # black, red, green, black
     (tmp_path / "in").mkdir()
@@ -51,9 +51,9 @@ def test_what_is_kept_is_the_middle_of_the_picture(tmp_path):
     np.testing.assert_allclose(means[1, :, 17:31], 1, atol=0.05)
 
 
-def test_buckets_batch_together_in_training(pictures, tmp_path):
+def test_buckets_batch_together_in_training(images, tmp_path):
     out = tmp_path / "out" / "s-%d.tar"
-    run(pictures, out, size=128, buckets=True, shard_size=3)
+    run(images, out, size=128, buckets=True, shard_size=3)
     data = WebDataNpyModuleFromConfig(3, str(out.parent), null_cond_dropout=0.1, seed=1)
     data.setup("fit")
     found = [(batch["f8"].shape[2:], len(batch["txt"])) for batch in data.train_dataloader()]
@@ -61,7 +61,7 @@ def test_buckets_batch_together_in_training(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 100])
-def test_no_picture_waits_for_long(ahead):
+def test_no_image_waits_for_long(ahead):
     pixels = {size: np.zeros((3, *size), np.uint8) for size in ((8, 8), (8, 16), (16, 8))}
     rng = np.random.default_rng(0)
     sizes = [list(pixels)[i] for i in rng.choice(3, 200, p=[0.9, 0.09, 0.01])]
@@ -70,17 +70,17 @@ def test_no_picture_waits_for_long(ahead):
     def arriving():
         for number, size in enumerate(sizes):
             seen.append(number)
-            yield Picture(number, None, pixels[size], 1, 1)
+            yield FittedImage(number, None, pixels[size], 1, 1)
 
     out = []
     for batch in batches(arriving(), 4, ahead):
-        assert len({picture.size for _, picture in batch}) == 1 and 1 <= len(batch) <= 4
-        assert all(place == picture.number for place, picture in batch)
+        assert len({image.size for _, image in batch}) == 1 and 1 <= len(batch) <= 4
+        assert all(place == image.number for place, image in batch)
         assert len(seen) - 1 - batch[0][0] <= ahead or len(seen) == 200
         out += [place for place, _ in batch]
     assert sorted(out) == list(range(200))
 
 
-def test_a_size_that_makes_no_buckets(pictures, tmp_path):
+def test_a_size_that_makes_no_buckets(images, tmp_path):
     with pytest.raises(UserError, match="--size 100: with --buckets, give a multiple of 64"):
-        run(pictures, tmp_path / "s.tar", size=100, buckets=True)
+        run(images, tmp_path / "s.tar", size=100, buckets=True)

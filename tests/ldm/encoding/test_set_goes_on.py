@@ -11,31 +11,32 @@ import torch
 
 from ldm.data.sources import find_images
 from ldm.distributed.ranks import Ranks
-from ldm.encoding import preencode as module
+from ldm.encoding import making as module
 from ldm.images.find import digest_images
 from ldm.shards.index import INDEX, read_index
 from ldm.shards.writer import Shard
 from ldm.util import UserError
-from tests.ldm.encoding.toy_encoder import Model, picture, run
+from tests.ldm.encoding.toy_encoder import Model, image, run
+from tests.waiting import join
 
-OPTIONS = {"shard_size": 4, "batch_size": 2, "flip": True}  # 11 pictures in 6 shards
+OPTIONS = {"shard_size": 4, "batch_size": 2, "flip": True}  # 11 images in 6 shards
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Eleven pictures, of which one and a whole shard cannot be read."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Eleven images, of which one and a whole shard cannot be read."""
+    folder = tmp_path / "images"
     for number in range(11):
-        picture(folder / f"p{number:02d}.png", caption="x" * number)
+        image(folder / f"p{number:02d}.png", caption="x" * number)
     for number in (1, 6, 7):
         (folder / f"p{number:02d}.png").write_bytes(b"?")
     return folder
 
 
 @pytest.fixture
-def whole(pictures, tmp_path):
+def whole(images, tmp_path):
     """The files of the set that an uninterrupted run makes."""
-    run(pictures, tmp_path / "whole" / "s-%d.tar", **OPTIONS)
+    run(images, tmp_path / "whole" / "s-%d.tar", **OPTIONS)
     return contents(tmp_path / "whole")
 
 
@@ -68,9 +69,9 @@ def kill_at(owner, name, count):
     setattr(owner, name, last)
 
 
-def killed(owner, name, count, pictures, out):
+def killed(owner, name, count, images, out):
     kill_at(owner, name, count)
-    run(pictures, out, **OPTIONS)
+    run(images, out, **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +84,14 @@ def killed(owner, name, count, pictures, out):
         (module, "finish", 1, 6),  # all but the index
     ],
 )
-def test_the_same_command_goes_on_after_a_kill(pictures, whole, tmp_path, owner, name, count, finished):
+def test_the_same_command_goes_on_after_a_kill(images, whole, tmp_path, owner, name, count, finished):
     out = tmp_path / "out" / "s-%d.tar"
-    process = in_a_process(killed, owner, name, count, pictures, out)
-    process.join(60)
+    process = in_a_process(killed, owner, name, count, images, out)
+    join(process)
     assert process.exitcode == -signal.SIGKILL
     assert not read_index(out.parent)["complete"]
     assert len(list((out.parent / ".parts").glob("*"))) == finished
-    _, model = run(pictures, out, **OPTIONS)
+    _, model = run(images, out, **OPTIONS)
     assert contents_without_leftovers(out.parent) == whole
     views = [2, 4, 4, 0, 4, 2]  # of each shard; a shard that was finished is not encoded again
     assert sum(model.first_stage_model.calls) == sum(views[finished:])
@@ -102,91 +103,101 @@ def contents_without_leftovers(folder):
 
 
 @pytest.fixture
-def unfinished(pictures, tmp_path):
+def unfinished(images, tmp_path):
     """The pattern of a set of which four shards are there."""
     out = tmp_path / "out" / "s-%d.tar"
-    in_a_process(killed, module, "write_record", 5, pictures, out).join(60)
+    join(in_a_process(killed, module, "write_record", 5, images, out))
     return out
 
 
-def test_a_finished_shard_that_changed_is_made_again(pictures, whole, unfinished, caplog):
+def test_a_finished_shard_that_changed_is_made_again(images, whole, unfinished, caplog):
     data = bytearray((unfinished.parent / "s-1.tar").read_bytes())
     data[700] ^= 1
     (unfinished.parent / "s-1.tar").write_bytes(data)
     (unfinished.parent / "s-2.tar").unlink()
-    _, model = run(pictures, unfinished, **OPTIONS)
+    _, model = run(images, unfinished, **OPTIONS)
     assert contents_without_leftovers(unfinished.parent) == whole
     assert sum(model.first_stage_model.calls) == 4 + 4 + 4 + 2
     assert "s-1.tar: is not what was written" in caplog.text and "s-2.tar: is not what" in caplog.text
 
 
-def test_another_command_does_not_go_on(pictures, unfinished, tmp_path):
+def test_another_command_does_not_go_on(images, unfinished, tmp_path):
     before = contents_without_leftovers(unfinished.parent)
     for message, options in (("size 16, this is 32", {"size": 32}), ("shard_size 4, this is 2", {"shard_size": 2})):
         with pytest.raises(UserError, match=f"index.json: the unfinished set was begun with {message}; give the same"):
-            run(pictures, unfinished, **{**OPTIONS, **options})
-    (pictures / "p03.txt").write_text("another caption")
-    with pytest.raises(UserError, match="begun with pictures"):
-        run(pictures, unfinished, **OPTIONS)
+            run(images, unfinished, **{**OPTIONS, **options})
+    (images / "p03.txt").write_text("another caption")
+    with pytest.raises(UserError, match="begun with images"):
+        run(images, unfinished, **OPTIONS)
     assert contents_without_leftovers(unfinished.parent) == before
-    run(pictures, unfinished, overwrite=True, **OPTIONS)
+    run(images, unfinished, overwrite=True, **OPTIONS)
     assert read_index(unfinished.parent)["complete"] and not (unfinished.parent / ".parts").exists()
 
 
-def test_other_weights_do_not_go_on(pictures, unfinished):
+def test_other_weights_do_not_go_on(images, unfinished):
     model = Model()
     model.first_stage_model.weight = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(UserError, match=r"begun with autoencoder None, this is [0-9a-f]{64}"):
-        run(pictures, unfinished, model, **OPTIONS)
+        run(images, unfinished, model, **OPTIONS)
 
 
-def test_a_set_that_does_not_say_what_it_is_made_from_is_left_alone(pictures, unfinished):
+def test_a_set_that_does_not_say_what_it_is_made_from_is_left_alone(images, unfinished):
     index = read_index(unfinished.parent)
     del index["made_from"]
     (unfinished.parent / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match="does not say what it is made from"):
-        run(pictures, unfinished, **OPTIONS)
+        run(images, unfinished, **OPTIONS)
 
 
-def one_of(rank, world, pictures, out):
-    run(pictures, out, **OPTIONS, ranks=Ranks(rank, world))
+def one_of(rank, world, images, out):
+    run(images, out, **OPTIONS, ranks=Ranks(rank, world))
 
 
 @pytest.mark.parametrize("world", [2, 8])
-def test_several_processes_make_the_same_set(pictures, whole, tmp_path, world):
+def test_several_processes_make_the_same_set(images, whole, tmp_path, world):
     out = tmp_path / "out" / "s-%d.tar"
-    others = [in_a_process(one_of, rank, world, pictures, out) for rank in range(1, world)]
-    report, model = run(pictures, out, **OPTIONS, ranks=Ranks(0, world))
-    for process in others:
-        process.join(60)
-        assert process.exitcode == 0
+    others = [in_a_process(one_of, rank, world, images, out) for rank in range(1, world)]
+    report, model = run(images, out, **OPTIONS, ranks=Ranks(0, world))
+    assert join(*others) == [0] * len(others)
     assert contents(out.parent) == whole
     assert report.samples == 16 and sum(model.first_stage_model.calls) < 16  # rank 0 encoded its share alone
 
 
-def test_a_process_that_was_killed_is_waited_for(pictures, whole, tmp_path):
+def test_a_process_that_was_killed_is_waited_for(images, whole, tmp_path):
     out = tmp_path / "out" / "s-%d.tar"
-    first = in_a_process(one_of, 0, 2, pictures, out)
+    first = in_a_process(one_of, 0, 2, images, out)
 
     def dies():
         kill_at(Shard, "write", 2)
-        one_of(1, 2, pictures, out)
+        one_of(1, 2, images, out)
 
     second = in_a_process(dies)
-    second.join(60)
+    join(second)
     assert second.exitcode == -signal.SIGKILL and not read_index(out.parent)["complete"]
-    one_of(1, 2, pictures, out)  # started again
-    first.join(60)
+    one_of(1, 2, images, out)  # started again
+    join(first)
     assert first.exitcode == 0
     assert contents_without_leftovers(out.parent) == whole
-    report, model = run(pictures, out, **OPTIONS, ranks=Ranks(1, 2))  # started after all was done
+    report, model = run(images, out, **OPTIONS, ranks=Ranks(1, 2))  # started after all was done
     assert report.samples == 0 and model.first_stage_model.calls == []
 
 
-def test_pictures_are_told_apart_by_what_is_known_of_them(pictures):
-    first = digest_images(find_images(pictures))
-    assert digest_images(find_images(pictures)) == first and re.fullmatch("[0-9a-f]{64}", first)
-    (pictures / "p03.png").write_bytes(b"??")
-    changed = digest_images(find_images(pictures))
-    (pictures / "p03.txt").write_text("y")
-    assert len({first, changed, digest_images(find_images(pictures)), digest_images(find_images(pictures, "z"))}) == 4
+def test_images_are_told_apart_by_what_is_known_of_them(images):
+    first = digest_images(find_images(images))
+    assert digest_images(find_images(images)) == first and re.fullmatch("[0-9a-f]{64}", first)
+    (images / "p03.png").write_bytes(b"??")
+    changed = digest_images(find_images(images))
+    (images / "p03.txt").write_text("y")
+    assert len({first, changed, digest_images(find_images(images)), digest_images(find_images(images, "z"))}) == 4
+
+
+def test_a_set_that_an_older_version_began_goes_on(images, whole, unfinished):
+    path = unfinished.parent / INDEX
+    index = json.loads(path.read_text())
+    index["made_from"]["pictures"] = index["made_from"].pop("images")
+    path.write_text(json.dumps(index))
+    for record in (unfinished.parent / ".parts").iterdir():
+        record.write_text(record.read_text().replace('"images"', '"pictures"'))
+    _, model = run(images, unfinished, **OPTIONS)
+    assert contents_without_leftovers(unfinished.parent) == whole
+    assert sum(model.first_stage_model.calls) == 6

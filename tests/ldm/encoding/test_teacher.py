@@ -6,7 +6,7 @@ import torch
 
 from ldm.encoding.teacher import Teacher, stratified_timesteps
 from ldm.release.load import load_release
-from ldm.shards import npy
+from ldm.shards.sample import CONTEXT
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG
 
@@ -17,18 +17,13 @@ def model(tiny_release):
 
 
 def asked(model, numbers, count=3, seed=5):
-    """The decoded members of latents that depend on the number alone."""
+    """The answers about latents that depend on the number alone."""
     shape = (model.channels, 8, 8)
     latents = np.stack([np.random.default_rng(n).standard_normal(shape) for n in numbers]).astype(np.float16)
     context = (77, model.model.diffusion_model.context_dim)
     contexts = np.stack([np.random.default_rng(n).standard_normal(context) for n in numbers]).astype(np.float16)
-    members = Teacher(model, count, seed).members(numbers, latents, contexts)
-    types = {"t.npy": npy.INTEGERS}
-    decoded = [
-        {key: npy.decode(bytearray(data), key, types.get(key, npy.FLOATS)) for key, data in sample.items()}
-        for sample in members
-    ]
-    return latents, contexts, decoded
+    answers = Teacher(model, count, seed).answers(numbers, latents, {CONTEXT: contexts})
+    return latents, contexts, answers
 
 
 def test_each_part_of_the_schedule_is_asked_about():
@@ -43,23 +38,23 @@ def test_each_part_of_the_schedule_is_asked_about():
 def test_predictions_are_those_of_the_stored_values(model):
     latents, contexts, members = asked(model, [0, 1])
     for latent, context, sample in zip(latents, contexts, members, strict=True):
-        assert sample["t.npy"].shape == (3,) and sample["t.npy"].dtype == np.int32
-        assert sample["noise.npy"].shape == sample["prediction.npy"].shape == (3, model.channels, 8, 8)
-        assert sample["noise.npy"].dtype == sample["prediction.npy"].dtype == np.float16
-        for k, t in enumerate(sample["t.npy"]):
+        assert sample["t"].shape == (3,) and sample["t"].dtype == np.int32
+        assert sample["noise"].shape == sample["prediction"].shape == (3, model.channels, 8, 8)
+        assert sample["noise"].dtype == sample["prediction"].dtype == np.float16
+        for k, t in enumerate(sample["t"]):
             a = model.alphas_cumprod[t]
             x = a.sqrt() * model.scale_factor * torch.from_numpy(latent).float()
-            x = x + (1 - a).sqrt() * torch.from_numpy(sample["noise.npy"][k]).float()
+            x = x + (1 - a).sqrt() * torch.from_numpy(sample["noise"][k]).float()
             cond = torch.from_numpy(context)[None].float()
             output = model.apply_model(x[None], torch.tensor([t]), cond)[0]
-            np.testing.assert_allclose(sample["prediction.npy"][k], output, rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(sample["prediction"][k], output, rtol=2e-3, atol=2e-3)
 
 
 def test_questions_follow_from_seed_and_number(model):
     _, _, together = asked(model, [3, 4])
     _, _, (alone,) = asked(model, [4])
     _, _, (other,) = asked(model, [4], seed=6)
-    for key in ("t.npy", "noise.npy"):
+    for key in ("t", "noise"):
         assert np.array_equal(together[1][key], alone[key])
         assert not np.array_equal(together[0][key], alone[key]) and not np.array_equal(other[key], alone[key])
 
@@ -67,7 +62,7 @@ def test_questions_follow_from_seed_and_number(model):
 def test_half_precision_networks_are_asked_too(tiny_release):
     model = load_release(tiny_release, RELEASE_CONFIG, dtype=torch.bfloat16)
     _, _, (sample,) = asked(model, [0])
-    assert np.isfinite(sample["prediction.npy"]).all()
+    assert np.isfinite(sample["prediction"]).all()
 
 
 @pytest.mark.parametrize("count", [0, 1001])

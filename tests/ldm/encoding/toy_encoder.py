@@ -1,4 +1,4 @@
-"""A model for tests of pre-encoding that costs nothing, and pictures for it."""
+"""A model for tests of pre-encoding that costs nothing, and images for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.encoding.preencode import preencode
 
 
 class FirstStage(nn.Module):
-    """Eight channels of eighth-size means; counts its pictures."""
+    """Eight channels of eighth-size means; counts its images."""
 
     downsampling = 8
 
@@ -50,7 +50,7 @@ class Model:
         return torch.stack([torch.full((7, 6), float(len(text) + 1)) for text in texts])
 
 
-def picture(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
+def image(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     pixels[:, : size[0] // 2] = colour  # left and right differ, so that a mirror image shows

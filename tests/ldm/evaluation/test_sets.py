@@ -74,7 +74,7 @@ def test_names_and_limits_that_make_no_sense_are_refused(shard, model):
         open_set(1, str(shard), model)
     with pytest.raises(UserError, match="set 'a': None names no shards"):
         open_set("a", None, model)
-    with pytest.raises(UserError, match="limit 0: give at least 1"):
+    with pytest.raises(UserError, match="limit 0: give a whole number of at least 1"):
         open_set("a", str(shard), model, limit=0)
 
 

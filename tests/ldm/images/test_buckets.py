@@ -1,4 +1,4 @@
-"""Sizes by hand, and the one that a picture loses least to."""
+"""Sizes by hand, and the one that an image loses least to."""
 
 import pytest
 

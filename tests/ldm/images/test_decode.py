@@ -59,7 +59,7 @@ def test_a_palette_with_a_transparent_colour():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
-def test_grey_pictures_have_three_equal_channels(mode):
+def test_grey_images_have_three_equal_channels(mode):
     decoded = decode_image(encoded(Image.fromarray(gradient()).convert(mode), "PNG"), "x")
     assert decoded.shape == (6, 4, 3) and decoded.dtype == np.uint8
     assert (decoded == decoded[..., :1]).all()
@@ -99,9 +99,9 @@ def bomb(side: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a picture"),
-        (b"hello", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"", "not an image"),
+        (b"hello", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (bomb(12_000), "image file is truncated"),
         (bomb(17_000), "decompression bomb"),
         (bomb(200_000), "decompression bomb"),
@@ -110,13 +110,13 @@ def bomb(side: int) -> bytes:
         (encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF"), "no agreed range"),
     ],
 )
-def test_what_is_not_a_whole_picture_is_refused_in_one_line(data, message):
+def test_what_is_not_a_whole_image_is_refused_in_one_line(data, message):
     with pytest.raises(UserError, match=message) as caught:
         decode_image(data, "folder/x.jpg")
     assert str(caught.value).startswith("folder/x.jpg: ") and "\n" not in str(caught.value)
 
 
-def test_damaged_pictures_decode_or_are_refused():
+def test_damaged_images_decode_or_are_refused():
     rng = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
         whole = encoded(Image.fromarray(gradient(32, 32)), kind)

@@ -24,7 +24,7 @@ def described(items):
     return [(item.name, item.caption) for item in items]
 
 
-def test_captions_beside_pictures_in_folders_of_folders(tmp_path, caplog):
+def test_captions_beside_images_in_folders_of_folders(tmp_path, caplog):
     files = {
         "b.PNG": RED,
         "b.txt": "\ufeff  a red\n flag ",
@@ -38,11 +38,11 @@ def test_captions_beside_pictures_in_folders_of_folders(tmp_path, caplog):
     assert "left out: .mp4" in caplog.text
 
 
-def test_pictures_without_a_caption_are_told_of(tmp_path, caplog):
+def test_images_without_a_caption_are_told_of(tmp_path, caplog):
     items = find_images(put(tmp_path, {"a.png": RED, "a.txt": "a", "b.png": RED, "c.png": RED, "c.txt": " \n"}))
     assert described(items) == [("a.png", "a"), ("b.png", None), ("c.png", None)]
-    assert "2 pictures have no caption and get the empty one: b.png, c.png" in caplog.text
-    with pytest.raises(UserError, match="no picture has a caption"):
+    assert "2 images have no caption and get the empty one: b.png, c.png" in caplog.text
+    with pytest.raises(UserError, match="no image has a caption"):
         find_images(put(tmp_path / "none", {"a.png": RED}))
 
 
@@ -51,7 +51,7 @@ def test_one_caption_for_all(tmp_path):
     assert described(find_images(tmp_path, "tom")) == [("a.png", "tom"), ("b.png", "tom")]
 
 
-def test_a_caption_that_cannot_be_read_is_the_pictures_error(tmp_path):
+def test_a_caption_that_cannot_be_read_is_the_images_error(tmp_path):
     bad, _ = find_images(put(tmp_path, {"a.png": RED, "a.txt": b"\xff", "b.png": RED, "b.txt": "b"}))
     with pytest.raises(UserError, match=r"a\.png: its caption is not UTF-8"):
         bad.read()
@@ -68,7 +68,7 @@ def test_metadata(tmp_path, caplog):
     put(tmp_path, {"metadata.jsonl": lines, "s/a.png": RED, "b.png": RED, "c.png": RED})
     items = find_images(tmp_path)
     assert described(items) == [("s/a.png", "tom"), ("gone.png", "x"), ("b.png", None)]
-    assert "1 pictures, such as c.png, are not in metadata.jsonl" in caplog.text
+    assert "1 images, such as c.png, are not in metadata.jsonl" in caplog.text
     with pytest.raises(UserError, match=r"gone\.png: No such file"):
         items[1].read()
 
@@ -99,7 +99,7 @@ def test_broken_metadata_is_named_by_line(tmp_path, line, message):
         find_images(tmp_path)
 
 
-def test_tars_of_pictures(tmp_path):
+def test_tars_of_images(tmp_path):
     members = [
         ("a.png", RED),
         ("a.txt", b"a flag"),
@@ -113,26 +113,26 @@ def test_tars_of_pictures(tmp_path):
         items = find_images(source)
         assert described(items) == [("set-0.tar/a.png", "a flag"), ("set-0.tar/b.jpg", "b"), ("set-0.tar/c", "c")]
         assert items[0].read().shape == items[1].read().shape == (4, 6, 3)
-        with pytest.raises(UserError, match=r"set-0\.tar/c: no picture"):
+        with pytest.raises(UserError, match=r"set-0\.tar/c: no image"):
             items[2].read()
     assert {item.caption for item in find_images(path, "tom")} == {"tom"}
 
 
-def test_pictures_of_kinds_that_are_not_read_are_counted(tmp_path):
+def test_images_of_kinds_that_are_not_read_are_counted(tmp_path):
     put(tmp_path, {"a.png": RED, "a.txt": "a", "b.HEIC": "?", "b.txt": "b", "c.svg": "?", "d.jfif": RED, "d.txt": "d"})
     items = find_images(tmp_path)
     assert [item.name for item in items] == ["a.png", "b.HEIC", "c.svg", "d.jfif"]
     assert items[3].read().shape == (4, 6, 3)
     for item in items[1:3]:
-        with pytest.raises(UserError, match=f"{item.name}: pictures of this kind are not read; convert it"):
+        with pytest.raises(UserError, match=f"{item.name}: images of this kind are not read; convert it"):
             item.read()
-    with pytest.raises(UserError, match=r"b\.HEIC: pictures of this kind"):
+    with pytest.raises(UserError, match=r"b\.HEIC: images of this kind"):
         ImageCaptionDataset(tmp_path, 8)
 
 
-def test_pictures_and_tars_in_one_folder_are_refused(tmp_path):
+def test_images_and_tars_in_one_folder_are_refused(tmp_path):
     write_tar(put(tmp_path, {"a.png": RED, "a.txt": "a"}) / "sub/set-0.tar", [("b.png", RED), ("b.txt", b"b")])
-    with pytest.raises(UserError, match=r"both pictures and tars, a\.png and sub/set-0\.tar"):
+    with pytest.raises(UserError, match=r"both images and tars, a\.png and sub/set-0\.tar"):
         find_images(tmp_path)
 
 
@@ -152,12 +152,12 @@ def test_several_sources_of_several_kinds(tmp_path):
     with pytest.raises(UserError, match=r"set-0\.tar: named twice"):
         find_images(f"{tmp_path}/T/set-{{0,0}}.tar")
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="none: no pictures"):
+    with pytest.raises(UserError, match="none: no images"):
         find_images([tmp_path / "A", tmp_path / "none"])
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         find_images(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         find_images(tmp_path / "nowhere")
@@ -165,7 +165,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
         find_images("https://example.org/a.tar")
 
 
-def test_the_dataset_gives_channels_last_pictures_in_range(tmp_path):
+def test_the_dataset_gives_channels_last_images_in_range(tmp_path):
     put(tmp_path, {"a.png": RED, "a.txt": "red"})
     item = ImageCaptionDataset(tmp_path, 8, image_key="jpg", caption_key="txt")[0]
     assert item["txt"] == "red"
@@ -173,7 +173,7 @@ def test_the_dataset_gives_channels_last_pictures_in_range(tmp_path):
     assert torch.allclose(item["jpg"], torch.tensor([1.0, -1.0, -1.0]).expand(8, 8, 3))
 
 
-def test_half_the_pictures_are_mirrored_with_flip(tmp_path):
+def test_half_the_images_are_mirrored_with_flip(tmp_path):
     half = np.zeros((4, 4, 3), np.uint8)
     half[:, 2:] = 255
     put(tmp_path, {"a.png": png(half), "a.txt": "x"})
@@ -183,7 +183,7 @@ def test_half_the_pictures_are_mirrored_with_flip(tmp_path):
     assert 8 < sum(sides) < 32
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
     put(tmp_path, {"a.png": RED[:45], "a.txt": "x"})
     with pytest.raises(UserError, match=r"^a\.png: "):
         ImageCaptionDataset(tmp_path, 8)[0]

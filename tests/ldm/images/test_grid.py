@@ -1,11 +1,11 @@
-"""Pictures from tensors: range, rounding, grid layout, PNG metadata."""
+"""Images from tensors: range, rounding, grid layout, PNG metadata."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ldm.images.grid import image_grid, picture_distances, save_png, to_images, to_uint8
+from ldm.images.grid import image_distances, image_grid, save_png, to_images, to_uint8
 
 
 def test_the_ends_of_the_range_are_black_and_white_and_the_rest_is_clamped():
@@ -28,11 +28,11 @@ def test_grid_keeps_row_order():
 
 
 def test_png_round_trip_with_metadata(tmp_path):
-    picture = to_images(torch.rand(1, 3, 5, 6) * 2 - 1)[0]
-    save_png(picture, tmp_path / "new" / "a.png", {"prompt": "ein Bär"})
+    image = to_images(torch.rand(1, 3, 5, 6) * 2 - 1)[0]
+    save_png(image, tmp_path / "new" / "a.png", {"prompt": "ein Bär"})
     with Image.open(tmp_path / "new" / "a.png") as loaded:
         assert loaded.text == {"prompt": "ein Bär"}
-        assert np.array_equal(np.asarray(loaded), np.asarray(picture))
+        assert np.array_equal(np.asarray(loaded), np.asarray(image))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
@@ -41,14 +41,14 @@ def test_distances_by_hand():
     black, half = torch.full((3, 64, 64), -1.0), torch.full((3, 64, 64), -1.0)
     half[:, :32] = 0.0
     white = torch.full((3, 64, 64), 5.0)  # clamped
-    found = picture_distances(torch.stack([black, half]), torch.stack([black, white, half]))
+    found = image_distances(torch.stack([black, half]), torch.stack([black, white, half]))
     expected = [[0.0, 1.0, 0.5 / 2**0.5], [0.5 / 2**0.5, (0.5 * (1 + 0.25)) ** 0.5, 0.0]]
     torch.testing.assert_close(found, torch.tensor(expected))
     assert found[0, 0] == found[1, 2] == 0, "exactly"
 
 
-def test_distances_are_those_of_pictures_averaged_down_to_one_size():
+def test_distances_are_those_of_images_averaged_down_to_one_size():
     fine = torch.ones(1, 3, 64, 64)
     fine[..., ::2] = -1.0  # stripes that averaging turns to grey
-    assert picture_distances(fine, torch.zeros(1, 3, 128, 96)) == 0
-    assert picture_distances(torch.ones(1, 3, 8, 8), torch.ones(1, 3, 64, 64)) == 0
+    assert image_distances(fine, torch.zeros(1, 3, 128, 96)) == 0
+    assert image_distances(torch.ones(1, 3, 8, 8), torch.ones(1, 3, 64, 64)) == 0

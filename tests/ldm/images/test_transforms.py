@@ -30,21 +30,21 @@ def test_the_largest_part_of_those_proportions_is_in_the_middle(height, width, t
 def test_scaling_is_pillows_antialiased_cubic(height, width, to):
     rng = np.random.default_rng(0)
     # Away from 0 and 255, at which Pillow also clips between its two passes.
-    picture = rng.integers(64, 192, (height, width, 3), dtype=np.uint8)
+    image = rng.integers(64, 192, (height, width, 3), dtype=np.uint8)
     top, left, rows, columns = centre_crop(height, width, *to)
     box = (left, top, left + columns, top + rows)
-    expected = Image.fromarray(picture).crop(box).resize(to[::-1], Image.Resampling.BICUBIC)
-    fitted = fit(torch.from_numpy(picture), *to)
+    expected = Image.fromarray(image).crop(box).resize(to[::-1], Image.Resampling.BICUBIC)
+    fitted = fit(torch.from_numpy(image), *to)
     assert fitted.shape == (3, *to) and fitted.dtype == torch.uint8
     assert np.abs(fitted.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected, int)).max() <= 1
 
 
 def test_pixels_go_to_the_range_of_the_autoencoder():
-    picture = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    assert to_range(picture).tolist() == pytest.approx([-1.0, -0.6, 1.0])
-    square = fit_square(picture.expand(4, 6, 3), 8)
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert to_range(image).tolist() == pytest.approx([-1.0, -0.6, 1.0])
+    square = fit_square(image.expand(4, 6, 3), 8)
     assert square.shape == (3, 8, 8) and square.dtype == torch.float32
-    torch.testing.assert_close(square[:, 0, 0], to_range(picture))
+    torch.testing.assert_close(square[:, 0, 0], to_range(image))
 
 
 def test_a_fine_chequerboard_becomes_grey_not_aliased():
@@ -53,5 +53,5 @@ def test_a_fine_chequerboard_becomes_grey_not_aliased():
     assert fitted[:, 2:-2, 2:-2].abs().max() < 0.05
 
 
-def test_a_very_long_picture_costs_no_more_than_a_square_one():
+def test_a_very_long_image_costs_no_more_than_a_square_one():
     assert fit_square(torch.zeros(1, 60_000, 3, dtype=torch.uint8), 64).shape == (3, 64, 64)

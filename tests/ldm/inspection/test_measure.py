@@ -114,19 +114,19 @@ def test_the_text_says_what_was_found(tmp_path):
     text = inspection_text(found, about)
     for expected in (
         "2 samples in 1 shard, ",
-        "1 picture could not be read, such as x.png: broken",
+        "1 image could not be read, such as x.png: broken",
         "autoencoder: abc",
         "4x2x4 ######################################## 1",
         "0 of 1 had to be enlarged",
-        "1 caption is that of several pictures, 2 in all",
+        "1 caption is that of several images, 2 in all",
         "2 x 'a cat'",
         "0 latents are there more than once",
         "0 longer than the 75 that are read",
         "the model expects a std of 2.0000",
     ):
         assert expected in text
-    about["failed"] = [{"name": "x.png", "reason": "x.png: not a picture (PNG)"}] * 2
-    assert "2 pictures could not be read, such as x.png: not a picture (PNG)\n" in inspection_text(found, about)
+    about["failed"] = [{"name": "x.png", "reason": "x.png: not an image (PNG)"}] * 2
+    assert "2 images could not be read, such as x.png: not an image (PNG)\n" in inspection_text(found, about)
     silent = inspection_text(found_in(tmp_path, [("a", latent(1), "", None)], None), {})
     assert "originals: the samples do not say" in silent and "expects" not in silent
 

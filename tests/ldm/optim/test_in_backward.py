@@ -189,8 +189,8 @@ def test_two_backward_passes_in_one_step_are_refused() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"bucket_mb": 0}, "bucket_mb=0: give a number above 0"),
-        ({"clip_each": -1.0}, "clip_each=-1.0: give a number above 0"),
+        ({"bucket_mb": 0}, "bucket_mb 0: give a number above 0"),
+        ({"clip_each": -1.0}, "clip_each -1.0: give a number above 0"),
         ({"optimizer": {"target": "torch.optim.AdamWW"}}, "optimizer: .*did you mean 'AdamW'"),
         ({"optimizer": {**ADAMW, "params": {"weight_decai": 0.1}}}, "optimizer: .*did you mean 'weight_decay'"),
     ],

@@ -37,7 +37,7 @@ def test_keys_name_the_members(tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_pictures_of_several_sizes_are_grouped(tmp_path):
+def test_images_of_several_sizes_are_grouped(tmp_path):
     members = [m for n, shape in enumerate([(4, 4, 4), (4, 2, 8), (4, 4, 4)]) for m in sample_members(n, shape)]
     groups = ShardDataset([write_tar(tmp_path / "a.tar", members)]).groups()
     assert [group.tolist() for group in groups] == [[0, 2], [1]]
@@ -75,7 +75,7 @@ def test_a_shard_cut_after_it_was_indexed_is_an_error(shard_set):
     paths = expand_urls(shard_set)
     dataset = ShardDataset(paths)
     os.truncate(paths[1], 1000)
-    with pytest.raises(UserError, match="ends early"):
+    with pytest.raises(UserError, match="was replaced or changed"):
         dataset[9]
 
 

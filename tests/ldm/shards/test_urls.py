@@ -1,6 +1,6 @@
 import pytest
 
-from ldm.shards.urls import expand_urls, is_stream
+from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.util import UserError
 
 
@@ -54,3 +54,23 @@ def test_patterns_that_stand_for_too_much_are_refused_at_once(pattern):
 def test_a_pattern_nested_too_deeply_is_refused():
     with pytest.raises(UserError, match="recursion"):
         expand_urls("{" * 3000 + "}" * 3000)
+
+
+@pytest.mark.parametrize(
+    "folder", ["fruit [2]", "fruit {2}", "fruit {a,b}", "fruit*", "a::b", "fruit?", "~x", "f #1: [y]"]
+)
+def test_expand_urls_takes_what_exists_literally(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    for name in (folder, "fruit 2", "fruit a", "fruits"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for shard in ("000.tar", "001.tar"):
+            (tmp_path / name / shard).touch()
+    both = [f"{folder}/000.tar", f"{folder}/001.tar"]
+    assert expand_urls(f"{folder}/000.tar") == both[:1]
+    for pattern in (folder, f"{folder}/*.tar", f"{folder}/{{000..001}}.tar", f"{folder}/00[01].tar"):
+        assert expand_urls(pattern) == both
+        assert expand_urls(f"{tmp_path}/{pattern}") == [f"{tmp_path}/{path}" for path in both]
+    assert expand_urls(f"file:{tmp_path}/{folder}/*.tar") == [f"{tmp_path}/{path}" for path in both]
+    assert not names_all_there(f"{folder}/000.tar") and not names_all_there(f"{folder}/002.tar")
+    assert names_all_there(folder) and names_all_there(f"{folder}/*.tar")
+    assert expand_urls(f"{folder}/002.tar") == [f"{folder}/002.tar"]  # which is not there, and is no pattern

@@ -1,10 +1,11 @@
 import hashlib
 import tarfile
+from contextlib import nullcontext
 
 import pytest
 
 from ldm.shards.tar import index_tar
-from ldm.shards.writer import ShardWriter, existing_shards, shard_paths
+from ldm.shards.writer import ShardWriter, existing_shards, is_spread, shard_paths
 from ldm.util import UserError
 
 
@@ -60,3 +61,34 @@ def test_patterns_that_make_no_sense(pattern):
 def test_too_few_names(tmp_path):
     with pytest.raises(UserError, match="2 shards of 2 samples are too few"):
         write(tmp_path / "{0..1}.tar", 5, 2)
+
+
+@pytest.mark.parametrize("out", ["x/{p,q}/c.tar", "x/%d/c.tar", "{0..1}/c-%d.tar", "x/%02d/{a,b}.tar"])
+def test_shard_paths_of_several_folders_are_refused(tmp_path, out):
+    with pytest.raises(UserError, match=r"a set is written to one folder, .* would be several"):
+        shard_paths(f"{tmp_path}/{out}")
+    (tmp_path / out).parent.mkdir(parents=True)
+    assert next(shard_paths(f"{tmp_path}/{out}")).parent == (tmp_path / out).parent
+
+
+@pytest.mark.parametrize("name", ["c{a,b}.tar", "c-%03d.tar", "c{0..3}.tar"])
+def test_shard_paths_takes_a_file_that_exists_literally(tmp_path, name):
+    assert is_spread(str(tmp_path / name))
+    (tmp_path / name).touch()
+    assert not is_spread(str(tmp_path / name))
+    assert list(shard_paths(str(tmp_path / name))) == existing_shards(str(tmp_path / name)) == [tmp_path / name]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("c{x,x}.tar", r"names cx\.tar twice"), ("c{.tar,}.tar", None), ("{a,b.tar", "Unbalanced braces")],
+)
+def test_shard_paths_holds_names_to_shards_of_the_folder(tmp_path, name, message):
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        shard_paths(f"{tmp_path}/{name}")
+
+
+def test_shard_paths_in_folders_with_the_characters_of_patterns(tmp_path):
+    for folder in ("fruit [2]", "fruit {2}", "50%", "open {"):
+        paths = shard_paths(f"{tmp_path}/{folder}/c-%d.tar")
+        assert [next(paths), next(paths)] == [tmp_path / folder / "c-0.tar", tmp_path / folder / "c-1.tar"]

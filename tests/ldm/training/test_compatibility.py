@@ -12,11 +12,10 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from ldm.config.load import build_model, load_config, plain
-from ldm.training.compatibility import check_compatibility, check_in_backward, check_low_precision
-from ldm.training.precision import Bfloat16Weights
+from ldm.config.load import build_model
+from ldm.training.compatibility import check_compatibility, check_in_backward
 from ldm.util import UserError
-from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, the_run  # noqa: F401
 
 WHERE = "model.params.optimizer_config"
 IN_BACKWARD = f"{WHERE}.target=ldm.optim.InBackward {WHERE}.params.optimizer.target=torch.optim.AdamW"
@@ -48,35 +47,16 @@ def test_a_scaled_loss_is_refused() -> None:
         check_in_backward(model, trainer)
 
 
-@pytest.mark.parametrize("optimizer", [None, {"target": "torch.optim.AdamW"}])
-def test_check_low_precision_warns_of_bfloat16_weights_rounded_to_nearest(optimizer, caplog) -> None:
+def test_check_clipping_refuses_scaled_gradients_of_a_fused_optimizer_by_value() -> None:
     model = build_model(OmegaConf.create(CONFIG))
-    model.optimizer_config = optimizer
+    scaling = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
     options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-    check_compatibility(model, Trainer(plugins=[Bfloat16Weights()], **options))
-    assert "precision=bf16-true rounds each update" in caplog.text and "lean.yaml" in caplog.text
-    caplog.clear()
-    lean = plain(load_config(["lean.yaml"]))["model"]["params"]["optimizer_config"]
-    for sound in (lean, lean["params"]["optimizer"]):
-        model.optimizer_config = sound
-        check_low_precision(model, Trainer(plugins=[Bfloat16Weights()], **options))
-    check_low_precision(model, Trainer(precision="bf16-mixed", **options))
-    assert "precision" not in caplog.text
-
-
-def test_check_low_precision_refuses_float16_weights() -> None:
-    model = build_model(OmegaConf.create(CONFIG))
-    trainer = SimpleNamespace(precision="16-true")
-    with pytest.raises(UserError, match=r"precision=16-true trains float16 weights, which diverge; use --precision"):
-        check_low_precision(model, trainer)
-
-
-@pytest.mark.parametrize("options", ["--precision bf16-mixed", "--precision 32", "-b tiny.yaml fast.yaml"])
-def test_the_default_optimizer_may_clip(options: str, train: Callable[[str], int], tmp_path: Path) -> None:
-    if "fast" in options:
-        options += " model.params.unet_config.params.compile_mode=null data.params.batch_size=2"
-    assert train(f"--max_steps 2 {options} --gradient_clip_val 1.0") == 0
-    assert logged(the_run(tmp_path / "logs"), "train/loss")
+    trainer = Trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value", plugins=[scaling], **options)
+    with pytest.raises(UserError, match=r"gradient_clip_algorithm=value cannot clip what precision=16-mixed scales"):
+        check_compatibility(model, trainer)
+    check_compatibility(model, Trainer(gradient_clip_val=1.0, **options))
+    model.optimizer_config = {"target": "torch.optim.AdamW"}
+    check_compatibility(model, trainer)
 
 
 def test_other_optimizers_may_clip(train: Callable[[str], int], tmp_path: Path) -> None:
@@ -87,3 +67,34 @@ def test_other_optimizers_may_clip(train: Callable[[str], int], tmp_path: Path) 
 def test_clipping_each_gradient_trains(train: Callable[[str], int], tmp_path: Path) -> None:
     assert train(f"--max_steps 1 {IN_BACKWARD} {WHERE}.params.clip_each=0.1") == 0
     assert the_run(tmp_path / "logs")
+
+
+@pytest.mark.parametrize("options", ["", f"{WHERE}.target=torch.optim.AdamW {WHERE}.params.fused=True"])
+def test_clipping_goes_with_mixed_precision_and_fused_optimizers(
+    train: Callable[[str], int], tmp_path: Path, options: str
+) -> None:
+    assert train(f"--max_steps 2 --precision bf16-mixed --gradient_clip_val 1.0 {options}") == 0
+    assert the_run(tmp_path / "logs")
+
+
+def test_check_rounding_refuses_float16_weights(train: Callable[[str], int], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"16-true trains float16 weights, which diverges.*lean.yaml"):
+        train("--max_steps 1 --precision 16-true")
+    assert not list(tmp_path.glob("logs/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ("", True),
+        (IN_BACKWARD, True),
+        (f"{WHERE}.target=ldm.optim.low_bit.AdamW8bit", False),
+        (f"{WHERE}.target=ldm.optim.low_bit.AdamW8bit {WHERE}.params.bf16_stochastic_round=false", True),
+    ],
+)
+def test_check_rounding_warns_of_bfloat16_that_is_rounded_to_the_nearest(
+    train: Callable[[str], int], caplog: pytest.LogCaptureFixture, options: str, warns: bool
+) -> None:
+    assert train(f"--max_steps 1 --precision bf16-true {options}") == 0
+    assert ("without stochastic rounding loses most updates" in caplog.text) is warns
+    assert ("lean.yaml" in caplog.text) is warns

@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from ldm.config.load import load_config
-from ldm.training.strategies import HostStateStrategy, host_state_strategy, streams_weights
+from ldm.config.load import build_model
+from ldm.training.strategies import HostStateStrategy, choose_strategy, host_state_strategy, streams_weights
 from ldm.util import UserError
+from tests.training_runs import CONFIG
 
 
 def resumed(strategy: SingleDeviceStrategy) -> torch.device:
@@ -30,8 +32,13 @@ def test_a_resume_leaves_the_state_beside_its_parameter() -> None:
 
 
 def test_which_models_stream() -> None:
-    assert not streams_weights(load_config(["finetune_stable_diffusion.yaml"]))
-    assert streams_weights(load_config(["finetune_stable_diffusion.yaml", "minimal.yaml"]))
+    config = OmegaConf.create(CONFIG)
+    assert not streams_weights(build_model(config))
+    target = "ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
+    OmegaConf.update(config, "model.params.unet_config.target", target)
+    model = build_model(config)
+    assert streams_weights(model)
+    assert isinstance(choose_strategy({"devices": 1}, model, "auto", has_cuda=False), HostStateStrategy)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import save_checkpoint
 from ldm.config.load import build_model
+from ldm.release.fresh import checkpoint_at_start
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
+from ldm.util import UserError
 from tests.training_runs import CONFIG
 
 
@@ -23,8 +25,7 @@ def save(config: DictConfig, path: Path, left_out: str = "nothing") -> dict[str,
     """A checkpoint of a new model of `config` at `path`, without keys that begin with `left_out`; its weights."""
     torch.manual_seed(1)
     weights = {key: value for key, value in build_model(config).state_dict().items() if not key.startswith(left_out)}
-    state = {"global_step": 3, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
-    save_checkpoint({"state_dict": weights, **state}, path)
+    save_checkpoint(checkpoint_at_start(weights), path)
     return weights
 
 
@@ -41,9 +42,9 @@ def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path:
     save(config, tmp_path / "last.ckpt", left_out="model_ema.")
     checkpoint = read_training_checkpoint(tmp_path / "last.ckpt")
     model = build_from(config, checkpoint)
-    io = AtomicCheckpointIO(checkpoint)
+    io = AtomicCheckpointIO(tmp_path, checkpoint)
     given = io.load_checkpoint(tmp_path / "last.ckpt")
-    assert given["global_step"] == 3
+    assert given["global_step"] == 0
     own = model.state_dict()
     assert given["state_dict"].keys() == {key for key in own if not key.startswith("model_ema.")}
     assert all(value.data_ptr() == own[key].data_ptr() for key, value in given["state_dict"].items())
@@ -54,9 +55,9 @@ def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path:
 def test_another_path_is_read(config: DictConfig, tmp_path: Path) -> None:
     for name in ("one.ckpt", "other.ckpt"):
         save(config, tmp_path / name)
-    io = AtomicCheckpointIO(read_training_checkpoint(tmp_path / "one.ckpt"))
+    io = AtomicCheckpointIO(tmp_path, read_training_checkpoint(tmp_path / "one.ckpt"))
     (tmp_path / "one.ckpt").unlink()
-    assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 3
+    assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 0
 
 
 def test_a_missing_average_begins_at_the_weights(config: DictConfig, tmp_path: Path) -> None:
@@ -78,3 +79,30 @@ def test_optional_parameters_that_are_missing_begin_as_in_a_new_model(tmp_path: 
     new = build_model(config)
     assert model.loss.weight.equal(new.loss.weight)
     assert model.encoder.conv_in.weight.equal(weights["encoder.conv_in.weight"])
+
+
+def test_atomic_checkpoint_io_writes_and_removes_in_the_run_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    for folder in (run / "checkpoints", outside):
+        folder.mkdir(parents=True)
+    io, content = AtomicCheckpointIO(run), {"state_dict": {}}
+    (run / "link").symlink_to(outside)
+    for path in (outside / "a.ckpt", run / ".." / "outside" / "a.ckpt", run / "link" / "a.ckpt"):
+        with pytest.raises(UserError, match="lies outside"):
+            io.save_checkpoint(content, path)
+        assert list(outside.iterdir()) == []
+        (outside / "a.ckpt").touch()
+        io.remove_checkpoint(path)
+        assert (outside / "a.ckpt").exists() and "Not removed: " in caplog.text
+        (outside / "a.ckpt").unlink()
+    io.save_checkpoint(content, run / "checkpoints" / "a.ckpt")
+    for name in ("last.ckpt", "notes.txt", "b.ckpt"):
+        (run / "checkpoints" / name).touch()
+    (outside / "linked.ckpt").touch()
+    (run / "checkpoints" / "linked.ckpt").symlink_to(outside / "linked.ckpt")
+    for name in ("a.ckpt", "last.ckpt", "notes.txt", "linked.ckpt", "missing.ckpt"):
+        io.remove_checkpoint(run / "checkpoints" / name)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "notes.txt", "b.ckpt"}
+    assert (outside / "linked.ckpt").exists()

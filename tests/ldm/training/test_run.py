@@ -1,9 +1,11 @@
 """Where a run lives, and what --resume may name."""
 
+import os
+
 import pytest
 
 from ldm.training.arguments import parse_arguments
-from ldm.training.run import plan_run
+from ldm.training.run import LOCK, hold_run, plan_run
 from ldm.util import UserError
 
 
@@ -47,14 +49,11 @@ def test_a_new_run_is_named_by_time_and_config(line, name):
 
 def test_two_runs_in_a_second_get_two_folders(monkeypatch):
     monkeypatch.setattr("time.strftime", lambda _: "now")
-    first = plan("-b a.yaml")
-    first.folder.mkdir(parents=True)
-    assert plan("-b a.yaml").folder.name == "now_a-2"
+    assert [plan("-b a.yaml").folder.name for _ in range(3)] == ["now_a", "now_a-2", "now_a-3"]
 
 
 def test_the_processes_of_one_run_share_its_folder(monkeypatch):
     first = plan("-b a.yaml")
-    first.folder.mkdir(parents=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert plan("-b a.yaml").folder == first.folder
 
@@ -87,3 +86,63 @@ def test_what_cannot_be_resumed_is_named(tmp_path, old_run, line, message):
     (tmp_path / "hacked.ckpt").touch()
     with pytest.raises(UserError, match=message):
         plan(line)
+
+
+@pytest.mark.parametrize("text", ["../x", "/x", "a/b", "a/..", "a\\b", "a\nb", "\x1b[2J", "a\udcff"])
+def test_plan_run_takes_no_name_that_is_a_path(text):
+    for option in ("--name", "--postfix"):
+        with pytest.raises(UserError, match=f"{option} .*becomes a part of the run folder's name") as caught:
+            plan_run(parse_arguments(["-b", "a.yaml", f"{option}={text}"]))
+        assert str(caught.value).isprintable()
+
+
+def test_plan_run_refuses_a_link_that_leads_out_of_the_run(old_run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (old_run / "checkpoints" / "older.ckpt").symlink_to(tmp_path / "any.ckpt")  # is replaced or removed itself
+    (old_run / "csv").mkdir()
+    (old_run / "csv" / "inside").symlink_to(old_run / "configs")
+    assert plan(f"--resume {old_run}").folder == old_run
+    for name in ("images", "csv/version_0", "checkpoints/x.ckpt"):
+        (old_run / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=f"link '.*{name}': lies outside .*old"):
+            plan(f"--resume {old_run}")
+        (old_run / name).unlink()
+    (old_run / "csv" / "metrics.csv").symlink_to(tmp_path / "not-there-yet.csv")
+    with pytest.raises(UserError, match=r"metrics\.csv': lies outside"):
+        plan(f"--resume {old_run}")
+
+
+def test_a_run_folder_may_itself_be_a_link(old_run, tmp_path):
+    (tmp_path / "mine").symlink_to(old_run)
+    assert plan("--resume mine").resume is not None
+
+
+def test_hold_run_leaves_nothing_of_a_run_that_fails_before_its_first_step(tmp_path):
+    run = plan("-b a.yaml")
+    with pytest.raises(UserError), hold_run(run):
+        (run.folder / "csv").mkdir()
+        raise UserError("no data")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hold_run_keeps_what_was_there(old_run):
+    with pytest.raises(UserError), hold_run(plan("--resume logs/old")):
+        raise UserError("no data")
+    assert (old_run / "checkpoints" / "last.ckpt").is_file() and not (old_run / LOCK).exists()
+
+
+def test_hold_run_refuses_a_second_process_and_removes_what_killed_ones_left(old_run):
+    host = os.uname().nodename
+    left = old_run / "images" / "train" / f".a.{host}.999999999.ab.tmp.png"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with hold_run(plan("--resume logs/old")):
+        assert not left.exists()
+        with (
+            pytest.raises(UserError, match=rf"logs/old: process {os.getpid()} on '{host}' is writing it"),
+            hold_run(plan("--resume logs/old")),
+        ):
+            pass
+        assert (old_run / LOCK).exists()
+    with hold_run(plan("--resume logs/old")):
+        pass

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from tests.training_runs import (  # noqa: F401
     state,
     the_run,
 )
+from tests.waiting import collect, join, wait_for
 
 ALONE = "model.params.use_ema=False"
 SHARDED = f"--strategy fsdp {ALONE}"
@@ -132,13 +132,10 @@ def test_checkpoints_are_those_of_one_process_and_go_both_ways(runs: Runs) -> No
 def test_a_run_that_is_stopped_or_killed_goes_on_exactly(runs: Runs, signum: int) -> None:
     often = "lightning.modelcheckpoint.params.every_n_train_steps=1"
     processes = runs.start("stopped", f"{SHARDED} {often} --max_steps 100000", ranks=2)
-    while len(read_losses(runs.folder / "stopped-1.losses")) < 4:
-        assert all(process.is_alive() for process in processes)
-        time.sleep(0.02)
+    wait_for(lambda: len(read_losses(runs.folder / "stopped-1.losses")) >= 4, *processes)
     for process in processes if signum == signal.SIGKILL else processes[1:]:
         os.kill(process.pid, signum)
-    for process in processes:
-        process.join(60)
+    join(*processes)
     stopped = the_run(runs.folder / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
     assert step >= 3
@@ -223,9 +220,8 @@ def test_compiled_blocks_are_gathered_whole(tmp_path: Path) -> None:
     processes = [context.Process(target=_compiled_process, args=(rank, address, found)) for rank in range(2)]
     for process in processes:
         process.start()
-    results = [found.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(60)
+    results = collect(found, processes)
+    join(*processes)
     plain = fill_seeded(UNetModel(**CONFIG["model"]["params"]["unet_config"]["params"]))
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     expected = [_step(plain, optimizer, slice(0, 2)) for _ in range(3)]

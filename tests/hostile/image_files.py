@@ -1,4 +1,4 @@
-"""Pictures, and what tells of them, that are broken or absurd."""
+"""Images, and what tells of them, that are broken or absurd."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def png_of(width: int, height: int, colour: int = 2, depth: int = 8, data: bytes
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-def pictures() -> Corpus:
+def images() -> Corpus:
     yield from mistaken()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 16, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 16, 3), np.uint8))
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
         file = io.BytesIO()
         exif = Image.Exif()
         exif[0x0112] = 6
-        picture.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}))
+        image.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}))
         yield from ((f"{kind}-{name}", data) for name, data in damaged(file.getvalue(), kind, 15))
     yield "bomb", png_of(50_000, 50_000, data=bytes(1 << 22))
     yield "bomb-most", png_of((1 << 31) - 1, (1 << 31) - 1)

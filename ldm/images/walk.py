@@ -1,0 +1,70 @@
+"""Files of a folder and the folders in it, with what cannot be listed or opened: nothing goes missing in silence."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Found:
+    """Files of a folder, at any depth, and the paths that could not be read, with the reason."""
+
+    files: list[Path] = field(default_factory=list)
+    unreadable: dict[Path, str] = field(default_factory=dict)
+
+
+def walk(folder: Path) -> Found:
+    """Return what is in `folder`, sorted by path, without hidden files and folders.
+
+    Links to folders are followed. Each folder is read once, by the path without links if there is one, so that a loop
+    of links ends; a warning names the links that are left out.
+
+    Raises:
+        UserError: `folder` itself cannot be listed.
+    """
+    found, links, seen = Found(), [], {}
+    _walk(folder, found, links, seen)
+    if folder in found.unreadable:
+        raise UserError(f"{folder}: {found.unreadable[folder]}")
+    for link in links:  # grows in the loop: a linked folder may hold further links
+        _walk(link, found, links, seen)
+    found.files.sort()
+    return found
+
+
+def _walk(folder: Path, found: Found, links: list[Path], seen: dict[tuple[int, int], Path]) -> None:
+    """Add what is in `folder` to `found`, and the links to folders to `links`."""
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        try:
+            state = current.stat()
+            if (first := seen.setdefault((state.st_dev, state.st_ino), current)) != current:
+                logger.warning("%s: is a link to %s, which is read already; it is left out", current, first)
+                continue
+            with os.scandir(current) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            found.unreadable[current] = f"the folder cannot be read: {error.strerror}"
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = Path(entry.path)
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else waiting).append(path)
+                elif entry.is_file():
+                    found.files.append(path)
+                else:
+                    what = "a link to a file that is not there" if entry.is_symlink() else "not a plain file"
+                    found.unreadable[path] = f"is {what}"
+            except OSError as error:
+                found.unreadable[path] = f"cannot be read: {error.strerror}"

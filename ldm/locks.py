@@ -1,0 +1,187 @@
+"""Locks on what one process at a time may write: a run folder, a set of shards, a file. Imports no torch.
+
+A lock is a file that is locked with `flock` and names its owner. The kernel releases it when the owner dies, however
+that happens, so a lock outlives neither a kill nor a power cut, and a reused process id does no harm. `filelock` is not
+used: it empties the file that names the owner before it holds the lock, and knows no owners on other machines.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ldm.util import UserError
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
+_held: set[int] = set()  # descriptors
+
+
+def _let_go_in_child() -> None:
+    """Close the inherited descriptors: a data worker that outlives its parent must not go on holding the lock."""
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def process_start(process: int) -> int | None:
+    """The start of a process in clock ticks since boot, which tells it from others of its number; None if unknown."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+        return int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def process_namespace() -> int:
+    """The number of this process's PID namespace: process ids of different ones are not comparable."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def is_running(process: int, start: int | None = None) -> bool:
+    """Return whether a process of that number runs which, if `start` is given, started then."""
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return start is None or process_start(process) in (None, start)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path` while `what` (for messages) is written; it is removed at the end.
+
+    Missing folders are made, and removed at the end if they are still empty. Of several processes of one job, one
+    takes the lock for all of them.
+
+    Raises:
+        UserError: another process holds the lock, or one on another machine may do so; names the process.
+    """
+    made = make_folders(path.parent)
+    try:
+        descriptor = _take(path, what)
+        _held.add(descriptor)
+        owner = os.getpid()
+        try:
+            yield
+        finally:
+            if os.getpid() == owner:
+                with suppress(OSError):
+                    path.unlink()  # before it is released: who opens it now finds that it is another file
+                _held.discard(descriptor)
+                os.close(descriptor)
+    finally:
+        remove_empty(made)
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Hold a lock beside the file `path` while it is written; see `locked`."""
+    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+        yield
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make `folder`; returns the folders that were missing, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of `folders`, innermost first, that are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _take(path: Path, what: str) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        try:
+            works = _flock(descriptor, path, what)
+            if not _is_same_file(descriptor, path):  # its owner removed it meanwhile
+                os.close(descriptor)
+                continue
+            _check_owner(_owner(descriptor), path, what, works)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
+            return descriptor
+        except BaseException:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+
+
+def _flock(descriptor: int, path: Path, what: str) -> bool:
+    """Lock the file; returns False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{what}: {_named(_owner(descriptor))} is writing it ({path}); wait for it to end, or stop it"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _own() -> dict[str, Any]:
+    start = process_start(os.getpid())
+    return {"host": os.uname().nodename, "pid": os.getpid(), "start": start, "job": os.environ.get("SLURM_JOB_ID")}
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    """The owner that the lock file names; nothing if it names none."""
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    is_whole = isinstance(owner, dict) and isinstance(owner.get("host"), str) and isinstance(owner.get("pid"), int)
+    return owner if is_whole else {}
+
+
+def _named(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']!r}" if owner else "another process"
+
+
+def _check_owner(owner: dict[str, Any], path: Path, what: str, locks_work: bool) -> None:
+    """Raise `UserError` if the owner that a lock file names may be at work although nobody here has it locked."""
+    own = _own()
+    if not owner or (own["job"] is not None and owner.get("job") == own["job"]):
+        return  # the same Slurm job, which was requeued
+    if owner["host"] == own["host"]:
+        if not locks_work and is_running(owner["pid"], owner.get("start")):
+            raise UserError(f"{what}: {_named(owner)} is writing it ({path}); wait for it to end, or stop it")
+        return
+    raise UserError(
+        f"{what}: {_named(owner)} is writing it, or was killed there; if it no longer runs: rm {shlex.quote(str(path))}"
+    )

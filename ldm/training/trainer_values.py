@@ -1,0 +1,98 @@
+"""Values of the Trainer's arguments, checked where they enter: Lightning fails late at some, and ignores others.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ldm.util import UserError
+
+# Arguments that are given elsewhere, and where.
+_ELSEWHERE = {
+    "callbacks": "describe each under lightning.callbacks, with target and params",
+    "plugins": "there is no place for plugins; --precision and --strategy choose them",
+    "default_root_dir": "run folders are made in --logdir",
+}
+_CLOCK = re.compile(r"\d+:[0-2]?\d:[0-5]?\d:[0-5]?\d")
+_TIME_UNITS = {"weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"}
+_DURATION = "a time as DD:HH:MM:SS, such as 00:12:00:00, or a mapping such as {hours: 12}"
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: _is_whole(value, least), f"a whole number of at least {least}"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_whole(value, 0) or (type(value) is float and 0 <= value <= 1)
+
+
+def _is_duration(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(key in _TIME_UNITS and _is_number(part) for key, part in value.items())
+    return isinstance(value, str) and _CLOCK.fullmatch(value) is not None
+
+
+def _is_interval(value: Any) -> bool:
+    return _is_whole(value, 1) or (type(value) is float and 0 < value <= 1) or _is_duration(value)
+
+
+_BOOLEAN = (lambda value: type(value) is bool, "true or false")
+_SHARE = (_is_share, "a whole number of batches, or a share from 0.0 to 1.0")
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), _whole(-1)),
+    **dict.fromkeys(("check_val_every_n_epoch", "num_nodes", "num_processes"), _whole(1)),
+    **dict.fromkeys(
+        ("min_epochs", "min_steps", "log_every_n_steps", "reload_dataloaders_every_n_epochs"), _whole(0)
+    ),
+    **dict.fromkeys(
+        ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"),
+        _SHARE,
+    ),
+    **dict.fromkeys(
+        (
+            "barebones", "benchmark", "checkpoint_callback", "detect_anomaly", "enable_autolog_hparams",
+            "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "inference_mode",
+            "reload_dataloaders_every_epoch", "replace_sampler_ddp", "sync_batchnorm", "terminate_on_nan",
+            "use_distributed_sampler",
+        ),
+        _BOOLEAN,
+    ),
+    "deterministic": (lambda value: type(value) is bool or value == "warn", "true, false or warn"),
+    "fast_dev_run": (lambda value: type(value) is bool or _is_whole(value, 0), "true, false or a number of batches"),
+    "gradient_clip_algorithm": (lambda value: value in ("norm", "value"), "norm or value"),
+    "gradient_clip_val": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    "logger": (lambda value: type(value) is bool, "true or false, and describe a logger in lightning.logger"),
+    "max_time": (_is_duration, _DURATION),
+    "progress_bar_refresh_rate": _whole(0),
+    "strategy": (lambda value: isinstance(value, str), "a name, and describe one with settings in lightning.strategy"),
+    "val_check_interval": (_is_interval, f"1 or more batches, a share above 0.0 up to 1.0, or {_DURATION}"),
+}  # fmt: skip
+
+
+def check_values(given: Mapping[str, Any]) -> None:
+    """Hold the Trainer's arguments, by their names of today or of 2022, against what each may be; null is a default.
+
+    Raises:
+        UserError: a value cannot be, or an argument is given elsewhere here.
+    """
+    for name, value in given.items():
+        if name in _ELSEWHERE:
+            raise UserError(f"lightning.trainer.{name} {value!r}: {_ELSEWHERE[name]}")
+        if value is None or name not in _CHECKS:
+            continue
+        is_right, expected = _CHECKS[name]
+        if not is_right(value):
+            raise UserError(f"lightning.trainer.{name} {value!r}: give {expected}")

@@ -1,0 +1,77 @@
+"""A disk that is full for a while: logs and images warn once, and once more when they can be written again."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from ldm.callbacks.tolerance import Tolerance, tolerant
+from ldm.util import UserError
+
+FULL = OSError(28, "No space left on device")
+
+
+def test_tolerance_says_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    tolerance = Tolerance("Images")
+    for fails in (True, True, False, False, True):
+        with tolerance():
+            if fails:
+                raise FULL
+    said = [message.strip() for message in caplog.messages]
+    lost = "Images cannot be written ([Errno 28] No space left on device); training goes on without"
+    assert said == [lost, "Images can be written again", lost]
+
+
+def test_tolerance_lets_errors_of_users_through() -> None:
+    with pytest.raises(UserError), Tolerance("Images")():
+        raise UserError("ours")
+
+
+def test_tolerant_csv_loses_and_doubles_no_line(tmp_path: Path, monkeypatch, caplog) -> None:
+    logger = tolerant(CSVLogger(str(tmp_path), name="csv"))
+    write = csv.DictWriter.writerows
+
+    def half(self, rows) -> None:
+        write(self, rows)
+        raise FULL
+
+    for step in range(6):
+        with monkeypatch.context() as patch:
+            if step in (2, 3):  # with a column more: then the file is written anew
+                patch.setattr("csv.DictWriter.writerows", half)
+            logger.log_metrics({"loss": step} | ({"eval": 1} if step == 3 else {}), step)
+            logger.save()
+    (path,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    assert [int(row["step"]) for row in rows] == list(range(6)) and rows[3]["eval"] == "1"
+    assert len([message for message in caplog.messages if "cannot be written" in message]) == 1
+
+
+def test_tolerant_tensorboard_outlives_its_thread(tmp_path: Path, monkeypatch, caplog) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    now = 0.0
+    monkeypatch.setattr("ldm.callbacks.tolerance.time.monotonic", lambda: now)
+    logger = tolerant(TensorBoardLogger(str(tmp_path), name="tensorboard", version=""))
+    logger.log_metrics({"loss": 0.0}, 0)
+    logger.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", full)
+        for step in range(1, 30):
+            logger.log_metrics({"loss": 0.0}, step)
+            logger.save()
+    now = 100.0
+    logger.log_metrics({"loss": 0.0}, 30)
+    logger.save()
+    logger.finalize("success")
+    assert len([message for message in caplog.messages if "cannot be written" in message]) == 1
+    assert b"loss" in max(tmp_path.rglob("events*"), key=lambda path: path.name).read_bytes()

@@ -1,0 +1,120 @@
+"""One process at a time: who waits, who is refused, and what a killed owner leaves."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ldm.locks import is_running, locked, locked_file, process_start
+from ldm.util import UserError
+
+fork = multiprocessing.get_context("fork")
+
+
+def hold(path: Path, held, until) -> None:
+    with locked(path, "the run"):
+        held.set()
+        until.wait()
+
+
+def holder(path: Path):
+    """A process that holds the lock, and the event that ends it."""
+    held, until = fork.Event(), fork.Event()
+    process = fork.Process(target=hold, args=(path, held, until))
+    process.start()
+    held.wait()
+    return process, until
+
+
+def test_locked_refuses_a_second_process_and_names_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "new" / ".lock"
+    process, until = holder(path)
+    named = f"the run: process {process.pid} on '{os.uname().nodename}' is writing it"
+    with pytest.raises(UserError, match=named), locked(path, "the run"):
+        pass
+    until.set()
+    process.join()
+    with locked(path, "the run"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
+
+
+def test_locked_takes_over_from_a_killed_owner(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    process, _ = holder(path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert path.exists()
+    with locked(path, "the run"):
+        pass
+    assert not path.exists()
+
+
+def test_locked_is_not_kept_by_a_child_that_outlives_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with locked(path, "the run"):
+        until = fork.Event()
+        child = fork.Process(target=until.wait)
+        child.start()
+    with locked(path, "the run"):
+        pass
+    until.set()
+    child.join()
+
+
+def test_locked_says_how_to_remove_that_of_another_machine(tmp_path: Path) -> None:
+    path = tmp_path / "a b.lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": 1, "job": None}))
+    with (
+        pytest.raises(UserError, match=r"process 7 on 'elsewhere' .*no longer runs: rm '.*/a b.lock'"),
+        locked(path, "the run"),
+    ):
+        pass
+    assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
+def test_locked_is_that_of_a_slurm_job_wherever_it_is_requeued(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": 1, "job": "12"}))
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with locked(path, "the run"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])
+def test_locked_takes_a_file_that_names_nobody(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".lock").write_text(text)
+    with locked(tmp_path / ".lock", "the run"):
+        pass
+
+
+@pytest.mark.parametrize(("start", "refused"), [(process_start(os.getpid()), True), (1, False)])
+def test_locked_without_flock_goes_by_process_and_start(tmp_path: Path, monkeypatch, start: int, refused: bool) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "start": start, "job": None}))
+    if refused:
+        with pytest.raises(UserError, match="is writing it"), locked(path, "the run"):
+            pass
+    else:
+        with locked(path, "the run"):
+            pass
+
+
+def test_locked_file_leaves_nothing(tmp_path: Path) -> None:
+    with locked_file(tmp_path / "x" / "a.ckpt"):
+        assert [entry.name for entry in (tmp_path / "x").iterdir()] == [".a.ckpt.lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_is_running_knows_a_reused_number() -> None:
+    assert is_running(os.getpid()) and is_running(os.getpid(), process_start(os.getpid()))
+    assert not is_running(os.getpid(), 1) and not is_running(999999999)

@@ -1,0 +1,62 @@
+"""main.py: what passes by while it trains, and what is saved when it does not."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from PIL import Image
+
+from ldm.util import UserError
+from tests.training_runs import fixture_one_thread, fixture_train, state, the_run  # noqa: F401
+
+LOGGER = "lightning.callbacks.image_logger.params"
+IMAGES = f"{LOGGER}.disabled=false {LOGGER}.batch_frequency=1"
+
+
+def test_a_disk_that_is_full_for_logs_and_images_ends_no_run(train, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("csv.DictWriter.writerows", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    assert train(f"--max_steps 4 {IMAGES}") == 0
+    assert state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")["global_step"] == 4
+    said = "".join(caplog.messages)
+    for what in ("The log of CSVLogger", "The log of TensorBoardLogger", "Images of the training"):
+        assert said.count(f"{what} cannot be written") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fault", ["deleted", "replaced"])
+def test_a_shard_that_fails_while_training_loses_nothing(train, tmp_path, monkeypatch, workers, fault):
+    from ldm.callbacks.progress import ProgressBar
+
+    shard = tmp_path / "shards" / "s-000001.tar"
+
+    def damage(self, trainer, *_):
+        if trainer.global_step == 3 and fault == "deleted":
+            shard.unlink(missing_ok=True)
+        elif trainer.global_step == 3:
+            data = shard.read_bytes()
+            shard.unlink()
+            shard.write_bytes(data)
+
+    monkeypatch.setattr(ProgressBar, "on_train_batch_end", damage)
+    said = "s-000001.tar: " + ("is gone" if fault == "deleted" else "was replaced")
+    with pytest.raises(UserError, match=said):
+        train(f"--max_steps 40 data.params.num_workers={workers}")
+    assert state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")["global_step"] >= 3
+
+
+def test_a_second_start_in_a_run_is_refused(train, tmp_path):
+    from ldm.locks import locked
+
+    assert train("--max_steps 1") == 0
+    run = the_run(tmp_path / "logs")
+    with locked(run / ".lock", "it"), pytest.raises(UserError, match=f"process {os.getpid()} on .* is writing it"):
+        train(f"--resume {run} --max_steps 2")
+    assert train(f"--resume {run} --max_steps 2") == 0
