@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from ldm.checkpoint.keys import SCHEDULE_KEYS
 from ldm.config.load import build_model, load_config, plain
 from ldm.release.building import without_initialisation
+from ldm.release.families import FAMILIES, recognise
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +28,16 @@ REFUSED = {
     ("minimal.yaml", "fast.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
     ("minimal.yaml", "lean.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
 }
+# Lists of released keys, by family.
+RELEASED = {
+    "sd1": "sd_v1",
+    "sd1_inpainting": "sd_v1_inpainting",
+    "instruct_pix2pix": "instruct_pix2pix",
+    "sd2_768_v": "sd_v2",
+    "sd2_base": "sd_v2",
+    "sdxl": "sdxl_base",
+}
+RECIPES = [family.finetune_config for family in FAMILIES.values() if family.finetune_config]
 KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
 
@@ -44,13 +56,15 @@ def described(node: Any, where: str = "") -> Iterator[tuple[str, Mapping[str, An
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_targets_resolve_and_params_bind(path):
     for where, entry in described(plain(load_config([path]))):
-        assert set(entry) <= {"target", "params", "base_learning_rate"}, where
+        more = {"input_key", "is_trainable"} if ".emb_models[" in where else {"base_learning_rate"}
+        assert set(entry) <= {"target", "params", *more}, where
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != INVERSION])
-def test_overlays_bind_on_top_of_the_recipe(overlay):
-    merged = plain(load_config(["finetune_stable_diffusion.yaml", overlay]))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
+    merged = plain(load_config([recipe, overlay]))
     for _, entry in described(merged):
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
     assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
@@ -114,6 +128,52 @@ def test_textual_inversion_goes_over_a_release(release):
     assert own == expected
     [row] = model.trained_parameters()
     assert row.shape == (model.model.diffusion_model.context_dim,)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_release_configs_are_what_FAMILIES_say(family):
+    with torch.device("meta"):
+        model = build_model(load_config([family.config]))
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert recognise(own, parameterization=family.parameterization) == family
+    assert model.model.conditioning_key == family.conditioning_key
+    assert (model.parameterization, model.scale_factor) == (family.parameterization, family.scale)
+    assert (model.image_size * family.factor, model.channels) == (family.size, family.channels)
+    assert model.first_stage_model.downsampling == family.factor
+    assert any(key.startswith(family.encoders) for key in own)
+    assert ("label_emb" in str(model.model.diffusion_model)) == family.has_vector
+    if family.key not in RELEASED:
+        return
+    released = json.loads((KEYS.parent / f"{RELEASED[family.key]}_keys.json").read_text())["keys"]
+    expected = {key: tuple(shape) for key, (shape, _) in released.items() if not key.endswith("position_ids")}
+    if not expected.keys() & set(SCHEDULE_KEYS):  # SDXL's list has no schedule
+        own = {key: shape for key, shape in own.items() if key not in SCHEDULE_KEYS}
+    assert own == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_finetune_configs_of_FAMILIES_train_the_released_UNet(recipe):
+    [family] = [family for family in FAMILIES.values() if family.finetune_config == recipe]
+    params, released = (
+        plain(load_config([name]))["model"]["params"] for name in (family.finetune_config, family.config)
+    )
+    own = ("first_stage_key", "cond_stage_key", "cond_stage_config", "monitor")
+    params["first_stage_config"]["params"].pop("monitor")
+    assert {key: value for key, value in params.items() if key not in own} == {
+        key: value for key, value in released.items() if key not in own
+    }
+    with torch.device("meta"):
+        model = build_model(load_config([recipe]))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert recognise(shapes, parameterization=model.parameterization) == family
+    model.check_batch_shapes({"f8": (8, family.size // 8, family.size // 8), "t5": (77, family.layout.context)})
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_first_stages_of_FAMILIES_are_one(family):
+    params = plain(load_config([family.config]))["model"]["params"]
+    first = plain(load_config([FAMILIES["sd1"].config]))["model"]["params"]
+    assert params["first_stage_config"] == first["first_stage_config"]
 
 
 @pytest.mark.parametrize(

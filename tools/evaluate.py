@@ -21,7 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli.options import add_network_options, add_sampling_options, add_vae_option, check_sampling_options
+from ldm.cli.options import (
+    add_config_options,
+    add_network_options,
+    add_sampling_options,
+    add_vae_option,
+    check_sampling_options,
+)
 from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -34,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--base", type=Path, required=True, help="release that the fine-tuning began from")
     add("--ckpt", type=Path, required=True, help="fine-tuned release")
-    add("--config", required=True, help="config of both")
+    add_config_options(parser, "config of both")
     add("--set", dest="sets", action="append", required=True, metavar="NAME=SHARDS", help="a set; give one or more")
     add("--timesteps", type=int, default=8, help="midpoints of as many equal strata")
     add("--limit", type=int, help="pictures a set, spread over it; default: all")
@@ -64,7 +70,6 @@ def main() -> None:
     check_arguments(options)
     # Only now the slow imports: --help should answer at once.
     from ldm.checkpoint import encoder_digests
-    from ldm.config.load import load_config
     from ldm.evaluation.plots import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
     from ldm.evaluation.report import rows_of, table, write_json
@@ -72,10 +77,13 @@ def main() -> None:
     from ldm.evaluation.sets import parse_sets
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.matching import release_config
     from ldm.release.opening import open_release
 
+    config_name, config = release_config(
+        options.base, options.config, options.parameterization, trusted=options.trust_config
+    )
     sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
-    config = load_config([options.config], trusted=options.trust_config)
     # Of both, before the base is evaluated: a wrong name, and a set of other encoders, show at once.
     encoders = {path: encoder_digests(open_release(path, options.vae).weights) for path in (options.base, options.ckpt)}
 
@@ -88,7 +96,7 @@ def main() -> None:
     about = {
         "base": str(options.base),
         "tuned": str(options.ckpt),
-        "config": str(options.config),
+        "config": config_name,
         "settings": {
             **{name: getattr(options, name) for name in ("timesteps", "batch_size", "limit", "precision")},
             "device": str(device),

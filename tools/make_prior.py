@@ -63,7 +63,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     # Only now the slow imports: --help should answer at once.
-    from ldm.config.load import load_config
     from ldm.data.dropout import CaptionDropout
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import Encoder
@@ -82,14 +81,17 @@ def main() -> None:
     from ldm.models.diffusion.text_to_image import Request, latent_shape
     from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.matching import release_config
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and options.overwrite:
         raise UserError("--overwrite: none of several processes may remove what others write; remove the set first")
     if ranks.rank == 0:
         check_out(options.out, options.overwrite)
+    chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
+    _, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device, ranks.local), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, load_config([options.config], trusted=options.trust_config), vae=options.vae)
+    model = load_release(options.ckpt, config, vae=options.vae)
     encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
     unet = unet_digests(model)
     model.model.to(dtype)

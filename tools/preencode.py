@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, type=Path, help="release checkpoint, .ckpt or .safetensors")
-    add("--config", required=True, help="its config, with the text encoder")
+    add("--config", help="its config, with the text encoder; default: that of the family which the keys tell")
     add(
         "--images",
         required=True,
@@ -60,7 +60,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Only now the slow imports: --help should answer at once.
-    from ldm.config.load import load_config
     from ldm.data.sources import find_images
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import Encoder
@@ -68,6 +67,7 @@ def main() -> None:
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.matching import release_config
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and arguments.overwrite:
@@ -76,8 +76,8 @@ def main() -> None:
         check_out(arguments.out, arguments.overwrite)
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d images in %s", len(items), ", ".join(arguments.images))
+    _, config = release_config(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
-    config = load_config([arguments.config], trusted=arguments.trust_config)
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(
         Encoder(model, device, dtype),

@@ -63,14 +63,15 @@ def main() -> None:
 
     import torch
 
-    from ldm.config.load import load_config
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
     from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.matching import release_config
 
+    chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
+    _, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    config = load_config([options.config], trusted=options.trust_config)
     model = load_release(options.ckpt, config, device, dtype, options.vae)
     warn_of_cut(model.cond_stage_model, prompts)
     shape = latent_shape(model, options.H, options.W)

@@ -38,6 +38,8 @@ SCHEDULE_KEYS = (
     SCALE_FACTOR,
     "cond_ids",
 )
+# Marks of SDXL files that predict v, and of those whose schedule ends without signal; their values are empty.
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 # Parts of OpenCLIP text towers that hidden states do not need: SD 2 files may lack them.
 _UNUSED_BY_TOWERS = (f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection", "*.attn_mask")
 # Keys that a file may carry or lack without harm, as shell patterns: the above, and values that only training needs.

@@ -17,7 +17,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The release, the captions, and how to draw."""
     add = parser.add_argument
     add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release checkpoint")
-    add("--config", type=Path, default=Path("stable_diffusion_v1.yaml"), help="its config")
+    add_config_options(parser)
     add_vae_option(parser)
     add("--prompt", nargs="+", action="extend", default=[], help="one or more captions")
     add("--from-file", type=Path, help="a text file with one caption a line")
@@ -33,6 +33,18 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
 def add_vae_option(parser: argparse.ArgumentParser) -> None:
     """Add the autoencoder that replaces a release's."""
     parser.add_argument("--vae", type=Path, metavar="FILE", help="take the autoencoder of this file, not the release's")
+
+
+def add_config_options(parser: argparse.ArgumentParser, what: str = "its config") -> None:
+    """Add the config of a release, and what its UNet predicts."""
+    parser.add_argument(
+        "--config", type=Path, help=f"{what}; default: the one of the family that the checkpoint's keys tell"
+    )
+    parser.add_argument(
+        "--parameterization",
+        choices=["eps", "v"],
+        help="what the UNet predicts, the noise or v, which keys do not tell; default: as the config has it",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.checkpoint.digest import weights_digest
+from ldm.checkpoint.keys import EMA, MODEL
 from ldm.data.dropout import CaptionDropout
 from ldm.distributed.ranks import Ranks
 from ldm.encoding.encoder import Encoder
@@ -159,7 +160,7 @@ def digest_of(*content: Any) -> str:
 
 def unet_digests(model: LatentDiffusion) -> dict[str, str | None]:
     """Return digests of the weights that samples and predictions depend on, beside those of the encoders."""
-    prefixes = {"unet": "model.", "unet_ema": "model_ema."}
+    prefixes = {"unet": MODEL, "unet_ema": EMA}
     return {name: weights_digest(model.state_dict(), prefix) for name, prefix in prefixes.items()}
 
 

@@ -23,12 +23,17 @@ _PARTS = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
 
 
 def check_reads_captions(model: Any) -> None:
-    """Raise `UserError` unless the model's cond stage takes captions: not entries of batches, nor images."""
+    """Raise `UserError` unless the model's cond stage takes captions alone: no entries of batches, no images."""
     stage = model.cond_stage_model
     if stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None:
         raise UserError(
             f"the config's cond_stage_config, {'none' if stage is None else type(stage).__name__}, reads no captions; "
             "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
+        )
+    if hasattr(stage, "input_keys"):
+        raise UserError(
+            f"the config's cond_stage_config, {type(stage).__name__}, takes {', '.join(stage.input_keys)}, which this "
+            "command does not give; train with main.py on data that has them, or name the config of another model"
         )
 
 
@@ -59,8 +64,9 @@ class WithConditioning:
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
     def raw_conditioning(self, batch: Batch) -> Any:
-        """Return the batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entry by a `key`."""
-        if getattr(self.cond_stage_model, "key", None) is not None:
+        """Return the batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entries itself."""
+        stage = self.cond_stage_model
+        if getattr(stage, "key", None) is not None or hasattr(stage, "input_keys"):
             return batch
         entry = batch_entry(batch, self.cond_stage_key)
         images = isinstance(entry, Tensor) and entry.ndim == 4  # as in all of latent diffusion, channels last

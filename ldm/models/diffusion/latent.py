@@ -23,6 +23,7 @@ from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.loss import EQUAL, BatchMean
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.sampling import Conditioning
+from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
 
     Args:
         first_stage_config, cond_stage_config: `target` and `params`; the cond stage may also be
-            `__is_first_stage__` or `__is_unconditional__`.
+            `__is_first_stage__` or `__is_unconditional__`. The state-dict keys of a `GeneralConditioner` begin with
+            `conditioner`, as SDXL's do; those of any other with `cond_stage_model`.
         num_timesteps_cond: timesteps at which the conditioning itself is noised; 1 for none.
         cond_stage_key: the batch entry that is conditioned on.
         cond_stage_trainable: train the cond stage along.
@@ -127,12 +129,20 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         if cond_stage_config == "__is_first_stage__":
             self.cond_stage_model = self.first_stage_model
         else:
-            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+            self._add_cond_stage(instantiate_from_config(cond_stage_config))
         if self.cond_stage_model is not None:
             self.cond_stage_model.requires_grad_(cond_stage_trainable)
         self.train()
         if ckpt_path is not None:  # only now are the two stages there to be loaded
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
+
+    def _add_cond_stage(self, stage: nn.Module | None) -> None:
+        """Make `stage` the cond stage, under the state-dict keys that its releases have."""
+        if isinstance(stage, GeneralConditioner):
+            self.conditioner = stage
+            object.__setattr__(self, "cond_stage_model", stage)  # a second name, under which it has no keys
+        else:
+            self.cond_stage_model = stage
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set training mode; what is frozen stays in evaluation mode."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ldm.checkpoint import save_state_dict
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, has_part
+from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError
 from tests.golden_data import case, fill_seeded, seeded_tensor
@@ -161,3 +165,50 @@ def test_stored_half_precision_under_bfloat16_autocast(model: LatentDiffusion) -
         loss, _ = model.shared_step(batch_of((2, 8, 8, 8)))
     loss.backward()
     assert torch.isfinite(loss)
+
+
+def test_keys_of_a_GeneralConditioner_begin_as_those_of_SDXL() -> None:
+    def embedder(name: str, key: str, **params: Any) -> dict[str, Any]:
+        return {"target": f"ldm.modules.encoders.modules.{name}", "params": params, "input_key": key}
+
+    embedders = [
+        {**TEXT_TOWER, "input_key": "txt", "is_trainable": True},
+        embedder("ConcatTimestepEmbedderND", "target_size_as_tuple", outdim=4),
+    ]
+    conditioner = {
+        "target": "ldm.modules.encoders.modules.GeneralConditioner",
+        "params": {"emb_models": embedders},
+    }
+    unet = {**case("unet_sd_tiny")["params"], "num_classes": "sequential", "adm_in_channels": 8}
+    changes = {"conditioning_key": "crossattn-adm", "cond_stage_key": "txt", "cond_stage_trainable": True}
+    model = construct(conditioner, unet=unet, **changes)
+    keys = model.state_dict().keys()
+    towers = {key for key in keys if key.startswith(CONDITIONER)}
+    tower = construct(TEXT_TOWER).cond_stage_model.state_dict().keys()
+    assert towers == {f"{CONDITIONER}embedders.0.{key}" for key in tower} and towers
+    assert not has_part(keys, COND_STAGE)
+    assert model.cond_stage_model is model.conditioner
+
+    batch = {
+        "f8": batch_of((2, 8, 8, 8))["f8"],
+        "txt": ["a cat", "a mouse"],
+        "target_size_as_tuple": torch.tensor([[64, 64], [64, 32]]),
+    }
+    cond = model.encode_conditioning(batch)
+    assert cond["c_crossattn"][0].shape == (2, 77, 64) and cond["c_adm"].shape == (2, 8)
+    model.shared_step(batch)[0].backward()
+    assert all(parameter.grad is not None for parameter in model.conditioner.parameters())
+    assert len(model.trained_parameters()) == len([*model.model.parameters(), *model.conditioner.parameters()])
+
+    with pytest.raises(UserError, match="GeneralConditioner, takes txt, target_size_as_tuple, which"):
+        check_reads_captions(model)
+
+    copied = deepcopy(model).double()
+    assert copied.cond_stage_model is copied.conditioner is not model.conditioner
+    assert next(copied.cond_stage_model.parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("cond_stage", [TEXT_TOWER, "__is_first_stage__"])
+def test_keys_of_other_cond_stages_begin_with_cond_stage_model(cond_stage: dict | str) -> None:
+    keys = construct(cond_stage, cond_stage_key="image").state_dict().keys()
+    assert has_part(keys, COND_STAGE) and not has_part(keys, CONDITIONER)
