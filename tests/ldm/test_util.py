@@ -171,7 +171,7 @@ def test_check_number_takes_what_is_in_the_range() -> None:
         ("personalization_config", "textual_inversion.yaml"),
         ("embedding_reg_weight", "textual_inversion.yaml"),
         ("unfreeze_model", "unet_trainable.*cond_stage_trainable is true"),
-        ("reg_weight", "prior_loss_weight.*prior_pictures.yaml"),
+        ("reg_weight", "prior_loss_weight.*prior_images.yaml"),
         ("model_lr", "model.base_learning_rate"),
     ],
 )
