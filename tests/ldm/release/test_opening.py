@@ -11,6 +11,7 @@ import torch
 
 from ldm.checkpoint import encoder_digests, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
 from ldm.checkpoint.formats import as_bytes
+from ldm.config.load import load_config
 from ldm.release.hack import hack_config, hack_training
 from ldm.release.load import load_release
 from ldm.release.merge import merge_files
