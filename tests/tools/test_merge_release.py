@@ -86,10 +86,10 @@ def test_every_flag(work):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, message, work, monkeypatch):
-    before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}
+    before = {path: path.is_file() and path.stat().st_mtime_ns for path in work.rglob("*")}
     printed = run_here(monkeypatch, work, *arguments)
     assert printed.startswith("error: ") and message in printed and "\n" not in printed
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
+    assert {path: path.is_file() and path.stat().st_mtime_ns for path in work.rglob("*")} == before
 
 
 def test_an_error_is_exit_code_1(tmp_path):
