@@ -110,7 +110,10 @@ class FullDisk(Callback):
         ("--finetune_from nothing.ckpt", "nothing.ckpt"),
         ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
         ("lightning.scale_lr=maybe", "lightning.scale_lr 'maybe': give true or false"),
-        ("--gradient_clip_val 1.0 --gradient_clip_algorithm nope", "lightning.trainer: .*"),
+        (
+            "--gradient_clip_val 1.0 --gradient_clip_algorithm nope",
+            "gradient_clip_algorithm 'nope': give norm or value",
+        ),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
         (f"{VALIDATED} --val_check_interval 100", "val_check_interval: beyond the end of an epoch .*check_val_every_n"),
         ("--max_time 5", "lightning.trainer.max_time 5: give a time as DD:HH:MM:SS"),
@@ -215,7 +218,7 @@ def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
     for name, message in {
         "other.ckpt": r"model\.diffusion_model\..* has shape .* is this a checkpoint of another model",
         "weights.safetensors": "not a training checkpoint .*hack_weights",
-        "weights.ckpt": r"not a training checkpoint \(it lacks global_step, loops, optimizer_states, lr_schedulers\)",
+        "weights.ckpt": r"not a training checkpoint \(it lacks global_step, optimizer_states, lr_schedulers\)",
         "broken.ckpt": "damaged",
         "missing.ckpt": "no such run folder or checkpoint",
     }.items():
