@@ -29,7 +29,7 @@ class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt` when it is due, at the end of training, and on signals.
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
-    exactly, in the middle of an epoch or at its end. A `UserError` (a picture that cannot be read) saves too, as of the
+    exactly, in the middle of an epoch or at its end. A `UserError` (an image that cannot be read) saves too, as of the
     last step, but for a `NumericalFault`. When the disk is full training goes on, but for its end, or a signal to stop.
 
     Args:
@@ -142,11 +142,11 @@ class LastCheckpoint(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_train_steps:
             return trainer.global_step % self.every_n_train_steps == 0
-        # An epoch of few pictures is over in seconds, and a checkpoint of a large model is not written in that time.
+        # An epoch of few images is over in seconds, and a checkpoint of a large model is not written in that time.
         return self.minutes is None and trainer.is_last_batch
 
     def _agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
-        """Whether a signal asks any process to save, its clock says so, a signal asks it to stop."""
+        """Return whether a signal asks any process to save, its clock is due, and a signal asks it to stop."""
         now = time.monotonic()
         timely = self.periodic and self.minutes is not None and now - self._last_tried >= 60 * self.minutes
         wishes = (self.requests.save, timely, self.requests.stop is not None)

@@ -184,7 +184,7 @@ class ImageLogger(Callback):
                 remove_old_images(folder, _KEEP_FIRST, self.keep_last)
 
     def _has_room(self, logger: TensorBoardLogger) -> bool:
-        """Whether TensorBoard's files are below their limit; says once that they are not."""
+        """Return whether TensorBoard's files are below their limit, and warn once that they are not."""
         if self.event_file_gb is None:
             return True
         try:

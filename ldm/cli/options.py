@@ -1,4 +1,4 @@
-"""What the tools that draw images ask for on their command lines. Imports no torch."""
+"""Options that the sampling tools share on their command lines. Imports no torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_config_options(parser: argparse.ArgumentParser, what: str = "its config"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How samples are drawn, whatever of."""
+    """Add the options of sampling."""
     add = parser.add_argument
     add("--seed", type=int, default=42, help="seed of the first sample; they count up from it")
     add(
@@ -62,7 +62,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Where the networks run, and in which precision."""
+    """Add the device and the precision of the networks."""
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks")
