@@ -64,7 +64,9 @@ def test_a_killed_data_worker_ends_the_run_between_steps_and_loses_nothing(
     psutil.Process(process.pid).children()[0].kill()
     process.join()
     assert process.exitcode == 1
-    assert re.fullmatch(r"error: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: was it killed .*", run.said())
+    assert re.fullmatch(
+        r"error: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: was it killed .*", run.last_line()
+    )
     assert run.lost_steps() == 0 and run.saved_steps() >= 8
     run.finish()
     assert differences(run, straight) == []

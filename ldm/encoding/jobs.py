@@ -64,8 +64,6 @@ def read_record(shard: Path) -> Record | None:
         return None
     except (ValueError, RecursionError) as error:  # UserError is one
         raise UserError(f"{path}: damaged: {error!s:.200}; remove it, and its shard is made again") from error
-    if isinstance(record, dict):
-        record = {_RENAMED.get(key, key): value for key, value in record.items()}
     wrong = _wrong_entry(record, shard.name)
     if wrong is not None:
         raise UserError(f"{path}: damaged: {wrong}; remove it, and its shard is made again")
@@ -101,7 +99,6 @@ def _is_cut(value: Any) -> bool:
     )
 
 
-_RENAMED = {"pictures": "images"}  # in records of an older version
 _OF_IMAGES = {"images", "without_caption", "failed", "sizes", LATENT}
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "images": is_whole,

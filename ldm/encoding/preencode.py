@@ -13,8 +13,6 @@ made by several processes, in any order, and after an interruption, and are alwa
     failed, cut         name and reason of each image that could not be read; name and tokens of each caption that is
                         longer than the text encoder reads
     sizes, f8, t5       samples by the size (height x width) of their images, and the shapes of what is stored
-
-Sets of an older version have `pictures` in place of `images`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 RESUMABLE = "made_from"  # the index's entry that tells whether a command goes on with the set
-_RENAMED = {"pictures": "images"}  # keys of sets that an older version began
 PARTS = ".parts"
 POLL = 0.5  # seconds between looks at what other processes have done
 
@@ -69,7 +68,6 @@ def goes_on(out: str, made_from: Mapping[str, Any]) -> bool:
     if index is None or index.get("complete", True):
         return False
     begun = index.get(RESUMABLE, {})
-    begun = {_RENAMED.get(key, key): value for key, value in begun.items()}
     differing = [key for key in made_from if begun.get(key) != made_from[key]]
     if not differing:
         return True

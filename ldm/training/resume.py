@@ -13,7 +13,7 @@ from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.saving import mark_newest
-from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint, weights_of
+from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
@@ -97,9 +97,9 @@ def _open_whole(path: Path) -> OpenCheckpoint:
     check_training_checkpoint(opened.content, path)
     if is_of_2022(opened.content):
         log.info("%s: of Lightning 1.4, without progress: its weights are taken up, the step counters start anew", path)
-        weights = weights_of(opened.content, path)
+        weights = opened.content["state_dict"]
         opened.content.clear()
-        opened.content.update(checkpoint_at_start(weights))
+        opened.content.update(checkpoint_at_start({}), state_dict=weights)
     try:
         check_structure(opened.content)
     except UserError as error:

@@ -188,6 +188,7 @@ def placed_outside(outside: Path) -> dict[str, dict[str, Any]]:
         "on an exception": callback(f"{lightning}.callbacks.OnExceptionCheckpoint", dirpath=str(outside)),
         "configs": callback("main.SetupCallback", now="x", config={}, lightning_config={}, **folders),
         "last.ckpt": callback("ldm.callbacks.checkpoints.LastCheckpoint", path=f"{outside}/last.ckpt", requests=1),
+        "default_root_dir": _nested("lightning.trainer.default_root_dir", str(outside)),
         "logger save_dir": logger(save_dir=str(outside)),
         "logger save_dir up": logger(save_dir=f"../{outside.name}"),
         "logger name": logger(name=up),
@@ -202,7 +203,6 @@ def placed_outside(outside: Path) -> dict[str, dict[str, Any]]:
 def placed_inside(outside: Path) -> dict[str, dict[str, Any]]:
     """What names the folder `outside` where a run goes by its own: it trains, and writes nothing there."""
     return {
-        "default_root_dir": _nested("lightning.trainer.default_root_dir", str(outside)),
         "weights_save_path": _nested("lightning.trainer.weights_save_path", str(outside)),
         "dirpath": _nested("lightning.modelcheckpoint.params.dirpath", str(outside)),
         "profiler": _nested("lightning.trainer.profiler", "simple"),

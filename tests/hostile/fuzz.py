@@ -63,7 +63,7 @@ LOADERS = {
         checkpoints.make_legacy, checkpoints.read_checkpoint, checkpoints.torch_load, checkpoints.PICKLE_TOKENS
     ),
     "resumed checkpoint": Loader(
-        checkpoints.make_training, checkpoints.read_training, checkpoints.torch_load, whole=1.0
+        checkpoints.make_training, checkpoints.read_training, checkpoints.load_training, whole=1.0
     ),
     "safetensors": Loader(
         checkpoints.make_safetensors, checkpoints.read_checkpoint, checkpoints.load_safetensors, samples.JSON

@@ -13,12 +13,14 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoint import open_checkpoint
+from ldm.release.fresh import loops_at_start
 from ldm.training.resume import read_training_checkpoint
 from tests.hostile.fuzz_values import strike, write_file
 from tests.ldm.checkpoint.legacy_files import random_legacy
 
 PICKLE_TOKENS = (b".", b"}", b")", b"t", b"R", b"\x81", b"(", b"K\xff", b"q\x01", b"h\x01", b"X\x01\0\0\0w", b"N")
 _STRANGE = (None, True, -1, 1 << 70, float("nan"), "text", b"\xff", [], {}, (), [{}], {"a": 1}, torch.tensor(1.0))
+_LOOPS = loops_at_start()
 
 
 def _weights(rng: random.Random) -> dict[str, torch.Tensor]:
@@ -114,13 +116,13 @@ def _training() -> dict[str, Any]:
     groups = [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0, 1]}]
     return {
         "epoch": 1,
-        "global_step": 3,
+        "global_step": 0,
         "pytorch-lightning_version": "2.5.0",
         "state_dict": weights,
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "loops": _LOOPS,
         "callbacks": {"StepSeeds": {"seed": 23}, "ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
         "optimizer_states": [{"state": moments, "param_groups": groups}],
-        "lr_schedulers": [{"last_epoch": 3, "_last_lr": [1e-4]}],
+        "lr_schedulers": [{"last_epoch": 3, "base_lrs": [1e-4], "_last_lr": [1e-4], "lr_lambdas": [None]}],
     }
 
 
@@ -132,7 +134,16 @@ def make_training(rng: random.Random) -> bytes:
 
 
 def read_training(folder: Path, data: bytes) -> Any:
-    return read_training_checkpoint(write_file(folder, "last.ckpt", data)).content
+    return _of_loops(read_training_checkpoint(write_file(folder, "last.ckpt", data)).content, torch_load(data))
+
+
+def load_training(data: bytes) -> Any:
+    return _of_loops(torch_load(data), torch_load(data))
+
+
+def _of_loops(content: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """Return `content`, or its weights alone if `written` has no loops: counters and optimizers start anew."""
+    return content if "loops" in written else {"state_dict": content["state_dict"]}
 
 
 # Safetensors.

@@ -132,7 +132,7 @@ def load_json(data: bytes) -> Any:
 
 
 def make_record(rng: random.Random) -> bytes:
-    content = {"name": "s-0.tar", "samples": 3, "bytes": 512, "sha256": "ab" * 32, "pictures": 4, "without_caption": 0}
+    content = {"name": "s-0.tar", "samples": 3, "bytes": 512, "sha256": "ab" * 32, "images": 4, "without_caption": 0}
     content |= {"failed": [{"name": "a.png", "reason": "x"}], "sizes": {"64x64": 3}, "f8": [[8, 8, 8]]}
     return json.dumps(strike(rng, content, _STRANGE) if rng.random() < 0.5 else content).encode()
 
@@ -153,8 +153,7 @@ def make_metadata(rng: random.Random) -> bytes:
 
 
 def read_metadata(folder: Path, data: bytes) -> Any:
-    write_file(folder, METADATA, data)
-    return from_metadata(folder)
+    return from_metadata(write_file(folder, METADATA, data))
 
 
 def load_metadata(data: bytes) -> Any:

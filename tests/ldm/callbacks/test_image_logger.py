@@ -155,7 +155,7 @@ def test_log_images_kwargs_may_lower_the_number_of_images(tmp_path):
         logger = ImageLogger(1, max_images=3, log_images_kwargs={"N": most, "ddim_steps": 5})
         logger.on_train_batch_end(trainer(tmp_path), model, None, {}, 0)
         assert model.calls[-1] == (expected, "train", {"ddim_steps": 5})
-    with pytest.raises(UserError, match="N 0: give at least 1"):
+    with pytest.raises(UserError, match="N 0: give a whole number of at least 1"):
         ImageLogger(1, log_images_kwargs={"N": 0})
     with pytest.raises(UserError, match="N 'a'"):
         ImageLogger(1, log_images_kwargs={"N": "a"})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ldm.encoding.jobs import read_record, take_up, wait_for_records, write_record
+from ldm.encoding.jobs import read_record, take_up, wait_for_records
 from ldm.util import UserError
 
 RECORD = {"samples": 0, "images": 0, "without_caption": 0, "failed": [], "sizes": {}, "f8": []}
@@ -43,8 +43,3 @@ def test_read_record_says_of_a_damaged_one_in_a_line(tmp_path, caplog, data):
         assert "\n" not in str(caught.value)
     assert take_up(shard) is None and not path.exists()
     assert "s.tar.json: damaged: " in caplog.text and "; its shard is made again" in caplog.text
-
-
-def test_read_record_of_an_older_version(tmp_path):
-    write_record(tmp_path / "s.tar", {("pictures" if key == "images" else key): value for key, value in RECORD.items()})
-    assert read_record(tmp_path / "s.tar") == take_up(tmp_path / "s.tar") == RECORD

@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import weights_digest
+from ldm.data import datamodule
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.sources import find_images
+from ldm.encoding import prior, shard_set
 from ldm.encoding.encoder import Encoder
 from ldm.encoding.preencode import preencode
 from ldm.encoding.read import sample_key
 from ldm.files import read_span
 from ldm.images.find import ImageItem
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.shards import npy
+from ldm.shards import npy, sample
 from ldm.shards.index import read_index, write_index
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CONTEXT
@@ -306,8 +308,8 @@ def test_preencode_counts_and_names_captions_that_are_cut(images, tmp_path, capl
 
 def test_preencode_stores_every_encoding_of_the_format(images, tmp_path, monkeypatch):
     """A second text encoder: its name in the format and a cond stage that gives it are enough."""
-    for module in ("shards.sample", "encoding.shard_set", "encoding.prior", "data.datamodule"):
-        monkeypatch.setattr(f"ldm.{module}.TEXT_ENCODINGS", (CONTEXT, "pooled"))
+    for module in (datamodule, prior, sample, shard_set):
+        monkeypatch.setattr(module, "TEXT_ENCODINGS", (CONTEXT, "pooled"))
 
     class Two(Model):
         def get_learned_conditioning(self, texts):
@@ -315,9 +317,9 @@ def test_preencode_stores_every_encoding_of_the_format(images, tmp_path, monkeyp
             return {CONTEXT: hidden, "pooled": -hidden[:, 0]}
 
     run(images, tmp_path / "s-%d.tar", Two())
-    sample = ShardDataset([tmp_path / "s-1.tar"], extra=["pooled"])[1]
+    stored = ShardDataset([tmp_path / "s-1.tar"], extra=["pooled"])[1]
     assert (
-        sample["pooled"].tolist() == [-6] * 6 and sample["t5"].shape == (7, 6) and sample["pooled"].dtype == np.float16
+        stored["pooled"].tolist() == [-6] * 6 and stored["t5"].shape == (7, 6) and stored["pooled"].dtype == np.float16
     )
     assert (npy.decode(bytearray((tmp_path / "null.pooled.npy").read_bytes()), "null") == -1).all()
     assert read_index(tmp_path)["pooled"] == [6]

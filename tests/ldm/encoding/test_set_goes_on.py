@@ -189,15 +189,3 @@ def test_images_are_told_apart_by_what_is_known_of_them(images):
     changed = digest_images(find_images(images))
     (images / "p03.txt").write_text("y")
     assert len({first, changed, digest_images(find_images(images)), digest_images(find_images(images, "z"))}) == 4
-
-
-def test_a_set_that_an_older_version_began_goes_on(images, whole, unfinished):
-    path = unfinished.parent / INDEX
-    index = json.loads(path.read_text())
-    index["made_from"]["pictures"] = index["made_from"].pop("images")
-    path.write_text(json.dumps(index))
-    for record in (unfinished.parent / ".parts").iterdir():
-        record.write_text(record.read_text().replace('"images"', '"pictures"'))
-    _, model = run(images, unfinished, **OPTIONS)
-    assert contents_without_leftovers(unfinished.parent) == whole
-    assert sum(model.first_stage_model.calls) == 6
