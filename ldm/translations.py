@@ -1,6 +1,12 @@
-"""Targets of public configs that have another home here, and what replaces those that have none. Imports no torch."""
+"""Targets and keys of public configs that are elsewhere here, and what replaces those that are not.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 _TRANSFORMS = "ldm.images.augmentations"
 # A prefix of a dotted path, and what takes its place. The longest prefix that fits takes precedence.
@@ -12,6 +18,19 @@ _MOVED = {
     "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",
     "edit_dataset": "ldm.data.edit",
     "stable_diffusion.ldm": "ldm",
+    "invokeai.backend.ldm": "ldm",
+    "invokeai.backend.models": "ldm.models",
+    "invokeai.backend.stable_diffusion.autoencoder": "ldm.models.autoencoder",
+    "invokeai.backend.stable_diffusion.diffusion": "ldm.models.diffusion",
+    "invokeai.backend.stable_diffusion.diffusionmodules": "ldm.modules.diffusionmodules",
+    "invokeai.backend.stable_diffusion.encoders": "ldm.modules.encoders",
+    "invokeai.backend.stable_diffusion.lr_scheduler": "ldm.lr_scheduler",
+    "invokeai.models": "ldm.models",
+}
+_ENCODERS = "ldm.modules.encoders.modules"
+# A whole path, after its prefix has moved, and the class that takes its place.
+_RENAMED = {
+    f"{_ENCODERS}.WeightedFrozenCLIPEmbedder": f"{_ENCODERS}.FrozenCLIPEmbedder",  # the same network
 }
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"
 _FOLDER = "use ldm.data.datasets.ImageCaptionDataset, which reads a folder of images and captions"
@@ -46,9 +65,9 @@ INSTEAD_OF_KEY = {
     "placeholder_strings": _TOKEN,
     "placeholder_token": _TOKEN,
     "initializer_words": _TOKEN,
-    "embedding_reg_weight": "leave it out: textual_inversion.yaml trains one embedding, begun at initial_token's",
-    "unfreeze_model": "leave it out: the UNet trains unless unet_trainable is false, and the text encoder if "
-    "cond_stage_trainable is true",
+    "embedding_reg_weight": "textual_inversion.yaml trains one embedding, begun at initial_token's, without it",
+    "unfreeze_model": "the UNet trains unless unet_trainable is false, and the text encoder if cond_stage_trainable is "
+    "true",
     "freeze_model": "unet_trainable: false freezes the UNet",
     "train_text_encoder": "cond_stage_trainable: true trains the text encoder",
     "reg_weight": f"prior_loss_weight is that weight; {_PRIOR}",
@@ -59,15 +78,36 @@ INSTEAD_OF_KEY = {
     "lr_text_encoder": _RATE,
     "u_cond_percent": "ucg_training: {txt: {p: 0.1}} replaces captions by the empty one",
     "reg": "regularisation images go into a prior: tools/make_prior.py and prior_images.yaml",
+    "penultimate": "layer: hidden with layer_idx: -2 gives the states before the last block",
+    "extended_mode": "a caption has at most 77 ids here",
+    "max_chunks": "a caption has at most 77 ids here",
+    "add_conv_in_front_of_unet": "no UNet here has a convolution in front; only false is taken",
 }
+_DIFFUSION = "ldm.models.diffusion"
+# Keys of forks that nothing here reads, by a prefix of the class's path, with the values that a training of the fork
+# ignores too. A model is built without them, since they change neither its weights nor its images.
+_LEFT_OUT: dict[str, dict[str, tuple[Any, ...]]] = {
+    _DIFFUSION: {
+        "personalization_config": (None,),
+        "embedding_manager_ckpt": (None, ""),
+        "embedding_reg_weight": (None, 0),
+        "unfreeze_model": (None, True),
+        "model_lr": (None,),
+        "reg_weight": (None, 0),
+        "u_cond_percent": (None, 0),
+    },
+}
+# The same for keys of which no other value is taken, since others change the weights.
+_WITHOUT_EFFECT = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": {"add_conv_in_front_of_unet": (False,)}}
 
 
 def todays_path(path: str) -> str:
     """The dotted path here of what `path` names in public configs; `path` itself where it has not moved."""
     for prefix in sorted(_MOVED, key=len, reverse=True):
         if path.startswith(f"{prefix}."):
-            return _MOVED[prefix] + path[len(prefix) :]
-    return path
+            path = _MOVED[prefix] + path[len(prefix) :]
+            break
+    return _RENAMED.get(path, path)
 
 
 def instead(path: str) -> str:
@@ -81,3 +121,24 @@ def instead(path: str) -> str:
 def instead_of_key(key: str) -> str:
     """`"; use X"` for a key of public configs that nothing here takes, else the empty string."""
     return f"; {INSTEAD_OF_KEY[key]}" if key in INSTEAD_OF_KEY else ""
+
+
+def without_left_out(target: Any, params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the `params` of the class `target` without the keys of forks that nothing here reads, and these keys."""
+    path = todays_path(str(target))
+    unread = [keys for prefix, keys in _LEFT_OUT.items() if path.startswith(f"{prefix}.")]
+    without_effect = _WITHOUT_EFFECT.get(path, {})
+    left_out = [
+        key
+        for key, value in params.items()
+        if any(key in keys for keys in unread) or value in without_effect.get(key, ())
+    ]
+    return {key: value for key, value in params.items() if key not in left_out}, left_out
+
+
+def changes_training(key: str, value: Any, learning_rate: Any) -> bool:
+    """Return whether a fork trains in another way than this project because of `key`, one that is left out."""
+    if key == "model_lr" and value == learning_rate:
+        return False
+    values = next((keys[key] for keys in _LEFT_OUT.values() if key in keys), (value,))
+    return value not in values

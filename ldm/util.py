@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.translations import instead, instead_of_key, todays_path
+from ldm.translations import instead, instead_of_key, todays_path, without_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -180,12 +180,15 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     if config in _MARKERS:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
-        raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {config!r}")
+        given = f"the keys {', '.join(map(str, config))}" if isinstance(config, Mapping) else repr(config)
+        raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {given:.200}")
     for key in config:
         if key not in _CONFIG_KEYS:
             raise UserError(f"unknown key {key!r} beside target {config['target']!r}{nearest(key, set(_CONFIG_KEYS))}")
     target = get_obj_from_str(config["target"])
-    params = {**(config.get("params") or {}), **overrides}
+    params, left_out = without_left_out(config["target"], {**(config.get("params") or {}), **overrides})
+    for key in left_out:
+        logger.warning("%s: %s is left out, since nothing here reads it%s", config["target"], key, instead_of_key(key))
     check_params(config["target"], target, params)
     beside = config.get("ckpt_path")
     if beside is not None and "ckpt_path" not in params:

@@ -32,7 +32,8 @@ _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/late
 def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
     """Merge the YAML files `names` left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
 
-    They merge as `laid_over` says. Sections of other names are left out with a warning. This is the one place where the
+    They merge as `laid_over` says. A section with nothing in it says nothing. Sections of other names are left out with
+    a warning. This is the one place where the
     trust in configs is applied: unless they are `trusted`, the files are held against `ldm.config.trust`. Overrides are
     not, since a person typed them.
 
@@ -49,9 +50,10 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
     source = str(names[0]) if len(names) == 1 else ", ".join(Path(name).name for name in names) or "the command line"
     config = OmegaConf.create()
     for number, (name, part) in enumerate(files + typed):
-        _check_sections(part, name, typed=number >= len(files))
+        is_typed = number >= len(files)
+        _check_sections(part, name, is_typed)
         try:
-            config = laid_over(config, part, trusted)
+            config = laid_over(config, part if is_typed else _without_empty(part), trusted)
         except TypeError as error:  # OmegaConf's, of a list over a mapping
             raise UserError(f"{name}: a list over a mapping, or the other way round ({error})") from error
         except OmegaConfBaseException as error:
@@ -60,7 +62,7 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
         if not trusted:
             own = typed_paths([OmegaConf.to_container(part) for _, part in typed])
             check_interpolations(OmegaConf.to_container(config), source, own)
-        config = resolve_references(config)
+        config = resolve_references(_without_empty(config))
         _drop_other_sections(config, source)
         values = plain(config)
         if not trusted:
@@ -89,6 +91,12 @@ def _check_sections(part: DictConfig, name: str, typed: bool) -> None:
         slip = difflib.get_close_matches(str(section), SECTIONS, n=1, cutoff=0.65)
         if section not in SECTIONS and (typed or slip):
             raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
+
+
+def _without_empty(config: DictConfig) -> DictConfig:
+    """Return `config` without sections that are null, as `lightning:` is with all lines below it commented out."""
+    sections = [section for section, part in OmegaConf.to_container(config).items() if part is not None]
+    return OmegaConf.masked_copy(config, sections)
 
 
 def _drop_other_sections(config: DictConfig, source: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.allowed import nearest_allowed, reason_for
 from ldm.config.reach import reach
-from ldm.translations import instead, todays_path
+from ldm.translations import instead, todays_path, without_left_out
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -63,9 +63,11 @@ def may_look_up(target: Any, trusted: bool) -> bool:
 def _texts(value: Any, path: Path = (), key: str = "") -> Iterator[tuple[Path, str, str]]:
     """Each scalar in `value` as text (YAML can make paths too), with its path and the key that it stands under.
 
-    The keys themselves are texts under no key.
+    The keys themselves are texts under no key. What a class is built without is passed over.
     """
     if isinstance(value, dict):
+        if isinstance(value.get("target"), str) and isinstance(value.get("params"), dict):
+            value = {**value, "params": without_left_out(value["target"], value["params"])[0]}
         for name, part in value.items():
             yield (*path, str(name)), "", str(name)
             yield from _texts(part, (*path, str(name)), str(name))

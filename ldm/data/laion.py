@@ -18,7 +18,8 @@ from ldm.util import UserError, check_number, nearest
 __all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]
 
 # `shuffle` was the size of a buffer: local tars are read in any order, and only 0 has a meaning.
-_SPLIT_KEYS = ("shards", "shuffle", "image_key", "image_transforms", "postprocess")
+# `n_examples` told how long an epoch was: here the tars do.
+_SPLIT_KEYS = ("shards", "shuffle", "image_key", "image_transforms", "postprocess", "n_examples")
 
 
 class WebDataModuleFromConfig(DataModuleFromConfig):
@@ -28,7 +29,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
 
     Args:
         tar_base: the folder of the shards; None where they have paths of their own.
-        multinode: taken from old configs; every process gets its own share.
+        multinode, n_nodes: taken from old configs; every process gets its own share.
         min_size, max_pwatermark, p_unsafe_threshold: see `Filter`.
         filter_word_list: a YAML file of words that a caption must not have.
         val_batch_size, val_num_workers: of the other splits; by default those of training.
@@ -43,6 +44,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
         test: Mapping[str, Any] | None = None,
         num_workers: int = 4,
         multinode: bool = True,
+        n_nodes: int | None = None,
         min_size: int | None = None,
         max_pwatermark: float | None = None,
         p_unsafe_threshold: float | None = None,
@@ -76,7 +78,8 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
     def build_dataset(self, split: str) -> TarImages:
         """The images of the split's tars that pass the filters."""
         given = dict(self.dataset_configs[split])
-        given.pop("shuffle", None)
+        for key in ("shuffle", "n_examples"):
+            given.pop(key, None)
         paths = self._paths(split, given.pop("shards", None))
         keep = Filter(*self.filter_settings, words=read_words(self.filter_word_list))
         return TarImages(paths, **given, keep=keep if keep else None)

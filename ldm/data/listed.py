@@ -106,16 +106,18 @@ def to_minus_one_one(image: Image.Image | np.ndarray) -> torch.Tensor:
 
 
 def scaled_and_cropped(size: int | None, crop_size: int | None = None, random_crop: bool = False) -> Compose:
-    """Scale the smaller side to `size`, then take a square of `crop_size` (default: `size`); None leaves images alone.
+    """Scale the smaller side to `size`, then take a square of `crop_size` (default: `size`).
+
+    Without `size` images keep their scale; without both they stay as they are.
 
     Raises:
         UserError: `crop_size` is above `size`.
     """
+    crop = RandomCrop if random_crop else CenterCrop
     if not size:
-        return Compose([])
+        return Compose([crop(crop_size)] if crop_size else [])
     if crop_size and crop_size > size:
         raise UserError(f"crop_size {crop_size}: give at most the size, {size}")
-    crop = RandomCrop if random_crop else CenterCrop
     return Compose([Resize(size), crop(crop_size or size)])
 
 

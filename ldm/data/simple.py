@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,48 +14,27 @@ from torch.utils.data import Dataset
 
 from ldm.data.listed import existing_folder, folder_images, naming, read_image, read_list, to_minus_one_one
 from ldm.data.sources import find_images
-from ldm.files import read_at_most
 from ldm.images.augmentations import build_transform
+from ldm.images.captions import from_metadata, metadata_file
 from ldm.images.find import ImageItem
 from ldm.images.pixels import random_below
 from ldm.util import UserError, instantiate_from_config
 
-_MOST_IN_CAPTIONS = 1 << 30  # bytes
-_METADATA = ("metadata.jsonl", "metadata.csv")
+_TEXT_COLUMN = "text"
 
 
-def read_captions(file: str | Path, column: str = "text") -> dict[str, str]:
-    """Captions by file name: of a `.json` mapping, or of a `.jsonl` or `.csv` with `file_name` and `column`.
+def _listed(file: Path, folder: Path, text_key: str | None = None) -> list[ImageItem]:
+    """Return the images of `folder` that `file` gives captions of; see `from_metadata`.
 
     Raises:
-        UserError: the file is missing, of another kind, not readable, or names a file outside its folder.
+        UserError: there is no such file, or none of its entries can be read.
     """
-    path = Path(file).expanduser()
-    try:
-        text = read_at_most(path, _MOST_IN_CAPTIONS).decode("utf-8-sig")
-        if path.suffix == ".json":
-            pairs = list(json.loads(text).items())
-        elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-            pairs = [(entry["file_name"], entry[column]) for entry in entries]
-        elif path.suffix == ".csv":
-            pairs = [(entry["file_name"], entry[column]) for entry in csv.DictReader(text.splitlines())]
-        else:
-            raise UserError(f"{path}: captions are read from .json, .jsonl or .csv")
-    except OSError as error:
-        raise UserError(f"no captions {str(path.absolute())!r}: {error.strerror or error}") from error
-    except KeyError as error:
-        raise UserError(f"{path}: an entry has no {error.args[0]!r}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not captions by file name: {error}") from error
-    for name, caption in pairs:
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise UserError(f"{path}: {name!r}: expected a file name and its caption, got {caption!r:.80}")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{path}: {name!r} is outside the folder")
-    return dict(pairs)
+    if not file.is_file():
+        raise UserError(f"no captions {str(file.absolute())!r}: there is no such file")
+    items = [ImageItem(name, folder / name, caption=text) for name, text in from_metadata(file, folder, text_key)]
+    if not items:
+        raise UserError(f"{file}: holds no captions")
+    return items
 
 
 class FolderData(Dataset):
@@ -64,7 +42,7 @@ class FolderData(Dataset):
 
     Args:
         root_dir: the folder.
-        caption_file: captions by file name, as `read_captions` takes them; then only these images are read.
+        caption_file: captions by file name, relative to `root_dir`; see `from_metadata`. Only these images are read.
         image_transforms: transforms of the PIL image, each by `target` and `params`.
         ext: the extension of the images, or a list of them; only without a `caption_file`.
         default_caption: caption of images without one.
@@ -84,10 +62,7 @@ class FolderData(Dataset):
     ) -> None:
         self.root_dir = existing_folder(root_dir, "the images")
         if caption_file is not None:
-            captions = read_captions(caption_file)
-            items = [ImageItem(name, self.root_dir / name, caption=text) for name, text in captions.items()]
-            if not items:
-                raise UserError(f"{caption_file}: holds no captions")
+            items = _listed(Path(caption_file).expanduser(), self.root_dir)
         else:
             items = _with_extensions(self.root_dir, ext)
         self.items = [ImageItem(i.name, i.path, i.span, i.caption or default_caption, i.error) for i in items]
@@ -191,8 +166,8 @@ class TextOnly(Dataset):
 class hf_dataset(Dataset):
     """Images and captions of a local folder, laid out as the hub's `imagefolder`: images with a metadata file.
 
-    Captions are the column `text_column` of `metadata.jsonl` or `metadata.csv`, or stand in `name.txt` beside each
-    image. A subfolder named as `split` takes precedence over the folder itself.
+    Captions are the column `text_column` of the metadata file, or stand in `name.txt` beside each image. The default
+    column may have another common name. A subfolder named as `split` takes precedence over the folder itself.
 
     Raises:
         UserError: `name` is no folder here: nothing is downloaded.
@@ -203,7 +178,7 @@ class hf_dataset(Dataset):
         name: str,
         image_transforms: Sequence[Any] | None = None,
         image_column: str = "image",
-        text_column: str = "text",
+        text_column: str = _TEXT_COLUMN,
         split: str = "train",
         image_key: str = "image",
         caption_key: str = "txt",
@@ -215,12 +190,11 @@ class hf_dataset(Dataset):
                 f"data set's {image_column!r} as image files there, with {text_column!r} in metadata.jsonl"
             )
         folder = folder / split if (folder / split).is_dir() else folder
-        metadata = next((folder / file for file in _METADATA if (folder / file).is_file()), None)
-        if metadata is None:
+        metadata = metadata_file(folder)
+        if metadata is None or text_column == _TEXT_COLUMN:
             self.items = find_images(folder)
         else:
-            captions = read_captions(metadata, text_column)
-            self.items = [ImageItem(file, folder / file, caption=text) for file, text in captions.items()]
+            self.items = _listed(metadata, folder, text_column)
         self.sample_keys = [item.name for item in self.items]
         self.transform = build_transform(image_transforms)
         self.image_key, self.caption_key = image_key, caption_key

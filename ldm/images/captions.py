@@ -81,11 +81,16 @@ def metadata_file(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA_FILES if os.path.lexists(folder / name)), None)
 
 
-def from_metadata(path: Path) -> list[tuple[str, str | None]]:
-    """Return file name, relative to the folder of `path`, and caption of each entry of a metadata file.
+def from_metadata(path: Path, folder: Path | None = None, text_key: str | None = None) -> list[tuple[str, str | None]]:
+    """Return file name, relative to `folder`, and caption of each entry of a `.jsonl`, `.csv` or `.json` file.
 
-    The keys `file_name` and `text` have the synonyms `_FILE_KEYS` and `_TEXT_KEYS`. A warning names keys that are not
-    read. Paths may be absolute or have backslashes, as long as they lead into the folder.
+    A `.json` is a mapping of captions by file name, or a list of entries. The keys `file_name` and `text` have the
+    synonyms `_FILE_KEYS` and `_TEXT_KEYS`. A warning names keys that are not read. Paths may be absolute or have
+    backslashes, as long as they lead into the folder.
+
+    Args:
+        folder: by default that of `path`.
+        text_key: the key of the captions, which each entry must have.
 
     Raises:
         UserError: an entry has no file name, or names a file outside the folder; gives its line.
@@ -96,22 +101,27 @@ def from_metadata(path: Path) -> list[tuple[str, str | None]]:
         raise UserError(f"{path}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    entries = _csv_entries(text, path) if path.suffix == ".csv" else _json_entries(text, path)
+    if path.suffix not in _READERS:
+        raise UserError(f"{path}: captions by file name are read from {', '.join(_READERS)}")
+    text_keys = _TEXT_KEYS if text_key is None else (text_key,)
     found: list[tuple[str, str | None]] = []
     unread: dict[str, None] = {}
-    for where, entry in entries:
+    for where, entry in _READERS[path.suffix](text, path):
         file_key = next((key for key in _FILE_KEYS if entry.get(key)), None)
-        text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
-        name, caption = entry.get(file_key), entry.get(text_key)
+        key_of_text = next((key for key in text_keys if entry.get(key) is not None), None)
+        name, caption = entry.get(file_key), entry.get(key_of_text)
         if not isinstance(name, str):
             shown = json.dumps(entry)[:80]
             raise UserError(f"{where}: expected {{'file_name': ..., 'text': ...}}, got {shown!r}")
+        if text_key is not None and text_key not in entry:
+            raise UserError(f"{where}: has no {text_key!r}, only {', '.join(map(repr, entry)):.80}")
         if caption is not None and not isinstance(caption, str):
-            raise UserError(f"{where}: {text_key} is not a string: {caption!r:.80}")
+            raise UserError(f"{where}: {key_of_text} is not a string: {caption!r:.80}")
         if any("\ud800" <= letter <= "\udfff" for letter in name + (caption or "")):
             raise UserError(f"{where}: half of a surrogate pair, which is no letter: {json.dumps(entry)[:80]!r}")
-        unread |= dict.fromkeys(key for key in entry if key not in (file_key, text_key))
-        found.append((_relative(name, path.parent, f"{where}: {file_key}"), " ".join((caption or "").split()) or None))
+        unread |= dict.fromkeys(key for key in entry if key not in (file_key, key_of_text))
+        relative = _relative(name, folder or path.parent, f"{where}: {file_key}")
+        found.append((relative, " ".join((caption or "").split()) or None))
     if unread:
         named = ", ".join(repr(key) for key in list(unread)[:8]) + (" ..." if len(unread) > 8 else "")
         logger.warning("%s: keys that are not read: %s", path, named)
@@ -132,6 +142,22 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
         yield where, entry
 
 
+def _mapping_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if isinstance(content, dict):
+        for name, value in content.items():
+            entry = value if isinstance(value, dict) else {"text": value}
+            yield f"{path}, {name!r:.80}", {"file_name": name, **entry}
+        return
+    for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}, entry {number}: expected captions by file name, got {json.dumps(entry)[:80]!r}")
+        yield f"{path}, entry {number}", entry
+
+
 def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -146,6 +172,9 @@ def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]
             yield where, {key: value for key, value in entry.items() if value}
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+_READERS = {".jsonl": _json_entries, ".csv": _csv_entries, ".json": _mapping_entries}
 
 
 def _relative(name: str, folder: Path, where: str) -> str:

@@ -17,7 +17,7 @@ from ldm.checkpoint import load_file_into
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.models.autoencoder_training import TrainedAutoencoder, build_coders
 from ldm.modules.ema import LitEma
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 # β of VQGAN's eq. 4, as it was trained.
 _COMMITMENT = 0.25
@@ -175,8 +175,8 @@ class VQModel(TrainedAutoencoder):
 class VQModelInterface(nn.Module):
     """A frozen VQ first stage: the latents are those before quantization; decoding quantizes.
 
-    `VQModel` trains one. `lossconfig` must be `torch.nn.Identity`, as it is in the released configs. Weights under
-    `loss.*` in a checkpoint are left out.
+    `VQModel` trains one. `lossconfig` must be `torch.nn.Identity` or `DummyLoss`, as it is in the released configs.
+    Weights under `loss.*` in a checkpoint are left out.
 
     Args:
         embed_dim, n_embed: channels of the latents, and entries in the codebook.
@@ -202,7 +202,8 @@ class VQModelInterface(nn.Module):
         sane_index_shape: bool = False,
     ) -> None:
         super().__init__()
-        if lossconfig.get("target") != "torch.nn.Identity":
+        loss = get_obj_from_str(lossconfig.get("target"))
+        if not (isinstance(loss, type) and issubclass(loss, nn.Identity)):
             raise UserError(
                 f"VQModelInterface is a frozen first stage; set its lossconfig.target to torch.nn.Identity, "
                 f"not {lossconfig.get('target')!r}"

@@ -6,18 +6,33 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
+from ldm.config.load import plain
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
+from ldm.translations import changes_training, instead_of_key, without_left_out
 from ldm.util import UserError, get_obj_from_str, takes
 
 log = logging.getLogger(__name__)
+
+
+def check_trains_as_written(config: DictConfig) -> None:
+    """Raise `UserError` for a key of `config.model` that the model is built without, though it changes a training."""
+    section = plain(config.get("model") or {})
+    params = section.get("params") or {}
+    for key in without_left_out(section.get("target"), params)[1]:
+        if changes_training(key, params[key], section.get("base_learning_rate")):
+            raise UserError(
+                f"model.params.{key} {params[key]!r:.100}: nothing here trains by it{instead_of_key(key)}; "
+                f"to train without it, remove it or set model.params.{key}=null"
+            )
 
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:

@@ -15,15 +15,20 @@ from pytorch_lightning import LightningDataModule
 
 from ldm.config.load import read_config
 from ldm.config.trust import check_trust
+from ldm.translations import instead_of_key, without_left_out
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config, takes
 
 _WEIGHTS = ("ckpt_path", "ckpt_dir")  # files that a survey does without
 _EXTENSIONS = (".yaml", ".yml")
+_OVERLAY_KEYS = {"params", "base_learning_rate"}  # of a model whose target another file names
 
 
 @dataclass
 class Checked:
-    """A row of the table: `model` and `data` are `builds`, `resolves`, `fails`, or `-` without such a section."""
+    """A row of the table: `model` and `data` are `builds`, `resolves`, `fails`, or `-` without such a section.
+
+    `missing` also names the keys of forks that a model is built without.
+    """
 
     name: str
     model: str = "-"
@@ -75,8 +80,13 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 def _judge(section: Any, build: Callable[[dict], None], checked: Checked, good: str) -> str:
     """`good`, or `fails` with what is missing added to `checked`."""
-    if not isinstance(section, dict) or "target" not in section:
-        return "-"  # an overlay, which says only what it changes
+    if not isinstance(section, dict):
+        return "-"
+    if "target" not in section:
+        others = [str(key) for key in section if key not in _OVERLAY_KEYS]
+        checked.missing += [f"no target, so a config of another program: {', '.join(others)}"] if others else []
+        return "fails" if others else "-"  # an overlay says only what it changes
+    section = _without_left_out(section, checked.missing)
     missing = [lack for entry in described(section) for lack in lacks(entry)]
     if not missing:
         try:
@@ -110,7 +120,24 @@ def lacks(entry: dict[str, Any]) -> list[str]:
     params = entry.get("params") or {}
     if not isinstance(params, dict):
         return [f"{name}: params are no mapping"]
-    return [f"{name}({key})" for key in params if not takes(target, key)]
+    return [f"{name}({key}){_instead_of(key)}" for key in params if not takes(target, key)]
+
+
+def _without_left_out(node: Any, notes: list[str]) -> Any:
+    """`node` without the keys of forks that a class is built without, which are added to `notes`."""
+    if isinstance(node, list):
+        return [_without_left_out(value, notes) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if isinstance(node.get("params"), dict):
+        params, keys = without_left_out(node.get("target"), node["params"])
+        notes += [f"{node['target']}({key}) is left out{_instead_of(key)}" for key in keys]
+        node = {**node, "params": params}
+    return {key: _without_left_out(value, notes) for key, value in node.items()}
+
+
+def _instead_of(key: str) -> str:
+    return instead_of_key(key).replace("; ", ": ", 1)
 
 
 def _advice(error: UserError) -> str:

@@ -18,6 +18,7 @@ from ldm.config.load import load_config, plain
 from ldm.data.base_module import BaseDataModule
 from ldm.distributed.ranks import launched
 from ldm.training.arguments import Arguments
+from ldm.training.compatibility import check_trains_as_written
 from ldm.training.described import instantiate_described
 from ldm.training.precision import Bfloat16Weights, ClippedMixedPrecision
 from ldm.training.quiet import silence_lightning
@@ -72,6 +73,8 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
     check_values(plain(section["trainer"]))
+    if arguments.train:
+        check_trains_as_written(config)
     return config
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.config.trust import check_trust
-from ldm.translations import todays_path
+from ldm.translations import changes_training, todays_path, without_left_out
 from ldm.util import UserError, check_params, get_obj_from_str
 
 
@@ -17,6 +17,13 @@ from ldm.util import UserError, check_params, get_obj_from_str
         ("taming.data.faceshq.FFHQTrain", "ldm.data.faceshq.FFHQTrain"),
         ("stable_diffusion.ldm.models.autoencoder.AutoencoderKL", "ldm.models.autoencoder.AutoencoderKL"),
         ("edit_dataset.EditDataset", "ldm.data.edit.EditDataset"),
+        ("invokeai.backend.models.diffusion.ddpm.LatentDiffusion", "ldm.models.diffusion.ddpm.LatentDiffusion"),
+        ("invokeai.backend.stable_diffusion.autoencoder.AutoencoderKL", "ldm.models.autoencoder.AutoencoderKL"),
+        (
+            "invokeai.backend.stable_diffusion.encoders.modules.WeightedFrozenCLIPEmbedder",
+            "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        ),
+        ("taming.modules.losses.vqperceptual.DummyLoss", "ldm.modules.losses.vqperceptual.DummyLoss"),
         ("ldm.util.nearest", "ldm.util.nearest"),
     ],
 )
@@ -53,6 +60,51 @@ def test_instead_is_said_of_what_is_not_here(path, use):
 def test_instead_is_said_of_other_packages_that_need_trust(path):
     with pytest.raises(UserError, match=r"need no trust; .*(ImageNetSR|not used here).*--trust-config"):
         check_trust({"target": path}, "config")
+
+
+def test_without_left_out_leaves_what_other_classes_take():
+    params = {"personalization_config": {}, "model_lr": 1.0, "timesteps": 1000}
+    for target in (
+        "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "invokeai.backend.models.diffusion.ddpm.LatentDiffusion",
+    ):
+        assert without_left_out(target, params) == ({"timesteps": 1000}, ["personalization_config", "model_lr"])
+    for target in ("ldm.models.autoencoder.AutoencoderKL", None, 3):
+        assert without_left_out(target, params) == (params, [])
+
+
+@pytest.mark.parametrize(("value", "left_out"), [(False, ["add_conv_in_front_of_unet"]), (True, []), (0.5, [])])
+def test_without_left_out_takes_only_values_without_effect(value, left_out):
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    assert without_left_out(target, {"add_conv_in_front_of_unet": value})[1] == left_out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes"),
+    [
+        ("personalization_config", {"target": "x"}, True),
+        ("personalization_config", None, False),
+        ("unfreeze_model", False, True),
+        ("unfreeze_model", True, False),
+        ("model_lr", 1e-6, False),  # the learning rate of all weights
+        ("model_lr", 1e-7, True),
+        ("embedding_reg_weight", 0.0, False),
+        ("embedding_reg_weight", 0.1, True),
+        ("reg_weight", 1.0, True),
+        ("u_cond_percent", 0.2, True),
+    ],
+)
+def test_changes_training(key, value, changes):
+    assert changes_training(key, value, 1e-6) is changes
+
+
+def test_check_trust_passes_over_what_is_left_out():
+    theirs = {"target": "ldm.modules.embedding_manager.EmbeddingManager"}
+    described = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"personalization_config": theirs}}
+    check_trust(described, "config")
+    for params in ({"unet_config": theirs}, {"personalization_config": None, "first_stage_config": theirs}):
+        with pytest.raises(UserError, match="EmbeddingManager"):
+            check_trust({**described, "params": params}, "config")
 
 
 def test_instead_of_key_names_what_takes_its_place():

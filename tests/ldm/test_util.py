@@ -168,16 +168,33 @@ def test_check_number_takes_what_is_in_the_range() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("personalization_config", "textual_inversion.yaml"),
-        ("embedding_reg_weight", "textual_inversion.yaml"),
-        ("unfreeze_model", "unet_trainable.*cond_stage_trainable is true"),
-        ("reg_weight", "prior_loss_weight.*prior_images.yaml"),
-        ("model_lr", "model.base_learning_rate"),
+        ("freeze_model", "unet_trainable: false"),
+        ("train_text_encoder", "cond_stage_trainable: true"),
+        ("with_prior_preservation", "prior_images.yaml"),
     ],
 )
 def test_instead_of_key_names_the_key_and_what_to_use(key: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"unknown key '{key}' in params of .*LatentDiffusion; .*{said}"):
         instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {key: 1}})
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("personalization_config", "textual_inversion.yaml"),
+        ("embedding_reg_weight", "textual_inversion.yaml"),
+        ("unfreeze_model", "unet_trainable.*cond_stage_trainable is true"),
+        ("reg_weight", "prior_loss_weight.*prior_images.yaml"),
+        ("model_lr", "model.base_learning_rate"),
+        ("u_cond_percent", "ucg_training"),
+    ],
+)
+def test_keys_of_forks_are_left_out_with_one_line(key: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    described = {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {"unet_config": {}, key: {"target": "no.such"}}}
+    with pytest.raises(UserError, match="expected a mapping with the key 'target'"):  # of the empty unet_config
+        instantiate_from_config(described)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.fullmatch(rf".*DDPM: {key} is left out, since nothing here reads it; .*{said}.*", line)
 
 
 def test_instead_of_key_names_what_exists() -> None:

@@ -86,7 +86,16 @@ class WithConditioning:
         return {"c_concat": maps, **cond, **labels}
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
-        """Return the maps (B, C', h, w) that join the input's channels, for a `hybrid` key."""
+        """Return the maps (B, C', h, w) that join the input's channels, for a `hybrid` key.
+
+        Raises:
+            UserError: the config names no entries for them.
+        """
+        if not self.concat_keys:
+            raise UserError(
+                f"conditioning_key {self.model.conditioning_key!r} needs concat_keys, the batch entries to put onto "
+                "the input"
+            )
         return [batch_entry(batch, key).float() for key in self.concat_keys]
 
     def maps_and_labels(self, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:

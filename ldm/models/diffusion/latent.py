@@ -49,7 +49,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         num_timesteps_cond: timesteps at which the conditioning itself is noised; 1 for none.
         cond_stage_key: the batch entry that is conditioned on.
         cond_stage_trainable: train the cond stage along.
-        unet_trainable: train the UNet; if not, it stays as it is, and gradients pass through it to the cond stage.
+        unet_trainable: train the UNet: all of it for true or `all`, its attention to the context for `attn`, its first
+            convolution for `conv_in`. For false it stays as it is, and gradients pass through it to the cond stage.
         concat_mode: what an unset `conditioning_key` means: `concat`, or `crossattn`.
         cond_stage_forward: the cond stage's method to call, instead of `encode` or `forward`.
         concat_keys: batch entries (channels first) concatenated to the input, for `conditioning_key: hybrid`.
@@ -67,7 +68,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         num_timesteps_cond: int | None = 1,
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
-        unet_trainable: bool = True,
+        unet_trainable: bool | str = True,
         concat_mode: bool = True,
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
@@ -107,13 +108,9 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
             raise UserError("use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false")
         if not (unet_trainable or cond_stage_trainable or list(self.parameters(recurse=False))):
             raise UserError("unet_trainable: false leaves nothing to train; set cond_stage_trainable: true beside it")
-        self.model.requires_grad_(unet_trainable)
+        self.model.train_only(unet_trainable)
         self.cond_stage_forward = cond_stage_forward
         self.concat_keys = self.default_concat_keys if concat_keys is None else tuple(concat_keys)
-        if self.model.takes_maps and conditioning_key != "concat" and not self.concat_keys:
-            raise UserError(
-                f"conditioning_key {conditioning_key!r} needs concat_keys, the batch entries to put onto the input"
-            )
         self.scale_by_std = scale_by_std
         self._scale_is_loaded = False
         if scale_by_std:

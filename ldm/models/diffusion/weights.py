@@ -75,7 +75,7 @@ class StartsFromWeights:
     def restart_ema(self) -> None:
         """Begin the moving average, if there is one, at the present weights."""
         if self.use_ema:
-            self.model_ema = LitEma(self.model)
+            self.model_ema = LitEma(self.model, paths=self.model_ema.m_name2s_name)
 
     def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
         """Return a scope in which the model has its averaged weights, if it keeps any. `context` goes to the log."""
