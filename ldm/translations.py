@@ -32,17 +32,42 @@ _ENCODERS = "ldm.modules.encoders.modules"
 _RENAMED = {
     f"{_ENCODERS}.WeightedFrozenCLIPEmbedder": f"{_ENCODERS}.FrozenCLIPEmbedder",  # the same network
 }
+_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"
 _FOLDER = "use ldm.data.datasets.ImageCaptionDataset, which reads a folder of images and captions"
 _OTHER_PROJECT = "it belongs to another project's package; install that one and give --trust-config, or " + _FOLDER
+_BASE = "train the model that it extends with its own config, such as stable_diffusion_v1.yaml"
+_CUSTOM = (
+    "Custom Diffusion is not here; unet_trainable: attn trains the attention to captions, and textual_inversion.yaml "
+    "a word"
+)
+_UNCLIP = "unCLIP is not here; " + _BASE
+_FACES = "networks that recognise faces are not here; use FaceClipEncoder"
+_STABLE_SR = "StableSR's networks are not here; LatentUpscaleDiffusion upscales"
 # A prefix of a dotted path that no module here has, and what to use.
 _INSTEAD = {
+    "Adapter.": "T2I-Adapter is not here; " + _BASE,
+    "cldm.": "ControlNet is not here; " + _BASE,
+    "modules.xlmr": "AltDiffusion's text encoder is not here; " + _BASE,
+    "sgm.": "use stable_diffusion_xl.yaml, which describes SDXL for this project",
+    "src.custom_modules": _CUSTOM,
+    "src.model.CustomDiffusion": _CUSTOM,
+    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": _UNCLIP,
+    "ldm.models.diffusion.ddpm.LatentDiffusionSRTextWT": _STABLE_SR,
+    "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModelWT": _STABLE_SR,
+    "ldm.modules.diffusionmodules.openaimodel.UNetModelDualcondV2": _STABLE_SR,
+    "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": _UNCLIP,
+    "ldm.modules.encoders.modules.ClipImageEmbedder": _UNCLIP,
+    "ldm.modules.encoders.modules.FaceIdClipEncoder": _FACES,
+    "ldm.modules.encoders.modules.FrozenFaceEncoder": _FACES,
+    "ldm.modules.embedding_manager": _TOKEN,
     "ldm.data.personalized": _INVERSION,
     "ldm.data.personalized_style": _INVERSION,
     "ldm.data.every_dream": _FOLDER,
     "ldm.data.ed_validate": _FOLDER,
     "ldm.data.open-images": "write a dataset of your own and give --trust-config",
     "ldm.data.openimages.OpenImagesBBox": "write a dataset of your own that gives image and the boxes' tokens",
+    "ldm.data.previews": _FOLDER,
     "ldm.data.simple.Objaverse": "write a dataset of your own that gives image_target, image_cond and T",
     "invokeai.backend.stable_diffusion.data": _INVERSION,
     "src.finetune_data": _INVERSION,
@@ -54,7 +79,6 @@ _INSTEAD = {
     "torchvision": "torchvision is not used here; only torchvision.transforms is translated",
 }
 # Hints for the keys of textual-inversion and DreamBooth forks.
-_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _PRIOR = "images of the class go into a prior, by prior_images.yaml"
 _RATE = "the learning rate is model.base_learning_rate, one for all weights"
 # A key of public configs that no class here takes, and what to use.

@@ -23,6 +23,8 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int | None": ((int, type(None)), "a whole number or null"),
     "float": ((int, float), "a number"),
     "float | None": ((int, float, type(None)), "a number or null"),
+    "Mapping[str, Any]": ((Mapping,), "a mapping"),
+    "Mapping[str, Any] | None": ((Mapping, type(None)), "a mapping or null"),
 }
 # The third is the trainer's, in a model's config; the last stands beside `target` in some published configs.
 _CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
@@ -151,7 +153,8 @@ def takes(target: Callable[..., Any], name: str) -> bool:
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first of `params` that `target` (named `path` in the config) does not take.
 
-    Names are checked, and values where the signature asks for a bool (which any string would pass for), int or float.
+    Names are checked, and values where the signature asks for a mapping, a number or a bool, which any string would
+    pass for.
     """
     named, takes_any = _parameters(target)
     for key, value in params.items():

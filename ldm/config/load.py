@@ -17,7 +17,7 @@ from ldm.config.interpolations import check_interpolations, resolve_references, 
 from ldm.config.merge import laid_over
 from ldm.config.trust import check_trust
 from ldm.config.typed import read_typed
-from ldm.files import check_file, read_at_most
+from ldm.files import check_file, decode_text, read_at_most
 from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def read_config(path: Path) -> DictConfig:
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config; name the right file")
     try:
-        part = OmegaConf.load(io.StringIO(read_at_most(path, _MOST_BYTES).decode()))
+        part = OmegaConf.load(io.StringIO(decode_text(read_at_most(path, _MOST_BYTES))))
     except UserError:
         raise
     except yaml.YAMLError as error:
@@ -169,7 +169,7 @@ def read_config(path: Path) -> DictConfig:
         reason = getattr(error, "problem", None) or _first_line(error)
         raise UserError(f"{path}{where}: not valid YAML ({reason})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file, so not a config ({error.reason})") from error
+        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason}); save it as UTF-8") from error
     except OSError as error:
         if error.errno is not None:
             raise

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.sources import find_images
-from ldm.files import read_at_most
+from ldm.files import decode_text, read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.images.find import ImageItem
 from ldm.util import UserError
@@ -43,7 +43,7 @@ def read_list(path: str | Path, what: str) -> list[str]:
     """
     file = Path(path).expanduser()
     try:
-        text = read_at_most(file, _MOST_IN_LIST).decode("utf-8-sig")
+        text = decode_text(read_at_most(file, _MOST_IN_LIST))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not a text file: {error}") from error
     except OSError as error:

@@ -116,7 +116,7 @@ class IdRetreivalDataset(FolderData):
     def __init__(self, ret_file: str | Path, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         try:
-            self.matches = json.loads(Path(ret_file).expanduser().read_text(encoding="utf-8"))
+            self.matches = json.loads(Path(ret_file).expanduser().read_bytes())
         except OSError as error:
             raise UserError(f"no list {str(Path(ret_file).absolute())!r}: {error.strerror}") from error
         except ValueError as error:

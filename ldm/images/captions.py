@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm.files import read_at_most
+from ldm.files import decode_text, read_at_most
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _MOST_IN_CAPTION, _MOST_IN_METADATA = 1 << 20, 1 << 32  # bytes
 def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
     """Return caption and error of a caption file: white space is one space; an empty file is no caption."""
     try:
-        text = data.decode("utf-8-sig")
+        text = decode_text(data)
     except UnicodeDecodeError as error:
         return None, f"its caption is not UTF-8: {error}"
     return " ".join(text.split()) or None, None
@@ -96,7 +96,7 @@ def from_metadata(path: Path, folder: Path | None = None, text_key: str | None =
         UserError: an entry has no file name, or names a file outside the folder; gives its line.
     """
     try:
-        text = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig")
+        text = decode_text(read_at_most(path, _MOST_IN_METADATA))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:

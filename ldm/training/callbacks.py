@@ -67,8 +67,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         callbacks.append(ProgressBar(refresh_rate or 1))
     if section.trainer.get("enable_model_summary") is not False and "weights_summary" not in section.trainer:
         callbacks.append(ParameterSummary())
-    described = OmegaConf.merge(_DEFAULT_CALLBACKS, plain(section.get("callbacks") or {}))
-    entries = {f"lightning.callbacks.{name}": plain(entry) for name, entry in described.items()}
+    entries = _described_callbacks(plain(section.get("callbacks") or {}))
     for where, entry in entries.items():
         check_callback_places(entry, run.folder, where)
     built = [instantiate_described(entry, where) for where, entry in entries.items()]
@@ -76,6 +75,25 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
     batch_size = ((config.data.get("params") or {}).get("batch_size")) if section.scale_lr else None
     return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
+
+
+def _described_callbacks(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the default callbacks changed by those `given`, by their place in the config; null is for none.
+
+    Raises:
+        UserError: what stands for a callback is no mapping.
+    """
+    entries = {}
+    for name in (*_DEFAULT_CALLBACKS, *(name for name in given if name not in _DEFAULT_CALLBACKS)):
+        where, default = f"lightning.callbacks.{name}", _DEFAULT_CALLBACKS.get(name, {})
+        entry = given.get(name, default)
+        if entry is None:
+            continue
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} {entry!r:.100}: give a mapping with target and params, or null for no callback")
+        said = {key: value for key, value in entry.items() if value is not None}
+        entries[where] = plain(OmegaConf.merge(default, said))
+    return entries
 
 
 def _names_weights(config: DictConfig) -> bool:

@@ -26,7 +26,7 @@ from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
 from ldm.training.trainer_2022 import check_names, is_single, modernise, take_old_keys
-from ldm.training.trainer_values import check_values
+from ldm.training.trainer_values import check_values, without_nulls
 from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,9 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
+    for key in ("trainer", "callbacks", "modelcheckpoint"):
+        if section.get(key) is not None and not isinstance(section[key], DictConfig):
+            raise UserError(f"lightning.{key} {plain(section[key])!r:.100}: give a mapping")
     take_old_keys(section)
     if arguments.scale_lr is not None:
         section["scale_lr"] = arguments.scale_lr
@@ -72,6 +75,7 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
         raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
+    section["trainer"] = without_nulls(plain(section["trainer"]))
     check_values(plain(section["trainer"]))
     if arguments.train:
         check_trains_as_written(config)

@@ -48,6 +48,13 @@ def test_todays_path_of_the_loss_of_codebooks():
         ("ldm.data.openimages.OpenImagesBBoxTrain", "boxes' tokens"),
         ("ldm.data.simple.ObjaverseDataModuleFromConfig", "image_target"),
         ("torchvision.transforms.FiveCrop", "ldm.images.augmentations"),
+        ("ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion", "unCLIP is not here"),
+        ("ldm.models.diffusion.ddpm.LatentDiffusionSRTextWTFFHQ", "LatentUpscaleDiffusion"),
+        ("ldm.modules.encoders.modules.FrozenFaceEncoder", "FaceClipEncoder"),
+        ("ldm.modules.embedding_manager.EmbeddingManager", "textual_inversion.yaml"),
+        ("cldm.cldm.ControlLDM", "ControlNet is not here; .*stable_diffusion_v1.yaml"),
+        ("src.model.CustomDiffusion", "unet_trainable: attn"),
+        ("sgm.models.diffusion.DiffusionEngine", "stable_diffusion_xl.yaml"),
     ],
 )
 def test_instead_is_said_of_what_is_not_here(path, use):

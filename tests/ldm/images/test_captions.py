@@ -86,3 +86,12 @@ def test_captions_among_the_images_of_a_glob(tmp_path, caplog):
 
 def test_same_name_of_the_spellings_of_one():
     assert same_name(f"x/{COMPOSED}.TXT") == same_name(f"x/{DECOMPOSED}.txt") != same_name("x/cafe.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_captions_of_other_systems(tmp_path, encoding):
+    text = "ein  Hündchen\r\n\tim Gras\r\n" + "und so weiter, " * 2000
+    put(tmp_path, {"a.png": RED, "a.txt": text.encode(encoding), "b/b.png": RED})
+    put(tmp_path, {"b/metadata.jsonl": metadata({"file_name": "b.png", "text": text}).encode(encoding)})
+    caption = " ".join(text.split())
+    assert described(find_images(tmp_path)) == [("a.png", caption), ("b/b.png", caption)]
