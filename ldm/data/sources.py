@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.files import open_file, read_span
-from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
+from ldm.images.captions import CAPTION_SUFFIXES, METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
 from ldm.images.find import ImageItem, SingleImages, from_folder, is_image
 from ldm.shards.tar import index_tar
@@ -49,7 +49,7 @@ def _from_source(source: str, single: SingleImages) -> list[ImageItem]:
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
-    for url in expand_urls(source):
+    for url in _without_captions(expand_urls(source)):
         if is_stream(url):
             raise UserError(f"{url}: images are read from folders and local tars; fetch it first")
         found = is_image(Path(url)) and not Path(url).is_dir()
@@ -62,12 +62,13 @@ def _without_captions(sources: Sequence[str]) -> list[str]:
     if len(sources) < 2:
         return list(sources)
     kept, left_out = [], []
-    stems = {same_name(str(Path(source).with_suffix(""))) for source in sources if is_image(Path(source))}
+    images = [Path(source) for source in sources if is_image(Path(source))]
+    stems = {same_name(str(name)) for image in images for name in (image.with_suffix(""), image)}
     for source in sources:
         path = Path(source)
         if not path.is_file() or is_image(path) or tarfile.is_tarfile(path):
             kept.append(source)
-        elif path.suffix.lower() == ".txt" and same_name(str(path.with_suffix(""))) in stems:
+        elif path.suffix.lower() in CAPTION_SUFFIXES and same_name(str(path.with_suffix(""))) in stems:
             continue
         elif path.name not in METADATA_FILES and path.suffix.lower() != ".tar":
             left_out.append(source)

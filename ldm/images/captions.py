@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Names of the file that lists the images of a folder; the first that is there is read.
 METADATA = "metadata.jsonl"
 METADATA_FILES = (METADATA, "metadata.csv")
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image; the first that is there is read
 # Keys of an entry; the first that it has is read.
 _FILE_KEYS = ("file_name", "file", "filename", "file_path", "filepath", "image", "image_path", "image_file", "path")
 _TEXT_KEYS = ("text", "caption", "prompt", "description")
@@ -45,23 +46,28 @@ def same_name(name: str) -> str:
 
 
 class CaptionFiles:
-    """Finds the `.txt` file of an image, whichever spelling its name has; lists each folder once."""
+    """Finds the caption file of an image, whichever spelling its name has; lists each folder once.
+
+    It is `name.txt` or `name.caption` beside `name.jpg`, else `name.jpg.txt`.
+    """
 
     def __init__(self) -> None:
         self._folders: dict[Path, dict[str, Path]] = {}
 
     def of(self, image: Path) -> Path | None:
         """Return the caption file beside `image`; None if there is none."""
-        exact = image.with_suffix(".txt")
-        if os.path.lexists(exact):
-            return exact
+        names = [*(image.with_suffix(suffix).name for suffix in CAPTION_SUFFIXES), f"{image.name}.txt"]
+        for name in names:
+            if os.path.lexists(image.parent / name):
+                return image.parent / name
         if image.parent not in self._folders:
             try:
-                files = [path for path in image.parent.iterdir() if path.suffix.lower() == ".txt"]
+                files = [path for path in image.parent.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES]
             except OSError:
                 files = []
             self._folders[image.parent] = {same_name(path.name): path for path in sorted(files, reverse=True)}
-        return self._folders[image.parent].get(same_name(exact.name))
+        spelled = self._folders[image.parent]
+        return next((spelled[same_name(name)] for name in names if same_name(name) in spelled), None)
 
 
 def read_caption(path: Path | None) -> tuple[str | None, str | None]:

@@ -8,13 +8,13 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm.images.profiles import to_srgb
+from ldm.images.profiles import coding_of_png, to_srgb
 from ldm.images.turns import LARGE, Turn
 from ldm.util import UserError
 
 # What photographs and drawings come in. Not all that Pillow reads: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
 # Images too, which must not go missing in silence.
 UNREAD_EXTENSIONS = (
     "heic", "heif", "avif", "jxl", "jp2", "j2k", "jpx", "psd", "xcf", "svg", "eps", "ico", "tga", "dds", "exr", "hdr",
@@ -46,6 +46,8 @@ def decode_image(data: bytes, name: str, turn: Turn | None = None) -> np.ndarray
             if turn is not None and image.width * image.height > LARGE:
                 turn.take()
             image.load()
+            if image.format == "PNG":
+                image.info |= coding_of_png(data)
             return _pixels(image, name)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error

@@ -80,7 +80,7 @@ class SingleImages:
         self._metadata: dict[Path, dict[str, str | None]] = {}
 
     def item(self, path: Path, name: str) -> ImageItem:
-        """Return the item of an image, whose caption is `fixed`, in the `.txt` beside it, or in the metadata file."""
+        """Return the item of an image, whose caption is `fixed`, in the file beside it, or in the metadata file."""
         caption, error = self.fixed, None
         if self.fixed is None:
             file = self._captions.of(path)
@@ -108,7 +108,8 @@ def from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
     """Return the images of `folder` and the folders in it; an item with an error for each path that cannot be read.
 
     A metadata file lists the images of its folder and those below; the others there are left out with a warning.
-    Elsewhere a `.txt` beside an image is its caption. `fixed`, if given, is the caption of all.
+    Elsewhere a caption file stands beside an image, as `CaptionFiles` finds it. `fixed`, if given, is the caption of
+    all.
 
     Raises:
         UserError: the folder holds both images and tars, or a metadata file cannot be read.

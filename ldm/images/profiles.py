@@ -1,7 +1,7 @@
 """Colours of an image as sRGB (IEC 61966-2-1), whichever colour space the file says that they are in.
 
-In the order of precedence: an embedded ICC profile; what PNG says in `sRGB`, `gAMA` and `cHRM` (PNG 3rd edition,
-sections 11.3.2 and 13.14); primaries of a TIFF; Adobe RGB in EXIF (DCF 2.0). Without any, the colours are sRGB.
+In the order of precedence: `cICP` of a PNG (3rd edition, section 11.3.2); an embedded ICC profile; what PNG says in
+`sRGB`, `gAMA` and `cHRM`; primaries of a TIFF; Adobe RGB in EXIF (DCF 2.0). Without any, the colours are sRGB.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ _SRGB_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x, y o
 _ADOBE_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 _ADOBE_GAMMA = 256 / 563
 _SRGB_GAMMA = 1 / 2.2  # the gAMA that stands for sRGB's curve
+# By the numbers of ITU-T H.273: primaries, and gamma, None for sRGB's curve.
+_CODED_PRIMARIES = {
+    1: _SRGB_PRIMARIES,
+    9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
+    12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+}
+_CODED_CURVES = {1: None, 4: 1 / 2.2, 5: 1 / 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
+_CODING = "cicp"  # the key of a PNG's coding in `Image.info`
 # Bradford's cone responses (Lam 1985), which carry colours over from one white to another.
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 _EXIF_IFD, _INTEROPERABILITY_IFD, _COLOUR_SPACE, _WHITE, _PRIMARIES = 0x8769, 0xA005, 0xA001, 318, 319
@@ -28,6 +36,19 @@ _SAME = 2  # levels of 255: a profile that moves no colour by more is sRGB, and 
 _ROWS = 256  # rows at a time in floating point
 _MODES = {"RGB": ("RGB", "RGBA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}  # of pixels, by the colours of a profile
 _said: set[str] = set()
+
+
+def coding_of_png(data: bytes) -> dict[str, tuple[int, int]]:
+    """Return the numbers of primaries and curve that a PNG's `cICP` has, under the key that `to_srgb` reads."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if kind == b"cICP" and length == 4:
+            return {_CODING: (data[position + 8], data[position + 9])}
+        if kind == b"IDAT":
+            break
+        position += 12 + length
+    return {}
 
 
 def to_srgb(image: Image.Image, name: str) -> Image.Image:
@@ -38,7 +59,8 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
     """
     profile = image.info.get("icc_profile")
     try:
-        if profile:
+        primaries, curve = image.info.get(_CODING, (None, None))
+        if profile and not (primaries in _CODED_PRIMARIES and curve in _CODED_CURVES):
             return _by_profile(image, profile)
         if image.mode == "CMYK":
             return image
@@ -112,6 +134,8 @@ def _is_srgb(profile: bytes) -> bool:
 def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]] | None:
     """Return gamma, None for sRGB's curve, and primaries of an image without a profile; None where they are sRGB's."""
     info = image.info
+    if _CODING in info:
+        return _coded_space(*info[_CODING])
     if "srgb" in info:
         return None
     if "gamma" in info or "chromaticity" in info:
@@ -131,6 +155,13 @@ def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]]
     is_srgb_curve = gamma is None or abs(gamma - _SRGB_GAMMA) < 0.01
     is_srgb = is_srgb_curve and np.allclose(primaries, _SRGB_PRIMARIES, atol=0.003)
     return None if is_srgb else (gamma, primaries)
+
+
+def _coded_space(primaries: int, curve: int) -> tuple[float | None, Sequence[float]] | None:
+    if primaries not in _CODED_PRIMARIES or curve not in _CODED_CURVES:
+        raise ValueError(f"its coding {primaries}/{curve} (ITU-T H.273) is not known, or for a wider range of light")
+    gamma = _CODED_CURVES[curve]
+    return None if primaries == 1 and gamma is None else (gamma, _CODED_PRIMARIES[primaries])
 
 
 def _is_adobe_rgb(exif: Image.Exif) -> bool:
