@@ -115,7 +115,10 @@ class FullDisk(Callback):
             "gradient_clip_algorithm 'nope': give norm or value",
         ),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
-        (f"{VALIDATED} --val_check_interval 100", "val_check_interval: beyond the end of an epoch .*check_val_every_n"),
+        (
+            f"{VALIDATED} --val_check_interval 100 --check_val_every_n_epoch 1",
+            "val_check_interval: beyond the end of an epoch .*check_val_every_n",
+        ),
         ("--max_time 5", "lightning.trainer.max_time 5: give a time as DD:HH:MM:SS"),
         ("--callbacks mine", "lightning.trainer.callbacks 'mine': describe each under lightning.callbacks"),
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),

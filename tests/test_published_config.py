@@ -220,3 +220,9 @@ def test_keys_of_forks_that_change_nothing_train(begin: Begin, tmp_path: Path) -
     )
     _, model = begin("--base tiny.yaml fork.yaml")
     assert model.learning_rate == pytest.approx(2e-3)
+
+
+def test_a_folder_of_checkpoints_is_named_that_is_not_used(begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, _ = begin("--base tiny.yaml lightning.modelcheckpoint.params.dirpath=elsewhere")
+    assert "lightning.modelcheckpoint.params.dirpath is ignored: checkpoints are in logs/" in caplog.text
+    assert not any("elsewhere" in str(getattr(callback, "dirpath", "")) for callback in trainer.callbacks)

@@ -34,3 +34,18 @@ class SparseValidation(Callback):
                     callback._check_on_train_epoch_end = False
             log.info("Validation after every %d epochs, %d steps; --check_val_every_n_epoch or --val_check_interval "
                      "sets it", epochs, epochs * steps)  # fmt: skip
+
+
+class ValidationAcrossEpochs(Callback):
+    """Callback for a `val_check_interval` in batches: it counts them within each epoch, or across short epochs.
+
+    The Trainer must be made with `check_val_every_n_epoch=None`. Otherwise it refuses an interval beyond an epoch
+    before a callback can know the length of an epoch.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        interval, batches = trainer.val_check_interval, trainer.num_training_batches
+        if interval <= batches:
+            trainer.check_val_every_n_epoch = 1
+        elif trainer.enable_validation and trainer.is_global_zero:
+            log.info("Validation after every %d batches, across epochs, which have %d batches", interval, batches)

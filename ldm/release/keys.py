@@ -65,9 +65,9 @@ def check_release(content: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
-def is_of_2022(content: Mapping[str, Any]) -> bool:
-    """Return whether `content` is a checkpoint of Lightning 1.4 or before, which kept no progress of the loops."""
-    return "loops" not in content and "pytorch-lightning_version" in content and "optimizer_states" in content
+def is_of_lightning_1(content: Mapping[str, Any]) -> bool:
+    """Return whether the training checkpoint `content` has no progress of the loops, or that of Lightning 1."""
+    return LOOPS not in content or str(content.get("pytorch-lightning_version")).startswith(("0.", "1."))
 
 
 def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
@@ -75,7 +75,7 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> N
 
     A checkpoint of Lightning 1.4 has no `loops` and is one too: see `has_step_counters`.
     """
-    missing = [key for key in TRAINING_STATE if key not in content and not (key == "loops" and is_of_2022(content))]
+    missing = [key for key in TRAINING_STATE if key not in content]
     if missing:
         raise UserError(
             f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "
@@ -89,9 +89,9 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> N
 
 
 def has_step_counters(content: Mapping[str, Any], path: str | Path) -> bool:
-    """Return whether the training checkpoint has the counters of Lightning 1.5 and newer; a log line says if not."""
-    if LOOPS in content:
+    """Return whether the training checkpoint has the counters of Lightning 2; a log line says if not."""
+    if not is_of_lightning_1(content):
         return True
-    version = content.get("pytorch-lightning_version", "1.4 or older")
-    log.info("%s: written by Lightning %s, without loops: the step counters start anew", path, version)
+    version = content.get("pytorch-lightning_version", "1")
+    log.info("%s: of Lightning %s, whose progress is not read: its step counters start anew", path, version)
     return False

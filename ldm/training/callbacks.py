@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,12 +21,14 @@ from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
-from ldm.callbacks.validation import SparseValidation
+from ldm.callbacks.validation import SparseValidation, ValidationAcrossEpochs
 from ldm.config.load import plain
 from ldm.training.described import check_callback_places, instantiate_described
 from ldm.training.loggers import logs_anything
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_CALLBACKS: dict[str, Any] = {
     "image_logger": {"target": "ldm.callbacks.image_logger.ImageLogger", "params": {"batch_frequency": 750}},
@@ -73,6 +76,8 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     built = [instantiate_described(entry, where) for where, entry in entries.items()]
     if not logs_anything(config):
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
+    if type(section.trainer.get("val_check_interval")) is int and "check_val_every_n_epoch" not in section.trainer:
+        callbacks.append(ValidationAcrossEpochs())
     batch_size = ((config.data.get("params") or {}).get("batch_size")) if section.scale_lr else None
     return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
 
@@ -114,6 +119,8 @@ def _build_checkpoints(
     given = described.get("params") or {}
     of_last = {key: given[key] for key in _OF_LAST if given.get(key) is not None}
     last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **of_last, periodic=periodic)
+    if given.get("dirpath") is not None:
+        log.warning("lightning.modelcheckpoint.params.dirpath is ignored: checkpoints are in %s", run.checkpoints)
     params = {key: value for key, value in given.items() if key not in _NOT_KEPT}
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
     if params["monitor"] is not None:

@@ -19,7 +19,7 @@ from ldm.config.load import build_model
 from ldm.files import check_within
 from ldm.release.building import without_initialisation
 from ldm.release.fresh import checkpoint_at_start
-from ldm.release.keys import check_training_checkpoint, is_of_2022
+from ldm.release.keys import check_training_checkpoint, has_step_counters
 from ldm.training.arguments import DEFAULT_SEED
 from ldm.training.run import LAST, lies_in_run
 from ldm.training.structure import check_structure
@@ -88,15 +88,14 @@ def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
 
 
 def _open_whole(path: Path) -> OpenCheckpoint:
-    """Open the checkpoint at `path` and check its structure; of one without progress, the weights alone are taken up.
+    """Open the checkpoint at `path` and check its structure; of one of Lightning 1, the weights alone are taken up.
 
     Raises:
         UserError: the file is damaged, or not a training checkpoint.
     """
     opened = open_checkpoint(path)
     check_training_checkpoint(opened.content, path)
-    if is_of_2022(opened.content):
-        log.info("%s: of Lightning 1.4, without progress: its weights are taken up, the step counters start anew", path)
+    if not has_step_counters(opened.content, path):
         weights = opened.content["state_dict"]
         opened.content.clear()
         opened.content.update(checkpoint_at_start({}), state_dict=weights)

@@ -14,6 +14,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.callbacks.validation import ValidationAcrossEpochs
 from ldm.config.load import load_config, plain
 from ldm.data.base_module import BaseDataModule
 from ldm.distributed.ranks import launched
@@ -109,6 +110,8 @@ def build_trainer(
     given["strategy"] = choose_strategy(given, model, described, has_cuda)
     if isinstance(given["strategy"], ShardedStrategy):
         given["inference_mode"] = False  # weights gathered in a validation must be fit for the training after it
+    if any(isinstance(callback, ValidationAcrossEpochs) for callback in callbacks):
+        given["check_val_every_n_epoch"] = None
     if isinstance(data, BaseDataModule):  # which gives each process its share itself
         given["use_distributed_sampler"] = False
     given |= {

@@ -110,6 +110,8 @@ def _devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[s
     processes = arguments.pop("num_processes", None)
     if "gpus" in arguments:
         gpus = _parse_gpus(arguments.pop("gpus"))
+        if not gpus and has_cuda:
+            log.warning("--gpus 0 asks for no GPU, so training runs on the CPU; --gpus 0, names the GPU number 0")
         if gpus and not has_cuda:
             log.warning("--gpus is ignored: there is no CUDA device here, so training runs on the CPU")
             gpus = 0
@@ -126,8 +128,8 @@ def _devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[s
 
 
 def _parse_gpus(value: Any) -> int | list[int]:
-    """`0,` and `0,1` and lists are device numbers, a plain number is how many, -1 is all; nothing is 0."""
-    if isinstance(value, str) and "," in value:
+    """`0,` and `0,1`, lists and a quoted `0` are device numbers; a plain number is how many, -1 all, nothing 0."""
+    if isinstance(value, str) and ("," in value or value.strip() == "0"):
         value = [part for part in value.split(",") if part.strip()]
     try:
         return [int(part) for part in value] if isinstance(value, list) else int(value or 0)

@@ -97,7 +97,7 @@ def test_captions_of_other_systems(tmp_path, encoding):
     assert described(find_images(tmp_path)) == [("a.png", caption), ("b/b.png", caption)]
 
 
-@pytest.mark.parametrize("name", ["a.caption", "a.png.txt", "a.CAPTION", "a.PNG.TXT"])
+@pytest.mark.parametrize("name", ["a.caption", "a.png.txt", "a.CAPTION", "a.png.TXT"])
 def test_caption_files_of_other_programs(tmp_path, caplog, name):
     put(tmp_path, {"a.png": RED, name: "tom"})
     for source in (tmp_path, [str(tmp_path / "a.png"), str(tmp_path / name)], f"{tmp_path}/*"):
