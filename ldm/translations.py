@@ -31,6 +31,7 @@ _ENCODERS = "ldm.modules.encoders.modules"
 # A whole path, after its prefix has moved, and the class that takes its place.
 _RENAMED = {
     f"{_ENCODERS}.WeightedFrozenCLIPEmbedder": f"{_ENCODERS}.FrozenCLIPEmbedder",  # the same network
+    "main.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
 }
 _TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"

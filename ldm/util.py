@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "Mapping[str, Any]": ((Mapping,), "a mapping"),
     "Mapping[str, Any] | None": ((Mapping, type(None)), "a mapping or null"),
 }
+_WHOLE_NUMBERS = "Sequence[int]"  # as an annotation, alone or beside others
 # The third is the trainer's, in a model's config; the last stands beside `target` in some published configs.
 _CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values that stand for "nothing to build": the model fills the place itself.
@@ -169,6 +170,15 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         )
         if expected and not isinstance(value, expected[0]):
             raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
+        if isinstance(annotation, str) and annotation.startswith(_WHOLE_NUMBERS) and not _are_whole(value, annotation):
+            raise UserError(f"{key}={value!r} in params of {path}: give a list of whole numbers")
+
+
+def _are_whole(value: Any, annotation: str) -> bool:
+    if value is None:
+        return annotation.endswith("| None")
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and all(isinstance(part, int) and not isinstance(part, bool) for part in value)
 
 
 def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides: Any) -> Any:
@@ -178,7 +188,8 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     in `params` if there is such a file: published configs name files there that the whole model's checkpoint replaces.
 
     Raises:
-        UserError: no `target`, a target that does not exist, or a key or value in `params` that it does not take.
+        UserError: no `target`, a target that does not exist, or a key or value in `params` that it does not take,
+            such as a size below 0.
     """
     if config in _MARKERS:
         return None
@@ -204,6 +215,6 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
         return target(**params)
     except UserError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # the last, of sizes below 0
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{config['target']}: {reason}") from error

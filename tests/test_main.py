@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers.logger import DummyLogger
 
 import main
+from ldm.checkpoint import load_state_dict, save_state_dict
 from ldm.config.load import load_config
+from ldm.release.merge import merge_files
 from ldm.util import get_obj_from_str
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
@@ -122,6 +124,21 @@ def test_what_was_typed_is_saved_and_taken_up_as_it_was(train, tmp_path):
     assert kwargs == {"n_row": 2, "plot_denoise_rows": False}
     assert train(["--resume", str(run), "--max_steps", "2"]) == 0
     assert sorted(logged(run, "train/loss")) == [0, 1]
+
+
+def test_weights_of_every_so_many_steps_are_kept_as_public_configs_ask(train, tmp_path):
+    where = "lightning.callbacks.metrics_over_trainsteps_checkpoint"
+    assert train(f"--max_steps 4 {where}.params.every_n_train_steps=2") == 0
+    folder = the_run(tmp_path / "logs") / "checkpoints" / "trainstep_checkpoints"
+    names = ["epoch=000000-step=000000002.ckpt", "epoch=000000-step=000000004.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    content = state(folder / names[0])
+    assert content["global_step"] == 2 and "optimizer_states" not in content
+    release = {key: value for key, value in content["state_dict"].items() if not key.startswith("model_ema.")}
+    save_state_dict({key: torch.zeros_like(value) for key, value in release.items()}, tmp_path / "release.ckpt")
+    merge_files(folder / names[0], tmp_path / "release.ckpt", tmp_path / "merged.ckpt", "raw", half=False)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(load_state_dict(tmp_path / "merged.ckpt")[key], release[key])
 
 
 def test_without_a_monitor_every_so_many_steps_are_kept(train, tmp_path):

@@ -17,6 +17,7 @@ from ldm.checkpoint import load_file_into
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.models.autoencoder_training import TrainedAutoencoder, build_coders
 from ldm.modules.ema import LitEma
+from ldm.optim import build_schedule
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 # β of VQGAN's eq. 4, as it was trained.
@@ -144,8 +145,8 @@ class VQModel(TrainedAutoencoder):
         optimizers = super().configure_optimizers()
         if self.scheduler_config is None:
             return optimizers
-        multiplier = instantiate_from_config(self.scheduler_config)
-        self.schedules = [LambdaLR(optimizer, lr_lambda=multiplier.schedule) for optimizer in optimizers]
+        schedule = build_schedule(self.scheduler_config)
+        self.schedules = [LambdaLR(optimizer, lr_lambda=schedule) for optimizer in optimizers]
         if self.automatic_optimization:
             return optimizers, [{"scheduler": self.schedules[0], "interval": "step", "frequency": 1}]
         return optimizers, self.schedules

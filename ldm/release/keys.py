@@ -70,12 +70,13 @@ def is_of_lightning_1(content: Mapping[str, Any]) -> bool:
     return LOOPS not in content or str(content.get("pytorch-lightning_version")).startswith(("0.", "1."))
 
 
-def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+def check_training_checkpoint(content: Mapping[str, Any], path: str | Path, weights_alone: bool = False) -> None:
     """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training.
 
-    A checkpoint of Lightning 1.4 has no `loops` and is one too: see `has_step_counters`.
+    A checkpoint of Lightning 1.4 has no `loops` and is one too: see `has_step_counters`. With `weights_alone`, so is
+    one that was saved without the optimizers' state.
     """
-    missing = [key for key in TRAINING_STATE if key not in content]
+    missing = [key for key in TRAINING_STATE[: 2 if weights_alone else None] if key not in content]
     if missing:
         raise UserError(
             f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "
@@ -83,7 +84,7 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> N
         )
     if not isinstance(content["global_step"], int):
         raise UserError(f"{path}: not a training checkpoint (its global_step is no number)")
-    optimizers = content["optimizer_states"]
+    optimizers = content.get("optimizer_states", [])
     if not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)):
         raise UserError(f"{path}: not a training checkpoint (its optimizer_states are no list of dicts)")
 

@@ -39,6 +39,15 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
     "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
 }
+# A callback that public configs change without a target: every so many steps, the weights alone.
+_TRAINSTEPS = "metrics_over_trainsteps_checkpoint"
+_TRAINSTEPS_PARAMS = {
+    "filename": "{epoch:06}-{step:09}",
+    "verbose": True,
+    "save_top_k": -1,
+    "every_n_train_steps": 10000,
+    "save_weights_only": True,
+}
 # Parameters of modelcheckpoint that are last.ckpt's too or alone, and those that it decides for itself.
 _OF_LAST = ("every_n_train_steps", "train_time_interval", "save_last_k")
 _NOT_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
@@ -70,7 +79,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         callbacks.append(ProgressBar(refresh_rate or 1))
     if section.trainer.get("enable_model_summary") is not False and "weights_summary" not in section.trainer:
         callbacks.append(ParameterSummary())
-    entries = _described_callbacks(plain(section.get("callbacks") or {}))
+    entries = _described_callbacks(plain(section.get("callbacks") or {}), run)
     for where, entry in entries.items():
         check_callback_places(entry, run.folder, where)
     built = [instantiate_described(entry, where) for where, entry in entries.items()]
@@ -82,15 +91,19 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
 
 
-def _described_callbacks(given: dict[str, Any]) -> dict[str, Any]:
+def _described_callbacks(given: dict[str, Any], run: Run) -> dict[str, Any]:
     """Return the default callbacks changed by those `given`, by their place in the config; null is for none.
 
     Raises:
         UserError: what stands for a callback is no mapping.
     """
+    defaults = dict(_DEFAULT_CALLBACKS)
+    if _TRAINSTEPS in given:
+        params = {"dirpath": str(run.checkpoints / "trainstep_checkpoints"), **_TRAINSTEPS_PARAMS}
+        defaults[_TRAINSTEPS] = {"target": "ldm.callbacks.kept.KeptCheckpoints", "params": params}
     entries = {}
-    for name in (*_DEFAULT_CALLBACKS, *(name for name in given if name not in _DEFAULT_CALLBACKS)):
-        where, default = f"lightning.callbacks.{name}", _DEFAULT_CALLBACKS.get(name, {})
+    for name in dict.fromkeys((*defaults, *given)):
+        where, default = f"lightning.callbacks.{name}", defaults.get(name, {})
         entry = given.get(name, default)
         if entry is None:
             continue

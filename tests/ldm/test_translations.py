@@ -23,6 +23,7 @@ from ldm.util import UserError, check_params, get_obj_from_str
             "invokeai.backend.stable_diffusion.encoders.modules.WeightedFrozenCLIPEmbedder",
             "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
         ),
+        ("main.LearningRateMonitor", "pytorch_lightning.callbacks.LearningRateMonitor"),
         ("taming.modules.losses.vqperceptual.DummyLoss", "ldm.modules.losses.vqperceptual.DummyLoss"),
         ("ldm.util.nearest", "ldm.util.nearest"),
     ],

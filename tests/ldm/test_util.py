@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,10 +81,19 @@ def test_found_object() -> None:
 
 class Strict:
     def __init__(
-        self, flag: bool = False, size: int = 1, cap: int | None = None, share: float = 0.5, most: float | None = None
+        self,
+        flag: bool = False,
+        size: int = 1,
+        cap: int | None = None,
+        share: float = 0.5,
+        most: float | None = None,
+        part: Mapping[str, Any] | None = None,
+        sizes: Sequence[int] = (1,),
+        levels: Sequence[int] | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"size {size}\nis too small")
+        self.first = sizes[0]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,13 @@ class Strict:
         ({"share": None}, "share=None in params of .*: give a number$"),
         ({"most": "a"}, "most='a' in params of .*: give a number or null"),
         ({"size": 0}, "Strict: size 0$"),
+        ({"part": "a"}, "part='a' in params of .*: give a mapping or null$"),
+        ({"part": []}, r"part=\[\] in params of .*: give a mapping or null$"),
+        ({"sizes": 3}, "sizes=3 in params of .*: give a list of whole numbers$"),
+        ({"sizes": ["a"]}, r"sizes=\['a'\] in params of .*: give a list of whole numbers$"),
+        ({"sizes": None}, "sizes=None in params of .*: give a list of whole numbers$"),
+        ({"levels": [1.5]}, r"levels=\[1.5\] in params of .*: give a list of whole numbers$"),
+        ({"sizes": []}, "Strict: tuple index out of range|Strict: list index out of range"),
     ],
 )
 def test_values_that_do_not_fit_are_one_line(params: dict[str, object], message: str) -> None:
@@ -104,7 +122,16 @@ def test_values_that_do_not_fit_are_one_line(params: dict[str, object], message:
 
 
 def test_values_that_fit_are_taken() -> None:
-    params = {"flag": True, "size": 2, "cap": None, "share": 1, "most": None}
+    params = {
+        "flag": True,
+        "size": 2,
+        "cap": None,
+        "share": 1,
+        "most": None,
+        "part": {},
+        "sizes": (1, 2),
+        "levels": [3],
+    }
     assert isinstance(instantiate_from_config({"target": f"{__name__}.Strict", "params": params}), Strict)
 
 

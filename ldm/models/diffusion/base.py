@@ -28,7 +28,7 @@ from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.Lightning
         super().__init__()
         if parameterization not in PARAMETERIZATIONS:
             raise UserError(f"parameterization {parameterization!r} is unknown; valid: {', '.join(PARAMETERIZATIONS)}")
+        check_number("log_every_t", log_every_t, least=1)
         if loss_type not in ("l1", "l2"):
             raise UserError(f"loss_type {loss_type!r} is unknown; valid: l1, l2")
         self.parameterization = parameterization

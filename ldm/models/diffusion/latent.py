@@ -24,7 +24,7 @@ from ldm.models.diffusion.loss import EQUAL, BatchMean
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.encoders.conditioner import GeneralConditioner
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, check_number, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         if not 1 <= num_timesteps_cond <= self.num_timesteps:
             raise UserError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to timesteps ({self.num_timesteps})")
+        check_number("scale_factor", scale_factor, above=0, whole=False)
         check_prior_settings(prior_loss_weight, prior_target)
         if prior_target == "teacher" and num_timesteps_cond > 1:
             raise UserError(
