@@ -73,7 +73,7 @@ def main() -> None:
     _, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, config, device, dtype, options.vae)
-    warn_of_cut(model.cond_stage_model, prompts)
+    warn_of_cut(model.cond_stage_model, [*prompts, options.negative_prompt])
     shape = latent_shape(model, options.H, options.W)
     seeds = range(options.seed, options.seed + options.n)
     requests = [Request(prompt, seed, options.negative_prompt) for prompt in prompts for seed in seeds]
