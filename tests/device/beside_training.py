@@ -52,13 +52,13 @@ def pictures_for_the_log() -> None:
 def samplers() -> None:
     from ldm.models.diffusion.ancestral import AncestralSampler
     from ldm.models.diffusion.ddim import DDIMSampler
-    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, draw_latents
+    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, sample_latents
 
     model = build(cond_stage=TEXT_TOWER)
     with pretending() as waits:
         pretended.place(model.eval())
         for name in SAMPLERS:
-            assert list(draw_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
+            assert list(sample_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
         context = torch.empty(2, 77, 8, device=pretended.GPU)
         mask, x0 = torch.empty(2, 1, 4, 4, device=pretended.GPU), torch.empty(2, 4, 4, 4, device=pretended.GPU)
         DDIMSampler(model).sample(2, 2, (4, 4, 4), context, mask=mask, x0=x0, verbose=False)
