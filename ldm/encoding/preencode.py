@@ -143,12 +143,12 @@ def preencode(
         report = Report.of(records)
         if not report.images:
             raise UserError(f"none of {len(items)} images can be read; the first: {report.failed[0]['reason']}")
-        scale = float(encoder.model.scale_factor)
+
         return {
             **report.counts(),
             **settings,
             **index_shapes(report.f8, nulls),
-            "scale_factor": scale,
+            "scale_factor": float(encoder.model.scale_factor),
             **encoder.digests,
         }
 

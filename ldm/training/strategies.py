@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from ldm.distributed.dtensor import gather_on_first, is_sharded, shard_like
 from ldm.distributed.ranks import Launch
+from ldm.modules.diffusionmodules.layers import StaysOnHost
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.diffusionmodules.util import StaysOnHost
 from ldm.training.trainer_2022 import is_single
 from ldm.util import UserError
 
