@@ -119,7 +119,9 @@ def units(unet: UNetModel) -> list[nn.Module]:
     around them. Where blocks of the UNet are compiled, each of them is a unit as a whole.
     """
     blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
-    return list(blocks) if unet.is_compiled else [unit for block in blocks for layer in block for unit in _within(layer)]
+    if unet.is_compiled:
+        return list(blocks)
+    return [unit for block in blocks for layer in block for unit in _within(layer)]
 
 
 def _within(layer: nn.Module) -> list[nn.Module]:
