@@ -105,7 +105,7 @@ class DataModuleFromConfig(BaseDataModule):
         sampler = self._sampler(groups, keys, split, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader
         items = SeededDataset(dataset, self.seed, self.run_seed if training else None)
-        return loader(items, batch_sampler=sampler, num_workers=workers)
+        return loader(items, batch_sampler=sampler, num_workers=workers, together=self._is_shared())
 
     def _sizes(self, split: str) -> tuple[int, int]:
         """Samples of a batch and worker processes of `split`."""

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm.data.sampler import EpochBatchSampler, Item, stream_name
+from ldm.distributed.collectives import in_all_processes
 from ldm.shards.sample import STREAM
 from ldm.util import UserError
 
@@ -71,9 +72,15 @@ def _raise_in_one_line(error: UserError) -> None:
 
 
 class SampleLoader(DataLoader):
-    """A DataLoader over `(epoch, number)` items or a stream, with its own generator and one-line errors."""
+    """A DataLoader over `(epoch, number)` items or a stream, with its own generator and one-line errors.
 
-    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
+    Args:
+        together: all processes of the training take as many batches, each its own. A batch that fails in one of them
+            then raises the same `FailedTogether` in each.
+    """
+
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, together: bool = False, **options: Any) -> None:
+        self.together = together
         super().__init__(
             dataset,
             num_workers=num_workers,
@@ -86,6 +93,10 @@ class SampleLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         """A generator: Lightning asks for the iterator before it sets the epoch, so nothing may happen until `next`."""
+        batches = self._batches()
+        return in_all_processes(batches) if self.together else batches
+
+    def _batches(self) -> Iterator[Any]:
         batches = super().__iter__()
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the training is when a worker dies, in the middle of an optimizer step

@@ -38,8 +38,8 @@ class Prior(BatchMean):
     """Averaging of losses for a batch with prior samples.
 
     Without a teacher, prior samples have the usual target. With a teacher, the target is the frozen model's prediction
-    at the stored timestep and noise. This is knowledge distillation (arXiv:1503.02531): the squared error of the means
-    is proportional to the divergence of teacher and student, for Gaussians of equal variance.
+    at the stored timestep and noise. This is knowledge distillation (arXiv:1503.02531). For Gaussians of equal
+    variance, the squared error of the means is proportional to the divergence of teacher and student.
     """
 
     mask: Tensor  # (B,) bool
