@@ -85,7 +85,7 @@ class FullDisk(Callback):
         ("--accumulate_grad_batches 0", "accumulate_grad_batches 0: give a whole number of at least 1"),
         ("model.params.unet_config.params.model_channels=-32", "UNetModel: .*negative dimension"),
         ("model.base_learning_rate=-1", "model.base_learning_rate is -1; give a number"),
-        ("data.params=[]", "'data.params=\\[\\]': a list over a mapping"),
+        ("data.params=[]", "'data.params=\\[\\]': replaces a mapping by a list"),
         ("--strategy fsdp --devices 2", "strategy fsdp shards the weights, and the EMA cannot follow"),
         ("--strategy fsdp_cpu_offload --devices 2", "its checkpoints would not be ours; give --strategy fsdp"),
         ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),

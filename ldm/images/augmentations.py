@@ -1,7 +1,7 @@
 """Transforms of images that take torchvision's names and arguments, so that YAML written for it works without it.
 
 An image is a PIL image, or a tensor (..., C, H, W), uint8 in [0, 255] or floating point in [0, 1]. Random numbers come
-from torch's global generator, which the loader seeds per sample. `ldm.translations` sends `torchvision.transforms.X`
+from torch's global generator, which the loader seeds per sample. `ldm.moved_targets` sends `torchvision.transforms.X`
 here.
 """
 

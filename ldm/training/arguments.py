@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.config.command_line_values import parse_value
 from ldm.config.trust import add_trust_option
-from ldm.config.typed import read_typed
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -167,10 +167,10 @@ def _is_value(token: str) -> bool:
 
 
 def _typed(flag: str, text: str) -> Any:
-    """Return `text` as `read_typed` reads it; `None`, as Python writes it, is null."""
+    """Return `text` as `parse_value` reads it; `None`, as Python writes it, is null."""
     if text == "None":
         return None
     try:
-        return read_typed(text)
+        return parse_value(text)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error

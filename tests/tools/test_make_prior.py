@@ -198,7 +198,7 @@ def test_make_prior_names_prompts_that_are_cut(make_prior, caplog):
         (("--prompt", "x", "--null-share", 0.5), "--null-share says nothing without --teacher"),
         (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
         (("--shards", "images", "--teacher", 1, "--H", 64), "leave out --H$"),
-        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is streamed; give local shards"),
+        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is a stream; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),

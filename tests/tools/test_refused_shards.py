@@ -124,7 +124,7 @@ DAMAGE = {
     "missing, named": (gone, "bad/set-{000..001}.tar", MISSING),
     "not its own": (added, "bad", "bad/old.tar: not in bad/index.json; move it to a folder of its own, or make it"),
     "no such": (gone, "bad/set-002.tar", "bad/set-002.tar: no such file"),
-    "streamed": (gone, "pipe:false", "pipe:false: is streamed; give local shards, which can be read in any order"),
+    "streamed": (gone, "pipe:false", "pipe:false: is a stream; give local shards, which can be read in any order"),
 }
 
 

@@ -79,9 +79,9 @@ def test_an_index_that_is_none_is_one_line(folder, text):
             "not a finite number above",
         ),
         ("failed", ("abc", -3, 1.5, True, {"a": 1}, ["x"], [{"name": "a"}], None), "not a list of the name and"),
-        ("autoencoder", (3, "", "a\nb", {}), "which is no digest"),
-        ("text_tower", (3, "", True), "which is no digest"),
-        ("made_from", (3, None, []), "not what the set is made from"),
+        ("autoencoder", (3, "", "a\nb", {}), "not a digest"),
+        ("text_tower", (3, "", True), "not a digest"),
+        ("made_from", (3, None, []), "not a mapping of settings"),
     ],
 )
 def test_an_entry_of_the_wrong_type_is_named(folder, key, values, what):

@@ -35,7 +35,7 @@ def test_a_set_is_read_as_asked_for(folder):
 def test_what_is_wrong_is_told_before_any_shard_is_read(folder, monkeypatch):
     monkeypatch.setattr("ldm.shards.open.verify_shards", lambda paths: pytest.fail("read"))
     for urls, message in (
-        ([str(folder / "set-000.tar"), "pipe:cat x"], "pipe:cat x: is streamed; give local shards"),
+        ([str(folder / "set-000.tar"), "pipe:cat x"], "pipe:cat x: is a stream; give local shards"),
         (str(folder / "set-{000..002}.tar"), r"set-002\.tar: no such file"),
         (str(folder / "other-*.tar"), "no file matches"),
     ):

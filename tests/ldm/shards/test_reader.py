@@ -46,7 +46,10 @@ def test_images_of_several_sizes_are_grouped(tmp_path):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"f8_shape": (4, 4, 4)}, r"000001\.f8\.npy: shape \(4, 4, 4\), but the first sample's f8 is \(8, 4, 4\)"),
+        (
+            {"f8_shape": (4, 4, 4)},
+            r"000001\.f8\.npy: shape \(4, 4, 4\), but f8 of the first sample has shape \(8, 4, 4\)",
+        ),
         ({"t5_shape": (7, 5)}, r"000001\.t5\.npy: shape \(7, 5\), but"),
         ({"f8_shape": (8, 16)}, r"not \(channels, height, width\)"),
     ],

@@ -44,7 +44,7 @@ def test_check_callback_places_holds_names_to_each_folder_that_is_given(run):
 def test_check_callback_places_leaves_the_rest_to_whoever_builds_it(run):
     for described in (None, 3, {}, {"params": None}, {"params": [1]}, {"params": {"dirpath": None, "monitor": "/a"}}):
         check_callback_places(described, run, "x")
-    with pytest.raises(UserError, match="is no path"):
+    with pytest.raises(UserError, match="is not a valid path"):
         check_callback_places({"params": {"dirpath": "a\0b"}}, run, "x")
 
 
