@@ -159,7 +159,7 @@ def test_a_shard_that_fails_in_one_process_stops_both_and_loses_nothing(runs: Ru
     wait_for(lambda: len(read_losses(runs.folder / "failed-1.losses")) >= 4, *processes)
     (runs.folder / "own-1" / "s-000001.tar").unlink()
     assert join(*processes) == [1, 1]
-    said = r"error: own-1/s-000001.tar: is gone: .* \(in process 1 of 2, counted from 0\)\n"
+    said = r"error: own-1/s-000001.tar: was deleted or moved.* \(in process 1 of 2, counted from 0\)\n"
     assert len(re.findall(said, runs.said("failed"))) == 2, runs.said("failed")
     failed = the_run(runs.folder / "failed")
     step = state(failed / "checkpoints" / "last.ckpt")["global_step"]

@@ -51,7 +51,7 @@ def test_instead_is_said_of_what_is_not_here(path, use):
 
 @pytest.mark.parametrize("path", ["basicsr.data.realesrgan_dataset.RealESRGANDataset", "torchvision.models.resnet18"])
 def test_instead_is_said_of_other_packages_that_need_trust(path):
-    with pytest.raises(UserError, match=r"need no trust; .*(ImageNetSR|not used here).*--trust-config"):
+    with pytest.raises(UserError, match=r"list of allowed classes; .*(ImageNetSR|not used here).*--trust-config"):
         check_trust({"target": path}, "config")
 
 

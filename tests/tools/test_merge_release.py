@@ -50,7 +50,13 @@ def test_a_bare_call_takes_the_conventional_places_and_says_so(work):
     weights = load_state_dict(work / MERGED)
     assert weights["model.w"].tolist() == [0.5] * 3
     assert weights["cond_stage_model.w"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    for said in (RELEASE, LAST, MERGED, "1 weights taken from the training, its moving average (ema)", "2 values kept"):
+    for said in (
+        RELEASE,
+        LAST,
+        MERGED,
+        "1 weights taken from the training, moving average (ema)",
+        "2 values of the release kept",
+    ):
         assert said in done.stdout
 
 

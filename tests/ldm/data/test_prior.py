@@ -199,7 +199,7 @@ def test_predictions_are_the_same_ones_after_a_resume(training, tmp_path, num_wo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prior_urls": "pipe:cat a.tar"}, r"pipe:cat a\.tar: is streamed; give local shards"),
+        ({"prior_urls": "pipe:cat a.tar"}, r"pipe:cat a\.tar: is a stream; give local shards"),
         ({"prior_ratio": 0}, "prior_ratio 0: give a number above 0"),
         ({"prior_ratio": 0.1}, "prior_ratio 0.1: no prior sample beside a batch_size of 4"),
     ],

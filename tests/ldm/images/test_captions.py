@@ -24,7 +24,7 @@ def test_from_metadata_names_keys_that_are_not_read(tmp_path, caplog):
     line = {"file_name": "a.png", "text": "tom", "caption": "other", "width": 3}
     put(tmp_path, {"metadata.jsonl": metadata(line), "a.png": RED})
     assert described(find_images(tmp_path)) == [("a.png", "tom")]
-    assert "metadata.jsonl: keys that are not read: 'caption', 'width'" in caplog.text
+    assert "metadata.jsonl: unknown keys ignored: 'caption', 'width'" in caplog.text
 
 
 def test_from_metadata_in_subfolders_beside_captions_in_files(tmp_path, caplog):
@@ -33,7 +33,7 @@ def test_from_metadata_in_subfolders_beside_captions_in_files(tmp_path, caplog):
     items = find_images(put(tmp_path, {**files, "sub/d.png": RED, "sub/d.txt": "d"}))
     assert described(items) == [("a.png", "a"), ("sub/b.png", "b"), ("sub/deep/c.png", "c")]
     assert "1 images, such as sub/d.png, are not in sub/metadata.jsonl: left out" in caplog.text
-    assert "1 files are read for no caption: sub/d.txt" in caplog.text
+    assert "1 caption files without an image: sub/d.txt" in caplog.text
 
 
 def test_from_metadata_leaves_the_caption_to_a_text_file(tmp_path):

@@ -64,7 +64,7 @@ def test_shapes_that_do_not_go_together_are_named(tmp_path, second, message):
 def test_values_that_are_not_finite_are_named(tmp_path):
     broken = npy.encode(np.full((8, 4, 4), np.nan, np.float16))
     path = write_tar(tmp_path / "a.tar", [("0.f8.npy", broken), *[(f"0.{n[7:]}", d) for n, d in sample_members(0)[1:]]])
-    with pytest.raises(UserError, match=r"a\.tar: 0\.f8\.npy: holds NaN"):
+    with pytest.raises(UserError, match=r"a\.tar: 0\.f8\.npy: has NaN"):
         ShardDataset([path])[0]
 
 

@@ -300,7 +300,7 @@ def test_zero_terminal_snr_is_sampled(sampler: str, target: Tensor) -> None:
 
 def test_image_guidance_scale_needs_an_image(target: Tensor) -> None:
     cond = torch.zeros(2, *SHAPE)
-    with pytest.raises(UserError, match=r"image guidance scale 1\.5: the model must be conditioned on an image"):
+    with pytest.raises(UserError, match=r"image guidance scale 1\.5: this model is not conditioned on an image"):
         run(DDIMSampler, Oracle(target), conditioning=cond, unconditional_conditioning=cond, image_guidance_scale=1.5)
 
 
