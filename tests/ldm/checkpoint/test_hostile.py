@@ -285,7 +285,7 @@ def test_endless_values_are_refused_at_once(data, write_zip):
 def test_an_endless_value_is_carried_along_unread(write_zip):
     path = write_zip(data_pkl=b"\x80\x04}(V" + b"x\n" + ENDLESS + b"u.")
     assert load_checkpoint(path).keys() == {"x"}
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         load_state_dict(path)
 
 
