@@ -48,7 +48,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Pending:
 def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     """Write `content` in the zip format of `torch.save`. Its tensors may be `Pending`.
 
-    The archive has only the records `data.pkl`, `data/N` and `version`, because web UIs refuse other ones. torch 1.13 and
+    The archive has only the records `data.pkl`, `data/N` and `version`, as web UIs refuse other records. torch 1.13 and
     later can read it.
     """
     with atomic_write(path) as temporary, temporary.open("wb") as file:

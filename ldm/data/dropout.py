@@ -1,4 +1,4 @@
-"""Dropping captions for classifier-free guidance (arXiv:2207.12598): now and then, the empty caption is taught."""
+"""Caption dropout for classifier-free guidance (arXiv:2207.12598)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ldm.util import UserError
 
 
 def load_null(path: Path) -> np.ndarray:
-    """The stored encoding of the empty caption.
+    """Return the stored encoding of the empty caption.
 
     Raises:
-        UserError: the file is missing, broken, not finite, or all zeros, which no text encoder gives.
+        UserError: the file is missing or damaged, or its values are not finite or all zero.
     """
     check_file(path)
     if not path.exists():
@@ -36,7 +36,7 @@ def load_null(path: Path) -> np.ndarray:
 
 
 class CaptionDropout:
-    """Puts `nulls` in place of a sample's encodings with a probability, by chance that (seed, epoch, sample) decide."""
+    """Random replacement of a sample's encodings by `nulls`, seeded by (seed, epoch, sample)."""
 
     def __init__(self, nulls: Mapping[str, np.ndarray | str], probability: float, seed: int) -> None:
         self.nulls = nulls
@@ -51,9 +51,9 @@ class CaptionDropout:
 
 
 class EpochItems(Dataset):
-    """A map-style dataset asked for `(epoch, number)`, with the captions dropped that this epoch drops.
+    """Map-style dataset with the index (epoch, number), which applies the caption dropout of the epoch.
 
-    With `seed`, each sample has the entry `STREAM`, which names the random numbers that the training draws for it.
+    With `seed`, each sample has the entry `STREAM`, the name of its random stream.
     """
 
     def __init__(self, dataset: Dataset, dropout: CaptionDropout | None = None, seed: int | None = None) -> None:

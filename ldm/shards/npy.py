@@ -57,7 +57,7 @@ def read_header(start: bytes, size: int, name: str, types: tuple[str, ...] = FLO
     try:
         header = _parse(bytes(start[: min(length, HEADER_BYTES)]), types)
     except Exception as error:  # on a damaged header, numpy raises ValueError, TokenError, RecursionError, ...
-        raise UserError(f"{name}: not a readable .npy array: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name}: not a .npy array: {' '.join(str(error).split())}") from error
     expected = header.start + math.prod(header.shape) * header.dtype.itemsize
     if expected != size:
         raise UserError(f"{name}: shape {header.shape} {header.dtype} takes {expected} bytes, but the file has {size}")

@@ -88,7 +88,7 @@ def test_interpolations_resolve_across_files_and_overrides(tmp_path):
         ("- 1", "found a list"),
         ("3", "not a YAML mapping"),
         ("modle: {}", "unknown section 'modle'; did you mean 'model'"),
-        ("model: 3", "section 'model' must be a mapping, got 3"),
+        ("model: 3", "section 'model' must be a mapping, not 3"),
         ("model: {x: '${nowhere}'}", "'nowhere' not found"),
         ("model: {x: '${model.x}'}", "[Rr]ecursive"),
         ("model: {x: !!int y}", "not a readable config"),

@@ -32,7 +32,7 @@ def test_from_metadata_in_subfolders_beside_captions_in_files(tmp_path, caplog):
     files = {"a.png": RED, "a.txt": "a", "sub/metadata.jsonl": listed, "sub/b.png": RED, "sub/deep/c.png": RED}
     items = find_images(put(tmp_path, {**files, "sub/d.png": RED, "sub/d.txt": "d"}))
     assert described(items) == [("a.png", "a"), ("sub/b.png", "b"), ("sub/deep/c.png", "c")]
-    assert "1 images, such as sub/d.png, are not in sub/metadata.jsonl: left out" in caplog.text
+    assert "1 images skipped, such as sub/d.png, because they are not in sub/metadata.jsonl" in caplog.text
     assert "1 caption files without an image: sub/d.txt" in caplog.text
 
 
@@ -81,7 +81,7 @@ def test_captions_among_the_images_of_a_glob(tmp_path, caplog):
     assert described(find_images(every)) == [("a.png", "a"), ("b.png", "b")] and not caplog.text
     put(tmp_path, {"notes.txt": "x", "film.mp4": "x"})
     assert len(find_images(sorted(map(str, tmp_path.iterdir())))) == 2
-    assert "2 files are neither images nor tars, and are left out" in caplog.text and "notes.txt" in caplog.text
+    assert "2 files skipped, because they are neither images nor tars" in caplog.text and "notes.txt" in caplog.text
 
 
 def test_same_name_of_the_spellings_of_one():
