@@ -163,8 +163,8 @@ def test_sections_of_other_programs_are_left_out_with_one_warning(tmp_path, capl
     config = load_config([write(tmp_path / "c.yaml", text)])
     assert plain(config) == {"model": {"params": {"image_size": 8}}}  # an interpolation may take values from them
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "c.yaml: ignored" in record.message
-    assert record.message.endswith("model, data, lightning: size, sampling")
+    assert record.levelname == "WARNING" and "c.yaml: sections ignored: size, sampling" in record.message
+    assert record.message.endswith("known sections: model, data, lightning")
 
 
 def test_sections_that_need_trust_need_none_where_nothing_reads_them(tmp_path):

@@ -68,7 +68,7 @@ def test_metadata(tmp_path, caplog):
     put(tmp_path, {"metadata.jsonl": lines, "s/a.png": RED, "b.png": RED, "c.png": RED})
     items = find_images(tmp_path)
     assert described(items) == [("s/a.png", "tom"), ("gone.png", "x"), ("b.png", None)]
-    assert "1 images, such as c.png, are not in metadata.jsonl" in caplog.text
+    assert "1 images skipped, such as c.png, because they are not in metadata.jsonl" in caplog.text
     with pytest.raises(UserError, match=r"gone\.png: No such file"):
         items[1].read()
 
