@@ -73,7 +73,7 @@ def described(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        # A step of SGD is proportional to the gradient, and would differ if gradients were summed; so would a clipped norm.
+        # A step of SGD is proportional to the gradient, and would differ if gradients were summed; so would the norm.
         (f"{OPTIMIZER}.target=torch.optim.SGD {OPTIMIZER}.params.lr=0.3 {OPTIMIZER}.params.momentum=0.9", 1e-5),
         ("--gradient_clip_val 0.1", 1e-5),
         (f"{UNET}.use_checkpoint=selective {UNET}.channels_last=True --precision bf16-mixed", 1e-3),
