@@ -1,4 +1,4 @@
-"""The fast tier through main.py: compiled blocks leave keys, checkpoints, resuming and pictures as they were."""
+"""The fast tier through main.py: compiled blocks leave keys, checkpoints, resuming and images as they were."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_compiled_blocks_compute_the_same(compiled: list[torch.fx.GraphModule]) 
     assert len(compiled) == len(fast.input_blocks) + 1 + len(fast.output_blocks)
 
 
-def test_every_size_of_picture_is_compiled_once(compiled: list[torch.fx.GraphModule]) -> None:
+def test_every_size_of_image_is_compiled_once(compiled: list[torch.fx.GraphModule]) -> None:
     fast, sizes = tiny(**FAST), range(4, 13)  # as many as `tools/preencode.py --buckets` makes at 512 pixels
     for width in (*sizes, *sizes):
         fast.run(fast.input_blocks[0], torch.ones(1, 4, 4, width), torch.ones(1, 128), torch.ones(1, 5, 8))

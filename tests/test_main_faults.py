@@ -26,7 +26,7 @@ def test_a_disk_that_is_full_for_logs_and_images_ends_no_run(train, tmp_path, mo
     assert train(f"--max_steps 4 {IMAGES}") == 0
     assert state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")["global_step"] == 4
     said = "".join(caplog.messages)
-    for what in ("The log of CSVLogger", "The log of TensorBoardLogger", "Images of the training"):
+    for what in ("The log of CSVLogger", "The log of TensorBoardLogger", "Training images"):
         assert said.count(f"{what} cannot be written") == 1
 
 

@@ -59,7 +59,7 @@ def test_a_fresh_run_that_was_stopped_goes_on_with_shards_of_another_encoder(tra
     run = the_run(tmp_path / "logs")
     caplog.clear()
     assert train(f"--resume {run} {sending(0, signal.SIGINT)}") == 0
-    assert "the model, which is random" in caplog.text
+    assert "the model, whose weights are random" in caplog.text
     assert train(f"--resume {run} --max_steps 5 {sending(0, signal.SIGINT)}") == 0  # the mark stays
 
 
@@ -79,9 +79,9 @@ def test_the_workflow_of_2022_hacks_a_stopped_run_and_resumes_it(train, tmp_path
         train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 6 {sending(0, signal.SIGINT)}")
 
 
-def test_a_run_that_has_its_steps_says_so(train, tmp_path, caplog):
+def test_a_run_without_steps_left_gives_a_warning(train, tmp_path, caplog):
     train("--max_steps 3")
-    assert "Nothing was trained" not in caplog.text
+    assert "No training" not in caplog.text
     assert train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 2") == 0
     assert "already at step 3 (max_steps=2)" in caplog.text
 

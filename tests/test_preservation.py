@@ -101,7 +101,7 @@ def test_decay_keeps_the_weights_near_their_start(train, tmp_path):
         (f"{PRIOR} model.params.prior_target=teacher", r"no member 't\.npy'; write .*make_prior\.py --teacher"),
         (f"{DECAY} lightning.callbacks.decay.params.start=prior.tar", r"prior\.tar: not a checkpoint"),
         (f"{DECAY} model.params.unet_config.params.num_res_blocks=2", r"start\.safetensors lacks model\."),
-        (f"{DECAY} lightning.callbacks.decay.params.weight=1e4", "beyond the start itself"),
+        (f"{DECAY} lightning.callbacks.decay.params.weight=1e4", "overshoots the start"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(train, tmp_path, line, message):

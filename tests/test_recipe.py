@@ -97,9 +97,9 @@ def test_recipe_from_a_config(work: Callable, tmp_path: Path) -> None:
     work("tools/merge_release.py", "--out", "mine.safetensors")
     check_merged(release, tmp_path / "mine.safetensors", trained)
     check_diffusers(tmp_path / "mine.safetensors", tmp_path)
-    sampling = ("--config", RELEASE_CONFIG, "--prompt", "tom the cat", "--steps", 2, "--out", "pictures")
+    sampling = ("--config", RELEASE_CONFIG, "--prompt", "tom the cat", "--steps", 2, "--out", "images")
     work("tools/txt2img.py", "--ckpt", "mine.safetensors", *sampling)
-    assert (tmp_path / "pictures/00000.png").is_file()
+    assert (tmp_path / "images/00000.png").is_file()
 
 
 def test_recipe_with_an_aborted_run(work: Callable, tmp_path: Path) -> None:

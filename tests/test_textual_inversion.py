@@ -24,7 +24,7 @@ from tests.training_runs import fixture_one_thread, run_main, the_run  # noqa: F
 CONFIGS = [RELEASE_CONFIG, "textual_inversion.yaml"]
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 TOM, PERSON = 2435, 2533  # CLIP's ids of "tom" and of the config's initial token
-CAPTIONS = ["tom the cat, grinning", "tom the cat", "a picture of tom", "the happy tom"]
+CAPTIONS = ["tom the cat, grinning", "tom the cat", "an image of tom", "the happy tom"]
 TRAIN = (
     f"--base {' '.join(CONFIGS)} -t --no-test --scale_lr False model.base_learning_rate=0.01 "
     "model.params.cond_stage_config.params.token=tom "
