@@ -132,7 +132,7 @@ def main() -> None:
 
 def load_release_for_prior(
     options: argparse.Namespace, local_rank: int
-) -> tuple[LatentDiffusion, Encoder, dict[str, str]]:
+) -> tuple[LatentDiffusion, Encoder, dict[str, str | None]]:
     """Return the model on its device, its encoder, and the digests of its UNet."""
     from ldm.encoding.encoder import Encoder
     from ldm.encoding.prior import unet_digests
