@@ -74,7 +74,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--latent-size", type=int, default=64, help="height and width of the latents (default: 64)")
     parser.add_argument("--samples", type=int, default=2, help="number of pre-encoded samples (default: 2)")
     parser.add_argument("--batch-size", type=int, default=1, help="batch size of the training step (default: 1)")
-    parser.add_argument("--skip-training", action="store_true", help="merge the untrained checkpoint; saves 24 GB")
+    parser.add_argument(
+        "--skip-training",
+        action="store_true",
+        help="skip the training step and merge the untrained checkpoint; saves 24 GB",
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What people put into the checkout stays out of commits; what is ours in `data/` does not."""
+"""Tests that git ignores the files of users in the checkout, and not those of the project in `data/`."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""main.py: training; the run folder and its logs; the switches and names that people know."""
+"""Tests of main.py: training, the run folder and its logs, and the switches and names of 2022."""
 
 import logging
 import re
@@ -56,7 +56,7 @@ def test_a_run_folder_holds_checkpoints_configs_logs_and_images(train, tmp_path,
     assert set(load_config([lightning, project])) == {"model", "data", "lightning"}
 
 
-def test_the_best_are_ranked_by_the_validation_of_their_own_step(train, tmp_path, monkeypatch):
+def test_the_best_checkpoints_are_ranked_by_the_validation_of_their_step(train, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
         "ldm.training.resume.save_checkpoint",
@@ -68,7 +68,7 @@ def test_the_best_are_ranked_by_the_validation_of_their_own_step(train, tmp_path
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5]
 
 
-def test_without_a_monitor_every_so_many_steps_are_kept(train, tmp_path):
+def test_without_a_monitor_checkpoints_are_kept_at_intervals(train, tmp_path):
     params = "lightning.modelcheckpoint.params"
     assert train(f"--max_steps 4 {params}.every_n_train_steps=2 {params}.monitor=null {params}.save_top_k=-1") == 0
     kept = {path.name for path in (the_run(tmp_path / "logs") / "checkpoints").iterdir()}
@@ -138,7 +138,7 @@ def test_the_test_set_runs_after_training_and_alone(tmp_path, monkeypatch, caplo
     assert logged(run, "test/loss_ema")
 
 
-def test_a_rehearsal_writes_no_checkpoint(train, tmp_path):
+def test_fast_dev_run_writes_no_checkpoint(train, tmp_path):
     assert train("--fast_dev_run True") == 0
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -150,7 +150,7 @@ def test_exports_are_what_yaml_files_name():
         main.ImageLoger  # noqa: B018
 
 
-def test_another_logger_takes_the_place_of_tensorboard(train, tmp_path):
+def test_another_logger_replaces_tensorboard(train, tmp_path):
     assert train("--max_steps 1 -p paintings lightning.logger.target=tests.test_main.FakeWandbLogger") == 0
     run = the_run(tmp_path / "logs")
     folder = run.relative_to(tmp_path)

@@ -20,8 +20,8 @@ from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
-# With several processes, agreement on a signal waits for the device, so it does not happen at every step. Launchers
-# kill half a minute after SIGTERM, so it must not be rare either.
+# With several processes, agreement on a signal waits for the device, so it does not happen at every step. It happens
+# every few seconds, because launchers kill a process half a minute after SIGTERM.
 _STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS = 10, 3.0
 
 

@@ -1,4 +1,4 @@
-"""What is done with a model beside training steps, on a device."""
+"""Checks of validation, sampling and evaluation on a device."""
 
 from __future__ import annotations
 
