@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "finetune_stable_diffusion.yaml"
 MAX_RSS = 24e9  # bytes, of any stage
-MAX_RSS_OF_RELEASE = 1.3  # of hack and merge, as a multiple of the release's size
+MAX_RSS_OF_RELEASE = 1.3  # limit for hack and merge, as a multiple of the release's size
 
 
 @dataclass
@@ -161,7 +161,7 @@ def write_shard(folder: Path, samples: int, latent_size: int) -> None:
 
 
 def check_merged(merged: Path, release: Path, trained: bool) -> None:
-    """Raise `UserError` unless only the UNet differs from the release, and only after training."""
+    """Raise `UserError` if tensors outside the UNet differ from the release, or none of the UNet after training."""
     new, old = load_state_dict(merged), load_state_dict(release)
     changed = {key for key in old if not torch.equal(new[key], old[key])}
     expected = {key for key in old if key.startswith("model.")} if trained else set()

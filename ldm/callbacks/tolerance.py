@@ -138,7 +138,7 @@ def tolerant(logger: Logger) -> Logger:
 
 
 def write_tolerantly(logger: Logger, write: Callable[..., Any], *arguments: Any) -> None:
-    """Call `write`, which writes to the experiment of `logger`; errors are warnings if the logger is `tolerant`."""
+    """Call `write` with `arguments`; if `logger` is tolerant, an error gives a warning."""
     method = logger.log_metrics
     guard = getattr(method.func, "__self__", None) if isinstance(method, partial) else None
     if isinstance(guard, TolerantLogger):
