@@ -14,7 +14,7 @@ import torch
 
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.kept import KeptCheckpoints
-from ldm.callbacks.saving import keep_numbered, saved
+from ldm.callbacks.saving import keep_numbered, try_save
 from ldm.callbacks.signals import SignalRequests
 from ldm.util import UserError
 
@@ -152,9 +152,9 @@ def test_all_processes_know_that_one_could_not_write(caplog) -> None:
     decided = []
     strategy = SimpleNamespace(reduce_boolean_decision=lambda mine: decided.append(mine), barrier=lambda name: None)
     trainer = SimpleNamespace(world_size=2, strategy=strategy)  # `append` says None: another process failed
-    assert not saved(trainer, lambda: None) and decided == [True] and not caplog.records
+    assert not try_save(trainer, lambda: None) and decided == [True] and not caplog.records
     with pytest.raises(UserError, match="could not write the last checkpoint"):
-        saved(trainer, lambda: None, needed=True)
+        try_save(trainer, lambda: None, needed=True)
 
 
 def test_slow_writing_gives_one_warning(run: Run, caplog) -> None:
