@@ -24,10 +24,18 @@ class PLMSSampler(Sampler):
     """DDIM steps along a linear multistep combination of up to four noise predictions; the first is an Euler pair."""
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = False,
     ) -> None:
         if ddim_eta != 0:
             raise UserError(f"eta={ddim_eta}: PLMS is deterministic; leave eta at 0, or use the ddim sampler")
+        if ddim_discretize == "karras":
+            raise UserError(
+                "spacing karras: PLMS takes equal steps in time; use the dpm_solver or ddim sampler, or another spacing"
+            )
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
     def start(self) -> None:
@@ -36,6 +44,8 @@ class PLMSSampler(Sampler):
     def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         previous = self.alphas_prev[index]
         prediction = predict(x, index)
+        if self.alphas[index] == 0:  # x is noise alone: ε tells nothing of x₀, which must be the predicted one
+            return ddim_step(prediction, previous), prediction.x0
         if self.earlier:
             history = [prediction.eps, *self.earlier]
             weights = _ADAMS_BASHFORTH[len(self.earlier) - 1]

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Conditioning, Denoiser, guided_output
-from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, noised, prediction_to_eps_x0
+from ldm.models.diffusion.spacing import steps_at
+from ldm.modules.diffusionmodules.schedule import noised, prediction_to_eps_x0
 from ldm.util import UserError
 
 
@@ -39,11 +40,13 @@ class NotFiniteError(UserError):
 
 
 class Sampler:
-    """The loop. Subclasses set the steps in `make_schedule` and give one `step` rule.
+    """The loop. Subclasses give one `step` rule, and the `spacing` of steps that it was published with.
 
     `make_schedule` leaves `timesteps`, the model times of the steps from most to least noisy, and `alphas` and
     `alphas_prev`, ᾱ at each step and at the one after; all float64 arrays of the number of steps.
     """
+
+    spacing = "leading"
 
     def __init__(self, model: Denoiser, schedule: str = "linear") -> None:
         del schedule  # old scripts name it; the model knows its own
@@ -53,17 +56,42 @@ class Sampler:
     def alphas_cumprod(self) -> np.ndarray:
         return self.model.alphas_cumprod.detach().cpu().double().numpy()
 
+    @property
+    def parameterization(self) -> str:
+        return getattr(self.model, "parameterization", "eps")
+
+    @property
+    def own_spacing(self) -> str:
+        """The spacing where none is asked for: a schedule that ends without signal is sampled from its very end.
+
+        A model that predicts the noise says nothing there, so that its steps lead away from the end.
+        """
+        if self.alphas_cumprod[-1] > 0:
+            return self.spacing
+        return "leading" if self.parameterization == "eps" else "trailing"
+
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = False,
     ) -> None:
-        """Set the DDIM steps: noise levels at a stride of the training schedule, ending at its first."""
+        """Set the steps: those of `steps_at` for the spacing `ddim_discretize`, or else for `own_spacing`.
+
+        Raises:
+            UserError: see `steps_at`; or the first step has no signal, of which a prediction of the noise says nothing.
+        """
         del verbose
         self.eta = ddim_eta
-        self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.model.num_timesteps)
-        alphas = self.alphas_cumprod[self.ddim_timesteps]
-        self.timesteps = self.ddim_timesteps[::-1].astype(np.float64)
-        self.alphas = alphas[::-1]
-        self.alphas_prev = np.append(self.alphas[1:], self.alphas_cumprod[0])
+        spacing = ddim_discretize or self.own_spacing
+        self.timesteps, self.alphas, self.alphas_prev = steps_at(spacing, ddim_num_steps, self.alphas_cumprod)
+        if self.alphas[0] == 0 and self.parameterization == "eps":
+            raise UserError(
+                f"spacing {spacing}: the schedule ends without signal, where a model that predicts the noise says "
+                "nothing; set parameterization to v if it predicts v, or take the spacing leading"
+            )
+        self.ddim_timesteps = np.rint(self.timesteps[::-1]).astype(int)  # rising, as old scripts read them
 
     def start(self) -> None:
         """Forget earlier steps; called before the first one."""
@@ -79,8 +107,7 @@ class Sampler:
         output = guided(x, t)
         # filled on the device: a tensor made of a Python number would cross over, and be waited for
         alpha_bar = torch.full((), self.alphas[index], device=x.device, dtype=x.dtype)
-        parameterization = getattr(self.model, "parameterization", "eps")
-        return Prediction(*prediction_to_eps_x0(output.to(x.dtype), x, alpha_bar, parameterization))
+        return Prediction(*prediction_to_eps_x0(output.to(x.dtype), x, alpha_bar, self.parameterization))
 
     @torch.no_grad()
     def sample(
@@ -104,11 +131,13 @@ class Sampler:
         image_guidance_scale: float | None = None,
         init: Tensor | None = None,
         strength: float = 1.0,
+        spacing: str | None = None,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Return `batch_size` samples of `shape` (C, H, W), made in `S` steps.
 
-        At the stride of DDIM and PLMS, ⌊T / S⌋, there are more where `S` does not divide T: 500 for 400 of T = 1000,
-        and all 1000 for 600.
+        With the spacing `leading`, a stride of ⌊T / S⌋, there are more where `S` does not divide T: 500 for 400 of
+        T = 1000, and all 1000 for 600.
 
         Args:
             callback: called with the index of each step done.
@@ -123,26 +152,29 @@ class Sampler:
             generators: one per sample; the noise of a sample then does not depend on its batch.
             image_guidance_scale: the second scale of guidance; see `guided_output`.
             init, strength: start from the latents `init` (B, C, H, W), noised for the last `strength` of the steps
-                (image to image, arXiv:2108.01073).
+                (image to image, arXiv:2108.01073); at least one step runs.
+            spacing: one of `ldm.models.diffusion.spacing.SPACINGS`; by default `own_spacing`.
+            guidance_rescale: φ; see `guided_output`.
 
         Returns:
             The samples (B, C, H, W), and `{"x_inter": [...], "pred_x0": [...]}`.
 
         Raises:
-            UserError: a number of steps, an eta or a strength that the sampler cannot take; a mask without `x0`.
+            UserError: a number or a spacing of steps, an eta or a strength that the sampler cannot take; a mask without
+                `x0`.
             NotFiniteError: a step gives infinities or NaN.
         """
         if mask is not None and x0 is None:
             raise UserError("a mask needs the latents x0 that it keeps")
         if not 0 < strength <= 1:
             raise UserError(f"strength {strength}: give a number above 0, up to 1")
-        self.make_schedule(S, ddim_eta=eta)
+        self.make_schedule(S, spacing, eta)
         self.start()
         device = self.model.alphas_cumprod.device
         noise = self._noise((batch_size, *shape), generators, device)
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
-            scales = unconditional_guidance_scale, image_guidance_scale
+            scales = unconditional_guidance_scale, image_guidance_scale, guidance_rescale
             return guided_output(self.model, x, t, conditioning, unconditional_conditioning, *scales)
 
         def keep(x: Tensor, index: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Predict, Sampler
@@ -16,20 +15,20 @@ _FEW_STEPS = 15
 
 
 class DPMSolverSampler(Sampler):
-    """Steps uniform in time; between training timesteps, log ᾱ is interpolated linearly."""
+    """Steps of algorithm 2, at the times of any spacing; by default they are equal in time."""
+
+    spacing = "linspace"
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = False,
     ) -> None:
         if ddim_eta != 0:
             raise UserError(f"eta={ddim_eta}: DPM-Solver++ is deterministic; leave eta at 0, or use the ddim sampler")
-        last = self.model.num_timesteps - 1
-        if not 1 <= ddim_num_steps <= last:
-            raise UserError(f"{ddim_num_steps} sampling steps: choose 1 to {last}")
-        times = np.linspace(last, 0, ddim_num_steps + 1)
-        with np.errstate(divide="ignore"):  # the logarithm of 0, at a zero terminal SNR, is −∞
-            alphas = np.exp(np.interp(times, np.arange(last + 1), np.log(self.alphas_cumprod)))
-        self.timesteps, self.alphas, self.alphas_prev = times[:-1], alphas[:-1], alphas[1:]
+        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
     def start(self) -> None:
         self.earlier: tuple[Tensor, float] | None = None  # x₀ and λ of the step before
@@ -40,9 +39,9 @@ class DPMSolverSampler(Sampler):
         log_snr = _half_log_snr(alpha_bar)
         h = _half_log_snr(target) - log_snr
         steps = len(self.timesteps)
-        lowered = steps < _FEW_STEPS and index == steps - 1
+        lowered = index == steps - 1 and (steps < _FEW_STEPS or target == 1)  # at ᾱ = 1, order 2 has no limit
         data = x0
-        if self.earlier is not None and not lowered:
+        if self.earlier is not None and not lowered and h > 0:  # h is 0 where two steps have one time
             earlier_x0, earlier_log_snr = self.earlier
             ratio = (log_snr - earlier_log_snr) / h
             data = x0 + (x0 - earlier_x0) / (2 * ratio)
@@ -52,5 +51,7 @@ class DPMSolverSampler(Sampler):
 
 
 def _half_log_snr(alpha_bar: float) -> float:
-    """Return λ = log(α/σ); −∞ at a zero terminal SNR."""
-    return -math.inf if alpha_bar == 0 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
+    """Return λ = log(α/σ); −∞ at a zero terminal SNR, and ∞ where no noise is left."""
+    if alpha_bar in (0, 1):
+        return math.inf if alpha_bar else -math.inf
+    return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
