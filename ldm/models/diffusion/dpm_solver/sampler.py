@@ -38,10 +38,12 @@ class DPMSolverSampler(Sampler):
         x0 = predict(x, index).x0
         log_snr = _half_log_snr(alpha_bar)
         h = _half_log_snr(target) - log_snr
+        if h == 0:  # two steps of one time
+            return x, x0
         steps = len(self.timesteps)
         lowered = index == steps - 1 and (steps < _FEW_STEPS or target == 1)  # at ᾱ = 1, order 2 has no limit
         data = x0
-        if self.earlier is not None and not lowered and h > 0:  # h is 0 where two steps have one time
+        if self.earlier is not None and not lowered:
             earlier_x0, earlier_log_snr = self.earlier
             ratio = (log_snr - earlier_log_snr) / h
             data = x0 + (x0 - earlier_x0) / (2 * ratio)

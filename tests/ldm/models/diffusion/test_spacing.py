@@ -101,5 +101,5 @@ def test_steps_that_there_are_not(spacing: str, count: int, message: str) -> Non
 
 
 def test_karras_of_a_schedule_without_signal() -> None:
-    with pytest.raises(UserError, match="spacing karras: .* use trailing"):
+    with pytest.raises(UserError, match=r"spacing karras: .* use trailing"):
         steps_at("karras", 5, ZERO)
