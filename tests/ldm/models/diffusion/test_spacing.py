@@ -87,12 +87,11 @@ def test_leading_agrees_with_diffusers() -> None:
 @pytest.mark.parametrize(
     ("spacing", "count", "message"),
     [
-        ("even", 5, "spacing 'even' is unknown; valid: karras, leading, linspace, trailing"),
-        ("trailng", 5, "did you mean 'trailing'"),
-        ("karras", 0, "0 sampling steps: choose 1 to 1000"),
-        ("trailing", 1001, "1001 sampling steps: choose 1 to 1000"),
-        ("linspace", 1000, "1000 sampling steps: choose 1 to 999"),
-        ("leading", 1001, "1001 sampling steps: choose 1 to 1000"),
+        ("even", 5, "spacing 'even' is unknown; valid: leading, linspace, trailing, karras"),
+        ("karras", 0, "sampling steps 0: give a whole number from 1 to 1000"),
+        ("trailing", 1001, "sampling steps 1001: give a whole number from 1 to 1000"),
+        ("linspace", 1000, "sampling steps 1000: give a whole number from 1 to 999"),
+        ("leading", 1001, "sampling steps 1001: give a whole number from 1 to 1000"),
     ],
 )
 def test_steps_that_there_are_not(spacing: str, count: int, message: str) -> None:
