@@ -45,6 +45,7 @@ _SAID = (
     ("format", "format"),
     ("autoencoder", "autoencoder"),
     ("text_tower", "text tower"),
+    ("text_tower_2", "second text tower"),
     ("scale_factor", "scale factor"),
 )
 
