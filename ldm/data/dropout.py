@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.sampler import Item, draw_name
+from ldm.data.sampler import Item, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
-from ldm.shards.sample import CAPTION, DRAW
+from ldm.shards.sample import CAPTION, STREAM
 from ldm.util import UserError
 
 
@@ -53,7 +53,7 @@ class CaptionDropout:
 class EpochItems(Dataset):
     """A map-style dataset asked for `(epoch, number)`, with the captions dropped that this epoch drops.
 
-    With `seed`, each sample has the entry `DRAW`, which names the random numbers that the training draws for it.
+    With `seed`, each sample has the entry `STREAM`, which names the random numbers that the training draws for it.
     """
 
     def __init__(self, dataset: Dataset, dropout: CaptionDropout | None = None, seed: int | None = None) -> None:
@@ -69,4 +69,4 @@ class EpochItems(Dataset):
         sample = self.dataset[number]
         if self.dropout:
             sample = self.dropout(sample, epoch, number)
-        return sample if self.seed is None else {**sample, DRAW: draw_name(self.seed, epoch, number)}
+        return sample if self.seed is None else {**sample, STREAM: stream_name(self.seed, epoch, number)}
