@@ -121,10 +121,10 @@ def units(unet: UNetModel) -> list[nn.Module]:
     blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
     if unet.is_compiled:
         return list(blocks)
-    return [unit for block in blocks for layer in block for unit in _within(layer)]
+    return [unit for block in blocks for layer in block for unit in _units_of(layer)]
 
 
-def _within(layer: nn.Module) -> list[nn.Module]:
+def _units_of(layer: nn.Module) -> list[nn.Module]:
     """Return the units of a layer: those of a deep transformer, as in SDXL, are too large to be gathered at once."""
     is_deep = isinstance(layer, SpatialTransformer) and len(layer.transformer_blocks) > 1
     return [*layer.transformer_blocks, layer] if is_deep else [layer]
