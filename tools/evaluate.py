@@ -30,6 +30,7 @@ from ldm.cli.options import (
 )
 from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
+from ldm.locks import LOCK, locked
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,12 @@ def check_arguments(options: argparse.Namespace) -> None:
 def main() -> None:
     options = parse_arguments()
     check_arguments(options)
+    with locked(options.out / LOCK, f"--out {options.out}"):  # two at once would mix their files
+        evaluate(options)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Evaluate, and write the results to the folder `options.out`."""
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.checkpoint import encoder_digests
     from ldm.evaluation.plots import draw_figure
