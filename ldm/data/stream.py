@@ -11,8 +11,8 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import CaptionDropout
-from ldm.shards.reader import check_shape, decode_member, find_member
-from ldm.shards.sample import CAPTION, CONTEXT, LATENT, TEXT_KEYS, member_extension
+from ldm.shards.reader import check_map, check_shape, decode_member, find_member, numbered_keys
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, MAPS, is_array, member_extension, plain
 from ldm.shards.tar import stream_tar
 from ldm.util import UserError
 
@@ -91,14 +91,17 @@ class ShardStream(IterableDataset):
 
     def _decode(self, url: str, sample: str, members: dict[str, bytes]) -> dict[str, Any]:
         result: dict[str, Any] = {"__key__": sample}
+        if not self.shapes:
+            self.keys = numbered_keys(self.keys, members)
         for key in self.keys:
             name = f"{url}: {sample}.{member_extension(key)}"
             data = find_member(key, members, self.optional, sample, url) or b""
             result[key] = decode_member(key, bytearray(data), name)
-            if key not in TEXT_KEYS:
+            if is_array(key):
                 known = self.shapes.setdefault(key, {})
                 shape = result[key].shape
-                image = key == self.first_stage_key
+                image = key == self.first_stage_key or plain(key) in MAPS
                 check_shape(key, shape, next(iter(known), shape), image, name)
+                check_map(key, shape, result[self.first_stage_key].shape, name)
                 known[shape] = result[key].dtype.name
         return result
