@@ -76,8 +76,8 @@ def main() -> None:
     from ldm.evaluation.samples import Sampling
     from ldm.evaluation.sets import parse_sets
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.matching import release_config
     from ldm.release.opening import open_release
 
     config_name, config = release_config(

@@ -2,8 +2,8 @@
 """Shards of what a model should not forget: its own samples, or images of yours, and what it predicts on them.
 
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
-python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/taught/%06d.tar --teacher 8
-python tools/make_prior.py --shards 'data/class/*.tar' --out data/taught/%06d.tar --teacher 8
+python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/with_teacher/%06d.tar --teacher 8
+python tools/make_prior.py --shards 'data/class/*.tar' --out data/with_teacher/%06d.tar --teacher 8
 
 Interrupted, it goes on when the same command is given again. Under torchrun or srun, each process makes its share of
 the shards.
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     elif options.prompt or options.from_file or not options.teacher:
         raise UserError(f"--shards {options.shards}: has its own captions, and needs --teacher, the predictions to add")
     elif unread := given("n", *SETTINGS, "H", "W"):
-        raise UserError(f"--shards {options.shards}: its images are taken, nothing is drawn; leave out {unread}")
+        raise UserError(f"--shards {options.shards}: its images are taken, nothing is sampled; leave out {unread}")
     check_drawing_options(options, options.n * len(options.prompt))
     return options
 
@@ -65,23 +65,23 @@ def main() -> None:
     # Only now the slow imports: --help should answer at once.
     from ldm.data.dropout import CaptionDropout
     from ldm.distributed.ranks import Ranks
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.prior import (
         digest_of,
         digest_shards,
-        drawn,
         latents_of_images,
         make_prior,
         open_images,
-        taught,
+        sampled,
         unet_digests,
+        with_teacher,
     )
     from ldm.encoding.shard_set import check_out
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
     from ldm.modules.encoders.tokenizer import warn_of_cut
+    from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.matching import release_config
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and options.overwrite:
@@ -92,7 +92,7 @@ def main() -> None:
     _, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device, ranks.local), PRECISIONS[options.precision]
     model = load_release(options.ckpt, config, vae=options.vae)
-    encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
+    encoder = SampleEncoder(model, device, dtype)  # which tells the weights by their float32 values
     unet = unet_digests(model)
     model.model.to(dtype)
     model.to(device)
@@ -107,12 +107,12 @@ def main() -> None:
         count, about = len(requests), {key: getattr(options, key) for key in SETTINGS}
         shape = latent_shape(model, options.H, options.W)
         made_from = {"prompts": digest_of(prompts), "shape": list(shape)}
-        source = drawn(encoder, requests, shape, about)
+        source = sampled(encoder, requests, shape, about)
     if options.teacher:
         made_from["null_share"] = options.null_share
         teacher = Teacher(model, options.teacher, options.seed)
         dropout = CaptionDropout(encoder.captions([""])[0].arrays, options.null_share, options.seed)
-        source = taught(source, teacher, dropout)
+        source = with_teacher(source, teacher, dropout)
     shards = make_prior(
         encoder,
         source,

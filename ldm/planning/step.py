@@ -22,7 +22,7 @@ from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
 from ldm.optim import build_optimizer
 from ldm.planning.fake_batch import gives_images, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
-from ldm.release.building import without_initialisation
+from ldm.release.initialisation import without_initialisation
 from ldm.util import UserError, nearest
 
 # Lightning's `precision` → dtype of the weights, dtype of autocast.

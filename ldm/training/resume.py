@@ -17,9 +17,9 @@ from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_chec
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
-from ldm.release.building import without_initialisation
-from ldm.release.fresh import checkpoint_at_start
-from ldm.release.keys import check_training_checkpoint, is_of_2022
+from ldm.release.initial_checkpoint import checkpoint_at_start
+from ldm.release.initialisation import without_initialisation
+from ldm.release.keys import check_training_checkpoint, has_step_counters
 from ldm.training.arguments import DEFAULT_SEED
 from ldm.training.run import LAST, lies_in_run
 from ldm.training.structure import check_structure
@@ -95,8 +95,7 @@ def _open_whole(path: Path) -> OpenCheckpoint:
     """
     opened = open_checkpoint(path)
     check_training_checkpoint(opened.content, path)
-    if is_of_2022(opened.content):
-        log.info("%s: of Lightning 1.4, without progress: its weights are taken up, the step counters start anew", path)
+    if not has_step_counters(opened.content, path):
         weights = opened.content["state_dict"]
         opened.content.clear()
         opened.content.update(checkpoint_at_start({}), state_dict=weights)

@@ -87,13 +87,13 @@ def evaluation_beside_training() -> None:
 
 @check
 def encoder_and_teacher() -> None:
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.teacher import Teacher
 
     for dtype in (torch.float32, torch.bfloat16):
         model = build(cond_stage=TEXT_TOWER)
         with pretending(), mock.patch("ldm.encoding.encoder.encoder_digests", return_value={}):
-            encoder = Encoder(model, pretended.GPU, dtype)
+            encoder = SampleEncoder(model, pretended.GPU, dtype)
             encoded = encoder.images(torch.empty(2, 3, 8, 8, dtype=torch.uint8))
             assert (encoded.device, encoded.shape) == (pretended.GPU, (2, 8, 4, 4))
             assert len(encoder.captions(["a", "b", "a"])) == 3

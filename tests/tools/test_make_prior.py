@@ -150,7 +150,7 @@ def test_make_prior_goes_on_after_an_interruption(make_prior, whole, tmp_path, m
     assert not json.loads((tmp_path / "out/index.json").read_text())["complete"]
     for changed in (("--n", 6), ("--seed", 1), ("--teacher", 3), ("--steps", 3), ("--null-share", 0.5)):
         message = make_prior(*out, *changed)
-        assert re.search(r"the unfinished set was begun with .*give the same command to go on", message)
+        assert re.search(r"the unfinished set was begun with .*give the same command to resume", message)
     calls = interrupt_at(monkeypatch, 100)
     assert make_prior(*out) is None and len(calls) == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
@@ -202,7 +202,10 @@ def test_make_prior_names_prompts_that_are_cut(make_prior, caplog):
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),
-        (("--shards", "{images,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
+        (
+            ("--shards", "{images,again}/*.tar", "--teacher", 1),
+            "two samples have the key 'dog0'; make a prior of each part",
+        ),
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )

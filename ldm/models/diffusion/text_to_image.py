@@ -81,12 +81,12 @@ def draw_latents(
             sample that is not finite.
     """
     parts = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
-    for samples in draw_batches(model, parts, shape, sampler, steps, scale, eta, verbose):
+    for samples in sample_batches(model, parts, shape, sampler, steps, scale, eta, verbose):
         yield from samples
 
 
 @torch.no_grad()
-def draw_batches(
+def sample_batches(
     model: LatentDiffusion,
     parts: Iterable[Sequence[Request]],
     shape: tuple[int, int, int],
