@@ -22,23 +22,35 @@ Change = Callable[[dict[str, Any], int, int | str], dict[str, Any]]
 
 
 def load_null(path: Path) -> np.ndarray:
-    """The stored encoding of the empty caption.
+    """Return the stored encoding of the empty caption.
 
     Raises:
         UserError: the file is missing, broken, not finite, or all zeros, which no text encoder gives; except where the
             index beside it says that zeros stand for the empty caption.
     """
+    null = read_array(
+        path,
+        "null_cond_dropout needs it: the text encoder's output for the empty caption; tools/preencode.py writes it "
+        "beside the shards, null_cond_path names another place",
+    )
+    if not null.any() and (read_index(path.parent) or {}).get(EMPTY_CAPTION) != ZEROS:
+        raise UserError(f"{path}: is not the encoding of an empty caption: it is all zeros")
+    return null
+
+
+def read_array(path: Path, needed: str) -> np.ndarray:
+    """Return the array in a file beside the shards; `needed` says who needs it, what it is, and how it is made.
+
+    Raises:
+        UserError: the file is missing, broken, or not finite.
+    """
     check_file(path)
     if not path.exists():
-        raise UserError(
-            f"{path}: not found, and null_cond_dropout needs it: the text encoder's output for the empty caption; "
-            "tools/preencode.py writes it beside the shards, null_cond_path names another place"
-        )
-    null = npy.decode(bytearray(read_at_most(path, MOST_IN_MEMBER)), str(path))
-    is_zero = not null.any() and (read_index(path.parent) or {}).get(EMPTY_CAPTION) != ZEROS
-    if not np.isfinite(null).all() or is_zero:
-        raise UserError(f"{path}: is not the encoding of an empty caption: it is all zeros or not finite")
-    return null
+        raise UserError(f"{path}: not found, and {needed}")
+    array = npy.decode(bytearray(read_at_most(path, MOST_IN_MEMBER)), str(path))
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: holds NaN or infinite values; put back what was written there")
+    return array
 
 
 class CaptionDropout:
