@@ -5,14 +5,14 @@ B batch; H, W height and width of an image; C, h, w those of its latent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.concat import LatentFinetuneDiffusion
+from ldm.models.diffusion.concat import LatentFinetuneDiffusion, check_map
 from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -23,11 +23,11 @@ class LatentDiffusion(LatentFinetuneDiffusion):
 
     Images are channels first (B, 3, H, W) in [-1, 1]. The entry `cond_stage_key` is a mapping: `c_concat` the original
     images, `c_crossattn` the captions. Of pre-encoded batches, the first of `concat_keys` is the original's posterior
-    or latent, and the cond stage reads the captions' encodings.
+    or latent, and the cond stage reads the captions' encodings. The data drop these, by `dropout`.
 
     Args:
-        dropout: the share of samples that lose their caption alone, as many that lose their image alone, and as many
-            that lose both.
+        dropout: the share of training samples that lose their caption alone, as many that lose their image alone, and
+            as many that lose both.
     """
 
     default_concat_keys = ("edit",)
@@ -54,13 +54,19 @@ class LatentDiffusion(LatentFinetuneDiffusion):
             encoded = self.encode_batch({self.first_stage_key: batch_entry(batch, self.concat_keys[0])})
         return [encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded]
 
+    def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().check_batch_shapes(shapes)
+        check_map(self.concat_keys[0], shapes, (self.channels, 2 * self.channels))
+
     def encode_conditioning(self, batch: Batch) -> Conditioning:
-        """Return the conditioning of a batch, with captions and images of random samples dropped.
+        """Return the conditioning of a batch; of pairs of images, with captions and images of random ones dropped.
 
         With r uniform per sample and u the share `dropout`: below u the caption goes, from u to 2u both, from 2u to
-        3u the image (section 3.2.1). Stored encodings of captions are dropped by the data instead.
+        3u the image (section 3.2.1).
         """
         cond = super().encode_conditioning(batch)
+        if not self._has_pairs(batch):
+            return cond
         (image,), (text,) = cond["c_concat"], cond["c_crossattn"]
         r, u = Draws.of(batch).uniform("edit", image), self.dropout  # (B,)
         drops_text, drops_image = r < 2 * u, (r >= u) & (r < 3 * u)

@@ -183,6 +183,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
                 f"{self.cond_stage_key} has shape {tuple(context)}; the UNet's context_dim is {width}: "
                 "were the captions encoded by another text encoder?"
             )
+        self.check_vector(shapes)
 
     # Training
 
