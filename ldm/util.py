@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,19 @@ def check_number(
     parts = [kind, f"of {unit}" if unit else "", next((text for text, known in limits.items() if known), "")]
     nothing = ", or leave it out" if name.startswith("--") else ", or null"
     raise UserError(f"{name} {value!r}: give {' '.join(filter(None, parts))}{nothing if optional else ''}")
+
+
+def check_choice(name: str, value: Any, valid: Sequence[Any]) -> None:
+    """Raise `UserError` unless `value` is one of `valid`. `name` is the key or option that has the value."""
+    if value not in valid:
+        raise UserError(f"{name} {value!r} is unknown; valid: {', '.join(map(str, valid))}")
+
+
+def refuse_if(*faults: tuple[Any, str]) -> None:
+    """Raise `UserError` with the message of the first of `faults` whose condition is true."""
+    message = next((message for condition, message in faults if condition), None)
+    if message is not None:
+        raise UserError(message)
 
 
 def get_obj_from_str(path: str) -> Any:

@@ -72,7 +72,7 @@ def main() -> None:
     from ldm.checkpoint import encoder_digests
     from ldm.evaluation.plots import draw_figure
     from ldm.evaluation.releases import Settings, evaluate_releases
-    from ldm.evaluation.report import rows_of, table, write_json
+    from ldm.evaluation.report import format_table, summarise_results, write_json
     from ldm.evaluation.samples import Sampling
     from ldm.evaluation.sets import parse_sets
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -92,7 +92,7 @@ def main() -> None:
 
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)
-    rows = rows_of(evaluate_releases(load, options.base, options.ckpt, sets, settings, encoders))
+    rows = summarise_results(evaluate_releases(load, options.base, options.ckpt, sets, settings, encoders))
     about = {
         "base": str(options.base),
         "tuned": str(options.ckpt),
@@ -105,7 +105,7 @@ def main() -> None:
     }
     write_json(rows, about, options.out / "evaluation.json")
     draw_figure(rows, f"{options.ckpt.name} beside its base, {options.base.name}", options.out / "evaluation.png")
-    logger.info("\n%s\n\n%s: evaluation.json and evaluation.png", Lines(table(rows)), options.out)
+    logger.info("\n%s\n\n%s: evaluation.json and evaluation.png", Lines(format_table(rows)), options.out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.saving import WritingTime, keep_numbered, saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
+from ldm.distributed.collectives import FailedTogether
 from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class LastCheckpoint(Checkpoint):
 
     It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
     exactly, in the middle of an epoch or at its end. A `UserError` (an image that cannot be read) saves too, as of the
-    last step, but for a `NumericalFault`. When the disk is full training goes on, but for its end, or a signal to stop.
+    last step, except a `NumericalFault`, and except one that other processes know nothing of. When the disk is full
+    training goes on, but for its end, or a signal to stop.
 
     Args:
         path: where `last.ckpt` is.
@@ -124,8 +126,9 @@ class LastCheckpoint(Checkpoint):
         self.requests.training = False
         if isinstance(exception, NumericalFault):
             return
-        # Other processes are still training. And without a step of this start there is nothing new.
-        if isinstance(exception, UserError) and self.periodic and self._progress and trainer.world_size == 1:
+        # Processes save together. And without a step of this start there is nothing new.
+        together = trainer.world_size == 1 or isinstance(exception, FailedTogether)
+        if isinstance(exception, UserError) and together and self.periodic and self._progress:
             self._is_late = True
             self._save(trainer, announce=True)
 

@@ -9,7 +9,7 @@ from ldm.cli.paths import CONVENTIONAL_RELEASE
 from ldm.files import read_at_most
 from ldm.util import UserError, check_number
 
-SETTINGS = ("steps", "scale", "sampler", "eta")  # the options that `draw_latents` takes as they are
+SETTINGS = ("steps", "scale", "sampler", "eta")  # the options that `sample_latents` takes as they are
 _MOST_BYTES = 1 << 28  # of a file of prompts
 
 

@@ -232,7 +232,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             items = WithPrior(items, prior, change, getattr(self._model(), "num_timesteps", None))
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
         loader = ResumableLoader if training else SampleLoader
-        return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
+        return loader(items, batch_sampler=sampler, num_workers=self.num_workers, together=self._is_shared())
 
     def train_dataloader(self) -> SampleLoader:
         if "training" not in self.datasets:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.sampler import Item, draw_name
+from ldm.data.sampler import Item, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
-from ldm.shards.sample import CAPTION, DRAW, EDIT
+from ldm.shards.sample import CAPTION, EDIT, STREAM
 from ldm.util import UserError
 
 # Takes a sample, the epoch, and the sample's number or name; returns the sample as training sees it then.
@@ -99,7 +99,7 @@ class InTurn:
 class EpochItems(Dataset):
     """A map-style dataset asked for `(epoch, number)`, whose samples are as `change` makes them in that epoch.
 
-    With `seed`, each sample has the entry `DRAW`, which names the random numbers that the training draws for it.
+    With `seed`, each sample has the entry `STREAM`, which names the random numbers that the training draws for it.
     """
 
     def __init__(self, dataset: Dataset, change: Change | None = None, seed: int | None = None) -> None:
@@ -115,4 +115,4 @@ class EpochItems(Dataset):
         sample = self.dataset[number]
         if self.change:
             sample = self.change(sample, epoch, number)
-        return sample if self.seed is None else {**sample, DRAW: draw_name(self.seed, epoch, number)}
+        return sample if self.seed is None else {**sample, STREAM: stream_name(self.seed, epoch, number)}

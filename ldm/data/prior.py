@@ -15,10 +15,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.data.dropout import Change, EpochItems
-from ldm.data.sampler import EpochBatchSampler, Item, draw_name, samples_digest
+from ldm.data.sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import DRAW, IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS, plain
+from ldm.shards.sample import IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, STREAM, TEACHER_KEYS, TIMESTEPS, plain
 from ldm.util import UserError
 
 # What a stored prediction depends on, beside the weights: attributes of the model, and keys of index.json.
@@ -153,7 +153,7 @@ class WithPrior(Dataset):
         if self.has_teacher:
             sample |= self._one_of(sample, turn + number)
         if self.training.seed is not None:
-            sample[DRAW] = draw_name(self.training.seed, turn, f"prior/{number}")
+            sample[STREAM] = stream_name(self.training.seed, turn, f"prior/{number}")
         return self._alike({**sample, IS_PRIOR: True})
 
     def _one_of(self, sample: dict[str, Any], which: int) -> dict[str, Any]:

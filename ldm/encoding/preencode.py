@@ -70,7 +70,7 @@ class Report:
         return report
 
     def counts(self) -> dict[str, Any]:
-        """Return the counts, the failures and the truncated captions as entries of the index."""
+        """Return the counts, the failures, the truncated captions and the sizes as entries of the index."""
         return {
             "samples": self.samples,
             "images": self.images,
@@ -78,6 +78,7 @@ class Report:
             "captions_cut": len(self.cut),
             "failed": self.failed,
             "cut": self.cut,
+            "sizes": dict(sorted(self.sizes.items())),
         }
 
     def warn_of_cut_captions(self) -> None:
@@ -130,12 +131,8 @@ def preencode(
     encoder.check_sizes(sizes)
     jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size}
-    made_from = {
-        **settings,
-        "precision": str(encoder.dtype).removeprefix("torch."),
-        **encoder.digests,
-        "images": digest_images(items),
-    }
+    precision = str(encoder.dtype).removeprefix("torch.")
+    made_from = {**settings, "precision": precision, **encoder.digests, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
     writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())
 
@@ -146,12 +143,12 @@ def preencode(
         report = Report.of(records)
         if not report.images:
             raise UserError(f"none of {len(items)} images can be read; the first: {report.failed[0]['reason']}")
+        scale = float(encoder.model.scale_factor)
         return {
             **report.counts(),
             **settings,
-            "sizes": dict(sorted(report.sizes.items())),
             **index_shapes(report.f8, nulls),
-            "scale_factor": float(encoder.model.scale_factor),
+            "scale_factor": scale,
             **encoder.digests,
         }
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.perceptual import fill_lpips
+from ldm.models.lpips_weights import fill_lpips
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.losses.adversarial import AUTOENCODER, DISCRIMINATOR
 from ldm.util import UserError, check_params

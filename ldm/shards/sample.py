@@ -29,7 +29,7 @@ MAPS = (MASK, MASKED_IMAGE, EDIT)  # members that are maps of the latent's size
 NUMBERED = (MASK, MASKED_IMAGE)
 STORED = np.float16  # the type of stored latents and encodings
 
-DRAW = "draw"  # B strings: each names the random numbers which a training step draws for its sample
+STREAM = "stream"  # B strings: each names the random numbers which a training step draws for its sample
 IS_PRIOR = "is_prior"  # bool (B,): samples that are there to be remembered
 # Questions and answers of a frozen model about a prior's sample: a timestep, an integer from 0, (B,); the noise
 # (B, C, h, w); and the output (B, C, h, w), whatever it predicts. A stored sample has K of each.

@@ -13,7 +13,7 @@ from ldm.config.load import load_config
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
+from ldm.models.diffusion.text_to_image import Request, latent_shape, sample_latents
 from ldm.release.load import load_release
 from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
@@ -71,7 +71,7 @@ def test_samples_go_to_shards_as_they_are_drawn(make_prior, model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     requests = [Request("red apple", 7), Request("red apple", 8), Request("a bee", 9), Request("a bee", 10)]
     settings = {"steps": 2, "scale": 2.0, "sampler": "ddim", "eta": 0.0}
-    latents = draw_latents(model, requests, latent_shape(model, 32, 32), **settings, batch_size=3, verbose=False)
+    latents = sample_latents(model, requests, latent_shape(model, 32, 32), **settings, batch_size=3, verbose=False)
     dataset = ShardDataset(sorted((tmp_path / "out").glob("*.tar")), extra=["json"])
     for request, latent, sample in zip(requests, latents, (dataset[n] for n in range(4)), strict=True):
         assert sample["f8"].dtype == sample["t5"].dtype == np.float16 and sample["txt"] == request.prompt

@@ -28,7 +28,7 @@ class AdversarialLoss(nn.Module):
         disc_factor: weight of the GAN term for both players; 0 turns it off and sets `adversarial` to False.
         disc_weight: constant weight of the autoencoder's GAN term, multiplied by the adaptive weight.
         perceptual_weight: weight of LPIPS (arXiv:1801.03924); it needs `perceptual_ckpt`.
-        perceptual_ckpt: files with the weights of VGG16 and of LPIPS on it; see `ldm.models.perceptual`.
+        perceptual_ckpt: files with the weights of VGG16 and of LPIPS on it; see `ldm.models.lpips_weights`.
         disc_conditional: give the discriminator `cond` and the image, stacked along the channels.
         disc_ndf: channels of the discriminator's first layer.
         disc_loss: 'hinge' or 'vanilla'.

@@ -281,7 +281,7 @@ def test_a_set_that_was_killed_before_its_first_shard_needs_no_overwrite(images,
 
 
 def test_a_size_that_the_model_cannot_halve_is_refused(images, tmp_path):
-    with pytest.raises(UserError, match="--size 24: this model takes images in multiples of 16 pixels"):
+    with pytest.raises(UserError, match="--size 24: height and width must be multiples of 16 pixels"):
         run(images, tmp_path / "s.tar", size=24)
 
 

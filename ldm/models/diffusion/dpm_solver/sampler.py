@@ -9,30 +9,28 @@ import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Predict, Sampler
-from ldm.util import UserError
 
-# Below this many steps the last one is of order 1, for stability, as published with the solver.
+# With fewer steps, the last step has order 1 for stability, as in the authors' implementation.
 _FEW_STEPS = 15
 
 
 class DPMSolverSampler(Sampler):
-    """Steps uniform in time; between training timesteps, log ᾱ is interpolated linearly."""
+    """Sampler with steps that are uniform in time. log ᾱ is interpolated linearly between training timesteps."""
+
+    title = "DPM-Solver++"
 
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
     ) -> None:
-        if ddim_eta != 0:
-            raise UserError(f"eta={ddim_eta}: DPM-Solver++ is deterministic; leave eta at 0, or use the ddim sampler")
         last = self.model.num_timesteps - 1
-        if not 1 <= ddim_num_steps <= last:
-            raise UserError(f"{ddim_num_steps} sampling steps: choose 1 to {last}")
+        self.check_schedule(ddim_num_steps, ddim_eta, most=last)
         times = np.linspace(last, 0, ddim_num_steps + 1)
-        with np.errstate(divide="ignore"):  # the logarithm of 0, at a zero terminal SNR, is −∞
+        with np.errstate(divide="ignore"):  # log 0 = −∞ at zero terminal SNR
             alphas = np.exp(np.interp(times, np.arange(last + 1), np.log(self.alphas_cumprod)))
         self.timesteps, self.alphas, self.alphas_prev = times[:-1], alphas[:-1], alphas[1:]
 
     def start(self) -> None:
-        self.earlier: tuple[Tensor, float] | None = None  # x₀ and λ of the step before
+        self.earlier: tuple[Tensor, float] | None = None  # x₀ and λ of the previous step
 
     def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         alpha_bar, target = self.alphas[index], self.alphas_prev[index]
@@ -52,5 +50,5 @@ class DPMSolverSampler(Sampler):
 
 
 def _half_log_snr(alpha_bar: float) -> float:
-    """Return λ = log(α/σ); −∞ at a zero terminal SNR."""
+    """Return λ = log(α/σ). It is −∞ at zero terminal SNR."""
     return -math.inf if alpha_bar == 0 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
