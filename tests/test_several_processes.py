@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,22 +31,24 @@ class Runs:
         write_inputs(folder)
 
     def start(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> list:
+        """Start the processes of a run; `RANK` in the `line` is each one's own."""
         port = free_port()
         base = "" if "--resume" in line else f"-b tiny.yaml -l {name}"
         processes = []
         for rank in range(ranks):
             environment = _environment(launcher, str(rank), str(ranks), port) if ranks > 1 else {}
             files = (self.folder / f"{name}-{rank}.output", self.folder / f"{name}-{rank}.losses")
-            processes.append(start(f"{base} {OPTIONS} {line}", self.folder, *files, environment))
+            words = f"{base} {OPTIONS} {line}".replace("RANK", str(rank))
+            processes.append(start(words, self.folder, *files, environment))
         return processes
 
     def __call__(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> Path:
         processes = self.start(name, line, ranks, launcher)
-        for process in processes:
-            process.join()
-        said = "\n".join(path.read_text() for path in self.folder.glob(f"{name}-*.output"))
-        assert [process.exitcode for process in processes] == [0] * ranks, said
+        assert join(*processes) == [0] * ranks, self.said(name)
         return the_run(self.folder / name)
+
+    def said(self, name: str) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob(f"{name}-*.output")))
 
     def losses(self, name: str) -> dict[int, float]:
         """Return the mean loss per optimizer step, over batches and processes of equal size."""
@@ -140,6 +144,39 @@ def test_a_signal_to_one_process_stops_both_and_loses_nothing(runs: Runs, signum
     runs("stopped", f"--resume {stopped} --max_steps {step + 2}", ranks=2)
     straight = runs("straight", f"--max_steps {step + 2}", ranks=2)
     assert_same_training(straight, stopped)
+
+
+@pytest.mark.parametrize(
+    ("split", "options"),
+    [("training", ""), ("val", "--strategy fsdp model.params.use_ema=False data.params.num_workers=1")],
+    ids=["training", "validation-fsdp-worker"],
+)
+def test_a_shard_that_fails_in_one_process_stops_both_and_loses_nothing(runs: Runs, split: str, options: str) -> None:
+    for rank in range(2):
+        shutil.copytree(runs.folder / "shards", runs.folder / f"own-{rank}")
+    options += f" data.params.val_urls=shards/s-000000.tar data.params.{split}_urls=own-RANK/s-{{000000..000001}}.tar"
+    processes = runs.start("failed", f"--max_steps 100000 {options}", ranks=2)
+    wait_for(lambda: len(read_losses(runs.folder / "failed-1.losses")) >= 4, *processes)
+    (runs.folder / "own-1" / "s-000001.tar").unlink()
+    assert join(*processes) == [1, 1]
+    said = r"error: own-1/s-000001.tar: is gone: .* \(in process 1 of 2, counted from 0\)\n"
+    assert len(re.findall(said, runs.said("failed"))) == 2, runs.said("failed")
+    failed = the_run(runs.folder / "failed")
+    step = state(failed / "checkpoints" / "last.ckpt")["global_step"]
+    assert step == max(runs.losses("failed")) + 1
+    shutil.copy(runs.folder / "shards" / "s-000001.tar", runs.folder / "own-1")
+    runs("failed", f"--resume {failed} --max_steps {step + 2} {options}", ranks=2)
+    straight = runs("straight", f"--max_steps {step + 2} {options}", ranks=2)
+    assert_same_training(straight, failed)
+
+
+def test_a_process_that_was_killed_ends_the_other_in_one_line(runs: Runs) -> None:
+    processes = runs.start("killed", "--max_steps 100000", ranks=2)
+    wait_for(lambda: len(read_losses(runs.folder / "killed-1.losses")) >= 4, *processes)
+    processes[1].kill()
+    assert join(*processes) == [1, -9]
+    last = (runs.folder / "killed-0.output").read_text().splitlines()[-1]
+    assert re.fullmatch(r"error: another process of the training has ended, .* go on from it with --resume", last)
 
 
 def test_processes_that_srun_started_train_together(runs: Runs) -> None:

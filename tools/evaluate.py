@@ -30,6 +30,7 @@ from ldm.cli.options import (
 )
 from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
+from ldm.locks import LOCK, locked
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,12 @@ def check_arguments(options: argparse.Namespace) -> None:
 def main() -> None:
     options = parse_arguments()
     check_arguments(options)
+    with locked(options.out / LOCK, f"--out {options.out}"):  # two at once would mix their files
+        evaluate(options)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Evaluate, and write the results to the folder `options.out`."""
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.checkpoint import encoder_digests
     from ldm.evaluation.plots import draw_figure
@@ -83,8 +90,8 @@ def main() -> None:
     from ldm.evaluation.samples import Sampling
     from ldm.evaluation.sets import parse_sets
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.matching import release_config
     from ldm.release.opening import open_release
 
     config_name, config = release_config(

@@ -2,8 +2,8 @@
 """Make shards of a prior, which training keeps a model from forgetting: its own samples, or images of yours.
 
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
-python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/taught/%06d.tar --teacher 8
-python tools/make_prior.py --shards 'data/class/*.tar' --out data/taught/%06d.tar --teacher 8
+python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/with_teacher/%06d.tar --teacher 8
+python tools/make_prior.py --shards 'data/class/*.tar' --out data/with_teacher/%06d.tar --teacher 8
 
 With --teacher, the shards also hold the model's predictions on the samples. An interrupted command continues when it is
 given again. Under torchrun or srun, each process makes its share of the shards.
@@ -25,7 +25,7 @@ from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
@@ -78,11 +78,11 @@ def main() -> None:
     from ldm.encoding.prior import (
         digest_of,
         digest_shards,
-        drawn,
         latents_of_images,
         make_prior,
         open_images,
-        taught,
+        sampled,
+        with_teacher,
     )
     from ldm.encoding.shard_set import check_out
     from ldm.encoding.teacher import Teacher
@@ -106,12 +106,12 @@ def main() -> None:
         count, about = len(requests), {key: getattr(options, key) for key in SETTINGS}
         shape = latent_shape(model, options.H, options.W)
         made_from = {"prompts": digest_of(prompts), "shape": list(shape)}
-        source = drawn(encoder, requests, shape, about)
+        source = sampled(encoder, requests, shape, about)
     if options.teacher:
         made_from["null_share"] = options.null_share
         teacher = Teacher(model, options.teacher, options.seed)
         dropout = CaptionDropout(encoder.captions([""])[0].arrays, options.null_share, options.seed)
-        source = taught(source, teacher, dropout)
+        source = with_teacher(source, teacher, dropout)
     shards = make_prior(
         encoder,
         source,
@@ -132,18 +132,18 @@ def main() -> None:
 
 def load_release_for_prior(
     options: argparse.Namespace, local_rank: int
-) -> tuple[LatentDiffusion, Encoder, dict[str, str | None]]:
+) -> tuple[LatentDiffusion, SampleEncoder, dict[str, str | None]]:
     """Return the model on its device, its encoder, and the digests of its UNet."""
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.prior import unet_digests
+    from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.matching import release_config
 
     size = max(filter(None, (options.H, options.W)), default=None)
     _, config = release_config(options.ckpt, options.config, options.parameterization, size, options.trust_config)
     device, dtype = pick_device(options.device, local_rank), PRECISIONS[options.precision]
     model = load_release(options.ckpt, config, vae=options.vae)
-    encoder = Encoder(model, device, dtype)  # takes the digests of the weights in float32
+    encoder = SampleEncoder(model, device, dtype)  # takes the digests of the weights in float32
     unet = unet_digests(model)
     model.model.to(dtype)
     model.to(device)

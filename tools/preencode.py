@@ -78,12 +78,12 @@ def main() -> None:
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.data.sources import find_images
     from ldm.distributed.ranks import Ranks
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
+    from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.matching import release_config
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and arguments.overwrite:
@@ -96,7 +96,7 @@ def main() -> None:
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(
-        Encoder(model, device, dtype),
+        SampleEncoder(model, device, dtype),
         items,
         arguments.out,
         size=arguments.size,

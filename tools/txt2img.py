@@ -66,8 +66,8 @@ def main() -> None:
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
     from ldm.modules.encoders.tokenizer import warn_of_cut
+    from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.matching import release_config
 
     chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
     _, config = release_config(options.ckpt, *chosen, options.trust_config)

@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.saving import WritingTime, keep_numbered, try_save
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
+from ldm.distributed.collectives import FailedTogether
 from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ class LastCheckpoint(Checkpoint):
     """Callback that writes `last.ckpt` at regular intervals, at the end of training, and on signals.
 
     It saves right after an optimizer step. Only there can a resumed run continue exactly, both within an epoch and at
-    its end. A `UserError`, such as an unreadable image, also saves the state of the last step; a `NumericalFault` does
-    not. Training continues when the disk is full, except at its end or after a signal to stop.
+    its end. A `UserError`, such as an unreadable image, also saves the state of the last step, except for a
+    `NumericalFault` and an error that only one of several processes has. Training continues when the disk is full,
+    except at its end or after a signal to stop.
 
     Args:
         path: path of `last.ckpt`.
@@ -125,8 +127,9 @@ class LastCheckpoint(Checkpoint):
         self.requests.training = False
         if isinstance(exception, NumericalFault):
             return
-        # With several processes, the others are still training. Without a step since the start, there is nothing new.
-        if isinstance(exception, UserError) and self.periodic and self._progress and trainer.world_size == 1:
+        # Processes can only save together. Without a step since the start, there is nothing new.
+        together = trainer.world_size == 1 or isinstance(exception, FailedTogether)
+        if isinstance(exception, UserError) and together and self.periodic and self._progress:
             self._is_late = True
             self._save(trainer, announce=True)
 

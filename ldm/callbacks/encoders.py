@@ -8,6 +8,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.checkpoint import weights_digest
+from ldm.shards.index import AUTOENCODER, ENCODERS
 from ldm.shards.open import check_encoders
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
@@ -19,10 +20,10 @@ class SameEncoders(Callback):
     """Callback that compares the encoders of the shards with those of the run, and refuses differing ones.
 
     It checks the sets for training and for evaluation during training. The index of a set has digests of the
-    autoencoder and the text tower that made it. The digests of the run are this callback's state in a checkpoint;
+    autoencoder and the text towers that made it. The digests of the run are this callback's state in a checkpoint;
     `tools/hack_weights.py` writes them. They cannot be computed from the checkpoint, because the training model has no
     text tower, and may hold the autoencoder in bfloat16. If the state has no digest of the autoencoder, it is computed
-    from the loaded weights. The text tower is compared only if training uses stored caption embeddings. Old shards or
+    from the loaded weights. Text towers are compared only if training uses stored caption embeddings. Old shards or
     checkpoints without digests are not compared.
 
     Args:
@@ -33,19 +34,19 @@ class SameEncoders(Callback):
 
     def __init__(self, is_loaded: bool) -> None:
         self.is_loaded = is_loaded
-        self.text_tower: str | None = None
+        self.towers: dict[str, str] = {}  # digests by the names of an index
         self.autoencoder: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        digests = {"text_tower": self.text_tower, "autoencoder": self.autoencoder}
-        state: dict[str, Any] = {name: digest for name, digest in digests.items() if digest is not None}
+        state: dict[str, Any] = {name: digest for name, digest in self._digests().items() if digest is not None}
         return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.text_tower = state_dict.get("text_tower")
+        names = [name for name in ENCODERS if name != AUTOENCODER]
+        self.towers = {name: state_dict[name] for name in names if state_dict.get(name) is not None}
         if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, not hacked
             self.is_loaded = False
-        self.autoencoder = state_dict.get("autoencoder") or self.autoencoder
+        self.autoencoder = state_dict.get(AUTOENCODER) or self.autoencoder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compute the digest of the loaded autoencoder, before the precision plugin rounds its weights."""
@@ -64,8 +65,11 @@ class SameEncoders(Callback):
             if isinstance(dataset, ShardDataset):
                 self._check(dataset)
 
+    def _digests(self) -> dict[str, str | None]:
+        return {**self.towers, AUTOENCODER: self.autoencoder}
+
     def _check(self, dataset: ShardDataset) -> None:
-        own = {"autoencoder": self.autoencoder, "text_tower": self.text_tower}
+        own = self._digests()
         if self.is_loaded:
             check_encoders(dataset, own, "the checkpoint")
             return

@@ -9,7 +9,7 @@ from ldm.cli.paths import CONVENTIONAL_RELEASE
 from ldm.files import read_at_most
 from ldm.util import UserError, check_number
 
-SETTINGS = ("steps", "scale", "sampler", "eta")  # options passed to `draw_latents` unchanged
+SETTINGS = ("steps", "scale", "sampler", "eta")  # options passed to `sample_latents` unchanged
 _MOST_BYTES = 1 << 28  # maximum size of a file of prompts
 
 

@@ -45,6 +45,10 @@ class BaseDataModule(pl.LightningDataModule):
             return {"rank": 0, "world": 1}
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
 
+    def _is_shared(self) -> bool:
+        """Return whether several processes train, each on its share."""
+        return self._rank()["world"] > 1
+
     def _sampler(
         self,
         groups: list[np.ndarray],

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampler import EpochBatchSampler, Item, draw_name
-from ldm.shards.sample import DRAW
+from ldm.data.sampler import EpochBatchSampler, Item, stream_name
+from ldm.distributed.collectives import in_all_processes
+from ldm.shards.sample import STREAM
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,13 @@ def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
 class SeededDataset(Dataset):
     """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i).
 
-    With `draw_seed`, samples that are dicts have the entry `DRAW`, which names what the training draws for them.
+    With `stream_seed`, samples that are dicts have the entry `STREAM`, which names what the training draws for them.
     """
 
-    def __init__(self, dataset: Any, seed: int, draw_seed: int | None = None) -> None:
+    def __init__(self, dataset: Any, seed: int, stream_seed: int | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.draw_seed = draw_seed
+        self.stream_seed = stream_seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,9 +56,9 @@ class SeededDataset(Dataset):
         epoch, number = item
         with seeded(self.seed, epoch, number):
             sample = self.dataset[number]
-        if self.draw_seed is None or not isinstance(sample, dict):
+        if self.stream_seed is None or not isinstance(sample, dict):
             return sample
-        return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
+        return {**sample, STREAM: stream_name(self.stream_seed, epoch, number)}
 
 
 # Torch's words where samples of unequal sizes are collated: in this process, and in a worker.
@@ -71,9 +72,15 @@ def _raise_in_one_line(error: UserError) -> None:
 
 
 class SampleLoader(DataLoader):
-    """A DataLoader over `(epoch, number)` items or a stream, with its own generator and one-line errors."""
+    """A DataLoader over `(epoch, number)` items or a stream, with its own generator and one-line errors.
 
-    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
+    Args:
+        together: all processes of the training take as many batches, each its own. A batch that fails in one of them
+            then raises the same `FailedTogether` in each.
+    """
+
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, together: bool = False, **options: Any) -> None:
+        self.together = together
         super().__init__(
             dataset,
             num_workers=num_workers,
@@ -86,6 +93,10 @@ class SampleLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         """A generator: Lightning asks for the iterator before it sets the epoch, so nothing may happen until `next`."""
+        batches = self._batches()
+        return in_all_processes(batches) if self.together else batches
+
+    def _batches(self) -> Iterator[Any]:
         batches = super().__iter__()
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the training is when a worker dies, in the middle of an optimizer step

@@ -1,13 +1,18 @@
-"""Exchange of values among the processes of a run."""
+"""Exchange of values and failures among the processes of a run."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, distributed
 
 from ldm.distributed.ranks import Launch
+from ldm.util import UserError
+
+T = TypeVar("T")
 
 _stores: list[Any] = []  # a store must live as long as other processes read from it
 
@@ -32,6 +37,46 @@ def broadcast_text(text: str, launch: Launch) -> str:
     if rank == 0:
         store.set(key, text)
     return store.get(key).decode()
+
+
+class FailedTogether(UserError):
+    """An error in one process, raised in each of them at the same place: what they do next they can do together."""
+
+
+def in_all_processes(values: Iterator[T]) -> Iterator[T]:
+    """Yield `values`, which are as many in each process. Where one process fails, none goes on to a step without it.
+
+    Each value is agreed on. That waits for the device, for which Lightning waits at the same place.
+
+    Raises:
+        FailedTogether: the next value raises a `UserError` in a process, which is named.
+    """
+    while True:
+        failure, value = "", None
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        except UserError as error:
+            failure = str(error)
+        _check_together(failure)
+        yield value
+
+
+def _check_together(failure: str) -> None:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if failure:
+            raise UserError(failure)
+        return
+    has_gpu = distributed.get_backend() == "nccl"
+    failed = torch.tensor(bool(failure), dtype=torch.int32, device="cuda" if has_gpu else "cpu")
+    distributed.all_reduce(failed, op=distributed.ReduceOp.MAX)
+    if not failed.item():
+        return
+    failures: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(failures, failure)
+    rank = next(number for number, text in enumerate(failures) if text)
+    raise FailedTogether(f"{failures[rank]} (in process {rank} of {len(failures)}, counted from 0)")
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

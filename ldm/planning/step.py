@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from ldm.config.load import build_model, plain
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.cpu import as_on_cuda
-from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
+from ldm.modules.diffusionmodules.layers import KeepsTypes, StaysOnHost
 from ldm.optim import build_optimizer
 from ldm.planning.fake_batch import has_image_data, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
-from ldm.release.building import without_initialisation
+from ldm.release.initialisation import without_initialisation
 from ldm.util import UserError, nearest
 
 # Lightning's `precision` → dtype of the weights, dtype of autocast.

@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
+from torch.distributed import DistError
 
 from ldm.callbacks.signals import TrainingStopped
 from ldm.config.load import needs_trust
@@ -28,6 +29,8 @@ from ldm.training.strategies import HostStateStrategy
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
+
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")  # in gloo's plain RuntimeErrors
 
 
 def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig, run: Run) -> None:
@@ -120,4 +123,12 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise UserError(
             f"torch.compile failed ({reason}). It needs a C++ compiler, and Triton on a GPU; install them, or set "
             "model.params.unet_config.params.compile_mode=null (low-bit optimizers need them on a GPU in any case)"
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and not any(words in str(error) for words in _PEER_IS_GONE):
+            raise
+        reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+        raise UserError(
+            f"another process of the training has ended, or cannot be reached ({reason}); steps since the last "
+            "checkpoint are lost; go on from it with --resume"
         ) from error

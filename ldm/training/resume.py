@@ -17,11 +17,12 @@ from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_chec
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
-from ldm.release.building import without_initialisation
-from ldm.release.fresh import checkpoint_at_start
-from ldm.release.keys import check_training_checkpoint, is_of_2022
+from ldm.locks import run_of
+from ldm.release.initial_checkpoint import checkpoint_at_start
+from ldm.release.initialisation import without_initialisation
+from ldm.release.keys import check_training_checkpoint, has_step_counters
 from ldm.training.arguments import DEFAULT_SEED
-from ldm.training.run import LAST, lies_in_run
+from ldm.training.run import LAST
 from ldm.training.structure import check_structure
 from ldm.util import UserError
 
@@ -95,10 +96,7 @@ def _open_checked(path: Path) -> OpenCheckpoint:
     """
     opened = open_checkpoint(path)
     check_training_checkpoint(opened.content, path)
-    if is_of_2022(opened.content):
-        log.info(
-            "%s: written by Lightning 1.4, without progress; its weights are loaded, the step counters start at 0", path
-        )
+    if not has_step_counters(opened.content, path):
         weights = opened.content["state_dict"]
         opened.content.clear()
         opened.content.update(checkpoint_at_start({}), state_dict=weights)
@@ -111,7 +109,7 @@ def _open_checked(path: Path) -> OpenCheckpoint:
 
 def _alternative_to(broken: Path) -> str:
     """Return the end of a message about a `broken` checkpoint: the newest undamaged one of its run."""
-    if not lies_in_run(broken):
+    if run_of(broken) is None:
         return ""
     others = [path for path in broken.parent.glob("[!.]*.ckpt") if path != broken]
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):

@@ -20,7 +20,7 @@ from pathlib import Path
 from ldm.distributed.collectives import broadcast_text
 from ldm.distributed.ranks import is_first_process, launched
 from ldm.files import check_within, remove_leftovers
-from ldm.locks import locked, make_folders, remove_empty
+from ldm.locks import LOCK, check_not_written, locked, make_folders, remove_empty, run_of
 from ldm.training.arguments import Arguments
 from ldm.util import UserError
 
@@ -29,7 +29,6 @@ _SHARED_FOLDER = "LDM_RUN_FOLDER"
 LAST = "last.ckpt"
 _FORMAT = "%Y-%m-%dT%H-%M-%S"
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d")
-LOCK = ".lock"  # in the run folder while a process trains there
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,12 @@ def plan_run(arguments: Arguments) -> Run:
     """
     started = time.strftime(_FORMAT)
     resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
-    if resume is not None and lies_in_run(resume):
+    own = run_of(resume) if resume is not None else None
+    if own is not None:
         if arguments.name:
-            raise UserError(
-                f"--name {arguments.name!r} is for a new run; leave it out to resume {resume.parent.parent}"
-            )
-        _check_links(resume.parent.parent)
-        return Run(resume.parent.parent, _after_saved_configs(resume.parent.parent / "configs", started), resume)
+            raise UserError(f"--name {arguments.name!r} is for a new run; leave it out to resume {own}")
+        _check_links(own)
+        return Run(own, _after_saved_configs(own / "configs", started), resume)
     if not arguments.base:
         raise UserError(f"{resume}: not in a run folder, so its config is unknown; give the config with --base")
     folder, made = _new_folder(arguments, started)
@@ -102,11 +100,6 @@ def _checkpoint_to_resume(name: str) -> Path:
                 return candidate
         raise UserError(f"--resume {name}: has no checkpoints/last.ckpt; give another run or a checkpoint file")
     raise UserError(f"--resume {name}: no such run folder or checkpoint")
-
-
-def lies_in_run(checkpoint: Path) -> bool:
-    """Return True if `checkpoint` lies in the folder of a run."""
-    return checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "configs").is_dir()
 
 
 def _check_links(folder: Path) -> None:
@@ -167,13 +160,15 @@ def hold_run(run: Run) -> Iterator[None]:
     Unfinished files of killed processes are removed from the folder. The first process of a job does this for all.
 
     Raises:
-        UserError: another process trains in the folder.
+        UserError: another process trains in the folder, or is writing the checkpoint that the run goes on from.
     """
     if not is_first_process():
         yield
         return
     try:
         with locked(run.folder / LOCK, str(run.folder)):
+            if run.resume is not None:
+                check_not_written(run.resume)
             for folder, _, _ in os.walk(run.folder):
                 remove_leftovers(Path(folder))
             yield

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from ldm.distributed.dtensor import gather_on_first, is_sharded, shard_like
 from ldm.distributed.ranks import Launch
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.layers import StaysOnHost
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.diffusionmodules.util import StaysOnHost
 from ldm.training.trainer_2022 import is_single
 from ldm.util import UserError
 
@@ -111,9 +112,21 @@ def _shard(value: Any, parameter: Tensor) -> Any:
 
 
 def units(unet: UNetModel) -> list[nn.Module]:
-    """Return the modules that are gathered one at a time: residual blocks and transformers, or compiled blocks."""
+    """Return the modules that are gathered one at a time, those within another before it.
+
+    These are each residual block and each transformer block, and, of a transformer with several blocks, the layers
+    around them. Where blocks of the UNet are compiled, each of them is a unit as a whole.
+    """
     blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
-    return list(blocks) if unet.is_compiled else [layer for block in blocks for layer in block]
+    if unet.is_compiled:
+        return list(blocks)
+    return [unit for block in blocks for layer in block for unit in _units_of(layer)]
+
+
+def _units_of(layer: nn.Module) -> list[nn.Module]:
+    """Return the units of a layer: those of a deep transformer, as in SDXL, are too large to be gathered at once."""
+    is_deep = isinstance(layer, SpatialTransformer) and len(layer.transformer_blocks) > 1
+    return [*layer.transformer_blocks, layer] if is_deep else [layer]
 
 
 class HostStateStrategy(SingleDeviceStrategy):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import SCHEDULE_KEYS, in_memory, is_finite
-from ldm.release.fresh import loops_at_start
+from ldm.release.initial_checkpoint import loops_at_start
 from ldm.util import UserError
 
 _VERSION = re.compile(r"\d+\.\d+.*")

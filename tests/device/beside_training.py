@@ -52,13 +52,13 @@ def logged_images() -> None:
 def samplers() -> None:
     from ldm.models.diffusion.ancestral import AncestralSampler
     from ldm.models.diffusion.ddim import DDIMSampler
-    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, draw_latents
+    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, sample_latents
 
     model = build(cond_stage=TEXT_TOWER)
     with pretending() as waits:
         pretended.place(model.eval())
         for name in SAMPLERS:
-            assert list(draw_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
+            assert list(sample_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
         context = torch.empty(2, 77, 8, device=pretended.GPU)
         mask, x0 = torch.empty(2, 1, 4, 4, device=pretended.GPU), torch.empty(2, 4, 4, 4, device=pretended.GPU)
         DDIMSampler(model).sample(2, 2, (4, 4, 4), context, mask=mask, x0=x0, verbose=False)
@@ -87,13 +87,13 @@ def evaluation_beside_training() -> None:
 
 @check
 def encoder_and_teacher() -> None:
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.teacher import Teacher
 
     for dtype in (torch.float32, torch.bfloat16):
         model = build(cond_stage=TEXT_TOWER)
         with pretending(), mock.patch("ldm.encoding.encoder.encoder_digests", return_value={}):
-            encoder = Encoder(model, pretended.GPU, dtype)
+            encoder = SampleEncoder(model, pretended.GPU, dtype)
             encoded = encoder.images(torch.empty(2, 3, 8, 8, dtype=torch.uint8))
             assert (encoded.device, encoded.shape) == (pretended.GPU, (2, 8, 4, 4))
             assert len(encoder.captions(["a", "b", "a"])) == 3

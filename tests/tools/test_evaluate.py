@@ -130,7 +130,10 @@ def test_without_a_text_encoder_the_stored_encodings_are_used(here: Callable, tm
         ((*pair(), "--set", "new=new", "--limit", 0), "--limit 0: give a whole number of at least 1, or leave it out"),
         ((*pair(), "--set", "new=new", "--seed", -1), "--seed -1: give a whole number from 0 to 9223372036854775807"),
         ((*pair(), "--set", "new=new", "--scale", "nan"), "--scale nan: give a finite number"),
-        ((*pair(), "--set", "new=new", "--sample", 1, "--steps", 99), "99 sampling steps: choose 1 to 50"),
+        (
+            (*pair(), "--set", "new=new", "--sample", 1, "--steps", 99),
+            "sampling steps 99: give a whole number from 1 to 50",
+        ),
         ((*pair(config="stored.yaml"), "--set", "new=new", "--sample", 1), "reads no captions"),
         ((*pair(), "--set", "new=new", "--out", "empty.tar"), "--out empty.tar: is a file"),
     ],

@@ -80,8 +80,14 @@ def test_without_arguments_the_default_paths_are_used_and_printed(work):
     assert content["optimizer_states"] == [{"state": {}, "param_groups": [{"lr": 1e-4, "params": [0]}]}]
     kept = work / LAST.replace("last", "last.before-hack")
     assert kept.read_bytes() == before
-    for text in (RELEASE, LAST, kept.name, "cond stage weights of the release skipped, by design", "at step 3"):
-        assert text in done.stdout
+    for said in (
+        RELEASE,
+        LAST,
+        kept.name,
+        "text encoder weights of the release skipped: this training has no text encoder",
+        "at step 3",
+    ):
+        assert said in done.stdout
 
     again = hack(work)
     assert again.returncode == 0
@@ -116,7 +122,7 @@ def test_out_leaves_the_training_checkpoint_unchanged(work):
     [
         (["--release", "none.ckpt"], "none.ckpt: no such file"),
         (["--train-ckpt", "none.ckpt"], "none.ckpt: no such file"),
-        (["--train-ckpt", RELEASE], "name two files"),
+        (["--train-ckpt", RELEASE], "name two different files"),
         (["--release", LAST, "--train-ckpt", RELEASE], "not a training checkpoint"),
         (["--base", "none.yaml"], "none.yaml"),
         (["--base", "finetune_stable_diffusion.yaml"], "of another model"),

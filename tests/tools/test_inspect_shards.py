@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.sources import find_images
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.preencode import preencode
 from ldm.release.load import load_release
 from ldm.shards.index import read_index, write_index
@@ -29,7 +29,7 @@ def shards(tiny_release: Path, tmp_path: Path) -> str:
     rng = np.random.default_rng(0)
     for number, size in enumerate([(80, 80)] * 3 + [(50, 200)] * 2):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    encoder = Encoder(load_release(tiny_release, RELEASE_CONFIG))
+    encoder = SampleEncoder(load_release(tiny_release, RELEASE_CONFIG))
     preencode(encoder, find_images(folder, "a cat"), str(tmp_path / "set/s-%d.tar"), size=128, buckets=True)
     return str(tmp_path / "set/*.tar")
 

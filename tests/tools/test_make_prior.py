@@ -13,7 +13,7 @@ from ldm.config.load import load_config
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
+from ldm.models.diffusion.text_to_image import Request, latent_shape, sample_latents
 from ldm.release.load import load_release
 from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
@@ -71,7 +71,7 @@ def test_shards_hold_the_sampled_latents(make_prior, model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     requests = [Request("red apple", 7), Request("red apple", 8), Request("a bee", 9), Request("a bee", 10)]
     settings = {"steps": 2, "scale": 2.0, "sampler": "ddim", "eta": 0.0}
-    latents = draw_latents(model, requests, latent_shape(model, 32, 32), **settings, batch_size=3, verbose=False)
+    latents = sample_latents(model, requests, latent_shape(model, 32, 32), **settings, batch_size=3, verbose=False)
     dataset = ShardDataset(sorted((tmp_path / "out").glob("*.tar")), extra=["json"])
     for request, latent, sample in zip(requests, latents, (dataset[n] for n in range(4)), strict=True):
         assert sample["f8"].dtype == sample["t5"].dtype == np.float16 and sample["txt"] == request.prompt
@@ -150,7 +150,7 @@ def test_make_prior_continues_after_an_interruption(make_prior, whole, tmp_path,
     assert not json.loads((tmp_path / "out/index.json").read_text())["complete"]
     for changed in (("--n", 6), ("--seed", 1), ("--teacher", 3), ("--steps", 3), ("--null-share", 0.5)):
         message = make_prior(*out, *changed)
-        assert re.search(r"the unfinished set was begun with .*give the same command to go on", message)
+        assert re.search(r"the unfinished set was begun with .*give the same command to resume", message)
     calls = interrupt_at(monkeypatch, 100)
     assert make_prior(*out) is None and len(calls) == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
@@ -202,7 +202,10 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),
-        (("--shards", "{images,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
+        (
+            ("--shards", "{images,again}/*.tar", "--teacher", 1),
+            "two samples have the key 'dog0'; make a prior of each part",
+        ),
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import save_checkpoint
 from ldm.config.load import build_model
-from ldm.release.fresh import checkpoint_at_start
+from ldm.release.initial_checkpoint import checkpoint_at_start
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
 from ldm.util import UserError
 from tests.training_runs import CONFIG

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from ldm.locks import LOCK, locked_file
 from ldm.training.arguments import parse_arguments
-from ldm.training.run import LOCK, hold_run, plan_run
+from ldm.training.run import hold_run, plan_run
 from ldm.util import UserError
 
 
@@ -146,3 +147,15 @@ def test_hold_run_refuses_a_second_process_and_removes_unfinished_files(old_run)
         assert (old_run / LOCK).exists()
     with hold_run(plan("--resume logs/old")):
         pass
+
+
+def test_hold_run_refuses_a_checkpoint_that_another_process_is_writing(tmp_path):
+    (tmp_path / "hacked.ckpt").touch()
+    run = plan("--resume hacked.ckpt -b a.yaml")
+    with (
+        locked_file(tmp_path / "hacked.ckpt"),
+        pytest.raises(UserError, match=rf"hacked.ckpt: process {os.getpid()} on .* is writing it"),
+        hold_run(run),
+    ):
+        pass
+    assert not (tmp_path / "logs").exists()
