@@ -38,21 +38,24 @@ def parse_arguments() -> argparse.Namespace:
         help="folders with name.txt beside name.jpg, or with metadata.jsonl; tars of images and .txt; images",
     )
     add("--out", required=True, help="shards to write, such as shards/toms-%%06d.tar or shards/toms-{000..009}.tar")
-    add("--size", type=int, default=512, help="pixels; images are cropped to a square in the middle (default: 512)")
+    add("--size", type=int, help="pixels; images are cropped to a square in the middle (default: the model's, as 512)")
     add("--buckets", action="store_true", help="crop less: to sizes of up to the area of the square, in steps of 64")
     add("--batch-size", type=int, default=8, help="images encoded at once (default: 8)")
     add("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes this process's GPU if there is one")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the encoders (default: fp32)")
     add("--flip", action="store_true", help="also encode the mirror image of each image")
+    add("--masks", type=int, help="masks per sample, where the model paints into masks (default: 4)")
     add("--caption", help="one caption for all images, in place of their own")
     add("--num-workers", type=int, help="processes that decode images (default: up to 16)")
     add("--overwrite", action="store_true", help="replace the shards of --out that are there, finished or not")
     add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
-    for name in ("size", "batch_size", "shard_size"):
+    for name in ("batch_size", "shard_size"):
         check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
+    for name in ("size", "masks"):
+        check_number(f"--{name}", getattr(arguments, name), least=1, optional=True)
     check_number("--num-workers", arguments.num_workers, least=0, optional=True)
     return arguments
 
@@ -63,6 +66,7 @@ def main() -> None:
     from ldm.data.sources import find_images
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import SampleEncoder
+    from ldm.encoding.kinds import takes_pairs
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
@@ -74,20 +78,22 @@ def main() -> None:
         raise UserError("--overwrite: none of several processes may remove what others write; remove the set first")
     if ranks.rank == 0:
         check_out(arguments.out, arguments.overwrite)
-    items = find_images(arguments.images, arguments.caption)
-    logger.info("%d images in %s", len(items), ", ".join(arguments.images))
-    _, config = release_config(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
+    _, config = release_config(arguments.ckpt, arguments.config, None, arguments.size, arguments.trust_config)
+    pairs = takes_pairs(config)
+    items = find_images(arguments.images, arguments.caption, pairs)
+    logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(
         SampleEncoder(model, device, dtype),
         items,
         arguments.out,
-        size=arguments.size,
+        size=arguments.size or model.image_size * model.first_stage_model.downsampling,
         buckets=arguments.buckets,
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
         flip=arguments.flip,
+        masks=arguments.masks,
         workers=default_workers(ranks.local_world) if arguments.num_workers is None else arguments.num_workers,
         overwrite=arguments.overwrite,
         ranks=ranks,

@@ -122,9 +122,7 @@ class WithPrior(Dataset):
     K, the next one in each turn, and training samples give zeros.
     """
 
-    def __init__(
-        self, training: EpochItems, prior: ShardDataset, change: Change | None, timesteps: int | None
-    ) -> None:
+    def __init__(self, training: EpochItems, prior: ShardDataset, change: Change | None, timesteps: int | None) -> None:
         """`change` is made to the prior's samples. The stored timesteps are checked against the model's `timesteps`."""
         self.training = training
         self.prior = prior

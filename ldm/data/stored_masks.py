@@ -16,7 +16,6 @@ from ldm.data.dropout import read_array
 from ldm.shards.sample import MASK, MASKED_IMAGE, NUMBERED, blank_key, null_path, numbered, plain
 from ldm.util import UserError
 
-
 _NEEDED = (
     "full_mask_share needs it: the masked image of which nothing is seen; tools/preencode.py writes it beside the "
     "shards, data.params.full_mask_share=0 does without"

@@ -69,7 +69,9 @@ def check_members(paths: Sequence[str | Path], keys: Sequence[str], *, for_train
         unread = next((member for member in others if member not in keys), None) if for_training else None
         if lacking or unread:
             what = f"have no {lacking}, which the model reads" if lacking else f"have {unread}, which the model ignores"
-            raise UserError(f"{folder / INDEX}: the set is for {family_name(index)}: its samples {what}; {_SAME_FAMILY}")
+            raise UserError(
+                f"{folder / INDEX}: the set is for {family_name(index)}: its samples {what}; {_SAME_FAMILY}"
+            )
 
 
 def family_name(index: Mapping[str, Any]) -> str:
