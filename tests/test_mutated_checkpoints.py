@@ -88,7 +88,7 @@ def test_check_structure_refuses_what_is_not_finite_and_names_the_newest_whole_o
             old = old[key]
         bad = torch.full_like(old, float("nan")) if isinstance(old, torch.Tensor) else float("nan")
         save_checkpoint(mutated(content, path, bad), last)
-        with pytest.raises(UserError, match=r"finite.*; the newest whole one of this run is of step 2: ") as caught:
+        with pytest.raises(UserError, match=r"finite.*; resume the newest undamaged one .*of step 2: ") as caught:
             train(f"--resume {run} --max_steps 3")
         assert str(path[-1]) in str(caught.value)
 

@@ -57,7 +57,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         num_workers: int = 0,
         null_cond_dropout: float = 0.0,  # share of the training captions replaced by the empty one
         null_cond_path: str | None = None,  # its encoding; by default null.<cond_stage_key>.npy beside the shards
-        full_mask_share: float = 0.25,  # of a set with masks: share of training samples that are masked whole
+        full_mask_share: float = 0.25,  # share of the samples with masks whose whole image is masked
         first_stage_key: str | None = None,  # by default the model's, which is f8 in the recipe
         cond_stage_key: str | None = None,  # by default the model's, which is t5 in the recipe
         shuffle: bool = True,

@@ -114,7 +114,7 @@ def preencode(
     overwrite: bool = False,
     ranks: Ranks | None = None,
 ) -> Report:
-    """Write `items` to the shards of the pattern `out`, with the empty caption's encoding and `index.json` beside them.
+    """Write `items` to the shards of the pattern `out`, and the empty caption's encoding and `index.json` beside them.
 
     An unfinished set of the same arguments is resumed: its finished shards are verified and kept. With several
     processes, each writes its share of the shards. Rank 0 waits for all of them and then writes the index.
@@ -137,11 +137,11 @@ def preencode(
     kind = samples_for(encoder.model, masks, flip)
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
-    jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **kind.settings}
     precision = str(encoder.dtype).removeprefix("torch.")
     made_from = {**settings, "precision": precision, **encoder.digests, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
+    jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())
 
     def write_shards(missing: Sequence[Job]) -> None:
@@ -155,12 +155,11 @@ def preencode(
         report = Report.of(records)
         if not report.images:
             raise UserError(f"none of {len(items)} images can be read; the first: {report.failed[0]['reason']}")
-        scale = float(encoder.model.scale_factor)
         return {
             **report.counts(),
             **settings,
             **index_shapes(report.f8, nulls),
-            "scale_factor": scale,
+            "scale_factor": float(encoder.model.scale_factor),
             **encoder.digests,
         }
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm.files import atomic_write
-from ldm.locks import locked
+from ldm.locks import LOCK, locked
 from ldm.shards import npy
 from ldm.shards.index import FORMAT_VERSION, INDEX, read_index, write_index
 from ldm.shards.sample import null_path, null_paths
@@ -55,7 +55,7 @@ def locked_set(out: str) -> AbstractContextManager[None]:
     Raises:
         UserError: another process writes a set there.
     """
-    return locked(Path(out).parent / ".lock", f"--out {out}")
+    return locked(Path(out).parent / LOCK, f"--out {out}")
 
 
 def can_resume(out: str, made_from: Mapping[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 Format 2 has the keys
 
     format, out, complete     2; the name pattern of the shards; false as long as some are missing
-    autoencoder, text_tower   digests of the weights that made the set, see `ldm.checkpoint.weights_digest`
+    autoencoder, text_tower   digests of the weights that made the set, see `ldm.checkpoint.weights_digest`; of two text
+                              towers, as SDXL has, text_tower_2 is that of the second
     scale_factor              the model's; what is stored is unscaled
     family                    key of the family of models in `ldm.release.families` that made the set; null for none
     members                   names of the arrays of a sample, without the numbers of masks and without a teacher's
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
-ENCODERS = {"autoencoder": "autoencoder", "text_tower": "text tower"}  # keys that have their digests, and what they are
+AUTOENCODER = "autoencoder"
+# Keys that have the digests of encoders, and what they are.
+ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
 ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"

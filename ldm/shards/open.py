@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.shards.index import ENCODERS, FAMILY, INDEX, MEMBERS, check_against_index, read_index
+from ldm.shards.index import AUTOENCODER, ENCODERS, FAMILY, INDEX, MEMBERS, check_against_index, read_index
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CONTEXT, LATENT, MAPS, POOLED, TEACHER_KEYS, is_array
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
@@ -84,8 +84,8 @@ def check_encoders(
 ) -> None:
     """Refuse a set that was made by other encoders than those of `whose`, which have the digests `own`.
 
-    The keys of `own` are `autoencoder` and `text_tower`, as in an index. The text tower counts where stored encodings
-    are read, not where captions are. What has no digest, here or there, is not compared.
+    The keys of `own` are those of `ENCODERS`, as in an index. Text towers count where stored encodings are read, not
+    where captions are. What has no digest, here or there, is not compared.
 
     Raises:
         UserError: the set was made by another one; names its index, and ends in `advice`.
@@ -94,7 +94,7 @@ def check_encoders(
         index = read_index(folder) or {}
         for key, what in ENCODERS.items():
             made_by, ours = index.get(key), own.get(key)
-            if None in (made_by, ours) or made_by == ours or (key == "text_tower" and not dataset.reads_encodings):
+            if None in (made_by, ours) or made_by == ours or (key != AUTOENCODER and not dataset.reads_encodings):
                 continue
             raise UserError(
                 f"{folder / INDEX}: the set was made by another {what} ({made_by:.12}…) than that of {whose} "

@@ -12,9 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.modules.encoders.base import AbstractEncoder
-from ldm.util import UserError, instantiate_from_config
+from ldm.modules.diffusionmodules.layers import timestep_embedding
+from ldm.modules.encoders.cond_stages import AbstractEncoder
+from ldm.util import UserError, check_keys, check_number, entry_of, instantiate_from_config
 
 # Number of dimensions of an embedder's output → its key, and the dimension along which outputs are joined.
 _OUTPUTS = {2: ("vector", 1), 3: ("crossattn", 2), 4: ("concat", 1), 5: ("concat", 1)}
@@ -29,8 +29,7 @@ class ConcatTimestepEmbedderND(AbstractEncoder):
 
     def __init__(self, outdim: int) -> None:
         super().__init__()
-        if outdim < 2:
-            raise UserError(f"outdim {outdim}: give at least 2 features per number")
+        check_number("outdim", outdim, least=2, unit="features per number")
         self.outdim = outdim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ class GeneralConditioner(AbstractEncoder):
             `legacy_ucg_value`, this value replaces the batch entry of these samples instead.
 
     Raises:
-        UserError: an embedder's entry has an unknown key, or lacks one.
+        UserError: an entry of `emb_models` has an unknown key, or lacks one.
     """
 
     def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
@@ -119,9 +118,10 @@ class GeneralConditioner(AbstractEncoder):
                 continue
             keys = self._inputs[number]
             zeroed = any(key in force_zero_embeddings for key in keys)
-            for value in self._embed(number, embedder, [_entry(batch, key, number) for key in keys]):
+            entries = [entry_of(batch, key, f"embedder {number}: input_key") for key in keys]
+            for value in self._embed(number, embedder, entries):
                 if value.ndim not in _OUTPUTS:
-                    raise UserError(f"embedder {number} gives {value.ndim} dimensions; valid: 2 to 5")
+                    raise UserError(f"embedder {number} returns {value.ndim} dimensions; valid: 2 to 5")
                 parts.append(torch.zeros_like(value) if zeroed else value)
         return _joined(parts)
 
@@ -209,19 +209,7 @@ def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
 
 
 def _inputs_of(number: int, config: Mapping[str, Any]) -> list[str]:
-    for key in config:
-        if key not in _EMBEDDER_KEYS:
-            raise UserError(
-                f"emb_models: embedder {number} has the unknown key {key!r}; valid: {', '.join(_EMBEDDER_KEYS)}"
-            )
+    check_keys(f"embedder {number} of emb_models", config, _EMBEDDER_KEYS)
     if ("input_key" in config) == ("input_keys" in config):
-        raise UserError(f"emb_models: embedder {number} needs input_key, the batch entry that it takes, or input_keys")
+        raise UserError(f"emb_models: embedder {number} needs either input_key, its batch entry, or input_keys")
     return [config["input_key"]] if "input_key" in config else list(config["input_keys"])
-
-
-def _entry(batch: Mapping[str, Any], key: str, number: int) -> Any:
-    if key not in batch:
-        raise UserError(
-            f"input_key {key!r} of embedder {number} is not in the batch, which has {', '.join(map(str, batch))}"
-        )
-    return batch[key]
