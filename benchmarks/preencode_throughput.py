@@ -116,13 +116,13 @@ def main() -> None:
 
     from ldm.data.sources import find_images
     from ldm.encoding import pipeline as encode_shards
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device = pick_device(options.device)
-    encoder = Encoder(load_release(options.ckpt, options.config), device, PRECISIONS[options.precision])
+    encoder = SampleEncoder(load_release(options.ckpt, options.config), device, PRECISIONS[options.precision])
     if options.stand_in is not None:
         StandIn(encoder, options.stand_in / 1000)
         encode_shards.HostCopy = Pending

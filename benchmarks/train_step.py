@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 def build_ours(side: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
     """Return our UNet of a tier, the tier's optimizer config, and True if the weights are bfloat16."""
     from ldm.config.load import load_config, plain
-    from ldm.release.building import without_initialisation
+    from ldm.release.initialisation import without_initialisation
     from ldm.util import instantiate_from_config
 
     tier = [f"{side}.yaml"] if side in TIERS else []

@@ -12,8 +12,8 @@ import torch
 
 from ldm.checkpoint.keys import SCHEDULE_KEYS
 from ldm.config.load import build_model, load_config, plain
-from ldm.release.building import without_initialisation
 from ldm.release.families import FAMILIES, recognise
+from ldm.release.initialisation import without_initialisation
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]

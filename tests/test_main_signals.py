@@ -78,7 +78,7 @@ def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_o
     assert process.returncode == 0, output
     stopped = the_run(tmp_path / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
-    go_on = f"go on with: python main.py --resume {stopped.relative_to(tmp_path)} -t\n"
+    go_on = f"continue with: python main.py --resume {stopped.relative_to(tmp_path)} -t\n"
     assert f"Training stopped by SIGINT after step {step}; {go_on}" in output
     assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
     train(f"-l straight --max_steps {step + 3}")

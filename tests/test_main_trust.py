@@ -77,6 +77,6 @@ def test_what_is_typed_must_lie_in_the_run_folder_too(train, tmp_path):
         "--name ../x",
         "--postfix a/b",
     ):
-        with pytest.raises(UserError, match=r"lies outside|part of the run folder's name"):
+        with pytest.raises(UserError, match=r"lies outside|becomes part of a folder name"):
             train(f"--max_steps 1 {line}")
     assert not (tmp_path / "logs").exists()

@@ -41,5 +41,5 @@ def test_bf16_visits_leave_float32_checkpoints(train, tmp_path):
 
 
 def test_several_devices_are_refused(train):
-    with pytest.raises(UserError, match="train on one device"):
+    with pytest.raises(UserError, match="need one device"):
         train(f"--devices 2 --accelerator cpu --max_steps 1 {STREAMED}bf16")

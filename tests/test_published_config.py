@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import main
-from ldm.release.building import without_initialisation
+from ldm.release.initialisation import without_initialisation
 from tests.training_runs import (  # noqa: F401
     CONFIG,
     fixture_one_thread,

@@ -8,6 +8,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.checkpoint import weights_digest
+from ldm.shards.index import AUTOENCODER, ENCODERS
 from ldm.shards.open import check_encoders
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
@@ -18,11 +19,11 @@ log = logging.getLogger(__name__)
 class SameEncoders(Callback):
     """Refuses to train, or to evaluate beside it, on shards of another autoencoder or text tower than the checkpoint's.
 
-    The shards' index has the digests of both, and so has each checkpoint of the run, as this callback's state:
-    `tools/hack_weights.py` leaves them there. The text tower is not in the training's model, and the autoencoder may be
+    The shards' index has the digests of all, and so has each checkpoint of the run, as this callback's state:
+    `tools/hack_weights.py` leaves them there. Text towers are not in the training's model, and the autoencoder may be
     in its checkpoints in bfloat16, which no digest tells; where the state lacks it, it is that of the loaded weights.
-    The text tower counts where the stored encodings are trained on, not where the model reads captions itself. What
-    has no digest (shards or checkpoints made before there were any) is not compared.
+    Text towers count where the stored encodings are trained on, not where the model reads captions itself. What has no
+    digest (shards or checkpoints made before there were any) is not compared.
 
     Args:
         is_loaded: whether the run's weights come from a file. If not, the autoencoder is a random one, and another
@@ -32,19 +33,19 @@ class SameEncoders(Callback):
 
     def __init__(self, is_loaded: bool) -> None:
         self.is_loaded = is_loaded
-        self.text_tower: str | None = None
+        self.towers: dict[str, str] = {}  # digests by the names of an index
         self.autoencoder: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        digests = {"text_tower": self.text_tower, "autoencoder": self.autoencoder}
-        state: dict[str, Any] = {name: digest for name, digest in digests.items() if digest is not None}
+        state: dict[str, Any] = {name: digest for name, digest in self._digests().items() if digest is not None}
         return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.text_tower = state_dict.get("text_tower")
+        names = [name for name in ENCODERS if name != AUTOENCODER]
+        self.towers = {name: state_dict[name] for name in names if state_dict.get(name) is not None}
         if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, which no tool has put weights into
             self.is_loaded = False
-        self.autoencoder = state_dict.get("autoencoder") or self.autoencoder
+        self.autoencoder = state_dict.get(AUTOENCODER) or self.autoencoder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the digest of the autoencoder, after its weights are loaded and before a precision rounds them."""
@@ -63,8 +64,11 @@ class SameEncoders(Callback):
             if isinstance(dataset, ShardDataset):
                 self._check(dataset)
 
+    def _digests(self) -> dict[str, str | None]:
+        return {**self.towers, AUTOENCODER: self.autoencoder}
+
     def _check(self, dataset: ShardDataset) -> None:
-        own = {"autoencoder": self.autoencoder, "text_tower": self.text_tower}
+        own = self._digests()
         if self.is_loaded:
             check_encoders(dataset, own, "the checkpoint")
             return

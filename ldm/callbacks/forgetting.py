@@ -82,7 +82,7 @@ class Forgetting(Callback):
     @property
     def shard_datasets(self) -> list[ShardDataset]:
         """Opened sets, for `SameEncoders`."""
-        return [pictures.dataset for pictures in self._sets]
+        return [image_set.dataset for image_set in self._sets]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._recorded is None else {"recorded": self._recorded}
@@ -138,7 +138,7 @@ class Forgetting(Callback):
                 path, self._recorded,
             )  # fmt: skip
         with aside(model):
-            found = [record(model, pictures, self._timesteps, self.batch_size) for pictures in self._sets]
+            found = [record(model, image_set, self._timesteps, self.batch_size) for image_set in self._sets]
         if trainer.is_global_zero:
             with self._tolerance():
                 save_start(path, self._sets, found, self._timesteps)
@@ -148,9 +148,9 @@ class Forgetting(Callback):
         values: dict[str, float] = {}
         lines = []
         for name, (base, tuned, drift) in zip(self.urls, found, strict=True):
-            loss, ratio, moved = float(tuned.mean()), float(tuned.mean() / base.mean()), float(drift.mean())
-            values |= {f"eval/{name}/{metric}": v for metric, v in zip(_METRICS, (loss, ratio, moved), strict=True)}
-            lines.append(f"{name} loss {loss:.4g} ({ratio:.4g} of the start's), drift {moved:.3g}")
+            loss, ratio, distance = float(tuned.mean()), float(tuned.mean() / base.mean()), float(drift.mean())
+            values |= {f"eval/{name}/{metric}": v for metric, v in zip(_METRICS, (loss, ratio, distance), strict=True)}
+            lines.append(f"{name} loss {loss:.4g} ({ratio:.4g} of the start's), drift {distance:.3g}")
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         if trainer.is_global_zero:

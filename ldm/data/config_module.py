@@ -15,7 +15,7 @@ from ldm.data.base import Txt2ImgIterableBaseDataset, share_among_workers
 from ldm.data.base_module import BaseDataModule
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
 from ldm.data.sizes import check_sizes
-from ldm.shards.sample import DRAW
+from ldm.shards.sample import STREAM
 from ldm.util import UserError, check_number, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -116,9 +116,9 @@ class DataModuleFromConfig(BaseDataModule):
         """Augment the images of a training batch, on the device that they are on."""
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
-        if not isinstance(batch, dict) or self.image_key not in batch or DRAW not in batch:
+        if not isinstance(batch, dict) or self.image_key not in batch or STREAM not in batch:
             raise UserError(f"data.params.augment: training samples have no entry {self.image_key!r}; set image_key")
-        return {**batch, self.image_key: self.augmentation(batch[self.image_key], batch[DRAW])}
+        return {**batch, self.image_key: self.augmentation(batch[self.image_key], batch[STREAM])}
 
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
         if "train" not in self.datasets:

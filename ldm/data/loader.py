@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampler import EpochBatchSampler, Item, draw_name
+from ldm.data.sampler import EpochBatchSampler, Item, stream_name
 from ldm.distributed.collectives import in_all_processes
-from ldm.shards.sample import DRAW
+from ldm.shards.sample import STREAM
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,13 @@ def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
 class SeededDataset(Dataset):
     """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i).
 
-    With `draw_seed`, samples that are dicts have the entry `DRAW`, which names what the training draws for them.
+    With `stream_seed`, samples that are dicts have the entry `STREAM`, which names what the training draws for them.
     """
 
-    def __init__(self, dataset: Any, seed: int, draw_seed: int | None = None) -> None:
+    def __init__(self, dataset: Any, seed: int, stream_seed: int | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.draw_seed = draw_seed
+        self.stream_seed = stream_seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,9 +56,9 @@ class SeededDataset(Dataset):
         epoch, number = item
         with seeded(self.seed, epoch, number):
             sample = self.dataset[number]
-        if self.draw_seed is None or not isinstance(sample, dict):
+        if self.stream_seed is None or not isinstance(sample, dict):
             return sample
-        return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
+        return {**sample, STREAM: stream_name(self.stream_seed, epoch, number)}
 
 
 # Torch's words where samples of unequal sizes are collated: in this process, and in a worker.

@@ -11,7 +11,7 @@ import numpy as np
 Item = tuple[int, int]  # epoch and sample number: all that an item's randomness may depend on
 
 
-def draw_name(seed: int, epoch: int, number: int | str) -> str:
+def stream_name(seed: int, epoch: int, number: int | str) -> str:
     """The name of the random numbers of a sample in an epoch, whichever rank and batch it is in."""
     return f"{seed}/{epoch}/{number}"
 

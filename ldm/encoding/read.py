@@ -1,4 +1,4 @@
-"""Images on their way to the encoder: decoded and fitted in worker processes, and put together by size."""
+"""Reading of images for the encoder: decoded and fitted in worker processes, then batched by size."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ldm.images.find import ImageItem
 from ldm.images.transforms import centre_crop, fit
 from ldm.util import UserError
 
-Numbered = tuple[int, ImageItem]  # an image and its number in the whole input
+Numbered = tuple[int, ImageItem]  # the number of an image in the input, and the image
 
 
 @dataclass
 class FittedImage:
-    """An image that was read."""
+    """Decoded image, resized and cropped."""
 
     number: int
     item: ImageItem
-    pixels: np.ndarray  # uint8 (3, H, W), fitted
-    height: int  # of the original
+    pixels: np.ndarray  # uint8 (3, H, W)
+    height: int  # of the original image
     width: int
 
     @property
@@ -44,7 +44,7 @@ class FittedImage:
         return sample_key(self.number, self.item.name)
 
     def origin(self, flip: bool) -> dict[str, Any]:
-        """Return the sample's `json`: where it comes from, and what was made of it."""
+        """Return the sample's `json`: the source of the image, its size, crop and flip."""
         return {
             "source": self.item.name,
             "height": self.height,
@@ -57,27 +57,27 @@ class FittedImage:
 
 @dataclass
 class Unreadable:
-    """An image that could not be read, and why."""
+    """Image that cannot be read, and the reason."""
 
     item: ImageItem
     reason: str
 
 
 def sample_key(number: int, name: str) -> str:
-    """A key that is unique, sorts by number, and has no dot, at which WebDataset would cut it."""
+    """Return a unique key that sorts by number. It has no dot, because WebDataset ends the key at the first dot."""
     return f"{number:06d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", PurePosixPath(name).stem)[:60]
 
 
 def default_workers(encoders: int = 1) -> int:
-    """Decoding processes where nothing is said, for each of so many `encoders` on this machine.
+    """Return the default number of decoding processes for each of the `encoders` processes of this machine.
 
-    Up to sixteen: each decodes and fits a few photographs of 12 megapixels a second. A core is left for the encoder.
+    One core stays free for the encoder. The maximum is 16: one process reads several 12-megapixel images per second.
     """
     return max(0, min(16, (os.cpu_count() or 1) // encoders - 1))
 
 
 class _Fitted(Dataset):
-    """What becomes of a numbered item, fitted to the nearest of `sizes`."""
+    """Data set that reads an image and fits it to the nearest of `sizes`."""
 
     def __init__(self, sizes: Sequence[Size]) -> None:
         self.sizes = sizes
@@ -92,26 +92,26 @@ class _Fitted(Dataset):
     def _fit(self, pixels: np.ndarray, number: int, item: ImageItem) -> FittedImage:
         height, width = pixels.shape[:2]
         fitted = fit(torch.from_numpy(pixels), *nearest_size(height, width, self.sizes))
-        # numpy, since torch would keep a file open for each image on its way from a worker
+        # A numpy array, because a worker sends each torch tensor through an open file.
         return FittedImage(number, item, fitted.numpy(), height, width)
 
 
 def read_images(
     entries: Iterable[Numbered], sizes: Sequence[Size], workers: int, ahead: int
 ) -> Iterator[FittedImage | Unreadable]:
-    """What becomes of each of `entries`, in order; `workers` processes read at least `ahead` before they are asked."""
-    # The items go to the workers one by one: a list that they share is copied as soon as they count references in it.
+    """Yield the result for each of `entries`, in order. `workers` processes prefetch at least `ahead` images."""
+    # Items are sent one by one. A list shared with the workers would be copied by their reference counting.
     options = {"prefetch_factor": max(2, -(-ahead // workers))} if workers else {}
     loader = DataLoader(_Fitted(sizes), batch_size=None, sampler=entries, num_workers=workers, **options)
     return iter(loader)
 
 
 def batches(images: Iterable[FittedImage], batch_size: int, ahead: int) -> Iterator[list[tuple[int, FittedImage]]]:
-    """Images of one size, `batch_size` together, each with its place in `images`.
+    """Yield batches of up to `batch_size` images of one size, each image with its place in `images`.
 
-    None waits for more of its size until `ahead` others have gone by: then fewer go together.
+    A smaller batch is yielded once `ahead` images have been read after its first.
     """
-    waiting: dict[Size, list[tuple[int, FittedImage]]] = {}  # in the order of their first ones
+    waiting: dict[Size, list[tuple[int, FittedImage]]] = {}  # ordered by the place of the first image
     for place, image in enumerate(images):
         group = waiting.setdefault(image.size, [])
         group.append((place, image))

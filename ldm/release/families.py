@@ -1,6 +1,6 @@
-"""Families of released checkpoints: one row for each, and recognition of a file's family from its keys and shapes.
+"""Families of released checkpoints: a table, and recognition of a file's family from its keys and shapes.
 
-A family that joins is one entry of `_ROWS`, and a release config.
+To add a family, add an entry to `_ROWS` and a release config.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Sequence[int]]
-Difference = tuple[Shape | None, Shape | None]  # the shape found, and the family's; None: no such key
+Difference = tuple[Shape | None, Shape | None]  # shape in the file, and in the family; None if the key is missing
 
 PARAMETERIZATIONS = ("eps", "v")
 _WORDS = {"eps": "predicts the noise", "v": "predicts v"}
@@ -27,9 +27,9 @@ _CONTEXT = "attn2.to_k.weight"
 _MIDDLE = "middle_block.1.proj_in.weight"
 _LABELS = "label_emb."
 _TOKENS = "token_embedding.weight"
-_SHOWN = 3  # keys in a message
-# Keys that tell families apart.
-_TELLING = re.compile(
+_SHOWN = 3  # number of keys in a message
+# Keys that distinguish the families.
+_DISTINGUISHING = re.compile(
     rf"{re.escape(UNET)}(?:{re.escape(_FIRST)}|{re.escape(_MIDDLE)}|.*\.{re.escape(_CONTEXT)}"
     rf"|{re.escape(_LABELS)}(?:.*\.)?weight)"
     rf"|(?:{re.escape(COND_STAGE)}|{re.escape(CONDITIONER)}).*{re.escape(_TOKENS)}"
@@ -38,17 +38,17 @@ _TELLING = re.compile(
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a UNet and of its text towers, by which keys and shapes tell families apart.
+    """Sizes of a UNet and of its text towers. They determine the keys and shapes that distinguish the families.
 
-    `widths` and `depths` have one entry per level: channels, and transformer blocks after a residual block. `towers`
-    maps each text tower's token embedding to its width.
+    `widths` and `depths` have one entry per level: the channels, and the transformer blocks after each residual block.
+    `towers` maps the key of each text tower's token embedding to its width.
     """
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     middle_depth: int
-    context: int  # features of the caption's encoding
-    linear: bool  # projections around the transformer blocks are linear layers, not convolutions
+    context: int  # features of the caption embedding
+    linear: bool  # the projections around transformer blocks are linear layers, else convolutions
     towers: Mapping[str, int]
     vector: int = 0  # features of the vector conditioning; 0 for none
     res_blocks: int = 2
@@ -60,7 +60,7 @@ class Layout:
             for _ in range(self.res_blocks):
                 number += 1
                 yield f"input_blocks.{number}.1", width, depth
-            number += level < len(self.widths) - 1  # the block that halves the size
+            number += level < len(self.widths) - 1  # the downsampling block
         yield "middle_block.1", self.widths[-1], self.middle_depth
         number = 0
         for width, depth in zip(reversed(self.widths), reversed(self.depths), strict=True):
@@ -69,7 +69,7 @@ class Layout:
                 number += 1
 
     def unet_shapes(self, in_channels: int) -> dict[str, Shape]:
-        """Return the shapes of the UNet's tensors that tell families apart, by key."""
+        """Return the shapes of the UNet's tensors that distinguish the families, by key."""
         width, middle, embedding = self.widths[0], self.widths[-1], 4 * self.widths[0]
         shapes = {UNET + _FIRST: (width, in_channels, 3, 3)}
         for place, channels, depth in self.transformers():
@@ -96,22 +96,22 @@ _XL = Layout(
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """Row of the table of families.
 
     Args:
-        key: a short name, for files and programs.
-        name: the name for people.
+        key: identifier for files and programs.
+        name: name for messages.
         layout: sizes of the networks.
-        size: the side in pixels of the images that the model was trained on.
-        config, finetune_config: file names in `configs/latent-diffusion/`; None where there is none.
-        in_channels: of the first convolution: the noisy latent, and the maps that join it.
-        encoders: the prefix of the text encoders' keys.
-        conditioning_key: that of `DiffusionWrapper`.
-        parameterization: what the UNet predicts, `eps` or `v`.
-        zero_snr: whether the schedule ends without signal.
-        scale: the factor of the latents.
-        factor: pixels per cell of a latent, along each side.
-        channels: of a latent.
+        size: side of the training images in pixels.
+        config, finetune_config: file names in `configs/latent-diffusion/`; None if there is no such file.
+        in_channels: input channels of the UNet: the noisy latent and the concatenated maps.
+        encoders: key prefix of the text encoders.
+        conditioning_key: as for `DiffusionWrapper`.
+        parameterization: prediction of the UNet, `eps` or `v`.
+        zero_snr: True if the schedule has zero terminal SNR.
+        scale: factor of the latents.
+        factor: pixels per latent cell along each side.
+        channels: channels of a latent.
     """
 
     key: str
@@ -131,18 +131,18 @@ class Family:
 
     @property
     def has_vector(self) -> bool:
-        """Whether a vector, such as SDXL's pooled caption and sizes, conditions beside the caption's encoding."""
+        """True if the UNet also takes a conditioning vector, such as SDXL's pooled caption embedding and sizes."""
         return self.layout.vector > 0
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """The shapes by which the family is recognised, by key."""
+        """Shapes by which the family is recognised, by key."""
         towers = {key: (_VOCABULARY, width) for key, width in self.layout.towers.items()}
         return {**self.layout.unet_shapes(self.in_channels), **towers}
 
     @property
     def overrides(self) -> list[str]:
-        """The config values `a.b.c=value` in which a recognised checkpoint differs from `config`."""
+        """Config values `a.b.c=value` in which a recognised checkpoint differs from `config`."""
         row, values = FAMILIES[self.key], []
         if self.parameterization != row.parameterization:
             values.append(f"model.params.parameterization={self.parameterization}")
@@ -151,7 +151,7 @@ class Family:
         return values
 
     def described(self) -> str:
-        """Return the name, the size and what the UNet predicts, for a log line."""
+        """Return the name, the image size and the parameterization for a log line."""
         ending = ", with zero terminal SNR" if self.zero_snr else ""
         return f"{self.name} ({self.size} pixels, {_WORDS[self.parameterization]}{ending})"
 
@@ -181,7 +181,7 @@ FAMILIES = {family.key: family for family in _ROWS}
 
 
 def shapes_of(weights: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return the shapes of tensors, or of anything else with a `shape`, by key."""
+    """Return the shape of each value that has one, by key."""
     return {key: tuple(value.shape) for key, value in weights.items() if hasattr(value, "shape")}
 
 
@@ -192,20 +192,22 @@ def recognise(
     parameterization: str | None = None,
     size: int | None = None,
 ) -> Family:
-    """Return the family of a checkpoint whose keys have these `shapes`, and log which it is.
+    """Return the family of a checkpoint whose keys have these `shapes`, and log it.
 
-    The keys may all have one more prefix; a UNet alone, EMA weights alone, and a model without text encoders are
-    recognised too. Keys do not tell what the UNet predicts. `parameterization` takes precedence; then the markers of
-    SDXL v-prediction files, which also tell of zero terminal SNR; then, among families of the same keys, the one whose
-    size is nearest to `size`. The default is the largest.
+    All keys may have one additional prefix. A UNet alone, EMA weights alone, and a model without text encoders are
+    recognised as well.
+
+    Families that differ only in parameterization have the same keys. Among them, the choice is made by
+    `parameterization` first, then by the marker keys of v-prediction and zero terminal SNR, then by the size nearest to
+    `size`. Without any of these, it is the family with the largest images.
 
     Args:
-        source: the name of the checkpoint in messages.
-        parameterization: what the UNet predicts, `eps` or `v`.
-        size: the side in pixels of the images to make or to train on.
+        source: name of the checkpoint in messages.
+        parameterization: prediction of the UNet, `eps` or `v`.
+        size: side in pixels of the images to sample or to train on.
 
     Raises:
-        UserError: no family has these keys and shapes; or `parameterization` is none of the two.
+        UserError: no family has these keys and shapes, or `parameterization` is neither `eps` nor `v`.
     """
     if parameterization not in (None, *PARAMETERIZATIONS):
         raise UserError(f"parameterization {parameterization!r}: choose {' or '.join(PARAMETERIZATIONS)}")
@@ -214,15 +216,15 @@ def recognise(
     if not matching:
         nearest = min(_ROWS, key=lambda family: _distance(differing[family.key]))
         raise UserError(
-            f"{source}: no family matches these weights; the nearest is {nearest.name}, except for "
-            f"{_listed(differing[nearest.key])}; name the config that fits with --config"
+            f"{source}: no family matches these weights; the nearest is {nearest.name}, which differs in "
+            f"{_listed(differing[nearest.key])}; name a matching config with --config"
         )
     chosen = _with_prediction(matching, shapes, parameterization, size)
     log.info("%s: %s", source, chosen.described())
     others = [family.described() for family in matching if family.key != chosen.key]
     if others and parameterization is None and V_PREDICTION not in shapes:
         log.info(
-            "%s: the keys of %s are the same; if it is that, give --config %s",
+            "%s: %s has the same keys; if the file is of that family, give --config %s",
             source,
             " and ".join(others),
             next(family.config for family in matching if family.key != chosen.key),
@@ -233,7 +235,7 @@ def recognise(
 def _with_prediction(
     matching: Sequence[Family], shapes: Shapes, parameterization: str | None, size: int | None
 ) -> Family:
-    """Return the one of `matching` that predicts what is asked for, or what the markers tell; see `recognise`."""
+    """Return the family of `matching` that `recognise` chooses by parameterization, markers or size."""
     wanted = parameterization or ("v" if V_PREDICTION in shapes else None)
     if wanted is None:
         return matching[0] if size is None else min(matching, key=lambda family: abs(family.size - size))
@@ -242,9 +244,9 @@ def _with_prediction(
 
 
 def _by_whole_keys(shapes: Shapes) -> dict[str, Sequence[int]]:
-    """Return `shapes` by the keys of a whole model; EMA weights stand in where there are no others.
+    """Return `shapes` under the keys of a whole model. EMA weights replace missing weights.
 
-    A prefix before all keys is taken off; the keys of a UNet alone get the prefix that it has in a model.
+    A common outer prefix is removed. The keys of a UNet alone get the prefix `model.diffusion_model.`.
     """
     firsts = [key.removesuffix(_FIRST) for key in shapes if key.endswith(_FIRST)]
     outer = next((prefix.removesuffix(UNET) for prefix in firsts if prefix.endswith(UNET)), None)
@@ -257,12 +259,12 @@ def _by_whole_keys(shapes: Shapes) -> dict[str, Sequence[int]]:
 
 
 def _differences(shapes: Shapes) -> dict[str, dict[str, Difference]]:
-    """Return, for each family, the telling keys at which `shapes` differ from it.
+    """Return, for each family, the distinguishing keys at which `shapes` differ.
 
-    The text encoders count only where `shapes` have any.
+    Text encoders are compared only if `shapes` has any.
     """
     has_encoders = has_part(shapes, COND_STAGE) or has_part(shapes, CONDITIONER)
-    found = {key: tuple(shape) for key, shape in shapes.items() if _TELLING.fullmatch(key)}
+    found = {key: tuple(shape) for key, shape in shapes.items() if _DISTINGUISHING.fullmatch(key)}
     result = {}
     for family in _ROWS:
         expected = {key: shape for key, shape in family.shapes.items() if has_encoders or key.startswith(UNET)}
@@ -273,7 +275,7 @@ def _differences(shapes: Shapes) -> dict[str, dict[str, Difference]]:
 
 
 def _distance(differences: Mapping[str, Difference]) -> float:
-    """Return the number of keys that differ, where one of another shape counts by the share of its sizes."""
+    """Return the number of differing keys. A key of another shape counts as the share of its dimensions that differ."""
     return sum(_share(found, expected) for found, expected in differences.values())
 
 
@@ -284,10 +286,10 @@ def _share(found: Shape | None, expected: Shape | None) -> float:
 
 
 def _listed(differences: Mapping[str, Difference]) -> str:
-    """Return the first few keys that differ and their shapes, as words."""
-    words = [
+    """Return the first differing keys and their shapes as text."""
+    shown = [
         f"{key} (found {found or 'none'}, expected {expected or 'none'})"
         for key, (found, expected) in list(differences.items())[:_SHOWN]
     ]
     more = f", … ({len(differences)} keys)" if len(differences) > _SHOWN else ""
-    return ", ".join(words) + more
+    return ", ".join(shown) + more

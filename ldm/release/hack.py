@@ -1,4 +1,4 @@
-"""Files of `tools/hack_weights.py`: read, graft, keep the file that is replaced, write, and log it."""
+"""File handling of `tools/hack_weights.py`: read, graft, back up the replaced file, write and log."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ldm.util import UserError
 log = logging.getLogger(__name__)
 
 
-def _alone(write: Callable[..., None]) -> Callable[..., None]:
-    """Let no two processes run `write` with one `out`, the file that it writes."""
+def _locked(write: Callable[..., None]) -> Callable[..., None]:
+    """Hold the lock on the file `out` during each call of `write`."""
 
     @functools.wraps(write)
     def call(*arguments: Any, **options: Any) -> None:
@@ -38,17 +38,17 @@ def _alone(write: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-@_alone
+@_locked
 def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path | None = None) -> None:
-    """Write the training checkpoint at `training_path`, with the released weights in it, to `out`.
+    """Write the training checkpoint at `training_path`, with the released weights, to `out`.
 
-    `vae` is a file whose autoencoder takes the place of the release's.
+    The autoencoder of the file `vae`, if given, replaces that of the release.
 
     Raises:
-        UserError: a file is missing, damaged or of another model; nothing is written then.
+        UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     if training_path.exists() and release_path.exists() and training_path.samefile(release_path):
-        raise UserError(f"{training_path}: given as the release and as the training checkpoint; name two files")
+        raise UserError(f"{training_path}: given both as release and as training checkpoint; name two different files")
     _check_out(out, release_path)
     training = open_checkpoint(training_path)
     check_training_checkpoint(training.content, training_path)
@@ -58,37 +58,40 @@ def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path 
     released = _release_weights(release, release_path, vae, state_dict)
     grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
-    log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
+    log.info("optimizer state reset: it belongs to the replaced weights")
     if has_step_counters(training.content, training_path):
         content = grafted_checkpoint(training.content, grafted)
     else:
-        from ldm.release.fresh import fresh_checkpoint  # Lightning, seconds to import
+        from ldm.release.initial_checkpoint import checkpoint_at_start  # imports Lightning, which takes seconds
 
-        content = fresh_checkpoint(grafted)
+        content = checkpoint_at_start(grafted.state_dict)
     _write(_with_encoders(content, released), out)
 
 
-@_alone
+@_locked
 def hack_config(
     config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path, vae: Path | None = None
 ) -> None:
     """Write a training checkpoint at step 0 for the model of `config`, with the released weights, to `out`.
 
-    `config_names` are the files that `config` was read from; `vae` is that of `hack_training`.
+    `config_names` are the files of `config`. `vae` is as in `hack_training`.
 
     Raises:
-        UserError: a file is missing, damaged or of another model; nothing is written then.
+        UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     _check_out(out, release_path)
     release = open_checkpoint(release_path)
-    from ldm.release.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
+    from ldm.release.initial_checkpoint import (
+        checkpoint_at_start,
+        state_dict_without_weights,
+    )  # imports Lightning, which takes seconds
 
     state_dict = state_dict_without_weights(lambda: build_model(config))
-    log.info("made from: %s", ", ".join(map(str, config_names)))
+    log.info("model of the config %s", ", ".join(map(str, config_names)))
     released = _release_weights(release, release_path, vae, state_dict)
     grafted = graft(state_dict, released, release_path)
     log.info("\n".join(grafted.summary()))
-    _write(_with_encoders(fresh_checkpoint(grafted), released), out)
+    _write(_with_encoders(checkpoint_at_start(grafted.state_dict), released), out)
 
 
 def _release_weights(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) -> dict:
@@ -99,34 +102,34 @@ def _release_weights(release: OpenCheckpoint, path: Path, vae: Path | None, own:
 
 
 def _with_encoders(content: dict, released: dict) -> dict:
-    """Return `content` with the digests of the release's encoders, which training compares with those of its shards."""
+    """Return `content` with digests of the release's encoders, for comparison with those of the training shards."""
     digests = encoder_digests(released)
     return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
 
 
 def _check_out(out: Path, release: Path) -> None:
     if out.suffix != ".ckpt":
-        raise UserError(f"{out}: a training checkpoint's name must end in .ckpt")
+        raise UserError(f"{out}: the name of a training checkpoint must end in .ckpt; rename it")
     if out.exists() and release.exists() and out.samefile(release):
-        raise UserError(f"{out}: is the release itself, which would be replaced; choose another --out")
+        raise UserError(f"{out}: would replace the release; choose another --out")
 
 
 def _write(content: dict, out: Path) -> None:
     kept = _keep(out) if out.exists() and not _is_made_from_config(out) else None
     try:
         save_checkpoint(content, out)
-    except BaseException:  # Ctrl-C too: what was not replaced needs no second name
+    except BaseException:  # Ctrl-C too: a file that was not replaced needs no backup
         if kept and kept.samefile(out):
             kept.unlink()
         raise
     if kept:
-        log.info("kept what it replaces: %s", kept)
+        log.info("previous file kept as %s", kept)
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content["state_dict"]))
     log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", shlex.quote(str(out)))
 
 
 def _is_made_from_config(path: Path) -> bool:
-    """Return whether `hack_config` wrote the file: then no training is lost with it."""
+    """Return True if `hack_config` wrote the file, so that replacing it loses no training."""
     try:
         content = open_checkpoint(path).content
     except UserError:
@@ -135,7 +138,7 @@ def _is_made_from_config(path: Path) -> bool:
 
 
 def _keep(path: Path) -> Path:
-    """Give the file at `path` a second name that no file has yet; no copy where the file system has links."""
+    """Back up the file at `path` under an unused name, by a hard link if the file system has them, else by a copy."""
     for count in itertools.count(1):
         number = "" if count == 1 else f"-{count}"
         kept = path.with_name(f"{path.stem}.before-hack{number}{path.suffix}")
@@ -154,4 +157,4 @@ def _keep(path: Path) -> Path:
                 kept.unlink(missing_ok=True)
                 raise
         return kept
-    raise AssertionError("endless")
+    raise AssertionError("unreachable")

@@ -45,7 +45,7 @@ def sent(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 def batch(**entries: Any) -> dict[str, Any]:
     names = ["a", "b", "c"]
-    return {"f8": sent(3, 8, 4, 4), "t5": sent(3, 77, 8), "txt": names, "draw": names, "__key__": names, **entries}
+    return {"f8": sent(3, 8, 4, 4), "t5": sent(3, 77, 8), "txt": names, "stream": names, "__key__": names, **entries}
 
 
 def prior_batch() -> dict[str, Any]:

@@ -26,7 +26,7 @@ def started(train, tmp_path):
     assert train("-l logs --max_steps 1") == 0
     path = the_run(tmp_path / "logs") / "checkpoints/last.ckpt"
     content = load_checkpoint(path)
-    callbacks = {**content["callbacks"], "SameEncoders": {"text_tower": "t" * 64}}
+    callbacks = {**content["callbacks"], "SameEncoders": {"text_tower": "t" * 64, "text_tower_2": "u" * 64}}
     save_checkpoint({**content, "callbacks": callbacks}, path)
     return path, weights_digest(content["state_dict"], "first_stage_model.")
 
@@ -38,10 +38,12 @@ def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by,
     assert "index.json: the set was made by another autoencoder (000000000000…)" in train_error(train, f"{resume} 2")
     made_by(autoencoder=autoencoder, text_tower="0" * 64)
     assert "index.json: the set was made by another text tower" in train_error(train, f"{resume} 2")
+    made_by(autoencoder=autoencoder, text_tower="t" * 64, text_tower_2="0" * 64)
+    assert "index.json: the set was made by another second text tower" in train_error(train, f"{resume} 2")
     made_by(autoencoder=autoencoder, text_tower="t" * 64)
     assert train(f"{resume} 2") == 0
     state = load_checkpoint(checkpoint)["callbacks"]["SameEncoders"]
-    assert state == {"text_tower": "t" * 64, "autoencoder": autoencoder}
+    assert state == {"text_tower": "t" * 64, "text_tower_2": "u" * 64, "autoencoder": autoencoder}
     made_by(autoencoder=None)  # as far as is known
     assert train(f"{resume} 3") == 0
 

@@ -187,18 +187,18 @@ def poisoned(train, tmp_path, monkeypatch):
                 data = file.getvalue()
             tar.addfile(member, io.BytesIO(data))
     drawn = []
-    encode, draw = LatentDiffusion.get_first_stage_encoding, LatentDiffusion.draw_timesteps
+    encode, draw = LatentDiffusion.get_first_stage_encoding, LatentDiffusion.sample_timesteps
 
-    def broken_encoding(self, encoded, *draws):
-        latent = encode(self, encoded, *draws)
+    def broken_encoding(self, encoded, *streams):
+        latent = encode(self, encoded, *streams)
         return torch.where(latent.abs() > 1000, NAN, latent)
 
-    def noted_timesteps(self, x, draws):
-        drawn.append((draw(self, x, draws), x.flatten(1).isnan().any(1)))
+    def noted_timesteps(self, x, streams):
+        drawn.append((draw(self, x, streams), x.flatten(1).isnan().any(1)))
         return drawn[-1][0]
 
     monkeypatch.setattr(LatentDiffusion, "get_first_stage_encoding", broken_encoding)
-    monkeypatch.setattr(LatentDiffusion, "draw_timesteps", noted_timesteps)
+    monkeypatch.setattr(LatentDiffusion, "sample_timesteps", noted_timesteps)
     return train, drawn
 
 

@@ -70,9 +70,9 @@ def test_what_is_logged_is_what_an_evaluation_of_the_merged_weights_gives(train,
     tuned = copy.deepcopy(released)
     load_into(tuned, load_state_dict(the_run(tmp_path / "four") / "checkpoints" / "last.ckpt"))
     timesteps = midpoint_timesteps(50, 4)
-    pictures = open_set("rest", "shards/s-000001.tar", released, 3)
+    image_set = open_set("rest", "shards/s-000001.tar", released, 3)
     released.restart_ema()
-    comparison = compare(record(released.eval(), pictures, timesteps, 8), tuned.eval(), pictures, timesteps, 8)
+    comparison = compare(record(released.eval(), image_set, timesteps, 8), tuned.eval(), image_set, timesteps, 8)
     expected = (comparison.tuned.mean(), comparison.tuned.mean() / comparison.base.mean(), comparison.drift.mean())
     values = [float(found[f"eval/rest/{metric}"][4]) for metric in ("loss", "loss_ratio", "drift")]
     assert values == pytest.approx(expected, rel=1e-3)
@@ -145,11 +145,11 @@ def test_hacked_weights_are_a_new_start(train, released, tmp_path, caplog):
     assert load_checkpoint(last)["callbacks"]["Forgetting"] == {"recorded": 2}
 
 
-def test_a_run_goes_on_only_with_its_own_sets(train, released, tmp_path):
+def test_a_resumed_run_needs_the_same_sets(train, released, tmp_path):
     train(f"--max_steps 2 {watching()}")
     run = the_run(tmp_path / "logs")
     for change in ("timesteps=5", "limit=2", "sets.new=shards/s-000001.tar", "sets.more=shards/s-000001.tar"):
-        with pytest.raises(UserError, match=r"start.safetensors: set '(new|more)' has other pictures or timesteps"):
+        with pytest.raises(UserError, match=r"start\.safetensors: made with other images or timesteps of the set"):
             train(f"--resume {run} --max_steps 4 {PLACE}.params.{change}")
     (run / "evaluation" / "start.safetensors").unlink()
     assert train(f"--resume {run} --max_steps 4 {PLACE}.params.limit=2") == 0
@@ -160,7 +160,7 @@ def test_a_run_goes_on_only_with_its_own_sets(train, released, tmp_path):
     [
         (watching(new="nowhere.tar"), "set 'new': nowhere.tar: no such file"),
         (watching(0), "forgetting: .*every_n_train_steps 0: give a whole number of at least 1"),
-        (f"{watching()} {PLACE}.params.timesteps=51", "51 timesteps to evaluate at: choose 1 to 50"),
+        (f"{watching()} {PLACE}.params.timesteps=51", "51 timesteps for the evaluation: choose 1 to 50"),
         (f"{watching()} {PLACE}.params.limit=0", "limit 0: give a whole number of at least 1"),
         (f"{watching()} {PLACE}.params.sets=null", "sets None: give at least one"),
         (f"{watching()} {PLACE}.params.every=3", "unknown key 'every'"),

@@ -1,4 +1,4 @@
-"""Values of the Trainer's arguments that are refused in one line, and those that pass."""
+"""Tests of the check of Trainer arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ldm.util import UserError
         ("logger", "wandb", "lightning.logger"),
         ("strategy", {"target": "x"}, "lightning.strategy"),
         ("callbacks", "mine", "lightning.callbacks"),
-        ("plugins", "mine", "no place for plugins"),
+        ("plugins", "mine", "plugins cannot be given"),
         ("default_root_dir", "here", "--logdir"),
     ],
 )
@@ -41,7 +41,7 @@ def test_check_values_refuses(name: str, value: object, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_check_values_takes_what_lightning_takes() -> None:
+def test_check_values_accepts_valid_values() -> None:
     check_values(
         {
             "val_check_interval": 0.5, "check_val_every_n_epoch": None, "max_time": "00:12:00:00", "max_epochs": -1,

@@ -76,7 +76,7 @@ def test_vectors_reach_the_unet_as_y(key: str, channels: int) -> None:
 
 
 def test_sequential_crossattn_is_refused() -> None:
-    with pytest.raises(UserError, match="sequential_crossattn: true is for a UNet that is not here"):
+    with pytest.raises(UserError, match="sequential_crossattn: true is not supported"):
         DiffusionWrapper({"target": "torch.nn.Identity", "sequential_crossattn": True}, "crossattn")
 
 

@@ -1,4 +1,4 @@
-"""The steps of training, validation and the optimizer, as Lightning calls them."""
+"""Training, validation and optimizer steps of diffusion models, as Lightning hooks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.batch import Batch
-from ldm.models.diffusion.replacement import Replacement, replaced
+from ldm.models.diffusion.conditioning_dropout import Replacement, replaced
 from ldm.optim import build_optimizer
 from ldm.util import UserError, instantiate_from_config
 
 
-class Steps:
-    """Mixin of a diffusion model, before Lightning's module, for the steps around its `shared_step`."""
+class TrainingSteps:
+    """Mixin of a diffusion model for the steps around `shared_step`. It must precede Lightning's module."""
 
     model: nn.Module
     model_ema: nn.Module
@@ -30,7 +30,7 @@ class Steps:
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(replaced(batch, self.replacements, self.device))
-        # All in one message, not one by one, as with `sync_dist`.
+        # One reduction for all values. `sync_dist` would reduce each value by itself.
         means = mean_over_processes(torch.stack(list(logged.values())))
         self.log_dict(dict(zip(logged, means, strict=True)), batch_size=self.batch_size_of(batch))
         return loss
@@ -40,7 +40,7 @@ class Steps:
         return len(batch[self.first_stage_key])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the losses of the weights and of their EMA, on the same noise and timesteps in every epoch."""
+        """Log the losses with the weights and with their EMA. Noise and timesteps are the same in every epoch."""
         self._log_evaluation(batch, batch_idx, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -49,7 +49,7 @@ class Steps:
     def _log_evaluation(self, batch: Batch, batch_idx: int, split: str) -> None:
         losses = self._validation_losses(batch, batch_idx)
         with self.ema_scope():
-            # Without an EMA the second name still exists, for `monitor`.
+            # The name with `_ema` exists without an EMA too, for `monitor`.
             averaged = self._validation_losses(batch, batch_idx) if self.use_ema else losses
         losses = losses | {f"{key}_ema": value for key, value in averaged.items()}
         logged = {key.replace("val/", f"{split}/", 1): value for key, value in losses.items()}
@@ -62,21 +62,21 @@ class Steps:
             return self.shared_step(batch)[1]
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Take an optimizer step and, at once, the EMA's: a checkpoint written right after a step holds both."""
+        """Step the optimizer and then the EMA, so that a checkpoint written after the step holds both."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward, beside its activations
+        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward pass
         if self.use_ema:
             self.model_ema(self.model)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer gets, in order."""
+        """Return the parameters of the optimizer, in order."""
         return [*self.model.parameters(), *self.parameters(recurse=False)]
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer of `optimizer_config` (default: fused AdamW) and the multiplier of `scheduler_config`.
+        """Return the optimizer of `optimizer_config` (default: fused AdamW) and the schedule of `scheduler_config`.
 
         Raises:
-            UserError: no learning rate was set, or the optimizer does not take its `params`.
+            UserError: the learning rate is missing, or the optimizer does not take its `params`.
         """
         if self.learning_rate is None:
             raise UserError("no learning rate: set model.base_learning_rate in the config")

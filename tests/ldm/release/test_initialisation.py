@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ldm.release.building import without_initialisation
+from ldm.release.initialisation import without_initialisation
 
 
 class Layers(nn.Module):

@@ -1,4 +1,4 @@
-"""A training checkpoint made from a config, without a run."""
+"""Training checkpoint at step 0, made without a run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from ldm.release.building import without_initialisation
-from ldm.release.graft import Graft
-
-
-def fresh_checkpoint(grafted: Graft) -> dict[str, Any]:
-    """A Lightning checkpoint at step 0 that holds the grafted weights alone.
-
-    It names no optimizer and no scheduler: a resume then makes them from its config, with the learning rate that
-    `--scale_lr` and the number of devices give.
-    """
-    return checkpoint_at_start(grafted.state_dict)
+from ldm.release.initialisation import without_initialisation
 
 
 def checkpoint_at_start(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a Lightning checkpoint at step 0 that holds `weights` alone."""
+    """Return a Lightning checkpoint at step 0 that holds only `weights`.
+
+    It has no state of optimizers and schedulers. A resumed run builds them from its config, with the learning rate that
+    `--scale_lr` and the number of devices give.
+    """
     return {
         "epoch": 0,
         "global_step": 0,
@@ -37,9 +31,9 @@ def checkpoint_at_start(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loops_at_start() -> dict[str, Any]:
-    """The progress of a trainer that has not begun, as Lightning saves it."""
+    """Return the progress of a trainer that has not started, in Lightning's layout."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    logging.disable(logging.INFO)  # its report of the hardware is beside the point
+    logging.disable(logging.INFO)  # hides Lightning's report of the hardware
     try:
         trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, **quiet)
     finally:
@@ -49,6 +43,6 @@ def loops_at_start() -> dict[str, Any]:
 
 
 def state_dict_without_weights(build: Callable[[], torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """The state dict of the module that `build` makes: weights on the meta device, buffers with their values."""
+    """Return the state dict of the module that `build` returns. Weights are on the meta device, buffers have values."""
     with without_initialisation(on_meta=True):
         return build().state_dict()

@@ -11,8 +11,8 @@ import torch
 
 from ldm.checkpoint import save_state_dict
 from ldm.checkpoint.keys import UNET
+from ldm.release.configs import family_of, release_config
 from ldm.release.families import FAMILIES, Family
-from ldm.release.matching import family_of, release_config
 from ldm.util import UserError
 
 

@@ -1,4 +1,4 @@
-"""Replaced conditioning: in training, some samples get an empty caption, for guidance later (arXiv:2207.12598)."""
+"""Conditioning dropout in training, for classifier-free guidance (arXiv:2207.12598)."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.random_streams import RandomStreams
 from ldm.util import UserError
 
 
 class Replacement(NamedTuple):
-    """The share of samples whose batch entry `value` replaces."""
+    """Value that replaces a batch entry in a share of the samples."""
 
     share: float
     value: Any
 
 
 def replacements_of(config: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Replacement]:
-    """Read `ucg_training`: by batch entry, a mapping of `p` and `val`.
+    """Read `ucg_training`, which maps a batch entry to `p` and `val`.
 
     Raises:
-        UserError: `p` is missing or not between 0 and 1, or there is another key.
+        UserError: `p` is missing or not from 0 to 1, or there is another key.
     """
     found = {}
     for entry, rule in (config or {}).items():
         if not isinstance(rule, Mapping) or set(rule) - {"p", "val"} or not 0 <= rule.get("p", -1) <= 1:
-            raise UserError(f"ucg_training.{entry} {rule!r}: give p from 0 to 1, and val, the value in its place")
+            raise UserError(f"ucg_training.{entry} {rule!r}: give p, from 0 to 1, and val, the replacement")
         value = rule.get("val")
         found[entry] = Replacement(rule["p"], "" if value is None else value)
     return found
 
 
 def replaced(batch: Batch, replacements: Mapping[str, Replacement], device: torch.device) -> Batch:
-    """Return `batch` with entries of random samples replaced; the samples are those of the batch's own draws."""
+    """Return `batch` with entries of random samples replaced, chosen by the random streams of the batch."""
     if not replacements:
         return batch
-    draws, changed = Draws.of(batch), {}
+    streams, changed = RandomStreams.of(batch), {}
     for entry, (share, value) in replacements.items():
         old = batch_entry(batch, entry)
-        chosen = draws.uniform(f"replace/{entry}", torch.empty(len(old), device=device)) < share  # (B,)
+        chosen = streams.uniform(f"replace/{entry}", torch.empty(len(old), device=device)) < share  # (B,)
         if isinstance(old, Tensor):
             if isinstance(value, str):
                 raise UserError(
-                    f"ucg_training.{entry}: the batch holds stored encodings, which the caption {value!r} cannot "
+                    f"ucg_training.{entry}: the batch has stored encodings, which the caption {value!r} cannot "
                     "replace; set data.params.null_cond_dropout instead"
                 )
             filled = torch.full_like(old, value)

@@ -1,4 +1,4 @@
-"""Config of a released checkpoint: the one that is given, or that of the family which its keys tell."""
+"""Config of a released checkpoint: given by name, or chosen by the checkpoint's family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.release.families import Family, recognise, shapes_of
 
 
 def family_of(ckpt: str | Path, parameterization: str | None = None, size: int | None = None) -> Family:
-    """Return the family of the checkpoint at `ckpt`, and log which it is; see `recognise`.
+    """Return the family of the checkpoint at `ckpt`, and log it; see `recognise`.
 
     Raises:
         UserError: the file cannot be read, or no family matches it.
@@ -30,12 +30,12 @@ def release_config(
     size: int | None = None,
     trusted: bool = False,
 ) -> tuple[str, DictConfig]:
-    """Return the name and the content of the config `given`; without one, of the release config of `ckpt`'s family.
+    """Return the name and the content of the config `given`, or else of the release config of `ckpt`'s family.
 
-    `parameterization` takes precedence over that of the config. `trusted` is that of `load_config`.
+    `parameterization` takes precedence over that of the config. `trusted` is passed to `load_config`.
 
     Raises:
-        UserError: a file is missing or broken, or no config is given and no family matches the checkpoint.
+        UserError: a file is missing or invalid, or no config is given and no family matches the checkpoint.
     """
     if given is None:
         family = family_of(ckpt, parameterization, size)

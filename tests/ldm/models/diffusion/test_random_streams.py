@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 
 
 def test_a_row_draws_the_same_in_every_batch() -> None:
     like = torch.zeros(3, 4, 2, 2, dtype=torch.float64)
-    whole = Draws(["a", "b", "c"])
-    parts = Draws(["c"]), Draws(["a", "b"])
+    whole = RandomStreams(["a", "b", "c"])
+    parts = RandomStreams(["c"]), RandomStreams(["a", "b"])
     for what in ("noise", "latent"):
         expected = whole.normal(what, like)
         assert expected.shape == like.shape and expected.dtype == like.dtype
@@ -27,19 +27,19 @@ def test_names_and_uses_have_streams_of_their_own_whatever_was_drawn_before() ->
     drawn = []
     for name in ("1/0/7", "1/0/8", "1/1/7"):
         for what in ("noise", "latent"):
-            drawn.append(Draws([name]).normal(what, like))
+            drawn.append(RandomStreams([name]).normal(what, like))
             torch.rand(3)
-            assert Draws([name]).normal(what, like).equal(drawn[-1])
+            assert RandomStreams([name]).normal(what, like).equal(drawn[-1])
     assert len({tuple(values.flatten().tolist()) for values in drawn}) == 6
 
 
 def test_the_numbers_are_standard_normal_and_uniform() -> None:
     like = torch.zeros(2000, 16)
-    draws = Draws([f"23/0/{number}" for number in range(2000)])
-    noise = draws.normal("noise", like)
+    streams = RandomStreams([f"23/0/{number}" for number in range(2000)])
+    noise = streams.normal("noise", like)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert abs(noise.mean(0)).max() < 0.1 and abs(noise.std(0) - 1).max() < 0.1  # at each place, over the rows
-    counts = draws.integers("timestep", 10, like).bincount(minlength=10)
+    counts = streams.integers("timestep", 10, like).bincount(minlength=10)
     assert counts.min() > 140 and counts.max() < 260 and len(counts) == 10
 
 
@@ -48,6 +48,6 @@ def test_without_names_the_global_generator_gives_the_batch() -> None:
     torch.manual_seed(0)
     expected = torch.randn(2, 3), torch.randint(0, 9, (2,))
     torch.manual_seed(0)
-    assert FROM_GLOBAL.normal("noise", like).equal(expected[0])
-    assert FROM_GLOBAL.integers("timestep", 9, like).equal(expected[1])
-    assert Draws.of({"f8": like}) == FROM_GLOBAL and Draws.of({"draw": ["a"]}).names == ["a"]
+    assert GLOBAL_STREAM.normal("noise", like).equal(expected[0])
+    assert GLOBAL_STREAM.integers("timestep", 9, like).equal(expected[1])
+    assert RandomStreams.of({"f8": like}) == GLOBAL_STREAM and RandomStreams.of({"stream": ["a"]}).names == ["a"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.replacement import replaced, replacements_of
+from ldm.models.diffusion.conditioning_dropout import replaced, replacements_of
 from ldm.util import UserError
 from tests.ldm.models.diffusion.conftest import TEXT_TOWER, batch_of, construct
 
@@ -26,9 +26,10 @@ def test_replaced_labels_and_named_rows() -> None:
     """A tensor is replaced row by row; rows with names are the same in any batch."""
     rules = replacements_of({"label": {"p": 0.5, "val": 9}})
     names = [f"row {number}" for number in range(40)]
-    whole = replaced({"label": torch.zeros(40, 1), "draw": names}, rules, CPU)["label"]
+    whole = replaced({"label": torch.zeros(40, 1), "stream": names}, rules, CPU)["label"]
     halves = [
-        replaced({"label": torch.zeros(20, 1), "draw": half}, rules, CPU)["label"] for half in (names[:20], names[20:])
+        replaced({"label": torch.zeros(20, 1), "stream": half}, rules, CPU)["label"]
+        for half in (names[:20], names[20:])
     ]
     assert torch.equal(whole, torch.cat(halves)) and set(whole.flatten().tolist()) == {0, 9}
 
@@ -48,7 +49,7 @@ def test_ucg_training_in_a_step_and_not_in_validation(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("rule", [0.1, {"val": ""}, {"p": 1.5}, {"p": 0.1, "value": ""}])
 def test_ucg_training_that_cannot_be(rule: object) -> None:
-    with pytest.raises(UserError, match=r"ucg_training\.txt .*: give p from 0 to 1"):
+    with pytest.raises(UserError, match=r"ucg_training\.txt .*: give p, from 0 to 1"):
         replacements_of({"txt": rule})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ldm.checkpoint import save_state_dict
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.perceptual import fill_lpips
+from ldm.models.lpips_weights import fill_lpips
 from ldm.modules.losses.lpips import LPIPS
 from ldm.util import UserError
 from tests.golden_data import seeded_tensor

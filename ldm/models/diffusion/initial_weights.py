@@ -1,4 +1,4 @@
-"""The weights that a diffusion model starts from, and their moving average."""
+"""Initial weights of a diffusion model from a checkpoint, and their moving average."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ldm.modules.ema import LitEma
 
 logger = logging.getLogger(__name__)
 
-# The first convolution, by whose channels a model that sees more than the noisy latent differs from its release.
+# First convolution. Its input channels grow if maps join the noisy latent.
 FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
 FIRST_CONVOLUTION_KEYS = (FIRST_CONVOLUTION, ema_key(FIRST_CONVOLUTION))
 
 
-class StartsFromWeights:
-    """Mixin of a diffusion model: `model` is its UNet, `model_ema` the moving average if `use_ema`."""
+class InitialWeights:
+    """Mixin of a diffusion model with the UNet `model` and, if `use_ema`, its moving average `model_ema`."""
 
     model: nn.Module
     use_ema: bool
-    # How a file's weights are fitted to this model's shapes; set before `init_from_ckpt`.
+    # Rules that fit a file's weights to this model's shapes. Set them before `init_from_ckpt`.
     finetune_keys: Sequence[str] = ()
     keep_finetune_dims: int = 4
     make_it_fit: bool = False
@@ -34,12 +34,12 @@ class StartsFromWeights:
     reset_num_ema_updates: bool = False
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> LoadReport:
-        """Load weights from a checkpoint, leaving out keys that start with one of `ignore_keys`.
+        """Load weights from a checkpoint, except for keys that start with one of `ignore_keys`.
 
-        With `only_model`, just the UNet. An EMA that the file does not hold starts from the loaded weights.
+        With `only_model`, load only the UNet. If the file has no EMA, the EMA starts at the loaded weights.
 
         Raises:
-            UserError: the file cannot be read, or does not fit this model.
+            UserError: the file cannot be read, or does not match this model.
         """
         ignored = (*ignore_keys, *(() if self.load_ema else (EMA,)))
         module, prefix = (self.model, MODEL) if only_model else (self, "")
@@ -58,7 +58,7 @@ class StartsFromWeights:
         return report
 
     def _fitted(self, key: str, value: Tensor) -> Tensor:
-        """Return `value`, or where the model's tensor `key` has another shape and may be fitted, that shape."""
+        """Return `value`, fitted to the shape of the model's tensor `key` if the settings allow it."""
         own = self.state_dict().get(key) if key in self.finetune_keys or self.make_it_fit else None
         if own is None or own.shape == value.shape or own.ndim != value.ndim:
             return value
@@ -66,28 +66,28 @@ class StartsFromWeights:
             logger.info("%s: %s repeated to fill %s", key, tuple(value.shape), tuple(own.shape))
             return _repeated(value, own.shape)
         kept = min(self.keep_finetune_dims, value.shape[1], own.shape[1])
-        logger.info("%s: the first %d input channels are the file's, the other %d start at 0", key, kept,
+        logger.info("%s: the first %d input channels are loaded, the other %d start at 0", key, kept,
                     own.shape[1] - kept)  # fmt: skip
         fitted = torch.zeros(own.shape, dtype=value.dtype)
         fitted[:, :kept] = value[:, :kept]
         return fitted
 
     def restart_ema(self) -> None:
-        """Begin the moving average, if there is one, at the present weights."""
+        """Restart the moving average, if there is one, at the current weights."""
         if self.use_ema:
             self.model_ema = LitEma(self.model)
 
     def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
-        """Return a scope in which the model has its averaged weights, if it keeps any. `context` goes to the log."""
+        """Return a context in which the model has its averaged weights, if there are any. `context` is logged."""
         if not self.use_ema:
             return nullcontext()
         if context:
-            logger.info("%s: with averaged weights", context)
+            logger.info("%s: using averaged weights", context)
         return self.model_ema.applied_to(self.model)
 
 
 def _repeated(value: Tensor, shape: torch.Size) -> Tensor:
-    """Return `value` repeated along its first two dimensions up to `shape`, so that sums over the inputs stay."""
+    """Return `value` repeated along its first two dimensions to `shape`, with unchanged sums over the inputs."""
     for dimension in range(min(2, value.ndim)):
         old, new = value.shape[dimension], shape[dimension]
         index = torch.arange(new) % old

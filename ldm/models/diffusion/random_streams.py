@@ -1,6 +1,6 @@
-"""Random numbers of a batch. They do not depend on how a step's samples are spread over processes and batches.
+"""Random numbers of a batch, independent of the distribution of samples over processes and batches.
 
-B batch; C, h, w channels, height and width of a latent.
+B: batch. C, h, w: channels, height and width of a latent.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch
-from ldm.shards.sample import DRAW
+from ldm.shards.sample import STREAM
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Random numbers for the rows of a batch. A named row has streams of its own.
+class RandomStreams:
+    """Random numbers for the rows of a batch. Each row has a name, and each name has its own streams.
 
-    Without `names`, as in validation, the global generators give the numbers of the whole batch. Numbers are sampled
-    on the device that needs them, so a GPU's differ from the CPU's.
+    Without `names`, as in validation, the numbers of the whole batch come from the global generators. Numbers are
+    sampled on the device of the result, and differ between GPU and CPU.
     """
 
     names: Sequence[str] | None = None
 
     @classmethod
-    def of(cls, batch: Batch) -> Draws:
-        """Return the random numbers of a batch, whose entry `DRAW` names its rows."""
-        return cls(batch.get(DRAW))
+    def of(cls, batch: Batch) -> RandomStreams:
+        """Return the random streams of a batch. Its entry `STREAM` names the rows."""
+        return cls(batch.get(STREAM))
 
     def normal(self, what: str, like: Tensor) -> Tensor:
-        """Return standard normal numbers for `what`, of the shape (B, ...), dtype and device of `like`."""
+        """Return standard normal numbers from the stream `what`, with shape (B, ...), dtype and device of `like`."""
         if self.names is None:
             return torch.randn_like(like)
         kind = {"device": like.device, "dtype": like.dtype}
         return self._rows(what, like, lambda generator: torch.randn(like.shape[1:], generator=generator, **kind))
 
     def integers(self, what: str, high: int, like: Tensor) -> Tensor:
-        """Return uniform integers (B,) for `what`, from 0 to `high` - 1, on the device of `like` (B, ...)."""
+        """Return uniform integers (B,) below `high`, on the device of `like` (B, ...), from the stream `what`."""
         if self.names is None:
             return torch.randint(0, high, (len(like),), device=like.device)
         return self._rows(
@@ -47,18 +47,18 @@ class Draws:
         )
 
     def uniform(self, what: str, like: Tensor) -> Tensor:
-        """Return uniform numbers (B,) for `what`, from 0 to 1, on the device of `like` (B, ...)."""
+        """Return uniform numbers (B,) from 0 to 1, on the device of `like` (B, ...), from the stream `what`."""
         if self.names is None:
             return torch.rand(len(like), device=like.device)
         return self._rows(what, like, lambda generator: torch.rand((), generator=generator, device=like.device))
 
-    def _rows(self, what: str, like: Tensor, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+    def _rows(self, what: str, like: Tensor, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
         generator = torch.Generator(like.device)
         rows = []
         for name in self.names:
             digest = hashlib.blake2b(f"{name}/{what}".encode(), digest_size=8).digest()
-            rows.append(draw(generator.manual_seed(int.from_bytes(digest, "little") >> 1)))  # torch's seeds have signs
+            rows.append(sample(generator.manual_seed(int.from_bytes(digest, "little") >> 1)))  # a seed has 63 bits
         return torch.stack(rows)
 
 
-FROM_GLOBAL = Draws()
+GLOBAL_STREAM = RandomStreams()

@@ -1,4 +1,4 @@
-"""Building modules whose weights come from a file, without spending time or memory on random ones."""
+"""Building of modules without initialising their weights, which a file then provides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Makes the functions of `torch.nn.init` do nothing, and with `on_meta` gives `torch.empty` no memory."""
+    """Mode in which the functions of `torch.nn.init` do nothing. With `on_meta`, `torch.empty` allocates no memory."""
 
     def __init__(self, on_meta: bool) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 @contextmanager
 def without_initialisation(on_meta: bool = False) -> Iterator[None]:
-    """Modules built within have arbitrary weights: for modules whose every weight is loaded next.
+    """Leave the weights of modules built in this context uninitialised. All of them must be loaded afterwards.
 
-    With `on_meta` the weights, which layers make with `torch.empty`, are on the meta device; buffers have their values.
+    With `on_meta`, the weights are on the meta device, and buffers have their values.
     """
     with _WithoutInitialisation(on_meta):
         yield

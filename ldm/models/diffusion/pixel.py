@@ -1,11 +1,10 @@
-"""Diffusion of images as a Lightning module; the base of diffusion of latents.
+"""Diffusion of images in pixel space as a Lightning module, and base of latent diffusion.
 
-B batch; C, H, W channels, height and width of the diffused tensor; t (B,) timesteps that count from 0.
+B: batch. C, H, W: channels, height and width of the diffused tensor. t (B,): timesteps, counted from 0.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -17,52 +16,57 @@ from torch import Tensor
 
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.conditioning_dropout import replacements_of
 from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.initial_weights import InitialWeights
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
-from ldm.models.diffusion.replacement import replacements_of
-from ldm.models.diffusion.steps import Steps
-from ldm.models.diffusion.weights import StartsFromWeights
+from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
+from ldm.models.diffusion.training_steps import TrainingSteps
 from ldm.models.diffusion.wrapper import DiffusionWrapper
+from ldm.modules.diffusionmodules.layers import KeepsTypes
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
-from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
-from ldm.util import UserError
+from ldm.util import check_choice
 
-logger = logging.getLogger(__name__)
+LOSS_TYPES = ("l1", "l2")
 
 
-class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule):
+class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.LightningModule):
     """Denoising diffusion of images (arXiv:2006.11239).
 
     Args:
         unet_config: `target` and `params` of the UNet.
-        timesteps, beta_schedule, linear_start, linear_end, cosine_s: see `make_beta_schedule`.
-        given_betas: the schedule itself, in place of these.
-        rescale_betas_zero_snr: see `rescale_to_zero_snr`; for `v` and `x0`.
+        timesteps, beta_schedule, linear_start, linear_end, cosine_s: noise schedule; see `make_beta_schedule`.
+        given_betas: the values of β, in place of a named schedule.
+        rescale_betas_zero_snr: see `rescale_to_zero_snr`. It requires `v` or `x0`.
         loss_type: `l1` or `l2`.
-        ckpt_path, ignore_keys, load_only_unet: weights to start from, and key prefixes to leave out of them.
-        load_ema, reset_ema: take the file's moving average along, or begin one at its weights.
-        reset_num_ema_updates: let the average follow quickly again, as it does at its start.
-        make_it_fit: repeat a tensor of the file where the model's is larger.
-        ucg_training: by batch entry, `p` and `val`: the share of samples whose entry `val` replaces in training.
-        monitor: the logged value that picks the best checkpoint.
+        ckpt_path, ignore_keys: checkpoint of the initial weights, and prefixes of the keys to skip.
+        load_only_unet: load only the UNet from `ckpt_path`.
+        load_ema, reset_ema: load the moving average of the file, or restart it at the loaded weights.
+        reset_num_ema_updates: reset the number of updates, so that the average follows quickly at first.
+        make_it_fit: repeat a tensor of the file to fill a larger tensor of the model.
+        ucg_training: `p` and `val` by batch entry. In training, `val` replaces the entry of a share `p` of samples.
+        monitor: logged value that selects the best checkpoint.
         use_ema: keep a moving average of the UNet's weights.
-        first_stage_key: the batch entry that holds the images.
-        image_size, channels: of the diffused tensor.
-        log_every_t: steps between the images of a diffusion row.
-        clip_denoised: keep x₀ in [-1, 1] in ancestral sampling.
+        first_stage_key: batch entry that holds the images.
+        image_size, channels: size of the diffused tensor.
+        log_every_t: timesteps between the images of a diffusion row.
+        clip_denoised: clamp x₀ to [-1, 1] in ancestral sampling.
         v_posterior: see `diffusion_buffers`.
         conditioning_key: see `DiffusionWrapper`.
-        parameterization: what the UNet predicts: `eps`, `x0` or `v`.
-        scheduler_config: `target` and `params` of a multiplier from `ldm.lr_scheduler`.
-        optimizer_config: `target` and `params` of the optimizer; fused AdamW without one.
-        use_positional_encodings: accepted for old configs; no model here has any.
+        parameterization: prediction of the UNet: `eps`, `x0` or `v`.
+        scheduler_config: `target` and `params` of a learning rate schedule from `ldm.lr_scheduler`.
+        optimizer_config: `target` and `params` of the optimizer. The default is fused AdamW.
+        use_positional_encodings: accepted for old configs and ignored.
         loss_config: `target` and `params` of the loss weighting, a class of `ldm.models.diffusion.loss`.
-        original_elbo_weight, l_simple_weight, learn_logvar, logvar_init, min_snr_gamma: the weighting by older keys,
-            in place of `loss_config`: `VariationalBound`, `LogVariance` and `MinSNR`.
+        original_elbo_weight, l_simple_weight, learn_logvar, logvar_init, min_snr_gamma: older keys for the weightings
+            `VariationalBound`, `LogVariance` and `MinSNR`, in place of `loss_config`.
     """
+
+    learning_rate: float | None = None  # set before training
+    # Timesteps (B,) and losses (B,) of the last batch, by which callbacks identify a sample.
+    sample_losses: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -104,37 +108,20 @@ class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.Lightning
         ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        if parameterization not in PARAMETERIZATIONS:
-            raise UserError(f"parameterization {parameterization!r} is unknown; valid: {', '.join(PARAMETERIZATIONS)}")
-        if loss_type not in ("l1", "l2"):
-            raise UserError(f"loss_type {loss_type!r} is unknown; valid: l1, l2")
-        self.parameterization = parameterization
-        self.loss_type = loss_type
-        self.monitor = monitor
-        self.use_ema = use_ema
-        self.load_ema = load_ema and not reset_ema
-        self.reset_num_ema_updates = reset_num_ema_updates
-        self.make_it_fit = make_it_fit
+        check_choice("parameterization", parameterization, PARAMETERIZATIONS)
+        check_choice("loss_type", loss_type, LOSS_TYPES)
+        self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
+        self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
+        self.monitor, self.log_every_t, self.clip_denoised = monitor, log_every_t, clip_denoised
+        self.scheduler_config, self.optimizer_config = scheduler_config, optimizer_config
+        self.use_ema, self.load_ema = use_ema, load_ema and not reset_ema
+        self.reset_num_ema_updates, self.make_it_fit = reset_num_ema_updates, make_it_fit
         self.replacements = replacements_of(ucg_training)
-        self.first_stage_key = first_stage_key
-        self.image_size = image_size
-        self.channels = channels
-        self.log_every_t = log_every_t
-        self.clip_denoised = clip_denoised
-        self.v_posterior = v_posterior
-        self.scheduler_config = scheduler_config
-        self.optimizer_config = optimizer_config
-        self.learning_rate: float | None = None  # set by whoever trains
-        # Timesteps (B,) and losses (B,) of the last batch, for whoever must name a sample.
-        self.sample_losses: tuple[Tensor, Tensor] | None = None
-
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.model_ema = LitEma(self.model)
-        if rescale_betas_zero_snr and parameterization == "eps":
-            logger.warning("rescale_betas_zero_snr: eps predicts nothing of the last step; set parameterization to v")
-        ends = linear_start, linear_end, cosine_s
-        self.register_schedule(given_betas, beta_schedule, timesteps, *ends, rescale_betas_zero_snr)
+        options = linear_start, linear_end, cosine_s, rescale_betas_zero_snr
+        self.register_schedule(given_betas, beta_schedule, timesteps, *options)
         self.weighting = weighting_of(
             loss_config, min_snr_gamma, learn_logvar, logvar_init, original_elbo_weight, l_simple_weight
         )
@@ -145,20 +132,20 @@ class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.Lightning
     # Training
 
     def get_input(self, batch: Batch, k: str) -> Tensor:
-        """Return the images `batch[k]`, channels last (B, H, W, C) or without channels, as (B, C, H, W) float32."""
+        """Return the images `batch[k]`, (B, H, W, C) or (B, H, W), as float32 (B, C, H, W)."""
         x = batch_entry(batch, k)
         if x.ndim == 3:
             x = x[..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float()
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """Return the UNet's prediction (B, C, H, W) at the noisy `x`."""
+        """Return the UNet's prediction (B, C, H, W) for the noisy `x` at timesteps `t`."""
         return self.model(x, t)
 
     def training_loss(
         self, output: Tensor, target: Tensor, t: Tensor, samples: BatchMean = EQUAL
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, by `weighting` and `samples`, and its parts to log, those of the training samples."""
+        """Return the loss, weighted by `weighting` and `samples`, and the values to log."""
         error = target.float() - output.float()
         per_sample = (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)  # (B,)
         self.sample_losses = (t, per_sample.detach())
@@ -166,7 +153,7 @@ class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.Lightning
         logged = {f"{split}/loss_simple": mean(per_sample), **samples.logged(per_sample, split)}
         logged |= self.weighting.logged(self, per_sample, t, mean, split)
         logged[f"{split}/loss_vlb"] = mean(self.lvlb_weights[t] * per_sample)
-        logged[f"{split}/loss"] = loss = self.weighting.loss(self, per_sample, t, samples.joined)
+        logged[f"{split}/loss"] = loss = self.weighting.loss(self, per_sample, t, samples.loss_mean)
         return loss, {key: value.detach() for key, value in logged.items()}
 
     def p_losses(
@@ -177,67 +164,67 @@ class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.Lightning
         noise: Tensor | None = None,
         samples: BatchMean = EQUAL,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and its parts to log."""
+        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and the values to log."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        t, noise = samples.asked(t, noise)
+        t, noise = samples.timesteps_and_noise(t, noise)
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         return self.training_loss(output, samples.target(self.training_target(x_start, noise, t)), t, samples)
 
-    def draw_timesteps(self, x: Tensor, draws: Draws = FROM_GLOBAL) -> Tensor:
-        """Return uniform timesteps (B,)."""
-        return draws.integers("timestep", self.num_timesteps, x)
+    def sample_timesteps(self, x: Tensor, streams: RandomStreams = GLOBAL_STREAM) -> Tensor:
+        """Return uniformly sampled timesteps (B,)."""
+        return streams.integers("timestep", self.num_timesteps, x)
 
     def forward(
-        self, x: Tensor, c: Conditioning = None, samples: BatchMean = EQUAL, draws: Draws = FROM_GLOBAL
+        self, x: Tensor, c: Conditioning = None, samples: BatchMean = EQUAL, streams: RandomStreams = GLOBAL_STREAM
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of clean `x` (B, C, H, W) under `c`, at random timesteps, and its parts to log."""
-        t = self.draw_timesteps(x, draws)
-        c = self.conditioning_at(c, t, draws)
-        return self.p_losses(x, c, t, draws.normal("noise", x), samples)
+        """Return the loss of clean `x` (B, C, H, W) under `c` at sampled timesteps, and the values to log."""
+        t = self.sample_timesteps(x, streams)
+        c = self.conditioning_at(c, t, streams)
+        return self.p_losses(x, c, t, streams.normal("noise", x), samples)
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch, and its parts to log."""
-        draws = Draws.of(batch)
-        x = self.diffused(batch, draws)
+        """Return the loss of a batch, and the values to log."""
+        streams = RandomStreams.of(batch)
+        x = self.diffused(batch, streams)
         samples = self.samples_of(batch)
-        return self(x, self.encode_conditioning(batch), samples, draws)
+        return self(x, self.encode_conditioning(batch), samples, streams)
 
-    # The answers of a model of pixels without conditioning; `LatentDiffusion` has others.
+    # Methods of an unconditional model of pixels. `LatentDiffusion` overrides them.
 
-    def diffused(self, batch: Batch, draws: Draws = FROM_GLOBAL) -> Tensor:
-        """Return the clean tensor (B, C, H, W) that is diffused."""
+    def diffused(self, batch: Batch, streams: RandomStreams = GLOBAL_STREAM) -> Tensor:
+        """Return the clean tensor (B, C, H, W) to diffuse."""
         return self.get_input(batch, self.first_stage_key)
 
     def encode_conditioning(self, batch: Batch) -> Conditioning:
         """Return the conditioning of a batch, in the form that `apply_model` takes."""
         return None
 
-    def conditioning_at(self, c: Conditioning, t: Tensor, draws: Draws = FROM_GLOBAL) -> Conditioning:
+    def conditioning_at(self, c: Conditioning, t: Tensor, streams: RandomStreams = GLOBAL_STREAM) -> Conditioning:
         """Return the conditioning that the model sees at timesteps `t` (B,)."""
         return c
 
     def samples_of(self, batch: Batch) -> BatchMean:
-        """Return how the samples of a batch count."""
+        """Return the averaging of the losses of a batch."""
         return EQUAL
 
     def encode_with_images(self, batch: Batch) -> tuple[Tensor, Conditioning, Tensor]:
-        """Return what is diffused, its conditioning, and the images (B, C, H, W) that it stands for."""
+        """Return the tensor to diffuse, its conditioning, and the images (B, C, H, W)."""
         x = self.diffused(batch)
         return x, self.encode_conditioning(batch), x
 
     def to_images(self, x: Tensor) -> Tensor:
-        """Return the images (B, C, H, W), about [-1, 1], that a clean `x` stands for."""
+        """Return the images (B, C, H, W), about [-1, 1], of a clean `x`."""
         return x
 
     @property
     def reads_captions(self) -> bool:
-        """Whether the conditioning of captions can be asked for."""
+        """True if the model can encode captions."""
         return False
 
     def get_unconditional_conditioning(
         self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
     ) -> Conditioning:
-        """Return what guidance moves away from."""
+        """Return the unconditional conditioning for classifier-free guidance."""
         return None
 
     # Sampling
@@ -246,13 +233,13 @@ class DDPM(Steps, StartsFromWeights, GaussianDiffusion, KeepsTypes, pl.Lightning
     def sample(
         self, batch_size: int = 16, cond: Conditioning = None, timesteps: int | None = None, x_T: Tensor | None = None
     ) -> Tensor:
-        """Return ancestral samples (B, C, H, W), one step per training timestep. The samplers are faster."""
+        """Return ancestral samples (B, C, H, W), one step per training timestep. Other samplers are faster."""
         shape = (self.channels, self.image_size, self.image_size)
         sampler = AncestralSampler(self, clip_denoised=self.clip_denoised)
         steps = timesteps or self.num_timesteps
         return sampler.sample(steps, batch_size, shape, conditioning=cond, x_T=x_T, verbose=False)[0]
 
-    @wraps(log_images)  # whose signature tells the image logger what may be asked for
+    @wraps(log_images)  # the image logger checks its arguments against this signature
     def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
-        """Return images (N, 3, H, W) in [-1, 1] for the image logger; see `ldm.models.diffusion.log_images`."""
+        """Return images (N, 3, H, W) in [-1, 1] by name; see `ldm.models.diffusion.log_images`."""
         return log_images(self, batch, N, **kwargs)

@@ -11,7 +11,7 @@ import torch
 
 from ldm.data.sources import find_images
 from ldm.distributed.ranks import Ranks
-from ldm.encoding import making as module
+from ldm.encoding import set_writer as module
 from ldm.images.find import digest_images
 from ldm.shards.index import INDEX, read_index
 from ldm.shards.writer import Shard
@@ -123,7 +123,10 @@ def test_a_finished_shard_that_changed_is_made_again(images, whole, unfinished, 
 
 def test_another_command_does_not_go_on(images, unfinished, tmp_path):
     before = contents_without_leftovers(unfinished.parent)
-    for message, options in (("size 16, this is 32", {"size": 32}), ("shard_size 4, this is 2", {"shard_size": 2})):
+    for message, options in (
+        ("size 16, this command has 32", {"size": 32}),
+        ("shard_size 4, this command has 2", {"shard_size": 2}),
+    ):
         with pytest.raises(UserError, match=f"index.json: the unfinished set was begun with {message}; give the same"):
             run(images, unfinished, **{**OPTIONS, **options})
     (images / "p03.txt").write_text("another caption")
@@ -137,7 +140,7 @@ def test_another_command_does_not_go_on(images, unfinished, tmp_path):
 def test_other_weights_do_not_go_on(images, unfinished):
     model = Model()
     model.first_stage_model.weight = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(UserError, match=r"begun with autoencoder None, this is [0-9a-f]{64}"):
+    with pytest.raises(UserError, match=r"begun with autoencoder None, this command has [0-9a-f]{64}"):
         run(images, unfinished, model, **OPTIONS)
 
 
@@ -145,7 +148,7 @@ def test_a_set_that_does_not_say_what_it_is_made_from_is_left_alone(images, unfi
     index = read_index(unfinished.parent)
     del index["made_from"]
     (unfinished.parent / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="does not say what it is made from"):
+    with pytest.raises(UserError, match="the unfinished set has no made_from"):
         run(images, unfinished, **OPTIONS)
 
 
