@@ -15,6 +15,8 @@ UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
+TOWERS = tuple(f"{CONDITIONER}embedders.{number}." for number in range(2))  # its embedders with weights
+TEXT_ENCODERS = (COND_STAGE, CONDITIONER)
 EMA = "model_ema."
 EMA_DECAY, EMA_UPDATES = EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 SCALE_FACTOR = "scale_factor"  # scale factor of the latents
@@ -40,8 +42,11 @@ SCHEDULE_KEYS = (
 )
 # Empty marker tensors in SDXL files, for v-prediction and for zero terminal SNR.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-# Unused parts of OpenCLIP text towers, which SD 2 files may lack.
-_UNUSED_BY_TOWERS = (f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection", "*.attn_mask")
+# Unused parts of OpenCLIP text towers, which files may lack. SDXL uses the projection.
+_UNUSED_BY_TOWERS = (
+    *(f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection"),
+    *(f"{CONDITIONER}*.logit_scale", "*.attn_mask"),
+)
 # Optional keys of a file, as shell patterns: the keys above, and values for training only.
 OPTIONAL_KEYS = (
     *SCHEDULE_KEYS,

@@ -4,7 +4,11 @@ Format 2 has the keys
 
     format, out, complete     2; the name pattern of the shards; false while shards are missing
     autoencoder, text_tower   digests of the weights that encoded the set; see `ldm.checkpoint.weights_digest`
+    text_tower_2              digest of the second text tower, as in SDXL
     scale_factor              scale factor of the model; stored latents are unscaled
+    family                    key of the model family in `ldm.release.families`; null for an unknown one
+    members                   names of the arrays of a sample, without the numbers of masks and without a teacher's
+    empty_caption             encoding of the empty caption: `encoded`, or `zeros`
     shards                    name, samples, bytes and sha256 of each shard
     samples                   total number
 
@@ -28,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
-ENCODERS = {"autoencoder": "autoencoder", "text_tower": "text tower"}  # key of the digest, and the name for messages
+AUTOENCODER = "autoencoder"
+# Keys of the digests of encoders, and names for messages.
+ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
+FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
+ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 _MEND = f"restore the value, or {MAKE_AGAIN}"
 _MOST_BYTES = 1 << 28  # size limit of the file, enough for six million shards
@@ -115,6 +123,14 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_key(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.isidentifier())
+
+
 Entry = tuple[Callable[[Any], bool], str]  # a check of a value, and the fault for messages
 WHOLE: Entry = (is_whole, "not a whole number of at least 0")
 _DIGEST: Entry = (is_digest, "not a digest")
@@ -125,6 +141,9 @@ _ENTRIES: dict[str, Entry] = {
     "samples": WHOLE,
     **dict.fromkeys(ENCODERS, (lambda value: value is None or is_digest(value), "not a digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
+    FAMILY: (_is_key, "not the key of a family of models"),
+    MEMBERS: (_is_names, "not a list of names"),
+    EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
     "failed": FAILURES,
     "made_from": (lambda value: isinstance(value, dict), "not a mapping of settings"),
 }
@@ -169,7 +188,7 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished:
         gone = next((name for name in missing if name in asked), None)
         if gone is not None:
             raise UserError(
-                f"{folder / gone}: missing ({len(missing)} of {len(known)} shards in {INDEX}); "
+                f"{folder / gone}: missing, as are {len(missing)} of the {len(known)} shards in {INDEX}; "
                 f"copy it again, name only existing shards, or {MAKE_AGAIN}"
             )
 
