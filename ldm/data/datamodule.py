@@ -149,7 +149,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def _change(
         self, dataset: ShardDataset | ShardStream, training: bool, dropout: CaptionDropout | None
     ) -> Change | None:
-        """What is made of the samples of `dataset`: the choice of a mask, then `dropout`; None for nothing."""
+        """Return the change of the samples of `dataset`: the choice of a mask, then `dropout`. None for no change."""
         masks = self._mask_choice(dataset, training) if set(NUMBERED) <= set(dataset.keys) else None
         changes = [change for change in (masks, dropout) if change is not None]
         return InTurn(changes) if changes else None
@@ -202,7 +202,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             return
         first, _ = self._keys()
         for latent in dataset.shapes[first]:
-            # Maps have the height and width of the latent, all else has one shape.
+            # Maps have the height and width of the latent. Other members have one shape.
             shapes = {
                 key: next((shape for shape in found if shape[1:] == latent[1:]), next(iter(found)))
                 for key, found in dataset.shapes.items()
@@ -228,7 +228,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         items = EpochItems(dataset, change, self.run_seed if training else None)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
-            # A teacher's prediction is that under the sample's caption.
+            # A teacher's prediction belongs to the sample's caption, which must not be dropped.
             change = self._change(prior, training, None if TIMESTEPS in prior.keys else dropout)
             items = WithPrior(items, prior, change, getattr(self._model(), "num_timesteps", None))
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
@@ -248,7 +248,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
 
 def _of_family(dataset: ShardDataset | ShardStream) -> str:
-    """The end of a message about a set whose index tells the family of models that it is for."""
+    """Return the end of a message that names the model family of a set, if its index has it."""
     index = read_index(dataset.paths[0].parent) if isinstance(dataset, ShardDataset) else None
     return f"; the set is for {family_name(index)}" if (index or {}).get(FAMILY) else ""
 

@@ -21,7 +21,7 @@ UNREAD_EXTENSIONS = (
     "ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
 )  # fmt: skip
 
-_BAND = 256  # rows that are converted at a time: a large image is in memory once as decoded, and once as RGB
+_BAND = 256  # rows per conversion, so that a large image is in memory only as decoded and as RGB
 # Limits for JPEG. Each scan processes all pixels, and programs write about ten scans.
 _MOST_SCANS, _MOST_SCANNED = 100, 4_000_000_000  # scans, and total pixels of all scans
 _SCAN_ENDS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker outside of compressed data
@@ -67,7 +67,7 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return `image` in RGB, what is transparent on white."""
+    """Return `image` in RGB, with transparent parts on white."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -127,14 +127,14 @@ def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image:
 
 
 class ShardDataset(Dataset):
-    """The samples of local shards: `dataset[i]` is a dict of the `keys`, `"txt"` (the caption) and `"__key__"`.
+    """Data set of local shards. A sample is a dict with the `keys`, `"txt"` (the caption) and `"__key__"`.
 
-    Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`
-    unless it is None; and what else `extra` names, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`, or `"json"`, which
-    is None where there is none. Of the `NUMBERED` members, all that the first sample has are read.
+    Arrays are numpy arrays, float16 or float32 as stored: `first_stage_key` (channels, h, w), and `cond_stage_key`,
+    such as (77, 768), unless it is None. `extra` names further members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`,
+    or `"json"`, which is None for a sample without it. Of the `NUMBERED` members, those of the first sample are read.
 
     Raises:
-        UserError: a shard is damaged, a sample lacks one of the keys, or its shape is not that of the others.
+        UserError: a shard is damaged, a sample lacks a key, or the shapes of samples differ.
     """
 
     def __init__(
