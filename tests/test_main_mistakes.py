@@ -111,7 +111,7 @@ class FullDisk(Callback):
             "--data_root and --init_word: not an option here; for textual inversion .*textual_inversion.yaml",
         ),
         ("--finetune_from nothing.ckpt", "nothing.ckpt"),
-        ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
+        ("model.base_learning_rate=null", "model.base_learning_rate None: give a number"),
         ("lightning.scale_lr=maybe", "lightning.scale_lr 'maybe': give true or false"),
         (
             "--gradient_clip_val 1.0 --gradient_clip_algorithm nope",
