@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
 
-from ldm.cli.options import add_vae_option
+from ldm.cli.options import add_config_options, add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, type=Path, help="release checkpoint, .ckpt or .safetensors")
-    add("--config", help="its config, with the text encoder; default: that of the family which the keys tell")
+    add_config_options(parser, "its config, with the text encoder")
     add(
         "--images",
         required=True,
@@ -76,7 +76,8 @@ def main() -> None:
         check_out(arguments.out, arguments.overwrite)
     items = find_images(arguments.images, arguments.caption)
     logger.info("%d images in %s", len(items), ", ".join(arguments.images))
-    _, config = release_config(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
+    chosen = arguments.config, arguments.parameterization, arguments.size
+    _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(

@@ -40,8 +40,12 @@ SCHEDULE_KEYS = (
     SCALE_FACTOR,
     "cond_ids",
 )
-# Marks of SDXL files that predict v, and of those whose schedule ends without signal; their values are empty.
+# Markers of SDXL files that predict v, and of those with zero terminal SNR. Their values are empty.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+PREDICTION_MARKERS = (V_PREDICTION, ZERO_SNR)
+EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Entry of a training checkpoint: what its UNet predicts, in the terms of the config.
+PREDICTION = "parameterization"
 # Parts of OpenCLIP text towers that their outputs do not need: files may lack them. SDXL's projection is needed.
 _UNUSED_BY_TOWERS = (
     *(f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection"),

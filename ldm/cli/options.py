@@ -40,10 +40,16 @@ def add_config_options(parser: argparse.ArgumentParser, what: str = "its config"
     parser.add_argument(
         "--config", type=Path, help=f"{what}; default: the one of the family that the checkpoint's keys tell"
     )
+    add_parameterization_option(parser)
+
+
+def add_parameterization_option(parser: argparse.ArgumentParser) -> None:
+    """Add what the UNet of a release predicts."""
     parser.add_argument(
         "--parameterization",
         choices=["eps", "v"],
-        help="what the UNet predicts, the noise or v, which keys do not tell; default: as the config has it",
+        help="what the UNet predicts, the noise or v; default: what the config says, or the checkpoint's markers and "
+        "family",
     )
 
 

@@ -13,16 +13,18 @@ CONVENTIONAL_RELEASE = Path("models/ldm/stable-diffusion-v1/model.ckpt")
 LOGS = Path("logs")
 
 
-def newest_checkpoint(logs: Path = LOGS) -> Path:
+def newest_checkpoint(logs: Path = LOGS, *, required: bool = True) -> Path | None:
     """Return the `last.ckpt` written last among the runs below `logs`, at any depth and behind symbolic links.
 
     `ldm.callbacks.saving.mark_newest` keeps their times in the order in which they were written, whatever the clock. Of
     files written at the same time, take that of the run that started last: names of runs begin with their start.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, and one is `required`.
     """
     found = [path for folder in _run_folders(logs) if (path := folder / "checkpoints" / "last.ckpt").is_file()]
+    if not found and not required:
+        return None
     if not found:
         raise UserError(f"no run with checkpoints/last.ckpt in {logs}/; name the training checkpoint with --train-ckpt")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.relative_to(logs).parts))
