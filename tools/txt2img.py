@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Images from a release checkpoint: one PNG a sample, with its settings in the metadata, and a grid of all."""
+"""Sample images from a release checkpoint: one PNG per sample with its settings in the metadata, and a grid of all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
+from ldm.cli.options import SETTINGS, add_image_options, check_image_options, read_prompts
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
 from ldm.files import claim_file
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_drawing_options(parser)
+    add_image_options(parser)
     parser.add_argument(
-        "--negative-prompt", default="", help="a caption that guidance moves away from; default: the empty one"
+        "--negative-prompt", default="", help="prompt that guidance leads away from; default: the empty prompt"
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the images")
     add_trust_option(parser)
@@ -35,14 +35,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def numbered(folder: Path, before: str, digits: int) -> Iterator[Path]:
-    """Yield names for a PNG, from one more than the highest number among those that are there."""
+    """Yield paths of PNG files with rising numbers, from the highest existing number plus 1."""
     numbers = [path.stem.removeprefix(before) for path in folder.glob(f"{before}*.png")]
     first = max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
     return (folder / f"{before}{number:0{digits}d}.png" for number in itertools.count(first))
 
 
 def save_numbered(save: Callable[[Path], None], names: Iterable[Path]) -> Path:
-    """Save to the first of `names` that no other process has claimed; leaves nothing if it fails."""
+    """Save to the first of `names` that no other process has claimed, and return it; a failure leaves no file."""
     path = claim_file(names)
     try:
         save(path)
@@ -55,7 +55,7 @@ def save_numbered(save: Callable[[Path], None], names: Iterable[Path]) -> Path:
 def main() -> None:
     options = parse_arguments()
     prompts = read_prompts(options.prompt, options.from_file)
-    check_drawing_options(options, options.n)
+    check_image_options(options, options.n)
     if options.negative_prompt and options.scale == 1:
         raise UserError("--negative-prompt needs guidance, which --scale 1 turns off; give a larger --scale")
     if options.out.exists() and not options.out.is_dir():
@@ -91,7 +91,7 @@ def main() -> None:
     about = {"prompts": prompts, "negative_prompt": options.negative_prompt, **settings}
     write = partial(save_png, sheet, metadata={"parameters": json.dumps(about)})
     grid = save_numbered(write, numbered(options.out, "grid-", 4))
-    logger.info("%s  all %d", grid, len(images))
+    logger.info("%s  grid of %d images", grid, len(images))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ class AncestralSampler(Sampler):
         self.clip_denoised = clip_denoised
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = False,
     ) -> None:
         """Set the last `ddim_num_steps` training timesteps. The other arguments are ignored."""
         check_number("sampling steps", ddim_num_steps, least=1, most=self.model.num_timesteps)

@@ -23,12 +23,8 @@ class PLMSSampler(Sampler):
     """Sampler of DDIM steps with a linear combination of up to four noise predictions."""
 
     title = "PLMS"
-
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
-    ) -> None:
-        self.check_schedule(ddim_num_steps, ddim_eta, most=self.model.num_timesteps)
-        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+    is_deterministic = True
+    has_equal_steps = True
 
     def start(self) -> None:
         self.earlier: list[Tensor] = []
@@ -36,6 +32,8 @@ class PLMSSampler(Sampler):
     def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         previous = self.alphas_prev[index]
         prediction = predict(x, index)
+        if self.alphas[index] == 0:  # x is pure noise, and x₀ does not follow from ε
+            return ddim_step(prediction, previous), prediction.x0
         if self.earlier:
             history = [prediction.eps, *self.earlier]
             weights = _ADAMS_BASHFORTH[len(self.earlier) - 1]

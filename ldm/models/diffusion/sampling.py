@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Conditioning, Denoiser, guided_output
-from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, noised, prediction_to_eps_x0
-from ldm.util import UserError, check_number, refuse_if
+from ldm.models.diffusion.spacing import steps_at
+from ldm.modules.diffusionmodules.schedule import noised, prediction_to_eps_x0
+from ldm.util import UserError, refuse_if
 
 
 class Prediction(NamedTuple):
@@ -39,13 +40,16 @@ class NotFiniteError(UserError):
 
 
 class Sampler:
-    """Base of samplers, which runs the loop. A subclass defines one `step` rule and may define `make_schedule`.
+    """Base of samplers, which runs the loop. A subclass defines one `step` rule, and the properties of its steps.
 
     `make_schedule` sets three float64 arrays with one entry per step: `timesteps`, the model's timesteps from most to
     least noisy; `alphas`, ᾱ at each step; and `alphas_prev`, ᾱ after each step.
     """
 
-    title: str  # name in messages
+    title = "the sampler"  # name in messages
+    spacing = "leading"  # default spacing of the steps; see `own_spacing`
+    is_deterministic = False  # adds no noise, so that eta must be 0
+    has_equal_steps = False  # needs steps that are equal in time
 
     def __init__(self, model: Denoiser, schedule: str = "linear") -> None:
         del schedule  # an argument of old scripts; the model has the schedule
@@ -55,23 +59,47 @@ class Sampler:
     def alphas_cumprod(self) -> np.ndarray:
         return self.model.alphas_cumprod.detach().cpu().double().numpy()
 
+    @property
+    def parameterization(self) -> str:
+        return getattr(self.model, "parameterization", "eps")
+
+    @property
+    def own_spacing(self) -> str:
+        """Default spacing: that of the sampler, except at zero terminal SNR.
+
+        There it is `trailing`, which starts at the last timestep, or `leading` for a model that predicts ε. That
+        prediction says nothing about the image at the last timestep.
+        """
+        if self.alphas_cumprod[-1] > 0:
+            return self.spacing
+        return "leading" if self.parameterization == "eps" else "trailing"
+
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = False,
     ) -> None:
-        """Set the steps of DDIM: every n-th training timestep. The last step ends at the lowest noise level."""
+        """Set the steps. `ddim_discretize` is a spacing of `steps_at`, `own_spacing` by default.
+
+        Raises:
+            UserError: see `steps_at`; or the sampler or the model cannot take the spacing or eta.
+        """
         del verbose
         self.eta = ddim_eta
-        self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.model.num_timesteps)
-        alphas = self.alphas_cumprod[self.ddim_timesteps]
-        self.timesteps = self.ddim_timesteps[::-1].astype(np.float64)
-        self.alphas = alphas[::-1]
-        self.alphas_prev = np.append(self.alphas[1:], self.alphas_cumprod[0])
-
-    def check_schedule(self, steps: int, eta: float, most: int) -> None:
-        """Raise `UserError` unless a deterministic sampler can run `steps`, at most `most`, at `eta`."""
-        check_number("sampling steps", steps, least=1, most=most)
-        if eta != 0:
-            raise UserError(f"eta={eta}: {self.title} is deterministic; leave eta at 0, or use the ddim sampler")
+        spacing = ddim_discretize or self.own_spacing
+        if ddim_eta != 0 and self.is_deterministic:
+            raise UserError(f"eta={ddim_eta}: {self.title} is deterministic; leave eta at 0, or use the ddim sampler")
+        if spacing == "karras" and self.has_equal_steps:
+            raise UserError(f"spacing karras: {self.title} needs equal steps; use another spacing or sampler")
+        self.timesteps, self.alphas, self.alphas_prev = steps_at(spacing, ddim_num_steps, self.alphas_cumprod)
+        if self.alphas[0] == 0 and self.parameterization == "eps":
+            raise UserError(
+                f"spacing {spacing}: it starts at zero SNR, where a prediction of the noise says nothing; use the "
+                "spacing leading, or set parameterization to v if the model predicts v"
+            )
+        self.ddim_timesteps = np.rint(self.timesteps[::-1]).astype(int)
 
     def start(self) -> None:
         """Reset the state of earlier steps. Called before the first step."""
@@ -87,8 +115,7 @@ class Sampler:
         output = guided(x, t)
         # Filled on the device, since a copy from the host would synchronise.
         alpha_bar = torch.full((), self.alphas[index], device=x.device, dtype=x.dtype)
-        parameterization = getattr(self.model, "parameterization", "eps")
-        return Prediction(*prediction_to_eps_x0(output.to(x.dtype), x, alpha_bar, parameterization))
+        return Prediction(*prediction_to_eps_x0(output.to(x.dtype), x, alpha_bar, self.parameterization))
 
     @torch.no_grad()
     def sample(
@@ -112,11 +139,13 @@ class Sampler:
         image_guidance_scale: float | None = None,
         init: Tensor | None = None,
         strength: float = 1.0,
+        spacing: str | None = None,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Return `batch_size` samples of `shape` (C, H, W) after `S` steps.
 
-        DDIM and PLMS have the stride ⌊T / S⌋, and so more steps if `S` does not divide T: for T = 1000, 500 steps for
-        S = 400, and 1000 for S = 600.
+        The spacing `leading` has the stride ⌊T / S⌋, and so more steps if `S` does not divide T: for T = 1000, 500
+        steps for S = 400, and 1000 for S = 600.
 
         Args:
             callback, img_callback: called after each step, with its index, or with the predicted x₀ and its index.
@@ -129,20 +158,24 @@ class Sampler:
             generators: one per sample, so that the noise of a sample does not depend on its batch.
             image_guidance_scale: second scale of guidance; see `guided_output`.
             init, strength: start from the latents `init` (B, C, H, W), noised to the last `strength` of the steps
-                (image to image, arXiv:2108.01073).
+                (image to image, arXiv:2108.01073), at least one.
+            spacing: one of `ldm.models.diffusion.spacing.SPACINGS`; `own_spacing` by default.
+            guidance_rescale: φ of `rescaled`.
 
         Returns:
             The samples (B, C, H, W), and `{"x_inter": [...], "pred_x0": [...]}`.
 
         Raises:
-            UserError: steps, eta or strength are out of range, or a mask has no `x0`.
+            UserError: steps, spacing, eta or strength do not fit the sampler or the model, or a mask has no `x0`.
             NotFiniteError: a step returns infinities or NaN.
         """
-        self._begin(S, eta, mask, x0, strength)
+        _check_start(mask, x0, strength)
+        self.make_schedule(S, spacing, eta)
+        self.start()
         noise = self._noise((batch_size, *shape), generators)
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
-            scales = unconditional_guidance_scale, image_guidance_scale
+            scales = unconditional_guidance_scale, image_guidance_scale, guidance_rescale
             return guided_output(self.model, x, t, conditioning, unconditional_conditioning, *scales)
 
         def masked(x: Tensor, index: int) -> Tensor:
@@ -151,15 +184,6 @@ class Sampler:
         x, first = self._start_of(noise() if x_T is None else x_T, init, strength)
         steps = self._steps(x, first, guided, masked, lambda: temperature * noise(), verbose)
         return self._collect(x, steps, log_every_t, callback, img_callback)
-
-    def _begin(self, steps: int, eta: float, mask: Tensor | None, x0: Tensor | None, strength: float) -> None:
-        """Check the arguments of `sample`, set the schedule and reset the state of earlier steps."""
-        refuse_if(
-            (mask is not None and x0 is None, "mask: give x0 too, the latents that it keeps"),
-            (not 0 < strength <= 1, f"strength {strength}: give a number above 0, up to 1"),
-        )
-        self.make_schedule(steps, ddim_eta=eta)
-        self.start()
 
     def _start_of(self, x: Tensor, init: Tensor | None, strength: float) -> tuple[Tensor, int]:
         """Return the initial x on the device and the index of the first step, from noise `x` and latents `init`."""
@@ -234,6 +258,14 @@ class Sampler:
             return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators]).to(device)
 
         return of_each_sample
+
+
+def _check_start(mask: Tensor | None, x0: Tensor | None, strength: float) -> None:
+    """Raise `UserError` unless these arguments of `Sampler.sample` fit each other."""
+    refuse_if(
+        (mask is not None and x0 is None, "mask: give x0 too, the latents that it keeps"),
+        (not 0 < strength <= 1, f"strength {strength}: give a number above 0, up to 1"),
+    )
 
 
 def _on_host(flags: Tensor) -> Tensor:

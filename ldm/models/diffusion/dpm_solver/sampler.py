@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Predict, Sampler
@@ -15,19 +14,11 @@ _FEW_STEPS = 15
 
 
 class DPMSolverSampler(Sampler):
-    """Sampler with steps that are uniform in time. log ᾱ is interpolated linearly between training timesteps."""
+    """Sampler of second-order steps. By default they are uniform in time."""
 
     title = "DPM-Solver++"
-
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
-    ) -> None:
-        last = self.model.num_timesteps - 1
-        self.check_schedule(ddim_num_steps, ddim_eta, most=last)
-        times = np.linspace(last, 0, ddim_num_steps + 1)
-        with np.errstate(divide="ignore"):  # log 0 = −∞ at zero terminal SNR
-            alphas = np.exp(np.interp(times, np.arange(last + 1), np.log(self.alphas_cumprod)))
-        self.timesteps, self.alphas, self.alphas_prev = times[:-1], alphas[:-1], alphas[1:]
+    is_deterministic = True
+    spacing = "linspace"
 
     def start(self) -> None:
         self.earlier: tuple[Tensor, float] | None = None  # x₀ and λ of the previous step
@@ -37,8 +28,10 @@ class DPMSolverSampler(Sampler):
         x0 = predict(x, index).x0
         log_snr = _half_log_snr(alpha_bar)
         h = _half_log_snr(target) - log_snr
+        if h == 0:
+            return x, x0
         steps = len(self.timesteps)
-        lowered = steps < _FEW_STEPS and index == steps - 1
+        lowered = index == steps - 1 and (steps < _FEW_STEPS or target == 1)  # order 2 diverges at ᾱ = 1
         data = x0
         if self.earlier is not None and not lowered:
             earlier_x0, earlier_log_snr = self.earlier
@@ -50,5 +43,7 @@ class DPMSolverSampler(Sampler):
 
 
 def _half_log_snr(alpha_bar: float) -> float:
-    """Return λ = log(α/σ). It is −∞ at zero terminal SNR."""
-    return -math.inf if alpha_bar == 0 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
+    """Return λ = log(α/σ). It is −∞ at zero terminal SNR, and ∞ without noise."""
+    if alpha_bar in (0, 1):
+        return math.inf if alpha_bar else -math.inf
+    return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))

@@ -81,7 +81,7 @@ def test_half_precision_networks(tiny_release: Path) -> None:
         (lambda model: latent_shape(model, 30, 32), "--H 30: .* multiples of 16"),
         (lambda model: latent_shape(model, 32, 0), "--W 0"),
         (lambda model: pictures(model, REQUESTS, sampler="euler"), "euler"),
-        (lambda model: pictures(model, REQUESTS, steps=0), "0 sampling steps"),
+        (lambda model: pictures(model, REQUESTS, steps=0), "sampling steps 0"),
         (lambda model: pictures(model, REQUESTS, sampler="plms", eta=0.5), "PLMS is deterministic"),
         (lambda model: pictures(model, REQUESTS, sampler="dpm_solver", eta=0.5), "deterministic"),
     ],
