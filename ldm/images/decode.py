@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -40,13 +41,29 @@ def decode_image(data: bytes, name: str, turn: Turn | None = None) -> np.ndarray
         UserError: it is not an image of the `FORMATS`, is broken, or has more pixels than Pillow's limit against
             decompression bombs (179 million); names `name`.
     """
+    return _decoded(data, name, turn, lambda image: _pixels(image, name))
+
+
+def decode_grey(data: bytes, name: str) -> np.ndarray:
+    """Return the brightness of an image that stands for numbers, float32 `(height, width)` from 0 to 1.
+
+    16 bits are kept, and no colour profile is applied. Transparent pixels are white.
+
+    Raises:
+        UserError: as `decode_image`.
+    """
+    return _decoded(data, name, None, _brightness)
+
+
+def _decoded(data: bytes, name: str, turn: Turn | None, then: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
             _check_size(image, data)
             if turn is not None and image.width * image.height > LARGE:
                 turn.take()
             image.load()
-            return _pixels(image, name)
+            ImageOps.exif_transpose(image, in_place=True)
+            return then(image)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error
     except Exception as error:  # on broken files the decoders raise what they come across: OSError, SyntaxError...
@@ -55,24 +72,37 @@ def decode_image(data: bytes, name: str, turn: Turn | None = None) -> np.ndarray
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
     """Return uint8 `(height, width, 3)`, with as few copies of the pixels as can be."""
-    ImageOps.exif_transpose(image, in_place=True)
-    image = to_srgb(_to_eight_bits(image), name)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, rgba)
+    image = _on_white(to_srgb(_to_eight_bits(image), name))
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _brightness(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        return (_sixteen_bits(image) / 0xFFFF).astype(np.float32)
+    return np.asarray(_on_white(_to_eight_bits(image)).convert("L"), dtype=np.float32) / 255
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return `image` with white behind its transparent pixels."""
+    if not image.has_transparency_data:
+        return image
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    levels = np.asarray(image)  # of "I;16", "I;16B", and "I", which 16-bit PNGs are read as by some versions
+    if levels.min() < 0 or levels.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no agreed range")
+    return levels
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Return `image` in one of the modes L, LA, RGB, RGBA and CMYK: 16-bit grey is scaled, palettes are resolved."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):  # "I;16", "I;16B", and "I", which 16-bit PNGs are read as by some versions
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 0xFFFF:
-            raise ValueError("32-bit pixels have no agreed range")
-        scaled = Image.fromarray(np.round(levels / 257).astype(np.uint8))
+    if image.mode.startswith("I"):
+        scaled = Image.fromarray(np.round(_sixteen_bits(image) / 257).astype(np.uint8))
         scaled.info = image.info
         return scaled
     if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
