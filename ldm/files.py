@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.locks import is_running, process_namespace, process_start
+from ldm.locks import is_running, process_namespace, process_start, short_name
 from ldm.util import UserError, escaped
 
 # Bytes: no member of a sample is larger, though a file with holes can claim terabytes.
@@ -210,7 +210,7 @@ def _temporary(path: Path) -> Path:
     """A temporary name beside `path` that tells the machine, the container and the process that write it."""
     own, host = os.getpid(), os.uname().nodename
     process = f"{own}-{process_start(own) or 0:x}-{process_namespace():x}"
-    return path.with_name(f".{path.stem}.{host}.{process}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    return path.with_name(f".{short_name(path.stem)}.{host}.{process}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def claim_file(candidates: Iterable[Path]) -> Path:

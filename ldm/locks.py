@@ -1,24 +1,34 @@
 """Locks on what one process at a time may write: a run folder, a set of shards, a file. Imports no torch.
 
 A lock is a file that is locked with `flock` and names its owner. The kernel releases it when the owner dies, however
-that happens, so a lock outlives neither a kill nor a power cut, and a reused process id does no harm. `filelock` is not
-used: it empties the file that names the owner before it holds the lock, and knows no owners on other machines.
+that happens, so a lock outlives neither a kill nor a power cut, and a reused process id does no harm. Where a file
+system has no `flock`, the named owner alone decides.
+
+`filelock` 4 does one or the other. Its native lock names no owner. Its soft lock does, but is a file whose existence is
+the lock: one of a killed owner on another machine stays, and so does one of a Slurm job that was requeued elsewhere.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shlex
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ldm.util import UserError
 
+LOCK = ".lock"  # in a folder that one process at a time writes: of a run, of a set of shards
+_MOST_BYTES = 4096  # of a lock file
+_MOST_IN_NAME = 120  # bytes of the name of a file, in one that is made of it
+# No link is followed: a lock file is written to, and a folder may come from somebody else.
+_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
 _held: set[int] = set()  # descriptors
 
@@ -91,9 +101,48 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """Hold a lock beside the file `path` while it is written; see `locked`."""
-    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+    """Hold a lock beside the file `path` while it is written, and that of the run whose checkpoint it is; see `locked`.
+
+    A run that is training writes its `last.ckpt` anew, and would undo what another process wrote there.
+    """
+    with ExitStack() as held:
+        run = run_of(path)
+        if run is not None:
+            held.enter_context(locked(run / LOCK, str(run)))
+        held.enter_context(locked(_beside(path), str(path)))
         yield
+
+
+def check_not_written(path: Path) -> None:
+    """Raise `UserError` if another process is writing the file `path` under `locked_file`; names the process."""
+    try:
+        descriptor = os.open(_beside(path), _FLAGS)
+    except OSError:  # there is no lock, or none that this user may see
+        return
+    try:
+        _flock(descriptor, _beside(path), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that `checkpoint` lies in, or would; None if that is no run's."""
+    for folder in (checkpoint.parent, checkpoint.parent.resolve()):
+        if folder.name == "checkpoints" and (folder.parent / "configs").is_dir():
+            return folder.parent
+    return None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{short_name(path.name)}{LOCK}")
+
+
+def short_name(name: str) -> str:
+    """Return `name`; of a long one, to which nothing could be added within 255 bytes, a shorter one of its own."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _MOST_IN_NAME:
+        return name
+    return f"{os.fsdecode(encoded[: _MOST_IN_NAME // 2])}-{hashlib.sha256(encoded).hexdigest()[:16]}"
 
 
 def make_folders(folder: Path) -> list[Path]:
@@ -113,11 +162,14 @@ def remove_empty(folders: list[Path]) -> None:
 def _take(path: Path, what: str) -> int:
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o666)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{path}: is a link, where a lock file is made; remove it") from error
             error.filename = str(path)
             raise
         try:
+            _check_kind(descriptor, path)
             works = _flock(descriptor, path, what)
             if not _is_same_file(descriptor, path):  # its owner removed it meanwhile
                 os.close(descriptor)
@@ -132,11 +184,18 @@ def _take(path: Path, what: str) -> int:
             raise
 
 
+def _check_kind(descriptor: int, path: Path) -> None:
+    """Raise `UserError` unless the open file can be a lock's: it is written to, and its old content is lost."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES or found.st_nlink > 1:
+        raise UserError(f"{path}: is no lock file, and stands where one is made; move it away")
+
+
 def _flock(descriptor: int, path: Path, what: str) -> bool:
     """Lock the file; returns False where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the latter on some network file systems
         raise UserError(
             f"{what}: {_named(_owner(descriptor))} is writing it ({path}); wait for it to end, or stop it"
         ) from None
@@ -162,7 +221,7 @@ def _own() -> dict[str, Any]:
 def _owner(descriptor: int) -> dict[str, Any]:
     """The owner that the lock file names; nothing if it names none."""
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
+        owner = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
     except ValueError:
         return {}
     is_whole = isinstance(owner, dict) and isinstance(owner.get("host"), str) and isinstance(owner.get("pid"), int)

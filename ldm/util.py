@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,10 @@ class UserError(ValueError):
         return escaped(super().__str__())
 
 
-def nearest(name: str, valid: Mapping[str, Any] | list[str] | set[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the valid name closest to `name`, or the sorted list of valid names."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.65)
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.65)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; valid: {', '.join(sorted(valid)) or 'none'}"
@@ -105,8 +106,16 @@ def check_number(
 
 def check_choice(name: str, value: Any, valid: Sequence[Any]) -> None:
     """Raise `UserError` unless `value` is one of `valid`. `name` is the key or option that has the value."""
-    if value not in valid:
-        raise UserError(f"{name} {value!r} is unknown; valid: {', '.join(map(str, valid))}")
+    if value not in list(valid):
+        raise UserError(f"{name} {value!r} is unknown{nearest(str(value), list(map(str, valid)))}")
+
+
+def check_keys(name: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raise `UserError` for the first of the keys `given` that is not in `valid`. `name` names the mapping."""
+    valid = list(valid)
+    unknown = next((key for key in given if key not in valid), None)
+    if unknown is not None:
+        raise UserError(f"unknown key {unknown!r} in {name}{nearest(unknown, valid)}")
 
 
 def refuse_if(*faults: tuple[Any, str]) -> None:
@@ -114,6 +123,17 @@ def refuse_if(*faults: tuple[Any, str]) -> None:
     message = next((message for condition, message in faults if condition), None)
     if message is not None:
         raise UserError(message)
+
+
+def entry_of(batch: Mapping[str, Any], key: str, name: str) -> Any:
+    """Return `batch[key]`. `name` is the setting that has the value `key`.
+
+    Raises:
+        UserError: the batch has no such entry.
+    """
+    if key not in batch:
+        raise UserError(f"{name} {key!r} is not in the batch, which has {', '.join(map(str, batch))}")
+    return batch[key]
 
 
 def get_obj_from_str(path: str) -> Any:

@@ -18,7 +18,7 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.options import add_vae_option
 from ldm.cli.run import Lines, run
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    # Only now the slow imports: --help should answer at once.
+    # Slow imports come after parsing, so that --help answers at once.
     from ldm.checkpoint import encoder_digests
     from ldm.config.load import load_config
     from ldm.files import atomic_write

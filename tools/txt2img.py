@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.inputs import add_input_options, check_input_options, read_inputs
 from ldm.cli.options import (
     SETTINGS,
-    add_drawing_options,
+    add_image_options,
     add_spacing_options,
-    check_drawing_options,
+    check_image_options,
     check_spacing_options,
     read_prompts,
 )
@@ -40,17 +40,17 @@ logger = logging.getLogger(__name__)
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_drawing_options(parser)
+    add_image_options(parser)
     add_spacing_options(parser)
     add_input_options(parser)
     parser.add_argument(
-        "--negative-prompt", default="", help="a caption that guidance moves away from; default: the empty one"
+        "--negative-prompt", default="", help="prompt that guidance leads away from; default: the empty prompt"
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/txt2img"), help="folder for the images")
     add_trust_option(parser)
     options = parser.parse_args()
     options.prompt = read_prompts(options.prompt, options.from_file)
-    check_drawing_options(options, options.n)
+    check_image_options(options, options.n)
     check_spacing_options(options)
     check_input_options(options)
     is_guided = options.scale != 1 or options.image_scale not in (None, 1)
@@ -69,14 +69,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def numbered(folder: Path, before: str, digits: int) -> Iterator[Path]:
-    """Yield names for a PNG, from one more than the highest number among those that are there."""
+    """Yield paths of PNG files with rising numbers, from the highest existing number plus 1."""
     numbers = [path.stem.removeprefix(before) for path in folder.glob(f"{before}*.png")]
     first = max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
     return (folder / f"{before}{number:0{digits}d}.png" for number in itertools.count(first))
 
 
 def save_numbered(save: Callable[[Path], None], names: Iterable[Path]) -> Path:
-    """Save to the first of `names` that no other process has claimed; leaves nothing if it fails."""
+    """Save to the first of `names` that no other process has claimed, and return it; a failure leaves no file."""
     path = claim_file(names)
     try:
         save(path)
@@ -134,7 +134,7 @@ def main() -> None:
     metadata = {"prompts": options.prompt, "negative_prompt": options.negative_prompt, "seed": options.seed, **about}
     write = partial(save_png, sheet, metadata={"parameters": json.dumps(metadata)})
     grid = save_numbered(write, numbered(options.out, "grid-", 4))
-    logger.info("%s  all %d", grid, len(images))
+    logger.info("%s  grid of %d images", grid, len(images))
 
 
 if __name__ == "__main__":

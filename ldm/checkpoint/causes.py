@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, FIRST_STAGE, MODEL, UNET, has_part
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, FIRST_STAGE, MODEL, TEXT_ENCODERS, UNET, has_part
 
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
+_LABELS = f"{UNET}label_emb."
 _CONTEXT = re.compile(rf"^{re.escape(UNET)}.*\.attn2\.to_k\.weight$")
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
@@ -26,10 +27,12 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
             return found
     if has_part(own, MODEL) and not has_part(weights, MODEL) and not has_part(weights, EMA):
         return NO_UNET
-    lacks = [part for part in (FIRST_STAGE, COND_STAGE) if has_part(own, part) and not has_part(weights, part)]
+    lacks = [part for part in (FIRST_STAGE, *TEXT_ENCODERS) if has_part(own, part) and not has_part(weights, part)]
     if len(lacks) == 2:
         return f"the file holds a UNet alone; {_NO_VAE}, but no option gives a text encoder: name a whole release"
-    return {(FIRST_STAGE,): _NO_VAE, (COND_STAGE,): _NO_TEXT}.get(tuple(lacks), default)
+    if not lacks:
+        return default
+    return _NO_VAE if lacks == [FIRST_STAGE] else _NO_TEXT
 
 
 def diffusers_layout(keys: Iterable[str]) -> bool:
@@ -61,7 +64,9 @@ def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _other_family(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
-    if has_part(weights, CONDITIONER) and not has_part(own, CONDITIONER):
+    has_no_text = not any(has_part(own, part) for part in TEXT_ENCODERS)
+    may_be_sdxl = has_part(own, CONDITIONER) or (has_no_text and has_part(own, _LABELS))
+    if has_part(weights, CONDITIONER) and not may_be_sdxl:
         return "the file has the layout of SDXL, and the config describes another family; name its own config"
     openclip = f"{COND_STAGE}model."
     if has_part(weights, openclip) and has_part(own, COND_STAGE) and not has_part(own, openclip):

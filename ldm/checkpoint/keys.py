@@ -15,6 +15,8 @@ UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
+TOWERS = tuple(f"{CONDITIONER}embedders.{number}." for number in range(2))  # those of its embedders with weights
+TEXT_ENCODERS = (COND_STAGE, CONDITIONER)
 EMA = "model_ema."
 EMA_DECAY, EMA_UPDATES = EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 SCALE_FACTOR = "scale_factor"  # of the latents
@@ -40,8 +42,11 @@ SCHEDULE_KEYS = (
 )
 # Marks of SDXL files that predict v, and of those whose schedule ends without signal; their values are empty.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-# Parts of OpenCLIP text towers that hidden states do not need: SD 2 files may lack them.
-_UNUSED_BY_TOWERS = (f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection", "*.attn_mask")
+# Parts of OpenCLIP text towers that their outputs do not need: files may lack them. SDXL's projection is needed.
+_UNUSED_BY_TOWERS = (
+    *(f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection"),
+    *(f"{CONDITIONER}*.logit_scale", "*.attn_mask"),
+)
 # Keys that a file may carry or lack without harm, as shell patterns: the above, and values that only training needs.
 OPTIONAL_KEYS = (
     *SCHEDULE_KEYS,

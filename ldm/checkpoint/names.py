@@ -29,7 +29,7 @@ Weights = Mapping[str, torch.Tensor]
 
 _LABELS = 10  # in a message
 _PARTS = (MODEL, EMA, FIRST_STAGE, COND_STAGE, CONDITIONER)
-_TOWER = f"{COND_STAGE}transformer."
+_TOWER = rf"(?:{re.escape(COND_STAGE)}|{re.escape(CONDITIONER)}embedders\.\d+\.)"  # of a text encoder
 _ATTENTION = rf"^({re.escape(FIRST_STAGE)}|)((?:encoder|decoder)\.(?:.*\.)?(?:attn_\d+|attn\.\d+))\."
 _VAE_NAMES = {
     **{"q": "to_q|query", "k": "to_k|key", "v": "to_v|value"},
@@ -44,7 +44,7 @@ _RENAMED = [
     (re.compile(r"^(?:diffusion_model\.)?((?:input|output)_blocks\.|middle_block\.|(?:time|label)_emb\w*\.|out\.\d)"),
      rf"{UNET}\1"),
     # The text tower of transformers 5, and of models that were saved without the outer module.
-    (re.compile(rf"^{re.escape(_TOWER)}(embeddings|encoder|final_layer_norm)\."), rf"{_TOWER}text_model.\1."),
+    (re.compile(rf"^({_TOWER}transformer\.)(embeddings|encoder|final_layer_norm)\."), r"\1text_model.\2."),
     # Attention of an autoencoder in the terms of diffusers.
     *((re.compile(rf"{_ATTENTION}(?:{theirs})\.(weight|bias)$"), rf"\1\2.{ours}.\3")
       for ours, theirs in _VAE_NAMES.items()),
@@ -53,8 +53,8 @@ _LORA = re.compile(r"(?:^|\.)lora_")
 # Values inside the parts that no model here uses.
 _CARRIED = [
     re.compile(rf"^{re.escape(FIRST_STAGE)}(?:.*\.)?[^.]*ema[^.]*(?:\.|$)"),
-    re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:vision_model|visual_projection|text_projection)\."),
-    re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:logit_scale|text_projection)$"),
+    re.compile(rf"^{_TOWER}(?:transformer\.)?(?:vision_model|visual_projection|text_projection)\."),
+    re.compile(rf"^{_TOWER}(?:transformer\.)?(?:logit_scale|text_projection)$"),
     _LORA,
 ]
 _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.dropout import CaptionDropout, EpochItems
+from ldm.data.dropout import Change, EpochItems
 from ldm.data.sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, STREAM, TEACHER_KEYS, TIMESTEPS
+from ldm.shards.sample import IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, STREAM, TEACHER_KEYS, TIMESTEPS, plain
 from ldm.util import UserError
 
 # What a stored prediction depends on, beside the weights: attributes of the model, and keys of index.json.
@@ -37,7 +37,7 @@ def check_prior(training: Any, prior: ShardDataset) -> None:
     (own, *_), (other, *_) = (next(iter(dataset.shapes[first])) for dataset in (training, prior))
     if own != other and max(own, other) != 2 * min(own, other):
         raise UserError(f"{where}: {first} has {other} channels, the training set's has {own}")
-    for key in training.keys:
+    for key in filter(lambda key: plain(key) == key, training.keys):  # the sets may differ in their number of masks
         ours, theirs = training.shapes[key].keys(), prior.shapes[key].keys()
         if key != first and ours != theirs:
             raise UserError(f"{where}: {key} has shape {next(iter(theirs))}, the training set's {next(iter(ours))}")
@@ -119,21 +119,20 @@ class WithPrior(Dataset):
 
     All have the same entries of the same types and shapes: where one set holds posteriors and the other latents, the
     latents become posteriors without spread. Where the prior holds a teacher's predictions, a sample gives one of its
-    K, the next one in each turn, and training samples give zeros; its caption is then never dropped, for the prediction
-    is the one under that caption.
+    K, the next one in each turn, and training samples give zeros.
     """
 
-    def __init__(
-        self, training: EpochItems, prior: ShardDataset, dropout: CaptionDropout | None, timesteps: int | None
-    ) -> None:
-        """`timesteps` are those of the model, which the stored ones are checked against."""
+    def __init__(self, training: EpochItems, prior: ShardDataset, change: Change | None, timesteps: int | None) -> None:
+        """`change` is made to the prior's samples. The stored timesteps are checked against the model's `timesteps`."""
         self.training = training
         self.prior = prior
         self.has_teacher = TIMESTEPS in prior.keys
-        self.dropout = None if self.has_teacher else dropout
+        self.change = change
         self.timesteps = timesteps
         own, other = training.dataset[0], prior[0]
-        self._types = {key: value.dtype for key, value in own.items() if isinstance(value, np.ndarray)}
+        self._types = {
+            key: value.dtype for key, value in own.items() if isinstance(value, np.ndarray) and plain(key) == key
+        }
         self._channels = max(len(sample[prior.first_stage_key]) for sample in (own, other))
         nothing = {key: np.zeros_like(other[key][0]) for key in (NOISE, PREDICTION)} if self.has_teacher else {}
         self._untaught = {TIMESTEPS: 0, **nothing} if self.has_teacher else {}
@@ -147,8 +146,8 @@ class WithPrior(Dataset):
             return self._alike({**self.training[item], **self._untaught, IS_PRIOR: False})
         number -= len(self.training)
         sample = self.prior[number]
-        if self.dropout:
-            sample = self.dropout(sample, turn, f"prior/{number}")
+        if self.change:
+            sample = self.change(sample, turn, f"prior/{number}")
         if self.has_teacher:
             sample |= self._one_of(sample, turn + number)
         if self.training.seed is not None:

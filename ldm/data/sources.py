@@ -13,15 +13,17 @@ from pathlib import Path
 from ldm.files import open_file, read_span
 from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
-from ldm.images.find import ImageItem, SingleImages, from_folder, is_image
+from ldm.images.find import ImageItem, SingleImages, from_folder, is_image, pair_up
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
+_EDITED = [f"edited.{extension}" for extension in EXTENSIONS]  # members of a tar: the edited images of pairs
 
-def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
+
+def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
     items = []
     samples = index_tar(path)
     with open_file(path) as file:
@@ -35,17 +37,19 @@ def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
                 error = f"no image ({', '.join(EXTENSIONS)}) among its members: {', '.join(sample.spans)}"
                 items.append(ImageItem(f"{path.name}/{sample.key}", path, None, caption, error))
             else:
-                name = f"{path.name}/{sample.key}.{extension}"
-                items.append(ImageItem(name, path, sample.spans[extension], caption, error))
+                name = f"{path.name}/{sample.key}"
+                edited = next((found for found in sample.spans if found in _EDITED), None)
+                other = ImageItem(f"{name}.{edited}", path, sample.spans[edited]) if pairs and edited else None
+                items.append(ImageItem(f"{name}.{extension}", path, sample.spans[extension], caption, error, other))
     return items
 
 
-def _from_source(source: str, single: SingleImages) -> list[ImageItem]:
+def _from_source(source: str, single: SingleImages, pairs: bool) -> list[ImageItem]:
     path = Path(source)
     if os.path.lexists(path) and not path.is_dir() and is_image(path):
         return [single.item(path, path.name)]
     if path.is_dir():
-        items = from_folder(path, single.fixed)
+        items = from_folder(path, single.fixed, pairs)
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
@@ -53,7 +57,7 @@ def _from_source(source: str, single: SingleImages) -> list[ImageItem]:
         if is_stream(url):
             raise UserError(f"{url}: images are read from folders and local tars; fetch it first")
         found = is_image(Path(url)) and not Path(url).is_dir()
-        items += [single.item(Path(url), Path(url).name)] if found else _from_tar(Path(url), single.fixed)
+        items += [single.item(Path(url), Path(url).name)] if found else _from_tar(Path(url), single.fixed, pairs)
     return items
 
 
@@ -79,23 +83,26 @@ def _without_captions(sources: Sequence[str]) -> list[str]:
     return kept or list(sources)
 
 
-def find_images(source: str | Path | Sequence[str | Path], caption: str | None = None) -> list[ImageItem]:
+def find_images(
+    source: str | Path | Sequence[str | Path], caption: str | None = None, pairs: bool = False
+) -> list[ImageItem]:
     """Return every image of `source`, sorted by name within a folder; `caption`, if given, is the caption of them all.
 
     `source` is a folder of images (`metadata.jsonl` in it holds the captions, or `name.txt` beside each), a folder
     of tars, tars by path, glob or brace pattern, an image, or a list of these. Images with no caption are told of,
-    and get the empty one.
+    and get the empty one. With `pairs`, return the images before an edit, each with the one after it: `name.edited.jpg`
+    beside `name.jpg`, or named in the same entry of `metadata.jsonl`.
 
     Raises:
-        UserError: there is no image, none has a caption, one is named twice, a folder has both images and tars,
-            or `metadata.jsonl` or a tar cannot be read.
+        UserError: there is no image (or pair), none has a caption, one is named twice, a folder has both images and
+            tars, or `metadata.jsonl` or a tar cannot be read.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
     items: list[ImageItem] = []
     seen: set[Path] = set()
     single = SingleImages(caption)
     for entry in _without_captions(sources):
-        found = _from_source(entry, single)
+        found = _from_source(entry, single, pairs)
         if not found:
             raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars of them")
         paths = {item.path.resolve() for item in found}
@@ -108,6 +115,13 @@ def find_images(source: str | Path | Sequence[str | Path], caption: str | None =
             found = [replace(item, name=f"{Path(entry).name}/{item.name}") for item in found]
         items += found
     where = ", ".join(sources)
+    if pairs:
+        items = pair_up(items)
+        if not any(item.edited for item in items):
+            raise UserError(
+                f"{where}: no image has an edited one; give name.edited.jpg beside name.jpg, or the columns "
+                f"input_image, edited_image and edit_prompt in {METADATA}"
+            )
     missing = [item.name for item in items if item.caption is None and item.error is None]
     if missing and all(item.caption is None for item in items):
         raise UserError(

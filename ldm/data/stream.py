@@ -10,9 +10,9 @@ import torch
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ldm.data.dropout import CaptionDropout
-from ldm.shards.reader import check_shape, decode_member, find_member
-from ldm.shards.sample import CAPTION, CONTEXT, LATENT, TEXT_KEYS, member_extension
+from ldm.data.dropout import Change
+from ldm.shards.reader import check_map, check_shape, decode_member, find_member, numbered_keys
+from ldm.shards.sample import CAPTION, CONTEXT, LATENT, MAPS, is_array, member_extension, plain
 from ldm.shards.tar import stream_tar
 from ldm.util import UserError
 
@@ -37,7 +37,7 @@ class ShardStream(IterableDataset):
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
-        dropout: CaptionDropout | None = None,
+        change: Change | None = None,
     ) -> None:
         self.urls = list(urls)[rank::world]
         if not self.urls:
@@ -47,7 +47,7 @@ class ShardStream(IterableDataset):
         self.optional = {CAPTION} - {first_stage_key, cond_stage_key}
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.dropout = dropout
+        self.change = change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {}  # shape -> type, as found
 
@@ -74,7 +74,7 @@ class ShardStream(IterableDataset):
             samples = webdataset.shuffle(self.shuffle_buffer, rng=rng)(samples)
         for url, sample, members in samples:
             decoded = self._decode(url, sample, members)
-            yield self.dropout(decoded, self.epoch, decoded["__key__"]) if self.dropout else decoded
+            yield self.change(decoded, self.epoch, decoded["__key__"]) if self.change else decoded
 
     @staticmethod
     def _read(url: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
@@ -91,14 +91,17 @@ class ShardStream(IterableDataset):
 
     def _decode(self, url: str, sample: str, members: dict[str, bytes]) -> dict[str, Any]:
         result: dict[str, Any] = {"__key__": sample}
+        if not self.shapes:
+            self.keys = numbered_keys(self.keys, members)
         for key in self.keys:
             name = f"{url}: {sample}.{member_extension(key)}"
             data = find_member(key, members, self.optional, sample, url) or b""
             result[key] = decode_member(key, bytearray(data), name)
-            if key not in TEXT_KEYS:
+            if is_array(key):
                 known = self.shapes.setdefault(key, {})
                 shape = result[key].shape
-                image = key == self.first_stage_key
+                image = key == self.first_stage_key or plain(key) in MAPS
                 check_shape(key, shape, next(iter(known), shape), image, name)
+                check_map(key, shape, result[self.first_stage_key].shape, name)
                 known[shape] = result[key].dtype.name
         return result

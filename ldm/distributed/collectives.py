@@ -1,4 +1,4 @@
-"""Values and failures that the processes of a run exchange."""
+"""Exchange of values and failures among the processes of a run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ldm.util import UserError
 
 T = TypeVar("T")
 
-_stores: list[Any] = []  # a store that this process serves must live as long as others read it
+_stores: list[Any] = []  # a store must live as long as other processes read from it
 
 
-def said_by_first(text: str, launch: Launch) -> str:
-    """Return the `text` of the first process of `launch`, in each of its processes. Each process must call this once.
+def broadcast_text(text: str, launch: Launch) -> str:
+    """Return the `text` of the first process in all processes of `launch`. Every process must call this once.
 
-    The text goes through a store at the address where torch.distributed will later meet.
+    The text is sent through a store at the address that torch.distributed will use later.
     """
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from torch.distributed import rendezvous
 
     try:
         environment = TorchElasticEnvironment() if launch.launcher == "torchrun" else SLURMEnvironment()
-    except RuntimeError:  # which the Trainer will meet as well, and explain
+    except RuntimeError:  # the Trainer will raise it again, with an explanation
         return text
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     rank = environment.global_rank()
     store, _, _ = next(rendezvous("env://", rank, launch.processes * launch.machines))
     _stores.append(store)
-    key = f"latent-finetune/said_by_first/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    key = f"latent-finetune/broadcast_text/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
         store.set(key, text)
     return store.get(key).decode()
@@ -80,7 +80,7 @@ def _check_together(failure: str) -> None:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Return the mean of `values` over the processes that train together. All must give the same shape."""
+    """Return the mean of `values` over the process group. All processes must pass the same shape."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return values
     total = values.detach().clone()

@@ -7,10 +7,11 @@ import io
 import json
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.files import read_at_most
 from ldm.util import UserError
@@ -23,6 +24,12 @@ METADATA_FILES = (METADATA, "metadata.csv")
 # Keys of an entry; the first that it has is read.
 _FILE_KEYS = ("file_name", "file", "filename", "file_path", "filepath", "image", "image_path", "image_file", "path")
 _TEXT_KEYS = ("text", "caption", "prompt", "description")
+# Keys of an entry with the image before and after an edit, and the instruction: `input_image`, `edited_file_name`, ...
+_FILE = "(_(image|img|file|file_name|path|image_path|image_file))?"
+_BEFORE, _AFTER = (
+    re.compile(f"({names}){_FILE}") for names in ("input|original|source|before", "edited|output|target|after")
+)
+_INSTRUCTION_KEYS = ("edit_prompt", "edit", "instruction", "edit_instruction", *_TEXT_KEYS)
 _MOST_IN_CAPTION, _MOST_IN_METADATA = 1 << 20, 1 << 32  # bytes
 
 
@@ -81,11 +88,20 @@ def metadata_file(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA_FILES if os.path.lexists(folder / name)), None)
 
 
-def from_metadata(path: Path) -> list[tuple[str, str | None]]:
-    """Return file name, relative to the folder of `path`, and caption of each entry of a metadata file.
+class Entry(NamedTuple):
+    """Image that a metadata file lists: names are relative to the folder of the file."""
 
-    The keys `file_name` and `text` have the synonyms `_FILE_KEYS` and `_TEXT_KEYS`. A warning names keys that are not
-    read. Paths may be absolute or have backslashes, as long as they lead into the folder.
+    name: str
+    caption: str | None
+    edited: str | None = None  # name of the image after the edit that the caption describes
+
+
+def from_metadata(path: Path, pairs: bool = False) -> list[Entry]:
+    """Return the entries of a metadata file.
+
+    The keys `file_name` and `text` have the synonyms `_FILE_KEYS` and `_TEXT_KEYS`; with `pairs`, images before and
+    after an edit have those of `_BEFORE` and `_AFTER`. A warning names keys that are not read. Paths may be absolute or
+    have backslashes, as long as they lead into the folder.
 
     Raises:
         UserError: an entry has no file name, or names a file outside the folder; gives its line.
@@ -97,25 +113,41 @@ def from_metadata(path: Path) -> list[tuple[str, str | None]]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     entries = _csv_entries(text, path) if path.suffix == ".csv" else _json_entries(text, path)
-    found: list[tuple[str, str | None]] = []
+    found: list[Entry] = []
     unread: dict[str, None] = {}
     for where, entry in entries:
-        file_key = next((key for key in _FILE_KEYS if entry.get(key)), None)
-        text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
-        name, caption = entry.get(file_key), entry.get(text_key)
+        keys = _keys_of(entry, pairs)
+        name, caption, edited = (entry.get(key) for key in keys)
         if not isinstance(name, str):
             shown = json.dumps(entry)[:80]
             raise UserError(f"{where}: expected {{'file_name': ..., 'text': ...}}, got {shown!r}")
+        if edited is not None and not isinstance(edited, str):
+            raise UserError(f"{where}: {keys[2]} is not a string: {edited!r:.80}")
         if caption is not None and not isinstance(caption, str):
-            raise UserError(f"{where}: {text_key} is not a string: {caption!r:.80}")
-        if any("\ud800" <= letter <= "\udfff" for letter in name + (caption or "")):
+            raise UserError(f"{where}: {keys[1]} is not a string: {caption!r:.80}")
+        if any("\ud800" <= letter <= "\udfff" for letter in name + (caption or "") + (edited or "")):
             raise UserError(f"{where}: half of a surrogate pair, which is no letter: {json.dumps(entry)[:80]!r}")
-        unread |= dict.fromkeys(key for key in entry if key not in (file_key, text_key))
-        found.append((_relative(name, path.parent, f"{where}: {file_key}"), " ".join((caption or "").split()) or None))
+        unread |= dict.fromkeys(key for key in entry if key not in keys)
+        name, edited = (
+            file and _relative(file, path.parent, f"{where}: {key}")
+            for file, key in ((name, keys[0]), (edited, keys[2]))
+        )
+        found.append(Entry(name, " ".join((caption or "").split()) or None, edited))
     if unread:
         named = ", ".join(repr(key) for key in list(unread)[:8]) + (" ..." if len(unread) > 8 else "")
         logger.warning("%s: keys that are not read: %s", path, named)
     return found
+
+
+def _keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | None, str | None]:
+    """Return the keys of an entry's file name, its caption and, of `pairs`, its edited image; None for none."""
+    file_key = next((key for key in _FILE_KEYS if entry.get(key)), None)
+    text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
+    if not pairs:
+        return file_key, text_key, None
+    before, after = (next((k for k in entry if names.fullmatch(k) and entry[k]), None) for names in (_BEFORE, _AFTER))
+    instruction = next((key for key in _INSTRUCTION_KEYS if entry.get(key) is not None), None)
+    return before or file_key, instruction, after
 
 
 def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,6 +22,7 @@ UNREAD_EXTENSIONS = (
     "ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
 )  # fmt: skip
 
+_BAND = 256  # rows that are converted at a time: a large image is in memory once as decoded, and once as RGB
 # Each scan of a JPEG is a pass over all of its pixels. Programs write about ten.
 _MOST_SCANS, _MOST_SCANNED = 100, 4_000_000_000  # scans; pixels of all scans
 _SCAN_ENDS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker that is part of no compressed data
@@ -72,22 +73,27 @@ def _decoded(data: bytes, name: str, turn: Turn | None, then: Callable[[Image.Im
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
     """Return uint8 `(height, width, 3)`, with as few copies of the pixels as can be."""
-    image = _on_white(to_srgb(_to_eight_bits(image), name))
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    image = to_srgb(_to_eight_bits(image), name)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _BAND):
+        band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
+        pixels[top : top + _BAND] = _on_white(band)
+    return pixels
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return `image` in RGB, what is transparent on white."""
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, rgba)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _brightness(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         return (_sixteen_bits(image) / 0xFFFF).astype(np.float32)
     return np.asarray(_on_white(_to_eight_bits(image)).convert("L"), dtype=np.float32) / 255
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Return `image` with white behind its transparent pixels."""
-    if not image.has_transparency_data:
-        return image
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:
@@ -102,7 +108,11 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
     if image.mode.startswith("I"):
-        scaled = Image.fromarray(np.round(_sixteen_bits(image) / 257).astype(np.uint8))
+        levels = _sixteen_bits(image)
+        eight_bits = np.empty(levels.shape, np.uint8)
+        for top in range(0, len(levels), _BAND):
+            eight_bits[top : top + _BAND] = np.round(levels[top : top + _BAND] / 257)
+        scaled = Image.fromarray(eight_bits)
         scaled.info = image.info
         return scaled
     if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:

@@ -7,8 +7,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
@@ -25,17 +25,22 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NAMED = 5  # files that a warning names
+_EDITED = ".edited"  # the end of the stem of an edited image
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """Place of an image, and its caption: None if it has none. `error` says why it cannot be read."""
+    """Place of an image, and its caption: None if it has none. `error` says why it cannot be read.
+
+    Of a pair it is the image before the edit that the caption describes, and `edited` the image after it.
+    """
 
     name: str  # relative to the source
     path: Path
     span: tuple[int, int] | None = None  # offset and size in a tar; None for a whole file
     caption: str | None = None
     error: str | None = None
+    edited: ImageItem | None = None
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
         """Return `then` of the image, uint8 `(height, width, 3)`, which is to make it smaller.
@@ -93,7 +98,7 @@ class SingleImages:
         if folder not in self._metadata:
             path = metadata_file(folder)
             entries = from_metadata(path) if path else []
-            self._metadata[folder] = {same_name(name): caption for name, caption in entries}
+            self._metadata[folder] = {same_name(entry.name): entry.caption for entry in entries}
         return self._metadata[folder]
 
 
@@ -104,11 +109,12 @@ def kind_error(path: Path) -> str | None:
     return f"images of this kind are not read; convert it to one of {', '.join(FORMATS)}"
 
 
-def from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
+def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[ImageItem]:
     """Return the images of `folder` and the folders in it; an item with an error for each path that cannot be read.
 
     A metadata file lists the images of its folder and those below; the others there are left out with a warning.
-    Elsewhere a `.txt` beside an image is its caption. `fixed`, if given, is the caption of all.
+    Elsewhere a `.txt` beside an image is its caption. `fixed`, if given, is the caption of all. With `pairs`, metadata
+    files may name a second image beside each; images called `name.edited.jpg` are returned by themselves.
 
     Raises:
         UserError: the folder holds both images and tars, or a metadata file cannot be read.
@@ -123,7 +129,7 @@ def from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
     lists = {parent: metadata_file(parent) for parent in {path.parent for path in listed}}
     captions = CaptionFiles()
     used: set[Path] = set(lists.values())
-    items = _from_lists(folder, images, lists, captions, fixed, used)
+    items = _from_lists(folder, images, lists, captions, fixed, used, pairs)
     for path in images:
         if not any(parent in lists for parent in path.parents):
             file = captions.of(path)
@@ -150,31 +156,69 @@ def _from_lists(
     captions: CaptionFiles,
     fixed: str | None,
     used: set[Path],
+    pairs: bool,
 ) -> list[ImageItem]:
     """Return the items of the metadata files in `lists`, by folder; adds the caption files that are read to `used`."""
     items: list[ImageItem] = []
     spelled = {same_name(path.as_posix()): path for path in images}
     for parent in sorted(lists):
-        for name, listed in from_metadata(lists[parent]):
-            path = parent / name
-            if not os.path.lexists(path):  # another spelling of its name, if there is one
-                path = spelled.get(same_name(path.as_posix()), path)
-            caption, error = listed if fixed is None else fixed, None
+        for entry in from_metadata(lists[parent], pairs):
+            path, edited = (name and _spelled(parent / name, spelled) for name in (entry.name, entry.edited))
+            caption, error = entry.caption if fixed is None else fixed, None
             if caption is None:
                 file = captions.of(path)
                 used |= {file} if file else set()
                 caption, error = read_caption(file)
-            items.append(ImageItem(path.relative_to(folder).as_posix(), path, caption=caption, error=error))
-    named = {item.path for item in items}
+            other = edited and ImageItem(edited.relative_to(folder).as_posix(), edited)
+            items.append(ImageItem(path.relative_to(folder).as_posix(), path, None, caption, error, other))
+    named = {item.path for item in items} | {item.edited.path for item in items if item.edited}
     unnamed: dict[Path, list[Path]] = {}
     for path in images:
         parent = next((parent for parent in path.parents if parent in lists), None)
-        if parent is not None and path not in named:
+        if parent is None or path in named:
+            continue
+        if pairs and is_edited(path):
+            items.append(ImageItem(path.relative_to(folder).as_posix(), path))
+        else:
             unnamed.setdefault(parent, []).append(path)
     for parent, paths in unnamed.items():
         example, file = paths[0].relative_to(folder), lists[parent].relative_to(folder)
         logger.warning("%s: %d images, such as %s, are not in %s: left out", folder, len(paths), example, file)
     return items
+
+
+def _spelled(path: Path, spelled: dict[str, Path]) -> Path:
+    """Return `path`, or the file of another spelling of its name, if there is one."""
+    return path if os.path.lexists(path) else spelled.get(same_name(path.as_posix()), path)
+
+
+def is_edited(path: Path) -> bool:
+    """Return whether an image has the name `name.edited.jpg`, that of the edited one of a pair."""
+    return path.stem.lower().endswith(_EDITED)
+
+
+def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
+    """Return the images before an edit with their `edited` images, which stand beside them or are known already.
+
+    An image without one gets an error. A warning names the edited images without an original.
+    """
+    alone = [item for item in items if item.edited is None and item.span is None and is_edited(item.path)]
+    edited = {(item.path.parent, same_name(item.path.stem[: -len(_EDITED)])): item for item in alone}
+    found = []
+    for item in items:
+        if item in alone:
+            continue
+        other = item.edited or edited.pop((item.path.parent, same_name(item.path.stem)), None)
+        name = PurePosixPath(item.name)
+        error = f"has no edited image such as {name.stem}{_EDITED}{name.suffix} beside it" if other is None else None
+        error = item.error or (other.error if other else error)
+        found.append(replace(item, edited=other, error=error))
+    if edited:
+        names = ", ".join(item.name for item in list(edited.values())[:_NAMED]) + (
+            " ..." if len(edited) > _NAMED else ""
+        )
+        logger.warning("%d edited images have no original beside them and are left out: %s", len(edited), names)
+    return found
 
 
 def _say_left_out(folder: Path, others: set[Path], images: Sequence[Path]) -> None:
@@ -195,9 +239,10 @@ def digest_images(items: Iterable[ImageItem]) -> str:
     """Return the SHA-256, in hex, of names, captions and sizes in bytes of `items`, which are not opened for it."""
     hashed = hashlib.sha256()
     for item in items:
-        try:
-            size = item.span[1] if item.span else item.path.stat().st_size
-        except OSError:
-            size = None
-        hashed.update(json.dumps([item.name, item.caption, item.error, size]).encode() + b"\n")
+        for image in filter(None, (item, item.edited)):
+            try:
+                size = image.span[1] if image.span else image.path.stat().st_size
+            except OSError:
+                size = None
+            hashed.update(json.dumps([image.name, image.caption, image.error, size]).encode() + b"\n")
     return hashed.hexdigest()

@@ -46,6 +46,7 @@ _INDEX_FIELDS = (
     ("format", "format"),
     ("autoencoder", "autoencoder"),
     ("text_tower", "text tower"),
+    ("text_tower_2", "second text tower"),
     ("scale_factor", "scale factor"),
 )
 

@@ -12,7 +12,7 @@ import torch
 from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, ema_key, is_optional
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.formats import can_hold
-from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_DECAY, EMA_UPDATES, MODEL, has_part, with_ema_as_weights
+from ldm.checkpoint.keys import EMA, EMA_DECAY, EMA_UPDATES, MODEL, TEXT_ENCODERS, has_part, with_ema_as_weights
 from ldm.checkpoint.names import is_carried
 from ldm.util import UserError
 
@@ -36,7 +36,7 @@ class Graft:
 
     def summary(self) -> list[str]:
         """Return one line per kind of key, with its count."""
-        cond_stage = sum(key.startswith(COND_STAGE) and not is_optional(key) for key in self.skipped)
+        cond_stage = sum(key.startswith(TEXT_ENCODERS) and not is_optional(key) for key in self.skipped)
         ema = sum(key.startswith(EMA) for key in self.skipped)
         lines = [
             (len(self.released), "weights taken from the release"),
@@ -89,9 +89,9 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
 
     used = {*state_dict, *origins.values()}
     result.skipped = [key for key in release if key not in used]
-    has_cond_stage = has_part(state_dict, COND_STAGE)
+    absent = tuple(part for part in TEXT_ENCODERS if not has_part(state_dict, part))
     for key in result.skipped:
-        if not is_optional(key) and (has_cond_stage or not key.startswith(COND_STAGE)):
+        if not is_optional(key) and not key.startswith(absent):
             raise UserError(
                 f"{source}: has {key}, which the training lacks; {likely_cause(release, state_dict, cause)}"
             )

@@ -23,7 +23,7 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.causes import likely_cause
-from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, has_part
+from ldm.checkpoint.keys import EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, TEXT_ENCODERS, has_part
 from ldm.checkpoint.names import is_carried
 from ldm.locks import locked_file
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Weights = Mapping[str, torch.Tensor]
 
 # Parts that a training may lack. They are then kept from the release.
-_OPTIONAL_PARTS = (FIRST_STAGE, COND_STAGE)
+_OPTIONAL_PARTS = (FIRST_STAGE, *TEXT_ENCODERS)
 # Digests of the weights that other programs store in the metadata of a release. A merge makes them wrong.
 _STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
@@ -117,7 +117,7 @@ def merge(
 def check_same_architecture(training: Weights, release: Weights) -> None:
     """Raise `UserError` unless both have weights of the same keys and shapes.
 
-    The training may lack the autoencoder and the text encoder. Either may lack optional keys.
+    The training may lack the autoencoder and the text encoders. Either may lack optional keys.
     """
     cause = "are they of one model?"
     for key, value in training.items():

@@ -3,8 +3,12 @@
 Format 2 has the keys
 
     format, out, complete     2; the name pattern of the shards; false as long as some are missing
-    autoencoder, text_tower   digests of the weights that made the set, see `ldm.checkpoint.weights_digest`
+    autoencoder, text_tower   digests of the weights that made the set, see `ldm.checkpoint.weights_digest`; of two text
+                              towers, as SDXL has, text_tower_2 is that of the second
     scale_factor              the model's; what is stored is unscaled
+    family                    key of the family of models in `ldm.release.families` that made the set; null for none
+    members                   names of the arrays of a sample, without the numbers of masks and without a teacher's
+    empty_caption             what stands for the empty caption: its encoding, `encoded`, or `zeros`
     shards                    name, samples, bytes and sha256 of each
     samples                   in all
 
@@ -28,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
-ENCODERS = {"autoencoder": "autoencoder", "text_tower": "text tower"}  # keys that have their digests, and what they are
+AUTOENCODER = "autoencoder"
+# Keys that have the digests of encoders, and what they are.
+ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
+FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
+ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 _MEND = f"put back what was written there, or {MAKE_AGAIN}"
 _MOST_BYTES = 1 << 28  # of the file; a million shards take a sixth
@@ -112,6 +120,14 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_key(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.isidentifier())
+
+
 Entry = tuple[Callable[[Any], bool], str]  # whether a value is right, and what to say of one that is not
 WHOLE: Entry = (is_whole, "not a whole number of at least 0")
 _DIGEST: Entry = (is_digest, "which is no digest")
@@ -122,6 +138,9 @@ _ENTRIES: dict[str, Entry] = {
     "samples": WHOLE,
     **dict.fromkeys(ENCODERS, (lambda value: value is None or is_digest(value), "which is no digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
+    FAMILY: (_is_key, "not the key of a family of models"),
+    MEMBERS: (_is_names, "not a list of names"),
+    EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
     "failed": FAILURES,
     "made_from": (lambda value: isinstance(value, dict), "not what the set is made from, by name"),
 }

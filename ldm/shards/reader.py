@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,23 @@ from torch.utils.data import Dataset
 from ldm.files import open_file, read_span
 from ldm.shards import npy
 from ldm.shards.identity import Identity, check_identity, identity_of, with_retries
-from ldm.shards.sample import CAPTION, CONTEXT, LATENT, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
+from ldm.shards.sample import (
+    CAPTION,
+    CONTEXT,
+    LATENT,
+    MAPS,
+    NUMBERED,
+    ORIGIN,
+    POOLED,
+    SIZE_ENTRIES,
+    TEACHER_KEYS,
+    TEXT_KEYS,
+    is_array,
+    member_extension,
+    number_types,
+    numbered,
+    plain,
+)
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, nearest
 
@@ -28,6 +44,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ABSENT = {CAPTION: "", ORIGIN: None}  # what stands for one that a sample does not have
+_MOST = 1 << 24  # pixels of a side; float32 holds every whole number up to here
+_OF_FAMILIES = (POOLED, *MAPS, *SIZE_ENTRIES)  # members that samples for some families of models have
+_ENCODE_AGAIN = "encode the images again with the release that training starts from"
 
 
 def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
@@ -41,26 +60,56 @@ def find_member(key: str, members: Mapping[str, T], optional: Container[str], sa
         hint = nearest(extension, list(members))
         if key in TEACHER_KEYS:
             hint = "; write the teacher's predictions with tools/make_prior.py --teacher, or set prior_target: data"
+        if plain(key) in _OF_FAMILIES:
+            hint = f", as a sample for this family of models has; {_ENCODE_AGAIN}"
         raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
     return members.get(extension)
 
 
+def numbered_keys(keys: Iterable[str], members: Mapping[str, Any]) -> list[str]:
+    """Return `keys`, and of those in `NUMBERED` the further ones that the sample `members`, by extension, has."""
+    found: list[str] = []
+    for key in keys:
+        found.append(key)
+        number = 1
+        while key in NUMBERED and member_extension(further := numbered(key, number)) in members:
+            found.append(further)
+            number += 1
+    return found
+
+
 def decode_member(key: str, data: bytearray, name: str) -> Any:
-    """The value of one member: an array, a string (`txt`) or parsed JSON (`json`).
+    """The value of one member: an array, a string (`txt`), parsed JSON (`json`), or a size in it, float32 (2,).
 
     Raises:
         UserError: it cannot be decoded, or an array is not finite; names `name`.
     """
-    if key in TEXT_KEYS:
+    if not is_array(key):
         try:
             text = data.decode("utf-8")
-            return text if key == CAPTION else json.loads(text)
+            content = text if key == CAPTION else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: {error}") from error
+        return content if key in TEXT_KEYS else _size(content, SIZE_ENTRIES[key], name)
     array = npy.decode(data, name, number_types(key))
     if not np.isfinite(array).all():
         raise UserError(f"{name}: holds NaN or infinite values; encode it again")
     return array
+
+
+def _size(content: Any, entry: str, name: str) -> np.ndarray:
+    """Return the `entry` of a sample's parsed `json`, float32 (2,)."""
+    value = content.get(entry) if isinstance(content, dict) else None
+    if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and 0 <= n <= _MOST for n in value):
+        found = "no" if value is None else f"{value!r:.80} as its"
+        raise UserError(f"{name}: has {found} {entry}, which is two whole numbers of pixels; {_ENCODE_AGAIN}")
+    return np.array(value, np.float32)
+
+
+def check_map(key: str, shape: tuple[int, ...], latent: tuple[int, ...], name: str) -> None:
+    """Raise `UserError` unless the shape of `key` is as high and wide as that of its sample's latent."""
+    if plain(key) in MAPS and shape[1:] != latent[1:]:
+        raise UserError(f"{name}: shape {shape}, but the sample's latent is {latent}: both have one height and width")
 
 
 def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
@@ -78,8 +127,8 @@ class ShardDataset(Dataset):
     """The samples of local shards: `dataset[i]` is a dict of the `keys`, `"txt"` (the caption) and `"__key__"`.
 
     Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`
-    unless it is None; and what else `extra` names, such as `TEACHER_KEYS`, or `"json"`, which is None where there is
-    none.
+    unless it is None; and what else `extra` names, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`, or `"json"`, which
+    is None where there is none. Of the `NUMBERED` members, all that the first sample has are read.
 
     Raises:
         UserError: a shard is damaged, a sample lacks one of the keys, or its shape is not that of the others.
@@ -110,6 +159,9 @@ class ShardDataset(Dataset):
                 continue
             with open_file(path) as file:
                 self._identities[number] = identity_of(file.fileno())
+                if not self.sample_keys:
+                    self.keys = numbered_keys(self.keys, samples[0].spans)
+                    self.shapes = {key: {} for key in self.keys}
                 for sample in samples:
                     self.sample_keys.append(sample.key)
                     shards.append(number)
@@ -126,22 +178,26 @@ class ShardDataset(Dataset):
         self._groups = np.asarray(groups, dtype=np.int32)
 
     def _check(self, sample: TarSample, path: Path, descriptor: int) -> int:
-        """Check the headers of a sample's arrays; returns the number of its image's shape among all shapes."""
-        group = 0
+        """Check a sample's sizes and the headers of its arrays; return the number of its latent's shape among all."""
+        latent, group = (), 0
         for key in self.keys:
             if key in TEXT_KEYS:
                 continue
             offset, size = sample.spans[member_extension(key)]
             name = f"{path}: {sample.key}.{member_extension(key)}"
+            if not is_array(key):
+                decode_member(key, read_span(descriptor, offset, size, name), name)
+                continue
             start = read_span(descriptor, offset, min(size, npy.HEADER_BYTES), name)
             header = npy.read_header(start, size, name, number_types(key))
             known = self.shapes[key]
             if header.shape not in known:
-                image = key == self.first_stage_key
+                image = key == self.first_stage_key or plain(key) in MAPS
                 check_shape(key, header.shape, next(iter(known), header.shape), image, name)
                 known[header.shape] = header.dtype.name
             if key == self.first_stage_key:
-                group = list(known).index(header.shape)
+                latent, group = header.shape, list(known).index(header.shape)
+            check_map(key, header.shape, latent, name)
         return group
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The command, on two tiny releases and small sets."""
+"""Tests of the command `tools/evaluate.py` on two tiny releases and small sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAST = ("--timesteps", 3, "--out", "out", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base.safetensors, tuned.ckpt, other.ckpt of another model, two configs, and sets of shards."""
+    """Make a folder with base.safetensors, tuned.ckpt, other.ckpt of another model, two configs, and sets of shards."""
     folder = tmp_path_factory.mktemp("releases")
     config = copy.deepcopy(CONFIG)
     params = config["model"]["params"]
@@ -51,7 +51,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable) -> Callable:
-    """Run the command in this process, in a folder with links to the releases; returns None or the error."""
+    """Return a function that runs the command in a folder with links to the releases, and returns None or the error."""
     for path in releases.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def test_table_json_and_figure(releases: Path, command: Callable, tmp_path: Path
         assert figure.format == "PNG" and figure.height > 600
 
 
-def test_a_model_beside_itself_has_not_moved(here: Callable, tmp_path: Path) -> None:
+def test_a_model_compared_with_itself_has_no_drift(here: Callable, tmp_path: Path) -> None:
     assert here(*pair(ckpt="base.safetensors"), "--set", "new=new", *FAST, "--sample", 1, "--steps", 2) is None
     entry = json.loads((tmp_path / "out/evaluation.json").read_text())["sets"]["new"]
     for summary in (entry["overall"], *entry["timesteps"]):
@@ -138,7 +138,7 @@ def test_without_a_text_encoder_the_stored_encodings_are_used(here: Callable, tm
         ((*pair(), "--set", "new=new", "--out", "empty.tar"), "--out empty.tar: is a file"),
     ],
 )
-def test_bad_input_is_one_line(here: Callable, tmp_path: Path, arguments: tuple, message: str) -> None:
+def test_bad_input_is_refused_in_one_line(here: Callable, tmp_path: Path, arguments: tuple, message: str) -> None:
     error = here(*FAST, *arguments)
     assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error
     for part in message.split(".* "):

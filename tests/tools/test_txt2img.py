@@ -1,4 +1,4 @@
-"""txt2img as a command line."""
+"""Tests of the command `tools/txt2img.py`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no caption"),
+        ((), "no prompt"),
         (("--prompt", "x", "--ckpt", "missing.ckpt"), "missing.ckpt"),
         (("--prompt", "x", "--H", 33), "--H 33"),
         (("--prompt", "x", "--n", 0), "--n 0"),
@@ -72,7 +72,7 @@ def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Ca
         (("--prompt", "x", "--negative-prompt", "y", "--scale", 1), "--negative-prompt needs guidance"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_is_refused_in_one_line(
     tiny_release: Path, command: Callable, tmp_path: Path, arguments: tuple, message: str
 ) -> None:
     done = command("tools/txt2img.py", "--ckpt", tiny_release, *FAST, *arguments)

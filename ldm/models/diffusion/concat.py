@@ -61,6 +61,13 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         return x.shape[1] // factor, x.shape[2] // factor
 
 
+def check_map(key: str, shapes: Mapping[str, Sequence[int]], channels: Sequence[int]) -> None:
+    """Raise `UserError` unless the map `key`, if it is among `shapes`, has one of the numbers of `channels`."""
+    shape = shapes.get(key)
+    if shape is not None and (len(shape) != 3 or shape[0] not in channels):
+        raise UserError(f"{key} has shape {tuple(shape)}; the model takes {' or '.join(map(str, channels))} channels")
+
+
 class LatentInpaintDiffusion(LatentFinetuneDiffusion):
     """Inpainting model. The input is x, the mask (1 where the model paints) and the latent of the masked image.
 
@@ -80,6 +87,12 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
             raise UserError(
                 f"masked_image_key {masked_image_key!r} is not one of concat_keys: {', '.join(self.concat_keys)}"
             )
+
+    def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().check_batch_shapes(shapes)
+        for key in self.concat_keys:
+            valid = (self.channels, 2 * self.channels) if key == self.masked_image_key else (1,)
+            check_map(key, shapes, valid)
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
         return [

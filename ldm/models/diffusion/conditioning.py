@@ -16,16 +16,21 @@ from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.conditioner import GeneralConditioner
+from ldm.shards.sample import CONTEXT, POOLED, SIZE_ENTRIES
 from ldm.util import UserError, refuse_if
 
 # Outputs of a `GeneralConditioner`, and the arguments of `DiffusionWrapper` that they become.
 _PARTS = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
+# The parts that captions make, and the members of a sample that hold them.
+_MEMBERS = {"crossattn": CONTEXT, "vector": POOLED}
 
 
 def check_reads_captions(model: Any) -> None:
-    """Raise `UserError` unless captions are the only input of the model's cond stage."""
+    """Raise `UserError` unless the model's cond stage takes captions, and at most sizes of images besides."""
     stage = model.cond_stage_model
     name = "none" if stage is None else type(stage).__name__
+    takes_sizes = isinstance(stage, GeneralConditioner) and set(stage.other_keys) <= SIZE_ENTRIES.keys()
     refuse_if(
         (
             stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None,
@@ -33,7 +38,7 @@ def check_reads_captions(model: Any) -> None:
             "name a config with a text encoder, such as stable_diffusion_v1.yaml",
         ),
         (
-            hasattr(stage, "input_keys"),
+            hasattr(stage, "input_keys") and not (takes_sizes and stage.caption_embedders),
             f"the config's cond_stage_config, {name}, takes {', '.join(getattr(stage, 'input_keys', ()))}, which this "
             "command does not have; train with main.py on data that has them, or name the config of another model",
         ),
@@ -65,6 +70,52 @@ class WithConditioning:
         encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
         encoded = encode(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the encodings of captions, by the member of a sample that holds each."""
+        stage = self.cond_stage_model
+        if not isinstance(stage, GeneralConditioner):
+            return {CONTEXT: self.get_learned_conditioning(list(captions))}
+        return {_MEMBERS[name]: part for name, part in stage.encode_captions(captions).items()}
+
+    def stored_conditioning(self, sample: Batch) -> Conditioning:
+        """Return the conditioning of captions that are encoded already, by member, and of sizes beside them."""
+        stage = self.cond_stage_model
+        if not isinstance(stage, GeneralConditioner):
+            return sample[CONTEXT]
+        captions = {name: sample[member] for name, member in _MEMBERS.items() if member in sample}
+        return _placed(stage(sample, captions=captions))
+
+    @property
+    def conditioning_entries(self) -> tuple[str, ...]:
+        """The batch entries that the conditioning is made of."""
+        stage = self.cond_stage_model
+        if self.model.conditioning_key is None:
+            return ()
+        own = getattr(stage, "input_keys", None) or [getattr(stage, "key", None) or self.cond_stage_key]
+        maps = self.concat_keys if self.model.takes_maps and self.model.conditioning_key != "concat" else ()
+        return (*own, *maps)
+
+    def check_vector(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that stored samples of these `shapes`, by entry, make a vector as wide as the UNet's.
+
+        Raises:
+            UserError: they do not.
+        """
+        stage, width = self.cond_stage_model, getattr(self.model.diffusion_model, "adm_in_channels", None)
+        if width is None or not isinstance(stage, GeneralConditioner) or stage.caption_embedders:
+            return
+        shapes = {**shapes, **dict.fromkeys(SIZE_ENTRIES, (2,))}
+        if not all(key in shapes for key in stage.input_keys):
+            return
+        vector = stage({key: torch.zeros(1, *shapes[key]) for key in stage.input_keys}).get("vector")
+        if vector is None or vector.shape[1] != width:
+            stored = ", ".join(f"{key} {tuple(shapes[key])}" for key in stage.input_keys)
+            made = 0 if vector is None else vector.shape[1]
+            raise UserError(
+                f"{stored} make a vector of {made} features; the UNet's adm_in_channels is {width}: were the captions "
+                "encoded by another text encoder?"
+            )
 
     def raw_conditioning(self, batch: Batch) -> Any:
         """Return the batch entry `cond_stage_key`, or the whole batch if the cond stage selects its entries."""

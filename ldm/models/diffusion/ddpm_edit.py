@@ -5,14 +5,14 @@ B: batch. H, W: height and width of an image. C, h, w: channels, height and widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.concat import LatentFinetuneDiffusion
+from ldm.models.diffusion.concat import LatentFinetuneDiffusion, check_map
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.random_streams import RandomStreams
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -23,7 +23,7 @@ class LatentDiffusion(LatentFinetuneDiffusion):
 
     Images are (B, 3, H, W) in [-1, 1]. The entry `cond_stage_key` is a mapping with the original images under
     `c_concat` and the captions under `c_crossattn`. In pre-encoded batches, the first of `concat_keys` is the posterior
-    or latent of the original image, and the cond stage reads the caption embeddings.
+    or latent of the original image, and the cond stage reads the caption embeddings; the data module drops both.
 
     Args:
         dropout: share of samples without their caption; also of those without their image, and of those without both.
@@ -53,13 +53,19 @@ class LatentDiffusion(LatentFinetuneDiffusion):
             encoded = self.encode_batch({self.first_stage_key: batch_entry(batch, self.concat_keys[0])})
         return [encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded]
 
+    def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().check_batch_shapes(shapes)
+        check_map(self.concat_keys[0], shapes, (self.channels, 2 * self.channels))
+
     def encode_conditioning(self, batch: Batch) -> Conditioning:
-        """Return the conditioning of a batch, without the captions and images of random samples.
+        """Return the conditioning of a batch, for image pairs without the captions and images of random samples.
 
         A number r is sampled uniformly per sample. With u = `dropout`, the caption is dropped for r < 2u, and the image
-        for u ≤ r < 3u (section 3.2.1). The data module drops stored caption embeddings instead.
+        for u ≤ r < 3u (section 3.2.1). In pre-encoded batches, the data module has dropped them.
         """
         cond = super().encode_conditioning(batch)
+        if not self._has_pairs(batch):
+            return cond
         (image,), (text,) = cond["c_concat"], cond["c_crossattn"]
         r, u = RandomStreams.of(batch).uniform("edit", image), self.dropout  # (B,)
         drops_text, drops_image = r < 2 * u, (r >= u) & (r < 3 * u)

@@ -189,6 +189,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
                 f"{self.cond_stage_key} has shape {tuple(context)}, but the UNet's context_dim is {width}; "
                 "encode the captions with this model's text encoder"
             )
+        self.check_vector(shapes)
 
     def _check_latent_shape(self, shape: tuple[int, ...]) -> None:
         factor = getattr(self.model.diffusion_model, "downsampling", 1)

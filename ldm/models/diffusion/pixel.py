@@ -24,8 +24,8 @@ from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.training_steps import TrainingSteps
 from ldm.models.diffusion.wrapper import DiffusionWrapper
+from ldm.modules.diffusionmodules.layers import KeepsTypes
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
-from ldm.modules.diffusionmodules.util import KeepsTypes
 from ldm.modules.ema import LitEma
 from ldm.util import check_choice
 

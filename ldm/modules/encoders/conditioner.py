@@ -12,9 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.modules.encoders.base import AbstractEncoder
-from ldm.util import UserError, instantiate_from_config
+from ldm.modules.diffusionmodules.layers import timestep_embedding
+from ldm.modules.encoders.cond_stages import AbstractEncoder
+from ldm.util import UserError, check_keys, check_number, entry_of, instantiate_from_config
 
 # Number of dimensions of an embedder's output → its key, and the dimension along which outputs are joined.
 _OUTPUTS = {2: ("vector", 1), 3: ("crossattn", 2), 4: ("concat", 1), 5: ("concat", 1)}
@@ -29,8 +29,7 @@ class ConcatTimestepEmbedderND(AbstractEncoder):
 
     def __init__(self, outdim: int) -> None:
         super().__init__()
-        if outdim < 2:
-            raise UserError(f"outdim {outdim}: give at least 2 features per number")
+        check_number("outdim", outdim, least=2, unit="features per number")
         self.outdim = outdim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ class GeneralConditioner(AbstractEncoder):
             `legacy_ucg_value`, this value replaces the batch entry of these samples instead.
 
     Raises:
-        UserError: an embedder's entry has an unknown key, or lacks one.
+        UserError: an entry of `emb_models` has an unknown key, or lacks one.
     """
 
     def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
@@ -72,6 +71,23 @@ class GeneralConditioner(AbstractEncoder):
         """Batch entries that the embedders take, each listed once."""
         return list(dict.fromkeys(key for keys in self._inputs for key in keys))
 
+    @property
+    def other_keys(self) -> list[str]:
+        """Batch entries of the embedders that read no captions, each listed once."""
+        readers = self.caption_embedders
+        keys = (key for number, keys in enumerate(self._inputs) if number not in readers for key in keys)
+        return list(dict.fromkeys(keys))
+
+    @property
+    def caption_embedders(self) -> list[int]:
+        """Numbers of the embedders that read captions."""
+        return [number for number, embedder in enumerate(self.embedders) if hasattr(embedder, "tokenize")]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the first embedder that reads captions; None if none does."""
+        return next((self.embedders[number].tokenizer for number in self.caption_embedders), None)
+
     def requires_grad_(self, requires_grad: bool = True) -> GeneralConditioner:
         """Turn gradients of the trainable embedders on or off; the others stay frozen."""
         for embedder, is_trainable in zip(self.embedders, self._is_trainable, strict=True):
@@ -85,18 +101,56 @@ class GeneralConditioner(AbstractEncoder):
             embedder.train(mode and is_trainable)
         return self
 
-    def forward(self, batch: Mapping[str, Any], force_zero_embeddings: Sequence[str] = ()) -> dict[str, Tensor]:
-        """Return the conditioning of a batch, with zeros for embedders of the entries `force_zero_embeddings`."""
-        parts: dict[str, list[Tensor]] = {}
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        force_zero_embeddings: Sequence[str] = (),
+        captions: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the conditioning of a batch, with zeros for embedders of the entries `force_zero_embeddings`.
+
+        `captions` are parts that `encode_captions` gave, in place of the embedders of captions.
+        """
+        parts = [] if captions is None else list(captions.values())
+        given = () if captions is None else self.caption_embedders
         for number, embedder in enumerate(self.embedders):
+            if number in given:
+                continue
             keys = self._inputs[number]
-            for value in self._embed(number, embedder, [_entry(batch, key, number) for key in keys]):
+            zeroed = any(key in force_zero_embeddings for key in keys)
+            entries = [entry_of(batch, key, f"embedder {number}: input_key") for key in keys]
+            for value in self._embed(number, embedder, entries):
                 if value.ndim not in _OUTPUTS:
-                    raise UserError(f"embedder {number} gives {value.ndim} dimensions; valid: 2 to 5")
-                name, _ = _OUTPUTS[value.ndim]
-                zeroed = any(key in force_zero_embeddings for key in keys)
-                parts.setdefault(name, []).append(torch.zeros_like(value) if zeroed else value)
-        return {name: torch.cat(values, dim=_OUTPUTS[values[0].ndim][1]) for name, values in parts.items()}
+                    raise UserError(f"embedder {number} returns {value.ndim} dimensions; valid: 2 to 5")
+                parts.append(torch.zeros_like(value) if zeroed else value)
+        return _joined(parts)
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the parts of the conditioning that captions make: `crossattn` (B, L, D), `vector` (B, E).
+
+        An empty caption becomes what `ucg_rate` puts in place of a dropped one: zeros, or the encoding of
+        `legacy_ucg_value`.
+
+        Raises:
+            UserError: embedders of captions do not come first: their outputs would not be the first features.
+        """
+        readers = self.caption_embedders
+        if readers != list(range(len(readers))):
+            raise UserError("emb_models: embedders of captions must come before the others, for captions to be encoded")
+        empty = torch.tensor([not caption for caption in captions])
+        parts = []
+        for number in readers:
+            value = self._ucg_values[number]
+            texts = [value if value is not None and not caption else caption for caption in captions]
+            for part in self._embed(number, self.embedders[number], [texts]):
+                rows = empty.to(part.device).view(-1, *(1,) * (part.ndim - 1))
+                parts.append(part if value is not None else part.masked_fill(rows, 0.0))
+        return _joined(parts)
+
+    @property
+    def empties_to_zeros(self) -> bool:
+        """Whether zeros stand for the empty caption, in every embedder of captions."""
+        return all(self._ucg_values[number] is None for number in self.caption_embedders)
 
     def _embed(self, number: int, embedder: nn.Module, entries: list[Any]) -> list[Tensor]:
         rate = self._ucg_rates[number] if self.training else 0.0
@@ -136,6 +190,14 @@ class GeneralConditioner(AbstractEncoder):
         return conditional, unconditional
 
 
+def _joined(parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return outputs of embedders, concatenated along their features, by the name of their number of dimensions."""
+    named: dict[str, list[Tensor]] = {}
+    for part in parts:
+        named.setdefault(_OUTPUTS[part.ndim][0], []).append(part)
+    return {name: torch.cat(values, dim=_OUTPUTS[values[0].ndim][1]) for name, values in named.items()}
+
+
 def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
     """Return a batch entry, a tensor or a list, in which `value` replaces a share `rate` of the samples."""
     dropped = torch.rand(len(entry)) < rate
@@ -147,19 +209,7 @@ def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
 
 
 def _inputs_of(number: int, config: Mapping[str, Any]) -> list[str]:
-    for key in config:
-        if key not in _EMBEDDER_KEYS:
-            raise UserError(
-                f"emb_models: embedder {number} has the unknown key {key!r}; valid: {', '.join(_EMBEDDER_KEYS)}"
-            )
+    check_keys(f"embedder {number} of emb_models", config, _EMBEDDER_KEYS)
     if ("input_key" in config) == ("input_keys" in config):
-        raise UserError(f"emb_models: embedder {number} needs input_key, the batch entry that it takes, or input_keys")
+        raise UserError(f"emb_models: embedder {number} needs either input_key, its batch entry, or input_keys")
     return [config["input_key"]] if "input_key" in config else list(config["input_keys"])
-
-
-def _entry(batch: Mapping[str, Any], key: str, number: int) -> Any:
-    if key not in batch:
-        raise UserError(
-            f"input_key {key!r} of embedder {number} is not in the batch, which has {', '.join(map(str, batch))}"
-        )
-    return batch[key]

@@ -197,7 +197,10 @@ CAUSES: dict[str, tuple[Callable, str]] = {
         "layout of SD 2",
     ),
     "SDXL": (
-        lambda plain: {**without(plain, "cond_stage_model."), "conditioner.embedders.0.x": torch.ones(2)},
+        lambda plain: {
+            **without(plain, "cond_stage_model."),
+            **{"conditioner.embedders.0.x": torch.ones(2), f"{UNET}label_emb.0.0.weight": torch.ones(2, 2)},
+        },
         "layout of SDXL",
     ),
     "wide captions": (lambda plain: context(plain, 1024), "captions of width 1024, as SD 2 does"),

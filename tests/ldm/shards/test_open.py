@@ -69,6 +69,10 @@ def test_a_set_of_other_encoders_is_refused(folder):
     check_encoders(captions, other, "x.ckpt")
     with pytest.raises(UserError, match=r"another text tower \(b{12}…\) than that of x\.ckpt \(c{12}…\); try another$"):
         check_encoders(encodings, other, "x.ckpt", "try another")
+    change(folder, text_tower_2="d" * 64)
+    check_encoders(captions, {**OWN, "text_tower_2": "e" * 64}, "x.ckpt")
+    with pytest.raises(UserError, match=r"another second text tower \(d{12}…\) than that of x\.ckpt \(e{12}…\)"):
+        check_encoders(encodings, {**OWN, "text_tower_2": "e" * 64}, "x.ckpt")
     change(folder, autoencoder=None, text_tower=None)
     check_encoders(encodings, other, "x.ckpt")
     (folder / INDEX).unlink()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.util import UserError
+from ldm.util import entry_of, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,7 @@ class ClassEmbedder(AbstractEncoder):
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= ucg_rate < 1:
-            raise UserError(f"ucg_rate {ucg_rate}: give a share from 0 to below 1")
+        refuse_if((not 0 <= ucg_rate < 1, f"ucg_rate {ucg_rate}: give a number from 0 to below 1"))
         self.key = key
         self.n_classes = n_classes
         self.ucg_rate = ucg_rate
@@ -90,8 +89,4 @@ class ClassEmbedder(AbstractEncoder):
 
 
 def _entry(batch: Mapping[str, torch.Tensor] | torch.Tensor, key: str) -> torch.Tensor:
-    if isinstance(batch, torch.Tensor):
-        return batch
-    if key not in batch:
-        raise UserError(f"key {key!r} of the cond stage is not in the batch, which has {', '.join(map(str, batch))}")
-    return batch[key]
+    return batch if isinstance(batch, torch.Tensor) else entry_of(batch, key, "cond_stage_config: key")

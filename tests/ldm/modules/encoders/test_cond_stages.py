@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.modules.encoders.base import AbstractEncoder, ClassEmbedder, DummyEncoder, IdentityEncoder
+from ldm.modules.encoders.cond_stages import AbstractEncoder, ClassEmbedder, DummyEncoder, IdentityEncoder
 from ldm.util import UserError
 
 
@@ -14,7 +14,7 @@ def test_dummy_encoder() -> None:
     encoder = DummyEncoder(key="t5")
     assert encoder.encode({"t5": t5}) is t5
     assert encoder(t5) is t5
-    with pytest.raises(UserError, match="'t5' of the cond stage is not in the batch, which has f8, txt"):
+    with pytest.raises(UserError, match="cond_stage_config: key 't5' is not in the batch, which has f8, txt"):
         encoder({"f8": t5, "txt": t5})
 
 
