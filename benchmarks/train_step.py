@@ -100,7 +100,7 @@ def build_diffusers(side: str, options: argparse.Namespace) -> Any:
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """Run one side; return its seconds per step, and its peak memory by torch's and by the driver's account."""
+    """Run one side; return its seconds per step, and its peak memory as reported by torch and by the driver."""
     import torch
 
     from ldm.callbacks.device import peak_memory

@@ -1,4 +1,4 @@
-"""Every config: its targets exist, its params fit them; and the SD v1 ones make the released keys."""
+"""Tests of all configs: targets exist, params fit them, and release configs give the released keys."""
 
 import json
 import re
@@ -42,7 +42,7 @@ KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
 
 def described(node: Any, where: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping with a `target` below `node`, with its place."""
+    """Yield every mapping with a `target` below `node`, with its path."""
     if isinstance(node, Mapping):
         if "target" in node:
             yield where, node
@@ -71,7 +71,7 @@ def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
 
 
 @pytest.mark.parametrize("pair", list(permutations(OVERLAYS, 2)), ids=lambda pair: "-".join(pair).replace(".yaml", ""))
-def test_two_overlays_combine_or_say_why_not(pair):
+def test_two_overlays_combine_or_are_refused_with_a_reason(pair):
     base = "demo_tiny_release.yaml" if INVERSION in pair else "demo_tiny.yaml"
     config = load_config([base, *pair])
     for _, entry in described(plain(config)):
@@ -88,7 +88,7 @@ def test_two_overlays_combine_or_say_why_not(pair):
     model.configure_optimizers()
 
 
-def test_the_last_tier_of_several_is_the_one_that_counts():
+def test_the_last_tier_takes_precedence():
     def optimizer(*names):
         return plain(load_config(["finetune_stable_diffusion.yaml", *names]).model.params.optimizer_config)
 
@@ -119,7 +119,7 @@ def test_the_demo_release_has_what_the_demo_trains():
 
 
 @pytest.mark.parametrize("release", ["stable_diffusion_v1.yaml", "demo_tiny_release.yaml"])
-def test_textual_inversion_goes_over_a_release(release):
+def test_textual_inversion_is_an_overlay_for_a_release(release):
     with torch.device("meta"):
         model, released = (
             build_model(load_config(names)) for names in ([release, "textual_inversion.yaml"], [release])
@@ -131,7 +131,7 @@ def test_textual_inversion_goes_over_a_release(release):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_release_configs_are_what_FAMILIES_say(family):
+def test_the_release_configs_agree_with_FAMILIES(family):
     with torch.device("meta"):
         model = build_model(load_config([family.config]))
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -170,7 +170,7 @@ def test_the_finetune_configs_of_FAMILIES_train_the_released_UNet(recipe):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_first_stages_of_FAMILIES_are_one(family):
+def test_all_FAMILIES_have_the_same_first_stage(family):
     params = plain(load_config([family.config]))["model"]["params"]
     first = plain(load_config([FAMILIES["sd1"].config]))["model"]["params"]
     assert params["first_stage_config"] == first["first_stage_config"]

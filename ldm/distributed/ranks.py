@@ -69,7 +69,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """Return the launch that this process belongs to; None without a launcher."""
+    """Return the launcher of this process, with its numbers of processes and machines; None if there is none."""
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if not is_torchrun and not is_srun_task():
         return None

@@ -53,9 +53,8 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
                 if isinstance(error, UserError) or not _restores(error):
                     raise
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise UserError(
-                    f"{run.resume}: its state cannot be restored ({reason}); the file may be damaged, resume another"
-                ) from error
+                advice = "the file may be damaged; resume another checkpoint"
+                raise UserError(f"{run.resume}: its state cannot be restored ({reason}); {advice}") from error
     except (UserError, SystemExit):
         if trainer.is_global_zero and not run.configs.is_dir():  # its first step makes this folder
             shutil.rmtree(run.folder, ignore_errors=True)  # the run has not begun

@@ -165,7 +165,7 @@ def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostSta
     """Return the strategy of a model whose weights stay on the host, for the Trainer's `arguments`.
 
     Raises:
-        UserError: the arguments have several devices or machines, or a strategy.
+        UserError: the arguments ask for several devices or machines, or for a strategy.
     """
     devices = arguments["devices"]
     if not is_single(arguments) or arguments.get("strategy", "auto") != "auto":

@@ -110,7 +110,7 @@ def test_load_release_warns_of_another_prediction(plain: dict, tmp_path: Path, c
     load_release(tmp_path / "r.ckpt", RELEASE_CONFIG)
     assert "v-prediction" not in caplog.text  # as the config has it
     load_release(tmp_path / "r.ckpt", load_config([RELEASE_CONFIG], ["model.params.parameterization=eps"]))
-    assert "holds v_pred, the mark of v-prediction" in caplog.text
+    assert "holds v_pred, the marker of v-prediction" in caplog.text
 
 
 def without(plain: dict, *parts: str) -> dict:
