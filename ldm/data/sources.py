@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.files import open_file, read_span
+from ldm.identity import check_identity, identity_of_path
 from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
 from ldm.images.find import ImageItem, SingleImages, from_folder, is_image
@@ -23,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
     items = []
+    identity = identity_of_path(path)
     samples = index_tar(path)
     with open_file(path) as file:
+        check_identity(file.fileno(), path, identity)
         for sample in samples:
             caption, error = fixed, None
             if fixed is None and "txt" in sample.spans:
@@ -36,7 +39,7 @@ def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
                 items.append(ImageItem(f"{path.name}/{sample.key}", path, None, caption, error))
             else:
                 name = f"{path.name}/{sample.key}.{extension}"
-                items.append(ImageItem(name, path, sample.spans[extension], caption, error))
+                items.append(ImageItem(name, path, sample.spans[extension], caption, error, identity))
     return items
 
 

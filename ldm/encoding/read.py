@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.identity import Replaced
 from ldm.images.buckets import Size, nearest_size
 from ldm.images.find import ImageItem
 from ldm.images.transforms import centre_crop, fit
@@ -57,10 +58,11 @@ class FittedImage:
 
 @dataclass
 class Unreadable:
-    """Image that cannot be read, and the reason."""
+    """Image that cannot be read, and the reason. `is_fatal`: its tar was replaced, so no further image can be read."""
 
     item: ImageItem
     reason: str
+    is_fatal: bool = False
 
 
 def sample_key(number: int, name: str) -> str:
@@ -87,7 +89,7 @@ class _Fitted(Dataset):
         try:
             return item.read(lambda pixels: self._fit(pixels, number, item))
         except UserError as error:
-            return Unreadable(item, str(error))
+            return Unreadable(item, str(error), isinstance(error, Replaced))
 
     def _fit(self, pixels: np.ndarray, number: int, item: ImageItem) -> FittedImage:
         height, width = pixels.shape[:2]

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
+from ldm.identity import Identity, check_identity, retried
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
 from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
 from ldm.images.turns import LARGE_FILE, Turn
@@ -36,6 +37,7 @@ class ImageItem:
     span: tuple[int, int] | None = None  # offset and size in a tar; None for a whole file
     caption: str | None = None
     error: str | None = None
+    identity: Identity | None = None  # of a tar, in which `span` is a place
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
         """Return `then` of the image, uint8 `(height, width, 3)`, which is to make it smaller.
@@ -43,6 +45,7 @@ class ImageItem:
         Large images are decoded one at a time, whatever the number of processes; `then` is part of that.
 
         Raises:
+            Replaced: the tar is not the one in which the image was found.
             UserError: the image or its caption cannot be read; names it.
         """
         if self.error is not None:
@@ -51,14 +54,18 @@ class ImageItem:
             try:
                 if (self.span[1] if self.span else self.path.stat().st_size) > LARGE_FILE:
                     turn.take()
-                if self.span is None:
-                    data = read_at_most(self.path, MOST_IN_MEMBER)
-                else:
-                    with open_file(self.path) as file:
-                        data = read_span(file.fileno(), *self.span, self.name)
+                data = retried(self._data, self.path)
             except OSError as error:
                 raise UserError(f"{self.name}: {error.strerror or error}") from error
             return then(decode_image(bytes(data), self.name, turn))
+
+    def _data(self) -> bytes | bytearray:
+        if self.span is None:
+            return read_at_most(self.path, MOST_IN_MEMBER)
+        with open_file(self.path) as file:
+            if self.identity is not None:
+                check_identity(file.fileno(), self.path, self.identity)
+            return read_span(file.fileno(), *self.span, self.name)
 
 
 def extension_of(path: Path) -> str:

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Pixels and bytes beyond which an image waits for its turn. Decoding takes up to 10 bytes a pixel: 16 processes hold
-# 5 GB of smaller images, and one of them holds 1.8 GB of a large one.
+# Pixels and bytes beyond which an image waits for its turn. Decoding takes about 8 bytes per pixel: 16 processes hold
+# 4 GB of smaller images, and one of them holds 1.5 GB of a large one.
 LARGE, LARGE_FILE = 32_000_000, 1 << 26
 
 
