@@ -1,4 +1,4 @@
-"""Identity of a file: one that is opened again must be the one in which places were found. Imports no torch."""
+"""Identity of a file, to detect that it was replaced after its content was indexed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Identity = tuple[int, int, int]  # bytes, time of change in ns, inode
+Identity = tuple[int, int, int]  # size in bytes, modification time in ns, inode
 
-# What a network folder says for a moment while its server restarts.
+# Errors of a network folder while its server restarts.
 _MOMENTARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN)
-_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds before each further try
+_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds before each retry
 
 
 class Replaced(UserError):
-    """A file is not the one that it was."""
+    """A file was replaced or changed after its content was indexed."""
 
 
 def identity_of(descriptor: int) -> Identity:
@@ -33,7 +33,7 @@ def identity_of(descriptor: int) -> Identity:
 
 
 def identity_of_path(path: Path) -> Identity:
-    """Return the identity of the file at `path`; zeros where there is none, which is no file's."""
+    """Return the identity of the file at `path`; zeros if there is none, which no file has."""
     try:
         return _identity(path.stat())
     except OSError:
@@ -45,26 +45,24 @@ def _identity(found: os.stat_result) -> Identity:
 
 
 def check_identity(descriptor: int, path: Path, expected: Identity) -> None:
-    """Raise `Replaced` unless the open file is the one that was indexed."""
+    """Raise `Replaced` unless the open file has the identity `expected`."""
     if identity_of(descriptor) != expected:
         raise Replaced(
-            f"{path}: was replaced or changed after its content was listed; put the old file back and go on (a "
-            "training: with --resume), or start anew with the new one"
+            f"{path}: was replaced or changed while it was in use; restore the old file and continue (a training: with "
+            "--resume), or start anew with the new file"
         )
 
 
 def with_retries(read: Callable[[], T], path: Path) -> T:
-    """Call `read`, again after errors that pass by themselves on network folders, a bounded number of times.
+    """Call `read`, with a few retries after transient errors of network folders.
 
     Raises:
-        UserError: the file cannot be read; names `path` and the cause.
+        UserError: the file cannot be read. The message names `path` and the cause.
     """
     try:
         return retried(read, path)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: is gone: it was deleted or moved after its content was listed; put it back"
-        ) from error
+        raise UserError(f"{path}: was deleted or moved while it was in use; restore it") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -77,6 +75,6 @@ def retried(read: Callable[[], T], path: Path) -> T:
         except OSError as error:
             if error.errno not in _MOMENTARY:
                 raise
-            logger.warning("%s: %s; trying again in %g s", path, error.strerror, pause)
+            logger.warning("%s: %s; retrying in %g s", path, error.strerror, pause)
             time.sleep(pause)
     return read()

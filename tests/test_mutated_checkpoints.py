@@ -1,4 +1,4 @@
-"""Resuming from last.ckpt with one part of its structure changed: one line, or success."""
+"""Tests that resuming from a last.ckpt with one changed part gives one line, or succeeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VALUES = (None, "text", -1, 2.5, float("nan"), [], {}, True, torch.zeros(3), tor
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """The paths of all parts of `value`; of the many weights and moments, two each."""
+    """Yield the paths of all parts of `value`, and of weights and moments only two each."""
     found = [path] if path else []
     if isinstance(value, dict):
         keys = list(value)
@@ -71,7 +71,7 @@ def test_check_structure_leaves_no_traceback(train, tmp_path, block) -> None:
     assert refused > MUTATIONS // 4
 
 
-def test_check_structure_refuses_what_is_not_finite_and_names_the_newest_whole_one(train, tmp_path) -> None:
+def test_check_structure_refuses_non_finite_values_and_names_the_newest_undamaged_one(train, tmp_path) -> None:
     where = "lightning.modelcheckpoint.params"
     train(f"--max_steps 2 {where}.every_n_train_steps=1 {where}.monitor=null {where}.save_top_k=-1")
     run = the_run(tmp_path / "logs")
@@ -93,7 +93,7 @@ def test_check_structure_refuses_what_is_not_finite_and_names_the_newest_whole_o
         assert str(path[-1]) in str(caught.value)
 
 
-def test_a_checkpoint_of_lightning_1_4_is_taken_up_as_weights(train, tmp_path, caplog) -> None:
+def test_a_checkpoint_of_lightning_1_4_gives_its_weights(train, tmp_path, caplog) -> None:
     train("--max_steps 2")
     run = the_run(tmp_path / "logs")
     last = run / "checkpoints" / "last.ckpt"

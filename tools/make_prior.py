@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
@@ -22,6 +23,10 @@ from ldm.cli.options import SETTINGS, add_image_options, check_image_options, re
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
+
+if TYPE_CHECKING:
+    from ldm.encoding.encoder import SampleEncoder
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +75,6 @@ def main() -> None:
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.data.dropout import CaptionDropout
     from ldm.distributed.ranks import Ranks
-    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.prior import (
         digest_of,
         digest_shards,
@@ -78,29 +82,19 @@ def main() -> None:
         make_prior,
         open_images,
         sampled,
-        unet_digests,
         with_teacher,
     )
     from ldm.encoding.shard_set import check_out
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
     from ldm.modules.encoders.tokenizer import warn_of_cut
-    from ldm.release.configs import release_config
-    from ldm.release.load import PRECISIONS, load_release, pick_device
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and options.overwrite:
         raise UserError("--overwrite: not possible with several processes; remove the set first")
     if ranks.rank == 0:
         check_out(options.out, options.overwrite)
-    chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
-    _, config = release_config(options.ckpt, *chosen, options.trust_config)
-    device, dtype = pick_device(options.device, ranks.local), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, config, vae=options.vae)
-    encoder = SampleEncoder(model, device, dtype)  # takes the digests of the weights in float32
-    unet = unet_digests(model)
-    model.model.to(dtype)
-    model.to(device)
+    model, encoder, unet = load_release_for_prior(options, ranks.local)
     if options.shards is not None:
         dataset = open_images(encoder, options.shards, options.out)
         count, about, made_from = len(dataset), {}, {"images": digest_shards(dataset)}
@@ -134,6 +128,26 @@ def main() -> None:
     )
     written = sum(shard["samples"] for shard in shards)
     logger.info("wrote %d samples in %d shards to %s", written, len(shards), Path(options.out).parent)
+
+
+def load_release_for_prior(
+    options: argparse.Namespace, local_rank: int
+) -> tuple[LatentDiffusion, SampleEncoder, dict[str, str | None]]:
+    """Return the model on its device, its encoder, and the digests of its UNet."""
+    from ldm.encoding.encoder import SampleEncoder
+    from ldm.encoding.prior import unet_digests
+    from ldm.release.configs import release_config
+    from ldm.release.load import PRECISIONS, load_release, pick_device
+
+    size = max(filter(None, (options.H, options.W)), default=None)
+    _, config = release_config(options.ckpt, options.config, options.parameterization, size, options.trust_config)
+    device, dtype = pick_device(options.device, local_rank), PRECISIONS[options.precision]
+    model = load_release(options.ckpt, config, vae=options.vae)
+    encoder = SampleEncoder(model, device, dtype)  # takes the digests of the weights in float32
+    unet = unet_digests(model)
+    model.model.to(dtype)
+    model.to(device)
+    return model, encoder, unet
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import add_vae_option
+from ldm.cli.options import add_config_options, add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -30,10 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, type=Path, help="release checkpoint, .ckpt or .safetensors")
-    add(
-        "--config",
-        help="config with the text encoder; default: the config of the family recognised from the checkpoint's keys",
-    )
+    add_config_options(parser, "config with the text encoder")
     add(
         "--images",
         required=True,
@@ -41,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
         help="folders of images with .txt files or metadata.jsonl; tars of images and .txt files; image files",
     )
     add("--out", required=True, help="shards to write, such as shards/toms-%%06d.tar or shards/toms-{000..009}.tar")
-    add("--size", type=int, default=512, help="side in pixels of the central square crop (default: 512)")
+    add("--size", type=int, help="side in pixels of the central square crop (default: the model's, such as 512)")
     add(
         "--buckets",
         action="store_true",
@@ -61,14 +58,17 @@ def parse_arguments() -> argparse.Namespace:
         help="precision of the encoders (default: fp32)",
     )
     add("--flip", action="store_true", help="also encode the mirror image of every image")
+    add("--masks", type=int, help="masks per sample, for an inpainting model (default: 4)")
     add("--caption", help="one caption for all images, in place of their own captions")
     add("--num-workers", type=int, help="processes that decode images (default: at most 16)")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
-    for name in ("size", "batch_size", "shard_size"):
+    for name in ("batch_size", "shard_size"):
         check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
+    for name in ("size", "masks"):
+        check_number(f"--{name}", getattr(arguments, name), least=1, optional=True)
     check_number("--num-workers", arguments.num_workers, least=0, optional=True)
     return arguments
 
@@ -79,6 +79,7 @@ def main() -> None:
     from ldm.data.sources import find_images
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import SampleEncoder
+    from ldm.encoding.kinds import takes_pairs
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
@@ -90,20 +91,23 @@ def main() -> None:
         raise UserError("--overwrite: not possible with several processes; remove the set first")
     if ranks.rank == 0:
         check_out(arguments.out, arguments.overwrite)
-    items = find_images(arguments.images, arguments.caption)
-    logger.info("%d images in %s", len(items), ", ".join(arguments.images))
-    _, config = release_config(arguments.ckpt, arguments.config, trusted=arguments.trust_config)
+    chosen = arguments.config, arguments.parameterization, arguments.size
+    _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
+    pairs = takes_pairs(config)
+    items = find_images(arguments.images, arguments.caption, pairs)
+    logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(
         SampleEncoder(model, device, dtype),
         items,
         arguments.out,
-        size=arguments.size,
+        size=arguments.size or model.image_size * model.first_stage_model.downsampling,
         buckets=arguments.buckets,
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
         flip=arguments.flip,
+        masks=arguments.masks,
         workers=default_workers(ranks.local_world) if arguments.num_workers is None else arguments.num_workers,
         overwrite=arguments.overwrite,
         ranks=ranks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,24 @@ class EncodedShard:
     def add(
         self,
         batch: Sequence[tuple[int, FittedImage]],
-        values: Sequence[np.ndarray],
+        views: Sequence[Mapping[str, np.ndarray]],
         contexts: Sequence[CaptionEncoding],
     ) -> None:
-        """Add the encodings of a batch: `values` holds those of the images and, with `--flip`, of their mirror images.
+        """Add a batch: `views` holds the arrays of its images by member and, with `--flip`, of their mirror images.
 
         Raises:
             UserError: a value is not finite.
         """
         for i, ((place, image), context) in enumerate(zip(batch, contexts, strict=True)):
-            self._early[place] = [_sample(image, view[i], context, bool(flip)) for flip, view in enumerate(values)]
+            self._early[place] = [
+                _sample(image, {key: values[i] for key, values in view.items()}, context, bool(flip))
+                for flip, view in enumerate(views)
+            ]
             if context.cut_tokens:
                 self._cut[place] = {"name": image.item.name, "tokens": context.cut_tokens}
             self.without_caption += image.item.caption is None
-            self.sizes["{}x{}".format(*image.size)] += len(values)
-            self.shapes.add(values[0].shape[1:])
+            self.sizes["{}x{}".format(*image.size)] += len(views)
+            self.shapes.add(views[0][LATENT].shape[1:])
         if self._shard is None:
             self.prepare()
             self._shard = Shard(self.path).__enter__()
@@ -104,10 +107,10 @@ class EncodedShard:
 
 
 def _sample(
-    image: FittedImage, values: np.ndarray, context: CaptionEncoding, flip: bool
+    image: FittedImage, arrays: dict[str, np.ndarray], context: CaptionEncoding, flip: bool
 ) -> tuple[str, dict[str, bytes]]:
     """Return key and members of the sample of the image, or with `flip` of its mirror image."""
-    if not np.isfinite(values).all():
+    if not all(np.isfinite(values).all() for values in arrays.values()):
         raise UserError(f"{image.item.name}: encodes to NaN or infinity; try --precision fp32")
-    members = encode_members(values, context.arrays, image.caption, image.origin(flip))
+    members = encode_members(arrays.pop(LATENT), context.arrays, image.caption, image.origin(flip), arrays)
     return image.key + ("_flip" if flip else ""), members

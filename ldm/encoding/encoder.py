@@ -15,12 +15,14 @@ from ldm.checkpoint import encoder_digests
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.transforms import to_range
-from ldm.models.diffusion.latent import check_reads_captions
+from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
 from ldm.modules.encoders.tokenizer import cut_captions
-from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR, text_encodings
+from ldm.release.model_family import family_of_model
+from ldm.shards.index import EMPTY_CAPTION, ENCODED, FAMILY, ZEROS
+from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR
 from ldm.util import UserError
 
-_CACHED_CAPTIONS = 2048  # 118 KB per caption at (77, 768) float16
+_CACHED_CAPTIONS = 2048  # 118 KB per caption at (77, 768) float16, 318 KB for SDXL
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,18 @@ class SampleEncoder:
         self.dtype = dtype
         self._captions: OrderedDict[str, _Caption] = OrderedDict()
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """Return the entries of an index for the model: family, digests of encoders, and kind of the empty caption."""
+        family = family_of_model(self.model) if isinstance(self.model, LatentDiffusion) else None
+        zeros = getattr(self.model.cond_stage_model, "empties_to_zeros", False)
+        return {
+            FAMILY: family and family.key,
+            EMPTY_CAPTION: ZEROS if zeros else ENCODED,
+            "scale_factor": float(self.model.scale_factor),
+            **self.digests,
+        }
+
     def check_sizes(self, sizes: Iterable[Size]) -> None:
         """Raise `UserError` if a size (height, width) is not a multiple of the model's total downsampling."""
         unet = getattr(self.model.model.diffusion_model, "downsampling", 1)
@@ -82,17 +96,17 @@ class SampleEncoder:
                 raise UserError(f"{size}: height and width must be multiples of {multiple} pixels for this model")
 
     @torch.inference_mode()
-    def images(self, batch: Tensor) -> Tensor:
-        """Encode images, uint8 (B, 3, H, W).
+    def images(self, batch: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Encode images, uint8 (B, 3, H, W). In [-1, 1], they are set to 0 where `masks` (B, 1, H, W) is 1.
 
         Returns:
             Posterior parameters (B, 2C, h, w), or latents (B, C, h, w), float16, unscaled, on the device. On a GPU the
             computation may still be running.
         """
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()  # makes the copy asynchronous
-        there = batch.to(self.device, non_blocking=True)
-        encoded = self.model.first_stage_model.encode(to_range(there).to(self.dtype))
+        pixels = to_range(self._on_device(batch)).to(self.dtype)
+        if masks is not None:
+            pixels = pixels.masked_fill(self._on_device(masks).bool(), 0.0)
+        encoded = self.model.first_stage_model.encode(pixels)
         values = encoded if isinstance(encoded, Tensor) else encoded.parameters
         values = values.float()
         if not isinstance(encoded, Tensor):
@@ -100,6 +114,17 @@ class SampleEncoder:
             # The reader clamps the log-variance in the same way. Without it, a value may not fit in float16.
             values = torch.cat([mean, logvar.clamp(LEAST_LOGVAR, MOST_LOGVAR)], dim=1)
         return values.half()
+
+    def masks(self, masks: Tensor) -> Tensor:
+        """Return masks (B, 1, H, W) at the latent's size (B, 1, h, w), float16: the upper left pixel of each cell."""
+        step = self.model.first_stage_model.downsampling
+        return masks[:, :, ::step, ::step].half()
+
+    def _on_device(self, batch: Tensor) -> Tensor:
+        """Return the batch on the device."""
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # makes the copy asynchronous
+        return batch.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def captions(self, texts: Sequence[str]) -> list[CaptionEncoding]:
@@ -111,7 +136,7 @@ class SampleEncoder:
         """Start encoding `texts`. Return a function that any thread may call for the result."""
         new = [text for text in dict.fromkeys(texts) if text not in self._captions]
         if new:
-            encodings = text_encodings(self.model.get_learned_conditioning(new))
+            encodings = self.model.encode_captions(new)
             batch = {key: HostCopy(value.float().half()) for key, value in encodings.items()}
             cut = cut_captions(self.model.cond_stage_model, new)
             self._captions |= {text: _Caption(text, batch, i, cut.get(text, 0)) for i, text in enumerate(new)}

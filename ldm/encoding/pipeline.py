@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.encoding.encoded_shard import EncodedShard
 from ldm.encoding.encoder import CaptionEncoding, SampleEncoder
 from ldm.encoding.jobs import Record
+from ldm.encoding.kinds import ImageSamples
 from ldm.encoding.read import FittedImage, batches, read_images
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
@@ -55,6 +56,7 @@ class _WriterThread:
 
 def encode_shards(
     encoder: SampleEncoder,
+    kind: ImageSamples,
     items: Sequence[ImageItem],
     shards: Sequence[tuple[Path, range]],
     sizes: Sequence[Size],
@@ -70,11 +72,12 @@ def encode_shards(
     Memory holds a few batches at a time.
 
     Args:
+        kind: kind of the samples.
         prepare: called in the thread before each file is opened.
         keep: called in the thread with the path and the record of each finished shard.
     """
     numbered = ((number, items[number]) for _, numbers in shards for number in numbers)
-    results = read_images(numbered, sizes, workers, _READ * batch_size)
+    results = read_images(numbered, partial(kind.read, sizes=sizes), workers, _READ * batch_size)
     count = sum(len(numbers) for _, numbers in shards)
     open_shards: list[EncodedShard] = []
     try:
@@ -86,9 +89,9 @@ def encode_shards(
                 images = shard.skip_unreadable(_counted(islice(results, len(numbers)), bar))
                 for batch in batches(images, batch_size, _AHEAD * batch_size):
                     contexts = encoder.captions_later([image.caption for _, image in batch])
-                    pixels = torch.stack([torch.from_numpy(image.pixels) for _, image in batch])
-                    both = [pixels, pixels.flip(-1)] if flip else [pixels]
-                    views = [HostCopy(encoder.images(view)) for view in both]
+                    read = [image for _, image in batch]
+                    encoded = [kind.encode(encoder, read, flipped) for flipped in ((False, True) if flip else (False,))]
+                    views = [{key: HostCopy(values) for key, values in view.items()} for view in encoded]
                     thread.submit(_write, shard, batch, views, contexts)  # the thread waits for the device
                 thread.submit(lambda shard=shard: keep(shard.path, shard.finish()))
     except BaseException as error:
@@ -100,10 +103,10 @@ def encode_shards(
 def _write(
     shard: EncodedShard,
     batch: Sequence[tuple[int, FittedImage]],
-    views: Sequence[HostCopy],
+    views: Sequence[Mapping[str, HostCopy]],
     contexts: Callable[[], Sequence[CaptionEncoding]],
 ) -> None:
-    shard.add(batch, [view.get().numpy() for view in views], contexts())
+    shard.add(batch, [{key: values.get().numpy() for key, values in view.items()} for view in views], contexts())
 
 
 def _counted(results: Iterable[Any], bar: tqdm) -> Iterable[Any]:

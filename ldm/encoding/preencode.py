@@ -1,7 +1,8 @@
 """Pre-encoding of images and captions into shards of posteriors and text encodings.
 
 `ldm.shards.sample` lists the members of a sample: the posterior's parameters, float16 (2C, height/8, width/8),
-unscaled; the outputs of the text encoder, such as float16 (77, 768); the caption; and the origin of the image.
+unscaled; the outputs of the text encoders, such as float16 (77, 768); the caption; the origin of the image; and
+further conditioning by the kind of model, see `ldm.encoding.kinds`.
 
 A shard holds the readable images of a fixed range of the input, and depends on nothing else. Several processes can
 therefore write shards in any order, also after an interruption, with the same result. The index has the entries of
@@ -13,7 +14,8 @@ therefore write shards in any order, also after an interruption, with the same r
     failed              name and reason of each image that could not be read
     cut                 name and tokens of each caption that is longer than the text encoder's limit
     sizes               samples per image size (height x width)
-    f8, t5              shapes of the stored arrays
+    masks               number per sample, for inpainting
+    f8, t5, pooled      shapes of the stored arrays
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ldm.distributed.ranks import Ranks
 from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.jobs import Record, plan_shards
+from ldm.encoding.kinds import samples_for
 from ldm.encoding.pipeline import encode_shards
 from ldm.encoding.set_writer import INDEXED, Job, SetWriter
 from ldm.images.buckets import bucket_sizes
@@ -104,6 +109,7 @@ def preencode(
     batch_size: int = 8,
     shard_size: int = 1000,
     flip: bool = False,
+    masks: int | None = None,
     workers: int = 0,
     overwrite: bool = False,
     ranks: Ranks | None = None,
@@ -116,6 +122,7 @@ def preencode(
     Args:
         size: side in pixels of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
         shard_size: samples per shard. An image and its mirror image share a shard.
+        masks: masks per sample for an inpainting model. The default is `ldm.encoding.kinds.MASKS`.
         workers: processes that decode images.
         overwrite: replace an existing set; for a single process only.
         ranks: this process and the number of processes; by default, a single process.
@@ -124,12 +131,13 @@ def preencode(
         The report on all images, or above rank 0 on this rank's images.
 
     Raises:
-        UserError: the folder holds another set, or an unfinished set with other settings; no image can be read; or a
-            value does not fit in float16.
+        UserError: the folder holds another set, or an unfinished set with other settings; no image can be read; a
+            value does not fit in float16; or no kind of sample matches the model.
     """
+    kind = samples_for(encoder.model, masks, flip)
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
-    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size}
+    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **kind.settings}
     precision = str(encoder.dtype).removeprefix("torch.")
     made_from = {**settings, "precision": precision, **encoder.digests, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
@@ -137,7 +145,11 @@ def preencode(
     writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())
 
     def write_shards(missing: Sequence[Job]) -> None:
-        encode_shards(encoder, items, missing, sizes, batch_size, flip, workers, writer.prepare, writer.keep)
+        encode_shards(encoder, kind, items, missing, sizes, batch_size, flip, workers, writer.prepare, writer.keep)
+
+    def with_blanks(records: Sequence[Record]) -> dict[str, np.ndarray]:
+        found = (tuple(map(int, name.split("x"))) for name in sorted(Report.of(records).sizes))
+        return {**nulls, **kind.blanks(encoder, found)}
 
     def describe(records: Sequence[Record]) -> dict[str, Any]:
         report = Report.of(records)
@@ -147,10 +159,10 @@ def preencode(
             **report.counts(),
             **settings,
             **index_shapes(report.f8, nulls),
-            "scale_factor": float(encoder.model.scale_factor),
-            **encoder.digests,
+            MEMBERS: [*kind.members, *nulls],
+            **encoder.described,
         }
 
-    report = Report.of(writer.write(nulls, write_shards, describe))
+    report = Report.of(writer.write(with_blanks, write_shards, describe))
     report.warn_of_cut_captions()
     return report

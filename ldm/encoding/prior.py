@@ -33,9 +33,21 @@ from ldm.encoding.teacher import Teacher
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, sample_batches
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.shards.index import MEMBERS
 from ldm.shards.open import check_encoders, open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION, CONTEXT, LATENT, STORED, TEXT_ENCODINGS, encode_members
+from ldm.shards.sample import (
+    CAPTION,
+    CONTEXT,
+    LATENT,
+    ORIGIN,
+    SIZE_ENTRIES,
+    SIZES,
+    STORED,
+    TEXT_ENCODINGS,
+    encode_members,
+    sizes_of,
+)
 from ldm.shards.writer import Shard, existing_shards
 from ldm.util import UserError
 
@@ -52,6 +64,11 @@ class PriorSample:
     origin: Mapping[str, Any]
     answers: Mapping[str, np.ndarray] = field(default_factory=dict)  # the teacher's members
 
+    def conditions(self, size_entries: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the encodings by member, and sizes (2,) by the names in `size_entries`."""
+        sizes = {entry: np.array(self.origin[SIZE_ENTRIES[entry]], np.float32) for entry in size_entries}
+        return {**self.encodings, **sizes}
+
     def members(self) -> dict[str, bytes]:
         return encode_members(self.latent, self.encodings, self.caption, self.origin, self.answers)
 
@@ -63,7 +80,20 @@ Source = Callable[[Sequence[range]], Iterator[list[PriorSample]]]
 def sampled(
     encoder: SampleEncoder, requests: Sequence[Request], shape: tuple[int, int, int], settings: Mapping[str, Any]
 ) -> Source:
-    """Return a source of latents that the encoder's model samples. `settings` are arguments of `sample_batches`."""
+    """Return a source of latents that the encoder's model samples. `settings` are arguments of `sample_batches`.
+
+    The images have the size that they are sampled at, uncropped.
+
+    Raises:
+        UserError: the model is conditioned on images.
+    """
+    if encoder.model.model.takes_maps:
+        raise UserError(
+            f"--ckpt: the model is conditioned on {', '.join(encoder.model.concat_keys)} beside captions, and cannot "
+            "sample from captions alone; encode images with tools/preencode.py, and name them in data.params.prior_urls"
+        )
+    size = [side * encoder.model.first_stage_model.downsampling for side in shape[1:]]
+    sizes = sizes_of(size, (0, 0, *size), size)
 
     def samples_of(parts: Sequence[range]) -> Iterator[list[PriorSample]]:
         asked = ([requests[number] for number in part] for part in parts)
@@ -72,7 +102,7 @@ def sampled(
             contexts = encoder.captions([requests[number].prompt for number in part])
             samples = []
             for number, scaled, context in zip(part, latents, contexts, strict=True):
-                prompt, origin = requests[number].prompt, {**requests[number].described(), **settings}
+                prompt, origin = requests[number].prompt, {**requests[number].described(), **settings, **sizes}
                 latent = (scaled / encoder.model.scale_factor).half().cpu().numpy()
                 if not np.isfinite(latent).all():
                     raise UserError(
@@ -92,7 +122,13 @@ def open_images(encoder: SampleEncoder, urls: str, out: str) -> ShardDataset:
         UserError: as `open_shards`; or another model encoded the set, it has several image sizes or a repeated key,
             or `out` would replace it.
     """
-    dataset, model = open_shards(urls, extra=TEXT_ENCODINGS), encoder.model
+    model, encodings = encoder.model, encoder.captions([""])[0].arrays
+    if model.model.takes_maps:
+        raise UserError(
+            f"--shards {urls}: the model is conditioned on {', '.join(model.concat_keys)} beside captions, under which "
+            "no teacher is asked; name the shards in data.params.prior_urls as they are"
+        )
+    dataset = open_shards(urls, extra=(*encodings, ORIGIN, *getattr(model.cond_stage_model, "other_keys", ())))
     replaced = {path.resolve() for path in existing_shards(out)} & {path.resolve() for path in dataset.paths}
     if replaced:
         raise UserError(f"--out {out}: would replace {replaced.pop()}, an input; choose another folder")
@@ -121,11 +157,12 @@ def latents_of_images(dataset: ShardDataset, channels: int, seed: int) -> Source
     def sample_of(number: int) -> PriorSample:
         stored = dataset[number]
         key, latent = stored["__key__"], torch.from_numpy(stored[LATENT])
-        encodings = {member: stored[member].astype(STORED) for member in TEXT_ENCODINGS}
+        encodings = {member: stored[member].astype(STORED) for member in TEXT_ENCODINGS if member in stored}
+        described = stored[ORIGIN] if isinstance(stored[ORIGIN], dict) else {}
         if len(latent) != channels:
             generator = torch.Generator().manual_seed(_sample_seed(seed, number))
             latent = DiagonalGaussianDistribution(latent[None].float()).sample(generator)[0]
-        origin = {"source": key, "seed": seed}
+        origin = {"source": key, "seed": seed, **{name: described[name] for name in SIZES if name in described}}
         return PriorSample(number, key, latent.half().numpy(), encodings, stored[CAPTION], origin)
 
     return lambda parts: ([sample_of(number) for number in part] for part in parts)
@@ -143,6 +180,8 @@ def with_teacher(source: Source, teacher: Teacher, dropout: CaptionDropout) -> S
     preserves the unconditional predictions that classifier-free guidance needs.
     """
 
+    size_entries = getattr(teacher.model.cond_stage_model, "other_keys", ())
+
     def samples_of(parts: Sequence[range]) -> Iterator[list[PriorSample]]:
         for samples in source(parts):
             for sample in samples:
@@ -150,8 +189,9 @@ def with_teacher(source: Source, teacher: Teacher, dropout: CaptionDropout) -> S
                 sample.caption = kept.pop(CAPTION)
                 sample.encodings = kept
             latents = np.stack([sample.latent for sample in samples])
-            encodings = {key: np.stack([s.encodings[key] for s in samples]) for key in samples[0].encodings}
-            answers = teacher.answers([sample.number for sample in samples], latents, encodings)
+            each = [sample.conditions(size_entries) for sample in samples]
+            conditions = {key: np.stack([values[key] for values in each]) for key in each[0]}
+            answers = teacher.answers([sample.number for sample in samples], latents, conditions)
             for sample, answer in zip(samples, answers, strict=True):
                 sample.answers = answer
             yield samples
@@ -206,7 +246,7 @@ def make_prior(
         UserError: the folder holds another set, or an unfinished set with other settings; or a value does not fit in
             float16.
     """
-    model, nulls = encoder.model, encoder.captions([""])[0].arrays
+    nulls = encoder.captions([""])[0].arrays
     asked = {**made_from, **about, "shard_size": shard_size, "precision": str(encoder.dtype).removeprefix("torch.")}
     jobs = plan_shards(out, count, shard_size)
     writer = SetWriter(out, {**asked, **encoder.digests}, jobs, overwrite, ranks or Ranks())
@@ -220,10 +260,10 @@ def make_prior(
                 writer.keep(path, _write_shard(path, islice(batches, len(ours)), writer, bar))
 
     index = {
-        **{"samples": count, **encoder.digests, **about},
-        **{"scale_factor": float(model.scale_factor), "parameterization": model.parameterization},
+        **{"samples": count, **about, MEMBERS: [LATENT, *nulls]},
+        **{**encoder.described, "parameterization": encoder.model.parameterization},
     }
-    return writer.write(nulls, write_shards, lambda _: index)
+    return writer.write(lambda _: nulls, write_shards, lambda _: index)
 
 
 def _parts(numbers: range, size: int) -> Iterator[range]:

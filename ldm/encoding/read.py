@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,9 +17,11 @@ from ldm.identity import Replaced
 from ldm.images.buckets import Size, nearest_size
 from ldm.images.find import ImageItem
 from ldm.images.transforms import centre_crop, fit
+from ldm.shards.sample import sizes_of
 from ldm.util import UserError
 
 Numbered = tuple[int, ImageItem]  # the number of an image in the input, and the image
+Reader = Callable[[int, ImageItem], "FittedImage"]
 
 
 @dataclass
@@ -31,6 +33,7 @@ class FittedImage:
     pixels: np.ndarray  # uint8 (3, H, W)
     height: int  # of the original image
     width: int
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # uint8 (n, H, W) by name, such as masks
 
     @property
     def size(self) -> Size:
@@ -45,14 +48,20 @@ class FittedImage:
         return sample_key(self.number, self.item.name)
 
     def origin(self, flip: bool) -> dict[str, Any]:
-        """Return the sample's `json`: the source of the image, its size, crop and flip."""
+        """Return the sample's `json`: the source of the image, its size, crop and flip.
+
+        `crop` refers to the original image. With `flip`, the entries of `SIZES` refer to the mirror image.
+        """
+        top, left, rows, columns = crop = centre_crop(self.height, self.width, *self.size)
+        seen = (top, self.width - left - columns, rows, columns) if flip else crop
         return {
             "source": self.item.name,
             "height": self.height,
             "width": self.width,
-            "crop": centre_crop(self.height, self.width, *self.size),  # top, left, height, width in the original
+            "crop": crop,  # top, left, height, width in the original
             "size": self.size,  # height, width
             "flip": flip,
+            **sizes_of((self.height, self.width), seen, self.size),
         }
 
 
@@ -78,33 +87,42 @@ def default_workers(encoders: int = 1) -> int:
     return max(0, min(16, (os.cpu_count() or 1) // encoders - 1))
 
 
-class _Fitted(Dataset):
-    """Data set that reads an image and fits it to the nearest of `sizes`."""
+def read_fitted(number: int, item: ImageItem, sizes: Sequence[Size]) -> FittedImage:
+    """Return the image `item`, fitted to the nearest of `sizes`.
 
-    def __init__(self, sizes: Sequence[Size]) -> None:
-        self.sizes = sizes
+    Raises:
+        UserError: the image cannot be read.
+    """
+
+    def fitted(pixels: np.ndarray) -> FittedImage:
+        height, width = pixels.shape[:2]
+        result = fit(torch.from_numpy(pixels), *nearest_size(height, width, sizes))
+        # A numpy array, because a worker sends each torch tensor through an open file.
+        return FittedImage(number, item, result.numpy(), height, width)
+
+    return item.read(fitted)
+
+
+class _Read(Dataset):
+    """Data set of the images that `read` returns."""
+
+    def __init__(self, read: Reader) -> None:
+        self.read = read
 
     def __getitem__(self, entry: Numbered) -> FittedImage | Unreadable:
-        number, item = entry
         try:
-            return item.read(lambda pixels: self._fit(pixels, number, item))
+            return self.read(*entry)
         except UserError as error:
-            return Unreadable(item, str(error), isinstance(error, Replaced))
-
-    def _fit(self, pixels: np.ndarray, number: int, item: ImageItem) -> FittedImage:
-        height, width = pixels.shape[:2]
-        fitted = fit(torch.from_numpy(pixels), *nearest_size(height, width, self.sizes))
-        # A numpy array, because a worker sends each torch tensor through an open file.
-        return FittedImage(number, item, fitted.numpy(), height, width)
+            return Unreadable(entry[1], str(error), isinstance(error, Replaced))
 
 
 def read_images(
-    entries: Iterable[Numbered], sizes: Sequence[Size], workers: int, ahead: int
+    entries: Iterable[Numbered], read: Reader, workers: int, ahead: int
 ) -> Iterator[FittedImage | Unreadable]:
-    """Yield the result for each of `entries`, in order. `workers` processes prefetch at least `ahead` images."""
+    """Yield what `read` returns for each of `entries`, in order. `workers` processes prefetch at least `ahead`."""
     # Items are sent one by one. A list shared with the workers would be copied by their reference counting.
     options = {"prefetch_factor": max(2, -(-ahead // workers))} if workers else {}
-    loader = DataLoader(_Fitted(sizes), batch_size=None, sampler=entries, num_workers=workers, **options)
+    loader = DataLoader(_Read(read), batch_size=None, sampler=entries, num_workers=workers, **options)
     return iter(loader)
 
 

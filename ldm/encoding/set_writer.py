@@ -61,14 +61,14 @@ class SetWriter:
 
     def write(
         self,
-        nulls: Mapping[str, np.ndarray],
+        nulls: Callable[[Sequence[Record]], Mapping[str, np.ndarray]],
         write_shards: Callable[[Sequence[Job]], None],
         describe: Callable[[Sequence[Record]], Mapping[str, Any]],
     ) -> list[Record]:
-        """Write the unfinished shards, then the encodings of the empty caption, then the index.
+        """Write the unfinished shards, then the files `null.*.npy`, then the index.
 
         Args:
-            nulls: the encodings of the empty caption, by member.
+            nulls: returns the arrays of `null_path` by key, from the records of all shards.
             write_shards: writes the shards of the given jobs. It calls `prepare` before it opens the first file, and
                 `keep` after each shard.
             describe: returns entries of the index, from the records of all shards. It may raise `UserError`.
@@ -86,13 +86,13 @@ class SetWriter:
                 records = self._write_shards(write_shards)
                 if self.ranks.rank > 0:
                     return records
-                about = describe(records)
+                about, beside = describe(records), nulls(records)
             except BaseException as error:
                 if self.ranks.world == 1:
                     stop(self.out, interrupted=isinstance(error, KeyboardInterrupt))
                 raise
             shards = [{key: record[key] for key in INDEXED} for record in records if record["samples"]]
-            finish(self.out, nulls, shards, **about, **{RESUMABLE: self.made_from})
+            finish(self.out, beside, shards, **about, **{RESUMABLE: self.made_from})
             return records
 
     def _open(self) -> bool:

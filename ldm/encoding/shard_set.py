@@ -20,7 +20,7 @@ from ldm.files import atomic_write
 from ldm.locks import LOCK, locked
 from ldm.shards import npy
 from ldm.shards.index import FORMAT_VERSION, INDEX, read_index, write_index
-from ldm.shards.sample import TEXT_ENCODINGS, null_path
+from ldm.shards.sample import null_path, null_paths
 from ldm.shards.writer import existing_shards, shard_paths
 from ldm.util import UserError
 
@@ -106,7 +106,7 @@ def begin(out: str, made_from: Mapping[str, Any] | None = None) -> None:
     mark = {"format": FORMAT_VERSION, "out": Path(out).name, "complete": False, "shards": []}
     write_index(folder, mark | ({RESUMABLE: made_from} if made_from else {}))
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    for path in [*(null_path(folder, key) for key in TEXT_ENCODINGS), *existing_shards(out)]:
+    for path in [*null_paths(folder), *existing_shards(out)]:
         path.unlink(missing_ok=True)
 
 
@@ -131,7 +131,7 @@ def stop(out: str, interrupted: bool) -> None:
 
 
 def finish(out: str, nulls: Mapping[str, np.ndarray], shards: Sequence[Mapping[str, Any]], **about: Any) -> None:
-    """Write the empty caption's encodings `nulls`, then the index with the entries `shards` and `about`."""
+    """Write the arrays `nulls` of `null_path`, by key, then the index with the entries `shards` and `about`."""
     folder = Path(out).parent
     for key, null in nulls.items():
         with atomic_write(null_path(folder, key)) as path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.shards.sample import CONTEXT, NOISE, PREDICTION, STORED, TIMESTEPS
+from ldm.shards.sample import NOISE, PREDICTION, STORED, TIMESTEPS
 from ldm.util import UserError
 
 
@@ -39,9 +39,11 @@ class Teacher:
         self.seed = seed
 
     def answers(
-        self, numbers: Sequence[int], latents: np.ndarray, encodings: Mapping[str, np.ndarray]
+        self, numbers: Sequence[int], latents: np.ndarray, conditions: Mapping[str, np.ndarray]
     ) -> list[dict[str, np.ndarray]]:
-        """Return timesteps, noises and predictions for unscaled `latents` (B, C, h, w) and text `encodings` (B, ...).
+        """Return timesteps, noises and predictions for unscaled `latents` (B, C, h, w).
+
+        `conditions` are the encodings of captions (B, ...) by member, and sizes (B, 2) by the model's entry.
 
         Each sample has `TIMESTEPS`, int32 (K,); `NOISE`, float16 (K, C, h, w); and `PREDICTION`, float16 (K, C, h, w):
         the model's output at √ᾱ_t · scale_factor · latent + √(1 − ᾱ_t) · noise, in the model's parameterization.
@@ -53,19 +55,19 @@ class Teacher:
         t = np.stack([stratified_timesteps(g, self.count, self.model.num_timesteps) for g in generators])  # B K
         shape = (self.count, *latents.shape[1:])
         noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]).astype(STORED)
-        prediction = self._predict(latents, encodings, torch.from_numpy(t), torch.from_numpy(noise)).numpy()
+        prediction = self._predict(latents, conditions, torch.from_numpy(t), torch.from_numpy(noise)).numpy()
         if not np.isfinite(prediction).all():
             raise UserError("the model predicts NaN or infinity; try --precision fp32")
         arrays = {TIMESTEPS: t, NOISE: noise, PREDICTION: prediction}
         return [{key: values[i] for key, values in arrays.items()} for i in range(len(numbers))]
 
     @torch.no_grad()
-    def _predict(self, latents: np.ndarray, encodings: Mapping[str, np.ndarray], t: Tensor, noise: Tensor) -> Tensor:
+    def _predict(self, latents: np.ndarray, conditions: Mapping[str, np.ndarray], t: Tensor, noise: Tensor) -> Tensor:
         """Return predictions, float16 (B, K, C, h, w), for the rounded values that training reads."""
         device = self.model.alphas_cumprod.device
         x = self.model.scale_factor * torch.from_numpy(latents).to(device).float()
-        conds = {key: torch.from_numpy(value).to(device).float() for key, value in encodings.items()}
-        cond = conds[CONTEXT] if len(conds) == 1 else conds
+        sample = {key: torch.from_numpy(value).to(device).float() for key, value in conditions.items()}
+        cond = self.model.stored_conditioning(sample)
         predictions = []
         with self.model.ema_scope():
             for t_k, noise_k in zip(t.to(device).long().T, noise.to(device).float().unbind(1), strict=True):

@@ -60,7 +60,7 @@ def compare(config: DictConfig, free: int) -> None:
         batch = 1 if tier == AS_GIVEN else described.data.params.batch_size
         try:
             needs_less = _needs(described, batch)
-        except UserError:  # the tier cannot be merged over this config, such as any tier over minimal.yaml
+        except UserError:  # this tier cannot be merged over the config; none can over minimal.yaml
             continue
         if needs_less <= free:
             named = f"data.params.batch_size={batch}" if tier == AS_GIVEN else f"--base ... {tier}, batch {batch},"

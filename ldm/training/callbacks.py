@@ -15,7 +15,7 @@ from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
 from ldm.callbacks.progress import ProgressBar
-from ldm.callbacks.resume import LearningRateOnResume, NothingLeft
+from ldm.callbacks.resume import LearningRateOnResume, NoStepsLeft
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
@@ -51,7 +51,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     callbacks: list[Callback] = [
         StepSeeds(seed),
         LearningRateOnResume(),
-        NothingLeft(),
+        NoStepsLeft(),
         SameEncoders(run.resume is not None or _names_weights(config)),
         SetupCallback(
             now=run.started,

@@ -45,5 +45,5 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
 
 
 def logs_anything(config: DictConfig) -> bool:
-    """Return True if the run has loggers: neither `lightning.logger` nor `lightning.trainer.logger` is false."""
+    """Return False if `lightning.logger` or `lightning.trainer.logger` is false, which turns all loggers off."""
     return config.lightning.get("logger") is not False and config.lightning.trainer.get("logger") is not False

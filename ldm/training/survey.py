@@ -1,4 +1,4 @@
-"""Check of configs from other projects: does the model build, do the data resolve, and which names are missing."""
+"""Check of configs from other projects: models that build, data that resolve, and missing names."""
 
 from __future__ import annotations
 

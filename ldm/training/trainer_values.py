@@ -50,7 +50,7 @@ def _is_interval(value: Any) -> bool:
 
 
 _BOOLEAN = (lambda value: type(value) is bool, "true or false")
-_SHARE = (_is_share, "a whole number of batches, or a share from 0.0 to 1.0")
+_SHARE = (_is_share, "a whole number of batches, or a fraction from 0.0 to 1.0")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), _whole(-1)),
     **dict.fromkeys(("check_val_every_n_epoch", "num_nodes", "num_processes"), _whole(1)),
@@ -78,7 +78,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_time": (_is_duration, _DURATION),
     "progress_bar_refresh_rate": _whole(0),
     "strategy": (lambda value: isinstance(value, str), "a name, and describe one with settings in lightning.strategy"),
-    "val_check_interval": (_is_interval, f"1 or more batches, a share above 0.0 up to 1.0, or {_DURATION}"),
+    "val_check_interval": (_is_interval, f"1 or more batches, a fraction above 0.0 up to 1.0, or {_DURATION}"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What is done with a model beside training steps, on a device."""
+"""Checks of validation, sampling and evaluation on a device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def samplers() -> None:
 
 @check
 def evaluation_beside_training() -> None:
-    from ldm.callbacks.rng import aside
+    from ldm.callbacks.rng import undisturbed
     from ldm.evaluation.denoising import compare, record
 
     sample = {"f8": np.zeros((8, 4, 4), np.float16), "t5": np.zeros((77, 8), np.float16), "txt": "a"}
@@ -81,7 +81,7 @@ def evaluation_beside_training() -> None:
     model = build("model.params.use_ema=true")
     with pretending(), mock.patch.object(LightningModule, "device", pretended.GPU):
         pretended.place(model)
-        with aside(model):
+        with undisturbed(model):
             compare(record(model, image_set, [1, 7], 2), model, image_set, [1, 7], 2)
 
 

@@ -77,7 +77,7 @@ def test_tar_images_tells_a_tar_that_was_replaced(tars, tmp_path):
     dataset = data.datasets["train"]
     assert dataset[5]["txt"] == "caption 5"
     (tmp_path / "00001.tar").unlink()
-    with pytest.raises(UserError, match=r"00001.tar: is gone"):
+    with pytest.raises(UserError, match=r"00001.tar: was deleted or moved"):
         dataset[5]
     write_tar(tmp_path / "00001.tar", range(20, 26))
     with pytest.raises(UserError, match=r"00001.tar: was replaced or changed"):
@@ -108,7 +108,7 @@ def test_read_words(tmp_path):
     ("base", "given", "message"),
     [
         ("__improvedaesthetic__", {}, "stands for a set on its authors' servers"),
-        (None, {"shards": "http://host/0.tar"}, "read from local tars; fetch it first"),
+        (None, {"shards": "http://host/0.tar"}, "is not a local tar; download it first"),
         (None, {"shards": "/nowhere/0.tar"}, "/nowhere/0.tar: no such file"),
         ("tars", {"shards": None}, "data.params.train.shards is missing"),
         ("tars", {"image_key": "txt"}, "image_key 'txt'"),

@@ -8,20 +8,18 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import weights_digest
-from ldm.data import datamodule
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.sources import find_images
-from ldm.encoding import prior, shard_set
 from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.preencode import preencode
 from ldm.encoding.read import sample_key
 from ldm.files import read_span
 from ldm.images.find import ImageItem
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.shards import npy, sample
+from ldm.shards import npy
 from ldm.shards.index import read_index, write_index
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CONTEXT
+from ldm.shards.sample import CONTEXT, POOLED
 from ldm.shards.tar import index_tar
 from ldm.shards.writer import Shard
 from ldm.util import UserError
@@ -62,7 +60,8 @@ def test_a_sample_says_where_it_comes_from(images, tmp_path):
     with (tmp_path / "s.tar").open("rb") as file:
         origin = json.loads(read_span(file.fileno(), *sample.spans["json"], "x"))
     expected = {"source": "p.0.png", "height": 16, "width": 20, "crop": [0, 2, 16, 16], "size": [16, 16], "flip": True}
-    assert origin == expected
+    sizes = {"original_size": [16, 20], "crop_top_left": [0, 2], "target_size": [16, 16]}
+    assert origin == expected | sizes
 
 
 def test_the_index_describes_the_set(images, tmp_path):
@@ -318,27 +317,22 @@ def test_preencode_counts_and_names_captions_that_are_cut(images, tmp_path, capl
     assert "1 captions have more tokens than the text encoder reads and are cut: p.2.png (7)" in caplog.text
 
 
-def test_preencode_stores_every_encoding_of_the_format(images, tmp_path, monkeypatch):
-    """A second text encoder: its name in the format and a cond stage that gives it are enough."""
-    for module in (datamodule, prior, sample, shard_set):
-        monkeypatch.setattr(module, "TEXT_ENCODINGS", (CONTEXT, "pooled"))
-
+def test_preencode_stores_every_encoding_of_a_model(images, tmp_path):
     class Two(Model):
-        def get_learned_conditioning(self, texts):
-            hidden = super().get_learned_conditioning(texts)
-            return {CONTEXT: hidden, "pooled": -hidden[:, 0]}
+        def encode_captions(self, texts):
+            hidden = self.get_learned_conditioning(texts)
+            return {CONTEXT: hidden, POOLED: -hidden[:, 0]}
 
     run(images, tmp_path / "s-%d.tar", Two())
-    stored = ShardDataset([tmp_path / "s-1.tar"], extra=["pooled"])[1]
-    assert (
-        stored["pooled"].tolist() == [-6] * 6 and stored["t5"].shape == (7, 6) and stored["pooled"].dtype == np.float16
-    )
+    stored = ShardDataset([tmp_path / "s-1.tar"], extra=[POOLED])[1]
+    assert stored[POOLED].tolist() == [-6] * 6 and stored["t5"].shape == (7, 6) and stored[POOLED].dtype == np.float16
     assert (npy.decode(bytearray((tmp_path / "null.pooled.npy").read_bytes()), "null") == -1).all()
-    assert read_index(tmp_path)["pooled"] == [6]
-    data = WebDataNpyModuleFromConfig(5, str(tmp_path), extra_keys=["pooled"], null_cond_dropout=1.0)
+    index = read_index(tmp_path)
+    assert index["pooled"] == [6] and index["members"] == ["f8", "t5", "pooled"]
+    data = WebDataNpyModuleFromConfig(5, str(tmp_path), extra_keys=[POOLED], null_cond_dropout=1.0)
     data.setup("fit")
     [batch] = data.train_dataloader()
-    assert (batch["pooled"] == -1).all() and batch["pooled"].shape == (5, 6) and (batch["t5"] == 1).all()
+    assert (batch[POOLED] == -1).all() and batch[POOLED].shape == (5, 6) and (batch["t5"] == 1).all()
 
 
 def test_captions_are_forgotten_in_the_order_of_their_use(monkeypatch):

@@ -49,6 +49,9 @@ class Model:
         self.texts += texts
         return torch.stack([torch.full((7, 6), float(len(text) + 1)) for text in texts])
 
+    def encode_captions(self, texts):
+        return {"t5": self.get_learned_conditioning(texts)}
+
 
 def image(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from ldm.encoding.read import read_images
-from ldm.images import turns
+from ldm.images import decode_lock
 from ldm.images.find import ImageItem
 from tests.waiting import join, wait_for
 
 
 @pytest.fixture(autouse=True)
 def own_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(turns, "lock_path", lambda: tmp_path / "lock")
+    monkeypatch.setattr(decode_lock, "lock_path", lambda: tmp_path / "lock")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])

@@ -212,7 +212,7 @@ def _compiled_process(rank: int, address: str, found: Any) -> None:
 
 
 def _step(unet: UNetModel, optimizer: Optimizer, part: slice) -> float:
-    """A step on a `part` of two samples; returns the loss without gradients, of all."""
+    """Run a step on a `part` of two samples; return the loss of both, without gradients."""
     given = seeded_tensor("x", (2, 4, 4, 4)), torch.tensor([3, 7]), seeded_tensor("context", (2, 5, 8))
     with torch.no_grad():
         loss = unet(*given).square().mean().item()
