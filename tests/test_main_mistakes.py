@@ -87,7 +87,7 @@ class FullDisk(Callback):
         ),
         ("--accumulate_grad_batches 0", "accumulate_grad_batches 0: give a whole number of at least 1"),
         ("model.params.unet_config.params.model_channels=-32", "UNetModel: .*negative dimension"),
-        ("model.base_learning_rate=-1", "model.base_learning_rate is -1; give a number"),
+        ("model.base_learning_rate=-1", "model.base_learning_rate -1: give a number"),
         ("data.params=[]", "'data.params=\\[\\]': replaces a mapping by a list"),
         ("--strategy fsdp --devices 2", "strategy fsdp cannot shard the EMA; set model.params.use_ema=False"),
         ("--strategy fsdp_cpu_offload --devices 2", "writes checkpoints of another format; give --strategy fsdp"),
@@ -111,7 +111,7 @@ class FullDisk(Callback):
             "--data_root and --init_word: not an option here; for textual inversion .*textual_inversion.yaml",
         ),
         ("--finetune_from nothing.ckpt", "nothing.ckpt"),
-        ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
+        ("model.base_learning_rate=null", "model.base_learning_rate None: give a number"),
         ("lightning.scale_lr=maybe", "lightning.scale_lr 'maybe': give true or false"),
         (
             "--gradient_clip_val 1.0 --gradient_clip_algorithm nope",

@@ -176,7 +176,9 @@ def test_a_process_that_was_killed_ends_the_other_in_one_line(runs: Runs) -> Non
     processes[1].kill()
     assert join(*processes) == [1, -9]
     last = (runs.folder / "killed-0.output").read_text().splitlines()[-1]
-    assert re.fullmatch(r"error: another process of the training has ended, .* go on from it with --resume", last)
+    assert re.fullmatch(
+        r"error: another process of the training has ended or .*resume the last checkpoint with --resume", last
+    )
 
 
 def test_processes_that_srun_started_train_together(runs: Runs) -> None:

@@ -42,6 +42,10 @@ SCHEDULE_KEYS = (
 )
 # Empty marker tensors in SDXL files, for v-prediction and for zero terminal SNR.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+PREDICTION_MARKERS = (V_PREDICTION, ZERO_SNR)
+EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Entry of a training checkpoint: the UNet's prediction, in the terms of the config.
+PREDICTION = "parameterization"
 # Unused parts of OpenCLIP text towers, which files may lack. SDXL uses the projection.
 _UNUSED_BY_TOWERS = (
     *(f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection"),

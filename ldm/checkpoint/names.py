@@ -85,6 +85,10 @@ class Renamed:
             lines.append(f"{len(self.carried)} values are not used: {', '.join(labels[:_LABELS])}{more}")
         return lines
 
+    def with_carried(self) -> dict[str, torch.Tensor]:
+        """Return the weights, and after them the values that no model uses, under the file's names."""
+        return {**self.weights, **{key: self.file[key] for key in self.carried}}
+
     def restored(self, state_dict: Mapping[str, torch.Tensor | Pending]) -> dict[str, torch.Tensor | Pending]:
         """Return `state_dict` with the names, shapes and order of the file, and with its unused values.
 

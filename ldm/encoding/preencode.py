@@ -159,8 +159,8 @@ def preencode(
             **report.counts(),
             **settings,
             **index_shapes(report.f8, nulls),
-            "scale_factor": float(encoder.model.scale_factor),
-            **encoder.digests,
+            MEMBERS: [*kind.members, *nulls],
+            **encoder.described,
         }
 
     report = Report.of(writer.write(with_blanks, write_shards, describe))
