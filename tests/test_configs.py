@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.checkpoint.keys import SCHEDULE_KEYS
+from ldm.checkpoint.keys import SCHEDULE_KEYS, UNET
 from ldm.config.load import build_model, load_config, plain
-from ldm.release.families import FAMILIES, recognise
+from ldm.release.families import FAMILIES
 from ldm.release.initialisation import without_initialisation
+from ldm.release.recognition import recognise
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,7 @@ OVERLAYS = (
     *("fast.yaml", "lean.yaml", "minimal.yaml", "prior_images.yaml", "prior_teacher.yaml", "decay_to_start.yaml"),
     *("watch_forgetting.yaml", INVERSION),
 )
+TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml")
 REFUSED = {
     ("minimal.yaml", "fast.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
     ("minimal.yaml", "lean.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
@@ -37,6 +39,9 @@ RELEASED = {
     "sd2_base": "sd_v2",
     "sdxl": "sdxl_base",
 }
+# Families without a list: the one that theirs differs from in the first convolution, and a depth network's keys.
+SIBLINGS = {"sd2_inpainting": "sd_v2", "sd2_depth": "sd_v2", "sdxl_inpainting": "sdxl_base"}
+FIRST, DEPTH = f"{UNET}input_blocks.0.0.weight", "depth_model."
 RECIPES = [family.finetune_config for family in FAMILIES.values() if family.finetune_config]
 KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
@@ -68,6 +73,17 @@ def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
     for _, entry in described(merged):
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
     assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tiers_make_a_model_of_every_recipe(recipe, tier):
+    with torch.device("meta"):
+        plain_model, model = (build_model(load_config(names)) for names in ([recipe], [recipe, tier]))
+    shapes, expected = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, plain_model))
+    assert shapes == expected
+    model.learning_rate = 1e-5
+    model.configure_optimizers()
 
 
 @pytest.mark.parametrize("pair", list(permutations(OVERLAYS, 2)), ids=lambda pair: "-".join(pair).replace(".yaml", ""))
@@ -142,10 +158,12 @@ def test_the_release_configs_agree_with_FAMILIES(family):
     assert model.first_stage_model.downsampling == family.factor
     assert any(key.startswith(family.encoders) for key in own)
     assert ("label_emb" in str(model.model.diffusion_model)) == family.has_vector
-    if family.key not in RELEASED:
-        return
-    released = json.loads((KEYS.parent / f"{RELEASED[family.key]}_keys.json").read_text())["keys"]
+    name = RELEASED.get(family.key) or SIBLINGS[family.key]
+    released = json.loads((KEYS.parent / f"{name}_keys.json").read_text())["keys"]
     expected = {key: tuple(shape) for key, (shape, _) in released.items() if not key.endswith("position_ids")}
+    if family.key in SIBLINGS:
+        expected[FIRST] = (320, family.in_channels, 3, 3)
+        own = {key: shape for key, shape in own.items() if not key.startswith(DEPTH)}
     if not expected.keys() & set(SCHEDULE_KEYS):  # SDXL's list has no schedule
         own = {key: shape for key, shape in own.items() if key not in SCHEDULE_KEYS}
     assert own == expected

@@ -38,7 +38,7 @@ ROOMS = (
     "ldm.files",
     "ldm.locks",
     "ldm.util",
-    "ldm.translations",
+    "ldm.moved_targets",
 )
 # Libraries that a room does without.
 FORBIDDEN = {

@@ -10,6 +10,7 @@ import torch
 
 from ldm.checkpoint import load_state_dict, save_state_dict, weights_digest
 from ldm.config.load import build_model, load_config
+from ldm.release.configs import training_config
 from ldm.release.hack import hack_config, hack_training
 from ldm.release.merge import merge_files
 from ldm.util import UserError
@@ -123,7 +124,7 @@ def test_a_lean_run_resumes_with_the_set_of_its_autoencoder(lean: Callable, tmp_
     save_state_dict(fill_seeded(build_model(load_config([tmp_path / "tiny.yaml"]))).state_dict(), release)
     write_index(tmp_path / "shards", autoencoder=weights_digest(load_state_dict(release), "first_stage_model."))
     configs = [tmp_path / "tiny.yaml"]
-    hack_config(load_config(configs), configs, release, hacked)
+    hack_config(training_config(release, configs), release, hacked)
     lean(f"--resume {hacked} -b tiny.yaml lean.yaml --max_steps 1")
     run = the_run(tmp_path / "logs")
     for steps in (2, 3):

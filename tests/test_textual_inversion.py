@@ -13,6 +13,7 @@ import torch
 
 from ldm.checkpoint import load_checkpoint, load_state_dict
 from ldm.config.load import load_config
+from ldm.release.configs import training_config
 from ldm.release.hack import hack_config
 from ldm.release.load import load_release
 from ldm.release.merge import merge_files
@@ -40,7 +41,7 @@ def train(
     """Return a function that trains with the given options, and returns the last checkpoint."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(tiny_release, "release.safetensors")
-    hack_config(load_config(CONFIGS), CONFIGS, Path("release.safetensors"), Path("start.ckpt"))
+    hack_config(training_config("release.safetensors", CONFIGS), Path("release.safetensors"), Path("start.ckpt"))
     params = load_config(CONFIGS).model.params
     with ShardWriter("shard.tar", len(CAPTIONS)) as writer:
         for index, caption in enumerate(CAPTIONS):

@@ -3,7 +3,7 @@
 
     python tools/inspect_shards.py 'data/train/*.tar'
     python tools/inspect_shards.py 'data/train/*.tar' --sheet sheet.png \\
-        --ckpt models/ldm/stable-diffusion-v1/model.ckpt --config stable_diffusion_v1.yaml
+        --ckpt models/ldm/stable-diffusion-v1/model.ckpt
 
 Prints counts, sizes, caption lengths, duplicates, and statistics of the latents. With a model, writes a contact sheet
 of decoded samples. A damaged set is refused, as in training. Of an unfinished set, the existing samples are inspected.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import add_vae_option
+from ldm.cli.options import add_config_options, add_vae_option
 from ldm.cli.run import Lines, run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -33,18 +33,18 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("shards", nargs="+", help="tars, folders, globs or brace patterns, as in data.params.training_urls")
     add("--json", type=Path, metavar="FILE", help="write all results, with complete lists of duplicates")
-    add("--sheet", type=Path, metavar="FILE", help="write a PNG of samples; needs --ckpt and --config")
+    add("--sheet", type=Path, metavar="FILE", help="write a PNG of samples; needs --ckpt")
     add("--samples", type=int, default=24, help="samples on the sheet, spread over the set (default: 24)")
     add("--ckpt", type=Path, help="release that made the set")
-    add("--config", help="config of the release")
+    add_config_options(parser)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add_vae_option(parser)
     add_trust_option(parser)
     options = parser.parse_args()
-    if (options.ckpt is None) != (options.config is None):
-        raise UserError("--ckpt and --config: give both or neither")
+    if options.config is not None and options.ckpt is None:
+        raise UserError(f"--config {options.config}: give its release too, with --ckpt")
     if options.sheet is not None and options.ckpt is None:
-        raise UserError(f"--sheet {options.sheet}: needs an autoencoder; give --ckpt and --config")
+        raise UserError(f"--sheet {options.sheet}: needs an autoencoder; give --ckpt")
     if options.sheet is not None and options.sheet.suffix != ".png":
         raise UserError(f"--sheet {options.sheet}: the name must end in .png")
     check_number("--samples", options.samples, least=1)
@@ -55,12 +55,12 @@ def main() -> None:
     options = parse_arguments()
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.checkpoint import encoder_digests
-    from ldm.config.load import load_config
     from ldm.files import atomic_write
     from ldm.images.grid import save_png
     from ldm.inspection.measure import inspect, is_complete, latent_channels, open_to_inspect, read_first_index
     from ldm.inspection.sheet import contact_sheet
     from ldm.inspection.text import format_inspection
+    from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device
     from ldm.shards.open import check_encoders
 
@@ -68,7 +68,7 @@ def main() -> None:
     index = read_first_index(dataset)
     model = None
     if options.ckpt is not None:
-        config = load_config([options.config], trusted=options.trust_config)
+        _, config = release_config(options.ckpt, options.config, options.parameterization, trusted=options.trust_config)
         model = load_release(options.ckpt, config, pick_device(options.device), vae=options.vae)
         try:
             check_encoders(dataset, encoder_digests(model.state_dict()), str(options.ckpt))

@@ -3,6 +3,7 @@
 
 python tools/plan_memory.py --base finetune_stable_diffusion.yaml --size 512 --batch 1
 python tools/plan_memory.py --base finetune_stable_diffusion.yaml --card 8
+python tools/plan_memory.py --ckpt models/ldm/sd_xl_base_1.0.safetensors --card 12
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base", required=True, nargs="+", metavar="YAML", help="configs of a training, merged left to right")
+    add("--base", nargs="+", default=[], metavar="YAML", help="configs of a training, merged left to right")
+    add("--ckpt", type=Path, help="release whose family's finetune config comes before those of --base")
     add("--batch", type=int, help="images per step (default: data.params.batch_size)")
     add("--size", type=int, help="side of an image in pixels (default: from the model's image_size)")
     add(
@@ -50,6 +52,8 @@ def parse_arguments() -> argparse.Namespace:
     # argparse adds all words after --base to it.
     arguments.overrides += [word for word in arguments.base if "=" in word]
     arguments.base = [word for word in arguments.base if "=" not in word]
+    if not (arguments.base or arguments.ckpt):
+        raise UserError("name the configs of a training with --base, or a release with --ckpt")
     check_number("--card", arguments.card, above=0, whole=False, optional=True, unit="GB")
     if arguments.card is not None and arguments.batch is not None:
         raise UserError("--card computes the batch size; leave out --batch")
@@ -61,6 +65,10 @@ def main() -> None:
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.config.load import load_config
 
+    if arguments.ckpt is not None:
+        from ldm.release.configs import training_config
+
+        arguments.base = training_config(arguments.ckpt).names + arguments.base
     if arguments.card is None:
         config = load_config(arguments.base, arguments.overrides, arguments.trust_config)
         print_step(config, arguments)

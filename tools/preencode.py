@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import add_vae_option
+from ldm.cli.options import add_config_options, add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -30,10 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, type=Path, help="release checkpoint, .ckpt or .safetensors")
-    add(
-        "--config",
-        help="config with the text encoder; default: the config of the family recognised from the checkpoint's keys",
-    )
+    add_config_options(parser, "config with the text encoder")
     add(
         "--images",
         required=True,
@@ -94,7 +91,8 @@ def main() -> None:
         raise UserError("--overwrite: not possible with several processes; remove the set first")
     if ranks.rank == 0:
         check_out(arguments.out, arguments.overwrite)
-    _, config = release_config(arguments.ckpt, arguments.config, None, arguments.size, arguments.trust_config)
+    chosen = arguments.config, arguments.parameterization, arguments.size
+    _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
     pairs = takes_pairs(config)
     items = find_images(arguments.images, arguments.caption, pairs)
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))

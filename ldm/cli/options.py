@@ -40,10 +40,16 @@ def add_config_options(parser: argparse.ArgumentParser, what: str = "config of t
     parser.add_argument(
         "--config", type=Path, help=f"{what}; default: the config of the family recognised from the checkpoint's keys"
     )
+    add_parameterization_option(parser)
+
+
+def add_parameterization_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the prediction type of a release's UNet."""
     parser.add_argument(
         "--parameterization",
         choices=["eps", "v"],
-        help="prediction type of the UNet, noise or v, which keys cannot show; default: the config's",
+        help="prediction type of the UNet, noise or v; default: from the config, or from the checkpoint's markers and "
+        "family",
     )
 
 

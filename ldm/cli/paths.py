@@ -13,16 +13,18 @@ CONVENTIONAL_RELEASE = Path("models/ldm/stable-diffusion-v1/model.ckpt")
 LOGS = Path("logs")
 
 
-def newest_checkpoint(logs: Path = LOGS) -> Path:
+def newest_checkpoint(logs: Path = LOGS, *, required: bool = True) -> Path | None:
     """Return the newest `last.ckpt` of the runs below `logs`, at any depth and through symbolic links.
 
     `ldm.callbacks.saving.mark_newest` keeps the modification times in writing order, even if the clock is set back.
     Among files of equal time, the run that started last is taken; the name of a run begins with its start time.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, and one is `required`.
     """
     found = [path for folder in _run_folders(logs) if (path := folder / "checkpoints" / "last.ckpt").is_file()]
+    if not found and not required:
+        return None
     if not found:
         raise UserError(f"no run with checkpoints/last.ckpt in {logs}/; name the training checkpoint with --train-ckpt")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.relative_to(logs).parts))

@@ -49,7 +49,7 @@ class FittedImage:
     def origin(self, flip: bool) -> dict[str, Any]:
         """Return the sample's `json`: the source of the image, its size, crop and flip.
 
-        The `crop` is in the image as it is; the entries of `SIZES` are of the mirror image with `flip`.
+        `crop` refers to the original image. With `flip`, the entries of `SIZES` refer to the mirror image.
         """
         top, left, rows, columns = crop = centre_crop(self.height, self.width, *self.size)
         seen = (top, self.width - left - columns, rows, columns) if flip else crop

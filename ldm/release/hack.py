@@ -9,18 +9,20 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
+from ldm.checkpoint.keys import PREDICTION
+from ldm.checkpoint.markers import check_markers, marked_parameterization
 from ldm.config.load import build_model
 from ldm.locks import locked_file
+from ldm.release.configs import Chosen, check_prediction
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.opening import release_of, training_weights
+from ldm.release.opening import Release, release_of, training_weights
+from ldm.release.recognition import check_same_family, log_family, shapes_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -39,13 +41,17 @@ def _locked(write: Callable[..., None]) -> Callable[..., None]:
 
 
 @_locked
-def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path | None = None) -> None:
+def hack_training(
+    training_path: Path, release_path: Path, out: Path, vae: Path | None = None, parameterization: str | None = None
+) -> None:
     """Write the training checkpoint at `training_path`, with the released weights, to `out`.
 
-    The autoencoder of the file `vae`, if given, replaces that of the release.
+    The autoencoder of the file `vae`, if given, replaces that of the release. `parameterization`, if given, is what the
+    release predicts, whatever its markers tell.
 
     Raises:
-        UserError: a file is missing, damaged or of another model. Nothing is written in this case.
+        UserError: a file is missing, damaged or of another model, or the release predicts something else than the
+            training. Nothing is written in this case.
     """
     if training_path.exists() and release_path.exists() and training_path.samefile(release_path):
         raise UserError(f"{training_path}: given both as release and as training checkpoint; name two different files")
@@ -55,8 +61,12 @@ def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path 
     release = open_checkpoint(release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
     state_dict = training_weights(training.content, training_path)
-    released = _release_weights(release, release_path, vae, state_dict)
-    grafted = graft(state_dict, released, release_path)
+    released = _released(release, release_path, vae, state_dict)
+    predicts = parameterization or marked_parameterization(released.named.carried)
+    noted = training.content.get(PREDICTION) or predicts
+    check_prediction(noted, predicts, release_path)
+    log_family(released.shapes, release_path, noted)
+    grafted = graft(state_dict, released.weights, release_path)
     log.info("\n".join(grafted.summary()))
     log.info("optimizer state reset: it belongs to the replaced weights")
     if has_step_counters(training.content, training_path):
@@ -65,16 +75,14 @@ def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path 
         from ldm.release.initial_checkpoint import checkpoint_at_start  # imports Lightning, which takes seconds
 
         content = checkpoint_at_start(grafted.state_dict)
-    _write(_with_encoders(content, released), out)
+    _write(_with_notes(content, released.weights, noted), out, "CONFIG")
 
 
 @_locked
-def hack_config(
-    config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path, vae: Path | None = None
-) -> None:
-    """Write a training checkpoint at step 0 for the model of `config`, with the released weights, to `out`.
+def hack_config(chosen: Chosen, release_path: Path, out: Path, vae: Path | None = None) -> None:
+    """Write a training checkpoint at step 0 for the model of a config, with the released weights, to `out`.
 
-    `config_names` are the files of `config`. `vae` is as in `hack_training`.
+    `vae` is as in `hack_training`.
 
     Raises:
         UserError: a file is missing, damaged or of another model. Nothing is written in this case.
@@ -86,25 +94,29 @@ def hack_config(
         state_dict_without_weights,
     )  # imports Lightning, which takes seconds
 
-    state_dict = state_dict_without_weights(lambda: build_model(config))
-    log.info("model of the config %s", ", ".join(map(str, config_names)))
-    released = _release_weights(release, release_path, vae, state_dict)
-    grafted = graft(state_dict, released, release_path)
+    state_dict = state_dict_without_weights(lambda: build_model(chosen.config))
+    log.info("model of the config %s", ", ".join(chosen.names))
+    released = _released(release, release_path, vae, state_dict)
+    grafted = graft(state_dict, released.weights, release_path)
     log.info("\n".join(grafted.summary()))
-    _write(_with_encoders(checkpoint_at_start(grafted.state_dict), released), out)
+    content = _with_notes(checkpoint_at_start(grafted.state_dict), released.weights, chosen.prediction)
+    _write(content, out, chosen.as_typed())
 
 
-def _release_weights(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) -> dict:
+def _released(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) -> Release:
     check_release(release.content, path)
     opened = release_of(release, path, vae, own)
     log.info("release: %s, %d values", path, len(opened.named.file))
-    return opened.weights
+    check_markers(opened.named.carried, str(path))
+    check_same_family(opened.shapes, shapes_of(own), path)
+    return opened
 
 
-def _with_encoders(content: dict, released: dict) -> dict:
-    """Return `content` with digests of the release's encoders, for comparison with those of the training shards."""
-    digests = encoder_digests(released)
-    return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
+def _with_notes(content: dict, released: dict, prediction: str | None) -> dict:
+    """Return `content` with what a resumed training compares: digests of the release's encoders, and the prediction."""
+    callbacks = {**content.get("callbacks", {}), "SameEncoders": encoder_digests(released)}
+    noted = {} if prediction is None else {PREDICTION: prediction}
+    return {**content, "callbacks": callbacks, **noted}
 
 
 def _check_out(out: Path, release: Path) -> None:
@@ -114,7 +126,7 @@ def _check_out(out: Path, release: Path) -> None:
         raise UserError(f"{out}: would replace the release; choose another --out")
 
 
-def _write(content: dict, out: Path) -> None:
+def _write(content: dict, out: Path, base: str) -> None:
     kept = _keep(out) if out.exists() and not _is_made_from_config(out) else None
     try:
         save_checkpoint(content, out)
@@ -125,7 +137,7 @@ def _write(content: dict, out: Path) -> None:
     if kept:
         log.info("previous file kept as %s", kept)
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content["state_dict"]))
-    log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", shlex.quote(str(out)))
+    log.info("next: python main.py --resume %s --base %s -t --gpus 0,", shlex.quote(str(out)), base)
 
 
 def _is_made_from_config(path: Path) -> bool:

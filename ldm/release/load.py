@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from omegaconf import DictConfig
 
 from ldm.checkpoint import OPTIONAL_KEYS, load_into, open_checkpoint
 from ldm.checkpoint.keys import DEPTH_STAGE, EMA, has_part
+from ldm.checkpoint.markers import compare_markers
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.release.initialisation import without_initialisation
-from ldm.release.opening import Release, release_of
+from ldm.release.opening import release_of
 from ldm.util import UserError
-
-logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,7 +64,7 @@ def load_release(
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"model.target is a {type(model).__name__}; a release needs a LatentDiffusion")
     release = release_of(opened, ckpt, vae, model.state_dict())
-    _check_prediction(model, release)
+    compare_markers(release.named.carried, model.parameterization, str(ckpt))
     report = load_into(model, release.weights, source=str(ckpt), optional=(*OPTIONAL_KEYS, f"{DEPTH_STAGE}*"))
     if has_part(report.missing, DEPTH_STAGE):
         model.depth_model = None
@@ -76,16 +74,3 @@ def load_release(
         if part is not None:
             part.to(dtype)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _check_prediction(model: LatentDiffusion, release: Release) -> None:
-    """Log a warning if the release has a marker of v-prediction and the config has another parameterization."""
-    marker = next((key for key in ("v_pred", "edm_vpred.sigma_max") if key in release.named.carried), None)
-    if marker and model.parameterization != "v":
-        logger.warning(
-            "%s: holds %s, the marker of v-prediction, but the config's parameterization is %s; "
-            "set model.params.parameterization to v",
-            release.path,
-            marker,
-            model.parameterization,
-        )

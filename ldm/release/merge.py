@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,11 +24,22 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.causes import likely_cause
-from ldm.checkpoint.keys import EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, TEXT_ENCODERS, has_part
+from ldm.checkpoint.keys import (
+    EMA,
+    EMA_COUNTERS,
+    FIRST_STAGE,
+    MODEL,
+    PREDICTION,
+    TEXT_ENCODERS,
+    has_part,
+)
+from ldm.checkpoint.markers import marked_parameterization, with_markers
 from ldm.checkpoint.names import is_carried
 from ldm.locks import locked_file
+from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.opening import release_of, training_weights
+from ldm.release.opening import Release, release_of, training_weights
+from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -196,14 +208,36 @@ def _merge_files(
     log.info("release: %s", release_path)
     trained = training_weights(training.content, training_path)
     opened = release_of(release, release_path, vae, trained)
+    check_same_family(opened.shapes, shapes_of(trained), release_path)
+    noted = training.content.get(PREDICTION)
+    log_family(opened.shapes, release_path, marked_parameterization(opened.named.carried) or noted)
     if vae is not None:
         trained = {key: value for key, value in trained.items() if not key.startswith(FIRST_STAGE)}
     try:
         merged = merge(trained, opened.weights, weights=weights, half=half)
         log.info("\n".join(merged.summary()))
         metadata = {key: text for key, text in release.metadata.items() if key not in _STALE_METADATA}
-        content = opened.named.restored(merged.state_dict)
+        content = _with_prediction(opened.named.restored(merged.state_dict), opened, trained, noted)
         save_state_dict(content, out, metadata=metadata)
     except UserError as error:
         raise UserError(f"{training_path} into {release_path}: {error}") from error
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))
+
+
+def _with_prediction(content: dict, release: Release, trained: Weights, noted: Any) -> dict:
+    """Return `content` with the markers of what was trained, if by its own keys it would be taken for something else.
+
+    `noted` is the parameterization in the training checkpoint; `trained` are its weights.
+    """
+    family = find_family(release.shapes)
+    if family is None or noted not in PARAMETERIZATIONS:
+        return content
+    alphas = trained.get("alphas_cumprod")
+    zero_snr = family.zero_snr if alphas is None else noted == "v" and float(in_memory(alphas)[-1]) == 0
+    if (family.parameterization, family.zero_snr) == (noted, zero_snr):
+        return content
+    marked = with_markers(content, noted, zero_snr)
+    for change, those in (("added", marked.keys() - content.keys()), ("left out", content.keys() - marked.keys())):
+        if those:
+            log.info("marker %s %s: the training predicts %s", " and ".join(sorted(those)), change, noted)
+    return marked

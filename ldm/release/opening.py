@@ -14,6 +14,7 @@ from ldm.checkpoint import OpenCheckpoint, is_optional, open_checkpoint, weights
 from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.names import Renamed, in_our_names
+from ldm.release.recognition import Shapes, shapes_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,11 @@ class Release:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         return self.named.weights
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of the weights, and of the values that no model uses."""
+        return shapes_of(self.named.with_carried())
 
 
 def open_release(path: str | Path, vae: str | Path | None = None) -> Release:
@@ -60,7 +66,7 @@ def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Ten
     """Return the weights of a training checkpoint under this package's names, followed by its unused values."""
     named = in_our_names(weights_of(content, path))
     _log_names(named, path)
-    return {**named.weights, **{key: named.file[key] for key in named.carried}}
+    return named.with_carried()
 
 
 def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:

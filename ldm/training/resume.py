@@ -14,7 +14,7 @@ from pytorch_lightning import LightningModule, seed_everything
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.saving import mark_newest
 from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
-from ldm.checkpoint.keys import EMA, has_part
+from ldm.checkpoint.keys import EMA, PREDICTION, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
 from ldm.locks import run_of
@@ -148,8 +148,19 @@ def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> Lig
     return model
 
 
+def _check_prediction(model: LightningModule, checkpoint: TrainingCheckpoint) -> None:
+    """Raise `UserError` if the checkpoint names another parameterization than the config's. The weights would load."""
+    noted, own = checkpoint.content.get(PREDICTION), getattr(model, "parameterization", None)
+    if None not in (noted, own) and noted != own:
+        raise UserError(
+            f"{checkpoint.path}: its UNet predicts {noted}, the config's parameterization is {own}; give "
+            f"model.params.parameterization={noted}"
+        )
+
+
 def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:
     """Load the weights into `model` without a second copy in memory; return the keys that the checkpoint lacks."""
+    _check_prediction(model, checkpoint)
     weights = checkpoint.content["state_dict"]
     report = load_into(model, weights, source=str(checkpoint.path))
     if has_part(report.missing, EMA):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import SCHEDULE_KEYS, in_memory, is_finite
+from ldm.checkpoint.keys import PREDICTION
+from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS
 from ldm.release.initial_checkpoint import loops_at_start
 from ldm.util import UserError
 
@@ -29,6 +31,9 @@ def check_structure(content: Mapping[str, Any]) -> None:
     _expect(_is_count(content.get("epoch", 0)), "epoch", "not a count of epochs")
     rate = content.get("learning_rate")
     _expect(rate is None or _is_number(rate), "learning_rate", "not a finite number")
+    predicts = content.get(PREDICTION)
+    is_known = predicts is None or (isinstance(predicts, str) and predicts in PARAMETERIZATIONS)
+    _expect(is_known, PREDICTION, f"none of {', '.join(PARAMETERIZATIONS)}")
     _check_weights(content["state_dict"])
     _check_optimizers(content["optimizer_states"])
     _check_schedules(content["lr_schedulers"])

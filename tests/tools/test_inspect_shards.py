@@ -80,7 +80,7 @@ def test_a_wrong_value_in_the_index_is_refused_in_one_line(inspect, shards, tmp_
     ("words", "message"),
     [
         (("--sheet", "x.png"), "--sheet x.png: needs an autoencoder"),
-        (("--ckpt", "x.ckpt"), "--ckpt and --config: give both"),
+        (("--config", "x.yaml"), "--config x.yaml: give its release too, with --ckpt"),
         (("--sheet", "x", "--ckpt", "c", "--config", "d"), "--sheet x: the name must end in .png"),
         (("--samples", 0), "--samples 0"),
         ((), "nowhere.tar: no such file"),

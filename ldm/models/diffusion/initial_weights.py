@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import LoadReport, load_state_dict
-from ldm.checkpoint.keys import EMA, MODEL, OPTIONAL_KEYS, UNET, ema_key, has_part
+from ldm.checkpoint.keys import EMA, MODEL, OPTIONAL_KEYS, PREDICTION_MARKERS, UNET, ema_key, has_part
 from ldm.checkpoint.loading import load_into
+from ldm.checkpoint.markers import compare_markers
 from ldm.modules.ema import LitEma
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class InitialWeights:
     keep_finetune_dims: int = 4
     make_it_fit: bool = False
     load_ema: bool = True
+    parameterization: str
     reset_num_ema_updates: bool = False
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> LoadReport:
@@ -41,11 +43,13 @@ class InitialWeights:
         Raises:
             UserError: the file cannot be read, or does not match this model.
         """
-        ignored = (*ignore_keys, *(() if self.load_ema else (EMA,)))
+        ignored = (*ignore_keys, *PREDICTION_MARKERS, *(() if self.load_ema else (EMA,)))
         module, prefix = (self.model, MODEL) if only_model else (self, "")
+        found = load_state_dict(path)
+        compare_markers(found, self.parameterization, str(path))
         weights = {
             key: self._fitted(key, value)
-            for key, value in load_state_dict(path).items()
+            for key, value in found.items()
             if key.startswith(prefix) and not key.startswith(ignored)
         }
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}

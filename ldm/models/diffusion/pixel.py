@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ldm.checkpoint.keys import PREDICTION
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.conditioning_dropout import replacements_of
@@ -130,6 +131,10 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     # Training
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the prediction in a training checkpoint: its weights do not tell."""
+        checkpoint[PREDICTION] = self.parameterization
 
     def get_input(self, batch: Batch, k: str) -> Tensor:
         """Return the images `batch[k]`, (B, H, W, C) or (B, H, W), as float32 (B, C, H, W)."""

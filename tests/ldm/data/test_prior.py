@@ -199,9 +199,9 @@ def test_predictions_are_the_same_ones_after_a_resume(training, tmp_path, num_wo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prior_urls": "pipe:cat a.tar"}, r"pipe:cat a\.tar: is streamed; give local shards"),
+        ({"prior_urls": "pipe:cat a.tar"}, r"pipe:cat a\.tar: is a stream; give local shards"),
         ({"prior_ratio": 0}, "prior_ratio 0: give a number above 0"),
-        ({"prior_ratio": 0.1}, "prior_ratio 0.1: no prior sample beside a batch_size of 4"),
+        ({"prior_ratio": 0.1}, "prior_ratio 0.1: gives no prior sample for batch_size 4"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(training, prior, options, message):
@@ -233,8 +233,8 @@ def test_streams_to_train_on_are_refused(training, prior, tmp_path):
     [
         ({"t": None}, r"'p0' has no member 't\.npy'; write .* with tools/make_prior\.py --teacher"),
         ({"prediction": None}, r"no member 'prediction\.npy'; write .* with tools/make_prior\.py --teacher"),
-        ({"t": np.ones(2, np.int32)}, r"shapes do not fit together.*make_prior\.py"),
-        ({"noise": np.ones((3, 4, 4, 2), np.float16)}, "shapes do not fit together"),
+        ({"t": np.ones(2, np.int32)}, r"shapes of the teacher do not match.*make_prior\.py"),
+        ({"noise": np.ones((3, 4, 4, 2), np.float16)}, "shapes of the teacher do not match"),
         ({"t": np.ones(3, np.float32)}, "type is float32, not one of int32, int64"),
         ({"t": np.full(3, 100, np.int64)}, "t is 100, the model's are 0 to 100 - 1"),
         ({"t": np.full(3, -1, np.int32)}, "t is -1"),

@@ -44,10 +44,13 @@ def test_release_config_goes_by_parameterization_and_size(tmp_path: Path) -> Non
     assert "parameterization" not in release_config(path, FAMILIES["sd2_base"].config)[1].model.params
 
 
-def test_release_config_that_is_given_needs_no_file() -> None:
-    assert release_config("missing.ckpt", "demo_tiny_release.yaml")[0] == "demo_tiny_release.yaml"
-    with pytest.raises(UserError, match=r"missing\.ckpt"):
-        release_config("missing.ckpt")
+def test_release_config_that_is_given_is_read_before_the_file(tiny_release: Path) -> None:
+    assert release_config(tiny_release, "demo_tiny_release.yaml")[0] == "demo_tiny_release.yaml"
+    with pytest.raises(UserError, match=r"no\.yaml"):
+        release_config("missing.ckpt", "no.yaml")
+    for given in (None, "demo_tiny_release.yaml"):
+        with pytest.raises(UserError, match=r"missing\.ckpt"):
+            release_config("missing.ckpt", given)
 
 
 @pytest.mark.parametrize(

@@ -7,30 +7,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.images import decode, find, turns
+from ldm.images import decode, decode_lock, find
 from ldm.images.decode import decode_image
+from ldm.images.decode_lock import DecodeLock
 from ldm.images.find import ImageItem
-from ldm.images.turns import Turn
 from ldm.util import UserError
 from tests.ldm.images.test_decode import encoded, gradient
 
 
 @pytest.fixture(autouse=True)
 def own_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(turns, "lock_path", lambda: tmp_path / "lock")
+    monkeypatch.setattr(decode_lock, "lock_path", lambda: tmp_path / "lock")
 
 
 def hold(connection):
-    with Turn() as turn:
-        turn.take()
+    with DecodeLock() as lock:
+        lock.take()
         connection.send("has it")
         connection.recv()
 
 
 def wait(connection):
-    with Turn() as turn:
-        turn.take()
-        turn.take()  # which changes nothing
+    with DecodeLock() as lock:
+        lock.take()
+        lock.take()  # which changes nothing
         connection.send("has it")
 
 
@@ -50,17 +50,17 @@ def test_turn_is_given_to_one_process_and_comes_back_from_a_dead_one():
 
 
 def test_turn_does_not_wait_where_there_can_be_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(turns, "lock_path", lambda: tmp_path / "nowhere/lock")
-    with Turn() as turn:
-        turn.take()
+    monkeypatch.setattr(decode_lock, "lock_path", lambda: tmp_path / "nowhere/lock")
+    with DecodeLock() as lock:
+        lock.take()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_decode_image_takes_the_turn_before_it_decodes(kind, monkeypatch, tmp_path):
     (tmp_path / "x").write_bytes(encoded(Image.fromarray(gradient(20, 20)), kind))
     happened = []
-    monkeypatch.setattr(Turn, "take", lambda self: happened.append("turn"))
-    monkeypatch.setattr(Turn, "__exit__", lambda self, *_: happened.append("over"))
+    monkeypatch.setattr(DecodeLock, "take", lambda self: happened.append("turn"))
+    monkeypatch.setattr(DecodeLock, "__exit__", lambda self, *_: happened.append("over"))
     pixels = decode._pixels
     monkeypatch.setattr(decode, "_pixels", lambda *arguments: happened.append("decoded") or pixels(*arguments))
     item = ImageItem("x", tmp_path / "x")

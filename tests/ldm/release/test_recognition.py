@@ -10,7 +10,8 @@ import pytest
 
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, SCHEDULE_KEYS, UNET, V_PREDICTION, ZERO_SNR, ema_key
 from ldm.config.load import build_model, find_config, load_config
-from ldm.release.families import FAMILIES, recognise, shapes_of
+from ldm.release.families import FAMILIES
+from ldm.release.recognition import recognise, shapes_of
 from ldm.util import UserError
 from tests.golden_data import released_keys
 
@@ -95,14 +96,15 @@ def test_recognise_tells_v_prediction_by_argument_then_size(asked: dict, key: st
 def test_recognise_says_which_and_that_another_has_the_same_keys(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         recognise(shapes_for("sd2_768_v"), source="a.ckpt")
-    assert "a.ckpt: Stable Diffusion 2 768-v (768 pixels, predicts v)" in caplog.text
-    assert "Stable Diffusion 2 base (512 pixels, predicts the noise)" in caplog.text
-    assert "--config stable_diffusion_v2_base.yaml" in caplog.text
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("a.ckpt: Stable Diffusion 2 768-v (768 pixels, predicts v); ")
+    assert "Stable Diffusion 2 base (512 pixels, predicts the noise)" in line
+    assert line.endswith("give --parameterization eps")
     caplog.clear()
     with caplog.at_level(logging.INFO):
         recognise(shapes_for("sd2_768_v"), parameterization="eps")
         recognise(shapes_for("sd1"))
-    assert "--config" not in caplog.text
+    assert "--parameterization" not in caplog.text
 
 
 @pytest.mark.parametrize("key", ["sdxl", "sdxl_inpainting"])
