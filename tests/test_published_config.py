@@ -1,4 +1,4 @@
-"""The recipe's config of 2022 as it was published, and configs without each of their optional parts."""
+"""Tests of the recipe's config of 2022 as published, and of configs without each of their optional parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import main
-from ldm.release.building import without_initialisation
+from ldm.release.initialisation import without_initialisation
 from ldm.util import UserError
 from tests.training_runs import CONFIG, fixture_one_thread, write_inputs  # noqa: F401
 
@@ -99,7 +99,7 @@ Begin = Callable[[str], tuple[Any, Any]]
 
 @pytest.fixture
 def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Begin:
-    """Runs main.py up to its first step, and returns the trainer and the model that it made."""
+    """Run main.py up to its first step, and return the trainer and the model."""
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that the value of this run goes away with the test

@@ -1,9 +1,10 @@
-"""Datasets of justinpinkney's configs: folders of images with captions, and captions alone. Nothing is downloaded."""
+"""Datasets of justinpinkney's configs: folders of images with captions, and captions only. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,29 @@ _TEXT_COLUMN = "text"
 
 
 def _listed(file: Path, folder: Path, text_key: str | None = None) -> list[ImageItem]:
-    """Return the images of `folder` that `file` gives captions of; see `from_metadata`.
+    """Return the images of `folder` that have a caption in `file`; see `from_metadata`.
 
     Raises:
-        UserError: there is no such file, or none of its entries can be read.
+        UserError: the file is missing, invalid or of another type, or names a file outside its folder.
     """
     if not file.is_file():
-        raise UserError(f"no captions {str(file.absolute())!r}: there is no such file")
-    items = [ImageItem(name, folder / name, caption=text) for name, text in from_metadata(file, folder, text_key)]
-    if not items:
-        raise UserError(f"{file}: holds no captions")
-    return items
+        raise UserError(f"no captions {str(file.absolute())!r}: no such file")
+    entries = from_metadata(file, folder=folder, text_key=text_key)
+    if not entries:
+        raise UserError(f"{file}: has no captions")
+    return [ImageItem(entry.name, folder / entry.name, caption=entry.caption) for entry in entries]
 
 
 class FolderData(Dataset):
-    """Images below a folder. An item is `{"image": float32 (h, w, 3) in [-1, 1], "txt": caption}`.
+    """Images in a folder. An item is `{"image": float32 (h, w, 3) in [-1, 1], "txt": caption}`.
 
     Args:
         root_dir: the folder.
         caption_file: captions by file name, relative to `root_dir`; see `from_metadata`. Only these images are read.
         image_transforms: transforms of the PIL image, each by `target` and `params`.
-        ext: the extension of the images, or a list of them; only without a `caption_file`.
+        ext: extension of the images, or a list of them; only without a `caption_file`.
         default_caption: caption of images without one.
-        postprocess: `target` and `params` of what takes and gives an item.
+        postprocess: `target` and `params` of a function from item to item.
         return_paths: add the item's `path`.
     """
 
@@ -65,7 +66,7 @@ class FolderData(Dataset):
             items = _listed(Path(caption_file).expanduser(), self.root_dir)
         else:
             items = _with_extensions(self.root_dir, ext)
-        self.items = [ImageItem(i.name, i.path, i.span, i.caption or default_caption, i.error) for i in items]
+        self.items = [replace(item, caption=item.caption or default_caption) for item in items]
         self.sample_keys = [item.name for item in self.items]
         self.transform = build_transform(image_transforms)
         self.postprocess: Callable[[dict], dict] | None = _built(postprocess)
@@ -82,13 +83,13 @@ class FolderData(Dataset):
         return self.postprocess(sample) if self.postprocess else sample
 
     def load(self, item: ImageItem) -> Tensor:
-        """The image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
+        """Return the image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
         with naming(item.name):
-            return as_model_input(self.transform(read_image(item)))
+            return as_model_input(read_image(item, self.transform))
 
 
 def as_model_input(image: Image.Image | Tensor) -> Tensor:
-    """What transforms gave, as float32 (h, w, 3): PIL images and tensors (3, h, w) in [0, 1] go to [-1, 1]."""
+    """Convert the result of transforms, a PIL image or tensor (3, h, w) in [0, 1], to float32 (h, w, 3) in [-1, 1]."""
     if isinstance(image, Tensor):
         return (image.permute(1, 2, 0) * 2 - 1).contiguous()
     return to_minus_one_one(image.convert("RGB"))
@@ -107,10 +108,10 @@ def _built(described: Any) -> Any:
 
 
 class IdRetreivalDataset(FolderData):
-    """`FolderData` whose items also have `match`: another image, of those that `ret_file` lists for this one.
+    """`FolderData` whose items also have `match`, another image from the list in `ret_file`.
 
     Args:
-        ret_file: JSON of lists of file names by file name, relative to `root_dir`.
+        ret_file: JSON file with lists of file names by file name, relative to `root_dir`.
     """
 
     def __init__(self, ret_file: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -132,12 +133,12 @@ class IdRetreivalDataset(FolderData):
 
 
 class TextOnly(Dataset):
-    """Captions with a black image. An item is `{image_key: float32 (s, s, 3), all -1, caption_key: str}`.
+    """Dataset of captions with a black image. An item is `{image_key: float32 (s, s, 3), all -1, caption_key: str}`.
 
     Args:
-        captions: a list, or the path of a text file with one per line.
-        output_size: pixels of a side.
-        n_gpus: how often each caption comes in a row, so that every one of so many processes gets it.
+        captions: list, or path of a text file with one caption per line.
+        output_size: side in pixels.
+        n_gpus: number of consecutive repeats of each caption, one for each process.
     """
 
     def __init__(
@@ -164,13 +165,13 @@ class TextOnly(Dataset):
 
 
 class hf_dataset(Dataset):
-    """Images and captions of a local folder, laid out as the hub's `imagefolder`: images with a metadata file.
+    """Dataset of images and captions in a local folder, in the layout `imagefolder` of the hub.
 
-    Captions are the column `text_column` of the metadata file, or stand in `name.txt` beside each image. The default
-    column may have another common name. A subfolder named as `split` takes precedence over the folder itself.
+    Captions are in the column `text_column` of the metadata file, or in `name.txt` beside each image. The default
+    column may have a synonym. A subfolder `split` takes precedence over the folder.
 
     Raises:
-        UserError: `name` is no folder here: nothing is downloaded.
+        UserError: `name` is not a local folder. Nothing is downloaded.
     """
 
     def __init__(
@@ -205,5 +206,5 @@ class hf_dataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
         with naming(item.name):
-            image = as_model_input(self.transform(read_image(item)))
+            image = as_model_input(read_image(item, self.transform))
         return {self.image_key: image, self.caption_key: item.caption or ""}

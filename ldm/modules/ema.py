@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
-from ldm.util import UserError
+from ldm.modules.diffusionmodules.layers import KeepsTypes, StaysOnHost
+from ldm.util import check_number
 
 
 def shadow_name(parameter_path: str) -> str:
@@ -35,8 +35,7 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
         paths: Iterable[str] | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= decay <= 1.0:
-            raise UserError(f"EMA decay {decay} must lie between 0 and 1")
+        check_number("EMA decay", decay, least=0, most=1, whole=False)
         self.stays_on_host = any(isinstance(part, StaysOnHost) for part in model.modules())
         if paths is None:
             paths = (path for path, parameter in model.named_parameters() if parameter.requires_grad)

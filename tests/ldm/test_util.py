@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.translations import INSTEAD_OF_KEY
+from ldm.moved_targets import HINTS_FOR_KEYS
 from ldm.util import UserError, check_number, check_params, escaped, get_obj_from_str, instantiate_from_config, takes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +200,7 @@ def test_check_number_takes_what_is_in_the_range() -> None:
         ("with_prior_preservation", "prior_images.yaml"),
     ],
 )
-def test_instead_of_key_names_the_key_and_what_to_use(key: str, said: str) -> None:
+def test_hint_for_key_names_the_key_and_what_to_use(key: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"unknown key '{key}' in params of .*LatentDiffusion; .*{said}"):
         instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {key: 1}})
 
@@ -216,24 +216,24 @@ def test_instead_of_key_names_the_key_and_what_to_use(key: str, said: str) -> No
         ("u_cond_percent", "ucg_training"),
     ],
 )
-def test_keys_of_forks_are_left_out_with_one_line(key: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_forks_are_ignored_with_one_line(key: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     described = {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {"unet_config": {}, key: {"target": "no.such"}}}
     with pytest.raises(UserError, match="expected a mapping with the key 'target'"):  # of the empty unet_config
         instantiate_from_config(described)
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert re.fullmatch(rf".*DDPM: {key} is left out, since nothing here reads it; .*{said}.*", line)
+    assert re.fullmatch(rf".*DDPM: {key} is ignored, because nothing here uses it; .*{said}.*", line)
 
 
-def test_instead_of_key_names_what_exists() -> None:
-    """Keys of models that the advice names are arguments, and the overlays are shipped."""
+def test_hint_for_key_names_what_exists() -> None:
+    """Keys of models that the hints name are arguments, and the overlays are shipped."""
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-    advice = " ".join(INSTEAD_OF_KEY.values())
-    overlays = set(re.findall(r"\w+\.yaml", advice))
+    hints = " ".join(HINTS_FOR_KEYS.values())
+    overlays = set(re.findall(r"\w+\.yaml", hints))
     assert overlays and all((ROOT / "configs/latent-diffusion" / name).is_file() for name in overlays)
     for key in ("unet_trainable", "cond_stage_trainable", "prior_loss_weight", "ucg_training"):
-        assert key in advice and takes(LatentDiffusion, key)
-    assert not any(takes(LatentDiffusion, key) for key in INSTEAD_OF_KEY)
+        assert key in hints and takes(LatentDiffusion, key)
+    assert not any(takes(LatentDiffusion, key) for key in HINTS_FOR_KEYS)
 
 
 class Loads:
@@ -249,7 +249,9 @@ def test_ckpt_path_beside_target_is_one_in_params(tmp_path: Path, params: dict) 
     assert built.ckpt_path == params.get("ckpt_path", path)
 
 
-@pytest.mark.parametrize(("target", "said"), [("Loads", "there is no such file"), ("Strict", "this class loads none")])
+@pytest.mark.parametrize(
+    ("target", "said"), [("Loads", "the file does not exist"), ("Strict", "this class takes no ckpt_path")]
+)
 def test_ckpt_path_beside_target_that_is_not_loaded(target: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     built = instantiate_from_config({"target": f"{__name__}.{target}", "ckpt_path": "missing.ckpt"})
     assert getattr(built, "ckpt_path", None) is None

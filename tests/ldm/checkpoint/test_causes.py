@@ -6,6 +6,7 @@ import torch
 from ldm.checkpoint.causes import NO_UNET, likely_cause, other_kind
 
 RELEASE = ("model.diffusion_model.out.0.weight", "first_stage_model.encoder.x", "cond_stage_model.x")
+XL = (*RELEASE[:2], "model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.0.x")
 VAE = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 DIFFUSERS = ("encoder.down_blocks.0.x", "decoder.up_blocks.0.x")
 
@@ -25,6 +26,10 @@ CASES = [
         ((*RELEASE, f"model.diffusion_model.out.0.{name}"), RELEASE, "weights are quantised")
         for name in ("scale_weight", "weight_scale", "weight.absmax", "weight.quant_map", "scaled_fp8", "qweight")
     ),
+    (XL, RELEASE, "layout of SDXL"),
+    (XL, RELEASE[:2], "layout of SDXL"),
+    (XL, XL[:3], "default"),  # a training without text encoders, such as of another SDXL
+    (XL[:3], XL, "no text encoder"),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ldm.data.augment import BatchAugmentation
 from ldm.data.config_module import DataModuleFromConfig
-from ldm.shards.sample import DRAW
+from ldm.shards.sample import STREAM
 from ldm.util import UserError
 
 ALL = {
@@ -52,8 +52,8 @@ def test_batch_augmentation_with_neutral_values_changes_nothing(images):
 @pytest.mark.parametrize(
     ("operations", "message"),
     [
-        ({"colour_jitter": {}}, "augment.colour_jitter: unknown; did you mean 'color_jitter'"),
-        ({"affine": {"degree": 3}}, "augment.affine.degree: unknown; did you mean 'degrees'"),
+        ({"colour_jitter": {}}, "unknown key 'colour_jitter' in data.params.augment; did you mean 'color_jitter'"),
+        ({"affine": {"degree": 3}}, "unknown key 'degree' in data.params.augment.affine; did you mean 'degrees'"),
         ({"color_jitter": {"brightness": -1}}, "augment.color_jitter {'brightness': -1}: "),
         ({"random_resized_crop": {"scale": "all"}}, "augment.random_resized_crop {'scale': 'all'}: "),
     ],
@@ -81,7 +81,7 @@ class _Trainer:
 def test_data_module_augments_training_batches_alone(images, training):
     module = DataModuleFromConfig(3, num_workers=0, augment=ALL)
     module.trainer = _Trainer(training)
-    batch = {"image": images, DRAW: NAMES, "caption": ["a", "b", "c"]}
+    batch = {"image": images, STREAM: NAMES, "caption": ["a", "b", "c"]}
     given = module.on_after_batch_transfer(batch, 0)
     assert torch.equal(given["image"], images) is not training
     assert given["caption"] == batch["caption"]
@@ -91,4 +91,4 @@ def test_data_module_names_the_entry_that_augment_lacks(images):
     module = DataModuleFromConfig(3, num_workers=0, augment=ALL, image_key="jpg")
     module.trainer = _Trainer(True)
     with pytest.raises(UserError, match="no entry 'jpg'; set image_key"):
-        module.on_after_batch_transfer({"image": images, DRAW: NAMES}, 0)
+        module.on_after_batch_transfer({"image": images, STREAM: NAMES}, 0)

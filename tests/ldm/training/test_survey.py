@@ -1,16 +1,16 @@
-"""Which configs work here: what is said of models and data that do, and of those that do not."""
+"""Tests of the check of configs from other projects."""
 
 from pathlib import Path
 
 import pytest
 
-from ldm.training.survey import Checked, check_config, find_configs, table, without_weights
+from ldm.training.survey import Checked, check_config, find_configs, format_table, without_weights
 from ldm.util import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 PUBLIC = sorted((ROOT / "tests/public_configs").glob("*.yaml"))
 REFUSED = "another_project.yaml"
-LEFT_OUT = {"embedding_reg_weight", "unfreeze_model", "model_lr", "personalization_config"}
+UNUSED = {"embedding_reg_weight", "unfreeze_model", "model_lr", "personalization_config"}
 DECODER = "{target: ldm.models.autoencoder.IdentityFirstStage}"
 
 
@@ -29,8 +29,8 @@ def test_check_config_takes_public_configs(path):
         assert row.missing[1].startswith("ldm.data.personalized.PersonalizedBase: train on a folder")
     else:
         assert {row.model, row.data} in ({"builds", "resolves"}, {"builds", "-"}, {"resolves", "-"})
-        left_out = {line.partition(") is left out: ")[0].rpartition("(")[2] for line in row.missing}
-        assert left_out == (LEFT_OUT if path.name == "word_inversion.yaml" else set())
+        unused = {line.partition(") is ignored: ")[0].rpartition("(")[2] for line in row.missing}
+        assert unused == (UNUSED if path.name == "word_inversion.yaml" else set())
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_check_config_takes_public_configs(path):
             f"model: {{target: ldm.models.diffusion.ddpm.DDPM, params: {{unet_config: {DECODER}, "
             "personalization_config: {target: not.there}, unfreeze_model: true}}",
             "builds", "-",
-            ["DDPM(personalization_config) is left out: a word is", "DDPM(unfreeze_model) is left out: the UNet"],
+            ["DDPM(personalization_config) is ignored: a word is", "DDPM(unfreeze_model) is ignored: the UNet"],
         ),
         (
             "model: {target: ldm.modules.encoders.modules.FrozenCLIPEmbedder, params: {max_chunks: 3}}",
@@ -110,6 +110,6 @@ def test_find_configs(tmp_path):
 
 def test_table_counts_and_escapes():
     rows = [Checked("a", "builds", "fails", ["x | y", "z"]), Checked("b", "fails", "resolves"), Checked("c")]
-    lines = table(rows).splitlines()
+    lines = format_table(rows).splitlines()
     assert lines[0] == "3 configs. Models: 1 build, 1 fail. Data: 1 resolve, 1 fail."
     assert lines[4:] == ["| a | builds | fails | x \\| y; z |", "| b | fails | resolves | - |", "| c | - | - | - |"]
