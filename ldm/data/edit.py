@@ -94,8 +94,9 @@ class EditDataset(Dataset):
     def _load(self, name: str, side: int) -> Tensor:
         """Return the image `name`, scaled to a square, float32 (3, side, side) in [-1, 1]."""
         with naming(name):
-            image = read_image(ImageItem(name, self.path / name, caption=""))
-        return to_minus_one_one(resize(image, side, side, "lanczos")).permute(2, 0, 1)
+            item = ImageItem(name, self.path / name, caption="")
+            image = read_image(item, lambda image: resize(image, side, side, "lanczos"))
+        return to_minus_one_one(image).permute(2, 0, 1)
 
 
 def _read_json(file: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,7 +93,7 @@ class FolderData(Dataset):
                 raise UserError(f"{caption_file}: has no captions")
         else:
             items = _with_extensions(self.root_dir, ext)
-        self.items = [ImageItem(i.name, i.path, i.span, i.caption or default_caption, i.error) for i in items]
+        self.items = [replace(item, caption=item.caption or default_caption) for item in items]
         self.sample_keys = [item.name for item in self.items]
         self.transform = build_transform(image_transforms)
         self.postprocess: Callable[[dict], dict] | None = _built(postprocess)
@@ -111,7 +112,7 @@ class FolderData(Dataset):
     def load(self, item: ImageItem) -> Tensor:
         """Return the image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
         with naming(item.name):
-            return as_model_input(self.transform(read_image(item)))
+            return as_model_input(read_image(item, self.transform))
 
 
 def as_model_input(image: Image.Image | Tensor) -> Tensor:
@@ -233,5 +234,5 @@ class hf_dataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
         with naming(item.name):
-            image = as_model_input(self.transform(read_image(item)))
+            image = as_model_input(read_image(item, self.transform))
         return {self.image_key: image, self.caption_key: item.caption or ""}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.listed import ListedImages, read_image, to_minus_one_one
@@ -57,19 +58,22 @@ class PairedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = read_image(self.images.items[index])
-        side = max(1, int(min(image.size) * random_between(*self.crop_shares)))
-        room = (image.height - side, image.width - side)
-        top, left = (random_below(free + 1) if self.random_crop else free // 2 for free in room)
-        square = resize(
-            crop(image, top, left, side, side), self.size, self.size, "box" if side > self.size else "bicubic"
-        )
+        square = read_image(self.images.items[index], self._square)
         low = self.degrade(np.array(square))
         return {
             "image": to_minus_one_one(square),
             "LR_image": to_minus_one_one(low),
             **self.images.labels_of(index),
         }
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        """Return a square of `image`, scaled."""
+        side = max(1, int(min(image.size) * random_between(*self.crop_shares)))
+        room = (image.height - side, image.width - side)
+        top, left = (random_below(free + 1) if self.random_crop else free // 2 for free in room)
+        return resize(
+            crop(image, top, left, side, side), self.size, self.size, "box" if side > self.size else "bicubic"
+        )
 
 
 def _named(name: str | None, factor: int) -> Any:
