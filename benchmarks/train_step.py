@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def memory(figures: list[dict[str, float]]) -> str:
-    """Format peak memory: of tensors and by the driver on CUDA, of the process elsewhere."""
+    """Format peak memory: on CUDA, of tensors and as reported by the driver; otherwise, of the process."""
     own, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
     return f"peak {own:6.2f} GiB" + (f", reported by the driver {driver:6.2f} GiB" if driver else "")
 

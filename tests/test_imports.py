@@ -36,9 +36,10 @@ ROOMS = (
     "ldm.modules",
     "ldm.host_copy",
     "ldm.files",
+    "ldm.identity",
     "ldm.locks",
     "ldm.util",
-    "ldm.translations",
+    "ldm.moved_targets",
 )
 # Libraries that a room does without.
 FORBIDDEN = {

@@ -65,7 +65,7 @@ def test_a_killed_data_worker_ends_the_run_between_steps_and_loses_nothing(
     process.join()
     assert process.exitcode == 1
     assert re.fullmatch(
-        r"error: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: was it killed .*", run.last_line()
+        r"error: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: probably killed .*", run.last_line()
     )
     assert run.lost_steps() == 0 and run.saved_steps() >= 8
     run.finish()

@@ -28,7 +28,7 @@ def test_a_stop_signal_loses_nothing(train, tmp_path, caplog, signum, code, opti
     train(f"-l straight --max_steps 6 {options}")
     assert train(f"-l resumed --max_steps 6 {options} {sending(2, signum)}") == code
     resumed = the_run(tmp_path / "resumed")
-    go_on = next(line for line in caplog.messages if "go on with" in line)  # the class that sends it needs trust there
+    go_on = next(line for line in caplog.messages if "continue with" in line)  # its sender needs trust there
     assert go_on.endswith(f"python main.py --resume {resumed.relative_to(tmp_path)} -t --trust-config")
     assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == 2
     assert train(f"--resume {resumed} {sending(0, signum)}") == 0

@@ -31,7 +31,7 @@ def test_a_public_config_trains_without_changes(in_folder, monkeypatch, caplog):
     assert (run / "checkpoints/last.ckpt").is_file()
     assert sorted((run / "images/val").glob("*.png"))  # log_all_val
     said = [record.getMessage() for record in caplog.records]
-    assert sum("ignored, being none of model, data, lightning: sampling" in line for line in said) == 1
+    assert sum("sections ignored: sampling; known sections: model, data, lightning" in line for line in said) == 1
     assert sum("metrics_over_trainsteps_checkpoint" in line for line in said) == 1
 
 

@@ -76,7 +76,7 @@ def check_arguments(options: argparse.Namespace) -> None:
 def main() -> None:
     options = parse_arguments()
     check_arguments(options)
-    with locked(options.out / LOCK, f"--out {options.out}"):  # two at once would mix their files
+    with locked(options.out / LOCK, f"--out {options.out}"):  # two processes would mix their files
         evaluate(options)
 
 

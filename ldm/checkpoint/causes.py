@@ -1,4 +1,4 @@
-"""Likely causes of weights that do not fit a model, in words for the end of a message."""
+"""Likely causes of a mismatch of weights and model, for the end of messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_TEXT = "the file holds no text encoder: give a whole release, or a config wh
 
 
 def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], default: str) -> str:
-    """Return why `weights` do not fit the model with the state dict `own`, as far as the keys tell; else `default`."""
+    """Return the likely cause for a mismatch of `weights` with the model of state dict `own`, or `default`."""
     for found in (_file_kind(weights, own), _other_family(weights, own), _other_unet(weights, own)):
         if found:
             return found
@@ -36,7 +36,7 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
 
 
 def diffusers_layout(keys: Iterable[str]) -> bool:
-    """Return whether `keys` have diffusers' names of blocks."""
+    """Return True if `keys` have block names of diffusers."""
     return any(re.search(r"(?:^|\.)(?:down|up)_blocks\.\d|(?:^|\.)mid_block\.", key) for key in keys)
 
 
@@ -47,7 +47,7 @@ def _file_kind(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
 
 
 def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """Return what a file without a UNet holds instead of a release, if its keys tell."""
+    """Return the kind of a file without a UNet, by its keys, or None if unknown."""
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None
     if any("lora_" in key for key in weights):

@@ -1,4 +1,4 @@
-"""The data module of pre-encoded shards."""
+"""Data module of pre-encoded shards."""
 
 from __future__ import annotations
 
@@ -36,16 +36,21 @@ logger = logging.getLogger(__name__)
 
 
 class WebDataNpyModuleFromConfig(BaseDataModule):
-    """Pre-encoded WebDataset shards: latents or posteriors and text embeddings as `.npy` members of tars.
+    """Data module of pre-encoded WebDataset shards, whose tars have latents or posteriors and text embeddings.
 
-    Batches hold `first_stage_key` `(B, channels, h, w)`, `cond_stage_key` `(B, 77, 768)` as stored (float16), what else
-    the model is conditioned on, and the captions `txt` and names `__key__` as lists of strings. Sets whose images
-    differ in size are batched by size. Of several masks per sample, a batch holds one.
+    A batch has these entries, with the stored dtype (float16), and the further conditioning of the model:
 
-    Captions and images before an edit are dropped by the model's `dropout`, in place of `null_cond_dropout`.
+        first_stage_key   latents or posteriors (B, channels, h, w)
+        cond_stage_key    text embeddings, such as (B, 77, 768)
+        txt, __key__      captions and names of the samples, lists of strings
 
-    With `prior_urls`, a training batch has samples of that set behind its own, and the entries of `WithPrior`; those of
-    a teacher if the model's `prior_target` asks for one.
+    All images of a batch have the same size. Each sample has at most one mask.
+
+    For a model of edits, the model's `dropout` replaces `null_cond_dropout`. It drops captions and images before the
+    edit.
+
+    With `prior_urls`, a training batch also has samples of this set after its own, and the entries of `WithPrior`. It
+    has predictions of a teacher if the model's `prior_target` needs them.
     """
 
     def __init__(
@@ -55,19 +60,19 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         val_urls: str | list[str] | None = None,
         test_urls: str | list[str] | None = None,
         num_workers: int = 0,
-        null_cond_dropout: float = 0.0,  # share of the training captions replaced by the empty one
-        null_cond_path: str | None = None,  # its encoding; by default null.<cond_stage_key>.npy beside the shards
-        full_mask_share: float = 0.25,  # share of the samples with masks whose whole image is masked
-        first_stage_key: str | None = None,  # by default the model's, which is f8 in the recipe
-        cond_stage_key: str | None = None,  # by default the model's, which is t5 in the recipe
+        null_cond_dropout: float = 0.0,  # share of training captions that the empty caption replaces
+        null_cond_path: str | None = None,  # its encoding; default: null.<cond_stage_key>.npy beside the shards
+        full_mask_share: float = 0.25,  # share of samples with masks that are completely masked
+        first_stage_key: str | None = None,  # default: that of the model, f8 in the recipe
+        cond_stage_key: str | None = None,  # default: that of the model, t5 in the recipe
         shuffle: bool = True,
-        shuffle_buffer: int = 1000,  # samples; for streams only, everything else is shuffled as a whole
-        seed: int | None = None,  # by default the run's
+        shuffle_buffer: int = 1000,  # samples; for streams only, since local sets are shuffled completely
+        seed: int | None = None,  # default: the seed of the run
         drop_last: bool = False,
-        prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
-        prior_ratio: float = 1.0,  # prior samples for each training sample of batch_size; they come on top of it
-        extra_keys: list[str] | None = None,  # members to read besides those that the model is conditioned on
-        verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
+        prior_urls: str | list[str] | None = None,  # shards of the prior
+        prior_ratio: float = 1.0,  # prior samples per training sample, in addition to batch_size
+        extra_keys: list[str] | None = None,  # further members, in addition to the model's conditioning
+        verify_shards: bool = True,  # compare the checksums of new shards with their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
         check_number("data.params.null_cond_dropout", null_cond_dropout, least=0, most=1, whole=False)
@@ -87,7 +92,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         self.datasets: dict[str, ShardDataset | ShardStream] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Index the shards of `stage`, say what they hold, and check it against the model."""
+        """Index the shards of `stage`, log their content, and check it against the model."""
         splits = {
             "fit": ["training", "prior", "validation"],
             "validate": ["validation"],
@@ -122,13 +127,13 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or CONTEXT
 
     def _extra_keys(self) -> tuple[str, ...]:
-        """The members to read besides `_keys`."""
+        """Return the further members to read, in addition to `_keys`."""
         conditioning = getattr(self._model(), "conditioning_entries", ())
         return tuple(dict.fromkeys([*conditioning, *self.extra_keys]))
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
-        if split != "prior" and any(map(is_stream, urls)):  # a prior is read in any order
+        if split != "prior" and any(map(is_stream, urls)):  # a prior needs random access
             return self._open_stream(split, urls)
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
         extra = (*self._extra_keys(), *(TEACHER_KEYS if split == "prior" and self._has_teacher() else ()))
@@ -139,7 +144,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
     def _open_stream(self, split: str, urls: list[str]) -> ShardStream:
         dataset = ShardStream(urls, *self._keys(), extra=self._extra_keys(), **self._rank())
-        # The first sample tells the shapes, and what is wrong before the training starts.
+        # Read the first sample for its shapes, and to find errors before training starts.
         if next(iter(dataset), None) is None:
             raise UserError(f"no samples in {dataset.urls[0]}")
         logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
@@ -148,7 +153,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def _change(
         self, dataset: ShardDataset | ShardStream, training: bool, dropout: CaptionDropout | None
     ) -> Change | None:
-        """What is made of the samples of `dataset`: the choice of a mask, then `dropout`; None for nothing."""
+        """Return the change of the samples of `dataset`: the choice of a mask, then `dropout`. None for no change."""
         masks = self._mask_choice(dataset, training) if set(NUMBERED) <= set(dataset.keys) else None
         changes = [change for change in (masks, dropout) if change is not None]
         return InTurn(changes) if changes else None
@@ -184,11 +189,11 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         for name, null in nulls.items():
             if null.shape not in dataset.shapes[name]:
                 first = next(iter(dataset.shapes[name]))
-                raise UserError(f"{paths[name]}: shape {null.shape}, but the shards' {name} is {first}")
+                raise UserError(f"{paths[name]}: shape {null.shape}, but {name} in the shards has {first}")
         return kind(nulls, share, self.seed)
 
     def _null_folder(self, dataset: ShardDataset | ShardStream, setting: str) -> Path:
-        """The folder of what stands for nothing: that of `null_cond_path`, or that of the shards."""
+        """Return the folder of the files `null.*.npy`: that of `null_cond_path`, or of the shards."""
         if self.null_cond_path is not None:
             return Path(self.null_cond_path).parent
         if isinstance(dataset, ShardStream):
@@ -201,7 +206,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             return
         first, _ = self._keys()
         for latent in dataset.shapes[first]:
-            # Maps have the height and width of the latent, all else has one shape.
+            # Maps have the height and width of the latent. Other members have one shape.
             shapes = {
                 key: next((shape for shape in found if shape[1:] == latent[1:]), next(iter(found)))
                 for key, found in dataset.shapes.items()
@@ -221,13 +226,13 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             dataset.seed, dataset.change = self.seed, change
             dataset.shuffle_buffer = self.shuffle_buffer if shuffle else 0
             if self.trainer is not None:
-                dataset.set_epoch(self.trainer.current_epoch)  # the first batch is fetched before Lightning says so
+                dataset.set_epoch(self.trainer.current_epoch)  # Lightning sets the epoch after the first batch
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
         sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, shuffle=shuffle, drop_last=drop_last)
         items = EpochItems(dataset, change, self.run_seed if training else None)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
-            # A teacher's prediction is that under the sample's caption.
+            # A teacher's prediction belongs to the sample's caption, which must not be dropped.
             change = self._change(prior, training, None if TIMESTEPS in prior.keys else dropout)
             items = WithPrior(items, prior, change, getattr(self._model(), "num_timesteps", None))
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
@@ -236,7 +241,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
     def train_dataloader(self) -> SampleLoader:
         if "training" not in self.datasets:
-            raise UserError("data.params.training_urls is missing: name the shards to train on")
+            raise UserError("data.params.training_urls is missing: give the training shards")
         return self._loader("training", self._shuffle_training(self.shuffle), self.drop_last)
 
     def val_dataloader(self) -> SampleLoader | list[SampleLoader]:
@@ -247,13 +252,13 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
 
 def _of_family(dataset: ShardDataset | ShardStream) -> str:
-    """The end of a message about a set whose index tells the family of models that it is for."""
+    """Return the end of a message that names the model family of a set, if its index has it."""
     index = read_index(dataset.paths[0].parent) if isinstance(dataset, ShardDataset) else None
     return f"; the set is for {family_name(index)}" if (index or {}).get(FAMILY) else ""
 
 
 def _describe(dataset: ShardDataset | ShardStream) -> str:
-    """`", f8 8x64x64 float16, t5 77x768 float16"`."""
+    """Return the shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`."""
     parts = []
     for key, shapes in dataset.shapes.items():
         parts += [f", {key} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items()]

@@ -1,4 +1,4 @@
-"""Dropping of conditioning for classifier-free guidance (arXiv:2207.12598): at times, the empty caption is taught."""
+"""Dropout of conditioning for classifier-free guidance (arXiv:2207.12598)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
 from ldm.shards.sample import CAPTION, EDIT, STREAM
 from ldm.util import UserError
 
-# Takes a sample, the epoch, and the sample's number or name; returns the sample as training sees it then.
+# Function from a sample, the epoch, and the sample's number or name to the changed sample.
 Change = Callable[[dict[str, Any], int, int | str], dict[str, Any]]
 
 
@@ -25,8 +25,8 @@ def load_null(path: Path) -> np.ndarray:
     """Return the stored encoding of the empty caption.
 
     Raises:
-        UserError: the file is missing, broken, not finite, or all zeros, which no text encoder gives; except where the
-            index beside it says that zeros stand for the empty caption.
+        UserError: the file is missing or damaged, or its values are not finite, or all zero. Zeros are valid if the
+            index declares them for the empty caption.
     """
     null = read_array(
         path,
@@ -39,22 +39,22 @@ def load_null(path: Path) -> np.ndarray:
 
 
 def read_array(path: Path, needed: str) -> np.ndarray:
-    """Return the array in a file beside the shards; `needed` says who needs it, what it is, and how it is made.
+    """Return the array in a file beside the shards. `needed` explains it in the message for a missing file.
 
     Raises:
-        UserError: the file is missing, broken, or not finite.
+        UserError: the file is missing or damaged, or its values are not finite.
     """
     check_file(path)
     if not path.exists():
         raise UserError(f"{path}: not found, and {needed}")
     array = npy.decode(bytearray(read_at_most(path, MOST_IN_MEMBER)), str(path))
     if not np.isfinite(array).all():
-        raise UserError(f"{path}: holds NaN or infinite values; put back what was written there")
+        raise UserError(f"{path}: has NaN or infinite values; restore the file")
     return array
 
 
 class CaptionDropout:
-    """Puts `nulls` in place of a sample's encodings with a probability, by chance that (seed, epoch, sample) decide."""
+    """Random replacement of a sample's encodings by `nulls`, seeded by (seed, epoch, sample)."""
 
     def __init__(self, nulls: Mapping[str, np.ndarray | str], probability: float, seed: int) -> None:
         self.nulls = nulls
@@ -69,23 +69,23 @@ class CaptionDropout:
 
 
 class EditDropout(CaptionDropout):
-    """Puts `nulls` in place of a sample's encodings, zeros in place of its image before the edit, or both.
+    """Random replacement of a sample's encodings by `nulls`, of its image before the edit by zeros, or of both.
 
-    Each of the three comes with the same probability (arXiv:2211.09800, section 3.2.1).
+    The three cases have equal probabilities (arXiv:2211.09800, section 3.2.1).
     """
 
     def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
-        drawn, share = random.Random(f"{self.seed}/{epoch}/{number}").random(), self.probability
-        if drawn < 2 * share:
+        r, share = random.Random(f"{self.seed}/{epoch}/{number}").random(), self.probability
+        if r < 2 * share:
             sample |= self.nulls
             sample[CAPTION] = ""
-        if share <= drawn < 3 * share:
+        if share <= r < 3 * share:
             sample[EDIT] = np.zeros_like(sample[EDIT])
         return sample
 
 
 class InTurn:
-    """Several changes, one after the other."""
+    """Sequence of changes."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.changes = list(changes)
@@ -97,9 +97,9 @@ class InTurn:
 
 
 class EpochItems(Dataset):
-    """A map-style dataset asked for `(epoch, number)`, whose samples are as `change` makes them in that epoch.
+    """Map-style dataset with the index (epoch, number), which applies `change` to its samples.
 
-    With `seed`, each sample has the entry `STREAM`, which names the random numbers that the training draws for it.
+    With `seed`, each sample has the entry `STREAM`, the name of its random stream.
     """
 
     def __init__(self, dataset: Dataset, change: Change | None = None, seed: int | None = None) -> None:

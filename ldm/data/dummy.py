@@ -1,4 +1,4 @@
-"""Random images and captions, to try a model without data."""
+"""Random images and captions, for tests of a model without data."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ldm.util import UserError
+from ldm.util import check_number
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
 class DummyData(Dataset):
-    """Noise and letters: an item is `{"jpg": float32 of `size`, "txt": 20 random letters}`.
+    """Dataset of noise. An item is `{"jpg": float32 of `size`, "txt": 20 random letters}`.
 
     Args:
-        length: how many.
+        length: number of items.
         size: shape of an image, such as [256, 256, 3].
     """
 
     def __init__(self, length: int, size: Sequence[int]) -> None:
-        if type(length) is not int or length < 1:
-            raise UserError(f"length {length!r}: give at least 1")
+        check_number("length", length, least=1)
         self.length = length
         self.size = tuple(size)
 

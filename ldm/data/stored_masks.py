@@ -1,6 +1,6 @@
 """Choice among the stored masks of a sample, for inpainting.
 
-A masked image goes through the autoencoder when the shards are made, so training chooses among a few masks per sample.
+Pre-encoding stores a few masks per sample and the encoded masked images. Training chooses one of them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ldm.shards.sample import MASK, MASKED_IMAGE, NUMBERED, blank_key, null_path
 from ldm.util import UserError
 
 _NEEDED = (
-    "full_mask_share needs it: the masked image of which nothing is seen; tools/preencode.py writes it beside the "
-    "shards, data.params.full_mask_share=0 does without"
+    "full_mask_share needs it: the encoding of a completely masked image; tools/preencode.py writes it beside the "
+    "shards, and data.params.full_mask_share=0 does not need it"
 )
 
 
 class MaskChoice:
-    """Keeps one of a sample's masks with its masked image, chosen by (seed, epoch, sample).
+    """Choice of one of a sample's masks and its masked image, seeded by (seed, epoch, sample).
 
     Args:
-        count: masks of a sample.
-        blanks: by height and width of a latent, `MASKED_IMAGE` where all of the image is masked.
-        full: probability of that.
-        seed: None keeps the first mask always, as for validation.
+        count: number of masks per sample.
+        blanks: completely masked `MASKED_IMAGE` by height and width of the latent.
+        full: probability of a completely masked image.
+        seed: None always chooses the first mask, for validation.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class MaskChoice:
 
 
 def load_blanks(folder: Path, shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:
-    """Return the stored masked images of which nothing is seen, by height and width, for masked images of `shapes`.
+    """Return the stored completely masked images for masked images of `shapes`, by height and width.
 
     Raises:
-        UserError: a file beside the shards in `folder` is missing, broken, or of another shape.
+        UserError: a file beside the shards in `folder` is missing or damaged, or has another shape.
     """
     blanks = {}
     for shape in shapes:
         path = null_path(folder, blank_key(*shape[1:]))
         blank = read_array(path, _NEEDED)
         if blank.shape != shape:
-            raise UserError(f"{path}: shape {blank.shape}, but the shards' {MASKED_IMAGE} is {shape}")
+            raise UserError(f"{path}: shape {blank.shape}, but {MASKED_IMAGE} in the shards has {shape}")
         blanks[shape[1:]] = blank
     return blanks

@@ -1,4 +1,4 @@
-"""Pre-encoded samples from shards that can only be read front to back (`pipe:`, URLs), opened by WebDataset."""
+"""Pre-encoded samples from streamed shards (`pipe:`, URLs), opened by WebDataset."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from ldm.util import UserError
 
 
 class ShardStream(IterableDataset):
-    """Samples as `ShardDataset` gives them. Shards are split by rank, then by worker; a buffer of samples is shuffled.
+    """Iterable dataset with the samples of `ShardDataset`. Shards are divided by rank, then by worker.
 
-    The order depends on the seed, the epoch and the number of workers. A stream has no length, and cannot be resumed
-    in the middle: an epoch that was cut short starts again. Ranks may find different numbers of batches, so on
-    several ranks set the trainer's `limit_train_batches` to what every rank has; under `--strategy fsdp`, where no rank
-    computes alone, `limit_val_batches` and `limit_test_batches` too.
+    Samples are shuffled in a buffer. Their order depends on the seed, the epoch and the number of workers. A stream has
+    no length and cannot be resumed within an epoch.
+
+    Ranks may have different numbers of batches. With several ranks, set the trainer's `limit_train_batches` to the
+    smallest number, and with `--strategy fsdp` also `limit_val_batches` and `limit_test_batches`.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class ShardStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.change = change
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
-        self.shapes: dict[str, dict[tuple[int, ...], str]] = {}  # shape -> type, as found
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
+        self.shapes: dict[str, dict[tuple[int, ...], str]] = {}  # shape → dtype, in the order of the samples
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration shuffles for."""
+        """Set the epoch, which seeds the next shuffling."""
         self._epoch.fill_(epoch)
 
     @property
@@ -78,14 +79,14 @@ class ShardStream(IterableDataset):
 
     @staticmethod
     def _read(url: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-        """URL, key and members of each sample of a shard."""
+        """Yield URL, key and members of each sample of a shard."""
         try:
             with webdataset.gopen(url) as file:
                 for key, members in stream_tar(file, url):
                     yield url, key, members
         except (UserError, GeneratorExit):
             raise
-        except Exception as error:  # a command that fails, a tar cut short: whatever WebDataset and tarfile raise
+        except Exception as error:  # failed commands and damaged tars raise various exceptions
             reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
             raise UserError(f"{url}: cannot be read: {reason}") from error
 

@@ -1,23 +1,25 @@
-"""Images, captions and metadata of local tars, as LAION's tools write them, and which of them are taken."""
+"""Dataset of images, captions and metadata in local tars of LAION's tools, with filters."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
-from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.listed import naming
+from ldm.data.listed import naming, read_image
 from ldm.data.simple import as_model_input
-from ldm.files import read_span
+from ldm.files import open_file, read_span
+from ldm.identity import Identity, check_identity, identity_of_path, with_retries
 from ldm.images.augmentations import build_transform
 from ldm.images.captions import decode_caption
-from ldm.images.decode import EXTENSIONS, decode_image
+from ldm.images.decode import EXTENSIONS
+from ldm.images.find import ImageItem
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, instantiate_from_config
 
@@ -25,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class Filter:
-    """Which samples are taken, by LAION's metadata; a sample without the number that is asked about is not.
+    """Filter of samples by LAION's metadata. A sample without a required number is excluded.
 
     Args:
-        min_size: least `original_width` and `original_height`, in pixels.
-        max_pwatermark: most `pwatermark`; 1 or more takes all.
-        p_unsafe_threshold: most `punsafe`; 1 or more takes all.
-        words: captions with any of these words are not taken.
+        min_size: minimum of `original_width` and `original_height` in pixels.
+        max_pwatermark: maximum of `pwatermark`; 1 or more for no filter.
+        p_unsafe_threshold: maximum of `punsafe`; 1 or more for no filter.
+        words: words that exclude a caption.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Filter:
 
 
 def read_words(file: str | Path | None) -> list[str]:
-    """The words of a YAML list, or of a mapping of lists; none for None."""
+    """Return the words of a YAML list or mapping of lists, or nothing for None."""
     if file is None:
         return []
     path = Path(file).expanduser()
@@ -80,14 +82,14 @@ def read_words(file: str | Path | None) -> list[str]:
 
 
 class TarImages(Dataset):
-    """Images of local tars. An item is `{image_key: (h, w, 3) in [-1, 1], "txt": caption, "__key__": str}`.
+    """Dataset of images in local tars. An item is `{image_key: (h, w, 3) in [-1, 1], "txt": caption, "__key__": str}`.
 
     Args:
         paths: the tars.
-        image_key: the extension of the images.
+        image_key: extension of the images.
         image_transforms: transforms of the PIL image, by `target` and `params`.
-        postprocess: takes and gives an item, by `target` and `params`.
-        keep: says of a sample's metadata (its `.json`) and caption whether it is taken; None takes all.
+        postprocess: `target` and `params` of a function from item to item.
+        keep: function of a sample's metadata (its `.json`) and caption that returns True to include it; None for all.
     """
 
     def __init__(
@@ -99,14 +101,16 @@ class TarImages(Dataset):
         keep: Filter | None = None,
     ) -> None:
         if image_key not in EXTENSIONS:
-            raise UserError(f"image_key {image_key!r}: give an extension of images, such as jpg or png")
+            raise UserError(f"image_key {image_key!r}: give a file extension of images, such as jpg or png")
         self.image_key = image_key
         self.samples: list[tuple[Path, TarSample]] = []
         found = 0
+        self._identities: dict[Path, Identity] = {}
         for path in paths:
+            self._identities[path] = identity_of_path(path)
             samples = [sample for sample in index_tar(path) if image_key in sample.spans]
             found += len(samples)
-            with path.open("rb") as file:
+            with self._open(path) as file:
                 self.samples += [(path, s) for s in samples if keep is None or keep(*_described(file.fileno(), s))]
         if not self.samples:
             why = f"none of {found} passes the filters" if found else f"no sample has a .{image_key}"
@@ -122,17 +126,24 @@ class TarImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, sample = self.samples[index]
         name = f"{path}: {sample.key}"
-        with path.open("rb") as file:
-            data = read_span(file.fileno(), *sample.spans[self.image_key], name)
+        with self._open(path) as file:
             _, caption = _described(file.fileno(), sample, metadata=False)
+        image = ImageItem(name, path, sample.spans[self.image_key], caption, identity=self._identities[path])
         with naming(name):
-            image = Image.fromarray(decode_image(bytes(data), name))
-            item = {self.image_key: as_model_input(self.transform(image)), "txt": caption, "__key__": sample.key}
+            pixels = as_model_input(read_image(image, self.transform))
+            item = {self.image_key: pixels, "txt": caption, "__key__": sample.key}
             return self.postprocess(item) if self.postprocess else item
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a tar, which must be the one that was indexed."""
+        with with_retries(lambda: open_file(path), path) as file:
+            check_identity(file.fileno(), path, self._identities[path])
+            yield file
 
 
 def _described(descriptor: int, sample: TarSample, metadata: bool = True) -> tuple[dict[str, Any], str]:
-    """The metadata of a sample, empty where there are none, and its caption."""
+    """Return the metadata of a sample, or an empty dict, and its caption."""
     described, caption = {}, None
     if metadata and "json" in sample.spans:
         try:

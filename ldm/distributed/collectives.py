@@ -40,16 +40,17 @@ def broadcast_text(text: str, launch: Launch) -> str:
 
 
 class FailedTogether(UserError):
-    """An error in one process, raised in each of them at the same place: what they do next they can do together."""
+    """Error of one process that all processes raise at the same place, so that they can still act together."""
 
 
 def in_all_processes(values: Iterator[T]) -> Iterator[T]:
-    """Yield `values`, which are as many in each process. Where one process fails, none goes on to a step without it.
+    """Yield `values`, and stop all processes if one of them fails to produce its next value.
 
-    Each value is agreed on. That waits for the device, for which Lightning waits at the same place.
+    All processes must have equally many values. They agree on each value, which waits for the device. Lightning waits
+    for it at the same place.
 
     Raises:
-        FailedTogether: the next value raises a `UserError` in a process, which is named.
+        FailedTogether: a process raised a `UserError` for its next value. The message names the process.
     """
     while True:
         failure, value = "", None

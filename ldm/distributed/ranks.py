@@ -36,7 +36,7 @@ class Ranks:
         Without any of these, the process is the only one.
 
         Raises:
-            UserError: a value is not a number, or two contradict each other.
+            UserError: a value is not a number, or the rank is not below the number of processes.
         """
         if "LOCAL_WORLD_SIZE" not in os.environ and is_srun_task():
             world = _number("SLURM_STEP_NUM_TASKS", 1)

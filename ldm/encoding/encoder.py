@@ -76,7 +76,7 @@ class SampleEncoder:
 
     @property
     def described(self) -> dict[str, Any]:
-        """The model's family, the digests of its encoders, and what stands for the empty caption, for an index."""
+        """Return the entries of an index for the model: family, digests of encoders, and kind of the empty caption."""
         family = family_of_model(self.model) if isinstance(self.model, LatentDiffusion) else None
         zeros = getattr(self.model.cond_stage_model, "empties_to_zeros", False)
         return {
@@ -97,15 +97,15 @@ class SampleEncoder:
 
     @torch.inference_mode()
     def images(self, batch: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Encode images, uint8 (B, 3, H, W), which are 0, the middle of [-1, 1], where `masks` (B, 1, H, W) are 1.
+        """Encode images, uint8 (B, 3, H, W). In [-1, 1], they are set to 0 where `masks` (B, 1, H, W) is 1.
 
         Returns:
             Posterior parameters (B, 2C, h, w), or latents (B, C, h, w), float16, unscaled, on the device. On a GPU the
             computation may still be running.
         """
-        pixels = to_range(self._there(batch)).to(self.dtype)
+        pixels = to_range(self._on_device(batch)).to(self.dtype)
         if masks is not None:
-            pixels = pixels.masked_fill(self._there(masks).bool(), 0.0)
+            pixels = pixels.masked_fill(self._on_device(masks).bool(), 0.0)
         encoded = self.model.first_stage_model.encode(pixels)
         values = encoded if isinstance(encoded, Tensor) else encoded.parameters
         values = values.float()
@@ -116,11 +116,11 @@ class SampleEncoder:
         return values.half()
 
     def masks(self, masks: Tensor) -> Tensor:
-        """Return masks (B, 1, H, W) at the latent's size (B, 1, h, w), float16: of each cell the upper left pixel."""
+        """Return masks (B, 1, H, W) at the latent's size (B, 1, h, w), float16: the upper left pixel of each cell."""
         step = self.model.first_stage_model.downsampling
         return masks[:, :, ::step, ::step].half()
 
-    def _there(self, batch: Tensor) -> Tensor:
+    def _on_device(self, batch: Tensor) -> Tensor:
         """Return the batch on the device."""
         if self.device.type == "cuda":
             batch = batch.pin_memory()  # makes the copy asynchronous

@@ -1,4 +1,4 @@
-"""Kinds of samples: the arrays that pre-encoding stores of an image, by the kind of model that trains on them."""
+"""Kinds of samples: the stored arrays of an image, by the kind of model that trains on them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
 from ldm.shards.sample import EDIT, LATENT, MASK, MASKED_IMAGE, blank_key, numbered
 from ldm.util import UserError, check_number, get_obj_from_str
 
-MASKS = 4  # masks per sample, by default
+MASKS = 4  # default number of masks per sample
 _STYLE = "512train"
-_PROPORTIONS = 0.02  # by which the two images of a pair may differ
+_PROPORTIONS = 0.02  # tolerance for the aspect ratios of the two images in a pair
 
 
 class ImageSamples:
-    """Samples with the posterior of an image, for models that are conditioned on its caption."""
+    """Samples with the posterior of an image, for models conditioned on its caption."""
 
     members: tuple[str, ...] = (LATENT,)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the samples depend on, besides the image, as entries of the index."""
+        """Settings of the samples, as entries of the index."""
         return {}
 
     def read(self, number: int, item: ImageItem, sizes: Sequence[Size]) -> FittedImage:
-        """Return the image number `number` of the input, fitted to the nearest of `sizes`. Workers call this.
+        """Return image `number` of the input, fitted to the nearest of `sizes`. Called in worker processes.
 
         Raises:
             UserError: the image cannot be read.
@@ -45,18 +45,18 @@ class ImageSamples:
         return read_fitted(number, item, sizes)
 
     def encode(self, encoder: SampleEncoder, images: Sequence[FittedImage], flip: bool) -> dict[str, Tensor]:
-        """Return the arrays (B, ...) of samples by member, for images of one size, or for their mirror images."""
+        """Return the arrays (B, ...) by member for images of one size, or with `flip` for their mirror images."""
         return {LATENT: encoder.images(_stacked([image.pixels for image in images], flip))}
 
     def blanks(self, encoder: SampleEncoder, sizes: Iterable[Size]) -> dict[str, np.ndarray]:
-        """Return the arrays that stand for no image, by the names of `null_path`, for samples of these `sizes`."""
+        """Return the arrays of completely masked images, by the key of `null_path`, for samples of these `sizes`."""
         return {}
 
 
 class MaskedSamples(ImageSamples):
     """Samples with `count` masks and the posteriors of the masked images, for inpainting.
 
-    Masks are boxes and strokes, sampled by the number of the image. A mirror image has masks of its own.
+    Masks are boxes and strokes, seeded by the number of the image. A mirror image has different masks.
     """
 
     members = (LATENT, MASK, MASKED_IMAGE)
@@ -107,26 +107,28 @@ class EditSamples(ImageSamples):
         difference = abs(before.height * after.width / (before.width * after.height) - 1)
         if difference > _PROPORTIONS:
             shapes = [f"{image.width}x{image.height}" for image in (before, after)]
-            raise UserError(f"{item.name}: {shapes[0]} pixels, and edited {shapes[1]}; a pair must have one shape")
+            raise UserError(
+                f"{item.name}: has {shapes[0]} pixels, but {shapes[1]} after the edit; the aspect ratios must be equal"
+            )
         return replace(after, item=item, others={EDIT: before.pixels})
 
     def encode(self, encoder: SampleEncoder, images: Sequence[FittedImage], flip: bool) -> dict[str, Tensor]:
         before = encoder.images(_stacked([image.others[EDIT] for image in images], flip))
-        mode = before[:, : encoder.model.channels]  # of a posterior, the mean
+        mode = before[:, : encoder.model.channels]  # the mean of a posterior
         return {**super().encode(encoder, images, flip), EDIT: mode}
 
 
 def samples_for(model: Any, masks: int | None = None, flip: bool = False) -> ImageSamples:
-    """Return the kind of samples that `model` trains on, with so many `masks`, where it paints into masks.
+    """Return the kind of samples for `model`. `masks` is the number per sample for an inpainting model.
 
     Raises:
-        UserError: `model` is conditioned on something that no sample holds; or `masks` for one that paints none.
+        UserError: no kind of sample has the conditioning of `model`, or `masks` is given for another kind of model.
     """
     if isinstance(model, LatentInpaintDiffusion):
         check_number("--masks", masks, least=1, optional=True)
         return MaskedSamples(masks or MASKS, flip)
     if masks is not None:
-        raise UserError(f"--masks {masks}: this model paints into no masks; leave it out")
+        raise UserError(f"--masks {masks}: this is not an inpainting model; leave it out")
     if isinstance(model, ddpm_edit.LatentDiffusion):
         return EditSamples()
     if getattr(model.model, "takes_maps", False):
@@ -138,13 +140,13 @@ def samples_for(model: Any, masks: int | None = None, flip: bool = False) -> Ima
 
 
 def takes_pairs(config: Mapping[str, Any]) -> bool:
-    """Return whether the model of `config` trains on pairs of images."""
+    """Return True if the model of `config` trains on pairs of images."""
     target = (config.get("model") or {}).get("target")
     kind = get_obj_from_str(target) if isinstance(target, str) else None
     return isinstance(kind, type) and issubclass(kind, ddpm_edit.LatentDiffusion)
 
 
 def _stacked(arrays: Sequence[np.ndarray], flip: bool = False) -> Tensor:
-    """Return the arrays as one tensor, mirrored with `flip`."""
+    """Stack arrays to one tensor, mirrored if `flip`."""
     stacked = torch.stack([torch.from_numpy(array) for array in arrays])
     return stacked.flip(-1) if flip else stacked

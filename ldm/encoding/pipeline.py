@@ -68,12 +68,11 @@ def encode_shards(
 ) -> None:
     """Encode `items`, fitted to `sizes`, into `shards`: the path of each shard and the numbers of its items.
 
-    `kind` is that of the samples.
-
     While the device encodes a batch, `workers` processes decode the next images and a thread writes the previous ones.
     Memory holds a few batches at a time.
 
     Args:
+        kind: kind of the samples.
         prepare: called in the thread before each file is opened.
         keep: called in the thread with the path and the record of each finished shard.
     """

@@ -1,8 +1,8 @@
 """Pre-encoding of images and captions into shards of posteriors and text encodings.
 
 `ldm.shards.sample` lists the members of a sample: the posterior's parameters, float16 (2C, height/8, width/8),
-unscaled; the outputs of the text encoders, such as float16 (77, 768); the caption; the origin of the image; and what
-else the kind of model is conditioned on, see `ldm.encoding.kinds`.
+unscaled; the outputs of the text encoders, such as float16 (77, 768); the caption; the origin of the image; and
+further conditioning by the kind of model, see `ldm.encoding.kinds`.
 
 A shard holds the readable images of a fixed range of the input, and depends on nothing else. Several processes can
 therefore write shards in any order, also after an interruption, with the same result. The index has the entries of
@@ -14,7 +14,7 @@ therefore write shards in any order, also after an interruption, with the same r
     failed              name and reason of each image that could not be read
     cut                 name and tokens of each caption that is longer than the text encoder's limit
     sizes               samples per image size (height x width)
-    masks               per sample, for inpainting
+    masks               number per sample, for inpainting
     f8, t5, pooled      shapes of the stored arrays
 """
 
@@ -36,7 +36,7 @@ from ldm.encoding.pipeline import encode_shards
 from ldm.encoding.set_writer import INDEXED, Job, SetWriter
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
-from ldm.shards.index import INDEX
+from ldm.shards.index import INDEX, MEMBERS
 from ldm.shards.sample import LATENT, index_shapes
 from ldm.util import UserError
 
@@ -122,7 +122,7 @@ def preencode(
     Args:
         size: side in pixels of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
         shard_size: samples per shard. An image and its mirror image share a shard.
-        masks: masks per sample, of a model that paints into masks; by default `ldm.encoding.kinds.MASKS`.
+        masks: masks per sample for an inpainting model. The default is `ldm.encoding.kinds.MASKS`.
         workers: processes that decode images.
         overwrite: replace an existing set; for a single process only.
         ranks: this process and the number of processes; by default, a single process.
@@ -132,7 +132,7 @@ def preencode(
 
     Raises:
         UserError: the folder holds another set, or an unfinished set with other settings; no image can be read; a
-            value does not fit in float16; or the model is of a kind that shards are not for.
+            value does not fit in float16; or no kind of sample matches the model.
     """
     kind = samples_for(encoder.model, masks, flip)
     sizes = bucket_sizes(size) if buckets else [(size, size)]
@@ -159,8 +159,8 @@ def preencode(
             **report.counts(),
             **settings,
             **index_shapes(report.f8, nulls),
-            "scale_factor": float(encoder.model.scale_factor),
-            **encoder.digests,
+            MEMBERS: [*kind.members, *nulls],
+            **encoder.described,
         }
 
     report = Report.of(writer.write(with_blanks, write_shards, describe))

@@ -65,7 +65,7 @@ class SetWriter:
         write_shards: Callable[[Sequence[Job]], None],
         describe: Callable[[Sequence[Record]], Mapping[str, Any]],
     ) -> list[Record]:
-        """Write the unfinished shards, then what stands for the empty caption and no image, then the index.
+        """Write the unfinished shards, then the files `null.*.npy`, then the index.
 
         Args:
             nulls: returns the arrays of `null_path` by key, from the records of all shards.

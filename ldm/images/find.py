@@ -1,4 +1,4 @@
-"""Images with captions: where each of them is."""
+"""Search for images and their captions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
+from ldm.identity import Identity, check_identity, retried
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
 from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
-from ldm.images.turns import LARGE_FILE, Turn
+from ldm.images.decode_lock import LARGE_FILE, DecodeLock
 from ldm.images.walk import walk
 from ldm.util import UserError
 
@@ -24,60 +25,66 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NAMED = 5  # files that a warning names
-_EDITED = ".edited"  # the end of the stem of an edited image
+_NAMED = 5  # files listed in a warning
+_EDITED = ".edited"  # end of the stem of an edited image
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """Place of an image, and its caption: None if it has none. `error` says why it cannot be read.
+    """Location of an image, and its caption or None. `error` is the reason if it cannot be read.
 
-    Of a pair it is the image before the edit that the caption describes, and `edited` the image after it.
+    In a pair, this is the image before the edit that the caption describes, and `edited` is the image after the edit.
     """
 
-    name: str  # relative to the source
+    name: str  # path relative to the source
     path: Path
-    span: tuple[int, int] | None = None  # offset and size in a tar; None for a whole file
+    span: tuple[int, int] | None = None  # offset and size in a tar; None for a file
     caption: str | None = None
     error: str | None = None
     edited: ImageItem | None = None
+    identity: Identity | None = None  # of the tar that `span` is a place in
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
-        """Return `then` of the image, uint8 `(height, width, 3)`, which is to make it smaller.
+        """Decode the image to uint8 (height, width, 3) and return `then(image)`, usually a smaller image.
 
-        Large images are decoded one at a time, whatever the number of processes; `then` is part of that.
+        Only one process at a time decodes a large image and runs `then` on it.
 
         Raises:
-            UserError: the image or its caption cannot be read; names it.
+            Replaced: the tar was replaced after the image was found in it.
+            UserError: the image or its caption cannot be read. The message names the image.
         """
         if self.error is not None:
             raise UserError(f"{self.name}: {self.error}")
-        with Turn() as turn:
+        with DecodeLock() as lock:
             try:
                 if (self.span[1] if self.span else self.path.stat().st_size) > LARGE_FILE:
-                    turn.take()
-                if self.span is None:
-                    data = read_at_most(self.path, MOST_IN_MEMBER)
-                else:
-                    with open_file(self.path) as file:
-                        data = read_span(file.fileno(), *self.span, self.name)
+                    lock.take()
+                data = retried(self._data, self.path)
             except OSError as error:
                 raise UserError(f"{self.name}: {error.strerror or error}") from error
-            return then(decode_image(bytes(data), self.name, turn))
+            return then(decode_image(bytes(data), self.name, lock))
+
+    def _data(self) -> bytes | bytearray:
+        if self.span is None:
+            return read_at_most(self.path, MOST_IN_MEMBER)
+        with open_file(self.path) as file:
+            if self.identity is not None:
+                check_identity(file.fileno(), self.path, self.identity)
+            return read_span(file.fileno(), *self.span, self.name)
 
 
 def extension_of(path: Path) -> str:
-    """Return the extension of `path`, in lower case and without the dot."""
+    """Return the extension of `path` in lower case without the dot."""
     return path.suffix.lower().lstrip(".")
 
 
 def is_image(path: Path) -> bool:
-    """Return whether `path` has the extension of an image, of a kind that is read or not."""
+    """Return True if `path` has the extension of a supported or unsupported image."""
     return extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)
 
 
 class SingleImages:
-    """Items of images that are named one by one, with the captions in their folders."""
+    """Items of single images, with the captions in their folders."""
 
     def __init__(self, fixed: str | None) -> None:
         self.fixed = fixed
@@ -85,7 +92,7 @@ class SingleImages:
         self._metadata: dict[Path, dict[str, str | None]] = {}
 
     def item(self, path: Path, name: str) -> ImageItem:
-        """Return the item of an image, whose caption is `fixed`, in the `.txt` beside it, or in the metadata file."""
+        """Return the item of an image. Its caption is `fixed`, or from the `.txt` beside it or the metadata file."""
         caption, error = self.fixed, None
         if self.fixed is None:
             file = self._captions.of(path)
@@ -103,28 +110,28 @@ class SingleImages:
 
 
 def kind_error(path: Path) -> str | None:
-    """Return the error of an image of a kind that is not read; None of another."""
+    """Return the error of an unsupported image, or None."""
     if extension_of(path) not in UNREAD_EXTENSIONS:
         return None
     return f"images of this kind are not read; convert it to one of {', '.join(FORMATS)}"
 
 
 def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[ImageItem]:
-    """Return the images of `folder` and the folders in it; an item with an error for each path that cannot be read.
+    """Return the images of `folder` and its subfolders. An unreadable path gives an item with an error.
 
-    A metadata file lists the images of its folder and those below; the others there are left out with a warning.
-    Elsewhere a `.txt` beside an image is its caption. `fixed`, if given, is the caption of all. With `pairs`, metadata
-    files may name a second image beside each; images called `name.edited.jpg` are returned by themselves.
+    A metadata file lists the images of its folder and subfolders, and other images there are skipped with a warning.
+    Without a metadata file, the `.txt` beside an image is its caption. `fixed`, if given, is the caption of all images.
+    With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg` are separate items.
 
     Raises:
-        UserError: the folder holds both images and tars, or a metadata file cannot be read.
+        UserError: the folder has both images and tars, or a metadata file cannot be read.
     """
     found = walk(folder)
     images = [path for path in found.files if is_image(path)]
     tars = [path for path in found.files if path.suffix == ".tar"]
     if images and tars:
         examples = " and ".join(str(paths[0].relative_to(folder)) for paths in (images, tars))
-        raise UserError(f"{folder}: holds both images and tars, {examples}; put them into two folders")
+        raise UserError(f"{folder}: has both images and tars, {examples}; put them into two folders")
     listed = [path for path in (*found.files, *found.unreadable) if path.name in METADATA_FILES]
     lists = {parent: metadata_file(parent) for parent in {path.parent for path in listed}}
     captions = CaptionFiles()
@@ -145,7 +152,7 @@ def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[Im
 
 
 def _is_one_list(folder: Path, lists: dict[Path, Path | None]) -> bool:
-    """Return whether one metadata file gives the order of all images."""
+    """Return True if one metadata file lists all images and determines their order."""
     return list(lists) == [folder]
 
 
@@ -158,7 +165,7 @@ def _from_lists(
     used: set[Path],
     pairs: bool,
 ) -> list[ImageItem]:
-    """Return the items of the metadata files in `lists`, by folder; adds the caption files that are read to `used`."""
+    """Return the items of the metadata files in `lists`, by folder. Add the caption files that are read to `used`."""
     items: list[ImageItem] = []
     spelled = {same_name(path.as_posix()): path for path in images}
     for parent in sorted(lists):
@@ -183,7 +190,9 @@ def _from_lists(
             unnamed.setdefault(parent, []).append(path)
     for parent, paths in unnamed.items():
         example, file = paths[0].relative_to(folder), lists[parent].relative_to(folder)
-        logger.warning("%s: %d images, such as %s, are not in %s: left out", folder, len(paths), example, file)
+        logger.warning(
+            "%s: %d images skipped, such as %s, because they are not in %s", folder, len(paths), example, file
+        )
     return items
 
 
@@ -222,21 +231,21 @@ def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
 
 
 def _say_left_out(folder: Path, others: set[Path], images: Sequence[Path]) -> None:
-    """Warn of files that are neither images nor read for their captions."""
+    """Log a warning for files that are neither images nor caption files in use."""
     stems = {path.with_suffix("") for path in images}
     beside = {path for path in others if path.suffix.lower() == ".json" and path.with_suffix("") in stems}
     texts = {path for path in others - beside if path.suffix.lower() in (".txt", ".json", ".jsonl", ".csv")}
     kinds = {path.suffix or path.name for path in others - beside - texts}
     if kinds:
-        logger.warning("%s: files of other kinds are left out: %s", folder, ", ".join(sorted(kinds)))
+        logger.warning("%s: files of other types skipped: %s", folder, ", ".join(sorted(kinds)))
     if texts:
         names = sorted(path.relative_to(folder).as_posix() for path in texts)
         shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-        logger.warning("%s: %d files are read for no caption: %s", folder, len(names), shown)
+        logger.warning("%s: %d caption files without an image: %s", folder, len(names), shown)
 
 
 def digest_images(items: Iterable[ImageItem]) -> str:
-    """Return the SHA-256, in hex, of names, captions and sizes in bytes of `items`, which are not opened for it."""
+    """Return the SHA-256, in hex, of names, captions and file sizes of `items`. The images are not opened."""
     hashed = hashlib.sha256()
     for item in items:
         for image in filter(None, (item, item.edited)):

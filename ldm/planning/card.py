@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from ldm.config.load import find_config, load_config
-from ldm.config.merge import laid_over
+from ldm.config.merge import merge_configs
 from ldm.planning.step import peak_of_step
 from ldm.util import UserError
 
@@ -51,7 +51,7 @@ def is_tier(name: str) -> bool:
 
 def with_tier(config: DictConfig, tier: str) -> DictConfig:
     """Return `config` with the config of `tier` merged over it."""
-    return config if tier == AS_GIVEN else laid_over(config, load_config([tier]), trusted=True)
+    return config if tier == AS_GIVEN else merge_configs(config, load_config([tier]), trusted=True)
 
 
 def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:

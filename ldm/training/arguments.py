@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.config.command_line_values import parse_value
 from ldm.config.trust import add_trust_option
-from ldm.config.typed import read_typed
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -169,10 +169,10 @@ def _is_value(token: str) -> bool:
 
 
 def _typed(flag: str, text: str) -> Any:
-    """Return `text` parsed by `read_typed`, except that the text `None` is None."""
+    """Return `text` parsed by `parse_value`, except that the text `None` is None."""
     if text == "None":
         return None
     try:
-        return read_typed(text)
+        return parse_value(text)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error

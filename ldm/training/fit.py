@@ -30,7 +30,8 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")  # in gloo's plain RuntimeErrors
+# Messages of the plain RuntimeErrors that gloo raises after another process has ended.
+_PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")
 
 
 def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig, run: Run) -> None:
@@ -125,10 +126,10 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
             "model.params.unet_config.params.compile_mode=null (low-bit optimizers need them on a GPU in any case)"
         ) from error
     except RuntimeError as error:
-        if not isinstance(error, DistError) and not any(words in str(error) for words in _PEER_IS_GONE):
+        if not isinstance(error, DistError) and not any(text in str(error) for text in _PEER_ENDED):
             raise
         reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
         raise UserError(
-            f"another process of the training has ended, or cannot be reached ({reason}); steps since the last "
-            "checkpoint are lost; go on from it with --resume"
+            f"another process of the training has ended or cannot be reached ({reason}); "
+            "resume the last checkpoint with --resume"
         ) from error

@@ -160,7 +160,7 @@ def hold_run(run: Run) -> Iterator[None]:
     Unfinished files of killed processes are removed from the folder. The first process of a job does this for all.
 
     Raises:
-        UserError: another process trains in the folder, or is writing the checkpoint that the run goes on from.
+        UserError: another process trains in the folder, or writes the checkpoint to resume.
     """
     if not is_first_process():
         yield

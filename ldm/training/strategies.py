@@ -112,10 +112,10 @@ def _shard(value: Any, parameter: Tensor) -> Any:
 
 
 def units(unet: UNetModel) -> list[nn.Module]:
-    """Return the modules that are gathered one at a time, those within another before it.
+    """Return the modules that are gathered one at a time, inner modules before the outer one.
 
-    These are each residual block and each transformer block, and, of a transformer with several blocks, the layers
-    around them. Where blocks of the UNet are compiled, each of them is a unit as a whole.
+    The units are the residual blocks and the transformers. A transformer with several blocks is split into its blocks
+    and its remaining layers. If the blocks of the UNet are compiled, each of them is one unit.
     """
     blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
     if unet.is_compiled:
@@ -124,7 +124,7 @@ def units(unet: UNetModel) -> list[nn.Module]:
 
 
 def _units_of(layer: nn.Module) -> list[nn.Module]:
-    """Return the units of a layer: those of a deep transformer, as in SDXL, are too large to be gathered at once."""
+    """Return the units of a layer. A deep transformer, as in SDXL, is too large to be gathered at once."""
     is_deep = isinstance(layer, SpatialTransformer) and len(layer.transformer_blocks) > 1
     return [*layer.transformer_blocks, layer] if is_deep else [layer]
 

@@ -176,7 +176,7 @@ def test_make_prior_is_shared_among_processes(make_prior, whole, tmp_path, monke
 
 def test_make_prior_names_truncated_prompts(make_prior, caplog):
     assert make_prior("--prompt", "a cat " * 50, "--out", "s.tar") is None
-    assert "1 prompts are longer than 75 tokens, the rest is not read: 'a cat a cat" in caplog.text
+    assert "1 prompts are longer than 75 tokens and are cut: 'a cat a cat" in caplog.text
     assert "(100 tokens)" in caplog.text
 
 
@@ -198,7 +198,7 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
         (("--prompt", "x", "--null-share", 0.5), "--null-share has no effect without --teacher"),
         (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is sampled; leave out --n and --eta"),
         (("--shards", "images", "--teacher", 1, "--H", 64), "leave out --H$"),
-        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is streamed; give local shards"),
+        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is a stream; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),

@@ -50,7 +50,13 @@ def test_without_arguments_the_default_paths_are_used_and_printed(work):
     weights = load_state_dict(work / MERGED)
     assert weights["model.w"].tolist() == [0.5] * 3
     assert weights["cond_stage_model.w"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    for text in (RELEASE, LAST, MERGED, "1 weights taken from the training, its moving average (ema)", "2 values kept"):
+    for text in (
+        RELEASE,
+        LAST,
+        MERGED,
+        "1 weights taken from the training, moving average (ema)",
+        "2 values of the release kept",
+    ):
         assert text in done.stdout
 
 

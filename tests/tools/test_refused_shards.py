@@ -113,22 +113,23 @@ def added(folder: Path) -> None:
 
 
 UNFINISHED = (
-    "bad/index.json: the set is unfinished, its making was interrupted; give the same command of tools/preencode.py "
-    "again to go on, or make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+    "bad/index.json: the set is unfinished, because writing it was interrupted; give the same command of "
+    "tools/preencode.py again to resume it, or write the set again with --overwrite, by tools/preencode.py or "
+    "tools/make_prior.py"
 )
-MISSING = "bad/set-001.tar: missing, as 1 of the 2 shards in index.json are; copy it again, name only shards that"
+MISSING = "bad/set-001.tar: missing (1 of 2 shards in index.json); copy it again, name only existing shards"
 DAMAGE = {
-    "checksum": (flipped_bit, "bad", "bad/set-001.tar: its bytes are not those that were written: SHA-256 "),
-    "size": (truncated, "bad", "bad/set-001.tar: has 3000 bytes, but 20480 in bad/index.json; copy it again, or make"),
+    "checksum": (flipped_bit, "bad", "bad/set-001.tar: was changed: its SHA-256 is "),
+    "size": (truncated, "bad", "bad/set-001.tar: has 3000 bytes, but 20480 in bad/index.json; copy it again, or write"),
     "missing": (missing, "bad/*.tar", MISSING),
     "missing, named": (missing, "bad/set-{000..001}.tar", MISSING),
     "not in the index": (
         added,
         "bad",
-        "bad/old.tar: not in bad/index.json; move it to a folder of its own, or make it",
+        "bad/old.tar: not in bad/index.json; move it to a folder of its own, or write",
     ),
     "no such file": (missing, "bad/set-002.tar", "bad/set-002.tar: no such file"),
-    "streamed": (missing, "pipe:false", "pipe:false: is streamed; give local shards, which can be read in any order"),
+    "streamed": (missing, "pipe:false", "pipe:false: is a stream; give local shards, which can be read in any order"),
 }
 
 

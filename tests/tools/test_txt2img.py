@@ -31,7 +31,7 @@ def test_images_settings_and_grid(tiny_release: Path, command: Callable, tmp_pat
         "prompts.txt",
     )
     assert done.returncode == 0, done.stderr
-    assert "1 prompts are longer than 75 tokens, the rest is not read: 'red apple" in done.stdout
+    assert "1 prompts are longer than 75 tokens and are cut: 'red apple" in done.stdout
     assert "(80 tokens)" in done.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]

@@ -22,12 +22,12 @@ from ldm.util import UserError, refuse_if
 
 # Outputs of a `GeneralConditioner`, and the arguments of `DiffusionWrapper` that they become.
 _PARTS = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
-# The parts that captions make, and the members of a sample that hold them.
+# Parts of the conditioning from captions, and the members of a sample that store them.
 _MEMBERS = {"crossattn": CONTEXT, "vector": POOLED}
 
 
 def check_reads_captions(model: Any) -> None:
-    """Raise `UserError` unless the model's cond stage takes captions, and at most sizes of images besides."""
+    """Raise `UserError` unless the model's cond stage takes captions, and no other input except image sizes."""
     stage = model.cond_stage_model
     name = "none" if stage is None else type(stage).__name__
     takes_sizes = isinstance(stage, GeneralConditioner) and set(stage.other_keys) <= SIZE_ENTRIES.keys()
@@ -72,14 +72,14 @@ class WithConditioning:
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the encodings of captions, by the member of a sample that holds each."""
+        """Return the encodings of captions by member of a sample."""
         stage = self.cond_stage_model
         if not isinstance(stage, GeneralConditioner):
             return {CONTEXT: self.get_learned_conditioning(list(captions))}
         return {_MEMBERS[name]: part for name, part in stage.encode_captions(captions).items()}
 
     def stored_conditioning(self, sample: Batch) -> Conditioning:
-        """Return the conditioning of captions that are encoded already, by member, and of sizes beside them."""
+        """Return the conditioning of stored caption encodings and of sizes."""
         stage = self.cond_stage_model
         if not isinstance(stage, GeneralConditioner):
             return sample[CONTEXT]
@@ -88,7 +88,7 @@ class WithConditioning:
 
     @property
     def conditioning_entries(self) -> tuple[str, ...]:
-        """The batch entries that the conditioning is made of."""
+        """Batch entries of the conditioning."""
         stage = self.cond_stage_model
         if self.model.conditioning_key is None:
             return ()
@@ -97,10 +97,10 @@ class WithConditioning:
         return (*own, *maps)
 
     def check_vector(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check that stored samples of these `shapes`, by entry, make a vector as wide as the UNet's.
+        """Check that stored samples of these `shapes`, by entry, give a vector of the UNet's width.
 
         Raises:
-            UserError: they do not.
+            UserError: the width differs.
         """
         stage, width = self.cond_stage_model, getattr(self.model.diffusion_model, "adm_in_channels", None)
         if width is None or not isinstance(stage, GeneralConditioner) or stage.caption_embedders:

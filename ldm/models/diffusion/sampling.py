@@ -40,7 +40,7 @@ class NotFiniteError(UserError):
 
 
 class Sampler:
-    """Base of samplers, which runs the loop. A subclass defines one `step` rule, and the properties of its steps.
+    """Base of samplers, which runs the loop. A subclass defines one `step` rule and the properties of its steps.
 
     `make_schedule` sets three float64 arrays with one entry per step: `timesteps`, the model's timesteps from most to
     least noisy; `alphas`, ᾱ at each step; and `alphas_prev`, ᾱ after each step.
@@ -67,8 +67,8 @@ class Sampler:
     def own_spacing(self) -> str:
         """Default spacing: that of the sampler, except at zero terminal SNR.
 
-        There it is `trailing`, which starts at the last timestep, or `leading` for a model that predicts ε. That
-        prediction says nothing about the image at the last timestep.
+        At zero terminal SNR it is `trailing`, which starts at the last timestep. For a model that predicts ε it is
+        `leading`, because ε carries no information about the image at the last timestep.
         """
         if self.alphas_cumprod[-1] > 0:
             return self.spacing
@@ -81,10 +81,10 @@ class Sampler:
         ddim_eta: float = 0.0,
         verbose: bool = False,
     ) -> None:
-        """Set the steps. `ddim_discretize` is a spacing of `steps_at`, `own_spacing` by default.
+        """Set the steps. `ddim_discretize` is a spacing of `steps_at`; the default is `own_spacing`.
 
         Raises:
-            UserError: see `steps_at`; or the sampler or the model cannot take the spacing or eta.
+            UserError: as `steps_at`, or the sampler or the model does not support the spacing or eta.
         """
         del verbose
         self.eta = ddim_eta
@@ -157,16 +157,17 @@ class Sampler:
             unconditional_conditioning: conditioning that guidance moves away from, if the scale is not 1.
             generators: one per sample, so that the noise of a sample does not depend on its batch.
             image_guidance_scale: second scale of guidance; see `guided_output`.
-            init, strength: start from the latents `init` (B, C, H, W), noised to the last `strength` of the steps
-                (image to image, arXiv:2108.01073), at least one.
-            spacing: one of `ldm.models.diffusion.spacing.SPACINGS`; `own_spacing` by default.
+            init, strength: start from the latents `init` (B, C, H, W), and run the share `strength` of the steps, at
+                least one (image to image, arXiv:2108.01073).
+            spacing: one of `ldm.models.diffusion.spacing.SPACINGS`. The default is `own_spacing`.
             guidance_rescale: φ of `rescaled`.
 
         Returns:
             The samples (B, C, H, W), and `{"x_inter": [...], "pred_x0": [...]}`.
 
         Raises:
-            UserError: steps, spacing, eta or strength do not fit the sampler or the model, or a mask has no `x0`.
+            UserError: the sampler or the model does not support the steps, spacing, eta or strength, or a mask has no
+                `x0`.
             NotFiniteError: a step returns infinities or NaN.
         """
         _check_start(mask, x0, strength)
@@ -261,7 +262,7 @@ class Sampler:
 
 
 def _check_start(mask: Tensor | None, x0: Tensor | None, strength: float) -> None:
-    """Raise `UserError` unless these arguments of `Sampler.sample` fit each other."""
+    """Raise `UserError` for a mask without `x0`, or a strength out of range."""
     refuse_if(
         (mask is not None and x0 is None, "mask: give x0 too, the latents that it keeps"),
         (not 0 < strength <= 1, f"strength {strength}: give a number above 0, up to 1"),

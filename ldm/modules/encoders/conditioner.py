@@ -1,6 +1,6 @@
 """Conditioning of SDXL: several embedders of batch entries, joined by the number of their output dimensions.
 
-B batch, L tokens, D features (arXiv:2307.01952, section 2).
+B: batch. L: tokens. D: features (arXiv:2307.01952, section 2).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class GeneralConditioner(AbstractEncoder):
     `concat`. An embedder may return several tensors. State-dict keys are `embedders.<number>.*`.
 
     Args:
-        emb_models: per embedder `target` and `params`; `input_key`, its batch entry, or `input_keys` for several;
-            `is_trainable`; and `ucg_rate`, the share of samples whose embedding is zero in training. With
-            `legacy_ucg_value`, this value replaces the batch entry of these samples instead.
+        emb_models: list of embedders. Each has `target` and `params`, and its batch entry `input_key`, or a list
+            `input_keys`. `is_trainable` turns its training on. In training, `ucg_rate` is the share of samples whose
+            embedding is set to zero, or whose batch entry is set to `legacy_ucg_value` if this is given.
 
     Raises:
         UserError: an entry of `emb_models` has an unknown key, or lacks one.
@@ -68,12 +68,12 @@ class GeneralConditioner(AbstractEncoder):
 
     @property
     def input_keys(self) -> list[str]:
-        """Batch entries that the embedders take, each listed once."""
+        """Batch entries of all embedders, without repetition."""
         return list(dict.fromkeys(key for keys in self._inputs for key in keys))
 
     @property
     def other_keys(self) -> list[str]:
-        """Batch entries of the embedders that read no captions, each listed once."""
+        """Batch entries of the embedders that read no captions, without repetition."""
         readers = self.caption_embedders
         keys = (key for number, keys in enumerate(self._inputs) if number not in readers for key in keys)
         return list(dict.fromkeys(keys))
@@ -85,7 +85,7 @@ class GeneralConditioner(AbstractEncoder):
 
     @property
     def tokenizer(self) -> Any:
-        """Tokenizer of the first embedder that reads captions; None if none does."""
+        """Tokenizer of the first embedder that reads captions, or None."""
         return next((self.embedders[number].tokenizer for number in self.caption_embedders), None)
 
     def requires_grad_(self, requires_grad: bool = True) -> GeneralConditioner:
@@ -109,7 +109,7 @@ class GeneralConditioner(AbstractEncoder):
     ) -> dict[str, Tensor]:
         """Return the conditioning of a batch, with zeros for embedders of the entries `force_zero_embeddings`.
 
-        `captions` are parts that `encode_captions` gave, in place of the embedders of captions.
+        `captions` is a result of `encode_captions`, which replaces the embedders of captions.
         """
         parts = [] if captions is None else list(captions.values())
         given = () if captions is None else self.caption_embedders
@@ -126,17 +126,16 @@ class GeneralConditioner(AbstractEncoder):
         return _joined(parts)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the parts of the conditioning that captions make: `crossattn` (B, L, D), `vector` (B, E).
+        """Return the conditioning from captions: `crossattn` (B, L, D), `vector` (B, E).
 
-        An empty caption becomes what `ucg_rate` puts in place of a dropped one: zeros, or the encoding of
-        `legacy_ucg_value`.
+        An empty caption becomes the replacement of `ucg_rate`: zeros, or the encoding of `legacy_ucg_value`.
 
         Raises:
-            UserError: embedders of captions do not come first: their outputs would not be the first features.
+            UserError: embedders of captions do not come first, so that their outputs are not the first features.
         """
         readers = self.caption_embedders
         if readers != list(range(len(readers))):
-            raise UserError("emb_models: embedders of captions must come before the others, for captions to be encoded")
+            raise UserError("emb_models: embedders of captions must come before the others")
         empty = torch.tensor([not caption for caption in captions])
         parts = []
         for number in readers:
@@ -149,7 +148,7 @@ class GeneralConditioner(AbstractEncoder):
 
     @property
     def empties_to_zeros(self) -> bool:
-        """Whether zeros stand for the empty caption, in every embedder of captions."""
+        """True if all embedders of captions encode the empty caption as zeros."""
         return all(self._ucg_values[number] is None for number in self.caption_embedders)
 
     def _embed(self, number: int, embedder: nn.Module, entries: list[Any]) -> list[Tensor]:
@@ -191,7 +190,7 @@ class GeneralConditioner(AbstractEncoder):
 
 
 def _joined(parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return outputs of embedders, concatenated along their features, by the name of their number of dimensions."""
+    """Concatenate outputs of embedders along their features. Return them by the key of their number of dimensions."""
     named: dict[str, list[Tensor]] = {}
     for part in parts:
         named.setdefault(_OUTPUTS[part.ndim][0], []).append(part)

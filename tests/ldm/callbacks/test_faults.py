@@ -116,7 +116,7 @@ def test_a_gradient_above_the_limit_is_skipped(tmp_path, caplog):
 
 def test_the_message_of_a_large_gradient_names_all_batches_of_its_step(tmp_path):
     params = {"grad_norm_factor": 3.0, "window": 2, "on_fault": "stop"}
-    with pytest.raises(NumericalFault, match=r"usual 1; loss \S+, sample 'k4'; loss \S+, sample 'k5'; go on"):
+    with pytest.raises(NumericalFault, match=r"usual 1; loss \S+, sample 'k4'; loss \S+, sample 'k5'; resume"):
         fit(Slope(), [1.0, 1.0, 1.0, 1.0, 5.0, 2.0], tmp_path, accumulate=2, **params)
 
 

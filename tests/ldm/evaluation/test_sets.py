@@ -51,7 +51,7 @@ def test_a_model_takes_captions_with_a_text_encoder_and_stored_encodings_without
         ("nowhere.tar", "nowhere.tar: no such file"),
         ("no/*.tar", "no file matches"),
         ("empty.tar", "no samples in 1 shard, "),
-        ("pipe:cat five.tar", "is streamed"),
+        ("pipe:cat five.tar", "is a stream"),
         ("other.tar", r"has shape \(6, 4, 4\); the model takes \(8, h, w\)"),
         ("wide.tar", r"t5 has shape \(77, 9\); the UNet's context_dim is 8"),
     ],

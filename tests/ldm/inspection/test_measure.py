@@ -132,5 +132,5 @@ def test_format_inspection(tmp_path):
 
 
 def test_streams_are_refused():
-    with pytest.raises(UserError, match="pipe:cat x: is streamed"):
+    with pytest.raises(UserError, match="pipe:cat x: is a stream"):
         open_to_inspect("pipe:cat x")

@@ -83,7 +83,7 @@ def test_defaults():
         ("-b a.yaml -s x", "--seed: expected a whole number from 0 to 4294967295, got 'x'"),
         ("-b a.yaml -s -1", "--seed: expected"),
         ("-b a.yaml -z", "unrecognized arguments: -z"),
-        ("-b a.yaml --devices [0", r"--devices: '\[0' is not a valid value"),
+        ("-b a.yaml --devices [0", r"--devices: '\[0': the value is not valid YAML"),
     ],
 )
 def test_misuse_is_refused_in_one_line(line, message):

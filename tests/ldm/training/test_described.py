@@ -44,7 +44,7 @@ def test_check_callback_places_keeps_names_in_every_given_folder(run):
 def test_check_callback_places_ignores_other_values(run):
     for described in (None, 3, {}, {"params": None}, {"params": [1]}, {"params": {"dirpath": None, "monitor": "/a"}}):
         check_callback_places(described, run, "x")
-    with pytest.raises(UserError, match="is no path"):
+    with pytest.raises(UserError, match="is not a valid path"):
         check_callback_places({"params": {"dirpath": "a\0b"}}, run, "x")
 
 

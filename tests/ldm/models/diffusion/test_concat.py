@@ -37,7 +37,7 @@ def test_inpainting_takes_stored_masks_and_posteriors() -> None:
 
 
 def test_inpainting_without_its_masked_image() -> None:
-    with pytest.raises(UserError, match="masked_image_key 'hole' is none of concat_keys: mask, masked_image"):
+    with pytest.raises(UserError, match="masked_image_key 'hole' is not one of concat_keys: mask, masked_image"):
         build_v2("inpaint_input", masked_image_key="hole")
 
 

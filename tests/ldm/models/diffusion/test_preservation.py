@@ -163,7 +163,7 @@ def test_a_batch_of_one_kind_alone():
     [
         ({"prior_loss_weight": -1}, "prior_loss_weight -1"),
         ({"prior_target": "model"}, "prior_target 'model' is unknown; valid: data, teacher"),
-        ({"prior_target": "teacher", "num_timesteps_cond": 2}, "num_timesteps_cond: 2 noises; set it to 1"),
+        ({"prior_target": "teacher", "num_timesteps_cond": 2}, "num_timesteps_cond: 2 adds noise"),
     ],
 )
 def test_settings_that_cannot_be(make_model, changes, message):

@@ -7,30 +7,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.images import decode, find, turns
+from ldm.images import decode, decode_lock, find
 from ldm.images.decode import decode_image
+from ldm.images.decode_lock import DecodeLock
 from ldm.images.find import ImageItem
-from ldm.images.turns import Turn
 from ldm.util import UserError
 from tests.ldm.images.test_decode import encoded, gradient
+from tests.waiting import join, wait_for
 
 
 @pytest.fixture(autouse=True)
 def own_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(turns, "lock_path", lambda: tmp_path / "lock")
+    monkeypatch.setattr(decode_lock, "lock_path", lambda: tmp_path / "lock")
 
 
 def hold(connection):
-    with Turn() as turn:
-        turn.take()
+    with DecodeLock() as lock:
+        lock.take()
         connection.send("has it")
         connection.recv()
 
 
 def wait(connection):
-    with Turn() as turn:
-        turn.take()
-        turn.take()  # which changes nothing
+    with DecodeLock() as lock:
+        lock.take()
+        lock.take()  # which changes nothing
         connection.send("has it")
 
 
@@ -39,28 +40,27 @@ def test_turn_is_given_to_one_process_and_comes_back_from_a_dead_one():
     (ours, theirs), (second, other) = multiprocessing.Pipe(), multiprocessing.Pipe()
     holder = context.Process(target=hold, args=(theirs,))
     holder.start()
-    assert ours.recv() == "has it"
+    assert wait_for(ours.poll, holder) and ours.recv() == "has it"
     waiter = context.Process(target=wait, args=(other,))
     waiter.start()
     assert not second.poll(0.5)
     holder.kill()
-    assert second.poll(60) and second.recv() == "has it"
-    for process in (holder, waiter):
-        process.join(60)
+    assert wait_for(second.poll, waiter) and second.recv() == "has it"
+    assert join(holder, waiter) == [-9, 0]
 
 
 def test_turn_does_not_wait_where_there_can_be_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(turns, "lock_path", lambda: tmp_path / "nowhere/lock")
-    with Turn() as turn:
-        turn.take()
+    monkeypatch.setattr(decode_lock, "lock_path", lambda: tmp_path / "nowhere/lock")
+    with DecodeLock() as lock:
+        lock.take()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_decode_image_takes_the_turn_before_it_decodes(kind, monkeypatch, tmp_path):
     (tmp_path / "x").write_bytes(encoded(Image.fromarray(gradient(20, 20)), kind))
     happened = []
-    monkeypatch.setattr(Turn, "take", lambda self: happened.append("turn"))
-    monkeypatch.setattr(Turn, "__exit__", lambda self, *_: happened.append("over"))
+    monkeypatch.setattr(DecodeLock, "take", lambda self: happened.append("turn"))
+    monkeypatch.setattr(DecodeLock, "__exit__", lambda self, *_: happened.append("over"))
     pixels = decode._pixels
     monkeypatch.setattr(decode, "_pixels", lambda *arguments: happened.append("decoded") or pixels(*arguments))
     item = ImageItem("x", tmp_path / "x")
@@ -99,27 +99,3 @@ def test_decode_image_refuses_absurd_tiles_of_a_tiff():
     assert decode_image(tiled(16), "x").shape == (16, 16, 3)
     with pytest.raises(UserError, match="x: a TIFF with tiles of 2147483632x16 pixels"):
         decode_image(tiled((1 << 31) - 16), "x")
-
-
-def test_read_of_a_large_image_holds_it_once(tmp_path):
-    """A PNG of 50 megapixels, in a process of its own: little more than 7 bytes a pixel."""
-    Image.new("RGB", (10_000, 5_000), "red").save(tmp_path / "large.png", compress_level=1)
-
-    def peak(connection):
-        import resource
-
-        from ldm.images.transforms import fit_square
-
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        import torch
-
-        torch.set_num_threads(1)
-        ImageItem("large", tmp_path / "large.png").read(lambda pixels: fit_square(torch.from_numpy(pixels), 64))
-        connection.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
-
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=peak, args=(theirs,))
-    process.start()
-    assert ours.poll(100) and ours.recv() < 50_000_000 * 11
-    process.join(60)
-    assert (tmp_path / "lock").exists()

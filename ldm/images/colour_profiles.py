@@ -1,7 +1,8 @@
-"""Colours of an image as sRGB (IEC 61966-2-1), whichever colour space the file says that they are in.
+"""Conversion of images to sRGB (IEC 61966-2-1) from the colour space of the file.
 
-In the order of precedence: an embedded ICC profile; what PNG says in `sRGB`, `gAMA` and `cHRM` (PNG 3rd edition,
-sections 11.3.2 and 13.14); primaries of a TIFF; Adobe RGB in EXIF (DCF 2.0). Without any, the colours are sRGB.
+The colour space is given, in order of precedence, by an embedded ICC profile; by `sRGB`, `gAMA` and `cHRM` of a PNG
+(3rd edition, sections 11.3.2 and 13.14); by the primaries of a TIFF; or by Adobe RGB in EXIF (DCF 2.0). The default is
+sRGB.
 """
 
 from __future__ import annotations
@@ -20,21 +21,25 @@ logger = logging.getLogger(__name__)
 _SRGB_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x, y of white, red, green, blue
 _ADOBE_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 _ADOBE_GAMMA = 256 / 563
-_SRGB_GAMMA = 1 / 2.2  # the gAMA that stands for sRGB's curve
-# Bradford's cone responses (Lam 1985), which carry colours over from one white to another.
+_SRGB_GAMMA = 1 / 2.2  # the gAMA value of sRGB's curve
+# Bradford's cone responses (Lam 1985), for adaptation from one white point to another.
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 _EXIF_IFD, _INTEROPERABILITY_IFD, _COLOUR_SPACE, _WHITE, _PRIMARIES = 0x8769, 0xA005, 0xA001, 318, 319
-_SAME = 2  # levels of 255: a profile that moves no colour by more is sRGB, and its image stays as it is
-_ROWS = 256  # rows at a time in floating point
-_MODES = {"RGB": ("RGB", "RGBA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}  # of pixels, by the colours of a profile
+_SAME = 2  # levels of 255: a profile with smaller changes is treated as sRGB
+_ROWS = 256  # rows per floating-point block
+_MODES = {
+    "RGB": ("RGB", "RGBA"),
+    "GRAY": ("L", "LA"),
+    "CMYK": ("CMYK",),
+}  # modes of the image, by colour space of the profile
 _said: set[str] = set()
 
 
 def to_srgb(image: Image.Image, name: str) -> Image.Image:
-    """Return `image`, of the mode L, LA, RGB, RGBA or CMYK, with its colours in sRGB: RGB, or RGBA where it has alpha.
+    """Convert `image`, in mode L, LA, RGB, RGBA or CMYK, to sRGB in mode RGB, or RGBA if it has alpha.
 
-    An image that says nothing of its colours, or that they are sRGB, keeps its mode and its values. A broken profile
-    is said once, by `name`, and left alone.
+    An image in sRGB or without a colour space is returned unchanged. An invalid profile is ignored with a warning that
+    names `name`.
     """
     profile = image.info.get("icc_profile")
     try:
@@ -49,7 +54,7 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
         if digest not in _said:
             _said.add(digest)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            logger.warning("%s: its colour profile is ignored, colours are taken as sRGB: %s", name, reason)
+            logger.warning("%s: colour profile ignored and sRGB assumed: %s", name, reason)
         return image
 
 
@@ -58,13 +63,13 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
     if image.mode in ("L", "LA") and colours == "RGB":
         image = image.convert("RGBA" if image.mode == "LA" else "RGB")
     if image.mode not in _MODES.get(colours, ()):
-        raise ValueError(f"it is one of {colours or 'no known'} colours, the image is {image.mode}")
+        raise ValueError(f"its colour space is {colours or 'unknown'}, but the image is {image.mode}")
     if _is_srgb(profile):
         return image
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     if image.mode == "LA":
         image = image.getchannel("L")
-    # RGBA as it is: the transformation leaves the fourth channel alone.
+    # The transformation keeps the fourth channel of RGBA.
     transformed = ImageCms.applyTransform(image, _transform(profile, image.mode))
     if alpha is not None:
         transformed.putalpha(alpha)
@@ -94,7 +99,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 @lru_cache(maxsize=32)
 def _is_srgb(profile: bytes) -> bool:
-    """Return whether the profile is sRGB's, by what it makes of a grid of colours."""
+    """Return True if the profile maps a grid of colours like sRGB."""
     colours = _colours_of(profile)
     if colours == "CMYK":
         return False
@@ -110,7 +115,7 @@ def _is_srgb(profile: bytes) -> bool:
 
 
 def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]] | None:
-    """Return gamma, None for sRGB's curve, and primaries of an image without a profile; None where they are sRGB's."""
+    """Return gamma (None for sRGB's curve) and primaries of an image without a profile, or None if it is sRGB."""
     info = image.info
     if "srgb" in info:
         return None
@@ -134,7 +139,7 @@ def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]]
 
 
 def _is_adobe_rgb(exif: Image.Exif) -> bool:
-    """Return whether EXIF names Adobe RGB: by number, or as cameras do, uncalibrated with the index R03."""
+    """Return True if EXIF declares Adobe RGB: by its number, or by the number for uncalibrated and the index R03."""
     space = exif.get_ifd(_EXIF_IFD).get(_COLOUR_SPACE)
     index = exif.get_ifd(_INTEROPERABILITY_IFD).get(1, "")
     index = index.decode("ascii", "replace") if isinstance(index, bytes) else str(index)
@@ -145,13 +150,13 @@ def _to_xyz(primaries: Sequence[float]) -> np.ndarray:
     """Return the matrix (3, 3) from linear RGB to XYZ (SMPTE RP 177-1993)."""
     xy = np.asarray(primaries, dtype=np.float64).reshape(4, 2)
     if (xy[:, 1] < 1e-3).any():
-        raise ValueError("primaries that are no colours")
+        raise ValueError("invalid primaries")
     xyz = np.stack([xy[:, 0] / xy[:, 1], np.ones(4), (1 - xy.sum(1)) / xy[:, 1]])  # X Y Z of white, red, green, blue
     return xyz[:, 1:] * np.linalg.solve(xyz[:, 1:], xyz[:, 0])
 
 
 def _to_linear_srgb(primaries: Sequence[float]) -> np.ndarray:
-    """Return the matrix (3, 3) from linear RGB of `primaries` to linear sRGB, white to white."""
+    """Return the matrix (3, 3) from linear RGB of `primaries` to linear sRGB, with adapted white point."""
     source, target = _to_xyz(primaries), _to_xyz(_SRGB_PRIMARIES)
     cones = [_BRADFORD @ matrix.sum(1) for matrix in (target, source)]
     adapted = np.linalg.inv(_BRADFORD) @ np.diag(cones[0] / cones[1]) @ _BRADFORD
@@ -159,10 +164,10 @@ def _to_linear_srgb(primaries: Sequence[float]) -> np.ndarray:
 
 
 def _by_primaries(image: Image.Image, gamma: float | None, primaries: Sequence[float]) -> Image.Image:
-    """Return `image` with colours of `primaries`, stored as light to the power `gamma` or by sRGB's curve, in sRGB."""
+    """Convert `image` with `primaries`, and `gamma` or sRGB's curve if it is None, to sRGB."""
     matrix = _to_linear_srgb(primaries)
     if not np.isfinite(matrix).all():
-        raise ValueError("primaries that are no colours")
+        raise ValueError("invalid primaries")
     values = np.arange(256) / 255
     curve = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     light = (curve if gamma is None else values ** (1 / gamma)).astype(np.float32)

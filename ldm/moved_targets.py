@@ -1,9 +1,9 @@
-"""Targets of public configs that have another home here, and what replaces those that have none. Imports no torch."""
+"""Targets of public configs that have another path here, and hints for unsupported targets. Imports no torch."""
 
 from __future__ import annotations
 
 _TRANSFORMS = "ldm.images.augmentations"
-# A prefix of a dotted path, and what takes its place. The longest prefix that fits takes precedence.
+# Prefix of a dotted path, and its replacement. The longest matching prefix takes precedence.
 _MOVED = {
     "torchvision.transforms": _TRANSFORMS,
     "torchvision.transforms.transforms": _TRANSFORMS,
@@ -16,8 +16,8 @@ _MOVED = {
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"
 _FOLDER = "use ldm.data.datasets.ImageCaptionDataset, which reads a folder of images and captions"
 _OTHER_PROJECT = "it belongs to another project's package; install that one and give --trust-config, or " + _FOLDER
-# A prefix of a dotted path that no module here has, and what to use.
-_INSTEAD = {
+# Prefix of an unsupported dotted path, and a hint.
+_HINTS_FOR_TARGETS = {
     "ldm.data.personalized": _INVERSION,
     "ldm.data.personalized_style": _INVERSION,
     "ldm.data.every_dream": _FOLDER,
@@ -38,8 +38,8 @@ _INSTEAD = {
 _TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _PRIOR = "images of the class go into a prior, by prior_images.yaml"
 _RATE = "the learning rate is model.base_learning_rate, one for all weights"
-# A key of public configs that no class here takes, and what to use.
-INSTEAD_OF_KEY = {
+# Unsupported key of public configs, and a hint.
+HINTS_FOR_KEYS = {
     "personalization_config": _TOKEN,
     "embedding_manager_ckpt": _TOKEN,
     "placeholder_string": _TOKEN,
@@ -62,22 +62,22 @@ INSTEAD_OF_KEY = {
 }
 
 
-def todays_path(path: str) -> str:
-    """The dotted path here of what `path` names in public configs; `path` itself where it has not moved."""
+def current_path(path: str) -> str:
+    """Return the dotted path here of `path` in public configs. A path that has not moved is unchanged."""
     for prefix in sorted(_MOVED, key=len, reverse=True):
         if path.startswith(f"{prefix}."):
             return _MOVED[prefix] + path[len(prefix) :]
     return path
 
 
-def instead(path: str) -> str:
-    """`"; use X"` for a target of public configs that nothing here provides, else the empty string."""
-    for prefix in sorted(_INSTEAD, key=len, reverse=True):
+def hint_for_target(path: str) -> str:
+    """Return a hint, such as `"; use X"`, for an unsupported target of public configs, else an empty string."""
+    for prefix in sorted(_HINTS_FOR_TARGETS, key=len, reverse=True):
         if path.startswith(prefix):
-            return f"; {_INSTEAD[prefix]}"
+            return f"; {_HINTS_FOR_TARGETS[prefix]}"
     return ""
 
 
-def instead_of_key(key: str) -> str:
-    """`"; use X"` for a key of public configs that nothing here takes, else the empty string."""
-    return f"; {INSTEAD_OF_KEY[key]}" if key in INSTEAD_OF_KEY else ""
+def hint_for_key(key: str) -> str:
+    """Return a hint, such as `"; use X"`, for an unsupported key of public configs, else an empty string."""
+    return f"; {HINTS_FOR_KEYS[key]}" if key in HINTS_FOR_KEYS else ""

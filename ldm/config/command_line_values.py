@@ -1,4 +1,4 @@
-"""Values typed on a command line: they reach their key as they were typed, or are refused. Imports no torch."""
+"""Parsing of config values on the command line, without silent changes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 from ldm.util import UserError
 
-# YAML 1.1 also takes `on`, `010`, `1_000` and `12:30:00` for numbers and booleans; here they are text.
+# Numbers, booleans and null. Unlike in YAML 1.1, `on`, `010`, `1_000` and `12:30:00` are text.
 _SCALAR = re.compile(
     r"true|false|null|~|[-+]?(0|[1-9]\d*)|[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan|",
     re.IGNORECASE,
 )
 
 
-def read_typed(text: str) -> Any:
-    """Return the value that `text` stands for.
+def parse_value(text: str) -> Any:
+    """Return the value of `text`.
 
-    Numbers, true, false and null (or nothing) are these. Text in quotes loses them. A list in brackets and a mapping
-    in braces, each key with a value, are read as YAML. All else is the text as it is: `*.tar`, `a #b`, `{a,b}`, `on`.
+    Numbers, true, false and null (or an empty text) are parsed. Quotes around a text are removed. Lists in brackets,
+    and mappings in braces with a value per key, are parsed as YAML. Any other text is kept: `*.tar`, `a #b`, `{a,b}`.
 
     Raises:
-        UserError: a list or a quoted text that is not valid YAML.
+        UserError: a list or a quoted text is not valid YAML.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -30,13 +30,13 @@ def read_typed(text: str) -> Any:
     ends = text[:1] + text[-1:] if len(text) > 1 else ""
     for opening, closing in ("[]", "{}"):
         if text.startswith(opening) and closing not in text:
-            raise UserError(f"{text!r:.100} is not a valid value: the value is not valid YAML (it lacks {closing!r})")
+            raise UserError(f"{text!r:.100}: the value is not valid YAML (it lacks {closing!r})")
     if not _SCALAR.fullmatch(text) and ends not in ("[]", "{}", "''", '""'):
         return text
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:
-        if ends == "{}" or ("[" in text[1:] and ends == "[]"):  # brace patterns, and names such as `[1] and [2]`
+        if ends == "{}" or ("[" in text[1:] and ends == "[]"):  # brace patterns, and names like `[1] and [2]`
             return text
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{text!r:.100}: the value is not valid YAML ({reason:.200})") from error

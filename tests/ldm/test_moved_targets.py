@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.config.trust import check_trust
-from ldm.translations import todays_path
+from ldm.moved_targets import current_path
 from ldm.util import UserError, check_params, get_obj_from_str
 
 
@@ -21,7 +21,7 @@ from ldm.util import UserError, check_params, get_obj_from_str
     ],
 )
 def test_todays_path(path, expected):
-    assert todays_path(path) == expected
+    assert current_path(path) == expected
     if path != expected:
         assert get_obj_from_str(path) is get_obj_from_str(expected)
         check_trust({"target": path}, "config")  # needs no trust, being ours
@@ -29,7 +29,7 @@ def test_todays_path(path, expected):
 
 def test_todays_path_of_the_loss_of_codebooks():
     name = "losses.vqperceptual.VQLPIPSWithDiscriminator"
-    assert todays_path(f"taming.modules.{name}") == f"ldm.modules.{name}"
+    assert current_path(f"taming.modules.{name}") == f"ldm.modules.{name}"
     check_trust({"target": f"taming.modules.{name}"}, "config")
 
 
@@ -51,7 +51,7 @@ def test_instead_is_said_of_what_is_not_here(path, use):
 
 @pytest.mark.parametrize("path", ["basicsr.data.realesrgan_dataset.RealESRGANDataset", "torchvision.models.resnet18"])
 def test_instead_is_said_of_other_packages_that_need_trust(path):
-    with pytest.raises(UserError, match=r"need no trust; .*(ImageNetSR|not used here).*--trust-config"):
+    with pytest.raises(UserError, match=r"list of allowed classes; .*(ImageNetSR|not used here).*--trust-config"):
         check_trust({"target": path}, "config")
 
 

@@ -1,4 +1,4 @@
-"""Turns among all processes of a user on this machine that decode images, so that few hold a large one at a time."""
+"""Lock for decoding large images, shared by all processes of a user on this machine, to limit memory."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Pixels and bytes beyond which an image waits for its turn. Decoding takes up to 10 bytes a pixel: 16 processes hold
-# 5 GB of smaller images, and one of them holds 1.8 GB of a large one.
+# Pixels and bytes from which an image needs the lock. Decoding takes about 8 bytes per pixel: 16 processes take 4 GB
+# for smaller images, and one process takes 1.5 GB for a large image.
 LARGE, LARGE_FILE = 32_000_000, 1 << 26
 
 
-class Turn:
-    """Context manager that lets `take` go ahead in one process at a time; leaving it gives the turn back.
+class DecodeLock:
+    """Context manager whose `take` acquires the lock. Leaving the context releases it.
 
-    The operating system gives back the turn of a process that dies. Where no lock file can be made, nobody waits.
+    The operating system releases the lock of a process that dies. If no lock file can be created, there is no lock.
     """
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> DecodeLock:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)  # which unlocks it
+            os.close(self._descriptor)  # releases the lock
             self._descriptor = None
 
     def take(self) -> None:
-        """Wait for the turn, unless this object has it."""
+        """Wait for the lock, unless this object holds it."""
         if self._descriptor is not None:
             return
         with suppress(OSError):
@@ -41,5 +41,5 @@ class Turn:
 
 
 def lock_path() -> Path:
-    """Return the file whose lock is the turn."""
+    """Return the path of the lock file."""
     return Path(tempfile.gettempdir()) / f"ldm-large-image-{os.getuid()}.lock"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from ldm.images import profiles
+from ldm.images import colour_profiles
 from ldm.images.decode import decode_image
 from tests.ldm.images.test_decode import encoded, gradient
 
@@ -48,10 +48,12 @@ def curve(gamma):
 
 def rgb_profile(primaries, gamma=2.2):
     matrix = (
-        np.linalg.inv(profiles._BRADFORD)
-        @ np.diag((profiles._BRADFORD @ D50) / (profiles._BRADFORD @ profiles._to_xyz(primaries).sum(1)))
-        @ profiles._BRADFORD
-        @ profiles._to_xyz(primaries)
+        np.linalg.inv(colour_profiles._BRADFORD)
+        @ np.diag(
+            (colour_profiles._BRADFORD @ D50) / (colour_profiles._BRADFORD @ colour_profiles._to_xyz(primaries).sum(1))
+        )
+        @ colour_profiles._BRADFORD
+        @ colour_profiles._to_xyz(primaries)
     )
     tags = {name: xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)}
     tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve(gamma))
@@ -119,15 +121,15 @@ def test_to_srgb_keeps_alpha():
 
 
 def test_to_srgb_says_once_what_it_ignores(caplog):
-    profiles._said.clear()
+    colour_profiles._said.clear()
     image = Image.fromarray(PIXELS)
     for profile in (b"no profile", grey_profile(2.2), rgb_profile(P3)[:200]):
         for name in ("one.png", "two.png"):
             np.testing.assert_array_equal(decode_image(encoded(image, "PNG", icc_profile=profile), name), PIXELS)
-    assert caplog.text.count("colour profile is ignored") == 3 and "two.png" not in caplog.text
+    assert caplog.text.count("colour profile ignored and sRGB assumed") == 3 and "two.png" not in caplog.text
     cmyk = encoded(image.convert("CMYK"), "TIFF", icc_profile=rgb_profile(P3))
     assert np.abs(decode_image(cmyk, "cmyk.tif").astype(int) - PIXELS).max() <= 1
-    assert "cmyk.tif: its colour profile is ignored, colours are taken as sRGB: it is one of RGB colours" in caplog.text
+    assert "cmyk.tif: colour profile ignored and sRGB assumed: its colour space is RGB" in caplog.text
 
 
 def with_chunks(*chunks):
@@ -154,7 +156,7 @@ def test_to_srgb_reads_gamma_and_primaries_of_png(caplog):
         np.testing.assert_array_equal(decode_image(with_chunks(*chunks), "x"), PIXELS)
     for chunks in ([gama(0)], [chrm((0,) * 8)], [chrm((0.3, 0.3) * 4)]):
         np.testing.assert_array_equal(decode_image(with_chunks(*chunks), "broken"), PIXELS)
-    assert "broken: its colour profile is ignored" in caplog.text
+    assert "broken: colour profile ignored" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["number", "interoperability"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.shards.identity import check_identity, identity_of, with_retries
+from ldm.identity import check_identity, identity_of, with_retries
 from ldm.util import UserError
 
 
@@ -25,7 +25,7 @@ def failing(times: int, number: int, calls: list[int]):
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_with_retries_outlasts_a_momentary_error(monkeypatch, number: int) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("ldm.shards.identity.time.sleep", pauses.append)
+    monkeypatch.setattr("ldm.identity.time.sleep", pauses.append)
     assert with_retries(failing(3, number, []), Path("a.tar")) == "data"
     assert len(pauses) == 3
     calls: list[int] = []
@@ -34,7 +34,9 @@ def test_with_retries_outlasts_a_momentary_error(monkeypatch, number: int) -> No
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOENT, "is gone"), (errno.EACCES, "Permission denied")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOENT, "was deleted or moved"), (errno.EACCES, "Permission denied")]
+)
 def test_with_retries_does_not_repeat_what_stays(monkeypatch, number: int, said: str) -> None:
     calls: list[int] = []
     with pytest.raises(UserError, match=f"a.tar: .*{said}"):

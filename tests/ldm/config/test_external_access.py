@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.config.reach import COMMAND, NETWORK, UNCLEAR, reach
+from ldm.config.external_access import COMMAND, NETWORK, UNCLEAR, external_access
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ from ldm.config.reach import COMMAND, NETWORK, UNCLEAR, reach
         "pipe:{",
     ],
 )
-def test_reach_knows_a_command_however_it_is_written(text):
-    assert reach(text) == COMMAND
+def test_external_access_knows_a_command_however_it_is_written(text):
+    assert external_access(text) == COMMAND
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_reach_knows_a_command_however_it_is_written(text):
         "text before http://h",
     ],
 )
-def test_reach_knows_a_url(text):
-    assert reach(text) == NETWORK
+def test_external_access_knows_a_url(text):
+    assert external_access(text) == NETWORK
 
 
 @pytest.mark.parametrize("text", ["{p,qipe:ls", "{0..99999999}x:ls", "a{b{c:d", "x{0..2000}:b"])
-def test_reach_takes_what_it_cannot_read_for_no_local_file(text):
-    assert reach(text) == UNCLEAR
+def test_external_access_takes_what_it_cannot_read_for_no_local_file(text):
+    assert external_access(text) == UNCLEAR
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_reach_takes_what_it_cannot_read_for_no_local_file(text):
         "${oc.env:HOME}",  # left to ldm.config.interpolations
     ],
 )
-def test_reach_leaves_local_files_and_prose_alone(text):
-    assert reach(text) is None
+def test_external_access_leaves_local_files_and_prose_alone(text):
+    assert external_access(text) is None
 
 
 @pytest.mark.timeout(10)
-def test_reach_expands_little():
+def test_external_access_expands_little():
     for text in ("{0..999999}" * 5 + ":x", "{" * 5000 + ":", "{a,b}" * 200 + ":x", ":" * 500_000):
-        reach(text)
+        external_access(text)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ldm.config.command_line_values import parse_value
 from ldm.config.load import load_config
-from ldm.config.typed import read_typed
 from ldm.util import UserError
 
 
@@ -19,7 +19,7 @@ from ldm.util import UserError
     ],
 )  # fmt: skip
 def test_read_typed_leaves_text_as_it_is(text: str) -> None:
-    assert read_typed(text) == text
+    assert parse_value(text) == text
     if not text.startswith(" "):
         assert load_config([], [f"data.params.x={text}"]).data.params.x == text
 
@@ -33,7 +33,7 @@ def test_read_typed_leaves_text_as_it_is(text: str) -> None:
     ],
 )  # fmt: skip
 def test_read_typed_reads_numbers_lists_and_mappings(text: str, value: object) -> None:
-    found = read_typed(text)
+    found = parse_value(text)
     assert found == value and type(found) is type(value)
 
 
