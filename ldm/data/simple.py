@@ -20,7 +20,7 @@ from ldm.files import read_at_most
 from ldm.images.augmentations import build_transform
 from ldm.images.find import ImageItem
 from ldm.images.pixels import random_below
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, refuse_if
 
 _MOST_IN_CAPTIONS = 1 << 30  # size limit in bytes
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -53,10 +53,12 @@ def read_captions(file: str | Path, column: str = "text") -> dict[str, str]:
             raise
         raise UserError(f"{path}: not captions by file name: {error}") from error
     for name, caption in pairs:
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise UserError(f"{path}: {name!r}: expected a file name and its caption, got {caption!r:.80}")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{path}: {name!r} is outside the folder")
+        are_text = isinstance(name, str) and isinstance(caption, str)
+        is_outside = are_text and (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts)
+        refuse_if(
+            (not are_text, f"{path}: {name!r}: expected a file name and its caption, got {caption!r:.80}"),
+            (is_outside, f"{path}: {name!r} is outside the folder"),
+        )
     return dict(pairs)
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ldm.data.listed import ListedImages, read_image, to_minus_one_one
 from ldm.images.degradations import degradation
 from ldm.images.pixels import crop, random_below, random_between, resize
-from ldm.util import UserError
+from ldm.util import UserError, check_number, refuse_if
 
 
 class PairedImages(Dataset):
@@ -38,12 +38,15 @@ class PairedImages(Dataset):
         max_crop_f: float = 1.0,
         random_crop: bool = True,
     ) -> None:
-        if type(size) is not int or size < 1:
-            raise UserError(f"size {size!r}: give the side in pixels, such as 256")
-        if type(downscale_f) is not int or downscale_f < 1 or size % downscale_f:
-            raise UserError(f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}")
-        if not 0 < min_crop_f <= max_crop_f <= 1:
-            raise UserError(f"min_crop_f {min_crop_f} and max_crop_f {max_crop_f}: give 0 < min <= max <= 1")
+        check_number("size", size, least=1, unit="pixels")
+        check_number("downscale_f", downscale_f, least=1)
+        refuse_if(
+            (size % downscale_f, f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}"),
+            (
+                not 0 < min_crop_f <= max_crop_f <= 1,
+                f"min_crop_f {min_crop_f} and max_crop_f {max_crop_f}: give 0 < min <= max <= 1",
+            ),
+        )
         self.images = images
         self.sample_keys = images.sample_keys
         self.size = size

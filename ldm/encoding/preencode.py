@@ -36,7 +36,7 @@ from ldm.encoding.pipeline import encode_shards
 from ldm.encoding.set_writer import INDEXED, Job, SetWriter
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
-from ldm.shards.index import INDEX
+from ldm.shards.index import INDEX, MEMBERS
 from ldm.shards.sample import LATENT, index_shapes
 from ldm.util import UserError
 
