@@ -112,7 +112,7 @@ def from_metadata(path: Path, pairs: bool = False) -> list[Entry]:
         raise UserError(f"{path}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    entries = _csv_entries(text, path) if path.suffix == ".csv" else _json_entries(text, path)
+    entries = _csv_entries(text, path, pairs) if path.suffix == ".csv" else _json_entries(text, path)
     found: list[Entry] = []
     unread: dict[str, None] = {}
     for where, entry in entries:
@@ -164,11 +164,11 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
         yield where, entry
 
 
-def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _csv_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in reader.fieldnames or ()]
-        if not set(names) & set(_FILE_KEYS):
+        if _keys_of(dict.fromkeys(names, "a value"), pairs)[0] is None:
             raise UserError(f"{path}, line 1: expected the columns file_name and text, got {', '.join(names):.80}")
         reader.fieldnames = names
         for entry in reader:
