@@ -133,8 +133,8 @@ def exit_on_bus_error() -> None:
         while not first.acquire(blocking=False):  # several threads may fault together
             time.sleep(1)
         cut = next((path for number, (path, size) in list(_MAPPED.items()) if os.fstat(number).st_size < size), None)
-        where = f"{escaped(cut)}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
-        os.write(2, f"error: {where} while it was read; start again with the whole file\n".encode(errors="replace"))
+        where = f"{escaped(cut)}: was truncated" if cut else "a memory-mapped file was truncated, or its disk fails,"
+        os.write(2, f"error: {where} while it was read; start again with the complete file\n".encode(errors="replace"))
         for temporary, process in list(_WRITING.items()):
             if process == os.getpid():
                 with suppress(OSError):

@@ -18,7 +18,8 @@ SLOW = (
     "test_main_signals", "test_minimal", "test_packaging", "test_preservation", "test_recipe",
     "test_several_processes", "test_textual_inversion", "tools/*", "hostile/*", "oracle/*", "device/*", "benchmarks/*",
     "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_writer",
-    "ldm/optim/*", "ldm/planning/*", "ldm/models/diffusion/test_samplers", "ldm/release/test_merge",
+    "ldm/images/test_large_images", "ldm/optim/*", "ldm/planning/*", "ldm/models/diffusion/test_samplers",
+    "ldm/release/test_merge",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 

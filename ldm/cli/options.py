@@ -67,6 +67,23 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampler")
 
 
+def add_spacing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the spacing of steps, and the rescaling of guidance that belongs to it (arXiv:2305.08891)."""
+    add = parser.add_argument
+    add(
+        "--spacing",
+        choices=["leading", "linspace", "trailing", "karras"],
+        help="where the steps lie; default: trailing for zero terminal SNR, else linspace for dpm_solver, leading for "
+        "the others",
+    )
+    add("--guidance-rescale", type=float, default=0.0, help="share from 0 to 1; about 0.7 suits zero terminal SNR")
+
+
+def check_spacing_options(options: argparse.Namespace) -> None:
+    """Raise `UserError` for an option of `add_spacing_options` out of its range."""
+    check_number("--guidance-rescale", options.guidance_rescale, least=0, most=1, whole=False)
+
+
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """Add the device and the precision of the networks."""
     add = parser.add_argument

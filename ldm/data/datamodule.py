@@ -39,9 +39,13 @@ logger = logging.getLogger(__name__)
 class WebDataNpyModuleFromConfig(BaseDataModule):
     """Data module of pre-encoded WebDataset shards, whose tars have latents or posteriors and text embeddings.
 
-    Batches have `first_stage_key` (B, channels, h, w) and `cond_stage_key`, such as (B, 77, 768), with the stored dtype
-    (float16); the other conditioning of the model; and lists of strings, the captions `txt` and the names `__key__`.
-    Each batch has one image size, and one mask per sample.
+    A batch has these entries, with the stored dtype (float16), and the further conditioning of the model:
+
+        first_stage_key   latents or posteriors (B, channels, h, w)
+        cond_stage_key    text embeddings, such as (B, 77, 768)
+        txt, __key__      captions and names of the samples, lists of strings
+
+    All images of a batch have the same size. Each sample has at most one mask.
 
     For a model of edits, the model's `dropout` replaces `null_cond_dropout`. It drops captions and images before the
     edit.

@@ -13,7 +13,7 @@ from ldm.data.conditions import AddEdge, AddLR, AddMask
 from ldm.data.config_module import DataModuleFromConfig
 from ldm.data.tar_images import Filter, TarImages, read_words
 from ldm.shards.urls import expand_urls, is_stream
-from ldm.util import UserError, check_number, nearest
+from ldm.util import UserError, check_keys, check_number
 
 __all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]
 
@@ -54,9 +54,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
     ) -> None:
         splits = {"train": train, "validation": validation, "test": test}
         for split, given in splits.items():
-            for key in given or {}:
-                if key not in _SPLIT_KEYS:
-                    raise UserError(f"unknown key {key!r} in data.params.{split}{nearest(key, list(_SPLIT_KEYS))}")
+            check_keys(f"data.params.{split}", given or {}, _SPLIT_KEYS)
         super().__init__(
             batch_size,
             **splits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +20,7 @@ from ldm.files import read_at_most
 from ldm.images.augmentations import build_transform
 from ldm.images.find import ImageItem
 from ldm.images.pixels import random_below
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, refuse_if
 
 _MOST_IN_CAPTIONS = 1 << 30  # size limit in bytes
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -52,10 +53,12 @@ def read_captions(file: str | Path, column: str = "text") -> dict[str, str]:
             raise
         raise UserError(f"{path}: not captions by file name: {error}") from error
     for name, caption in pairs:
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise UserError(f"{path}: {name!r}: expected a file name and its caption, got {caption!r:.80}")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{path}: {name!r} is outside the folder")
+        are_text = isinstance(name, str) and isinstance(caption, str)
+        is_outside = are_text and (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts)
+        refuse_if(
+            (not are_text, f"{path}: {name!r}: expected a file name and its caption, got {caption!r:.80}"),
+            (is_outside, f"{path}: {name!r} is outside the folder"),
+        )
     return dict(pairs)
 
 
@@ -90,7 +93,7 @@ class FolderData(Dataset):
                 raise UserError(f"{caption_file}: has no captions")
         else:
             items = _with_extensions(self.root_dir, ext)
-        self.items = [ImageItem(i.name, i.path, i.span, i.caption or default_caption, i.error) for i in items]
+        self.items = [replace(item, caption=item.caption or default_caption) for item in items]
         self.sample_keys = [item.name for item in self.items]
         self.transform = build_transform(image_transforms)
         self.postprocess: Callable[[dict], dict] | None = _built(postprocess)
@@ -109,7 +112,7 @@ class FolderData(Dataset):
     def load(self, item: ImageItem) -> Tensor:
         """Return the image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
         with naming(item.name):
-            return as_model_input(self.transform(read_image(item)))
+            return as_model_input(read_image(item, self.transform))
 
 
 def as_model_input(image: Image.Image | Tensor) -> Tensor:
@@ -231,5 +234,5 @@ class hf_dataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
         with naming(item.name):
-            image = as_model_input(self.transform(read_image(item)))
+            image = as_model_input(read_image(item, self.transform))
         return {self.image_key: image, self.caption_key: item.caption or ""}

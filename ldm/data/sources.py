@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.files import open_file, read_span
+from ldm.identity import check_identity, identity_of_path
 from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
 from ldm.images.find import ImageItem, SingleImages, from_folder, is_image, pair_up
@@ -25,8 +26,10 @@ _EDITED = [f"edited.{extension}" for extension in EXTENSIONS]  # members of a ta
 
 def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
     items = []
+    identity = identity_of_path(path)
     samples = index_tar(path)
     with open_file(path) as file:
+        check_identity(file.fileno(), path, identity)
         for sample in samples:
             caption, error = fixed, None
             if fixed is None and "txt" in sample.spans:
@@ -38,9 +41,12 @@ def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
                 items.append(ImageItem(f"{path.name}/{sample.key}", path, None, caption, error))
             else:
                 name = f"{path.name}/{sample.key}"
+                span = sample.spans[extension]
                 edited = next((found for found in sample.spans if found in _EDITED), None)
-                other = ImageItem(f"{name}.{edited}", path, sample.spans[edited]) if pairs and edited else None
-                items.append(ImageItem(f"{name}.{extension}", path, sample.spans[extension], caption, error, other))
+                other = None
+                if pairs and edited:
+                    other = ImageItem(f"{name}.{edited}", path, sample.spans[edited], identity=identity)
+                items.append(ImageItem(f"{name}.{extension}", path, span, caption, error, other, identity))
     return items
 
 

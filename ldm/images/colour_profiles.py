@@ -139,7 +139,7 @@ def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]]
 
 
 def _is_adobe_rgb(exif: Image.Exif) -> bool:
-    """Return True if EXIF declares Adobe RGB, by number or as uncalibrated with the index R03."""
+    """Return True if EXIF declares Adobe RGB: by its number, or by the number for uncalibrated and the index R03."""
     space = exif.get_ifd(_EXIF_IFD).get(_COLOUR_SPACE)
     index = exif.get_ifd(_INTEROPERABILITY_IFD).get(1, "")
     index = index.decode("ascii", "replace") if isinstance(index, bytes) else str(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -42,13 +43,29 @@ def decode_image(data: bytes, name: str, lock: DecodeLock | None = None) -> np.n
         UserError: the format is not one of `FORMATS`, the image is damaged, or it has more pixels than Pillow's limit
             against decompression bombs (179 million). The message names `name`.
     """
+    return _decoded(data, name, lock, lambda image: _pixels(image, name))
+
+
+def decode_grey(data: bytes, name: str) -> np.ndarray:
+    """Return the brightness of an image that stands for numbers, float32 `(height, width)` from 0 to 1.
+
+    16 bits are kept, and no colour profile is applied. Transparent pixels are white.
+
+    Raises:
+        UserError: as `decode_image`.
+    """
+    return _decoded(data, name, None, _brightness)
+
+
+def _decoded(data: bytes, name: str, lock: DecodeLock | None, then: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads only the header
             _check_size(image, data)
             if lock is not None and image.width * image.height > LARGE:
                 lock.take()
             image.load()
-            return _pixels(image, name)
+            ImageOps.exif_transpose(image, in_place=True)
+            return then(image)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error
     except Exception as error:  # on damaged files, decoders raise OSError, SyntaxError, ...
@@ -57,7 +74,6 @@ def decode_image(data: bytes, name: str, lock: DecodeLock | None = None) -> np.n
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
     """Return the pixels as uint8 (height, width, 3), with few copies."""
-    ImageOps.exif_transpose(image, in_place=True)
     image = to_srgb(_to_eight_bits(image), name)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, _BAND):
@@ -75,14 +91,25 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _brightness(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        return (_sixteen_bits(image) / 0xFFFF).astype(np.float32)
+    return np.asarray(_on_white(_to_eight_bits(image)).convert("L"), dtype=np.float32) / 255
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    levels = np.asarray(image)  # "I;16", "I;16B", and in some versions of Pillow "I" for 16-bit PNGs
+    if levels.min() < 0 or levels.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no standard range")
+    return levels
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Return `image` in mode L, LA, RGB, RGBA or CMYK. 16-bit grey is scaled, and palettes are resolved."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no standard range")
-    if image.mode.startswith("I"):  # "I;16", "I;16B", and in some versions of Pillow "I" for 16-bit PNGs
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 0xFFFF:
-            raise ValueError("32-bit pixels have no standard range")
+    if image.mode.startswith("I"):
+        levels = _sixteen_bits(image)
         eight_bits = np.empty(levels.shape, np.uint8)
         for top in range(0, len(levels), _BAND):
             eight_bits[top : top + _BAND] = np.round(levels[top : top + _BAND] / 257)

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
+from ldm.identity import Identity, check_identity, retried
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
 from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
@@ -41,6 +42,7 @@ class ImageItem:
     caption: str | None = None
     error: str | None = None
     edited: ImageItem | None = None
+    identity: Identity | None = None  # of the tar that `span` is a place in
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
         """Decode the image to uint8 (height, width, 3) and return `then(image)`, usually a smaller image.
@@ -48,6 +50,7 @@ class ImageItem:
         Only one process at a time decodes a large image and runs `then` on it.
 
         Raises:
+            Replaced: the tar was replaced after the image was found in it.
             UserError: the image or its caption cannot be read. The message names the image.
         """
         if self.error is not None:
@@ -56,14 +59,18 @@ class ImageItem:
             try:
                 if (self.span[1] if self.span else self.path.stat().st_size) > LARGE_FILE:
                     lock.take()
-                if self.span is None:
-                    data = read_at_most(self.path, MOST_IN_MEMBER)
-                else:
-                    with open_file(self.path) as file:
-                        data = read_span(file.fileno(), *self.span, self.name)
+                data = retried(self._data, self.path)
             except OSError as error:
                 raise UserError(f"{self.name}: {error.strerror or error}") from error
             return then(decode_image(bytes(data), self.name, lock))
+
+    def _data(self) -> bytes | bytearray:
+        if self.span is None:
+            return read_at_most(self.path, MOST_IN_MEMBER)
+        with open_file(self.path) as file:
+            if self.identity is not None:
+                check_identity(file.fileno(), self.path, self.identity)
+            return read_span(file.fileno(), *self.span, self.name)
 
 
 def extension_of(path: Path) -> str:

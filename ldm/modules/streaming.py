@@ -115,7 +115,7 @@ class _Transfer:
             return [source.to(device, non_blocking=True) for source in pinned]
 
     def _pin(self, block: nn.Module, changed: bool) -> list[Tensor]:
-        """Return the parameters in pinned memory, in the type of the copies, which reduces bus traffic."""
+        """Return the parameters in pinned memory. They have the dtype of the copies, to reduce the transfer time."""
         if block not in self._pinned:
             self._pinned[block] = [
                 torch.empty(parameter.shape, dtype=self._dtype, pin_memory=True) for parameter in block.parameters()

@@ -157,8 +157,8 @@ class Sampler:
             unconditional_conditioning: conditioning that guidance moves away from, if the scale is not 1.
             generators: one per sample, so that the noise of a sample does not depend on its batch.
             image_guidance_scale: second scale of guidance; see `guided_output`.
-            init, strength: start from the latents `init` (B, C, H, W), noised to the last `strength` of the steps
-                (image to image, arXiv:2108.01073), at least one.
+            init, strength: start from the latents `init` (B, C, H, W), and run the share `strength` of the steps, at
+                least one (image to image, arXiv:2108.01073).
             spacing: one of `ldm.models.diffusion.spacing.SPACINGS`. The default is `own_spacing`.
             guidance_rescale: φ of `rescaled`.
 

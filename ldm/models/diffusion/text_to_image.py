@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import Conditioning, concatenate
+from ldm.models.diffusion.inputs import NO_INPUTS, Inputs, encode_inputs, image_scale_of
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.prompts import PromptConditioning, image_sizes
 from ldm.models.diffusion.sampling import NotFiniteError, Sampler
 from ldm.util import UserError, check_choice
 
@@ -53,6 +53,12 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
     return model.channels, *sizes
 
 
+def image_size(model: LatentDiffusion, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return height and width in pixels of an image whose latent has the `shape` (C, h, w)."""
+    pixels = model.first_stage_model.downsampling
+    return shape[1] * pixels, shape[2] * pixels
+
+
 @torch.no_grad()
 def sample_latents(
     model: LatentDiffusion,
@@ -64,6 +70,7 @@ def sample_latents(
     eta: float = 0.0,
     batch_size: int = 4,
     verbose: bool = True,
+    **guided: Any,
 ) -> Iterator[Tensor]:
     """Yield scaled latents (C, h, w), float32 on the model's device, in the order of `requests`.
 
@@ -75,13 +82,13 @@ def sample_latents(
         shape: (C, h, w) of the latents; see `latent_shape`.
         sampler: key of `SAMPLERS`.
         scale: scale of classifier-free guidance away from the negative prompt; 1 for no guidance.
+        guided: further arguments of `sample_batches`.
 
     Raises:
-        UserError: the model does not read captions, the sampler is unknown, a setting is out of range, or a sample is
-            not finite.
+        UserError: see `sample_batches`.
     """
     parts = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
-    for samples in sample_batches(model, parts, shape, sampler, steps, scale, eta, verbose):
+    for samples in sample_batches(model, parts, shape, sampler, steps, scale, eta, verbose, **guided):
         yield from samples
 
 
@@ -95,41 +102,56 @@ def sample_batches(
     scale: float,
     eta: float,
     verbose: bool,
+    inputs: Inputs = NO_INPUTS,
+    spacing: str | None = None,
+    guidance_rescale: float = 0.0,
+    image_scale: float | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the scaled latents (B, C, h, w) of each of `parts`; see `sample_latents`."""
-    check_reads_captions(model)
+    """Yield the scaled latents (B, C, h, w) of each of `parts`; see `sample_latents`.
+
+    Args:
+        inputs: images and other inputs besides prompts.
+        spacing: see `steps_at`; `Sampler.own_spacing` by default.
+        guidance_rescale: share of `rescaled`.
+        image_scale: guidance towards the image of a model that edits images; see `image_scale_of`.
+
+    Raises:
+        UserError: the model does not read captions, needs other inputs, or cannot take a setting; the sampler is
+            unknown; or a sample is not finite.
+    """
     check_choice("sampler", sampler, tuple(SAMPLERS))
     solver = SAMPLERS[sampler](model)
-    solver.make_schedule(steps, ddim_eta=eta)
+    solver.make_schedule(steps, spacing, eta)
     if len(solver.timesteps) != steps:
         run, total = len(solver.timesteps), model.num_timesteps
         logger.info("%s runs %d steps, because %d does not divide the model's %d", sampler, run, steps, total)
-    guided = scale != 1.0
-    negatives: dict[str, Conditioning] = {}  # by prompt
+    image_scale = image_scale_of(model, image_scale)
+    encoded = encode_inputs(model, inputs, shape)
+    sizes = image_sizes(model, inputs.sizes, *image_size(model, shape))
+    conditioning = PromptConditioning(model, sizes, encoded.maps, drops_image=image_scale is not None)
+    is_guided = scale != 1.0 or image_scale not in (None, 1.0)
     for part in parts:
         with model.ema_scope(), _name_request(part):
+            negatives = [request.negative_prompt for request in part]
             samples, _ = solver.sample(
                 S=steps,
                 batch_size=len(part),
                 shape=shape,
-                conditioning=model.get_learned_conditioning([request.prompt for request in part]),
-                unconditional_conditioning=_negative_conditioning(model, part, negatives) if guided else None,
+                conditioning=conditioning.of([request.prompt for request in part]),
+                unconditional_conditioning=conditioning.of_negatives(negatives) if is_guided else None,
                 unconditional_guidance_scale=scale,
+                image_guidance_scale=image_scale,
+                guidance_rescale=guidance_rescale,
                 eta=eta,
+                spacing=spacing,
+                mask=encoded.keep,
+                x0=encoded.kept,
+                init=encoded.init,
+                strength=inputs.strength,
                 generators=[torch.Generator().manual_seed(request.seed) for request in part],
                 verbose=verbose,
             )
-        yield samples
-
-
-def _negative_conditioning(
-    model: LatentDiffusion, part: Sequence[Request], known: dict[str, Conditioning]
-) -> Conditioning:
-    """Return the conditioning of the negative prompts of `part`. Each prompt is encoded once and kept in `known`."""
-    for prompt in dict.fromkeys(request.negative_prompt for request in part):
-        if prompt not in known:
-            known[prompt] = model.get_unconditional_conditioning(1, prompt)
-    return concatenate(*(known[request.negative_prompt] for request in part))
+        yield encoded.with_kept(samples)
 
 
 @contextmanager
@@ -144,18 +166,24 @@ def _name_request(part: Sequence[Request]) -> Iterator[None]:
 
 @torch.no_grad()
 def text_to_image(
-    model: LatentDiffusion, requests: Sequence[Request], shape: tuple[int, int, int], **settings: Any
+    model: LatentDiffusion,
+    requests: Sequence[Request],
+    shape: tuple[int, int, int],
+    inputs: Inputs = NO_INPUTS,
+    **settings: Any,
 ) -> Iterator[Tensor]:
     """Yield images (3, H, W), about [-1, 1], float32 on the CPU, decoded from the result of `sample_latents`.
+
+    Where a mask keeps the pixels of an image, they are those of the image itself.
 
     Raises:
         UserError: as `sample_latents`, or an image is not finite.
     """
-    for latent in sample_latents(model, requests, shape, **settings):
+    for latent in sample_latents(model, requests, shape, inputs=inputs, **settings):
         image = model.decode_first_stage(latent[None])[0].float().cpu()  # one by one, to save memory
         if not image.isfinite().all():
             raise NotFiniteError(
                 "the autoencoder decodes a finite latent to NaN or infinities; check its weights, or use "
                 "--precision fp32 or bf16"
             )
-        yield image
+        yield inputs.pasted(image)

@@ -162,7 +162,7 @@ def test_bfloat16_weights_decay_on_average_by_less_than_their_precision(start):
         ({"inner.0": torch.zeros(3)}, {}, r"start\.ckpt has \(3,\) as inner\.0 of shape \(2,\)"),
         ({"other": torch.zeros(2)}, {}, r"start\.ckpt lacks inner\.0 of shape \(2,\)"),
         (None, {}, r"start\.ckpt: no such file"),
-        ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"learning rate 0\.5 \* weight 5\.0 .* is 2\.5, which overshoots"),
+        ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"weight 5\.0 .* is 2\.5, which overshoots"),
         ({"inner.0": torch.zeros(2)}, {"weight": 0}, "weight 0: give a number above 0"),
         ({"inner.0": torch.zeros(2)}, {"every_n_steps": 0}, "every_n_steps 0"),
     ],
