@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric.plugins.io import CheckpointIO
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
@@ -143,17 +144,28 @@ def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> Lig
     if missing & dict(model.named_parameters()).keys():  # optional ones, such as a loss's, begin as in a new model
         model = build_model(config)
         _load_weights(model, checkpoint)
+    _hand_over(model, checkpoint, OmegaConf.select(config, "lightning.trainer.precision") == "bf16-true")
     return model
 
 
 def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:
-    """Load the weights into `model`, holding them once; returns the keys that the checkpoint lacks."""
+    """Load the weights into `model`; returns the keys that the checkpoint lacks."""
     weights = checkpoint.content["state_dict"]
     report = load_into(model, weights, source=str(checkpoint.path))
     if has_part(report.missing, EMA):
         log.info("%s: has no moving average, which starts from the weights", checkpoint.path)
         model.restart_ema()
-    # Lightning loads them once more, from the model's own tensors: nothing is copied. What is missing is optional.
+    return set(report.missing)
+
+
+def _hand_over(model: LightningModule, checkpoint: TrainingCheckpoint, in_bfloat16: bool) -> None:
+    """Make the weights of `model` those of `checkpoint`, so that they are held once.
+
+    Lightning loads them once more, from the model's own tensors: nothing is copied. What is missing is optional. With
+    `in_bfloat16` the model is cast here. If Lightning did it later, the checkpoint would still hold the float32 ones.
+    """
+    if in_bfloat16:
+        model.to(torch.bfloat16)
+    weights = checkpoint.content["state_dict"]
     checkpoint.content["state_dict"] = {key: own for key, own in model.state_dict().items() if key in weights}
     model.strict_loading = False
-    return set(report.missing)

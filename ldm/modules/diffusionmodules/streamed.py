@@ -19,10 +19,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class StreamedUNetModel(StaysOnHost, UNetModel):
-    """`UNetModel` whose weights stay in host memory, in float32, and visit the input's device part by part.
+    """`UNetModel` whose weights stay in host memory, and visit the input's device part by part.
 
-    A part is a block of the UNet. A block with several transformer blocks in a row, as in SDXL, is divided into smaller
-    parts: each of its transformer blocks, and each of its other layers.
+    A part is a layer of a block: a residual block, a transformer, a resampling layer. A transformer with several
+    transformer blocks in a row, as in SDXL, is divided further: into each of these, and the layers before and after
+    them. The weights have the type of the trainer's precision: bfloat16 with `bf16-true`, float32 otherwise.
 
     Args:
         stream_dtype: type of the copies on the device and of the computation, `bf16` or `fp32`.
@@ -39,11 +40,11 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
             raise UserError(f"stream_dtype {stream_dtype!r} is unknown; valid: {', '.join(_DTYPES)}")
         if kwargs.get("use_checkpoint"):
             raise UserError(
-                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks (put "
-                "minimal.yaml last among several tiers)"
+                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers (put "
+                "minimal.yaml or smallest.yaml last among several tiers)"
             )
         if kwargs.get("compile_mode"):
-            raise UserError("compile_mode: leave it out; StreamedUNetModel's blocks are not compiled")
+            raise UserError("compile_mode: leave it out; StreamedUNetModel's layers are not compiled")
         self._ends: dict[nn.Module, tuple[_Part, _Part]] = {}  # layers before and after the transformer blocks
         embedding = [self.time_embed, *([self.label_emb] if self.num_classes is not None else [])]
         blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
@@ -55,7 +56,7 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
         return self._stream.dtype
 
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        if not _is_long(block):
+        if not isinstance(block, TimestepEmbedSequential):
             return self._stream.run(block, *inputs)
         x, emb, context = inputs
         for layer in block:
@@ -74,9 +75,6 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
 
     def _parts_of(self, block: nn.Module) -> Iterator[nn.Module]:
         """Return the parts of a block in the order in which they run."""
-        if not _is_long(block):
-            yield block
-            return
         for layer in block:
             if _is_deep(layer):
                 first = _Part(layer.to_tokens, norm=layer.norm, proj_in=layer.proj_in)
@@ -96,10 +94,6 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
 
 def _is_deep(layer: nn.Module) -> bool:
     return isinstance(layer, SpatialTransformer) and len(layer.transformer_blocks) > 1
-
-
-def _is_long(block: nn.Module) -> bool:
-    return isinstance(block, TimestepEmbedSequential) and any(_is_deep(layer) for layer in block)
 
 
 class _Part(nn.Module):
