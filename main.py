@@ -13,7 +13,7 @@ from typing import Any
 from ldm.cli.run import run
 from ldm.training.arguments import parse_arguments
 
-# What YAML files name as `main.X`. Looked up when it is named, so that `--help` need not import torch.
+# Classes that YAML files name as `main.X`. They are imported on use, so that `--help` does not import torch.
 _EXPORTS = {
     "DataModuleFromConfig": "ldm.data.config_module",
     "WebDataNpyModuleFromConfig": "ldm.data.datamodule",
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Parse, merge, read, build, fit, test."""
+    """Parse, merge, read, build, fit and test."""
     arguments = parse_arguments(sys.argv[1:])
 
     from ldm.callbacks.signals import SignalRequests
@@ -46,7 +46,7 @@ def main() -> None:
     plan = plan_run(arguments)
     with hold_run(plan), SignalRequests() as requests, _debugger_on_error(arguments.debug):
         config = merge_config(arguments, plan)
-        forecast = begin_forecast(config) if arguments.train else None  # beside the reading of weights and data
+        forecast = begin_forecast(config) if arguments.train else None  # in parallel with reading weights and data
         checkpoint = read_training_checkpoint(plan.resume)
         seed = seed_run(arguments.seed, checkpoint)
         data = build_data(config)
@@ -54,7 +54,7 @@ def main() -> None:
         callbacks = build_callbacks(config, plan, requests, seed)
         loggers = build_loggers(config, plan, arguments.project)
         trainer = build_trainer(config, model, data, callbacks, loggers, plan, checkpoint)
-        del checkpoint  # the trainer has it, until it is taken up
+        del checkpoint  # the trainer holds it until it is restored
         if arguments.train:
             set_learning_rate(model, config, trainer)
             warn_if_too_large(config, trainer.strategy, forecast)
@@ -65,7 +65,7 @@ def main() -> None:
 
 @contextmanager
 def _debugger_on_error(debug: bool) -> Iterator[None]:
-    """With `--debug`, open the debugger where an error was raised."""
+    """Open the debugger at the place of an error, if `debug`."""
     try:
         yield
     except Exception:

@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", type=Path, required=True, help="release checkpoint")
     parser.add_argument("--config", type=Path, required=True, help="config of the checkpoint")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "data/emoji", help="image folder with metadata.jsonl")
+    parser.add_argument("--images", type=Path, default=ROOT / "data/emoji", help="image folder with metadata.jsonl")
     parser.add_argument("--n", type=int, default=200, help="number of captions to sample (default 200)")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance scale (default 3)")
@@ -50,9 +50,9 @@ def main() -> None:
     from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
     from ldm.release.load import load_release
 
-    lines = (options.pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (options.images / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
-    arrays = [np.asarray(Image.open(options.pictures / entry["file_name"]).convert("RGB")) for entry in entries]
+    arrays = [np.asarray(Image.open(options.images / entry["file_name"]).convert("RGB")) for entry in entries]
     known = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1  # (M, 3, H, W)
 
     chosen = np.random.default_rng(options.seed).choice(len(entries), min(options.n, len(entries)), replace=False)

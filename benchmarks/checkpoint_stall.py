@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time for which training stops to write a checkpoint, and the interval that keeps this time a small share.
+"""Time that training spends on writing a checkpoint, and the interval that keeps it a small fraction.
 
     python benchmarks/checkpoint_stall.py --folder /somewhere/on/the/disk --gib 2
 

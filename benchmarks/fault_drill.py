@@ -66,7 +66,7 @@ class DrilledRun:
 
     @property
     def last(self) -> Path | None:
-        """The path of the run's last.ckpt; None before the first checkpoint."""
+        """Path of the run's last.ckpt; None before the first checkpoint."""
         return next(self.folder.glob("logs/*/checkpoints/last.ckpt"), None)
 
     def start(self) -> BaseProcess:
@@ -192,7 +192,7 @@ def drill_full_disk(folder: Path, shards: Path, straight: DrilledRun) -> int:
             full.finish()
             return report("full disk, resumed with more room", full, straight)
     except PermissionError:
-        log.info("full disk: skipped; run as root, which may mount a tmpfs")
+        log.info("full disk: skipped, because only root can mount a tmpfs")
         return 0
 
 

@@ -6,11 +6,11 @@ cat, and the drift of its neighbours and of other images.
 
     python benchmarks/forgetting.py --folder forgetting
 
-Training uses seven of the ten cats; the other three expressions are held out. Every other animal belongs to the prior.
-No variant trains on the remaining animals, nor on anything that is not an animal.
+Training uses seven of the ten cats; the other three expressions are held out. Every second animal belongs to the prior.
+No variant trains on the remaining animals or on images of other things.
 
-A variant is judged at equal learning: at the first evaluated step at which its loss on the trained cats has fallen to
-that of the plain run of the same seed at step --reference. All commands run as a user would type them.
+Variants are compared at equal learning. This is the first evaluated step where the loss on the trained cats is as low
+as that of plain fine-tuning, with the same seed, at step --reference. All commands run as a user would type them.
 
 Results of finished runs stay under --folder. A benchmark that was stopped continues with the runs that are missing.
 """

@@ -16,7 +16,7 @@ def report(results: Sequence[Result], reference: int, steps: int) -> str:
     for result in results:
         variants.setdefault(result["variant"], []).append(result)
     seeds = ", ".join(str(result["seed"]) for result in next(iter(variants.values())))
-    base = results[0]["sets"]["new_cats"]["samples"]["base_to_picture"]["value"]
+    base = results[0]["sets"]["new_cats"]["samples"]["base_to_image"]["value"]
     return f"""\
 Mean ± standard deviation over the seeds {seeds}. Losses are multiples of the base's losses. The drift is the one of
 tools/evaluate.py. The distance is measured between samples of the new cats' captions and their images
@@ -47,11 +47,11 @@ def _at_equal_learning(variants: Mapping[str, Sequence[Result]]) -> list[list[st
         "step": lambda result: result["step"],
         "trained cats: loss": overall("cats", "loss_ratio"),
         "new cats: loss": overall("new_cats", "loss_ratio"),
-        "new cats: distance": sampled("new_cats", "tuned_to_picture"),
+        "new cats: distance": sampled("new_cats", "tuned_to_image"),
         "neighbours: drift": drift,
         "× plain's": lambda result: drift(result) / drift(plain[result["seed"]]),
         "neighbours: loss": overall("near", "loss_ratio"),
-        "neighbours: samples moved": sampled("near", "moved"),
+        "neighbours: distance from the base": sampled("near", "base_to_tuned"),
         "neighbours in the prior: drift": overall("near_prior", "drift"),
         "other animals: drift": overall("animals", "drift"),
         "rest: drift": overall("rest", "drift"),

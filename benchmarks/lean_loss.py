@@ -108,9 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default 200)")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate (default 3e-4)")
-    parser.add_argument("--pictures", type=int, default=48, help="number of images to train on (default 48)")
+    parser.add_argument("--images", type=int, default=48, help="number of images to train on (default 48)")
     options = parser.parse_args()
-    task = Task(options.pictures, channel_mult=(1, 2))
+    task = Task(options.images, channel_mult=(1, 2))
     expected = None
     for name, (dtype, config) in VARIANTS.items():
         start = time.perf_counter()

@@ -41,7 +41,7 @@ step --sides lean minimal diffusers --batch 1 --steps 10 --warm-up 3 --checkpoin
 # The recipe's commands with a release of full size; then pre-encoding of images with that release.
 run "$PYTHON" benchmarks/recipe_full_size.py --folder "$WORK/recipe" --keep
 run "$PYTHON" benchmarks/preencode_throughput.py --ckpt "$WORK/recipe/model.ckpt" --config stable_diffusion_v1.yaml \
-    --size 512 --batch-size 16 --pictures 1024 --precision fp16
+    --size 512 --batch-size 16 --generated 1024 --precision fp16
 rm -rf "$WORK/recipe"
 
 run "$PYTHON" benchmarks/start_up.py --channels 320 --size 512 --folder "$WORK"

@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ckpt", type=Path, default=ROOT / "data/base/emoji.safetensors", help="release (default: the demo's release)")
     add("--config", default="demo_tiny_release.yaml", help="config of the release")
     add("--images", nargs="+", help="sources as for tools/preencode.py (default: generated images)")
-    add("--pictures", type=int, default=256, help="number of generated JPEGs of 768x512 pixels (default: 256)")
+    add("--generated", type=int, default=256, help="number of generated JPEGs of 768x512 pixels (default: 256)")
     add("--size", type=int, default=64, help="size of the encoded images in pixels (default: 64)")
     add("--buckets", action="store_true", help="as for tools/preencode.py")
     add("--batch-size", type=int, default=8, help="images per batch (default: 8)")
@@ -116,13 +116,13 @@ def main() -> None:
 
     from ldm.data.sources import find_images
     from ldm.encoding import pipeline as encode_shards
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.release.load import PRECISIONS, load_release, pick_device
 
     device = pick_device(options.device)
-    encoder = Encoder(load_release(options.ckpt, options.config), device, PRECISIONS[options.precision])
+    encoder = SampleEncoder(load_release(options.ckpt, options.config), device, PRECISIONS[options.precision])
     if options.stand_in is not None:
         StandIn(encoder, options.stand_in / 1000)
         encode_shards.HostCopy = Pending
@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.images is None:
-            write_generated_images(folder, options.pictures)
+            write_generated_images(folder, options.generated)
         items = find_images(options.images or folder)
         captions = [item.caption or "" for item in items]
         time_encoder(encoder, captions[: 2 * options.batch_size], options.size, options.batch_size)  # warm-up

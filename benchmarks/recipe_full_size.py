@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "finetune_stable_diffusion.yaml"
 MAX_RSS = 24e9  # bytes, of any stage
-MAX_RSS_OF_RELEASE = 1.3  # of hack and merge, as a multiple of the release's size
+MAX_RSS_OF_RELEASE = 1.3  # limit for hack and merge, as a multiple of the release's size
 
 
 @dataclass
@@ -74,7 +74,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--latent-size", type=int, default=64, help="height and width of the latents (default: 64)")
     parser.add_argument("--samples", type=int, default=2, help="number of pre-encoded samples (default: 2)")
     parser.add_argument("--batch-size", type=int, default=1, help="batch size of the training step (default: 1)")
-    parser.add_argument("--skip-training", action="store_true", help="merge the untrained checkpoint; saves 24 GB")
+    parser.add_argument(
+        "--skip-training",
+        action="store_true",
+        help="skip the training step and merge the untrained checkpoint; saves 24 GB",
+    )
     return parser.parse_args()
 
 
@@ -157,7 +161,7 @@ def write_shard(folder: Path, samples: int, latent_size: int) -> None:
 
 
 def check_merged(merged: Path, release: Path, trained: bool) -> None:
-    """Raise `UserError` unless only the UNet differs from the release, and only after training."""
+    """Raise `UserError` if tensors outside the UNet differ from the release, or none of the UNet after training."""
     new, old = load_state_dict(merged), load_state_dict(release)
     changed = {key for key in old if not torch.equal(new[key], old[key])}
     expected = {key for key in old if key.startswith("model.")} if trained else set()

@@ -67,8 +67,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> list[str]:
     from benchmarks.recipe_full_size import write_shard
     from ldm.checkpoint import save_checkpoint
     from ldm.config.load import build_model, load_config
-    from ldm.release.fresh import fresh_checkpoint
-    from ldm.release.graft import Graft
+    from ldm.release.initial_checkpoint import checkpoint_at_start
 
     write_shard(folder / "shards", 2, options.size // 8)
     overrides = [f"model.params.unet_config.params.model_channels={options.channels}"]
@@ -78,7 +77,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> list[str]:
         for number, p in enumerate(model.trained_parameters())
     }
     groups = torch.optim.AdamW(model.trained_parameters(), lr=1e-6, fused=True).state_dict()["param_groups"]
-    content = fresh_checkpoint(Graft(model.state_dict()))
+    content = checkpoint_at_start(model.state_dict())
     save_checkpoint(content | {"optimizer_states": [{"state": moments, "param_groups": groups}]}, folder / "start.ckpt")
     data = {"training_urls": folder / "shards/shard.tar", "val_urls": "null", "num_workers": 0, "batch_size": 1}
     overrides += [f"data.params.{key}={value}" for key, value in data.items()]

@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 def build_ours(side: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any], bool]:
     """Return our UNet of a tier, the tier's optimizer config, and True if the weights are bfloat16."""
     from ldm.config.load import load_config, plain
-    from ldm.release.building import without_initialisation
+    from ldm.release.initialisation import without_initialisation
     from ldm.util import instantiate_from_config
 
     tier = [f"{side}.yaml"] if side in TIERS else []
@@ -100,7 +100,7 @@ def build_diffusers(side: str, options: argparse.Namespace) -> Any:
 
 
 def work(options: argparse.Namespace) -> dict[str, float]:
-    """Run one side; return its seconds per step, and its peak memory by torch's and by the driver's account."""
+    """Run one side; return its seconds per step, and its peak memory as reported by torch and by the driver."""
     import torch
 
     from ldm.callbacks.device import peak_memory
@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def memory(figures: list[dict[str, float]]) -> str:
-    """Format peak memory: of tensors and by the driver on CUDA, of the process elsewhere."""
+    """Format peak memory: on CUDA, of tensors and as reported by the driver; otherwise, of the process."""
     own, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
     return f"peak {own:6.2f} GiB" + (f", reported by the driver {driver:6.2f} GiB" if driver else "")
 

@@ -1,3 +1,3 @@
-"""Latent diffusion, lean enough to fully fine-tune on the GPU that a person owns."""
+"""Full fine-tuning of latent diffusion models on a single consumer GPU."""
 
 __version__ = "0.1.0"

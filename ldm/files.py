@@ -1,4 +1,4 @@
-"""Opening of files that end, and writing that leaves the old file whole after a kill or a full disk. No torch."""
+"""Safe reading of regular files, and atomic writing that survives a kill or a full disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.locks import is_running, process_namespace, process_start
+from ldm.locks import is_running, process_namespace, process_start, short_name
 from ldm.util import UserError, escaped
 
-# Bytes: no member of a sample is larger, though a file with holes can claim terabytes.
+# Size limit of a member of a sample, in bytes. A sparse file can claim terabytes.
 MOST_IN_MEMBER = 1 << 30
-_swept: set[str] = set()  # folders whose leftovers this process has removed
+_swept: set[str] = set()  # folders from which this process has removed leftovers
 
 _KINDS = (
     (stat.S_ISDIR, "a folder; name a file in it"),
@@ -31,25 +31,25 @@ _KINDS = (
     (stat.S_ISCHR, "a device, not a file"),
     (stat.S_ISBLK, "a device, not a file"),
 )
-_MAPPED: dict[int, tuple[str, int]] = {}  # descriptors of the files that are memory-mapped: path, size when opened
-_WRITING: dict[Path, int] = {}  # temporary files that are being written: the process that writes
-_KEPT: list[object] = []  # the handler of SIGBUS, which must live as long as the process
+_MAPPED: dict[int, tuple[str, int]] = {}  # by descriptor of a memory-mapped file: path and size at opening
+_WRITING: dict[Path, int] = {}  # by temporary file: the process that writes it
+_KEPT: list[object] = []  # the handler of SIGBUS, kept for the life of the process
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """Open a file for reading, without waiting: opening a named pipe would wait, and a device never ends.
+    """Open a regular file for reading. Pipes could block, and devices may be endless.
 
     Raises:
-        UserError: it is a folder, a pipe, a socket or a device; says which.
-        OSError: it is missing or may not be read.
+        UserError: `path` is a folder, a pipe, a socket or a device.
+        OSError: the file is missing or not readable.
     """
     path = Path(path)
     if "\0" in str(path):
-        raise UserError(f"{str(path)!r}: no name that a file can have")
+        raise UserError(f"{str(path)!r}: not a valid file name")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket; a folder, on some systems
+        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, or on some systems a folder
             check_file(path)
         raise
     try:
@@ -61,7 +61,7 @@ def open_file(path: str | Path) -> BinaryIO:
 
 
 def check_file(path: str | Path) -> None:
-    """Raise `UserError` if there is something at `path` that is no file; see `open_file`. It may be missing."""
+    """Raise `UserError` if `path` exists and is not a regular file; see `open_file`."""
     with suppress(FileNotFoundError, NotADirectoryError):
         _check_mode(path, Path(path).stat().st_mode)
 
@@ -73,33 +73,33 @@ def _check_mode(path: str | Path, mode: int) -> None:
 
 
 def read_at_most(path: str | Path, most: int) -> bytes:
-    """Return the content of the file at `path`; a file with holes can claim terabytes.
+    """Return the content of the file at `path`, of at most `most` bytes.
 
     Raises:
-        UserError: it is longer than `most` bytes, or is no file.
+        UserError: the file is larger, or not a regular file.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(most, size) + 1)
     if len(data) > most:
-        raise UserError(f"{path}: has {size} bytes, more than the {most} that such a file may have")
+        raise UserError(f"{path}: has {size} bytes, but the limit for such a file is {most}")
     return data
 
 
 def is_within(folder: str | Path, path: str | Path) -> bool:
-    """Whether `path`, its links and `..` followed, lies in `folder`.
+    """Return True if `path` lies in `folder` after following links and `..`.
 
     Raises:
-        UserError: `path` is no path.
+        UserError: `path` is not a valid path.
     """
     try:
         return Path(path).resolve().is_relative_to(Path(folder).resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, or a null character
-        raise UserError(f"{str(path)!r:.100}: is no path ({error})") from error
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, or a null character
+        raise UserError(f"{str(path)!r:.100}: is not a valid path ({error})") from error
 
 
 def check_within(folder: str | Path, path: str | Path, what: str) -> None:
-    """Raise `UserError` unless `path` lies in `folder`, the folder of a run; `what` names it in the message."""
+    """Raise `UserError` unless `path` lies in the run folder `folder`. `what` names the path in the message."""
     if not is_within(folder, path):
         raise UserError(
             f"{what} {str(path)!r:.200}: lies outside {folder}, and a run writes in its own folder alone; leave it "
@@ -108,21 +108,21 @@ def check_within(folder: str | Path, path: str | Path, what: str) -> None:
 
 
 def note_mapped(path: str | Path, descriptor: int, size: int) -> None:
-    """Note that a file is memory-mapped, so that `exit_on_bus_error` can name it."""
+    """Record a memory-mapped file, so that `exit_on_bus_error` can name it."""
     _MAPPED[descriptor] = (str(path), size)
 
 
 def forget_mapped(descriptor: int) -> None:
-    """Forget what `note_mapped` noted."""
+    """Remove the record of `note_mapped`."""
     _MAPPED.pop(descriptor, None)
 
 
 def exit_on_bus_error() -> None:
-    """Make SIGBUS end the process in one line and exit code 1, with temporary files removed.
+    """Install a handler of SIGBUS that removes temporary files, prints one line and exits with code 1.
 
-    The system sends it to a process that touches a memory map of a file that was cut short, or whose disk fails.
-    Python's own handlers run between two of its instructions. The instruction at fault never ends, so this handler is a
-    C function.
+    The system sends SIGBUS for access to a memory map of a file that was truncated, or whose disk fails. Python runs
+    its handlers between two instructions, but the faulting instruction never ends. The handler is therefore a C
+    function.
     """
     if sys.platform != "linux":
         return
@@ -130,7 +130,7 @@ def exit_on_bus_error() -> None:
     first = threading.Lock()
 
     def handle(signum: int) -> None:
-        while not first.acquire(blocking=False):  # several threads of one computation get here together
+        while not first.acquire(blocking=False):  # several threads may fault together
             time.sleep(1)
         cut = next((path for number, (path, size) in list(_MAPPED.items()) if os.fstat(number).st_size < size), None)
         where = f"{escaped(cut)}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
@@ -148,14 +148,14 @@ def exit_on_bus_error() -> None:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else it is removed.
+    """Yield a temporary path in the folder of `path`. On success, sync and rename it to `path`, else remove it.
 
-    The folder is made if it is missing. The temporary name keeps the suffix of `path`, since writers choose by it.
-    What killed processes of this machine left in the folder is removed. An `OSError` that names no file (a full disk)
-    gets `path`.
+    A missing folder is created. The temporary name has the suffix of `path`, because writers may choose the format by
+    it. Temporary files of killed processes of this machine are removed. `path` is added to an `OSError` without a file
+    name, such as for a full disk.
 
     Raises:
-        UserError: at `path` is a folder, a pipe or a device.
+        UserError: `path` is a folder, a pipe or a device.
     """
     path = Path(path)
     check_file(path)
@@ -177,19 +177,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         del _WRITING[temporary]
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
+        os.fsync(folder)  # makes the rename survive a power failure
     finally:
         os.close(folder)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove from `folder` the temporary files of this machine's processes that are gone: each is as large as a file.
+    """Remove the temporary files of ended processes of this machine from `folder`.
 
-    Those of other machines, of other containers and of living processes stay.
+    Files of other machines, other containers and running processes are kept.
     """
     host, namespace = re.escape(os.uname().nodename), process_namespace()
     pattern = re.compile(rf"\..+\.{host}\.(\d+)(?:-([0-9a-f]+)-([0-9a-f]+))?\.[0-9a-f]+\.tmp(\..*)?", re.DOTALL)
-    with suppress(OSError):  # a folder that cannot be read, or a file that cannot be removed, is no hindrance
+    with suppress(OSError):  # ignore unreadable folders and files that cannot be removed
         for name in os.listdir(folder):  # noqa: PTH208  (names are all that is needed, of folders with many files)
             found = pattern.fullmatch(name) if name.startswith(".") else None
             if found is None or (found[3] and int(found[3], 16) != namespace):
@@ -199,7 +199,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_leftovers_once(folder: Path) -> None:
-    """Call `remove_leftovers`, once per folder in the life of this process."""
+    """Call `remove_leftovers` once per folder and process."""
     key = os.path.abspath(folder)  # noqa: PTH100  (symbolic links need not be resolved)
     if key not in _swept:
         _swept.add(key)
@@ -207,14 +207,14 @@ def remove_leftovers_once(folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """A temporary name beside `path` that tells the machine, the container and the process that write it."""
+    """Return a temporary path in the folder of `path`. Its name identifies machine, container and process."""
     own, host = os.getpid(), os.uname().nodename
     process = f"{own}-{process_start(own) or 0:x}-{process_namespace():x}"
-    return path.with_name(f".{path.stem}.{host}.{process}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    return path.with_name(f".{short_name(path.stem)}.{host}.{process}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def claim_file(candidates: Iterable[Path]) -> Path:
-    """Create the first of `candidates` that does not exist yet, empty, and return it: nobody else gets that name."""
+    """Create the first of `candidates` that does not exist, as an empty file, and return its path."""
     for path in candidates:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -222,19 +222,19 @@ def claim_file(candidates: Iterable[Path]) -> Path:
         except FileExistsError:
             continue
         return path
-    raise ValueError("no candidate was free")
+    raise ValueError("all candidates exist")
 
 
 def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
-    """Return `size` bytes at `offset` of an open file; `UserError` naming `name` where it ends early."""
+    """Return `size` bytes at `offset` of an open file. Raise `UserError` with `name` if the file is too short."""
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
-        raise UserError(f"{name}: the file ends early; it changed after it was indexed")
-    return bytearray(data)  # writable, so that tensors can share it
+        raise UserError(f"{name}: the file is truncated; it changed after it was indexed")
+    return bytearray(data)  # writable, so that tensors can share its memory
 
 
 def leave_closed_terminal() -> None:
-    """Let output to a terminal that was closed go nowhere: each line of it would be an error that ends the program."""
+    """Discard output to a closed terminal, because each line would raise an error that ends the program."""
     for descriptor in (1, 2):
         try:
             closed = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)

@@ -1,30 +1,40 @@
-"""Locks on what one process at a time may write: a run folder, a set of shards, a file. Imports no torch.
+"""Locks that allow one writer at a time, of a run folder, a set of shards or a file. Imports no torch.
 
-A lock is a file that is locked with `flock` and names its owner. The kernel releases it when the owner dies, however
-that happens, so a lock outlives neither a kill nor a power cut, and a reused process id does no harm. `filelock` is not
-used: it empties the file that names the owner before it holds the lock, and knows no owners on other machines.
+A lock is a file that is locked with `flock` and names its owner. The kernel releases it when the owner dies, so a lock
+does not outlive a kill or a power failure, and a reused process id does no harm. On file systems without `flock`, only
+the named owner is checked.
+
+The package `filelock` 4 has only one of these. Its native lock names no owner. Its soft lock is the existence of a file
+that names the owner: it remains after a kill on another machine, and after a requeue of a Slurm job elsewhere.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shlex
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ldm.util import UserError
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
-_held: set[int] = set()  # descriptors
+LOCK = ".lock"  # lock file in the folder of a run or a set of shards
+_MOST_BYTES = 4096  # size limit of a lock file
+_MOST_IN_NAME = 120  # limit in bytes for a file name within the name of its lock
+# Links are not followed, because a folder of somebody else could redirect the write.
+_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without flock
+_held: set[int] = set()  # open descriptors of held locks
 
 
 def _let_go_in_child() -> None:
-    """Close the inherited descriptors: a data worker that outlives its parent must not go on holding the lock."""
+    """Close the inherited descriptors, so that a data worker that outlives its parent does not hold the lock."""
     for descriptor in _held:
         with suppress(OSError):
             os.close(descriptor)
@@ -35,7 +45,7 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def process_start(process: int) -> int | None:
-    """The start of a process in clock ticks since boot, which tells it from others of its number; None if unknown."""
+    """Return the start of a process in clock ticks since boot, or None if unknown. It distinguishes reused ids."""
     try:
         fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
         return int(fields[19])
@@ -44,7 +54,7 @@ def process_start(process: int) -> int | None:
 
 
 def process_namespace() -> int:
-    """The number of this process's PID namespace: process ids of different ones are not comparable."""
+    """Return the id of this process's PID namespace. Process ids of different namespaces are not comparable."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -52,25 +62,25 @@ def process_namespace() -> int:
 
 
 def is_running(process: int, start: int | None = None) -> bool:
-    """Return whether a process of that number runs which, if `start` is given, started then."""
+    """Return True if the process id `process` is running and, if `start` is given, started at that time."""
     try:
-        os.kill(process, 0)  # signal 0 only asks
+        os.kill(process, 0)  # signal 0 only checks
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         pass
     return start is None or process_start(process) in (None, start)
 
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` while `what` (for messages) is written; it is removed at the end.
+    """Hold the lock file `path` while `what` (a name for messages) is written. Remove the file at the end.
 
-    Missing folders are made, and removed at the end if they are still empty. Of several processes of one job, one
-    takes the lock for all of them.
+    Missing folders are created, and removed at the end if they are empty. Among several processes of one job, one takes
+    the lock for all.
 
     Raises:
-        UserError: another process holds the lock, or one on another machine may do so; names the process.
+        UserError: another process holds the lock, or a process on another machine may hold it. The message names it.
     """
     made = make_folders(path.parent)
     try:
@@ -82,7 +92,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         finally:
             if os.getpid() == owner:
                 with suppress(OSError):
-                    path.unlink()  # before it is released: who opens it now finds that it is another file
+                    path.unlink()  # before the release, so that a process that waits for it detects the removal
                 _held.discard(descriptor)
                 os.close(descriptor)
     finally:
@@ -91,20 +101,59 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """Hold a lock beside the file `path` while it is written; see `locked`."""
-    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+    """Hold a lock for the file `path` while it is written; see `locked`. For a checkpoint of a run, also lock the run.
+
+    Otherwise a running training could overwrite the `last.ckpt` that another process wrote.
+    """
+    with ExitStack() as held:
+        run = run_of(path)
+        if run is not None:
+            held.enter_context(locked(run / LOCK, str(run)))
+        held.enter_context(locked(_beside(path), str(path)))
         yield
 
 
+def check_not_written(path: Path) -> None:
+    """Raise `UserError` if another process is writing the file `path` under `locked_file`; names the process."""
+    try:
+        descriptor = os.open(_beside(path), _FLAGS)
+    except OSError:  # there is no lock, or none that this user may see
+        return
+    try:
+        _flock(descriptor, _beside(path), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that `checkpoint` lies in, or would; None if that is no run's."""
+    for folder in (checkpoint.parent, checkpoint.parent.resolve()):
+        if folder.name == "checkpoints" and (folder.parent / "configs").is_dir():
+            return folder.parent
+    return None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{short_name(path.name)}{LOCK}")
+
+
+def short_name(name: str) -> str:
+    """Return `name`; of a long one, to which nothing could be added within 255 bytes, a shorter one of its own."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _MOST_IN_NAME:
+        return name
+    return f"{os.fsdecode(encoded[: _MOST_IN_NAME // 2])}-{hashlib.sha256(encoded).hexdigest()[:16]}"
+
+
 def make_folders(folder: Path) -> list[Path]:
-    """Make `folder`; returns the folders that were missing, innermost first."""
+    """Create `folder`. Return the folders that were missing, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove those of `folders`, innermost first, that are empty."""
+    """Remove the empty ones among `folders`, which are ordered innermost first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
@@ -113,13 +162,16 @@ def remove_empty(folders: list[Path]) -> None:
 def _take(path: Path, what: str) -> int:
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o666)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{path}: is a link, where a lock file is made; remove it") from error
             error.filename = str(path)
             raise
         try:
+            _check_kind(descriptor, path)
             works = _flock(descriptor, path, what)
-            if not _is_same_file(descriptor, path):  # its owner removed it meanwhile
+            if not _is_same_file(descriptor, path):  # its owner has removed it
                 os.close(descriptor)
                 continue
             _check_owner(_owner(descriptor), path, what, works)
@@ -132,11 +184,18 @@ def _take(path: Path, what: str) -> int:
             raise
 
 
+def _check_kind(descriptor: int, path: Path) -> None:
+    """Raise `UserError` unless the open file can be a lock's: it is written to, and its old content is lost."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES or found.st_nlink > 1:
+        raise UserError(f"{path}: is no lock file, and stands where one is made; move it away")
+
+
 def _flock(descriptor: int, path: Path, what: str) -> bool:
-    """Lock the file; returns False where the file system has no locks."""
+    """Lock the file. Return False if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the latter on some network file systems
         raise UserError(
             f"{what}: {_named(_owner(descriptor))} is writing it ({path}); wait for it to end, or stop it"
         ) from None
@@ -160,9 +219,9 @@ def _own() -> dict[str, Any]:
 
 
 def _owner(descriptor: int) -> dict[str, Any]:
-    """The owner that the lock file names; nothing if it names none."""
+    """Return the owner in the lock file, or an empty dict."""
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
+        owner = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
     except ValueError:
         return {}
     is_whole = isinstance(owner, dict) and isinstance(owner.get("host"), str) and isinstance(owner.get("pid"), int)
@@ -174,10 +233,10 @@ def _named(owner: dict[str, Any]) -> str:
 
 
 def _check_owner(owner: dict[str, Any], path: Path, what: str, locks_work: bool) -> None:
-    """Raise `UserError` if the owner that a lock file names may be at work although nobody here has it locked."""
+    """Raise `UserError` if the owner in a lock file may still be writing although the file is not locked here."""
     own = _own()
     if not owner or (own["job"] is not None and owner.get("job") == own["job"]):
-        return  # the same Slurm job, which was requeued
+        return  # the same Slurm job after a requeue
     if owner["host"] == own["host"]:
         if not locks_work and is_running(owner["pid"], owner.get("start")):
             raise UserError(f"{what}: {_named(owner)} is writing it ({path}); wait for it to end, or stop it")

@@ -1,4 +1,4 @@
-"""Multipliers of the base learning rate per step, for `torch.optim.lr_scheduler.LambdaLR`."""
+"""Learning rate schedules: multipliers of the base learning rate for `torch.optim.lr_scheduler.LambdaLR`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ldm.util import UserError
 class LambdaWarmUpCosineScheduler:
     """Linear warm-up from `lr_start` to `lr_max`, then half a cosine down to `lr_min` at `max_decay_steps`.
 
-    `verbosity_interval` is accepted for old configs: the learning rate is logged by the trainer.
+    `verbosity_interval` is accepted for old configs and ignored. The trainer logs the learning rate.
 
     Raises:
-        UserError: the decay ends before the warm-up does.
+        UserError: the decay ends before the warm-up.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class LambdaWarmUpCosineScheduler:
         verbosity_interval: int = 0,
     ) -> None:
         if max_decay_steps <= warm_up_steps:
-            raise UserError(f"max_decay_steps {max_decay_steps} must be more than warm_up_steps {warm_up_steps}")
+            raise UserError(f"max_decay_steps {max_decay_steps} must be greater than warm_up_steps {warm_up_steps}")
         self.warm_up_steps = warm_up_steps
         self.lr_min = lr_min
         self.lr_max = lr_max
@@ -35,7 +35,7 @@ class LambdaWarmUpCosineScheduler:
         self.max_decay_steps = max_decay_steps
 
     def schedule(self, n: int) -> float:
-        """The multiplier at step `n`."""
+        """Return the multiplier at step `n`."""
         if n < self.warm_up_steps:
             return self.lr_start + (self.lr_max - self.lr_start) / self.warm_up_steps * n
         progress = min((n - self.warm_up_steps) / (self.max_decay_steps - self.warm_up_steps), 1.0)
@@ -47,8 +47,8 @@ class LambdaWarmUpCosineScheduler:
 class LambdaWarmUpCosineScheduler2:
     """Cycles of a linear warm-up from `f_start` to `f_max` and half a cosine down to `f_min`.
 
-    Every argument is a list with one entry per cycle. `cycle_lengths` includes the warm-up. After the last cycle its
-    end value holds. `verbosity_interval` is accepted for old configs.
+    Each argument is a list with one entry per cycle. `cycle_lengths` includes the warm-up. After the last cycle, the
+    multiplier stays at its end value. `verbosity_interval` is accepted for old configs and ignored.
 
     Raises:
         UserError: the lists differ in length or are empty, or a warm-up is as long as its cycle.
@@ -66,7 +66,8 @@ class LambdaWarmUpCosineScheduler2:
         lengths = [len(values) for values in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)]
         if len(set(lengths)) != 1:
             raise UserError(
-                f"warm_up_steps, f_min, f_max, f_start and cycle_lengths have {lengths} entries; give each one a cycle"
+                f"warm_up_steps, f_min, f_max, f_start and cycle_lengths have {lengths} entries; "
+                "give one entry per cycle to each"
             )
         if not lengths[0] or any(a >= b for a, b in zip(warm_up_steps, cycle_lengths, strict=True)):
             raise UserError(
@@ -79,9 +80,9 @@ class LambdaWarmUpCosineScheduler2:
         self.cycle_lengths = cycle_lengths
 
     def schedule(self, n: int) -> float:
-        """The multiplier at step `n`."""
+        """Return the multiplier at step `n`."""
         cycle, last = 0, len(self.cycle_lengths) - 1
-        # A step on the boundary still belongs to the cycle that ends there.
+        # A step on the boundary belongs to the cycle that ends there.
         while cycle < last and n > self.cycle_lengths[cycle]:
             n -= self.cycle_lengths[cycle]
             cycle += 1
@@ -103,9 +104,8 @@ class LambdaWarmUpCosineScheduler2:
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
     """Like `LambdaWarmUpCosineScheduler2`, with a straight line down to `f_min` in place of the cosine.
 
-    The line starts at `f_max` at the start of the cycle, as old configs expect. At the end of the warm-up the
-    multiplier therefore jumps down onto it: with `f_max` 1, `f_min` 0 and a warm-up of 50 of 100 steps, from 0.98 to
-    0.5.
+    The line starts at `f_max` at the start of the cycle, as in the original implementation. The multiplier therefore
+    drops at the end of the warm-up: from 0.98 to 0.5 for `f_max` 1, `f_min` 0 and a warm-up of 50 of 100 steps.
     """
 
     def _decay(self, n: int, cycle: int) -> float:

@@ -1,4 +1,4 @@
-"""What many tests share: the repository, and a tiny release of the demo's model."""
+"""Fixtures shared by many tests: commands of the repository, and a tiny release of the demo's model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLOW = (
     "test_fast", "test_kills", "test_lean", "test_main", "test_main_faults", "test_main_mistakes", "test_main_resume",
     "test_main_signals", "test_minimal", "test_packaging", "test_preservation", "test_recipe",
     "test_several_processes", "test_textual_inversion", "tools/*", "hostile/*", "oracle/*", "device/*", "benchmarks/*",
-    "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_goes_on",
+    "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_writer",
     "ldm/optim/*", "ldm/planning/*", "ldm/models/diffusion/test_samplers", "ldm/release/test_merge",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
@@ -33,13 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_run_folder_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run tells its folder to the processes that it starts, by the environment, which outlives it among tests."""
+    """Remove the environment variable with which a run of an earlier test passed its folder to its processes."""
     monkeypatch.delenv("LDM_RUN_FOLDER", raising=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release checkpoint of the demo's tiny model, with seeded weights."""
+    """Save a release checkpoint of the demo's tiny model, with seeded weights."""
     from ldm.checkpoint import save_state_dict
     from ldm.config.load import build_model, load_config
     from tests.golden_data import fill_seeded
@@ -51,7 +51,7 @@ def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a command line of this repository in a folder of the test's own."""
+    """Return a function that runs a command of this repository in the test's own folder."""
 
     def call(script: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
         line: Sequence[str] = [sys.executable, str(ROOT / script), *map(str, arguments)]
@@ -62,7 +62,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | int | None]:
-    """Runs a tool of this repository in this process; returns what it exits with: None or the error."""
+    """Return a function that runs a tool in this process, and returns None or the error line."""
 
     def call(tool: Path, *arguments: object) -> str | int | None:
         monkeypatch.setattr(sys, "argv", [str(tool), *map(str, arguments)])

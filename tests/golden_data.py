@@ -1,6 +1,6 @@
-"""The golden cases: where they are, and how to read them.
+"""Access to the golden cases.
 
-The shared folder beside the checkout is taken where there is one: it may hold more cases than `tests/golden`.
+A shared folder beside the checkout takes precedence over `tests/golden`, because it may hold more cases.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ seeded_weight = _seeded.seeded_weight
 
 @functools.cache
 def read_json(name: str) -> dict[str, Any]:
-    """The parsed `name`.json of the golden folder."""
+    """Return the parsed `name`.json of the golden folder."""
     return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -44,34 +44,34 @@ _EDITIONS = ("cases", "cases_v2")  # SD v1 and the first latent diffusion models
 
 
 def case(name: str) -> dict[str, Any]:
-    """The case `name` of either edition: constructor arguments, shapes, expected keys and scalars."""
+    """Return the case `name` of either edition: constructor arguments, shapes, expected keys and scalars."""
     return next(read_json(file)[name] for file in _EDITIONS if name in read_json(file))
 
 
 def cases(kind: str, edition: int = 1) -> list[str]:
-    """The names of all cases whose `kind` is `kind`, in file order."""
+    """Return the names of all cases whose `kind` is `kind`, in file order."""
     return [name for name, entry in read_json(_EDITIONS[edition - 1]).items() if entry["kind"] == kind]
 
 
 def reference(name: str, what: str) -> torch.Tensor:
-    """The tensor `what` that the case `name` expects."""
+    """Return the tensor `what` that the case `name` expects."""
     return next(tensors(file)[f"{name}/{what}"] for file in _EDITIONS if name in read_json(file))
 
 
 @functools.cache
 def tensors(file: str) -> dict[str, torch.Tensor]:
-    """All tensors of `file`.safetensors, keyed `<case>/<name>`. Do not change them in place."""
+    """Return all tensors of `file`.safetensors, keyed `<case>/<name>`. Do not change them in place."""
     return load_file(GOLDEN / f"{file}.safetensors")
 
 
 def released_keys(prefix: str = "", file: str = "sd_v1_keys") -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a released checkpoint, for the keys below `prefix`, with the prefix taken off."""
+    """Return key -> shape of a released checkpoint, for the keys below `prefix`, without the prefix."""
     keys = read_json(file)["keys"]
     return {key[len(prefix) :]: tuple(shape) for key, (shape, _) in keys.items() if key.startswith(prefix)}
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖out − reference‖ / ‖reference‖ in float64; the shapes must be the same."""
+    """Return ‖out − reference‖ / ‖reference‖ in float64; the shapes must be equal."""
     assert out.shape == reference.shape, f"shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
     out, reference = out.detach().cpu().double(), reference.cpu().double()
     return float((out - reference).norm() / reference.norm())

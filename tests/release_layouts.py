@@ -1,4 +1,4 @@
-"""Layouts in which other programs write a release, each made from a plain one: same weights, other names and extras."""
+"""Release layouts of other programs, made from a plain release: equal weights, other names and extra values."""
 
 from __future__ import annotations
 

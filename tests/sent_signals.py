@@ -1,4 +1,4 @@
-"""Signals that a run gets at a chosen moment."""
+"""Callback that sends a signal to its own run at a chosen step."""
 
 import os
 
@@ -6,7 +6,7 @@ from pytorch_lightning import Callback
 
 
 class SendSignal(Callback):
-    """Sends this process a signal before training (step -1), during a training step, or during a validation batch."""
+    """Callback that sends this process a signal before training (step -1), in a training step or a validation batch."""
 
     def __init__(self, step: int, signum: int, validation: bool = False, times: int = 1) -> None:
         self.step, self.signum, self.validation, self.times = step, signum, validation, times
@@ -26,7 +26,7 @@ class SendSignal(Callback):
 
 
 def sending(step, signum, validation=False):
-    """The overrides that send `signum` in step `step`."""
+    """Return the overrides that send `signum` in step `step`."""
     where = "lightning.callbacks.send"
     params = f"{where}.params.step={step} {where}.params.signum={int(signum)} {where}.params.validation={validation}"
     return f"{where}.target=tests.sent_signals.SendSignal {params}"

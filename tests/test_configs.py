@@ -1,4 +1,4 @@
-"""Every config: its targets exist, its params fit them; and the SD v1 ones make the released keys."""
+"""Tests of all configs: targets exist, params fit them, and release configs give the released keys."""
 
 import json
 import re
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.checkpoint.keys import SCHEDULE_KEYS
+from ldm.checkpoint.keys import SCHEDULE_KEYS, UNET
 from ldm.config.load import build_model, load_config, plain
-from ldm.release.building import without_initialisation
-from ldm.release.families import FAMILIES, recognise
+from ldm.release.families import FAMILIES
+from ldm.release.initialisation import without_initialisation
+from ldm.release.recognition import recognise
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,7 @@ OVERLAYS = (
     *("fast.yaml", "lean.yaml", "minimal.yaml", "prior_images.yaml", "prior_teacher.yaml", "decay_to_start.yaml"),
     *("watch_forgetting.yaml", INVERSION),
 )
+TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml")
 REFUSED = {
     ("minimal.yaml", "fast.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
     ("minimal.yaml", "lean.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
@@ -37,12 +39,15 @@ RELEASED = {
     "sd2_base": "sd_v2",
     "sdxl": "sdxl_base",
 }
+# Families without a list: the one that theirs differs from in the first convolution, and a depth network's keys.
+SIBLINGS = {"sd2_inpainting": "sd_v2", "sd2_depth": "sd_v2", "sdxl_inpainting": "sdxl_base"}
+FIRST, DEPTH = f"{UNET}input_blocks.0.0.weight", "depth_model."
 RECIPES = [family.finetune_config for family in FAMILIES.values() if family.finetune_config]
 KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
 
 def described(node: Any, where: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping with a `target` below `node`, with its place."""
+    """Yield every mapping with a `target` below `node`, with its path."""
     if isinstance(node, Mapping):
         if "target" in node:
             yield where, node
@@ -70,8 +75,19 @@ def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
     assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tiers_make_a_model_of_every_recipe(recipe, tier):
+    with torch.device("meta"):
+        plain_model, model = (build_model(load_config(names)) for names in ([recipe], [recipe, tier]))
+    shapes, expected = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, plain_model))
+    assert shapes == expected
+    model.learning_rate = 1e-5
+    model.configure_optimizers()
+
+
 @pytest.mark.parametrize("pair", list(permutations(OVERLAYS, 2)), ids=lambda pair: "-".join(pair).replace(".yaml", ""))
-def test_two_overlays_combine_or_say_why_not(pair):
+def test_two_overlays_combine_or_are_refused_with_a_reason(pair):
     base = "demo_tiny_release.yaml" if INVERSION in pair else "demo_tiny.yaml"
     config = load_config([base, *pair])
     for _, entry in described(plain(config)):
@@ -88,7 +104,7 @@ def test_two_overlays_combine_or_say_why_not(pair):
     model.configure_optimizers()
 
 
-def test_the_last_tier_of_several_is_the_one_that_counts():
+def test_the_last_tier_takes_precedence():
     def optimizer(*names):
         return plain(load_config(["finetune_stable_diffusion.yaml", *names]).model.params.optimizer_config)
 
@@ -119,7 +135,7 @@ def test_the_demo_release_has_what_the_demo_trains():
 
 
 @pytest.mark.parametrize("release", ["stable_diffusion_v1.yaml", "demo_tiny_release.yaml"])
-def test_textual_inversion_goes_over_a_release(release):
+def test_textual_inversion_is_an_overlay_for_a_release(release):
     with torch.device("meta"):
         model, released = (
             build_model(load_config(names)) for names in ([release, "textual_inversion.yaml"], [release])
@@ -131,7 +147,7 @@ def test_textual_inversion_goes_over_a_release(release):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_release_configs_are_what_FAMILIES_say(family):
+def test_the_release_configs_agree_with_FAMILIES(family):
     with torch.device("meta"):
         model = build_model(load_config([family.config]))
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -142,10 +158,12 @@ def test_the_release_configs_are_what_FAMILIES_say(family):
     assert model.first_stage_model.downsampling == family.factor
     assert any(key.startswith(family.encoders) for key in own)
     assert ("label_emb" in str(model.model.diffusion_model)) == family.has_vector
-    if family.key not in RELEASED:
-        return
-    released = json.loads((KEYS.parent / f"{RELEASED[family.key]}_keys.json").read_text())["keys"]
+    name = RELEASED.get(family.key) or SIBLINGS[family.key]
+    released = json.loads((KEYS.parent / f"{name}_keys.json").read_text())["keys"]
     expected = {key: tuple(shape) for key, (shape, _) in released.items() if not key.endswith("position_ids")}
+    if family.key in SIBLINGS:
+        expected[FIRST] = (320, family.in_channels, 3, 3)
+        own = {key: shape for key, shape in own.items() if not key.startswith(DEPTH)}
     if not expected.keys() & set(SCHEDULE_KEYS):  # SDXL's list has no schedule
         own = {key: shape for key, shape in own.items() if key not in SCHEDULE_KEYS}
     assert own == expected
@@ -170,7 +188,7 @@ def test_the_finetune_configs_of_FAMILIES_train_the_released_UNet(recipe):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_first_stages_of_FAMILIES_are_one(family):
+def test_all_FAMILIES_have_the_same_first_stage(family):
     params = plain(load_config([family.config]))["model"]["params"]
     first = plain(load_config([FAMILIES["sd1"].config]))["model"]["params"]
     assert params["first_stage_config"] == first["first_stage_config"]

@@ -1,4 +1,4 @@
-"""The fast tier through main.py: compiled blocks leave keys, checkpoints, resuming and pictures as they were."""
+"""Tests of the fast tier through main.py: compiled blocks do not change keys, checkpoints, resuming or images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAST = {"use_checkpoint": "selective", "channels_last": True, "compile_mode": "d
 
 @pytest.fixture(name="compiled")
 def fixture_compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """`torch.compile` without its code generator, which takes minutes; the graphs that it would have got."""
+    """Replace the code generator of `torch.compile`, which takes minutes; return the list of its graphs."""
     graphs: list[torch.fx.GraphModule] = []
     compile_ = torch.compile
 
@@ -46,7 +46,7 @@ def fixture_compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModu
 
 @pytest.fixture(name="fast")
 def fixture_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], None]:
-    """Trains the tiny model with fast.yaml over it."""
+    """Return a function that trains the tiny model with fast.yaml."""
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -62,7 +62,7 @@ def tiny(**changes: object) -> UNetModel:
 
 
 def outcome(unet: UNetModel, batch: int = 2) -> list[torch.Tensor]:
-    """The output, and the gradient of every parameter."""
+    """Return the output and the gradient of every parameter."""
     x, context = seeded_tensor("fast/x", (batch, 4, 4, 4)), seeded_tensor("fast/context", (batch, 5, 8))
     out = unet(x, torch.arange(batch), context)
     out.square().mean().backward()
@@ -70,7 +70,7 @@ def outcome(unet: UNetModel, batch: int = 2) -> list[torch.Tensor]:
 
 
 def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Some gradients are zero but for rounding, so that the largest tells what is close."""
+    """Assert closeness relative to the largest gradient, because some gradients are zero up to rounding."""
     largest = max(float(value.detach().norm()) for value in expected)
     for value, correct in zip(found, expected, strict=True):
         torch.testing.assert_close(value, correct, atol=1e-5 * largest, rtol=1e-4)
@@ -83,7 +83,7 @@ def test_compiled_blocks_compute_the_same(compiled: list[torch.fx.GraphModule]) 
     assert len(compiled) == len(fast.input_blocks) + 1 + len(fast.output_blocks)
 
 
-def test_every_size_of_picture_is_compiled_once(compiled: list[torch.fx.GraphModule]) -> None:
+def test_every_size_of_image_is_compiled_once(compiled: list[torch.fx.GraphModule]) -> None:
     fast, sizes = tiny(**FAST), range(4, 13)  # as many as `tools/preencode.py --buckets` makes at 512 pixels
     for width in (*sizes, *sizes):
         fast.run(fast.input_blocks[0], torch.ones(1, 4, 4, width), torch.ones(1, 128), torch.ones(1, 5, 8))
@@ -98,7 +98,7 @@ def test_without_gradients_nothing_is_compiled(compiled: list[torch.fx.GraphModu
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_a_fast_run_goes_on_as_if_it_had_not_stopped(
+def test_a_resumed_fast_run_equals_an_uninterrupted_one(
     fast: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def test_a_fast_run_goes_on_as_if_it_had_not_stopped(
     assert keys == build_model(load_config([tmp_path / "tiny.yaml"])).state_dict().keys()
 
 
-def test_before_torch_2_13_the_blocks_share_a_larger_stock_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_torch_2_13_the_blocks_share_a_larger_cache_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._dynamo.config as limits
 
     asked: list[dict[str, Any]] = []
@@ -127,7 +127,7 @@ def test_before_torch_2_13_the_blocks_share_a_larger_stock_of_programs(monkeypat
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_cuda_graphs_begin_anew_at_every_step_and_do_not_accumulate(
+def test_cuda_graphs_restart_at_every_step_and_do_not_accumulate(
     mode: str, fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -145,7 +145,7 @@ def test_cuda_graphs_begin_anew_at_every_step_and_do_not_accumulate(
     [(OSError("no compiler here"), "no compiler here"), (TritonMissing(None), "Cannot find a working triton")],
     ids=["compiler", "triton"],
 )
-def test_a_machine_that_cannot_compile_is_told_what_to_do(
+def test_a_machine_that_cannot_compile_gets_advice(
     error: Exception, reason: str, fast: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_ = torch.compile

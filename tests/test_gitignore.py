@@ -1,4 +1,4 @@
-"""What people put into the checkout stays out of commits; what is ours in `data/` does not."""
+"""Tests that git ignores the files of users in the checkout, and not those of the project in `data/`."""
 
 import shutil
 import subprocess
@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 def test_data_of_users_is_ignored_and_ours_is_not(tmp_path):
     shutil.copy(ROOT / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    theirs = ["data/train/set-000.tar", "data/shards/null.t5.npy", "data/tom.png", "logs/run/last.ckpt"]
+    theirs = ["data/train/set-000.tar", "data/shards/null.t5.npy", "data/tom.png"]
+    theirs += ["logs/run/last.ckpt", ".mine.ckpt.lock"]
     ours = ["data/README.md", "data/render_emoji.py", "data/LICENSE-NotoEmoji.txt"]
     ours += [f"data/{folder}/new.png" for folder in ("base", "cats", "emoji")]
     command = ["git", "-C", tmp_path, "check-ignore", "--no-index", *theirs, *ours]

@@ -1,4 +1,4 @@
-"""A run that was killed, at whatever moment, goes on as if nothing had been."""
+"""Tests that a run killed at any moment resumes exactly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_kills_within_training_lose_the_steps_since_the_last_checkpoint(straight
     assert len(read_losses(run.losses)) == 2 * STEPS
 
 
-def test_a_kill_while_the_checkpoint_is_written_leaves_the_one_before_whole(
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one_intact(
     straight: DrilledRun, tmp_path: Path
 ) -> None:
     run = DrilledRun(tmp_path, straight.shards)
@@ -65,7 +65,7 @@ def test_a_killed_data_worker_ends_the_run_between_steps_and_loses_nothing(
     process.join()
     assert process.exitcode == 1
     assert re.fullmatch(
-        r"error: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: was it killed .*", run.last_line()
+        r"error: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: probably killed .*", run.last_line()
     )
     assert run.lost_steps() == 0 and run.saved_steps() >= 8
     run.finish()

@@ -1,4 +1,4 @@
-"""The lean tier through main.py and the tools around it, and its optimizer beside plain AdamW."""
+"""Tests of the lean tier through main.py and the tools, and of its optimizer against plain AdamW."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from ldm.checkpoint import load_state_dict, save_state_dict, weights_digest
 from ldm.config.load import build_model, load_config
+from ldm.release.configs import training_config
 from ldm.release.hack import hack_config, hack_training
 from ldm.release.merge import merge_files
 from ldm.util import UserError
@@ -37,7 +38,7 @@ SHADOW = "model_ema.diffusion_modelout2weight"
 
 @pytest.fixture(name="lean")
 def fixture_lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], None]:
-    """Trains the tiny model with lean.yaml over it."""
+    """Return a function that trains the tiny model with lean.yaml."""
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -53,7 +54,7 @@ def last(run: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [SCHEDULE, f"{WHERE}.params.optimizer.target=ldm.optim.low_bit.AdamW4bit"])
-def test_a_lean_run_goes_on_as_if_it_had_not_stopped(lean: Callable, tmp_path: Path, options: str) -> None:
+def test_a_resumed_lean_run_equals_an_uninterrupted_one(lean: Callable, tmp_path: Path, options: str) -> None:
     lean(f"-l straight --max_steps 4 {options}")
     lean(f"-l resumed --max_steps 2 {options}")
     resumed = the_run(tmp_path / "resumed")
@@ -117,13 +118,13 @@ def test_lean_checkpoints_are_hacked_resumed_and_merged(lean: Callable, tmp_path
         assert not torch.equal(merged[WEIGHT], released[WEIGHT])
 
 
-def test_a_lean_run_goes_on_with_the_set_of_its_autoencoder(lean: Callable, tmp_path: Path) -> None:
-    """Its checkpoints hold the autoencoder in bfloat16, which tells nothing of the float32 one that made the set."""
+def test_a_lean_run_resumes_with_the_set_of_its_autoencoder(lean: Callable, tmp_path: Path) -> None:
+    """The checkpoints hold the autoencoder in bfloat16, whose digest differs from the float32 one that made the set."""
     release, hacked = tmp_path / "release.safetensors", tmp_path / "hacked.ckpt"
     save_state_dict(fill_seeded(build_model(load_config([tmp_path / "tiny.yaml"]))).state_dict(), release)
     write_index(tmp_path / "shards", autoencoder=weights_digest(load_state_dict(release), "first_stage_model."))
     configs = [tmp_path / "tiny.yaml"]
-    hack_config(load_config(configs), configs, release, hacked)
+    hack_config(training_config(release, configs), release, hacked)
     lean(f"--resume {hacked} -b tiny.yaml lean.yaml --max_steps 1")
     run = the_run(tmp_path / "logs")
     for steps in (2, 3):

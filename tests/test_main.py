@@ -1,4 +1,4 @@
-"""main.py: training; the run folder and its logs; the switches and names that people know."""
+"""Tests of main.py: training, the run folder and its logs, and the switches and names of 2022."""
 
 import logging
 import re
@@ -34,11 +34,11 @@ class FakeWandbLogger(DummyLogger):
         type(self).made = {"name": name, "save_dir": save_dir, "project": project}
 
 
-def test_a_run_folder_holds_checkpoints_configs_logs_and_pictures(train, tmp_path, caplog):
+def test_a_run_folder_holds_checkpoints_configs_logs_and_images(train, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    pictures = "lightning.callbacks.image_logger.params.disabled=False lightning.callbacks.image_logger.params"
+    images = "lightning.callbacks.image_logger.params.disabled=False lightning.callbacks.image_logger.params"
     validation = "data.params.val_urls=shards/s-000000.tar"
-    assert train(f"-n first -f x --max_steps 3 {pictures}.batch_frequency=4 {validation} --val_check_interval 2") == 0
+    assert train(f"-n first -f x --max_steps 3 {images}.batch_frequency=4 {validation} --val_check_interval 2") == 0
     run = the_run(tmp_path / "logs")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_first_x", run.name)
     kept = [path.name for path in (run / "checkpoints").iterdir()]
@@ -56,7 +56,7 @@ def test_a_run_folder_holds_checkpoints_configs_logs_and_pictures(train, tmp_pat
     assert set(load_config([lightning, project])) == {"model", "data", "lightning"}
 
 
-def test_the_best_are_ranked_by_the_validation_of_their_own_step(train, tmp_path, monkeypatch):
+def test_the_best_checkpoints_are_ranked_by_the_validation_of_their_step(train, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
         "ldm.training.resume.save_checkpoint",
@@ -68,7 +68,7 @@ def test_the_best_are_ranked_by_the_validation_of_their_own_step(train, tmp_path
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5]
 
 
-def test_without_a_monitor_every_so_many_steps_are_kept(train, tmp_path):
+def test_without_a_monitor_checkpoints_are_kept_at_intervals(train, tmp_path):
     params = "lightning.modelcheckpoint.params"
     assert train(f"--max_steps 4 {params}.every_n_train_steps=2 {params}.monitor=null {params}.save_top_k=-1") == 0
     kept = {path.name for path in (the_run(tmp_path / "logs") / "checkpoints").iterdir()}
@@ -82,10 +82,10 @@ def test_checkpoints_hold_plain_data_that_a_strict_reader_takes(train, tmp_path)
     assert any(key.startswith("model_ema.") for key in checkpoint["state_dict"])
 
 
-def test_pictures_validation_and_workers_do_not_change_the_losses(train, tmp_path):
+def test_images_validation_and_workers_do_not_change_the_losses(train, tmp_path):
     train("-l plain --max_steps 8")
-    pictures = "lightning.callbacks.image_logger.params.disabled=False"
-    train(f"-l busy --max_steps 8 {pictures} data.params.val_urls=shards/s-000000.tar data.params.num_workers=2")
+    image_logger = "lightning.callbacks.image_logger.params.disabled=False"
+    train(f"-l busy --max_steps 8 {image_logger} data.params.val_urls=shards/s-000000.tar data.params.num_workers=2")
     assert_same_training(the_run(tmp_path / "plain"), the_run(tmp_path / "busy"))
 
 
@@ -99,11 +99,11 @@ def test_piped_output_is_a_few_lines(train, capsys, caplog, recwarn):
     assert [line for line in said if "img/s" in line] == [
         line for line in said if line.startswith("Epoch 2, step 18: ")
     ]
-    assert any(line.endswith("parameters, of which 246 K are trained") for line in said)
+    assert any(line.endswith("parameters, 246 K of them trained") for line in said)
     assert not [line for line in said if "FLOP" in line or "TPU" in line or "weights_only" in line]
     assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
-    (complaint,) = (line for line in said if "No best checkpoints" in line)
-    assert "'nope' is not logged (" in complaint and "val/loss_simple_ema" in complaint and "data?" not in complaint
+    (warning,) = (line for line in said if "No best checkpoints" in line)
+    assert "'nope' is not logged (" in warning and "val/loss_simple_ema" in warning and "validation data" not in warning
 
 
 def test_the_2022_name_of_the_weights_to_start_from(train, tmp_path):
@@ -138,7 +138,7 @@ def test_the_test_set_runs_after_training_and_alone(tmp_path, monkeypatch, caplo
     assert logged(run, "test/loss_ema")
 
 
-def test_a_rehearsal_writes_no_checkpoint(train, tmp_path):
+def test_fast_dev_run_writes_no_checkpoint(train, tmp_path):
     assert train("--fast_dev_run True") == 0
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -150,7 +150,7 @@ def test_exports_are_what_yaml_files_name():
         main.ImageLoger  # noqa: B018
 
 
-def test_another_logger_takes_the_place_of_tensorboard(train, tmp_path):
+def test_another_logger_replaces_tensorboard(train, tmp_path):
     assert train("--max_steps 1 -p paintings lightning.logger.target=tests.test_main.FakeWandbLogger") == 0
     run = the_run(tmp_path / "logs")
     folder = run.relative_to(tmp_path)

@@ -1,4 +1,4 @@
-"""main.py: what passes by while it trains, and what is saved when it does not."""
+"""Tests of faults while main.py trains: those that training survives, and the state saved for the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOGGER = "lightning.callbacks.image_logger.params"
 IMAGES = f"{LOGGER}.disabled=false {LOGGER}.batch_frequency=1"
 
 
-def test_a_disk_that_is_full_for_logs_and_images_ends_no_run(train, tmp_path, monkeypatch, caplog):
+def test_a_disk_that_is_full_for_logs_and_images_does_not_end_a_run(train, tmp_path, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -26,7 +26,7 @@ def test_a_disk_that_is_full_for_logs_and_images_ends_no_run(train, tmp_path, mo
     assert train(f"--max_steps 4 {IMAGES}") == 0
     assert state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")["global_step"] == 4
     said = "".join(caplog.messages)
-    for what in ("The log of CSVLogger", "The log of TensorBoardLogger", "Images of the training"):
+    for what in ("The log of CSVLogger", "The log of TensorBoardLogger", "Training images"):
         assert said.count(f"{what} cannot be written") == 1
 
 
@@ -46,7 +46,7 @@ def test_a_shard_that_fails_while_training_loses_nothing(train, tmp_path, monkey
             shard.write_bytes(data)
 
     monkeypatch.setattr(ProgressBar, "on_train_batch_end", damage)
-    said = "s-000001.tar: " + ("is gone" if fault == "deleted" else "was replaced")
+    said = "s-000001.tar: " + ("was deleted or moved" if fault == "deleted" else "was replaced")
     with pytest.raises(UserError, match=said):
         train(f"--max_steps 40 data.params.num_workers={workers}")
     assert state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")["global_step"] >= 3

@@ -1,4 +1,4 @@
-"""main.py: one clear line for each mistake, and nothing half-written."""
+"""Tests that main.py answers each mistake with one clear line, and leaves no unfinished file."""
 
 import resource
 
@@ -17,12 +17,12 @@ from tests.training_runs import (  # noqa: F401
     the_run,
 )
 
-PICTURES = "lightning.callbacks.image_logger.params.disabled=False lightning.callbacks.image_logger.params"
+IMAGE_LOGGER = "lightning.callbacks.image_logger.params.disabled=False lightning.callbacks.image_logger.params"
 VALIDATED = "data.params.val_urls=shards/s-000000.tar"
 
 
 class FailAfter(Callback):
-    """What a file that turns out to be damaged does."""
+    """Callback that raises an error in a training step, like a damaged file."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -33,7 +33,7 @@ class FailAfter(Callback):
 
 
 class FullDisk(Callback):
-    """No file may be longer than a hundred kilobytes from one step to another: as if the disk had no more room."""
+    """Callback that limits files to 100 kB from one step to another, like a full disk."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -64,18 +64,21 @@ class FullDisk(Callback):
             "lightning.callbacks.image_logger.params.max_image=1",
             "lightning.callbacks.image_logger: unknown key 'max_image' .*; did you mean 'max_images'",
         ),
-        (f"{PICTURES}.batch_frequency=0", "image_logger: batch_frequency 0: give a whole number of at least 1"),
-        (f"{PICTURES}.max_images=-1", "image_logger: max_images -1: give a whole number of at least 1"),
+        (f"{IMAGE_LOGGER}.batch_frequency=0", "image_logger: batch_frequency 0: give a whole number of at least 1"),
+        (f"{IMAGE_LOGGER}.max_images=-1", "image_logger: max_images -1: give a whole number of at least 1"),
         (
-            f"{PICTURES}.log_images_kwargs.ddim_stepz=5",
+            f"{IMAGE_LOGGER}.log_images_kwargs.ddim_stepz=5",
             "unknown key 'ddim_stepz' in params of the image logger's log_images_kwargs; did you mean 'ddim_steps'",
         ),
-        (f"{PICTURES}.log_images_kwargs.ddim_steps=few", "ddim_steps='few' in params of the .*: give a whole number"),
         (
-            f"{PICTURES}.log_images_kwargs.n_row=0",
+            f"{IMAGE_LOGGER}.log_images_kwargs.ddim_steps=few",
+            "ddim_steps='few' in params .*: give a whole number",
+        ),
+        (
+            f"{IMAGE_LOGGER}.log_images_kwargs.n_row=0",
             "the image logger's log_images_kwargs: n_row 0: give a whole number of at least 1",
         ),
-        (f"{PICTURES}.log_images_kwargs.N=0", "log_images_kwargs: N 0: give a whole number of at least 1"),
+        (f"{IMAGE_LOGGER}.log_images_kwargs.N=0", "log_images_kwargs: N 0: give a whole number of at least 1"),
         ("lightning.callbacks.mine.params.x=1", "lightning.callbacks.mine: expected a mapping with the key 'target'"),
         ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
         (
@@ -84,10 +87,10 @@ class FullDisk(Callback):
         ),
         ("--accumulate_grad_batches 0", "accumulate_grad_batches 0: give a whole number of at least 1"),
         ("model.params.unet_config.params.model_channels=-32", "UNetModel: .*negative dimension"),
-        ("model.base_learning_rate=-1", "model.base_learning_rate is -1; give a number"),
-        ("data.params=[]", "'data.params=\\[\\]': a list over a mapping"),
-        ("--strategy fsdp --devices 2", "strategy fsdp shards the weights, and the EMA cannot follow"),
-        ("--strategy fsdp_cpu_offload --devices 2", "its checkpoints would not be ours; give --strategy fsdp"),
+        ("model.base_learning_rate=-1", "model.base_learning_rate -1: give a number"),
+        ("data.params=[]", "'data.params=\\[\\]': replaces a mapping by a list"),
+        ("--strategy fsdp --devices 2", "strategy fsdp cannot shard the EMA; set model.params.use_ema=False"),
+        ("--strategy fsdp_cpu_offload --devices 2", "writes checkpoints of another format; give --strategy fsdp"),
         ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),
         ("data.params.batch_size=abc", "batch_size='abc' in params of main.WebDataNpy.*: give a whole number"),
         ("data.params.batch_size=2.5", "batch_size=2.5 in params of .*: give a whole number"),
@@ -104,18 +107,18 @@ class FullDisk(Callback):
         ("model.params.unet_config.params.model_channels=33", "33.* must be (divisible by|a multiple of)"),
         ("data.params.num-workers=2", "unknown key 'num-workers' .*; did you mean 'num_workers'"),
         (
-            "--init_word toy --data_root pictures",
+            "--init_word toy --data_root images",
             "--data_root and --init_word: not an option here; for textual inversion .*textual_inversion.yaml",
         ),
         ("--finetune_from nothing.ckpt", "nothing.ckpt"),
-        ("model.base_learning_rate=null", "model.base_learning_rate is None; give a number"),
+        ("model.base_learning_rate=null", "model.base_learning_rate None: give a number"),
         ("lightning.scale_lr=maybe", "lightning.scale_lr 'maybe': give true or false"),
         (
             "--gradient_clip_val 1.0 --gradient_clip_algorithm nope",
             "gradient_clip_algorithm 'nope': give norm or value",
         ),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
-        (f"{VALIDATED} --val_check_interval 100", "val_check_interval: beyond the end of an epoch .*check_val_every_n"),
+        (f"{VALIDATED} --val_check_interval 100", "val_check_interval: longer than an epoch .*check_val_every_n"),
         ("--max_time 5", "lightning.trainer.max_time 5: give a time as DD:HH:MM:SS"),
         ("--callbacks mine", "lightning.trainer.callbacks 'mine': describe each under lightning.callbacks"),
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),
@@ -124,14 +127,14 @@ class FullDisk(Callback):
         ("model.params.unet_config.params.context_dim=16", r"t5 has shape \(77, 8\); the UNet's context_dim is 16"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(train, tmp_path, line, message):
+def test_mistakes_are_refused_in_one_line_and_write_nothing(train, tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         train(f"--max_steps 1 {line}")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("logs/*"))
 
 
-def test_a_logger_whose_package_is_missing_is_one_line(train, monkeypatch):
+def test_a_logger_whose_package_is_missing_is_refused_in_one_line(train, monkeypatch):
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
     with pytest.raises(UserError, match=r"lightning.logger: .*WandbLogger needs a package that is not installed"):
         train("--max_steps 1 lightning.logger.target=pytorch_lightning.loggers.WandbLogger")
@@ -146,7 +149,7 @@ def test_a_logger_whose_package_is_missing_is_one_line(train, monkeypatch):
         (4, f"--accumulate_grad_batches 2 {VALIDATED} --val_check_interval 2"),
     ],
 )
-def test_a_mistake_that_shows_while_training_loses_nothing(train, tmp_path, step, options):
+def test_a_mistake_found_while_training_loses_nothing(train, tmp_path, step, options):
     fail = "lightning.callbacks.fail"
     with pytest.raises(UserError, match="unreadable"):
         mistake = f"{fail}.target=tests.test_main_mistakes.FailAfter {fail}.params.step={step}"
@@ -161,7 +164,7 @@ def test_a_mistake_that_shows_while_training_loses_nothing(train, tmp_path, step
 
 
 def full_from(first, last):
-    """The overrides under which there is no room for a checkpoint from one step to another."""
+    """Return the overrides with which the disk is full for checkpoints from one step to another."""
     full = "lightning.callbacks.full"
     return f"{full}.target=tests.test_main_mistakes.FullDisk {full}.params.first={first} {full}.params.last={last}"
 
@@ -172,7 +175,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(train, tmp_path, caplog):
     train(f"-l straight {options}")
     assert train(f"-l full {options} {full_from(3, 6)}") == 0
     full = the_run(tmp_path / "full")
-    assert "No checkpoint at step 4: " in caplog.text and "last.ckpt: File too large; make room" in caplog.text
+    assert "No checkpoint at step 4: " in caplog.text and "last.ckpt: File too large; training continues" in caplog.text
     assert_same_training(the_run(tmp_path / "straight"), full)
     kept = state(full / "checkpoints" / "last.ckpt")["callbacks"]
     (best,) = (values["best_k_models"] for name, values in kept.items() if name.startswith("KeptCheckpoints"))
@@ -181,7 +184,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(train, tmp_path, caplog):
     assert not list((full / "checkpoints").glob(".*"))
 
 
-def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_last_checkpoint_whole(train, tmp_path):
+def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_last_checkpoint_intact(train, tmp_path):
     every = "lightning.modelcheckpoint.params.every_n_train_steps=2"
     with pytest.raises(OSError, match="File too large"):
         train(f"--max_steps 5 {every} {full_from(3, 9)}")
@@ -201,15 +204,15 @@ def test_debug_opens_the_debugger_on_an_error(train, monkeypatch):
     assert opened == [True]
 
 
-def test_an_optimizer_that_does_not_fit_is_one_line(train, tmp_path):
+def test_an_optimizer_that_does_not_fit_is_refused_in_one_line(train, tmp_path):
     train("--max_steps 1")
     run = the_run(tmp_path / "logs")
-    with pytest.raises(UserError, match="optimizer does not fit what this config trains"):
+    with pytest.raises(UserError, match="optimizer state of the checkpoint does not fit this config"):
         train(f"--resume {run} --max_steps 2 model.params.learn_logvar=True")
     assert train(f"--resume {run} --max_steps 2") == 0  # what failed left no trace
 
 
-def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
+def test_checkpoints_that_cannot_be_resumed_are_refused_in_one_line(train, tmp_path):
     train("-l other --max_steps 1 model.params.unet_config.params.model_channels=64")
     (the_run(tmp_path / "other") / "checkpoints" / "last.ckpt").rename(tmp_path / "other.ckpt")
     save_state_dict({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
@@ -228,7 +231,7 @@ def test_checkpoints_that_cannot_be_resumed_are_one_line(train, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_broken_last_checkpoint_names_the_newest_whole_one(train, tmp_path):
+def test_a_damaged_last_checkpoint_names_the_newest_undamaged_one(train, tmp_path):
     where = "lightning.modelcheckpoint.params"
     train(f"-l straight --max_steps 5 {where}.every_n_train_steps=1")
     train(f"--max_steps 3 {where}.every_n_train_steps=1 {where}.monitor=null {where}.save_top_k=-1")
@@ -245,13 +248,13 @@ def test_a_broken_last_checkpoint_names_the_newest_whole_one(train, tmp_path):
         with pytest.raises(UserError) as caught:
             train(f"--resume {run} --max_steps 5")
         message = str(caught.value)
-        assert message.endswith(f"whole one of this run is of step 2: python main.py --resume {second} -t")
+        assert message.endswith(f"undamaged one of this run, of step 2: python main.py --resume {second} -t")
         assert message.startswith(f"{last}: ") and "\n" not in message
     assert train(f"--resume {second} --max_steps 5") == 0
     assert_same_training(the_run(tmp_path / "straight"), run)
     for path in (first, second, third, last, *last.parent.glob("epoch*.ckpt")):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"last.ckpt: empty file; .*; this run has no other whole checkpoint"):
+    with pytest.raises(UserError, match=r"last.ckpt: empty file; .*; this run has no other undamaged checkpoint"):
         train(f"--resume {run} --max_steps 5")
 
 

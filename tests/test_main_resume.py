@@ -1,4 +1,4 @@
-"""main.py: a run that goes on, as if it had not stopped, or with what it is given."""
+"""Tests of resuming with main.py: exact continuation, and changed settings."""
 
 import signal
 import sys
@@ -34,7 +34,7 @@ from tests.training_runs import (  # noqa: F401
         (4, "data.params.val_urls=shards/s-000000.tar --val_check_interval 2"),
     ],
 )
-def test_a_run_that_reached_its_steps_goes_on_as_if_it_had_not_stopped(train, tmp_path, stop, options):
+def test_a_run_resumed_with_more_steps_equals_an_uninterrupted_one(train, tmp_path, stop, options):
     train(f"-l straight --max_steps {stop + 4} {options}")
     train(f"-l resumed --max_steps {stop} {options}")
     resumed = the_run(tmp_path / "resumed")
@@ -53,18 +53,18 @@ def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, l
     assert_same_training(the_run(tmp_path / "straight"), resumed)
 
 
-def test_a_fresh_run_that_was_stopped_goes_on_with_shards_of_another_encoder(train, tmp_path, caplog):
+def test_a_fresh_run_resumes_with_shards_of_another_encoder(train, tmp_path, caplog):
     write_index(tmp_path / "shards", autoencoder="0" * 64)
     assert train(f"--max_steps 4 {sending(2, signal.SIGINT)}") == 0
     run = the_run(tmp_path / "logs")
     caplog.clear()
     assert train(f"--resume {run} {sending(0, signal.SIGINT)}") == 0
-    assert "the model, which is random" in caplog.text
+    assert "the model, whose weights are random" in caplog.text
     assert train(f"--resume {run} --max_steps 5 {sending(0, signal.SIGINT)}") == 0  # the mark stays
 
 
 def test_the_workflow_of_2022_hacks_a_stopped_run_and_resumes_it(train, tmp_path):
-    """Start, Ctrl-C, put the release into last.ckpt, resume: the shards are of the release's autoencoder."""
+    """Start, stop with Ctrl-C, hack the release into last.ckpt, resume on shards of the release's autoencoder."""
     torch.manual_seed(5)
     release = build_model(OmegaConf.create(CONFIG)).state_dict()
     save_state_dict(release, tmp_path / "release.safetensors")
@@ -79,14 +79,14 @@ def test_the_workflow_of_2022_hacks_a_stopped_run_and_resumes_it(train, tmp_path
         train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 6 {sending(0, signal.SIGINT)}")
 
 
-def test_a_run_that_has_its_steps_says_so(train, tmp_path, caplog):
+def test_a_run_without_steps_left_gives_a_warning(train, tmp_path, caplog):
     train("--max_steps 3")
-    assert "Nothing was trained" not in caplog.text
+    assert "No training" not in caplog.text
     assert train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 2") == 0
     assert "already at step 3 (max_steps=2)" in caplog.text
 
 
-def test_the_bar_of_a_run_that_goes_on_within_an_epoch_is_full_at_its_end(train, tmp_path, capsys, monkeypatch):
+def test_the_bar_of_a_run_resumed_within_an_epoch_is_full_at_its_end(train, tmp_path, capsys, monkeypatch):
     train("--max_steps 2")
     capsys.readouterr()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -105,7 +105,7 @@ def test_a_run_keeps_its_seed(train, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", [False, True])
-def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(train, tmp_path, schedule):
+def test_a_resumed_run_uses_the_given_learning_rate(train, tmp_path, schedule):
     where = "model.params.scheduler_config"
     params = f"{where}.params.warm_up_steps=[1] {where}.params.cycle_lengths=[10000] {where}.params.f_start=[1.0]"
     params += f" {where}.params.f_max=[1.0] {where}.params.f_min=[1.0]"
@@ -117,7 +117,7 @@ def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(train, tmp_path,
     assert rates == pytest.approx([2e-3] * 2 + [1e-3] * 3)
 
 
-def test_a_run_remembers_whether_its_learning_rate_is_scaled(train, tmp_path):
+def test_a_resumed_run_keeps_scale_lr(train, tmp_path):
     train("--max_steps 1 --scale_lr False")
     run = the_run(tmp_path / "logs")
     train(f"--resume {run} --max_steps 2")
@@ -158,7 +158,7 @@ IN_BACKWARD = (
 
 
 @pytest.mark.parametrize("optimizer", ["", LOW_BIT, IN_BACKWARD])
-def test_a_schedule_that_the_config_no_longer_has_leaves_no_rate_behind(train, tmp_path, optimizer):
+def test_a_removed_schedule_leaves_no_rate(train, tmp_path, optimizer):
     train(f"--max_steps 4 {DECAY} {optimizer}")
     run = the_run(tmp_path / "logs")
     assert float(state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"]) == 0

@@ -1,4 +1,4 @@
-"""main.py: what each signal does, and that none loses anything."""
+"""Tests of signals to main.py: no signal loses training progress."""
 
 import logging
 import os
@@ -23,12 +23,12 @@ from tests.waiting import LIMIT, wait_for
         (signal.SIGINT, 0, "--accumulate_grad_batches 2"),
     ],
 )
-def test_a_signal_that_stops_loses_nothing(train, tmp_path, caplog, signum, code, options):
+def test_a_stop_signal_loses_nothing(train, tmp_path, caplog, signum, code, options):
     caplog.set_level(logging.INFO)
     train(f"-l straight --max_steps 6 {options}")
     assert train(f"-l resumed --max_steps 6 {options} {sending(2, signum)}") == code
     resumed = the_run(tmp_path / "resumed")
-    go_on = next(line for line in caplog.messages if "go on with" in line)  # the class that sends it needs trust there
+    go_on = next(line for line in caplog.messages if "continue with" in line)  # its sender needs trust there
     assert go_on.endswith(f"python main.py --resume {resumed.relative_to(tmp_path)} -t --trust-config")
     assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == 2
     assert train(f"--resume {resumed} {sending(0, signum)}") == 0
@@ -57,7 +57,7 @@ def test_a_second_ctrl_c_quits_at_once(train, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_sigusr1_saves_and_goes_on(train, tmp_path, monkeypatch):
+def test_sigusr1_saves_and_continues(train, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
         "ldm.training.resume.save_checkpoint", lambda content, path: saved.append((content["global_step"], path.name))
@@ -66,7 +66,7 @@ def test_sigusr1_saves_and_goes_on(train, tmp_path, monkeypatch):
     assert saved == [(2, "last.ckpt"), (5, "last.ckpt")]
 
 
-def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_one(train, tmp_path):
+def test_ctrl_c_in_a_terminal_reaches_workers_and_the_run_resumes_exactly(train, tmp_path):
     """The signal goes to the whole process group, as from a terminal, at whatever moment it is."""
     line = [sys.executable, str(ROOT / "main.py"), "-b", "tiny.yaml", "-t", "--no-test", "-l", "stopped"]
     line += ["data.params.num_workers=2", "lightning.modelcheckpoint.params.every_n_train_steps=2"]
@@ -78,7 +78,7 @@ def test_a_real_ctrl_c_reaches_workers_too_and_the_resumed_run_is_the_straight_o
     assert process.returncode == 0, output
     stopped = the_run(tmp_path / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
-    go_on = f"go on with: python main.py --resume {stopped.relative_to(tmp_path)} -t\n"
+    go_on = f"continue with: python main.py --resume {stopped.relative_to(tmp_path)} -t\n"
     assert f"Training stopped by SIGINT after step {step}; {go_on}" in output
     assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
     train(f"-l straight --max_steps {step + 3}")

@@ -1,4 +1,4 @@
-"""main.py and trust: what a run keeps of the environment, how it is resumed, and where it writes."""
+"""Tests of main.py and trust: values of the environment, resuming, and the folders that a run writes to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def secret(tmp_path, monkeypatch):
 
 
 def holding(run, text):
-    """The files of a run that hold `text`, in their names too."""
+    """Return the files of a run that contain `text`, in their content or name."""
     files = [path for path in run.rglob("*") if path.is_file()]
     assert {path.relative_to(run).parts[0] for path in files} >= set(VALUED)
     return [path for path in files if text in str(path.relative_to(run)) or text.encode() in path.read_bytes()]
@@ -54,7 +54,7 @@ def test_a_run_keeps_no_value_of_the_environment(train, tmp_path, secret, typed)
     assert sorted(logged(run, "train/loss")) == [0, 1, 2] and holding(run, SECRET) == []
 
 
-def test_a_stopped_run_says_that_its_resume_takes_trust(train, tmp_path, secret, caplog, monkeypatch):
+def test_the_command_to_resume_names_trust_config_if_needed(train, tmp_path, secret, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     begin = StepSeeds.on_train_batch_start
 
@@ -70,13 +70,13 @@ def test_a_stopped_run_says_that_its_resume_takes_trust(train, tmp_path, secret,
     assert " -t --trust-config\n" in caplog.text
 
 
-def test_what_is_typed_must_lie_in_the_run_folder_too(train, tmp_path):
+def test_paths_on_the_command_line_must_lie_in_the_run_folder(train, tmp_path):
     for line in (
         f"lightning.logger.params.save_dir={tmp_path}",
         f"lightning.modelcheckpoint.params.filename={tmp_path}/x lightning.modelcheckpoint.params.save_top_k=1",
         "--name ../x",
         "--postfix a/b",
     ):
-        with pytest.raises(UserError, match=r"lies outside|part of the run folder's name"):
+        with pytest.raises(UserError, match=r"lies outside|becomes part of a folder name"):
             train(f"--max_steps 1 {line}")
     assert not (tmp_path / "logs").exists()

@@ -1,4 +1,4 @@
-"""The minimal tier through main.py: streaming the weights changes nothing but where they are."""
+"""Tests of the minimal tier through main.py: streamed weights train like resident ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STREAMED = (
 )
 
 
-def test_training_and_resuming_are_those_of_resident_weights(train, tmp_path):
+def test_training_and_resuming_equal_those_of_resident_weights(train, tmp_path):
     """Losses of each step, weights, averages and optimizer state: bit for bit, with accumulation and clipping."""
     options = "--accumulate_grad_batches 2 --gradient_clip_val 0.5"
     assert train(f"-l plain --max_steps 4 {options}") == 0
@@ -30,7 +30,7 @@ def test_training_and_resuming_are_those_of_resident_weights(train, tmp_path):
     assert_same_training(the_run(tmp_path / "plain"), run)
 
 
-def test_bf16_visits_leave_float32_checkpoints(train, tmp_path):
+def test_bf16_streaming_writes_float32_checkpoints(train, tmp_path):
     assert train(f"-l bf16 --max_steps 3 {STREAMED}bf16") == 0
     run = the_run(tmp_path / "bf16")
     content = state(run / "checkpoints" / "last.ckpt")
@@ -41,5 +41,5 @@ def test_bf16_visits_leave_float32_checkpoints(train, tmp_path):
 
 
 def test_several_devices_are_refused(train):
-    with pytest.raises(UserError, match="train on one device"):
+    with pytest.raises(UserError, match="need one device"):
         train(f"--devices 2 --accelerator cpu --max_steps 1 {STREAMED}bf16")

@@ -1,4 +1,4 @@
-"""What is imported, declared and pinned agree, and torchvision is in none of it."""
+"""Tests that imports, declared requirements and pins agree, and that torchvision is not among them."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ OURS |= {path.stem for pattern in ("benchmarks/*.py", "tests/**/*.py") for path 
 
 
 def name_of(requirement: str) -> str:
-    """`Some_Package[extra]>=1` -> `some-package`."""
+    """Return the name of a requirement: `Some_Package[extra]>=1` -> `some-package`."""
     return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
 
 
 def imported(*paths: str) -> set[str]:
-    """The distributions that the Python files under `paths` import, at any depth."""
+    """Return the distributions that the Python files under `paths` import, at any depth."""
     files = [file for path in paths for file in ROOT.glob(path)]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -84,7 +84,7 @@ def test_every_requirement_is_pinned_within_its_range():
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["3.11 and newer", "3.10"])
-def test_one_pin_a_package_and_python_version(older):
+def test_one_pin_per_package_and_python_version(older):
     unwanted = 'python_version >= "3.11"' if older else 'python_version < "3.11"'
     pinned = [name_of(line) for line in PINS if unwanted not in line]
     assert len(pinned) == len(set(pinned))

@@ -1,4 +1,4 @@
-"""main.py with each kind of preservation: runs that stop and go on, what they log, and that they do preserve."""
+"""Tests of main.py with each kind of preservation: resuming, logged losses, and the preservation itself."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ DECAY = f"{_CALLBACK}.target=ldm.callbacks.decay_to_start.DecayToStart " + " ".j
 
 @pytest.fixture(autouse=True)
 def _inputs(train, tmp_path):
-    """Beside the training set: a prior of five latents, the same with predictions, and weights to decay to."""
+    """Write a prior of five latents, the same with predictions, and weights to decay to."""
     rng = np.random.default_rng(1)
     for name, k in (("prior.tar", 0), ("taught.tar", 3)):
         with ShardWriter(str(tmp_path / name), 1) as writer:
@@ -47,7 +47,7 @@ def _inputs(train, tmp_path):
         (4, f"{TEACHER} {DECAY} --accumulate_grad_batches 2"),
     ],
 )
-def test_a_run_goes_on_as_if_it_had_not_stopped(train, tmp_path, stop, options):
+def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, stop, options):
     train(f"-l straight --max_steps {stop + 4} {options}")
     train(f"-l resumed --max_steps {stop} {options}")
     resumed = the_run(tmp_path / "resumed")
@@ -78,7 +78,7 @@ def test_validation_has_no_prior(train, tmp_path):
 
 
 def distance(path, start):
-    """How far the trained weights of a checkpoint are from those of `start`."""
+    """Return the distance of the trained weights of a checkpoint from those of `start`."""
     weights, begun = load_state_dict(path), load_state_dict(start)
     return sum((weights[key] - begun[key]).square().sum() for key in begun if key.startswith("model.")).sqrt()
 
@@ -101,10 +101,10 @@ def test_decay_keeps_the_weights_near_their_start(train, tmp_path):
         (f"{PRIOR} model.params.prior_target=teacher", r"no member 't\.npy'; write .*make_prior\.py --teacher"),
         (f"{DECAY} lightning.callbacks.decay.params.start=prior.tar", r"prior\.tar: not a checkpoint"),
         (f"{DECAY} model.params.unet_config.params.num_res_blocks=2", r"start\.safetensors lacks model\."),
-        (f"{DECAY} lightning.callbacks.decay.params.weight=1e4", "beyond the start itself"),
+        (f"{DECAY} lightning.callbacks.decay.params.weight=1e4", "overshoots the start"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(train, tmp_path, line, message):
+def test_mistakes_are_refused_in_one_line_and_write_nothing(train, tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         train(f"--max_steps 2 {line}")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The recipe's config of 2022 as it was published, and configs without each of their optional parts."""
+"""Tests of the recipe's config of 2022 as published, and of configs without each of their optional parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import main
-from ldm.release.building import without_initialisation
+from ldm.release.initialisation import without_initialisation
 from tests.training_runs import (  # noqa: F401
     CONFIG,
     fixture_one_thread,
@@ -100,7 +100,7 @@ OPTIONAL = (
 
 
 def test_main_starts_from_the_published_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Everything up to the first step, with weights on the meta device: 860 million take too long in a test."""
+    """Run everything up to the first step with weights on the meta device, as 860 million weights take too long."""
     write_inputs(tmp_path)
     (tmp_path / "published.yaml").write_text(PUBLISHED)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The whole recipe through its real command lines, in the two ways to hack, on the demo's tiny model."""
+"""Tests of the whole recipe through its commands on the demo's tiny model, with both ways to hack."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUIET = ("data.params.batch_size=4", "lightning.callbacks.image_logger.params.di
 
 @pytest.fixture
 def work(tmp_path: Path, tiny_release: Path, command: Callable) -> Callable:
-    """A folder with the release at the conventional place and shards of the cats; calls commands that must succeed."""
+    """Return a function that runs commands in a folder with the release at its default path and shards of the cats."""
 
     def call(script: str, *arguments: object) -> str:
         done = command(script, *arguments)
@@ -46,7 +46,7 @@ def work(tmp_path: Path, tiny_release: Path, command: Callable) -> Callable:
 
 
 def check_merged(release: Path, merged: Path, trained: Path) -> None:
-    """The merged file holds the trained weights, the release's other keys bit for bit, and nothing else."""
+    """Assert that the merged file holds the trained weights and the release's other values, bit for bit."""
     before, after = load_state_dict(release), load_state_dict(merged)
     assert set(load_checkpoint(merged)) <= {"state_dict", "metadata"}
     assert set(before) == set(after)
@@ -62,7 +62,7 @@ def check_merged(release: Path, merged: Path, trained: Path) -> None:
 
 
 def check_diffusers(merged: Path, folder: Path) -> None:
-    """diffusers opens the merged release by itself and predicts the same noise."""
+    """Assert that diffusers opens the merged release and predicts the same noise."""
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": 8,
@@ -97,13 +97,13 @@ def test_recipe_from_a_config(work: Callable, tmp_path: Path) -> None:
     work("tools/merge_release.py", "--out", "mine.safetensors")
     check_merged(release, tmp_path / "mine.safetensors", trained)
     check_diffusers(tmp_path / "mine.safetensors", tmp_path)
-    sampling = ("--config", RELEASE_CONFIG, "--prompt", "tom the cat", "--steps", 2, "--out", "pictures")
+    sampling = ("--config", RELEASE_CONFIG, "--prompt", "tom the cat", "--steps", 2, "--out", "images")
     work("tools/txt2img.py", "--ckpt", "mine.safetensors", *sampling)
-    assert (tmp_path / "pictures/00000.png").is_file()
+    assert (tmp_path / "images/00000.png").is_file()
 
 
 def test_recipe_with_an_aborted_run(work: Callable, tmp_path: Path) -> None:
-    """As in 2022: start, Ctrl-C, hack the checkpoint that it left, resume, merge, all with bare calls."""
+    """Follow the steps of 2022: start, stop with Ctrl-C, hack the checkpoint, resume, merge, with default arguments."""
     line = [sys.executable, str(ROOT / "main.py"), *TRAIN, *QUIET, "--max_steps", "100000"]
     log = tmp_path / "aborted.log"
     with log.open("w") as output:

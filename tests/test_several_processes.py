@@ -1,8 +1,10 @@
-"""Training in several processes, over gloo on the CPU: the same losses as in one with a batch as large."""
+"""Tests that several processes, over gloo on the CPU, have the losses of one with an equally large batch."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,25 +31,27 @@ class Runs:
         write_inputs(folder)
 
     def start(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> list:
+        """Start the processes of a run; `RANK` in the `line` is each one's own."""
         port = free_port()
         base = "" if "--resume" in line else f"-b tiny.yaml -l {name}"
         processes = []
         for rank in range(ranks):
             environment = _environment(launcher, str(rank), str(ranks), port) if ranks > 1 else {}
             files = (self.folder / f"{name}-{rank}.output", self.folder / f"{name}-{rank}.losses")
-            processes.append(start(f"{base} {OPTIONS} {line}", self.folder, *files, environment))
+            words = f"{base} {OPTIONS} {line}".replace("RANK", str(rank))
+            processes.append(start(words, self.folder, *files, environment))
         return processes
 
     def __call__(self, name: str, line: str, ranks: int = 1, launcher: str = "torchrun") -> Path:
         processes = self.start(name, line, ranks, launcher)
-        for process in processes:
-            process.join()
-        said = "\n".join(path.read_text() for path in self.folder.glob(f"{name}-*.output"))
-        assert [process.exitcode for process in processes] == [0] * ranks, said
+        assert join(*processes) == [0] * ranks, self.said(name)
         return the_run(self.folder / name)
 
+    def said(self, name: str) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob(f"{name}-*.output")))
+
     def losses(self, name: str) -> dict[int, float]:
-        """The mean loss of each optimizer step, over batches and processes of equal size."""
+        """Return the mean loss per optimizer step, over batches and processes of equal size."""
         noted: dict[int, list[float]] = {}
         for path in self.folder.glob(f"{name}-*.losses"):
             for (step, _), (loss,) in read_losses(path).items():
@@ -62,7 +66,7 @@ def free_port() -> str:
 
 
 def _environment(launcher: str, rank: str, ranks: str, port: str) -> dict[str, str]:
-    """What `launcher` tells a process on a machine of its own."""
+    """Return the environment that `launcher` gives to a process on a separate machine."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if launcher == "torchrun":
         sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -83,7 +87,7 @@ def runs(tmp_path: Path) -> Runs:
 
 
 @pytest.mark.parametrize("data", ["", PRIOR, "data.params.num_workers=1"], ids=["plain", "prior", "worker"])
-def test_the_losses_do_not_depend_on_how_a_batch_is_spread(runs: Runs, data: str) -> None:
+def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, data: str) -> None:
     whole = runs("whole", f"data.params.batch_size=4 {data}")
     expected = runs.losses("whole")
     assert list(expected) == [0, 1, 2, 3, 4]
@@ -97,7 +101,7 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_spread(runs: Runs, data: str
     assert logged(whole, "train/loss")
 
 
-def test_two_processes_share_one_run_folder_and_go_on_exactly(runs: Runs) -> None:
+def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs) -> None:
     straight = runs("straight", "--max_steps 5", ranks=2)
     stopped = runs("stopped", "--max_steps 2 --accumulate_grad_batches 1", ranks=2)
     assert sorted(path.name for path in stopped.iterdir()) == ["checkpoints", "configs", "csv", "tensorboard"]
@@ -107,7 +111,7 @@ def test_two_processes_share_one_run_folder_and_go_on_exactly(runs: Runs) -> Non
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_processes_that_start_seconds_apart_name_one_run_folder(tmp_path: Path, launcher: str) -> None:
+def test_processes_that_start_seconds_apart_share_one_run_folder(tmp_path: Path, launcher: str) -> None:
     code = (
         "import sys, time; from ldm.training.arguments import parse_arguments; from ldm.training.run import plan_run; "
         "time.sleep(1.2 * int(sys.argv[1])); run = plan_run(parse_arguments(['-b', 'tiny.yaml', '-t'])); "
@@ -142,6 +146,41 @@ def test_a_signal_to_one_process_stops_both_and_loses_nothing(runs: Runs, signum
     assert_same_training(straight, stopped)
 
 
+@pytest.mark.parametrize(
+    ("split", "options"),
+    [("training", ""), ("val", "--strategy fsdp model.params.use_ema=False data.params.num_workers=1")],
+    ids=["training", "validation-fsdp-worker"],
+)
+def test_a_shard_that_fails_in_one_process_stops_both_and_loses_nothing(runs: Runs, split: str, options: str) -> None:
+    for rank in range(2):
+        shutil.copytree(runs.folder / "shards", runs.folder / f"own-{rank}")
+    options += f" data.params.val_urls=shards/s-000000.tar data.params.{split}_urls=own-RANK/s-{{000000..000001}}.tar"
+    processes = runs.start("failed", f"--max_steps 100000 {options}", ranks=2)
+    wait_for(lambda: len(read_losses(runs.folder / "failed-1.losses")) >= 4, *processes)
+    (runs.folder / "own-1" / "s-000001.tar").unlink()
+    assert join(*processes) == [1, 1]
+    said = r"error: own-1/s-000001.tar: was deleted or moved.* \(in process 1 of 2, counted from 0\)\n"
+    assert len(re.findall(said, runs.said("failed"))) == 2, runs.said("failed")
+    failed = the_run(runs.folder / "failed")
+    step = state(failed / "checkpoints" / "last.ckpt")["global_step"]
+    assert step == max(runs.losses("failed")) + 1
+    shutil.copy(runs.folder / "shards" / "s-000001.tar", runs.folder / "own-1")
+    runs("failed", f"--resume {failed} --max_steps {step + 2} {options}", ranks=2)
+    straight = runs("straight", f"--max_steps {step + 2} {options}", ranks=2)
+    assert_same_training(straight, failed)
+
+
+def test_a_process_that_was_killed_ends_the_other_in_one_line(runs: Runs) -> None:
+    processes = runs.start("killed", "--max_steps 100000", ranks=2)
+    wait_for(lambda: len(read_losses(runs.folder / "killed-1.losses")) >= 4, *processes)
+    processes[1].kill()
+    assert join(*processes) == [1, -9]
+    last = (runs.folder / "killed-0.output").read_text().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: another process of the training has ended or .*resume the last checkpoint with --resume", last
+    )
+
+
 def test_processes_that_srun_started_train_together(runs: Runs) -> None:
     run = runs("two", "data.params.batch_size=2", ranks=2, launcher="srun")
     runs("whole", "data.params.batch_size=4")
@@ -149,7 +188,7 @@ def test_processes_that_srun_started_train_together(runs: Runs) -> None:
     assert len(list(run.glob("csv/*"))) == 1
 
 
-def test_torchrun_starts_as_many_as_it_was_told(runs: Runs) -> None:
+def test_torchrun_starts_the_given_number_of_processes(runs: Runs) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     line += [str(ROOT / "main.py"), "-b", "tiny.yaml", "-l", "logs", "--gpus", "0,1", *OPTIONS.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Textual inversion through the real `main.py`, on the demo's tiny model: hack, resume, merge."""
+"""Tests of textual inversion through `main.py` on the demo's tiny model: hack, resume, merge."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from ldm.checkpoint import load_checkpoint, load_state_dict
 from ldm.config.load import load_config
+from ldm.release.configs import training_config
 from ldm.release.hack import hack_config
 from ldm.release.load import load_release
 from ldm.release.merge import merge_files
@@ -24,7 +25,7 @@ from tests.training_runs import fixture_one_thread, run_main, the_run  # noqa: F
 CONFIGS = [RELEASE_CONFIG, "textual_inversion.yaml"]
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 TOM, PERSON = 2435, 2533  # CLIP's ids of "tom" and of the config's initial token
-CAPTIONS = ["tom the cat, grinning", "tom the cat", "a picture of tom", "the happy tom"]
+CAPTIONS = ["tom the cat, grinning", "tom the cat", "an image of tom", "the happy tom"]
 TRAIN = (
     f"--base {' '.join(CONFIGS)} -t --no-test --scale_lr False model.base_learning_rate=0.01 "
     "model.params.cond_stage_config.params.token=tom "
@@ -37,10 +38,10 @@ TRAIN = (
 def train(
     tmp_path: Path, tiny_release: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> Callable[[str], dict]:
-    """Trains as `train("--logdir a --resume start.ckpt --max_steps 4")` says; the last checkpoint."""
+    """Return a function that trains with the given options, and returns the last checkpoint."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(tiny_release, "release.safetensors")
-    hack_config(load_config(CONFIGS), CONFIGS, Path("release.safetensors"), Path("start.ckpt"))
+    hack_config(training_config("release.safetensors", CONFIGS), Path("release.safetensors"), Path("start.ckpt"))
     params = load_config(CONFIGS).model.params
     with ShardWriter("shard.tar", len(CAPTIONS)) as writer:
         for index, caption in enumerate(CAPTIONS):
@@ -79,7 +80,7 @@ def test_hack_train_merge(train: Callable[[str], dict]) -> None:
     assert not torch.equal(*a_tom)
 
 
-def test_a_resumed_run_is_the_run_without_a_stop(train: Callable[[str], dict]) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[[str], dict]) -> None:
     straight = train("--logdir straight --resume start.ckpt --max_steps 4")
     train("--logdir stopped --resume start.ckpt --max_steps 3")  # in the middle of the second epoch
     resumed = train(f"--logdir stopped --resume {the_run(Path('stopped'))} --max_steps 4")

@@ -1,4 +1,4 @@
-"""Runs of main.py on a model and data so small that a test can afford several, and what they must have in common."""
+"""Runs of main.py on a tiny model and tiny data, and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ TEXT_TOWER = {
 
 
 def write_inputs(folder: Path) -> None:
-    """`tiny.yaml` and `shards/` in `folder`."""
+    """Write `tiny.yaml` and `shards/` into `folder`."""
     OmegaConf.save(OmegaConf.create(CONFIG), folder / "tiny.yaml")
     rng = np.random.default_rng(0)
     shards = folder / "shards"
@@ -124,14 +124,14 @@ def write_inputs(folder: Path) -> None:
 
 
 def write_index(shards: Path, **digests: str | None) -> None:
-    """An index of the tars in `shards` that says which weights made them."""
+    """Write an index of the tars in `shards`, with the digests of the weights that made them."""
     paths = sorted(shards.glob("*.tar"))
     listed = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
     (shards / INDEX).write_text(json.dumps({"format": 2, "complete": True, "shards": listed, **digests}))
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    """`python main.py` with the words of `line`, in this process."""
+    """Run `python main.py` with the words of `line` in this process."""
     import main
 
     monkeypatch.setattr(sys, "argv", ["main.py", *line.split()])
@@ -140,13 +140,13 @@ def run_main(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
 
 
 def the_run(logs: Path) -> Path:
-    """The one run folder under `logs`."""
+    """Return the only run folder under `logs`."""
     (run,) = logs.iterdir()
     return run
 
 
 def logged(run: Path, key: str) -> dict[int, str]:
-    """What each start of `run` logged under `key`, by step, as it stands in the CSV files."""
+    """Return the values of `key` by step, from the CSV files of all starts of `run`."""
     values = {}
     for path in sorted(run.glob("csv/*/metrics.csv")):
         with path.open() as file:
@@ -155,12 +155,12 @@ def logged(run: Path, key: str) -> dict[int, str]:
 
 
 def state(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds."""
+    """Return the content of a checkpoint."""
     return torch.load(path, weights_only=True)
 
 
 def assert_same_training(straight: Path, resumed: Path) -> None:
-    """Equal losses at each step, and equal weights, averages, optimizer state and counts at the end, bit for bit."""
+    """Assert equal losses at each step, and equal weights, averages, optimizer state and counts, bit for bit."""
     losses = logged(straight, "train/loss")
     assert losses and losses == logged(resumed, "train/loss")
     one, other = (state(run / "checkpoints" / "last.ckpt") for run in (straight, resumed))
@@ -174,7 +174,7 @@ def assert_same_training(straight: Path, resumed: Path) -> None:
 
 
 def assert_equal(one: Any, other: Any) -> None:
-    """Tensors are equal in every bit, and the dicts that hold them in their keys."""
+    """Assert that nested values are equal: tensors bit for bit, dicts in their keys."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key in one:
@@ -185,7 +185,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 @pytest.fixture(name="one_thread")
 def fixture_one_thread() -> Iterator[None]:
-    """More threads only get into each other's way in a model this small."""
+    """Use one thread, because more threads slow down a model of this size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -194,7 +194,7 @@ def fixture_one_thread() -> Iterator[None]:
 
 @pytest.fixture(name="train")
 def fixture_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], int]:
-    """Trains in this process: `train("-l logs ...")`; `-b tiny.yaml` unless it resumes. Returns the exit code."""
+    """Return a function that trains in this process, on `tiny.yaml` unless it resumes. It returns the exit code."""
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
 

@@ -1,6 +1,6 @@
-"""Waiting for other processes: until the thing appears or the process that should bring it has died.
+"""Waiting for other processes: until a condition holds or the process that should fulfil it has died.
 
-No test waits for less than `LIMIT`, which is there for a test that hangs, and says nothing about speed.
+Every test waits up to `LIMIT`. It ends a test that hangs, and is no bound on speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _POLL = 0.02
 
 
 def has_ended(process: Any) -> bool:
-    """Return whether a process, of `subprocess` or `multiprocessing`, has ended."""
+    """Return True if a process, of `subprocess` or `multiprocessing`, has ended."""
     return process.poll() is not None if isinstance(process, subprocess.Popen) else not process.is_alive()
 
 
@@ -33,7 +33,7 @@ def wait_for(condition: Callable[[], Any], *processes: Any) -> Any:
 
 
 def join(*processes: Any) -> list[int]:
-    """Wait for the end of `processes` of `multiprocessing`; returns their exit codes."""
+    """Wait for the end of `processes` of `multiprocessing`; return their exit codes."""
     for process in processes:
         process.join(LIMIT)
         assert process.exitcode is not None, f"{process} did not end"
@@ -41,7 +41,7 @@ def join(*processes: Any) -> list[int]:
 
 
 def collect(results: Any, processes: Sequence[Any]) -> list[Any]:
-    """Return what each of `processes` puts into the queue `results`, in the order in which it arrives."""
+    """Return the results of `processes` from the queue `results`, one each, in order of arrival."""
     found: list[Any] = []
 
     def take() -> bool:

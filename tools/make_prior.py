@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Shards of what a model should not forget: its own samples, or images of yours, and what it predicts on them.
+"""Make shards of a prior, which training keeps a model from forgetting: its own samples, or images of yours.
 
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
-python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/taught/%06d.tar --teacher 8
-python tools/make_prior.py --shards 'data/class/*.tar' --out data/taught/%06d.tar --teacher 8
+python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/with_teacher/%06d.tar --teacher 8
+python tools/make_prior.py --shards 'data/class/*.tar' --out data/with_teacher/%06d.tar --teacher 8
 
-Interrupted, it goes on when the same command is given again. Under torchrun or srun, each process makes its share of
-the shards.
+With --teacher, the shards also hold the model's predictions on the samples. An interrupted command continues when it is
+given again. Under torchrun or srun, each process makes its share of the shards.
 """
 
 from __future__ import annotations
@@ -15,87 +15,86 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import SETTINGS, add_drawing_options, check_drawing_options, read_prompts
+from ldm.cli.options import SETTINGS, add_image_options, check_image_options, read_prompts
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
+
+if TYPE_CHECKING:
+    from ldm.encoding.encoder import SampleEncoder
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_drawing_options(parser)
+    add_image_options(parser)
     add = parser.add_argument
-    add("--shards", help="instead of captions: pre-encoded images, as training_urls names them; needs --teacher")
+    add("--shards", help="pre-encoded images in place of prompts, as in training_urls; needs --teacher")
     add("--out", required=True, help="shards to write, such as data/prior/%%06d.tar")
-    add("--teacher", type=int, default=0, help="timesteps a sample at which to store the model's predictions")
+    add("--teacher", type=int, default=0, help="store the model's predictions at this number of timesteps per sample")
     add(
-        "--null-share", type=float, default=0.1, help="with --teacher: samples that get the empty caption, for guidance"
+        "--null-share",
+        type=float,
+        default=0.1,
+        help="with --teacher: fraction of samples that get the empty caption, for guidance",
     )
-    add("--shard-size", type=int, default=1000, help="samples in a shard")
-    add("--overwrite", action="store_true", help="replace the shards of --out that are there")
+    add("--shard-size", type=int, default=1000, help="samples per shard")
+    add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_trust_option(parser)
     options = parser.parse_args()
 
     def given(*names: str) -> str:
-        """Those of the options whose values are not the default, as they are typed."""
+        """Return the flags among `names` whose values are not the default."""
         return " and ".join(f"--{name}" for name in names if getattr(options, name) != parser.get_default(name))
 
     check_number("--shard-size", options.shard_size, least=1)
     check_number("--teacher", options.teacher, least=0, optional=True)
     check_number("--null-share", options.null_share, least=0, most=1, whole=False)
     if not options.teacher and given("null_share"):
-        raise UserError("--null-share says nothing without --teacher; leave it out, or give both")
+        raise UserError("--null-share has no effect without --teacher; leave it out, or give both")
     if options.shards is None:
         options.prompt = read_prompts(options.prompt, options.from_file)
     elif options.prompt or options.from_file or not options.teacher:
-        raise UserError(f"--shards {options.shards}: has its own captions, and needs --teacher, the predictions to add")
-    elif unread := given("n", *SETTINGS, "H", "W"):
-        raise UserError(f"--shards {options.shards}: its images are taken, nothing is drawn; leave out {unread}")
-    check_drawing_options(options, options.n * len(options.prompt))
+        raise UserError(
+            f"--shards {options.shards}: has captions of its own; give --teacher, and no --prompt or --from-file"
+        )
+    elif unused := given("n", *SETTINGS, "H", "W"):
+        raise UserError(f"--shards {options.shards}: nothing is sampled; leave out {unused}")
+    check_image_options(options, options.n * len(options.prompt))
     return options
 
 
 def main() -> None:
     options = parse_arguments()
-    # Only now the slow imports: --help should answer at once.
+    # Slow imports come after parsing, so that --help answers at once.
     from ldm.data.dropout import CaptionDropout
     from ldm.distributed.ranks import Ranks
-    from ldm.encoding.encoder import Encoder
     from ldm.encoding.prior import (
         digest_of,
         digest_shards,
-        drawn,
         latents_of_images,
         make_prior,
         open_images,
-        taught,
-        unet_digests,
+        sampled,
+        with_teacher,
     )
     from ldm.encoding.shard_set import check_out
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
     from ldm.modules.encoders.tokenizer import warn_of_cut
-    from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.matching import release_config
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and options.overwrite:
-        raise UserError("--overwrite: none of several processes may remove what others write; remove the set first")
+        raise UserError("--overwrite: not possible with several processes; remove the set first")
     if ranks.rank == 0:
         check_out(options.out, options.overwrite)
-    chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
-    _, config = release_config(options.ckpt, *chosen, options.trust_config)
-    device, dtype = pick_device(options.device, ranks.local), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, config, vae=options.vae)
-    encoder = Encoder(model, device, dtype)  # which tells the weights by their float32 values
-    unet = unet_digests(model)
-    model.model.to(dtype)
-    model.to(device)
+    model, encoder, unet = load_release_for_prior(options, ranks.local)
     if options.shards is not None:
         dataset = open_images(encoder, options.shards, options.out)
         count, about, made_from = len(dataset), {}, {"images": digest_shards(dataset)}
@@ -107,12 +106,12 @@ def main() -> None:
         count, about = len(requests), {key: getattr(options, key) for key in SETTINGS}
         shape = latent_shape(model, options.H, options.W)
         made_from = {"prompts": digest_of(prompts), "shape": list(shape)}
-        source = drawn(encoder, requests, shape, about)
+        source = sampled(encoder, requests, shape, about)
     if options.teacher:
         made_from["null_share"] = options.null_share
         teacher = Teacher(model, options.teacher, options.seed)
         dropout = CaptionDropout(encoder.captions([""])[0].arrays, options.null_share, options.seed)
-        source = taught(source, teacher, dropout)
+        source = with_teacher(source, teacher, dropout)
     shards = make_prior(
         encoder,
         source,
@@ -129,6 +128,26 @@ def main() -> None:
     )
     written = sum(shard["samples"] for shard in shards)
     logger.info("wrote %d samples in %d shards to %s", written, len(shards), Path(options.out).parent)
+
+
+def load_release_for_prior(
+    options: argparse.Namespace, local_rank: int
+) -> tuple[LatentDiffusion, SampleEncoder, dict[str, str | None]]:
+    """Return the model on its device, its encoder, and the digests of its UNet."""
+    from ldm.encoding.encoder import SampleEncoder
+    from ldm.encoding.prior import unet_digests
+    from ldm.release.configs import release_config
+    from ldm.release.load import PRECISIONS, load_release, pick_device
+
+    size = max(filter(None, (options.H, options.W)), default=None)
+    _, config = release_config(options.ckpt, options.config, options.parameterization, size, options.trust_config)
+    device, dtype = pick_device(options.device, local_rank), PRECISIONS[options.precision]
+    model = load_release(options.ckpt, config, vae=options.vae)
+    encoder = SampleEncoder(model, device, dtype)  # takes the digests of the weights in float32
+    unet = unet_digests(model)
+    model.model.to(dtype)
+    model.to(device)
+    return model, encoder, unet
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""A training checkpoint and the release that it started from make a new release, .ckpt or .safetensors.
+"""Merge a training checkpoint and the release it started from into a new release, .ckpt or .safetensors.
 
-python tools/merge_release.py                        # the newest logs/*/checkpoints/last.ckpt, merged.ckpt beside it
+python tools/merge_release.py                        # the newest last.ckpt in logs/; writes merged.ckpt
 python tools/merge_release.py --train-ckpt logs/RUN/checkpoints/last.ckpt --out my-model.safetensors --half
 """
 
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.options import add_vae_option
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
@@ -20,7 +20,7 @@ from ldm.cli.run import run
 
 def main() -> None:
     arguments = parse_arguments()
-    from ldm.release.merge import merge_files  # torch, which --help does without
+    from ldm.release.merge import merge_files  # imports torch, which --help does not need
 
     training = arguments.train_ckpt or newest_checkpoint()
     out = arguments.out or training.with_name("merged.ckpt")
@@ -31,10 +31,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--train-ckpt", type=Path, help="training checkpoint (default: the newest logs/*/checkpoints/last.ckpt)")
-    add("--release", type=Path, default=CONVENTIONAL_RELEASE, help="what training began from (default: %(default)s)")
-    add("--out", type=Path, help="file to write, .ckpt or .safetensors (default: merged.ckpt beside the training's)")
-    add("--weights", choices=["ema", "raw"], help="which trained weights (default: ema if the training kept them)")
-    add("--half", action="store_true", help="write the weights as float16, half the size")
+    add(
+        "--release",
+        type=Path,
+        default=CONVENTIONAL_RELEASE,
+        help="release that training started from (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="file to write, .ckpt or .safetensors (default: merged.ckpt in the folder of the training checkpoint)",
+    )
+    add(
+        "--weights",
+        choices=["ema", "raw"],
+        help="averaged or raw trained weights (default: ema if the checkpoint has them)",
+    )
+    add("--half", action="store_true", help="write the weights in float16")
     add_vae_option(parser)
     return parser.parse_args()
 

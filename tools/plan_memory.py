@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""How much memory a training step will take on a GPU, without one; and what fits a card.
+"""Predict the GPU memory of a training step without a GPU, or the batch that fits a card.
 
 python tools/plan_memory.py --base finetune_stable_diffusion.yaml --size 512 --batch 1
 python tools/plan_memory.py --base finetune_stable_diffusion.yaml --card 8
+python tools/plan_memory.py --ckpt models/ldm/sd_xl_base_1.0.safetensors --card 12
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from whichever folder this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
@@ -29,33 +30,45 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base", required=True, nargs="+", metavar="YAML", help="configs of a training, merged left to right")
-    add("--batch", type=int, help="images a step (default: data.params.batch_size)")
-    add("--size", type=int, help="pixels a side (default: what the model's image_size means)")
-    add("--card", type=float, metavar="GB", help="say which batch fits a card of so many GB, under each tier")
-    add("--json", action="store_true", help="print JSON: bytes, and nothing else")
+    add("--base", nargs="+", default=[], metavar="YAML", help="configs of a training, merged left to right")
+    add("--ckpt", type=Path, help="release whose family's finetune config comes before those of --base")
+    add("--batch", type=int, help="images per step (default: data.params.batch_size)")
+    add("--size", type=int, help="side of an image in pixels (default: from the model's image_size)")
+    add(
+        "--card",
+        type=float,
+        metavar="GB",
+        help="print the largest batch per tier that fits a card with this much memory",
+    )
+    add("--json", action="store_true", help="print JSON alone, with sizes in bytes")
     add_trust_option(parser)
     add(
         "overrides",
         nargs="*",
         metavar="a.b.c=value",
-        help="values of the config, such as lightning.trainer.precision=16",
+        help="changes to the config, such as lightning.trainer.precision=16",
     )
     arguments = parser.parse_args()
-    # argparse gives all that follows --base to it.
+    # argparse adds all words after --base to it.
     arguments.overrides += [word for word in arguments.base if "=" in word]
     arguments.base = [word for word in arguments.base if "=" not in word]
+    if not (arguments.base or arguments.ckpt):
+        raise UserError("name the configs of a training with --base, or a release with --ckpt")
     check_number("--card", arguments.card, above=0, whole=False, optional=True, unit="GB")
     if arguments.card is not None and arguments.batch is not None:
-        raise UserError("--card finds the batch; leave out --batch")
+        raise UserError("--card computes the batch size; leave out --batch")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
-    # Only now the slow imports: --help should answer at once.
+    # Slow imports come after parsing, so that --help answers at once.
     from ldm.config.load import load_config
 
+    if arguments.ckpt is not None:
+        from ldm.release.configs import training_config
+
+        arguments.base = training_config(arguments.ckpt).names + arguments.base
     if arguments.card is None:
         config = load_config(arguments.base, arguments.overrides, arguments.trust_config)
         print_step(config, arguments)
@@ -69,25 +82,25 @@ def main() -> None:
 
 
 def print_step(config: DictConfig, arguments: argparse.Namespace) -> None:
-    from ldm.planning.card import ALLOWANCE, GAPS, GIB, needed
+    from ldm.planning.card import ALLOWANCE, FRAGMENTATION, GIB, needed_bytes
     from ldm.planning.step import peak_of_step
 
     peak = peak_of_step(config, arguments.batch, arguments.size)
     total = sum(peak.values())
     if arguments.json:
-        logger.info(json.dumps({**peak, "peak": total, "card": needed(total)}))
+        logger.info(json.dumps({**peak, "peak": total, "card": needed_bytes(total)}))
         return
-    logger.info("predicted for the second training step, on one device:")
+    logger.info("predicted memory of the second training step, on one device:")
     for name, size in [*peak.items(), ("peak", total)]:
         logger.info("  %-12s %7.2f GiB", name, size / GIB)
     logger.info(
-        "  %-12s %7.2f GiB, with %.1f GiB for context and workspaces and %.0f %% for gaps",
-        "of a card", needed(total) / GIB, ALLOWANCE / GIB, 100 * GAPS,
+        "  %-12s %7.2f GiB, with %.1f GiB for context and workspaces and %.0f %% for fragmentation",
+        "card", needed_bytes(total) / GIB, ALLOWANCE / GIB, 100 * FRAGMENTATION,
     )  # fmt: skip
 
 
 def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
-    from ldm.planning.card import ALLOWANCE, AS_GIVEN, GAPS, GIB, fits
+    from ldm.planning.card import ALLOWANCE, AS_GIVEN, FRAGMENTATION, GIB, fits
 
     found = fits(config, int(arguments.card * GIB), arguments.size)
     use = next((fit.tier for fit in found if fit.images), None)
@@ -95,14 +108,14 @@ def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
         logger.info(json.dumps({"tiers": [vars(fit) for fit in found], "use": use}))
         return
     logger.info(
-        "predicted to fit a card of %g GB, %.1f GiB of it and %.0f %% of what tensors take left free:",
-        arguments.card, ALLOWANCE / GIB, 100 * GAPS,
+        "predicted to fit a card of %g GB, with %.1f GiB for context and workspaces and %.0f %% for fragmentation:",
+        arguments.card, ALLOWANCE / GIB, 100 * FRAGMENTATION,
     )  # fmt: skip
     for fit in found:
         batch = f"batch {fit.images}" if fit.images else "not even batch 1"
         logger.info("  %-14s %-16s %7.2f GiB of tensors", fit.tier, batch, fit.peak / GIB)
     if use is None:
-        logger.info("nothing fits: a larger card, or a smaller --size")
+        logger.info("nothing fits; use a larger card or a smaller --size")
     elif use != AS_GIVEN:
         logger.info("use %s: --base %s %s", use, " ".join(arguments.base), use)
 

@@ -1,4 +1,4 @@
-"""Accumulated batches: a step is the mean over the batches that there are."""
+"""Correct scale of optimizer steps with fewer batches than `accumulate_grad_batches`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ log = logging.getLogger(__name__)
 
 
 class MeanOfBatches(Callback):
-    """Makes each optimizer step the mean over its batches, where an epoch ends before all are accumulated.
+    """Callback that makes each optimizer step the mean over its batches, also when an epoch ends early.
 
-    Lightning divides each batch's loss by `accumulate_grad_batches` and steps at the last batch of an epoch, however
-    few came before it. The last batch of such a step, and the gradients accumulated before it, are scaled by
-    `accumulate_grad_batches` / batches. This is done before its backward pass, so that optimizers that step inside
-    backward and DistributedDataParallel see scaled gradients. It stands last among the callbacks: those before it see
-    the loss as Lightning divided it.
+    Lightning divides each batch's loss by `accumulate_grad_batches`, and always steps at the last batch of an epoch. If
+    such a step has fewer batches, this callback scales its last loss and the gradients accumulated before by
+    `accumulate_grad_batches` / batches. It does so before the last backward pass, so that DistributedDataParallel and
+    optimizers that step inside backward see scaled gradients. It must be the last callback: those before it expect the
+    loss as Lightning divided it.
 
     Args:
-        scaled_batch: batch size that the learning rate was multiplied by; None if it was not scaled. A step that has
-            fewer images than the learning rate was scaled for is told of once.
+        scaled_batch: batch size that the learning rate was multiplied by; None if it was not scaled. The callback warns
+            if no step can have as many images as the learning rate was scaled for.
     """
 
     def __init__(self, scaled_batch: int | None = None) -> None:
         self.scaled_batch = scaled_batch
-        self._batches = 0  # whose gradients are accumulated
+        self._batches = 0  # number of batches whose gradients are accumulated
         self._batch_idx = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,7 +43,7 @@ class MeanOfBatches(Callback):
             images = min(images, sum(map(len, groups)))
         if images < scaled_for:
             log.warning(
-                "A step has %d images at most, all of an epoch, but the learning rate %.3e is scaled for %d "
+                "A step has at most %d images, those of a whole epoch, but the learning rate %.3e is scaled for %d "
                 "(accumulate_grad_batches %d * devices %d * batch_size %d); lower accumulate_grad_batches or "
                 "batch_size, or give --scale_lr False",
                 images, pl_module.learning_rate, scaled_for, accumulate, trainer.world_size, self.scaled_batch,

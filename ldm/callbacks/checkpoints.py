@@ -1,4 +1,4 @@
-"""When checkpoints are written: `last.ckpt` always, others by a metric or a number of steps."""
+"""Callback that writes `last.ckpt`."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
 from ldm.callbacks.faults import NumericalFault
-from ldm.callbacks.saving import WritingTime, keep_numbered, saved
+from ldm.callbacks.saving import WritingTime, keep_numbered, try_save
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
+from ldm.distributed.collectives import FailedTogether
 from ldm.util import UserError, check_number
 
 log = logging.getLogger(__name__)
 
-# With several processes, agreeing on a signal waits for the device, so it is not done at every step. But launchers
-# kill half a minute after SIGTERM.
+# With several processes, agreement on a signal waits for the device, so it does not happen at every step. It happens
+# every few seconds, because launchers kill a process half a minute after SIGTERM.
 _STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS = 10, 3.0
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` when it is due, at the end of training, and on signals.
+    """Callback that writes `last.ckpt` at regular intervals, at the end of training, and on signals.
 
-    It always saves right after an optimizer step: the one place in Lightning's loops from which a resumed run goes on
-    exactly, in the middle of an epoch or at its end. A `UserError` (an image that cannot be read) saves too, as of the
-    last step, but for a `NumericalFault`. When the disk is full training goes on, but for its end, or a signal to stop.
+    It saves right after an optimizer step. Only there can a resumed run continue exactly, both within an epoch and at
+    its end. A `UserError`, such as an unreadable image, also saves the state of the last step, except for a
+    `NumericalFault` and an error that only one of several processes has. Training continues when the disk is full,
+    except at its end or after a signal to stop.
 
     Args:
-        path: where `last.ckpt` is.
-        requests: what signals ask for.
-        every_n_train_steps: steps from one to the next.
-        train_time_interval: minutes from one to the next; with neither of the two, one is written after each epoch.
-        save_last_k: how many of them are kept as `step=<step>.ckpt` too, the newest ones.
-        periodic: whether any is due at all; if not, only signals save.
+        path: path of `last.ckpt`.
+        requests: requests that signals have made.
+        every_n_train_steps: steps between checkpoints.
+        train_time_interval: minutes between checkpoints. Without this and `every_n_train_steps`, each epoch ends with a
+            checkpoint.
+        save_last_k: number of the newest checkpoints that are also kept as `step=<step>.ckpt`.
+        periodic: write at intervals and at the end. If False, only signals save.
 
     Raises:
-        UserError: a value is no number, or too small a one.
+        UserError: a value is not a number, or too small.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class LastCheckpoint(Checkpoint):
         self.periodic = periodic
         self._step = 0
         self._saved_step: int | None = None
-        self._progress: dict[str, Any] = {}  # the checkpoint's entries that go on changing after a step
+        self._progress: dict[str, Any] = {}  # entries of the checkpoint that change between steps
         self._is_late = False
         self._stopping = False
         self.writing = WritingTime()
@@ -83,15 +86,15 @@ class LastCheckpoint(Checkpoint):
         self.requests.training = True
         loop = trainer.fit_loop
         if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
-            # The checkpoint is of an epoch's last step. Lightning has ended that epoch, but takes the next for one that
-            # has begun, and would go wrong by an epoch at the second such resume.
+            # The checkpoint is of an epoch's last step. Lightning has ended that epoch, but assumes that the next has
+            # begun. At the second such resume, its epoch count would be wrong by one.
             loop.reset_restart_stage()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._step:
-            return  # gradients are still accumulating, and a checkpoint does not hold them
+            return  # gradients are still accumulating, and a checkpoint cannot hold them
         self._step = trainer.global_step
         self._progress = {"epoch": trainer.current_epoch, "loops": {"fit_loop": trainer.fit_loop.state_dict()}}
         self._progress = copy.deepcopy(self._progress)
@@ -101,7 +104,7 @@ class LastCheckpoint(Checkpoint):
             self.requests.save = False
             self._save(trainer, announce=asked or self._stopping, needed=is_end or self._stopping)
 
-    # It stops at the next hook, since only then has Lightning logged what the step measured.
+    # Training stops at the next hook, because Lightning has logged the metrics of the step only then.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._stop_if_asked()
@@ -124,8 +127,9 @@ class LastCheckpoint(Checkpoint):
         self.requests.training = False
         if isinstance(exception, NumericalFault):
             return
-        # Other processes are still training. And without a step of this start there is nothing new.
-        if isinstance(exception, UserError) and self.periodic and self._progress and trainer.world_size == 1:
+        # Processes can only save together. Without a step since the start, there is nothing new.
+        together = trainer.world_size == 1 or isinstance(exception, FailedTogether)
+        if isinstance(exception, UserError) and together and self.periodic and self._progress:
             self._is_late = True
             self._save(trainer, announce=True)
 
@@ -142,24 +146,24 @@ class LastCheckpoint(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_train_steps:
             return trainer.global_step % self.every_n_train_steps == 0
-        # An epoch of few images is over in seconds, and a checkpoint of a large model is not written in that time.
+        # An epoch of a few images takes seconds, and writing a large model takes longer, so minutes replace epochs.
         return self.minutes is None and trainer.is_last_batch
 
     def _agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
-        """Return whether a signal asks any process to save, its clock is due, and a signal asks it to stop."""
+        """Return, over all processes: is a save requested, is the time interval over, is a stop requested."""
         now = time.monotonic()
         timely = self.periodic and self.minutes is not None and now - self._last_tried >= 60 * self.minutes
-        wishes = (self.requests.save, timely, self.requests.stop is not None)
+        own = (self.requests.save, timely, self.requests.stop is not None)
         if trainer.world_size == 1:
-            return wishes
+            return own
         if trainer.global_step < self._next_agreement:
             return False, False, False
         steps = max(1, trainer.global_step - self._agreed_step)
-        own = torch.tensor([*wishes, (now - self._agreed_at) / steps], device=trainer.strategy.root_device)
-        *agreed, seconds = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        sent = torch.tensor([*own, (now - self._agreed_at) / steps], device=trainer.strategy.root_device)
+        *agreed, seconds = trainer.strategy.reduce(sent, reduce_op="max").tolist()
         self._agreed_step, self._agreed_at = trainer.global_step, now
-        wait = min(_STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS // max(seconds, 1e-3))
-        self._next_agreement = trainer.global_step + max(1, int(wait))
+        steps_to_next = min(_STEPS_BETWEEN_AGREEMENTS, _SECONDS_BETWEEN_AGREEMENTS // max(seconds, 1e-3))
+        self._next_agreement = trainer.global_step + max(1, int(steps_to_next))
         return tuple(map(bool, agreed))
 
     @staticmethod
@@ -171,7 +175,7 @@ class LastCheckpoint(Checkpoint):
             return
         if self._saved_step != trainer.global_step:
             began = time.monotonic()
-            written = saved(trainer, lambda: self._write(trainer), needed=needed)
+            written = try_save(trainer, lambda: self._write(trainer), needed=needed)
             self._last_tried = time.monotonic()
             self.writing.add(since=began)
             if not written:
@@ -187,4 +191,5 @@ class LastCheckpoint(Checkpoint):
 
     def _stop_if_asked(self) -> None:
         if self._stopping:
-            raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)  # or: another process was asked
+            # If this process received no signal, another one did.
+            raise TrainingStopped(self.requests.stop or signal.SIGTERM, self._step)

@@ -1,4 +1,4 @@
-"""Decay towards the weights that training began from: preservation without data."""
+"""Decay towards the initial weights of training, which limits forgetting without data."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 class DecayToStart(Callback):
     """Callback that applies θ ← θ − lr · λ · (θ − θ⁰) at the end of each optimizer step, with θ⁰ from a file.
 
-    The update is the gradient of L2-SP's penalty λ/2 · ‖θ − θ⁰‖² (arXiv:1802.01483, where λ is α), decoupled from the
-    optimizer's statistics as AdamW's weight decay is (arXiv:1711.05101, algorithm 2). Alone it halves the distance of a
-    weight from its start in ln 2 / (lr · λ) steps, so small learning rates need a large λ.
+    The update follows the gradient of L2-SP's penalty λ/2 · ‖θ − θ⁰‖² (arXiv:1802.01483, where λ is α), decoupled from
+    the optimizer's statistics like AdamW's weight decay (arXiv:1711.05101, algorithm 2). Without other updates, it
+    halves the distance of a weight from its start in ln 2 / (lr · λ) steps, so small learning rates need a large λ.
 
-    θ⁰ is read from the file one parameter at a time, so no second model is held. Each application reads the whole file;
-    `every_n_steps` makes that less frequent. A file that is overwritten or cut short ends the training.
+    θ⁰ is read from the file one parameter at a time, so that memory holds no second model. Each application reads the
+    whole file; `every_n_steps` makes that less frequent. Training stops if the file is overwritten or truncated.
 
-    The arithmetic is float32. Weights kept in bfloat16 are rounded stochastically, because the pull is far smaller than
-    their precision of 2⁻⁸. The moving average (EMA) and checkpoints see the weights after the pull.
+    The arithmetic is float32. Weights kept in bfloat16 are rounded stochastically, because the update is far smaller
+    than their precision of 2⁻⁸. The moving average (EMA) and checkpoints see the weights after the update.
 
     An optimizer's own decay, 0.01 in AdamW by default, pulls towards zero at the same time.
 
@@ -69,7 +69,7 @@ class DecayToStart(Callback):
         starts = self._starts(groups, pl_module, in_our_names(weights_of(opened.content, self.start), names).weights)
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (trainer.global_step + 1) % self.every_n_steps == 0:  # it counts a step when all of it is done
+            if (trainer.global_step + 1) % self.every_n_steps == 0:  # the count increases after the hook
                 self._pull(optimizer, starts, seed=trainer.global_step)
 
         self._hooks = [optimizer.register_step_post_hook(hook) for optimizer in trainer.optimizers]
@@ -80,23 +80,23 @@ class DecayToStart(Callback):
         self._hooks = []
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        rate = group.get("initial_lr", group["lr"])  # that of a schedule, which may begin at 0
+        rate = group.get("initial_lr", group["lr"])  # initial_lr: a schedule may begin at 0
         if self._share(rate) > 1:
             raise UserError(
                 f"decay_to_start: learning rate {float(rate):.3g} * weight {self.weight} * every_n_steps "
-                f"{self.every_n_steps} is {self._share(rate):.3g}, beyond the start itself; keep it below 1"
+                f"{self.every_n_steps} is {self._share(rate):.3g}, which overshoots the start; keep it below 1"
             )
         if group.get("weight_decay"):
             log.warning(
                 "decay_to_start: the optimizer's own weight_decay %s pulls to zero at the same time; "
-                "set it to 0 by lightning.callbacks.decay_to_start.params.weight_decay=0.0",
+                "set it to 0 with lightning.callbacks.decay_to_start.params.weight_decay=0.0",
                 group["weight_decay"],
             )
 
     def _starts(
         self, groups: Sequence[Mapping[str, Any]], module: nn.Module, weights: Mapping[str, Tensor]
     ) -> dict[nn.Parameter, Tensor]:
-        """Return the start of each trained parameter in its file. Parameters that a release may lack have none."""
+        """Return the initial value of each trained parameter, except optional ones that the file lacks."""
         names = {parameter: name for name, parameter in module.named_parameters()}
         starts = {}
         for parameter in (parameter for group in groups for parameter in group["params"]):
@@ -117,9 +117,9 @@ class DecayToStart(Callback):
 
     @torch.no_grad()
     def _pull(self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], seed: int) -> None:
-        generators: dict[torch.device, torch.Generator] = {}  # of their own: equal in all processes, and after a resume
+        generators: dict[torch.device, torch.Generator] = {}  # same numbers in all processes and after a resume
         for group in optimizer.param_groups:
-            share = min(self._share(group["lr"]), 1.0)  # more would shoot past the start
+            share = min(self._share(group["lr"]), 1.0)  # more would overshoot the start
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -136,6 +136,6 @@ class DecayToStart(Callback):
 
 
 def _rounded_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 `value` to bfloat16's precision, up in size with the probability that the cut bits represent."""
+    """Round float32 `value` to bfloat16's precision, away from zero with the probability that the dropped bits give."""
     noise = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     return ((value.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Comparison of the encoders that made the shards with those of the run's checkpoint."""
+"""Callback that refuses shards made by other encoders than the run's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.checkpoint import weights_digest
+from ldm.shards.index import AUTOENCODER, ENCODERS
 from ldm.shards.open import check_encoders
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
@@ -16,38 +17,39 @@ log = logging.getLogger(__name__)
 
 
 class SameEncoders(Callback):
-    """Refuses to train, or to evaluate beside it, on shards of another autoencoder or text tower than the checkpoint's.
+    """Callback that compares the encoders of the shards with those of the run, and refuses differing ones.
 
-    The shards' index has the digests of both, and so has each checkpoint of the run, as this callback's state:
-    `tools/hack_weights.py` leaves them there. The text tower is not in the training's model, and the autoencoder may be
-    in its checkpoints in bfloat16, which no digest tells; where the state lacks it, it is that of the loaded weights.
-    The text tower counts where the stored encodings are trained on, not where the model reads captions itself. What
-    has no digest (shards or checkpoints made before there were any) is not compared.
+    It checks the sets for training and for evaluation during training. The index of a set has digests of the
+    autoencoder and the text towers that made it. The digests of the run are this callback's state in a checkpoint;
+    `tools/hack_weights.py` writes them. They cannot be computed from the checkpoint, because the training model has no
+    text tower, and may hold the autoencoder in bfloat16. If the state has no digest of the autoencoder, it is computed
+    from the loaded weights. Text towers are compared only if training uses stored caption embeddings. Old shards or
+    checkpoints without digests are not compared.
 
     Args:
-        is_loaded: whether the run's weights come from a file. If not, the autoencoder is a random one, and another
-            one is told of, no more: so begins a run whose checkpoint is to be hacked. Its checkpoints say so, and a
-            resumed run treats them the same; `tools/hack_weights.py` removes the mark.
+        is_loaded: True if the run's weights come from a file. Otherwise the autoencoder is random, as in a run whose
+            checkpoint will be hacked, and a difference gives only a warning. The checkpoints of such a run are marked,
+            so that a resumed run treats them in the same way. `tools/hack_weights.py` removes the mark.
     """
 
     def __init__(self, is_loaded: bool) -> None:
         self.is_loaded = is_loaded
-        self.text_tower: str | None = None
+        self.towers: dict[str, str] = {}  # digests by the names of an index
         self.autoencoder: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        digests = {"text_tower": self.text_tower, "autoencoder": self.autoencoder}
-        state: dict[str, Any] = {name: digest for name, digest in digests.items() if digest is not None}
+        state: dict[str, Any] = {name: digest for name, digest in self._digests().items() if digest is not None}
         return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.text_tower = state_dict.get("text_tower")
-        if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, which no tool has put weights into
+        names = [name for name in ENCODERS if name != AUTOENCODER]
+        self.towers = {name: state_dict[name] for name in names if state_dict.get(name) is not None}
+        if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, not hacked
             self.is_loaded = False
-        self.autoencoder = state_dict.get("autoencoder") or self.autoencoder
+        self.autoencoder = state_dict.get(AUTOENCODER) or self.autoencoder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the digest of the autoencoder, after its weights are loaded and before a precision rounds them."""
+        """Compute the digest of the loaded autoencoder, before the precision plugin rounds its weights."""
         first_stage = getattr(pl_module, "first_stage_model", None)
         self.autoencoder = None if first_stage is None else weights_digest(first_stage.state_dict())
 
@@ -55,7 +57,7 @@ class SameEncoders(Callback):
         """Compare the digests, after the states of the callbacks are loaded.
 
         Raises:
-            UserError: another encoder made a set; the message names its index.
+            UserError: a set was made by another encoder. The message names its index.
         """
         trained = getattr(trainer.datamodule, "datasets", {}).values()
         watched = (dataset for callback in trainer.callbacks for dataset in getattr(callback, "shard_datasets", []))
@@ -63,12 +65,20 @@ class SameEncoders(Callback):
             if isinstance(dataset, ShardDataset):
                 self._check(dataset)
 
+    def _digests(self) -> dict[str, str | None]:
+        return {**self.towers, AUTOENCODER: self.autoencoder}
+
     def _check(self, dataset: ShardDataset) -> None:
-        own = {"autoencoder": self.autoencoder, "text_tower": self.text_tower}
+        own = self._digests()
         if self.is_loaded:
             check_encoders(dataset, own, "the checkpoint")
             return
         try:
-            check_encoders(dataset, own, "the model, which is random", "put weights into it with tools/hack_weights.py")
+            check_encoders(
+                dataset,
+                own,
+                "the model, whose weights are random",
+                "put released weights into it with tools/hack_weights.py",
+            )
         except UserError as error:
             log.warning("%s", error)

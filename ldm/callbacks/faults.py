@@ -25,14 +25,17 @@ _MOST_NAMED = 8  # samples in a message
 
 
 class NumericalFault(UserError):
-    """A loss, a gradient or a weight is not finite, or a gradient is far too large. The state must not be saved."""
+    """Error for a loss, gradient or weight that is not finite, or a gradient that is far too large.
+
+    The state of training must not be saved.
+    """
 
 
 @dataclass(frozen=True)
 class _Noted:
-    """Loss of a batch and the facts for a message. Tensors stay on the device, because reading one waits for it."""
+    """Loss of a batch, with the data for a message. Tensors stay on the device, because reading them would wait."""
 
-    step: int  # the optimizer step that it is for, counted from 1
+    step: int  # optimizer step of the batch, counted from 1
     keys: list[str]
     samples: tuple[Tensor, Tensor] | None  # timesteps (B,) and losses (B,)
     loss: Tensor
@@ -52,22 +55,22 @@ class _Noted:
 class NumericalFaults(Callback):
     """Callback that finds losses, gradients and weights that are not finite, and names step, samples and timesteps.
 
-    With `stop`, losses gather on the device and are read every few batches, so that no step waits for them. With
-    `skip`, the callback waits for the gradient norm before each optimizer step. A faulty step, with all batches that it
-    accumulates, then changes neither weights nor optimizer state; step count, learning rate schedule and moving average
-    continue. In both modes a checkpoint is only written after losses, trained weights and optimizer state are known to
-    be finite, so that the last good checkpoint stays on the disk.
+    With `stop`, losses are collected on the device and read every few batches, so that no step waits for them. With
+    `skip`, the callback waits for the gradient norm before each optimizer step. A faulty step, with all its accumulated
+    batches, then changes neither weights nor optimizer state. Step count, learning rate schedule and moving average
+    continue. In both modes, a checkpoint is written only after losses, trained weights and optimizer state have been
+    found finite. The last good checkpoint thus stays on the disk.
 
-    An optimizer that steps inside the backward pass leaves nothing to skip: `ldm.training.compatibility` refuses that.
+    An optimizer that steps inside the backward pass cannot skip a step; `ldm.training.compatibility` refuses it.
 
-    In float16 mixed precision the gradient scaler handles gradients that overflow. They are no fault.
+    In float16 mixed precision, overflowing gradients are not a fault, because the gradient scaler handles them.
 
     Args:
         on_fault: `stop` or `skip`.
         every_n_batches: batches between reads of the losses; with `skip`, every step reads them.
-        grad_norm_factor: a gradient whose norm before clipping exceeds this multiple of the median of the last `window`
-            good steps is a fault too. None sets no limit. A limit makes `stop` wait at each step.
-        window: number of steps of the median; with fewer steps the norm has no limit.
+        grad_norm_factor: limit of the gradient norm before clipping, as a multiple of its median over the last `window`
+            good steps. A larger norm is a fault. None sets no limit. With a limit, `stop` waits at each step.
+        window: number of steps of the median. With fewer steps, the norm has no limit.
         most_skips: number of consecutive skipped steps that stops training.
 
     Raises:
@@ -93,9 +96,9 @@ class NumericalFaults(Callback):
         self.grad_norm_factor = grad_norm_factor
         self.most_skips = most_skips
         self._norms: deque[float] = deque(maxlen=window)
-        self._skipped = 0  # one after another
+        self._skipped = 0  # consecutive steps
         self._keys: list[str] = []
-        self._noted: list[_Noted] = []  # since losses were looked at, with `skip` since the last step
+        self._noted: list[_Noted] = []  # batches since the last check; with `skip`, since the last step
 
     def state_dict(self) -> dict[str, Any]:
         return {"norms": list(self._norms), "skipped": self._skipped}
@@ -117,14 +120,14 @@ class NumericalFaults(Callback):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         step, scaler = trainer.global_step + 1, getattr(trainer.precision_plugin, "scaler", None)
-        batches = [entry for entry in self._noted if entry.step == step]  # earlier ones wait there to be looked at
-        # Those of a fused optimizer are unscaled only within its step.
+        batches = [entry for entry in self._noted if entry.step == step]  # earlier entries wait for the next check
+        # A fused optimizer unscales gradients only within its step.
         are_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
         norm /= scaler.get_scale() if are_scaled else 1.0
         fault = self._fault_of(norm, batches, scaler is not None)
         if _agreed(trainer, fault is not None):
-            self._leave_out(f"step {step}: {fault or 'a fault in another process'}", optimizer, are_scaled)
+            self._skip(f"step {step}: {fault or 'a fault in another process'}", optimizer, are_scaled)
         elif math.isfinite(norm):
             self._norms.append(norm)
             self._skipped = 0
@@ -142,25 +145,25 @@ class NumericalFaults(Callback):
             self._check_losses(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise `NumericalFault` before a broken state replaces a good checkpoint."""
+        """Raise `NumericalFault` before a state that is not finite replaces a good checkpoint."""
         if not self.skips:
             self._check_losses(trainer)
         trained = (local_tensor(parameter) for parameter in pl_module.parameters() if parameter.requires_grad)
         broken = not _all_finite(trained) or not _all_finite(_tensors(checkpoint.get("optimizer_states")))
         if _agreed(trainer, broken):
             raise NumericalFault(
-                f"step {trainer.global_step}: trained weights or optimizer state are not finite, and were not saved; "
-                "go on from the last checkpoint with a lower learning rate"
+                f"step {trainer.global_step}: trained weights or optimizer state are not finite and were not saved; "
+                "resume the last checkpoint with a lower learning rate"
             )
 
     def _check_losses(self, trainer: Trainer) -> None:
-        """Wait for the losses noted so far. Raise `NumericalFault` for the first that is not finite."""
+        """Wait for the losses noted so far, and raise `NumericalFault` for the first that is not finite."""
         noted, self._noted = self._noted, []
         finite = torch.stack([entry.loss for entry in noted]).isfinite().tolist() if noted else []
         first = next((entry for entry, good in zip(noted, finite, strict=True) if not good), None)
         if _agreed(trainer, first is not None):
             what = f"step {first.step}: {first.described()}" if first else "a loss in another process is not finite"
-            raise NumericalFault(f"{what}; nothing was saved since; go on from the last checkpoint with --resume")
+            raise NumericalFault(f"{what}; the step was not saved; resume the last checkpoint with --resume")
 
     def _fault_of(self, norm: float, batches: list[_Noted], is_scaled: bool) -> str | None:
         """Return the fault of a step with these batches and this gradient norm, or None."""
@@ -168,29 +171,29 @@ class NumericalFaults(Callback):
         if bad is not None:
             return bad.described()
         if not math.isfinite(norm):
-            return None if is_scaled else f"gradient norm {norm}; {_told(batches)}"
+            return None if is_scaled else f"gradient norm {norm}; {_describe(batches)}"
         if self.grad_norm_factor is None or len(self._norms) < (self._norms.maxlen or 0):
             return None
         usual = statistics.median(self._norms)
         if norm <= self.grad_norm_factor * usual:
             return None
-        return f"gradient norm {norm:.4g}, {norm / usual:.4g} times the usual {usual:.4g}; {_told(batches)}"
+        return f"gradient norm {norm:.4g}, {norm / usual:.4g} times the usual {usual:.4g}; {_describe(batches)}"
 
-    def _leave_out(self, what: str, optimizer: Optimizer, are_scaled: bool) -> None:
+    def _skip(self, what: str, optimizer: Optimizer, are_scaled: bool) -> None:
         self._skipped += 1
         if not self.skips or self._skipped >= self.most_skips:
-            after = f" ({self._skipped} steps left out one after another)" if self.skips else ""
-            raise NumericalFault(f"{what}{after}; go on from the last checkpoint with --resume")
-        log.warning("\nLeft out %s", what)
+            after = f" ({self._skipped} consecutive steps skipped)" if self.skips else ""
+            raise NumericalFault(f"{what}{after}; resume the last checkpoint with --resume")
+        log.warning("\nSkipped %s", what)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if are_scaled and parameter.grad is not None:
-                    parameter.grad.fill_(math.inf)  # which the scaler finds: it leaves the step out itself
+                    parameter.grad.fill_(math.inf)  # the scaler then skips the step itself
                 else:
-                    parameter.grad = None  # which optimizers pass over, momentum and weight decay included
+                    parameter.grad = None  # optimizers skip it, with momentum and weight decay
 
 
-def _told(batches: list[_Noted]) -> str:
+def _describe(batches: list[_Noted]) -> str:
     return "; ".join(entry.described() for entry in batches)
 
 
@@ -217,14 +220,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _all_finite(tensors: Iterator[Tensor]) -> bool:
-    """Return whether plain tensors (quantised state is none) are finite; waits once for each device."""
+    """Return True if all plain tensors are finite; quantised ones are ignored. Waits once per device."""
     found: dict[torch.device, Tensor] = {}
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel():
             continue
         numbers = reducible(tensor.detach())
         if numbers is not None:
-            # The sum of squares overflows where no value is infinite; extremes are exact, and pass NaN on.
+            # A sum of squares can overflow for finite values. Minimum and maximum are exact, and NaN propagates.
             extremes = torch.stack(torch.aminmax(numbers)).isfinite().all()
             found[tensor.device] = found[tensor.device] & extremes if tensor.device in found else extremes
     return all(map(bool, found.values()))

@@ -1,4 +1,4 @@
-"""Loss and drift on images outside the training set, beside the weights that training began with."""
+"""Callback that measures forgetting: loss and drift on other images than the training set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm.callbacks.rng import aside
+from ldm.callbacks.rng import undisturbed
 from ldm.callbacks.tolerance import Tolerance
 from ldm.distributed.dtensor import is_sharded
 from ldm.evaluation.baseline import load_start, save_start
@@ -28,22 +28,22 @@ _METRICS = ("loss", "loss_ratio", "drift")
 class Forgetting(Callback):
     """Callback that logs `eval/<set>/loss`, `eval/<set>/loss_ratio` and `eval/<set>/drift` every `every_n_train_steps`.
 
-    The numbers are those of `tools/evaluate.py`: the mean square error at fixed timesteps and noise, its ratio to that
-    of the weights that the run began with, and the distance of the noise prediction from theirs. `model.params.monitor`
-    may name any of them. The predictions of the first weights are kept in `evaluation/start.safetensors` of the run,
-    and a resumed run reads them. If the model keeps averaged weights, those are evaluated, because a merge releases
-    them. Evaluation leaves the training unchanged.
+    The metrics are those of `tools/evaluate.py`: the mean square error at fixed timesteps and noise, its ratio to that
+    of the run's initial weights, and the distance between the noise predictions of both. `model.params.monitor` may
+    name any of them. The predictions of the initial weights are kept in `evaluation/start.safetensors` of the run, and
+    a resumed run reads them. If the model has averaged weights, those are evaluated, because a merge releases them.
+    Evaluation does not change the training.
 
     Args:
-        sets: name to local shards, as in `data.params.training_urls`; null for a set that is not wanted.
+        sets: mapping of names to local shards, as in `data.params.training_urls`; null leaves a set out.
         every_n_train_steps: optimizer steps between evaluations.
         timesteps: number of timesteps, at the midpoints of equal strata of the schedule.
-        limit: images per set, spread over it; null for all.
+        limit: maximum number of images per set, spread over it; null for all.
         batch_size: images per batch.
-        verify_shards: read new shards once as a whole, against the checksums of their index.
+        verify_shards: read new shards completely once, and compare them with the checksums of their index.
 
     Raises:
-        UserError: there is no set, or a number is below 1.
+        UserError: `sets` is empty, or a number is below 1.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Forgetting(Callback):
         self._sets: list[EvaluationSet] = []
         self._timesteps: list[int] = []
         self._start: list[Record] = []
-        self._recorded: int | None = None  # the step whose weights are the start
+        self._recorded: int | None = None  # step of the initial weights
         self._step = 0
-        self._is_off = False  # as the start could not be kept
-        self._tolerance = Tolerance("The start of the evaluation")
+        self._is_off = False  # the initial results could not be saved
+        self._tolerance = Tolerance("The file of initial results")
 
     @property
     def metrics(self) -> list[str]:
@@ -81,8 +81,8 @@ class Forgetting(Callback):
 
     @property
     def shard_datasets(self) -> list[ShardDataset]:
-        """Opened sets, for `SameEncoders`."""
-        return [pictures.dataset for pictures in self._sets]
+        """Datasets of the opened sets, for `SameEncoders`."""
+        return [image_set.dataset for image_set in self._sets]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._recorded is None else {"recorded": self._recorded}
@@ -94,9 +94,9 @@ class Forgetting(Callback):
         if stage != "fit":
             return
         if not isinstance(pl_module, LatentDiffusion):
-            raise UserError(f"Forgetting evaluates a LatentDiffusion, not a {type(pl_module).__name__}")
+            raise UserError(f"Forgetting needs a LatentDiffusion, not a {type(pl_module).__name__}")
         if pl_module.scale_by_std:
-            raise UserError("Forgetting needs the latents' scale from the start: set scale_factor, not scale_by_std")
+            raise UserError("Forgetting needs a fixed scale of the latents: set scale_factor, not scale_by_std")
         self._timesteps = midpoint_timesteps(pl_module.num_timesteps, self.timestep_count)
         verify = self.verify_shards and trainer.local_rank == 0
         self._sets = [open_set(name, urls, pl_module, self.limit, verify) for name, urls in self.urls.items()]
@@ -105,13 +105,13 @@ class Forgetting(Callback):
         self._step = trainer.global_step
         path = Path(trainer.default_root_dir) / "evaluation" / "start.safetensors"
         known = self._recorded is not None and path.exists()
-        trainer.strategy.barrier()  # before the file is there for all to see
+        trainer.strategy.barrier()  # all processes have looked before the file is written
         if not known:
             self._recorded = trainer.global_step
             if trainer.is_global_zero or is_sharded(pl_module):
                 self._record(trainer, pl_module, path)
             trainer.strategy.barrier()
-        if not path.exists():  # no process could write it
+        if not path.exists():  # the file could not be written
             self._recorded, self._is_off = None, True
             return
         self._start = load_start(path, self._sets, self._timesteps)
@@ -123,34 +123,34 @@ class Forgetting(Callback):
     ) -> None:
         step = trainer.global_step
         if self._is_off or step == self._step or step % self.every_n_train_steps:
-            return  # the first: gradients are still accumulating
+            return  # step == self._step: gradients are still accumulating
         self._step = step
-        with aside(pl_module):
+        with undisturbed(pl_module):
             pairs = zip(self._start, self._sets, strict=True)
             found = [compare(start, pl_module, part, self._timesteps, self.batch_size) for start, part in pairs]
-        # For `monitor`. Lightning would pass on to the loggers only what falls on log_every_n_steps.
+        # For `monitor`. The loggers have the metrics already; Lightning would log only at log_every_n_steps.
         pl_module.log_dict(self._log(trainer, found), logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def _record(self, trainer: Trainer, model: LightningModule, path: Path) -> None:
         if self._recorded and trainer.is_global_zero:
             log.warning(
-                "%s: made at step %d; loss ratio and drift are relative to these weights, not to those of step 0",
+                "%s: made at step %d; loss ratio and drift compare with these weights, not with those of step 0",
                 path, self._recorded,
             )  # fmt: skip
-        with aside(model):
-            found = [record(model, pictures, self._timesteps, self.batch_size) for pictures in self._sets]
+        with undisturbed(model):
+            found = [record(model, image_set, self._timesteps, self.batch_size) for image_set in self._sets]
         if trainer.is_global_zero:
             with self._tolerance():
                 save_start(path, self._sets, found, self._timesteps)
 
     def _log(self, trainer: Trainer, found: Sequence[Comparison]) -> dict[str, float]:
-        """Send the numbers to the loggers and the terminal, and return them."""
+        """Log the metrics to the loggers and the terminal, and return them."""
         values: dict[str, float] = {}
         lines = []
         for name, (base, tuned, drift) in zip(self.urls, found, strict=True):
-            loss, ratio, moved = float(tuned.mean()), float(tuned.mean() / base.mean()), float(drift.mean())
-            values |= {f"eval/{name}/{metric}": v for metric, v in zip(_METRICS, (loss, ratio, moved), strict=True)}
-            lines.append(f"{name} loss {loss:.4g} ({ratio:.4g} of the start's), drift {moved:.3g}")
+            loss, ratio, distance = float(tuned.mean()), float(tuned.mean() / base.mean()), float(drift.mean())
+            values |= {f"eval/{name}/{metric}": v for metric, v in zip(_METRICS, (loss, ratio, distance), strict=True)}
+            lines.append(f"{name} loss {loss:.4g} ({ratio:.4g} of the initial loss), drift {distance:.3g}")
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         if trainer.is_global_zero:

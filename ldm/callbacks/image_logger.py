@@ -1,4 +1,4 @@
-"""Images of what the model makes while it trains."""
+"""Callback that samples and logs images during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from ldm.callbacks.rng import aside
+from ldm.callbacks.rng import undisturbed
 from ldm.callbacks.tolerance import Tolerance, write_tolerantly
 from ldm.distributed.dtensor import is_sharded
 from ldm.files import check_within
@@ -25,36 +25,36 @@ from ldm.util import UserError, check_number, check_params
 
 log = logging.getLogger(__name__)
 
-_KEEP_FIRST = 10  # steps whose images stay: what the model made at the start
+_KEEP_FIRST = 10  # number of first steps whose images are always kept
 _NAME = re.compile(r".+_gs-(\d+)_e-\d+_b-\d+\.png")
 
 
 class ImageLogger(Callback):
-    """Asks the module for `log_images(batch, N=max_images, split=...)`, saves each entry as a PNG grid, and logs it.
+    """Callback that calls the module's `log_images(batch, N=max_images, split=...)` and logs each entry as a PNG grid.
 
-    That happens at the steps 1, 2, 4, ... (with `increase_log_steps`) and then every `batch_frequency`. Validation
-    shows its first batch, at most every `batch_frequency` steps. Training goes on as if nothing had been sampled, even
-    where a GPU is too small for it.
+    Training images are logged at the steps 1, 2, 4, ... (with `increase_log_steps`), then every `batch_frequency`
+    steps. Validation logs its first batch, at most every `batch_frequency` steps. Logging does not change the training.
+    If the GPU is too small for it, a warning replaces the images.
 
     Args:
         batch_frequency: steps between images.
-        max_images: images of a batch to show.
-        clamp: cut values to [-1, 1] before anything else.
-        rescale: the module's images are in [-1, 1]; else they are in [0, 1].
-        disabled: do nothing.
+        max_images: maximum number of images per batch.
+        clamp: clamp values to [-1, 1] first.
+        rescale: the module's images are in [-1, 1]; if False, in [0, 1].
+        disabled: log no images.
         log_on_batch_idx: count batches instead of optimizer steps.
-        log_first_step: also before the first step has been counted, which only happens with `log_on_batch_idx`.
-        log_images_kwargs: passed on to `log_images`; `N` in it lowers `max_images`.
-        log_all_val: show every batch of every validation.
-        enable_autocast: sample in the precision of the training, else in that of the weights.
-        log_before_first_step: also show the first batch before anything is trained.
-        keep_last: number of steps whose images of each split stay in the run folder: the newest, besides the first few.
-            None keeps all.
-        event_file_gb: size of TensorBoard's files from which on they get numbers and no images; None for no limit. PNG
-            files are not affected.
+        log_first_step: also log at count 0, which only occurs with `log_on_batch_idx`.
+        log_images_kwargs: further arguments of `log_images`. `N` in it lowers `max_images`.
+        log_all_val: log every batch of every validation.
+        enable_autocast: sample in the precision of training; if False, in the precision of the weights.
+        log_before_first_step: also log the first batch before the first step.
+        keep_last: number of newest steps per split whose images are kept in the run folder, in addition to the first
+            10 steps. None keeps all.
+        event_file_gb: size in GB at which TensorBoard's files get no more images; None for no limit. PNG files are not
+            affected.
 
     Raises:
-        UserError: numbers below 1, or, as training is set up, what `log_images` does not take.
+        UserError: a number is below 1; or, at the set-up of training, `log_images` does not take an argument.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ImageLogger(Callback):
             raise UserError(f"event_file_gb {event_file_gb}: give a number of at least 0, or null for no limit")
         self.keep_last = keep_last
         self.event_file_gb = event_file_gb
-        self._images, self._is_full = Tolerance("Images of the training"), False
+        self._images, self._is_full = Tolerance("Training images"), False
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp
@@ -99,7 +99,7 @@ class ImageLogger(Callback):
         self.log_all_val = log_all_val
         self.enable_autocast = enable_autocast
         self.log_before_first_step = log_before_first_step
-        self._last_shown: dict[str, int] = {}  # by split: several batches share a step when gradients accumulate
+        self._last_logged: dict[str, int] = {}  # per split; with accumulation, several batches have the same step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.disabled or not hasattr(pl_module, "log_images"):
@@ -107,40 +107,40 @@ class ImageLogger(Callback):
         where = "the image logger's log_images_kwargs"
         for name in ("batch", "split"):
             if name in self.log_images_kwargs:
-                raise UserError(f"{where}: the logger itself gives {name}; leave it out")
+                raise UserError(f"{where}: the image logger sets {name} itself; leave it out")
         check_params(where, pl_module.log_images, self.log_images_kwargs)
         for name in ("n_row", "ddim_steps"):
             check_number(f"{where}: {name}", self.log_images_kwargs.get(name, 1), least=1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.log_before_first_step and trainer.global_step == 0 and "start" not in self._last_shown:
-            self._last_shown["start"] = 0
-            self._show(trainer, pl_module, batch, batch_idx, "train")
+        if self.log_before_first_step and trainer.global_step == 0 and "start" not in self._last_logged:
+            self._last_logged["start"] = 0
+            self._log_images(trainer, pl_module, batch, batch_idx, "train")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.disabled or not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
             return
         kept = "all" if self.keep_last is None else f"the first {_KEEP_FIRST} and the newest {self.keep_last}"
         limit = "without limit" if self.event_file_gb is None else f"up to {self.event_file_gb:g} GB"
-        log.info("Images of the training: %s steps of a split are kept; TensorBoard's files take them %s", kept, limit)
+        log.info("Training images: %s steps per split are kept; TensorBoard's files hold images %s", kept, limit)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         count = batch_idx if self.log_on_batch_idx else trainer.global_step
-        if self._is_due(count) and self._last_shown.get("train") != count:
-            self._last_shown["train"] = count
-            self._show(trainer, pl_module, batch, batch_idx, "train")
+        if self._is_due(count) and self._last_logged.get("train") != count:
+            self._last_logged["train"] = count
+            self._log_images(trainer, pl_module, batch, batch_idx, "train")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if trainer.sanity_checking or trainer.global_step == 0 or (batch_idx > 0 and not self.log_all_val):
             return
-        last = self._last_shown.get("val")
+        last = self._last_logged.get("val")
         if self.log_all_val or last is None or trainer.global_step - last >= self.batch_frequency:
-            self._last_shown["val"] = trainer.global_step
-            self._show(trainer, pl_module, batch, batch_idx, "val")
+            self._last_logged["val"] = trainer.global_step
+            self._log_images(trainer, pl_module, batch, batch_idx, "val")
 
     def _is_due(self, count: int) -> bool:
         if count == 0:
@@ -148,25 +148,25 @@ class ImageLogger(Callback):
         is_early = self.increase_log_steps and count < self.batch_frequency and count & (count - 1) == 0
         return is_early or count % self.batch_frequency == 0
 
-    def _show(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
+    def _log_images(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
         if self.disabled or not hasattr(pl_module, "log_images"):
             return
         if not trainer.is_global_zero and not is_sharded(pl_module):
             return
         try:
             precision = trainer.precision_plugin.forward_context() if self.enable_autocast else nullcontext()
-            with aside(pl_module), precision:
+            with undisturbed(pl_module), precision:
                 images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
-        except torch.OutOfMemoryError as error:  # a card that a step just fits may be too small for a decoder
+        except torch.OutOfMemoryError as error:  # a GPU that fits a training step may be too small for the decoder
             if is_sharded(pl_module):
                 raise  # other processes wait for this one
             log.warning(
-                "\nNo pictures at step %d: %s; training goes on. To draw none: "
+                "\nNo images at step %d: %s; training continues. To turn images off: "
                 "lightning.callbacks.image_logger.params.disabled=true",
                 trainer.global_step, str(error).split(". ")[0],
             )  # fmt: skip
             return
-        if not trainer.is_global_zero:  # it took part in the computing, and is not the one to show it
+        if not trainer.is_global_zero:  # this process takes part in sampling only
             return
         folder = Path(trainer.default_root_dir) / "images" / split
         check_within(trainer.default_root_dir, folder, "images in")
@@ -184,7 +184,7 @@ class ImageLogger(Callback):
                 remove_old_images(folder, _KEEP_FIRST, self.keep_last)
 
     def _has_room(self, logger: TensorBoardLogger) -> bool:
-        """Return whether TensorBoard's files are below their limit, and warn once that they are not."""
+        """Return True if TensorBoard's files are below their limit, and warn once if they are not."""
         if self.event_file_gb is None:
             return True
         try:
@@ -196,14 +196,14 @@ class ImageLogger(Callback):
         if not self._is_full:
             self._is_full = True
             log.warning(
-                "\n%s: its files have reached %g GB and get no more images; PNG files go on. To change that: "
+                "\n%s: its files have reached %g GB and get no more images; PNG files continue. To change it: "
                 "lightning.callbacks.image_logger.params.event_file_gb",
                 logger.log_dir, self.event_file_gb,
             )  # fmt: skip
         return False
 
     def _columns(self, key: str, count: int, samples: int) -> int:
-        """Entries named `..._row` hold each sample's steps one after the other, which makes a row of the grid."""
+        """Return the columns of a grid. An entry `..._row` has consecutive steps of each sample, one sample per row."""
         rows = min(samples, self.log_images_kwargs.get("n_row", 4))
         return count // rows if key.endswith("_row") else self.max_images
 
@@ -219,7 +219,7 @@ def _add_image(logger: TensorBoardLogger, tag: str, grid: Image.Image, step: int
 
 
 def remove_old_images(folder: Path, first: int, newest: int) -> None:
-    """Of the images of this logger in `folder`, keep those of the `first` steps and of the `newest`."""
+    """Remove this logger's images in `folder`, except those of the `first` and the `newest` steps."""
     steps: dict[int, list[Path]] = {}
     for path in folder.glob("*.png"):
         found = _NAME.fullmatch(path.name)
@@ -233,5 +233,5 @@ def remove_old_images(folder: Path, first: int, newest: int) -> None:
 def _log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:
     if isinstance(logger, TensorBoardLogger):
         write_tolerantly(logger, _add_image, logger, tag, grid, step)
-    elif hasattr(logger, "log_image"):  # W&B and the like
+    elif hasattr(logger, "log_image"):  # such as W&B
         logger.log_image(key=tag, images=[grid], step=step)

@@ -1,4 +1,4 @@
-"""Checkpoints that are kept by a metric."""
+"""Callback that keeps the best checkpoints by a metric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from ldm.callbacks.saving import WritingTime, saved
+from ldm.callbacks.saving import WritingTime, try_save
 from ldm.checkpoint import load_checkpoint
 from ldm.util import UserError
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class _AnyMetric(dict):
-    """Metrics to try a template with: each name is one."""
+    """Metrics for testing a template, with a value for every name."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -32,7 +32,7 @@ class _AnyMetric(dict):
 
 
 def _own_score(path: Path, monitor: str) -> torch.Tensor | None:
-    """Return the score by `monitor` that the checkpoint at `path` was kept for; None if it tells none."""
+    """Return the score `monitor` for which the checkpoint at `path` was kept; None if it has no such score."""
     try:
         callbacks = load_checkpoint(path).get("callbacks")
     except (UserError, OSError):
@@ -46,34 +46,35 @@ def _own_score(path: Path, monitor: str) -> torch.Tensor | None:
 
 
 class KeptCheckpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which complains, not fatally, about a metric that is not logged or a full disk.
+    """Lightning's ModelCheckpoint that warns, instead of failing, if the metric is not logged or the disk is full.
 
-    The recipe's monitor is a validation metric, and a first try often has no validation data. What it takes to write
-    is added to `writing`, which may be that of other checkpoints too.
+    The monitor of the published config is a validation metric, and first runs often have no validation data. The time
+    spent on writing is added to `writing`, which other callbacks may share.
     """
 
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
         self.writing = WritingTime()
-        self._complained = self._validated = False
-        self._before_validation: Any = None  # the score that stood when a validation began
-        self._validated_step: int | None = None  # where a validation last gave the score; None: none ever did
+        self._warned = self._validated = False
+        self._before_validation: Any = None  # score at the start of a validation
+        self._validated_step: int | None = None  # step of the last validation that gave the score
         self._check_filename()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Else the best of another run, which this one must not delete; nor any file that a checkpoint happens to name.
+        # Other paths are the best checkpoints of another run, or arbitrary files. This run must not delete them.
         if state_dict["dirpath"] == self.dirpath and self._are_own(state_dict):
             super().load_state_dict(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path and self.monitor is not None and self.save_top_k > 0:
-            self._take_over(trainer)
+            self._rank_existing(trainer)
 
-    def _take_over(self, trainer: Trainer) -> None:
-        """Rank the checkpoints that the folder holds: a checkpoint may be older than they, or of another `save_top_k`.
+    def _rank_existing(self, trainer: Trainer) -> None:
+        """Rank the checkpoints in the folder, and remove the worst beyond `save_top_k`.
 
-        Each tells its own score in its state of this callback. The worst beyond `save_top_k` are removed.
+        The resumed state may be older than some of them, or have another `save_top_k`. Each checkpoint has its own
+        score in its state of this callback.
         """
         ranked = {path: score for path, score in self.best_k_models.items() if Path(path).is_file()}
         for path in sorted(Path(self.dirpath).glob("[!.]*.ckpt")):
@@ -101,10 +102,10 @@ class KeptCheckpoints(ModelCheckpoint):
                 f"filename {self.filename!r}: not a template such as '{{epoch}}-{{step}}' ({error})"
             ) from error
         if "/" in name or name in ("", ".", "..", "last"):
-            raise UserError(f"filename {self.filename!r}: give the name of a file, without folders, other than last")
+            raise UserError(f"filename {self.filename!r}: give a file name without folders, other than last")
 
     def _format_checkpoint_name(self, filename: str | None, metrics: Any, *args: Any, **kwargs: Any) -> str:
-        """Lightning's, with `_` for the `/` of a metric's name, which would make folders."""
+        """Format a name as Lightning does, with `_` for `/` in a metric's name, which would make folders."""
         if filename:
             filename = re.sub(r"\{[^}:]*", lambda name: name[0].replace("/", "_"), filename)
             metrics = type(metrics)({key.replace("/", "_"): value for key, value in metrics.items()})
@@ -121,10 +122,10 @@ class KeptCheckpoints(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         if self.monitor is not None and self._validated_step not in (None, trainer.global_step):
-            return  # the score is of weights that are no more
+            return  # the score belongs to older weights
         before, began = copy.deepcopy(self.state_dict()), time.monotonic()
-        if not saved(trainer, partial(super()._save_topk_checkpoint, trainer, monitor_candidates)):
-            super().load_state_dict(before)  # nor was one removed for it
+        if not try_save(trainer, partial(super()._save_topk_checkpoint, trainer, monitor_candidates)):
+            super().load_state_dict(before)  # no checkpoint was removed either
         self.writing.add(since=began)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,11 +146,11 @@ class KeptCheckpoints(ModelCheckpoint):
     def _can_rank(self, trainer: Trainer) -> bool:
         if self.monitor is None or self.monitor in trainer.callback_metrics:
             return True
-        # What is saved every so many steps waits for the first of them, and a validation need not follow each epoch.
-        is_to_come = not self.every_n_epochs or (any(trainer.num_val_batches) and not self._validated)
-        if not is_to_come and not self._complained and trainer.is_global_zero:
+        # With an interval in steps, the metric may come later. With one in epochs, the first validation may be later.
+        may_come = not self.every_n_epochs or (any(trainer.num_val_batches) and not self._validated)
+        if not may_come and not self._warned and trainer.is_global_zero:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            hint = "" if any(trainer.num_val_batches) else "; no validation data?"
+            hint = "" if any(trainer.num_val_batches) else "; there is no validation data"
             log.warning("No best checkpoints are kept: %r is not logged%s (logged: %s)", self.monitor, hint, logged)
-            self._complained = True
+            self._warned = True
         return False

@@ -1,4 +1,4 @@
-"""Progress of training: loss, images per second and peak memory, as a bar on a terminal and as lines elsewhere."""
+"""Progress of training: loss, images per second and peak memory, as a bar on a terminal, otherwise as log lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class LatestNumber:
-    """Number of the device that is shown without waiting for it: a read gives the last one that has arrived."""
+    """Number copied from the device without waiting: a read returns the last one that has arrived."""
 
     def __init__(self) -> None:
         self._arrived: float | None = None
@@ -31,21 +31,21 @@ class LatestNumber:
         self._copy = HostCopy(number)
 
     def read(self, wait: bool = False) -> float | None:
-        """Return the last number that has arrived; with `wait`, the last one that was sent."""
+        """Return the last number that has arrived, or None; with `wait`, wait for the last one that was sent."""
         if self._copy is not None and (wait or self._copy.has_arrived):
             self._arrived, self._copy = self._copy.get().item(), None
         return self._arrived
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar with images per second and peak memory, redrawn by the clock.
+    """Lightning's progress bar with images per second and peak memory, redrawn at intervals of time.
 
-    Training does not wait for the bar. On CUDA the loss that it shows is that of the previous redraw.
+    Training does not wait for the bar. On CUDA, the bar shows the loss of its previous redraw.
 
     Args:
-        refresh_rate: least number of batches between redraws; 0 for no bar.
-        seconds: least number of seconds between redraws. The default is 0.5, or 10 if the output is no terminal; the
-            bar then logs a line instead.
+        refresh_rate: minimum number of batches between redraws; 0 for no bar.
+        seconds: minimum number of seconds between redraws. The default is 0.5, or 10 if the output is not a terminal.
+            In that case, each redraw logs a line instead.
     """
 
     def __init__(self, refresh_rate: int = 1, seconds: float | None = None) -> None:
@@ -72,14 +72,14 @@ class ProgressBar(TQDMProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._drawn = time.perf_counter()
-        # A run that resumes within an epoch does not reach its start.
+        # Lightning does not call on_train_epoch_start if a run resumes within an epoch.
         self._first_batch = trainer.fit_loop.epoch_loop.batch_progress.current.processed
         self.on_train_epoch_start(trainer, pl_module)
         self._first_batch = 0
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
-        if self._is_bar:  # lines go by the clock, however short the epochs are
+        if self._is_bar:  # log lines follow the clock alone
             self._drawn, self._images = time.perf_counter(), 0
 
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""The learning rate of a resumed run, and what its optimizers took up."""
+"""Callbacks for resumed runs: learning rates of the present config, checks of optimizer state, and a last warning."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 
 class LearningRateOnResume(Callback):
-    """Gives a resumed run the learning rates that its config says now.
+    """Callback that gives a resumed run the learning rates of its present config.
 
-    Left alone, the optimizer would silently go on with the saved ones: with the last value of a schedule that the
-    config no longer has, too. The rates of the optimizer as the config makes it are noted before the checkpoint's state
-    is loaded. A `LambdaLR` goes on at its saved step, with its multiplier of today. One that the checkpoint lacks
-    begins at its first step.
+    Otherwise the optimizer would use the saved rates, even the last value of a schedule that the config no longer has.
+    The callback records the rates of the newly made optimizer before the checkpoint's state is loaded. A `LambdaLR`
+    continues at its saved step with the multiplier of the present config. A schedule that is not in the checkpoint
+    starts at its first step.
     """
 
     def __init__(self) -> None:
         self._is_resumed = False
         self._saved: float | None = None
-        self._schedules = 0  # in the checkpoint
-        self._made: list[list[dict[str, Any]]] = []  # parameter groups without parameters, of each optimizer
+        self._schedules = 0  # number in the checkpoint
+        self._made: list[list[dict[str, Any]]] = []  # per optimizer: parameter groups without their parameters
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["learning_rate"] = pl_module.learning_rate
@@ -41,7 +41,7 @@ class LearningRateOnResume(Callback):
         self._saved = checkpoint.get("learning_rate")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizers are made, and their state is not loaded yet."""
+        """Record the settings of the optimizers, which are made but have not loaded their state."""
         self._made = [
             [
                 {key: _number(value) for key, value in group.items() if key != "params"}
@@ -51,22 +51,22 @@ class LearningRateOnResume(Callback):
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the rates.
+        """Set the learning rates.
 
         Raises:
-            UserError: what was taken up is no state of the optimizers that the config makes.
+            UserError: the loaded state does not belong to the optimizers of the config.
         """
         if not self._is_resumed:
             return
         saved, now = self._saved, pl_module.learning_rate
         if saved and saved != now:
-            log.info("The learning rate was %.3e in the checkpoint, and is %.3e from here on", saved, now)
+            log.info("The learning rate was %.3e in the checkpoint; it is %.3e now", saved, now)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         if len(schedules) != self._schedules:
-            what = "has none now" if not schedules else "begins its schedule here"
-            log.info("The checkpoint has %d schedules of the learning rate; the run %s", self._schedules, what)
+            what = "has none" if not schedules else "starts its schedule now"
+            log.info("The checkpoint has %d learning rate schedules; the run %s", self._schedules, what)
         for optimizer, made in zip(trainer.optimizers, self._made, strict=True):
-            _check_taken_up(optimizer, made)
+            _check_loaded_state(optimizer, made)
             own = next((schedule for schedule in schedules if schedule.optimizer is optimizer), None)
             self._set_rates(optimizer, made, own)
 
@@ -75,7 +75,7 @@ class LearningRateOnResume(Callback):
         if schedule is not None and not isinstance(schedule, LambdaLR):
             if not self._saved or not self._schedules:
                 return
-            # Another kind: its state is all that tells its rate, so only the base changes.
+            # Another kind of schedule: its rate follows from its state alone, so only the base is changed.
             ratios = [base / old if old else 1.0 for base, old in zip(bases, schedule.base_lrs, strict=True)]
             schedule.base_lrs = bases
             rates = [group["lr"] * ratio for group, ratio in zip(optimizer.param_groups, ratios, strict=True)]
@@ -104,8 +104,8 @@ def _set(group: dict[str, Any], key: str, rate: float) -> None:
         group[key] = _number(rate)
 
 
-def _check_taken_up(optimizer: Optimizer, made: list[dict[str, Any]]) -> None:
-    """Raise `UserError` unless groups and moments that `optimizer` took up are such as it has itself."""
+def _check_loaded_state(optimizer: Optimizer, made: list[dict[str, Any]]) -> None:
+    """Raise `UserError` unless the loaded groups and moments of `optimizer` have the structure of new ones."""
     for group, own in zip(optimizer.param_groups, made, strict=True):
         for key, value in own.items():
             if key in ("lr", "initial_lr"):
@@ -113,7 +113,8 @@ def _check_taken_up(optimizer: Optimizer, made: list[dict[str, Any]]) -> None:
             taken = _number(group.get(key))
             if type(taken) is not type(value) and not (_is_number(taken) and _is_number(value)):
                 raise UserError(
-                    f"the checkpoint's optimizer has {key}={taken!r:.60} where this one has {value!r}; is it damaged?"
+                    f"the checkpoint's optimizer has {key}={taken!r:.60} but the config's has {value!r}; "
+                    "the file may be damaged"
                 )
     kinds: Mapping[str, str] | None = None
     for parameter, moments in optimizer.state.items():
@@ -123,13 +124,13 @@ def _check_taken_up(optimizer: Optimizer, made: list[dict[str, Any]]) -> None:
         elif found and found != kinds:
             raise UserError(
                 f"the checkpoint's optimizer state holds {sorted(found)} for one parameter and {sorted(kinds)} for "
-                "another, or of other types; is it damaged?"
+                "another, or other types; the file may be damaged"
             )
         for key, value in moments.items():
             if type(value) is Tensor and value.ndim and value.shape != parameter.shape and value.numel() > 1:
                 raise UserError(
                     f"the checkpoint's optimizer state has {key} of shape {tuple(value.shape)} for a parameter of "
-                    f"shape {tuple(parameter.shape)}; is it damaged?"
+                    f"shape {tuple(parameter.shape)}; the file may be damaged"
                 )
 
 
@@ -143,8 +144,8 @@ def _kind(value: Any) -> str:
     return "number" if _is_number(value) else type(value).__name__
 
 
-class NothingLeft(Callback):
-    """Says that a resumed run had all its steps already, which Lightning skips without a word."""
+class NoStepsLeft(Callback):
+    """Callback that warns if a resumed run has no steps left, which Lightning does not report."""
 
     def __init__(self) -> None:
         self._started = False
@@ -156,4 +157,8 @@ class NothingLeft(Callback):
         if not self._started:
             limits = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
             given = ", ".join(f"{name}={limit}" for name, limit in limits.items() if limit not in (None, -1))
-            log.warning("Nothing was trained: already at step %d (%s)", trainer.global_step, given)
+            log.warning(
+                "No training: the run is already at step %d (%s); raise the limit to continue",
+                trainer.global_step,
+                given,
+            )

@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on history: not on logged images, validation, workers or a resume."""
+"""Random numbers that do not depend on logged images, validation, workers or a resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-# One stream each: the random numbers of a dataset are not also the noise of the step.
+# Separate streams, so that the random numbers of a dataset are not also the noise of a step.
 _STEP, _DATA, _VALIDATION, _OPTIMIZER = range(4)
 
 
@@ -39,10 +39,11 @@ def preserved_rng() -> Iterator[None]:
 
 
 class StepSeeds(Callback):
-    """Callback that gives each training step its own random stream, named by seed, process, optimizer step and batch.
+    """Callback that gives each training step its own random stream, seeded by seed, process, optimizer step and batch.
 
     A resumed run therefore samples the same numbers as an uninterrupted one, without any state to restore. Validation
-    samples the same numbers each time, so that its losses compare. The checkpoint holds the seed, which a resume uses.
+    samples the same numbers each time, so that its losses are comparable. The checkpoint holds the seed for a resumed
+    run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -58,9 +59,7 @@ class StepSeeds(Callback):
         self._seed(trainer, _STEP, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Give all processes the same stream for the optimizer step; stochastic rounding would otherwise make them
-        diverge.
-        """
+        """Give all processes the same stream, because different stochastic rounding would make them diverge."""
         if trainer.world_size > 1:
             seed_all(self.seed, 0, _OPTIMIZER, trainer.global_step)
 
@@ -79,8 +78,8 @@ class StepSeeds(Callback):
 
 
 @contextmanager
-def aside(module: nn.Module) -> Iterator[None]:
-    """Put `module` into evaluation mode without gradients; restore its modes and all random states on exit."""
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Put `module` into evaluation mode without gradients, and restore its modes and all random states on exit."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

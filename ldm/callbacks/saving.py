@@ -1,4 +1,4 @@
-"""Around the writing of a checkpoint: a disk that is full, and the newest ones kept under names of their own."""
+"""Writing of checkpoints: tolerance of a full disk, order of modification times, and numbered copies."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-# What writing may take of the training time before it is said, and from how many seconds on.
+# Fraction of the training time, and seconds, of writing above which there is a warning.
 _SHARE, _SECONDS = 0.05, 60
 
 
 class WritingTime:
-    """What the checkpoints of a run, of whatever kind, take of its training time; says once that it is much."""
+    """Time that a run spends on writing checkpoints; warns once if it is a large part of the training time."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._is_said = False
+        self._has_warned = False
         self.training_begins()
 
     def training_begins(self) -> None:
         self._began = time.monotonic()
 
     def add(self, since: float) -> None:
-        """Count the time `since` a moment of `time.monotonic` until now as spent on writing."""
+        """Add the time from `since`, a value of `time.monotonic`, until now."""
         now = time.monotonic()
         self._seconds += now - since
         share = self._seconds / max(now - self._began, 1e-9)
-        if self._seconds >= _SECONDS and share > _SHARE and not self._is_said:
-            self._is_said = True
+        if self._seconds >= _SECONDS and share > _SHARE and not self._has_warned:
+            self._has_warned = True
             log.warning(
                 "\nWriting checkpoints has taken %.0f %% of the training time; write fewer: last.ckpt by "
                 "lightning.modelcheckpoint.params.every_n_train_steps, the best by --check_val_every_n_epoch",
@@ -45,20 +45,21 @@ class WritingTime:
             )  # fmt: skip
 
 
-def saved(trainer: Trainer, save: Callable[[], None], *, needed: bool = False) -> bool:
-    """Call `save` in each process; whether the checkpoint was written, which is the same answer in each.
+def try_save(trainer: Trainer, save: Callable[[], None], *, needed: bool = False) -> bool:
+    """Call `save` in each process, and return in all of them True if the checkpoint was written.
 
-    What was there before is whole in any case. A full disk is a warning, since the next checkpoint may find room.
+    The previous checkpoint stays intact. A full disk gives a warning, because there may be room for the next
+    checkpoint.
 
     Raises:
-        OSError, UserError: it was not written, but is `needed`: training ends with it.
+        OSError, UserError: the checkpoint was not written, although it is `needed`, such as at the end of training.
     """
     failure: OSError | None = None
     try:
         save()
     except OSError as error:
         failure = error
-        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the processes wait that write nothing
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # the processes that write nothing wait here
     written = failure is None
     if trainer.world_size > 1:
         written = trainer.strategy.reduce_boolean_decision(written)
@@ -68,16 +69,16 @@ def saved(trainer: Trainer, save: Callable[[], None], *, needed: bool = False) -
         raise failure or UserError("the first process could not write the last checkpoint")
     if failure:
         log.warning(
-            "\nNo checkpoint at step %d: %s: %s; make room: training goes on, and writes the next when it is due",
+            "\nNo checkpoint at step %d: %s: %s; training continues; free disk space for the next checkpoint",
             trainer.global_step, failure.filename, failure.strerror or failure,
         )  # fmt: skip
     return False
 
 
 def mark_newest(path: Path) -> None:
-    """Make the modification time of the checkpoint at `path` later than that of all others in its folder and logs.
+    """Make the modification time of the checkpoint at `path` the latest in its folder and among the runs in `logs`.
 
-    The clock may have been set back since those were written.
+    Without this, the order would be wrong after the clock was set back.
     """
     others = {*path.parent.glob("[!.]*.ckpt")}
     if path.parent.name == "checkpoints":
@@ -92,15 +93,15 @@ def mark_newest(path: Path) -> None:
         now = path.stat()
         if times and now.st_mtime_ns <= max(times):
             os.utime(path, ns=(now.st_atime_ns, max(times) + 1_000_000))
-    except OSError as error:  # not worth a checkpoint
+    except OSError as error:  # the checkpoint itself is written
         log.debug("%s: its time was not set (%s)", path, error)
 
 
 def keep_numbered(path: Path, step: int, count: int) -> None:
-    """Keep the checkpoint at `path` as `step=<step>.ckpt` too, and of all with such names the `count` written last.
+    """Keep the checkpoint at `path` also as `step=<step>.ckpt`, and remove all but the newest `count` such files.
 
-    It is a second name of the same file, which takes no room until `path` is replaced; a copy where the file system
-    has no second names.
+    The file is a hard link, which takes no disk space until `path` is replaced. File systems without hard links get a
+    copy.
     """
     with atomic_write(path.with_name(f"step={step:09}.ckpt")) as temporary:
         try:

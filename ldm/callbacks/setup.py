@@ -1,4 +1,4 @@
-"""The run folder: the configs that a run was started with, once it has made a step."""
+"""Callback that saves the configs of a run in its folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ldm.files import atomic_write
 
 
 class SetupCallback(Callback):
-    """Makes `logdir`, `ckptdir` and `cfgdir`, and saves the configs in the last.
+    """Callback that makes `logdir`, `ckptdir` and `cfgdir`, and saves the configs in `cfgdir`.
 
-    `<now>-project.yaml` holds model and data, `<now>-lightning.yaml` the section `lightning`; `--resume` merges them.
-    What a config takes from the environment is saved as `${oc.env:NAME}`, not as its value. Both are saved after the
-    first step, since a config that cannot train must not stand in the way of the next resume.
+    `<now>-project.yaml` holds model and data, `<now>-lightning.yaml` the section `lightning`. `--resume` merges both.
+    Values from the environment are saved as `${oc.env:NAME}`. The configs are saved after the first step, so that a
+    config that cannot train does not block a later resume.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SetupCallback(Callback):
     ) -> None:
         if self._saved or not trainer.is_global_zero:
             return
-        with self._tolerance():  # else it is tried again after the next batch
+        with self._tolerance():  # on failure, the next batch tries again
             for folder in (self.logdir, self.ckptdir, self.cfgdir):
                 folder.mkdir(parents=True, exist_ok=True)
             self._save("project", self.config)

@@ -1,4 +1,4 @@
-"""SIGUSR1, Ctrl-C, SIGTERM and SIGHUP as wishes that training grants at its next step. Imports no torch."""
+"""Requests of SIGUSR1, Ctrl-C, SIGTERM and SIGHUP, which training serves at its next step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingStopped(Exception):
-    """A signal ended the training after its state was saved; `signum` is the signal."""
+    """Exception that ends training after its state was saved, because of the signal `signum`."""
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
@@ -23,10 +23,10 @@ class TrainingStopped(Exception):
 
 
 class SignalRequests:
-    """A context manager that turns signals into requests: `save` (SIGUSR1) and `stop` (SIGINT, SIGTERM, SIGHUP).
+    """Context manager that turns signals into requests: `save` (SIGUSR1) and `stop` (SIGINT, SIGTERM, SIGHUP).
 
-    While `training` is False there is no state to save, and the signals that stop act at once. So does a second one,
-    unless torchrun passes on what a terminal or Slurm has sent to this process as well.
+    While `training` is False, there is no state to save, and a signal to stop acts at once. A second signal to stop
+    also acts at once, unless it is the same signal forwarded by torchrun.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class SignalRequests:
         self.stop: int | None = None
         self.training = False
         self._owner = os.getpid()
-        self._asked = 0.0
+        self._requested_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalRequests:
@@ -47,9 +47,9 @@ class SignalRequests:
             signal.signal(number, handler)
 
     def install(self) -> None:
-        """Take the signals over, also from Lightning, which sets its own handlers when a fit begins."""
+        """Install the handlers; call it again after Lightning sets its own when a fit begins."""
         for number in _HANDLED:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # set by nohup
                 signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -60,21 +60,21 @@ class SignalRequests:
         elif signum == signal.SIGUSR1:
             self.save = True
         elif self.training and self.stop is None:
-            self.stop, self._asked = signum, time.monotonic()
-            log.info("\nSaving at the end of this step, then stopping; once more to quit at once.")
-        elif self.training and _TORCHRUN in os.environ and time.monotonic() < self._asked + _SECONDS_TO_PASS_ON:
-            pass  # the first one once more
-        else:  # not KeyboardInterrupt, which Lightning turns into exit code 1
+            self.stop, self._requested_at = signum, time.monotonic()
+            log.info("\nTraining stops after this step and saves its state. Send the signal again to quit at once.")
+        elif self.training and _TORCHRUN in os.environ and time.monotonic() < self._requested_at + _SECONDS_TO_FORWARD:
+            pass  # the first signal again, forwarded
+        else:  # KeyboardInterrupt would become exit code 1 in Lightning
             raise SystemExit(128 + signum)
 
 
-_TORCHRUN = "TORCHELASTIC_RUN_ID"  # the environment of what it has started
-_SECONDS_TO_PASS_ON = 3
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in the environment of its processes
+_SECONDS_TO_FORWARD = 3
 _HANDLED = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _handle_in_worker(signum: int) -> None:
-    """Data workers inherit the handlers: a Ctrl-C in the terminal reaches them too, and must not end them first."""
+    """Ignore Ctrl-C in a data worker, which inherits the handlers, so that it does not end first; obey SIGTERM."""
     if signum == signal.SIGTERM:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)

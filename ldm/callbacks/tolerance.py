@@ -1,4 +1,4 @@
-"""Writing what training can do without: logs and images. An error there is a warning, and training goes on."""
+"""Tolerant writing of logs and images: an error gives a warning, and training continues."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_TRIES = 30.0  # of a TensorBoard writer, which takes a thread and a file for each
+_SECONDS_BETWEEN_TRIES = 30.0  # for TensorBoard, where each try makes a thread and a file
 _WRITES = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "finalize", "after_save_checkpoint")
 
 
 class Tolerance:
-    """Says once that `what` cannot be written, and once that it can again."""
+    """Context that turns errors into one warning that `what` cannot be written, and logs once when it can again."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -41,7 +41,7 @@ class Tolerance:
     def fail(self, error: Exception) -> None:
         if not self._failed:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            log.warning("\n%s cannot be written (%s); training goes on without", self.what, reason)
+            log.warning("\n%s cannot be written (%s); training continues without it", self.what, reason)
         self._failed = True
 
     def succeed(self) -> None:
@@ -50,17 +50,17 @@ class Tolerance:
         self._failed = False
 
 
-class _Nowhere:
-    """Takes any call and does nothing."""
+class _NullWriter:
+    """Object whose methods do nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
 
 
 class TolerantLogger:
-    """The writing methods of a Lightning logger, with errors turned into warnings.
+    """Guard of the writing methods of a Lightning logger, which turns their errors into warnings.
 
-    A logger stays an instance of its class: `tolerant` replaces methods of the one instance.
+    `tolerant` replaces the methods of one instance by this guard. The instance keeps its class.
     """
 
     def __init__(self, logger: Logger) -> None:
@@ -77,7 +77,7 @@ class TolerantLogger:
         except UserError:
             raise
         except Exception as error:
-            self._put_back(before)
+            self._restore(before)
             self.tolerance.fail(error)
             return None
         if write.__name__ in ("save", "log_image") and time.monotonic() >= self._next_try:
@@ -85,7 +85,7 @@ class TolerantLogger:
         return result
 
     def experiment(self, create: Callable[[Logger], Any]) -> Any:
-        """Return what `create` makes of the logger, or something that takes all writes where that fails."""
+        """Return the result of `create`, or an object that ignores all writes if it fails."""
         if time.monotonic() >= self._next_try:
             try:
                 return create(self.logger)
@@ -95,19 +95,19 @@ class TolerantLogger:
                 self.logger._experiment = None
                 self._next_try = time.monotonic() + _SECONDS_BETWEEN_TRIES
                 self.tolerance.fail(error)
-        return _Nowhere()
+        return _NullWriter()
 
-    def _put_back(self, before: tuple[Path, bytes, list[str]] | None) -> None:
-        """Mend the logger after a failed write: no line of a CSV file half written, no dead TensorBoard thread."""
+    def _restore(self, before: tuple[Path, bytes, list[str]] | None) -> None:
+        """Restore the CSV file before a failed write, or drop TensorBoard's writer, whose thread has ended."""
         if isinstance(self.logger, TensorBoardLogger):
-            self.logger._experiment = None  # the next write opens a file of its own
+            self.logger._experiment = None  # the next write opens a new file
             self._next_try = time.monotonic() + _SECONDS_BETWEEN_TRIES
         if before is not None:
             path, content, keys = before
             self.logger.experiment.metrics_keys = keys
             with suppress(OSError):
                 if content:
-                    with path.open("r+b") as file:  # in place: the room that the file has is its own
+                    with path.open("r+b") as file:  # in place, which needs no more disk space
                         file.write(content)
                         file.truncate()
                 else:
@@ -115,7 +115,7 @@ class TolerantLogger:
 
 
 def _csv_content(logger: Logger) -> tuple[Path, bytes, list[str]] | None:
-    """The file of a CSV logger that is about to be written, if it has one, and its columns."""
+    """Return path, content and columns of the file that a CSV logger will write; None for other loggers."""
     experiment = getattr(logger, "_experiment", None)
     if not isinstance(logger, CSVLogger) or experiment is None or not experiment.metrics:
         return None
@@ -124,10 +124,10 @@ def _csv_content(logger: Logger) -> tuple[Path, bytes, list[str]] | None:
 
 
 def tolerant(logger: Logger) -> Logger:
-    """Let no error of `logger` end the training; returns it."""
+    """Turn the errors of `logger` into warnings, and return it."""
     guard, kind = TolerantLogger(logger), type(logger)
     create = getattr(kind, "experiment", None)
-    if isinstance(create, property):  # Lightning reads it before the first step
+    if isinstance(create, property):  # Lightning reads this property before the first step
         experiment = property(lambda self: guard.experiment(create.fget))
         logger.__class__ = type(kind.__name__, (kind,), {"experiment": experiment})
     for name in _WRITES:
@@ -138,7 +138,7 @@ def tolerant(logger: Logger) -> Logger:
 
 
 def write_tolerantly(logger: Logger, write: Callable[..., Any], *arguments: Any) -> None:
-    """Call `write`, which writes to `logger` past its methods; a `tolerant` logger's errors are warnings here too."""
+    """Call `write` with `arguments`; if `logger` is tolerant, an error gives a warning."""
     method = logger.log_metrics
     guard = getattr(method.func, "__self__", None) if isinstance(method, partial) else None
     if isinstance(guard, TolerantLogger):

@@ -1,4 +1,4 @@
-"""Frequency of validation when an epoch is short."""
+"""Callback that validates less often if epochs are short."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ log = logging.getLogger(__name__)
 
 
 class SparseValidation(Callback):
-    """Callback that validates after the whole number of epochs that covers `every_n_train_steps`, and before the last
-    step.
+    """Callback that validates after as many epochs as cover `every_n_train_steps`, and at the latest at the last step.
 
-    An epoch of a few images takes seconds. Each validation that finds a better model writes a checkpoint, which takes
-    longer for a large one. If an epoch has at least that many steps, each epoch is validated.
+    An epoch of a few images takes seconds, but each validation that finds a better model writes a checkpoint, which
+    takes longer for a large model. If an epoch has at least `every_n_train_steps` steps, each epoch is validated.
     """
 
     def __init__(self, every_n_train_steps: int) -> None:
@@ -24,13 +23,13 @@ class SparseValidation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.enable_validation or trainer.num_training_batches in (0, float("inf")):
             return
-        steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # of an epoch
+        steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # per epoch
         limits = [-(-self.every_n_train_steps // steps), trainer.max_steps // steps, trainer.max_epochs or -1]
         epochs = max(1, min(limit for limit in limits if limit >= 0))
         if epochs > 1:
             trainer.check_val_every_n_epoch = epochs
             for callback in trainer.callbacks:
-                if isinstance(callback, EarlyStopping):  # which took it for 1 when it was set up
+                if isinstance(callback, EarlyStopping):  # its set-up assumed a value of 1
                     callback._check_on_train_epoch_end = False
-            log.info("Validation after every %d epochs, %d steps; --check_val_every_n_epoch or --val_check_interval "
-                     "sets it", epochs, epochs * steps)  # fmt: skip
+            log.info("Validation every %d epochs (%d steps); set --check_val_every_n_epoch or --val_check_interval "
+                     "to change it", epochs, epochs * steps)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checkpoints and released weights: read without running any code, written whole or not at all."""
+"""Checkpoints and released weights: reading without execution of code, and atomic writing."""
 
 from ldm.checkpoint.digest import encoder_digests, weights_digest
 from ldm.checkpoint.formats import converted, is_finite, same_values

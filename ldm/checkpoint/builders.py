@@ -1,6 +1,6 @@
-"""Builders of what the names in a pickle may stand for: tensors and plain containers. Other names stay names.
+"""Builders for the names in a pickle: tensors and plain containers. Other names are not resolved.
 
-The builders check types before anything else: printing, hashing or comparing a hostile value can take for ever.
+A builder checks types first, because printing, hashing or comparing a hostile value may not terminate.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Any
 
 import torch
 
-_MOST_EXPANDED = 1 << 20  # elements that a tensor may have beyond its storage
+_MOST_EXPANDED = 1 << 20  # limit of elements for a tensor that is larger than its storage
 
 
 class UnreadTensor(ValueError):
-    """Tensor of a kind that is not read; the message names the kind, and what to save in its place."""
+    """Error for an unsupported kind of tensor. The message names the kind and a replacement."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """Class or function that a pickle names, such as `torch._utils._rebuild_tensor_v2`; never looked up."""
+    """Name of a class or function in a pickle, such as `torch._utils._rebuild_tensor_v2`. It is never imported."""
 
     name: str
 
     def __call__(self, *args: Any) -> Any:
-        """Return what the builder of this name makes of `args`; a `LeftOut` if there is no builder."""
+        """Return the result of this name's builder for `args`, or a `LeftOut` if there is no builder."""
         builder = BUILDERS.get(self.name)
         return LeftOut(self.name) if builder is None else builder(*args)
 
 
 @dataclass(frozen=True, eq=False)
 class LeftOut:
-    """Placeholder of an object of `name`, which is neither a tensor nor plain data."""
+    """Placeholder for an object of the class `name`, which is neither a tensor nor plain data."""
 
     name: str
 
@@ -47,7 +47,7 @@ def _strided(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: 
         raise ValueError("a tensor whose shape is not made of integers")
     if min((offset, *size, *stride), default=0) < 0 or len(size) != len(stride):
         raise ValueError(f"a tensor of shape {tuple(size)} and strides {tuple(stride)} at {offset}")
-    if math.prod(size) > max(storage.numel(), _MOST_EXPANDED):  # by strides of 0: a few bytes that copy as terabytes
+    if math.prod(size) > max(storage.numel(), _MOST_EXPANDED):  # strides of 0 could expand a few bytes to terabytes
         raise ValueError(f"a tensor of shape {tuple(size)} in a storage of {storage.numel()}")
     end = offset + 1 + sum((side - 1) * step for side, step in zip(size, stride, strict=True)) if 0 not in size else 0
     if end > storage.numel():
@@ -60,9 +60,9 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
     if metadata is None:
         return tensor
     if not isinstance(metadata, dict) or any(key not in ("conj", "neg") for key in keys(list(metadata))):
-        raise ValueError("a tensor with metadata that torch does not write")
+        raise ValueError("a tensor with unknown metadata")
     if not all(flag is True for flag in metadata.values()):
-        raise ValueError("a conjugate or negative view that is none")
+        raise ValueError("an invalid conjugate or negative view")
     if "conj" in metadata:
         tensor = tensor.conj().resolve_conj()
     if "neg" in metadata:
@@ -75,10 +75,10 @@ def _tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype,
 
 
 def _unread(what: str, instead: str) -> Callable[..., Any]:
-    """Return a builder that refuses a kind of tensor: to leave out a weight in silence would lose it."""
+    """Return a builder that refuses a kind of tensor, because dropping it would lose a weight unnoticed."""
 
     def refuse(*args: Any) -> Any:
-        raise UnreadTensor(f"holds {what}, which is not read; save {instead} in its place")
+        raise UnreadTensor(f"has {what}, which is not supported; save {instead} instead")
 
     return refuse
 
@@ -95,19 +95,19 @@ def _tensor_with_attributes(function: Global, kind: Any, args: tuple, state: Any
 
 def _bytes(text: str, encoding: str = "latin1") -> bytes:
     if encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes in another encoding than latin1")
+        raise ValueError("bytes with an encoding other than latin1")
     return text.encode("latin1")
 
 
 def _plain(items: Any = ()) -> Any:
-    """Return `items` if it is a list or a tuple."""
+    """Return `items` if it is a list or a tuple, else raise `ValueError`."""
     if not isinstance(items, list | tuple):
-        raise ValueError(f"a list was expected, not {type(items).__name__}")
+        raise ValueError(f"expected a list, found {type(items).__name__}")
     return items
 
 
 def keys(items: list[Any]) -> list[Any]:
-    """Return `items` if each can be a key of a dict or an element of a set."""
+    """Return `items` if all are valid keys of a dict, else raise `ValueError`."""
     for item in items:
         for part in item if isinstance(item, tuple) else (item,):
             if not isinstance(part, _KEYS):
@@ -143,7 +143,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda items=(): tuple(_plain(items)),
     "torch.device": lambda kind, index=None: torch.device(kind, index) if index is not None else torch.device(kind),
     "collections.OrderedDict": _ordered_dict,
-    "collections.defaultdict": lambda *args: {},  # its items follow; its factory is left out
+    "collections.defaultdict": lambda *args: {},  # items follow; the factory is dropped
     "_codecs.encode": _bytes,
     **{f"{module}.{name}": kind for module in ("builtins", "__builtin__") for name, kind in _COLLECTIONS.items()},
 }

@@ -1,4 +1,4 @@
-"""Likely causes of weights that do not fit a model, in words for the end of a message."""
+"""Likely causes of a mismatch of weights and model, for the end of messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, FIRST_STAGE, MODEL, UNET, has_part
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, FIRST_STAGE, MODEL, TEXT_ENCODERS, UNET, has_part
 
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
+_LABELS = f"{UNET}label_emb."
 _CONTEXT = re.compile(rf"^{re.escape(UNET)}.*\.attn2\.to_k\.weight$")
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
@@ -20,20 +21,22 @@ _NO_TEXT = "the file holds no text encoder: give a whole release, or a config wh
 
 
 def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], default: str) -> str:
-    """Return why `weights` do not fit the model with the state dict `own`, as far as the keys tell; else `default`."""
+    """Return the likely cause for a mismatch of `weights` with the model of state dict `own`, or `default`."""
     for found in (_file_kind(weights, own), _other_family(weights, own), _other_unet(weights, own)):
         if found:
             return found
     if has_part(own, MODEL) and not has_part(weights, MODEL) and not has_part(weights, EMA):
         return NO_UNET
-    lacks = [part for part in (FIRST_STAGE, COND_STAGE) if has_part(own, part) and not has_part(weights, part)]
+    lacks = [part for part in (FIRST_STAGE, *TEXT_ENCODERS) if has_part(own, part) and not has_part(weights, part)]
     if len(lacks) == 2:
         return f"the file holds a UNet alone; {_NO_VAE}, but no option gives a text encoder: name a whole release"
-    return {(FIRST_STAGE,): _NO_VAE, (COND_STAGE,): _NO_TEXT}.get(tuple(lacks), default)
+    if not lacks:
+        return default
+    return _NO_VAE if lacks == [FIRST_STAGE] else _NO_TEXT
 
 
 def diffusers_layout(keys: Iterable[str]) -> bool:
-    """Return whether `keys` have diffusers' names of blocks."""
+    """Return True if `keys` have block names of diffusers."""
     return any(re.search(r"(?:^|\.)(?:down|up)_blocks\.\d|(?:^|\.)mid_block\.", key) for key in keys)
 
 
@@ -44,7 +47,7 @@ def _file_kind(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
 
 
 def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """Return what a file without a UNet holds instead of a release, if its keys tell."""
+    """Return the kind of a file without a UNet, by its keys, or None if unknown."""
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None
     if any("lora_" in key for key in weights):
@@ -61,7 +64,9 @@ def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _other_family(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
-    if has_part(weights, CONDITIONER) and not has_part(own, CONDITIONER):
+    has_no_text = not any(has_part(own, part) for part in TEXT_ENCODERS)
+    may_be_sdxl = has_part(own, CONDITIONER) or (has_no_text and has_part(own, _LABELS))
+    if has_part(weights, CONDITIONER) and not may_be_sdxl:
         return "the file has the layout of SDXL, and the config describes another family; name its own config"
     openclip = f"{COND_STAGE}model."
     if has_part(weights, openclip) and has_part(own, COND_STAGE) and not has_part(own, openclip):

@@ -1,4 +1,4 @@
-"""Digests of weights, equal whichever file they come from."""
+"""Digests of weights, independent of the file format and of float16 or float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE, is_optional
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, FIRST_STAGE, TOWERS, has_part, is_optional
 from ldm.checkpoint.mapped import in_memory
 
 _DIGESTED = (
@@ -18,22 +18,24 @@ _DIGESTED = (
 
 
 def encoder_digests(weights: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """Return the digests of a model's autoencoder and text tower, named as in the index of a set."""
+    """Return the digests of a model's autoencoder and text towers, under their keys in an index."""
     prefixes = {"autoencoder": FIRST_STAGE, "text_tower": COND_STAGE}
+    if has_part(weights, CONDITIONER):
+        prefixes |= dict(zip(("text_tower", "text_tower_2"), TOWERS, strict=True))
     return {name: weights_digest(weights, prefix) for name, prefix in prefixes.items()}
 
 
 def weights_digest(weights: Mapping[str, Tensor], prefix: str = "") -> str | None:
-    """Return the SHA-256, in hex, of the `weights` whose keys begin with `prefix`; None if there are none.
+    """Return the SHA-256, in hex, of the `weights` with keys below `prefix`, or None if there are none.
 
-    The digest covers, in the order of the keys without the prefix: key, shape, and values, little-endian and in row
-    order, floating-point ones rounded to float16. So a float32 release and its float16 copy have one digest, in any
-    kind of file. Optional keys (`position_ids`, a training loss) are left out. Weights in a dtype that lost bits which
-    float16 keeps, such as bfloat16, have none.
+    The digest covers key without prefix, shape and values, sorted by key. Values are little-endian and in row order.
+    Floating-point values are rounded to float16. A float32 release and its float16 copy therefore have the same digest.
+    Keys that are optional with or without the prefix (`position_ids`, a training loss) are skipped. The result is also
+    None for dtypes with less precision than float16, such as bfloat16.
     """
     found = {key.removeprefix(prefix): key for key in weights if key.startswith(prefix)}
     hashed = hashlib.sha256()
-    kept = [name for name in sorted(found) if not is_optional(name)]
+    kept = [name for name in sorted(found) if not (is_optional(name) or is_optional(found[name]))]
     for name in kept:
         value = in_memory(weights[found[name]]).detach().cpu()
         if value.dtype not in _DIGESTED:

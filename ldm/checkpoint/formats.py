@@ -1,4 +1,4 @@
-"""Names that file formats have for torch's dtypes, and reductions for dtypes that torch cannot reduce."""
+"""Names of torch's dtypes in file formats, and comparisons for dtypes without reductions in torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ldm.util import UserError
 
-# The typed storages that torch.save names; a dtype without one is saved as an UntypedStorage of bytes.
+# Typed storages of torch.save. Other dtypes are saved as an UntypedStorage of bytes.
 STORAGE_NAMES = {
     torch.float64: "DoubleStorage",
     torch.float32: "FloatStorage",
@@ -43,7 +43,7 @@ _SAFETENSORS = {
     "bool": "BOOL",
 }
 SAFETENSORS_NAMES = {getattr(torch, dtype): name for dtype, name in _SAFETENSORS.items() if hasattr(torch, dtype)}
-# Dtypes of several values to a byte: torch stores them, and computes nothing in them.
+# Dtypes with several values per byte. torch stores them without arithmetic.
 _PACKED = tuple(
     getattr(torch, name)
     for name in ("float4_e2m1fn_x2", "bits1x8", "bits2x4", "bits4x2", "bits8", "bits16")
@@ -52,7 +52,7 @@ _PACKED = tuple(
 
 
 def reducible(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return `tensor` in a dtype that torch reduces; None if its dtype has no infinity and no NaN.
+    """Return `tensor` in a dtype with reductions, or None if its dtype has no infinity and no NaN.
 
     float8 becomes float32, and complex numbers become pairs of real ones.
     """
@@ -64,13 +64,13 @@ def reducible(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all values are finite, in any dtype."""
+    """Return True if all values are finite, for any dtype."""
     numbers = reducible(tensor)
     return numbers is None or bool(torch.isfinite(numbers).all())
 
 
 def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether both tensors, of one dtype, have the same shape and values; NaN equals nothing."""
+    """Return True if two tensors of equal dtype have the same shape and values. NaN differs from NaN."""
     if first.dtype in _PACKED:
         return first.shape == second.shape and torch.equal(as_bytes(first), as_bytes(second))
     if first.dtype == torch.complex32:
@@ -81,17 +81,17 @@ def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def can_hold(own: torch.dtype, given: torch.dtype) -> bool:
-    """Return whether numbers of the dtype `given` mean the same in `own`: integers would be quantised weights."""
+    """Return True if values of dtype `given` keep their meaning in `own`. Integers may be quantised weights."""
     if own.is_complex or not (own.is_floating_point or given.is_complex):
         return True
     return given.is_floating_point
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return `tensor` in `dtype`.
+    """Return `tensor` converted to `dtype`.
 
     Raises:
-        UserError: torch has no such conversion, or it would lose imaginary parts.
+        UserError: torch has no such conversion, or imaginary parts would be lost.
     """
     if tensor.dtype == dtype:
         return tensor
@@ -100,15 +100,17 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     try:
         return tensor.to(dtype)
     except RuntimeError as error:
-        raise UserError(f"torch converts no {tensor.dtype} weights to {dtype}; save them in another dtype") from error
+        raise UserError(
+            f"torch cannot convert {tensor.dtype} weights to {dtype}; save them in another dtype"
+        ) from error
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of `tensor` in row order: uint8, one dimension, on the CPU."""
+    """Return the bytes of `tensor` in row order, uint8 (n,), on the CPU."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-    if tensor.dtype in _PACKED and not tensor.is_contiguous():  # torch copies no such values, but it copies their bytes
+    if tensor.dtype in _PACKED and not tensor.is_contiguous():  # torch can only copy the bytes of such values
         integers = {1: torch.uint8, 2: torch.int16}[tensor.dtype.itemsize]
         tensor = tensor.view(integers)
     tensor = tensor.contiguous()
-    # A single element counts as contiguous whatever its stride, which `view` refuses.
+    # One element is contiguous with any stride, but `view` refuses some strides.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Names of the keys in checkpoints: prefixes of the parts, noise schedule, EMA weights, optional keys."""
+"""Key names in checkpoints: prefixes of parts, noise schedule, EMA weights and optional keys."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
+TOWERS = tuple(f"{CONDITIONER}embedders.{number}." for number in range(2))  # its embedders with weights
+TEXT_ENCODERS = (COND_STAGE, CONDITIONER)
 EMA = "model_ema."
 EMA_DECAY, EMA_UPDATES = EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
-SCALE_FACTOR = "scale_factor"  # of the latents
-POSITION_IDS = "position_ids"  # a constant of text encoders, which some releases store
+SCALE_FACTOR = "scale_factor"  # scale factor of the latents
+POSITION_IDS = "position_ids"  # constant of text encoders in some releases
 
-# Values that a model computes from its config: buffers of the noise schedule, and the scale of the latents.
+# Values that follow from the config: buffers of the noise schedule, and the scale factor of the latents.
 SCHEDULE_KEYS = (
     "betas",
     "alphas_cumprod",
@@ -38,11 +40,18 @@ SCHEDULE_KEYS = (
     SCALE_FACTOR,
     "cond_ids",
 )
-# Marks of SDXL files that predict v, and of those whose schedule ends without signal; their values are empty.
+# Empty marker tensors in SDXL files, for v-prediction and for zero terminal SNR.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-# Parts of OpenCLIP text towers that hidden states do not need: SD 2 files may lack them.
-_UNUSED_BY_TOWERS = (f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection", "*.attn_mask")
-# Keys that a file may carry or lack without harm, as shell patterns: the above, and values that only training needs.
+PREDICTION_MARKERS = (V_PREDICTION, ZERO_SNR)
+EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Entry of a training checkpoint: the UNet's prediction, in the terms of the config.
+PREDICTION = "parameterization"
+# Unused parts of OpenCLIP text towers, which files may lack. SDXL uses the projection.
+_UNUSED_BY_TOWERS = (
+    *(f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection"),
+    *(f"{CONDITIONER}*.logit_scale", "*.attn_mask"),
+)
+# Optional keys of a file, as shell patterns: the keys above, and values for training only.
 OPTIONAL_KEYS = (
     *SCHEDULE_KEYS,
     "logvar",
@@ -55,24 +64,24 @@ OPTIONAL_KEYS = (
 
 
 def is_optional(key: str, patterns: Sequence[str] = OPTIONAL_KEYS) -> bool:
-    """Return whether one of `patterns` fits `key`."""
+    """Return True if `key` matches one of `patterns`."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def ema_key(key: str) -> str:
-    """Return the key of the EMA of the weight `key`, which begins with `model.`."""
+    """Return the EMA key of the weight `key`, which begins with `model.`."""
     return EMA + shadow_name(key.removeprefix(MODEL))
 
 
 def has_part(keys: Iterable[str], prefix: str) -> bool:
-    """Return whether any of `keys` begins with `prefix`."""
+    """Return True if one of `keys` begins with `prefix`."""
     return any(key.startswith(prefix) for key in keys)
 
 
 def with_ema_as_weights(weights: Mapping[str, T], wanted: Iterable[str]) -> dict[str, T]:
-    """Return `weights` in which the EMA stands in for each `wanted` weight below `model.`, if there are no others.
+    """Return `weights` with EMA weights under the `wanted` keys below `model.`, if there are no other weights.
 
-    A file that holds EMA weights alone can be loaded so. EMA keys have no dots, so `wanted` must list the model's keys.
+    This loads files that hold only EMA weights. EMA keys have no dots, so `wanted` must list the keys of the model.
     """
     if has_part(weights, MODEL) or not has_part(weights, EMA):
         return dict(weights)

@@ -1,4 +1,4 @@
-"""Loader of weights into a module."""
+"""Loading of weights into a module."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import nn
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.formats import can_hold
 from ldm.checkpoint.keys import (
-    COND_STAGE,
-    CONDITIONER,
     EMA,
     MODEL,
     OPTIONAL_KEYS,
+    TEXT_ENCODERS,
     has_part,
     is_optional,
     with_ema_as_weights,
@@ -34,7 +33,7 @@ _PART_BYTES = 2**26
 
 
 class LoadReport(NamedTuple):
-    """Keys that the module has and the weights lack, and the reverse; all of them optional ones."""
+    """Optional keys that are missing in the weights, and unexpected ones that the module lacks."""
 
     missing: list[str]
     unexpected: list[str]
@@ -48,21 +47,24 @@ def load_into(
     optional: Sequence[str] = OPTIONAL_KEYS,
     assign: bool = False,
 ) -> LoadReport:
-    """Load `state_dict` into `module`; keys that match `optional` (shell patterns) may be missing or unexpected.
+    """Load `state_dict` into `module`.
 
-    Text encoders, `cond_stage_model.*` or `conditioner.*`, are also optional where the module has none.
-    EMA weights stand in for the weights where a file holds nothing else. The noise schedule stays the module's, and a
-    warning names one that differs. `assign` makes the tensors the module's own
-    instead of copying them; weights that are copied are read some megabytes at a time. `source` names the
-    weights in messages.
+    EMA weights replace the weights if there are no others. The module keeps its noise schedule, and another schedule
+    gives a warning.
+
+    Args:
+        source: name of the weights in messages.
+        optional: shell patterns of keys that may be missing or unexpected. Text encoders, `cond_stage_model.*` or
+            `conditioner.*`, may also be unexpected if the module has none.
+        assign: assign the tensors to the module. Otherwise they are copied, some megabytes at a time.
 
     Raises:
-        UserError: a shape or a kind of numbers differs, or a key that is not optional is missing or unexpected; the
-            message names the likely cause, and nothing is loaded.
+        UserError: a shape or a kind of dtype differs, or a required key is missing or unexpected. The message names the
+            likely cause, and nothing is loaded.
     """
     own = module.state_dict()
     if not has_part(state_dict, MODEL) and has_part(state_dict, EMA) and has_part(own, MODEL):
-        log.info("%s: holds EMA weights alone, which are loaded as the weights", source)
+        log.info("%s: has only EMA weights, which are loaded as the weights", source)
         state_dict = with_ema_as_weights(state_dict, own)
     cause = "is this a checkpoint of another model?"
     loaded = without_schedule(state_dict, module, own, source)
@@ -76,19 +78,19 @@ def load_into(
                 "save it as floating-point numbers (a quantised model: dequantise it)"
             )
     optional = list(optional)
-    optional += [f"{part}*" for part in (COND_STAGE, CONDITIONER) if not has_part(own, part)]
+    optional += [f"{part}*" for part in TEXT_ENCODERS if not has_part(own, part)]
     report = LoadReport([key for key in own if key not in state_dict], [key for key in state_dict if key not in own])
     for keys, what in zip(report, ("lacks", "has unexpected"), strict=True):
         required = [key for key in keys if not is_optional(key, optional)]
         if required:
             raise UserError(f"{source}: {what} {_some(required)}; {likely_cause(state_dict, own, cause)}")
         if keys:
-            log.info("%s: %s %s (fine)", source, what, _some(keys))
+            log.info("%s: %s %s (optional)", source, what, _some(keys))
     for part in _parts(loaded):
         values = part if assign else {key: in_memory(value) for key, value in part.items()}
         try:
             module.load_state_dict(values, strict=False, assign=assign)
-        except RuntimeError as error:  # of a dtype that torch converts to no other
+        except RuntimeError as error:  # a dtype that torch cannot convert
             reason = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
             raise UserError(f"{source}: cannot be loaded: {reason}") from error
     return report
@@ -97,13 +99,13 @@ def load_into(
 def load_file_into(
     module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), prefix: str = ""
 ) -> LoadReport:
-    """Load the weights of the file at `path`, except keys that start with one of `ignore_keys`, into `module`.
+    """Load the weights of the file at `path` into `module`, except for keys that start with one of `ignore_keys`.
 
-    With `prefix`, only the keys that begin with it are taken, without it. Names that other programs give to the keys
-    are understood; a log line tells of them.
+    With `prefix`, only keys with this prefix are loaded, after its removal. Key names of other programs are translated
+    and logged.
 
     Raises:
-        UserError: the file cannot be read, or does not fit the module.
+        UserError: the file cannot be read, or does not match the module.
     """
     renamed = in_our_names(load_state_dict(path), [prefix + key for key in module.state_dict()])
     for line in renamed.summary():

@@ -1,8 +1,8 @@
-"""Files as memory: tensors whose values are read from disk when they are needed.
+"""Memory-mapped files, whose tensors are read from disk on access.
 
-A loaded tensor lies in a private memory map. Touching a map of a file that somebody cuts short ends the process, and
-the pages of a map count as its memory. So whoever streams through a checkpoint takes each tensor by `in_memory`, which
-reads the file itself: no page of the map is touched, and none has to be given back.
+A loaded tensor lies in a private memory map. Access to the map of a truncated file ends the process, and the pages of
+the map count as memory of the process. Code that processes a whole checkpoint therefore uses `in_memory`, which reads
+from the file and touches no page of the map.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ import torch
 from ldm.files import forget_mapped, note_mapped, open_file
 from ldm.util import UserError
 
-# Bits of an entry of /proc/self/pagemap (Linux, admin-guide/mm/pagemap).
+# Bits of an entry in /proc/self/pagemap (Linux, admin-guide/mm/pagemap).
 _PRESENT, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61
 
 
 @dataclass(frozen=True)
 class _Source:
-    """File behind a memory map, which begins at the address `start`."""
+    """File of a memory map that begins at the address `start`."""
 
     path: Path
     descriptor: int
-    state: tuple[int, int]  # size in bytes, time of change in ns
+    state: tuple[int, int]  # size in bytes, modification time in ns
     start: int
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes at `offset`.
 
         Raises:
-            UserError: the file is no longer what was opened.
+            UserError: the file was changed after it was opened.
         """
         self.check()
         done = 0
         while done < len(buffer):
             try:
                 count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
-            except OSError as error:  # of a disk that fails
+            except OSError as error:  # a disk error
                 error.filename = str(self.path)
                 raise
             if not count:
-                raise UserError(f"{self.path}: was cut short while it was read; start again with the whole file")
+                raise UserError(f"{self.path}: was truncated while it was read; start again with the complete file")
             done += count
         self.check()
 
     def check(self) -> None:
         if _state(self.descriptor) != self.state:
-            raise UserError(f"{self.path}: was changed while it was read; start again with a file that stays")
+            raise UserError(f"{self.path}: was changed while it was read; start again with an unchanging file")
 
 
-_SOURCES: dict[int, _Source] = {}  # of the maps that are alive, by their addresses
+_SOURCES: dict[int, _Source] = {}  # sources of the existing maps, by address
 
 
 class MappedFile:
-    """Private memory map of the file at `path`: tensors made from it may be written to, the file does not change.
+    """Private memory map of the file at `path`. Writing to its tensors does not change the file.
 
     Args:
-        mapped: whether tensors lie in the map; else they are read at once.
+        mapped: tensors lie in the map. If false, they are read at once.
     """
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
@@ -82,27 +82,29 @@ class MappedFile:
         return len(self.map)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes at `offset`; fewer where the file ends."""
+        """Return `size` bytes at `offset`, or fewer at the end of the file."""
         buffer = bytearray(max(0, min(size, len(self) - offset)))
         self.source.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
     def stream(self) -> BoundedReader:
-        """Return a stream from the beginning of the file."""
+        """Return a stream that starts at the beginning of the file."""
         return BoundedReader(self.source.descriptor, len(self))
 
     def check_unchanged(self) -> None:
-        """Raise `UserError` if the file was written to, cut, or replaced by another one since it was opened."""
+        """Raise `UserError` if the file was changed, truncated or replaced after it was opened."""
         self.source.check()
         try:
             now = self.source.path.stat()
         except FileNotFoundError:
             now = None
         if now is None or not os.path.samestat(now, self._identity):
-            raise UserError(f"{self.source.path}: was replaced while it was opened; start again with a file that stays")
+            raise UserError(
+                f"{self.source.path}: was replaced while it was opened; start again with an unchanging file"
+            )
 
     def tensor(self, dtype: torch.dtype, offset: int, numel: int) -> torch.Tensor:
-        """Return the 1-D tensor of `numel` elements at byte `offset`; a copy where the file does not align it."""
+        """Return the tensor (numel,) at byte `offset`, as a copy if it is not aligned in the file."""
         size = numel * dtype.itemsize
         if numel < 0 or offset < 0 or offset + size > len(self.map):
             raise ValueError(f"a tensor at bytes {offset} to {offset + size}, but the file ends at {len(self.map)}")
@@ -114,11 +116,11 @@ class MappedFile:
 
 
 class BoundedReader(io.BufferedReader):
-    """Stream of a file that makes no room for more bytes than the file has, whatever a pickle claims."""
+    """Stream of a file that allocates at most the size of the file, whatever size a pickle claims."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         super().__init__(io.FileIO(os.dup(descriptor)))
-        self.seek(0)  # the position belongs to the open file, which its other users read by offset
+        self.seek(0)  # other users of the open file read by offset
         self._size = size
 
     def read(self, size: int | None = -1) -> bytes:
@@ -127,12 +129,12 @@ class BoundedReader(io.BufferedReader):
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the values of `tensor` in memory of their own, read from its file; any other tensor as it is.
+    """Return a copy of a memory-mapped `tensor`, read from its file. Return any other tensor unchanged.
 
-    A tensor that was written to since it was loaded, or may have been, is returned as it is too.
+    A mapped tensor that may have been written to is also returned unchanged.
 
     Raises:
-        UserError: the file was cut short or changed since it was opened.
+        UserError: the file was truncated or changed after it was opened.
     """
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
         return tensor
@@ -157,13 +159,13 @@ def _read(source: _Source, offset: int, size: int) -> torch.Tensor:
 
 
 def _may_be_written(address: int, size: int) -> bool:
-    """Return whether a page of the private map has been written to, and so differs from the file; True if unknown."""
+    """Return True if a page of the private map was written to, or if this is unknown."""
     first, last = address // mmap.PAGESIZE, (address + size - 1) // mmap.PAGESIZE
     wanted = 8 * (last - first + 1)
     try:
         with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
             entries = os.pread(file.fileno(), wanted, 8 * first)
-    except OSError:  # no Linux, or no /proc
+    except OSError:  # not Linux, or without /proc
         return True
     if len(entries) != wanted:
         return True

@@ -1,6 +1,6 @@
-"""Names that other programs give to the weights of a release, in the terms of this package, and the way back.
+"""Translation of other programs' key names to those of this package, and back.
 
-A layout of another program is one entry in `_RENAMED`, or one in `_CARRIED` where the model has no use for the values.
+To add the layout of a program, add an entry to `_RENAMED`, or to `_CARRIED` for values that the model does not use.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from ldm.checkpoint.writing import Pending
 
 Weights = Mapping[str, torch.Tensor]
 
-_LABELS = 10  # in a message
+_LABELS = 10  # maximum number in a message
 _PARTS = (MODEL, EMA, FIRST_STAGE, COND_STAGE, CONDITIONER)
-_TOWER = f"{COND_STAGE}transformer."
+_TOWER = rf"(?:{re.escape(COND_STAGE)}|{re.escape(CONDITIONER)}embedders\.\d+\.)"  # of a text encoder
 _ATTENTION = rf"^({re.escape(FIRST_STAGE)}|)((?:encoder|decoder)\.(?:.*\.)?(?:attn_\d+|attn\.\d+))\."
 _VAE_NAMES = {
     **{"q": "to_q|query", "k": "to_k|key", "v": "to_v|value"},
     **{"proj_out": r"to_out\.0|to_out|proj_attn", "norm": "group_norm"},
 }
-# (pattern, replacement), applied one after another.
+# (pattern, replacement), applied in order.
 _RENAMED = [
-    # Wrappers of a saved module: torch.compile, and processes that share the work.
+    # Wrappers of a saved module: torch.compile and distributed training.
     (re.compile(r"(?:^|(?<=\.))_orig_mod\."), ""),
     (re.compile(r"^(?:_forward_module\.|module\.)+"), ""),
     # A UNet alone.
     (re.compile(r"^(?:diffusion_model\.)?((?:input|output)_blocks\.|middle_block\.|(?:time|label)_emb\w*\.|out\.\d)"),
      rf"{UNET}\1"),
-    # The text tower of transformers 5, and of models that were saved without the outer module.
-    (re.compile(rf"^{re.escape(_TOWER)}(embeddings|encoder|final_layer_norm)\."), rf"{_TOWER}text_model.\1."),
-    # Attention of an autoencoder in the terms of diffusers.
+    # The text tower in transformers 5, or saved without the outer module.
+    (re.compile(rf"^({_TOWER}transformer\.)(embeddings|encoder|final_layer_norm)\."), r"\1text_model.\2."),
+    # Attention of an autoencoder in diffusers.
     *((re.compile(rf"{_ATTENTION}(?:{theirs})\.(weight|bias)$"), rf"\1\2.{ours}.\3")
       for ours, theirs in _VAE_NAMES.items()),
 ]  # fmt: skip
 _LORA = re.compile(r"(?:^|\.)lora_")
-# Values inside the parts that no model here uses.
+# Values inside of the parts that no model here uses.
 _CARRIED = [
     re.compile(rf"^{re.escape(FIRST_STAGE)}(?:.*\.)?[^.]*ema[^.]*(?:\.|$)"),
-    re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:vision_model|visual_projection|text_projection)\."),
-    re.compile(rf"^{re.escape(COND_STAGE)}(?:transformer\.)?(?:logit_scale|text_projection)$"),
+    re.compile(rf"^{_TOWER}(?:transformer\.)?(?:vision_model|visual_projection|text_projection)\."),
+    re.compile(rf"^{_TOWER}(?:transformer\.)?(?:logit_scale|text_projection)$"),
     _LORA,
 ]
 _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
@@ -62,9 +62,9 @@ _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
 
 @dataclass(frozen=True)
 class Renamed:
-    """Weights by the names and shapes of this package, and the file's own names.
+    """Weights under this package's names and shapes, and the names in the file.
 
-    `origins` maps each key of `weights` to that of `file`; `carried` are the keys of `file` that no model uses.
+    `origins` maps each key of `weights` to a key of `file`. `carried` are the keys of `file` that no model uses.
     """
 
     file: Weights
@@ -73,7 +73,7 @@ class Renamed:
     carried: list[str]
 
     def summary(self) -> list[str]:
-        """Return one line for what has other names, and one for what is not used; none for a plain file."""
+        """Return a line for renamed keys and a line for unused keys, if there are any."""
         renamed = [(theirs, ours) for ours, theirs in self.origins.items() if theirs != ours]
         lines = []
         if renamed:
@@ -85,10 +85,14 @@ class Renamed:
             lines.append(f"{len(self.carried)} values are not used: {', '.join(labels[:_LABELS])}{more}")
         return lines
 
-    def restored(self, state_dict: Mapping[str, torch.Tensor | Pending]) -> dict[str, torch.Tensor | Pending]:
-        """Return `state_dict` with the names, the shapes and the order of the file, and with what it carried.
+    def with_carried(self) -> dict[str, torch.Tensor]:
+        """Return the weights, and after them the values that no model uses, under the file's names."""
+        return {**self.weights, **{key: self.file[key] for key in self.carried}}
 
-        Keys that the file lacks come last, under the names of this package.
+    def restored(self, state_dict: Mapping[str, torch.Tensor | Pending]) -> dict[str, torch.Tensor | Pending]:
+        """Return `state_dict` with the names, shapes and order of the file, and with its unused values.
+
+        Keys that the file lacks come last, under this package's names.
         """
         ours = {theirs: key for key, theirs in self.origins.items()}
         result = {}
@@ -101,10 +105,9 @@ class Renamed:
 
 
 def in_our_names(weights: Weights, own: Collection[str] = ()) -> Renamed:
-    """Return `weights` by the names that a model has, whose keys are `own`; a key in `own` keeps its name.
+    """Return `weights` under the names of the model with the keys `own`. A key in `own` keeps its name.
 
-    EMA weights become the weights where `weights` hold nothing else for the UNet: those have no dots, so only `own`
-    can tell their names.
+    If the UNet has only EMA weights, they become its weights. EMA keys have no dots, so this needs `own`.
     """
     own = set(own)
     names = {key: key if key in own else _our_name(key) for key in weights}
@@ -125,12 +128,12 @@ def in_our_names(weights: Weights, own: Collection[str] = ()) -> Renamed:
 
 
 def is_carried(key: str, own: Iterable[str] = ()) -> bool:
-    """Return whether `key` is the name of a value that no model uses; `own` are further keys of the model."""
+    """Return True if no model uses the value `key`. `own` are further keys of the model."""
     return _is_carried(key, _known(own))
 
 
 def _known(own: Iterable[str]) -> set[str]:
-    """Return the names before the first dot that a model may have."""
+    """Return the possible names before the first dot of a model's keys."""
     return {_kind(key) for key in (*own, *_PARTS, *SCHEDULE_KEYS, *OPTIONAL_KEYS)}
 
 
@@ -145,7 +148,7 @@ def _kind(key: str) -> str:
 
 
 def _label(key: str) -> str:
-    """Return what a message calls a value that is not used."""
+    """Return the name of an unused value for a message."""
     if _LORA.search(key):
         return "lora_*"
     return ".".join(key.split(".")[:2]) if key.startswith(_PARTS) else _kind(key)
@@ -156,7 +159,7 @@ def _is_carried(name: str, known: Iterable[str]) -> bool:
 
 
 def _as_convolution(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight (O, I) of a linear layer as that of a 1x1 convolution (O, I, 1, 1), where the model has one."""
+    """Return the weight (O, I) of a linear layer as (O, I, 1, 1), if the model has a 1x1 convolution there."""
     return weight[:, :, None, None] if weight.ndim == 2 and _LINEAR.search(name) else weight
 
 

@@ -1,9 +1,8 @@
-"""Reader of a pickle as data. Nothing that it names is imported, and nothing in it is called.
+"""Reader of pickles as data. It imports no name and calls no object of the pickle.
 
-It subclasses the standard library's unpickler in Python, which is shorter by half than a stack machine of our own: the
-opcodes that move plain values stay as they are, and those that look up, call, hash or fill are replaced. A global is
-only a name; the few names that stand for tensors and plain containers have a builder, and "calling" any other name
-gives a `LeftOut`.
+It subclasses the Python unpickler of the standard library, which takes half the code of a separate stack machine. The
+opcodes for plain values are inherited. Those that look up, call, hash or fill objects are replaced. A global is only a
+name. Names of tensors and plain containers have a builder, and "calling" any other name gives a `LeftOut`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _OUT = object()
 
 
 class _Unpickler(pickle._Unpickler):
-    """Unpickler of values that run no code."""
+    """Unpickler that runs no code of the pickle."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
@@ -31,12 +30,12 @@ class _Unpickler(pickle._Unpickler):
         return DTYPES.get(full) or Global(full)
 
     def _fill(self, kind: type, put: Callable[[Any, list[Any]], None], items: list[Any]) -> None:
-        """Put `items` into the value on the stack, which must be of `kind`; those of a `LeftOut` are left out too."""
+        """Put `items` into the value of `kind` on the stack. Items of a `LeftOut` are dropped."""
         target = self.stack[-1]
         if isinstance(target, kind):
             put(target, items)
         elif not isinstance(target, LeftOut):
-            raise ValueError(f"items put into {type(target).__name__}")
+            raise ValueError(f"items for a {type(target).__name__}")
 
     def _set_items(self, items: list[Any]) -> None:
         self._fill(dict, lambda target, new: target.update(zip(keys(new[::2]), new[1::2], strict=True)), items)
@@ -66,7 +65,7 @@ class _Unpickler(pickle._Unpickler):
         self.append(frozenset(keys(self.pop_mark())))
 
     def load_build(self) -> None:
-        self.stack.pop()  # the attributes of an object; the values that are built here have none
+        self.stack.pop()  # attributes of an object; built values have none
 
     def load_newobj(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
@@ -77,7 +76,7 @@ class _Unpickler(pickle._Unpickler):
         self.append(LeftOut(getattr(function, "name", "object")) if keywords else function(*args))
 
     def load_refused(self) -> None:
-        raise ValueError("a pickle opcode that no checkpoint has")
+        raise ValueError("an unsupported pickle opcode")
 
     for _code, _method in {
         pickle.SETITEM: load_setitem,
@@ -91,7 +90,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.NEWOBJ: load_newobj,
         pickle.REDUCE: load_newobj,
         pickle.NEWOBJ_EX: load_newobj_ex,
-        # The registry of extensions is code of this process; the others reserve as much memory as the file claims.
+        # Extensions are code of this process. The other opcodes allocate the size that the file claims.
         **dict.fromkeys((pickle.EXT1, pickle.EXT2, pickle.EXT4), load_refused),
         **dict.fromkeys((pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER), load_refused),
     }.items():
@@ -99,20 +98,20 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_pickle(file: BinaryIO, persistent_load: Callable[[Any], Any]) -> Any:
-    """Return the value of the pickle at the position of `file`, which is left just behind it. May hold `LeftOut`s.
+    """Return the value of the pickle at the position of `file`, and leave the position after it.
 
-    `persistent_load` turns a persistent id, torch's description of a storage, into a 1-D tensor.
-    A broken pickle raises whatever it trips over: the caller names the file.
+    The value may contain `LeftOut`s. `persistent_load` maps a persistent id, torch's description of a storage, to a 1-D
+    tensor. A damaged pickle raises various exceptions, and the caller names the file.
     """
     return _Unpickler(file, persistent_load).load()
 
 
 class _Cleaner:
-    """Remover of `LeftOut`s and `Global`s. A class and no nested functions: a cycle would keep the tensors alive."""
+    """Removal of `LeftOut`s and `Global`s. Nested functions would form a cycle that keeps the tensors alive."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        # id of a container -> (the container, kept alive so that its id stays its own; the result)
+        # by id of a container: the container, kept alive so that the id stays valid, and the result
         self._done: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, item: Any) -> Any:
@@ -122,7 +121,7 @@ class _Cleaner:
         if not isinstance(item, dict | list | tuple | set | frozenset):
             return item
         if id(item) not in self._done:
-            self._done[id(item)] = (item, item)  # a container may hold itself
+            self._done[id(item)] = (item, item)  # a container may contain itself
             if isinstance(item, dict):
                 pairs = [(self(key), self(part)) for key, part in item.items()]
                 item.clear()
@@ -139,9 +138,9 @@ class _Cleaner:
 
 
 def without_left_out(value: Any) -> tuple[Any, list[str]]:
-    """Return `value` with no `LeftOut` and no `Global` in it, and the sorted names of those.
+    """Return `value` without `LeftOut`s and `Global`s, and their sorted names.
 
-    They are dropped from dicts, with their key or value, and become None elsewhere.
+    In dicts, the item is dropped. Elsewhere, they become None.
     """
     cleaner = _Cleaner()
     cleaned = cleaner.or_none(value)

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of either kind, recognised by its content; a file that is none is refused in one line."""
+"""Opening of checkpoints of either format, which is recognised by the content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
-# Files that people mistake for a checkpoint: how they begin, and what to tell.
+# Other files that users name as a checkpoint: first bytes, and message.
 _MISTAKEN = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download it"),
     (b"<", "looks like a web page: the download failed (a login or a licence page?); download it again"),
@@ -38,9 +38,9 @@ _MISTAKEN = (
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """Content of a checkpoint file, whose tensors lie in a memory map of it, and its metadata.
+    """Content of a checkpoint file, with memory-mapped tensors, and its metadata.
 
-    `metadata` is that of the header of a `.safetensors`, or what a `.ckpt` holds as text under `"metadata"`.
+    `metadata` is from the header of a `.safetensors`, or from the texts under `"metadata"` in a `.ckpt`.
     """
 
     content: dict[str, Any]
@@ -63,60 +63,61 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
         elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             content = load_legacy(file)
         else:
-            raise UserError(f"{path}: not a checkpoint (neither .ckpt nor .safetensors content); name the right file")
+            raise UserError(f"{path}: not a checkpoint (neither .ckpt nor .safetensors content); name another file")
         content, left_out = without_left_out(content)
         file.check_unchanged()
     except UserError:
         raise
     except UnreadTensor as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # a broken or hostile file can trip anything, and all of it means the same
+    except Exception as error:  # damaged or hostile files raise various exceptions
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path}: damaged, or no PyTorch checkpoint ({reason}); download or copy it again") from error
+        raise UserError(
+            f"{path}: damaged, or not a PyTorch checkpoint ({reason}); download or copy it again"
+        ) from error
     if left_out:
-        log.info("%s: left out, being neither tensors nor plain data: %s", path, ", ".join(left_out[:20]))
+        log.info("%s: objects dropped that are neither tensors nor plain data: %s", path, ", ".join(left_out[:20]))
     if not isinstance(content, dict):
         held = f"an object of {left_out[0]}" if left_out else type(content).__name__
-        raise UserError(f"{path}: holds {held}, not a dict of weights; save the model's state_dict() instead")
+        raise UserError(f"{path}: has {held}, not a dict of weights; save the model's state_dict() instead")
     metadata = content.get("metadata")
     is_text = isinstance(metadata, dict) and all(isinstance(text, str) for pair in metadata.items() for text in pair)
     return OpenCheckpoint(content, file, metadata if is_text else {})
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    """Return the whole content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
+    """Return the content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
 
-    Nothing in the file is run: objects that are neither tensors nor plain data are left out and logged. Tensors are on
-    the CPU, without gradients, and memory-mapped (`mmap=False`: read into memory). Their bytes are compared with the
-    checksums that the file has.
+    No code of the file is run. Objects that are neither tensors nor plain data are dropped and logged. Tensors are on
+    the CPU, without gradients, and memory-mapped, or in memory with `mmap=False`. Checksums in the file are verified.
 
     Raises:
-        UserError: the file is missing, damaged, or no checkpoint.
+        UserError: the file is missing, damaged, or not a checkpoint.
     """
     return open_checkpoint(path, mmap).content
 
 
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the weights in a `.ckpt` or `.safetensors` file, flat, whether or not nested under `"state_dict"`.
+    """Return the weights of a `.ckpt` or `.safetensors` file by key, also if they are nested under `"state_dict"`.
 
     Raises:
-        UserError: the file is missing, damaged, or holds no weights.
+        UserError: the file is missing, damaged, or has no weights.
     """
     return weights_of(load_checkpoint(path), path)
 
 
 def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a loaded checkpoint by key; `path` is for messages."""
+    """Return the tensors of a loaded checkpoint by key. `path` is for messages."""
     nested = content.get("state_dict", content)
     if not isinstance(nested, dict):
         raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
     weights = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not weights:
         keys = ", ".join(f"{key!r:.40}" for key in list(nested)[:5])
-        raise UserError(f"{path}: holds no weights (keys: {keys or 'none'}); name a file with a state_dict")
+        raise UserError(f"{path}: has no weights (keys: {keys or 'none'}); name a file with a state_dict")
     for key in weights:
-        if not key.isprintable():  # it would break the lines of messages
-            raise UserError(f"{path}: {key!r:.80} is no name of a weight; the file is damaged, download it again")
+        if not key.isprintable():  # messages have one line
+            raise UserError(f"{path}: {key!r:.80} is not the name of a weight; the file is damaged, download it again")
     return weights
 
 
@@ -124,7 +125,7 @@ def _head(path: Path) -> bytes:
     """Return the first bytes of the file.
 
     Raises:
-        UserError: they are those of something that people mistake for a checkpoint.
+        UserError: the file is missing or empty, or its first bytes are those of another kind of file.
     """
     if path.is_dir():
         raise UserError(f"{path}: a folder; name the .ckpt or .safetensors file in it")
@@ -142,16 +143,16 @@ def _head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Return whether a file begins with a 64-bit length, of which some byte is not text, and a JSON object."""
+    """Return True if a file begins with a binary 64-bit length and a JSON object."""
     return head[8:9] == b"{" and not all(32 <= byte < 127 for byte in head[:8])
 
 
 def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt"):  # checks the header: sizes, overlaps, gaps
+        with safe_open(path, framework="pt"):  # checks sizes, overlaps and gaps in the header
             pass
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged or cut short safetensors file ({error}); download it again") from error
+        raise UserError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from error
     length = int.from_bytes(file.read(0, 8), "little")
     header = json.loads(file.read(8, length))
     metadata = header.pop("__metadata__", {})

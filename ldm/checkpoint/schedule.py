@@ -1,4 +1,4 @@
-"""Comparison of the noise schedule in a file with the config's, which takes precedence."""
+"""Comparison of the noise schedule in a file with that of the config, which takes precedence."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ldm.checkpoint.mapped import in_memory
 
 log = logging.getLogger(__name__)
 
-_LEAST = 1e-5  # relative difference of schedules that were computed in float32
+_LEAST = 1e-5  # tolerance: relative rounding error of schedules computed in float32
 
 
 def without_schedule(
     weights: Mapping[str, torch.Tensor], module: nn.Module, own: Mapping[str, torch.Tensor], source: str
 ) -> dict[str, torch.Tensor]:
-    """Return `weights` without the buffers of the noise schedule that `module`, whose state dict is `own`, has itself.
+    """Return `weights` without those buffers of the noise schedule that are in `own`, the state dict of `module`.
 
-    A schedule that differs by more than the rounding of its dtype is named in a warning. A `scale_factor` stays where
-    the model measures it: the file alone knows it then.
+    A schedule that differs by more than rounding gives a warning. `scale_factor` is kept for a model that measures it,
+    because only the file has its value.
     """
     kept = (SCALE_FACTOR,) if getattr(module, "scale_by_std", False) else ()
     computed = [key for key in SCHEDULE_KEYS if key in weights and key in own and key not in kept]
     other = [key for key in computed if not _agree(weights[key], own[key])]
     if other:
         log.warning(
-            "%s: its noise schedule (%s) differs from the config's, which is used; "
+            "%s: the noise schedule (%s) differs from the config, whose schedule is used; "
             "check timesteps, linear_start and linear_end of the config",
             source,
             ", ".join(other[:3]) + (", …" if len(other) > 3 else ""),
@@ -38,7 +38,7 @@ def without_schedule(
 
 
 def _agree(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    """Return whether `theirs` is `ours` as far as its dtype, whose rounding is relative to the largest value, tells."""
+    """Return True if `theirs` equals `ours` up to the rounding of its dtype, relative to the largest value."""
     if theirs.shape != ours.shape or not theirs.is_floating_point():
         return False
     found, expected = in_memory(theirs).double(), ours.detach().cpu().double()

@@ -1,8 +1,7 @@
-"""Writers of checkpoints: whole or not at all, one tensor at a time.
+"""Atomic writers of checkpoints, one tensor at a time.
 
-They are our own since `torch.save` and `safetensors` take tensors that are all in memory. Here a `Pending` tensor
-exists only while it is written, and so do the values of one that lies in a file: peak memory does not grow with the
-file.
+`torch.save` and `safetensors` need all tensors in memory. Here, a `Pending` or memory-mapped tensor is in memory only
+while it is written, so that peak memory does not grow with the file.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ldm.util import UserError
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """Tensor that `compute` returns when it is written; its shape and dtype are known before."""
+    """Tensor of known shape and dtype that `compute` returns when it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,17 +39,17 @@ class Pending:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Pending:
-    """Return `tensor` itself if it has `dtype`, else a `Pending` that converts it when it is written."""
+    """Return `tensor` if it has `dtype`, else a `Pending` that converts it when it is written."""
     if tensor.dtype == dtype:
         return tensor
     return Pending(tuple(tensor.shape), dtype, lambda: converted(in_memory(tensor), dtype))
 
 
 def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write `content` in the zip format of `torch.save`; its tensors may be `Pending`.
+    """Write `content` in the zip format of `torch.save`. Its tensors may be `Pending`.
 
-    The archive holds `data.pkl`, `data/N` and `version`, and nothing that older readers refuse: web UIs have lists of
-    the records that they take. Every torch since 1.13 reads it.
+    The archive has only the records `data.pkl`, `data/N` and `version`, as web UIs refuse other records. torch 1.13 and
+    later can read it.
     """
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         pickled, tensors = _pickle(content)
@@ -59,7 +58,7 @@ def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
         for key, tensor in enumerate(tensors):
             archive.add(f"data/{key}", _bytes_of(tensor))
         archive.add("version", b"3\n")
-        if sys.byteorder != "little":  # which readers take for granted
+        if sys.byteorder != "little":  # readers assume little-endian
             archive.add("byteorder", sys.byteorder.encode())
         archive.finish()
 
@@ -67,12 +66,12 @@ def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
 def save_state_dict(
     state_dict: Mapping[str, torch.Tensor | Pending], path: str | Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write weights as `.safetensors`, or as a `.ckpt` that holds `{"state_dict": ...}`, by the suffix of `path`.
+    """Write weights as `.safetensors`, or as a `.ckpt` with `{"state_dict": ...}`, by the suffix of `path`.
 
-    `metadata` goes into the header of a `.safetensors`, or under `"metadata"` of a `.ckpt`, if there is any.
+    `metadata`, if not empty, is stored in the header of a `.safetensors`, or under `"metadata"` in a `.ckpt`.
 
     Raises:
-        UserError: another suffix.
+        UserError: the suffix is neither of the two.
     """
     check_suffix(path)
     metadata = dict(metadata or {})
@@ -84,14 +83,14 @@ def save_state_dict(
 
 
 def check_suffix(path: str | Path) -> None:
-    """Raise `UserError` unless weights can be written to a file of this name."""
+    """Raise `UserError` unless `path` has a suffix of a format for weights."""
     if Path(path).suffix not in (".ckpt", ".safetensors"):
-        raise UserError(f"{path}: the name must end in .ckpt or .safetensors, which decides the format")
+        raise UserError(f"{path}: the name must end in .ckpt or .safetensors, which selects the format")
 
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """Placeholder in the pickle of the bytes of one tensor."""
+    """Placeholder in the pickle for the bytes of one tensor."""
 
     kind: type
     key: str
@@ -99,10 +98,10 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickler in the format of `torch.save` that keeps each tensor for later, in a contiguous storage of its own."""
+    """Pickler in the format of `torch.save` that collects the tensors, each with its own contiguous storage."""
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, protocol=2)  # the protocol that torch.load(weights_only=True) reads
+        super().__init__(file, protocol=2)  # the protocol for torch.load(weights_only=True)
         self.tensors: list[torch.Tensor | Pending] = []
 
     def persistent_id(self, value: Any) -> Any:
@@ -112,9 +111,9 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) not in (torch.Tensor, torch.nn.Parameter, Pending):
-            return NotImplemented  # a tensor subclass reduces to a class and plain tensors
+            return NotImplemented  # a tensor subclass is pickled as a class and plain tensors
         if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_nested):
-            raise UserError("a quantised, sparse or nested tensor cannot be saved; save a dense one in its place")
+            raise UserError("a quantised, sparse or nested tensor cannot be saved; save a dense tensor instead")
         key, size = str(len(self.tensors)), torch.Size(value.shape)
         self.tensors.append(value)
         stride = torch.empty(size, device="meta").stride()
@@ -136,7 +135,7 @@ def _pickle(content: Any) -> tuple[bytes, list[torch.Tensor | Pending]]:
 def _write_safetensors(
     state_dict: Mapping[str, torch.Tensor | Pending], file: BinaryIO, metadata: Mapping[str, str]
 ) -> None:
-    # Wide dtypes first, as the format's own writer does: every tensor is then aligned to its dtype.
+    # Wide dtypes first, like the reference writer, so that each tensor is aligned to its dtype.
     names = sorted(state_dict, key=lambda key: (-state_dict[key].dtype.itemsize, key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0

@@ -1,10 +1,10 @@
 """Writer of zip archives for `torch.save`'s format.
 
-It is our own since Python's `zipfile` writes 64-bit fields from 2 GiB on. The readers of torch 1.13 to 2.5 compute
-0xFFFFFFFF + the record's size for such an entry, and refuse it as lying behind the end of a file below 4 GiB. Here, as
-in torch's own writer, a field is 64 bits wide only where its value does not fit 32.
+Python's `zipfile` writes 64-bit fields from 2 GiB on. For such an entry, the readers of torch 1.13 to 2.5 compute
+0xFFFFFFFF + the record's size, and refuse it if this is after the end of the file. Here, as in torch's writer, a field
+has 64 bits only if its value needs them.
 
-The layout is that of the zip specification (PKWARE APPNOTE 6.3.9, sections 4.3 and 4.5.3).
+The layout follows the zip specification (PKWARE APPNOTE 6.3.9, sections 4.3 and 4.5.3).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 _ALIGNMENT = 64  # bytes, as torch.save aligns storages
-_WIDE = 0xFFFFFFFF  # stands in a 32-bit field for a value that is in the ZIP64 extra field
-_MANY = 0xFFFF  # the same for the number of records
-_DATE = 0x21  # 1 January 1980: equal content makes equal files
+_WIDE = 0xFFFFFFFF  # marks a 32-bit field whose value is in the ZIP64 extra field
+_MANY = 0xFFFF  # the same mark for the number of records
+_DATE = 0x21  # 1 January 1980, so that equal content gives equal files
 _UTF8 = 0x800  # flag: names are UTF-8
 
 
@@ -29,13 +29,13 @@ class _Record:
     offset: int
 
     def fields(self) -> tuple[int, ...]:
-        """Return what local and central headers share: version, flags, method, time, date, checksum, both sizes."""
+        """Return the fields of both headers: version, flags, method, time, date, checksum, sizes."""
         size = min(self.size, _WIDE)
         return (45 if size == _WIDE or self.offset >= _WIDE else 20), _UTF8, 0, 0, _DATE, self.crc, size, size
 
 
 class ZipWriter:
-    """Writes records, uncompressed, into `file`, one after another; `finish` writes their directory."""
+    """Writer of uncompressed records to `file`. `finish` writes the directory."""
 
     def __init__(self, file: BinaryIO, root: str = "archive") -> None:
         self.file = file
@@ -43,7 +43,7 @@ class ZipWriter:
         self._records: list[_Record] = []
 
     def add(self, name: str, data: bytes | memoryview) -> None:
-        """Write the record `name`, whose bytes begin at a multiple of 64."""
+        """Write the record `name`, with its bytes at a multiple of 64."""
         encoded = f"{self.root}/{name}".encode()
         record = _Record(encoded, zlib.crc32(data), len(data), self.file.tell())
         extra = struct.pack("<HHQQ", 1, 16, len(data), len(data)) if len(data) >= _WIDE else b""
@@ -55,7 +55,7 @@ class ZipWriter:
         self._records.append(record)
 
     def finish(self) -> None:
-        """Write the directory of the records, after which nothing can be added."""
+        """Write the directory of the records. No record can be added afterwards."""
         start = self.file.tell()
         for record in self._records:
             wide = [value for value in (record.size, record.size, record.offset) if value >= _WIDE]

@@ -1,4 +1,4 @@
-"""Options that the sampling tools share on their command lines. Imports no torch."""
+"""Command line options shared by the tools that sample images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,70 +9,93 @@ from ldm.cli.paths import CONVENTIONAL_RELEASE
 from ldm.files import read_at_most
 from ldm.util import UserError, check_number
 
-SETTINGS = ("steps", "scale", "sampler", "eta")  # the options that `draw_latents` takes as they are
-_MOST_BYTES = 1 << 28  # of a file of prompts
+SETTINGS = ("steps", "scale", "sampler", "eta")  # options passed to `sample_latents` unchanged
+_MOST_BYTES = 1 << 28  # maximum size of a file of prompts
 
 
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """The release, the captions, and how to draw."""
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for sampling images of prompts: the release, the prompts, the sampler and the networks."""
     add = parser.add_argument
     add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release checkpoint")
     add_config_options(parser)
     add_vae_option(parser)
-    add("--prompt", nargs="+", action="extend", default=[], help="one or more captions")
-    add("--from-file", type=Path, help="a text file with one caption a line")
-    add("--n", type=int, default=1, help="samples a prompt")
+    add("--prompt", nargs="+", action="extend", default=[], help="one or more prompts")
+    add("--from-file", type=Path, help="text file with one prompt per line")
+    add("--n", type=int, default=1, help="samples per prompt")
     add_sampling_options(parser)
-    add("--eta", type=float, default=0.0, help="noise added in ddim steps; 0 is deterministic")
+    add("--eta", type=float, default=0.0, help="noise added in DDIM steps; 0 is deterministic")
     add("--H", type=int, help="height in pixels; default: the model's own")
     add("--W", type=int, help="width in pixels; default: the model's own")
-    add("--batch-size", type=int, default=4, help="samples at a time")
+    add("--batch-size", type=int, default=4, help="samples per batch")
     add_network_options(parser)
 
 
 def add_vae_option(parser: argparse.ArgumentParser) -> None:
-    """Add the autoencoder that replaces a release's."""
-    parser.add_argument("--vae", type=Path, metavar="FILE", help="take the autoencoder of this file, not the release's")
+    """Add the option that replaces the autoencoder of a release."""
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="file with an autoencoder that replaces the release's")
 
 
-def add_config_options(parser: argparse.ArgumentParser, what: str = "its config") -> None:
-    """Add the config of a release, and what its UNet predicts."""
+def add_config_options(parser: argparse.ArgumentParser, what: str = "config of the release") -> None:
+    """Add the options for the config of a release and for the prediction type of its UNet."""
     parser.add_argument(
-        "--config", type=Path, help=f"{what}; default: the one of the family that the checkpoint's keys tell"
+        "--config", type=Path, help=f"{what}; default: the config of the family recognised from the checkpoint's keys"
     )
+    add_parameterization_option(parser)
+
+
+def add_parameterization_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the prediction type of a release's UNet."""
     parser.add_argument(
         "--parameterization",
         choices=["eps", "v"],
-        help="what the UNet predicts, the noise or v, which keys do not tell; default: as the config has it",
+        help="prediction type of the UNet, noise or v; default: from the config, or from the checkpoint's markers and "
+        "family",
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of sampling."""
+    """Add the seed, the sampler and its settings."""
     add = parser.add_argument
-    add("--seed", type=int, default=42, help="seed of the first sample; they count up from it")
+    add("--seed", type=int, default=42, help="seed of the first sample; each further sample adds 1")
     add(
         "--steps",
         type=int,
         default=50,
-        help="sampling steps; ddim and plms run more where these do not divide the model's 1000",
+        help="sampling steps; ddim and plms take more if the number does not divide the model's 1000 timesteps",
     )
-    add("--scale", type=float, default=7.5, help="classifier-free guidance; 1 for none")
-    add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampling method")
+    add("--scale", type=float, default=7.5, help="scale of classifier-free guidance; 1 turns it off")
+    add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampler")
+
+
+def add_spacing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the spacing of steps, and the rescaling of guidance that belongs to it (arXiv:2305.08891)."""
+    add = parser.add_argument
+    add(
+        "--spacing",
+        choices=["leading", "linspace", "trailing", "karras"],
+        help="where the steps lie; default: trailing for zero terminal SNR, else linspace for dpm_solver, leading for "
+        "the others",
+    )
+    add("--guidance-rescale", type=float, default=0.0, help="share from 0 to 1; about 0.7 suits zero terminal SNR")
+
+
+def check_spacing_options(options: argparse.Namespace) -> None:
+    """Raise `UserError` for an option of `add_spacing_options` out of its range."""
+    check_number("--guidance-rescale", options.guidance_rescale, least=0, most=1, whole=False)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """Add the device and the precision of the networks."""
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="precision of the networks")
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """The captions given, and those of the file, without its empty lines.
+    """Return `prompts` followed by the lines of `file` that are not empty.
 
     Raises:
-        UserError: there are none, or the file is not text.
+        UserError: there is no prompt, or the file is not UTF-8 text.
     """
     if file is not None:
         try:
@@ -81,14 +104,14 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
             raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
         prompts = prompts + [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError("no caption: give --prompt or --from-file")
+        raise UserError("no prompt: give --prompt or --from-file")
     return prompts
 
 
-def check_drawing_options(options: argparse.Namespace, seeds: int) -> None:
-    """Raise `UserError` for the first option of `add_drawing_options` out of its range.
+def check_image_options(options: argparse.Namespace, seeds: int) -> None:
+    """Raise `UserError` for the first option of `add_image_options` out of its range.
 
-    `seeds` of them are counted from `--seed`.
+    `seeds` is the number of seeds used from `--seed` on.
     """
     check_number("--n", options.n, least=1)
     check_number("--batch-size", options.batch_size, least=1)
@@ -97,6 +120,9 @@ def check_drawing_options(options: argparse.Namespace, seeds: int) -> None:
 
 
 def check_sampling_options(options: argparse.Namespace, seeds: int) -> None:
-    """Raise `UserError` for the first option of `add_sampling_options` out of its range."""
+    """Raise `UserError` for the first option of `add_sampling_options` out of its range.
+
+    `seeds` is the number of seeds used from `--seed` on.
+    """
     check_number("--scale", options.scale, whole=False)
     check_number("--seed", options.seed, least=0, most=2**63 - 1 - seeds)

@@ -1,4 +1,4 @@
-"""Paths that the commands assume where none is given."""
+"""Default paths of the commands."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from pathlib import Path
 
 from ldm.util import UserError
 
-# Where the 2022 tutorials put the released weights, and where runs put theirs.
+# Path of the released weights in the tutorials of 2022, and the folder of the runs.
 CONVENTIONAL_RELEASE = Path("models/ldm/stable-diffusion-v1/model.ckpt")
 LOGS = Path("logs")
 
 
-def newest_checkpoint(logs: Path = LOGS) -> Path:
-    """Return the `last.ckpt` written last among the runs below `logs`, at any depth and behind symbolic links.
+def newest_checkpoint(logs: Path = LOGS, *, required: bool = True) -> Path | None:
+    """Return the newest `last.ckpt` of the runs below `logs`, at any depth and through symbolic links.
 
-    `ldm.callbacks.saving.mark_newest` keeps their times in the order in which they were written, whatever the clock. Of
-    files written at the same time, take that of the run that started last: names of runs begin with their start.
+    `ldm.callbacks.saving.mark_newest` keeps the modification times in writing order, even if the clock is set back.
+    Among files of equal time, the run that started last is taken; the name of a run begins with its start time.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file, and one is `required`.
     """
     found = [path for folder in _run_folders(logs) if (path := folder / "checkpoints" / "last.ckpt").is_file()]
+    if not found and not required:
+        return None
     if not found:
         raise UserError(f"no run with checkpoints/last.ckpt in {logs}/; name the training checkpoint with --train-ckpt")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.relative_to(logs).parts))
 
 
 def _run_folders(logs: Path) -> Iterator[Path]:
-    """Yield each folder below `logs` that has a folder `checkpoints`; a folder behind several links is looked at once.
+    """Yield each folder below `logs` that has a subfolder `checkpoints`; visit a folder with several links once.
 
     A run named `a/b` lies one level deeper than others.
     """

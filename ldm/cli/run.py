@@ -1,4 +1,4 @@
-"""What every command line shares: logging, one-line errors and exit codes. Imports no torch."""
+"""Entry point shared by all commands: logging, one-line errors and exit codes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from ldm.util import UserError, escaped
 logger = logging.getLogger(__name__)
 
 
-# transformers imports torchao where it is installed, which tells of kernels that this machine lacks and nobody uses,
-# and which registers its types in a way that torch warns about.
+# transformers imports torchao if it is installed. torchao logs missing kernels that this program does not use, and its
+# registration of types makes torch warn.
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 NO_MEMORY = "this machine has too little memory left: use a smaller batch and fewer data workers, or end other programs"
-# What torch says where the host's memory ends, in a plain RuntimeError.
+# Messages of the plain RuntimeError that torch raises if the host has no memory left.
 _ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError`, an error of the operating system or a full GPU becomes one line on stderr and exit
-    code 1.
+    """Call `main` and turn expected errors into one line on stderr and exit code 1.
 
-    SIGTERM becomes `SystemExit(143)`, and SIGHUP (a closed terminal) `SystemExit(129)`: what is half written is
-    removed.
+    Expected errors are `UserError`, errors of the operating system, and a lack of host or GPU memory. SIGTERM raises
+    `SystemExit(143)` and SIGHUP (a closed terminal) `SystemExit(129)`, so that unfinished files are removed.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any file name can be printed in any locale
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as on stderr, so that every locale can print every file name
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrintableFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    threading.excepthook = _say_of_thread
+    threading.excepthook = _log_thread_error
     exit_on_bus_error()
     try:
-        with _signals_unwind(), _bars_ended():
+        with _signals_raise(), _bars_closed():
             main()
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -74,23 +75,27 @@ def run(main: Callable[[], None]) -> None:
         if is_host_memory_error(error):
             sys.exit(f"error: {NO_MEMORY}")
         if str(error).startswith("DataLoader worker"):
-            sys.exit(f"error: {str(error).splitlines()[0]}: was it killed for want of memory? use fewer workers")
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            sys.exit(
+                f"error: {str(error).splitlines()[0]}: it may have been killed for lack of memory; use fewer workers"
+            )
+        if type(error).__name__ != "OutOfMemoryError":  # torch.OutOfMemoryError, of a GPU
             raise
-        sys.exit(f"error: {escaped(str(error).split('. ')[0])}; take fewer at a time, where there is a --batch-size")
+        sys.exit(
+            f"error: {escaped(str(error).split('. ')[0])}; use a smaller batch, with --batch-size if the command has it"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 class Lines(str):
-    """A text of several lines that a log message may hold as they are."""
+    """Text whose line ends a log message keeps."""
 
 
 class PrintableFormatter(logging.Formatter):
-    """The message alone, in which what comes from files and configs cannot move the cursor or begin a line.
+    """Formatter that prints the message alone, with control characters escaped.
 
-    Line ends stay in the format of a message, and in arguments that are `Lines`. Every other control character is
-    escaped.
+    Text from files and configs thus cannot move the cursor or begin a line. Line ends are kept in the format string and
+    in arguments of type `Lines`.
     """
 
     def __init__(self) -> None:
@@ -109,14 +114,14 @@ def _one_line(argument: object) -> object:
 
 
 def is_host_memory_error(error: BaseException) -> bool:
-    """Return whether `error` says that the host has no memory left."""
+    """Return True if `error` means that the host has no memory left."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in _ALLOCATION_FAILED)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
     )
 
 
-def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """An error of the operating system in a thread, as of a logger on a full disk, is one line too."""
+def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """Log an error of the operating system in a thread as one line, for example of a logger on a full disk."""
     if isinstance(failed.exc_value, OSError):
         logger.error("error: %s", failed.exc_value)
     else:
@@ -124,8 +129,8 @@ def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 @contextmanager
-def _bars_ended() -> Iterator[None]:
-    """Close the progress bars that an error leaves open: what is said next begins a line."""
+def _bars_closed() -> Iterator[None]:
+    """Close the progress bars that an error leaves open, so that the next message begins a line."""
     try:
         yield
     finally:
@@ -135,7 +140,7 @@ def _bars_ended() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_unwind() -> Iterator[None]:
+def _signals_raise() -> Iterator[None]:
     owner = os.getpid()
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -143,11 +148,11 @@ def _signals_unwind() -> Iterator[None]:
             if signum == signal.SIGHUP:
                 leave_closed_terminal()
             raise SystemExit(128 + signum)
-        signal.signal(signum, signal.SIG_DFL)  # a forked worker, whose clean-up is its parent's
+        signal.signal(signum, signal.SIG_DFL)  # a forked worker; its parent cleans up
         os.kill(os.getpid(), signum)
 
     numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # set by nohup
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
@@ -158,7 +163,7 @@ def _signals_unwind() -> Iterator[None]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is, and the defaults of the options that have any."""
+    """Help formatter that keeps the layout of the docstring, and shows the defaults of options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, []) and action.default is not False
@@ -169,12 +174,12 @@ def call(*words: object) -> None:
     """Print a command as a user would type it, and run it with this Python.
 
     Raises:
-        UserError: it failed; it has said why.
+        UserError: the command failed. It has printed the reason.
     """
     command = [str(word) for word in words]
     logger.info("\n$ %s", shlex.join(["python", *command]))
     started = time.monotonic()
     status = subprocess.run([sys.executable, *command]).returncode
     if status:
-        raise UserError(f"that command ended with exit code {status}")
+        raise UserError(f"the command above failed with exit code {status}")
     logger.info("(%.0f s)", time.monotonic() - started)

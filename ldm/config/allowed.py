@@ -1,7 +1,7 @@
-"""The classes that a config may name without being trusted, each with the reason. Imports none of them.
+"""Classes that an untrusted config may name, each with the reason. This module imports none of them.
 
-Whole packages are no such list: torch and transformers have classes that start processes, torchmetrics has one that
-runs the code of a model's folder, and some modules do harm when they are imported.
+The list names classes, because no whole package is safe. torch and transformers have classes that start processes,
+torchmetrics has a class that runs code from a model's folder, and some modules do harm on import.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class Allowed(NamedTuple):
-    """Classes of one module, and why building one of them with any `params` is safe."""
+    """Classes of one module, and the reason why building them with any `params` is safe."""
 
     module: str
     names: tuple[str, ...]
@@ -42,17 +42,17 @@ UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d
 """
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
 
-_MODELS = "a network: it computes, and reads only the local files of weights that it is given"
-_OUR_DATA = "a data set: it reads local files; what opens streams is given URLs, which need trust themselves"
-_OUR_CALLBACKS = "a callback: it writes in the run folder alone, where its folders are checked"
-_COMPUTES = "it computes: no file, no process, no network"
+_MODELS = "network: computes, and reads local weight files"
+_OUR_DATA = "data set: reads local files; streams need URLs, and URLs need trust"
+_OUR_CALLBACKS = "callback: writes only in the run folder, and checks its paths"
+_COMPUTES = "computes: no file, no process, no network"
 
-# Rooms of this package whose classes configs name. In every other room a class may write where it is told to.
-OWN_ROOMS = {
+# Packages of this project whose classes configs may name. Classes of other packages may write to any given path.
+OWN_PACKAGES = {
     "ldm.models": _MODELS,
     "ldm.modules": _MODELS,
     "ldm.data": _OUR_DATA,
-    "ldm.images": "a transform of an image: it computes",
+    "ldm.images": "image transform: computes",
     "ldm.callbacks": _OUR_CALLBACKS,
     "ldm.optim": _COMPUTES,
     "ldm.lr_scheduler": _COMPUTES,
@@ -61,30 +61,30 @@ OWN_ROOMS = {
 ALLOWED = (
     Allowed("main", ("DataModuleFromConfig", "WebDataNpyModuleFromConfig"), _OUR_DATA),
     Allowed("main", ("SetupCallback", "ImageLogger", "CUDACallback"), _OUR_CALLBACKS),
-    Allowed("torch.nn", tuple(_LAYERS.split()), "a layer or a loss: it computes, and holds no other object by name"),
+    Allowed("torch.nn", tuple(_LAYERS.split()), "layer or loss: computes, and refers to no other object by name"),
     Allowed(
         "torch.optim",
         (
             *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam"),
             *("RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"),
         ),
-        "an optimizer: " + _COMPUTES,
+        "optimizer: " + _COMPUTES,
     ),
     Allowed(
         "torchao.optim",
         ("Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"),
-        "an optimizer with low-bit state: " + _COMPUTES,
+        "low-bit optimizer: " + _COMPUTES,
     ),
-    Allowed("transformers.optimization", ("Adafactor",), "an optimizer: " + _COMPUTES),
+    Allowed("transformers.optimization", ("Adafactor",), "optimizer: " + _COMPUTES),
     Allowed(
         "torchmetrics.image",
         ("PeakSignalNoiseRatio", "StructuralSimilarityIndexMeasure", "MultiScaleStructuralSimilarityIndexMeasure"),
-        "a metric of pixels, without weights to fetch: " + _COMPUTES,
+        "metric of images without weights: " + _COMPUTES,
     ),
     Allowed(
         "torchmetrics",
         ("MeanAbsoluteError", "MeanMetric", "MeanSquaredError"),
-        "a metric of numbers, without weights to fetch: " + _COMPUTES,
+        "metric of numbers: " + _COMPUTES,
     ),
     *(
         allowed
@@ -97,52 +97,54 @@ ALLOWED = (
                     *("GradientAccumulationScheduler", "LearningRateMonitor", "ModelSummary", "RichModelSummary"),
                     *("RichProgressBar", "StochasticWeightAveraging", "TQDMProgressBar", "Timer"),
                 ),
-                "a callback that counts, shows or averages: it writes no file",
+                "callback that counts, displays or averages: writes no file",
             ),
             Allowed(
                 f"{lightning}.callbacks",
                 ("ModelCheckpoint", "OnExceptionCheckpoint"),
-                "checkpoints: dirpath and filename are held to the run folder, and so is each write and removal",
+                "checkpoint callback: dirpath, filename, and each write and removal must be in the run folder",
             ),
             Allowed(
                 f"{lightning}.loggers",
                 ("CSVLogger", "TensorBoardLogger"),
-                "writes to files alone, and its folder is held to the run folder",
+                "file logger: its folder must be in the run folder",
             ),
-            Allowed(f"{lightning}.strategies", ("DDPStrategy",), "divides the work among the devices asked for"),
+            Allowed(
+                f"{lightning}.strategies", ("DDPStrategy",), "strategy: distributes the work over the given devices"
+            ),
         )
     ),
-    Allowed("pytorch_lightning.loggers", ("TestTubeLogger",), "of 2022: TensorBoardLogger takes its place"),
-    Allowed("pytorch_lightning.plugins", ("DDPPlugin",), "of 2022: DDPStrategy takes its place"),
+    Allowed("pytorch_lightning.loggers", ("TestTubeLogger",), "name of 2022: replaced by TensorBoardLogger"),
+    Allowed("pytorch_lightning.plugins", ("DDPPlugin",), "name of 2022: replaced by DDPStrategy"),
 )
 _REASONS = {f"{allowed.module}.{name}": allowed.reason for allowed in ALLOWED for name in allowed.names}
 
 
 def reason_for(target: str) -> str | None:
-    """Return why `target`, a dotted path, needs no trust; None where it does."""
+    """Return the reason why the dotted path `target` needs no trust, or None if it needs trust."""
     if target in _REASONS:
         return _REASONS[target]
-    room = _room_of(target)
+    package = _package_of(target)
     module, _, name = target.rpartition(".")
-    return OWN_ROOMS[room] if room and _is_own_class(module, name, frozenset()) else None
+    return OWN_PACKAGES[package] if package and _is_own_class(module, name, frozenset()) else None
 
 
 def nearest_allowed(target: str) -> str:
-    """Return `"; did you mean 'x'?"` for a class on the list spelt almost as `target`, or the empty string."""
+    """Return `"; did you mean 'x'?"` for the allowed class with the most similar name, or an empty string."""
     module = target.rpartition(".")[0]
-    known = [*_REASONS, *(f"{module}.{name}" for name in (_bindings(module) if _room_of(target) else ()))]
+    known = [*_REASONS, *(f"{module}.{name}" for name in (_bindings(module) if _package_of(target) else ()))]
     close = (name for name in difflib.get_close_matches(target, known, n=3, cutoff=0.9) if reason_for(name))
     found = next(close, None)
     return f"; did you mean {found!r}?" if found else ""
 
 
-def _room_of(target: str) -> str | None:
-    return next((room for room in OWN_ROOMS if target.startswith(f"{room}.")), None)
+def _package_of(target: str) -> str | None:
+    return next((package for package in OWN_PACKAGES if target.startswith(f"{package}.")), None)
 
 
 def _is_own_class(module: str, name: str, seen: frozenset[tuple[str, str]]) -> bool:
-    """Whether `name` in the module of this package is a class that a module of `OWN_ROOMS` defines."""
-    if (module, name) in seen or _room_of(f"{module}.{name}") is None:
+    """Return True if `name` in `module` is a class that a module of `OWN_PACKAGES` defines."""
+    if (module, name) in seen or _package_of(f"{module}.{name}") is None:
         return False
     bound = _bindings(module).get(name)
     if isinstance(bound, tuple):
@@ -152,9 +154,9 @@ def _is_own_class(module: str, name: str, seen: frozenset[tuple[str, str]]) -> b
 
 @cache
 def _bindings(module: str) -> dict[str, str | tuple[str, str]]:
-    """What the names at the top level of a module of this package are, read from its text.
+    """Return the kind of each top-level name of a module, from its source text.
 
-    A class is `"class"`, a name from elsewhere the module and the name that it has there, anything else `"other"`.
+    The kind is `"class"` for a class, (module, name) for an imported name, and `"other"` for anything else.
     """
     path = _ROOT.joinpath(*module.split("."))
     file = next((found for found in (path / "__init__.py", path.with_suffix(".py")) if found.is_file()), None)
@@ -175,7 +177,7 @@ def _bindings(module: str) -> dict[str, str | tuple[str, str]]:
 
 
 def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield the statements that run when the module is imported, except those within `if`, whose outcome is unknown."""
+    """Yield the statements of a module, including those in `try` but not those in `if`, whose condition is unknown."""
     for statement in body:
         if isinstance(statement, ast.Try):
             yield from _top_level([*statement.body, *(part for h in statement.handlers for part in h.body)])
@@ -184,7 +186,7 @@ def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _bound_by(statement: ast.stmt, module: str) -> set[str]:
-    """The names that a statement binds, of which none is known to be a class."""
+    """Return the names that a statement binds, none of which is known to be a class."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return {statement.name}
     nodes = list(ast.walk(statement))

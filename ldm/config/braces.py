@@ -1,4 +1,4 @@
-"""Brace patterns, as WebDataset expands them: `{000..003}` and `{a,b}`."""
+"""Expansion of brace patterns like `{000..003}` and `{a,b}`, with the rules of WebDataset."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import braceexpand
 from ldm.util import UserError
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
-# Characters of all names that a pattern stands for: {0..999999999} would be gigabytes, a million real names are less.
+# Total characters of the expanded names. A million shard names need less, and {0..999999999} needs gigabytes.
 _MOST_EXPANDED = 1 << 26
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yield the names that `pattern` stands for, without a leading `file:`.
+    """Yield the names of `pattern`, without a leading `file:`.
 
     Raises:
-        UserError: a brace is not closed, or the names are too many.
+        UserError: a brace is not closed, or there are too many names.
     """
     try:
         if most_names(pattern) * len(pattern) > _MOST_EXPANDED:
-            raise ValueError("stands for too many names; name fewer shards")
+            raise ValueError("expands to too many names; name fewer shards")
         for name in braceexpand.braceexpand(pattern):
             yield re.sub("^file:(//)?", "", name)
     except (ValueError, RecursionError) as error:
@@ -30,11 +30,11 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def most_names(pattern: str) -> int:
-    """Return an upper bound of the number of names that `pattern` stands for, without expanding the braces."""
+    """Return an upper bound of the number of names of `pattern`, without expanding it."""
     names = 1
     for first, last in _RANGE.findall(pattern):
         names *= abs(int(first) - int(last)) + 1
-    choices: list[int] = []  # of each brace that is open
+    choices: list[int] = []  # alternatives of each open brace
     for letter in pattern:
         if letter == "{":
             choices.append(1)

@@ -1,6 +1,6 @@
-"""The `${...}` of a config: which it may have, how large it becomes with them replaced, and which are replaced.
+"""Interpolations `${...}` in configs: permitted forms, size after replacement, and replacement.
 
-A hundred short lines can stand for 2¹⁰⁰, so the size is told before anything is replaced.
+A hundred short lines can expand to 2¹⁰⁰ values. The size is therefore computed before any replacement.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.util import UserError
 
-# What can be followed without OmegaConf: `${model.params.x}`, `${.x}`, `${a[0]}`.
+# References to a value of the config: `${model.params.x}`, `${.x}`, `${a[0]}`.
 _REFERENCE = re.compile(r"\$\{(\.*)([^${}:\s]+)\}")
-_NODE = 64  # what a value weighs beside a character
+_NODE = 64  # size of a value in characters, in addition to its text
 _MOST = 1 << 20
 
-Path = tuple[str, ...]  # where a value is: the keys, and the positions in lists, from the top
+Path = tuple[str, ...]  # location of a value: keys and list indices from the top
 
 
 def check_interpolations(config: Any, source: str, typed: Collection[Path] = ()) -> None:
-    """Raise `UserError` unless `config`, plain dicts and lists, has only references to its own values that stay small.
+    """Raise `UserError` unless all interpolations in `config` are references to its own values, of limited size.
 
-    Anything else that `${...}` can do, such as reading the environment, needs trust. The values at the paths `typed`
-    came from the command line, and are not held to that. `source` names the config in messages. A reference that leads
-    nowhere or in circles is left to whoever resolves it.
+    Other interpolations, such as those of the environment, need trust. `config` consists of plain dicts and lists.
+    Values at the paths `typed` come from the command line and are not checked. `source` names the config in messages.
+    Missing and circular references are errors of the resolution, not of this check.
     """
     if _Sizes(config, source, typed).of(()) > _MOST:
-        raise UserError(f"{source}: its ${{...}} stand for too much; write the values out")
+        raise UserError(f"{source}: its ${{...}} expand to too many values; write the values out")
 
 
 def typed_paths(parts: Collection[Any]) -> set[Path]:
-    """The paths of the values in `parts`, plain dicts that were typed, except those that refer to other values."""
+    """Return the paths of the values in the command-line `parts`, except for values with references."""
     return {path for part in parts for path, text in _leaves(part) if not _REFERENCE.search(text)}
 
 
 def resolve_references(config: DictConfig) -> DictConfig:
-    """Return `config` with its references to its own values replaced.
+    """Return `config` with references to its own values replaced.
 
-    A value that depends on a resolver, such as `${oc.env:NAME}`, stays as it is written: OmegaConf replaces it
-    wherever it is read, and a file that is written from the config never holds it.
+    A value that depends on a resolver, such as `${oc.env:NAME}`, is kept as text. OmegaConf replaces it on access, so
+    that it never appears in a file written from the config.
 
     Raises:
-        OmegaConfBaseException: a reference leads nowhere or in circles, or a resolver fails.
+        OmegaConfBaseException: a reference is missing or circular, or a resolver fails.
     """
     written, resolved = OmegaConf.to_container(config), OmegaConf.to_container(config, resolve=True)
-    return OmegaConf.create(_Depends(written).with_values(resolved, (), written))
+    return OmegaConf.create(_ResolverUse(written).with_values(resolved, (), written))
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    """Each scalar in `value` as text, with its path."""
+    """Yield path and text of each scalar in `value`."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _leaves(part, (*path, str(key)))
@@ -74,18 +74,18 @@ def _at(value: Any, path: Path) -> Any:
 
 
 def _target(path: Path, dots: str, name: str) -> Path:
-    """The path that the reference `${<dots><name>}` at `path` leads to."""
+    """Return the path that the reference `${<dots><name>}` at `path` refers to."""
     base = path[: -len(dots)] if dots else ()
     return (*base, *(part for part in re.split(r"[.\[\]]+", name) if part))
 
 
 def _is_ambiguous(value: dict[Any, Any]) -> bool:
-    """Whether two keys, such as 1 and "1", are one in a path."""
+    """Return True if two keys, such as 1 and "1", have the same text."""
     return len(set(map(str, value))) < len(value)
 
 
 class _Sizes:
-    """Characters and nodes of each value, its references replaced."""
+    """Size of each value with its references replaced, in characters."""
 
     def __init__(self, config: Any, source: str, typed: Collection[Path]) -> None:
         self.config = config
@@ -95,7 +95,7 @@ class _Sizes:
 
     def of(self, path: Path) -> int:
         if path not in self.known:
-            self.known[path] = 0  # a reference back to here is a circle
+            self.known[path] = 0  # ends a circular reference
             self.known[path] = _NODE + self._inside(path)
         return self.known[path]
 
@@ -103,7 +103,9 @@ class _Sizes:
         value = _at(self.config, path)
         if isinstance(value, dict):
             if _is_ambiguous(value):
-                raise UserError(f"{self.source}: {'.'.join(path)!r:.100} has a key twice, as text and as a number")
+                raise UserError(
+                    f"{self.source}: {'.'.join(path)!r:.100} has the same key as text and as a number; remove one"
+                )
             return sum(len(str(key)) + self.of((*path, str(key))) for key in value)
         if isinstance(value, list):
             return sum(self.of((*path, str(number))) for number in range(len(value)))
@@ -111,21 +113,21 @@ class _Sizes:
             return 0
         if "${" in _REFERENCE.sub("", value) and path not in self.typed:
             raise UserError(
-                f"{self.source}: {value!r:.100}: only ${{path.to.a.value}} is replaced in a config that is not "
-                "trusted; write the value out, or give --trust-config if you trust whoever wrote the config"
+                f"{self.source}: {value!r:.100}: an untrusted config may only use ${{path.to.a.value}}; "
+                "write the value out, or give --trust-config if you trust the author of the config"
             )
         return len(value) + sum(self.of(_target(path, *found)) for found in _REFERENCE.findall(value))
 
 
-class _Depends:
-    """Which values of a config depend on a resolver."""
+class _ResolverUse:
+    """Search for values of a config that depend on a resolver."""
 
     def __init__(self, written: Any) -> None:
         self.written = written
         self.known: dict[Path, bool] = {}
 
     def with_values(self, resolved: Any, path: Path, written: Any) -> Any:
-        """`resolved`, the values at `path`, except that what depends on a resolver is as it is `written`."""
+        """Return the values at `path`: `written` where they depend on a resolver, else `resolved`."""
         if isinstance(written, dict):
             if _is_ambiguous(written):
                 return written
@@ -133,12 +135,12 @@ class _Depends:
         if isinstance(written, list):
             parts = enumerate(zip(resolved, written, strict=True))
             return [self.with_values(value, (*path, str(number)), part) for number, (value, part) in parts]
-        is_made_of_parts = isinstance(resolved, str) and "${" in resolved  # and would be replaced once more
+        is_made_of_parts = isinstance(resolved, str) and "${" in resolved  # would be replaced again
         return written if is_made_of_parts or self.depends(path) else resolved
 
     def depends(self, path: Path) -> bool:
         if path not in self.known:
-            self.known[path] = False  # a reference back to here adds nothing
+            self.known[path] = False  # ends a circular reference
             self.known[path] = self._inside(path)
         return self.known[path]
 

@@ -1,4 +1,4 @@
-"""Reading YAML configs, merging them with `a.b.c=value` overrides, and building the model. Imports no torch."""
+"""Loading of YAML configs, merging with `a.b.c=value` overrides, and building of model and data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,47 +13,46 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.command_line_values import parse_value
 from ldm.config.interpolations import check_interpolations, resolve_references, typed_paths
-from ldm.config.merge import laid_over
+from ldm.config.merge import merge_configs
 from ldm.config.trust import check_trust
-from ldm.config.typed import read_typed
 from ldm.files import check_file, read_at_most
 from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "data", "lightning")
-_MOST_BYTES = 1 << 20  # of a config file; real ones have a few thousand
-# Where a bare file name is also looked for: under the working directory, then in this repository.
+_MOST_BYTES = 1 << 20  # size limit of a config file
+# Further folders for a bare file name: in the working directory, then in this repository.
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/latent-diffusion")
 
 
 def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
-    """Merge the YAML files `names` left to right, then the `a.b.c=value` `overrides`, whose values are read as YAML.
+    """Merge the YAML files `names` from left to right, then the `a.b.c=value` `overrides`; see `merge_configs`.
 
-    They merge as `laid_over` says. Sections of other names are left out with a warning. This is the one place where the
-    trust in configs is applied: unless they are `trusted`, the files are held against `ldm.config.trust`. Overrides are
-    not, since a person typed them.
+    Unless `trusted` is true, the files must satisfy the policy of `ldm.config.trust`. Overrides are not checked,
+    because the user typed them. No other function applies the trust setting.
 
-    References such as `${model.x}` are replaced. What depends on the environment stays as it is written, and OmegaConf
-    replaces it where it is read.
+    References such as `${model.x}` are replaced. Values that depend on the environment are kept as text, and OmegaConf
+    replaces them on access. Sections other than `SECTIONS` are dropped with a warning.
 
     Raises:
-        UserError: a file is missing or is not a YAML mapping, an override cannot be read, an interpolation does not
-            resolve, a top-level section is a slip of one of `SECTIONS` or no mapping, or the config needs trust.
+        UserError: a file is missing or not a YAML mapping, an override is invalid, a reference cannot be resolved, a
+            section is misspelt or not a mapping, or the config needs trust.
     """
     files = [(str(path), read_config(path)) for path in map(find_config, names)]
     typed = [(repr(override), _parse_override(override)) for override in overrides]
-    # A resumed run has many, whose folders would make the line long.
+    # Names without folders, because a resumed run has many configs.
     source = str(names[0]) if len(names) == 1 else ", ".join(Path(name).name for name in names) or "the command line"
     config = OmegaConf.create()
     for number, (name, part) in enumerate(files + typed):
         _check_sections(part, name, typed=number >= len(files))
         try:
-            config = laid_over(config, part, trusted)
-        except TypeError as error:  # OmegaConf's, of a list over a mapping
-            raise UserError(f"{name}: a list over a mapping, or the other way round ({error})") from error
+            config = merge_configs(config, part, trusted)
+        except TypeError as error:  # raised by OmegaConf for a list over a mapping
+            raise UserError(f"{name}: replaces a mapping by a list, or a list by a mapping ({error})") from error
         except OmegaConfBaseException as error:
             raise UserError(f"{name}: {_first_line(error)}") from error
     try:
@@ -69,12 +68,12 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
         raise UserError(f"{source}: {_first_line(error)}") from error
     for section, value in config.items():
         if not isinstance(value, DictConfig):
-            raise UserError(f"section {section!r} must be a mapping, got {value!r}")
+            raise UserError(f"section {section!r} must be a mapping, not {value!r}")
     return config
 
 
 def needs_trust(config: DictConfig) -> bool:
-    """Whether `config`, read from a file as it stands, would need trust, though a person may have typed it now."""
+    """Return True if `config` would need trust when read from a file."""
     try:
         check_interpolations(OmegaConf.to_container(config), "config")
         check_trust(plain(config), "config")
@@ -84,7 +83,7 @@ def needs_trust(config: DictConfig) -> bool:
 
 
 def _check_sections(part: DictConfig, name: str, typed: bool) -> None:
-    """Raise `UserError` for a section of `part` that is none of `SECTIONS`, and typed or named almost like one."""
+    """Raise `UserError` for a section of `part` outside `SECTIONS` that is misspelt or comes from the command line."""
     for section in part:
         slip = difflib.get_close_matches(str(section), SECTIONS, n=1, cutoff=0.65)
         if section not in SECTIONS and (typed or slip):
@@ -92,19 +91,21 @@ def _check_sections(part: DictConfig, name: str, typed: bool) -> None:
 
 
 def _drop_other_sections(config: DictConfig, source: str) -> None:
-    """Remove sections that other programs read, once interpolations have had their values from them."""
+    """Remove the sections of other programs. Interpolations must be resolved first."""
     others = [section for section in config if section not in SECTIONS]
     for section in others:
         del config[section]
     if others:
-        log.warning("%s: ignored, being none of %s: %s", source, ", ".join(SECTIONS), ", ".join(map(str, others)))
+        log.warning(
+            "%s: sections ignored: %s; known sections: %s", source, ", ".join(map(str, others)), ", ".join(SECTIONS)
+        )
 
 
 def find_config(name: str | Path) -> Path:
-    """`name` itself if it exists, else the file of that name in configs/latent-diffusion/.
+    """Return the path `name` if it exists, else the file `name` in configs/latent-diffusion/.
 
     Raises:
-        UserError: it is in none of these places.
+        UserError: the file does not exist.
     """
     for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
         if path.is_file():
@@ -115,24 +116,24 @@ def find_config(name: str | Path) -> Path:
 
 
 def plain(config: Any) -> Any:
-    """`config` as plain dicts, lists and scalars, so that nothing of OmegaConf reaches models and checkpoints."""
+    """Return `config` as plain dicts, lists and scalars, so that models and checkpoints hold no OmegaConf objects."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
 def build_model(config: DictConfig) -> Any:
-    """The module that `config.model` describes.
+    """Return the model of `config.model`.
 
     Raises:
-        UserError: there is no `model` section, or it names a target or a key that does not exist.
+        UserError: the section `model` is missing, or its target or a key is unknown.
     """
     return _build(config, "model")
 
 
 def build_data(config: DictConfig) -> Any:
-    """The data module that `config.data` describes.
+    """Return the data module of `config.data`.
 
     Raises:
-        UserError: there is no `data` section, or it names a target or a key that does not exist.
+        UserError: the section `data` is missing, or its target or a key is unknown.
     """
     return _build(config, "data")
 
@@ -144,13 +145,13 @@ def _build(config: DictConfig, section: str) -> Any:
 
 
 def read_config(path: Path) -> DictConfig:
-    """The YAML file `path` as it stands.
+    """Return the content of the YAML file `path`.
 
     Raises:
-        UserError: it is too large, or not a YAML mapping.
+        UserError: the file is too large, or not a YAML mapping.
     """
     if path.stat().st_size > _MOST_BYTES:
-        raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config; name the right file")
+        raise UserError(f"{path}: has {path.stat().st_size} bytes, which is too large for a config; name a YAML file")
     try:
         part = OmegaConf.load(io.StringIO(read_at_most(path, _MOST_BYTES).decode()))
     except UserError:
@@ -161,13 +162,13 @@ def read_config(path: Path) -> DictConfig:
         reason = getattr(error, "problem", None) or _first_line(error)
         raise UserError(f"{path}{where}: not valid YAML ({reason})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file, so not a config ({error.reason})") from error
+        raise UserError(f"{path}: not a config, because it is not UTF-8 text ({error.reason})") from error
     except OSError as error:
         if error.errno is not None:
             raise
         raise UserError(f"{path}: not a YAML mapping with the sections {', '.join(SECTIONS)}") from error
-    except Exception as error:  # values that PyYAML cannot make, such as `!!int x`, raise whatever they trip over
-        raise UserError(f"{path}: not a config that can be read ({_first_line(error)})") from error
+    except Exception as error:  # invalid values, such as `!!int x`, raise various exceptions in PyYAML
+        raise UserError(f"{path}: not a readable config ({_first_line(error)})") from error
     if not isinstance(part, DictConfig):
         raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, found a list")
     return part
@@ -179,7 +180,7 @@ def _parse_override(override: str) -> DictConfig:
         raise UserError(f"{override!r} is not an override of the form a.b.c=value")
     try:
         part = OmegaConf.create()
-        OmegaConf.update(part, key, read_typed(text))
+        OmegaConf.update(part, key, parse_value(text))
         return part
     except UserError as error:
         raise UserError(f"{override!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""Laying one config over another. Imports no torch."""
+"""Merging of configs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from ldm.config.trust import may_look_up
 from ldm.util import UserError, get_obj_from_str, takes
 
 
-def laid_over(config: DictConfig, part: DictConfig, trusted: bool = False) -> DictConfig:
-    """Return `config` with `part` over it, merged as OmegaConf does, so that `part` need only say what it changes.
+def merge_configs(config: DictConfig, part: DictConfig, trusted: bool = False) -> DictConfig:
+    """Return `config` updated with `part`, by the rules of OmegaConf.
 
-    Where `part` names another class as a `target`, the `params` of `config` that the old class takes and the new one
-    does not are left out: one optimizer's settings mean nothing to another. Both classes are looked up, which imports
-    them, if they are `trusted` or need no trust. Otherwise all `params` stay.
+    If `part` changes a `target`, the `params` that only the old class takes are dropped, such as the settings of
+    another optimizer. For this, both classes are imported if `trusted` is true or they need no trust. Otherwise all
+    `params` are kept.
     """
     below = OmegaConf.to_container(config)
-    _leave_behind(below, OmegaConf.to_container(part), trusted)
+    _drop_old_params(below, OmegaConf.to_container(part), trusted)
     return OmegaConf.merge(OmegaConf.create(below), part)
 
 
-def _leave_behind(below: Any, above: Any, trusted: bool) -> None:
-    """Remove from `below` the params that make no sense under the classes of `above`."""
+def _drop_old_params(below: Any, above: Any, trusted: bool) -> None:
+    """Remove from `below` the params that the classes of `above` do not take."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return
-    for key in _strangers(below, above, trusted):
+    for key in _old_params(below, above, trusted):
         del below["params"][key]
     for key in below.keys() & above.keys():
-        _leave_behind(below[key], above[key], trusted)
+        _drop_old_params(below[key], above[key], trusted)
 
 
-def _strangers(below: dict, above: dict, trusted: bool) -> list[str]:
+def _old_params(below: dict, above: dict, trusted: bool) -> list[str]:
     old, new, params = below.get("target"), above.get("target"), below.get("params")
     if old in (None, new) or new is None or not isinstance(params, dict):
         return []
@@ -40,7 +40,7 @@ def _strangers(below: dict, above: dict, trusted: bool) -> list[str]:
         return []
     try:
         was, is_now = get_obj_from_str(old), get_obj_from_str(new)
-    except UserError:  # said of the config as a whole, or by whoever builds from it
+    except UserError:  # reported later, by the trust check or when the object is built
         return []
     if not callable(was) or not callable(is_now):
         return []

@@ -1,7 +1,7 @@
-"""Augmentation of image batches on the device, for training straight from images; the operations are kornia's.
+"""Augmentation of image batches on the device with kornia, for training from images.
 
-The name of a sample's random numbers seeds its parameters, so they depend on seed, epoch and sample alone: not on the
-batch, the processes, or a resume. The images of a batch are then transformed together.
+The name of a sample's random stream seeds its parameters. They depend only on seed, epoch and sample, not on the batch,
+the processes or a resume. All images of a batch are transformed together.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from ldm.util import UserError, nearest
 
-# The names of the operations in YAML: kornia's class, and the arguments that a config may set.
+# Operations by their name in YAML: kornia's class, and the valid arguments.
 _OPERATIONS = {
     "random_resized_crop": ("RandomResizedCrop", {"scale", "ratio"}),
     "color_jitter": ("ColorJiggle", {"brightness", "contrast", "saturation", "hue"}),
     "affine": ("RandomAffine", {"degrees", "translate", "scale", "shear"}),
 }
-_OF_THE_BATCH = ("forward_input_shape", "order")  # parameters that are not one per sample
+_OF_THE_BATCH = ("forward_input_shape", "order")  # parameters of the whole batch
 
 
 class BatchAugmentation:
-    """Random resized crop, colour jitter and small affine moves, in this order; each is optional.
+    """Random resized crop, colour jitter and small affine transforms, in this order. Each is optional.
 
     Args:
-        operations: for each operation its arguments, such as `{"color_jitter": {"brightness": 0.1}}`. The crop gives
-            images of the size that they had. An affine move fills its border by reflection.
+        operations: arguments by operation, such as `{"color_jitter": {"brightness": 0.1}}`. The crop keeps the image
+            size. Affine transforms fill the border by reflection.
 
     Raises:
-        UserError: an operation or argument does not exist or has a value out of range, or kornia is not installed.
+        UserError: an operation or argument is unknown, a value is out of range, or kornia is not installed.
     """
 
     def __init__(self, operations: Mapping[str, Mapping[str, Any]]) -> None:
@@ -43,11 +43,11 @@ class BatchAugmentation:
                 if key not in _OPERATIONS[name][1]:
                     raise UserError(f"data.params.augment.{name}.{key}: unknown{nearest(key, _OPERATIONS[name][1])}")
         self.operations = {name: dict(operations[name]) for name in _OPERATIONS if name in operations}
-        self._built: dict[tuple[int, int], list[Any]] = {}  # by the size of the images
-        self._build((64, 64))  # the values are checked here, not at the first step
+        self._built: dict[tuple[int, int], list[Any]] = {}  # by image size
+        self._build((64, 64))  # checks the values before the first step
 
     def __call__(self, images: Tensor, names: Sequence[str]) -> Tensor:
-        """Return images (B, H, W, 3) in [-1, 1], augmented; `names` has a string per sample, which seeds it."""
+        """Return the augmented images (B, H, W, 3) in [-1, 1]. `names` has the random stream of each sample."""
         batch = ((images + 1) / 2).clamp(0, 1).permute(0, 3, 1, 2)  # B 3 H W
         for operation in self._build((batch.shape[2], batch.shape[3])):
             batch = operation(batch, params=_parameters(operation, batch.shape, names))
@@ -70,12 +70,12 @@ class BatchAugmentation:
             arguments = {"degrees": 0.0, "padding_mode": "reflection", **arguments}
         try:
             return getattr(kornia, _OPERATIONS[name][0])(**arguments, p=1.0)
-        except Exception as error:  # kornia raises whatever a wrong value trips over
+        except Exception as error:  # kornia raises various exceptions for wrong values
             raise UserError(f"data.params.augment.{name} {self.operations[name]}: {error}") from error
 
 
 def _parameters(operation: Any, shape: torch.Size, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the parameters of `operation` for a batch of `shape`, each sample's seeded by its name."""
+    """Return the parameters of `operation` for a batch of `shape`, seeded per sample by its name."""
     single = torch.Size((1, *shape[1:]))
     parts = []
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Base class of streamed datasets of images and captions, under the name that public code inherits from."""
+"""Base class of iterable datasets of images and captions, under its public name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset):
-    """A stream of dicts, which subclasses yield from `__iter__` for the ids in `sample_ids`.
+    """Iterable dataset of dicts. Subclasses yield the samples of `sample_ids` in `__iter__`.
 
-    The loader gives each process, and each of its workers, its own part of `valid_ids` as `sample_ids`.
+    The loader sets `sample_ids` to a different part of `valid_ids` for each process and worker.
 
     Args:
-        num_records: samples of an epoch, over all processes.
-        valid_ids: ids of all samples; a subclass that has none gets no part.
-        size: pixels of a side, for subclasses.
+        num_records: samples per epoch over all processes.
+        valid_ids: ids of all samples. If it is empty, the samples are not divided.
+        size: side in pixels, for subclasses.
     """
 
     def __init__(self, num_records: int = 0, valid_ids: Sequence[Any] | None = None, size: int = 256) -> None:
@@ -42,7 +42,7 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
         """Yield the samples of `sample_ids`."""
 
     def share(self, rank: int, world: int) -> None:
-        """Keep the part of process `rank` of `world`.
+        """Keep the part of `valid_ids` for process `rank` of `world`.
 
         Raises:
             UserError: there are fewer ids than processes.
@@ -56,12 +56,12 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
 
 def part_of(ids: Sequence[Any], part: int, parts: int) -> Sequence[Any]:
-    """The `part`-th of `parts` neighbouring pieces of `ids`, whose lengths differ by at most one."""
+    """Return piece `part` of `parts` contiguous pieces of `ids`. Their lengths differ by at most 1."""
     return ids[len(ids) * part // parts : len(ids) * (part + 1) // parts]
 
 
 def share_among_workers(worker: int) -> None:
-    """Give the dataset of a loader's worker process its part of the process' ids."""
+    """Set `sample_ids` of the dataset in a worker process to its part. For `worker_init_fn`."""
     info = get_worker_info()
     if info is not None and isinstance(info.dataset, Txt2ImgIterableBaseDataset) and info.dataset.valid_ids is not None:
         info.dataset.sample_ids = part_of(info.dataset.sample_ids, worker, info.num_workers)

@@ -1,4 +1,4 @@
-"""What every data module shares: its sizes, its seed, and the share of a rank."""
+"""Base class of data modules: batch size, seed, and share of a rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class BaseDataModule(pl.LightningDataModule):
-    """What both data modules share: sizes, seed, and the share of this rank."""
+    """Base of data modules with batch size, workers, seed, and the share of this rank."""
 
     def __init__(self, batch_size: int, num_workers: int, seed: int | None, drop_last: bool) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class BaseDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed_is_given = seed is not None
-        # `seed_everything` leaves the run's seed in this variable; what training draws follows it in any case.
+        # `seed_everything` sets this variable to the run's seed, which also seeds the random streams of training.
         self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.seed = self.run_seed if seed is None else seed
         self.drop_last = drop_last
@@ -36,7 +36,7 @@ class BaseDataModule(pl.LightningDataModule):
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A resumed run goes on in the order that it began with, unless its config sets another seed."""
+        """Restore the seed, so that a resumed run keeps its sample order unless its config sets another seed."""
         if not self.seed_is_given:
             self.seed = state_dict["seed"]
 
@@ -45,19 +45,23 @@ class BaseDataModule(pl.LightningDataModule):
             return {"rank": 0, "world": 1}
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
 
+    def _is_shared(self) -> bool:
+        """Return True if several processes train, each on its share."""
+        return self._rank()["world"] > 1
+
     def _sampler(
         self,
         groups: list[np.ndarray],
         keys: Sequence[str],
         name: str,
-        batch_size: int | None = None,  # by default the module's
+        batch_size: int | None = None,  # default: that of the module
         **options: bool,
     ) -> EpochBatchSampler:
         batch_size = batch_size or self.batch_size
         sampler = EpochBatchSampler(groups, batch_size, keys, seed=self.seed, **options, **self._rank())
         if len(sampler) == 0:
             counts = f"{sum(map(len, groups))} samples, batch_size {batch_size}, ranks {self._rank()['world']}"
-            raise UserError(f"the {name} data make no batch: {counts}, drop_last {options.get('drop_last', False)}")
+            raise UserError(f"the {name} data give no batch: {counts}, drop_last {options.get('drop_last', False)}")
         self._say_never_seen(name, sampler)
         return sampler
 
@@ -68,12 +72,12 @@ class BaseDataModule(pl.LightningDataModule):
         drop_last = sampler.options.get("drop_last", False)
         remedy = "lower batch_size, or set drop_last to false" if drop_last else "use fewer processes"
         logger.warning(
-            "%s data: %d of %d samples are in no epoch, for they fill no batch (%d of %d sizes of image; "
+            "%s data: %d of %d samples are unused, because they do not fill a batch (%d of %d sizes of image; "
             "batch_size %d, ranks %d, drop_last %s): %s",
             *(name, sum(missing), sum(map(len, sampler.groups)), sum(map(bool, missing)), len(missing)),
             *(sampler.batch_size, self._rank()["world"], drop_last, remedy),
         )
 
     def _shuffle_training(self, shuffle: bool) -> bool:
-        # overfitting means the same batches in every epoch
+        # for overfitting, each epoch has the same batches
         return shuffle and not (self.trainer is not None and self.trainer.overfit_batches)

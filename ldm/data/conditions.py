@@ -1,4 +1,4 @@
-"""What is added to an item for a model to be conditioned on: low-resolution images, masks, edges.
+"""Transforms that add conditioning to an item: low-resolution images, masks, edges.
 
 Images of an item are float32 (h, w, 3) in [-1, 1].
 """
@@ -21,13 +21,13 @@ from ldm.util import UserError, check_number
 
 
 class AddLR:
-    """Add `lr`, a degraded version of an image (h, w, 3) in [-1, 1], made `factor` times smaller.
+    """Addition of `lr`, a degraded version of the image that is `factor` times smaller.
 
     Args:
-        factor: how many times smaller.
-        output_size: pixels of a side that the result is scaled to; None leaves it small.
-        initial_size: pixels of a side that the image is scaled to first; None leaves it as it is.
-        image_key: the entry of the image.
+        factor: scale factor.
+        output_size: side in pixels of the result after scaling; None for no scaling.
+        initial_size: side in pixels to which the image is scaled first; None for no scaling.
+        image_key: entry of the image.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class AddLR:
 
 
 class AddMask:
-    """Add `mask` (h, w, 1), 1 where the image is hidden, and `masked_image`, which is 0 there.
+    """Addition of `mask` (h, w, 1), 1 where the image is hidden, and `masked_image`, which is 0 there.
 
     Args:
-        mode: a style of `ldm.images.masks.STYLES`.
+        mode: style of `ldm.images.masks.STYLES`.
         p_drop: probability of hiding the whole image.
-        image_key: the entry of the image.
+        image_key: entry of the image.
     """
 
     def __init__(self, mode: str = "512train", p_drop: float = 0.0, image_key: str = "jpg") -> None:
@@ -63,7 +63,7 @@ class AddMask:
         self.p_drop, self.image_key = p_drop, image_key
 
     def mask(self, image: Tensor) -> Tensor:
-        """A mask (h, w, 1) for an image (h, w, 3)."""
+        """Return a mask (h, w, 1) for an image (h, w, 3)."""
         if random_between(0, 1) < self.p_drop:
             return torch.ones_like(image[..., :1])
         return random_mask(*image.shape[:2], self.style)
@@ -75,15 +75,15 @@ class AddMask:
 
 
 class AddEdge(AddMask):
-    """As `AddMask`, but what is hidden shows the edges of the image, smoothed by a random strength.
+    """Addition of a mask as in `AddMask`, with the smoothed edges of the image in the hidden part.
 
-    `smoothing_strength` (h, w, 1) is that strength, in [-1, 1] where the image is hidden, else 0.
+    The smoothing is random. `smoothing_strength` (h, w, 1) is its strength in [-1, 1] in the hidden part, else 0.
 
     Args:
-        mask_edges: show edges only where the image is hidden; else `masked_image` is edges everywhere.
+        mask_edges: show edges only in the hidden part. If false, `masked_image` has edges everywhere.
     """
 
-    MOST = 3.0  # pixels of a Gaussian's standard deviation
+    MOST = 3.0  # standard deviation of the Gaussian in pixels
 
     def __init__(
         self, mode: str = "512train", mask_edges: bool = True, p_drop: float = 0.0, image_key: str = "jpg"
@@ -100,7 +100,7 @@ class AddEdge(AddMask):
 
 
 def edges(image: Tensor, sigma: float) -> Tensor:
-    """How steep the brightness of an image (h, w, 3) is after a Gaussian blur, (h, w, 1); the steepest place is 1."""
+    """Return the gradient norm (h, w, 1) of the brightness of an image (h, w, 3) after a Gaussian blur, at most 1."""
     grey = image.mean(-1)[None, None]
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2))

@@ -1,4 +1,4 @@
-"""The data module of ordinary datasets, named in a config."""
+"""Data module of the datasets in a config."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ldm.data.base import Txt2ImgIterableBaseDataset, share_among_workers
 from ldm.data.base_module import BaseDataModule
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
 from ldm.data.sizes import check_sizes
-from ldm.shards.sample import DRAW
+from ldm.shards.sample import STREAM
 from ldm.util import UserError, check_number, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 
 class DataModuleFromConfig(BaseDataModule):
-    """Datasets named by `target` and `params`, one per split. Training resumes exactly, augmentations included.
+    """Data module with one dataset per split, given by `target` and `params`. Training resumes exactly.
 
     Args:
-        num_val_workers: worker processes of the splits other than training; by default `num_workers`.
-        wrap, use_worker_init_fn: taken from old configs without effect: any object with `len` and `[i]` is a dataset
-            here, every sample is seeded, and streams are always shared among workers.
-        augment: augmentation of the training images on the device, see `BatchAugmentation`.
-        image_key: the entry of a batch that holds the images.
+        num_val_workers: worker processes of the other splits. The default is `num_workers`.
+        wrap, use_worker_init_fn: accepted for old configs and ignored. A dataset is any object with `len` and `[i]`,
+            each sample is seeded, and iterable datasets are always divided among workers.
+        augment: augmentation of the training images on the device; see `BatchAugmentation`.
+        image_key: batch entry that holds the images.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class DataModuleFromConfig(BaseDataModule):
         test: Mapping[str, Any] | None = None,
         predict: Mapping[str, Any] | None = None,
         wrap: bool = False,
-        num_workers: int | None = None,  # by default two a sample of a batch, and no more than there are cores
+        num_workers: int | None = None,  # default: two per sample of a batch, at most the number of cores
         shuffle_test_loader: bool = False,
         use_worker_init_fn: bool = False,
         shuffle_val_dataloader: bool = False,
         shuffle: bool = True,
-        seed: int | None = None,  # by default the run's
+        seed: int | None = None,  # default: the seed of the run
         drop_last: bool = False,
         augment: Mapping[str, Mapping[str, Any]] | None = None,
         image_key: str = "image",
@@ -71,7 +71,7 @@ class DataModuleFromConfig(BaseDataModule):
         self.image_key = image_key
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the datasets of `stage`, and say how many samples each has."""
+        """Build the datasets of `stage`, and log their numbers of samples."""
         splits = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
         for split in splits.get(stage, list(self.dataset_configs)):
             if split in self.datasets or split not in self.dataset_configs:
@@ -84,7 +84,7 @@ class DataModuleFromConfig(BaseDataModule):
                     check_sizes(self.trainer.lightning_module, dataset[0] if len(dataset) else None, split)
 
     def build_dataset(self, split: str) -> Any:
-        """The dataset of `split`, which its config describes."""
+        """Return the dataset of `split`."""
         return instantiate_from_config(self.dataset_configs[split])
 
     def _loader(self, split: str) -> SampleLoader | list[SampleLoader]:
@@ -100,29 +100,29 @@ class DataModuleFromConfig(BaseDataModule):
                 options["worker_init_fn"] = share_among_workers
             return StreamLoader(dataset, batch_size, **options)
         shuffle = self._shuffle_training(self.shuffle[split]) if training else self.shuffle[split]
-        keys = getattr(dataset, "sample_keys", ())  # as of shards, and of images
+        keys = getattr(dataset, "sample_keys", ())  # of datasets of shards and images
         groups = [np.arange(len(dataset))]
         sampler = self._sampler(groups, keys, split, batch_size, shuffle=shuffle, drop_last=drop_last)
         loader = ResumableLoader if training else SampleLoader
         items = SeededDataset(dataset, self.seed, self.run_seed if training else None)
-        return loader(items, batch_sampler=sampler, num_workers=workers)
+        return loader(items, batch_sampler=sampler, num_workers=workers, together=self._is_shared())
 
     def _sizes(self, split: str) -> tuple[int, int]:
-        """Samples of a batch and worker processes of `split`."""
+        """Return batch size and number of workers of `split`."""
         training = split == "train"
         return (self.batch_size, self.num_workers) if training else (self.val_batch_size, self.num_val_workers)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment the images of a training batch, on the device that they are on."""
+        """Augment the images of a training batch on their device."""
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
-        if not isinstance(batch, dict) or self.image_key not in batch or DRAW not in batch:
+        if not isinstance(batch, dict) or self.image_key not in batch or STREAM not in batch:
             raise UserError(f"data.params.augment: training samples have no entry {self.image_key!r}; set image_key")
-        return {**batch, self.image_key: self.augmentation(batch[self.image_key], batch[DRAW])}
+        return {**batch, self.image_key: self.augmentation(batch[self.image_key], batch[STREAM])}
 
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
         if "train" not in self.datasets:
-            raise UserError("data.params.train is missing: name the dataset to train on by target and params")
+            raise UserError("data.params.train is missing: give the training dataset by target and params")
         return self._loader("train")
 
     def val_dataloader(self) -> SampleLoader | list[SampleLoader]:
@@ -134,6 +134,6 @@ class DataModuleFromConfig(BaseDataModule):
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
         if "predict" not in self.datasets:
             return []
-        # Lightning builds this one again to follow the sample numbers, which only a plain loader lets it.
+        # Lightning rebuilds this loader to track sample numbers, which needs a plain DataLoader.
         batch_size, workers = self._sizes("predict")
         return DataLoader(self.datasets["predict"], batch_size, num_workers=workers)

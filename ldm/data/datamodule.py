@@ -1,4 +1,4 @@
-"""The data module of pre-encoded shards."""
+"""Data module of pre-encoded shards."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.base_module import BaseDataModule
-from ldm.data.dropout import CaptionDropout, EpochItems, load_null
+from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, load_null
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
+from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
-from ldm.shards.open import open_shards
+from ldm.shards.index import FAMILY, read_index
+from ldm.shards.open import check_members, family_name, open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CONTEXT, LATENT, TEACHER_KEYS, TEXT_ENCODINGS, TEXT_KEYS, null_path
+from ldm.shards.sample import (
+    CONTEXT,
+    EDIT,
+    LATENT,
+    MASK,
+    MASKED_IMAGE,
+    NUMBERED,
+    TEACHER_KEYS,
+    TEXT_ENCODINGS,
+    TEXT_KEYS,
+    TIMESTEPS,
+    null_path,
+    plain,
+)
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError, check_number
 
@@ -21,13 +36,17 @@ logger = logging.getLogger(__name__)
 
 
 class WebDataNpyModuleFromConfig(BaseDataModule):
-    """Pre-encoded WebDataset shards: latents or posteriors and text embeddings as `.npy` members of tars.
+    """Data module of pre-encoded WebDataset shards, whose tars have latents or posteriors and text embeddings.
 
-    Batches hold `first_stage_key` `(B, channels, h, w)`, `cond_stage_key` `(B, 77, 768)` as stored (float16), and the
-    captions `txt` and names `__key__` as lists of strings. Sets whose images differ in size are batched by size.
+    Batches have `first_stage_key` (B, channels, h, w) and `cond_stage_key`, such as (B, 77, 768), with the stored dtype
+    (float16); the other conditioning of the model; and lists of strings, the captions `txt` and the names `__key__`.
+    Each batch has one image size, and one mask per sample.
 
-    With `prior_urls`, a training batch has samples of that set behind its own, and the entries of `WithPrior`; those of
-    a teacher if the model's `prior_target` asks for one.
+    For a model of edits, the model's `dropout` replaces `null_cond_dropout`. It drops captions and images before the
+    edit.
+
+    With `prior_urls`, a training batch also has samples of this set after its own, and the entries of `WithPrior`. It
+    has predictions of a teacher if the model's `prior_target` needs them.
     """
 
     def __init__(
@@ -37,21 +56,23 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         val_urls: str | list[str] | None = None,
         test_urls: str | list[str] | None = None,
         num_workers: int = 0,
-        null_cond_dropout: float = 0.0,  # share of the training captions replaced by the empty one
-        null_cond_path: str | None = None,  # its encoding; by default null.<cond_stage_key>.npy beside the shards
-        first_stage_key: str | None = None,  # by default the model's, which is f8 in the recipe
-        cond_stage_key: str | None = None,  # by default the model's, which is t5 in the recipe
+        null_cond_dropout: float = 0.0,  # share of training captions that the empty caption replaces
+        null_cond_path: str | None = None,  # its encoding; default: null.<cond_stage_key>.npy beside the shards
+        full_mask_share: float = 0.25,  # share of samples with masks that are completely masked
+        first_stage_key: str | None = None,  # default: that of the model, f8 in the recipe
+        cond_stage_key: str | None = None,  # default: that of the model, t5 in the recipe
         shuffle: bool = True,
-        shuffle_buffer: int = 1000,  # samples; for streams only, everything else is shuffled as a whole
-        seed: int | None = None,  # by default the run's
+        shuffle_buffer: int = 1000,  # samples; for streams only, since local sets are shuffled completely
+        seed: int | None = None,  # default: the seed of the run
         drop_last: bool = False,
-        prior_urls: str | list[str] | None = None,  # shards of what should not be forgotten
-        prior_ratio: float = 1.0,  # prior samples for each training sample of batch_size; they come on top of it
-        extra_keys: list[str] | None = None,  # further members to read, such as those of a second text encoder
-        verify_shards: bool = True,  # read new shards once as a whole, against the checksums of their index
+        prior_urls: str | list[str] | None = None,  # shards of the prior
+        prior_ratio: float = 1.0,  # prior samples per training sample, in addition to batch_size
+        extra_keys: list[str] | None = None,  # further members, in addition to the model's conditioning
+        verify_shards: bool = True,  # compare the checksums of new shards with their index
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
         check_number("data.params.null_cond_dropout", null_cond_dropout, least=0, most=1, whole=False)
+        check_number("data.params.full_mask_share", full_mask_share, least=0, most=1, whole=False)
         check_number("data.params.prior_ratio", prior_ratio, above=0, whole=False)
         self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
@@ -59,6 +80,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         self.verify_shards = verify_shards
         self.null_cond_dropout = null_cond_dropout
         self.null_cond_path = null_cond_path
+        self.full_mask_share = full_mask_share
         self.first_stage_key = first_stage_key
         self.cond_stage_key = cond_stage_key
         self.shuffle = shuffle
@@ -66,7 +88,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         self.datasets: dict[str, ShardDataset | ShardStream] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Index the shards of `stage`, say what they hold, and check it against the model."""
+        """Index the shards of `stage`, log their content, and check it against the model."""
         splits = {
             "fit": ["training", "prior", "validation"],
             "validate": ["validation"],
@@ -100,73 +122,122 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         first = self.first_stage_key or getattr(model, "first_stage_key", None) or LATENT
         return first, self.cond_stage_key or getattr(model, "cond_stage_key", None) or CONTEXT
 
+    def _extra_keys(self) -> tuple[str, ...]:
+        """Return the further members to read, in addition to `_keys`."""
+        conditioning = getattr(self._model(), "conditioning_entries", ())
+        return tuple(dict.fromkeys([*conditioning, *self.extra_keys]))
+
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
-        if split != "prior" and any(map(is_stream, urls)):  # a prior is read in any order
+        if split != "prior" and any(map(is_stream, urls)):  # a prior needs random access
             return self._open_stream(split, urls)
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
-        extra = (*self.extra_keys, *(TEACHER_KEYS if split == "prior" and self._has_teacher() else ()))
+        extra = (*self._extra_keys(), *(TEACHER_KEYS if split == "prior" and self._has_teacher() else ()))
+        check_members(urls, [*self._keys(), *extra], for_training=self._model() is not None)
         dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), _describe(dataset))
         return dataset
 
     def _open_stream(self, split: str, urls: list[str]) -> ShardStream:
-        dataset = ShardStream(urls, *self._keys(), extra=self.extra_keys, **self._rank())
-        # The first sample tells the shapes, and what is wrong before the training starts.
+        dataset = ShardStream(urls, *self._keys(), extra=self._extra_keys(), **self._rank())
+        # Read the first sample for its shapes, and to find errors before training starts.
         if next(iter(dataset), None) is None:
             raise UserError(f"no samples in {dataset.urls[0]}")
         logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
         return dataset
 
-    def _dropout(self, dataset: ShardDataset | ShardStream, urls: list[str]) -> CaptionDropout | None:
-        if not self.null_cond_dropout:
+    def _change(
+        self, dataset: ShardDataset | ShardStream, training: bool, dropout: CaptionDropout | None
+    ) -> Change | None:
+        """Return the change of the samples of `dataset`: the choice of a mask, then `dropout`. None for no change."""
+        masks = self._mask_choice(dataset, training) if set(NUMBERED) <= set(dataset.keys) else None
+        changes = [change for change in (masks, dropout) if change is not None]
+        return InTurn(changes) if changes else None
+
+    def _mask_choice(self, dataset: ShardDataset | ShardStream, training: bool) -> MaskChoice:
+        count = sum(plain(key) == MASK for key in dataset.keys)
+        if not training:
+            return MaskChoice(count)
+        blanks = {}
+        if self.full_mask_share:
+            blanks = load_blanks(self._null_folder(dataset, "full_mask_share"), dataset.shapes[MASKED_IMAGE])
+        return MaskChoice(count, blanks, self.full_mask_share, self.seed)
+
+    def _dropout(self, dataset: ShardDataset | ShardStream) -> CaptionDropout | None:
+        kind, share, of_edits = CaptionDropout, self.null_cond_dropout, getattr(self._model(), "dropout", None)
+        if EDIT in dataset.keys and of_edits is not None:
+            kind, share = EditDropout, of_edits
+            if self.null_cond_dropout:
+                raise UserError(
+                    f"data.params.null_cond_dropout {self.null_cond_dropout}: captions and images of edits are dropped "
+                    f"by model.params.dropout, which is {share}; leave it out"
+                )
+        if not share:
             return None
         key = self._keys()[1]
         if key in TEXT_KEYS:
-            return CaptionDropout({key: ""}, self.null_cond_dropout, self.seed)
-        if self.null_cond_path is None and is_stream(urls[0]):
-            raise UserError("null_cond_dropout with streamed shards needs null_cond_path, a local file")
-        folder = Path(urls[0]).parent
+            return kind({key: ""}, share, self.seed)
+        folder = self._null_folder(dataset, "null_cond_dropout")
+        others = [other for other in TEXT_ENCODINGS if other in dataset.keys and other != key]
         paths = {key: Path(self.null_cond_path or null_path(folder, key))}
-        paths |= {other: null_path(folder, other) for other in self.extra_keys if other in TEXT_ENCODINGS}
+        paths |= {other: null_path(folder, other) for other in others}
         nulls = {name: load_null(path) for name, path in paths.items()}
         for name, null in nulls.items():
             if null.shape not in dataset.shapes[name]:
                 first = next(iter(dataset.shapes[name]))
-                raise UserError(f"{paths[name]}: shape {null.shape}, but the shards' {name} is {first}")
-        return CaptionDropout(nulls, self.null_cond_dropout, self.seed)
+                raise UserError(f"{paths[name]}: shape {null.shape}, but {name} in the shards has {first}")
+        return kind(nulls, share, self.seed)
+
+    def _null_folder(self, dataset: ShardDataset | ShardStream, setting: str) -> Path:
+        """Return the folder of the files `null.*.npy`: that of `null_cond_path`, or of the shards."""
+        if self.null_cond_path is not None:
+            return Path(self.null_cond_path).parent
+        if isinstance(dataset, ShardStream):
+            raise UserError(f"{setting} with streamed shards needs null_cond_path, a local file")
+        return dataset.paths[0].parent
 
     def _check_model(self, dataset: ShardDataset | ShardStream) -> None:
         check = getattr(self._model(), "check_batch_shapes", None)
         if check is None:
             return
-        first, cond = self._keys()
-        for shape in dataset.shapes[first]:
-            check({first: shape, **{cond: other for other in dataset.shapes.get(cond, ())}})  # noqa: B035
+        first, _ = self._keys()
+        for latent in dataset.shapes[first]:
+            # Maps have the height and width of the latent. Other members have one shape.
+            shapes = {
+                key: next((shape for shape in found if shape[1:] == latent[1:]), next(iter(found)))
+                for key, found in dataset.shapes.items()
+                if found and plain(key) == key
+            }
+            try:
+                check({**shapes, first: latent})
+            except UserError as error:
+                raise UserError(f"{error}{_of_family(dataset)}") from error
 
     def _loader(self, split: str, shuffle: bool, drop_last: bool = False) -> SampleLoader:
         dataset = self.datasets[split]
         training = split == "training"
-        urls = dataset.urls if isinstance(dataset, ShardStream) else [str(path) for path in dataset.paths]
-        dropout = self._dropout(dataset, urls) if training else None
+        dropout = self._dropout(dataset) if training else None
+        change = self._change(dataset, training, dropout)
         if isinstance(dataset, ShardStream):
-            dataset.seed, dataset.dropout = self.seed, dropout
+            dataset.seed, dataset.change = self.seed, change
             dataset.shuffle_buffer = self.shuffle_buffer if shuffle else 0
             if self.trainer is not None:
-                dataset.set_epoch(self.trainer.current_epoch)  # the first batch is fetched before Lightning says so
+                dataset.set_epoch(self.trainer.current_epoch)  # Lightning sets the epoch after the first batch
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
         sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, shuffle=shuffle, drop_last=drop_last)
-        items = EpochItems(dataset, dropout, self.run_seed if training else None)
+        items = EpochItems(dataset, change, self.run_seed if training else None)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
-            items = WithPrior(items, prior, dropout, getattr(self._model(), "num_timesteps", None))
+            # A teacher's prediction belongs to the sample's caption, which must not be dropped.
+            change = self._change(prior, training, None if TIMESTEPS in prior.keys else dropout)
+            items = WithPrior(items, prior, change, getattr(self._model(), "num_timesteps", None))
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
         loader = ResumableLoader if training else SampleLoader
-        return loader(items, batch_sampler=sampler, num_workers=self.num_workers)
+        return loader(items, batch_sampler=sampler, num_workers=self.num_workers, together=self._is_shared())
 
     def train_dataloader(self) -> SampleLoader:
         if "training" not in self.datasets:
-            raise UserError("data.params.training_urls is missing: name the shards to train on")
+            raise UserError("data.params.training_urls is missing: give the training shards")
         return self._loader("training", self._shuffle_training(self.shuffle), self.drop_last)
 
     def val_dataloader(self) -> SampleLoader | list[SampleLoader]:
@@ -176,8 +247,14 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         return self._loader("test", shuffle=False) if "test" in self.datasets else []
 
 
+def _of_family(dataset: ShardDataset | ShardStream) -> str:
+    """Return the end of a message that names the model family of a set, if its index has it."""
+    index = read_index(dataset.paths[0].parent) if isinstance(dataset, ShardDataset) else None
+    return f"; the set is for {family_name(index)}" if (index or {}).get(FAMILY) else ""
+
+
 def _describe(dataset: ShardDataset | ShardStream) -> str:
-    """`", f8 8x64x64 float16, t5 77x768 float16"`."""
+    """Return the shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`."""
     parts = []
     for key, shapes in dataset.shapes.items():
         parts += [f", {key} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items()]

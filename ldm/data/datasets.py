@@ -1,4 +1,4 @@
-"""Datasets of images with captions, for training without pre-encoding."""
+"""Dataset of images with captions, for training without pre-encoding."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ldm.util import UserError
 
 
 class ImageCaptionDataset(Dataset):
-    """Images and captions for training straight from images, cropped and scaled to `size`.
+    """Dataset of images, cropped and scaled to `size`, and captions.
 
-    An item is `{image_key: float32 (size, size, 3) in [-1, 1], caption_key: str}`; with `flip`, half are mirrored.
-    `sample_keys` are the images' names.
+    An item is `{image_key: float32 (size, size, 3) in [-1, 1], caption_key: str}`. `flip` mirrors half of the images.
+    `sample_keys` are the names of the images.
 
     Raises:
         UserError: as `find_images`, or an image of a kind, or with a caption, that cannot be read; on access, a

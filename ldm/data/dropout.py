@@ -1,42 +1,60 @@
-"""Dropping captions for classifier-free guidance (arXiv:2207.12598): now and then, the empty caption is taught."""
+"""Dropout of conditioning for classifier-free guidance (arXiv:2207.12598)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.sampler import Item, draw_name
+from ldm.data.sampler import Item, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
-from ldm.shards.sample import CAPTION, DRAW
+from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
+from ldm.shards.sample import CAPTION, EDIT, STREAM
 from ldm.util import UserError
+
+# Function from a sample, the epoch, and the sample's number or name to the changed sample.
+Change = Callable[[dict[str, Any], int, int | str], dict[str, Any]]
 
 
 def load_null(path: Path) -> np.ndarray:
-    """The stored encoding of the empty caption.
+    """Return the stored encoding of the empty caption.
 
     Raises:
-        UserError: the file is missing, broken, not finite, or all zeros, which no text encoder gives.
+        UserError: the file is missing or damaged, or its values are not finite, or all zero. Zeros are valid if the
+            index declares them for the empty caption.
     """
-    check_file(path)
-    if not path.exists():
-        raise UserError(
-            f"{path}: not found, and null_cond_dropout needs it: the text encoder's output for the empty caption; "
-            "tools/preencode.py writes it beside the shards, null_cond_path names another place"
-        )
-    null = npy.decode(bytearray(read_at_most(path, MOST_IN_MEMBER)), str(path))
-    if not np.isfinite(null).all() or not null.any():
-        raise UserError(f"{path}: is not the encoding of an empty caption: it is all zeros or not finite")
+    null = read_array(
+        path,
+        "null_cond_dropout needs it: the text encoder's output for the empty caption; tools/preencode.py writes it "
+        "beside the shards, null_cond_path names another place",
+    )
+    if not null.any() and (read_index(path.parent) or {}).get(EMPTY_CAPTION) != ZEROS:
+        raise UserError(f"{path}: is not the encoding of an empty caption: it is all zeros")
     return null
 
 
+def read_array(path: Path, needed: str) -> np.ndarray:
+    """Return the array in a file beside the shards. `needed` explains it in the message for a missing file.
+
+    Raises:
+        UserError: the file is missing or damaged, or its values are not finite.
+    """
+    check_file(path)
+    if not path.exists():
+        raise UserError(f"{path}: not found, and {needed}")
+    array = npy.decode(bytearray(read_at_most(path, MOST_IN_MEMBER)), str(path))
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: has NaN or infinite values; restore the file")
+    return array
+
+
 class CaptionDropout:
-    """Puts `nulls` in place of a sample's encodings with a probability, by chance that (seed, epoch, sample) decide."""
+    """Random replacement of a sample's encodings by `nulls`, seeded by (seed, epoch, sample)."""
 
     def __init__(self, nulls: Mapping[str, np.ndarray | str], probability: float, seed: int) -> None:
         self.nulls = nulls
@@ -50,15 +68,43 @@ class CaptionDropout:
         return sample
 
 
-class EpochItems(Dataset):
-    """A map-style dataset asked for `(epoch, number)`, with the captions dropped that this epoch drops.
+class EditDropout(CaptionDropout):
+    """Random replacement of a sample's encodings by `nulls`, of its image before the edit by zeros, or of both.
 
-    With `seed`, each sample has the entry `DRAW`, which names the random numbers that the training draws for it.
+    The three cases have equal probabilities (arXiv:2211.09800, section 3.2.1).
     """
 
-    def __init__(self, dataset: Dataset, dropout: CaptionDropout | None = None, seed: int | None = None) -> None:
+    def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
+        r, share = random.Random(f"{self.seed}/{epoch}/{number}").random(), self.probability
+        if r < 2 * share:
+            sample |= self.nulls
+            sample[CAPTION] = ""
+        if share <= r < 3 * share:
+            sample[EDIT] = np.zeros_like(sample[EDIT])
+        return sample
+
+
+class InTurn:
+    """Sequence of changes."""
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self.changes = list(changes)
+
+    def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
+        for change in self.changes:
+            sample = change(sample, epoch, number)
+        return sample
+
+
+class EpochItems(Dataset):
+    """Map-style dataset with the index (epoch, number), which applies `change` to its samples.
+
+    With `seed`, each sample has the entry `STREAM`, the name of its random stream.
+    """
+
+    def __init__(self, dataset: Dataset, change: Change | None = None, seed: int | None = None) -> None:
         self.dataset = dataset
-        self.dropout = dropout
+        self.change = change
         self.seed = seed
 
     def __len__(self) -> int:
@@ -67,6 +113,6 @@ class EpochItems(Dataset):
     def __getitem__(self, item: Item) -> dict[str, Any]:
         epoch, number = item
         sample = self.dataset[number]
-        if self.dropout:
-            sample = self.dropout(sample, epoch, number)
-        return sample if self.seed is None else {**sample, DRAW: draw_name(self.seed, epoch, number)}
+        if self.change:
+            sample = self.change(sample, epoch, number)
+        return sample if self.seed is None else {**sample, STREAM: stream_name(self.seed, epoch, number)}

@@ -1,4 +1,4 @@
-"""Random images and captions, to try a model without data."""
+"""Random images and captions, for tests of a model without data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
 class DummyData(Dataset):
-    """Noise and letters: an item is `{"jpg": float32 of `size`, "txt": 20 random letters}`.
+    """Dataset of noise. An item is `{"jpg": float32 of `size`, "txt": 20 random letters}`.
 
     Args:
-        length: how many.
+        length: number of items.
         size: shape of an image, such as [256, 256, 3].
     """
 

@@ -1,4 +1,4 @@
-"""Pairs of images with an instruction, laid out as InstructPix2Pix's data set is."""
+"""Dataset of image pairs with an instruction, in the layout of InstructPix2Pix."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _SPLITS = ("train", "val", "test")
 
 
 class EditDataset(Dataset):
-    """Two images and what turns the first into the second.
+    """Dataset of image pairs and the instruction that edits the first image into the second.
 
     An item is `{"edited": (3, c, c), "edit": {"c_concat": (3, c, c), "c_crossattn": instruction}}`, images in [-1, 1].
-    Both get the same size, crop and mirroring.
+    Both images have the same size, crop and flip.
 
     Args:
-        path: the folder. Its `seeds.json` is a list of `[name, [seed, ...]]`; the folder `name` holds `prompt.json`
-            with the key `edit`, and `SEED_0.jpg` and `SEED_1.jpg` for each seed.
+        path: folder with `seeds.json`, a list of `[name, [seed, ...]]`. Its folder `name` has `prompt.json` with the
+            key `edit`, and `SEED_0.jpg` and `SEED_1.jpg` for each seed.
         split: `train`, `val` or `test`.
-        splits: the share of each of these, in this order; they sum to 1.
-        min_resize_res, max_resize_res: least and most pixels of a side that images are scaled to.
-        crop_res: pixels of a side that are cut out at random.
-        flip_prob: probability of the mirror images.
+        splits: shares of these three, with the sum 1.
+        min_resize_res, max_resize_res: range of the side in pixels to which images are scaled.
+        crop_res: side in pixels of the random crop.
+        flip_prob: probability of a flip.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class EditDataset(Dataset):
         if not crop_res <= min_resize_res <= max_resize_res:
             raise UserError(
                 f"crop_res {crop_res}, min_resize_res {min_resize_res}, max_resize_res {max_resize_res}: "
-                f"each may be at most the next"
+                f"must be in ascending order"
             )
         self.path = existing_folder(path, "seeds.json and the folders of image pairs")
         seeds = _read_json(self.path / "seeds.json")
@@ -64,7 +64,7 @@ class EditDataset(Dataset):
         last = first + splits[_SPLITS.index(split)]
         self.seeds = seeds[math.floor(first * len(seeds)) : math.floor(last * len(seeds))]
         if not self.seeds:
-            raise UserError(f"{self.path / 'seeds.json'}: {len(seeds)} entries leave none for the split {split}")
+            raise UserError(f"{self.path / 'seeds.json'}: with {len(seeds)} entries, the split {split} is empty")
         self.sample_keys = [name for name, _ in self.seeds]
         self.resize_res = (min_resize_res, max_resize_res)
         self.crop_res = crop_res
@@ -89,7 +89,7 @@ class EditDataset(Dataset):
         return {"edited": after, "edit": {"c_concat": before, "c_crossattn": prompt}}
 
     def _load(self, name: str, side: int) -> Tensor:
-        """The image `name`, scaled to a square, as float32 (3, side, side) in [-1, 1]."""
+        """Return the image `name`, scaled to a square, float32 (3, side, side) in [-1, 1]."""
         with naming(name):
             image = read_image(ImageItem(name, self.path / name, caption=""))
         return to_minus_one_one(resize(image, side, side, "lanczos")).permute(2, 0, 1)

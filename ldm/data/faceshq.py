@@ -1,4 +1,4 @@
-"""CelebA-HQ and FFHQ under the names of public configs: lists and images are the user's, below `data`."""
+"""CelebA-HQ and FFHQ under the names of public configs. The user provides lists and images below `data`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ldm.data.listed import ListedImages, listed_images, read_list, scaled_and_c
 
 
 class FacesBase(ListedImages):
-    """Faces that a list names: the centre square of `size`. An item also has `class`, as the subclass says.
+    """Faces of a list, cropped to the centre square and scaled to `size`. An item also has the `class` of the subclass.
 
     Args:
-        size: pixels of a side; None leaves images as they are.
-        keys: labels to keep, of `file_path_` and `class`; None keeps all.
+        size: side in pixels; None for no scaling.
+        keys: labels to keep, among `file_path_` and `class`; None for all.
         txt_file: one path per line, relative to `data_root`.
-        data_root: the folder of the images, or of `.npy` arrays (1, 3, H, W) as CelebA-HQ comes in.
+        data_root: folder of the images, or of `.npy` arrays (1, 3, H, W) as in CelebA-HQ.
     """
 
-    NUMBER = 0  # which data set it is, where two are mixed
+    NUMBER = 0  # number of the data set, for mixtures
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class FacesBase(ListedImages):
 
 
 class CelebAHQTrain(FacesBase):
-    """CelebA-HQ to train on."""
+    """Training images of CelebA-HQ."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class CelebAHQTrain(FacesBase):
 
 
 class CelebAHQValidation(FacesBase):
-    """CelebA-HQ to validate on."""
+    """Validation images of CelebA-HQ."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class CelebAHQValidation(FacesBase):
 
 
 class FFHQTrain(FacesBase):
-    """FFHQ to train on."""
+    """Training images of FFHQ."""
 
     NUMBER = 1
 
@@ -79,7 +79,7 @@ class FFHQTrain(FacesBase):
 
 
 class FFHQValidation(FacesBase):
-    """FFHQ to validate on."""
+    """Validation images of FFHQ."""
 
     NUMBER = 1
 

@@ -1,7 +1,7 @@
-"""ImageNet under CompVis' names, from folders that the user has: nothing is downloaded.
+"""ImageNet under CompVis' names, from folders of the user. Nothing is downloaded.
 
-A part is looked for in `$XDG_CACHE_HOME/autoencoders/data/ILSVRC2012_{train,validation}/data` (default `~/.cache`),
-one folder per class, unless the config gives a `data_root`.
+The default `data_root` is `$XDG_CACHE_HOME/autoencoders/data/ILSVRC2012_{train,validation}/data` (default `~/.cache`),
+with one folder per class.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _NUMBERS, _WORDS = "index_synset.yaml", "synset_human.txt"
 
 
 def default_root(part: str) -> Path:
-    """The folder in which CompVis' code keeps `part`, `train` or `validation`."""
+    """Return the folder of `part`, `train` or `validation`, in CompVis' code."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "autoencoders" / "data" / f"ILSVRC2012_{part}" / "data"
 
 
 def class_numbers(root: Path, found: list[str]) -> dict[str, int]:
-    """The number of each class: of `index_synset.yaml` beside `root`, else the place among the sorted names.
+    """Return the number of each class, from `index_synset.yaml` beside `root`, else by the sorted names.
 
-    The names are those of the part to train on, where it lies beside this one, and of this part.
+    The names are those of this part, and of the training part if it is beside it.
     """
     file = root.parent / _NUMBERS
     if file.is_file():
@@ -48,7 +48,7 @@ def class_numbers(root: Path, found: list[str]) -> dict[str, int]:
 
 
 def class_words(root: Path) -> dict[str, str]:
-    """The words for each class, of `synset_human.txt` beside `root`; none where there is no such file."""
+    """Return the words for each class from `synset_human.txt` beside `root`, or nothing without this file."""
     file = root.parent / _WORDS
     if not file.is_file():
         return {}
@@ -56,7 +56,7 @@ def class_words(root: Path) -> dict[str, str]:
 
 
 def parse_indices(text: str) -> set[int]:
-    """The class numbers that `text` lists, such as `"0-9, 15"`; both ends of a range are included."""
+    """Return the class numbers in `text`, such as `"0-9, 15"`, with inclusive ranges."""
     numbers: set[int] = set()
     try:
         for part in str(text).split(","):
@@ -71,9 +71,9 @@ class ImageNetBase(ListedImages):
     """Images in one folder per class. An item also has `relpath`, `synsets`, `class_label` (int) and `human_label`.
 
     Args:
-        config: `size` and `crop_size` in pixels (none: images stay as they are), `random_crop`, `sub_indices`.
-        process_images: whether `size` and `random_crop` are followed.
-        data_root: the folder of the classes' folders.
+        config: `size` and `crop_size` in pixels (without them, images are not changed), `random_crop`, `sub_indices`.
+        process_images: apply `size` and `random_crop`.
+        data_root: folder of the class folders.
     """
 
     PART, RANDOM_CROP = "train", False
@@ -92,11 +92,11 @@ class ImageNetBase(ListedImages):
         root = Path(data_root).expanduser() if data_root else default_root(self.PART)
         items = [item for item in folder_images(root, "ImageNet, one folder per class") if "/" in item.name]
         if not items:
-            raise UserError(f"{root}: no folder per class in it, such as n01440764/")
+            raise UserError(f"{root}: has no class folders such as n01440764/")
         numbers = class_numbers(root, [_class_of(item) for item in items])
         unknown = [item for item in items if _class_of(item) not in numbers]
         if unknown:
-            raise UserError(f"{unknown[0].path}: {_NUMBERS} does not number the class {_class_of(unknown[0])!r}")
+            raise UserError(f"{unknown[0].path}: {_NUMBERS} has no number for the class {_class_of(unknown[0])!r}")
         if settings.get("sub_indices"):
             wanted = parse_indices(settings["sub_indices"])
             items = [item for item in items if numbers[_class_of(item)] in wanted]
@@ -108,13 +108,13 @@ class ImageNetBase(ListedImages):
 
 
 class ImageNetTrain(ImageNetBase):
-    """The part to train on, cropped at random."""
+    """Training images with random crops."""
 
     PART, RANDOM_CROP = "train", True
 
 
 class ImageNetValidation(ImageNetBase):
-    """The part to validate on, cropped in the middle."""
+    """Validation images with centre crops."""
 
     PART, RANDOM_CROP = "validation", False
 
@@ -136,7 +136,7 @@ def _labels(root: Path, items: list[ImageItem]) -> dict[str, list[Any]]:
 
 
 class ImageNetSR(PairedImages):
-    """Crops of ImageNet with low-resolution versions; see `PairedImages`. All images of the part are taken."""
+    """Crops of ImageNet with low-resolution versions; see `PairedImages`. All images of the part are used."""
 
     PART = ImageNetTrain
 
@@ -145,10 +145,10 @@ class ImageNetSR(PairedImages):
 
 
 class ImageNetSRTrain(ImageNetSR):
-    """The part to train on."""
+    """Training images."""
 
 
 class ImageNetSRValidation(ImageNetSR):
-    """The part to validate on."""
+    """Validation images."""
 
     PART = ImageNetValidation

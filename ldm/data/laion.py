@@ -1,6 +1,6 @@
-"""Data module of tars of images, captions and LAION's metadata, under the names of Stability AI's configs.
+"""Data module of tars with images, captions and LAION's metadata, under the names of Stability AI's configs.
 
-The tars are local: they are read in any order, so a stopped run goes on exactly where it was.
+The tars are local and have random access, so that a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ldm.util import UserError, check_number, nearest
 
 __all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]
 
-# `shuffle` was the size of a buffer: local tars are read in any order, and only 0 has a meaning.
+# `shuffle` is the size of a buffer for streams. Here, 0 turns shuffling off.
 _SPLIT_KEYS = ("shards", "shuffle", "image_key", "image_transforms", "postprocess")
 
 
 class WebDataModuleFromConfig(DataModuleFromConfig):
-    """Tars by split. Each split gives `shards`, `shuffle`, `image_key`, `image_transforms` and `postprocess`.
+    """Data module of tars. Each split has `shards`, `shuffle`, `image_key`, `image_transforms` and `postprocess`.
 
     Items are those of `TarImages`. The training split is shuffled unless its `shuffle` is 0.
 
     Args:
-        tar_base: the folder of the shards; None where they have paths of their own.
-        multinode: taken from old configs; every process gets its own share.
+        tar_base: folder of the shards; None if `shards` has complete paths.
+        multinode: accepted for old configs and ignored; each process has its own share.
         min_size, max_pwatermark, p_unsafe_threshold: see `Filter`.
-        filter_word_list: a YAML file of words that a caption must not have.
-        val_batch_size, val_num_workers: of the other splits; by default those of training.
+        filter_word_list: YAML file of words that exclude a caption.
+        val_batch_size, val_num_workers: for the other splits. The default is that of training.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
         filter_word_list: str | Path | None = None,
         val_batch_size: int | None = None,
         val_num_workers: int | None = None,
-        seed: int | None = None,  # by default the run's
+        seed: int | None = None,  # default: the seed of the run
         drop_last: bool = False,
     ) -> None:
         splits = {"train": train, "validation": validation, "test": test}
@@ -74,7 +74,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
         self.filter_word_list = filter_word_list
 
     def build_dataset(self, split: str) -> TarImages:
-        """The images of the split's tars that pass the filters."""
+        """Return the images in the tars of `split` that pass the filters."""
         given = dict(self.dataset_configs[split])
         given.pop("shuffle", None)
         paths = self._paths(split, given.pop("shards", None))
@@ -83,18 +83,18 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
 
     def _paths(self, split: str, shards: str | Sequence[str] | None) -> list[Path]:
         if not shards:
-            raise UserError(f"data.params.{split}.shards is missing: name the tars")
+            raise UserError(f"data.params.{split}.shards is missing: give the tars")
         if self.tar_base and self.tar_base.startswith("__"):
             raise UserError(
                 f"data.params.tar_base {self.tar_base!r} stands for a set on its authors' servers; "
                 f"give the folder of your tars"
             )
         names = [shards] if isinstance(shards, str) else list(shards)
-        names = [name.strip().removesuffix(" -") for name in names]  # the end of an old command to read from
+        names = [name.strip().removesuffix(" -") for name in names]  # the end of a shell command in old configs
         if self.tar_base:
             names = [f"{self.tar_base.rstrip('/')}/{name}" for name in names]
         paths = expand_urls(names)
         stream = next(filter(is_stream, paths), None)
         if stream is not None:
-            raise UserError(f"{stream}: images are read from local tars; fetch it first, and set data.params.tar_base")
+            raise UserError(f"{stream}: is not a local tar; download it first, and set data.params.tar_base")
         return [Path(path) for path in paths]

@@ -1,4 +1,4 @@
-"""Landscapes with segmentations, under the names of CompVis' configs; lists and files are the user's."""
+"""Landscapes with segmentations under the names of CompVis' configs. The user provides lists and files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ldm.images.find import ImageItem
 from ldm.images.pixels import crop, image_size, random_below, resize
 from ldm.util import UserError
 
-LABELS = 182  # of COCO-Stuff, whose segmentations they are
+LABELS = 182  # number of labels in COCO-Stuff
 
 
 class SegmentedImages(Dataset):
-    """Images and the label of each pixel.
+    """Dataset of images and the label of each pixel.
 
     An item is `{"image": float32 (c, c, 3) in [-1, 1], "segmentation": one-hot (c, c, 182), "file_path_": str}`.
 
     Args:
-        size: pixels of the smaller side that images are scaled to.
-        crop_size: pixels of the square that is cut out.
-        segmentation_to_float32: the one-hot values as float32, else as int64.
+        size: smaller side in pixels to which images are scaled.
+        crop_size: side in pixels of the square crop.
+        segmentation_to_float32: one-hot values as float32, else int64.
         txt_file: one image per line, relative to `data_root`.
-        data_root: the folder of the images.
-        segmentation_root: the folder of grey images `NAME.png` whose values are labels.
-        random_crop: cut anywhere, else in the middle.
+        data_root: folder of the images.
+        segmentation_root: folder of grey images `NAME.png` whose values are the labels.
+        random_crop: random crop, else centre crop.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class SegmentedImages(Dataset):
         random_crop: bool,
     ) -> None:
         if crop_size > size:
-            raise UserError(f"crop_size {crop_size}: give at most the size, {size}")
+            raise UserError(f"crop_size {crop_size}: must be at most size, {size}")
         self.items = listed_images(data_root, read_list(txt_file, "the images"), "the landscapes")
         self.segmentations = existing_folder(segmentation_root, "the segmentations")
         self.sample_keys = [item.name for item in self.items]
@@ -61,7 +61,7 @@ class SegmentedImages(Dataset):
         name = str(Path(item.name).with_suffix(".png"))
         labels = read_labels(ImageItem(name, self.segmentations / name, caption=""))
         if labels.size != image.size:
-            raise UserError(f"{name}: {labels.size} pixels, but the image has {image.size}")
+            raise UserError(f"{name}: has {labels.size} pixels, but the image has {image.size}")
         scale = self.size / min(image.size)
         height, width = (max(self.size, round(side * scale)) for side in image_size(image))
         room = (height - self.crop_size, width - self.crop_size)
@@ -75,7 +75,7 @@ class SegmentedImages(Dataset):
 
 
 def read_labels(item: ImageItem) -> Image.Image:
-    """The grey image of labels; `UserError` that names it if it is missing, in colour, or has a label out of range."""
+    """Return the grey image of labels. Raise `UserError` if it is missing, in colour, or has an invalid label."""
     with naming(item.name):
         try:
             with Image.open(item.path, formats=("PNG",)) as opened:
@@ -92,7 +92,7 @@ def read_labels(item: ImageItem) -> Image.Image:
 
 
 class RFWTrain(SegmentedImages):
-    """The landscapes to train on, cropped at random."""
+    """Training landscapes with random crops."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class RFWTrain(SegmentedImages):
 
 
 class RFWValidation(SegmentedImages):
-    """The landscapes to validate on, cropped in the middle."""
+    """Validation landscapes with centre crops."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Datasets of images that a list or a folder names, which the datasets of public configs are made of."""
+"""Datasets of images from a list or a folder, the base of the datasets in public configs."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.images.find import ImageItem
 from ldm.util import UserError
 
-_MOST_IN_LIST = 1 << 30  # bytes
+_MOST_IN_LIST = 1 << 30  # size limit of a list in bytes
 _MOST_IN_ARRAY = 1 << 30
 
 
 def existing_folder(path: str | Path, what: str) -> Path:
-    """`path` as a folder that is there; `what` tells which data belong in it.
+    """Return `path` as an existing folder. `what` describes its data for the message.
 
     Raises:
-        UserError: it is no folder; the message gives the absolute path.
+        UserError: the folder does not exist. The message has the absolute path.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"no folder {str(folder.absolute())!r}: put {what} there, or name their folder as data_root")
+        raise UserError(f"no folder {str(folder.absolute())!r}: put {what} there, or set data_root to their folder")
     return folder
 
 
 def read_list(path: str | Path, what: str) -> list[str]:
-    """The lines of a text file, without empty ones; `what` tells what they name.
+    """Return the non-empty lines of a text file. `what` describes them for messages.
 
     Raises:
-        UserError: there is no such file, it is not UTF-8, or it is empty; the message gives the absolute path.
+        UserError: the file is missing, empty or not UTF-8. The message has the absolute path.
     """
     file = Path(path).expanduser()
     try:
@@ -55,25 +55,25 @@ def read_list(path: str | Path, what: str) -> list[str]:
 
 
 def listed_images(root: str | Path, names: Iterable[str], what: str) -> list[ImageItem]:
-    """The images `names`, relative to the folder `root`, with the empty caption.
+    """Return the items of the images `names` in the folder `root`, with the empty caption.
 
     Raises:
-        UserError: there is no such folder, or its first image is missing.
+        UserError: the folder or the first image is missing.
     """
     folder = existing_folder(root, what)
     items = [ImageItem(name, folder / name, caption="") for name in names]
     if not items[0].path.is_file():
-        raise UserError(f"{items[0].path.absolute()}: no such image, which is the first of the list")
+        raise UserError(f"{items[0].path.absolute()}: no such image, although it is the first of the list")
     return items
 
 
 def folder_images(root: str | Path, what: str) -> list[ImageItem]:
-    """Every image below the folder `root`, sorted, with the empty caption."""
+    """Return all images in `root` and its subfolders, sorted, with the empty caption."""
     return find_images(existing_folder(root, what), caption="")
 
 
 def read_image(item: ImageItem) -> Image.Image:
-    """The RGB image of `item`: an image file, or a `.npy` of uint8 (3, H, W), (1, 3, H, W) or (H, W, 3)."""
+    """Return the RGB image of `item`, an image file or a `.npy`, uint8 (3, H, W), (1, 3, H, W) or (H, W, 3)."""
     if item.path.suffix.lower() != ".npy":
         return Image.fromarray(item.read())
     try:
@@ -91,7 +91,7 @@ def read_image(item: ImageItem) -> Image.Image:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Let errors about an image, such as one too small for a crop, begin with its name."""
+    """Add the name of an image to the start of `UserError`s."""
     try:
         yield
     except UserError as error:
@@ -101,31 +101,35 @@ def naming(name: str) -> Iterator[None]:
 
 
 def to_minus_one_one(image: Image.Image | np.ndarray) -> torch.Tensor:
-    """A uint8 RGB image as float32 (H, W, 3) in [-1, 1], as CompVis' models read it from a batch."""
+    """Convert a uint8 RGB image to float32 (H, W, 3) in [-1, 1], the layout of batches in CompVis' models."""
     return torch.from_numpy(np.array(image)).float() / 127.5 - 1
 
 
 def scaled_and_cropped(size: int | None, crop_size: int | None = None, random_crop: bool = False) -> Compose:
-    """Scale the smaller side to `size`, then take a square of `crop_size` (default: `size`); None leaves images alone.
+    """Return a transform that scales the smaller side to `size` and crops a square of `crop_size` (default: `size`).
+
+    With `size` None, images are not changed.
 
     Raises:
-        UserError: `crop_size` is above `size`.
+        UserError: `crop_size` exceeds `size`.
     """
     if not size:
         return Compose([])
     if crop_size and crop_size > size:
-        raise UserError(f"crop_size {crop_size}: give at most the size, {size}")
+        raise UserError(f"crop_size {crop_size}: must be at most size, {size}")
     crop = RandomCrop if random_crop else CenterCrop
     return Compose([Resize(size), crop(crop_size or size)])
 
 
 class ListedImages(Dataset):
-    """Images with labels: an item is `{"image": float32 (h, w, 3) in [-1, 1], "file_path_": str, label: value, ...}`.
+    """Dataset of images with labels.
+
+    An item is `{"image": float32 (h, w, 3) in [-1, 1], "file_path_": str, label: value, ...}`.
 
     Args:
         items: the images.
-        transform: takes and gives a PIL image.
-        labels: by name, one value for each image.
+        transform: function from PIL image to PIL image.
+        labels: one value per image, by name.
     """
 
     def __init__(
@@ -149,6 +153,6 @@ class ListedImages(Dataset):
         return {"image": to_minus_one_one(image), **self.labels_of(index)}
 
     def labels_of(self, index: int) -> dict[str, Any]:
-        """What an item has besides its image."""
+        """Return the entries of an item except for the image."""
         labels = {name: values[index] for name, values in self.labels.items()}
         return {"file_path_": str(self.items[index].path), **labels}

@@ -1,4 +1,4 @@
-"""Loaders whose order and randomness follow from (seed, epoch, sample) alone: a run can stop and go on anywhere."""
+"""Data loaders whose order and randomness depend only on (seed, epoch, sample), for exact resumption."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampler import EpochBatchSampler, Item, draw_name
-from ldm.shards.sample import DRAW
+from ldm.data.sampler import EpochBatchSampler, Item, stream_name
+from ldm.distributed.collectives import in_all_processes
+from ldm.shards.sample import STREAM
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generators seeded by the three numbers; put back as they were at the end."""
+    """Seed the CPU generators of Python, numpy and torch in this context, and restore their state afterwards."""
     saved = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  (datasets draw from it)
     value = int(np.random.SeedSequence([seed, epoch, number]).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)  # noqa: NPY002
-    torch.default_generator.manual_seed(value)  # torch.manual_seed would seed the device's generators too
+    torch.default_generator.manual_seed(value)  # torch.manual_seed would also seed the device's generators
     try:
         yield
     finally:
@@ -38,15 +39,15 @@ def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """Anything with `len` and `[i]`, its augmentations drawn from generators seeded by (seed, epoch, i).
+    """Dataset with `len` and `[i]` whose augmentations are seeded by (seed, epoch, i).
 
-    With `draw_seed`, samples that are dicts have the entry `DRAW`, which names what the training draws for them.
+    With `stream_seed`, samples that are dicts get the entry `STREAM`, the name of their random stream.
     """
 
-    def __init__(self, dataset: Any, seed: int, draw_seed: int | None = None) -> None:
+    def __init__(self, dataset: Any, seed: int, stream_seed: int | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.draw_seed = draw_seed
+        self.stream_seed = stream_seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,37 +56,47 @@ class SeededDataset(Dataset):
         epoch, number = item
         with seeded(self.seed, epoch, number):
             sample = self.dataset[number]
-        if self.draw_seed is None or not isinstance(sample, dict):
+        if self.stream_seed is None or not isinstance(sample, dict):
             return sample
-        return {**sample, DRAW: draw_name(self.draw_seed, epoch, number)}
+        return {**sample, STREAM: stream_name(self.stream_seed, epoch, number)}
 
 
-# Torch's words where samples of unequal sizes are collated: in this process, and in a worker.
+# torch's messages for samples of unequal sizes, in this process and in a worker.
 _UNEQUAL = ("stack expects each tensor to be equal size", "Trying to resize storage that is not resizable")
 
 
 def _raise_in_one_line(error: UserError) -> None:
-    """Raise `error`; from a worker it comes with the worker's traceback, whose last line is the message."""
+    """Raise `error`. In an error from a worker, the last line of the traceback is the message."""
     last = str(error.args[0]).strip().splitlines()[-1]
     raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
 
 
 class SampleLoader(DataLoader):
-    """A DataLoader over `(epoch, number)` items or a stream, with its own generator and one-line errors."""
+    """DataLoader over (epoch, number) items or a stream, with its own generator and one-line errors.
 
-    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
+    Args:
+        together: all processes take the same number of batches. A batch that fails in one process then raises the
+            same `FailedTogether` in all.
+    """
+
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, together: bool = False, **options: Any) -> None:
+        self.together = together
         super().__init__(
             dataset,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # The global generator would be drawn from at each start of an epoch, and differ after a resume.
+            # The default would sample from the global generator at each epoch, which would differ after a resume.
             generator=torch.Generator().manual_seed(0),
             **options,
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """A generator: Lightning asks for the iterator before it sets the epoch, so nothing may happen until `next`."""
+        """Yield batches. As a generator, it starts at the first `next`, after Lightning has set the epoch."""
+        batches = self._batches()
+        return in_all_processes(batches) if self.together else batches
+
+    def _batches(self) -> Iterator[Any]:
         batches = super().__iter__()
         if self.num_workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the training is when a worker dies, in the middle of an optimizer step
@@ -95,12 +106,12 @@ class SampleLoader(DataLoader):
             yield from batches
         except UserError as error:
             _raise_in_one_line(error)
-        except OSError as error:  # a file that went away while training; from a worker it comes without its number
+        except OSError as error:  # a file removed during training; from a worker, the error has no errno
             first = f"{error.filename}: {error.strerror}" if error.filename else str(error).strip().splitlines()[-1]
             raise UserError(f"the training data cannot be read: {first}") from None
         except MemoryError:
             raise UserError(
-                "too little memory to load data; lower data.params.num_workers or data.params.batch_size"
+                "out of memory while loading data; lower data.params.num_workers or data.params.batch_size"
             ) from None
         except RuntimeError as error:
             if any(words in str(error) for words in _UNEQUAL):
@@ -110,27 +121,27 @@ class SampleLoader(DataLoader):
                 ) from error
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError(f"{error}: was it killed for want of memory? lower data.params.num_workers") from error
+            raise UserError(f"{error}: probably killed for lack of memory; lower data.params.num_workers") from error
 
 
 class StreamLoader(SampleLoader):
-    """Batches of an `IterableDataset`, which is told the epoch. A resumed run begins the epoch again."""
+    """Loader of an `IterableDataset`, which passes it the epoch. A resumed run restarts the epoch."""
 
     def __init__(self, dataset: IterableDataset, batch_size: int, **options: Any) -> None:
         super().__init__(dataset, batch_size=batch_size, **options)
         if hasattr(dataset, "set_epoch"):
-            self.sampler.set_epoch = dataset.set_epoch  # where Lightning looks for it
+            self.sampler.set_epoch = dataset.set_epoch  # Lightning calls it here
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; it is there so that a run may go from streamed to local shards, and back, when it is resumed."""
+        """Return an empty state, so that a resumed run may change between streamed and local shards."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        logger.info("streamed data have no position to resume at: the epoch starts again")
+        logger.info("streamed data cannot be resumed within an epoch; the epoch restarts")
 
 
 class ResumableLoader(SampleLoader):
-    """The training loader: its state is the epoch and how many of its batches were handed out, not how many are ready.
+    """Loader of training data. Its state is the epoch and the number of batches delivered, without prefetched ones.
 
     Lightning saves `state_dict()` with a checkpoint and calls `load_state_dict` when it resumes.
     """
@@ -143,23 +154,25 @@ class ResumableLoader(SampleLoader):
         sampler.handed = sampler.start
         for batch in super().__iter__():
             sampler.handed += 1
-            sampler.start = 0  # it was for this iteration; the next one begins an epoch
+            sampler.start = 0  # the next iteration starts at the first batch
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: the epoch, the batches handed out in it, and the set that they are a position in."""
+        """Return the epoch, the number of batches delivered, and a description of the set, as plain values."""
         return {"epoch": self.batch_sampler.epoch, "batch": self.batch_sampler.handed, **self.batch_sampler.described()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch that `state` was saved at; at the start of its epoch if the data are not the same."""
+        """Continue after the batch of `state`, or at the start of its epoch if the data differ."""
         sampler: EpochBatchSampler = self.batch_sampler
         sampler.set_epoch(state.get("epoch", 0))
         described = sampler.described()
-        not_told = {key: described[key] for key in ("data", "prior_data") if key in described}  # by older checkpoints
+        not_told = {
+            key: described[key] for key in ("data", "prior_data") if key in described
+        }  # missing in older checkpoints
         state = {**not_told, **state}
         changed = {key: (state.get(key), value) for key, value in described.items() if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
-            logger.warning("the training data changed since the checkpoint (%s): its epoch starts again", what)
+            logger.warning("the training data changed since the checkpoint (%s); the epoch restarts", what)
         else:
             sampler.start = sampler.handed = state["batch"]

@@ -1,4 +1,4 @@
-"""LSUN under CompVis' names: the lists of file names and the folders are the user's, below `data/lsun`."""
+"""LSUN under CompVis' names. The user provides lists of file names and folders below `data/lsun`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ldm.util import UserError
 
 
 class LSUNBase(ListedImages):
-    """Images that `txt_file` lists, below `data_root`: the centre square, scaled to `size`, mirrored at times.
+    """Images of a list, cropped to the centre square, scaled to `size` and randomly flipped.
 
     An item also has `relative_file_path_`.
 
     Args:
         txt_file: one path per line, relative to `data_root`.
-        size: pixels of a side; None leaves the square as large as it is.
-        interpolation: a filter's name; `linear` is bilinear.
-        flip_p: probability of the mirror image.
+        size: side in pixels; None for no scaling.
+        interpolation: name of a filter; `linear` is bilinear.
+        flip_p: probability of a flip.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LSUNBase(ListedImages):
         self.flip = RandomHorizontalFlip(flip_p)
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """The centre square of `image`, scaled and perhaps mirrored."""
+        """Return the centre square of `image`, scaled and randomly flipped."""
         side = min(image.size)
         square = crop(image, (image.height - side) // 2, (image.width - side) // 2, side, side)
         if self.size is not None:
@@ -52,7 +52,7 @@ class LSUNBase(ListedImages):
 
 
 class LSUNChurchesTrain(LSUNBase):
-    """The outdoor churches to train on."""
+    """Training images of outdoor churches."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class LSUNChurchesTrain(LSUNBase):
 
 
 class LSUNChurchesValidation(LSUNBase):
-    """The outdoor churches to validate on, never mirrored."""
+    """Validation images of outdoor churches, without flips."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class LSUNChurchesValidation(LSUNBase):
 
 
 class LSUNBedroomsTrain(LSUNBase):
-    """The bedrooms to train on."""
+    """Training images of bedrooms."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class LSUNBedroomsTrain(LSUNBase):
 
 
 class LSUNBedroomsValidation(LSUNBase):
-    """The bedrooms to validate on, never mirrored."""
+    """Validation images of bedrooms, without flips."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class LSUNBedroomsValidation(LSUNBase):
 
 
 class LSUNCatsTrain(LSUNBase):
-    """The cats to train on."""
+    """Training images of cats."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class LSUNCatsTrain(LSUNBase):
 
 
 class LSUNCatsValidation(LSUNBase):
-    """The cats to validate on, never mirrored."""
+    """Validation images of cats, without flips."""
 
     def __init__(
         self,

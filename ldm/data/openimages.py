@@ -1,4 +1,4 @@
-"""Open Images under the names of CompVis' configs: every image below a folder of the user's."""
+"""Open Images under the names of CompVis' configs, from a folder of the user."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ _TRAIN, _VALIDATION = "data/openimages/train", "data/openimages/validation"
 
 
 class FullOpenImagesTrain(ListedImages):
-    """The images to train on: the smaller side scaled to `size`, and a random square of `crop_size`."""
+    """Training images: the smaller side scaled to `size`, and a random square crop of `crop_size`."""
 
     def __init__(self, size: int, crop_size: int | None = None, data_root: str | Path = _TRAIN) -> None:
         super().__init__(folder_images(data_root, _WHAT), scaled_and_cropped(size, crop_size, random_crop=True))
 
 
 class FullOpenImagesValidation(ListedImages):
-    """The images to validate on: the smaller side scaled to `size`, and the middle square of `crop_size`."""
+    """Validation images: the smaller side scaled to `size`, and a square centre crop of `crop_size`."""
 
     def __init__(self, size: int, crop_size: int | None = None, data_root: str | Path = _VALIDATION) -> None:
         super().__init__(folder_images(data_root, _WHAT), scaled_and_cropped(size, crop_size))
 
 
 class SuperresOpenImagesAdvancedTrain(PairedImages):
-    """The images to train super-resolution on; see `PairedImages`."""
+    """Training images for super-resolution; see `PairedImages`."""
 
     def __init__(self, data_root: str | Path = _TRAIN, **kwargs: Any) -> None:
         super().__init__(ListedImages(folder_images(data_root, _WHAT), scaled_and_cropped(None)), **kwargs)
 
 
 class SuperresOpenImagesAdvancedValidation(PairedImages):
-    """The images to validate super-resolution on; see `PairedImages`."""
+    """Validation images for super-resolution; see `PairedImages`."""
 
     def __init__(self, data_root: str | Path = _VALIDATION, **kwargs: Any) -> None:
         super().__init__(ListedImages(folder_images(data_root, _WHAT), scaled_and_cropped(None)), **kwargs)

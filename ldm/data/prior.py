@@ -1,7 +1,7 @@
-"""Prior preservation's second set: in each batch, behind the training samples, some that are there to be remembered.
+"""Prior set for prior preservation, whose samples follow the training samples in each batch.
 
-The class images of DreamBooth (arXiv:2208.12242, section 3.2): a set of shards of its own, which goes round and round
-beside the training set's epochs.
+These are the class images of DreamBooth (arXiv:2208.12242, section 3.2). The prior is a separate set of shards with its
+own cycle, independent of the epochs of the training set.
 """
 
 from __future__ import annotations
@@ -14,52 +14,58 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.dropout import CaptionDropout, EpochItems
-from ldm.data.sampler import EpochBatchSampler, Item, draw_name, samples_digest
+from ldm.data.dropout import Change, EpochItems
+from ldm.data.sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import DRAW, IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, TEACHER_KEYS, TIMESTEPS
+from ldm.shards.sample import IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, STREAM, TEACHER_KEYS, TIMESTEPS, plain
 from ldm.util import UserError
 
-# What a stored prediction depends on, beside the weights: attributes of the model, and keys of index.json.
+# Settings that define a stored prediction: attributes of the model, and keys of index.json.
 _MEANING = ("scale_factor", "parameterization")
 
 
 def check_prior(training: Any, prior: ShardDataset) -> None:
-    """Raise `UserError` unless samples of both sets can share a batch, and the prior's teacher members fit together."""
+    """Raise `UserError` unless samples of both sets can share a batch and the teacher members have matching shapes."""
     if not isinstance(training, ShardDataset):
         raise UserError("data.params.prior_urls needs training shards in local files, but training_urls are streams")
     first, where = training.first_stage_key, f"prior_urls, such as {prior.paths[0]}"
     sizes, others = ({shape[1:] for shape in dataset.shapes[first]} for dataset in (training, prior))
     if len(sizes) > 1 or sizes != others:
         named = [", ".join(f"{h}x{w}" for h, w in sorted(found)) for found in (others, sizes)]
-        raise UserError(f"{where}: {first} of {named[0]}, the training set's are {named[1]}; both must have one size")
+        raise UserError(
+            f"{where}: {first} has sizes {named[0]}, but {named[1]} in the training set; both must have one size"
+        )
     (own, *_), (other, *_) = (next(iter(dataset.shapes[first])) for dataset in (training, prior))
     if own != other and max(own, other) != 2 * min(own, other):
-        raise UserError(f"{where}: {first} has {other} channels, the training set's has {own}")
-    for key in training.keys:
+        raise UserError(f"{where}: {first} has {other} channels, but {own} in the training set")
+    for key in filter(lambda key: plain(key) == key, training.keys):  # the sets may differ in their number of masks
         ours, theirs = training.shapes[key].keys(), prior.shapes[key].keys()
         if key != first and ours != theirs:
-            raise UserError(f"{where}: {key} has shape {next(iter(theirs))}, the training set's {next(iter(ours))}")
+            raise UserError(
+                f"{where}: {key} has shape {next(iter(theirs))}, but {next(iter(ours))} in the training set"
+            )
     if TIMESTEPS not in prior.keys:
         return
     shapes = {key: next(iter(prior.shapes[key])) for key in (first, *TEACHER_KEYS)}
     fitting = (shapes[TIMESTEPS][0], *shapes[first])
     if len(shapes[TIMESTEPS]) != 1 or not shapes[NOISE] == shapes[PREDICTION] == fitting:
-        raise UserError(f"{where}: shapes do not fit together: {shapes}; make the set anew with tools/make_prior.py")
+        raise UserError(
+            f"{where}: shapes of the teacher do not match: {shapes}; write the set again with tools/make_prior.py"
+        )
 
 
 def check_teacher(prior: ShardDataset, model: Any) -> None:
-    """Raise `UserError` if a set's index says that its predictions are those of a model with another meaning of them.
+    """Raise `UserError` if the index of a set has other settings than `model` for stored predictions.
 
-    Sets without an index, or of one that does not say it, are taken as they are.
+    Missing indexes and entries are not compared.
     """
     for folder in dict.fromkeys(path.parent for path in prior.paths):
         index = read_index(folder) or {}
         for key in _MEANING:
             asked, ours = index.get(key), getattr(model, key, None)
             if asked is None or not isinstance(ours, (int, float, str)):
-                continue  # a scale that is set from the first batch is a tensor, and not known yet
+                continue  # a scale from the first batch is a tensor, and not known yet
             both_numbers = isinstance(asked, (int, float)) and isinstance(ours, (int, float))
             if not (math.isclose(asked, ours, rel_tol=1e-4) if both_numbers else asked == ours):
                 raise UserError(
@@ -70,23 +76,23 @@ def check_teacher(prior: ShardDataset, model: Any) -> None:
 
 @lru_cache(maxsize=2)
 def _order(seed: int, turn: int, samples: int) -> np.ndarray:
-    """The prior's sample numbers in the order of its turn `turn`."""
-    return np.random.default_rng([seed, turn, 1]).permutation(samples)  # without the 1, the training set's of an epoch
+    """Return the sample numbers of the prior in the order of its cycle `turn`."""
+    return np.random.default_rng([seed, turn, 1]).permutation(samples)  # the training set uses [seed, epoch]
 
 
 class PriorBatchSampler(EpochBatchSampler):
-    """The batches of `sampler`, each with round(batch_size · ratio) numbers of the prior's `samples` behind its own.
+    """Sampler that adds round(batch_size · ratio) prior samples to each batch of `sampler`.
 
-    The prior's numbers count on from the training set's, and come with the turn that the prior is in, not the epoch.
-    They are taken off an endless row of permutations at the place that epoch and batch give: ranks share it out, and
-    a resumed run goes on in it, with nothing else to save.
+    Prior samples are numbered after the training samples. Their item has the cycle of the prior in place of the epoch.
+    They follow an endless sequence of permutations. Epoch, batch and rank determine the position in it, so that a
+    resumed run needs no further state.
 
     Raises:
-        UserError: the ratio is no positive number, or too small for one sample a batch.
+        UserError: `ratio` gives less than one sample per batch.
     """
 
     def __init__(self, sampler: EpochBatchSampler, samples: int, ratio: float, keys: Sequence[str] = ()) -> None:
-        """`keys` are the names of the prior's `samples`, if they have any."""
+        """Store the settings. `keys` are the names of the prior's `samples`, if they have names."""
         super().__init__(sampler.groups, sampler.batch_size, **sampler.options)
         self.data = sampler.data
         self.samples = samples
@@ -94,7 +100,7 @@ class PriorBatchSampler(EpochBatchSampler):
         self.count = round(self.batch_size * ratio)
         if self.count < 1:
             raise UserError(
-                f"data.params.prior_ratio {ratio}: no prior sample beside a batch_size of {self.batch_size}"
+                f"data.params.prior_ratio {ratio}: gives no prior sample for batch_size {self.batch_size}; raise it"
             )
 
     def described(self) -> dict[str, int | bool | str]:
@@ -115,25 +121,24 @@ class PriorBatchSampler(EpochBatchSampler):
 
 
 class WithPrior(Dataset):
-    """The training samples and, numbered on from them, the prior's; the entry `IS_PRIOR` tells them apart.
+    """Dataset of the training samples, followed by the prior samples, with the entry `IS_PRIOR`.
 
-    All have the same entries of the same types and shapes: where one set holds posteriors and the other latents, the
-    latents become posteriors without spread. Where the prior holds a teacher's predictions, a sample gives one of its
-    K, the next one in each turn, and training samples give zeros; its caption is then never dropped, for the prediction
-    is the one under that caption.
+    All samples have the same entries, dtypes and shapes. If one set has posteriors and the other latents, the latents
+    become posteriors with zero variance. If the prior has predictions of a teacher, a prior sample has one of its K
+    predictions, the next one in each cycle, and training samples have zeros.
     """
 
-    def __init__(
-        self, training: EpochItems, prior: ShardDataset, dropout: CaptionDropout | None, timesteps: int | None
-    ) -> None:
-        """`timesteps` are those of the model, which the stored ones are checked against."""
+    def __init__(self, training: EpochItems, prior: ShardDataset, change: Change | None, timesteps: int | None) -> None:
+        """Store the sets. `change` applies to prior samples. Stored timesteps must be below `timesteps`."""
         self.training = training
         self.prior = prior
         self.has_teacher = TIMESTEPS in prior.keys
-        self.dropout = None if self.has_teacher else dropout
+        self.change = change
         self.timesteps = timesteps
         own, other = training.dataset[0], prior[0]
-        self._types = {key: value.dtype for key, value in own.items() if isinstance(value, np.ndarray)}
+        self._types = {
+            key: value.dtype for key, value in own.items() if isinstance(value, np.ndarray) and plain(key) == key
+        }
         self._channels = max(len(sample[prior.first_stage_key]) for sample in (own, other))
         nothing = {key: np.zeros_like(other[key][0]) for key in (NOISE, PREDICTION)} if self.has_teacher else {}
         self._untaught = {TIMESTEPS: 0, **nothing} if self.has_teacher else {}
@@ -147,16 +152,16 @@ class WithPrior(Dataset):
             return self._alike({**self.training[item], **self._untaught, IS_PRIOR: False})
         number -= len(self.training)
         sample = self.prior[number]
-        if self.dropout:
-            sample = self.dropout(sample, turn, f"prior/{number}")
+        if self.change:
+            sample = self.change(sample, turn, f"prior/{number}")
         if self.has_teacher:
             sample |= self._one_of(sample, turn + number)
         if self.training.seed is not None:
-            sample[DRAW] = draw_name(self.training.seed, turn, f"prior/{number}")
+            sample[STREAM] = stream_name(self.training.seed, turn, f"prior/{number}")
         return self._alike({**sample, IS_PRIOR: True})
 
     def _one_of(self, sample: dict[str, Any], which: int) -> dict[str, Any]:
-        """What the teacher was asked and said the time `which`, counted modulo K."""
+        """Return timestep, noise and prediction number `which` modulo K."""
         asked = sample[TIMESTEPS].tolist()
         which %= len(asked)
         if asked[which] < 0 or (self.timesteps and asked[which] >= self.timesteps):
@@ -165,10 +170,10 @@ class WithPrior(Dataset):
         return {TIMESTEPS: asked[which], **{key: sample[key][which] for key in (NOISE, PREDICTION)}}
 
     def _alike(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """`sample` with arrays of the training set's types, and a posterior if there are any."""
+        """Return `sample` with the dtypes of the training set, and with a posterior if a set has posteriors."""
         sample |= {key: sample[key].astype(dtype, copy=False) for key, dtype in self._types.items()}
         latent = sample[self.prior.first_stage_key]
         if len(latent) < self._channels:
-            no_spread = np.full_like(latent, LEAST_LOGVAR)  # a standard deviation of 3e-7
+            no_spread = np.full_like(latent, LEAST_LOGVAR)  # standard deviation 3e-7
             sample[self.prior.first_stage_key] = np.concatenate([latent, no_spread])
         return sample

@@ -1,4 +1,4 @@
-"""Which samples make up each batch of an epoch: a function of seed and epoch alone, and an even share for each rank."""
+"""Batches of an epoch, as a function of seed and epoch, with an equal share for each rank."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-Item = tuple[int, int]  # epoch and sample number: all that an item's randomness may depend on
+Item = tuple[int, int]  # epoch and sample number, which determine the randomness of the sample
 
 
-def draw_name(seed: int, epoch: int, number: int | str) -> str:
-    """The name of the random numbers of a sample in an epoch, whichever rank and batch it is in."""
+def stream_name(seed: int, epoch: int, number: int | str) -> str:
+    """Return the name of a sample's random stream in an epoch. It does not depend on rank and batch."""
     return f"{seed}/{epoch}/{number}"
 
 
@@ -27,12 +27,12 @@ def epoch_batches(
     rank: int = 0,
     world: int = 1,
 ) -> list[np.ndarray]:
-    """The batches of sample numbers that `rank` of `world` sees in `epoch`. Samples of one group share batches.
+    """Return the batches of sample numbers for `rank` of `world` in `epoch`. A batch has samples of one group.
 
-    Each group is cut into steps of `batch_size * world` samples and each rank takes its part of every step, so the
-    ranks together see what one process with that larger batch would see, and have the same number of batches. The
-    last step is smaller (or left out, with `drop_last`) and spread evenly. Nothing is repeated; only what cannot give
-    every rank one sample is left out.
+    Each group is divided into steps of `batch_size * world` samples, and each rank takes its part of each step. All
+    ranks have the same number of batches, and together see the batches of one process with the larger batch size. The
+    last step is smaller and divided evenly, or dropped with `drop_last`. No sample is repeated. Samples are unused only
+    if a step has fewer samples than ranks.
     """
     rng = np.random.default_rng([seed, epoch])
     steps: list[np.ndarray] = []
@@ -45,19 +45,19 @@ def epoch_batches(
 
 
 def _steps(order: np.ndarray, batch_size: int, world: int, drop_last: bool) -> list[np.ndarray]:
-    """The steps of one group's sample numbers, in their `order`."""
+    """Return the steps of one group of sample numbers in their `order`."""
     size = batch_size * world
     cuts = list(range(size, len(order), size))
     tail = len(order) - (cuts[-1] if cuts else 0)
     if drop_last and tail < size:
         order = order[: len(order) - tail]
     elif cuts and tail < world and size + tail >= 2 * world:
-        cuts[-1] -= world - tail  # the step before gives up what the last one lacks
+        cuts[-1] -= world - tail  # the previous step gives samples to the last one
     return [step for step in np.split(order, cuts) if len(step) >= world]
 
 
 def samples_digest(groups: Sequence[np.ndarray], keys: Sequence[str]) -> str:
-    """Twelve hex digits that tell which samples there are, in which order, and which of them share batches."""
+    """Return a digest of 12 hex digits of the samples, their order and their groups."""
     hashed = hashlib.sha256(json.dumps([[len(group) for group in groups], list(keys)]).encode())
     for group in groups:
         hashed.update(np.asarray(group, np.int64).tobytes())
@@ -65,15 +65,15 @@ def samples_digest(groups: Sequence[np.ndarray], keys: Sequence[str]) -> str:
 
 
 class EpochBatchSampler:
-    """Batches of `(epoch, sample number)` for a DataLoader.
+    """Batch sampler of (epoch, sample number) for a DataLoader.
 
-    `epoch` and `start` say where the next iteration begins, `handed` how many batches of the epoch were used.
+    `epoch` and `start` are the position of the next iteration. `handed` counts the delivered batches of the epoch.
     """
 
     def __init__(
         self, groups: Sequence[np.ndarray], batch_size: int, keys: Sequence[str] = (), **options: int | bool
     ) -> None:
-        """`keys` are the samples' names, if they have any; `options` those of `epoch_batches`, without `epoch`."""
+        """Store the settings. `keys` are the names of the samples. `options` are those of `epoch_batches`."""
         self.data = samples_digest(groups, keys)
         self.groups = list(groups)
         self.batch_size = batch_size
@@ -85,16 +85,16 @@ class EpochBatchSampler:
 
     @property
     def sampler(self) -> EpochBatchSampler:
-        """Itself: Lightning calls `batch_sampler.sampler.set_epoch` at the start of an epoch."""
+        """This object, because Lightning calls `batch_sampler.sampler.set_epoch` at the start of an epoch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of `epoch`, or, where it is the present one, leave the position alone."""
+        """Go to the start of `epoch`. In the current epoch, keep the position."""
         if epoch != self.epoch:
             self.epoch, self.start, self.handed = epoch, 0, 0
 
     def described(self) -> dict[str, int | bool | str]:
-        """What must be the same for a position to mean the same samples."""
+        """Return the settings that determine the samples at a position."""
         options = {key: value for key, value in self.options.items() if key != "rank"}
         return {
             "samples": sum(map(len, self.groups)),
@@ -104,9 +104,9 @@ class EpochBatchSampler:
         }
 
     def never_seen(self) -> list[int]:
-        """How many samples of each group are in no epoch at all.
+        """Return the number of samples per group that no epoch has.
 
-        Shuffled, what one epoch leaves out another has, but for groups that do not make a single step.
+        With shuffling, these are only the groups that do not fill a step.
         """
         drop_last, world = self.options.get("drop_last", False), self.options.get("world", 1)
         missing = []
@@ -116,7 +116,7 @@ class EpochBatchSampler:
         return missing
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, which is the same for every epoch and rank."""
+        """Return the number of batches of an epoch, equal for all epochs and ranks."""
         return self._length
 
     def __iter__(self) -> Iterator[list[Item]]:

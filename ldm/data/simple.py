@@ -1,4 +1,4 @@
-"""Datasets of justinpinkney's configs: folders of images with captions, and captions alone. Nothing is downloaded."""
+"""Datasets of justinpinkney's configs: folders of images with captions, and captions only. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ldm.images.find import ImageItem
 from ldm.images.pixels import random_below
 from ldm.util import UserError, instantiate_from_config
 
-_MOST_IN_CAPTIONS = 1 << 30  # bytes
+_MOST_IN_CAPTIONS = 1 << 30  # size limit in bytes
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def read_captions(file: str | Path, column: str = "text") -> dict[str, str]:
-    """Captions by file name: of a `.json` mapping, or of a `.jsonl` or `.csv` with `file_name` and `column`.
+    """Return captions by file name, from a `.json` mapping, or a `.jsonl` or `.csv` with `file_name` and `column`.
 
     Raises:
-        UserError: the file is missing, of another kind, not readable, or names a file outside its folder.
+        UserError: the file is missing, invalid or of another type, or names a file outside its folder.
     """
     path = Path(file).expanduser()
     try:
@@ -60,15 +60,15 @@ def read_captions(file: str | Path, column: str = "text") -> dict[str, str]:
 
 
 class FolderData(Dataset):
-    """Images below a folder. An item is `{"image": float32 (h, w, 3) in [-1, 1], "txt": caption}`.
+    """Images in a folder. An item is `{"image": float32 (h, w, 3) in [-1, 1], "txt": caption}`.
 
     Args:
         root_dir: the folder.
-        caption_file: captions by file name, as `read_captions` takes them; then only these images are read.
+        caption_file: captions by file name; see `read_captions`. Only these images are read.
         image_transforms: transforms of the PIL image, each by `target` and `params`.
-        ext: the extension of the images, or a list of them; only without a `caption_file`.
+        ext: extension of the images, or a list of them; only without a `caption_file`.
         default_caption: caption of images without one.
-        postprocess: `target` and `params` of what takes and gives an item.
+        postprocess: `target` and `params` of a function from item to item.
         return_paths: add the item's `path`.
     """
 
@@ -87,7 +87,7 @@ class FolderData(Dataset):
             captions = read_captions(caption_file)
             items = [ImageItem(name, self.root_dir / name, caption=text) for name, text in captions.items()]
             if not items:
-                raise UserError(f"{caption_file}: holds no captions")
+                raise UserError(f"{caption_file}: has no captions")
         else:
             items = _with_extensions(self.root_dir, ext)
         self.items = [ImageItem(i.name, i.path, i.span, i.caption or default_caption, i.error) for i in items]
@@ -107,13 +107,13 @@ class FolderData(Dataset):
         return self.postprocess(sample) if self.postprocess else sample
 
     def load(self, item: ImageItem) -> Tensor:
-        """The image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
+        """Return the image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
         with naming(item.name):
             return as_model_input(self.transform(read_image(item)))
 
 
 def as_model_input(image: Image.Image | Tensor) -> Tensor:
-    """What transforms gave, as float32 (h, w, 3): PIL images and tensors (3, h, w) in [0, 1] go to [-1, 1]."""
+    """Convert the result of transforms, a PIL image or tensor (3, h, w) in [0, 1], to float32 (h, w, 3) in [-1, 1]."""
     if isinstance(image, Tensor):
         return (image.permute(1, 2, 0) * 2 - 1).contiguous()
     return to_minus_one_one(image.convert("RGB"))
@@ -132,10 +132,10 @@ def _built(described: Any) -> Any:
 
 
 class IdRetreivalDataset(FolderData):
-    """`FolderData` whose items also have `match`: another image, of those that `ret_file` lists for this one.
+    """`FolderData` whose items also have `match`, another image from the list in `ret_file`.
 
     Args:
-        ret_file: JSON of lists of file names by file name, relative to `root_dir`.
+        ret_file: JSON file with lists of file names by file name, relative to `root_dir`.
     """
 
     def __init__(self, ret_file: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -157,12 +157,12 @@ class IdRetreivalDataset(FolderData):
 
 
 class TextOnly(Dataset):
-    """Captions with a black image. An item is `{image_key: float32 (s, s, 3), all -1, caption_key: str}`.
+    """Dataset of captions with a black image. An item is `{image_key: float32 (s, s, 3), all -1, caption_key: str}`.
 
     Args:
-        captions: a list, or the path of a text file with one per line.
-        output_size: pixels of a side.
-        n_gpus: how often each caption comes in a row, so that every one of so many processes gets it.
+        captions: list, or path of a text file with one caption per line.
+        output_size: side in pixels.
+        n_gpus: number of consecutive repeats of each caption, one for each process.
     """
 
     def __init__(
@@ -189,13 +189,13 @@ class TextOnly(Dataset):
 
 
 class hf_dataset(Dataset):
-    """Images and captions of a local folder, laid out as the hub's `imagefolder`: images with a metadata file.
+    """Dataset of images and captions in a local folder, in the layout `imagefolder` of the hub.
 
-    Captions are the column `text_column` of `metadata.jsonl` or `metadata.csv`, or stand in `name.txt` beside each
-    image. A subfolder named as `split` takes precedence over the folder itself.
+    Captions are in the column `text_column` of `metadata.jsonl` or `metadata.csv`, or in `name.txt` beside each image.
+    A subfolder `split` takes precedence over the folder.
 
     Raises:
-        UserError: `name` is no folder here: nothing is downloaded.
+        UserError: `name` is not a local folder. Nothing is downloaded.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A check that a model can halve the images of a dataset as often as it does, before training begins."""
+"""Check before training that image sizes are multiples of the model's downsampling."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CHANNELS = (1, 3, 4)
 
 
 def check_sizes(model: Any, sample: Any, split: str) -> None:
-    """Raise `UserError` if the image in `sample`, of the dataset `split`, does not halve evenly in `model`.
+    """Raise `UserError` if `model` cannot halve the image in `sample`, of the dataset `split`, evenly.
 
-    The image is the entry `first_stage_key`, or `image_key` of an autoencoder, channels last or first. A sample of
-    another kind, or without that entry, is left to the model.
+    The image is the entry `first_stage_key`, or `image_key` of an autoencoder, channels last or first. Other samples
+    are not checked.
     """
     key = getattr(model, "first_stage_key", None) or getattr(model, "image_key", None)
     if key is None or not isinstance(sample, Mapping) or key not in sample:
@@ -40,7 +40,7 @@ def check_sizes(model: Any, sample: Any, split: str) -> None:
 
 
 def multiple_of(model: Any) -> int:
-    """The number of pixels that the sides of an image for `model` must be multiples of; 1 where nothing is known."""
+    """Return the required divisor of image sides in pixels for `model`, or 1 if unknown."""
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     parts = (model, getattr(model, "first_stage_model", None), unet)
     multiple = 1

@@ -1,4 +1,4 @@
-"""Images with captions from folders, tars and single files."""
+"""Search for images with captions in folders, tars and single files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from pathlib import Path
 from ldm.files import open_file, read_span
 from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
-from ldm.images.find import ImageItem, SingleImages, from_folder, is_image
+from ldm.images.find import ImageItem, SingleImages, from_folder, is_image, pair_up
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
+_EDITED = [f"edited.{extension}" for extension in EXTENSIONS]  # members of a tar: the edited images of pairs
 
-def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
+
+def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
     items = []
     samples = index_tar(path)
     with open_file(path) as file:
@@ -35,30 +37,32 @@ def _from_tar(path: Path, fixed: str | None) -> list[ImageItem]:
                 error = f"no image ({', '.join(EXTENSIONS)}) among its members: {', '.join(sample.spans)}"
                 items.append(ImageItem(f"{path.name}/{sample.key}", path, None, caption, error))
             else:
-                name = f"{path.name}/{sample.key}.{extension}"
-                items.append(ImageItem(name, path, sample.spans[extension], caption, error))
+                name = f"{path.name}/{sample.key}"
+                edited = next((found for found in sample.spans if found in _EDITED), None)
+                other = ImageItem(f"{name}.{edited}", path, sample.spans[edited]) if pairs and edited else None
+                items.append(ImageItem(f"{name}.{extension}", path, sample.spans[extension], caption, error, other))
     return items
 
 
-def _from_source(source: str, single: SingleImages) -> list[ImageItem]:
+def _from_source(source: str, single: SingleImages, pairs: bool) -> list[ImageItem]:
     path = Path(source)
     if os.path.lexists(path) and not path.is_dir() and is_image(path):
         return [single.item(path, path.name)]
     if path.is_dir():
-        items = from_folder(path, single.fixed)
+        items = from_folder(path, single.fixed, pairs)
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
     for url in expand_urls(source):
         if is_stream(url):
-            raise UserError(f"{url}: images are read from folders and local tars; fetch it first")
+            raise UserError(f"{url}: is not a folder or a local tar; download it first")
         found = is_image(Path(url)) and not Path(url).is_dir()
-        items += [single.item(Path(url), Path(url).name)] if found else _from_tar(Path(url), single.fixed)
+        items += [single.item(Path(url), Path(url).name)] if found else _from_tar(Path(url), single.fixed, pairs)
     return items
 
 
 def _without_captions(sources: Sequence[str]) -> list[str]:
-    """Return `sources` without the files beside the images, which `folder/*` names too; warns of those not read."""
+    """Return `sources` without caption files, which `folder/*` includes. Log a warning for other files."""
     if len(sources) < 2:
         return list(sources)
     kept, left_out = [], []
@@ -72,42 +76,54 @@ def _without_captions(sources: Sequence[str]) -> list[str]:
         elif path.name not in METADATA_FILES and path.suffix.lower() != ".tar":
             left_out.append(source)
         elif path.suffix.lower() == ".tar":
-            kept.append(source)  # a damaged one
+            kept.append(source)  # a damaged tar
     if left_out:
         names = ", ".join(left_out[:5]) + (" ..." if len(left_out) > 5 else "")
-        logger.warning("%d files are neither images nor tars, and are left out: %s", len(left_out), names)
+        logger.warning("%d files skipped, because they are neither images nor tars: %s", len(left_out), names)
     return kept or list(sources)
 
 
-def find_images(source: str | Path | Sequence[str | Path], caption: str | None = None) -> list[ImageItem]:
-    """Return every image of `source`, sorted by name within a folder; `caption`, if given, is the caption of them all.
+def find_images(
+    source: str | Path | Sequence[str | Path], caption: str | None = None, pairs: bool = False
+) -> list[ImageItem]:
+    """Return all images of `source`, sorted by name within a folder. `caption`, if given, is the caption of all.
 
-    `source` is a folder of images (`metadata.jsonl` in it holds the captions, or `name.txt` beside each), a folder
-    of tars, tars by path, glob or brace pattern, an image, or a list of these. Images with no caption are told of,
-    and get the empty one.
+    `source` is a folder of images, a folder of tars, a path, glob or brace pattern of tars, an image, or a list of
+    these. Captions of a folder are in `metadata.jsonl`, or in `name.txt` beside each image. Images without a caption
+    get the empty caption, with a warning.
+
+    With `pairs`, return the images before an edit, each with the image after it. This is `name.edited.jpg` beside
+    `name.jpg`, or the second image in an entry of `metadata.jsonl`.
 
     Raises:
-        UserError: there is no image, none has a caption, one is named twice, a folder has both images and tars,
-            or `metadata.jsonl` or a tar cannot be read.
+        UserError: there is no image (or pair), no caption or a repeated image; a folder has both images and tars; or
+            `metadata.jsonl` or a tar cannot be read.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
     items: list[ImageItem] = []
     seen: set[Path] = set()
     single = SingleImages(caption)
     for entry in _without_captions(sources):
-        found = _from_source(entry, single)
+        found = _from_source(entry, single, pairs)
         if not found:
-            raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars of them")
+            raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars with images")
         paths = {item.path.resolve() for item in found}
-        counts = Counter((item.path, item.name) for item in found)  # a tar is the path of many
+        counts = Counter((item.path, item.name) for item in found)  # the images of a tar share its path
         twice = seen & paths | {path for (path, _), count in counts.items() if count > 1}
         if twice:
-            raise UserError(f"{min(twice)}: named twice among the images")
+            raise UserError(f"{min(twice)}: occurs twice among the images")
         seen |= paths
-        if len(sources) > 1 and Path(entry).is_dir():  # else two folders' images could have one name
+        if len(sources) > 1 and Path(entry).is_dir():  # avoids equal names in several folders
             found = [replace(item, name=f"{Path(entry).name}/{item.name}") for item in found]
         items += found
     where = ", ".join(sources)
+    if pairs:
+        items = pair_up(items)
+        if not any(item.edited for item in items):
+            raise UserError(
+                f"{where}: no image has an edited one; give name.edited.jpg beside name.jpg, or the columns "
+                f"input_image, edited_image and edit_prompt in {METADATA}"
+            )
     missing = [item.name for item in items if item.caption is None and item.error is None]
     if missing and all(item.caption is None for item in items):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Images with low-resolution versions of themselves, to train super-resolution on."""
+"""Dataset of image pairs in high and low resolution, for super-resolution."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ldm.util import UserError
 
 
 class PairedImages(Dataset):
-    """A square of an image, scaled to `size`, and the same made smaller by a degradation.
+    """Square crops of images, scaled to `size`, and their degraded versions.
 
     An item has `image`, float32 (size, size, 3), and `LR_image`, (size/f, size/f, 3), both in [-1, 1], and the labels
     of the image.
 
     Args:
-        size: pixels of a side.
-        degradation: a name of `ldm.images.degradations.NAMES`.
-        downscale_f: how many times smaller `LR_image` is; divides `size`.
-        min_crop_f, max_crop_f: least and most share of the smaller side that a square covers.
-        random_crop: take the square anywhere, else in the middle.
+        size: side in pixels.
+        degradation: name in `ldm.images.degradations.NAMES`.
+        downscale_f: ratio f of the sizes, a divisor of `size`.
+        min_crop_f, max_crop_f: range of the crop's side as a share of the smaller side.
+        random_crop: random crop, else centre crop.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PairedImages(Dataset):
         random_crop: bool = True,
     ) -> None:
         if type(size) is not int or size < 1:
-            raise UserError(f"size {size!r}: give the pixels of a side, such as 256")
+            raise UserError(f"size {size!r}: give the side in pixels, such as 256")
         if type(downscale_f) is not int or downscale_f < 1 or size % downscale_f:
             raise UserError(f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}")
         if not 0 < min_crop_f <= max_crop_f <= 1:
@@ -71,5 +71,5 @@ class PairedImages(Dataset):
 
 def _named(name: str | None, factor: int) -> Any:
     if name is None:
-        raise UserError("degradation is missing: name one, such as bsrgan or pil_bicubic")
+        raise UserError("degradation is missing: give one, such as bsrgan or pil_bicubic")
     return degradation(name, factor)

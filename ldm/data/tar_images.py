@@ -1,4 +1,4 @@
-"""Images, captions and metadata of local tars, as LAION's tools write them, and which of them are taken."""
+"""Dataset of images, captions and metadata in local tars of LAION's tools, with filters."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class Filter:
-    """Which samples are taken, by LAION's metadata; a sample without the number that is asked about is not.
+    """Filter of samples by LAION's metadata. A sample without a required number is excluded.
 
     Args:
-        min_size: least `original_width` and `original_height`, in pixels.
-        max_pwatermark: most `pwatermark`; 1 or more takes all.
-        p_unsafe_threshold: most `punsafe`; 1 or more takes all.
-        words: captions with any of these words are not taken.
+        min_size: minimum of `original_width` and `original_height` in pixels.
+        max_pwatermark: maximum of `pwatermark`; 1 or more for no filter.
+        p_unsafe_threshold: maximum of `punsafe`; 1 or more for no filter.
+        words: words that exclude a caption.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Filter:
 
 
 def read_words(file: str | Path | None) -> list[str]:
-    """The words of a YAML list, or of a mapping of lists; none for None."""
+    """Return the words of a YAML list or mapping of lists, or nothing for None."""
     if file is None:
         return []
     path = Path(file).expanduser()
@@ -80,14 +80,14 @@ def read_words(file: str | Path | None) -> list[str]:
 
 
 class TarImages(Dataset):
-    """Images of local tars. An item is `{image_key: (h, w, 3) in [-1, 1], "txt": caption, "__key__": str}`.
+    """Dataset of images in local tars. An item is `{image_key: (h, w, 3) in [-1, 1], "txt": caption, "__key__": str}`.
 
     Args:
         paths: the tars.
-        image_key: the extension of the images.
+        image_key: extension of the images.
         image_transforms: transforms of the PIL image, by `target` and `params`.
-        postprocess: takes and gives an item, by `target` and `params`.
-        keep: says of a sample's metadata (its `.json`) and caption whether it is taken; None takes all.
+        postprocess: `target` and `params` of a function from item to item.
+        keep: function of a sample's metadata (its `.json`) and caption that returns True to include it; None for all.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TarImages(Dataset):
         keep: Filter | None = None,
     ) -> None:
         if image_key not in EXTENSIONS:
-            raise UserError(f"image_key {image_key!r}: give an extension of images, such as jpg or png")
+            raise UserError(f"image_key {image_key!r}: give a file extension of images, such as jpg or png")
         self.image_key = image_key
         self.samples: list[tuple[Path, TarSample]] = []
         found = 0
@@ -132,7 +132,7 @@ class TarImages(Dataset):
 
 
 def _described(descriptor: int, sample: TarSample, metadata: bool = True) -> tuple[dict[str, Any], str]:
-    """The metadata of a sample, empty where there are none, and its caption."""
+    """Return the metadata of a sample, or an empty dict, and its caption."""
     described, caption = {}, None
     if metadata and "json" in sample.spans:
         try:

@@ -1,41 +1,87 @@
-"""Values that the processes of a run exchange. Imports torch.distributed only when a function is called."""
+"""Exchange of values and failures among the processes of a run."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, distributed
 
 from ldm.distributed.ranks import Launch
+from ldm.util import UserError
 
-_stores: list[Any] = []  # a store that this process serves must live as long as others read it
+T = TypeVar("T")
+
+_stores: list[Any] = []  # a store must live as long as other processes read from it
 
 
-def said_by_first(text: str, launch: Launch) -> str:
-    """Return the `text` of the first process of `launch`, in each of its processes. Each process must call this once.
+def broadcast_text(text: str, launch: Launch) -> str:
+    """Return the `text` of the first process in all processes of `launch`. Every process must call this once.
 
-    The text goes through a store at the address where torch.distributed will later meet.
+    The text is sent through a store at the address that torch.distributed will use later.
     """
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from torch.distributed import rendezvous
 
     try:
         environment = TorchElasticEnvironment() if launch.launcher == "torchrun" else SLURMEnvironment()
-    except RuntimeError:  # which the Trainer will meet as well, and explain
+    except RuntimeError:  # the Trainer will raise it again, with an explanation
         return text
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     rank = environment.global_rank()
     store, _, _ = next(rendezvous("env://", rank, launch.processes * launch.machines))
     _stores.append(store)
-    key = f"latent-finetune/said_by_first/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    key = f"latent-finetune/broadcast_text/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
         store.set(key, text)
     return store.get(key).decode()
 
 
+class FailedTogether(UserError):
+    """Error of one process that all processes raise at the same place, so that they can still act together."""
+
+
+def in_all_processes(values: Iterator[T]) -> Iterator[T]:
+    """Yield `values`, and stop all processes if one of them fails to produce its next value.
+
+    All processes must have equally many values. They agree on each value, which waits for the device. Lightning waits
+    for it at the same place.
+
+    Raises:
+        FailedTogether: a process raised a `UserError` for its next value. The message names the process.
+    """
+    while True:
+        failure, value = "", None
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        except UserError as error:
+            failure = str(error)
+        _check_together(failure)
+        yield value
+
+
+def _check_together(failure: str) -> None:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if failure:
+            raise UserError(failure)
+        return
+    has_gpu = distributed.get_backend() == "nccl"
+    failed = torch.tensor(bool(failure), dtype=torch.int32, device="cuda" if has_gpu else "cpu")
+    distributed.all_reduce(failed, op=distributed.ReduceOp.MAX)
+    if not failed.item():
+        return
+    failures: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(failures, failure)
+    rank = next(number for number, text in enumerate(failures) if text)
+    raise FailedTogether(f"{failures[rank]} (in process {rank} of {len(failures)}, counted from 0)")
+
+
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Return the mean of `values` over the processes that train together. All must give the same shape."""
+    """Return the mean of `values` over the process group. All processes must pass the same shape."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return values
     total = values.detach().clone()

@@ -1,4 +1,4 @@
-"""Tensors that FSDP partitions among the processes (DTensors): weights, gradients and optimizer state."""
+"""Weights, gradients and optimizer state that FSDP partitions among processes (DTensors)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return True if weights of `module` are partitioned. All processes must then call it together."""
+    """Return True if any weight of `module` is partitioned."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this process's part of `tensor`, in the same memory; `tensor` itself if it is not partitioned."""
+    """Return this process's part of `tensor`, sharing its memory; `tensor` itself if it is not partitioned."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -32,9 +32,9 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def gather_on_first(value: Any, is_first: bool) -> Any:
-    """Return `value`, including lists and dicts, with partitioned tensors gathered in host memory.
+    """Gather the partitioned tensors in `value`, nested lists and dicts included, in the first process's host memory.
 
-    All processes must call this together. Only the first gets usable values.
+    All processes must call this together. The others get None in place of each partitioned tensor.
     """
     if isinstance(value, dict):
         return {key: gather_on_first(part, is_first) for key, part in value.items()}

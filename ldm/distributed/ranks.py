@@ -1,4 +1,4 @@
-"""Rank of this process among those that torchrun or Slurm started, read from the environment."""
+"""Rank of this process under torchrun or Slurm, read from the environment."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ldm.util import UserError
 
 T = TypeVar("T")
 
-# Variables of torchrun, and their values where they are not set.
+# Environment variables of torchrun, and their defaults.
 _TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 
 
 def is_srun_task() -> bool:
-    """Return True if `srun` started this process. An interactive shell under Slurm does not count."""
+    """Return True if `srun` started this process, except as an interactive shell."""
     return "SLURM_STEP_NUM_TASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Process `rank` of `world`, and `local` of `local_world` on its machine. Numbers count from 0."""
+    """Rank of this process among `world`, and its rank `local` among `local_world` on its machine, counted from 0."""
 
     rank: int = 0
     world: int = 1
@@ -31,12 +31,12 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or else the variables that `srun` sets.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or else the variables of `srun`.
 
-        Where neither is set, the process is the only one.
+        Without any of these, the process is the only one.
 
         Raises:
-            UserError: a value is not a number, or two contradict each other.
+            UserError: a value is not a number, or the rank is not below the number of processes.
         """
         if "LOCAL_WORLD_SIZE" not in os.environ and is_srun_task():
             world = _number("SLURM_STEP_NUM_TASKS", 1)
@@ -44,7 +44,7 @@ class Ranks:
             return cls(_number("SLURM_PROCID", 0), world, _number("SLURM_LOCALID", 0), max(world // machines, 1))
         ranks = cls(*(_number(name, default) for name, default in _TORCHRUN.items()))
         if ranks.rank >= ranks.world:
-            raise UserError(f"RANK={ranks.rank} WORLD_SIZE={ranks.world} in the environment: ranks count from 0")
+            raise UserError(f"RANK={ranks.rank} in the environment: must be below WORLD_SIZE={ranks.world}")
         return ranks
 
     def share(self, everything: Sequence[T]) -> Sequence[T]:
@@ -55,13 +55,13 @@ class Ranks:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise UserError(f"{name}={text} in the environment: is no number from 0")
+        raise UserError(f"{name}={text} in the environment: give a whole number of at least 0")
     return int(text)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Number of `processes` that a launcher started on each of `machines`."""
+    """Launcher, with the number of `processes` that it started on each of `machines`."""
 
     launcher: str
     processes: int
@@ -69,7 +69,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """Return the launcher that started this process as one of several; None if there is none."""
+    """Return the launcher of this process, with its numbers of processes and machines; None if there is none."""
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if not is_torchrun and not is_srun_task():
         return None
@@ -78,7 +78,7 @@ def launched() -> Launch | None:
 
 
 def is_first_process() -> bool:
-    """Return True for the process that logs and writes for all."""
+    """Return True for the process that logs and writes for the whole run."""
     names = {"torchrun": "RANK", "srun": "SLURM_PROCID"}
     launch = launched()
     return os.environ.get(names[launch.launcher] if launch else "LOCAL_RANK", "0") == "0"

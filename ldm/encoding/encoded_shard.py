@@ -1,10 +1,10 @@
-"""A shard while its images are encoded."""
+"""Shard that is written while its images are encoded."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class EncodedShard:
-    """Writes what is encoded of a shard's images, in their order, and counts it.
+    """Writer of one shard that restores the order of the images and counts them.
 
-    `prepare` is called before the file is opened, when the first encodings are known to be sound.
+    `prepare` is called once, before the file is opened and after the first encodings have passed their check.
     """
 
     def __init__(self, path: Path, prepare: Callable[[], None]) -> None:
@@ -34,37 +34,42 @@ class EncodedShard:
         self.without_caption = 0
         self.sizes: Counter[str] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
-        self._cut: dict[int, dict[str, Any]] = {}  # names and tokens of captions that are too long, by place
+        self._cut: dict[int, dict[str, Any]] = {}  # names and tokens of truncated captions, by place
         self._shard: Shard | None = None
-        self._early: dict[int, list[tuple[str, dict[str, bytes]]]] = {}  # samples by place, before their turn
+        self._early: dict[
+            int, list[tuple[str, dict[str, bytes]]]
+        ] = {}  # samples by place, until those before them are written
 
-    def readable(self, results: Iterable[FittedImage | Unreadable]) -> Iterator[FittedImage]:
-        """The images among `results`; the others are told of."""
+    def skip_unreadable(self, results: Iterable[FittedImage | Unreadable]) -> Iterator[FittedImage]:
+        """Yield the images among `results`. Log and record the others."""
         for result in results:
             if isinstance(result, FittedImage):
                 yield result
                 continue
-            logger.warning("left out: %s", result.reason)
+            logger.warning("image skipped: %s", result.reason)
             self.failed.append({"name": result.item.name, "reason": result.reason})
 
     def add(
         self,
         batch: Sequence[tuple[int, FittedImage]],
-        values: Sequence[np.ndarray],
+        views: Sequence[Mapping[str, np.ndarray]],
         contexts: Sequence[CaptionEncoding],
     ) -> None:
-        """Take the encodings of images: in `values` the plain ones' and, if there are two, the mirrored ones'.
+        """Add a batch: `views` holds the arrays of its images by member and, with `--flip`, of their mirror images.
 
         Raises:
             UserError: a value is not finite.
         """
         for i, ((place, image), context) in enumerate(zip(batch, contexts, strict=True)):
-            self._early[place] = [_sample(image, view[i], context, bool(flip)) for flip, view in enumerate(values)]
+            self._early[place] = [
+                _sample(image, {key: values[i] for key, values in view.items()}, context, bool(flip))
+                for flip, view in enumerate(views)
+            ]
             if context.cut_tokens:
                 self._cut[place] = {"name": image.item.name, "tokens": context.cut_tokens}
             self.without_caption += image.item.caption is None
-            self.sizes["{}x{}".format(*image.size)] += len(values)
-            self.shapes.add(values[0].shape[1:])
+            self.sizes["{}x{}".format(*image.size)] += len(views)
+            self.shapes.add(views[0][LATENT].shape[1:])
         if self._shard is None:
             self.prepare()
             self._shard = Shard(self.path).__enter__()
@@ -74,7 +79,7 @@ class EncodedShard:
             self.images += 1
 
     def finish(self) -> Record:
-        """Close the shard; its record."""
+        """Close the shard and return its record."""
         entry = {"samples": 0}
         if self._shard is not None:
             self._shard.__exit__(None, None, None)
@@ -90,16 +95,16 @@ class EncodedShard:
         }
 
     def abandon(self, error: BaseException) -> None:
-        """Leave nothing of the shard."""
+        """Remove the unfinished file."""
         if self._shard is not None:
             self._shard.__exit__(type(error), error, error.__traceback__)
 
 
 def _sample(
-    image: FittedImage, values: np.ndarray, context: CaptionEncoding, flip: bool
+    image: FittedImage, arrays: dict[str, np.ndarray], context: CaptionEncoding, flip: bool
 ) -> tuple[str, dict[str, bytes]]:
-    """Key and members of the image's sample, or of its mirror image's."""
-    if not np.isfinite(values).all():
+    """Return key and members of the sample of the image, or with `flip` of its mirror image."""
+    if not all(np.isfinite(values).all() for values in arrays.values()):
         raise UserError(f"{image.item.name}: encodes to NaN or infinity; try --precision fp32")
-    members = encode_members(values, context.arrays, image.caption, image.origin(flip))
+    members = encode_members(arrays.pop(LATENT), context.arrays, image.caption, image.origin(flip), arrays)
     return image.key + ("_flip" if flip else ""), members

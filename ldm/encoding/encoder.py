@@ -1,4 +1,4 @@
-"""What pre-encoding needs of a model: images to posteriors, and captions to hidden states."""
+"""Encoder of images to posteriors and of captions to hidden states."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from ldm.checkpoint import encoder_digests
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.transforms import to_range
-from ldm.models.diffusion.latent import check_reads_captions
+from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
 from ldm.modules.encoders.tokenizer import cut_captions
-from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR, text_encodings
+from ldm.release.model_family import family_of_model
+from ldm.shards.index import EMPTY_CAPTION, ENCODED, FAMILY, ZEROS
+from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR
 from ldm.util import UserError
 
-_CACHED_CAPTIONS = 2048  # 118 KB each at (77, 768) float16
+_CACHED_CAPTIONS = 2048  # 118 KB per caption at (77, 768) float16, 318 KB for SDXL
 
 
 @dataclass(frozen=True)
 class CaptionEncoding:
-    """Encodings of one caption, float16, by member, and its length in tokens if it is cut; 0 if it is not."""
+    """Encodings of one caption, float16, by member. `cut_tokens` is its full length if it is truncated, else 0."""
 
     arrays: dict[str, np.ndarray]
     cut_tokens: int = 0
 
 
 class _Caption:
-    """The encoding of one caption, which is computed when it is first asked for."""
+    """Encoding of one caption, copied from its batch on first use."""
 
     def __init__(self, text: str, batch: Mapping[str, HostCopy], index: int, cut_tokens: int) -> None:
         self._text = text
@@ -44,19 +46,19 @@ class _Caption:
         copy = self._copy
         if copy is not None:
             batch, index = copy
-            # Copies, since the batch's memory can be used again.
+            # A view would keep the memory of the whole batch.
             arrays = {key: part.get()[index].numpy().copy() for key, part in batch.items()}
             self._encoding = CaptionEncoding(arrays, self._cut_tokens)
             self._copy = None
             if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise UserError(f"the caption {self._text!r} encodes to NaN or infinity; try --precision fp32")
+                raise UserError(f"caption {self._text!r}: encodes to NaN or infinity; try --precision fp32")
         return self._encoding
 
 
-class Encoder:
-    """The two halves of a `LatentDiffusion` that pre-encoding needs, moved to `device` and `dtype`; the UNet stays.
+class SampleEncoder:
+    """Autoencoder and text encoder of a `LatentDiffusion`, moved to `device` and `dtype`. The UNet is not moved.
 
-    `digests` tells their weights, as they are given, from others.
+    `digests` identifies the weights at their original precision.
 
     Raises:
         UserError: the model has no text encoder.
@@ -72,44 +74,69 @@ class Encoder:
         self.dtype = dtype
         self._captions: OrderedDict[str, _Caption] = OrderedDict()
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """Return the entries of an index for the model: family, digests of encoders, and kind of the empty caption."""
+        family = family_of_model(self.model) if isinstance(self.model, LatentDiffusion) else None
+        zeros = getattr(self.model.cond_stage_model, "empties_to_zeros", False)
+        return {
+            FAMILY: family and family.key,
+            EMPTY_CAPTION: ZEROS if zeros else ENCODED,
+            "scale_factor": float(self.model.scale_factor),
+            **self.digests,
+        }
+
     def check_sizes(self, sizes: Iterable[Size]) -> None:
-        """Raise `UserError` unless the autoencoder and the UNet can halve images of these sizes evenly."""
+        """Raise `UserError` if a size (height, width) is not a multiple of the model's total downsampling."""
         unet = getattr(self.model.model.diffusion_model, "downsampling", 1)
         multiple = self.model.first_stage_model.downsampling * unet
         for height, width in sizes:
             if height % multiple or width % multiple:
                 size = f"--size {height}" if height == width else f"--buckets, {height}x{width}"
-                raise UserError(f"{size}: this model takes images in multiples of {multiple} pixels")
+                raise UserError(f"{size}: height and width must be multiples of {multiple} pixels for this model")
 
     @torch.inference_mode()
-    def images(self, batch: Tensor) -> Tensor:
-        """Images uint8 (B, 3, H, W) to posterior parameters, or latents, float16 (B, 2C or C, h, w), on the device.
+    def images(self, batch: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Encode images, uint8 (B, 3, H, W). In [-1, 1], they are set to 0 where `masks` (B, 1, H, W) is 1.
 
-        On a GPU the work is under way when this returns.
+        Returns:
+            Posterior parameters (B, 2C, h, w), or latents (B, C, h, w), float16, unscaled, on the device. On a GPU the
+            computation may still be running.
         """
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()  # else the device would be waited for
-        there = batch.to(self.device, non_blocking=True)
-        encoded = self.model.first_stage_model.encode(to_range(there).to(self.dtype))
+        pixels = to_range(self._on_device(batch)).to(self.dtype)
+        if masks is not None:
+            pixels = pixels.masked_fill(self._on_device(masks).bool(), 0.0)
+        encoded = self.model.first_stage_model.encode(pixels)
         values = encoded if isinstance(encoded, Tensor) else encoded.parameters
         values = values.float()
         if not isinstance(encoded, Tensor):
             mean, logvar = values.chunk(2, dim=1)
-            # The posterior clamps it so when it is read; unclamped it need not fit in float16.
+            # The reader clamps the log-variance in the same way. Without it, a value may not fit in float16.
             values = torch.cat([mean, logvar.clamp(LEAST_LOGVAR, MOST_LOGVAR)], dim=1)
         return values.half()
 
+    def masks(self, masks: Tensor) -> Tensor:
+        """Return masks (B, 1, H, W) at the latent's size (B, 1, h, w), float16: the upper left pixel of each cell."""
+        step = self.model.first_stage_model.downsampling
+        return masks[:, :, ::step, ::step].half()
+
+    def _on_device(self, batch: Tensor) -> Tensor:
+        """Return the batch on the device."""
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # makes the copy asynchronous
+        return batch.to(self.device, non_blocking=True)
+
     @torch.inference_mode()
     def captions(self, texts: Sequence[str]) -> list[CaptionEncoding]:
-        """Return the encodings of `texts`; each text is encoded once as long as it is remembered."""
+        """Return the encodings of `texts`. Recent texts are taken from a cache."""
         return self.captions_later(texts)()
 
     @torch.inference_mode()
     def captions_later(self, texts: Sequence[str]) -> Callable[[], list[CaptionEncoding]]:
-        """Return a function that gives `captions(texts)`, in any thread: on a GPU the work is under way by then."""
+        """Start encoding `texts`. Return a function that any thread may call for the result."""
         new = [text for text in dict.fromkeys(texts) if text not in self._captions]
         if new:
-            encodings = text_encodings(self.model.get_learned_conditioning(new))
+            encodings = self.model.encode_captions(new)
             batch = {key: HostCopy(value.float().half()) for key, value in encodings.items()}
             cut = cut_captions(self.model.cond_stage_model, new)
             self._captions |= {text: _Caption(text, batch, i, cut.get(text, 0)) for i, text in enumerate(new)}
@@ -121,5 +148,5 @@ class Encoder:
         return lambda: [caption.get() for caption in found]
 
     def forget_captions(self) -> None:
-        """Encode each text anew: rounding depends on what else is encoded with it, and so on what is remembered."""
+        """Empty the cache. A batch's rounding depends on its other texts, so results would depend on earlier shards."""
         self._captions.clear()

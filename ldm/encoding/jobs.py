@@ -1,4 +1,4 @@
-"""The shards that a list of images or prompts makes, and in `.parts/` beside them a record of each that is finished."""
+"""Jobs of a set, one per shard, and the records of finished shards in the folder `.parts/` beside them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-_MOST_BYTES = 1 << 28  # of a record
+_MOST_BYTES = 1 << 28  # size limit of a record's file
 
 
 def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range]]:
-    """Return the shards that `count` images or prompts make, `shard_size` to each, with the numbers of these.
+    """Return the path of each shard and the range of its image or prompt numbers, `shard_size` per shard.
 
     Raises:
-        UserError: `out` names too few.
+        UserError: the pattern `out` has too few names for `count` images or prompts.
     """
     size = shard_size if is_spread(out) else count
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     paths = list(islice(shard_paths(out), len(parts)))
     if len(paths) < len(parts):
-        raise UserError(f"--out {out}: {len(paths)} shards of {size} are too few for {count}")
+        raise UserError(
+            f"--out {out}: {len(paths)} shards of {size} cannot hold {count}; name more shards, such as %06d.tar"
+        )
     return list(zip(paths, parts, strict=True))
 
 
@@ -43,16 +45,16 @@ def _record_path(shard: Path) -> Path:
 
 
 def write_record(shard: Path, record: Record) -> None:
-    """Note that `shard` is finished: `record` has what the index says of it, `bytes` and `sha256` among that.
+    """Store the `record` of the finished `shard`: its entries of the index, such as `bytes` and `sha256`.
 
-    A shard for which there was nothing to write has neither, and no file.
+    A shard without samples has no file, no `bytes` and no `sha256`.
     """
     with atomic_write(_record_path(shard)) as path:
         path.write_text(json.dumps(record) + "\n")
 
 
 def read_record(shard: Path) -> Record | None:
-    """Return the record of `shard`; None if it is not finished.
+    """Return the record of `shard`, or None if the shard is not finished.
 
     Raises:
         UserError: the record is damaged.
@@ -62,18 +64,18 @@ def read_record(shard: Path) -> Record | None:
         record = json.loads(read_at_most(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:  # UserError is one
-        raise UserError(f"{path}: damaged: {error!s:.200}; remove it, and its shard is made again") from error
+    except (ValueError, RecursionError) as error:  # includes UserError
+        raise UserError(f"{path}: damaged: {error!s:.200}; remove it, and its shard is written again") from error
     wrong = _wrong_entry(record, shard.name)
     if wrong is not None:
-        raise UserError(f"{path}: damaged: {wrong}; remove it, and its shard is made again")
+        raise UserError(f"{path}: damaged: {wrong}; remove it, and its shard is written again")
     return record
 
 
 def _wrong_entry(record: Any, name: str) -> str | None:
-    """Return what is wrong with a record of the shard `name`; None if nothing is."""
+    """Return the first fault of the record of the shard `name`, or None if it has none."""
     if not isinstance(record, dict):
-        return f"{record!r:.80} is no record"
+        return f"{record!r:.80} is not a record"
     if not is_whole(record.get("samples")):
         return f"samples is {record.get('samples')!r:.80}"
     needed = {"name": lambda value: value == name, "bytes": is_whole, "sha256": is_digest} if record["samples"] else {}
@@ -81,7 +83,7 @@ def _wrong_entry(record: Any, name: str) -> str | None:
         if (key in record or key in needed) and not is_right(record.get(key)):
             return f"{key} is {record.get(key)!r:.80}"
     missing = _OF_IMAGES - record.keys() if _OF_IMAGES & record.keys() else set()
-    return f"it has no {min(missing)}" if missing else None
+    return f"{min(missing)} is missing" if missing else None
 
 
 def _is_sizes(value: Any) -> bool:
@@ -110,28 +112,30 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def take_up(shard: Path) -> Record | None:
-    """Return the record of a shard that an earlier run finished, if all of its bytes are as they were written.
+def verified_record(shard: Path) -> Record | None:
+    """Return the record of a shard that an earlier run finished, after a check of the shard's SHA-256.
 
-    Of another shard, and of one whose record is damaged, the result is None: it is made again.
+    Return None for a shard that is unfinished or changed, or whose record is damaged. Such a shard is written again.
     """
     try:
         record = read_record(shard)
     except UserError as error:
-        logger.warning("%s", str(error).replace("remove it, and its shard is made again", "its shard is made again"))
+        logger.warning(
+            "%s", str(error).replace("remove it, and its shard is written again", "its shard is written again")
+        )
         _record_path(shard).unlink()
         return None
     if record is None or "sha256" not in record:
         return record
     if shard.is_file() and shard.stat().st_size == record["bytes"] and file_sha256(shard) == record["sha256"]:
         return record
-    logger.warning("%s: is not what was written; it is made again", shard)
+    logger.warning("%s: differs from its record, and is written again", shard)
     _record_path(shard).unlink()
     return None
 
 
 def wait_for_records(shards: Sequence[Path]) -> list[Record]:
-    """Return the records of all `shards`; wait for those that other processes make."""
+    """Return the records of all `shards`. Wait for the shards of other processes."""
     records: dict[Path, Record] = {}
     told = False
     while True:

@@ -1,18 +1,21 @@
-"""Images and captions to shards of posteriors and text encodings.
+"""Pre-encoding of images and captions into shards of posteriors and text encodings.
 
-The members of a sample are those of `ldm.shards.sample`: the posterior's parameters float16 (2C, height/8, width/8),
-unscaled; the text encoder's outputs, such as float16 (77, 768); the caption; and where the image comes from.
+`ldm.shards.sample` lists the members of a sample: the posterior's parameters, float16 (2C, height/8, width/8),
+unscaled; the outputs of the text encoders, such as float16 (77, 768); the caption; the origin of the image; and
+further conditioning by the kind of model, see `ldm.encoding.kinds`.
 
-A shard holds the readable ones of a fixed range of the input's images, and depends on nothing else. So shards can be
-made by several processes, in any order, and after an interruption, and are always the same. The index has, beside what
-`ldm.shards.index` says,
+A shard holds the readable images of a fixed range of the input, and depends on nothing else. Several processes can
+therefore write shards in any order, also after an interruption, with the same result. The index has the entries of
+`ldm.shards.index`, and
 
-    made_from           the settings, the digests of the weights and of the list of images: what must be the same to
-                        go on with an unfinished set
+    made_from           settings, and digests of the weights and of the list of images; they must be equal for an
+                        unfinished set to be resumed
     images, without_caption, captions_cut   counts
-    failed, cut         name and reason of each image that could not be read; name and tokens of each caption that is
-                        longer than the text encoder reads
-    sizes, f8, t5       samples by the size (height x width) of their images, and the shapes of what is stored
+    failed              name and reason of each image that could not be read
+    cut                 name and tokens of each caption that is longer than the text encoder's limit
+    sizes               samples per image size (height x width)
+    masks               number per sample, for inpainting
+    f8, t5, pooled      shapes of the stored arrays
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ldm.distributed.ranks import Ranks
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.jobs import Record, plan_shards
-from ldm.encoding.making import INDEXED, Job, Making, make_set
+from ldm.encoding.kinds import samples_for
 from ldm.encoding.pipeline import encode_shards
+from ldm.encoding.set_writer import INDEXED, Job, SetWriter
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
 from ldm.shards.index import INDEX
@@ -36,25 +42,25 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 5  # images that a warning names
+_NAMED = 5  # images listed in a warning
 
 
 @dataclass
 class Report:
-    """What became of the images of some shards."""
+    """Counts and failures of encoded shards."""
 
     samples: int = 0
     images: int = 0
     without_caption: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)  # name and reason
-    cut: list[dict[str, Any]] = field(default_factory=list)  # name and tokens of captions that are too long
-    sizes: Counter[str] = field(default_factory=Counter)  # samples by height x width of their images
-    f8: list[tuple[int, ...]] = field(default_factory=list)  # shapes
-    shards: list[Record] = field(default_factory=list)  # name, samples, bytes, sha256; of those with samples
+    cut: list[dict[str, Any]] = field(default_factory=list)  # name and tokens of truncated captions
+    sizes: Counter[str] = field(default_factory=Counter)  # samples per height x width
+    f8: list[tuple[int, ...]] = field(default_factory=list)  # shapes of the stored posteriors or latents
+    shards: list[Record] = field(default_factory=list)  # INDEXED entries of each shard that has samples
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Report:
-        """The sum of what the records of shards say."""
+        """Return the sum of the `records` of shards."""
         report = cls()
         for record in records:
             report.samples += record["samples"]
@@ -68,9 +74,33 @@ class Report:
                 report.shards.append({key: record[key] for key in INDEXED})
         return report
 
+    def counts(self) -> dict[str, Any]:
+        """Return the counts, the failures, the truncated captions and the sizes as entries of the index."""
+        return {
+            "samples": self.samples,
+            "images": self.images,
+            "without_caption": self.without_caption,
+            "captions_cut": len(self.cut),
+            "failed": self.failed,
+            "cut": self.cut,
+            "sizes": dict(sorted(self.sizes.items())),
+        }
+
+    def warn_of_cut_captions(self) -> None:
+        """Log the captions that are longer than the text encoder's limit, if there are any."""
+        if self.cut:
+            shown = ", ".join(f"{entry['name']} ({entry['tokens']})" for entry in self.cut[:_NAMED])
+            more = f" and {len(self.cut) - _NAMED} more, see {INDEX}" if len(self.cut) > _NAMED else ""
+            logger.warning(
+                "%d captions have more tokens than the text encoder reads and are cut: %s%s",
+                len(self.cut),
+                shown,
+                more,
+            )
+
 
 def preencode(
-    encoder: Encoder,
+    encoder: SampleEncoder,
     items: Sequence[ImageItem],
     out: str,
     *,
@@ -79,67 +109,60 @@ def preencode(
     batch_size: int = 8,
     shard_size: int = 1000,
     flip: bool = False,
+    masks: int | None = None,
     workers: int = 0,
     overwrite: bool = False,
     ranks: Ranks | None = None,
 ) -> Report:
-    """Write the shards of `out`, and beside them the empty caption's encoding and `index.json`, last.
+    """Write `items` to the shards of the pattern `out`, and the empty caption's encoding and `index.json` beside them.
 
-    An unfinished set that the same arguments began is taken up: its finished shards are verified and kept. Of several
-    processes with one `out` each makes its share of the shards; rank 0 waits for all and then writes the index.
+    An unfinished set of the same arguments is resumed: its finished shards are verified and kept. With several
+    processes, each writes its share of the shards. Rank 0 waits for all of them and then writes the index.
 
     Args:
-        size: pixels a side of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
-        shard_size: samples in a shard; an image and its mirror image are not parted.
+        size: side in pixels of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
+        shard_size: samples per shard. An image and its mirror image share a shard.
+        masks: masks per sample for an inpainting model. The default is `ldm.encoding.kinds.MASKS`.
         workers: processes that decode images.
-        overwrite: begin anew, whatever is there; for a process alone.
-        ranks: which process this is; by default, the only one.
+        overwrite: replace an existing set; for a single process only.
+        ranks: this process and the number of processes; by default, a single process.
 
     Returns:
-        What became of all images; of a rank above 0, what became of its own.
+        The report on all images, or above rank 0 on this rank's images.
 
     Raises:
-        UserError: shards are there already, or an unfinished set of something else; no image can be read; or a value
-            does not fit in float16.
+        UserError: the folder holds another set, or an unfinished set with other settings; no image can be read; a
+            value does not fit in float16; or no kind of sample matches the model.
     """
+    kind = samples_for(encoder.model, masks, flip)
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
-    shards = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
-    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size}
-    made_from = {
-        **settings,
-        "precision": str(encoder.dtype).removeprefix("torch."),
-        **encoder.digests,
-        "images": digest_images(items),
-    }
+    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **kind.settings}
+    precision = str(encoder.dtype).removeprefix("torch.")
+    made_from = {**settings, "precision": precision, **encoder.digests, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
+    jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
+    writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())
 
-    def write(missing: Sequence[Job], making: Making) -> None:
-        encode_shards(encoder, items, missing, sizes, batch_size, flip, workers, making.prepare, making.keep)
+    def write_shards(missing: Sequence[Job]) -> None:
+        encode_shards(encoder, kind, items, missing, sizes, batch_size, flip, workers, writer.prepare, writer.keep)
+
+    def with_blanks(records: Sequence[Record]) -> dict[str, np.ndarray]:
+        found = (tuple(map(int, name.split("x"))) for name in sorted(Report.of(records).sizes))
+        return {**nulls, **kind.blanks(encoder, found)}
 
     def describe(records: Sequence[Record]) -> dict[str, Any]:
         report = Report.of(records)
         if not report.images:
             raise UserError(f"none of {len(items)} images can be read; the first: {report.failed[0]['reason']}")
         return {
-            "samples": report.samples,
-            "images": report.images,
-            "without_caption": report.without_caption,
-            "captions_cut": len(report.cut),
-            "failed": report.failed,
-            "cut": report.cut,
+            **report.counts(),
             **settings,
-            "sizes": dict(sorted(report.sizes.items())),
             **index_shapes(report.f8, nulls),
-            "scale_factor": float(encoder.model.scale_factor),
-            **encoder.digests,
+            MEMBERS: [*kind.members, *nulls],
+            **encoder.described,
         }
 
-    report = Report.of(make_set(out, made_from, shards, nulls, write, describe, overwrite, ranks))
-    if report.cut:
-        shown = ", ".join(f"{entry['name']} ({entry['tokens']})" for entry in report.cut[:_NAMED])
-        more = f" and {len(report.cut) - _NAMED} more, see {INDEX}" if len(report.cut) > _NAMED else ""
-        logger.warning(
-            "%d captions have more tokens than are read, the rest is cut: %s%s", len(report.cut), shown, more
-        )
+    report = Report.of(writer.write(with_blanks, write_shards, describe))
+    report.warn_of_cut_captions()
     return report

@@ -1,7 +1,8 @@
-"""Shards of a prior: samples of a released model straight from its latent space, or the latents of a set of images.
+"""Shards of a prior: latents sampled by a released model, or the latents of a pre-encoded set of images.
 
-A sample is as `ldm.encoding.preencode` writes it, except that it holds one latent, float16 (C, h, w), unscaled, and
-that a teacher adds its members; see `ldm.encoding.teacher`. Its `json` tells how it was sampled.
+A sample has the members that `ldm.encoding.preencode` writes, with two differences. It holds one latent, float16
+(C, h, w), unscaled, in place of a posterior. A teacher adds members; see `ldm.encoding.teacher`. The sample's `json`
+holds the sampler's settings.
 """
 
 from __future__ import annotations
@@ -24,56 +25,85 @@ from ldm.checkpoint.digest import weights_digest
 from ldm.checkpoint.keys import EMA, MODEL
 from ldm.data.dropout import CaptionDropout
 from ldm.distributed.ranks import Ranks
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.jobs import Record, plan_shards
-from ldm.encoding.making import Job, Making, make_set
 from ldm.encoding.read import sample_key
+from ldm.encoding.set_writer import Job, SetWriter
 from ldm.encoding.teacher import Teacher
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.models.diffusion.text_to_image import Request, draw_batches
+from ldm.models.diffusion.text_to_image import Request, sample_batches
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.shards.index import MEMBERS
 from ldm.shards.open import check_encoders, open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION, CONTEXT, LATENT, STORED, TEXT_ENCODINGS, encode_members
+from ldm.shards.sample import (
+    CAPTION,
+    CONTEXT,
+    LATENT,
+    ORIGIN,
+    SIZE_ENTRIES,
+    SIZES,
+    STORED,
+    TEXT_ENCODINGS,
+    encode_members,
+    sizes_of,
+)
 from ldm.shards.writer import Shard, existing_shards
 from ldm.util import UserError
 
 
 @dataclass
 class PriorSample:
-    """A sample before it is written; `number` is its place in the set."""
+    """Sample that is not yet written. `number` is its position in the set."""
 
     number: int
     key: str
     latent: np.ndarray  # C h w, float16, unscaled
-    encodings: dict[str, np.ndarray]  # of the caption, float16
+    encodings: dict[str, np.ndarray]  # of the caption, by member, float16
     caption: str
     origin: Mapping[str, Any]
-    answers: Mapping[str, np.ndarray] = field(default_factory=dict)  # the teacher's
+    answers: Mapping[str, np.ndarray] = field(default_factory=dict)  # the teacher's members
+
+    def conditions(self, size_entries: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the encodings by member, and sizes (2,) by the names in `size_entries`."""
+        sizes = {entry: np.array(self.origin[SIZE_ENTRIES[entry]], np.float32) for entry in size_entries}
+        return {**self.encodings, **sizes}
 
     def members(self) -> dict[str, bytes]:
         return encode_members(self.latent, self.encodings, self.caption, self.origin, self.answers)
 
 
-# Yields the samples of each of the ranges of numbers that it is given.
+# Called with ranges of sample numbers. Yields the samples of each range.
 Source = Callable[[Sequence[range]], Iterator[list[PriorSample]]]
 
 
-def drawn(
-    encoder: Encoder, requests: Sequence[Request], shape: tuple[int, int, int], settings: Mapping[str, Any]
+def sampled(
+    encoder: SampleEncoder, requests: Sequence[Request], shape: tuple[int, int, int], settings: Mapping[str, Any]
 ) -> Source:
-    """Return a source of samples of the encoder's model; `settings` are arguments of `draw_batches`."""
+    """Return a source of latents that the encoder's model samples. `settings` are arguments of `sample_batches`.
+
+    The images have the size that they are sampled at, uncropped.
+
+    Raises:
+        UserError: the model is conditioned on images.
+    """
+    if encoder.model.model.takes_maps:
+        raise UserError(
+            f"--ckpt: the model is conditioned on {', '.join(encoder.model.concat_keys)} beside captions, and cannot "
+            "sample from captions alone; encode images with tools/preencode.py, and name them in data.params.prior_urls"
+        )
+    size = [side * encoder.model.first_stage_model.downsampling for side in shape[1:]]
+    sizes = sizes_of(size, (0, 0, *size), size)
 
     def samples_of(parts: Sequence[range]) -> Iterator[list[PriorSample]]:
         asked = ([requests[number] for number in part] for part in parts)
-        for part, latents in zip(
-            parts, draw_batches(encoder.model, asked, shape, **settings, verbose=False), strict=True
-        ):
+        batches = sample_batches(encoder.model, asked, shape, **settings, verbose=False)
+        for part, latents in zip(parts, batches, strict=True):
             contexts = encoder.captions([requests[number].prompt for number in part])
             samples = []
-            for number, drawn_latent, context in zip(part, latents, contexts, strict=True):
-                prompt, origin = requests[number].prompt, {**requests[number].described(), **settings}
-                latent = (drawn_latent / encoder.model.scale_factor).half().cpu().numpy()
+            for number, scaled, context in zip(part, latents, contexts, strict=True):
+                prompt, origin = requests[number].prompt, {**requests[number].described(), **settings, **sizes}
+                latent = (scaled / encoder.model.scale_factor).half().cpu().numpy()
                 if not np.isfinite(latent).all():
                     raise UserError(
                         f"{prompt!r}, seed {origin['seed']}: sampled as NaN or infinity; try --precision fp32"
@@ -85,57 +115,72 @@ def drawn(
     return samples_of
 
 
-def open_images(encoder: Encoder, urls: str, out: str) -> ShardDataset:
-    """The pre-encoded set that `urls` names, which the encoder's model made: what is written says that it did.
+def open_images(encoder: SampleEncoder, urls: str, out: str) -> ShardDataset:
+    """Return the pre-encoded set at `urls`, and check that the encoder's model encoded it.
 
     Raises:
-        UserError: as `open_shards`; or it was made by another model, is of several sizes, has a key twice, or `out`
-            would replace it.
+        UserError: as `open_shards`; or another model encoded the set, it has several image sizes or a repeated key,
+            or `out` would replace it.
     """
-    dataset, model = open_shards(urls, extra=TEXT_ENCODINGS), encoder.model
+    model, encodings = encoder.model, encoder.captions([""])[0].arrays
+    if model.model.takes_maps:
+        raise UserError(
+            f"--shards {urls}: the model is conditioned on {', '.join(model.concat_keys)} beside captions, under which "
+            "no teacher is asked; name the shards in data.params.prior_urls as they are"
+        )
+    dataset = open_shards(urls, extra=(*encodings, ORIGIN, *getattr(model.cond_stage_model, "other_keys", ())))
     replaced = {path.resolve() for path in existing_shards(out)} & {path.resolve() for path in dataset.paths}
     if replaced:
-        raise UserError(f"--out {out}: would replace {replaced.pop()}, which is read; take another folder")
+        raise UserError(f"--out {out}: would replace {replaced.pop()}, an input; choose another folder")
     check_encoders(dataset, encoder.digests, "--ckpt")
     twice = next((key for key, count in Counter(dataset.sample_keys).items() if count > 1), None)
-    if twice is not None:  # one shard cannot hold both
+    if twice is not None:  # the keys of a shard are unique
         raise UserError(
-            f"--shards {urls}: has two samples {twice!r}; make a prior of each part, and name both in prior_urls"
+            f"--shards {urls}: two samples have the key {twice!r}; make a prior of each part, and name both in "
+            "prior_urls"
         )
     latents, (context, *_) = list(dataset.shapes[LATENT]), dataset.shapes[CONTEXT]
     if len(latents) > 1:
-        raise UserError(f"--shards {urls}: images of {len(latents)} sizes; a prior needs one, the training set's")
+        raise UserError(
+            f"--shards {urls}: images of {len(latents)} sizes; a prior needs one size, that of the training set"
+        )
     model.check_batch_shapes({model.first_stage_key: latents[0], model.cond_stage_key: context})
     return dataset
 
 
 def latents_of_images(dataset: ShardDataset, channels: int, seed: int) -> Source:
-    """Return a source of the samples of `dataset`. Of a posterior a latent (`channels`, h, w) is sampled, by `seed`."""
+    """Return a source of the samples of `dataset`.
+
+    From a posterior, a latent (`channels`, h, w) is sampled with `seed` and the sample's number.
+    """
 
     def sample_of(number: int) -> PriorSample:
         stored = dataset[number]
         key, latent = stored["__key__"], torch.from_numpy(stored[LATENT])
-        encodings = {member: stored[member].astype(STORED) for member in TEXT_ENCODINGS}
+        encodings = {member: stored[member].astype(STORED) for member in TEXT_ENCODINGS if member in stored}
+        described = stored[ORIGIN] if isinstance(stored[ORIGIN], dict) else {}
         if len(latent) != channels:
-            generator = torch.Generator().manual_seed(_word(seed, number))
+            generator = torch.Generator().manual_seed(_sample_seed(seed, number))
             latent = DiagonalGaussianDistribution(latent[None].float()).sample(generator)[0]
-        origin = {"source": key, "seed": seed}
+        origin = {"source": key, "seed": seed, **{name: described[name] for name in SIZES if name in described}}
         return PriorSample(number, key, latent.half().numpy(), encodings, stored[CAPTION], origin)
 
     return lambda parts: ([sample_of(number) for number in part] for part in parts)
 
 
-def _word(seed: int, number: int) -> int:
-    """The seed of the sample's draw."""
-    return int(np.random.SeedSequence([seed, number, 1]).generate_state(1)[0])  # without the 1, the teacher's noise
+def _sample_seed(seed: int, number: int) -> int:
+    """Return the seed for sampling from the posterior of sample `number`."""
+    return int(np.random.SeedSequence([seed, number, 1]).generate_state(1)[0])  # the teacher uses [seed, number]
 
 
-def taught(source: Source, teacher: Teacher, dropout: CaptionDropout) -> Source:
-    """Return `source` with what `teacher` predicts on its samples, after `dropout`.
+def with_teacher(source: Source, teacher: Teacher, dropout: CaptionDropout) -> Source:
+    """Return `source` with the predictions of `teacher` on its samples, after caption `dropout`.
 
-    Training leaves the captions of predictions alone: the empty one is put in here, for what guidance moves away from
-    to be remembered as well.
+    Caption dropout is applied here, because training does not replace the caption of a stored prediction. It
+    preserves the unconditional predictions that classifier-free guidance needs.
     """
+
+    size_entries = getattr(teacher.model.cond_stage_model, "other_keys", ())
 
     def samples_of(parts: Sequence[range]) -> Iterator[list[PriorSample]]:
         for samples in source(parts):
@@ -144,8 +189,9 @@ def taught(source: Source, teacher: Teacher, dropout: CaptionDropout) -> Source:
                 sample.caption = kept.pop(CAPTION)
                 sample.encodings = kept
             latents = np.stack([sample.latent for sample in samples])
-            encodings = {key: np.stack([s.encodings[key] for s in samples]) for key in samples[0].encodings}
-            answers = teacher.answers([sample.number for sample in samples], latents, encodings)
+            each = [sample.conditions(size_entries) for sample in samples]
+            conditions = {key: np.stack([values[key] for values in each]) for key in each[0]}
+            answers = teacher.answers([sample.number for sample in samples], latents, conditions)
             for sample, answer in zip(samples, answers, strict=True):
                 sample.answers = answer
             yield samples
@@ -154,23 +200,23 @@ def taught(source: Source, teacher: Teacher, dropout: CaptionDropout) -> Source:
 
 
 def digest_of(*content: Any) -> str:
-    """Return the SHA-256, in hex, of values that JSON holds."""
+    """Return the SHA-256, in hex, of JSON values."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def unet_digests(model: LatentDiffusion) -> dict[str, str | None]:
-    """Return digests of the weights that samples and predictions depend on, beside those of the encoders."""
+    """Return digests of the UNet's weights and of its EMA weights (None if absent), by name."""
     prefixes = {"unet": MODEL, "unet_ema": EMA}
     return {name: weights_digest(model.state_dict(), prefix) for name, prefix in prefixes.items()}
 
 
 def digest_shards(dataset: ShardDataset) -> str:
-    """Return the SHA-256, in hex, of the names of samples, and of names and sizes of the shards, of `dataset`."""
+    """Return the SHA-256, in hex, of the sample keys, shard names and shard sizes of `dataset`."""
     return digest_of(dataset.sample_keys, [[path.name, path.stat().st_size] for path in dataset.paths])
 
 
 def make_prior(
-    encoder: Encoder,
+    encoder: SampleEncoder,
     source: Source,
     count: int,
     out: str,
@@ -182,49 +228,52 @@ def make_prior(
     ranks: Ranks | None = None,
     **about: Any,
 ) -> list[Record]:
-    """Write the `count` samples of `source` to the shards of `out`; `about` goes into the index.
+    """Write the `count` samples of `source` to the shards of the pattern `out`.
 
-    An unfinished set that the same arguments began is taken up, and several processes share the shards, as in
+    An unfinished set of the same arguments is resumed. Several processes share the shards, as in
     `ldm.encoding.preencode`.
 
     Args:
-        made_from: what `source` depends on, beside the weights of the encoders. It must be the same to go on with a
-            set, and so must `about` and the size of shards.
-        batch_size: samples at a time; a batch is of one shard.
+        made_from: settings and digests that `source` depends on, except for the weights of the encoders. They, `about`
+            and `shard_size` must be equal for an unfinished set to be resumed.
+        batch_size: samples per batch. The samples of a batch share a shard.
+        about: further entries of the index.
 
     Returns:
-        The records of all shards; of a rank above 0, those of its own.
+        The records of all shards on rank 0, and of this rank's shards on the others.
 
     Raises:
-        UserError: shards are there already, or an unfinished set of something else; or a value does not fit in float16.
+        UserError: the folder holds another set, or an unfinished set with other settings; or a value does not fit in
+            float16.
     """
-    model, nulls = encoder.model, encoder.captions([""])[0].arrays
+    nulls = encoder.captions([""])[0].arrays
+    asked = {**made_from, **about, "shard_size": shard_size, "precision": str(encoder.dtype).removeprefix("torch.")}
     jobs = plan_shards(out, count, shard_size)
+    writer = SetWriter(out, {**asked, **encoder.digests}, jobs, overwrite, ranks or Ranks())
 
-    def write(missing: Sequence[Job], making: Making) -> None:
+    def write_shards(missing: Sequence[Job]) -> None:
         parts = [list(_parts(numbers, batch_size)) for _, numbers in missing]
         batches = source([part for ours in parts for part in ours])
         total = sum(len(numbers) for _, numbers in missing)
         with logging_redirect_tqdm(), tqdm(total=total, unit="sample", desc="prior") as bar:
             for (path, _), ours in zip(missing, parts, strict=True):
-                making.keep(path, _write_shard(path, islice(batches, len(ours)), making, bar))
+                writer.keep(path, _write_shard(path, islice(batches, len(ours)), writer, bar))
 
     index = {
-        **{"samples": count, **encoder.digests, **about},
-        **{"scale_factor": float(model.scale_factor), "parameterization": model.parameterization},
+        **{"samples": count, **about, MEMBERS: [LATENT, *nulls]},
+        **{**encoder.described, "parameterization": encoder.model.parameterization},
     }
-    asked = {**made_from, **about, "shard_size": shard_size, "precision": str(encoder.dtype).removeprefix("torch.")}
-    return make_set(out, {**asked, **encoder.digests}, jobs, nulls, write, lambda _: index, overwrite, ranks)
+    return writer.write(lambda _: nulls, write_shards, lambda _: index)
 
 
 def _parts(numbers: range, size: int) -> Iterator[range]:
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
-def _write_shard(path: Path, batches: Iterator[list[PriorSample]], making: Making, bar: tqdm) -> Record:
-    """Write the samples of `batches` to the shard at `path`; returns its record."""
+def _write_shard(path: Path, batches: Iterator[list[PriorSample]], writer: SetWriter, bar: tqdm) -> Record:
+    """Write the samples of `batches` to the shard at `path`. Return its record."""
     samples = next(batches)
-    making.prepare()  # only now it is sure that there will be a set to replace the old one
+    writer.prepare()  # after the first batch, so that a failure before it keeps the old set
     with Shard(path) as shard:
         while samples:
             for sample in samples:

@@ -1,11 +1,11 @@
-"""Images on their way to the encoder: decoded and fitted in worker processes, and put together by size."""
+"""Reading of images for the encoder: decoded and fitted in worker processes, then batched by size."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,20 +16,23 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.images.buckets import Size, nearest_size
 from ldm.images.find import ImageItem
 from ldm.images.transforms import centre_crop, fit
+from ldm.shards.sample import sizes_of
 from ldm.util import UserError
 
-Numbered = tuple[int, ImageItem]  # an image and its number in the whole input
+Numbered = tuple[int, ImageItem]  # the number of an image in the input, and the image
+Reader = Callable[[int, ImageItem], "FittedImage"]
 
 
 @dataclass
 class FittedImage:
-    """An image that was read."""
+    """Decoded image, resized and cropped."""
 
     number: int
     item: ImageItem
-    pixels: np.ndarray  # uint8 (3, H, W), fitted
-    height: int  # of the original
+    pixels: np.ndarray  # uint8 (3, H, W)
+    height: int  # of the original image
     width: int
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # uint8 (n, H, W) by name, such as masks
 
     @property
     def size(self) -> Size:
@@ -44,74 +47,89 @@ class FittedImage:
         return sample_key(self.number, self.item.name)
 
     def origin(self, flip: bool) -> dict[str, Any]:
-        """Return the sample's `json`: where it comes from, and what was made of it."""
+        """Return the sample's `json`: the source of the image, its size, crop and flip.
+
+        `crop` refers to the original image. With `flip`, the entries of `SIZES` refer to the mirror image.
+        """
+        top, left, rows, columns = crop = centre_crop(self.height, self.width, *self.size)
+        seen = (top, self.width - left - columns, rows, columns) if flip else crop
         return {
             "source": self.item.name,
             "height": self.height,
             "width": self.width,
-            "crop": centre_crop(self.height, self.width, *self.size),  # top, left, height, width in the original
+            "crop": crop,  # top, left, height, width in the original
             "size": self.size,  # height, width
             "flip": flip,
+            **sizes_of((self.height, self.width), seen, self.size),
         }
 
 
 @dataclass
 class Unreadable:
-    """An image that could not be read, and why."""
+    """Image that cannot be read, and the reason."""
 
     item: ImageItem
     reason: str
 
 
 def sample_key(number: int, name: str) -> str:
-    """A key that is unique, sorts by number, and has no dot, at which WebDataset would cut it."""
+    """Return a unique key that sorts by number. It has no dot, because WebDataset ends the key at the first dot."""
     return f"{number:06d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", PurePosixPath(name).stem)[:60]
 
 
 def default_workers(encoders: int = 1) -> int:
-    """Decoding processes where nothing is said, for each of so many `encoders` on this machine.
+    """Return the default number of decoding processes for each of the `encoders` processes of this machine.
 
-    Up to sixteen: each decodes and fits a few photographs of 12 megapixels a second. A core is left for the encoder.
+    One core stays free for the encoder. The maximum is 16: one process reads several 12-megapixel images per second.
     """
     return max(0, min(16, (os.cpu_count() or 1) // encoders - 1))
 
 
-class _Fitted(Dataset):
-    """What becomes of a numbered item, fitted to the nearest of `sizes`."""
+def read_fitted(number: int, item: ImageItem, sizes: Sequence[Size]) -> FittedImage:
+    """Return the image `item`, fitted to the nearest of `sizes`.
 
-    def __init__(self, sizes: Sequence[Size]) -> None:
-        self.sizes = sizes
+    Raises:
+        UserError: the image cannot be read.
+    """
+
+    def fitted(pixels: np.ndarray) -> FittedImage:
+        height, width = pixels.shape[:2]
+        result = fit(torch.from_numpy(pixels), *nearest_size(height, width, sizes))
+        # A numpy array, because a worker sends each torch tensor through an open file.
+        return FittedImage(number, item, result.numpy(), height, width)
+
+    return item.read(fitted)
+
+
+class _Read(Dataset):
+    """Data set of the images that `read` returns."""
+
+    def __init__(self, read: Reader) -> None:
+        self.read = read
 
     def __getitem__(self, entry: Numbered) -> FittedImage | Unreadable:
-        number, item = entry
         try:
-            return item.read(lambda pixels: self._fit(pixels, number, item))
+            return self.read(*entry)
         except UserError as error:
-            return Unreadable(item, str(error))
-
-    def _fit(self, pixels: np.ndarray, number: int, item: ImageItem) -> FittedImage:
-        height, width = pixels.shape[:2]
-        fitted = fit(torch.from_numpy(pixels), *nearest_size(height, width, self.sizes))
-        # numpy, since torch would keep a file open for each image on its way from a worker
-        return FittedImage(number, item, fitted.numpy(), height, width)
+            return Unreadable(entry[1], str(error))
 
 
 def read_images(
-    entries: Iterable[Numbered], sizes: Sequence[Size], workers: int, ahead: int
+    entries: Iterable[Numbered], read: Reader, workers: int, ahead: int
 ) -> Iterator[FittedImage | Unreadable]:
-    """What becomes of each of `entries`, in order; `workers` processes read at least `ahead` before they are asked."""
-    # The items go to the workers one by one: a list that they share is copied as soon as they count references in it.
+    """Yield what `read` returns for each of `entries`, in order. `workers` processes prefetch at least `ahead`."""
+    # Items are sent one by one. A list shared with the workers would be copied by their reference counting.
     options = {"prefetch_factor": max(2, -(-ahead // workers))} if workers else {}
-    loader = DataLoader(_Fitted(sizes), batch_size=None, sampler=entries, num_workers=workers, **options)
+    loader = DataLoader(_Read(read), batch_size=None, sampler=entries, num_workers=workers, **options)
     return iter(loader)
 
 
 def batches(images: Iterable[FittedImage], batch_size: int, ahead: int) -> Iterator[list[tuple[int, FittedImage]]]:
-    """Images of one size, `batch_size` together, each with its place in `images`.
+    """Yield batches of up to `batch_size` images of one size, each image with its place in `images`.
 
-    None waits for more of its size until `ahead` others have gone by: then fewer go together.
+    A smaller batch is yielded once `ahead` images have been read after its first.
     """
-    waiting: dict[Size, list[tuple[int, FittedImage]]] = {}  # in the order of their first ones
+    waiting: dict[Size, list[tuple[int, FittedImage]]] = {}  # ordered by the place of the first image
     for place, image in enumerate(images):
         group = waiting.setdefault(image.size, [])
         group.append((place, image))

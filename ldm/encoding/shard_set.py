@@ -1,6 +1,7 @@
-"""Writing a set of shards: where it may be, what is there when it begins, is cut short or goes on, and its end.
+"""State of a set of shards in its folder: checks before it begins, and the index while it is unfinished.
 
-While a set is made, its index says so, and what it is made from if its maker can go on with it.
+The index of an unfinished set has `complete: false`. If the set can be resumed, the index also has the settings that it
+is made from.
 """
 
 from __future__ import annotations
@@ -16,52 +17,52 @@ from typing import Any
 import numpy as np
 
 from ldm.files import atomic_write
-from ldm.locks import locked
+from ldm.locks import LOCK, locked
 from ldm.shards import npy
 from ldm.shards.index import FORMAT_VERSION, INDEX, read_index, write_index
-from ldm.shards.sample import TEXT_ENCODINGS, null_path
+from ldm.shards.sample import null_path, null_paths
 from ldm.shards.writer import existing_shards, shard_paths
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = "made_from"  # the index's entry that tells whether a command goes on with the set
+RESUMABLE = "made_from"  # entry of the index: the settings that must be equal for the set to be resumed
 PARTS = ".parts"
-POLL = 0.5  # seconds between looks at what other processes have done
+POLL = 0.5  # seconds between checks for the work of other processes
 
 
 def check_out(out: str, overwrite: bool) -> None:
-    """Refuse a pattern that names no shards, to mix two sets in one folder, and to write over what is there.
-
-    An unfinished set is no hindrance: `goes_on` tells whether it is the same one.
+    """Check that a set can be written to the pattern `out`. An unfinished set is left to `can_resume`.
 
     Raises:
-        UserError: one of these.
+        UserError: `out` names no shards, the folder holds another set, or shards would be replaced without `overwrite`.
     """
     shard_paths(out)
     folder = Path(out).parent
     index, there = read_index(folder), existing_shards(out)
     unfinished = index is not None and not index.get("complete", True) and index.get("out") == Path(out).name
     if index is not None and not there and not unfinished:
-        raise UserError(f"{folder / INDEX}: another set is in this folder, whose index would be lost: take another")
+        raise UserError(
+            f"{folder / INDEX}: this folder holds another set, and its index would be lost; choose another folder"
+        )
     if there and not overwrite and not unfinished:
-        raise UserError(f"{there[0]} exists; take another folder, or give --overwrite to replace {len(there)} shards")
+        raise UserError(f"{there[0]} exists; choose another folder, or give --overwrite to replace {len(there)} shards")
 
 
 def locked_set(out: str) -> AbstractContextManager[None]:
-    """Hold the lock on the folder of `out`: two sets in the making would mix there.
+    """Lock the folder of `out` while a set is written, so that two sets cannot mix.
 
     Raises:
-        UserError: another process makes a set there.
+        UserError: another process writes a set there.
     """
-    return locked(Path(out).parent / ".lock", f"--out {out}")
+    return locked(Path(out).parent / LOCK, f"--out {out}")
 
 
-def goes_on(out: str, made_from: Mapping[str, Any]) -> bool:
-    """Whether an unfinished set of `out` is there to go on with.
+def can_resume(out: str, made_from: Mapping[str, Any]) -> bool:
+    """Return True if the folder of `out` holds an unfinished set made from `made_from`.
 
     Raises:
-        UserError: one with shards is, but `made_from` something else; says what.
+        UserError: the unfinished set has shards and other settings. The message names the first that differs.
     """
     path = Path(out).parent / INDEX
     index = read_index(path.parent)
@@ -73,20 +74,22 @@ def goes_on(out: str, made_from: Mapping[str, Any]) -> bool:
         return True
     if not existing_shards(out):
         return False
-    key, how = differing[0], "does not say what it is made from"
+    key, how = differing[0], f"has no {RESUMABLE}"
     if key in begun:
-        how = f"was begun with {key} {begun[key]}, this is {made_from[key]}"
-    raise UserError(f"{path}: the unfinished set {how}; give the same command to go on, or --overwrite to begin anew")
+        how = f"was begun with {key} {begun[key]}, this command has {made_from[key]}"
+    raise UserError(
+        f"{path}: the unfinished set {how}; give the same command to resume it, or --overwrite to start again"
+    )
 
 
 def wait_for_begin(out: str, made_from: Mapping[str, Any]) -> bool:
-    """Wait until another process has begun the set; False if the set is already finished.
+    """Wait until rank 0 has begun the set. Return False if the set is already finished.
 
     Raises:
-        UserError: it is made from something else.
+        UserError: the unfinished set has other settings.
     """
     folder, told = Path(out).parent, False
-    while not goes_on(out, made_from):
+    while not can_resume(out, made_from):
         index = read_index(folder)
         if index is not None and index.get("complete") and index.get(RESUMABLE) == made_from:
             return False
@@ -98,17 +101,17 @@ def wait_for_begin(out: str, made_from: Mapping[str, Any]) -> bool:
 
 
 def begin(out: str, made_from: Mapping[str, Any] | None = None) -> None:
-    """Mark the set as unfinished, and remove the one that is there: whatever happens next, neither seems whole."""
+    """Mark the set as unfinished, then remove the existing set. An interruption leaves no set that looks complete."""
     folder = Path(out).parent
     mark = {"format": FORMAT_VERSION, "out": Path(out).name, "complete": False, "shards": []}
     write_index(folder, mark | ({RESUMABLE: made_from} if made_from else {}))
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    for path in [*(null_path(folder, key) for key in TEXT_ENCODINGS), *existing_shards(out)]:
+    for path in [*null_paths(folder), *existing_shards(out)]:
         path.unlink(missing_ok=True)
 
 
 def stop(out: str, interrupted: bool) -> None:
-    """Clear up the mark of a set that has no shard yet, and tell a person who interrupted what is there."""
+    """Remove the index of an unfinished set without shards. Log the state of the folder if the user interrupted."""
     folder, there = Path(out).parent, existing_shards(out)
     index = read_index(folder) or {}
     unfinished = not index.get("complete", True)
@@ -118,17 +121,17 @@ def stop(out: str, interrupted: bool) -> None:
     if not interrupted:
         return
     if not there:
-        logger.warning("interrupted: no shard was finished, none is in %s; give the same command again", folder)
+        logger.warning("interrupted: %s holds no finished shard; give the same command again", folder)
     elif unfinished:
-        how = "again to go on" if RESUMABLE in index else "with --overwrite to make it anew"
-        what = f"{len(there)} shards of an unfinished set, which training refuses, are in {folder}"
+        how = "again to resume it" if RESUMABLE in index else "with --overwrite to start again"
+        what = f"{folder} holds {len(there)} shards of an unfinished set, which training refuses"
         logger.warning("interrupted: %s; give the same command %s", what, how)
     else:
-        logger.warning("interrupted: nothing was written, the %d shards in %s are as they were", len(there), folder)
+        logger.warning("interrupted: nothing was written, the %d shards in %s are unchanged", len(there), folder)
 
 
 def finish(out: str, nulls: Mapping[str, np.ndarray], shards: Sequence[Mapping[str, Any]], **about: Any) -> None:
-    """Put the empty caption's encodings and, last, the index beside the shards: `about` says what they are."""
+    """Write the arrays `nulls` of `null_path`, by key, then the index with the entries `shards` and `about`."""
     folder = Path(out).parent
     for key, null in nulls.items():
         with atomic_write(null_path(folder, key)) as path:

@@ -1,7 +1,7 @@
-"""What a frozen model predicts at fixed latents, timesteps and noises, for training to match without that model.
+"""Predictions of a frozen model at fixed latents, timesteps and noises. Training matches them without that model.
 
-Knowledge distillation on the prior (arXiv:1503.02531), with the teacher's part done ahead of time.
-B batch; K questions a sample; C, h, w channels, height and width of a latent.
+This is knowledge distillation (arXiv:1503.02531) on the prior, with the teacher evaluated ahead of time.
+B: batch. K: predictions per sample. C, h, w: channels, height and width of a latent.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.shards.sample import CONTEXT, NOISE, PREDICTION, STORED, TIMESTEPS
+from ldm.shards.sample import NOISE, PREDICTION, STORED, TIMESTEPS
 from ldm.util import UserError
 
 
 def stratified_timesteps(random: np.random.Generator, count: int, timesteps: int) -> np.ndarray:
-    """Int32 (count,), rising: one timestep, uniformly drawn, of each of `count` equal parts of 0 … `timesteps` - 1."""
+    """Sample one timestep from each of `count` equal parts of the schedule. Return int32 (count,), ascending."""
     return ((np.arange(count) + random.random(count)) * timesteps / count).astype(np.int32)
 
 
 class Teacher:
-    """`model`, asked `count` times about each sample; the questions follow from `seed` and the sample's number.
+    """Frozen `model` that makes `count` predictions per sample.
+
+    Timesteps and noises depend only on `seed` and the number of the sample.
 
     Raises:
         UserError: `count` is not from 1 to the model's timesteps.
@@ -31,18 +33,20 @@ class Teacher:
 
     def __init__(self, model: LatentDiffusion, count: int, seed: int) -> None:
         if not 1 <= count <= model.num_timesteps:
-            raise UserError(f"--teacher {count}: choose 1 to {model.num_timesteps} timesteps a sample")
+            raise UserError(f"--teacher {count}: must be 1 to {model.num_timesteps} timesteps per sample")
         self.model = model
         self.count = count
         self.seed = seed
 
     def answers(
-        self, numbers: Sequence[int], latents: np.ndarray, encodings: Mapping[str, np.ndarray]
+        self, numbers: Sequence[int], latents: np.ndarray, conditions: Mapping[str, np.ndarray]
     ) -> list[dict[str, np.ndarray]]:
-        """Return what is asked and predicted about unscaled `latents` (B, C, h, w) under text `encodings` (B, ...).
+        """Return timesteps, noises and predictions for unscaled `latents` (B, C, h, w).
 
-        A sample has `TIMESTEPS`, int32 (K,); `NOISE`, float16 (K, C, h, w); and `PREDICTION`, like it: the output of
-        the model at √ᾱ_t · scale_factor · latent + √(1 − ᾱ_t) · noise, in its own parameterization.
+        `conditions` are the encodings of captions (B, ...) by member, and sizes (B, 2) by the model's entry.
+
+        Each sample has `TIMESTEPS`, int32 (K,); `NOISE`, float16 (K, C, h, w); and `PREDICTION`, float16 (K, C, h, w):
+        the model's output at √ᾱ_t · scale_factor · latent + √(1 − ᾱ_t) · noise, in the model's parameterization.
 
         Raises:
             UserError: a prediction is not finite in float16.
@@ -51,19 +55,19 @@ class Teacher:
         t = np.stack([stratified_timesteps(g, self.count, self.model.num_timesteps) for g in generators])  # B K
         shape = (self.count, *latents.shape[1:])
         noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]).astype(STORED)
-        prediction = self._predict(latents, encodings, torch.from_numpy(t), torch.from_numpy(noise)).numpy()
+        prediction = self._predict(latents, conditions, torch.from_numpy(t), torch.from_numpy(noise)).numpy()
         if not np.isfinite(prediction).all():
             raise UserError("the model predicts NaN or infinity; try --precision fp32")
         arrays = {TIMESTEPS: t, NOISE: noise, PREDICTION: prediction}
         return [{key: values[i] for key, values in arrays.items()} for i in range(len(numbers))]
 
     @torch.no_grad()
-    def _predict(self, latents: np.ndarray, encodings: Mapping[str, np.ndarray], t: Tensor, noise: Tensor) -> Tensor:
-        """Return float16 (B, K, C, h, w), of the values as they are stored: training sees no others."""
+    def _predict(self, latents: np.ndarray, conditions: Mapping[str, np.ndarray], t: Tensor, noise: Tensor) -> Tensor:
+        """Return predictions, float16 (B, K, C, h, w), for the rounded values that training reads."""
         device = self.model.alphas_cumprod.device
         x = self.model.scale_factor * torch.from_numpy(latents).to(device).float()
-        conds = {key: torch.from_numpy(value).to(device).float() for key, value in encodings.items()}
-        cond = conds[CONTEXT] if len(conds) == 1 else conds
+        sample = {key: torch.from_numpy(value).to(device).float() for key, value in conditions.items()}
+        cond = self.model.stored_conditioning(sample)
         predictions = []
         with self.model.ema_scope():
             for t_k, noise_k in zip(t.to(device).long().T, noise.to(device).float().unbind(1), strict=True):

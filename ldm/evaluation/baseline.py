@@ -1,7 +1,7 @@
-"""What the weights that a run began with make of its evaluation sets, kept in a file.
+"""Losses and noise predictions of a run's initial weights on its evaluation sets, kept in a file.
 
-A `.safetensors` with, for each set: `<set>.digest`, what tells other pictures and timesteps apart; `<set>.loss` (N, T);
-and `<set>.<position>` (T, C, h, w), each picture's ε.
+The file is a `.safetensors`. For each set it holds `<set>.digest`, which identifies images and timesteps; `<set>.loss`
+(N, T); and `<set>.<position>` (T, C, h, w), the noise predictions ε of one image.
 """
 
 from __future__ import annotations
@@ -21,44 +21,47 @@ from ldm.util import UserError
 def save_start(path: Path, sets: Sequence[EvaluationSet], records: Sequence[Record], timesteps: Sequence[int]) -> None:
     """Write the `records` of `sets` to `path`, whole or not at all."""
     tensors: dict[str, Tensor] = {}
-    for pictures, found in zip(sets, records, strict=True):
-        tensors[f"{pictures.name}.digest"] = _digest(pictures, timesteps)
-        tensors[f"{pictures.name}.loss"] = torch.from_numpy(found.loss)
-        tensors |= {_eps_key(pictures, position): eps for position, eps in enumerate(found.eps)}
+    for image_set, record in zip(sets, records, strict=True):
+        tensors[f"{image_set.name}.digest"] = _digest(image_set, timesteps)
+        tensors[f"{image_set.name}.loss"] = torch.from_numpy(record.loss)
+        tensors |= {_eps_key(image_set, position): eps for position, eps in enumerate(record.eps)}
     save_state_dict(tensors, path)
 
 
 def load_start(path: Path, sets: Sequence[EvaluationSet], timesteps: Sequence[int]) -> list[Record]:
-    """What `save_start` wrote, memory-mapped.
+    """Return one record per set from a file of `save_start`, memory-mapped.
 
     Raises:
-        UserError: the file is damaged, or is that of other pictures or timesteps.
+        UserError: the file is damaged, or was made with other images or timesteps.
     """
     tensors = load_state_dict(path)
-    return [_record(path, tensors, pictures, timesteps) for pictures in sets]
+    return [_record(path, tensors, image_set, timesteps) for image_set in sets]
 
 
-def _record(path: Path, tensors: Mapping[str, Tensor], pictures: EvaluationSet, timesteps: Sequence[int]) -> Record:
-    digest = tensors.get(f"{pictures.name}.digest")
-    if digest is None or not torch.equal(digest, _digest(pictures, timesteps)):
+def _record(path: Path, tensors: Mapping[str, Tensor], image_set: EvaluationSet, timesteps: Sequence[int]) -> Record:
+    digest = tensors.get(f"{image_set.name}.digest")
+    if digest is None or not torch.equal(digest, _digest(image_set, timesteps)):
         raise UserError(
-            f"{path}: set {pictures.name!r} has other pictures or timesteps than when the run began; take those, "
-            "or remove the file to go on from the present weights as the base"
+            f"{path}: made with other images or timesteps of the set {image_set.name!r}; restore those, "
+            "or remove the file to compare with the present weights from now on"
         )
-    names = [f"{pictures.name}.loss", *(_eps_key(pictures, position) for position in range(len(pictures)))]
-    lacking = next((name for name in names if name not in tensors), None)
-    if lacking is not None:
-        raise UserError(f"{path}: lacks {lacking}; remove the file to go on from the present weights as the base")
+    names = [f"{image_set.name}.loss", *(_eps_key(image_set, position) for position in range(len(image_set)))]
+    missing = next((name for name in names if name not in tensors), None)
+    if missing is not None:
+        raise UserError(f"{path}: lacks {missing}; remove the file to compare with the present weights from now on")
     loss, *eps = (tensors[name] for name in names)
-    shapes = {(*found.shape[:1], found.ndim) for found in eps}
-    if (loss.dtype, loss.shape) != (torch.float64, (len(pictures), len(timesteps))) or shapes != {(len(timesteps), 4)}:
-        raise UserError(f"{path}: damaged, its shapes are of no evaluation; remove the file to make it anew")
+    shapes = {(*prediction.shape[:1], prediction.ndim) for prediction in eps}
+    if (loss.dtype, loss.shape) != (torch.float64, (len(image_set), len(timesteps))) or shapes != {(len(timesteps), 4)}:
+        raise UserError(
+            f"{path}: damaged, it holds tensors of wrong shapes; "
+            "remove the file to compare with the present weights from now on"
+        )
     return Record(loss.numpy(), eps)
 
 
-def _eps_key(pictures: EvaluationSet, position: int) -> str:
-    return f"{pictures.name}.{position:06d}"
+def _eps_key(image_set: EvaluationSet, position: int) -> str:
+    return f"{image_set.name}.{position:06d}"
 
 
-def _digest(pictures: EvaluationSet, timesteps: Sequence[int]) -> Tensor:
-    return torch.frombuffer(bytearray(pictures.digest(timesteps)), dtype=torch.uint8)
+def _digest(image_set: EvaluationSet, timesteps: Sequence[int]) -> Tensor:
+    return torch.frombuffer(bytearray(image_set.digest(timesteps)), dtype=torch.uint8)

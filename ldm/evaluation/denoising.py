@@ -1,6 +1,6 @@
-"""How well a model denoises given pictures at fixed timesteps and noise, and how far its prediction is from another's.
+"""Denoising loss of a model at fixed timesteps and noise, and distance of its noise prediction from another model's.
 
-N pictures of a set; T timesteps; a latent is (C, h, w).
+Shapes: N images per set, T timesteps, latents (C, h, w).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ldm.shards.sample import LATENT
 
 
 class Record(NamedTuple):
-    """What a model made of a set: `loss` (N, T) float64, and `eps`, for each picture its ε (T, C, h, w) float32."""
+    """Results of one model on one set: `loss` (N, T) float64, and the N predictions `eps` (T, C, h, w) float32."""
 
     loss: np.ndarray
     eps: list[Tensor]
 
 
 class Comparison(NamedTuple):
-    """Two models on one set, (N, T) float64 each: the losses of both, and `drift`, the move of the noise prediction.
+    """Results of two models on one set, (N, T) float64 each: the loss of each model, and the drift between them.
 
-    drift = ‖ε_tuned − ε_base‖² / ‖ε_base‖², 0 where nothing moved: the squared relative distance, so that 0.01 is a
-    tenth of the prediction's length.
+    The drift is the squared relative distance of the noise predictions, ‖ε_tuned − ε_base‖² / ‖ε_base‖². A drift of
+    0.01 is a distance of a tenth of the prediction's norm. It is 0 where both predictions are equal.
     """
 
     base: np.ndarray
@@ -41,7 +41,10 @@ class Comparison(NamedTuple):
 
 
 class _Denoised(NamedTuple):
-    """A batch at one timestep: the pictures' positions, the timestep's, losses (B,) and ε (B, C, h, w) on the CPU."""
+    """Results of a batch at one timestep: positions in the set, index of the timestep, loss (B,), ε (B, C, h, w).
+
+    Both are on the CPU.
+    """
 
     positions: list[int]
     step: int
@@ -50,15 +53,20 @@ class _Denoised(NamedTuple):
 
 
 def record(
-    model: LatentDiffusion, pictures: EvaluationSet, timesteps: Sequence[int], batch_size: int, label: str | None = None
+    model: LatentDiffusion,
+    image_set: EvaluationSet,
+    timesteps: Sequence[int],
+    batch_size: int,
+    label: str | None = None,
 ) -> Record:
-    """The losses and predictions of `model`, with its averaged weights if it keeps any. `label` shows a bar.
+    """Return the losses and noise predictions of `model` on `image_set`.
 
-    The predictions take 4 bytes a value: 64 KiB a picture and timestep for Stable Diffusion at 512×512.
+    A model with averaged weights is evaluated with those. `label` is the title of a progress bar; None shows no bar.
+    The predictions take 4 bytes per value: 64 KiB per image and timestep for Stable Diffusion at 512×512.
     """
-    loss = np.empty((len(pictures), len(timesteps)))
-    eps: list[list[Tensor]] = [[] for _ in range(len(pictures))]
-    for part in _denoise(model, pictures, timesteps, batch_size, label):
+    loss = np.empty((len(image_set), len(timesteps)))
+    eps: list[list[Tensor]] = [[] for _ in range(len(image_set))]
+    for part in _denoise(model, image_set, timesteps, batch_size, label):
         loss[part.positions, part.step] = part.loss
         for position, prediction in zip(part.positions, part.eps, strict=True):
             eps[position].append(prediction)
@@ -68,14 +76,14 @@ def record(
 def compare(
     base: Record,
     model: LatentDiffusion,
-    pictures: EvaluationSet,
+    image_set: EvaluationSet,
     timesteps: Sequence[int],
     batch_size: int,
     label: str | None = None,
 ) -> Comparison:
-    """`model` beside what `record` kept of the base on the same pictures and timesteps."""
+    """Compare `model` with the record `base` of the base model on the same images and timesteps."""
     loss, drift = np.empty_like(base.loss), np.empty_like(base.loss)
-    for part in _denoise(model, pictures, timesteps, batch_size, label):
+    for part in _denoise(model, image_set, timesteps, batch_size, label):
         loss[part.positions, part.step] = part.loss
         before = torch.stack([base.eps[position][part.step] for position in part.positions]).double()
         moved = (part.eps.double() - before).square().flatten(1).sum(1)  # (B,)
@@ -86,17 +94,20 @@ def compare(
 
 @torch.no_grad()
 def _denoise(
-    model: LatentDiffusion, pictures: EvaluationSet, timesteps: Sequence[int], batch_size: int, label: str | None
+    model: LatentDiffusion, image_set: EvaluationSet, timesteps: Sequence[int], batch_size: int, label: str | None
 ) -> Iterator[_Denoised]:
-    """All pictures at all timesteps. Nothing is random: the latent is the posterior's mode, the noise the picture's."""
-    batches = list(pictures.batches(batch_size))
+    """Yield the results of all batches at all timesteps.
+
+    Nothing is random: the latent is the mode of the posterior, and the noise follows from the sample's key.
+    """
+    batches = list(image_set.batches(batch_size))
     with (
         model.ema_scope(),
-        # `None` hides the bar where the output is no terminal.
+        # `None` hides the bar if the output is not a terminal.
         tqdm(total=len(batches) * len(timesteps), desc=label, leave=False, disable=None if label else True) as bar,
     ):
         for positions in batches:
-            samples = [pictures[position] for position in positions]
+            samples = [image_set[position] for position in positions]
             latent = clean_latents(model, samples)
             cond = _conditioning(model, samples)
             for step, t in enumerate(timesteps):
@@ -109,10 +120,10 @@ def _denoise(
 def _denoise_batch(
     model: LatentDiffusion, latent: Tensor, cond: Conditioning, noise: Tensor, t: int
 ) -> tuple[np.ndarray, Tensor]:
-    """Losses (B,) and ε (B, C, h, w) of clean scaled `latent` (B, C, h, w) at timestep `t`.
+    """Return losses (B,) and noise predictions ε (B, C, h, w) of clean, scaled `latent` (B, C, h, w) at timestep `t`.
 
-    The loss is the mean square error against the training target (arXiv:2006.11239, eq. 14), whatever the weights and
-    the norm that training uses.
+    The loss is the unweighted mean square error against the training target (arXiv:2006.11239, eq. 14). The loss
+    weighting and the norm of the training configuration do not apply.
     """
     times = torch.full((len(latent),), t, device=latent.device)
     noisy = model.q_sample(latent, times, noise)
@@ -124,14 +135,14 @@ def _denoise_batch(
 
 
 def clean_latents(model: LatentDiffusion, samples: Sequence[dict[str, Any]]) -> Tensor:
-    """The scaled latents (B, C, h, w) of samples of one size: each posterior's mode, or the stored latent."""
+    """Return scaled latents (B, C, h, w) of samples of one size: the modes of stored posteriors, or stored latents."""
     stored = np.stack([sample[LATENT] for sample in samples])
     batch = {model.first_stage_key: torch.from_numpy(stored).to(model.device)}
     return model.most_likely_latent(model.encode_batch(batch))
 
 
 def _conditioning(model: LatentDiffusion, samples: Sequence[dict[str, Any]]) -> Conditioning:
-    """The model's own encoding of the samples' captions, or what is stored where it has no text encoder."""
+    """Encode the samples' captions; for a model without a text encoder, return the stored caption embeddings."""
     member = conditioning_member(model)
     entries = [sample[member] for sample in samples]
     if isinstance(entries[0], str):

@@ -1,4 +1,4 @@
-"""A base and a tuned release on the same sets, one model in memory after the other."""
+"""Evaluation of a base and a tuned release on the same sets. Only one model is in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from torch import Tensor
 
 from ldm.evaluation.denoising import Comparison, Record, compare, record
 from ldm.evaluation.protocol import midpoint_timesteps
-from ldm.evaluation.samples import Drawn, SampleDistances, Sampling, decoded, draw, sample_distances
+from ldm.evaluation.samples import (
+    SampleDistances,
+    Samples,
+    Sampling,
+    decode_originals,
+    sample_captions,
+    sample_distances,
+)
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latent import check_reads_captions
@@ -25,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
-    """What is evaluated, beside the models and the sets; `limit` is of pictures a set, None for all."""
+    """Settings of an evaluation.
+
+    `limit` is the maximum number of images per set; None takes all. Without `sampling`, no images are sampled.
+    """
 
     timesteps: int = 8
     batch_size: int = 8
@@ -35,25 +45,28 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class SetResult:
-    """What is known of one set; `base`, `tuned` and `distances` are of the samples, if any were drawn."""
+    """Results on one set.
 
-    pictures: EvaluationSet
+    `base` and `tuned` are the samples of both models, `distances` their distances. All are None without sampling.
+    """
+
+    image_set: EvaluationSet
     timesteps: list[int]
     comparison: Comparison
-    base: Drawn | None = None
-    tuned: Drawn | None = None
+    base: Samples | None = None
+    tuned: Samples | None = None
     distances: SampleDistances | None = None
 
 
 @dataclass(frozen=True)
-class _OfBase:
-    """What is kept of the base on one set."""
+class _BaseResult:
+    """Results of the base model on one set, kept for the comparison."""
 
-    pictures: EvaluationSet
+    image_set: EvaluationSet
     timesteps: list[int]
     record: Record
-    drawn: Drawn | None
-    own: list[Tensor]  # the set's pictures that belong to the samples
+    samples: Samples | None
+    originals: list[Tensor]  # the set's images of the sampled captions
 
 
 def evaluate_releases(
@@ -64,67 +77,72 @@ def evaluate_releases(
     settings: Settings,
     encoders: Mapping[Path, Mapping[str, str | None]] | None = None,
 ) -> list[SetResult]:
-    """What the release `tuned` makes of each of the `sets` (name to shards), beside `base`.
+    """Compare the release `tuned` with the release `base` on each of the `sets` (name to shards).
 
-    `encoders` are the digests of each release's, see `encoder_digests`, which must be those that made the sets.
+    `encoders` gives the digests of the encoders per release, see `encoder_digests`. A set made by other encoders is
+    refused.
 
     Raises:
-        UserError: a checkpoint or a set cannot be used, a model predicts no finite numbers, or the base nothing at all.
+        UserError: a checkpoint or a set cannot be used, a model predicts NaN or infinity, or the base predicts zero.
     """
-    kept = _look_at_base(load(base), base, sets, settings, encoders or {})  # which no name here keeps
-    return _look_at_tuned(load(tuned), tuned, kept, settings)
+    # No variable holds a model here, so that the base is freed before the tuned model is loaded.
+    base_results = _evaluate_base(load(base), base, sets, settings, encoders or {})
+    return _evaluate_tuned(load(tuned), tuned, base_results, settings)
 
 
-def _look_at_base(
+def _evaluate_base(
     model: LatentDiffusion,
     path: Path,
     sets: Mapping[str, str | Sequence[str]],
     settings: Settings,
     encoders: Mapping[Path, Mapping[str, str | None]],
-) -> list[_OfBase]:
+) -> list[_BaseResult]:
     sampling = settings.sampling
     if sampling:
         check_reads_captions(model)
     opened = [open_set(name, urls, model, settings.limit) for name, urls in sets.items()]
-    for pictures in opened:
-        for release, own in encoders.items():
-            check_encoders(pictures.dataset, own, str(release))
+    for image_set in opened:
+        for release, digests in encoders.items():
+            check_encoders(image_set.dataset, digests, str(release))
     timesteps = midpoint_timesteps(model.num_timesteps, settings.timesteps)
-    kept = []
-    for pictures in opened:
-        start = time.monotonic()
-        drawn = draw(model, pictures, sampling, settings.batch_size) if sampling else None
-        found = record(model, pictures, timesteps, settings.batch_size, f"base, {pictures.name}")
-        _check_finite(found.loss, path, pictures, timesteps)
-        if not all(eps.any() for eps in found.eps):
-            raise UserError(f"{path}: predicts zero, as an untrained model does; name the base with --base")
-        kept.append(_OfBase(pictures, timesteps, found, drawn, decoded(model, pictures, sampling) if sampling else []))
-        _say(path, pictures, start)
-    return kept
-
-
-def _look_at_tuned(model: LatentDiffusion, path: Path, kept: Sequence[_OfBase], settings: Settings) -> list[SetResult]:
     results = []
-    for of_base in kept:
-        start, pictures, timesteps = time.monotonic(), of_base.pictures, of_base.timesteps
-        found = compare(of_base.record, model, pictures, timesteps, settings.batch_size, f"tuned, {pictures.name}")
-        _check_finite(found.tuned, path, pictures, timesteps)
-        drawn = distances = None
-        if of_base.drawn and settings.sampling:
-            drawn = draw(model, pictures, settings.sampling, settings.batch_size)
-            distances = sample_distances(of_base.drawn.pictures, drawn.pictures, of_base.own)
-        results.append(SetResult(pictures, timesteps, found, of_base.drawn, drawn, distances))
-        _say(path, pictures, start)
+    for image_set in opened:
+        start = time.monotonic()
+        samples = sample_captions(model, image_set, sampling, settings.batch_size) if sampling else None
+        of_base = record(model, image_set, timesteps, settings.batch_size, f"base, {image_set.name}")
+        _check_finite(of_base.loss, path, image_set, timesteps)
+        if not all(eps.any() for eps in of_base.eps):
+            raise UserError(f"{path}: predicts zero, as an untrained model does; name the base with --base")
+        originals = decode_originals(model, image_set, sampling) if sampling else []
+        results.append(_BaseResult(image_set, timesteps, of_base, samples, originals))
+        _log_set(path, image_set, start)
     return results
 
 
-def _check_finite(loss: np.ndarray, path: Path, pictures: EvaluationSet, timesteps: Sequence[int]) -> None:
+def _evaluate_tuned(
+    model: LatentDiffusion, path: Path, base_results: Sequence[_BaseResult], settings: Settings
+) -> list[SetResult]:
+    results = []
+    for base in base_results:
+        start, image_set, timesteps = time.monotonic(), base.image_set, base.timesteps
+        comparison = compare(base.record, model, image_set, timesteps, settings.batch_size, f"tuned, {image_set.name}")
+        _check_finite(comparison.tuned, path, image_set, timesteps)
+        samples = distances = None
+        if base.samples and settings.sampling:
+            samples = sample_captions(model, image_set, settings.sampling, settings.batch_size)
+            distances = sample_distances(base.samples.images, samples.images, base.originals)
+        results.append(SetResult(image_set, timesteps, comparison, base.samples, samples, distances))
+        _log_set(path, image_set, start)
+    return results
+
+
+def _check_finite(loss: np.ndarray, path: Path, image_set: EvaluationSet, timesteps: Sequence[int]) -> None:
     broken = np.argwhere(~np.isfinite(loss))
     if len(broken):
         position, step = broken[0]
-        where = f"{pictures.keys[position]!r} of set {pictures.name!r} at timestep {timesteps[step]}"
+        where = f"{image_set.keys[position]!r} of set {image_set.name!r} at timestep {timesteps[step]}"
         raise UserError(f"{path}: predicts NaN or infinity for {where}; try --precision fp32")
 
 
-def _say(path: Path, pictures: EvaluationSet, start: float) -> None:
-    logger.info("%s: set %s, %d pictures (%.1f s)", path, pictures.name, len(pictures), time.monotonic() - start)
+def _log_set(path: Path, image_set: EvaluationSet, start: float) -> None:
+    logger.info("%s: set %s, %d images (%.1f s)", path, image_set.name, len(image_set), time.monotonic() - start)

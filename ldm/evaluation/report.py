@@ -1,4 +1,4 @@
-"""The results as a table for people and as JSON for programs."""
+"""Results of an evaluation as a text table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ldm.evaluation.statistics import CONFIDENCE, RESAMPLES, SEED, Interval, Sum
 from ldm.files import atomic_write
 from ldm.util import escaped
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Row(NamedTuple):
-    """What there is to say about a set: the figures over all timesteps, at each, and of the samples by name."""
+    """Statistics of one set: over all timesteps, per timestep, and mean distances of the samples by name."""
 
     result: SetResult
     overall: Summary
@@ -25,30 +25,30 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.result.pictures.name
+        return self.result.image_set.name
 
 
-def rows_of(results: Sequence[SetResult]) -> list[Row]:
-    """The statistics of each set."""
+def summarise_results(results: Sequence[SetResult]) -> list[Row]:
+    """Compute the statistics of each set."""
     return [Row(r, *summarise(r.comparison), r.distances.means() if r.distances else {}) for r in results]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Aligned text, a line a set; brackets are confidence intervals."""
-    head = ["set", "pictures", "loss base", "loss tuned", "tuned / base", "drift"]
+def format_table(rows: Sequence[Row]) -> str:
+    """Return an aligned text table with one line per set; brackets are confidence intervals."""
+    head = ["set", "images", "loss base", "loss tuned", "tuned / base", "drift"]
     lines = [
         [
             escaped(row.name),
-            str(len(row.result.pictures)),
+            str(len(row.result.image_set)),
             f"{row.overall.loss_base.value:.5f}",
             f"{row.overall.loss_tuned.value:.5f}",
-            _with_interval(row.overall.loss_ratio),
-            _with_interval(row.overall.drift),
+            _format_interval(row.overall.loss_ratio),
+            _format_interval(row.overall.drift),
         ]
         for row in rows
     ]
     if any(row.samples for row in rows):
-        head += ["samples moved", "base to picture", "tuned to picture"]
+        head += ["base to tuned", "base to image", "tuned to image"]
         for line, row in zip(lines, rows, strict=True):
             line += [f"{interval.value:.4f}" for interval in row.samples.values()]
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
@@ -58,19 +58,19 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def _with_interval(interval: Interval) -> str:
+def _format_interval(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.value:.4g}"
     return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
 def write_json(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
-    """Write everything to `path`: `about` (files and settings), the method, and the sets with all their figures."""
+    """Write the results to `path`: `about` (files and settings), the statistical method, and all statistics per set."""
     content = {
         "format_version": FORMAT_VERSION,
         **about,
         "intervals": {
-            "method": "percentile bootstrap over pictures, paired",
+            "method": "percentile bootstrap over images, paired",
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
             "seed": SEED,
@@ -82,11 +82,11 @@ def write_json(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> Non
 
 
 def _set(row: Row) -> dict[str, Any]:
-    pictures = row.result.pictures
+    image_set = row.result.image_set
     return {
-        "shards": [str(path) for path in pictures.dataset.paths],
-        "pictures": len(pictures),
-        "keys": pictures.keys,
+        "shards": [str(path) for path in image_set.dataset.paths],
+        "images": len(image_set),
+        "keys": image_set.keys,
         "overall": _summary(row.overall),
         "timesteps": [{"t": t, **_summary(at)} for t, at in zip(row.result.timesteps, row.at_timesteps, strict=True)],
         "samples": _samples(row),
@@ -98,11 +98,11 @@ def _summary(summary: Summary) -> dict[str, dict[str, float | None]]:
 
 
 def _samples(row: Row) -> dict[str, Any] | None:
-    drawn, distances = row.result.tuned, row.result.distances
-    if drawn is None or distances is None:
+    samples, distances = row.result.tuned, row.result.distances
+    if samples is None or distances is None:
         return None
-    each = [
+    images = [
         {"key": key, **request.described(), **dict(zip(distances._fields, values, strict=True))}
-        for key, request, *values in zip(drawn.keys, drawn.requests, *distances, strict=True)
+        for key, request, *values in zip(samples.keys, samples.requests, *distances, strict=True)
     ]
-    return {**{name: interval._asdict() for name, interval in row.samples.items()}, "pictures": each}
+    return {**{name: interval._asdict() for name, interval in row.samples.items()}, "images": images}

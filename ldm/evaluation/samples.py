@@ -1,9 +1,9 @@
-"""Pictures drawn from the captions of a set at fixed seeds, and how far apart they are."""
+"""Images sampled from the captions of a set at fixed seeds, and their distances."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from ldm.shards.sample import CAPTION
 
 
 class Sampling(NamedTuple):
-    """How pictures are drawn: `count` a set, whose seeds count up from `seed`; the rest is `text_to_image`'s."""
+    """Settings for sampling `count` images per set, with the seeds `seed`, `seed` + 1, ….
+
+    The other settings are those of `text_to_image`.
+    """
 
     count: int
     seed: int = 42
@@ -29,53 +32,57 @@ class Sampling(NamedTuple):
     sampler: str = "ddim"
 
 
-class Drawn(NamedTuple):
-    """What was drawn from a set: the sample's key and request of each picture, and the pictures (n, 3, H, W)."""
+class Samples(NamedTuple):
+    """Sampled images (n, 3, H, W) of one set, with the key of the set's sample and the request of each image."""
 
     keys: list[str]
     requests: list[Request]
-    pictures: Tensor
+    images: Tensor
 
 
 class SampleDistances(NamedTuple):
-    """Distances of `ldm.images.grid.image_distances`, one a sample.
+    """Distances of `ldm.images.grid.image_distances`, one per sampled caption.
 
-    `moved` is that of base and tuned; the other two are those to the set's own picture, as the base decodes it.
+    "image" is the image of the set that belongs to the caption, as the base's autoencoder decodes it.
     """
 
-    moved: list[float]
-    base_to_picture: list[float]
-    tuned_to_picture: list[float]
+    base_to_tuned: list[float]
+    base_to_image: list[float]
+    tuned_to_image: list[float]
 
     def means(self) -> dict[str, Interval]:
-        """The mean of each over samples, with its interval."""
-        bootstrap = Bootstrap(len(self.moved))
+        """Return the mean of each distance over the samples, with its confidence interval."""
+        bootstrap = Bootstrap(len(self.base_to_tuned))
         return {name: bootstrap.mean(np.array(getattr(self, name))) for name in self._fields}
 
 
-def draw(model: LatentDiffusion, pictures: EvaluationSet, sampling: Sampling, batch_size: int) -> Drawn:
-    """Pictures of `sampling.count` captions spread over the set, at the model's own size.
+def sample_captions(model: LatentDiffusion, image_set: EvaluationSet, sampling: Sampling, batch_size: int) -> Samples:
+    """Sample images of `sampling.count` captions spread over the set, at the model's own size.
 
     Raises:
-        UserError: the model reads no captions, or settings that the sampler cannot take.
+        UserError: the model reads no captions, or the sampler refuses the settings.
     """
-    chosen = [pictures[position] for position in spread(len(pictures), sampling.count)]
+    chosen = _chosen(image_set, sampling)
     requests = [Request(sample[CAPTION], sampling.seed + index) for index, sample in enumerate(chosen)]
     settings = {"sampler": sampling.sampler, "steps": sampling.steps, "scale": sampling.scale}
     shape = latent_shape(model, None, None)
-    drawn = text_to_image(model, requests, shape, batch_size=batch_size, verbose=False, **settings)
-    return Drawn([sample["__key__"] for sample in chosen], requests, torch.stack(list(drawn)))
+    images = text_to_image(model, requests, shape, batch_size=batch_size, verbose=False, **settings)
+    return Samples([sample["__key__"] for sample in chosen], requests, torch.stack(list(images)))
 
 
-def decoded(model: LatentDiffusion, pictures: EvaluationSet, sampling: Sampling) -> list[Tensor]:
-    """The set's own pictures (3, H, W), about [-1, 1], of the captions that `draw` takes."""
-    chosen = [pictures[position] for position in spread(len(pictures), sampling.count)]
+def decode_originals(model: LatentDiffusion, image_set: EvaluationSet, sampling: Sampling) -> list[Tensor]:
+    """Decode the set's images (3, H, W), about [-1, 1], of the captions that `sample_captions` samples."""
+    chosen = _chosen(image_set, sampling)
     return [model.decode_first_stage(clean_latents(model, [sample]))[0].float().cpu() for sample in chosen]
 
 
-def sample_distances(base: Tensor, tuned: Tensor, own: Sequence[Tensor]) -> SampleDistances:
-    """The distances of samples (n, 3, H, W) of both models and the n pictures `own`."""
-    pairs = [(base, tuned), (base, own), (tuned, own)]
+def _chosen(image_set: EvaluationSet, sampling: Sampling) -> list[dict[str, Any]]:
+    return [image_set[position] for position in spread(len(image_set), sampling.count)]
+
+
+def sample_distances(base: Tensor, tuned: Tensor, originals: Sequence[Tensor]) -> SampleDistances:
+    """Return the distances between the samples (n, 3, H, W) of both models and the n images `originals`."""
+    pairs = [(base, tuned), (base, originals), (tuned, originals)]
     return SampleDistances(
         *([float(image_distances(a[None], b[None])) for a, b in zip(*pair, strict=True)] for pair in pairs)
     )

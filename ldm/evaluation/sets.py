@@ -1,4 +1,4 @@
-"""A named set of pre-encoded pictures to evaluate on."""
+"""Named sets of pre-encoded images for an evaluation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def parse_sets(entries: Iterable[str]) -> dict[str, str]:
-    """`NAME=SHARDS` entries as a mapping.
+    """Parse `NAME=SHARDS` entries into a mapping.
 
     Raises:
-        UserError: an entry has another form, or a name comes twice.
+        UserError: an entry has another form, or a name is given twice.
     """
     sets: dict[str, str] = {}
     for entry in entries:
@@ -38,22 +38,24 @@ def parse_sets(entries: Iterable[str]) -> dict[str, str]:
 
 
 def conditioning_member(model: LatentDiffusion) -> str:
-    """The member of a sample that `model` is conditioned on: its caption where the model has a text encoder.
+    """Return the member of a sample that conditions `model`.
 
-    Each model reads captions with its own encoder, which training may have changed; a model without one takes the
-    stored encodings.
+    A model with a text encoder encodes the caption itself, because training may have changed the encoder. A model
+    without one takes the stored caption embedding.
 
     Raises:
-        UserError: the model is conditioned on something else than text.
+        UserError: the model is not conditioned on text.
     """
     if model.model.conditioning_key != "crossattn" or model.cond_stage_model is None:
-        raise UserError(f"conditioning_key {model.model.conditioning_key!r}: only models of captions are evaluated")
+        raise UserError(
+            f"conditioning_key {model.model.conditioning_key!r}: only models conditioned on captions can be evaluated"
+        )
     return getattr(model.cond_stage_model, "key", None) or CAPTION
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The samples `numbers` of `dataset`; a picture's position is that in `numbers`."""
+    """Samples `numbers` of `dataset`. The position of an image is its index in `numbers`."""
 
     name: str
     dataset: ShardDataset
@@ -67,35 +69,36 @@ class EvaluationSet:
 
     @property
     def keys(self) -> list[str]:
-        """The samples' keys."""
+        """Keys of the samples, by position."""
         return [self.dataset.sample_keys[number] for number in self.numbers]
 
     def batches(self, batch_size: int) -> Iterator[list[int]]:
-        """All positions, at most `batch_size` at a time; the pictures of a batch have one size."""
+        """Yield all positions in batches of at most `batch_size`; the images of a batch have one size."""
         for group in self.dataset.groups():
             positions = np.flatnonzero(np.isin(self.numbers, group)).tolist()
             for start in range(0, len(positions), batch_size):
                 yield positions[start : start + batch_size]
 
     def digest(self, timesteps: Sequence[int]) -> bytes:
-        """What tells evaluations of other pictures, or at other timesteps, apart from this one; 32 bytes."""
+        """Return a digest (32 bytes) of the samples' keys and the timesteps."""
         return hashlib.sha256(repr((self.keys, list(timesteps))).encode()).digest()
 
 
 def open_set(
     name: str, urls: str | Sequence[str], model: LatentDiffusion, limit: int | None = None, verify: bool = True
 ) -> EvaluationSet:
-    """The set of the shards `urls`, at most `limit` pictures spread over it, checked against `model`.
+    """Open the shards `urls` as a set of at most `limit` images, and check its shapes against `model`.
 
-    `verify` is that of `open_shards`.
+    The images are spread over the shards. `verify` is passed to `open_shards`.
 
     Raises:
-        UserError: the shards are missing, damaged, streamed or empty, or do not fit the model; names the set.
+        UserError: the shards are missing, damaged, streamed or empty, or do not fit the model. The message names the
+            set.
     """
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
-        raise UserError(f"set {name!r}: a name is letters, digits, _ and -; quote one of digits alone")
+        raise UserError(f"set {name!r}: a name consists of letters, digits, _ and -; put quotes around a number")
     if not isinstance(urls, (str, Sequence)):
-        raise UserError(f"set {name!r}: {urls!r} names no shards")
+        raise UserError(f"set {name!r}: {urls!r} names no shards; give a pattern such as shards/cats-*.tar")
     check_number("limit", limit, least=1, optional=True)
     member = conditioning_member(model)
     try:

@@ -1,8 +1,8 @@
-"""Means over pictures with confidence intervals, by a paired bootstrap.
+"""Means over images with confidence intervals, by a paired bootstrap.
 
-The percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3): pictures are drawn
-with replacement, the same ones for base and tuned, and the interval is the middle 95 % of the resampled statistics. It
-covers the choice of pictures, not that of noise and timesteps, which are fixed.
+The interval is the percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3).
+Images are resampled with replacement, the same ones for the base and the tuned model. The interval contains the middle
+95 % of the resampled statistics. It expresses the uncertainty from the choice of images. Noise and timesteps are fixed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A statistic and its interval, which a single picture does not give."""
+    """Statistic with its confidence interval; `low` and `high` are None for a single image."""
 
     value: float
     low: float | None
@@ -28,7 +28,10 @@ class Interval(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Losses are means over pictures; `loss_ratio` is that of the two means, `drift` the mean of `Comparison.drift`."""
+    """Statistics of one set. Losses are means over images, `loss_ratio` is the ratio of these means.
+
+    `drift` is the mean of `Comparison.drift`.
+    """
 
     loss_base: Interval
     loss_tuned: Interval
@@ -38,30 +41,30 @@ class Summary(NamedTuple):
 
 
 class Bootstrap:
-    """The resamples of `count` pictures: the same ones for every statistic, and in every evaluation."""
+    """Resamples of `count` images, the same for every statistic and in every evaluation."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-        self._weights = draws / count  # (resamples, pictures)
+        counts = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        self._weights = counts / count  # (resamples, images)
 
     def interval(self, statistic: Callable[..., Any], *values: np.ndarray) -> Interval:
-        """`statistic` of the means over pictures of `values`, each (pictures,)."""
-        found = float(statistic(*(value.mean() for value in values)))
+        """Return `statistic` of the means of `values`, each (images,), with its interval."""
+        value = float(statistic(*(array.mean() for array in values)))
         if self.count < 2:
-            return Interval(found, None, None)
-        resampled = statistic(*(self._weights @ value for value in values))
+            return Interval(value, None, None)
+        resampled = statistic(*(self._weights @ array for array in values))
         tail = 50 * (1 - CONFIDENCE)
         low, high = np.percentile(resampled, [tail, 100 - tail])
-        return Interval(found, float(low), float(high))
+        return Interval(value, float(low), float(high))
 
     def mean(self, values: np.ndarray) -> Interval:
-        """The mean of `values` (pictures,)."""
+        """Return the mean of `values` (images,) with its interval."""
         return self.interval(lambda mean: mean, values)
 
 
 def summarise(comparison: Comparison) -> tuple[Summary, list[Summary]]:
-    """Over all timesteps, each of equal weight, and for each timestep."""
+    """Return the statistics over all timesteps, each of equal weight, and the statistics per timestep."""
     bootstrap = Bootstrap(len(comparison.base))
     overall = _summary(bootstrap, *(values.mean(1) for values in comparison))
     steps = comparison.base.shape[1]

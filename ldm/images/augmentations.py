@@ -1,8 +1,8 @@
-"""Transforms of images that take torchvision's names and arguments, so that YAML written for it works without it.
+"""Image transforms with the names and arguments of torchvision, so that its YAML configs work without it.
 
 An image is a PIL image, or a tensor (..., C, H, W), uint8 in [0, 255] or floating point in [0, 1]. Random numbers come
-from torch's global generator, which the loader seeds per sample. `ldm.translations` sends `torchvision.transforms.X`
-here.
+from torch's global generator, which the loader seeds per sample. `ldm.moved_targets` maps `torchvision.transforms.X` to
+this module.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def build_transform(described: Any) -> Callable[[Any], Any]:
-    """The transform that a config describes: None for none, a `target` and `params`, or a list of these in order."""
+    """Return the transform of a config: None, a `target` with `params`, or a list of these in order."""
     if described is None:
         return Compose([])
     if isinstance(described, Mapping):
@@ -55,7 +55,7 @@ def build_transform(described: Any) -> Callable[[Any], Any]:
 
 
 def _pair(size: Any, what: str = "size") -> tuple[int, int]:
-    """Height and width of a size that is a whole number, a list of one, or a pair."""
+    """Return height and width of a size: a whole number, a list of one, or a pair."""
     values = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size]
     if len(values) not in (1, 2) or not all(type(value) is int and value > 0 for value in values):
         raise UserError(f"{what} {size!r}: give a whole number of pixels, or [height, width]")
@@ -63,7 +63,7 @@ def _pair(size: Any, what: str = "size") -> tuple[int, int]:
 
 
 class Compose:
-    """Transforms in order. Each is a callable, or a `target` with `params`."""
+    """Sequence of transforms. Each is a callable, or a `target` with `params`."""
 
     def __init__(self, transforms: Sequence[Any]) -> None:
         self.transforms = [instantiate_from_config(t) if isinstance(t, Mapping) else t for t in transforms]
@@ -75,7 +75,7 @@ class Compose:
 
 
 class RandomApply(Compose):
-    """All of `transforms` with probability `p`, else none."""
+    """Sequence of `transforms` that is applied with probability `p`."""
 
     def __init__(self, transforms: Sequence[Any], p: float = 0.5) -> None:
         super().__init__(transforms)
@@ -86,12 +86,12 @@ class RandomApply(Compose):
 
 
 class Resize:
-    """Scale to `size`: a pair is (height, width); a whole number is the smaller side, and the proportions stay.
+    """Scaling to `size`: a pair (height, width), or the smaller side with a fixed aspect ratio.
 
     Args:
-        interpolation: a filter's name, or Pillow's number of it (0 nearest, 2 bilinear, 3 bicubic).
-        max_size: most pixels of the larger side, with a single `size`.
-        antialias: widen the filter of tensors when they shrink; Pillow always does.
+        interpolation: name of a filter, or its number in Pillow (0 nearest, 2 bilinear, 3 bicubic).
+        max_size: maximum of the larger side in pixels, for a single `size`.
+        antialias: widen the filter when tensors shrink, as Pillow does.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Resize:
         return resize(image, *self.target(*image_size(image)), self.filter, self.antialias)
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image of (height, width) is scaled to."""
+        """Return the scaled height and width of an image of (height, width)."""
         if self.exact:
             return self.size
         short, long = min(height, width), max(height, width)
@@ -122,7 +122,7 @@ class Resize:
 
 
 class CenterCrop:
-    """The middle of an image, (height, width) or a square of `size`; a smaller image gets a black edge."""
+    """Centre crop of `size`, (height, width) or a square. Smaller images are padded with black."""
 
     def __init__(self, size: Any) -> None:
         self.size = _pair(size)
@@ -138,11 +138,11 @@ class CenterCrop:
 
 
 class RandomCrop:
-    """A part of an image, (height, width) or a square of `size`, at a random place.
+    """Random crop of `size`, (height, width) or a square.
 
     Args:
-        padding: pixels to add first: of all sides, of [left and right, top and bottom], or of each from the left on.
-        pad_if_needed: widen an image that is smaller than `size`, which is an error otherwise.
+        padding: pixels added first: one number, [left and right, top and bottom], or [left, top, right, bottom].
+        pad_if_needed: pad an image that is smaller than `size`. Otherwise this is an error.
     """
 
     def __init__(
@@ -179,11 +179,11 @@ class RandomCrop:
 
 
 class RandomResizedCrop:
-    """A part of random area and proportions, scaled to `size`.
+    """Random crop of random area and aspect ratio, scaled to `size`.
 
     Args:
-        scale: least and most share of the area.
-        ratio: least and most width over height.
+        scale: minimum and maximum share of the area.
+        ratio: minimum and maximum of width / height.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class RandomResizedCrop:
         self.size = _pair(size)
         for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
             if not 0 < low <= high:
-                raise UserError(f"{name} {[low, high]}: give the least and the most, above 0")
+                raise UserError(f"{name} {[low, high]}: give the minimum and the maximum, above 0")
         self.scale, self.ratio = scale, ratio
         self.filter = filter_of(interpolation)
         self.antialias = antialias is not False
@@ -206,7 +206,7 @@ class RandomResizedCrop:
         return resize(crop(image, *self.place(*image_size(image))), *self.size, self.filter, self.antialias)
 
     def place(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a random part; of the middle where none fits in ten tries."""
+        """Return top, left, height and width of a random part, or after ten failed attempts of the centre."""
         for _ in range(10):
             area = height * width * random_between(*self.scale)
             ratio = math.exp(random_between(*map(math.log, self.ratio)))
@@ -220,7 +220,7 @@ class RandomResizedCrop:
 
 
 class RandomHorizontalFlip:
-    """The mirror image, with probability `p`."""
+    """Horizontal flip with probability `p`."""
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = p
@@ -232,7 +232,7 @@ class RandomHorizontalFlip:
 
 
 class RandomVerticalFlip:
-    """The image upside down, with probability `p`."""
+    """Vertical flip with probability `p`."""
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = p
@@ -244,13 +244,13 @@ class RandomVerticalFlip:
 
 
 class Pad:
-    """More pixels around: of all sides, of [left and right, top and bottom], or of each from the left on clockwise."""
+    """Padding: one number, [left and right, top and bottom], or [left, top, right, bottom]."""
 
     def __init__(self, padding: Any, fill: Any = 0, padding_mode: str = "constant") -> None:
         values = list(padding) if isinstance(padding, Sequence) else [padding]
         if len(values) not in (1, 2, 4) or not all(type(value) is int and value >= 0 for value in values):
             raise UserError(f"padding {padding!r}: give one, two or four whole numbers")
-        self.sides = (values * 4)[:4]  # left, top, right, bottom: [a, b] is a, b, a, b
+        self.sides = (values * 4)[:4]  # left, top, right, bottom
         self.fill, self.padding_mode = fill, padding_mode
 
     def __call__(self, image: ImageLike) -> ImageLike:

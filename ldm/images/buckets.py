@@ -1,4 +1,4 @@
-"""Sizes of about one area and many proportions, so that an image is cropped little: aspect-ratio buckets."""
+"""Aspect-ratio buckets: sizes of similar area and different aspect ratios, so that little of an image is cropped."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Sequence
 
 from ldm.util import UserError
 
-STEP = 64  # pixels; sides are multiples of it
+STEP = 64  # divisor of all sides, in pixels
 
 Size = tuple[int, int]  # height and width, in pixels
 
 
 def bucket_sizes(size: int) -> list[Size]:
-    """Every size with sides in multiples of 64, at least half of `size`, and an area of at most `size`²; sorted.
+    """Return the bucket sizes with an area of at most `size`², sorted. Sides are multiples of 64 from `size` / 2.
 
-    Of each width, only the tallest; and its mirror image. So 512 gives 256×1024, 320×768, … 512×512, … 1024×256.
+    Each width has its largest height, and each size is also included with its sides exchanged. For 512, the sizes are
+    256×1024, 320×768, … 512×512, … 1024×256.
 
     Raises:
-        UserError: `size` is no multiple of 64.
+        UserError: `size` is not a multiple of 64.
     """
     if size % STEP:
         raise UserError(f"--size {size}: with --buckets, give a multiple of {STEP}")
@@ -31,8 +32,8 @@ def bucket_sizes(size: int) -> list[Size]:
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
-    """The one of `sizes` whose proportions are nearest to height : width, by their ratio; of equals, the first.
+    """Return the first of `sizes` with the aspect ratio nearest to height : width, by the quotient of the ratios.
 
-    An image scaled to cover it loses the least share of its area at the borders.
+    With this size, the centre crop removes the smallest share of the image.
     """
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))

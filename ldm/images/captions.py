@@ -1,4 +1,4 @@
-"""Captions of images: from a text file of the same name, or from a metadata file of the folder."""
+"""Captions of images, from a text file of the same name or a metadata file of the folder."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ import io
 import json
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.files import read_at_most
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# Names of the file that lists the images of a folder; the first that is there is read.
+# Names of metadata files. The first existing file is read.
 METADATA = "metadata.jsonl"
 METADATA_FILES = (METADATA, "metadata.csv")
-# Keys of an entry; the first that it has is read.
+# Synonyms for the keys of an entry. The first existing key is read.
 _FILE_KEYS = ("file_name", "file", "filename", "file_path", "filepath", "image", "image_path", "image_file", "path")
 _TEXT_KEYS = ("text", "caption", "prompt", "description")
+# Keys of an entry with the image before and after an edit, and the instruction: `input_image`, `edited_file_name`, ...
+_FILE = "(_(image|img|file|file_name|path|image_path|image_file))?"
+_BEFORE, _AFTER = (
+    re.compile(f"({names}){_FILE}") for names in ("input|original|source|before", "edited|output|target|after")
+)
+_INSTRUCTION_KEYS = ("edit_prompt", "edit", "instruction", "edit_instruction", *_TEXT_KEYS)
 _MOST_IN_CAPTION, _MOST_IN_METADATA = 1 << 20, 1 << 32  # bytes
 
 
 def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
-    """Return caption and error of a caption file: white space is one space; an empty file is no caption."""
+    """Return caption and error of a caption file. White space is collapsed. An empty file has no caption."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -36,22 +43,22 @@ def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
 
 
 def same_name(name: str) -> str:
-    """Return one form of all spellings of a file name: Unicode composed, the suffix in lower case.
+    """Return the normal form of a file name: composed Unicode and a suffix in lower case.
 
-    Programs on macOS write é as e and an accent, others as one character.
+    Programs on macOS write é as e and an accent. Other programs write one character.
     """
     path = PurePosixPath(unicodedata.normalize("NFC", name))
     return str(path.with_suffix(path.suffix.lower())) if path.suffix else str(path)
 
 
 class CaptionFiles:
-    """Finds the `.txt` file of an image, whichever spelling its name has; lists each folder once."""
+    """Search for the `.txt` file of an image, by the normal form of its name. Each folder is listed once."""
 
     def __init__(self) -> None:
         self._folders: dict[Path, dict[str, Path]] = {}
 
     def of(self, image: Path) -> Path | None:
-        """Return the caption file beside `image`; None if there is none."""
+        """Return the caption file beside `image`, or None."""
         exact = image.with_suffix(".txt")
         if os.path.lexists(exact):
             return exact
@@ -65,7 +72,7 @@ class CaptionFiles:
 
 
 def read_caption(path: Path | None) -> tuple[str | None, str | None]:
-    """Return caption and error of the caption file at `path`; both None where there is none."""
+    """Return caption and error of the caption file at `path`. Both are None if `path` is None."""
     if path is None:
         return None, None
     try:
@@ -77,15 +84,24 @@ def read_caption(path: Path | None) -> tuple[str | None, str | None]:
 
 
 def metadata_file(folder: Path) -> Path | None:
-    """Return the metadata file of `folder`; None if there is none."""
+    """Return the metadata file of `folder`, or None."""
     return next((folder / name for name in METADATA_FILES if os.path.lexists(folder / name)), None)
 
 
-def from_metadata(path: Path) -> list[tuple[str, str | None]]:
-    """Return file name, relative to the folder of `path`, and caption of each entry of a metadata file.
+class Entry(NamedTuple):
+    """Entry of a metadata file. Names are relative to the folder of the file."""
 
-    The keys `file_name` and `text` have the synonyms `_FILE_KEYS` and `_TEXT_KEYS`. A warning names keys that are not
-    read. Paths may be absolute or have backslashes, as long as they lead into the folder.
+    name: str
+    caption: str | None
+    edited: str | None = None  # name of the image after the edit in the caption
+
+
+def from_metadata(path: Path, pairs: bool = False) -> list[Entry]:
+    """Return the entries of a metadata file.
+
+    The keys `file_name` and `text` have the synonyms `_FILE_KEYS` and `_TEXT_KEYS`. With `pairs`, the images before and
+    after an edit have the keys `_BEFORE` and `_AFTER`. Unknown keys give a warning. Paths may be absolute or have
+    backslashes, but must lie in the folder.
 
     Raises:
         UserError: an entry has no file name, or names a file outside the folder; gives its line.
@@ -97,29 +113,45 @@ def from_metadata(path: Path) -> list[tuple[str, str | None]]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     entries = _csv_entries(text, path) if path.suffix == ".csv" else _json_entries(text, path)
-    found: list[tuple[str, str | None]] = []
+    found: list[Entry] = []
     unread: dict[str, None] = {}
     for where, entry in entries:
-        file_key = next((key for key in _FILE_KEYS if entry.get(key)), None)
-        text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
-        name, caption = entry.get(file_key), entry.get(text_key)
+        keys = _keys_of(entry, pairs)
+        name, caption, edited = (entry.get(key) for key in keys)
         if not isinstance(name, str):
             shown = json.dumps(entry)[:80]
             raise UserError(f"{where}: expected {{'file_name': ..., 'text': ...}}, got {shown!r}")
+        if edited is not None and not isinstance(edited, str):
+            raise UserError(f"{where}: {keys[2]} is not a string: {edited!r:.80}")
         if caption is not None and not isinstance(caption, str):
-            raise UserError(f"{where}: {text_key} is not a string: {caption!r:.80}")
-        if any("\ud800" <= letter <= "\udfff" for letter in name + (caption or "")):
-            raise UserError(f"{where}: half of a surrogate pair, which is no letter: {json.dumps(entry)[:80]!r}")
-        unread |= dict.fromkeys(key for key in entry if key not in (file_key, text_key))
-        found.append((_relative(name, path.parent, f"{where}: {file_key}"), " ".join((caption or "").split()) or None))
+            raise UserError(f"{where}: {keys[1]} is not a string: {caption!r:.80}")
+        if any("\ud800" <= letter <= "\udfff" for letter in name + (caption or "") + (edited or "")):
+            raise UserError(f"{where}: an unpaired surrogate, which is not a character: {json.dumps(entry)[:80]!r}")
+        unread |= dict.fromkeys(key for key in entry if key not in keys)
+        name, edited = (
+            file and _relative(file, path.parent, f"{where}: {key}")
+            for file, key in ((name, keys[0]), (edited, keys[2]))
+        )
+        found.append(Entry(name, " ".join((caption or "").split()) or None, edited))
     if unread:
         named = ", ".join(repr(key) for key in list(unread)[:8]) + (" ..." if len(unread) > 8 else "")
-        logger.warning("%s: keys that are not read: %s", path, named)
+        logger.warning("%s: unknown keys ignored: %s", path, named)
     return found
 
 
+def _keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | None, str | None]:
+    """Return the keys of an entry's file name, its caption and, of `pairs`, its edited image; None for none."""
+    file_key = next((key for key in _FILE_KEYS if entry.get(key)), None)
+    text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
+    if not pairs:
+        return file_key, text_key, None
+    before, after = (next((k for k in entry if names.fullmatch(k) and entry[k]), None) for names in (_BEFORE, _AFTER))
+    instruction = next((key for key in _INSTRUCTION_KEYS if entry.get(key) is not None), None)
+    return before or file_key, instruction, after
+
+
 def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`: "\u2028" is a letter to JSON
+    for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`, which also splits at "\u2028"
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -149,14 +181,14 @@ def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _relative(name: str, folder: Path, where: str) -> str:
-    """Return the path `name`, relative to `folder`.
+    """Return the path `name` relative to `folder`.
 
     Raises:
-        UserError: it leads outside.
+        UserError: the path is outside the folder.
     """
     path = PurePosixPath(name)
     if "\\" in name and "\0" not in name and not os.path.lexists(folder / path):
-        path = PurePosixPath(name.replace("\\", "/"))  # written on Windows
+        path = PurePosixPath(name.replace("\\", "/"))  # paths from Windows
     if path.is_absolute():
         roots = (folder.absolute(), folder.resolve())
         inside = next((root for root in roots if path.is_relative_to(root)), None)

@@ -1,4 +1,4 @@
-"""Transforms of colours with torchvision's names, arguments and formulas: PIL images, or RGB tensors (..., 3, H, W)."""
+"""Colour transforms of PIL images and RGB tensors (..., 3, H, W), with torchvision's names, arguments and formulas."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601
 
 
 def _grey(image: Tensor) -> Tensor:
-    """The luma (..., 1, H, W) of an RGB tensor, in its type."""
+    """Return the luma (..., 1, H, W) of an RGB tensor, in its dtype."""
     red, green, blue = image.float().unbind(-3)
     grey = (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(-3)
     return grey if image.is_floating_point() else grey.floor().to(image.dtype)
 
 
 def _mix(image: Tensor, other: Tensor, factor: float) -> Tensor:
-    """`image` at factor 1, `other` at 0, and further out beyond; cut to the range of its type."""
+    """Return factor · image + (1 − factor) · other, clamped to the range of the dtype."""
     top = 1.0 if image.is_floating_point() else 255.0
     return (factor * image.float() + (1 - factor) * other.float()).clamp(0, top).to(image.dtype)
 
@@ -47,18 +47,18 @@ def _saturation(image: ImageLike, factor: float) -> ImageLike:
 
 
 def _hue(image: ImageLike, turn: float) -> ImageLike:
-    """`image` with its hues turned by `turn` of the colour circle, from -0.5 to 0.5."""
+    """Return `image` with its hues rotated by `turn` of the colour circle, from -0.5 to 0.5."""
     if isinstance(image, Tensor):
         return _turn_tensor(image, turn)
     if image.mode in ("1", "L", "I", "F"):
         return image
     hue, saturation, value = image.convert("HSV").split()
-    turned = (np.asarray(hue).astype(np.int16) + int(turn * 255)) % 256  # bytes wrap around
+    turned = (np.asarray(hue).astype(np.int16) + int(turn * 255)) % 256  # bytes overflow
     return Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), saturation, value)).convert(image.mode)
 
 
 def _turn_tensor(image: Tensor, turn: float) -> Tensor:
-    """Turn hues in HSV: V is the largest channel, C the span, H where between the channels a colour lies."""
+    """Rotate hues in HSV: V is the maximum of the channels, C their range, H the hue."""
     top = 1.0 if image.is_floating_point() else 255.0
     rgb = image.float() / top
     value, least = rgb.amax(-3), rgb.amin(-3)
@@ -71,7 +71,7 @@ def _turn_tensor(image: Tensor, turn: float) -> Tensor:
         torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
     )
     sixths = (sixths + 6 * turn) % 6
-    # Each channel is V less the span, where the hue is a third of the circle or more away from that channel's.
+    # A channel is V - C if the hue differs from its own by a third of the circle or more.
     channels = []
     for offset in (5, 3, 1):
         distance = (offset + sixths) % 6
@@ -81,11 +81,11 @@ def _turn_tensor(image: Tensor, turn: float) -> Tensor:
 
 
 def _range(name: str, given: float | Sequence[float], centre: float, least: float, most: float) -> tuple[float, float]:
-    """The range that a factor is drawn from: a number is how far from `centre`, a pair is the range itself."""
+    """Return the range of a factor. A number is the distance from `centre`, and a pair is the range."""
     if isinstance(given, Sequence):
         low, high = given
     elif given < 0:
-        low, high = most, least  # no range, which is refused below
+        low, high = most, least  # an invalid range, refused below
     else:
         low, high = max(centre - given, least), centre + given
     if not least <= low <= high <= most:
@@ -94,11 +94,11 @@ def _range(name: str, given: float | Sequence[float], centre: float, least: floa
 
 
 class ColorJitter:
-    """Brightness, contrast, saturation and hue changed at random, in a random order.
+    """Random change of brightness, contrast, saturation and hue, in random order.
 
     Args:
-        brightness, contrast, saturation: factors are drawn from [1 - x, 1 + x], or from the range [a, b].
-        hue: turns are drawn from [-x, x] of the colour circle, at most 0.5, or from the range [a, b].
+        brightness, contrast, saturation: factors are sampled from [1 - x, 1 + x], or from the range [a, b].
+        hue: rotations are sampled from [-x, x] of the colour circle, x ≤ 0.5, or from the range [a, b].
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ColorJitter:
 
 
 class Grayscale:
-    """The luma, in one channel or the same in three."""
+    """Conversion to luma, in one channel or in three equal channels."""
 
     def __init__(self, num_output_channels: int = 1) -> None:
         if num_output_channels not in (1, 3):
@@ -141,7 +141,7 @@ class Grayscale:
 
 
 class RandomGrayscale:
-    """The luma in place of the colours, with probability `p`; the number of channels stays."""
+    """Conversion to luma with probability `p`, with an unchanged number of channels."""
 
     def __init__(self, p: float = 0.1) -> None:
         self.p = p

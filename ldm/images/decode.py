@@ -1,78 +1,119 @@
-"""Images of any kind that Pillow opens, as sRGB; nothing that is broken or absurd gets through."""
+"""Decoding of images to sRGB with Pillow, with checks against damaged files and decompression bombs."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm.images.profiles import to_srgb
-from ldm.images.turns import LARGE, Turn
+from ldm.images.colour_profiles import to_srgb
+from ldm.images.decode_lock import LARGE, DecodeLock
 from ldm.util import UserError
 
-# What photographs and drawings come in. Not all that Pillow reads: EPS would start Ghostscript.
+# Formats of photographs and drawings. Pillow reads more, but EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
-# Images too, which must not go missing in silence.
+# Extensions of unsupported images. They give an error, so that no image is lost unnoticed.
 UNREAD_EXTENSIONS = (
     "heic", "heif", "avif", "jxl", "jp2", "j2k", "jpx", "psd", "xcf", "svg", "eps", "ico", "tga", "dds", "exr", "hdr",
     "ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
 )  # fmt: skip
 
-# Each scan of a JPEG is a pass over all of its pixels. Programs write about ten.
-_MOST_SCANS, _MOST_SCANNED = 100, 4_000_000_000  # scans; pixels of all scans
-_SCAN_ENDS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker that is part of no compressed data
-_ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+_BAND = 256  # rows per conversion, so that a large image is in memory only as decoded and as RGB
+# Limits for JPEG. Each scan processes all pixels, and programs write about ten scans.
+_MOST_SCANS, _MOST_SCANNED = 100, 4_000_000_000  # scans, and total pixels of all scans
+_SCAN_ENDS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker outside of compressed data
+_ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length field
 _SCAN, _END = 0xDA, 0xD9
-_TILE_TAGS, _ROWS_PER_STRIP = (322, 323), 278  # of a TIFF
+_TILE_TAGS, _ROWS_PER_STRIP = (322, 323), 278  # tags of a TIFF
 
 
-def decode_image(data: bytes, name: str, turn: Turn | None = None) -> np.ndarray:
-    """Return the image in `data` the right way up (EXIF), sRGB, uint8 `(height, width, 3)`; of an animation, the first
-    frame.
+def decode_image(data: bytes, name: str, lock: DecodeLock | None = None) -> np.ndarray:
+    """Return the image in `data` as sRGB, uint8 (height, width, 3), after the EXIF rotation.
+
+    From an animation, return the first frame.
 
     Args:
-        turn: taken before a large image is decoded.
+        lock: taken before a large image is decoded.
 
     Raises:
-        UserError: it is not an image of the `FORMATS`, is broken, or has more pixels than Pillow's limit against
-            decompression bombs (179 million); names `name`.
+        UserError: the format is not one of `FORMATS`, the image is damaged, or it has more pixels than Pillow's limit
+            against decompression bombs (179 million). The message names `name`.
     """
+    return _decoded(data, name, lock, lambda image: _pixels(image, name))
+
+
+def decode_grey(data: bytes, name: str) -> np.ndarray:
+    """Return the brightness of an image that stands for numbers, float32 `(height, width)` from 0 to 1.
+
+    16 bits are kept, and no colour profile is applied. Transparent pixels are white.
+
+    Raises:
+        UserError: as `decode_image`.
+    """
+    return _decoded(data, name, None, _brightness)
+
+
+def _decoded(data: bytes, name: str, lock: DecodeLock | None, then: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads only the header
             _check_size(image, data)
-            if turn is not None and image.width * image.height > LARGE:
-                turn.take()
+            if lock is not None and image.width * image.height > LARGE:
+                lock.take()
             image.load()
-            return _pixels(image, name)
+            ImageOps.exif_transpose(image, in_place=True)
+            return then(image)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error
-    except Exception as error:  # on broken files the decoders raise what they come across: OSError, SyntaxError...
+    except Exception as error:  # on damaged files, decoders raise OSError, SyntaxError, ...
         raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
-    """Return uint8 `(height, width, 3)`, with as few copies of the pixels as can be."""
-    ImageOps.exif_transpose(image, in_place=True)
+    """Return the pixels as uint8 (height, width, 3), with few copies."""
     image = to_srgb(_to_eight_bits(image), name)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _BAND):
+        band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
+        pixels[top : top + _BAND] = _on_white(band)
+    return pixels
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return `image` in RGB, with transparent parts on white."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _brightness(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        return (_sixteen_bits(image) / 0xFFFF).astype(np.float32)
+    return np.asarray(_on_white(_to_eight_bits(image)).convert("L"), dtype=np.float32) / 255
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    levels = np.asarray(image)  # "I;16", "I;16B", and in some versions of Pillow "I" for 16-bit PNGs
+    if levels.min() < 0 or levels.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no standard range")
+    return levels
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return `image` in one of the modes L, LA, RGB, RGBA and CMYK: 16-bit grey is scaled, palettes are resolved."""
+    """Return `image` in mode L, LA, RGB, RGBA or CMYK. 16-bit grey is scaled, and palettes are resolved."""
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):  # "I;16", "I;16B", and "I", which 16-bit PNGs are read as by some versions
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 0xFFFF:
-            raise ValueError("32-bit pixels have no agreed range")
-        scaled = Image.fromarray(np.round(levels / 257).astype(np.uint8))
+        raise ValueError("floating-point pixels have no standard range")
+    if image.mode.startswith("I"):
+        levels = _sixteen_bits(image)
+        eight_bits = np.empty(levels.shape, np.uint8)
+        for top in range(0, len(levels), _BAND):
+            eight_bits[top : top + _BAND] = np.round(levels[top : top + _BAND] / 257)
+        scaled = Image.fromarray(eight_bits)
         scaled.info = image.info
         return scaled
     if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
@@ -83,7 +124,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _check_size(image: Image.Image, data: bytes) -> None:
-    """Raise `ValueError` for an image that takes far more memory or time than its size in pixels tells."""
+    """Raise `ValueError` for an image that needs much more memory or time than its size suggests."""
     pixels = image.width * image.height
     if image.format in ("JPEG", "MPO"):
         scans = _count_scans(data)
@@ -93,12 +134,12 @@ def _check_size(image: Image.Image, data: bytes) -> None:
         rows = image.tag_v2.get(_ROWS_PER_STRIP, 0)
         tile = [image.tag_v2.get(tag, 0) for tag in _TILE_TAGS]
         largest = max(tile[0] * tile[1], min(rows, image.height) * image.width)
-        if largest > 2 * Image.MAX_IMAGE_PIXELS:  # the limit for whole images
+        if largest > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow's limit for images
             raise ValueError(f"a TIFF with tiles of {tile[0]}x{tile[1]} pixels: could be a decompression bomb")
 
 
 def _count_scans(data: bytes) -> int:
-    """Return the number of scans in a JPEG; counts no more than are too many."""
+    """Return the number of scans in a JPEG, counted up to the limit."""
     position, scans = 2, 0
     while scans <= _MOST_SCANS and position + 4 <= len(data):
         if data[position] != 0xFF:

@@ -1,4 +1,4 @@
-"""Low-resolution versions of images: plain scaling, and the random degradations of BSRGAN (arXiv:2103.14006).
+"""Degradation of images to low resolution: scaling, and the random degradations of BSRGAN (arXiv:2103.14006).
 
 Images are uint8 (H, W, 3). Random numbers come from torch's global generator, which the loader seeds per sample.
 """
@@ -22,19 +22,19 @@ from ldm.images.sensor import sensor_noise
 from ldm.util import UserError, nearest
 
 _PIL = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-_CV = ("nearest", "bilinear", "bicubic", "area", "lanczos")  # OpenCV's, which sample without widening the filter
+_CV = ("nearest", "bilinear", "bicubic", "area", "lanczos")  # filters of OpenCV, which are not widened when shrinking
 _LANCZOS_LOBES = 4
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong the steps of BSRGAN are: section 3 of the paper for a factor of 4, or milder."""
+    """Parameters of the steps of BSRGAN, by section 3 of the paper or milder."""
 
-    kernel_sizes: tuple[int, ...]  # pixels; odd
-    isotropic: tuple[float, float]  # standard deviation of the round blur, in pixels
-    anisotropic: tuple[float, float]  # those of the oblong blur along its axes
-    noise: tuple[float, float]  # standard deviation, in levels of 255
-    quality: tuple[int, int]  # of JPEG
+    kernel_sizes: tuple[int, ...]  # odd numbers of pixels
+    isotropic: tuple[float, float]  # standard deviation of the isotropic blur in pixels
+    anisotropic: tuple[float, float]  # standard deviations of the anisotropic blur along its axes
+    noise: tuple[float, float]  # standard deviation in levels of 255
+    quality: tuple[int, int]  # JPEG quality
     sensor: float  # probability of camera sensor noise
 
 
@@ -46,28 +46,28 @@ NAMES = (*_STRENGTHS, *(f"pil_{name}" for name in _PIL), *(f"cv_{name}" for name
 
 
 def degradation(name: str, factor: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The function that makes a uint8 image (H, W, 3) `factor` times smaller in the way that is named.
+    """Return the degradation `name`, which makes a uint8 image (H, W, 3) `factor` times smaller.
 
     Raises:
-        UserError: `name` is none of `NAMES`.
+        UserError: `name` is not in `NAMES`.
     """
     if name in _STRENGTHS:
         return partial(bsrgan, factor=factor, strength=_STRENGTHS[name])
     if name not in NAMES:
-        raise UserError(f"degradation {name!r}: not one that is known{nearest(str(name), list(NAMES))}")
+        raise UserError(f"degradation {name!r} is unknown{nearest(str(name), list(NAMES))}")
     library, _, filter_name = name.partition("_")
     scale = scale_like_pillow if library == "pil" else scale_like_opencv
     return lambda image: scale(image, image.shape[0] // factor, image.shape[1] // factor, filter_name)
 
 
 def scale_like_pillow(image: np.ndarray, height: int, width: int, filter_name: str) -> np.ndarray:
-    """`image` scaled by Pillow, whose filters widen as they shrink."""
+    """Return `image` scaled by Pillow, which widens its filters when shrinking."""
     resampling = Image.Resampling[filter_of(filter_name).upper()]
     return np.array(Image.fromarray(image).resize((width, height), resampling))
 
 
 def scale_like_opencv(image: np.ndarray, height: int, width: int, filter_name: str) -> np.ndarray:
-    """`image` scaled as OpenCV does: its filters keep their width, except that of `area`, which averages."""
+    """Return `image` scaled like OpenCV, with filters of fixed width, except for `area`, which averages."""
     pixels = _to_tensor(image)
     if filter_name == "lanczos":
         rows, columns = (_lanczos(*sizes) for sizes in ((image.shape[0], height), (image.shape[1], width)))
@@ -77,7 +77,7 @@ def scale_like_opencv(image: np.ndarray, height: int, width: int, filter_name: s
 
 
 def _lanczos(size: int, new_size: int) -> Tensor:
-    """Weights (new_size, size) of sinc(x) sinc(x/4) over 8 pixels about each new pixel; rows sum to 1."""
+    """Return weights (new_size, size) of sinc(x) sinc(x/4) over the 8 pixels around each new pixel. Rows sum to 1."""
     centres = (torch.arange(new_size, dtype=torch.float64) + 0.5) * size / new_size - 0.5
     taps = centres.floor()[:, None] + torch.arange(1 - _LANCZOS_LOBES, _LANCZOS_LOBES + 1)  # (new_size, 8)
     distance = taps - centres[:, None]
@@ -88,10 +88,10 @@ def _lanczos(size: int, new_size: int) -> Tensor:
 
 
 def bsrgan(image: np.ndarray, factor: int, strength: Strength = _FULL) -> np.ndarray:
-    """`image` blurred twice, scaled down, and with several kinds of noise, in a random order; JPEG is last (fig. 2)."""
+    """Return `image` after two blurs, scaling and several kinds of noise in random order, with JPEG last (fig. 2)."""
     height, width = image.shape[0] // factor, image.shape[1] // factor
     pixels = _to_tensor(image) / 255  # 3 H W, in [0, 1]
-    if factor >= 4 and _happens(_HALVE_FIRST):  # the paper's D² before the rest
+    if factor >= 4 and _happens(_HALVE_FIRST):  # D² of the paper, before the other steps
         halved = (image.shape[0] // 2, image.shape[1] // 2)
         pixels = _scale(pixels, *halved, ("bilinear", "bicubic")[random_below(2)])
     steps: list[Callable[[Tensor], Tensor]] = [
@@ -122,7 +122,7 @@ def _to_image(pixels: Tensor) -> np.ndarray:
 
 
 def _kernel(size: int, covariance: Tensor) -> Tensor:
-    """A Gaussian (size, size) of the inverse of a 2x2 covariance, which sums to 1."""
+    """Return a Gaussian kernel (size, size) for the inverse of a 2x2 covariance. It sums to 1."""
     axis = torch.arange(size, dtype=torch.float64) - size // 2
     points = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)  # size size 2
     exponent = torch.einsum("yxi,ij,yxj->yx", points, torch.linalg.inv(covariance), points)
@@ -131,13 +131,13 @@ def _kernel(size: int, covariance: Tensor) -> Tensor:
 
 
 def isotropic_kernel(strength: Strength) -> Tensor:
-    """A round Gaussian blur of random width (section 3.1)."""
+    """Return an isotropic Gaussian kernel of random width (section 3.1)."""
     size = strength.kernel_sizes[random_below(len(strength.kernel_sizes))]
     return _kernel(size, torch.eye(2, dtype=torch.float64) * random_between(*strength.isotropic) ** 2)
 
 
 def anisotropic_kernel(strength: Strength) -> Tensor:
-    """An oblong Gaussian blur of random widths and direction (section 3.1)."""
+    """Return an anisotropic Gaussian kernel of random widths and direction (section 3.1)."""
     size = strength.kernel_sizes[random_below(len(strength.kernel_sizes))]
     angle = random_between(0, math.pi)
     turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
@@ -158,9 +158,9 @@ def _scale(pixels: Tensor, height: int, width: int, mode: str) -> Tensor:
 
 
 def _downscale(pixels: Tensor, height: int, width: int) -> Tensor:
-    """To (height, width) by nearest, bilinear, bicubic, or down and up again (section 3.2).
+    """Scale to (height, width) by nearest, bilinear, bicubic, or down and up again (section 3.2).
 
-    Nearest takes the pixels at the centres, which is the paper's cure for its shift.
+    Nearest samples at the pixel centres, which removes the shift that the paper describes.
     """
     modes = ("bilinear", "bicubic")
     way = random_below(4)
@@ -169,18 +169,18 @@ def _downscale(pixels: Tensor, height: int, width: int) -> Tensor:
     if way == 2:
         return _scale(pixels, height, width, "nearest-exact")
     factor = pixels.shape[1] / height
-    first = random_between(0.5, max(factor, 0.5))  # down by `first`, then to what is asked for
+    first = random_between(0.5, max(factor, 0.5))  # down by `first`, then to the final size
     pixels = _scale(pixels, int(pixels.shape[1] / first), int(pixels.shape[2] / first), modes[random_below(2)])
     return _scale(pixels, height, width, modes[random_below(2)])
 
 
 def _gaussian_noise(pixels: Tensor, strength: Strength) -> Tensor:
-    """Noise with a covariance of the channels: of any kind, one value for each, or the same for all (section 3.3)."""
+    """Add noise with a general, diagonal or fully correlated covariance of the channels (section 3.3)."""
     level = random_between(*strength.noise) / 255
     chance = float(torch.rand(1))
     if chance < 0.2:
         basis, _ = torch.linalg.qr(torch.randn(3, 3))
-        covariance = basis @ torch.diag(torch.rand(3)) @ basis.T  # a positive one, at most 1
+        covariance = basis @ torch.diag(torch.rand(3)) @ basis.T  # positive definite, at most 1
         mixed = torch.linalg.cholesky(covariance + 1e-6 * torch.eye(3))
         noise = torch.einsum("ij,jhw->ihw", mixed, torch.randn_like(pixels))
     elif chance < 0.6:

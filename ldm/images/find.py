@@ -1,4 +1,4 @@
-"""Images with captions: where each of them is."""
+"""Search for images and their captions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
 from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
-from ldm.images.turns import LARGE_FILE, Turn
+from ldm.images.decode_lock import LARGE_FILE, DecodeLock
 from ldm.images.walk import walk
 from ldm.util import UserError
 
@@ -24,33 +24,38 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NAMED = 5  # files that a warning names
+_NAMED = 5  # files listed in a warning
+_EDITED = ".edited"  # end of the stem of an edited image
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """Place of an image, and its caption: None if it has none. `error` says why it cannot be read."""
+    """Location of an image, and its caption or None. `error` is the reason if it cannot be read.
 
-    name: str  # relative to the source
+    In a pair, this is the image before the edit that the caption describes, and `edited` is the image after the edit.
+    """
+
+    name: str  # path relative to the source
     path: Path
-    span: tuple[int, int] | None = None  # offset and size in a tar; None for a whole file
+    span: tuple[int, int] | None = None  # offset and size in a tar; None for a file
     caption: str | None = None
     error: str | None = None
+    edited: ImageItem | None = None
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
-        """Return `then` of the image, uint8 `(height, width, 3)`, which is to make it smaller.
+        """Decode the image to uint8 (height, width, 3) and return `then(image)`, usually a smaller image.
 
-        Large images are decoded one at a time, whatever the number of processes; `then` is part of that.
+        Only one process at a time decodes a large image and runs `then` on it.
 
         Raises:
-            UserError: the image or its caption cannot be read; names it.
+            UserError: the image or its caption cannot be read. The message names the image.
         """
         if self.error is not None:
             raise UserError(f"{self.name}: {self.error}")
-        with Turn() as turn:
+        with DecodeLock() as lock:
             try:
                 if (self.span[1] if self.span else self.path.stat().st_size) > LARGE_FILE:
-                    turn.take()
+                    lock.take()
                 if self.span is None:
                     data = read_at_most(self.path, MOST_IN_MEMBER)
                 else:
@@ -58,21 +63,21 @@ class ImageItem:
                         data = read_span(file.fileno(), *self.span, self.name)
             except OSError as error:
                 raise UserError(f"{self.name}: {error.strerror or error}") from error
-            return then(decode_image(bytes(data), self.name, turn))
+            return then(decode_image(bytes(data), self.name, lock))
 
 
 def extension_of(path: Path) -> str:
-    """Return the extension of `path`, in lower case and without the dot."""
+    """Return the extension of `path` in lower case without the dot."""
     return path.suffix.lower().lstrip(".")
 
 
 def is_image(path: Path) -> bool:
-    """Return whether `path` has the extension of an image, of a kind that is read or not."""
+    """Return True if `path` has the extension of a supported or unsupported image."""
     return extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)
 
 
 class SingleImages:
-    """Items of images that are named one by one, with the captions in their folders."""
+    """Items of single images, with the captions in their folders."""
 
     def __init__(self, fixed: str | None) -> None:
         self.fixed = fixed
@@ -80,7 +85,7 @@ class SingleImages:
         self._metadata: dict[Path, dict[str, str | None]] = {}
 
     def item(self, path: Path, name: str) -> ImageItem:
-        """Return the item of an image, whose caption is `fixed`, in the `.txt` beside it, or in the metadata file."""
+        """Return the item of an image. Its caption is `fixed`, or from the `.txt` beside it or the metadata file."""
         caption, error = self.fixed, None
         if self.fixed is None:
             file = self._captions.of(path)
@@ -93,37 +98,38 @@ class SingleImages:
         if folder not in self._metadata:
             path = metadata_file(folder)
             entries = from_metadata(path) if path else []
-            self._metadata[folder] = {same_name(name): caption for name, caption in entries}
+            self._metadata[folder] = {same_name(entry.name): entry.caption for entry in entries}
         return self._metadata[folder]
 
 
 def kind_error(path: Path) -> str | None:
-    """Return the error of an image of a kind that is not read; None of another."""
+    """Return the error of an unsupported image, or None."""
     if extension_of(path) not in UNREAD_EXTENSIONS:
         return None
     return f"images of this kind are not read; convert it to one of {', '.join(FORMATS)}"
 
 
-def from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
-    """Return the images of `folder` and the folders in it; an item with an error for each path that cannot be read.
+def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[ImageItem]:
+    """Return the images of `folder` and its subfolders. An unreadable path gives an item with an error.
 
-    A metadata file lists the images of its folder and those below; the others there are left out with a warning.
-    Elsewhere a `.txt` beside an image is its caption. `fixed`, if given, is the caption of all.
+    A metadata file lists the images of its folder and subfolders, and other images there are skipped with a warning.
+    Without a metadata file, the `.txt` beside an image is its caption. `fixed`, if given, is the caption of all images.
+    With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg` are separate items.
 
     Raises:
-        UserError: the folder holds both images and tars, or a metadata file cannot be read.
+        UserError: the folder has both images and tars, or a metadata file cannot be read.
     """
     found = walk(folder)
     images = [path for path in found.files if is_image(path)]
     tars = [path for path in found.files if path.suffix == ".tar"]
     if images and tars:
         examples = " and ".join(str(paths[0].relative_to(folder)) for paths in (images, tars))
-        raise UserError(f"{folder}: holds both images and tars, {examples}; put them into two folders")
+        raise UserError(f"{folder}: has both images and tars, {examples}; put them into two folders")
     listed = [path for path in (*found.files, *found.unreadable) if path.name in METADATA_FILES]
     lists = {parent: metadata_file(parent) for parent in {path.parent for path in listed}}
     captions = CaptionFiles()
     used: set[Path] = set(lists.values())
-    items = _from_lists(folder, images, lists, captions, fixed, used)
+    items = _from_lists(folder, images, lists, captions, fixed, used, pairs)
     for path in images:
         if not any(parent in lists for parent in path.parents):
             file = captions.of(path)
@@ -139,7 +145,7 @@ def from_folder(folder: Path, fixed: str | None) -> list[ImageItem]:
 
 
 def _is_one_list(folder: Path, lists: dict[Path, Path | None]) -> bool:
-    """Return whether one metadata file gives the order of all images."""
+    """Return True if one metadata file lists all images and determines their order."""
     return list(lists) == [folder]
 
 
@@ -150,54 +156,95 @@ def _from_lists(
     captions: CaptionFiles,
     fixed: str | None,
     used: set[Path],
+    pairs: bool,
 ) -> list[ImageItem]:
-    """Return the items of the metadata files in `lists`, by folder; adds the caption files that are read to `used`."""
+    """Return the items of the metadata files in `lists`, by folder. Add the caption files that are read to `used`."""
     items: list[ImageItem] = []
     spelled = {same_name(path.as_posix()): path for path in images}
     for parent in sorted(lists):
-        for name, listed in from_metadata(lists[parent]):
-            path = parent / name
-            if not os.path.lexists(path):  # another spelling of its name, if there is one
-                path = spelled.get(same_name(path.as_posix()), path)
-            caption, error = listed if fixed is None else fixed, None
+        for entry in from_metadata(lists[parent], pairs):
+            path, edited = (name and _spelled(parent / name, spelled) for name in (entry.name, entry.edited))
+            caption, error = entry.caption if fixed is None else fixed, None
             if caption is None:
                 file = captions.of(path)
                 used |= {file} if file else set()
                 caption, error = read_caption(file)
-            items.append(ImageItem(path.relative_to(folder).as_posix(), path, caption=caption, error=error))
-    named = {item.path for item in items}
+            other = edited and ImageItem(edited.relative_to(folder).as_posix(), edited)
+            items.append(ImageItem(path.relative_to(folder).as_posix(), path, None, caption, error, other))
+    named = {item.path for item in items} | {item.edited.path for item in items if item.edited}
     unnamed: dict[Path, list[Path]] = {}
     for path in images:
         parent = next((parent for parent in path.parents if parent in lists), None)
-        if parent is not None and path not in named:
+        if parent is None or path in named:
+            continue
+        if pairs and is_edited(path):
+            items.append(ImageItem(path.relative_to(folder).as_posix(), path))
+        else:
             unnamed.setdefault(parent, []).append(path)
     for parent, paths in unnamed.items():
         example, file = paths[0].relative_to(folder), lists[parent].relative_to(folder)
-        logger.warning("%s: %d images, such as %s, are not in %s: left out", folder, len(paths), example, file)
+        logger.warning(
+            "%s: %d images skipped, such as %s, because they are not in %s", folder, len(paths), example, file
+        )
     return items
 
 
+def _spelled(path: Path, spelled: dict[str, Path]) -> Path:
+    """Return `path`, or the file of another spelling of its name, if there is one."""
+    return path if os.path.lexists(path) else spelled.get(same_name(path.as_posix()), path)
+
+
+def is_edited(path: Path) -> bool:
+    """Return whether an image has the name `name.edited.jpg`, that of the edited one of a pair."""
+    return path.stem.lower().endswith(_EDITED)
+
+
+def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
+    """Return the images before an edit with their `edited` images, which stand beside them or are known already.
+
+    An image without one gets an error. A warning names the edited images without an original.
+    """
+    alone = [item for item in items if item.edited is None and item.span is None and is_edited(item.path)]
+    edited = {(item.path.parent, same_name(item.path.stem[: -len(_EDITED)])): item for item in alone}
+    found = []
+    for item in items:
+        if item in alone:
+            continue
+        other = item.edited or edited.pop((item.path.parent, same_name(item.path.stem)), None)
+        name = PurePosixPath(item.name)
+        error = f"has no edited image such as {name.stem}{_EDITED}{name.suffix} beside it" if other is None else None
+        error = item.error or (other.error if other else error)
+        found.append(replace(item, edited=other, error=error))
+    if edited:
+        names = ", ".join(item.name for item in list(edited.values())[:_NAMED]) + (
+            " ..." if len(edited) > _NAMED else ""
+        )
+        logger.warning("%d edited images have no original beside them and are left out: %s", len(edited), names)
+    return found
+
+
 def _say_left_out(folder: Path, others: set[Path], images: Sequence[Path]) -> None:
-    """Warn of files that are neither images nor read for their captions."""
+    """Log a warning for files that are neither images nor caption files in use."""
     stems = {path.with_suffix("") for path in images}
     beside = {path for path in others if path.suffix.lower() == ".json" and path.with_suffix("") in stems}
     texts = {path for path in others - beside if path.suffix.lower() in (".txt", ".json", ".jsonl", ".csv")}
     kinds = {path.suffix or path.name for path in others - beside - texts}
     if kinds:
-        logger.warning("%s: files of other kinds are left out: %s", folder, ", ".join(sorted(kinds)))
+        logger.warning("%s: files of other types skipped: %s", folder, ", ".join(sorted(kinds)))
     if texts:
         names = sorted(path.relative_to(folder).as_posix() for path in texts)
         shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-        logger.warning("%s: %d files are read for no caption: %s", folder, len(names), shown)
+        logger.warning("%s: %d caption files without an image: %s", folder, len(names), shown)
 
 
 def digest_images(items: Iterable[ImageItem]) -> str:
-    """Return the SHA-256, in hex, of names, captions and sizes in bytes of `items`, which are not opened for it."""
+    """Return the SHA-256, in hex, of names, captions and file sizes of `items`. The images are not opened."""
     hashed = hashlib.sha256()
     for item in items:
-        try:
-            size = item.span[1] if item.span else item.path.stat().st_size
-        except OSError:
-            size = None
-        hashed.update(json.dumps([item.name, item.caption, item.error, size]).encode() + b"\n")
+        for image in filter(None, (item, item.edited)):
+            try:
+                size = image.span[1] if image.span else image.path.stat().st_size
+            except OSError:
+                size = None
+            hashed.update(json.dumps([image.name, image.caption, image.error, size]).encode() + b"\n")
     return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""Tensors to images: one place for the range, the rounding and the grid."""
+"""Conversion of tensors to images and image grids, and distances of images."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from ldm.files import atomic_write
 
-_COMPARED = 32  # pixels a side of what is compared: a shift of one pixel does not count much
+_COMPARED = 32  # side in pixels for comparisons, small so that a shift of one pixel has little effect
 _GAP = 2  # black pixels between and around the images of a grid
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (N, 1 or 3, H, W) in [-1, 1] as uint8 (N, H, W, 3), clamped and rounded to nearest; NaN is black."""
+    """Convert images (N, 1 or 3, H, W) in [-1, 1] to uint8 (N, H, W, 3), clamped and rounded. NaN becomes black."""
     images = images.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
     images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (N, H, W, 3)
     return ((images + 1.0) * 127.5).round().to(torch.uint8).numpy()
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """Images (N, 1 or 3, H, W) in [-1, 1] as a list of N RGB images."""
+    """Convert images (N, 1 or 3, H, W) in [-1, 1] to a list of N RGB images."""
     return [Image.fromarray(image) for image in to_uint8(images)]
 
 
 def image_grid(batch: Tensor, columns: int | None = None) -> Image.Image:
-    """Images (N, 1 or 3, H, W) in [-1, 1] side by side, row by row; by default as square a grid as can be."""
+    """Arrange images (N, 1 or 3, H, W) in [-1, 1] in rows of `columns`. The default grid is nearly square."""
     images = to_uint8(batch)
     count, height, width, _ = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
@@ -45,16 +45,16 @@ def image_grid(batch: Tensor, columns: int | None = None) -> Image.Image:
 
 
 def image_distances(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) distances of images (N, 3, H, W) and (M, 3, H', W') in [-1, 1], from 0 to 1.
+    """Return distances (N, M) in [0, 1] of images (N, 3, H, W) and (M, 3, H', W') in [-1, 1].
 
-    Root mean square differences of RGB values in [0, 1], both first averaged down to 32×32, or to the smallest side.
+    A distance is the root mean square difference of RGB values, after averaging to 32×32 or the smallest side.
     """
     side = min(_COMPARED, *first.shape[-2:], *second.shape[-2:])
     small = [
         F.interpolate((images.float().clamp(-1, 1) + 1) / 2, (side, side), mode="area").flatten(1)
         for images in (first, second)
     ]
-    # By differences: a matrix product is not exactly 0 for an image and itself.
+    # Differences, because a matrix product is not exactly 0 for equal images.
     return torch.cdist(*small, compute_mode="donot_use_mm_for_euclid_dist") / small[0].shape[1] ** 0.5
 
 

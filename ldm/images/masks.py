@@ -1,4 +1,4 @@
-"""Random masks to train inpainting with: strokes and boxes, as LaMa draws them (arXiv:2109.07161, section 2.4)."""
+"""Random masks for inpainting: strokes and boxes, by LaMa (arXiv:2109.07161, section 2.4)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ldm.util import UserError, nearest
 
 @dataclass(frozen=True)
 class MaskStyle:
-    """How large the parts are: lengths are shares of the smaller side of the image."""
+    """Sizes of strokes and boxes. Lengths are shares of the smaller side of the image."""
 
-    strokes: float  # probability of strokes; else boxes
+    strokes: float  # probability of strokes, as opposed to boxes
     most_strokes: int
-    most_corners: int  # of a stroke
-    length: float  # at most, between two corners
-    width: float  # at most
+    most_corners: int  # maximum corners of a stroke
+    length: float  # maximum distance of two corners
+    width: float  # maximum width
     most_boxes: int
-    box: tuple[float, float]  # least and most side
+    box: tuple[float, float]  # minimum and maximum side
 
 
 _WIDE = MaskStyle(0.5, 5, 5, 0.4, 0.4, 4, (0.12, 0.6))
@@ -40,14 +40,14 @@ STYLES = {
 
 
 def style_of(mode: str) -> MaskStyle:
-    """The style of that name; `UserError` if there is none."""
+    """Return the style `mode`. Raise `UserError` if it is unknown."""
     if mode not in STYLES:
-        raise UserError(f"mode {mode!r}: no such style of masks{nearest(str(mode), list(STYLES))}")
+        raise UserError(f"mode {mode!r} is unknown{nearest(str(mode), list(STYLES))}")
     return STYLES[mode]
 
 
 def random_mask(height: int, width: int, style: MaskStyle) -> Tensor:
-    """A mask (height, width, 1): 1 where the image is hidden, else 0. A part of it is always hidden."""
+    """Return a mask (height, width, 1), 1 where the image is hidden. It always hides a part of the image."""
     canvas = Image.new("L", (width, height), 0)
     draw = ImageDraw.Draw(canvas)
     if random_between(0, 1) < style.strokes:
@@ -60,7 +60,7 @@ def random_mask(height: int, width: int, style: MaskStyle) -> Tensor:
 
 
 def _draw_stroke(draw: ImageDraw.ImageDraw, height: int, width: int, style: MaskStyle) -> None:
-    """A chain of lines with round ends that alternates in direction and stays inside."""
+    """Draw a chain of lines with round ends and alternating directions inside the image."""
     side = min(height, width)
     x, y = random_between(0, width), random_between(0, height)
     thickness = max(1, round(side * random_between(style.width / 4, style.width)))

@@ -1,4 +1,4 @@
-"""Scaling, cropping and padding of PIL images and of tensors (..., C, H, W), by torchvision's and Pillow's rules."""
+"""Scaling, cropping and padding of PIL images and tensors (..., C, H, W), with the rules of torchvision and Pillow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.util import UserError
 
 ImageLike = Image.Image | Tensor
-# Names and Pillow's numbers of filters; the tensor's mode, where tensors have that filter.
+# Filters by name: the number in Pillow, and the mode for tensors if there is one.
 _FILTERS = {
     "nearest": (Image.Resampling.NEAREST, "nearest"),
     "nearest-exact": (Image.Resampling.NEAREST, "nearest-exact"),
@@ -27,7 +27,7 @@ _PADDING_MODES = {"constant": "constant", "edge": "replicate", "reflect": "refle
 
 
 def filter_of(interpolation: Any) -> str:
-    """The name of a filter that is given by name, by Pillow's number, or as an enumeration's value."""
+    """Return the name of a filter from its name, its number in Pillow, or an enumeration value."""
     value = getattr(interpolation, "value", interpolation)
     if isinstance(value, str) and value.lower() in _FILTERS:
         return value.lower()
@@ -40,14 +40,14 @@ def filter_of(interpolation: Any) -> str:
 
 
 def image_size(image: ImageLike) -> tuple[int, int]:
-    """Height and width of `image`, in pixels."""
+    """Return height and width of `image` in pixels."""
     return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)
 
 
 def resize(
     image: ImageLike, height: int, width: int, filter_name: str = "bilinear", antialias: bool = True
 ) -> ImageLike:
-    """`image` scaled to (height, width). Pillow always widens its filter when it shrinks; tensors with `antialias`."""
+    """Return `image` scaled to (height, width). `antialias` widens the filter for shrinking; Pillow always does."""
     number, mode = _FILTERS[filter_name]
     if not isinstance(image, Tensor):
         return image.resize((width, height), number)
@@ -64,7 +64,7 @@ def resize(
 
 
 def crop(image: ImageLike, top: int, left: int, height: int, width: int) -> ImageLike:
-    """The part of `image` that begins at (top, left); all of it must lie inside."""
+    """Return the part of `image` at (top, left), which must lie inside."""
     if isinstance(image, Tensor):
         return image[..., top : top + height, left : left + width]
     return image.crop((left, top, left + width, top + height))
@@ -73,7 +73,7 @@ def crop(image: ImageLike, top: int, left: int, height: int, width: int) -> Imag
 def pad(
     image: ImageLike, left: int, top: int, right: int, bottom: int, fill: Any = 0, mode: str = "constant"
 ) -> ImageLike:
-    """`image` with that many pixels more on each side."""
+    """Return `image` with the given number of pixels added on each side."""
     if mode not in _PADDING_MODES:
         raise UserError(f"padding_mode {mode!r}: give one of {', '.join(_PADDING_MODES)}")
     if not isinstance(image, Tensor):
@@ -92,10 +92,10 @@ def pad(
 
 
 def random_between(low: float, high: float) -> float:
-    """A number from [low, high), of torch's global generator."""
+    """Sample a number from [low, high) with torch's global generator."""
     return float(torch.empty(1).uniform_(low, high))
 
 
 def random_below(count: int) -> int:
-    """A whole number from 0 to `count - 1`, of torch's global generator."""
+    """Sample a whole number below `count` with torch's global generator."""
     return int(torch.randint(0, count, (1,)))

@@ -1,7 +1,7 @@
-"""Noise of a camera's sensor: an image undone to what the sensor saw, shot and read noise added, and developed again.
+"""Noise of a camera sensor: unprocessing of an image to raw data, shot and read noise, and processing.
 
-The steps and the noise levels are those of "Unprocessing Images for Learned Raw Denoising" (arXiv:1811.11127), without
-the colour matrix of a particular camera.
+Steps and noise levels follow "Unprocessing Images for Learned Raw Denoising" (arXiv:1811.11127), without a colour
+matrix.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _LEAST = 1e-8
 
 
 def sensor_noise(pixels: Tensor) -> Tensor:
-    """An RGB image (3, H, W) in [0, 1] as a camera with a noisy sensor would have taken it."""
+    """Return an RGB image (3, H, W) in [0, 1] with the noise of a camera sensor."""
     gains = torch.tensor([random_between(1.9, 2.4), 1.0, random_between(1.5, 1.9)])[:, None, None]  # section 3.2
     linear = _undo_tone_curve(pixels).clamp(min=_LEAST) ** _GAMMA / gains
     shot = math.exp(random_between(math.log(1e-4), math.log(0.012)))  # equations 1 and 2
     read = math.exp(2.18 * math.log(shot) + 1.2 + 0.26 * float(torch.randn(1)))
     mask = bayer_mask(pixels.shape[1], pixels.shape[2])
-    seen = linear * mask  # each pixel of a sensor sees one colour
+    seen = linear * mask  # each sensor pixel measures one colour
     seen = (seen + (shot * seen + read).sqrt() * torch.randn_like(seen)) * mask
     developed = (demosaic(seen, mask) * gains).clamp(_LEAST, 1) ** (1 / _GAMMA)
     return _tone_curve(developed)
@@ -40,14 +40,14 @@ def _undo_tone_curve(values: Tensor) -> Tensor:
 
 
 def bayer_mask(height: int, width: int) -> Tensor:
-    """Ones (3, H, W) where a sensor with the pattern RGGB sees red, green and blue."""
+    """Return a mask (3, H, W), 1 where a sensor with the pattern RGGB measures the channel."""
     rows, columns = torch.arange(height)[:, None] % 2, torch.arange(width) % 2
     red, blue = (rows == 0) & (columns == 0), (rows == 1) & (columns == 1)
     return torch.stack([red, ~(red | blue), blue]).float()
 
 
 def demosaic(seen: Tensor, mask: Tensor) -> Tensor:
-    """Fill in what `mask` (3, H, W) hides of `seen`: the average of the neighbours that are there, near ones first."""
+    """Fill the values of `seen` where `mask` (3, H, W) is 0 with the mean of known neighbours, nearest first."""
     near = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]).expand(3, 1, 3, 3)
     total, weight = (F.conv2d(F.pad(x[None], (1,) * 4), near, groups=3)[0] for x in (seen, mask))
     return torch.where(mask > 0, seen, total / weight.clamp(min=1.0))

@@ -1,4 +1,4 @@
-"""Transforms between PIL images and tensors, and of tensors' values, with torchvision's names and arguments."""
+"""Conversion between PIL images and tensors, and normalisation, with torchvision's names and arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.util import UserError
 
 
 class PILToTensor:
-    """A PIL image as a tensor (C, H, W) of its own values."""
+    """Conversion of a PIL image to a tensor (C, H, W) without scaling."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         values = np.array(image.convert("L") if image.mode == "1" else image)
@@ -21,7 +21,7 @@ class PILToTensor:
 
 
 class ToTensor:
-    """A PIL image, or an array (H, W) or (H, W, C), as a tensor (C, H, W); uint8 becomes float32 in [0, 1]."""
+    """Conversion of a PIL image or array (H, W[, C]) to a tensor (C, H, W). uint8 becomes float32 in [0, 1]."""
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         if isinstance(image, np.ndarray):
@@ -33,7 +33,7 @@ class ToTensor:
 
 
 class ToPILImage:
-    """A tensor (C, H, W), or an array (H, W, C), as a PIL image; floating point in [0, 1] is scaled and cut."""
+    """Conversion of a tensor (C, H, W) or array (H, W, C) to a PIL image. Floats in [0, 1] are scaled and clamped."""
 
     def __init__(self, mode: str | None = None) -> None:
         self.mode = mode
@@ -47,7 +47,7 @@ class ToPILImage:
 
 
 class ConvertImageDtype:
-    """A tensor in another type, scaled: uint8 in [0, 255] to floating point in [0, 1], and back."""
+    """Conversion of the dtype with scaling between uint8 in [0, 255] and floating point in [0, 1]."""
 
     def __init__(self, dtype: torch.dtype | str = torch.float32) -> None:
         named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
@@ -64,11 +64,11 @@ class ConvertImageDtype:
 
 
 class Normalize:
-    """A tensor (..., C, H, W) less `mean`, over `std`, both per channel."""
+    """Normalisation (x − mean) / std of a tensor (..., C, H, W), per channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], inplace: bool = False) -> None:
         if not all(std):
-            raise UserError(f"std {list(std)}: 0 cannot be divided by")
+            raise UserError(f"std {list(std)}: must not be 0")
         self.mean, self.std, self.inplace = torch.tensor(mean), torch.tensor(std), inplace
 
     def __call__(self, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The steps from a decoded image to the input of the autoencoder."""
+"""Transforms from a decoded image to the input of the autoencoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _BAND = 1024  # rows
 
 
 def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
-    """Return top, left, height and width, in pixels, of the largest part in the middle with the given proportions.
+    """Return top, left, height and width, in pixels, of the largest centre crop with the given aspect ratio.
 
-    The proportions are met to the nearest pixel.
+    The aspect ratio is exact to the nearest pixel.
     """
     if width * to_height > height * to_width:
         cropped = height, max(1, (2 * height * to_width + to_height) // (2 * to_height))
@@ -21,12 +21,11 @@ def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple
 
 
 def fit(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the centre crop of a uint8 `(H, W, 3)` image, scaled to uint8 `(3, height, width)`: it covers that size.
+    """Crop a uint8 (H, W, 3) image to the aspect ratio at its centre, and scale it to uint8 (3, height, width).
 
-    The image is cropped before it is scaled, so that a very long one costs no more than a square one. The filter is a
-    cubic widened by the scale (as Pillow's `BICUBIC`): torch's own, since kornia's blurs with a Gaussian and then drops
-    pixels, which is 4 to 7 times as far from Pillow's result. It works on columns and rows apart, so rows are narrowed
-    a band at a time: a large image is never in memory in floating point.
+    The crop comes first, so that an elongated image costs no more than a square one. The filter is torch's cubic,
+    widened by the scale like Pillow's `BICUBIC`. The result of kornia's filter is 4 to 7 times farther from Pillow's.
+    Columns are scaled in bands of rows, so that a large image is never completely in floating point.
     """
     top, left, rows, columns = centre_crop(image.shape[0], image.shape[1], height, width)
     cropped = image[top : top + rows, left : left + columns].permute(2, 0, 1)[None]  # 1 3 rows columns
@@ -45,5 +44,5 @@ def to_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def fit_square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the centre square of a uint8 `(H, W, 3)` image, scaled to float32 `(3, size, size)` in [-1, 1]."""
+    """Return the centre square of a uint8 (H, W, 3) image, scaled to float32 (3, size, size) in [-1, 1]."""
     return to_range(fit(image, size, size))

@@ -1,4 +1,4 @@
-"""Files of a folder and the folders in it, with what cannot be listed or opened: nothing goes missing in silence."""
+"""Recursive listing of a folder, which reports unreadable paths."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Found:
-    """Files of a folder, at any depth, and the paths that could not be read, with the reason."""
+    """Files of a folder at any depth, and unreadable paths with the reason."""
 
     files: list[Path] = field(default_factory=list)
     unreadable: dict[Path, str] = field(default_factory=dict)
 
 
 def walk(folder: Path) -> Found:
-    """Return what is in `folder`, sorted by path, without hidden files and folders.
+    """List the files in `folder`, sorted by path, without hidden files and folders.
 
-    Links to folders are followed. Each folder is read once, by the path without links if there is one, so that a loop
-    of links ends; a warning names the links that are left out.
+    Links to folders are followed. Each folder is read once, by a path without links if possible, so that circular links
+    end. Skipped links give a warning.
 
     Raises:
-        UserError: `folder` itself cannot be listed.
+        UserError: `folder` cannot be listed.
     """
     found, links, seen = Found(), [], {}
     _walk(folder, found, links, seen)
     if folder in found.unreadable:
         raise UserError(f"{folder}: {found.unreadable[folder]}")
-    for link in links:  # grows in the loop: a linked folder may hold further links
+    for link in links:  # grows in the loop, because a linked folder may contain links
         _walk(link, found, links, seen)
     found.files.sort()
     return found
 
 
 def _walk(folder: Path, found: Found, links: list[Path], seen: dict[tuple[int, int], Path]) -> None:
-    """Add what is in `folder` to `found`, and the links to folders to `links`."""
+    """Add the files in `folder` to `found`, and its links to folders to `links`."""
     waiting = [folder]
     while waiting:
         current = waiting.pop()
         try:
             state = current.stat()
             if (first := seen.setdefault((state.st_dev, state.st_ino), current)) != current:
-                logger.warning("%s: is a link to %s, which is read already; it is left out", current, first)
+                logger.warning("%s: skipped, because this link leads to %s, which is read already", current, first)
                 continue
             with os.scandir(current) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)

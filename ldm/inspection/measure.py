@@ -1,4 +1,4 @@
-"""What is in a set of shards: counts, captions, duplicates, sizes, and the statistics of its latents."""
+"""Measurements of a set of shards: counts, captions, duplicates, sizes, and statistics of its latents."""
 
 from __future__ import annotations
 
@@ -21,51 +21,56 @@ from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CAPTION, LATENT, ORIGIN
 
-_SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # pixels: where the classes of an original's shorter side begin
-# Tokens: where the classes of caption lengths begin; all that is beyond CLIP's 77 is one.
+_SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # lower bounds of the histogram of shorter sides, in pixels
+# Lower bounds of the histogram of caption lengths, in tokens. The last bin holds all lengths beyond CLIP's 77.
 _LENGTHS = (0, 10, 20, 30, 40, 50, 60, 70, 78)
 
 
 def open_to_inspect(urls: str | Sequence[str]) -> ShardDataset:
-    """The samples without the text encodings, which nothing here looks at; what is there of an unfinished set too.
+    """Open the samples without their caption embeddings, which an inspection does not read.
+
+    An unfinished set opens too, with the samples that it has.
 
     Raises:
-        UserError: as `open_shards`.
+        UserError: the shards are missing, damaged, streamed or empty; see `open_shards`.
     """
     return open_shards(urls, LATENT, None, [ORIGIN], unfinished=True)
 
 
 def is_complete(dataset: ShardDataset) -> bool:
-    """Whether all of the sets that the shards are of are finished, as far as their indexes tell."""
+    """Return False if the index beside any of the shards marks its set as unfinished."""
     folders = {path.parent for path in dataset.paths}
     return all((read_index(folder) or {}).get("complete", True) for folder in folders)
 
 
-def read_about(dataset: ShardDataset) -> dict[str, Any]:
-    """The index beside the first shard; empty if there is none."""
+def read_first_index(dataset: ShardDataset) -> dict[str, Any]:
+    """Read the index beside the first shard; return an empty dict if there is none."""
     return read_index(dataset.paths[0].parent) or {}
 
 
 def latent_channels(dataset: ShardDataset) -> int:
-    """Channels of a latent, as far as the shapes tell: more than 4, if even, are taken for mean and log-variance."""
+    """Guess the channels of a latent from the stored shapes.
+
+    An even number above 4 is taken for mean and log-variance, that is twice the channels.
+    """
     channels = next(iter(dataset.shapes[LATENT]))[0]
     return channels // 2 if channels > 4 and channels % 2 == 0 else channels
 
 
 @dataclass
 class Moments:
-    """Mean and standard deviation, by channel, of latents drawn from posteriors; computed, not drawn.
+    """Mean and standard deviation per channel of latents sampled from posteriors, computed without sampling.
 
-    For a draw z = μ + σ ε, E[z] = E[μ] and E[z²] = E[μ² + σ²].
+    For z = μ + σ ε with standard normal ε, E[z] = E[μ] and E[z²] = E[μ² + σ²].
     """
 
     channels: int
-    count: int = 0  # values a channel
+    count: int = 0  # values per channel
     first: Tensor = field(default_factory=lambda: torch.zeros(1))  # sums of z
     second: Tensor = field(default_factory=lambda: torch.zeros(1))  # sums of z²
 
     def add(self, stored: np.ndarray) -> None:
-        """Take a posterior's parameters (2C, h, w), or a latent (C, h, w)."""
+        """Add the parameters (2C, h, w) of a posterior, or a latent (C, h, w)."""
         mean, variance = torch.from_numpy(stored.astype(np.float64)), torch.zeros(())
         if len(stored) > self.channels:
             posterior = DiagonalGaussianDistribution(mean[None])
@@ -74,8 +79,8 @@ class Moments:
         self.first = self.first + mean.sum((1, 2))
         self.second = self.second + (mean.square() + variance).sum((1, 2))
 
-    def described(self) -> dict[str, Any]:
-        """`mean` and `std` overall, and by channel."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return `mean` and `std` overall, and as lists per channel."""
         mean, square = self.first / self.count, self.second / self.count
         return {
             "mean": float(mean.mean()),
@@ -86,9 +91,10 @@ class Moments:
 
 
 def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) -> dict[str, Any]:
-    """All that there is to say of the set, for JSON; its latents have `channels`.
+    """Measure a set whose latents have `channels`, and return the results for JSON.
 
-    Mirror images are left out where captions are compared: an image and its mirror image share theirs by design.
+    `scale_factor` is the model's, None if unknown. Mirror images are left out of the statistics of captions and
+    originals, because an image and its mirror image share both.
     """
     captions: Counter[str] = Counter()
     latents: dict[bytes, list[str]] = {}
@@ -115,18 +121,18 @@ def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) ->
         "mirrored": flipped,
         "bytes": sum(path.stat().st_size for path in dataset.paths),
         "shapes": dict(sizes.most_common()),
-        "originals": origins.described(),
-        "captions": _described_captions(captions),
+        "originals": origins.to_dict(),
+        "captions": _measure_captions(captions),
         "duplicates": {
             "captions": [{"caption": text, "samples": n} for text, n in captions.most_common() if n > 1],
             "latents": [keys for keys in latents.values() if len(keys) > 1],
         },
-        "latents": {**moments.described(), "expected_std": 1 / scale_factor if scale_factor else None},
+        "latents": {**moments.to_dict(), "expected_std": 1 / scale_factor if scale_factor else None},
     }
 
 
 class _Origins:
-    """Sizes of the images that the samples were made of, as their `json` tells."""
+    """Sizes of the original images, read from the `json` of the samples."""
 
     def __init__(self) -> None:
         self.sides: Counter[int] = Counter()
@@ -139,20 +145,20 @@ class _Origins:
         shorter = min(origin["height"], origin["width"])
         self.sides[max(side for side in _SIDES if side <= shorter)] += 1
         size = origin["size"]
-        # The crop's height, or the side of a square one, as sets of format 1 have it.
+        # A pair of height and width; sets of format 1 store the side of a square.
         self.enlarged += origin["crop"][2] < (size[0] if isinstance(size, list) else size)
 
-    def described(self) -> dict[str, Any]:
-        """Originals by their shorter side, and how many had to be enlarged."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return a histogram of the shorter sides, and the number of enlarged originals."""
         bounds = [*map(str, _SIDES[1:]), ""]
-        classes = {f"{side}-{end}": self.sides[side] for side, end in zip(_SIDES, bounds, strict=True)}
-        return {"known": self.known, "shorter_side": classes, "enlarged": self.enlarged}
+        histogram = {f"{side}-{end}": self.sides[side] for side, end in zip(_SIDES, bounds, strict=True)}
+        return {"known": self.known, "shorter_side": histogram, "enlarged": self.enlarged}
 
 
-def _described_captions(captions: Mapping[str, int]) -> dict[str, Any]:
-    """Lengths in tokens, start and end not counted, and how many captions are longer than CLIP reads."""
+def _measure_captions(captions: Mapping[str, int]) -> dict[str, Any]:
+    """Measure caption lengths in tokens without start and end tokens, and count the captions that CLIP truncates."""
     tokenizer = ClipTokenizer()
-    room = tokenizer.max_length - 2
+    limit = tokenizer.max_length - 2
     lengths: Counter[int] = Counter()
     longest = (-1, "")
     for text, count in captions.items():
@@ -171,9 +177,9 @@ def _described_captions(captions: Mapping[str, int]) -> dict[str, Any]:
         "distinct": len(captions),
         "tokens_median": float(np.median(values)),
         "tokens_mean": float(values.mean()),
-        "tokens_most": longest[0],
+        "tokens_max": longest[0],
         "longest": longest[1],
         "tokens": {f"{start}-{ends.get(start, '')}": count for start, count in histogram.items()},
-        "room": room,
-        "cut": sum(count for length, count in lengths.items() if length > room),
+        "token_limit": limit,
+        "truncated": sum(count for length, count in lengths.items() if length > limit),
     }

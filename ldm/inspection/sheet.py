@@ -1,4 +1,4 @@
-"""Samples of a set as the autoencoder decodes them, with their captions: what the model will see."""
+"""Contact sheet of a set: samples as the autoencoder decodes them, with their captions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CAPTION, LATENT
 
-_SIDE, _GAP, _COLUMNS = 192, 12, 6  # pixels of an image's longer side, and between images
-_TEXT, _LINE, _LINES, _LETTERS = 13, 16, 3, 29  # pixels of a letter and a line; lines of a caption, letters of a line
+_SIDE, _GAP, _COLUMNS = 192, 12, 6  # pixels: longer side of an image, distance between images
+_TEXT, _LINE = 13, 16  # pixels: font size and line height
+_LINES, _LETTERS = 3, 29  # lines per caption, characters per line
 _INK = "#333333"
 
 
 @torch.no_grad()
 def contact_sheet(model: LatentDiffusion, dataset: ShardDataset, count: int) -> Image.Image:
-    """At most `count` samples, spread over the set, decoded from the most likely latent.
+    """Draw a sheet of at most `count` samples, spread over the set and decoded from their most likely latents.
 
     Raises:
-        UserError: the set's latents are not the model's.
+        UserError: the shapes of the set's latents do not fit the model.
     """
     for shape in dataset.shapes[LATENT]:
         model.check_batch_shapes({model.first_stage_key: shape})
@@ -46,8 +47,8 @@ def contact_sheet(model: LatentDiffusion, dataset: ShardDataset, count: int) -> 
 
 
 def _decode(model: LatentDiffusion, stored: torch.Tensor) -> Image.Image:
-    """The image of a posterior's parameters (2C, h, w), or of a latent (C, h, w), at the sheet's size."""
-    latent = stored[None, : model.channels].float().to(model.device)  # of a posterior, the mean
+    """Decode the parameters (2C, h, w) of a posterior, or a latent (C, h, w), and resize the image for the sheet."""
+    latent = stored[None, : model.channels].float().to(model.device)  # the mean of a posterior
     [image] = to_images(model.decode_first_stage(model.scale_factor * latent))
     scale = _SIDE / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]

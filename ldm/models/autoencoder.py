@@ -1,4 +1,4 @@
-"""First stages: autoencoders whose latents are the input of the diffusion models (arXiv:2112.10752, section 3.1)."""
+"""First stages of latent diffusion: autoencoders (arXiv:2112.10752, section 3.1)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface"]
 
 
 class AutoencoderKL(TrainedAutoencoder):
-    """Autoencoder with a Gaussian posterior, frozen (as a first stage) or in training.
+    """Autoencoder with a Gaussian posterior, trainable or as a frozen first stage.
 
     Args:
         ddconfig: arguments of `Encoder` and `Decoder`.
         lossconfig: training loss, such as `ldm.modules.losses.LPIPSWithDiscriminator`; `torch.nn.Identity` for frozen
             use.
         embed_dim: channels of the latents.
-        ckpt_path, ignore_keys: initial weights, and prefixes of their keys to leave out.
+        ckpt_path, ignore_keys: initial weights, and prefixes of their keys to skip.
         image_key: batch entry that holds the images, channels last (B, H, W, C) in [-1, 1].
-        colorize_nlabels: number of channels of label maps; for previews they are projected to random colours.
+        colorize_nlabels: number of channels of label maps. For previews, they are projected to random colours.
         monitor: logged value that selects the best checkpoints.
     """
 
@@ -57,12 +57,8 @@ class AutoencoderKL(TrainedAutoencoder):
         """Return the posterior over the latents (B, embed_dim, H/f, W/f) of images (B, C, H, W)."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Return images (B, C, h*f, w*f) of unscaled latents (B, embed_dim, h, w)."""
-        return self.decoder(self.post_quant_conv(z))
-
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Return reconstructions of images (B, C, H, W), from a sampled latent or from the mode, and the posterior."""
+        """Return reconstructions of images (B, C, H, W) and the posterior. The latent is sampled, or else the mode."""
         posterior = self.encode(input)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
@@ -98,7 +94,7 @@ class IdentityFirstStage(nn.Module):
         return x
 
     def quantize(self, x: Tensor) -> Any:
-        """Return `x`; with `vq_interface` as the triple (quantized, loss, info) of a vector quantizer."""
+        """Return `x`, or with `vq_interface` the triple (quantized, loss, info) of a vector quantizer."""
         return (x, None, [None, None, None]) if self.vq_interface else x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training of autoencoders, with a discriminator or without."""
+"""Training of autoencoders, with or without a discriminator."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.perceptual import fill_lpips
+from ldm.models.lpips_weights import fill_lpips
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.losses.adversarial import AUTOENCODER, DISCRIMINATOR
-from ldm.util import UserError, check_params
+from ldm.util import UserError, check_params, entry_of, refuse_if
 
-# Adam's moments as VQGAN was trained: short memories, since each player's target moves.
+# Adam's decay rates of VQGAN. They are low because the target of each player changes.
 _BETAS = (0.5, 0.9)
 
 
 def build_coders(ddconfig: Mapping[str, Any], double_z: bool) -> tuple[Encoder, Decoder]:
-    """Return the encoder and the decoder that `ddconfig` describes.
+    """Return the encoder and the decoder of `ddconfig`.
 
     Raises:
-        UserError: a key is unknown or missing, or its `double_z` is another.
+        UserError: a key is unknown or missing, or `double_z` differs from the argument.
     """
     check_params("ddconfig", Encoder, ddconfig)
-    for parameter in (*signature(Encoder).parameters.values(), *signature(Decoder).parameters.values()):
-        if parameter.default is Parameter.empty and parameter.name not in ddconfig:
-            raise UserError(f"ddconfig lacks the key {parameter.name!r}")
-    if ddconfig.get("double_z", True) is not double_z:
-        raise UserError(f"ddconfig: double_z must be {str(double_z).lower()} for this kind of autoencoder")
+    parameters = (*signature(Encoder).parameters.values(), *signature(Decoder).parameters.values())
+    required = [parameter.name for parameter in parameters if parameter.default is Parameter.empty]
+    missing = next((name for name in required if name not in ddconfig), None)
+    refuse_if(
+        (missing, f"ddconfig lacks the key {missing!r}"),
+        (
+            ddconfig.get("double_z", True) is not double_z,
+            f"ddconfig: double_z must be {str(double_z).lower()} for this kind of autoencoder",
+        ),
+    )
     return Encoder(**ddconfig), Decoder(**ddconfig)
 
 
 class TrainedAutoencoder(pl.LightningModule):
-    """Base of autoencoders that train on images, against their `loss`.
+    """Base of autoencoders that train on images with their `loss`.
 
-    Without a GAN term, training is Lightning's automatic optimization. With one, it is manual, with one optimizer for
-    the autoencoder and one for the discriminator, and `global_step` counts the steps of both.
+    Without a GAN term, training uses Lightning's automatic optimization. With a GAN term, it uses manual optimization
+    with one optimizer for the autoencoder and one for the discriminator. `global_step` counts the steps of both.
 
     A subclass builds `encoder`, `decoder`, `quant_conv`, `post_quant_conv` and `loss`, calls `prepare_training`, and
     defines `reconstructed`.
@@ -49,10 +54,10 @@ class TrainedAutoencoder(pl.LightningModule):
         super().__init__()
         self.image_key = image_key
         self.monitor = monitor
-        self.learning_rate: float | None = None  # set by whoever trains
+        self.learning_rate: float | None = None  # set before training
 
     def prepare_training(self, colorize_nlabels: int | None) -> None:
-        """Fill `loss` with its weights and choose its optimization; set the colours of so many labels."""
+        """Load the weights of `loss`, select the optimization, and sample a colour for each of `colorize_nlabels`."""
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
         if getattr(self.loss, "perceptual_loss", None) is not None:
@@ -63,21 +68,23 @@ class TrainedAutoencoder(pl.LightningModule):
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent pixel, each way."""
+        """Pixels per latent pixel along each side."""
         return 2 ** (len(self.encoder.down) - 1)
 
     def reconstructed(self, images: Tensor) -> tuple[Tensor, Any]:
-        """Return the reconstructions (B, C, H, W), and what the loss takes beside them."""
+        """Return the reconstructions (B, C, H, W) and the further input of the loss."""
         raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the images (B, C, h*f, w*f) of unscaled latents (B, embed_dim, h, w)."""
+        return self.decoder(self.post_quant_conv(z))
 
     def get_last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
     def get_input(self, batch: Mapping[str, Tensor], key: str) -> Tensor:
         """Return entry `key` of `batch`, (B, H, W, C) or (B, H, W), as float images (B, C, H, W)."""
-        if key not in batch:
-            raise UserError(f"image_key {key!r} is not in the batch, which has {', '.join(map(str, batch))}")
-        x = batch[key]
+        x = entry_of(batch, key, "image_key")
         if x.ndim == 3:
             x = x[..., None]
         return x.movedim(-1, 1).to(dtype=self.dtype, memory_format=torch.contiguous_format)
@@ -89,7 +96,7 @@ class TrainedAutoencoder(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if isinstance(self.loss, nn.Identity):
             raise UserError(
-                "lossconfig names torch.nn.Identity, which is for a frozen autoencoder; "
+                "lossconfig.target is torch.nn.Identity, which is for a frozen autoencoder; "
                 "to train it, set lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator"
             )
         check = getattr(self.loss, "check_trainable", None)
@@ -98,14 +105,17 @@ class TrainedAutoencoder(pl.LightningModule):
 
     @property
     def autoencoder_steps(self) -> int:
-        """Optimizer steps that the autoencoder itself has taken."""
+        """Number of the autoencoder's optimizer steps."""
         return self.global_step // 2 if self.adversarial else self.global_step
 
     def _player_loss(self, inputs: Tensor, output: tuple[Tensor, Any], player: int, split: str) -> Tensor:
         reconstructions, latent = output
         if reconstructions.shape != inputs.shape:
             height, width = inputs.shape[2:]
-            raise UserError(f"images of {height}x{width} do not halve evenly in the autoencoder; resize them")
+            raise UserError(
+                f"images of {height}x{width} do not halve evenly in the autoencoder; "
+                f"resize them to multiples of {self.downsampling}"
+            )
         steps, last_layer = self.autoencoder_steps, self.get_last_layer()
         loss, values = self.loss(inputs, reconstructions, latent, player, steps, last_layer=last_layer, split=split)
         for name, value in values.items():
@@ -118,7 +128,7 @@ class TrainedAutoencoder(pl.LightningModule):
         if not self.adversarial:
             return self._player_loss(inputs, output, AUTOENCODER, "train")
         for player, optimizer in zip((AUTOENCODER, DISCRIMINATOR), self.optimizers(), strict=True):
-            # Freezes the other player: the autoencoder's loss passes through the discriminator.
+            # Freeze the other player, because the autoencoder's loss depends on the discriminator.
             self.toggle_optimizer(optimizer)
             optimizer.zero_grad()
             self.manual_backward(self._player_loss(inputs, output, player, "train"))
@@ -133,7 +143,7 @@ class TrainedAutoencoder(pl.LightningModule):
             self._player_loss(inputs, output, player, "val")
 
     def trained_modules(self) -> Sequence[nn.Module]:
-        """Return the parts of the autoencoder, which the first optimizer trains."""
+        """Return the modules that the first optimizer trains."""
         return self.encoder, self.decoder, self.quant_conv, self.post_quant_conv
 
     def learning_rates(self) -> tuple[float, float]:
@@ -150,7 +160,7 @@ class TrainedAutoencoder(pl.LightningModule):
         return [torch.optim.Adam(parameters, lr=rate, betas=_BETAS) for parameters, rate in rates]
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Return label maps as colours, scaled to [-1, 1]; images stay as they are."""
+        """Return label maps as colours in [-1, 1], and images unchanged."""
         if not hasattr(self, "colorize"):
             return x
         x = F.conv2d(x, self.colorize)

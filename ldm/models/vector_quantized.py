@@ -1,12 +1,12 @@
-"""Autoencoders with a codebook: VQGAN (arXiv:2012.09841), in training or as a frozen first stage.
+"""Autoencoders with a codebook (VQGAN, arXiv:2012.09841), trainable or as a frozen first stage.
 
-The quantizer is taming-transformers', an optional extra.
+The quantizer is that of taming-transformers, an optional extra.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,36 +17,51 @@ from ldm.checkpoint import load_file_into
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.models.autoencoder_training import TrainedAutoencoder, build_coders
 from ldm.modules.ema import LitEma
+from ldm.modules.losses.vqperceptual import Quantized
 from ldm.util import UserError, instantiate_from_config
 
-# β of VQGAN's eq. 4, as it was trained.
+# β of VQGAN, eq. 4, in the released models.
 _COMMITMENT = 0.25
 
 
-class Quantized(NamedTuple):
-    """The quantizer's answer for a batch, as the loss takes it."""
+class _QuantizedNetworks(nn.Module):
+    """Mixin that builds the networks of an autoencoder with a codebook."""
 
-    codebook_loss: Tensor  # scalar
-    indices: Tensor  # of the entries used, one per latent pixel
+    def build_coders(self, ddconfig: Mapping[str, Any]) -> None:
+        """Add `encoder` and `decoder`."""
+        self.encoder, self.decoder = build_coders(ddconfig, double_z=False)
+
+    def build_quantizer(
+        self, z_channels: int, n_embed: int, embed_dim: int, remap: str | None, sane_index_shape: bool
+    ) -> None:
+        """Add `quantize` and the two convolutions around it."""
+        options = {"beta": _COMMITMENT, "remap": remap, "sane_index_shape": sane_index_shape}
+        self.quantize = _vector_quantizer(type(self).__name__)(n_embed, embed_dim, **options)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """Return the latents (B, embed_dim, H/f, W/f) of images (B, C, H, W) before quantization."""
+        return self.quant_conv(self.encoder(x))
 
 
-class VQModel(TrainedAutoencoder):
-    """The autoencoder whose latents are entries of a codebook.
+class VQModel(_QuantizedNetworks, TrainedAutoencoder):
+    """Autoencoder whose latents are entries of a codebook.
 
     Args:
         ddconfig: arguments of `Encoder` and `Decoder`.
-        lossconfig: the training loss, such as `ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator`;
+        lossconfig: training loss, such as `ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator`;
             `torch.nn.Identity` for frozen use.
-        n_embed, embed_dim: entries of the codebook, and channels of the latents.
-        ckpt_path, ignore_keys: weights to start from, and prefixes of the keys to leave out.
-        image_key: the batch entry that holds the images, channels last (B, H, W, C) in [-1, 1].
-        colorize_nlabels: for label maps of that many channels: images of them are projected to random colours.
-        monitor: the logged value that checkpoints are chosen by.
-        batch_resize_range: two sizes in pixels; each training batch is resized to a random multiple of 16 between.
-        scheduler_config: `target` and `params` of a multiplier of both learning rates, from `ldm.lr_scheduler`.
-        lr_g_factor: the autoencoder's learning rate is that of the discriminator times this.
-        remap, sane_index_shape: as the quantizer takes them.
-        use_ema: keep a moving average of the weights, for images.
+        n_embed, embed_dim: number of codebook entries, and channels of the latents.
+        ckpt_path, ignore_keys: initial weights, and prefixes of their keys to skip.
+        image_key: batch entry that holds the images (B, H, W, C) in [-1, 1].
+        colorize_nlabels: number of channels of label maps. For previews, they are projected to random colours.
+        monitor: logged value that selects the best checkpoints.
+        batch_resize_range: two sizes in pixels. Each training batch is resized to a random multiple of 16 between them.
+        scheduler_config: `target` and `params` of a schedule of both learning rates, from `ldm.lr_scheduler`.
+        lr_g_factor: ratio of the autoencoder's learning rate to that of the discriminator.
+        remap, sane_index_shape: arguments of the quantizer.
+        use_ema: keep a moving average of the weights, for previews.
 
     Raises:
         UserError: taming-transformers is not installed.
@@ -76,40 +91,28 @@ class VQModel(TrainedAutoencoder):
         self.scheduler_config = scheduler_config
         self.lr_g_factor = lr_g_factor
         self.use_ema = use_ema
-        self.encoder, self.decoder = build_coders(ddconfig, double_z=False)
-        self.loss = instantiate_from_config(_todays_loss(lossconfig))
-        self.quantize = _vector_quantizer(type(self).__name__)(
-            n_embed, embed_dim, beta=_COMMITMENT, remap=remap, sane_index_shape=sane_index_shape
-        )
-        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.build_coders(ddconfig)
+        self.loss = instantiate_from_config(_own_loss(lossconfig))
+        self.build_quantizer(ddconfig["z_channels"], n_embed, embed_dim, remap, sane_index_shape)
         self.prepare_training(colorize_nlabels)
         if use_ema:
             self.model_ema = LitEma(self)
         if ckpt_path is not None:
             report = load_file_into(self, ckpt_path, ignore_keys)
             if use_ema and has_part(report.missing, EMA):
-                del self.model_ema  # an average is of all parameters but its own
+                del self.model_ema  # the average must not include itself
                 self.model_ema = LitEma(self)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, tuple]:
-        """Return the quantized latents (B, embed_dim, H/f, W/f) of images, the codebook's loss, and the indices."""
+        """Return the quantized latents (B, embed_dim, H/f, W/f) of images, the codebook loss and the indices."""
         return self.quantize(self.encode_to_prequant(x))
 
-    def encode_to_prequant(self, x: Tensor) -> Tensor:
-        """Return the latents (B, embed_dim, H/f, W/f) of images (B, C, H, W), not yet quantized."""
-        return self.quant_conv(self.encoder(x))
-
-    def decode(self, quant: Tensor) -> Tensor:
-        """Return images (B, C, h*f, w*f) of quantized latents (B, embed_dim, h, w)."""
-        return self.decoder(self.post_quant_conv(quant))
-
     def decode_code(self, code_b: Tensor) -> Tensor:
-        """Return images of the codebook's entries (B, embed_dim, h, w) at indices (B, h, w)."""
+        """Return the images of the codebook entries at indices (B, h, w)."""
         return self.decode(self.quantize.embedding(code_b).movedim(-1, 1))
 
     def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
-        """Return reconstructions of images (B, C, H, W), the codebook's loss, and the indices if asked for."""
+        """Return reconstructions of images (B, C, H, W), the codebook loss, and optionally the indices."""
         quant, codebook_loss, (_, _, indices) = self.encode(input)
         output = self.decode(quant), codebook_loss
         return (*output, indices) if return_pred_indices else output
@@ -126,7 +129,7 @@ class VQModel(TrainedAutoencoder):
             return x
         low, high = self.batch_resize_range
         sizes = torch.arange(low, high + 16, 16)
-        # The largest first, so that memory that is too small shows at once.
+        # The first steps use the largest size, so that an out-of-memory error occurs at once.
         size = int(sizes[-1] if self.global_step <= 4 else sizes[torch.randint(len(sizes), ())])
         return x if size == x.shape[2] else F.interpolate(x, size=size, mode="bicubic")
 
@@ -161,7 +164,7 @@ class VQModel(TrainedAutoencoder):
     def log_images(
         self, batch: Mapping[str, Tensor], N: int = 8, only_inputs: bool = False, split: str = "train"
     ) -> dict[str, Tensor]:
-        """Return images (n, 3, H, W) in [-1, 1]: the first `N` and their reconstructions, by the average too."""
+        """Return previews (n, 3, H, W) in [-1, 1]: the first `N` inputs and their reconstructions, and the EMA's."""
         inputs = self.get_input(batch, self.image_key)[:N].to(self.device)
         images = {"inputs": inputs}
         if not only_inputs:
@@ -172,19 +175,19 @@ class VQModel(TrainedAutoencoder):
         return {name: self.to_rgb(image) for name, image in images.items()}
 
 
-class VQModelInterface(nn.Module):
-    """A frozen VQ first stage: the latents are those before quantization; decoding quantizes.
+class VQModelInterface(_QuantizedNetworks):
+    """Frozen first stage with a codebook. Latents are taken before quantization, and decoding quantizes them.
 
-    `VQModel` trains one. `lossconfig` must be `torch.nn.Identity`, as it is in the released configs. Weights under
-    `loss.*` in a checkpoint are left out.
+    Train such a model with `VQModel`. `lossconfig` must be `torch.nn.Identity`, as in the released configs. Weights
+    under `loss.*` in a checkpoint are skipped.
 
     Args:
-        embed_dim, n_embed: channels of the latents, and entries in the codebook.
-        remap, sane_index_shape: as the quantizer takes them.
-        monitor, image_key, colorize_nlabels: accepted from the configs of the training of such models; no use here.
+        embed_dim, n_embed: channels of the latents, and number of codebook entries.
+        remap, sane_index_shape: arguments of the quantizer.
+        monitor, image_key, colorize_nlabels: accepted for training configs and ignored.
 
     Raises:
-        UserError: taming-transformers is not installed.
+        UserError: taming-transformers is not installed, or `lossconfig` is not `torch.nn.Identity`.
     """
 
     def __init__(
@@ -207,28 +210,24 @@ class VQModelInterface(nn.Module):
                 f"VQModelInterface is a frozen first stage; set its lossconfig.target to torch.nn.Identity, "
                 f"not {lossconfig.get('target')!r}"
             )
-        self.encoder, self.decoder = build_coders(ddconfig, double_z=False)
-        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # pixels per latent pixel, each way
-        self.quantize = _vector_quantizer("VQModelInterface")(
-            n_embed, embed_dim, beta=_COMMITMENT, remap=remap, sane_index_shape=sane_index_shape
-        )
-        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.build_coders(ddconfig)
+        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # pixels per latent pixel along each side
+        self.build_quantizer(ddconfig["z_channels"], n_embed, embed_dim, remap, sane_index_shape)
         if ckpt_path is not None:
             load_file_into(self, ckpt_path, ignore_keys)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the latents (B, embed_dim, H/f, W/f) of images (B, C, H, W), not yet quantized."""
-        return self.quant_conv(self.encoder(x))
+        """Return the latents (B, embed_dim, H/f, W/f) of images (B, C, H, W) before quantization."""
+        return self.encode_to_prequant(x)
 
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Return images (B, C, h*f, w*f) of latents (B, embed_dim, h, w), quantized unless `force_not_quantize`."""
+        """Return the images (B, C, h*f, w*f) of latents (B, embed_dim, h, w), quantized unless `force_not_quantize`."""
         quantized = h if force_not_quantize else self.quantize(h)[0]
         return self.decoder(self.post_quant_conv(quantized))
 
 
-def _todays_loss(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the config of the loss, with taming-transformers' replaced by ours: that one needs torchvision."""
+def _own_loss(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the loss. The loss of taming-transformers needs torchvision, and is replaced by our own."""
     theirs = config.get("target") == "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
     return {**config, "target": "ldm.modules.losses.VQLPIPSWithDiscriminator"} if theirs else config
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.modules.cpu import is_on_cpu
-from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
+from ldm.modules.diffusionmodules.layers import checkpoint, normalization, zero_module
 
 # Largest number of scores per head at which plain matrix products train faster than torch's fused kernel, on a CPU in
 # bfloat16. In float32, and without a backward, the fused kernel is always faster (benchmarks/cpu_attention.py).

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
-from ldm.util import UserError
+from ldm.modules.diffusionmodules.layers import KeepsTypes, StaysOnHost
+from ldm.util import check_number
 
 
 def shadow_name(parameter_path: str) -> str:
@@ -29,8 +29,7 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
         super().__init__()
-        if not 0.0 <= decay <= 1.0:
-            raise UserError(f"EMA decay {decay} must lie between 0 and 1")
+        check_number("EMA decay", decay, least=0, most=1, whole=False)
         self.stays_on_host = any(isinstance(part, StaysOnHost) for part in model.modules())
         self.m_name2s_name = {path: shadow_name(path) for path, p in model.named_parameters() if p.requires_grad}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))

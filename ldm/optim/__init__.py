@@ -1,4 +1,4 @@
-"""Optimizers that a config names, optimizer steps inside backward, and low-bit state that checkpoints can hold."""
+"""Optimizers from configs, optimizer steps inside backward, and low-bit optimizers."""
 
 from ldm.optim.building import build_optimizer
 from ldm.optim.in_backward import InBackward

@@ -13,19 +13,18 @@ from ldm.util import UserError, instantiate_from_config
 
 
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
-    """Build the optimizer of `parameters` that `config`, a `target` and `params`, describes. An `lr` in it takes
-    precedence.
+    """Return the optimizer of `parameters` from `config`, a mapping of `target` and `params`.
 
-    `where` is the config key, for messages.
+    An `lr` in `params` takes precedence over `lr`. `where` is the config key for messages.
 
     Raises:
-        UserError: the target does not exist or does not take its `params`, or its state fits no checkpoint.
+        UserError: the target does not exist or does not take its `params`, or a checkpoint cannot hold its state.
     """
     try:
         if str(config.get("target")).startswith("torchao."):
             raise UserError(
-                f"{config['target']}: a checkpoint cannot hold its state; name ldm.optim.low_bit.AdamW8bit or "
-                "AdamW4bit, which are torchao's with a state that it can"
+                f"{config['target']}: a checkpoint cannot hold its state; use ldm.optim.low_bit.AdamW8bit or "
+                "AdamW4bit instead"
             )
         own_lr = (config.get("params") or {}).get("lr", lr)
         optimizer = instantiate_from_config(config, params=list(parameters), lr=own_lr)

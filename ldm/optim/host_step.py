@@ -22,7 +22,9 @@ HOST_SCRATCH = 10 * 4 * _CHUNK
 Noise = Callable[[int], Tensor]  # n → n random integers from 0 to 2¹⁶ − 1, int32
 
 
-def step_on_host(parameter: nn.Parameter, state: Mapping[str, Any], group: Mapping[str, Any], noise: Noise | None) -> None:
+def step_on_host(
+    parameter: nn.Parameter, state: Mapping[str, Any], group: Mapping[str, Any], noise: Noise | None
+) -> None:
     """Step a parameter, given its moments and the settings of its group.
 
     `noise` rounds bfloat16 weights stochastically; None rounds to nearest.

@@ -57,7 +57,7 @@ class InBackward(Optimizer):
         self._group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
         self._bucket: list[nn.Parameter] = []
         self._bucket_filled = 0  # bytes
-        self._taken: set[nn.Parameter] = set()  # in this step
+        self._taken: set[nn.Parameter] = set()  # parameters of this step
         # Autograd delivers the gradients of each device, and of the host, in a thread of its own.
         self._one_at_a_time = Lock()
 
@@ -76,7 +76,7 @@ class InBackward(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient, most of them during the closure's backward pass.
 
-        Returns what the closure returns.
+        Returns the result of the closure.
         """
         self._bucket, self._bucket_filled = [], 0
         self._taken.clear()
@@ -91,7 +91,7 @@ class InBackward(Optimizer):
                 for hook in hooks:
                     hook.remove()
             self._step_bucket()
-        for parameter in self._group_of:  # all without a closure; otherwise those that only an earlier batch reached
+        for parameter in self._group_of:  # without a closure: all; else those without a gradient in the last batch
             if parameter.grad is not None:
                 self._take(parameter)
         self._step_bucket()
@@ -101,7 +101,7 @@ class InBackward(Optimizer):
         """Put a parameter whose gradient is complete into the bucket."""
         with self._one_at_a_time:
             if parameter in self._taken:
-                raise RuntimeError("a second backward pass within a step: its gradients come after the step was taken")
+                raise RuntimeError("second backward pass within a step: its gradients arrive after the step")
             self._taken.add(parameter)
             self._bucket.append(parameter)
             self._bucket_filled += parameter.grad.nbytes

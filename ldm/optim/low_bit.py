@@ -5,7 +5,7 @@ bfloat16 weight is usually smaller than half the distance to the next value, so 
 Stochastic rounding rounds up with a probability equal to the remainder's share of that distance, which keeps the update
 on average.
 
-This module changes what checkpoints hold, the moments of small parameters, and the path of parameters on the host.
+This module changes the content of checkpoints, the moments of small parameters, and the step of parameters on the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ldm.modules.cpu import is_on_cpu
 from ldm.optim.host_step import own_noise, shared_noise, step_on_host
 from ldm.optim.quantised import torchao
 
-# The parts of torchao's quantised tensors that change. The rest of one follows from the parameter and from "signed".
+# Parts of torchao's quantised tensors that change. All other parts follow from the parameter and from "signed".
 _PARTS = ("codes", "scale")
 
 
@@ -69,7 +69,7 @@ class _LowBit:
             self._positions.setdefault(parameter, len(self._positions))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the parameters that have a gradient. Returns what the closure returns."""
+        """Step the parameters that have a gradient. Return the result of the closure."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,14 +113,14 @@ class _LowBit:
         return content
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, or the state dict of another AdamW.
+        """Load a result of `state_dict`, or the state dict of another AdamW.
 
         Raises:
             ValueError: the state belongs to other parameters, or is quantised in another way.
         """
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)  # another AdamW's is a number
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)  # a number in the state of another AdamW
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, parameter in zip(indices, parameters, strict=True):

@@ -1,4 +1,4 @@
-"""Tiers of memory and batch sizes that fit a card."""
+"""Largest batch that fits a card, per memory tier."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from ldm.config.load import find_config, load_config
-from ldm.config.merge import laid_over
+from ldm.config.merge import merge_configs
 from ldm.planning.step import peak_of_step
 from ldm.util import UserError
 
 GIB = 2**30
-# Memory that a run takes besides its tensors: context, kernels and library workspaces, and a share for fragmentation.
+# Memory of a run besides its tensors: CUDA context, kernels and library workspaces; and a fraction for fragmentation.
 ALLOWANCE = int(0.6 * GIB)
-GAPS = 0.03
+FRAGMENTATION = 0.03
 AS_GIVEN = "as given"
 # Overlays that lower memory, the fastest first.
 _TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml")
@@ -25,8 +25,8 @@ _TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml")
 class Fit:
     """Largest batch of a tier that fits a card.
 
-    `images` is 0 where not even one fits. `peak` is the bytes of tensors at the peak of a step with that batch, or of a
-    step with one image.
+    `images` is 0 if not even one image fits. `peak` is the size of the tensors, in bytes, at the peak of a step with
+    this batch; for `images` = 0, with one image.
     """
 
     tier: str
@@ -34,14 +34,14 @@ class Fit:
     peak: int
 
 
-def needed(peak: int) -> int:
-    """Return the bytes of a card that a run takes if its tensors take `peak`."""
-    return int(peak * (1 + GAPS)) + ALLOWANCE
+def needed_bytes(peak: int) -> int:
+    """Return the bytes that a run takes on a card if its tensors take `peak` bytes."""
+    return int(peak * (1 + FRAGMENTATION)) + ALLOWANCE
 
 
 def tiers() -> list[str]:
-    """Return the names of the tier configs that exist."""
-    return [name for name in _TIERS if _is_there(name)]
+    """Return the names of the tier configs that exist, the fastest first."""
+    return [name for name in _TIERS if _exists(name)]
 
 
 def is_tier(name: str) -> bool:
@@ -50,12 +50,14 @@ def is_tier(name: str) -> bool:
 
 
 def with_tier(config: DictConfig, tier: str) -> DictConfig:
-    """Return `config` with the config of `tier` laid over it."""
-    return config if tier == AS_GIVEN else laid_over(config, load_config([tier]), trusted=True)
+    """Return `config` with the config of `tier` merged over it."""
+    return config if tier == AS_GIVEN else merge_configs(config, load_config([tier]), trusted=True)
 
 
 def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
-    """Return, for `config` as it is and under every tier, the largest batch that a card of `card` bytes holds.
+    """Return the largest batch that fits a card of `card` bytes, for `config` as given and with every tier.
+
+    `size` is the side of an image in pixels.
 
     Raises:
         UserError: see `peak_of_step`.
@@ -68,35 +70,36 @@ def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
         def takes(images: int, described: DictConfig = described, peaks: dict[int, int] = peaks) -> int:
             if images not in peaks:
                 peaks[images] = sum(peak_of_step(described, images, size).values())
-            return needed(peaks[images])
+            return needed_bytes(peaks[images])
 
         largest = largest_batch(takes, card)
         found.append(Fit(tier, largest, peaks[max(largest, 1)]))
     return found
 
 
-def largest_batch(takes: Callable[[int], int], room: int) -> int:
-    """Return the largest n with `takes(n)` ≤ `room`, or 0. `takes` must be convex, as the peak of a step is.
+def largest_batch(takes: Callable[[int], int], limit: int) -> int:
+    """Return the largest n with `takes(n)` ≤ `limit`, or 0. `takes` must be convex.
 
-    A step peaks at one of several moments, and the memory of each is linear in the batch. A line through two points is
-    therefore a lower bound outside them and an upper bound between them, so that few calls are needed.
+    The peak of a step is convex in the batch size, because it is the maximum over several moments of a step, and the
+    memory at each moment is linear in the batch size. A line through two points of a convex function is a lower bound
+    outside them and an upper bound between them. The search follows such lines and needs few calls.
     """
     fits, before, above = (1, takes(1)), None, None
-    if fits[1] > room:
+    if fits[1] > limit:
         return 0
     guess, stride = 4, 3
     while above is None or above[0] - fits[0] > 1:
         tried = guess, takes(guess)
-        if tried[1] > room:
+        if tried[1] > limit:
             above = tried
         else:
             before, fits = fits, tried
         other = above or before
         growth = (other[1] - fits[1]) / (other[0] - fits[0])  # bytes per image
-        further = int((room - fits[1]) / growth) if growth else 3 * fits[0]
+        further = int((limit - fits[1]) / growth) if growth else 3 * fits[0]
         if above is None and further == 0:
             break
-        crawls = stride == 1 and tried is fits  # a line to a distant point gives steps that are too short
+        crawls = stride == 1 and tried is fits  # a line to a distant point can give steps that are too short
         if above is None:
             stride = min(further, 3 * fits[0])
         else:
@@ -106,7 +109,7 @@ def largest_batch(takes: Callable[[int], int], room: int) -> int:
     return fits[0]
 
 
-def _is_there(name: str) -> bool:
+def _exists(name: str) -> bool:
     try:
         find_config(name)
     except UserError:

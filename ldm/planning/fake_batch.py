@@ -1,4 +1,4 @@
-"""Batch of the shapes and types that a config's data would give, without values."""
+"""Fake batch with the shapes and dtypes of a config's data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ldm.util import UserError, get_obj_from_str
 _TEXT_TOKENS = 77
 
 
-def gives_images(model: DDPM, config: DictConfig) -> bool:
-    """Return True if the data are images, which the first stage of a latent model encodes at every step."""
+def has_image_data(model: DDPM, config: DictConfig) -> bool:
+    """Return True if the data are images, so that the first stage of a latent model encodes them at every step."""
     target = (config.get("data") or {}).get("target")
     module = get_obj_from_str(target) if target else None
     is_pre_encoded = isinstance(module, type) and issubclass(module, WebDataNpyModuleFromConfig)
@@ -25,12 +25,14 @@ def gives_images(model: DDPM, config: DictConfig) -> bool:
 
 
 def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, Any]:
-    """Return the entries that `model` reads of a batch of `images`, `size` pixels a side; by default those of `config`.
+    """Return the entries of a batch that `model` reads.
 
-    The samples of a prior that the config names come on top.
+    Args:
+        images: batch size; `data.params.batch_size` by default. The samples of a prior in `config` are added.
+        size: side of an image in pixels; the model's own by default.
 
     Raises:
-        UserError: `config` names no batch size and none is given, or the size does not fit the model.
+        UserError: there is no batch size, or the size does not fit the model.
     """
     params = (config.get("data") or {}).get("params") or {}
     images = images or params.get("batch_size")
@@ -42,8 +44,8 @@ def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size:
     side = model.image_size if size is None else size // factor
     step = factor * getattr(model.model.diffusion_model, "downsampling", 1)
     if side < 1 or side * factor % step or (size or 0) % step:
-        raise UserError(f"{size or side * factor} pixels a side: the model takes multiples of {step}")
-    if gives_images(model, config):
+        raise UserError(f"{size or side * factor} pixels per side: give a multiple of {step}, as the model needs")
+    if has_image_data(model, config):
         channels = 3 if isinstance(model, LatentDiffusion) else model.channels
         data = torch.empty(images, side * factor, side * factor, channels)
     else:
@@ -60,4 +62,4 @@ def _conditioning(model: DDPM, images: int) -> Mapping[str, Any]:
         return {stage.key: torch.empty(images, _TEXT_TOKENS, width, dtype=torch.float16)}
     if isinstance(stage, ClassEmbedder):
         return {stage.key: torch.zeros(images, dtype=torch.long)}
-    return {model.cond_stage_key: ["a image"] * images}
+    return {model.cond_stage_key: ["an image"] * images}

@@ -1,7 +1,8 @@
-"""Forecasts of `peak_of_step`, kept on disk and made in a process beside the one that loads data and weights.
+"""Forecasts of `peak_of_step`, made in a separate process while data and weights load, and cached on disk.
 
-A forecast takes seconds of a processor. Its digest covers the config, the versions of the libraries and the sources of
-`ldm`, so a changed one is made anew. The folder is `latent-finetune/forecasts` below `$XDG_CACHE_HOME` or `~/.cache`.
+A forecast takes several CPU seconds. The name of a cached file is a digest of the config, the library versions and the
+sources of `ldm`, so a change of any of these leads to a new forecast. The cache folder is `latent-finetune/forecasts`
+below `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("torch", "pytorch-lightning", "torchao", "transformers")
-_MOST_BYTES = 1 << 20  # of a file in the cache
+_MOST_BYTES = 1 << 20  # maximum size of a cached file
 
 
 def forecast(config: DictConfig, images: int | None = None) -> dict[str, int]:
-    """Return `peak_of_step(config, images)`, from the cache if it is there.
+    """Return `peak_of_step(config, images)`, from the cache if possible.
 
     Raises:
         UserError: see `peak_of_step`.
@@ -45,15 +46,15 @@ def forecast(config: DictConfig, images: int | None = None) -> dict[str, int]:
         try:
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(found))
-        except OSError as error:  # a home folder that is full or read-only
-            log.debug("The forecast is not kept: %s", error)
+        except OSError as error:  # a full or read-only disk
+            log.debug("The forecast is not cached: %s", error)
     return found
 
 
 def start_forecast(config: DictConfig) -> subprocess.Popen | None:
-    """Start a process that puts the forecast of `config` into the cache; return None if it is there.
+    """Start a process that writes the forecast of `config` to the cache; return None if it is cached already.
 
-    The process is of no use to a run that ends early. It writes nothing but its file in the cache, so it may go on.
+    The process writes only its file in the cache. It may outlive a run that ends early.
     """
     if _read(_folder() / f"{_digest(config, None)}.json") is not None:
         return None
@@ -72,7 +73,7 @@ def start_forecast(config: DictConfig) -> subprocess.Popen | None:
 
 
 def main() -> None:
-    """Make the forecast of the config on standard input, as JSON, which its parent has checked."""
+    """Make the forecast of the config on standard input, which the parent process has checked and wrote as JSON."""
     forecast(OmegaConf.create(json.load(sys.stdin)))
 
 
@@ -81,25 +82,25 @@ def _folder() -> Path:
 
 
 def _read(path: Path) -> dict[str, int] | None:
-    """Return the forecast at `path`; None if there is none, or something else."""
+    """Return the forecast at `path`; None if the file is missing or not a forecast."""
     try:
         found = json.loads(read_at_most(path, _MOST_BYTES))
     except (OSError, ValueError):  # `UserError` is a ValueError
         return None
-    whole = isinstance(found, dict) and all(isinstance(size, int) for size in found.values())
-    return found if whole and found else None
+    is_forecast = isinstance(found, dict) and all(isinstance(size, int) for size in found.values())
+    return found if is_forecast and found else None
 
 
 def _digest(config: DictConfig, images: int | None) -> str:
-    """Return the SHA-256, in hex, of everything that a forecast depends on."""
+    """Return the SHA-256, in hex, of everything that determines a forecast."""
     sections = plain(config)
-    asked = {name: sections.get(name) for name in ("model", "data", "lightning")}
-    content = json.dumps([asked, images, list(_versions()), _sources()], sort_keys=True, default=str)
+    used = {name: sections.get(name) for name in ("model", "data", "lightning")}
+    content = json.dumps([used, images, list(_versions()), _sources()], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _versions() -> Iterator[tuple[str, Any]]:
-    """Yield each library with its version."""
+    """Yield each library with its version, None if it is not installed."""
     for name in _LIBRARIES:
         try:
             yield name, metadata.version(name)
@@ -109,7 +110,7 @@ def _versions() -> Iterator[tuple[str, Any]]:
 
 @cache
 def _sources() -> str:
-    """Return the SHA-256 of the package's sources: a developer changes them without a new version."""
+    """Return the SHA-256 of the package's sources, which change during development without a new version."""
     hashed = hashlib.sha256()
     for path in sorted((_ROOT / "ldm").rglob("*.py")):
         hashed.update(path.read_bytes())

@@ -12,55 +12,56 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-TEMPORARIES = "temporaries"  # everything without another name
+TEMPORARIES = "temporaries"  # category of all storages without another one
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", TEMPORARIES)
-HOST = "host"  # not on the device, not counted
+HOST = "host"  # category of storages in host memory, which are not counted
 
-_BLOCK = 512  # bytes: CUDA's caching allocator hands out multiples of it
+_BLOCK = 512  # bytes: CUDA's caching allocator rounds sizes up to multiples of it
 
 
 class Ledger(TorchDispatchMode):
-    """Context in which every storage that an operation allocates is entered with its size, and again when it is freed.
+    """Context that records the size of every storage when an operation allocates it and when it is freed.
 
-    Around a `FakeTensorMode`, nothing is computed and no memory is allocated. A category holds for the whole life of a
-    storage, including the time before it was named: a storage that becomes a gradient is a gradient from the start.
+    Around a `FakeTensorMode`, nothing is computed and no memory is allocated. A category applies to the whole life of a
+    storage, including the time before it was named. A storage that becomes a gradient thus counts as a gradient from
+    the start.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._entries: list[tuple[int, int]] = []  # (storage, bytes made or, negative, freed), in order
-        self._categories: list[str] = []  # of each storage
-        self._live: dict[int, tuple[int, weakref.ref]] = {}  # address → (storage, what tells of its end)
-        self._fresh = TEMPORARIES
+        self._entries: list[tuple[int, int]] = []  # (storage, bytes), negative when freed, in order of time
+        self._categories: list[str] = []  # category of each storage
+        self._live: dict[int, tuple[int, weakref.ref]] = {}  # address → (storage, reference with a callback on its end)
+        self._default = TEMPORARIES
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # a fake tensor has no value, and optimizers ask for the number of their step
+            return 1  # a fake tensor has no value, but optimizers read their step count
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._enter(leaf)
+                self._record(leaf)
         return result
 
     @property
     def now(self) -> int:
-        """Number of entries so far."""
+        """Number of entries so far, as a mark for `since`."""
         return len(self._entries)
 
     @contextmanager
     def naming(self, category: str) -> Iterator[None]:
-        """Give `category` to everything that is allocated inside the context, until it is named otherwise."""
-        before, self._fresh = self._fresh, category
+        """Give `category` to all storages allocated inside the context, until `name` changes it."""
+        before, self._default = self._default, category
         try:
             yield
         finally:
-            self._fresh = before
+            self._default = before
 
     def name(self, tensors: Iterable[Any], category: str) -> None:
-        """Give `tensors` a category. Entries that are not tensors are passed over."""
+        """Give `tensors` a category. Entries that are not tensors are skipped."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
-                for storage in self._enter(tensor):
+                for storage in self._record(tensor):
                     self._categories[storage] = category
 
     def name_survivors(self, since: int, category: str) -> None:
@@ -71,9 +72,7 @@ class Ledger(TorchDispatchMode):
                 self._categories[storage] = category
 
     def peak(self, since: int = 0) -> dict[str, int]:
-        """Return the bytes of each category on the device at the moment, at or after `since`, when their sum was
-        largest.
-        """
+        """Return the bytes on the device per category, at the time after `since` when their sum is largest."""
         held = dict.fromkeys(CATEGORIES, 0)
         total = most = 0
         at_peak = dict(held)
@@ -86,16 +85,16 @@ class Ledger(TorchDispatchMode):
                 most, at_peak = total, dict(held)
         return at_peak
 
-    def _enter(self, tensor: Tensor) -> list[int]:
-        """Return the storages of `tensor`, and enter those that are new."""
+    def _record(self, tensor: Tensor) -> list[int]:
+        """Return the storages of `tensor`, and record new ones."""
         if is_traceable_wrapper_subclass(tensor):  # for example quantised optimizer state
             parts, _ = tensor.__tensor_flatten__()
-            return [storage for part in parts for storage in self._enter(getattr(tensor, part))]
+            return [storage for part in parts for storage in self._record(getattr(tensor, part))]
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._live:
             number, size = len(self._categories), -(-storage.nbytes() // _BLOCK) * _BLOCK
-            self._categories.append(self._fresh)
+            self._categories.append(self._default)
             self._entries.append((number, size))
 
             def free(_: weakref.ref) -> None:

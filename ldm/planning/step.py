@@ -1,4 +1,4 @@
-"""Memory of a training step on a CUDA device, counted on fake tensors: without a GPU and with hardly any memory."""
+"""Memory of a training step on a CUDA device, counted with fake tensors, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from ldm.config.load import build_model, plain
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.cpu import as_on_cuda
-from ldm.modules.diffusionmodules.util import KeepsTypes, StaysOnHost
+from ldm.modules.diffusionmodules.layers import KeepsTypes, StaysOnHost
 from ldm.optim import build_optimizer
-from ldm.planning.fake_batch import gives_images, make_batch
+from ldm.planning.fake_batch import has_image_data, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
-from ldm.release.building import without_initialisation
+from ldm.release.initialisation import without_initialisation
 from ldm.util import UserError, nearest
 
 # Lightning's `precision` → dtype of the weights, dtype of autocast.
@@ -38,17 +38,17 @@ _SHORT_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": 
 
 
 def peak_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, int]:
-    """Return the bytes of each of `ledger.CATEGORIES` at the peak of a training step of `config`, on one device.
+    """Return the bytes per category of `ledger.CATEGORIES` at the peak of a training step of `config`, on one device.
 
-    The step is the second one, because the first allocates the optimizer's state. Tensors alone are counted: not the
-    CUDA context, library workspaces, temporaries inside a kernel, or fragmentation.
+    The step is the second one, because the first allocates the optimizer's state. Only tensors are counted. The CUDA
+    context, library workspaces, temporaries inside a kernel and fragmentation are not.
 
     Args:
         images: batch size; `data.params.batch_size` by default.
-        size: pixels a side; by default what the model's `image_size` means.
+        size: side of an image in pixels; the model's own by default.
 
     Raises:
-        UserError: the config describes no diffusion model, or a value of it or a size does not fit.
+        UserError: the config describes no diffusion model, or one of its values or the size is not valid.
     """
     trainer = plain((config.get("lightning") or {}).get("trainer") or {})
     weights, autocast = _precision(trainer.get("precision"))
@@ -57,20 +57,20 @@ def peak_of_step(config: DictConfig, images: int | None = None, size: int | None
         model = _build(config, weights)
         batch = make_batch(model, config, images, size)
         with Ledger() as ledger:
-            _name_weights(ledger, model, first_stage_leaves=not gives_images(model, config))
+            _name_weights(ledger, model, first_stage_on_host=not has_image_data(model, config))
             return _second_step(ledger, model, batch, autocast, trainer.get("accumulate_grad_batches") or 1)
 
 
 def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
     name = _SHORT_PRECISIONS.get(str(given), str(given))
     if name not in _PRECISIONS:
-        raise UserError(f"lightning.trainer.precision {given!r} cannot be planned{nearest(name, set(_PRECISIONS))}")
+        raise UserError(f"lightning.trainer.precision {given!r} cannot be predicted{nearest(name, set(_PRECISIONS))}")
     return _PRECISIONS[name]
 
 
 @contextmanager
 def _on_the_cpu() -> Iterator[None]:
-    """Run on the CPU what would run on CUDA, without compilation and without warnings about fake tensors."""
+    """Run CUDA code paths on the CPU, without compilation and without warnings about fake tensors."""
     compiled, torch.compile = torch.compile, _uncompiled
     try:
         with as_on_cuda(), _CudaAutocast(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
@@ -81,9 +81,10 @@ def _on_the_cpu() -> Iterator[None]:
 
 
 def _uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-    """Stand in for `torch.compile` during a forecast.
+    """Replace `torch.compile` during a forecast.
 
-    A compiled optimizer updates tensors in place inside one kernel. That allocates nothing, so it is left out.
+    A compiled optimizer step runs without gradients, in place and inside one kernel. It allocates nothing, so it is
+    replaced by an empty function.
     """
     return function if torch.is_grad_enabled() else lambda *_args, **_kwargs: None
 
@@ -100,9 +101,7 @@ class _CudaAutocast(TorchFunctionMode):
 
 
 def _fill_caches(config: DictConfig) -> None:
-    """Let the optimizer's library build its cached tables from real tensors, because fake ones would break training
-    later.
-    """
+    """Let the optimizer's library build its cached tables from real tensors; fake ones would break later training."""
     described = plain(config.get("model") or {}).get("params", {}).get("optimizer_config")
     if described:
         parameter = nn.Parameter(torch.zeros(64, 64))
@@ -112,12 +111,12 @@ def _fill_caches(config: DictConfig) -> None:
 
 
 def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
-    """Return the model without loaded weights, with parameters of the `dtype` that Lightning's precision gives."""
+    """Build the model without loading weights, with parameters of `dtype`."""
     described = OmegaConf.create({"model": _without_files(plain(config.get("model") or {}))})
     with without_initialisation():
         model = build_model(described)
     if not isinstance(model, DDPM):
-        raise UserError(f"{config.model.target}: only the steps of diffusion models are planned")
+        raise UserError(f"{config.model.target}: the memory of a step can be predicted for diffusion models only")
     # Module.to() fails: fake tensors cannot be swapped in place.
     kept = _on_host(model)
     for module in model.modules():
@@ -128,7 +127,7 @@ def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
 
 
 def _without_files(described: Any) -> Any:
-    """Return `described` without the files of weights that it names."""
+    """Return `described` without its paths of weight files."""
     if isinstance(described, dict):
         return {key: _without_files(value) for key, value in described.items() if key != "ckpt_path"}
     return described
@@ -140,10 +139,10 @@ def _on_host(model: nn.Module) -> set[int]:
     return {id(parameter) for part in parts for parameter in part.parameters()}
 
 
-def _name_weights(ledger: Ledger, model: DDPM, first_stage_leaves: bool) -> None:
+def _name_weights(ledger: Ledger, model: DDPM, first_stage_on_host: bool) -> None:
     ledger.name([*model.parameters(), *model.buffers()], "weights")
     elsewhere = [part for part in model.modules() if isinstance(part, StaysOnHost) and part.stays_on_host]
-    if first_stage_leaves:
+    if first_stage_on_host:
         elsewhere.append(model.first_stage_model)
     for part in elsewhere:
         ledger.name([*part.parameters(), *part.buffers()], HOST)
@@ -152,13 +151,13 @@ def _name_weights(ledger: Ledger, model: DDPM, first_stage_leaves: bool) -> None
 def _second_step(
     ledger: Ledger, model: DDPM, batch: dict[str, Any], autocast: torch.dtype | None, accumulate: int
 ) -> dict[str, int]:
-    """Run two steps in the order that Lightning uses, and return the peak of the second."""
+    """Run two steps in Lightning's order of calls, and return the peak of the second."""
     host = _on_host(model)
     trained = [parameter for parameter in model.trained_parameters() if parameter.requires_grad]
     for parameter in trained:
         gradients = HOST if id(parameter) in host else "gradients"
         parameter.register_post_accumulate_grad_hook(lambda p, of=gradients: ledger.name([p.grad], of))
-    stepped_where = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
+    step_category = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
     optimizer = _optimizer(model)
 
     def micro_batch(first: bool) -> Tensor:
@@ -174,17 +173,17 @@ def _second_step(
 
     for _ in range(2):
         began = ledger.now
-        if accumulate > 1:  # one is enough: gradients then exist when the last begins
+        if accumulate > 1:  # one extra batch is enough: gradients exist when the last one begins
             micro_batch(first=True)
-        with ledger.naming(stepped_where):
+        with ledger.naming(step_category):
             model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
-        state = HOST if stepped_where == HOST else "optimizer"
+        state = HOST if step_category == HOST else "optimizer"
         ledger.name(tree_leaves(list(optimizer.state.values())), state)
     return ledger.peak(began)
 
 
 def _optimizer(model: DDPM) -> Optimizer:
-    model.learning_rate = 1.0  # any value: nothing is computed
+    model.learning_rate = 1.0  # the value does not matter: nothing is computed
     configured = model.configure_optimizers()
     optimizer = configured if isinstance(configured, Optimizer) else configured[0][0]
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The warning before a training begins that will not fit its GPU."""
+"""Warning at the start of a training that does not fit its GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.strategies import Strategy
 
 from ldm.distributed.ranks import is_first_process
-from ldm.planning.card import AS_GIVEN, GIB, needed, tiers, with_tier
+from ldm.planning.card import AS_GIVEN, GIB, needed_bytes, tiers, with_tier
 from ldm.planning.forecast import forecast, start_forecast
 from ldm.training.strategies import ShardedStrategy
 from ldm.util import UserError
@@ -19,18 +19,18 @@ log = logging.getLogger(__name__)
 
 
 def begin_forecast(config: DictConfig) -> subprocess.Popen | None:
-    """Start the forecast of a step of `config` in a process of its own; None where nobody will ask for it.
+    """Start the forecast of a step of `config` in a separate process; return None if it is not needed.
 
-    Only the first process of a run asks, and only on a machine with a CUDA device.
+    Only the first process of a run needs it, and only on a machine with a CUDA device.
     """
     return start_forecast(config) if torch.cuda.is_available() and is_first_process() else None
 
 
 def warn_if_too_large(config: DictConfig, strategy: Strategy, begun: subprocess.Popen | None = None) -> None:
-    """Warn on a CUDA device if a training step of `config` does not fit its free memory, and name what does.
+    """Warn if a training step of `config` does not fit the free memory of a CUDA device, and name a setting that does.
 
-    The forecast is for a device that holds all of the weights: none is made where they are partitioned. `begun` is the
-    process that makes it.
+    The forecast assumes one device with all weights, so there is no warning if they are partitioned. `begun` is the
+    process of `begin_forecast`.
     """
     if strategy.root_device.type != "cuda" or isinstance(strategy, ShardedStrategy) or not is_first_process():
         return
@@ -40,11 +40,11 @@ def warn_if_too_large(config: DictConfig, strategy: Strategy, begun: subprocess.
             begun.wait()
         compare(config, free)
     except Exception as error:  # a forecast that fails must not keep a run from starting
-        log.info("The memory of a step is not known beforehand (%s)", str(error).partition("\n")[0])
+        log.info("The memory of a step cannot be predicted (%s)", str(error).partition("\n")[0])
 
 
 def compare(config: DictConfig, free: int) -> None:
-    """Warn if a step of `config` needs more than `free` bytes; name the first batch or tier that does not.
+    """Warn if a step of `config` needs more than `free` bytes; name the first batch size or tier that fits.
 
     Raises:
         UserError: see `peak_of_step`.
@@ -54,22 +54,22 @@ def compare(config: DictConfig, free: int) -> None:
     if needs <= free:
         return
     images = config.data.params.batch_size
-    advice = "nothing here fits: train smaller images, or on a larger GPU"
+    advice = "nothing fits; train on smaller images or on a larger GPU"
     for tier in (AS_GIVEN, *tiers()):
         described = with_tier(config, tier)
         batch = 1 if tier == AS_GIVEN else described.data.params.batch_size
         try:
             needs_less = _needs(described, batch)
-        except UserError:  # the tier does not go over this config, as no other does over minimal.yaml
+        except UserError:  # this tier cannot be merged over the config; none can over minimal.yaml
             continue
         if needs_less <= free:
             named = f"data.params.batch_size={batch}" if tier == AS_GIVEN else f"--base ... {tier}, batch {batch},"
             advice = f"{named} would need {needs_less / GIB:.1f} GiB"
             if batch < images:
-                advice += f"; --accumulate_grad_batches {-(-images // batch)} keeps the images of a step"
+                advice += f"; --accumulate_grad_batches {-(-images // batch)} keeps the number of images per step"
             break
-    log.warning("This will run out of memory: %.1f GiB are needed and %.1f free. %s", needs / GIB, free / GIB, advice)
+    log.warning("This will run out of memory: %.1f GiB needed, %.1f GiB free; %s", needs / GIB, free / GIB, advice)
 
 
 def _needs(config: DictConfig, images: int | None = None) -> int:
-    return needed(sum(forecast(config, images).values()))
+    return needed_bytes(sum(forecast(config, images).values()))

@@ -1,36 +1,28 @@
-"""Families of released checkpoints: one row for each, and recognition of a file's family from its keys and shapes.
+"""Table of the families of released checkpoints.
 
-A family that joins is one entry of `_ROWS`, and a release config.
+To add a family, add an entry to `_ROWS`, a release config and a finetune config.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, UNET, V_PREDICTION, ZERO_SNR, has_part, with_ema_as_weights
-from ldm.util import UserError
-
-log = logging.getLogger(__name__)
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, TOWERS, UNET
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Sequence[int]]
-Difference = tuple[Shape | None, Shape | None]  # the shape found, and the family's; None: no such key
 
 PARAMETERIZATIONS = ("eps", "v")
 _WORDS = {"eps": "predicts the noise", "v": "predicts v"}
-_FIRST = "input_blocks.0.0.weight"
+FIRST = "input_blocks.0.0.weight"
 _CONTEXT = "attn2.to_k.weight"
 _MIDDLE = "middle_block.1.proj_in.weight"
 _LABELS = "label_emb."
 _TOKENS = "token_embedding.weight"
-_SHOWN = 3  # keys in a message
-# Keys that tell families apart.
-_TELLING = re.compile(
-    rf"{re.escape(UNET)}(?:{re.escape(_FIRST)}|{re.escape(_MIDDLE)}|.*\.{re.escape(_CONTEXT)}"
+# Keys that distinguish the families.
+DISTINGUISHING = re.compile(
+    rf"{re.escape(UNET)}(?:{re.escape(FIRST)}|{re.escape(_MIDDLE)}|.*\.{re.escape(_CONTEXT)}"
     rf"|{re.escape(_LABELS)}(?:.*\.)?weight)"
     rf"|(?:{re.escape(COND_STAGE)}|{re.escape(CONDITIONER)}).*{re.escape(_TOKENS)}"
 )
@@ -38,17 +30,17 @@ _TELLING = re.compile(
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a UNet and of its text towers, by which keys and shapes tell families apart.
+    """Sizes of a UNet and of its text towers. They determine the keys and shapes that distinguish the families.
 
-    `widths` and `depths` have one entry per level: channels, and transformer blocks after a residual block. `towers`
-    maps each text tower's token embedding to its width.
+    `widths` and `depths` have one entry per level: the channels, and the transformer blocks after each residual block.
+    `towers` maps the key of each text tower's token embedding to its width.
     """
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     middle_depth: int
-    context: int  # features of the caption's encoding
-    linear: bool  # projections around the transformer blocks are linear layers, not convolutions
+    context: int  # features of the caption embedding
+    linear: bool  # the projections around transformer blocks are linear layers, else convolutions
     towers: Mapping[str, int]
     vector: int = 0  # features of the vector conditioning; 0 for none
     res_blocks: int = 2
@@ -60,7 +52,7 @@ class Layout:
             for _ in range(self.res_blocks):
                 number += 1
                 yield f"input_blocks.{number}.1", width, depth
-            number += level < len(self.widths) - 1  # the block that halves the size
+            number += level < len(self.widths) - 1  # the downsampling block
         yield "middle_block.1", self.widths[-1], self.middle_depth
         number = 0
         for width, depth in zip(reversed(self.widths), reversed(self.depths), strict=True):
@@ -69,9 +61,9 @@ class Layout:
                 number += 1
 
     def unet_shapes(self, in_channels: int) -> dict[str, Shape]:
-        """Return the shapes of the UNet's tensors that tell families apart, by key."""
+        """Return the shapes of the UNet's tensors that distinguish the families, by key."""
         width, middle, embedding = self.widths[0], self.widths[-1], 4 * self.widths[0]
-        shapes = {UNET + _FIRST: (width, in_channels, 3, 3)}
+        shapes = {UNET + FIRST: (width, in_channels, 3, 3)}
         for place, channels, depth in self.transformers():
             for block in range(depth):
                 shapes[f"{UNET}{place}.transformer_blocks.{block}.{_CONTEXT}"] = (channels, self.context)
@@ -90,28 +82,28 @@ _V1 = Layout(**_FOUR_LEVELS, context=768, linear=False, towers={COND_STAGE + _CL
 _V2 = Layout(**_FOUR_LEVELS, context=1024, linear=True, towers={COND_STAGE + _OPEN_CLIP: 1024})
 _XL = Layout(
     widths=(320, 640, 1280), depths=(0, 2, 10), middle_depth=10, context=2048, linear=True, vector=2816,
-    towers={f"{CONDITIONER}embedders.0.{_CLIP}": 768, f"{CONDITIONER}embedders.1.{_OPEN_CLIP}": 1280},
+    towers={TOWERS[0] + _CLIP: 768, TOWERS[1] + _OPEN_CLIP: 1280},
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """Row of the table of families.
 
     Args:
-        key: a short name, for files and programs.
-        name: the name for people.
+        key: identifier for files and programs.
+        name: name for messages.
         layout: sizes of the networks.
-        size: the side in pixels of the images that the model was trained on.
-        config, finetune_config: file names in `configs/latent-diffusion/`; None where there is none.
-        in_channels: of the first convolution: the noisy latent, and the maps that join it.
-        encoders: the prefix of the text encoders' keys.
-        conditioning_key: that of `DiffusionWrapper`.
-        parameterization: what the UNet predicts, `eps` or `v`.
-        zero_snr: whether the schedule ends without signal.
-        scale: the factor of the latents.
-        factor: pixels per cell of a latent, along each side.
-        channels: of a latent.
+        size: side of the training images in pixels.
+        config, finetune_config: file names in `configs/latent-diffusion/`; None if there is no such file.
+        in_channels: input channels of the UNet: the noisy latent and the concatenated maps.
+        encoders: key prefix of the text encoders.
+        conditioning_key: as for `DiffusionWrapper`.
+        parameterization: prediction of the UNet, `eps` or `v`.
+        zero_snr: True if the schedule has zero terminal SNR.
+        scale: factor of the latents.
+        factor: pixels per latent cell along each side.
+        channels: channels of a latent.
     """
 
     key: str
@@ -131,18 +123,18 @@ class Family:
 
     @property
     def has_vector(self) -> bool:
-        """Whether a vector, such as SDXL's pooled caption and sizes, conditions beside the caption's encoding."""
+        """True if the UNet also takes a conditioning vector, such as SDXL's pooled caption embedding and sizes."""
         return self.layout.vector > 0
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """The shapes by which the family is recognised, by key."""
+        """Shapes by which the family is recognised, by key."""
         towers = {key: (_VOCABULARY, width) for key, width in self.layout.towers.items()}
         return {**self.layout.unet_shapes(self.in_channels), **towers}
 
     @property
     def overrides(self) -> list[str]:
-        """The config values `a.b.c=value` in which a recognised checkpoint differs from `config`."""
+        """Config values `a.b.c=value` in which a recognised checkpoint differs from `config`."""
         row, values = FAMILIES[self.key], []
         if self.parameterization != row.parameterization:
             values.append(f"model.params.parameterization={self.parameterization}")
@@ -151,7 +143,7 @@ class Family:
         return values
 
     def described(self) -> str:
-        """Return the name, the size and what the UNet predicts, for a log line."""
+        """Return the name, the image size and the parameterization for a log line."""
         ending = ", with zero terminal SNR" if self.zero_snr else ""
         return f"{self.name} ({self.size} pixels, {_WORDS[self.parameterization]}{ending})"
 
@@ -161,133 +153,22 @@ _OF_XL = {"encoders": CONDITIONER, "scale": 0.13025}
 _ROWS = [
     Family("sd1", "Stable Diffusion 1", _V1, 512, "stable_diffusion_v1.yaml", "finetune_stable_diffusion.yaml"),
     Family("sd1_inpainting", "Stable Diffusion 1 inpainting", _V1, 512, "stable_diffusion_v1_inpainting.yaml",
-           in_channels=9, **_HYBRID),
-    Family("instruct_pix2pix", "InstructPix2Pix", _V1, 512, "instruct_pix2pix.yaml", in_channels=8, **_HYBRID),
+           "finetune_stable_diffusion_v1_inpainting.yaml", in_channels=9, **_HYBRID),
+    Family("instruct_pix2pix", "InstructPix2Pix", _V1, 512, "instruct_pix2pix.yaml", "finetune_instruct_pix2pix.yaml",
+           in_channels=8, **_HYBRID),
     # Of rows with the same keys, the first is the default.
     Family("sd2_768_v", "Stable Diffusion 2 768-v", _V2, 768, "stable_diffusion_v2_768_v.yaml",
            "finetune_stable_diffusion_v2_768_v.yaml", parameterization="v"),
     Family("sd2_base", "Stable Diffusion 2 base", _V2, 512, "stable_diffusion_v2_base.yaml",
            "finetune_stable_diffusion_v2_base.yaml"),
     Family("sd2_inpainting", "Stable Diffusion 2 inpainting", _V2, 512, "stable_diffusion_v2_inpainting.yaml",
-           in_channels=9, **_HYBRID),
+           "finetune_stable_diffusion_v2_inpainting.yaml", in_channels=9, **_HYBRID),
+    # Pre-encoding stores no depth maps, so its release config trains from images.
     Family("sd2_depth", "Stable Diffusion 2 depth", _V2, 512, "stable_diffusion_v2_depth.yaml", in_channels=5,
            **_HYBRID),
-    Family("sdxl", "Stable Diffusion XL", _XL, 1024, "stable_diffusion_xl.yaml", conditioning_key="crossattn-adm",
-           **_OF_XL),
+    Family("sdxl", "Stable Diffusion XL", _XL, 1024, "stable_diffusion_xl.yaml", "finetune_stable_diffusion_xl.yaml",
+           conditioning_key="crossattn-adm", **_OF_XL),
     Family("sdxl_inpainting", "Stable Diffusion XL inpainting", _XL, 1024, "stable_diffusion_xl_inpainting.yaml",
-           in_channels=9, conditioning_key="hybrid-adm", **_OF_XL),
+           "finetune_stable_diffusion_xl_inpainting.yaml", in_channels=9, conditioning_key="hybrid-adm", **_OF_XL),
 ]  # fmt: skip
 FAMILIES = {family.key: family for family in _ROWS}
-
-
-def shapes_of(weights: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return the shapes of tensors, or of anything else with a `shape`, by key."""
-    return {key: tuple(value.shape) for key, value in weights.items() if hasattr(value, "shape")}
-
-
-def recognise(
-    shapes: Shapes,
-    *,
-    source: str = "the checkpoint",
-    parameterization: str | None = None,
-    size: int | None = None,
-) -> Family:
-    """Return the family of a checkpoint whose keys have these `shapes`, and log which it is.
-
-    The keys may all have one more prefix; a UNet alone, EMA weights alone, and a model without text encoders are
-    recognised too. Keys do not tell what the UNet predicts. `parameterization` takes precedence; then the markers of
-    SDXL v-prediction files, which also tell of zero terminal SNR; then, among families of the same keys, the one whose
-    size is nearest to `size`. The default is the largest.
-
-    Args:
-        source: the name of the checkpoint in messages.
-        parameterization: what the UNet predicts, `eps` or `v`.
-        size: the side in pixels of the images to make or to train on.
-
-    Raises:
-        UserError: no family has these keys and shapes; or `parameterization` is none of the two.
-    """
-    if parameterization not in (None, *PARAMETERIZATIONS):
-        raise UserError(f"parameterization {parameterization!r}: choose {' or '.join(PARAMETERIZATIONS)}")
-    differing = _differences(_by_whole_keys(shapes))
-    matching = [family for family in _ROWS if not differing[family.key]]
-    if not matching:
-        nearest = min(_ROWS, key=lambda family: _distance(differing[family.key]))
-        raise UserError(
-            f"{source}: no family matches these weights; the nearest is {nearest.name}, except for "
-            f"{_listed(differing[nearest.key])}; name the config that fits with --config"
-        )
-    chosen = _with_prediction(matching, shapes, parameterization, size)
-    log.info("%s: %s", source, chosen.described())
-    others = [family.described() for family in matching if family.key != chosen.key]
-    if others and parameterization is None and V_PREDICTION not in shapes:
-        log.info(
-            "%s: the keys of %s are the same; if it is that, give --config %s",
-            source,
-            " and ".join(others),
-            next(family.config for family in matching if family.key != chosen.key),
-        )
-    return chosen
-
-
-def _with_prediction(
-    matching: Sequence[Family], shapes: Shapes, parameterization: str | None, size: int | None
-) -> Family:
-    """Return the one of `matching` that predicts what is asked for, or what the markers tell; see `recognise`."""
-    wanted = parameterization or ("v" if V_PREDICTION in shapes else None)
-    if wanted is None:
-        return matching[0] if size is None else min(matching, key=lambda family: abs(family.size - size))
-    chosen = next((family for family in matching if family.parameterization == wanted), matching[0])
-    return replace(chosen, parameterization=wanted, zero_snr=wanted == "v" and ZERO_SNR in shapes)
-
-
-def _by_whole_keys(shapes: Shapes) -> dict[str, Sequence[int]]:
-    """Return `shapes` by the keys of a whole model; EMA weights stand in where there are no others.
-
-    A prefix before all keys is taken off; the keys of a UNet alone get the prefix that it has in a model.
-    """
-    firsts = [key.removesuffix(_FIRST) for key in shapes if key.endswith(_FIRST)]
-    outer = next((prefix.removesuffix(UNET) for prefix in firsts if prefix.endswith(UNET)), None)
-    alone = next((prefix for prefix in firsts if prefix in ("", UNET.split(".", 1)[1])), None)
-    if outer is not None:
-        return {key.removeprefix(outer): shape for key, shape in shapes.items()}
-    if alone is not None:
-        return {UNET + key.removeprefix(alone): shape for key, shape in shapes.items() if key.startswith(alone)}
-    return with_ema_as_weights(shapes, dict.fromkeys(key for family in _ROWS for key in family.shapes))
-
-
-def _differences(shapes: Shapes) -> dict[str, dict[str, Difference]]:
-    """Return, for each family, the telling keys at which `shapes` differ from it.
-
-    The text encoders count only where `shapes` have any.
-    """
-    has_encoders = has_part(shapes, COND_STAGE) or has_part(shapes, CONDITIONER)
-    found = {key: tuple(shape) for key, shape in shapes.items() if _TELLING.fullmatch(key)}
-    result = {}
-    for family in _ROWS:
-        expected = {key: shape for key, shape in family.shapes.items() if has_encoders or key.startswith(UNET)}
-        keys = dict.fromkeys((*expected, *found))
-        pairs = {key: (found.get(key), expected.get(key)) for key in keys}
-        result[family.key] = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-    return result
-
-
-def _distance(differences: Mapping[str, Difference]) -> float:
-    """Return the number of keys that differ, where one of another shape counts by the share of its sizes."""
-    return sum(_share(found, expected) for found, expected in differences.values())
-
-
-def _share(found: Shape | None, expected: Shape | None) -> float:
-    if found is None or expected is None or len(found) != len(expected):
-        return 1.0
-    return sum(one != other for one, other in zip(found, expected, strict=True)) / len(found)
-
-
-def _listed(differences: Mapping[str, Difference]) -> str:
-    """Return the first few keys that differ and their shapes, as words."""
-    words = [
-        f"{key} (found {found or 'none'}, expected {expected or 'none'})"
-        for key, (found, expected) in list(differences.items())[:_SHOWN]
-    ]
-    more = f", … ({len(differences)} keys)" if len(differences) > _SHOWN else ""
-    return ", ".join(words) + more

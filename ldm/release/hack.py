@@ -1,4 +1,4 @@
-"""Files of `tools/hack_weights.py`: read, graft, keep the file that is replaced, write, and log it."""
+"""File handling of `tools/hack_weights.py`: read, graft, back up the replaced file, write and log."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
+from ldm.checkpoint.keys import PREDICTION
+from ldm.checkpoint.markers import check_markers, marked_parameterization
 from ldm.config.load import build_model
 from ldm.locks import locked_file
+from ldm.release.configs import Chosen, check_prediction
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.opening import release_of, training_weights
+from ldm.release.opening import Release, release_of, training_weights
+from ldm.release.recognition import check_same_family, log_family, shapes_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 
-def _alone(write: Callable[..., None]) -> Callable[..., None]:
-    """Let no two processes run `write` with one `out`, the file that it writes."""
+def _locked(write: Callable[..., None]) -> Callable[..., None]:
+    """Hold the lock on the file `out` during each call of `write`."""
 
     @functools.wraps(write)
     def call(*arguments: Any, **options: Any) -> None:
@@ -38,95 +40,108 @@ def _alone(write: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-@_alone
-def hack_training(training_path: Path, release_path: Path, out: Path, vae: Path | None = None) -> None:
-    """Write the training checkpoint at `training_path`, with the released weights in it, to `out`.
+@_locked
+def hack_training(
+    training_path: Path, release_path: Path, out: Path, vae: Path | None = None, parameterization: str | None = None
+) -> None:
+    """Write the training checkpoint at `training_path`, with the released weights, to `out`.
 
-    `vae` is a file whose autoencoder takes the place of the release's.
+    The autoencoder of the file `vae`, if given, replaces that of the release. `parameterization`, if given, is what the
+    release predicts, whatever its markers tell.
 
     Raises:
-        UserError: a file is missing, damaged or of another model; nothing is written then.
+        UserError: a file is missing, damaged or of another model, or the release predicts something else than the
+            training. Nothing is written in this case.
     """
     if training_path.exists() and release_path.exists() and training_path.samefile(release_path):
-        raise UserError(f"{training_path}: given as the release and as the training checkpoint; name two files")
+        raise UserError(f"{training_path}: given both as release and as training checkpoint; name two different files")
     _check_out(out, release_path)
     training = open_checkpoint(training_path)
     check_training_checkpoint(training.content, training_path)
     release = open_checkpoint(release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
     state_dict = training_weights(training.content, training_path)
-    released = _release_weights(release, release_path, vae, state_dict)
-    grafted = graft(state_dict, released, release_path)
+    released = _released(release, release_path, vae, state_dict)
+    predicts = parameterization or marked_parameterization(released.named.carried)
+    noted = training.content.get(PREDICTION) or predicts
+    check_prediction(noted, predicts, release_path)
+    log_family(released.shapes, release_path, noted)
+    grafted = graft(state_dict, released.weights, release_path)
     log.info("\n".join(grafted.summary()))
-    log.info("the optimizer's state is reset: it belonged to the weights that are replaced")
+    log.info("optimizer state reset: it belongs to the replaced weights")
     if has_step_counters(training.content, training_path):
         content = grafted_checkpoint(training.content, grafted)
     else:
-        from ldm.release.fresh import fresh_checkpoint  # Lightning, seconds to import
+        from ldm.release.initial_checkpoint import checkpoint_at_start  # imports Lightning, which takes seconds
 
-        content = fresh_checkpoint(grafted)
-    _write(_with_encoders(content, released), out)
+        content = checkpoint_at_start(grafted.state_dict)
+    _write(_with_notes(content, released.weights, noted), out, "CONFIG")
 
 
-@_alone
-def hack_config(
-    config: DictConfig, config_names: Sequence[str | Path], release_path: Path, out: Path, vae: Path | None = None
-) -> None:
-    """Write a training checkpoint at step 0 for the model of `config`, with the released weights, to `out`.
+@_locked
+def hack_config(chosen: Chosen, release_path: Path, out: Path, vae: Path | None = None) -> None:
+    """Write a training checkpoint at step 0 for the model of a config, with the released weights, to `out`.
 
-    `config_names` are the files that `config` was read from; `vae` is that of `hack_training`.
+    `vae` is as in `hack_training`.
 
     Raises:
-        UserError: a file is missing, damaged or of another model; nothing is written then.
+        UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     _check_out(out, release_path)
     release = open_checkpoint(release_path)
-    from ldm.release.fresh import fresh_checkpoint, state_dict_without_weights  # Lightning, seconds to import
+    from ldm.release.initial_checkpoint import (
+        checkpoint_at_start,
+        state_dict_without_weights,
+    )  # imports Lightning, which takes seconds
 
-    state_dict = state_dict_without_weights(lambda: build_model(config))
-    log.info("made from: %s", ", ".join(map(str, config_names)))
-    released = _release_weights(release, release_path, vae, state_dict)
-    grafted = graft(state_dict, released, release_path)
+    state_dict = state_dict_without_weights(lambda: build_model(chosen.config))
+    log.info("model of the config %s", ", ".join(chosen.names))
+    released = _released(release, release_path, vae, state_dict)
+    grafted = graft(state_dict, released.weights, release_path)
     log.info("\n".join(grafted.summary()))
-    _write(_with_encoders(fresh_checkpoint(grafted), released), out)
+    content = _with_notes(checkpoint_at_start(grafted.state_dict), released.weights, chosen.prediction)
+    _write(content, out, chosen.as_typed())
 
 
-def _release_weights(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) -> dict:
+def _released(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) -> Release:
     check_release(release.content, path)
     opened = release_of(release, path, vae, own)
     log.info("release: %s, %d values", path, len(opened.named.file))
-    return opened.weights
+    check_markers(opened.named.carried, str(path))
+    check_same_family(opened.shapes, shapes_of(own), path)
+    return opened
 
 
-def _with_encoders(content: dict, released: dict) -> dict:
-    """Return `content` with the digests of the release's encoders, which training compares with those of its shards."""
-    digests = encoder_digests(released)
-    return {**content, "callbacks": {**content.get("callbacks", {}), "SameEncoders": digests}}
+def _with_notes(content: dict, released: dict, prediction: str | None) -> dict:
+    """Return `content` with what a resumed training compares: digests of the release's encoders, and the prediction."""
+    callbacks = {**content.get("callbacks", {}), "SameEncoders": encoder_digests(released)}
+    noted = {} if prediction is None else {PREDICTION: prediction}
+    return {**content, "callbacks": callbacks, **noted}
 
 
 def _check_out(out: Path, release: Path) -> None:
     if out.suffix != ".ckpt":
-        raise UserError(f"{out}: a training checkpoint's name must end in .ckpt")
+        raise UserError(f"{out}: the name of a training checkpoint must end in .ckpt; rename it")
     if out.exists() and release.exists() and out.samefile(release):
-        raise UserError(f"{out}: is the release itself, which would be replaced; choose another --out")
+        raise UserError(f"{out}: would replace the release; choose another --out")
 
 
-def _write(content: dict, out: Path) -> None:
+def _write(content: dict, out: Path, base: str) -> None:
     kept = _keep(out) if out.exists() and not _is_made_from_config(out) else None
     try:
         save_checkpoint(content, out)
-    except BaseException:  # Ctrl-C too: what was not replaced needs no second name
+    except BaseException:  # Ctrl-C too: a file that was not replaced needs no backup
         if kept and kept.samefile(out):
             kept.unlink()
         raise
     if kept:
-        log.info("kept what it replaces: %s", kept)
+        log.info("previous file kept as %s", kept)
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content["state_dict"]))
-    log.info("next: python main.py --resume %s --base CONFIG -t --gpus 0,", shlex.quote(str(out)))
+    log.info("next: python main.py --resume %s --base %s -t --gpus 0,", shlex.quote(str(out)), base)
 
 
 def _is_made_from_config(path: Path) -> bool:
-    """Return whether `hack_config` wrote the file: then no training is lost with it."""
+    """Return True if `hack_config` wrote the file, so that replacing it loses no training."""
     try:
         content = open_checkpoint(path).content
     except UserError:
@@ -135,7 +150,7 @@ def _is_made_from_config(path: Path) -> bool:
 
 
 def _keep(path: Path) -> Path:
-    """Give the file at `path` a second name that no file has yet; no copy where the file system has links."""
+    """Back up the file at `path` under an unused name, by a hard link if the file system has them, else by a copy."""
     for count in itertools.count(1):
         number = "" if count == 1 else f"-{count}"
         kept = path.with_name(f"{path.stem}.before-hack{number}{path.suffix}")
@@ -154,4 +169,4 @@ def _keep(path: Path) -> Path:
                 kept.unlink(missing_ok=True)
                 raise
         return kept
-    raise AssertionError("endless")
+    raise AssertionError("unreachable")

@@ -1,7 +1,4 @@
-"""Training checkpoints and releases: how their keys are named, and checks that a file is the one or the other.
-
-The names are those of `ldm.checkpoint.keys`.
-"""
+"""Key names of checkpoints, from `ldm.checkpoint.keys`, and checks of training checkpoints and releases."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ __all__ = [
     "is_optional",
 ]
 
-# What a training checkpoint holds. Lightning 1.4 has no `loops`, which hold the counters that a resume goes on from.
+# Required keys of a training checkpoint. The step counters are in `loops`, which Lightning 1.4 does not write.
 TRAINING_STATE = ("state_dict", "global_step", "optimizer_states", "lr_schedulers")
 LOOPS = "loops"
 
@@ -56,7 +53,7 @@ LOOPS = "loops"
 def check_release(content: Mapping[str, Any], path: str | Path) -> None:
     """Raise `UserError` if `content`, read from `path`, is a training checkpoint.
 
-    Optimizers are what pruning takes out: releases of 2022 still have the step, the callbacks and the loops.
+    The optimizer states distinguish the two. Releases of 2022 may hold the step, the callbacks and the loops.
     """
     if "optimizer_states" in content:
         raise UserError(
@@ -65,33 +62,28 @@ def check_release(content: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
-def is_of_2022(content: Mapping[str, Any]) -> bool:
-    """Return whether `content` is a checkpoint of Lightning 1.4 or before, which kept no progress of the loops."""
-    return "loops" not in content and "pytorch-lightning_version" in content and "optimizer_states" in content
-
-
 def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
-    """Raise `UserError` unless `content`, read from `path`, is what Lightning saves of a training.
+    """Raise `UserError` unless `content`, read from `path`, is a Lightning training checkpoint.
 
-    A checkpoint of Lightning 1.4 has no `loops` and is one too: see `has_step_counters`.
+    It may lack `loops`, as checkpoints of Lightning 1.4 do; see `has_step_counters`.
     """
-    missing = [key for key in TRAINING_STATE if key not in content and not (key == "loops" and is_of_2022(content))]
+    missing = [key for key in TRAINING_STATE if key not in content]
     if missing:
         raise UserError(
             f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "
             "make one from weights with tools/hack_weights.py, or start from them with model.params.ckpt_path"
         )
     if not isinstance(content["global_step"], int):
-        raise UserError(f"{path}: not a training checkpoint (its global_step is no number)")
+        raise UserError(f"{path}: not a training checkpoint (its global_step is not an integer)")
     optimizers = content["optimizer_states"]
     if not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)):
-        raise UserError(f"{path}: not a training checkpoint (its optimizer_states are no list of dicts)")
+        raise UserError(f"{path}: not a training checkpoint (its optimizer_states are not a list of dicts)")
 
 
 def has_step_counters(content: Mapping[str, Any], path: str | Path) -> bool:
-    """Return whether the training checkpoint has the counters of Lightning 1.5 and newer; a log line says if not."""
+    """Return True if the training checkpoint has the step counters of Lightning 1.5 and newer. Log if it lacks them."""
     if LOOPS in content:
         return True
     version = content.get("pytorch-lightning_version", "1.4 or older")
-    log.info("%s: written by Lightning %s, without loops: the step counters start anew", path, version)
+    log.info("%s: written by Lightning %s, without loops; the step counters start at 0", path, version)
     return False

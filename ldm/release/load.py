@@ -1,8 +1,7 @@
-"""Released checkpoints as models that are ready to use."""
+"""Loading of released checkpoints into models for inference."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,21 @@ from omegaconf import DictConfig
 
 from ldm.checkpoint import load_into, open_checkpoint
 from ldm.checkpoint.keys import EMA, has_part
+from ldm.checkpoint.markers import compare_markers
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.release.building import without_initialisation
-from ldm.release.opening import Release, release_of
+from ldm.release.initialisation import without_initialisation
+from ldm.release.opening import release_of
 from ldm.util import UserError
-
-logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`; `auto` is the GPU if there is one, that of process `local_rank`, else the CPU.
+    """Return the device `name`. `auto` is the GPU `local_rank` if CUDA is available, else the CPU.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
@@ -48,13 +46,13 @@ def load_release(
 ) -> LatentDiffusion:
     """Return the model of `config` with the weights of `ckpt`, for inference.
 
-    `vae` is a file whose autoencoder takes the place of the release's.
-
-    `config` is what `load_config` gives, or the path of a config that is not trusted. The diffusion schedule stays in
-    float32 whatever `dtype` is.
+    Args:
+        config: the result of `load_config`, or the path of an untrusted config.
+        dtype: of the networks. The diffusion schedule stays in float32.
+        vae: a file whose autoencoder replaces that of the release.
 
     Raises:
-        UserError: a file is missing or broken, or the checkpoint does not fit the config.
+        UserError: a file is missing or invalid, or the checkpoint does not match the config.
     """
     if isinstance(config, (str, Path)):
         config = load_config([config])
@@ -62,9 +60,9 @@ def load_release(
     with without_initialisation():
         model = build_model(config)
     if not isinstance(model, LatentDiffusion):
-        raise UserError(f"the config describes a {type(model).__name__}; a release is a LatentDiffusion")
+        raise UserError(f"model.target is a {type(model).__name__}; a release needs a LatentDiffusion")
     release = release_of(opened, ckpt, vae, model.state_dict())
-    _check_prediction(model, release)
+    compare_markers(release.named.carried, model.parameterization, str(ckpt))
     report = load_into(model, release.weights, source=str(ckpt))
     if has_part(report.missing, EMA):
         model.restart_ema()
@@ -72,16 +70,3 @@ def load_release(
         if part is not None:
             part.to(dtype)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _check_prediction(model: LatentDiffusion, release: Release) -> None:
-    """Warn of a release whose marks tell another kind of prediction than the config."""
-    mark = next((key for key in ("v_pred", "edm_vpred.sigma_max") if key in release.named.carried), None)
-    if mark and model.parameterization != "v":
-        logger.warning(
-            "%s: holds %s, the mark of v-prediction, and the config's parameterization is %s; "
-            "set model.params.parameterization to v",
-            release.path,
-            mark,
-            model.parameterization,
-        )

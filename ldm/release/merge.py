@@ -1,4 +1,4 @@
-"""Merging of a training checkpoint into the release that it started from: a new release."""
+"""Merging of a training checkpoint into the release that it started from. The result is a new release."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,44 +24,55 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.causes import likely_cause
-from ldm.checkpoint.keys import COND_STAGE, EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, has_part
+from ldm.checkpoint.keys import (
+    EMA,
+    EMA_COUNTERS,
+    FIRST_STAGE,
+    MODEL,
+    PREDICTION,
+    TEXT_ENCODERS,
+    has_part,
+)
+from ldm.checkpoint.markers import marked_parameterization, with_markers
 from ldm.checkpoint.names import is_carried
 from ldm.locks import locked_file
+from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.opening import release_of, training_weights
+from ldm.release.opening import Release, release_of, training_weights
+from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
 
-# Parts that a training may lack: the release's stay as they are.
-_OPTIONAL_PARTS = (FIRST_STAGE, COND_STAGE)
-# Digests of the weights, as other programs store them in the metadata of a release: those of a merge are others.
+# Parts that a training may lack. They are then kept from the release.
+_OPTIONAL_PARTS = (FIRST_STAGE, *TEXT_ENCODERS)
+# Digests of the weights that other programs store in the metadata of a release. A merge makes them wrong.
 _STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 @dataclass
 class Merge:
-    """State dict of a release with trained weights in it, and where each of its keys came from."""
+    """State dict of a release that holds trained weights, and the origin of each key."""
 
-    kind: str  # of the trained weights: "ema" or "raw"
+    kind: str  # kind of the trained weights: "ema" or "raw"
     state_dict: dict[str, torch.Tensor | Pending] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
-    averaged: list[str] = field(default_factory=list)  # EMA weights of the release, replaced too
+    averaged: list[str] = field(default_factory=list)  # replaced EMA weights of the release
     untouched: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # parts of the training that the release lacks
+    left_out: list[str] = field(default_factory=list)  # key prefixes of the training that the release lacks
 
     def summary(self) -> list[str]:
-        """Return one line for each kind of key, with counts."""
-        kind = "its moving average (ema)" if self.kind == "ema" else "the weights themselves (raw)"
+        """Return one line per kind of key, with its count."""
+        kind = "moving average (ema)" if self.kind == "ema" else "raw weights"
         lines = [
             (len(self.trained), f"weights taken from the training, {kind}"),
-            (len(self.averaged), "EMA weights of the release replaced too"),
-            (len(self.untouched), "values kept from the release, which training did not change"),
+            (len(self.averaged), "EMA weights of the release replaced"),
+            (len(self.untouched), "values of the release kept, unchanged by training"),
         ]
-        told = [f"{count} {what}" for count, what in lines if count]
-        return told + [f"{part}* of the training left out: the release has no such part" for part in self.left_out]
+        told = [f"{count} {line}" for count, line in lines if count]
+        return told + [f"{part}* of the training skipped: the release lacks it" for part in self.left_out]
 
 
 def merge(
@@ -70,19 +82,20 @@ def merge(
     weights: str | None = None,
     half: bool = False,
 ) -> Merge:
-    """Return `release` with every weight that `training` changed, cast to the release's dtype; the rest bit for bit.
+    """Return `release` with every weight that `training` changed, cast to the release's dtype.
 
-    A weight counts as changed if it differs from the released one in the dtype of the training. The same holds for each
-    element: those that a training in a narrow dtype left alone are not rounded.
+    All other values are identical bit for bit. A weight is changed if it differs from the release's weight in the
+    training's dtype. The comparison is also made per element: an unchanged element is not rounded to that dtype.
 
     Args:
-        weights: `ema` takes the moving average where there is one, `raw` the weights themselves; None: `ema` if the
-            training has any. EMA keys of the release get the training's EMA, or where it has none the changed weights.
-        half: floating weights become float16; the noise schedule keeps its dtype.
+        weights: `ema` takes the moving average, and the raw weight of a key without one. `raw` takes the raw weights.
+            None is `ema` if the training has a moving average, else `raw`. The EMA keys of the release get the
+            training's moving average, or the raw weights if it has none.
+        half: cast floating-point weights to float16. The noise schedule keeps its dtype.
 
     Raises:
-        UserError: the two are not of one architecture, or `ema` is asked of a training without. A value that is not
-            finite, or too large for its new dtype, raises when its `Pending` is computed.
+        UserError: the architectures differ, or `weights` is `ema` and the training has no moving average. Computing a
+            `Pending` raises if its value is not finite or too large for the new dtype.
     """
     shadows = {key: ema_key(key) for key in training if key.startswith(MODEL)}
     has_ema = any(shadow in training for shadow in shadows.values())
@@ -96,7 +109,7 @@ def merge(
     origins = {key: key for key in training if key not in SCHEDULE_KEYS and (has_ema or key not in EMA_COUNTERS)}
     if result.kind == "ema":
         origins |= {key: shadow for key, shadow in shadows.items() if shadow in training}
-    # The EMA that a release carries must not stay that of weights which are gone.
+    # EMA keys of the release that the training lacks follow the raw weights.
     followed = {shadow: key for key, shadow in shadows.items() if shadow not in training}
 
     for key, released in release.items():
@@ -114,9 +127,9 @@ def merge(
 
 
 def check_same_architecture(training: Weights, release: Weights) -> None:
-    """Raise `UserError` unless the weights of both have the same keys and shapes.
+    """Raise `UserError` unless both have weights of the same keys and shapes.
 
-    The release may have a first stage and a cond stage that the training lacks; both may have or lack optional keys.
+    The training may lack the autoencoder and the text encoders. Either may lack optional keys.
     """
     cause = "are they of one model?"
     for key, value in training.items():
@@ -141,9 +154,9 @@ def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
 
 
 def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.Tensor | None = None) -> Pending:
-    """Return `tensor` in `dtype`, to be computed when it is written.
+    """Return `tensor` cast to `dtype`, computed when it is written.
 
-    Elements of a trained `tensor` that still equal `start` in its dtype are those of `start`.
+    An element that equals `start` in the dtype of `tensor` is taken from `start`.
     """
 
     def compute() -> torch.Tensor:
@@ -157,7 +170,7 @@ def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.
                 raise UserError(f"{key} has values too large for {dtype}; merge into a release of a wider dtype")
             if start is not None:
                 raise UserError(
-                    f"{key} has values that are not finite: the training diverged; take an older checkpoint"
+                    f"{key} has values that are not finite, because the training diverged; use an older checkpoint"
                 )
         return new
 
@@ -167,14 +180,14 @@ def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.
 def merge_files(
     training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool, vae: Path | None = None
 ) -> None:
-    """Merge the checkpoints at `training_path` and `release_path` into the release `out`; log where its keys come from.
+    """Merge `training_path` and `release_path` into the release `out`, and log the origin of its keys.
 
-    `weights` and `half` are those of `merge`; the format of `out` goes by its suffix. The keys have the names that the
-    release has for them, and values that no model uses are written as they are. The release's metadata is kept, except
-    for digests of its weights. `vae` is a file whose autoencoder takes the place of the release's.
+    The suffix of `out` chooses the format. Keys are named as in the release file, and its unused values are copied. The
+    release's metadata is kept, except for digests of the weights. `weights` and `half` are as in `merge`. The
+    autoencoder of the file `vae`, if given, replaces that of the release.
 
     Raises:
-        UserError: a file is missing, damaged or of another model; nothing is written then.
+        UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     check_suffix(out)
     with locked_file(out):
@@ -186,7 +199,7 @@ def _merge_files(
 ) -> None:
     for path in (training_path, release_path):
         if out.exists() and path.exists() and out.samefile(path):
-            raise UserError(f"{out}: is one of the files to merge, which would be replaced; choose another --out")
+            raise UserError(f"{out}: would replace one of the files to merge; choose another --out")
     training, release = open_checkpoint(training_path), open_checkpoint(release_path)
     check_training_checkpoint(training.content, training_path)
     check_release(release.content, release_path)
@@ -195,14 +208,36 @@ def _merge_files(
     log.info("release: %s", release_path)
     trained = training_weights(training.content, training_path)
     opened = release_of(release, release_path, vae, trained)
+    check_same_family(opened.shapes, shapes_of(trained), release_path)
+    noted = training.content.get(PREDICTION)
+    log_family(opened.shapes, release_path, marked_parameterization(opened.named.carried) or noted)
     if vae is not None:
         trained = {key: value for key, value in trained.items() if not key.startswith(FIRST_STAGE)}
     try:
         merged = merge(trained, opened.weights, weights=weights, half=half)
         log.info("\n".join(merged.summary()))
         metadata = {key: text for key, text in release.metadata.items() if key not in _STALE_METADATA}
-        content = opened.named.restored(merged.state_dict)
+        content = _with_prediction(opened.named.restored(merged.state_dict), opened, trained, noted)
         save_state_dict(content, out, metadata=metadata)
     except UserError as error:
         raise UserError(f"{training_path} into {release_path}: {error}") from error
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))
+
+
+def _with_prediction(content: dict, release: Release, trained: Weights, noted: Any) -> dict:
+    """Return `content` with the markers of what was trained, if by its own keys it would be taken for something else.
+
+    `noted` is the parameterization in the training checkpoint; `trained` are its weights.
+    """
+    family = find_family(release.shapes)
+    if family is None or noted not in PARAMETERIZATIONS:
+        return content
+    alphas = trained.get("alphas_cumprod")
+    zero_snr = family.zero_snr if alphas is None else noted == "v" and float(in_memory(alphas)[-1]) == 0
+    if (family.parameterization, family.zero_snr) == (noted, zero_snr):
+        return content
+    marked = with_markers(content, noted, zero_snr)
+    for change, those in (("added", marked.keys() - content.keys()), ("left out", content.keys() - marked.keys())):
+        if those:
+            log.info("marker %s %s: the training predicts %s", " and ".join(sorted(those)), change, noted)
+    return marked

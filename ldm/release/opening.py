@@ -1,4 +1,4 @@
-"""Opening of a release whichever program wrote it: its weights by our names, and an autoencoder from another file."""
+"""Opening of releases of any program, with weights under this package's names, and with another file's autoencoder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ldm.checkpoint import OpenCheckpoint, is_optional, open_checkpoint, weights
 from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.names import Renamed, in_our_names
+from ldm.release.recognition import Shapes, shapes_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-_ENDS = ("encoder.conv_in.weight", "decoder.conv_out.weight")  # of an autoencoder: both ways
+_ENDS = ("encoder.conv_in.weight", "decoder.conv_out.weight")  # of an autoencoder's encoder and decoder
 
 
 @dataclass(frozen=True)
 class Release:
-    """Weights of a release by the names of this package, their names in the file, and the file's metadata."""
+    """Weights of a release under this package's names, their names in the file, and the file's metadata."""
 
     path: Path
     named: Renamed
@@ -33,42 +34,46 @@ class Release:
     def weights(self) -> dict[str, torch.Tensor]:
         return self.named.weights
 
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of the weights, and of the values that no model uses."""
+        return shapes_of(self.named.with_carried())
+
 
 def open_release(path: str | Path, vae: str | Path | None = None) -> Release:
-    """Open the release, or the training checkpoint, at `path`; see `release_of`."""
+    """Open the release or training checkpoint at `path`, as `release_of` does."""
     return release_of(open_checkpoint(path), path, vae)
 
 
 def release_of(
     opened: OpenCheckpoint, path: str | Path, vae: str | Path | None = None, own: Collection[str] = ()
 ) -> Release:
-    """Return the release that was `opened` from `path`, with the autoencoder of the file `vae` in place of its own.
+    """Return the release in the checkpoint `opened` from `path`. The file `vae`, if given, replaces its autoencoder.
 
-    `own` are the keys of the model that the weights are for; see `in_our_names`. A log line tells of other names, and
-    one of values that are not used.
+    `own` are the keys of the model to load the weights into; see `in_our_names`. Renamed and unused keys are logged.
 
     Raises:
-        UserError: the file holds no UNet, or `vae` no autoencoder that fits.
+        UserError: the file holds no UNet, or `vae` holds no matching autoencoder.
     """
     named = in_our_names(weights_of(opened.content, path), own)
     if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
-    _say(named, Path(path))
+    _log_names(named, Path(path))
     return Release(Path(path), named if vae is None else _with_autoencoder(named, vae), opened.metadata)
 
 
 def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a training checkpoint by our names, and after them the values that no model here uses."""
+    """Return the weights of a training checkpoint under this package's names, followed by its unused values."""
     named = in_our_names(weights_of(content, path))
-    _say(named, path)
-    return {**named.weights, **{key: named.file[key] for key in named.carried}}
+    _log_names(named, path)
+    return named.with_carried()
 
 
 def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the weights of the autoencoder in the file at `path`, alone or in a release, as a first stage's.
+    """Return the autoencoder in the file at `path`, with keys below `first_stage_model.`. The file may be a release.
 
     Raises:
-        UserError: the file holds none, or one in the layout of diffusers.
+        UserError: the file holds no autoencoder, or one in the layout of diffusers.
     """
     weights = weights_of(open_checkpoint(path).content, path)
     if not has_part(weights, FIRST_STAGE):
@@ -90,14 +95,14 @@ def _with_autoencoder(named: Renamed, vae: str | Path) -> Renamed:
     replaced = [key for key in named.weights if key.startswith(FIRST_STAGE) and not is_optional(key)]
     for key in replaced:
         if key not in given:
-            raise UserError(f"--vae {vae}: lacks {key}, which the release has; is it of another kind of autoencoder?")
+            raise UserError(f"--vae {vae}: lacks {key}, which the release has; is it another kind of autoencoder?")
         if given[key].shape != named.weights[key].shape:
-            shapes = f"{tuple(given[key].shape)}, that of the release is {tuple(named.weights[key].shape)}"
-            raise UserError(f"--vae {vae}: {key} has shape {shapes}; is it of another kind of autoencoder?")
-    log.info("%s: its autoencoder is taken, %d weights", vae, len(given))
+            shapes = f"{tuple(given[key].shape)}, but {tuple(named.weights[key].shape)} in the release"
+            raise UserError(f"--vae {vae}: {key} has shape {shapes}; is it another kind of autoencoder?")
+    log.info("%s: autoencoder taken from this file, %d weights", vae, len(given))
     return replace(named, weights={**named.weights, **given})
 
 
-def _say(named: Renamed, path: Path) -> None:
+def _log_names(named: Renamed, path: Path) -> None:
     for line in named.summary():
         log.info("%s: %s", path, line)

@@ -1,4 +1,4 @@
-"""Identity of a shard: the file that is opened again must be the one whose headers were read."""
+"""Identity of a shard, to detect that a file was replaced after its headers were read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Identity = tuple[int, int, int]  # bytes, time of change in ns, inode
+Identity = tuple[int, int, int]  # size in bytes, modification time in ns, inode
 
-# What a network folder says for a moment while its server restarts.
+# Errors of a network folder while its server restarts.
 _MOMENTARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN)
-_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds before each further try
+_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds before each retry
 
 
 def identity_of(descriptor: int) -> Identity:
@@ -30,30 +30,28 @@ def identity_of(descriptor: int) -> Identity:
 
 
 def check_identity(descriptor: int, path: Path, expected: Identity) -> None:
-    """Raise `UserError` unless the open file is the one that was indexed."""
+    """Raise `UserError` unless the open file has the identity `expected`."""
     if identity_of(descriptor) != expected:
         raise UserError(
-            f"{path}: was replaced or changed after training began to read it; put the old shard back and go on with "
-            "--resume, or start a new run with the new one"
+            f"{path}: was replaced or changed during training; restore the old shard and continue with "
+            "--resume, or start a new run with the new shard"
         )
 
 
 def with_retries(read: Callable[[], T], path: Path) -> T:
-    """Call `read`, again after errors that pass by themselves on network folders, a bounded number of times.
+    """Call `read`, with a few retries after transient errors of network folders.
 
     Raises:
-        UserError: the file cannot be read; names `path` and the cause.
+        UserError: the file cannot be read. The message names `path` and the cause.
     """
     for pause in (*_PAUSES, None):
         try:
             return read()
         except FileNotFoundError as error:
-            raise UserError(
-                f"{path}: is gone: it was deleted or moved after training began to read it; put it back"
-            ) from error
+            raise UserError(f"{path}: was deleted or moved during training; restore it") from error
         except OSError as error:
             if pause is None or error.errno not in _MOMENTARY:
                 raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-            logger.warning("%s: %s; trying again in %g s", path, error.strerror, pause)
+            logger.warning("%s: %s; retrying in %g s", path, error.strerror, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")

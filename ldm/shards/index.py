@@ -1,15 +1,19 @@
-"""`index.json` beside a set of shards: what pre-encoding wrote there, and whether it came to its end.
+"""Index of a set of shards, the file `index.json` in their folder.
 
 Format 2 has the keys
 
-    format, out, complete     2; the name pattern of the shards; false as long as some are missing
-    autoencoder, text_tower   digests of the weights that made the set, see `ldm.checkpoint.weights_digest`
-    scale_factor              the model's; what is stored is unscaled
-    shards                    name, samples, bytes and sha256 of each
-    samples                   in all
+    format, out, complete     2; the name pattern of the shards; false while shards are missing
+    autoencoder, text_tower   digests of the weights that encoded the set; see `ldm.checkpoint.weights_digest`
+    text_tower_2              digest of the second text tower, as in SDXL
+    scale_factor              scale factor of the model; stored latents are unscaled
+    family                    key of the model family in `ldm.release.families`; null for an unknown one
+    members                   names of the arrays of a sample, without the numbers of masks and without a teacher's
+    empty_caption             encoding of the empty caption: `encoded`, or `zeros`
+    shards                    name, samples, bytes and sha256 of each shard
+    samples                   total number
 
-and those that its maker adds: see `ldm.encoding.preencode`. Format 1 has no digests, and its shards may lack bytes and
-sha256. What an index does not have is not compared; what it has is held to its type, since people edit these files.
+and the keys of `ldm.encoding.preencode`. Format 1 has no digests, and its shards may lack bytes and sha256. Missing
+entries are not compared. The types of existing entries are checked, because users edit these files.
 """
 
 from __future__ import annotations
@@ -22,29 +26,33 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, check_file, read_at_most
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
-ENCODERS = {"autoencoder": "autoencoder", "text_tower": "text tower"}  # keys that have their digests, and what they are
-MAKE_AGAIN = "make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
-_MEND = f"put back what was written there, or {MAKE_AGAIN}"
-_MOST_BYTES = 1 << 28  # of the file; a million shards take a sixth
+AUTOENCODER = "autoencoder"
+# Keys of the digests of encoders, and names for messages.
+ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
+FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
+ZEROS, ENCODED = "zeros", "encoded"
+MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+_MEND = f"restore the value, or {MAKE_AGAIN}"
+_MOST_BYTES = 1 << 28  # size limit of the file, enough for six million shards
 
 
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the index of the set in `folder`; `complete` in it says whether the set is."""
+    """Write the index of the set in `folder`."""
     with atomic_write(folder / INDEX) as path:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of the set in `folder`; None if there is none.
+    """Return the index of the set in `folder`, or None if there is no index.
 
     Raises:
-        UserError: it is no index of a set.
+        UserError: the file is not an index.
     """
     path = folder / INDEX
     try:
@@ -56,28 +64,31 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}; {MAKE_AGAIN}") from error
     if not isinstance(index, dict) or "shards" not in index:
-        raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove it if it is not that of a set of shards")
+        raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove the file if it is not the index of a set")
     version = index.get("format", 1)
     if not (is_whole(version) and 1 <= version <= FORMAT_VERSION):
-        raise UserError(f"{path}: has format {version!r:.80}, this program knows 1 to {FORMAT_VERSION}; {MAKE_AGAIN}")
+        raise UserError(
+            f"{path}: has format {version!r:.80}, but this program reads 1 to {FORMAT_VERSION}; {MAKE_AGAIN}"
+        )
     check_entries(f"{path}: ", index, _ENTRIES)
     for number, shard in enumerate(index["shards"]):
         where = f"{path}: shards[{number}]"
-        if not isinstance(shard, dict):
-            raise UserError(f"{where} is {shard!r:.80}, not the name, bytes and sha256 of a shard; {_MEND}")
+        is_entry = isinstance(shard, dict)
         needed = ("name",) if version == 1 else ("name", "bytes", "sha256")
-        missing = next((key for key in needed if key not in shard), None)
-        if missing is not None:
-            raise UserError(f"{where} has no {missing}; {_MEND}")
+        missing = next((key for key in needed if is_entry and key not in shard), None)
+        refuse_if(
+            (not is_entry, f"{where} is {shard!r:.80}, not the name, bytes and sha256 of a shard; {_MEND}"),
+            (missing is not None, f"{where} has no {missing}; {_MEND}"),
+        )
         check_entries(f"{where}: its ", shard, SHARD_ENTRIES)
     return index
 
 
 def check_entries(where: str, found: Mapping[str, Any], entries: Mapping[str, Entry], mend: str = _MEND) -> None:
-    """Raise `UserError` for the first of `entries` that is in `found` and not what it should be."""
-    for key, (fits, what) in entries.items():
-        if key in found and not fits(found[key]):
-            raise UserError(f"{where}{key} is {found[key]!r:.80}, {what}; {mend}")
+    """Raise `UserError` for the first of `entries` that is in `found` with a wrong value."""
+    for key, (is_right, fault) in entries.items():
+        if key in found and not is_right(found[key]):
+            raise UserError(f"{where}{key} is {found[key]!r:.80}, {fault}; {mend}")
 
 
 def is_whole(value: Any) -> bool:
@@ -89,12 +100,12 @@ def _is_scale(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value) and value > 0
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer beyond the range of float
         return False
 
 
 def is_failures(value: Any) -> bool:
-    """Whether it lists images that could not be read."""
+    """Return True for a list of images that could not be read, with name and reason."""
     return isinstance(value, list) and all(
         isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "reason"))
         for entry in value
@@ -102,31 +113,42 @@ def is_failures(value: Any) -> bool:
 
 
 def _is_name(name: Any) -> bool:
-    """Whether it names a file in the index's folder."""
+    """Return True for the name of a file in the index's folder."""
     if not isinstance(name, str) or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
         return False
-    return name.splitlines() == [name]  # it is to be in a message of one line
+    return name.splitlines() == [name]  # messages have one line
 
 
 def is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
-Entry = tuple[Callable[[Any], bool], str]  # whether a value is right, and what to say of one that is not
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_key(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.isidentifier())
+
+
+Entry = tuple[Callable[[Any], bool], str]  # a check of a value, and the fault for messages
 WHOLE: Entry = (is_whole, "not a whole number of at least 0")
-_DIGEST: Entry = (is_digest, "which is no digest")
+_DIGEST: Entry = (is_digest, "not a digest")
 FAILURES: Entry = (is_failures, "not a list of the name and the reason of images that could not be read")
 _ENTRIES: dict[str, Entry] = {
     "shards": (lambda value: isinstance(value, list), "not a list"),
     "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
     "samples": WHOLE,
-    **dict.fromkeys(ENCODERS, (lambda value: value is None or is_digest(value), "which is no digest")),
+    **dict.fromkeys(ENCODERS, (lambda value: value is None or is_digest(value), "not a digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
+    FAMILY: (_is_key, "not the key of a family of models"),
+    MEMBERS: (_is_names, "not a list of names"),
+    EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
     "failed": FAILURES,
-    "made_from": (lambda value: isinstance(value, dict), "not what the set is made from, by name"),
+    "made_from": (lambda value: isinstance(value, dict), "not a mapping of settings"),
 }
 SHARD_ENTRIES: dict[str, Entry] = {
-    "name": (_is_name, "which names no file in this folder"),
+    "name": (_is_name, "not the name of a file in this folder"),
     "samples": WHOLE,
     "bytes": WHOLE,
     "sha256": _DIGEST,
@@ -134,13 +156,14 @@ SHARD_ENTRIES: dict[str, Entry] = {
 
 
 def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished: bool = False) -> None:
-    """Hold shards against the index of their folder, by name and size; shards without an index are taken as they are.
+    """Compare shards with the index of their folder, by name and size. Without an index, nothing is checked.
 
-    `whole` says that folders or globs named them: then no shard of the index may be missing. Of an `unfinished` set
-    that is asked for there is only a warning: its index does not know its shards yet.
+    Args:
+        whole: all shards of the index must exist, because the user named a folder or a glob.
+        unfinished: allow unfinished sets, whose index does not list the shards yet. They give a warning.
 
     Raises:
-        UserError: a set is unfinished, a shard is missing, or is not the one that was written with the index.
+        UserError: a set is unfinished, or a shard is missing or differs from its entry.
     """
     folders: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
@@ -150,34 +173,36 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished:
         if index is None:
             continue
         if not index.get("complete", True):
-            said = (
-                f"{folder / INDEX}: the set is unfinished, its making was interrupted; give the same command of "
-                f"tools/preencode.py again to go on, or {MAKE_AGAIN}"
+            message = (
+                f"{folder / INDEX}: the set is unfinished, because writing it was interrupted; give the same command "
+                f"of tools/preencode.py again to resume it, or {MAKE_AGAIN}"
             )
-            if not unfinished:
-                raise UserError(said)
-            logger.warning("%s", said)
+            refuse_if((not unfinished, message))
+            logger.warning("%s", message)
             continue
         known = {shard["name"]: shard.get("bytes") for shard in index["shards"]}
         for path in shards:
-            check_file(path)
-            if not path.exists():
-                if path.name not in known:
-                    raise UserError(f"{path}: no such file")
-                continue
-            if path.name not in known:
-                raise UserError(f"{path}: not in {folder / INDEX}; move it to a folder of its own, or {MAKE_AGAIN}")
-            size = path.stat().st_size
-            if known[path.name] is not None and size != known[path.name]:
-                raise UserError(
-                    f"{path}: has {size} bytes, but {known[path.name]} in {folder / INDEX}; copy it again, or "
-                    f"{MAKE_AGAIN}"
-                )
+            _check_shard(path, known)
         asked = known if whole else {path.name for path in shards}
         missing = [name for name in known if not (folder / name).is_file()]
         gone = next((name for name in missing if name in asked), None)
         if gone is not None:
             raise UserError(
-                f"{folder / gone}: missing, as {len(missing)} of the {len(known)} shards in {INDEX} are; "
-                f"copy it again, name only shards that are there, or {MAKE_AGAIN}"
+                f"{folder / gone}: missing, as are {len(missing)} of the {len(known)} shards in {INDEX}; "
+                f"copy it again, name only existing shards, or {MAKE_AGAIN}"
             )
+
+
+def _check_shard(path: Path, known: Mapping[str, int | None]) -> None:
+    """Compare an existing shard with `known`, the sizes in the index by name; None for an unknown size."""
+    check_file(path)
+    index, exists, expected = path.parent / INDEX, path.exists(), known.get(path.name)
+    size = path.stat().st_size if exists else None
+    refuse_if(
+        (not exists and path.name not in known, f"{path}: no such file"),
+        (path.name not in known, f"{path}: not in {index}; move it to a folder of its own, or {MAKE_AGAIN}"),
+        (
+            exists and expected is not None and size != expected,
+            f"{path}: has {size} bytes, but {expected} in {index}; copy it again, or {MAKE_AGAIN}",
+        ),
+    )

@@ -1,7 +1,7 @@
-"""Pre-encoded samples in local tar shards, read by offset: any sample at any time, in whatever order.
+"""Reader of pre-encoded samples in local tar shards, with random access by offset.
 
-A shard is indexed once, by its headers. So the order of an epoch is a permutation of all samples, whatever the number
-of workers; a set may have fewer samples than workers; and everything that does not fit is found before training starts.
+The headers of each shard are read once. This has three effects: an epoch is a permutation of all samples for any number
+of workers, a set may have fewer samples than workers, and wrong samples are found before training starts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,70 +19,122 @@ from torch.utils.data import Dataset
 from ldm.files import open_file, read_span
 from ldm.shards import npy
 from ldm.shards.identity import Identity, check_identity, identity_of, with_retries
-from ldm.shards.sample import CAPTION, CONTEXT, LATENT, ORIGIN, TEACHER_KEYS, TEXT_KEYS, member_extension, number_types
+from ldm.shards.sample import (
+    CAPTION,
+    CONTEXT,
+    LATENT,
+    MAPS,
+    NUMBERED,
+    ORIGIN,
+    POOLED,
+    SIZE_ENTRIES,
+    TEACHER_KEYS,
+    TEXT_KEYS,
+    is_array,
+    member_extension,
+    number_types,
+    numbered,
+    plain,
+)
 from ldm.shards.tar import TarSample, index_tar
-from ldm.util import UserError, nearest
+from ldm.util import UserError, nearest, refuse_if
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_ABSENT = {CAPTION: "", ORIGIN: None}  # what stands for one that a sample does not have
+_ABSENT = {CAPTION: "", ORIGIN: None}  # values of missing members
+_MOST = 1 << 24  # side in pixels; float32 is exact for integers up to this one
+_OF_FAMILIES = (POOLED, *MAPS, *SIZE_ENTRIES)  # members for certain model families
+_ENCODE_AGAIN = "encode the images again with the release that training starts from"
 
 
 def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
-    """What `members` has, by extension, under `key`; None if it is one of the `optional` that the sample lacks.
+    """Return the member of `key` from `members`, which are by extension. A missing member of `optional` is None.
 
     Raises:
-        UserError: the `sample` of the shard `where` lacks another key.
+        UserError: the `sample` of the shard `where` lacks a required member.
     """
     extension = member_extension(key)
     if extension not in members and key not in optional:
         hint = nearest(extension, list(members))
         if key in TEACHER_KEYS:
             hint = "; write the teacher's predictions with tools/make_prior.py --teacher, or set prior_target: data"
+        if plain(key) in _OF_FAMILIES:
+            hint = f", which this model family needs; {_ENCODE_AGAIN}"
         raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
     return members.get(extension)
 
 
+def numbered_keys(keys: Iterable[str], members: Mapping[str, Any]) -> list[str]:
+    """Return `keys` and the further numbered members that `members` has, by extension, of keys in `NUMBERED`."""
+    found: list[str] = []
+    for key in keys:
+        found.append(key)
+        number = 1
+        while key in NUMBERED and member_extension(further := numbered(key, number)) in members:
+            found.append(further)
+            number += 1
+    return found
+
+
 def decode_member(key: str, data: bytearray, name: str) -> Any:
-    """The value of one member: an array, a string (`txt`) or parsed JSON (`json`).
+    """Return the value of one member: an array, a string (`txt`), parsed JSON (`json`), or a size in it, float32 (2,).
 
     Raises:
-        UserError: it cannot be decoded, or an array is not finite; names `name`.
+        UserError: the member cannot be decoded, or an array is not finite. The message names `name`.
     """
-    if key in TEXT_KEYS:
+    if not is_array(key):
         try:
             text = data.decode("utf-8")
-            return text if key == CAPTION else json.loads(text)
+            content = text if key == CAPTION else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: {error}") from error
+        return content if key in TEXT_KEYS else _size(content, SIZE_ENTRIES[key], name)
     array = npy.decode(data, name, number_types(key))
     if not np.isfinite(array).all():
-        raise UserError(f"{name}: holds NaN or infinite values; encode it again")
+        raise UserError(f"{name}: has NaN or infinite values; encode it again")
     return array
 
 
-def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
-    """Raise `UserError` unless `shape` can be in one set with the shape of the set's `first` sample.
+def _size(content: Any, entry: str, name: str) -> np.ndarray:
+    """Return the `entry` of a sample's parsed `json`, float32 (2,)."""
+    value = content.get(entry) if isinstance(content, dict) else None
+    if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and 0 <= n <= _MOST for n in value):
+        found = "no" if value is None else f"{value!r:.80} as its"
+        raise UserError(f"{name}: has {found} {entry}, which must be two whole numbers of pixels; {_ENCODE_AGAIN}")
+    return np.array(value, np.float32)
 
-    Images, `(channels, height, width)`, may differ in height and width; everything else is one shape.
+
+def check_map(key: str, shape: tuple[int, ...], latent: tuple[int, ...], name: str) -> None:
+    """Raise `UserError` unless `key` has the height and width of its sample's latent."""
+    if plain(key) in MAPS and shape[1:] != latent[1:]:
+        raise UserError(f"{name}: shape {shape}, but the latent has {latent}; height and width must be equal")
+
+
+def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
+    """Raise `UserError` unless `shape` can share a set with the shape of the `first` sample.
+
+    Images, (channels, height, width), may differ in height and width. All other arrays must have equal shapes.
     """
-    if image and len(shape) != 3:
-        raise UserError(f"{name}: shape {shape} is not (channels, height, width)")
-    if (shape[0] != first[0]) if image else (shape != first):
-        raise UserError(f"{name}: shape {shape}, but the first sample's {key} is {first}")
+    refuse_if(
+        (image and len(shape) != 3, f"{name}: shape {shape} is not (channels, height, width)"),
+        (
+            (shape[0] != first[0]) if image else (shape != first),
+            f"{name}: shape {shape}, but {key} of the first sample has shape {first}",
+        ),
+    )
 
 
 class ShardDataset(Dataset):
-    """The samples of local shards: `dataset[i]` is a dict of the `keys`, `"txt"` (the caption) and `"__key__"`.
+    """Data set of local shards. A sample is a dict with the `keys`, `"txt"` (the caption) and `"__key__"`.
 
-    Arrays are numpy, float16 or float32 as stored: `first_stage_key` `(channels, h, w)`, `cond_stage_key` `(77, 768)`
-    unless it is None; and what else `extra` names, such as `TEACHER_KEYS`, or `"json"`, which is None where there is
-    none.
+    Arrays are numpy arrays, float16 or float32 as stored: `first_stage_key` (channels, h, w), and `cond_stage_key`,
+    such as (77, 768), unless it is None. `extra` names further members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`,
+    or `"json"`, which is None for a sample without it. Of the `NUMBERED` members, those of the first sample are read.
 
     Raises:
-        UserError: a shard is damaged, a sample lacks one of the keys, or its shape is not that of the others.
+        UserError: a shard is damaged, a sample lacks a key, or the shapes of samples differ.
     """
 
     def __init__(
@@ -99,8 +151,10 @@ class ShardDataset(Dataset):
         self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
         self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.sample_keys: list[str] = []
-        self.shapes: dict[str, dict[tuple[int, ...], str]] = {key: {} for key in self.keys}  # shape -> type, as found
-        self._identities: list[Identity] = []  # of each path
+        self.shapes: dict[str, dict[tuple[int, ...], str]] = {
+            key: {} for key in self.keys
+        }  # shape → dtype, in the order of the samples
+        self._identities: list[Identity] = []  # by the number of the path
         shards, spans, groups = [], [], []
         for number, path in enumerate(self.paths):
             samples = index_tar(path)
@@ -110,6 +164,9 @@ class ShardDataset(Dataset):
                 continue
             with open_file(path) as file:
                 self._identities[number] = identity_of(file.fileno())
+                if not self.sample_keys:
+                    self.keys = numbered_keys(self.keys, samples[0].spans)
+                    self.shapes = {key: {} for key in self.keys}
                 for sample in samples:
                     self.sample_keys.append(sample.key)
                     shards.append(number)
@@ -117,31 +174,34 @@ class ShardDataset(Dataset):
                     spans.append([span or (-1, -1) for span in found])
                     groups.append(self._check(sample, path, file.fileno()))
         if not self.sample_keys:
-            if len(self.paths) == 1:
-                raise UserError(f"no samples in 1 shard, {self.paths[0]}")
-            raise UserError(f"no samples in {len(self.paths)} shards, such as {self.paths[0]}")
-        # Arrays, not objects: workers fork, and reference counts would copy the index into each.
+            count = "1 shard," if len(self.paths) == 1 else f"{len(self.paths)} shards, such as"
+            raise UserError(f"no samples in {count} {self.paths[0]}")
+        # Arrays, not lists: reference counting would copy a list into each forked worker.
         self._shards = np.asarray(shards, dtype=np.int32)
-        self._spans = np.asarray(spans, dtype=np.int64)  # (samples, keys, 2): offset and size, -1 for none
+        self._spans = np.asarray(spans, dtype=np.int64)  # (samples, keys, 2): offset and size, -1 if missing
         self._groups = np.asarray(groups, dtype=np.int32)
 
     def _check(self, sample: TarSample, path: Path, descriptor: int) -> int:
-        """Check the headers of a sample's arrays; returns the number of its image's shape among all shapes."""
-        group = 0
+        """Check a sample's sizes and the headers of its arrays; return the number of its latent's shape among all."""
+        latent, group = (), 0
         for key in self.keys:
             if key in TEXT_KEYS:
                 continue
             offset, size = sample.spans[member_extension(key)]
             name = f"{path}: {sample.key}.{member_extension(key)}"
+            if not is_array(key):
+                decode_member(key, read_span(descriptor, offset, size, name), name)
+                continue
             start = read_span(descriptor, offset, min(size, npy.HEADER_BYTES), name)
             header = npy.read_header(start, size, name, number_types(key))
             known = self.shapes[key]
             if header.shape not in known:
-                image = key == self.first_stage_key
+                image = key == self.first_stage_key or plain(key) in MAPS
                 check_shape(key, header.shape, next(iter(known), header.shape), image, name)
                 known[header.shape] = header.dtype.name
             if key == self.first_stage_key:
-                group = list(known).index(header.shape)
+                latent, group = header.shape, list(known).index(header.shape)
+            check_map(key, header.shape, latent, name)
         return group
 
     def __len__(self) -> int:
@@ -153,7 +213,7 @@ class ShardDataset(Dataset):
 
     def _read(self, index: int, path: Path, identity: Identity) -> dict[str, Any]:
         sample: dict[str, Any] = {"__key__": self.sample_keys[index]}
-        # Opened for each sample: a set may have more shards than a process may hold open, and an open costs 10 us.
+        # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             check_identity(descriptor, path, identity)
@@ -168,5 +228,5 @@ class ShardDataset(Dataset):
         return sample
 
     def groups(self) -> list[np.ndarray]:
-        """The sample numbers, one array for each shape of image: what may share a batch."""
+        """Return the sample numbers, one array per image shape. The samples of an array may share a batch."""
         return [np.flatnonzero(self._groups == group) for group in range(len(self.shapes[self.first_stage_key]))]

@@ -1,14 +1,15 @@
-"""The sample format: members of a sample, their types, and the batch entries that the data give and the models read.
+"""Sample format: members of a sample, their types, and the batch entries of the same names.
 
-A sample `<key>` of a shard is `<key>.f8.npy`, `<key>.t5.npy`, `<key>.txt` and `<key>.json`; a teacher adds its members.
-An output of a second text encoder becomes part of the format by its name in `TEXT_ENCODINGS`: pre-encoding stores it
-beside the first one where the cond stage gives a mapping with it, and `null.<name>.npy` of the empty caption.
+A sample `<key>` of a shard has the members `<key>.f8.npy`, `<key>.t5.npy`, `<key>.txt` and `<key>.json`. Model families
+add members: SDXL `pooled.npy`, and sizes in the `json`; inpainting `mask.npy` and `masked_image.npy` for each mask;
+InstructPix2Pix `edit.npy`. A teacher adds its members. The files `null.<name>.npy` beside the shards hold the encodings
+of the empty caption and of a completely masked image.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,92 @@ import numpy as np
 
 from ldm.shards import npy
 
-LATENT = "f8"  # a posterior's mean and log variance (2C, h, w), or a latent (C, h, w); unscaled
-CONTEXT = "t5"  # the text encoder's hidden states (77, D)
-TEXT_ENCODINGS = (CONTEXT,)  # members that are outputs of text encoders
-STORED = np.float16  # the type of stored latents and encodings
+LATENT = "f8"  # mean and log-variance of a posterior (2C, h, w), or a latent (C, h, w), unscaled
+CONTEXT = "t5"  # hidden states of the text encoder (77, D)
+POOLED = "pooled"  # pooled state of a second text encoder (E,)
+TEXT_ENCODINGS = (CONTEXT, POOLED)  # members with outputs of text encoders
+MASK = "mask"  # (1, h, w): 1 where the model paints, else 0
+MASKED_IMAGE = "masked_image"  # as `LATENT`, for the image with 0 where the mask is 1
+EDIT = "edit"  # latent of the image before the edit (C, h, w), the posterior's mode, unscaled
+MAPS = (MASK, MASKED_IMAGE, EDIT)  # members with the size of the latent
+# Members that a sample may have several times, with a number: `mask`, `mask.1`, `mask.2`.
+NUMBERED = (MASK, MASKED_IMAGE)
+STORED = np.float16  # dtype of stored latents and encodings
 
-DRAW = "draw"  # B strings: each names the random numbers which a training step draws for its sample
-IS_PRIOR = "is_prior"  # bool (B,): samples that are there to be remembered
-# Questions and answers of a frozen model about a prior's sample: a timestep, an integer from 0, (B,); the noise
-# (B, C, h, w); and the output (B, C, h, w), whatever it predicts. A stored sample has K of each.
+STREAM = "stream"  # B strings: names of the random streams of the samples
+IS_PRIOR = "is_prior"  # bool (B,): True for prior samples
+# Predictions of a frozen model on prior samples: the timestep (B,), counted from 0; the noise (B, C, h, w); and the
+# model's output (B, C, h, w). A stored sample has K of each.
 TIMESTEPS, NOISE, PREDICTION = TEACHER_KEYS = ("t", "noise", "prediction")
 
 TEXT_KEYS = ("txt", "json")  # members that are not arrays
 CAPTION, ORIGIN = TEXT_KEYS
 
-# Posteriors are read with log variances in this range. Unclamped ones need not fit in float16.
+# Entries of `json` in pixels, [height, width] or [top, left]: size of the image, corner of the crop in the scaled
+# image, and size of the crop (arXiv:2307.01952, section 2.2).
+ORIGINAL_SIZE, CROP, TARGET_SIZE = SIZES = ("original_size", "crop_top_left", "target_size")
+# Batch entries (B, 2) of sizes, by this package's names and those of SDXL's released config: the entry of `json`.
+SIZE_ENTRIES = {
+    **{name: name for name in SIZES},
+    "original_size_as_tuple": ORIGINAL_SIZE,
+    "crop_coords_top_left": CROP,
+    "target_size_as_tuple": TARGET_SIZE,
+}
+
+# Log-variances of posteriors are clamped to this range. Other values may not fit in float16.
 LEAST_LOGVAR, MOST_LOGVAR = -30.0, 20.0
 
 
 def member_extension(key: str) -> str:
-    """Return the end of the member's name that holds `key`: `f8` is in `<sample>.f8.npy`, `txt` in `<sample>.txt`."""
+    """Return the extension of the member `key`, such as `f8.npy` for `f8` and `txt` for `txt`."""
+    if key in SIZE_ENTRIES:
+        return ORIGIN
     return key if key in TEXT_KEYS else f"{key}.npy"
 
 
+def is_array(key: str) -> bool:
+    """Return True if `key` is a member with an array."""
+    return key not in TEXT_KEYS and key not in SIZE_ENTRIES
+
+
+def numbered(key: str, number: int) -> str:
+    """Return the name of the member `key` with the given number, counted from 0."""
+    return f"{key}.{number}" if number else key
+
+
+def plain(key: str) -> str:
+    """Return the name of the member `key` without its number."""
+    name, _, number = key.rpartition(".")
+    return name if name in NUMBERED and number.isdigit() else key
+
+
 def number_types(key: str) -> tuple[str, ...]:
-    """Return the numpy types that the array under `key` may have."""
+    """Return the valid numpy types of the array `key`."""
     return npy.INTEGERS if key == TIMESTEPS else npy.FLOATS
 
 
 def null_path(folder: Path, key: str = CONTEXT) -> Path:
-    """Return the file beside the shards in `folder` with the encoding `key` of the empty caption."""
+    """Return the path of the encoding `key` of the empty caption, for the shards in `folder`."""
     return folder / f"null.{member_extension(key)}"
 
 
-def text_encodings(conditioning: Any) -> dict[str, Any]:
-    """Return what a cond stage gives, by member: one value is the context, a mapping has a value for each member."""
-    if not isinstance(conditioning, Mapping):
-        return {CONTEXT: conditioning}
-    assert set(conditioning) <= set(TEXT_ENCODINGS), f"{set(conditioning)} of the cond stage are not in the format"
-    return dict(conditioning)
+def blank_key(height: int, width: int) -> str:
+    """Return the name, for `null_path`, of a completely masked `MASKED_IMAGE` (2C, `height`, `width`)."""
+    return f"{MASKED_IMAGE}.{height}x{width}"
+
+
+def null_paths(folder: Path) -> list[Path]:
+    """Return the files `null.*.npy` in `folder`, for empty captions and completely masked images."""
+    return sorted(folder.glob("null.*.npy"))
+
+
+def sizes_of(original: Sequence[int], crop: Sequence[int], target: Sequence[int]) -> dict[str, list[int]]:
+    """Return the sizes in `json` for an image of `original` size, cropped to `crop` and scaled to `target` size.
+
+    `crop` is top, left, height and width in the original. SDXL has crops in pixels of the scaled image.
+    """
+    corner = [(2 * start * to + side) // (2 * side) for start, side, to in zip(crop[:2], crop[2:], target, strict=True)]
+    return {ORIGINAL_SIZE: list(original), CROP: corner, TARGET_SIZE: list(target)}
 
 
 def encode_members(
@@ -64,11 +112,11 @@ def encode_members(
     origin: Mapping[str, Any],
     others: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, bytes]:
-    """Return the members of a sample, by extension, in the order in which they are written.
+    """Return the members of a sample by extension, in the order of the file.
 
     Args:
-        origin: where the sample comes from, for its `json`.
-        others: further arrays by key, such as the teacher's.
+        origin: content of the member `json`, the origin of the sample.
+        others: further arrays by key, such as masks or those of a teacher.
     """
     arrays = {LATENT: latent, **encodings}
     members = {member_extension(key): npy.encode(array) for key, array in arrays.items()}
@@ -77,5 +125,5 @@ def encode_members(
 
 
 def index_shapes(latents: Iterable[Iterable[int]], encodings: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return what an index says of the shapes: all those of latents, and that of each encoding."""
+    """Return the entries of an index for shapes: all shapes of latents, and the shape of each encoding."""
     return {LATENT: [list(shape) for shape in latents], **{key: list(value.shape) for key, value in encodings.items()}}

@@ -1,7 +1,7 @@
-"""Names of shards as people write them: a path, a folder, a glob, a brace pattern, a URL, a list of these.
+"""Expansion of shard names: a path, a folder, a glob, a brace pattern, a URL, or a list of these.
 
-A path that exists means itself, whatever characters it has. So do the folders at the beginning of a pattern: only
-what follows them is a pattern.
+An existing path is not a pattern, even if it has special characters. In a pattern, only the part after the existing
+folders is expanded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _FILE_SCHEME = re.compile("^file:(//)?")
 
 
 def is_stream(url: str) -> bool:
-    """Return whether `url` can only be read front to back: `pipe:`, `http:` and the like."""
+    """Return True if `url` is a stream without random access, such as `pipe:` or `http:`."""
     return _SCHEME.match(url) is not None and not _is_there(url)
 
 
 def names_all_there(urls: str | Path | Iterable[str | Path]) -> bool:
-    """Return whether `urls` has a folder or a glob, which stand for whatever shards are there."""
+    """Return True if `urls` has a folder or a glob, which select all existing shards."""
     for entry in [urls] if isinstance(urls, (str, Path)) else urls:
         for pattern in _split(str(entry)):
             path = _FILE_SCHEME.sub("", pattern)
@@ -37,7 +37,7 @@ def names_all_there(urls: str | Path | Iterable[str | Path]) -> bool:
 
 
 def existing_folder(pattern: str) -> str:
-    """Return the beginning of `pattern` up to the last slash before which a folder of that very name exists."""
+    """Return the longest beginning of `pattern` that is an existing folder, with its slash."""
     end = len(pattern)
     while (end := pattern.rfind("/", 0, end)) > 0:
         if _is_there(pattern[:end]):
@@ -47,23 +47,23 @@ def existing_folder(pattern: str) -> str:
 
 def _local(pattern: str) -> Path:
     path = Path(pattern)
-    if not path.parts or os.path.lexists(path.parts[0]):  # a folder may be called ~x
+    if not path.parts or os.path.lexists(path.parts[0]):  # an existing folder named ~x
         return path
     try:
         return path.expanduser()
-    except RuntimeError as error:  # ~nobody
+    except RuntimeError as error:  # an unknown user
         raise UserError(f"{pattern:.100}: {error}") from error
 
 
 def _is_there(name: str) -> bool:
     try:
         return os.path.lexists(_local(name))
-    except (OSError, ValueError):  # too long, or with a null character: no name of a file
+    except (OSError, ValueError):  # too long, or with a null character
         return False
 
 
 def _split(entry: str) -> list[str]:
-    """Return the patterns that `::` joins in `entry`, unless that is the name of a file or folder."""
+    """Return the patterns that `::` joins in `entry`, unless `entry` is an existing file or folder."""
     path = _FILE_SCHEME.sub("", entry)
     if _is_there(path):
         return [entry]
@@ -73,12 +73,12 @@ def _split(entry: str) -> list[str]:
 
 
 def _expand_local(pattern: str, folder: str) -> list[str]:
-    """Return the paths of a pattern without braces, which begins with the existing `folder`."""
+    """Return the paths of a pattern without braces that begins with the existing `folder`."""
     path = _local(pattern)
     if _is_there(pattern) and path.is_dir():
-        found = sorted(str(tar) for tar in path.glob("[!.]*.tar"))  # a hidden one is still being written
+        found = sorted(str(tar) for tar in path.glob("[!.]*.tar"))  # a hidden file is still being written
         if not found:
-            raise UserError(f"{pattern}: the folder holds no .tar")
+            raise UserError(f"{pattern}: the folder has no .tar")
         return found
     if not _is_there(pattern) and glob.has_magic(pattern[len(folder) :]):
         start = glob.escape(str(_local(folder) / "_")[:-1]) if folder else ""
@@ -90,10 +90,10 @@ def _expand_local(pattern: str, folder: str) -> list[str]:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """Yield the shards that `pattern`, without `::`, names."""
+    """Yield the shards of one `pattern` without `::`."""
     path = _FILE_SCHEME.sub("", pattern)
     folder = existing_folder(path)
-    if _is_there(path) or folder not in ("", "/"):  # braces in the name of a folder that is there mean themselves
+    if _is_there(path) or folder not in ("", "/"):  # existing folders are not expanded
         names = [path] if _is_there(path) else (folder + rest for rest in expand_braces(path[len(folder) :]))
     else:
         names = expand_braces(pattern)
@@ -105,21 +105,21 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def expand_urls(urls: str | Path | Iterable[str | Path]) -> list[str]:
-    """Return every shard that `urls` names, in order: local paths without `file:`, and streams as they are.
+    """Return the shards of `urls` in order: local paths without `file:`, and URLs of streams.
 
-    Braces are expanded and `::` joins several, as in WebDataset; a folder stands for its tars, a glob for its matches.
+    Braces and `::` are expanded as in WebDataset. A folder stands for its tars, and a glob for its matches.
 
     Raises:
-        UserError: nothing matches, a brace is open, or a shard is named twice.
+        UserError: nothing matches, a brace is not closed, or a shard occurs twice.
     """
     if isinstance(urls, (str, Path)):
         urls = [urls]
     found = [url for entry in urls for pattern in _split(str(entry)) for url in _expand(pattern)]
     if not found:
-        raise UserError(f"no shards: {urls!r} names none")
+        raise UserError(f"{urls!r} names no shards")
     seen: set[str] = set()
     for url in found:
         if url in seen:
-            raise UserError(f"{url}: named twice among the shards")
+            raise UserError(f"{url}: occurs twice among the shards")
         seen.add(url)
     return found

@@ -1,4 +1,4 @@
-"""Whether shards hold the bytes that were written: their SHA-256 against that of the index, read once a file."""
+"""Verification of shards by the SHA-256 in their index. Each file is read once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# Beside the shards: what was found of each, for as long as its size and its time of change are the same.
+# File beside the shards with the results. A result is valid while size and modification time are unchanged.
 _SEEN = ".verified.json"
-_MOST_BYTES = 1 << 28  # of that file
-_THREADS = 4  # hashing does not hold Python's lock, and a disk likes a few readers
+_MOST_BYTES = 1 << 28  # size limit of this file
+_THREADS = 4  # hashing releases Python's lock
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file in hex."""
     hashed = hashlib.sha256()
     with open_file(path) as file:
         while block := file.read(1 << 20):
@@ -32,12 +32,12 @@ def file_sha256(path: Path) -> str:
 
 
 def verify_shards(paths: Sequence[str | Path]) -> None:
-    """Hold the shards at `paths` against the checksums in the indexes of their folders, where there are any.
+    """Compare the shards at `paths` with the checksums in the index of their folder, if there is one.
 
-    All of a file is read, once: what was found is kept in `.verified.json` beside it, if that can be written.
+    Each file is read completely. The result is stored in `.verified.json` beside it, so that it is read only once.
 
     Raises:
-        UserError: a shard is not what was written; names it.
+        UserError: a shard has another checksum.
     """
     folders: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
@@ -51,7 +51,7 @@ def verify_shards(paths: Sequence[str | Path]) -> None:
 def _verify_folder(folder: Path, shards: list[Path], expected: dict[str, str]) -> None:
     seen = _read_seen(folder)
     states = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in shards}
-    # What did not match is read again: a copy that keeps the time of change may have mended it.
+    # Files that did not match are read again, because a copy may keep the modification time.
     unread = [path for path in shards if seen.get(path.name) != [*states[path], expected[path.name]]]
     if unread:
         size = sum(states[path][0] for path in unread)
@@ -60,12 +60,12 @@ def _verify_folder(folder: Path, shards: list[Path], expected: dict[str, str]) -
         found = dict(zip(unread, pool.map(file_sha256, unread), strict=True))
     seen |= {path.name: [*states[path], digest] for path, digest in found.items()}
     if unread:
-        with suppress(OSError), atomic_write(folder / _SEEN) as path:  # a folder for reading alone: verified each time
+        with suppress(OSError), atomic_write(folder / _SEEN) as path:  # in a read-only folder, each run verifies again
             path.write_text(json.dumps(seen) + "\n")
     for path in shards:
         if seen[path.name][2] != expected[path.name]:
             raise UserError(
-                f"{path}: its bytes are not those that were written: SHA-256 {seen[path.name][2][:12]}…, "
+                f"{path}: was changed: its SHA-256 is {seen[path.name][2][:12]}…, but "
                 f"{expected[path.name][:12]}… in its index; copy it again, or {MAKE_AGAIN}"
             )
 

@@ -1,4 +1,4 @@
-"""Writing samples to tar shards that are whole or not there, and the same bytes for the same samples."""
+"""Writers of tar shards. A shard appears only when it is complete, and equal samples give equal bytes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from typing import Any, BinaryIO
 
 from ldm.config.braces import expand_braces
 from ldm.files import atomic_write
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _NUMBER = re.compile(r"%0?\d*d")
 
 
 def shard_paths(pattern: str) -> Iterator[Path]:
-    """Return the names that `pattern` stands for, in order: endless for `%06d`, counted for `{000..009}`, else one.
+    """Yield the paths of `pattern` in order: unlimited for `%06d`, limited for `{000..009}`, else one.
 
-    The folder is taken as it is written. A file that exists is taken as it is written, too.
+    The folder, and the name of an existing file, are not expanded.
 
     Raises:
-        UserError: it does not end in `.tar`, names shards in several folders, has more than one number, or a brace is
-            open.
+        UserError: `pattern` does not end in `.tar`, names several folders, has several numbers, or has an open brace.
     """
     if not pattern.endswith(".tar"):
         raise UserError(f"--out {pattern}: name shards such as shards/toms-%06d.tar, or a single .tar")
@@ -37,7 +36,7 @@ def shard_paths(pattern: str) -> Iterator[Path]:
         return iter([path])
     numbers = _NUMBER.findall(path.name)
     if len(numbers) > 1:
-        raise UserError(f"--out {pattern}: has {len(numbers)} numbers, one is enough")
+        raise UserError(f"--out {pattern}: has {len(numbers)} numbers; give one")
     if numbers:
         return (path.with_name(path.name.replace(numbers[0], numbers[0] % number)) for number in itertools.count())
     try:
@@ -49,35 +48,37 @@ def shard_paths(pattern: str) -> Iterator[Path]:
 
 
 def _check_folder(path: Path) -> None:
-    """Raise `UserError` for a folder that is a pattern: the shards of a set share one folder, with its index."""
+    """Raise `UserError` for a folder that is a pattern. The shards of a set share one folder and its index."""
     folder = str(path.parent)
     if path.parent.exists():
         return
     is_pattern = _NUMBER.search(folder) is not None
-    with suppress(UserError):  # an open brace is a plain character
+    with suppress(UserError):  # an open brace is an ordinary character
         is_pattern = is_pattern or len(list(expand_braces(folder))) > 1
     if is_pattern:
         raise UserError(
-            f"--out {path}: a set is written to one folder, {folder} would be several; put the pattern into the name "
-            "of the file, or make that folder first if it is meant as it is written"
+            f"--out {path}: a set needs one folder, but {folder} stands for several; put the pattern into the file "
+            "name, or create this folder first if its name is not a pattern"
         )
 
 
 def _check_names(pattern: str, names: Sequence[str]) -> None:
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"--out {pattern}: names {twice[0]} twice")
-    if other := [name for name in names if "/" in name or not name.endswith(".tar")]:
-        raise UserError(f"--out {pattern}: names {other[0]}, which is no shard such as toms-000.tar")
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    other = next((name for name in names if "/" in name or not name.endswith(".tar")), None)
+    refuse_if(
+        (twice is not None, f"--out {pattern}: names {twice} twice"),
+        (other is not None, f"--out {pattern}: names {other}, which is not a shard such as toms-000.tar"),
+    )
 
 
 def is_spread(pattern: str) -> bool:
-    """Return whether `pattern` names several shards, rather than the one that takes everything."""
+    """Return True if `pattern` names several shards, and False if one shard takes all samples."""
     path = Path(pattern)
     return (bool(_NUMBER.search(path.name)) or "{" in path.name) and not path.exists()
 
 
 def existing_shards(pattern: str) -> list[Path]:
-    """Return the files that `shard_paths(pattern)` would name, as far as they are there."""
+    """Return the existing files among `shard_paths(pattern)`."""
     path = Path(pattern)
     if not is_spread(pattern) or not _NUMBER.search(path.name):
         return [path for path in shard_paths(pattern) if path.exists()]
@@ -87,7 +88,7 @@ def existing_shards(pattern: str) -> list[Path]:
 
 
 class _Hashing:
-    """A file to append to that hashes what passes."""
+    """File for writing that computes the SHA-256 of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -102,10 +103,9 @@ class _Hashing:
 
 
 class Shard:
-    """A context manager that writes samples to the tar at `path`, which appears when it is whole, and on no error.
+    """Context manager that writes samples to the tar at `path`. On an error, no file remains.
 
-    The same samples make the same bytes. `entry` is what an index says of the shard once it is whole: name, number of
-    samples, bytes, SHA-256.
+    After a successful exit, `entry` is the index entry of the shard: name, samples, bytes and SHA-256.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class Shard:
         with ExitStack() as opened:
             temporary = opened.enter_context(atomic_write(self.path))
             self._file = _Hashing(opened.enter_context(temporary.open("wb")))
-            # No `with` for the tar: closing it writes the end mark, which a shard cut short must not get.
+            # The tar is closed only on success, because closing writes the end mark.
             self._tar = tarfile.open(fileobj=self._file, mode="w")
             self._open = opened.pop_all()
         return self
@@ -134,20 +134,22 @@ class Shard:
         self.entry = {"name": self.path.name, "samples": self.samples, "bytes": size, "sha256": digest}
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Add a sample: `members` by extension, such as `f8.npy`."""
+        """Add a sample with `members` by extension, such as `f8.npy`."""
         for extension, data in members.items():
-            member = tarfile.TarInfo(f"{key}.{extension}")  # owner, group and time are 0: nothing of this machine
+            member = tarfile.TarInfo(
+                f"{key}.{extension}"
+            )  # owner, group and time are 0, so that equal samples give equal bytes
             member.size = len(data)
             self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members.clear()  # else a header a member stays in memory
+        self._tar.members.clear()  # to save memory
         self.samples += 1
 
 
 class ShardWriter:
-    """A context manager that spreads samples over the shards of `pattern`, `shard_size` to each.
+    """Context manager that writes samples to the shards of `pattern`, `shard_size` per shard.
 
-    On an error the shard being written is removed. `shards` lists the finished ones, as `Shard.entry`. A pattern that
-    names a single file takes all samples.
+    A pattern that names one file takes all samples. `shards` has the `Shard.entry` of each finished shard. On an error,
+    the current shard is removed.
     """
 
     def __init__(self, pattern: str, shard_size: int) -> None:
@@ -165,10 +167,10 @@ class ShardWriter:
             self._close(*exception)
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Add a sample: `members` by extension, such as `f8.npy`.
+        """Add a sample with `members` by extension, such as `f8.npy`.
 
         Raises:
-            UserError: the pattern names no further shard.
+            UserError: the pattern has no further name.
         """
         if self._shard is not None and self._shard.samples == self.shard_size:
             self._close(None, None, None)

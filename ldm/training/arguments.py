@@ -1,4 +1,4 @@
-"""The command line of main.py. Imports no torch, so that `--help` is instant."""
+"""Command line of main.py. Imports no torch, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.config.command_line_values import parse_value
 from ldm.config.trust import add_trust_option
-from ldm.config.typed import read_typed
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SEED = 23
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+=")
-# What other main.py's of 2022 name the weights to start from.
+# Options for the initial weights in other projects' main.py of 2022.
 _WEIGHTS = ("actual_resume", "finetune_from")
 _TEXTUAL_INVERSION = ("data_root", "embedding_manager_ckpt", "init_word", "placeholder_string")
 _NUMBER = re.compile(r"-\.?\d")
 
 _EPILOG = """\
-Any argument of Lightning's Trainer is an option too, by its name today or by the one it had in 2022:
-  --gpus 0,        the GPU number 0 (also: 0,1 for two; 2 for any two); without CUDA it trains on the CPU
+Every argument of Lightning's Trainer is an option too, under its present name or its name of 2022:
+  --gpus 0,        GPU number 0 (0,1: two GPUs by number; 2: any two); without CUDA, the CPU
   --max_steps 1000 --precision bf16 --accumulate_grad_batches 4 --check_val_every_n_epoch 10 ...
 
-Any value of the config is set by its path:
+Every value of the config is set by its path:
   model.base_learning_rate=1e-5 data.params.batch_size=2 lightning.callbacks.image_logger.params.disabled=True
 
 Examples:
@@ -39,7 +39,7 @@ Examples:
 
 @dataclass
 class Arguments:
-    """A parsed command line."""
+    """Parsed command line."""
 
     base: list[str]
     name: str | None
@@ -48,12 +48,14 @@ class Arguments:
     no_test: bool
     project: str | None
     debug: bool
-    seed: int | None  # None: the seed of the run that is resumed, or DEFAULT_SEED
+    seed: int | None  # None: the seed of the resumed run, or DEFAULT_SEED
     postfix: str
     logdir: Path
-    scale_lr: bool | None  # None: as the run that is resumed has it, or True
+    scale_lr: bool | None  # None: the value of the resumed run, or True
     trust_config: bool
-    trainer: dict[str, Any] = field(default_factory=dict)  # unchecked: which ones exist, only Lightning knows
+    trainer: dict[str, Any] = field(
+        default_factory=dict
+    )  # names and values are checked later, against Lightning's Trainer
     overrides: list[str] = field(default_factory=list)  # `a.b.c=value`
 
 
@@ -61,15 +63,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse `argv`, the command line without the program's name.
 
     Raises:
-        UserError: an option of main.py itself is misused, or there is nothing to do.
-        SystemExit: `--help` was asked for.
+        UserError: an option of main.py itself has a wrong value, or there is nothing to do.
+        SystemExit: `--help` was given.
     """
     parser = _build_parser()
     own, trainer, overrides = _split(argv, parser)
     arguments = Arguments(**vars(parser.parse_args(own)), trainer=trainer, overrides=overrides)
-    old = trainer.pop("resume_from_checkpoint", None)  # how Lightning 1 named it
+    old = trainer.pop("resume_from_checkpoint", None)  # the name in Lightning 1
     if old is not None and arguments.resume not in (None, str(old)):
-        raise UserError(f"--resume {arguments.resume} and --resume_from_checkpoint {old} are two checkpoints; give one")
+        raise UserError(f"--resume {arguments.resume} and --resume_from_checkpoint {old} differ; give one of them")
     if old is not None:
         arguments.resume = str(old)
     for name in _WEIGHTS:
@@ -79,14 +81,14 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if unsupported:
         raise UserError(
             f"{' and '.join(unsupported)}: not an option here; for textual inversion give textual_inversion.yaml "
-            "with --base, token and initial_token in its cond_stage_config, and pre-encoded pictures"
+            "with --base, set token and initial_token in its cond_stage_config, and pre-encode the images"
         )
     if not arguments.base and not arguments.resume:
-        raise UserError("nothing to do: give a config with --base, or a run to go on with by --resume (see --help)")
+        raise UserError("nothing to do: give a config with --base, or a run with --resume (see --help)")
     if arguments.no_test and not arguments.train:
-        raise UserError("nothing to do: neither --train nor a test (see --help)")
+        raise UserError("nothing to do: --no-test without --train; give -t to train (see --help)")
     if not arguments.train:
-        log.info("Without -t nothing is trained: only the test set is run, if there is one")
+        log.info("Without -t there is no training; only the test set is evaluated, if there is one")
     return arguments
 
 
@@ -105,19 +107,19 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     switch: dict[str, Any] = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     add = parser.add_argument
-    add("-n", "--name", help="name of the new run (default: that of the first config)")
-    add("-r", "--resume", metavar="PATH", help="go on with this run folder, or from this checkpoint")
+    add("-n", "--name", help="name of the new run (default: name of the first config)")
+    add("-r", "--resume", metavar="PATH", help="run folder or checkpoint to continue from")
     add("-b", "--base", metavar="YAML", nargs="*", action="extend", default=[], help="configs, merged left to right")
     add("-t", "--train", default=False, help="train", **switch)
-    add("--no-test", "--no_test", default=False, help="do not run the test set afterwards", **switch)
-    add("-p", "--project", help="project that a Weights & Biases logger reports to")
-    add("-d", "--debug", default=False, help="on an error, open the Python debugger where it happened", **switch)
-    add("-s", "--seed", type=_seed, help=f"seed of everything random (default: {DEFAULT_SEED})")
+    add("--no-test", "--no_test", default=False, help="do not evaluate the test set after training", **switch)
+    add("-p", "--project", help="project of a Weights & Biases logger")
+    add("-d", "--debug", default=False, help="on an error, open the Python debugger at its place", **switch)
+    add("-s", "--seed", type=_seed, help=f"seed of all random numbers (default: {DEFAULT_SEED})")
     add("-f", "--postfix", default="", help="appended to the run's name")
-    add("-l", "--logdir", type=Path, default=Path("logs"), help="where run folders are made (default: logs)")
+    add("-l", "--logdir", type=Path, default=Path("logs"), help="parent of the run folders (default: logs)")
     add(
         "--scale_lr",
-        help="multiply base_learning_rate by devices, batch size and accumulation; a run remembers it (default: True)",
+        help="multiply base_learning_rate by devices, batch size and accumulation; saved with the run (default: True)",
         **switch,
     )
     add_trust_option(parser)
@@ -139,7 +141,7 @@ def _seed(text: str) -> int:
 
 
 def _split(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], dict[str, Any], list[str]]:
-    """The tokens for `parser`, the Trainer's arguments by name, and the config overrides."""
+    """Split `argv` into the tokens for `parser`, the Trainer's arguments by name, and the config overrides."""
     known = {flag for action in parser._actions for flag in action.option_strings}
     own: list[str] = []
     trainer: dict[str, Any] = {}
@@ -167,10 +169,10 @@ def _is_value(token: str) -> bool:
 
 
 def _typed(flag: str, text: str) -> Any:
-    """Return `text` as `read_typed` reads it; `None`, as Python writes it, is null."""
+    """Return `text` parsed by `parse_value`, except that the text `None` is None."""
     if text == "None":
         return None
     try:
-        return read_typed(text)
+        return parse_value(text)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error

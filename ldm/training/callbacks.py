@@ -1,4 +1,4 @@
-"""Callbacks of a run: the defaults, and those that `lightning.callbacks` and `lightning.modelcheckpoint` describe."""
+"""Callbacks of a run: the defaults, `lightning.callbacks` and `lightning.modelcheckpoint`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
 from ldm.callbacks.forgetting import Forgetting
 from ldm.callbacks.progress import ProgressBar
-from ldm.callbacks.resume import LearningRateOnResume, NothingLeft
+from ldm.callbacks.resume import LearningRateOnResume, NoStepsLeft
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
@@ -36,13 +36,13 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
     "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
 }
-# Parameters of modelcheckpoint that are last.ckpt's too or alone, and those that it decides for itself.
-_OF_LAST = ("every_n_train_steps", "train_time_interval", "save_last_k")
-_NOT_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
+# Parameters of modelcheckpoint that apply to last.ckpt, and those that do not apply to the kept checkpoints.
+_LAST_PARAMS = ("every_n_train_steps", "train_time_interval", "save_last_k")
+_NOT_FOR_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
 
 
 def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed: int) -> list[Callback]:
-    """Return the default callbacks, changed and added to by `lightning.callbacks`.
+    """Return the default callbacks, with the changes and additions of `lightning.callbacks`.
 
     Raises:
         UserError: a callback cannot be built, or would write outside the run folder.
@@ -51,7 +51,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     callbacks: list[Callback] = [
         StepSeeds(seed),
         LearningRateOnResume(),
-        NothingLeft(),
+        NoStepsLeft(),
         SameEncoders(run.resume is not None or _names_weights(config)),
         SetupCallback(
             now=run.started,
@@ -79,7 +79,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
 
 
 def _names_weights(config: DictConfig) -> bool:
-    """Whether the config takes the autoencoder's weights from a file."""
+    """Return True if the config loads the autoencoder's weights from a file."""
     named = ("model.params.ckpt_path", "model.params.first_stage_config.params.ckpt_path")
     return any(OmegaConf.select(config, key) is not None for key in named)
 
@@ -94,16 +94,16 @@ def _build_checkpoints(
         if key not in ("target", "params"):
             raise UserError(f"unknown key lightning.modelcheckpoint.{key}{nearest(key, ['target', 'params'])}")
     given = described.get("params") or {}
-    of_last = {key: given[key] for key in _OF_LAST if given.get(key) is not None}
-    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **of_last, periodic=periodic)
-    params = {key: value for key, value in given.items() if key not in _NOT_KEPT}
+    last_params = {key: given[key] for key in _LAST_PARAMS if given.get(key) is not None}
+    last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **last_params, periodic=periodic)
+    params = {key: value for key, value in given.items() if key not in _NOT_FOR_KEPT}
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
     if params["monitor"] is not None:
         params.setdefault("save_top_k", 3)
-        # Not last.ckpt's number of steps: the metric is new only after a validation, or where a callback logs it.
-        params["every_n_train_steps"] = _steps_between(params["monitor"], others)
-    elif "train_time_interval" in of_last and "every_n_train_steps" not in of_last:
-        params["train_time_interval"] = timedelta(minutes=of_last["train_time_interval"])
+        # Not the interval of last.ckpt: the metric changes only at a validation, or when a callback logs it.
+        params["every_n_train_steps"] = _logging_interval(params["monitor"], others)
+    elif "train_time_interval" in last_params and "every_n_train_steps" not in last_params:
+        params["train_time_interval"] = timedelta(minutes=last_params["train_time_interval"])
     if not periodic or (params["monitor"] is None and "save_top_k" not in params):
         return [last]
     params = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}", "verbose": True, **params}
@@ -118,7 +118,7 @@ def _build_checkpoints(
     return callbacks
 
 
-def _steps_between(metric: str, callbacks: Sequence[Callback]) -> int | None:
-    """Every how many steps one of `callbacks` logs `metric`; None if none does."""
+def _logging_interval(metric: str, callbacks: Sequence[Callback]) -> int | None:
+    """Return the number of steps after which one of `callbacks` logs `metric`; None if none does."""
     evaluating = (callback for callback in callbacks if isinstance(callback, Forgetting))
     return next((callback.every_n_train_steps for callback in evaluating if metric in callback.metrics), None)

@@ -1,4 +1,4 @@
-"""What cannot work together, refused before anything is started."""
+"""Refusal of settings that cannot work together, before a run starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` for the first of what `model` and `trainer` are set to that cannot work together."""
+    """Raise `UserError` for the first combination of settings of `model` and `trainer` that cannot work."""
     for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping, check_rounding):
         check(model, trainer)
 
@@ -29,20 +29,21 @@ def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
 def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` if the UNet of `model` is compiled to CUDA graphs and `trainer` accumulates gradients.
 
-    Gradients lie in the graphs' own memory, which the next batch's forward pass overwrites.
+    The gradients lie in the memory of the graphs. The forward pass of the next batch overwrites it.
     """
     unet = unet_of(model)
     if unet is not None and unet.uses_cuda_graphs and trainer.accumulate_grad_batches > 1:
         raise UserError(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds up gradients that CUDA graphs overwrite; "
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} accumulates gradients, but CUDA graphs "
+            "overwrite them; "
             "leave it out, or set model.params.unet_config.params.compile_mode=default"
         )
 
 
 def check_clipping(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` if float16 gradients are to be clipped by value before a fused optimizer has unscaled them.
+    """Raise `UserError` if float16 gradients would be clipped by value before a fused optimizer unscales them.
 
-    Clipping by value makes finite numbers of those that overflowed, which the scaler must see.
+    Clipping by value turns overflowed gradients into finite ones, so that the scaler does not see the overflow.
     """
     config = getattr(model, "optimizer_config", None)
     fused = config is None or (config.get("params") or {}).get("fused")
@@ -50,8 +51,8 @@ def check_clipping(model: LightningModule, trainer: Trainer) -> None:
     by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
     if isinstance(model, DDPM) and trainer.gradient_clip_val and by_value and scales and fused:
         raise UserError(
-            f"gradient_clip_algorithm=value cannot clip what precision={trainer.precision} scales and "
-            "a fused optimizer unscales; use --precision bf16-mixed, or --gradient_clip_algorithm norm"
+            f"gradient_clip_algorithm=value cannot clip gradients that precision={trainer.precision} "
+            "scales and a fused optimizer unscales; use --precision bf16-mixed, or --gradient_clip_algorithm norm"
         )
 
 
@@ -62,73 +63,71 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
         return
     if trainer.gradient_clip_val:
         raise UserError(
-            f"gradient_clip_val={trainer.gradient_clip_val} clips all gradients together, and {config['target']} never "
-            "has all of them; leave it out, and clip each parameter's gradient with optimizer_config.params.clip_each"
+            f"gradient_clip_val={trainer.gradient_clip_val} needs all gradients at once, and {config['target']} "
+            "steps during backward; leave it out, and set optimizer_config.params.clip_each to clip each parameter"
         )
     for faults in (callback for callback in trainer.callbacks if isinstance(callback, NumericalFaults)):
         if faults.skips or faults.grad_norm_factor is not None:
             given = "on_fault=skip" if faults.skips else f"grad_norm_factor={faults.grad_norm_factor}"
             raise UserError(
-                f"lightning.callbacks.numerical_faults.params.{given} judges a step by its gradients, and "
-                f"{config['target']} takes most of a step before all are there; leave it out: a loss that is not "
-                "finite then stops the training"
+                f"lightning.callbacks.numerical_faults.params.{given} needs all gradients before a step, and "
+                f"{config['target']} steps during backward; leave it out: a loss that is not finite "
+                "then stops the training"
             )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise UserError(
-            f"precision={trainer.precision} scales the loss, and checks all gradients before a step, which "
-            f"{config['target']} takes before all are there; use --precision bf16-true or bf16-mixed"
+            f"precision={trainer.precision} scales the loss and checks all gradients before a step, and "
+            f"{config['target']} steps during backward; use --precision bf16-true or bf16-mixed"
         )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise UserError(
-            f"{config['target']} steps before gradients are averaged over {trainer.world_size} devices; train on one "
-            "device, or name its inner optimizer as optimizer_config"
+            f"{config['target']} steps before the gradients are averaged over {trainer.world_size} devices; train on "
+            "one device, or use its inner optimizer as optimizer_config"
         )
 
 
-# What an optimizer of these does to a number depends on no other number, and so not on how they are sharded.
+# Optimizers that update each element independently, so that sharding does not change the result.
 _ELEMENT_BY_ELEMENT = (optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 def check_sharded(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` if `trainer` is to shard the weights of `model`, and they or other settings forbid it."""
+    """Raise `UserError` if `trainer` shards the weights of `model` and the model or other settings do not allow it."""
     if not isinstance(trainer.strategy, ShardedStrategy):
         return
     unet = unet_of(model)
     if unet is None:
-        raise UserError(
-            f"strategy fsdp shards a UNetModel, and this {type(model).__name__} has none; use --strategy ddp"
-        )
+        raise UserError(f"strategy fsdp shards a UNetModel, but {type(model).__name__} has none; use --strategy ddp")
     if model.use_ema:
-        raise UserError("strategy fsdp shards the weights, and the EMA cannot follow: set model.params.use_ema=False")
+        raise UserError("strategy fsdp cannot shard the EMA; set model.params.use_ema=False")
     if unet.uses_cuda_graphs:
         raise UserError(
-            f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must stay in their place, and strategy "
-            "fsdp gathers them anew each time; use compile_mode=default"
+            f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must not move in memory, but strategy "
+            "fsdp gathers them at each step; use compile_mode=default"
         )
     if {*model.trained_parameters()} - {*unet.parameters()}:
         raise UserError(
-            "strategy fsdp trains the UNet alone; with cond_stage_trainable or learn_logvar use --strategy ddp"
+            "strategy fsdp trains the UNet only; with cond_stage_trainable or learn_logvar, use --strategy ddp"
         )
     target = (model.optimizer_config or {}).get("target", "torch.optim.AdamW")
     optimizer = get_obj_from_str(target)
     if not (isinstance(optimizer, type) and issubclass(optimizer, _ELEMENT_BY_ELEMENT)):
         raise UserError(
-            f"optimizer_config: {target} cannot step weights that strategy fsdp has sharded; "
-            "name torch.optim.AdamW, or use --strategy ddp"
+            f"optimizer_config: {target} cannot update weights sharded by strategy fsdp; "
+            "use torch.optim.AdamW, or use --strategy ddp"
         )
     if trainer.precision not in _SHARDED_PRECISIONS:
         raise UserError(
-            f"precision={trainer.precision} does not go with strategy fsdp; use --precision bf16-mixed, or one of "
-            f"{', '.join(_SHARDED_PRECISIONS)}"
+            f"precision={trainer.precision} does not work with strategy fsdp; "
+            f"use one of {', '.join(_SHARDED_PRECISIONS)}"
         )
 
 
 def check_rounding(model: LightningModule, trainer: Trainer) -> None:
-    """Refuse float16 weights, and warn of bfloat16 weights whose optimizer rounds to the nearest.
+    """Refuse float16 weights, and warn about bfloat16 weights whose optimizer rounds to the nearest.
 
-    At the learning rates of fine-tuning most updates are smaller than half the distance to the next bfloat16 number,
-    so that rounding to the nearest loses them. Float16 weights underflow and overflow.
+    At the learning rates of fine-tuning, most updates are smaller than half the distance to the next bfloat16 number.
+    Rounding to the nearest loses them. Float16 weights underflow and overflow.
 
     Raises:
         UserError: the weights would be float16.
@@ -146,7 +145,7 @@ def check_rounding(model: LightningModule, trainer: Trainer) -> None:
 
 
 def _rounds_stochastically(config: Mapping[str, Any] | None) -> bool:
-    """Return whether the optimizer that `config` describes, or the one inside it, rounds bfloat16 stochastically."""
+    """Return True if the optimizer of `config`, or the one inside it, rounds bfloat16 stochastically."""
     if not config:
         return False
     params = config.get("params") or {}

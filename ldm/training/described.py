@@ -1,4 +1,4 @@
-"""Objects that the section `lightning` describes."""
+"""Construction of the objects that the section `lightning` of a config describes, and checks of their paths."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.files import check_within, is_within
 from ldm.util import UserError, instantiate_from_config
 
-# Classes of 2022 that Lightning no longer has, and one that ranks by scores of weights that are gone.
+# Replacements of classes: those of 2022 that Lightning no longer has, and its ModelCheckpoint, which ranks checkpoints
+# by scores of weights that no longer exist.
 MOVED = {
     "pytorch_lightning.callbacks.ModelCheckpoint": "ldm.callbacks.kept.KeptCheckpoints",
     "lightning.pytorch.callbacks.ModelCheckpoint": "ldm.callbacks.kept.KeptCheckpoints",
     "pytorch_lightning.loggers.TestTubeLogger": "pytorch_lightning.loggers.TensorBoardLogger",
     "pytorch_lightning.plugins.DDPPlugin": "pytorch_lightning.strategies.DDPStrategy",
 }
-# Parameters of callbacks that name the folders they write in, and names of files in such a folder.
+# Parameters of callbacks for the folders that they write to, and for file names in such a folder.
 _FOLDERS = ("dirpath", "logdir", "ckptdir", "cfgdir")
 _FILES = ("filename", "path", "now")
 
 
 def check_callback_places(described: Any, folder: Path, where: str) -> None:
-    """Raise `UserError` if the params of a `described` callback name a place outside the run's `folder`."""
+    """Raise `UserError` if a path in the params of a `described` callback lies outside the run's `folder`."""
     params = described.get("params") if isinstance(described, Mapping) else None
     if not isinstance(params, Mapping):
         return
@@ -40,7 +41,7 @@ def check_callback_places(described: Any, folder: Path, where: str) -> None:
 
 
 def check_logger_places(params: Any, folder: Path, where: str) -> None:
-    """Raise `UserError` if a text in the `params` of a logger, such as a file's suffix, leads out of `folder`."""
+    """Raise `UserError` if a text in the `params` of a logger is a path out of `folder`."""
     for text in _texts(params):
         if not is_within(folder, text):
             check_within(folder, folder / text, where)
@@ -66,7 +67,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def instantiate_described(described: Mapping[str, Any], where: str) -> Any:
-    """`instantiate_from_config` that knows what moved, and names the place in the config in its errors."""
+    """Call `instantiate_from_config` with the replacements of `MOVED`, and name `where` in its errors."""
     target = described.get("target")
     try:
         return instantiate_from_config({**described, "target": MOVED.get(target, target)} if target else described)

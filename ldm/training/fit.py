@@ -1,4 +1,4 @@
-"""Running the Trainer: from a checkpoint or from the start, to the end or to a signal."""
+"""Training and testing with a Trainer, with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
+from torch.distributed import DistError
 
 from ldm.callbacks.signals import TrainingStopped
 from ldm.config.load import needs_trust
@@ -29,12 +30,15 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
+# Messages of the plain RuntimeErrors that gloo raises after another process has ended.
+_PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")
+
 
 def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig, run: Run) -> None:
     """Train, from `run.resume` if there is one.
 
     Raises:
-        SystemExit: a signal stopped the training; after its state was saved with code 0 for Ctrl-C, 143 for SIGTERM.
+        SystemExit: a signal stopped the training, after its state was saved. The code is 0 for Ctrl-C, 143 for SIGTERM.
         UserError: Lightning or the optimizer refuses the combination of arguments, or the device has too little memory.
     """
     check_compatibility(model, trainer)
@@ -50,28 +54,31 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, con
                 if isinstance(error, UserError) or not _restores(error):
                     raise
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise UserError(f"{run.resume}: its state cannot be taken up ({reason}); is it damaged?") from error
+                advice = "the file may be damaged; resume another checkpoint"
+                raise UserError(f"{run.resume}: its state cannot be restored ({reason}); {advice}") from error
     except (UserError, SystemExit):
-        if trainer.is_global_zero and not run.configs.is_dir():  # which its first step makes
-            shutil.rmtree(run.folder, ignore_errors=True)  # it never got as far as a run
+        if trainer.is_global_zero and not run.configs.is_dir():  # its first step makes this folder
+            shutil.rmtree(run.folder, ignore_errors=True)  # the run has not begun
         raise
     except TrainingStopped as stop:
         trust = " --trust-config" if needs_trust(config) else ""
-        log.info("Training %s; go on with: python main.py --resume %s -t%s", stop, shlex.quote(str(run.folder)), trust)
+        log.info(
+            "Training %s; continue with: python main.py --resume %s -t%s", stop, shlex.quote(str(run.folder)), trust
+        )
         raise SystemExit(0 if stop.signum == signal.SIGINT else 128 + stop.signum) from None
 
 
 def use_tensor_cores(device: torch.device) -> None:
-    """Let float32 matrix products on a CUDA `device` be TF32, as its convolutions are by torch's default.
+    """Allow TF32 in float32 matrix products on a CUDA `device`, as torch's default does for convolutions.
 
-    They take several times as long otherwise. NVIDIA's libraries do neither where NVIDIA_TF32_OVERRIDE=0 is set.
+    They take several times as long otherwise. NVIDIA_TF32_OVERRIDE=0 in the environment turns TF32 off for both.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def test(trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig) -> None:
-    """Run the test set through the weights that `model` holds, if there is one and the model has a test step."""
+    """Evaluate the test set with the present weights of `model`, if the data have one and the model has a test step."""
     if not is_overridden("test_step", model, LightningModule):
         log.info("No test: %s has no test step", type(model).__name__)
     elif not any((config.data.get("params") or {}).get(key) for key in ("test", "test_urls")):
@@ -82,16 +89,16 @@ def test(trainer: Trainer, model: LightningModule, data: LightningDataModule, co
 
 
 def _restores(error: BaseException) -> bool:
-    """Return whether `error` was raised while Lightning restored the state of a checkpoint."""
+    """Return True if `error` was raised while Lightning restored the state of a checkpoint."""
     if "loaded state dict" in str(error):
-        return False  # another optimizer, which has a message of its own
+        return False  # another optimizer; `_one_line_errors` has a message for it
     frames = traceback.extract_tb(error.__traceback__)
     return any("checkpoint_connector" in frame.filename and frame.name.startswith("restore") for frame in frames)
 
 
 @contextmanager
 def _one_line_errors(folder: Path) -> Iterator[None]:
-    """Make `UserError`s of what users can mend; `folder` is what is written to, where an error names no file."""
+    """Turn errors that users can correct into `UserError`s; an error without a file name gets the name `folder`."""
     try:
         yield
     except OSError as error:
@@ -103,18 +110,26 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
     except ValueError as error:
         if "val_check_interval" in str(error) and not isinstance(error, UserError):
             raise UserError(
-                f"lightning.trainer.val_check_interval: beyond the end of an epoch ({' '.join(str(error).split())}); "
+                f"lightning.trainer.val_check_interval: longer than an epoch ({' '.join(str(error).split())}); "
                 "give fewer batches, or add --check_val_every_n_epoch None to count them across epochs"
             ) from error
         if "loaded state dict" not in str(error):
             raise
-        raise UserError(f"the checkpoint's optimizer does not fit what this config trains ({error})") from error
+        raise UserError(f"the optimizer state of the checkpoint does not fit this config ({error})") from error
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
         raise UserError(f"{first}; lower data.params.batch_size and raise --accumulate_grad_batches") from error
     except (BackendCompilerFailed, TritonMissing, GPUTooOldForTriton) as error:
         reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
         raise UserError(
-            f"torch.compile failed ({reason}): it needs a C++ compiler, and on a GPU Triton; install them, or set "
-            "model.params.unet_config.params.compile_mode=null (low-bit optimizers always need them on a GPU)"
+            f"torch.compile failed ({reason}). It needs a C++ compiler, and Triton on a GPU; install them, or set "
+            "model.params.unet_config.params.compile_mode=null (low-bit optimizers need them on a GPU in any case)"
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and not any(text in str(error) for text in _PEER_ENDED):
+            raise
+        reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+        raise UserError(
+            f"another process of the training has ended or cannot be reached ({reason}); "
+            "resume the last checkpoint with --resume"
         ) from error

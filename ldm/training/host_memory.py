@@ -1,21 +1,21 @@
-"""How the process's memory behaves while a training computes or keeps state on the host."""
+"""Allocation of host memory for a training that computes or keeps state on the host."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# Of glibc's mallopt(3).
+# Parameters of mallopt(3) in glibc.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Let freed memory stay with this process, for the next step to use; whether the C library can (glibc's can).
+    """Keep freed memory in this process for the next step. Return False if the C library is not glibc.
 
-    By default glibc gives a large tensor's pages back as soon as it is freed, and the next one's are fetched from the
-    kernel and zeroed one by one: on a CPU that is a third of a step of Stable Diffusion's UNet (benchmarks/RESULTS.md).
-    What the process has taken at its peak, and the gaps in it, it then keeps until it ends.
+    By default, glibc returns the pages of a large tensor to the kernel as soon as it is freed. The kernel must then
+    zero the pages of the next tensor. On a CPU, this takes a third of a step of Stable Diffusion's UNet
+    (benchmarks/RESULTS.md). With this setting, the process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Loggers of a run: CSV, and TensorBoard or what `lightning.logger` describes."""
+"""Loggers of a run: CSV, and TensorBoard or the logger of `lightning.logger`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DEFAULT_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 
 
 def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Logger] | bool:
-    """Return a CSV logger, and TensorBoard or what `lightning.logger` describes; False where either key is false.
+    """Return the loggers of a run: TensorBoard or the logger of `lightning.logger`, and CSV; False if turned off.
 
     Raises:
-        UserError: `lightning.logger` describes no logger, one whose package is not installed, or one that would write
+        UserError: `lightning.logger` is not a logger, needs a package that is not installed, or would write
             outside the run folder.
     """
     if not logs_anything(config):
@@ -45,5 +45,5 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
 
 
 def logs_anything(config: DictConfig) -> bool:
-    """Return whether the run has loggers: neither `lightning.logger` nor `lightning.trainer.logger` is false."""
+    """Return False if `lightning.logger` or `lightning.trainer.logger` is false, which turns all loggers off."""
     return config.lightning.get("logger") is not False and config.lightning.trainer.get("logger") is not False

@@ -1,4 +1,4 @@
-"""Precisions of a run: bfloat16 weights, and mixed precision whose gradients can be clipped."""
+"""Precision plugins: bfloat16 weights, and mixed precision with gradient clipping for fused optimizers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 
 class Bfloat16Weights(HalfPrecision):
-    """Lightning's `bf16-true`, of which only the weights become bfloat16.
+    """Precision `bf16-true` that casts the weights alone to bfloat16.
 
-    Lightning also casts batches, which costs a stored float16 latent three of its bits, and makes bfloat16 the default
-    type during a step, in which timesteps and losses are computed. The network casts its inputs to the type of its
-    weights itself, and the rest is float32.
+    Lightning also casts batches, which takes three bits from a stored float16 latent, and makes bfloat16 the default
+    dtype during a step, which would apply to timesteps and losses. Here the network casts its inputs to the dtype of
+    its weights, and everything else is float32.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class Bfloat16Weights(HalfPrecision):
 
 
 class ClippedMixedPrecision(MixedPrecision):
-    """Mixed precision that clips the gradients of fused optimizers too, which Lightning refuses.
+    """Mixed precision that also clips the gradients of fused optimizers, which Lightning refuses.
 
-    Such an optimizer divides by the loss scale inside its own step. In bfloat16 nothing is scaled, and clipping is as
-    ever. In float16 the norm of the scaled gradients is compared with the scaled limit. Gradients that overflow have
-    a norm that is not finite; they stay so, and the scaler leaves the step out.
+    A fused optimizer divides by the loss scale inside its own step. In bfloat16, gradients are not scaled, so they are
+    clipped as usual. In float16, the norm of the scaled gradients is compared with the scaled limit. Overflowed
+    gradients have a norm that is not finite. Clipping keeps them so, and the scaler skips the step.
     """
 
     def clip_gradients(

@@ -1,4 +1,4 @@
-"""Taking up a training checkpoint: is it one, and is it one of this model."""
+"""Resuming from a training checkpoint: reading, checking and loading it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pytorch_lightning import LightningModule, seed_everything
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.saving import mark_newest
 from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
-from ldm.checkpoint.keys import EMA, has_part
+from ldm.checkpoint.keys import EMA, PREDICTION, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
-from ldm.release.building import without_initialisation
-from ldm.release.fresh import checkpoint_at_start
-from ldm.release.keys import check_training_checkpoint, is_of_2022
+from ldm.locks import run_of
+from ldm.release.initial_checkpoint import checkpoint_at_start
+from ldm.release.initialisation import without_initialisation
+from ldm.release.keys import check_training_checkpoint, has_step_counters
 from ldm.training.arguments import DEFAULT_SEED
-from ldm.training.run import LAST, lies_in_run
+from ldm.training.run import LAST
 from ldm.training.structure import check_structure
 from ldm.util import UserError
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """The content of a training checkpoint, memory-mapped, and where it is."""
+    """Memory-mapped content of a training checkpoint, with its path."""
 
     path: Path
     opened: OpenCheckpoint
@@ -42,16 +43,16 @@ class TrainingCheckpoint:
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are whole or not there, and that run no code when they are read.
+    """Checkpoint plugin that writes files whole or not at all, and executes no code when it reads one.
 
     Args:
-        folder: the run folder. Nothing outside is written or removed, whatever a callback or its saved state says.
-        taken_up: a checkpoint that was read before. It is handed out the first time that Lightning asks for it.
+        folder: run folder. The plugin writes and removes nothing outside, even if a callback or its state asks for it.
+        preloaded: checkpoint that was read before. It is returned for the first request of its path.
     """
 
-    def __init__(self, folder: Path, taken_up: TrainingCheckpoint | None = None) -> None:
+    def __init__(self, folder: Path, preloaded: TrainingCheckpoint | None = None) -> None:
         self._folder = folder
-        self._taken_up = taken_up
+        self._preloaded = preloaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         check_within(self._folder, Path(path).parent, "checkpoint in")
@@ -59,8 +60,8 @@ class AtomicCheckpointIO(CheckpointIO):
         mark_newest(Path(path))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        taken_up, self._taken_up = self._taken_up, None
-        return taken_up.content if taken_up and taken_up.path == Path(path) else load_checkpoint(path)
+        preloaded, self._preloaded = self._preloaded, None
+        return preloaded.content if preloaded and preloaded.path == Path(path) else load_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         path = Path(path)
@@ -74,95 +75,107 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
-    """The training checkpoint at `path`, all of it held against its checksums; None if there is nothing to go on from.
+    """Read the training checkpoint at `path` and verify its checksums and structure; return None if `path` is None.
 
     Raises:
-        UserError: the file is damaged, and then the newest of its run that is not is named; or it holds no training
-            state.
+        UserError: the file is damaged, or has no training state. The message names the newest undamaged checkpoint of
+            the run.
     """
     if path is None:
         return None
     try:
-        return TrainingCheckpoint(path, _open_whole(path))
+        return TrainingCheckpoint(path, _open_checked(path))
     except UserError as error:
-        raise UserError(f"{error}{_instead_of(path)}") from error
+        raise UserError(f"{error}{_alternative_to(path)}") from error
 
 
-def _open_whole(path: Path) -> OpenCheckpoint:
-    """Open the checkpoint at `path` and check its structure; of one without progress, the weights alone are taken up.
+def _open_checked(path: Path) -> OpenCheckpoint:
+    """Open the checkpoint at `path` and check its structure; a checkpoint of Lightning 1.4 keeps only its weights.
 
     Raises:
         UserError: the file is damaged, or not a training checkpoint.
     """
     opened = open_checkpoint(path)
     check_training_checkpoint(opened.content, path)
-    if is_of_2022(opened.content):
-        log.info("%s: of Lightning 1.4, without progress: its weights are taken up, the step counters start anew", path)
+    if not has_step_counters(opened.content, path):
         weights = opened.content["state_dict"]
         opened.content.clear()
         opened.content.update(checkpoint_at_start({}), state_dict=weights)
     try:
         check_structure(opened.content)
     except UserError as error:
-        raise UserError(f"{path}: not a checkpoint that a run can go on from ({error})") from error
+        raise UserError(f"{path}: not a checkpoint that a run can resume ({error})") from error
     return opened
 
 
-def _instead_of(broken: Path) -> str:
-    """The end of a message about a `broken` checkpoint: what its run can go on from."""
-    if not lies_in_run(broken):
+def _alternative_to(broken: Path) -> str:
+    """Return the end of a message about a `broken` checkpoint: the newest undamaged one of its run."""
+    if run_of(broken) is None:
         return ""
     others = [path for path in broken.parent.glob("[!.]*.ckpt") if path != broken]
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            content = _open_whole(path).content
+            content = _open_checked(path).content
         except UserError:
             continue
         step = content["global_step"]
-        return f"; the newest whole one of this run is of step {step}: python main.py --resume {path} -t"
-    return "; this run has no other whole checkpoint"
+        return f"; resume the newest undamaged one of this run, of step {step}: python main.py --resume {path} -t"
+    return "; this run has no other undamaged checkpoint"
 
 
-def seed_run(asked: int | None, checkpoint: TrainingCheckpoint | None) -> int:
-    """Seed everything with the number `asked` for, else with that of the resumed run, else with the default."""
+def seed_run(given: int | None, checkpoint: TrainingCheckpoint | None) -> int:
+    """Seed all random numbers with `given`, else the resumed run's seed, else the default; return the seed."""
     saved = checkpoint.content.get("callbacks", {}).get(StepSeeds.__name__, {}).get("seed") if checkpoint else None
-    seed = next(number for number in (asked, saved, DEFAULT_SEED) if number is not None)
+    seed = next(number for number in (given, saved, DEFAULT_SEED) if number is not None)
     return seed_everything(seed, verbose=False)
 
 
 def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> LightningModule:
-    """The model of `config`, with the weights of `checkpoint` if there is one; the rest is taken up as the fit begins.
+    """Build the model of `config` with the weights of `checkpoint`, if there is one.
+
+    Lightning restores the rest of the checkpoint when the fit begins.
 
     Raises:
-        UserError: the config describes no model, or it is a checkpoint of another one.
+        UserError: the config describes no model, or the checkpoint is of another model.
     """
     if checkpoint is None:
         return build_model(config)
     with without_initialisation():
         model = build_model(config)
     missing = _load_weights(model, checkpoint)
-    if missing & dict(model.named_parameters()).keys():  # optional ones, such as a loss's, begin as in a new model
+    if missing & dict(model.named_parameters()).keys():  # optional weights, such as a loss's, start as in a new model
         model = build_model(config)
         _load_weights(model, checkpoint)
     _hand_over(model, checkpoint, OmegaConf.select(config, "lightning.trainer.precision") == "bf16-true")
     return model
 
 
+def _check_prediction(model: LightningModule, checkpoint: TrainingCheckpoint) -> None:
+    """Raise `UserError` if the checkpoint names another parameterization than the config's. The weights would load."""
+    noted, own = checkpoint.content.get(PREDICTION), getattr(model, "parameterization", None)
+    if None not in (noted, own) and noted != own:
+        raise UserError(
+            f"{checkpoint.path}: its UNet predicts {noted}, the config's parameterization is {own}; give "
+            f"model.params.parameterization={noted}"
+        )
+
+
 def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:
-    """Load the weights into `model`; returns the keys that the checkpoint lacks."""
+    """Load the weights into `model`; return the keys that the checkpoint lacks."""
+    _check_prediction(model, checkpoint)
     weights = checkpoint.content["state_dict"]
     report = load_into(model, weights, source=str(checkpoint.path))
     if has_part(report.missing, EMA):
-        log.info("%s: has no moving average, which starts from the weights", checkpoint.path)
+        log.info("%s: has no moving average; it starts from the weights", checkpoint.path)
         model.restart_ema()
     return set(report.missing)
 
 
 def _hand_over(model: LightningModule, checkpoint: TrainingCheckpoint, in_bfloat16: bool) -> None:
-    """Make the weights of `model` those of `checkpoint`, so that they are held once.
+    """Replace the weights of `checkpoint` by the model's own tensors, so that memory holds them once.
 
-    Lightning loads them once more, from the model's own tensors: nothing is copied. What is missing is optional. With
-    `in_bfloat16` the model is cast here. If Lightning did it later, the checkpoint would still hold the float32 ones.
+    Lightning loads the weights again, from these tensors, which copies nothing. Missing keys are optional. With
+    `in_bfloat16` the model is cast here. If Lightning cast it later, the checkpoint would keep the float32 weights.
     """
     if in_bfloat16:
         model.to(torch.bfloat16)

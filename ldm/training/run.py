@@ -1,6 +1,6 @@
-"""The folder of a run: where it is, what it goes on from, and the configs that it saved before.
+"""Run folder: its path, its lock, the checkpoint to resume, and the saved configs.
 
-Imports torch only where a launcher started several processes.
+Imports torch only if a launcher started several processes.
 """
 
 from __future__ import annotations
@@ -17,29 +17,28 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from ldm.distributed.collectives import said_by_first
+from ldm.distributed.collectives import broadcast_text
 from ldm.distributed.ranks import is_first_process, launched
 from ldm.files import check_within, remove_leftovers
-from ldm.locks import locked, make_folders, remove_empty
+from ldm.locks import LOCK, check_not_written, locked, make_folders, remove_empty, run_of
 from ldm.training.arguments import Arguments
 from ldm.util import UserError
 
-# Tells the processes that Lightning starts for the other devices which run they belong to.
+# Environment variable that passes the run folder to the processes that Lightning starts for the other devices.
 _SHARED_FOLDER = "LDM_RUN_FOLDER"
 LAST = "last.ckpt"
 _FORMAT = "%Y-%m-%dT%H-%M-%S"
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d")
-LOCK = ".lock"  # in the folder of a run, as long as a process trains there
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, `logs/<time>_<name>/{checkpoints,configs,images,...}`, and the checkpoint that it goes on from."""
+    """Run folder, `logs/<time>_<name>/{checkpoints,configs,images,...}`, and the checkpoint to resume."""
 
     folder: Path
     started: str  # prefix of the config files, so that they sort by time
     resume: Path | None
-    made: tuple[Path, ...] = ()  # folders that this start made for it, innermost first
+    made: tuple[Path, ...] = ()  # folders made by this process, innermost first
 
     @property
     def checkpoints(self) -> Path:
@@ -51,38 +50,37 @@ class Run:
 
     @property
     def saved_configs(self) -> list[Path]:
-        """The configs that earlier starts of this run saved, oldest first."""
+        """Configs saved by earlier starts of this run, oldest first."""
         return sorted(self.configs.glob("*.yaml"))
 
 
 def plan_run(arguments: Arguments) -> Run:
-    """Return the run that `arguments` ask for: in the folder of `--resume`, or in a new one.
+    """Return the run for `arguments`: in the folder of `--resume`, or in a new one.
 
     A new folder is made at once, so that no other run takes its name.
 
     Raises:
-        UserError: what `--resume` names does not exist, or needs a config that is not given; a link in the run folder
-            leads out of it, or `--name` or `--postfix` would.
+        UserError: the path of `--resume` does not exist, or needs a config that is not given; or a link in the run
+            folder, `--name` or `--postfix` leads out of the folder.
     """
     started = time.strftime(_FORMAT)
     resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
-    if resume is not None and lies_in_run(resume):
+    own = run_of(resume) if resume is not None else None
+    if own is not None:
         if arguments.name:
-            raise UserError(
-                f"--name {arguments.name!r} names a new run, but --resume goes on in {resume.parent.parent}"
-            )
-        _check_links(resume.parent.parent)
-        return Run(resume.parent.parent, _after_saved_configs(resume.parent.parent / "configs", started), resume)
+            raise UserError(f"--name {arguments.name!r} is for a new run; leave it out to resume {own}")
+        _check_links(own)
+        return Run(own, _after_saved_configs(own / "configs", started), resume)
     if not arguments.base:
-        raise UserError(f"{resume} lies in no run folder, so its config is unknown: give it with --base")
+        raise UserError(f"{resume}: not in a run folder, so its config is unknown; give the config with --base")
     folder, made = _new_folder(arguments, started)
     return Run(folder, started, resume, made)
 
 
 def _after_saved_configs(configs: Path, started: str) -> str:
-    """Return `started`, or a second after the last of `configs` where the clock has been set back since.
+    """Return `started`, or the time of the last of `configs` plus one second if the clock was set back.
 
-    The order of their names is the order in which a resumed run merges them.
+    A resumed run merges its configs in the order of their names.
     """
     saved = [path.name[: len(started)] for path in configs.glob("*.yaml")]
     newest = max((name for name in saved if _STARTED.fullmatch(name)), default="")
@@ -100,19 +98,14 @@ def _checkpoint_to_resume(name: str) -> Path:
         for candidate in (path / "checkpoints" / LAST, path / LAST):
             if candidate.is_file():
                 return candidate
-        raise UserError(f"--resume {name}: it holds no checkpoints/last.ckpt; did that run save one?")
+        raise UserError(f"--resume {name}: has no checkpoints/last.ckpt; give another run or a checkpoint file")
     raise UserError(f"--resume {name}: no such run folder or checkpoint")
 
 
-def lies_in_run(checkpoint: Path) -> bool:
-    """Whether `checkpoint` is in the folder of a run, which then goes on there."""
-    return checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "configs").is_dir()
-
-
 def _check_links(folder: Path) -> None:
-    """Raise `UserError` for a link in the run `folder` by which the run would write outside.
+    """Raise `UserError` for a link in the run `folder` through which the run would write outside.
 
-    A checkpoint may be a link: it is replaced by a new file, or removed, and what it leads to stays.
+    A checkpoint may be a link. The run replaces or removes the link, and its target stays.
     """
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -122,13 +115,13 @@ def _check_links(folder: Path) -> None:
 
 
 def _check_part(option: str, text: str) -> None:
-    """Raise `UserError` unless `text`, given to `option`, can be a part of the name of a folder."""
+    """Raise `UserError` unless `text`, the value of `option`, can be a part of a folder name."""
     if Path(text).name != text or not text.isprintable() or "\\" in text:
-        raise UserError(f"{option} {text!r}: becomes a part of the run folder's name; leave out slashes and the like")
+        raise UserError(f"{option} {text!r}: becomes part of a folder name; leave out slashes and control characters")
 
 
 def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, ...]]:
-    """The folder of a new run, and the folders that were made for it, innermost first."""
+    """Return the folder of a new run, and the folders made for it, innermost first."""
     if "LOCAL_RANK" in os.environ and _SHARED_FOLDER in os.environ:
         return Path(os.environ[_SHARED_FOLDER]), ()
     parts = [started, arguments.name or Path(arguments.base[0]).stem]
@@ -141,14 +134,14 @@ def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, .
     launch = launched()
     if is_first_process():
         folder, made = _claim_folder(folder)
-    if launch and launch.processes * launch.machines > 1:  # whose clocks may differ, or seconds pass between them
-        folder = Path(said_by_first(str(folder), launch))
+    if launch and launch.processes * launch.machines > 1:  # their clocks may differ
+        folder = Path(broadcast_text(str(folder), launch))
     os.environ[_SHARED_FOLDER] = str(folder)
     return folder, made
 
 
 def _claim_folder(first: Path) -> tuple[Path, tuple[Path, ...]]:
-    """Make `first`, or with a number behind it the first that does not exist: runs of one second get one each."""
+    """Make the folder `first`, or `first`-2, `first`-3, … if it exists, so that runs of the same second differ."""
     outer = make_folders(first.parent)
     for number in itertools.count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
@@ -162,18 +155,20 @@ def _claim_folder(first: Path) -> tuple[Path, tuple[Path, ...]]:
 
 @contextmanager
 def hold_run(run: Run) -> Iterator[None]:
-    """Keep other processes from writing to the run's folder, and remove a new one that never got to its first step.
+    """Lock the run's folder, and remove a new folder if the run ends before its first step.
 
-    What killed processes left half written in the folder is removed. The first process of a job does this for all.
+    Unfinished files of killed processes are removed from the folder. The first process of a job does this for all.
 
     Raises:
-        UserError: another process trains in the folder.
+        UserError: another process trains in the folder, or writes the checkpoint to resume.
     """
     if not is_first_process():
         yield
         return
     try:
         with locked(run.folder / LOCK, str(run.folder)):
+            if run.resume is not None:
+                check_not_written(run.resume)
             for folder, _, _ in os.walk(run.folder):
                 remove_leftovers(Path(folder))
             yield

@@ -19,39 +19,39 @@ from torch.utils._pytree import tree_map_only
 from ldm.checkpoint import in_memory
 from ldm.distributed.dtensor import gather_on_first, is_sharded, shard_like
 from ldm.distributed.ranks import Launch
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.layers import StaysOnHost
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.diffusionmodules.util import StaysOnHost
 from ldm.training.trainer_2022 import is_single
 from ldm.util import UserError
 
 
 class ShardedStrategy(DDPStrategy):
-    """Each process holds a shard of every weight of the UNet, of its gradient and of its optimizer state (FSDP2).
+    """FSDP2: each process holds a shard of every weight of the UNet, of its gradient and of its optimizer state.
 
-    The weights of one unit after the other are gathered as forward and backward come to them, and resharded after it;
-    gradients are reduced and scattered at once, those of accumulated batches as well. What is not trained stays whole
-    in each process.
+    Forward and backward gather the weights of one unit at a time, and reshard them afterwards. Gradients are reduced
+    and scattered at once, also those of accumulated batches. Frozen modules stay whole in each process.
 
-    Checkpoints are those of a training on one device: the first process gathers all in the host's memory, and writes.
-    On resuming, each process takes its shards of the one file.
+    Checkpoints are the same as those of training on one device. The first process gathers the state in host memory and
+    writes it. On resuming, each process takes its shards from the one file.
     """
 
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
-        if not is_sharded(self.model):  # a test after the training finds it so
+        if not is_sharded(self.model):  # already sharded in a test after training
             self.precision_plugin.convert_module(self.model)
-            self._make_equal(self.model)
+            self._broadcast_state(self.model)
             unet = unet_of(self.model)
             assert unet is not None
             shard_unet(unet, self.root_device)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)  # of the shards
+            self.setup_optimizers(trainer)  # for the shards
         self.setup_precision_plugin()
 
-    def _make_equal(self, module: nn.Module) -> None:
-        """Give all processes the first one's weights and buffers, as DistributedDataParallel does."""
+    def _broadcast_state(self, module: nn.Module) -> None:
+        """Broadcast the weights and buffers of the first process, as DistributedDataParallel does."""
         for tensor in chain(module.parameters(), module.buffers()):
             sent = tensor.detach().to(self.root_device).contiguous()
             distributed.broadcast(sent, 0)
@@ -59,11 +59,11 @@ class ShardedStrategy(DDPStrategy):
                 tensor.detach().copy_(sent)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The full weights in the first process, nothing in the others; all must ask."""
+        """Return the full weights in the first process and {} in the others. All processes must call this."""
         return self._gathered(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The full state in the first process, nothing in the others; all must ask."""
+        """Return the full state in the first process and {} in the others. All processes must call this."""
         return self._gathered(super().optimizer_state(optimizer))
 
     def _gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,12 +71,12 @@ class ShardedStrategy(DDPStrategy):
         return gathered if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this process's shards of the full states."""
-        states = checkpoint["optimizer_states"]  # none in a hacked checkpoint
+        """Load this process's shards of the full states."""
+        states = checkpoint["optimizer_states"]  # empty in a hacked checkpoint
         for optimizer, state in zip(self.optimizers, states, strict=False):
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            parameters = dict(zip(numbers, own, strict=False))  # if they are not as many, the optimizer says so
+            parameters = dict(zip(numbers, own, strict=False))  # the optimizer refuses another number
             shards = {
                 number: {key: _shard(value, parameters[number]) for key, value in kept.items()}
                 for number, kept in state["state"].items()
@@ -85,7 +85,7 @@ class ShardedStrategy(DDPStrategy):
             optimizer.load_state_dict({**state, "state": shards})
 
     def teardown(self) -> None:
-        # Without moving the weights to the host, as others do: a test may come, and shards stay where they are.
+        # Does not move the weights to the host, as other strategies do: a test may follow, and shards cannot be moved.
         assert self.accelerator is not None and self.cluster_environment is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -94,33 +94,45 @@ class ShardedStrategy(DDPStrategy):
 
 
 def unet_of(model: nn.Module) -> UNetModel | None:
-    """The UNet of `model`; None if it has none."""
+    """Return the UNet of `model`; None if it has none."""
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     return unet if isinstance(unet, UNetModel) else None
 
 
 def shard_unet(unet: UNetModel, device: torch.device) -> None:
-    """Leave in this process a shard of each weight of `unet`, on its `device`. All processes must call it."""
+    """Replace each weight of `unet` by this process's shard on `device`. All processes must call this."""
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    for unit in (*units(unet), unet):  # the last takes what is left
-        # Also those of the last, and after a validation: between steps all of the weights are always sharded.
+    for unit in (*units(unet), unet):  # the last call shards the remaining weights
+        # Reshard after every forward, also of the last unit and in validation: between steps, weights are sharded.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
 def _shard(value: Any, parameter: Tensor) -> Any:
-    """What is kept of a `parameter`, sharded as that is; a number of steps is not."""
+    """Shard optimizer state `value` like `parameter`; return a value of another shape, such as a step count."""
     is_like_it = isinstance(value, Tensor) and value.shape == parameter.shape
     return shard_like(value, parameter) if is_like_it else value
 
 
 def units(unet: UNetModel) -> list[nn.Module]:
-    """What is gathered at one time: each residual block, each transformer; a whole block where blocks are compiled."""
+    """Return the modules that are gathered one at a time, inner modules before the outer one.
+
+    The units are the residual blocks and the transformers. A transformer with several blocks is split into its blocks
+    and its remaining layers. If the blocks of the UNet are compiled, each of them is one unit.
+    """
     blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
-    return list(blocks) if unet.is_compiled else [layer for block in blocks for layer in block]
+    if unet.is_compiled:
+        return list(blocks)
+    return [unit for block in blocks for layer in block for unit in _units_of(layer)]
+
+
+def _units_of(layer: nn.Module) -> list[nn.Module]:
+    """Return the units of a layer. A deep transformer, as in SDXL, is too large to be gathered at once."""
+    is_deep = isinstance(layer, SpatialTransformer) and len(layer.transformer_blocks) > 1
+    return [*layer.transformer_blocks, layer] if is_deep else [layer]
 
 
 class HostStateStrategy(SingleDeviceStrategy):
-    """One device, where a resume leaves the optimizer's state beside the parameters instead of moving it there."""
+    """Strategy for one device that, on resuming, keeps optimizer state in host memory with its parameters."""
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # A hacked checkpoint has no states.
@@ -132,36 +144,36 @@ class HostStateStrategy(SingleDeviceStrategy):
 def choose_strategy(arguments: Mapping[str, Any], model: LightningModule, described: Any, has_cuda: bool) -> Any:
     """Return the Trainer's argument `strategy` for the built `model`.
 
-    `arguments` are the Trainer's; `described` is the strategy of the section `lightning`, for several devices.
+    `arguments` are the Trainer's. `described` is the strategy of the section `lightning`, for several devices.
 
     Raises:
-        UserError: the strategy does not exist here, or does not go with the model.
+        UserError: the strategy is not supported, or does not work with the model.
     """
     if streams_weights(model):
         return host_state_strategy(arguments, has_cuda)
-    return strategy({"strategy": described, **arguments})
+    return device_strategy({"strategy": described, **arguments})
 
 
 def streams_weights(model: nn.Module) -> bool:
-    """Return whether the weights of the UNet of `model` stay on the host."""
+    """Return True if the weights of the UNet of `model` stay on the host."""
     return isinstance(unet_of(model), StaysOnHost)
 
 
 def trains_on_gpu(arguments: Mapping[str, Any], has_cuda: bool) -> bool:
-    """Return whether the Trainer's `arguments` mean a CUDA device."""
+    """Return True if the Trainer's `arguments` select a CUDA device."""
     return has_cuda and arguments.get("accelerator", "auto") in ("auto", "gpu", "cuda")
 
 
 def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostStateStrategy:
-    """The strategy of a model whose weights stay on the host, under the Trainer's `arguments`.
+    """Return the strategy of a model whose weights stay on the host, for the Trainer's `arguments`.
 
     Raises:
-        UserError: there are several devices or machines, or a strategy is asked for.
+        UserError: the arguments ask for several devices or machines, or for a strategy.
     """
     devices = arguments["devices"]
     if not is_single(arguments) or arguments.get("strategy", "auto") != "auto":
         raise UserError(
-            f"weights that stay on the host train on one device, without a strategy; given: devices={devices!r}, "
+            f"weights that stay on the host need one device and no strategy; given: devices={devices!r}, "
             f"num_nodes={arguments.get('num_nodes', 1)!r}, strategy={arguments.get('strategy')!r}"
         )
     number = devices[0] if isinstance(devices, list) else 0
@@ -170,38 +182,38 @@ def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostSta
 
 
 def check_launch(arguments: Mapping[str, Any], launch: Launch) -> None:
-    """Raise `UserError` unless the Trainer `arguments` ask for the devices and machines that were launched."""
+    """Raise `UserError` unless the Trainer's `arguments` match the devices and machines of `launch`."""
     devices, machines = arguments["devices"], arguments["num_nodes"]
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else devices
     if (count, int(machines)) != (launch.processes, launch.machines) and count not in (-1, "-1", "auto"):
         raise UserError(
             f"{launch.launcher} started {launch.processes} processes on each of {launch.machines} machines, but "
             f"--devices (or --gpus) and --num_nodes ask for {count} on {machines}; "
-            "leave them out, and each process takes a device"
+            "leave them out: each process then takes a device"
         )
 
 
-def strategy(arguments: Mapping[str, Any]) -> Any:
-    """The Trainer's argument `strategy`: what is given, else DistributedDataParallel where there are several processes.
+def device_strategy(arguments: Mapping[str, Any]) -> Any:
+    """Return the Trainer's argument `strategy`: the given one, or DistributedDataParallel for several processes.
 
-    `fsdp` is our own, which is not Lightning's; a single process has nothing to shard, and does without.
+    `fsdp` is `ShardedStrategy`, not Lightning's. A single process has nothing to shard and gets `auto`.
 
     Raises:
-        UserError: another FSDP.
+        UserError: another FSDP strategy is given.
     """
     given = arguments.get("strategy", "auto")
     name = given if isinstance(given, str) else type(given).__name__
     if "fsdp" in name.lower():
         if name != "fsdp":
             raise UserError(
-                f"strategy {name}: its checkpoints would not be ours; give --strategy fsdp, without settings"
+                f"strategy {name}: writes checkpoints of another format; give --strategy fsdp without settings"
             )
         if is_single(arguments):
             return "auto"
         return ShardedStrategy()
     if name not in ("auto", "ddp", "ddp_find_unused_parameters_true") or is_single(arguments):
         return given
-    # The buffers, an EMA among them, follow from the weights: to send them at each step would cost as much as these.
+    # Buffers, such as the EMA, follow from the weights. Sending them at each step would cost as much as the gradients.
     return DDPStrategy(
         broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=name not in ("auto", "ddp")
     )

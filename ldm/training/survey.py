@@ -1,4 +1,4 @@
-"""Configs that others wrote: whether their model builds, whether their data resolve, what is missing."""
+"""Check of configs from other projects: models that build, data that resolve, and missing names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ldm.config.load import read_config
 from ldm.config.trust import check_trust
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config, takes
 
-_WEIGHTS = ("ckpt_path", "ckpt_dir")  # files that a survey does without
+_WEIGHTS = ("ckpt_path", "ckpt_dir")  # keys of checkpoint files, which are not read
 _EXTENSIONS = (".yaml", ".yml")
 
 
 @dataclass
 class Checked:
-    """A row of the table: `model` and `data` are `builds`, `resolves`, `fails`, or `-` without such a section."""
+    """Row of the table. `model` and `data` are `builds`, `resolves`, `fails`, or `-` without such a section."""
 
     name: str
     model: str = "-"
@@ -32,10 +32,10 @@ class Checked:
 
 
 def find_configs(places: Sequence[str | Path]) -> list[Path]:
-    """The files that `places` name, and every YAML file below those that are folders, sorted.
+    """Return the files among `places`, and all YAML files below the folders among them, sorted per folder.
 
     Raises:
-        UserError: a place does not exist, or a folder holds no YAML file.
+        UserError: a place does not exist, or a folder contains no YAML file.
     """
     found: list[Path] = []
     for place in map(Path, places):
@@ -52,7 +52,7 @@ def find_configs(places: Sequence[str | Path]) -> list[Path]:
 
 
 def check_config(path: Path) -> Checked:
-    """Look at one config. Nothing is downloaded, no weights are read, no dataset is opened, no foreign code is run."""
+    """Check one config without downloading, reading weights, opening datasets or running foreign code."""
     checked = Checked(str(path))
     try:
         config = _plain(read_config(path))
@@ -60,9 +60,9 @@ def check_config(path: Path) -> Checked:
         checked.missing.append(_one_line(error))
         return checked
     if config.get("model"):
-        checked.model = _judge(config["model"], _build_model, checked, "builds")
+        checked.model = _check_section(config["model"], _build_model, checked, "builds")
     if config.get("data"):
-        checked.data = _judge(config["data"], _build_data, checked, "resolves")
+        checked.data = _check_section(config["data"], _build_data, checked, "resolves")
     return checked
 
 
@@ -73,34 +73,37 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         raise UserError(_one_line(error)) from error
 
 
-def _judge(section: Any, build: Callable[[dict], None], checked: Checked, good: str) -> str:
-    """`good`, or `fails` with what is missing added to `checked`."""
+def _check_section(section: Any, build: Callable[[dict], None], checked: Checked, good: str) -> str:
+    """Return `good`, or add the problems to `checked` and return `fails`."""
     if not isinstance(section, dict) or "target" not in section:
-        return "-"  # an overlay, which says only what it changes
-    missing = [lack for entry in described(section) for lack in lacks(entry)]
+        return "-"  # an overlay, which holds only its changes
+    missing = [name for entry in iterate_targets(section) for name in missing_names(entry)]
     if not missing:
         try:
             build(section)
-        except Exception as error:  # whatever a config of unknown origin makes a class raise
+        except Exception as error:  # a config of unknown origin can make a class raise anything
             missing.append(_one_line(error))
     checked.missing += dict.fromkeys(missing)
     return "fails" if missing else good
 
 
-def described(node: Any) -> Iterator[dict[str, Any]]:
-    """Every mapping with a `target` in `node`."""
+def iterate_targets(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield every mapping with a `target` in `node`."""
     if isinstance(node, dict):
         if "target" in node:
             yield node
         for value in node.values():
-            yield from described(value)
+            yield from iterate_targets(value)
     elif isinstance(node, list):
         for value in node:
-            yield from described(value)
+            yield from iterate_targets(value)
 
 
-def lacks(entry: dict[str, Any]) -> list[str]:
-    """What is not there of a mapping with `target` and `params`: the class, or `class(argument)` for each argument."""
+def missing_names(entry: dict[str, Any]) -> list[str]:
+    """Return the names missing for a mapping with `target` and `params`.
+
+    These are the class if it does not exist, else `class(argument)` per argument that the class does not take.
+    """
     name = entry["target"]
     try:
         check_trust({"target": name}, "config")
@@ -109,12 +112,12 @@ def lacks(entry: dict[str, Any]) -> list[str]:
         return [f"{name}{_advice(error)}"]
     params = entry.get("params") or {}
     if not isinstance(params, dict):
-        return [f"{name}: params are no mapping"]
+        return [f"{name}: params must be a mapping"]
     return [f"{name}({key})" for key in params if not takes(target, key)]
 
 
 def _advice(error: UserError) -> str:
-    """What a message says to use instead, if it does."""
+    """Return the replacement that a message suggests, as `: advice`, or an empty string."""
     _, semicolon, advice = str(error).partition("; ")
     advice = advice.partition("; give --trust-config")[0]
     useful = semicolon and not advice.startswith(("give --trust-config", "valid:", "did you mean"))
@@ -127,7 +130,7 @@ def _build_model(section: dict[str, Any]) -> None:
 
 
 def _build_data(section: dict[str, Any]) -> None:
-    for entry in described(section):
+    for entry in iterate_targets(section):
         target, params = get_obj_from_str(entry["target"]), entry.get("params") or {}
         try:
             inspect.signature(target).bind(**params)
@@ -138,7 +141,7 @@ def _build_data(section: dict[str, Any]) -> None:
 
 
 def without_weights(node: Any) -> Any:
-    """`node` without the keys that name checkpoint files."""
+    """Return `node` without the keys of checkpoint files."""
     if isinstance(node, dict):
         return {key: without_weights(value) for key, value in node.items() if key not in _WEIGHTS}
     return [without_weights(value) for value in node] if isinstance(node, list) else node
@@ -148,8 +151,8 @@ def _one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-def table(rows: Sequence[Checked]) -> str:
-    """The rows as a table in Markdown, below a line of counts."""
+def format_table(rows: Sequence[Checked]) -> str:
+    """Return a line of counts and a Markdown table of the rows."""
     models, data = ([getattr(row, part) for row in rows] for part in ("model", "data"))
     lines = [
         f"{len(rows)} configs. Models: {models.count('builds')} build, {models.count('fails')} fail. "

@@ -1,4 +1,4 @@
-"""The Trainer that the section `lightning` describes, and the learning rate."""
+"""Trainer and learning rate from the section `lightning` of a config."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
-from ldm.training.trainer_2022 import check_names, is_single, modernise, take_old_keys
+from ldm.training.trainer_2022 import check_names, is_single, move_old_keys, translate_arguments
 from ldm.training.trainer_values import check_values
 from ldm.util import UserError, nearest
 
@@ -38,20 +38,20 @@ _LIGHTNING_KEYS = (
     "strategy",
     "find_unused_parameters",
     "metrics_over_trainsteps_checkpoint",
-    "scale_lr",  # the switch, which a run remembers here
+    "scale_lr",  # the switch --scale_lr, saved with the run
 )
 
 
-# Spellings of mixed precision that Lightning takes, by the name it gives them.
+# Lightning's spellings of mixed precision → their canonical names.
 _MIXED = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "16-mixed": "16-mixed", "16": "16-mixed", 16: "16-mixed"}
 
 
 def merge_config(arguments: Arguments, run: Run) -> DictConfig:
-    """The config of a run: what it saved before, then `--base` left to right, then the command line.
+    """Return the config of a run: its saved configs, then `--base` left to right, then the command line.
 
     Raises:
-        UserError: a config cannot be read, or names what needs trust; a key of the section `lightning`, or a Trainer
-            argument, does not exist.
+        UserError: a config cannot be read or needs trust, or a key of the section `lightning` or a Trainer argument
+            does not exist.
     """
     valid = set(inspect.signature(Trainer).parameters)
     check_names(arguments.trainer, valid, "option --{}")
@@ -62,7 +62,7 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
-    take_old_keys(section)
+    move_old_keys(section)
     if arguments.scale_lr is not None:
         section["scale_lr"] = arguments.scale_lr
     if section.get("scale_lr") is None:
@@ -84,35 +84,33 @@ def build_trainer(
     run: Run,
     checkpoint: TrainingCheckpoint | None,
 ) -> Trainer:
-    """Return the Trainer of `model` and `data` that `config.lightning` describes.
-
-    It goes on from `checkpoint` if there is one.
+    """Build the Trainer of `config.lightning` for `model` and `data`. It resumes from `checkpoint` if there is one.
 
     Raises:
-        UserError: an argument has a value that Lightning does not take, or that does not go with the model.
+        UserError: Lightning refuses the value of an argument, or the value does not work with the model.
     """
     has_cuda = torch.cuda.is_available()
     given, launch = plain(config.lightning.trainer), launched()
     if launch:
         given.setdefault("num_nodes", launch.machines)
-    given = modernise(given, has_cuda=has_cuda, launched=launch.processes if launch else 1)
+    given = translate_arguments(given, has_cuda=has_cuda, launched=launch.processes if launch else 1)
     if launch:
         check_launch(given, launch)
     described = "auto" if is_single(given) else _described_strategy(config.lightning)
     given["strategy"] = choose_strategy(given, model, described, has_cuda)
     if isinstance(given["strategy"], ShardedStrategy):
-        given["inference_mode"] = False  # weights gathered in a validation must be fit for the training after it
-    if isinstance(data, BaseDataModule):  # which gives each process its share itself
+        given["inference_mode"] = False  # weights gathered in validation are used by training afterwards
+    if isinstance(data, BaseDataModule):  # it gives each process its own share
         given["use_distributed_sampler"] = False
     given |= {
         "callbacks": callbacks,
         "default_root_dir": str(run.folder),
-        "enable_checkpointing": True,  # LastCheckpoint decides when
+        "enable_checkpointing": True,  # LastCheckpoint decides when to write
         "logger": loggers,
         "plugins": [AtomicCheckpointIO(run.folder, checkpoint)],
     }
     if given.get("precision") == "bf16-true":
-        del given["precision"]  # Lightning takes the name or the plugin
+        del given["precision"]  # Lightning takes either the name or the plugin
         given["plugins"].append(Bfloat16Weights())
     elif given.get("precision") in _MIXED:
         precision = _MIXED[given.pop("precision")]
@@ -121,20 +119,24 @@ def build_trainer(
     silence_lightning()
     try:
         return Trainer(**given)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # the last of Slurm
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # RuntimeError: from Slurm
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
 
 def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Trainer) -> None:
-    """Set `model.learning_rate` from `model.base_learning_rate`, times the images of a step if `lightning.scale_lr`.
+    """Set `model.learning_rate` from `model.base_learning_rate`, times the images per step if `lightning.scale_lr`.
+
+    An `lr` in the optimizer's params takes precedence and is not scaled.
 
     Raises:
-        UserError: there is no base learning rate, or no batch size to scale it by.
+        UserError: the config has no base learning rate, or no batch size to scale it by.
     """
     base = config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)) or not 0 <= base < math.inf:
-        raise UserError(f"model.base_learning_rate is {base}; give a number, as in model.base_learning_rate=1e-5")
+        raise UserError(
+            f"model.base_learning_rate {base}: give a number of at least 0, such as model.base_learning_rate=1e-5"
+        )
     own = _own_rate(getattr(model, "optimizer_config", None))
     if own is not None:
         model.learning_rate = own
@@ -146,7 +148,9 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         return
     batch_size = ((config.get("data") or {}).get("params") or {}).get("batch_size")
     if batch_size is None:
-        raise UserError("no data.params.batch_size to scale the learning rate by; give it, or --scale_lr False")
+        raise UserError(
+            "data.params.batch_size is missing, which scales the learning rate; give it, or --scale_lr False"
+        )
     accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
     model.learning_rate = accumulate * devices * batch_size * base
     log.info(
@@ -156,7 +160,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
 
 
 def _own_rate(optimizer: Mapping[str, Any] | None) -> float | None:
-    """Return the `lr` that the `params` of an optimizer, or of the one inside it, name; it takes precedence."""
+    """Return the `lr` in the `params` of the inner optimizer, else of `optimizer` itself, else None."""
     params = (optimizer or {}).get("params") or {}
     inner = params.get("optimizer")
     own = _own_rate(inner) if isinstance(inner, Mapping) else None

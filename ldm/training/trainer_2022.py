@@ -1,4 +1,4 @@
-"""Arguments of Lightning's Trainer: those of 2022 put into today's words. Imports no torch."""
+"""Translation of the Trainer arguments of 2022 to those of today's Lightning. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _TRANSLATED = {
     "weights_summary",
 }
 _IGNORED = {
-    "amp_backend": "Lightning uses PyTorch's own",
-    "amp_level": "it belonged to NVIDIA Apex",
+    "amp_backend": "Lightning uses PyTorch's AMP",
+    "amp_level": "it was an option of NVIDIA Apex",
     "auto_lr_find": "set model.base_learning_rate",
     "auto_scale_batch_size": "set data.params.batch_size",
     "auto_select_gpus": "name the devices with --gpus",
     "flush_logs_every_n_steps": "each logger flushes by itself",
     "ipus": "Lightning no longer runs on IPUs",
     "log_gpu_memory": "CUDACallback reports the memory",
-    "move_metrics_to_cpu": "metrics are small",
+    "move_metrics_to_cpu": "the metrics need little memory",
     "multiple_trainloader_mode": "there is one train loader",
     "prepare_data_per_node": "the data module decides",
     "process_position": "there is one progress bar",
     "stochastic_weight_avg": "set model.params.use_ema",
     "tpu_cores": "use --accelerator tpu",
-    "track_grad_norm": "log it from a callback",
-    "truncated_bptt_steps": "there is nothing recurrent here",
+    "track_grad_norm": "log the norm from a callback",
+    "truncated_bptt_steps": "the models are not recurrent",
     "weights_save_path": "checkpoints go to the run folder",
 }
-# Values that `accelerator` had when it named a strategy.
+# Strategies that were values of `accelerator` → their names today.
 _STRATEGIES = {
     "ddp": "ddp",
     "ddp2": "ddp",
@@ -54,8 +54,8 @@ _STRATEGIES = {
 }
 
 
-def take_old_keys(section: Any) -> None:
-    """Bring keys that public configs have elsewhere in the section `lightning` to their place; name what has no use."""
+def move_old_keys(section: Any) -> None:
+    """Move old keys of the section `lightning` to their present places, and warn about keys without effect."""
     trainer = section.get("trainer") or {}
     if "find_unused_parameters" in trainer:
         section.setdefault("find_unused_parameters", trainer["find_unused_parameters"])
@@ -68,9 +68,9 @@ def take_old_keys(section: Any) -> None:
 
 
 def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
-    """Raise `UserError` for the first of `names` that the Trainer takes neither today (`valid`) nor took in 2022.
+    """Raise `UserError` for the first of `names` that is no Trainer argument today (`valid`) or in 2022.
 
-    `what` tells where the name stands: `"option --{}"`.
+    `what` is the format of a name in the message, such as `"option --{}"`.
     """
     known = valid | {*_RENAMED, *_TRANSLATED, *_IGNORED}
     for name in names:
@@ -78,13 +78,13 @@ def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
             raise UserError(f"unknown {what.format(name)}{nearest(name, known)}")
 
 
-def modernise(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) -> dict[str, Any]:
-    """The Trainer arguments of today that mean what `given` means; what no longer exists is left out with a warning.
+def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) -> dict[str, Any]:
+    """Translate the Trainer arguments `given` to today's; leave out obsolete ones with a warning.
 
-    `launched` is how many devices are meant where none are named.
+    `launched` is the number of devices if `given` names none.
 
     Raises:
-        UserError: numbers of devices or of accumulated batches that are none.
+        UserError: the devices or the number of accumulated batches are not valid.
     """
     arguments = {name: value for name, value in given.items() if name not in _IGNORED}
     for name in given.keys() & _IGNORED:
@@ -99,11 +99,11 @@ def modernise(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) ->
     if arguments.pop("progress_bar_refresh_rate", None) == 0:
         arguments["enable_progress_bar"] = False
     check_number("accumulate_grad_batches", arguments.get("accumulate_grad_batches"), least=1, optional=True)
-    return _devices(arguments, has_cuda, launched)
+    return _translate_devices(arguments, has_cuda, launched)
 
 
-def _devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[str, Any]:
-    """Settle `accelerator`, `devices` and `strategy`, from `gpus` and the like."""
+def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[str, Any]:
+    """Set `accelerator`, `devices` and `strategy` from `gpus`, `num_processes` and `distributed_backend`."""
     strategy = arguments.pop("distributed_backend", None)
     if arguments.get("accelerator") in _STRATEGIES:
         strategy = arguments.pop("accelerator")
@@ -111,7 +111,7 @@ def _devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[s
     if "gpus" in arguments:
         gpus = _parse_gpus(arguments.pop("gpus"))
         if gpus and not has_cuda:
-            log.warning("--gpus is ignored: there is no CUDA device here, so training runs on the CPU")
+            log.warning("--gpus is ignored: this machine has no CUDA device, so training runs on the CPU")
             gpus = 0
         arguments["accelerator"] = "gpu" if gpus else "cpu"
         arguments["devices"] = gpus or processes or launched
@@ -126,17 +126,17 @@ def _devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[s
 
 
 def _parse_gpus(value: Any) -> int | list[int]:
-    """`0,` and `0,1` and lists are device numbers, a plain number is how many, -1 is all; nothing is 0."""
+    """Parse `gpus`: lists, `0,` and `0,1` are device numbers; a plain number is a count; -1 is all; empty is 0."""
     if isinstance(value, str) and "," in value:
         value = [part for part in value.split(",") if part.strip()]
     try:
         return [int(part) for part in value] if isinstance(value, list) else int(value or 0)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--gpus {value!r}: expected device numbers such as 0, or 0,1 or how many to use") from error
+        raise UserError(f"--gpus {value!r}: give device numbers such as 0, or 0,1, or a count such as 2") from error
 
 
 def is_single(arguments: Mapping[str, Any]) -> bool:
-    """Whether the Trainer's arguments `devices` and `num_nodes` mean one device."""
+    """Return True if the Trainer's arguments `devices` and `num_nodes` mean one device."""
     devices = arguments["devices"]
     is_one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
     return is_one and arguments.get("num_nodes") in (None, 1, "1")

@@ -1,4 +1,4 @@
-"""Values of the Trainer's arguments, checked where they enter: Lightning fails late at some, and ignores others.
+"""Check of the values of Trainer arguments. Lightning itself refuses some wrong values late, and ignores others.
 
 Imports no torch.
 """
@@ -12,10 +12,10 @@ from typing import Any
 
 from ldm.util import UserError
 
-# Arguments that are given elsewhere, and where.
+# Arguments that have another place → advice.
 _ELSEWHERE = {
     "callbacks": "describe each under lightning.callbacks, with target and params",
-    "plugins": "there is no place for plugins; --precision and --strategy choose them",
+    "plugins": "plugins cannot be given; --precision and --strategy choose them",
     "default_root_dir": "run folders are made in --logdir",
 }
 _CLOCK = re.compile(r"\d+:[0-2]?\d:[0-5]?\d:[0-5]?\d")
@@ -50,7 +50,7 @@ def _is_interval(value: Any) -> bool:
 
 
 _BOOLEAN = (lambda value: type(value) is bool, "true or false")
-_SHARE = (_is_share, "a whole number of batches, or a share from 0.0 to 1.0")
+_SHARE = (_is_share, "a whole number of batches, or a fraction from 0.0 to 1.0")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), _whole(-1)),
     **dict.fromkeys(("check_val_every_n_epoch", "num_nodes", "num_processes"), _whole(1)),
@@ -78,15 +78,15 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_time": (_is_duration, _DURATION),
     "progress_bar_refresh_rate": _whole(0),
     "strategy": (lambda value: isinstance(value, str), "a name, and describe one with settings in lightning.strategy"),
-    "val_check_interval": (_is_interval, f"1 or more batches, a share above 0.0 up to 1.0, or {_DURATION}"),
+    "val_check_interval": (_is_interval, f"1 or more batches, a fraction above 0.0 up to 1.0, or {_DURATION}"),
 }  # fmt: skip
 
 
 def check_values(given: Mapping[str, Any]) -> None:
-    """Hold the Trainer's arguments, by their names of today or of 2022, against what each may be; null is a default.
+    """Check the values of Trainer arguments, under their names of today or of 2022. Null means the default.
 
     Raises:
-        UserError: a value cannot be, or an argument is given elsewhere here.
+        UserError: a value is not valid, or the argument has another place.
     """
     for name, value in given.items():
         if name in _ELSEWHERE:

@@ -1,4 +1,4 @@
-"""What the benchmark of forgetting measures on, and how it sums up."""
+"""Tests of the image sets and the tables of the forgetting benchmark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETS = ("cats", "new_cats", "near", "near_prior", "animals", "rest")
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a file of `benchmarks/`, as the scripts there import one another."""
+    """Return a function that imports a file of `benchmarks/`, as its scripts import one another."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)
 
@@ -37,9 +37,9 @@ def test_what_is_measured_is_not_trained_on(module: Any) -> None:
 
 
 def result(variant: str, seed: int, step: int, value: float, reached: bool = True) -> dict[str, Any]:
-    """A run all of whose figures are `value`, but for the neighbours' drift at the end of its curve: 10 times that."""
+    """Return a result whose numbers all are `value`, except the final drift of the neighbours: 10 × `value`."""
     overall = {key: {"value": value} for key in ("loss_ratio", "drift")}
-    samples = {key: {"value": value} for key in ("moved", "base_to_picture", "tuned_to_picture")}
+    samples = {key: {"value": value} for key in ("base_to_tuned", "base_to_image", "tuned_to_image")}
     points = {name: {"loss_ratio": value, "drift": value} for name in ("cats", "new_cats", "rest")}
     return {
         "variant": variant,
@@ -52,7 +52,7 @@ def result(variant: str, seed: int, step: int, value: float, reached: bool = Tru
 
 
 def test_the_tables_by_hand(module: Any) -> None:
-    """Plain drifts by 0.2 and 0.4, the other by 0.1 each: 0.5 and 0.25 times as far, 0.375 in the mean, ± 0.18."""
+    """Plain drifts by 0.2 and 0.4, the other by 0.1 each. The ratios are 0.5 and 0.25: 0.375 ± 0.18."""
     runs = [
         result("plain", 0, 100, 0.2),
         result("other", 0, 150, 0.1),

@@ -1,4 +1,4 @@
-"""Training with 8-bit moments and stochastically rounded bfloat16 weights reaches the loss of AdamW in float32."""
+"""Test that 8-bit moments and stochastically rounded bfloat16 weights reach the loss of AdamW in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped tiny base model: it is small, it draws what its captions say, and its loss is the recorded one."""
+"""Tests of the tiny base model: its size, samples of its captions, and its loss."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def base() -> LatentDiffusion:
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, torch.Tensor]:
-    """The pictures (3, 64, 64) in [-1, 1] that it was trained on, by caption."""
+    """Return the training images (3, 64, 64) in [-1, 1], by caption."""
     dataset = ImageCaptionDataset(ROOT / "data" / "emoji", 64)
     return {item["caption"]: item["image"].permute(2, 0, 1) for item in dataset}
 
 
-def test_it_is_small_half_precision_and_whole():
+def test_the_release_is_small_float16_and_complete():
     assert BASE.stat().st_size <= 25_000_000
     weights = load_state_dict(BASE)
     assert {key.split(".")[0] for key in weights} >= {"model", "first_stage_model", "cond_stage_model"}
@@ -41,7 +41,7 @@ def test_it_is_small_half_precision_and_whole():
     )
 
 
-def test_it_draws_what_the_caption_says(base, known):
+def test_samples_match_their_captions(base, known):
     requests = [Request(prompt, 0) for prompt in PROMPTS]
     shape = latent_shape(base, None, None)
     drawn = text_to_image(base, requests, shape, sampler="dpm_solver", steps=15, scale=3, batch_size=8, verbose=False)
@@ -50,7 +50,7 @@ def test_it_draws_what_the_caption_says(base, known):
     assert [captions[index] for index in distances.argmin(1)] == PROMPTS
 
 
-def test_its_loss_on_fixed_noise_is_the_recorded_one(base, known):
+def test_the_loss_on_fixed_noise_equals_the_recorded_one(base, known):
     chosen = list(known)[::60]
     latents = base.most_likely_latent(base.encode_first_stage(torch.stack([known[name] for name in chosen])))
     context = base.get_learned_conditioning(chosen)

@@ -1,4 +1,4 @@
-"""The committed pictures are what data/README.md says they are."""
+"""Tests that the committed images are as data/README.md describes them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def read(folder: str) -> list[dict]:
     return [json.loads(line) for line in (DATA / folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def pictures(folder: str) -> np.ndarray:
-    """(N, 64, 64, 3) uint8, in the order of the metadata."""
+def load_images(folder: str) -> np.ndarray:
+    """Return the images (N, 64, 64, 3) uint8, in the order of the metadata."""
     opened = [Image.open(DATA / folder / row["file_name"]) for row in read(folder)]
     assert {(image.mode, image.size) for image in opened} == {("RGB", (64, 64))}
     return np.stack([np.asarray(image) for image in opened])
@@ -29,14 +29,14 @@ def captions(folder: str) -> list[str]:
     return [caption for row in read(folder) for caption in [row["text"], *row["paraphrases"]]]
 
 
-def test_there_are_as_many_as_the_readme_says():
+def test_the_readme_gives_the_number_of_images():
     assert len(read("cats")) == 10
     assert f"{len(read('emoji'))} colour emoji" in (DATA / "README.md").read_text(encoding="utf-8")
     assert 600 <= len(read("emoji")) <= 1000
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_metadata_and_pictures_match(folder):
+def test_metadata_and_images_match(folder):
     listed = [row["file_name"] for row in read(folder)]
     assert len(listed) == len(set(listed))
     assert set(listed) == {path.name for path in (DATA / folder).glob("*.png")}
@@ -49,7 +49,7 @@ def test_captions_are_unique_plain_lower_case():
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_picture_has_paraphrases(folder):
+def test_every_image_has_paraphrases(folder):
     assert [row["text"] for row in read(folder) if not row["paraphrases"]] == []
 
 
@@ -62,15 +62,15 @@ def test_groups():
     assert {row["group"] for row in read("emoji") if row["text"] in neighbours} == {"animals"}
 
 
-def test_no_cat_is_trained_on():
+def test_the_training_set_has_no_cat():
     cats = {"1F431", "1F408", *(f"{point:X}" for point in range(0x1F638, 0x1F641))}
     assert [row["text"] for row in read("emoji") if cats & set(row["codepoints"].split())] == []
     assert [caption for caption in captions("emoji") if {"cat", "kitten", "tom", "kitty"} & set(caption.split())] == []
     assert {row["codepoints"] for row in read("cats")} == cats - {"1F408"}
 
 
-def test_pictures_are_filled_and_differ():
-    images = np.concatenate([pictures(folder) for folder in FOLDERS]).astype(np.float32) / 255
+def test_images_are_filled_and_differ():
+    images = np.concatenate([load_images(folder) for folder in FOLDERS]).astype(np.float32) / 255
     assert (images.reshape(len(images), -1) < 0.95).mean(axis=1).min() > 0.02  # something is drawn
     flat = images.reshape(len(images), -1)
     squared = (flat**2).sum(1)
@@ -79,7 +79,7 @@ def test_pictures_are_filled_and_differ():
     assert distance.min() > 0.05  # root mean square, of 1; the closest pair are two locks
 
 
-def test_the_font_s_licence_is_there():
+def test_the_licence_of_the_font_exists():
     licence = (DATA / "LICENSE-NotoEmoji.txt").read_text(encoding="utf-8")
     assert "SIL OPEN FONT LICENSE Version 1.1" in licence
     assert "Google Inc" in licence

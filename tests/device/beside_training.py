@@ -1,4 +1,4 @@
-"""What is done with a model beside training steps, on a device."""
+"""Checks of validation, sampling and evaluation on a device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def validation() -> None:
 
 
 @check
-def pictures_for_the_log() -> None:
+def logged_images() -> None:
     model = build(cond_stage=TEXT_TOWER)
     with pretending(), torch.no_grad():
         pretended.place(model.eval())
@@ -52,13 +52,13 @@ def pictures_for_the_log() -> None:
 def samplers() -> None:
     from ldm.models.diffusion.ancestral import AncestralSampler
     from ldm.models.diffusion.ddim import DDIMSampler
-    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, draw_latents
+    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, sample_latents
 
     model = build(cond_stage=TEXT_TOWER)
     with pretending() as waits:
         pretended.place(model.eval())
         for name in SAMPLERS:
-            assert list(draw_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
+            assert list(sample_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
         context = torch.empty(2, 77, 8, device=pretended.GPU)
         mask, x0 = torch.empty(2, 1, 4, 4, device=pretended.GPU), torch.empty(2, 4, 4, 4, device=pretended.GPU)
         DDIMSampler(model).sample(2, 2, (4, 4, 4), context, mask=mask, x0=x0, verbose=False)
@@ -70,30 +70,30 @@ def samplers() -> None:
 
 @check
 def evaluation_beside_training() -> None:
-    from ldm.callbacks.rng import aside
+    from ldm.callbacks.rng import undisturbed
     from ldm.evaluation.denoising import compare, record
 
     sample = {"f8": np.zeros((8, 4, 4), np.float16), "t5": np.zeros((77, 8), np.float16), "txt": "a"}
-    pictures = mock.MagicMock()
-    pictures.__len__.return_value = 3
-    pictures.__getitem__.side_effect = lambda position: {**sample, "__key__": str(position)}
-    pictures.batches.side_effect = lambda size: [[0, 1], [2]]
+    image_set = mock.MagicMock()
+    image_set.__len__.return_value = 3
+    image_set.__getitem__.side_effect = lambda position: {**sample, "__key__": str(position)}
+    image_set.batches.side_effect = lambda size: [[0, 1], [2]]
     model = build("model.params.use_ema=true")
     with pretending(), mock.patch.object(LightningModule, "device", pretended.GPU):
         pretended.place(model)
-        with aside(model):
-            compare(record(model, pictures, [1, 7], 2), model, pictures, [1, 7], 2)
+        with undisturbed(model):
+            compare(record(model, image_set, [1, 7], 2), model, image_set, [1, 7], 2)
 
 
 @check
 def encoder_and_teacher() -> None:
-    from ldm.encoding.encoder import Encoder
+    from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.teacher import Teacher
 
     for dtype in (torch.float32, torch.bfloat16):
         model = build(cond_stage=TEXT_TOWER)
         with pretending(), mock.patch("ldm.encoding.encoder.encoder_digests", return_value={}):
-            encoder = Encoder(model, pretended.GPU, dtype)
+            encoder = SampleEncoder(model, pretended.GPU, dtype)
             encoded = encoder.images(torch.empty(2, 3, 8, 8, dtype=torch.uint8))
             assert (encoded.device, encoded.shape) == (pretended.GPU, (2, 8, 4, 4))
             assert len(encoder.captions(["a", "b", "a"])) == 3

@@ -1,4 +1,4 @@
-"""What training and sampling do on a GPU, on one that is pretended: `python -m tests.device.checks` runs it all.
+"""Checks of training and sampling on a fake GPU. `python -m tests.device.checks` runs them all.
 
 Prints a line of JSON for each check: its name, and what went wrong or null. `tests/device/test_device.py` reads them.
 """

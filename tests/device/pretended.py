@@ -1,4 +1,4 @@
-"""A device that is not there, `gpu:0`: shapes, types and places as on a GPU, and no values.
+"""Fake device `gpu:0`: tensors with shapes, dtypes and devices as on a GPU, without values.
 
 Tensors on it are fake ones of a backend that torch lets Python register, and backward passes work. What a GPU would
 refuse is refused: tensors of two devices in one operation, numpy on the device's, a generator of another device. And
@@ -29,7 +29,7 @@ _COPIES = ("aten::_to_copy", "aten::copy_")
 
 
 class _Backend(registration._DummyBackendModule):
-    """What checkpointing and autocast ask of a backend beside that."""
+    """Further functions of a backend, which checkpointing and autocast call."""
 
     class device:
         def __init__(self, *_: Any) -> None: ...
@@ -48,7 +48,7 @@ class _Backend(registration._DummyBackendModule):
 
 
 class _Generator(torch.Generator):
-    """A generator that says where it is; it draws nothing."""
+    """Generator with a device, which samples nothing."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         return super().__new__(cls, "cpu")
@@ -62,7 +62,7 @@ class _Generator(torch.Generator):
 
 
 def install() -> None:
-    """Make the device, and let torch's functions that do not know it work with it."""
+    """Register the device, and patch the functions of torch that do not know it."""
     global GPU
     registration._setup_privateuseone_for_python_backend("gpu", backend_module=_Backend())
     GPU = torch.device("gpu", 0)
@@ -87,7 +87,7 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 
 
 def _apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
-    """`Module._apply` as for real tensors: torch's own cannot exchange fake ones."""
+    """Replace `Module._apply`, because torch's own cannot exchange fake tensors."""
     for child in self.children() if recurse else ():
         child._apply(function)
     for name, parameter in self._parameters.items():
@@ -107,7 +107,7 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def place(module: nn.Module) -> None:
-    """`module.to(GPU)`; what stays on the host becomes fake there."""
+    """Move `module` to the fake GPU; tensors that stay on the host become fake there."""
     module.to(GPU)
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -119,7 +119,7 @@ def place(module: nn.Module) -> None:
 
 
 class _Values(TorchFunctionMode):
-    """Gives tensors of the host values where some are asked for, and checks generators."""
+    """Mode that gives host tensors values if they are read, and checks generators."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -136,7 +136,7 @@ class _Values(TorchFunctionMode):
 
 
 class Waits(TorchDispatchMode):
-    """Notes where the host waits for the device: copies between them that block, and values that are read."""
+    """Mode that records where the host waits for the device: blocking copies and reads of values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def pretending() -> Iterator[Waits]:
-    """Within it tensors hold nothing. Backward passes run in the calling thread: fake tensors know no others."""
+    """Run with fake tensors, and with backward passes in the calling thread, which fake tensors require."""
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with FakeTensorMode(allow_non_fake_inputs=True), _Values(), Waits() as waits, one_thread:
         yield waits

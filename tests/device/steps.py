@@ -1,4 +1,4 @@
-"""A tiny model on a pretended device, and a training step of it. The checks that use it are named in `CHECKS`."""
+"""Tiny model on a fake device, and its training step. `CHECKS` names the checks that use them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def build(*overrides: str, cond_stage: dict[str, Any] | None = None) -> Any:
-    """A tiny model in training mode; with a `cond_stage` it reads captions."""
+    """Build a tiny model in training mode; with a `cond_stage`, it reads captions."""
     from ldm.config.load import build_model
 
     changed = OmegaConf.from_dotlist(["model.params.use_ema=false", *overrides])
@@ -39,13 +39,13 @@ def build(*overrides: str, cond_stage: dict[str, Any] | None = None) -> Any:
 
 
 def sent(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """A tensor on the device, as Lightning sends one from pinned memory."""
+    """Return a tensor on the device, sent from pinned memory as Lightning does."""
     return torch.empty(shape, dtype=dtype).to(pretended.GPU, non_blocking=True)
 
 
 def batch(**entries: Any) -> dict[str, Any]:
     names = ["a", "b", "c"]
-    return {"f8": sent(3, 8, 4, 4), "t5": sent(3, 77, 8), "txt": names, "draw": names, "__key__": names, **entries}
+    return {"f8": sent(3, 8, 4, 4), "t5": sent(3, 77, 8), "txt": names, "stream": names, "__key__": names, **entries}
 
 
 def prior_batch() -> dict[str, Any]:
@@ -54,7 +54,7 @@ def prior_batch() -> dict[str, Any]:
 
 
 def step(model: Any, optimizer: Any, entries: dict[str, Any]) -> None:
-    """What Lightning does at a step."""
+    """Run the calls of Lightning at a training step."""
 
     def closure() -> Tensor:
         loss, _ = model.shared_step(entries)
@@ -70,7 +70,7 @@ def step(model: Any, optimizer: Any, entries: dict[str, Any]) -> None:
 
 
 def train(model: Any, entries: Callable[[], dict[str, Any]] = batch, waits_at: tuple[str, ...] = ()) -> None:
-    """A step, which waits nowhere but in the files named."""
+    """Run a step, and assert that it waits for the device only in the given files."""
     with pretending() as waits:
         pretended.place(model)
         optimizer, given = model.configure_optimizers(), entries()

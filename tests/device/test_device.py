@@ -1,4 +1,4 @@
-"""Training and sampling on a GPU, without one: what meets what where, and that no step waits for the device."""
+"""Tests of training and sampling on a fake GPU: devices of tensors, and no waits for the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def problems() -> dict[str, str | None]:
-    """What went wrong in each check, in a process of their own: a device that is made cannot be taken away."""
+    """Run the checks in a separate process, because a fake device cannot be removed; return the problem per check."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.device.checks"], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""What a training step meets on a device, under each way to train."""
+"""Checks of the training step on a device, for each way to train."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoint import open_checkpoint
-from ldm.release.fresh import loops_at_start
+from ldm.release.initial_checkpoint import loops_at_start
 from ldm.training.resume import read_training_checkpoint
 from tests.hostile.fuzz_values import strike, write_file
 from tests.ldm.checkpoint.legacy_files import random_legacy

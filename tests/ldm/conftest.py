@@ -11,5 +11,5 @@ settings.load_profile("shared machine")
 
 @pytest.fixture
 def shard_set(tmp_path: Path) -> str:
-    """Ten samples in two shards."""
+    """Write ten samples into two shards."""
     return write_set(tmp_path / "shards", 10)

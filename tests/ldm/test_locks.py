@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm.locks import is_running, locked, locked_file, process_start
+from ldm.files import atomic_write
+from ldm.locks import LOCK, check_not_written, is_running, locked, locked_file, process_start
 from ldm.util import UserError
+from tests.waiting import join, wait_for
 
 fork = multiprocessing.get_context("fork")
 
@@ -27,7 +29,7 @@ def holder(path: Path):
     held, until = fork.Event(), fork.Event()
     process = fork.Process(target=hold, args=(path, held, until))
     process.start()
-    held.wait()
+    wait_for(held.is_set, process)
     return process, until
 
 
@@ -38,7 +40,7 @@ def test_locked_refuses_a_second_process_and_names_the_first(tmp_path: Path) -> 
     with pytest.raises(UserError, match=named), locked(path, "the run"):
         pass
     until.set()
-    process.join()
+    join(process)
     with locked(path, "the run"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
@@ -48,7 +50,7 @@ def test_locked_takes_over_from_a_killed_owner(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     process, _ = holder(path)
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    join(process)
     assert path.exists()
     with locked(path, "the run"):
         pass
@@ -64,7 +66,7 @@ def test_locked_is_not_kept_by_a_child_that_outlives_its_parent(tmp_path: Path) 
     with locked(path, "the run"):
         pass
     until.set()
-    child.join()
+    join(child)
 
 
 def test_locked_says_how_to_remove_that_of_another_machine(tmp_path: Path) -> None:
@@ -84,6 +86,52 @@ def test_locked_is_that_of_a_slurm_job_wherever_it_is_requeued(tmp_path: Path, m
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     with locked(path, "the run"):
         pass
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "second name", "large", "pipe", "folder"])
+def test_locked_writes_to_nothing_that_stands_in_its_place(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / ".lock", tmp_path / "other"
+    other.write_text("precious" * (1000 if kind == "large" else 1))
+    make = {
+        "link": lambda: path.symlink_to(other),
+        "dangling": lambda: path.symlink_to(tmp_path / "missing"),
+        "second name": lambda: path.hardlink_to(other),
+        "large": lambda: other.rename(path),
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+    }
+    make[kind]()
+    with pytest.raises((UserError, IsADirectoryError), match=r"\.lock: (is a link|is no lock file)|\.lock'"):  # noqa: SIM117
+        with locked(path, "the run"):
+            pass
+    assert kind == "large" or other.read_text() == "precious"
+    assert not (tmp_path / "missing").exists() and os.path.lexists(path)
+
+
+def test_locked_file_holds_the_run_whose_checkpoint_it_is(tmp_path: Path) -> None:
+    for name in ("configs", "checkpoints"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoints")
+    for folder in ("checkpoints", "link"):
+        with locked_file(tmp_path / folder / "last.ckpt"), pytest.raises(UserError, match="is writing it"):  # noqa: SIM117
+            with locked(tmp_path / LOCK, "the run"):
+                pass
+
+
+def test_check_not_written_names_who_writes_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    check_not_written(path)
+    with locked_file(path), pytest.raises(UserError, match=f"a.ckpt: process {os.getpid()} on .* is writing it"):
+        check_not_written(path)
+    (tmp_path / ".a.ckpt.lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))  # of a killed process
+    check_not_written(path)
+
+
+def test_locked_file_takes_the_longest_names(tmp_path: Path) -> None:
+    one, other = (tmp_path / ("ä" * 124 + end) for end in ("1.ckpt", "2.ckpt"))
+    with locked_file(one), locked_file(other), atomic_write(one) as path:
+        path.write_text("whole")
+    assert one.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])

@@ -32,5 +32,5 @@ def test_last_value_holds() -> None:
 
 
 def test_lists_must_agree() -> None:
-    with pytest.raises(UserError, match="one a cycle"):
+    with pytest.raises(UserError, match="one entry per cycle"):
         lr_scheduler.LambdaLinearScheduler([10], [0.1], [1.0], [0.0], [100, 100])

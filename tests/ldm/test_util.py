@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.translations import INSTEAD_OF_KEY
+from ldm.moved_targets import HINTS_FOR_KEYS
 from ldm.util import UserError, check_number, check_params, escaped, get_obj_from_str, instantiate_from_config, takes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,12 +184,12 @@ def test_instead_of_key_names_what_exists() -> None:
     """Keys of models that the advice names are arguments, and the overlays are shipped."""
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-    advice = " ".join(INSTEAD_OF_KEY.values())
+    advice = " ".join(HINTS_FOR_KEYS.values())
     overlays = set(re.findall(r"\w+\.yaml", advice))
     assert overlays and all((ROOT / "configs/latent-diffusion" / name).is_file() for name in overlays)
     for key in ("unet_trainable", "cond_stage_trainable", "prior_loss_weight", "ucg_training"):
         assert key in advice and takes(LatentDiffusion, key)
-    assert not any(takes(LatentDiffusion, key) for key in INSTEAD_OF_KEY)
+    assert not any(takes(LatentDiffusion, key) for key in HINTS_FOR_KEYS)
 
 
 class Loads:
@@ -205,7 +205,9 @@ def test_ckpt_path_beside_target_is_one_in_params(tmp_path: Path, params: dict) 
     assert built.ckpt_path == params.get("ckpt_path", path)
 
 
-@pytest.mark.parametrize(("target", "said"), [("Loads", "there is no such file"), ("Strict", "this class loads none")])
+@pytest.mark.parametrize(
+    ("target", "said"), [("Loads", "the file does not exist"), ("Strict", "this class takes no ckpt_path")]
+)
 def test_ckpt_path_beside_target_that_is_not_loaded(target: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     built = instantiate_from_config({"target": f"{__name__}.{target}", "ckpt_path": "missing.ckpt"})
     assert getattr(built, "ckpt_path", None) is None

@@ -1,4 +1,4 @@
-"""The tool that tells which configs work here."""
+"""Tests of the command `tools/check_configs.py`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`make demo`, with hardly any training."""
+"""Test of the demo with two training steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.checkpoint import load_state_dict
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_demo_runs_the_recipe_and_ends_with_a_picture(tmp_path):
+def test_the_demo_runs_the_recipe_and_writes_an_image(tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, ROOT / "tools" / "demo.py", "--out", out, "--steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -25,12 +25,12 @@ def test_the_demo_runs_the_recipe_and_ends_with_a_picture(tmp_path):
     tools = ["preencode", "hack_weights", "txt2img", *tuning, "make_prior", *tuning]
     assert commands == [f"tools/{tool}.py" if tool else "main.py" for tool in tools]
 
-    picture = out / "before-and-after.png"
-    assert str(picture) in done.stdout.splitlines()[-1]
-    assert len(Image.open(picture).getcolors(1 << 20)) > 1000
+    image = out / "before-and-after.png"
+    assert str(image) in done.stdout.splitlines()[-1]
+    assert len(Image.open(image).getcolors(1 << 20)) > 1000
 
     before = load_state_dict(ROOT / "data/base/emoji.safetensors")
-    for name in ("tuned", "reminded"):
+    for name in ("tuned", "with-prior"):
         after = load_state_dict(out / f"{name}.safetensors")
         assert before.keys() == after.keys()
         assert {key.split(".")[0] for key in before if not before[key].equal(after[key])} == {"model"}

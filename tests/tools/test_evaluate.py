@@ -1,4 +1,4 @@
-"""The command, on two tiny releases and small sets."""
+"""Tests of the command `tools/evaluate.py` on two tiny releases and small sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAST = ("--timesteps", 3, "--out", "out", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base.safetensors, tuned.ckpt, other.ckpt of another model, two configs, and sets of shards."""
+    """Make a folder with base.safetensors, tuned.ckpt, other.ckpt of another model, two configs, and sets of shards."""
     folder = tmp_path_factory.mktemp("releases")
     config = copy.deepcopy(CONFIG)
     params = config["model"]["params"]
@@ -51,7 +51,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable) -> Callable:
-    """Run the command in this process, in a folder with links to the releases; returns None or the error."""
+    """Return a function that runs the command in a folder with links to the releases, and returns None or the error."""
     for path in releases.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
@@ -70,11 +70,11 @@ def test_table_json_and_figure(releases: Path, command: Callable, tmp_path: Path
     done = command("tools/evaluate.py", *files, *sets, *sampling, *FAST, "--limit", 5, "--batch-size", 2)
     assert done.returncode == 0, done.stderr
     head, new, rest = done.stdout.strip().splitlines()[-5:-2]
-    assert head.split()[:2] == ["set", "pictures"] and head.endswith("tuned to picture")
+    assert head.split()[:2] == ["set", "images"] and head.endswith("tuned to image")
     assert new.split()[:2] == ["new", "4"] and rest.split()[:2] == ["rest", "5"]
 
     content = json.loads((tmp_path / "out/evaluation.json").read_text())
-    assert content["format_version"] == 1 and content["base"].endswith("base.safetensors")
+    assert content["format_version"] == 2 and content["base"].endswith("base.safetensors")
     assert content["settings"] == {
         "timesteps": 3,
         "batch_size": 2,
@@ -85,23 +85,23 @@ def test_table_json_and_figure(releases: Path, command: Callable, tmp_path: Path
     }
     for name, count in (("new", 4), ("rest", 5)):
         entry = content["sets"][name]
-        assert entry["pictures"] == count and [at["t"] for at in entry["timesteps"]] == [8, 25, 41]
+        assert entry["images"] == count and [at["t"] for at in entry["timesteps"]] == [8, 25, 41]
         drift = entry["overall"]["drift"]
         assert 0 < drift["low"] < drift["value"] < drift["high"] < 1
-        assert [sample["seed"] for sample in entry["samples"]["pictures"]] == [9, 10]
-        assert entry["samples"]["pictures"][0]["prompt"] == "caption 0"
-        assert entry["samples"]["moved"]["value"] > 0
+        assert [sample["seed"] for sample in entry["samples"]["images"]] == [9, 10]
+        assert entry["samples"]["images"][0]["prompt"] == "caption 0"
+        assert entry["samples"]["base_to_tuned"]["value"] > 0
     with Image.open(tmp_path / "out/evaluation.png") as figure:
         assert figure.format == "PNG" and figure.height > 600
 
 
-def test_a_model_beside_itself_has_not_moved(here: Callable, tmp_path: Path) -> None:
+def test_a_model_compared_with_itself_has_no_drift(here: Callable, tmp_path: Path) -> None:
     assert here(*pair(ckpt="base.safetensors"), "--set", "new=new", *FAST, "--sample", 1, "--steps", 2) is None
     entry = json.loads((tmp_path / "out/evaluation.json").read_text())["sets"]["new"]
     for summary in (entry["overall"], *entry["timesteps"]):
         assert summary["drift"] == {"value": 0, "low": 0, "high": 0}
         assert summary["loss_ratio"] == {"value": 1, "low": 1, "high": 1}
-    assert entry["samples"]["moved"]["value"] == 0
+    assert entry["samples"]["base_to_tuned"]["value"] == 0
 
 
 def test_without_a_text_encoder_the_stored_encodings_are_used(here: Callable, tmp_path: Path) -> None:
@@ -126,16 +126,19 @@ def test_without_a_text_encoder_the_stored_encodings_are_used(here: Callable, tm
         ((*pair(base="none.ckpt"), "--set", "new=new"), "none.ckpt: no such file"),
         ((*pair(ckpt="none.ckpt"), "--set", "new=nowhere.tar"), "none.ckpt: no such file"),
         ((*pair(config="none.yaml"), "--set", "new=new"), "config 'none.yaml' not found"),
-        ((*pair(), "--set", "new=new", "--timesteps", 51), "51 timesteps to evaluate at: choose 1 to 50"),
+        ((*pair(), "--set", "new=new", "--timesteps", 51), "51 timesteps for the evaluation: choose 1 to 50"),
         ((*pair(), "--set", "new=new", "--limit", 0), "--limit 0: give a whole number of at least 1, or leave it out"),
         ((*pair(), "--set", "new=new", "--seed", -1), "--seed -1: give a whole number from 0 to 9223372036854775807"),
         ((*pair(), "--set", "new=new", "--scale", "nan"), "--scale nan: give a finite number"),
-        ((*pair(), "--set", "new=new", "--sample", 1, "--steps", 99), "99 sampling steps: choose 1 to 50"),
+        (
+            (*pair(), "--set", "new=new", "--sample", 1, "--steps", 99),
+            "sampling steps 99: give a whole number from 1 to 50",
+        ),
         ((*pair(config="stored.yaml"), "--set", "new=new", "--sample", 1), "reads no captions"),
         ((*pair(), "--set", "new=new", "--out", "empty.tar"), "--out empty.tar: is a file"),
     ],
 )
-def test_bad_input_is_one_line(here: Callable, tmp_path: Path, arguments: tuple, message: str) -> None:
+def test_bad_input_is_refused_in_one_line(here: Callable, tmp_path: Path, arguments: tuple, message: str) -> None:
     error = here(*FAST, *arguments)
     assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error
     for part in message.split(".* "):

@@ -1,4 +1,4 @@
-"""`tools/hack_weights.py` as people type it."""
+"""Tests of the command `tools/hack_weights.py`."""
 
 import runpy
 import shutil
@@ -21,7 +21,7 @@ LAST = "logs/run/checkpoints/last.ckpt"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A working folder with a release and the training checkpoint of an aborted run, in the conventional places."""
+    """Make a working folder with a release and the training checkpoint of an aborted run, at the default paths."""
     folder = tmp_path_factory.mktemp("work")
     torch.manual_seed(0)
     weights = build_model(load_config(["demo_tiny.yaml"])).state_dict()
@@ -48,7 +48,7 @@ def hack(folder, *arguments):
 
 
 def run_here(monkeypatch, folder, *arguments):
-    """Run the tool in this process, which saves importing torch; what `sys.exit` would print."""
+    """Run the tool in this process, which saves the import of torch; return the exit code or message."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
@@ -57,7 +57,7 @@ def run_here(monkeypatch, folder, *arguments):
 
 
 def check(path, release):
-    """Every weight is the release's, the schedule is the config's, the average starts from the weights."""
+    """Assert that weights and average equal the release's weights, and that the schedule is the config's."""
     hacked, released = load_state_dict(path), load_state_dict(release)
     model = build_model(load_config(["demo_tiny.yaml"]))
     assert hacked.keys() == model.state_dict().keys()
@@ -70,7 +70,7 @@ def check(path, release):
     load_into(model, hacked)
 
 
-def test_a_bare_call_takes_the_conventional_places_and_says_so(work):
+def test_without_arguments_the_default_paths_are_used_and_printed(work):
     before = (work / LAST).read_bytes()
     done = hack(work)
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,13 @@ def test_a_bare_call_takes_the_conventional_places_and_says_so(work):
     assert content["optimizer_states"] == [{"state": {}, "param_groups": [{"lr": 1e-4, "params": [0]}]}]
     kept = work / LAST.replace("last", "last.before-hack")
     assert kept.read_bytes() == before
-    for said in (RELEASE, LAST, kept.name, "cond stage weights of the release skipped, by design", "at step 3"):
+    for said in (
+        RELEASE,
+        LAST,
+        kept.name,
+        "text encoder weights of the release skipped: this training has no text encoder",
+        "at step 3",
+    ):
         assert said in done.stdout
 
     again = hack(work)
@@ -89,7 +95,7 @@ def test_a_bare_call_takes_the_conventional_places_and_says_so(work):
     assert (work / LAST.replace("last", "last.before-hack-2")).exists()
 
 
-def test_a_config_alone_is_enough(work):
+def test_base_makes_a_training_checkpoint(work):
     shutil.rmtree(work / "logs")
     done = hack(work, "--base", "demo_tiny.yaml")
     assert done.returncode == 0, done.stderr
@@ -101,7 +107,7 @@ def test_a_config_alone_is_enough(work):
     assert f"--resume {RELEASE.replace('model.ckpt', 'hacked.ckpt')}" in done.stdout
 
 
-def test_another_output_leaves_the_training_checkpoint_alone(work):
+def test_out_leaves_the_training_checkpoint_unchanged(work):
     before = (work / LAST).read_bytes()
     shutil.move(work / RELEASE, work / "r.safetensors")
     done = hack(work, "--train-ckpt", LAST, "--release", "r.safetensors", "--out", "start.ckpt")
@@ -116,7 +122,7 @@ def test_another_output_leaves_the_training_checkpoint_alone(work):
     [
         (["--release", "none.ckpt"], "none.ckpt: no such file"),
         (["--train-ckpt", "none.ckpt"], "none.ckpt: no such file"),
-        (["--train-ckpt", RELEASE], "name two files"),
+        (["--train-ckpt", RELEASE], "name two different files"),
         (["--release", LAST, "--train-ckpt", RELEASE], "not a training checkpoint"),
         (["--base", "none.yaml"], "none.yaml"),
         (["--base", "finetune_stable_diffusion.yaml"], "of another model"),
@@ -125,7 +131,7 @@ def test_another_output_leaves_the_training_checkpoint_alone(work):
         (["--out", "hacked.safetensors"], "must end in .ckpt"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(arguments, message, prepared, monkeypatch):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(arguments, message, prepared, monkeypatch):
     before = {path: path.is_file() and path.stat().st_mtime_ns for path in prepared.rglob("*")}
     printed = run_here(monkeypatch, prepared, *arguments)
     assert printed.startswith("error: ") and message in printed and "\n" not in printed

@@ -1,4 +1,4 @@
-"""`tools/inspect_shards.py` as people type it, on a bucketed set of a tiny model."""
+"""Tests of the command `tools/inspect_shards.py` on a bucketed set of a tiny model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.sources import find_images
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.preencode import preencode
 from ldm.release.load import load_release
 from ldm.shards.index import read_index, write_index
@@ -23,20 +23,20 @@ TOOL = ROOT / "tools/inspect_shards.py"
 
 @pytest.fixture
 def shards(tiny_release: Path, tmp_path: Path) -> str:
-    """Five images of two proportions."""
+    """Pre-encode five images of two aspect ratios; return the pattern of the shards."""
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number, size in enumerate([(80, 80)] * 3 + [(50, 200)] * 2):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    encoder = Encoder(load_release(tiny_release, RELEASE_CONFIG))
+    encoder = SampleEncoder(load_release(tiny_release, RELEASE_CONFIG))
     preencode(encoder, find_images(folder, "a cat"), str(tmp_path / "set/s-%d.tar"), size=128, buckets=True)
     return str(tmp_path / "set/*.tar")
 
 
 @pytest.fixture
 def inspect(run_tool: Callable) -> Callable[..., str | None]:
-    """Runs the command in this process; returns what it exits with: None or the error."""
+    """Return a function that runs the command in this process, and returns None or the error line."""
     return partial(run_tool, TOOL)
 
 
@@ -57,10 +57,10 @@ def test_text_json_and_sheet(inspect, shards, tiny_release, tmp_path, caplog):
 def test_without_a_model(inspect, shards, tmp_path, caplog):
     caplog.set_level("INFO")
     assert inspect(shards) is None
-    assert "the model expects a std of" in caplog.text  # by the set's index
+    assert "the model expects a std of" in caplog.text  # from the set's index
 
 
-def test_another_autoencoder_is_told_of(inspect, shards, tiny_release, tmp_path, caplog):
+def test_another_autoencoder_gives_a_warning(inspect, shards, tiny_release, tmp_path, caplog):
     write_index(tmp_path / "set", {**read_index(tmp_path / "set"), "autoencoder": "0" * 64})
     assert inspect(shards, "--ckpt", tiny_release, "--config", RELEASE_CONFIG) is None
     assert f"the set was made by another autoencoder (000000000000…) than that of {tiny_release} (" in caplog.text
@@ -70,7 +70,7 @@ def test_another_autoencoder_is_told_of(inspect, shards, tiny_release, tmp_path,
     ("key", "value"),
     [("scale_factor", "abc"), ("scale_factor", {}), ("failed", "abc"), ("failed", {"a": 1}), ("failed", ["x"])],
 )
-def test_an_index_edited_wrongly_is_one_line(inspect, shards, tmp_path, key, value):
+def test_a_wrong_value_in_the_index_is_refused_in_one_line(inspect, shards, tmp_path, key, value):
     write_index(tmp_path / "set", {**read_index(tmp_path / "set"), key: value})
     error = inspect(shards)
     assert f"index.json: {key} is {value!r}, not a " in error and "\n" not in error
@@ -79,13 +79,13 @@ def test_an_index_edited_wrongly_is_one_line(inspect, shards, tmp_path, key, val
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--sheet", "x.png"), "--sheet x.png: give --ckpt and --config"),
-        (("--ckpt", "x.ckpt"), "--ckpt and --config: give both"),
+        (("--sheet", "x.png"), "--sheet x.png: needs an autoencoder"),
+        (("--config", "x.yaml"), "--config x.yaml: give its release too, with --ckpt"),
         (("--sheet", "x", "--ckpt", "c", "--config", "d"), "--sheet x: the name must end in .png"),
         (("--samples", 0), "--samples 0"),
         ((), "nowhere.tar: no such file"),
     ],
 )
-def test_bad_input_is_one_line(inspect, words, message):
+def test_bad_input_is_refused_in_one_line(inspect, words, message):
     error = inspect("nowhere.tar", *words)
     assert error.startswith("error: ") and message in error and "\n" not in error

@@ -1,4 +1,4 @@
-"""Command lines on releases that other programs wrote."""
+"""Tests of the tools on releases written by other programs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def work(tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def test_txt2img_draws_the_same_image_from_every_layout(work: Path, run_tool: Callable, caplog) -> None:
+def test_txt2img_samples_the_same_image_from_every_layout(work: Path, run_tool: Callable, caplog) -> None:
     caplog.set_level("INFO")
     files = {"plain": (), "foreign": (), "without": ("--vae", "foreign.safetensors")}
     for name, more in files.items():
@@ -46,10 +46,10 @@ def test_txt2img_draws_the_same_image_from_every_layout(work: Path, run_tool: Ca
     assert "values are not used" in caplog.text and "keys have other names" in caplog.text
 
 
-def test_txt2img_says_that_a_file_holds_no_autoencoder(work: Path, run_tool: Callable) -> None:
-    said = run_tool(TXT2IMG, "--ckpt", "without.safetensors", *CONFIG, *TINY)
-    assert said.startswith("error: without.safetensors: lacks first_stage_model.") and "--vae FILE" in said
-    assert "\n" not in said and not (work / "outputs").exists()
+def test_txt2img_refuses_a_file_without_an_autoencoder(work: Path, run_tool: Callable) -> None:
+    error = run_tool(TXT2IMG, "--ckpt", "without.safetensors", *CONFIG, *TINY)
+    assert error.startswith("error: without.safetensors: lacks first_stage_model.") and "--vae FILE" in error
+    assert "\n" not in error and not (work / "outputs").exists()
 
 
 def test_hack_and_merge_release_of_a_run_named_a_b(work: Path, run_tool: Callable) -> None:

@@ -1,4 +1,4 @@
-"""The command on a tiny release: from captions, from images, with and without predictions."""
+"""Tests of the command `tools/make_prior.py`: from prompts, from images, with and without predictions."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from ldm.config.load import load_config
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.text_to_image import Request, draw_latents, latent_shape
+from ldm.models.diffusion.text_to_image import Request, latent_shape, sample_latents
 from ldm.release.load import load_release
 from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
@@ -28,12 +28,12 @@ AS_TRAINED = ["first_stage_key=f8", "cond_stage_key=txt", "prior_target=teacher"
 
 @pytest.fixture
 def make_prior(tiny_release, monkeypatch, tmp_path, run_tool):
-    """Runs the command in this process; returns what it exits with: None or the error."""
+    """Return a function that runs the command in this process, and returns None or the error line."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        how = () if "--shards" in arguments else FAST
-        return run_tool(TOOL, "--ckpt", tiny_release, "--config", RELEASE_CONFIG, *how, *arguments)
+        sampling = () if "--shards" in arguments else FAST
+        return run_tool(TOOL, "--ckpt", tiny_release, "--config", RELEASE_CONFIG, *sampling, *arguments)
 
     return call
 
@@ -44,7 +44,7 @@ def model(tiny_release):
 
 
 def write_images(model, folder, sizes=((8, 8),) * 5, width=None):
-    """Posteriors with a mean of their number and a standard deviation of 1."""
+    """Write posteriors with their number as mean and a standard deviation of 1; return the folder."""
     with ShardWriter(str(folder / "p-%d.tar"), 1000) as writer:
         for number, size in enumerate(sizes):
             mean = np.full((model.channels, *size), number, np.float16)
@@ -55,7 +55,7 @@ def write_images(model, folder, sizes=((8, 8),) * 5, width=None):
 
 
 def self_loss(model, path):
-    """The loss of the prior's samples in the very model that was their teacher."""
+    """Return the prior loss of the model that was the teacher of the shards at `path`."""
     prior = ShardDataset([path], extra=TEACHER_KEYS)
     items = WithPrior(EpochItems(ShardDataset([path])), prior, None, model.num_timesteps)
     count = len(prior)
@@ -64,14 +64,14 @@ def self_loss(model, path):
         return model.shared_step(batch)[1]["val/loss_prior"].item()
 
 
-def test_samples_go_to_shards_as_they_are_drawn(make_prior, model, tmp_path):
+def test_shards_hold_the_sampled_latents(make_prior, model, tmp_path):
     prompts = ("--prompt", "red apple", "a bee", "--n", 2, "--seed", 7)
     assert make_prior(*prompts, "--batch-size", 3, "--shard-size", 3, "--out", "out/s-%03d.tar") is None
     names = ["index.json", "null.t5.npy", "s-000.tar", "s-001.tar"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     requests = [Request("red apple", 7), Request("red apple", 8), Request("a bee", 9), Request("a bee", 10)]
     settings = {"steps": 2, "scale": 2.0, "sampler": "ddim", "eta": 0.0}
-    latents = draw_latents(model, requests, latent_shape(model, 32, 32), **settings, batch_size=3, verbose=False)
+    latents = sample_latents(model, requests, latent_shape(model, 32, 32), **settings, batch_size=3, verbose=False)
     dataset = ShardDataset(sorted((tmp_path / "out").glob("*.tar")), extra=["json"])
     for request, latent, sample in zip(requests, latents, (dataset[n] for n in range(4)), strict=True):
         assert sample["f8"].dtype == sample["t5"].dtype == np.float16 and sample["txt"] == request.prompt
@@ -95,7 +95,7 @@ def test_the_teacher_has_no_loss_on_its_own_predictions(make_prior, model, tmp_p
     assert self_loss(model, tmp_path / "s.tar") < 1e-5
 
 
-def test_images_get_a_named_draw_and_predictions(make_prior, model, tmp_path):
+def test_images_get_a_latent_seeded_by_key_and_predictions(make_prior, model, tmp_path):
     images = write_images(model, tmp_path / "images")
     for out, size in (("one", 2), ("two", 5)):
         options = ("--teacher", 2, "--null-share", 0, "--batch-size", size)
@@ -111,11 +111,11 @@ def test_images_get_a_named_draw_and_predictions(make_prior, model, tmp_path):
     assert self_loss(model, tmp_path / "one/s.tar") < 1e-5
 
 
-def test_latents_are_taken_as_they_are(make_prior, model, tmp_path):
-    assert make_prior("--prompt", "red apple", "--n", 3, "--out", "drawn/s.tar") is None
-    assert make_prior("--shards", "drawn", "--teacher", 2, "--out", "taught/s.tar") is None
-    drawn, taught = (ShardDataset([tmp_path / name / "s.tar"]) for name in ("drawn", "taught"))
-    assert all(np.array_equal(drawn[n]["f8"], taught[n]["f8"]) for n in range(3))
+def test_stored_latents_are_used_unchanged(make_prior, model, tmp_path):
+    assert make_prior("--prompt", "red apple", "--n", 3, "--out", "sampled/s.tar") is None
+    assert make_prior("--shards", "sampled", "--teacher", 2, "--out", "taught/s.tar") is None
+    sampled, taught = (ShardDataset([tmp_path / name / "s.tar"]) for name in ("sampled", "taught"))
+    assert all(np.array_equal(sampled[n]["f8"], taught[n]["f8"]) for n in range(3))
 
 
 OPTIONS = ("--prompt", "red apple", "--n", 5, "--batch-size", 2, "--shard-size", 2, "--teacher", 2)
@@ -123,13 +123,13 @@ OPTIONS = ("--prompt", "red apple", "--n", 5, "--batch-size", 2, "--shard-size",
 
 @pytest.fixture
 def whole(make_prior, tmp_path):
-    """The files of the set that an uninterrupted command makes."""
+    """Return the files of the set that an uninterrupted command makes."""
     assert make_prior(*OPTIONS, "--out", "whole/s-%d.tar") is None
     return {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
 
 def interrupt_at(monkeypatch, call):
-    """Let the sampler's `call`-th batch be interrupted."""
+    """Interrupt the sampler at its batch number `call`; return the list that counts the batches."""
     sample, calls = DDIMSampler.sample, []
 
     def interrupted(self, *args, **kwargs):
@@ -142,7 +142,7 @@ def interrupt_at(monkeypatch, call):
     return calls
 
 
-def test_make_prior_goes_on_after_an_interruption(make_prior, whole, tmp_path, monkeypatch):
+def test_make_prior_continues_after_an_interruption(make_prior, whole, tmp_path, monkeypatch):
     out = (*OPTIONS, "--out", "out/s-%d.tar")
     with monkeypatch.context() as patched:
         interrupt_at(patched, 3)
@@ -150,40 +150,40 @@ def test_make_prior_goes_on_after_an_interruption(make_prior, whole, tmp_path, m
     assert not json.loads((tmp_path / "out/index.json").read_text())["complete"]
     for changed in (("--n", 6), ("--seed", 1), ("--teacher", 3), ("--steps", 3), ("--null-share", 0.5)):
         message = make_prior(*out, *changed)
-        assert re.search(r"the unfinished set was begun with .*give the same command to go on", message)
+        assert re.search(r"the unfinished set was begun with .*give the same command to resume", message)
     calls = interrupt_at(monkeypatch, 100)
     assert make_prior(*out) is None and len(calls) == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
 
 
 def test_make_prior_is_shared_among_processes(make_prior, whole, tmp_path, monkeypatch):
-    """Rank 1 makes its share of a set that rank 0 began; rank 0 started again finds it made, and ends the set."""
+    """Rank 1 makes its share of a set that rank 0 began. Then rank 0, started again, completes the set."""
     out = (*OPTIONS, "--out", "out/s-%d.tar")
     for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("RANK", "0")
     with monkeypatch.context() as patched:
         interrupt_at(patched, 1)
-        assert make_prior(*out) == 130  # the set is begun all the same: the others wait for that
+        assert make_prior(*out) == 130  # the set exists now; the other ranks wait for it
     monkeypatch.setenv("RANK", "1")
     assert make_prior(*out) is None
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["s-1.tar"]
     monkeypatch.setenv("RANK", "0")
     assert make_prior(*out) is None
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
-    assert "none of several processes may remove" in make_prior(*out, "--overwrite")
+    assert "not possible with several processes" in make_prior(*out, "--overwrite")
 
 
-def test_make_prior_names_prompts_that_are_cut(make_prior, caplog):
+def test_make_prior_names_truncated_prompts(make_prior, caplog):
     assert make_prior("--prompt", "a cat " * 50, "--out", "s.tar") is None
-    assert "1 prompts are longer than 75 tokens, the rest is not read: 'a cat a cat" in caplog.text
+    assert "1 prompts are longer than 75 tokens and are cut: 'a cat a cat" in caplog.text
     assert "(100 tokens)" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no caption: give --prompt or --from-file"),
+        ((), "no prompt: give --prompt or --from-file"),
         (("--prompt", "x", "--ckpt", "none.ckpt"), r"none\.ckpt"),
         (("--prompt", "x", "--out", "s"), r"--out s: name shards"),
         (("--prompt", "x", "--n", 0), "--n 0"),
@@ -193,20 +193,23 @@ def test_make_prior_names_prompts_that_are_cut(make_prior, caplog):
         (("--prompt", "x", "--teacher", 1001), "--teacher 1001: choose 1 to 1000 timesteps"),
         (("--prompt", "x", "--teacher", 1, "--null-share", 2), "--null-share 2"),
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
-        (("--shards", "images"), "--shards images: has its own captions, and needs --teacher"),
-        (("--shards", "images", "--teacher", 1, "--prompt", "x"), "has its own captions"),
-        (("--prompt", "x", "--null-share", 0.5), "--null-share says nothing without --teacher"),
-        (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is drawn; leave out --n and --eta"),
+        (("--shards", "images"), "--shards images: has captions of its own; give --teacher"),
+        (("--shards", "images", "--teacher", 1, "--prompt", "x"), "has captions of its own"),
+        (("--prompt", "x", "--null-share", 0.5), "--null-share has no effect without --teacher"),
+        (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is sampled; leave out --n and --eta"),
         (("--shards", "images", "--teacher", 1, "--H", 64), "leave out --H$"),
-        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is streamed; give local shards"),
+        (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is a stream; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
         (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),
-        (("--shards", "{images,again}/*.tar", "--teacher", 1), "has two samples 'dog0'; make a prior of each part"),
+        (
+            ("--shards", "{images,again}/*.tar", "--teacher", 1),
+            "two samples have the key 'dog0'; make a prior of each part",
+        ),
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
     write_images(model, tmp_path / "images")
     write_images(model, tmp_path / "again")
     write_images(model, tmp_path / "sizes", [(8, 8), (8, 16)])

@@ -1,4 +1,4 @@
-"""`tools/merge_release.py` as people type it. What a merge does is tested in tests/ldm/training/test_merge.py."""
+"""Tests of the command `tools/merge_release.py`. The merge itself is tested in tests/ldm/release/test_merge.py."""
 
 import runpy
 import shutil
@@ -21,7 +21,7 @@ MERGED = "logs/run/checkpoints/merged.ckpt"
 
 @pytest.fixture
 def work(tmp_path):
-    """A working folder with a release and a training checkpoint with EMA in the conventional places."""
+    """Make a working folder with a release and a training checkpoint with EMA, at the default paths."""
     release = {"model.w": torch.zeros(3), "cond_stage_model.w": torch.arange(4.0), "betas": torch.ones(5)}
     training = {"model.w": torch.ones(3), "model_ema.w": torch.full((3,), 0.5), "betas": torch.ones(5)}
     save_state_dict(release, tmp_path / RELEASE)
@@ -36,7 +36,7 @@ def merge(folder, *arguments):
 
 
 def run_here(monkeypatch, folder, *arguments):
-    """Run the tool in this process, which saves importing torch; what `sys.exit` would print."""
+    """Run the tool in this process, which saves the import of torch; return the exit code or message."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
@@ -44,14 +44,20 @@ def run_here(monkeypatch, folder, *arguments):
     return caught.value.code
 
 
-def test_a_bare_call_takes_the_conventional_places_and_says_so(work):
+def test_without_arguments_the_default_paths_are_used_and_printed(work):
     done = merge(work)
     assert done.returncode == 0, done.stderr
     weights = load_state_dict(work / MERGED)
     assert weights["model.w"].tolist() == [0.5] * 3
     assert weights["cond_stage_model.w"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    for said in (RELEASE, LAST, MERGED, "1 weights taken from the training, its moving average (ema)", "2 values kept"):
-        assert said in done.stdout
+    for text in (
+        RELEASE,
+        LAST,
+        MERGED,
+        "1 weights taken from the training, moving average (ema)",
+        "2 values of the release kept",
+    ):
+        assert text in done.stdout
 
 
 def test_every_flag(work):
@@ -85,7 +91,7 @@ def test_every_flag(work):
         (["--out", RELEASE], "choose another --out"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(arguments, message, work, monkeypatch):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(arguments, message, work, monkeypatch):
     before = {path: path.is_file() and path.stat().st_mtime_ns for path in work.rglob("*")}
     printed = run_here(monkeypatch, work, *arguments)
     assert printed.startswith("error: ") and message in printed and "\n" not in printed

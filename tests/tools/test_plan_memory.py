@@ -1,4 +1,4 @@
-"""tools/plan_memory.py: a table, an answer for a card, JSON; and its refusals."""
+"""Tests of the command `tools/plan_memory.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ldm.planning.card import GIB, needed
+from ldm.planning.card import GIB, needed_bytes
 from ldm.util import UserError
 from tests.conftest import ROOT
 
@@ -19,11 +19,11 @@ CATEGORIES = ["weights", "gradients", "optimizer", "activations", "temporaries"]
 
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[str], str]:
-    """What the tool says to a command line, in this process, with 10 GiB a step and 1 a picture; 1 GiB streamed."""
+    """Return a function that runs the tool in this process: 10 GiB per step, 1 if streamed, plus 1 GiB per image."""
 
-    def peak_of_step(config, pictures, size=None):
+    def peak_of_step(config, images, size=None):
         streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")
-        return dict.fromkeys(CATEGORIES, 0) | {"weights": (1 if streamed else 10) * GIB, "activations": pictures * GIB}
+        return dict.fromkeys(CATEGORIES, 0) | {"weights": (1 if streamed else 10) * GIB, "activations": images * GIB}
 
     monkeypatch.setattr("ldm.planning.step.peak_of_step", peak_of_step)
     monkeypatch.setattr("ldm.planning.card.peak_of_step", peak_of_step)
@@ -41,9 +41,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
 def test_a_real_step_as_json(command) -> None:
     done = command("tools/plan_memory.py", "--json", "--base", "demo_tiny.yaml", "lightning.trainer.precision=bf16")
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert list(figures) == [*CATEGORIES, "peak", "card"]
-    assert sum(figures[name] for name in CATEGORIES) == figures["peak"] and figures["card"] == needed(figures["peak"])
+    sizes = json.loads(done.stdout)
+    assert list(sizes) == [*CATEGORIES, "peak", "card"]
+    assert sum(sizes[name] for name in CATEGORIES) == sizes["peak"] and sizes["card"] == needed_bytes(sizes["peak"])
 
 
 def test_a_step_by_category(plan) -> None:
@@ -56,14 +56,14 @@ def test_a_step_by_category(plan) -> None:
         ["temporaries", "0.00", "GiB"],
         ["peak", "12.00", "GiB"],
     ]
-    assert " ".join(lines[7]) == "of a card 12.96 GiB, with 0.6 GiB for context and workspaces and 3 % for gaps"
+    assert " ".join(lines[7]) == "card 12.96 GiB, with 0.6 GiB for context and workspaces and 3 % for fragmentation"
 
 
 def test_what_fits_a_card(plan) -> None:
-    said = plan("--base demo_tiny.yaml minimal.yaml --card 8")  # asked without the tier, too
-    assert "as given       not even batch 1" in said
-    assert "minimal.yaml   batch 6" in said
-    assert "use minimal.yaml: --base demo_tiny.yaml minimal.yaml" in said
+    printed = plan("--base demo_tiny.yaml minimal.yaml --card 8")  # also predicts without the tier
+    assert "as given       not even batch 1" in printed
+    assert "minimal.yaml   batch 6" in printed
+    assert "use minimal.yaml: --base demo_tiny.yaml minimal.yaml" in printed
     assert "nothing fits" in plan("--base demo_tiny.yaml --card 2")
     answer = json.loads(plan("--base demo_tiny.yaml --card 12 --json"))
     assert answer["use"] == "as given" and answer["tiers"][0] == {
@@ -78,9 +78,9 @@ def test_what_fits_a_card(plan) -> None:
     [
         ("--base nothing.yaml", "config 'nothing.yaml' not found"),
         ("--base demo_tiny.yaml --card 0", "--card 0.0: give a number of GB above 0"),
-        ("--base demo_tiny.yaml --card 8 --batch 1", "--card finds the batch; leave out --batch"),
+        ("--base demo_tiny.yaml --card 8 --batch 1", "--card computes the batch size; leave out --batch"),
     ],
 )
-def test_mistakes(plan, line: str, message: str) -> None:
+def test_bad_input_is_refused(plan, line: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(line)

@@ -1,4 +1,4 @@
-"""The command, on a tiny model of the released layout and real image files."""
+"""Tests of the command `tools/preencode.py` on a tiny model of the released layout and real image files."""
 
 import json
 import os
@@ -33,7 +33,7 @@ CONFIG = ROOT / "configs/latent-diffusion/demo_tiny_release.yaml"
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """A checkpoint with the demo's layout and random weights, and its config."""
+    """Save a checkpoint with the demo's layout and random weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("release") / "model.ckpt"
     model = instantiate_from_config(load_config([CONFIG]).model)
@@ -43,14 +43,14 @@ def release(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Four images of different kinds with captions, and one that is broken."""
+    """Make a folder of four images of different formats with captions, and a damaged one."""
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     pixels = Image.fromarray(rng.integers(0, 256, (80, 100, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    pixels.save(folder / "turned.jpg", exif=exif)
+    pixels.save(folder / "rotated.jpg", exif=exif)
     pixels.convert("CMYK").save(folder / "cmyk.jpg")
     pixels.convert("RGBA").save(folder / "alpha.png")
     pixels.convert("L").save(folder / "grey.webp")
@@ -70,7 +70,7 @@ def preencode(*arguments):
 
 @pytest.fixture
 def here(run_tool):
-    """Run the command in this process, which spares the imports; returns what it exits with: None or the error."""
+    """Return a function that runs the command in this process, and returns None or the error line."""
     return partial(run_tool, TOOL)
 
 
@@ -78,7 +78,7 @@ def test_help_answers_at_once():
     start = time.perf_counter()
     result = preencode("--help")
     assert result.returncode == 0 and "--shard-size" in result.stdout
-    assert time.perf_counter() - start < 2  # half a second on a quiet machine
+    assert time.perf_counter() - start < 2  # half a second on an idle machine
 
 
 def test_from_images_to_batches(release, images, tmp_path):
@@ -98,20 +98,20 @@ def test_from_images_to_batches(release, images, tmp_path):
         "000000_alpha",
         "000002_cmyk",
         "000003_grey",
-        "000004_turned",
+        "000004_rotated",
     ]
     model = load_release(release, CONFIG)
-    turned = dataset[6]
-    with Image.open(images / "turned.jpg") as image:
+    rotated = dataset[6]
+    with Image.open(images / "rotated.jpg") as image:
         upright = np.array(image.transpose(Image.Transpose.ROTATE_270))
     with torch.no_grad():
         view = fit_square(torch.from_numpy(upright), 64)[None]
         expected = model.first_stage_model.encode(view).parameters[0].numpy()
         mirrored = model.first_stage_model.encode(view.flip(-1)).parameters[0].numpy()
         context = model.get_learned_conditioning(["a cat", ""]).numpy()
-    np.testing.assert_allclose(turned["f8"], expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(rotated["f8"], expected, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(dataset[7]["f8"], mirrored, rtol=2e-3, atol=2e-3)
-    np.testing.assert_allclose(turned["t5"], context[0], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(rotated["t5"], context[0], rtol=2e-3, atol=2e-3)
     null = npy.decode(bytearray((out.parent / "null.t5.npy").read_bytes()), "null")
     np.testing.assert_allclose(null, context[1], rtol=2e-3, atol=2e-3)
     assert len(json.loads((out.parent / "index.json").read_text())["shards"]) == 3
@@ -122,28 +122,28 @@ def test_from_images_to_batches(release, images, tmp_path):
     assert batch["f8"].shape == (8, 32, 8, 8) and batch["t5"].shape == (8, *context.shape[1:])
 
 
-def test_two_processes_make_what_one_makes(here, release, images, tmp_path):
+def test_two_processes_make_the_same_set_as_one(here, release, images, tmp_path):
     common = ("--ckpt", release, "--config", CONFIG, "--images", images, "--size", 64, "--num-workers", 0)
     common += ("--shard-size", 2, "--device", "cpu")
     words = [str(word) for word in (sys.executable, TOOL, *common, "--out", tmp_path / "two" / "s-%d.tar")]
     ranks = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)]
     environments = [{**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **rank} for rank in ranks]
     processes = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
-    said = [process.communicate(timeout=LIMIT)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    output = [process.communicate(timeout=LIMIT)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
     assert here(*common, "--out", tmp_path / "one" / "s-%d.tar") is None
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
     assert sorted(one) == ["index.json", "null.t5.npy", "s-0.tar", "s-1.tar", "s-2.tar"]
-    assert "rank 1 of 2 wrote 2 samples" in said[1] and "wrote 4 samples of 4 images in 3 shards" in said[0]
+    assert "rank 1 of 2 wrote 2 samples" in output[1] and "wrote 4 samples of 4 images in 3 shards" in output[0]
 
 
-def test_one_of_several_processes_replaces_nothing(here, release, images, tmp_path, monkeypatch):
+def test_overwrite_is_refused_with_several_processes(here, release, images, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     out = ("--out", tmp_path / "s-%d.tar")
     error = here("--ckpt", release, "--config", CONFIG, "--images", images, *out, "--overwrite")
-    assert re.search("^error: --overwrite: none of several processes", error)
+    assert re.search("^error: --overwrite: not possible with several processes", error)
 
 
 def test_tars_and_metadata_and_one_caption(here, release, images, tmp_path):
@@ -174,7 +174,7 @@ def test_tars_and_metadata_and_one_caption(here, release, images, tmp_path):
         ("existing", "give --overwrite to replace 1 shards"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(here, release, images, tmp_path, case, message):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(here, release, images, tmp_path, case, message):
     arguments = {"--ckpt": release, "--config": CONFIG, "--images": images, "--size": 64, "--num-workers": 0}
     arguments["--out"] = tmp_path / "out" / "s-%d.tar"
     before = []

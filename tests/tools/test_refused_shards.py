@@ -1,4 +1,4 @@
-"""Whatever reads pre-encoded shards refuses a broken, half-made or foreign set, in the same line."""
+"""Tests that every reader of pre-encoded shards refuses a damaged, unfinished or foreign set with the same line."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ READERS = {
     "inspect_shards": "tools/inspect_shards.py --json found.json SHARDS",
     "inspect_shards, with a model": f"tools/inspect_shards.py {RELEASE} --sheet sheet.png SHARDS",
 }
-READS_ENCODINGS = ("evaluate, stored encodings", "make_prior")  # of these, and knows the text tower of its release
-LOOKS = [name for name in READERS if name.startswith("inspect")]
+READS_ENCODINGS = ("evaluate, stored encodings", "make_prior")  # and compare the text tower with their release's
+INSPECTIONS = [name for name in READERS if name.startswith("inspect")]
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny release, its config with a text encoder, and that of its training."""
+    """Make a folder with the tiny release, its config with a text encoder, and the config of its training."""
     folder = tmp_path_factory.mktemp("release")
     OmegaConf.save(OmegaConf.create(CONFIG), folder / "tiny.yaml")
     config = {"model": copy.deepcopy(CONFIG["model"])}
@@ -57,7 +57,7 @@ def index_of(folder: Path) -> dict:
 
 @pytest.fixture
 def here(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
-    """A folder with the release, and a set twice, `good` and `bad`, of two shards that the release made."""
+    """Make a folder with the release and two equal sets of two shards, `good` and `bad`, made by the release."""
     from ldm.checkpoint import load_state_dict
 
     digests = encoder_digests(load_state_dict(release / "tiny.safetensors"))
@@ -70,13 +70,13 @@ def here(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thr
         shards = [{"name": p.name, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths]
         write_index(tmp_path / name, {"format": 2, "complete": True, "shards": shards, **digests})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that a run's own value goes away with the test
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # monkeypatch then removes the value that a run sets
     return tmp_path
 
 
 @pytest.fixture
 def read(here: Path, run_tool: Callable) -> Callable[[str, str], str | int | None]:
-    """Runs the reader's command on the shards; returns what it exits with: None or the error."""
+    """Return a function that runs a reader's command on shards, and returns None or the error line."""
 
     def call(reader: str, shards: str) -> str | int | None:
         script, *words = READERS[reader].replace("SHARDS", shards).split()
@@ -86,7 +86,7 @@ def read(here: Path, run_tool: Callable) -> Callable[[str, str], str | int | Non
 
 
 def files(folder: Path) -> set[Path]:
-    """All but the notes of which shards were verified."""
+    """Return all files except the records of verified shards."""
     return {path for path in folder.rglob("*") if path.is_file() and path.name != ".verified.json"}
 
 
@@ -96,15 +96,15 @@ def unfinished(folder: Path) -> None:
 
 def flipped_bit(folder: Path) -> None:
     data = bytearray((folder / "set-001.tar").read_bytes())
-    data[700] ^= 1  # in an array, which stays one
+    data[700] ^= 1  # in the values of an array
     (folder / "set-001.tar").write_bytes(data)
 
 
-def cut_short(folder: Path) -> None:
+def truncated(folder: Path) -> None:
     os.truncate(folder / "set-001.tar", 3000)
 
 
-def gone(folder: Path) -> None:
+def missing(folder: Path) -> None:
     (folder / "set-001.tar").unlink()
 
 
@@ -113,45 +113,50 @@ def added(folder: Path) -> None:
 
 
 UNFINISHED = (
-    "bad/index.json: the set is unfinished, its making was interrupted; give the same command of tools/preencode.py "
-    "again to go on, or make it again with --overwrite, by tools/preencode.py or tools/make_prior.py"
+    "bad/index.json: the set is unfinished, because writing it was interrupted; give the same command of "
+    "tools/preencode.py again to resume it, or write the set again with --overwrite, by tools/preencode.py or "
+    "tools/make_prior.py"
 )
-MISSING = "bad/set-001.tar: missing, as 1 of the 2 shards in index.json are; copy it again, name only shards that"
+MISSING = "bad/set-001.tar: missing (1 of 2 shards in index.json); copy it again, name only existing shards"
 DAMAGE = {
-    "checksum": (flipped_bit, "bad", "bad/set-001.tar: its bytes are not those that were written: SHA-256 "),
-    "size": (cut_short, "bad", "bad/set-001.tar: has 3000 bytes, but 20480 in bad/index.json; copy it again, or make"),
-    "missing": (gone, "bad/*.tar", MISSING),
-    "missing, named": (gone, "bad/set-{000..001}.tar", MISSING),
-    "not its own": (added, "bad", "bad/old.tar: not in bad/index.json; move it to a folder of its own, or make it"),
-    "no such": (gone, "bad/set-002.tar", "bad/set-002.tar: no such file"),
-    "streamed": (gone, "pipe:false", "pipe:false: is streamed; give local shards, which can be read in any order"),
+    "checksum": (flipped_bit, "bad", "bad/set-001.tar: was changed: its SHA-256 is "),
+    "size": (truncated, "bad", "bad/set-001.tar: has 3000 bytes, but 20480 in bad/index.json; copy it again, or write"),
+    "missing": (missing, "bad/*.tar", MISSING),
+    "missing, named": (missing, "bad/set-{000..001}.tar", MISSING),
+    "not in the index": (
+        added,
+        "bad",
+        "bad/old.tar: not in bad/index.json; move it to a folder of its own, or write",
+    ),
+    "no such file": (missing, "bad/set-002.tar", "bad/set-002.tar: no such file"),
+    "streamed": (missing, "pipe:false", "pipe:false: is a stream; give local shards, which can be read in any order"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_every_reader_refuses_in_the_same_line(here: Path, read: Callable, damage: str) -> None:
-    break_it, shards, line = DAMAGE[damage]
-    break_it(here / "bad")
+def test_every_reader_refuses_damage_in_the_same_line(here: Path, read: Callable, damage: str) -> None:
+    damage_set, shards, line = DAMAGE[damage]
+    damage_set(here / "bad")
     before = files(here)
-    said = {}
+    errors = {}
     for reader in READERS:
         if damage == "streamed" and "main.py" in READERS[reader]:
-            continue  # what training does with a `pipe:` is a matter of trust
+            continue  # training accepts a `pipe:` from a trusted config
         error = read(reader, shards)
         assert isinstance(error, str) and error.startswith("error: "), reader
-        said[reader] = error.removeprefix("error: ").removeprefix("set 'new': ")
-    assert len(set(said.values())) == 1, said
-    assert said["evaluate"].startswith(line) and "\n" not in said["evaluate"]
+        errors[reader] = error.removeprefix("error: ").removeprefix("set 'new': ")
+    assert len(set(errors.values())) == 1, errors
+    assert errors["evaluate"].startswith(line) and "\n" not in errors["evaluate"]
     assert files(here) == before
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_an_unfinished_set_is_refused_but_can_be_looked_at(
+def test_an_unfinished_set_is_refused_but_can_be_inspected(
     here: Path, read: Callable, reader: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     unfinished(here / "bad")
     error = read(reader, "bad")
-    if reader not in LOOKS:
+    if reader not in INSPECTIONS:
         assert error.removeprefix("error: ").removeprefix("set 'new': ") == UNFINISHED
         return
     assert error is None
@@ -162,24 +167,24 @@ def test_an_unfinished_set_is_refused_but_can_be_looked_at(
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("what", ["autoencoder", "text_tower"])
-def test_a_set_of_other_encoders_is_refused_where_they_are_known(
-    here: Path, read: Callable, reader: str, what: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("part", ["autoencoder", "text_tower"])
+def test_a_set_of_other_encoders_is_refused_if_they_are_known(
+    here: Path, read: Callable, reader: str, part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_index(here / "bad", {**index_of(here / "bad"), what: "0" * 64})
+    write_index(here / "bad", {**index_of(here / "bad"), part: "0" * 64})
     error = read(reader, "bad")
-    line = f"bad/index.json: the set was made by another {what.replace('_', ' ')} (000000000000…) than that of "
-    if reader in LOOKS:
+    line = f"bad/index.json: the set was made by another {part.replace('_', ' ')} (000000000000…) than that of "
+    if reader in INSPECTIONS:
         assert error is None
-        knows = what == "autoencoder" and "--ckpt" in READERS[reader]
-        assert (f"{line}tiny.safetensors (" in caplog.text) == knows
-    elif what == "autoencoder" or reader in READS_ENCODINGS:
+        known = part == "autoencoder" and "--ckpt" in READERS[reader]
+        assert (f"{line}tiny.safetensors (" in caplog.text) == known
+    elif part == "autoencoder" or reader in READS_ENCODINGS:
         assert error.removeprefix("error: ").startswith(line)
         assert error.endswith("or use the release that made the set") and "\n" not in error
-    else:  # training from a release knows no text tower; see tests/ldm/callbacks/test_encoders.py
+    else:  # training does not know the text tower of its release; see tests/ldm/callbacks/test_encoders.py
         assert error is None
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_whole_set_is_read(here: Path, read: Callable, reader: str) -> None:
+def test_every_reader_reads_a_complete_set(here: Path, read: Callable, reader: str) -> None:
     assert read(reader, "bad") is None

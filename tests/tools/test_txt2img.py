@@ -1,4 +1,4 @@
-"""txt2img as a command line."""
+"""Tests of the command `tools/txt2img.py`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_images_settings_and_grid(tiny_release: Path, command: Callable, tmp_pat
         "prompts.txt",
     )
     assert done.returncode == 0, done.stderr
-    assert "1 prompts are longer than 75 tokens, the rest is not read: 'red apple" in done.stdout
+    assert "1 prompts are longer than 75 tokens and are cut: 'red apple" in done.stdout
     assert "(80 tokens)" in done.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]
@@ -58,7 +58,7 @@ def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no caption"),
+        ((), "no prompt"),
         (("--prompt", "x", "--ckpt", "missing.ckpt"), "missing.ckpt"),
         (("--prompt", "x", "--H", 33), "--H 33"),
         (("--prompt", "x", "--n", 0), "--n 0"),
@@ -72,7 +72,7 @@ def test_nothing_is_overwritten_and_seeds_repeat(tiny_release: Path, command: Ca
         (("--prompt", "x", "--negative-prompt", "y", "--scale", 1), "--negative-prompt needs guidance"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_is_refused_in_one_line(
     tiny_release: Path, command: Callable, tmp_path: Path, arguments: tuple, message: str
 ) -> None:
     done = command("tools/txt2img.py", "--ckpt", tiny_release, *FAST, *arguments)

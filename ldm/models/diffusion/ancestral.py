@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Denoiser, Predict, Sampler
-from ldm.util import UserError
+from ldm.util import check_number
 
 
 class AncestralSampler(Sampler):
     """Sampler of x_{t−1} from the posterior q(x_{t−1} | x_t, x₀) at the predicted x₀.
 
-    The model must hold the posterior's buffers (`GaussianDiffusion`). `clip_denoised` keeps x₀ in [-1, 1], which
-    fits pixels, not latents.
+    The model needs the buffers of the posterior (`GaussianDiffusion`). `clip_denoised` clamps x₀ to [-1, 1], for models
+    of pixels.
     """
 
     def __init__(self, model: Denoiser, clip_denoised: bool = False) -> None:
@@ -24,11 +24,14 @@ class AncestralSampler(Sampler):
         self.clip_denoised = clip_denoised
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = False,
     ) -> None:
-        """Set the last `ddim_num_steps` training timesteps, each visited once; the other arguments do not apply."""
-        if not 1 <= ddim_num_steps <= self.model.num_timesteps:
-            raise UserError(f"{ddim_num_steps} sampling steps: choose 1 to {self.model.num_timesteps}")
+        """Set the last `ddim_num_steps` training timesteps. The other arguments are ignored."""
+        check_number("sampling steps", ddim_num_steps, least=1, most=self.model.num_timesteps)
         self.timesteps = np.arange(ddim_num_steps, dtype=np.float64)[::-1]
         self.alphas = self.alphas_cumprod[:ddim_num_steps][::-1]
         self.alphas_prev = np.append(self.alphas[1:], 1.0)

@@ -1,4 +1,4 @@
-"""Batches of training data, as the models read them."""
+"""Batches of training data."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def batch_entry(batch: Batch, key: str) -> Any:
         UserError: the batch has no such entry.
     """
     if key not in batch:
-        raise UserError(f"the model reads the batch entry {key!r}; the data give {', '.join(map(repr, batch))}")
+        raise UserError(f"the model reads the batch entry {key!r}, but the data have {', '.join(map(repr, batch))}")
     return batch[key]

@@ -1,6 +1,6 @@
-"""Latent diffusion that sees maps beside the noisy latent: a masked image, a depth map, a low-resolution image.
+"""Latent diffusion with maps concatenated to the noisy latent: inpainting, depth to image, upscaling, layout.
 
-B batch; H, W height and width of an image; C, h, w those of its latent.
+B: batch. H, W: height and width of an image. C, h, w: channels, height and width of its latent.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
+from ldm.models.diffusion.initial_weights import FIRST_CONVOLUTION_KEYS
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.models.diffusion.weights import FIRST_CONVOLUTION_KEYS
+from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
 
 class LatentFinetuneDiffusion(LatentDiffusion):
-    """Base of models whose first convolution sees more channels than that of the release they start from.
+    """Base of models whose first convolution has more input channels than the release that they start from.
 
     Args:
-        concat_keys: the batch entries that join the input, in their order.
-        finetune_keys: tensors of `ckpt_path` that may have fewer input channels than the model; the new ones start at
+        concat_keys: batch entries that join the input, in order.
+        finetune_keys: tensors of `ckpt_path` that may have fewer input channels than the model. New channels start at
             0. None for no such tensor.
-        keep_finetune_dims: the input channels that are taken from the file.
-        c_concat_log_start, c_concat_log_end: accepted for old configs; the maps are not shown.
+        keep_finetune_dims: number of input channels loaded from the file.
+        c_concat_log_start, c_concat_log_end: accepted for old configs and ignored.
     """
 
     def __init__(
@@ -61,14 +61,21 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         return x.shape[1] // factor, x.shape[2] // factor
 
 
-class LatentInpaintDiffusion(LatentFinetuneDiffusion):
-    """Inpainting: the UNet sees x, the mask, which is 1 where it paints, and the latent of the masked image.
+def check_map(key: str, shapes: Mapping[str, Sequence[int]], channels: Sequence[int]) -> None:
+    """Raise `UserError` unless the map `key`, if it is among `shapes`, has one of the numbers of `channels`."""
+    shape = shapes.get(key)
+    if shape is not None and (len(shape) != 3 or shape[0] not in channels):
+        raise UserError(f"{key} has shape {tuple(shape)}; the model takes {' or '.join(map(str, channels))} channels")
 
-    The mask is (B, H, W, 1) or, stored at the latent's size, (B, 1, h, w). The masked image is an image
-    (B, H, W, 3), or pre-encoded as the images are; see `LatentDiffusion`.
+
+class LatentInpaintDiffusion(LatentFinetuneDiffusion):
+    """Inpainting model. The input is x, the mask (1 where the model paints) and the latent of the masked image.
+
+    The mask has the shape (B, H, W, 1), or (B, 1, h, w) at the latent's size. The masked image has the shape
+    (B, H, W, 3), or is pre-encoded like the images; see `LatentDiffusion`.
 
     Args:
-        masked_image_key: the one of `concat_keys` that goes through the first stage.
+        masked_image_key: entry of `concat_keys` that the first stage encodes.
     """
 
     default_concat_keys = ("mask", "masked_image")
@@ -78,24 +85,32 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         self.masked_image_key = masked_image_key
         if masked_image_key not in self.concat_keys:
             raise UserError(
-                f"masked_image_key {masked_image_key!r} is none of concat_keys: {', '.join(self.concat_keys)}"
+                f"masked_image_key {masked_image_key!r} is not one of concat_keys: {', '.join(self.concat_keys)}"
             )
+
+    def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().check_batch_shapes(shapes)
+        for key in self.concat_keys:
+            valid = (self.channels, 2 * self.channels) if key == self.masked_image_key else (1,)
+            check_map(key, shapes, valid)
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
         return [
-            self.latent_of(batch, key, Draws.of(batch)) if key == self.masked_image_key else self.mask(batch, key)
+            self.latent_of(batch, key, RandomStreams.of(batch))
+            if key == self.masked_image_key
+            else self.mask(batch, key)
             for key in self.concat_keys
         ]
 
-    def latent_of(self, batch: Batch, key: str, draws: Draws = FROM_GLOBAL) -> Tensor:
+    def latent_of(self, batch: Batch, key: str, streams: RandomStreams = GLOBAL_STREAM) -> Tensor:
         """Return the scaled latent (B, C, h, w) of the entry `key`, sampled from its posterior."""
         encoded = self.encode_batch({self.first_stage_key: batch_entry(batch, key)})
         if isinstance(encoded, DiagonalGaussianDistribution):
-            encoded = encoded.sample(noise=draws.normal(key, encoded.mean))
+            encoded = encoded.sample(noise=streams.normal(key, encoded.mean))
         return self.scale_factor * encoded
 
     def mask(self, batch: Batch, key: str) -> Tensor:
-        """Return the mask `key` at the latent's size, (B, 1, h, w): of each cell the upper left pixel."""
+        """Return the mask `key` at the latent's size, (B, 1, h, w): the upper left pixel of each cell."""
         mask = batch_entry(batch, key).float()
         if mask.ndim == 3:
             mask = mask[:, None]  # B 1 H W
@@ -105,13 +120,12 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
-    """Depth to image: the UNet sees x and a depth map at the latent's size, in [-1, 1].
+    """Depth to image model. The input is x and a depth map at the latent's size, in [-1, 1].
 
-    An entry of `concat_keys` is a depth map (B, 1, H, W), or, with any other number of channels, what the depth stage
-    makes one of.
+    An entry of `concat_keys` with one channel is a depth map (B, 1, H, W). Other entries are inputs of the depth stage.
 
     Args:
-        depth_stage_config: `target` and `params` of the network that estimates depth; it stays frozen.
+        depth_stage_config: `target` and `params` of the frozen network that estimates depth.
     """
 
     default_concat_keys = ("midas_in",)
@@ -126,12 +140,12 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     ) -> None:
         super().__init__(**kwargs)
         self.depth_model = instantiate_from_config(depth_stage_config).eval().requires_grad_(False)
-        if ckpt_path is not None:  # only now is the depth stage there to be loaded
+        if ckpt_path is not None:  # after the depth stage, so that its weights are loaded too
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     def train(self, mode: bool = True) -> LatentDepth2ImageDiffusion:
         super().train(mode)
-        if hasattr(self, "depth_model"):  # the constructor sets the mode before
+        if hasattr(self, "depth_model"):  # the base constructor calls `train` first
             self.depth_model.eval()
         return self
 
@@ -148,12 +162,12 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentUpscaleDiffusion(LatentDiffusion):
-    """Upscaling: the UNet sees x, a noised low-resolution image at the latent's size, and the level of its noise.
+    """Upscaling model. The input is x, a noisy low-resolution image at the latent's size, and its noise level.
 
     Args:
-        low_scale_config: `target` and `params` of the stage that noises, image → (map, level (B,)); it stays frozen.
-        low_scale_key: the batch entry of the image, channels last (B, h, w, 3) in [-1, 1].
-        noise_level_key: a batch entry with the levels to use, in place of those that the stage samples.
+        low_scale_config: `target` and `params` of the frozen stage that adds the noise, image → (map, level (B,)).
+        low_scale_key: batch entry of the low-resolution image (B, h, w, 3) in [-1, 1].
+        noise_level_key: batch entry with noise levels, in place of levels that the stage samples.
     """
 
     def __init__(
@@ -171,12 +185,12 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         self.low_scale_key = low_scale_key
         self.noise_level_key = noise_level_key
         self.low_scale_model = instantiate_from_config(low_scale_config).eval().requires_grad_(False)
-        if ckpt_path is not None:  # only now is the low-scale stage there to be loaded
+        if ckpt_path is not None:  # after the low-scale stage, so that its weights are loaded too
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     def train(self, mode: bool = True) -> LatentUpscaleDiffusion:
         super().train(mode)
-        if hasattr(self, "low_scale_model"):  # the constructor sets the mode before
+        if hasattr(self, "low_scale_model"):  # the base constructor calls `train` first
             self.low_scale_model.eval()
         return self
 
@@ -189,16 +203,16 @@ class LatentUpscaleDiffusion(LatentDiffusion):
 
 
 class Layout2ImgDiffusion(LatentDiffusion):
-    """Layout to image: conditioned on boxes and their classes, as one sequence of tokens per image.
+    """Layout to image model, conditioned on boxes and their classes as one sequence of tokens per image.
 
     Args:
-        cond_stage_key: the batch entry of the tokens; `coordinates_bbox` is the only one that layouts have.
+        cond_stage_key: batch entry of the tokens; must be `coordinates_bbox`.
 
     Raises:
-        UserError: `cond_stage_key` is another.
+        UserError: `cond_stage_key` is not `coordinates_bbox`.
     """
 
     def __init__(self, cond_stage_key: str = "coordinates_bbox", **kwargs: Any) -> None:
         if cond_stage_key != "coordinates_bbox":
-            raise UserError(f"cond_stage_key {cond_stage_key!r}: a Layout2ImgDiffusion reads 'coordinates_bbox'")
+            raise UserError(f"cond_stage_key {cond_stage_key!r}: must be 'coordinates_bbox' for Layout2ImgDiffusion")
         super().__init__(cond_stage_key=cond_stage_key, **kwargs)

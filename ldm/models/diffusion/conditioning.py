@@ -1,6 +1,6 @@
-"""The conditioning of latent diffusion: from entries of a batch to the form that the UNet takes.
+"""Conditioning of latent diffusion: from batch entries to the inputs of the UNet.
 
-B batch; C, h, w channels, height and width of a latent; t (B,) timesteps that count from 0.
+B: batch. C, h, w: channels, height and width of a latent. t (B,): timesteps, counted from 0.
 """
 
 from __future__ import annotations
@@ -12,35 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.draws import FROM_GLOBAL, Draws
 from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import UserError
+from ldm.modules.encoders.conditioner import GeneralConditioner
+from ldm.shards.sample import CONTEXT, POOLED, SIZE_ENTRIES
+from ldm.util import UserError, refuse_if
 
-# The parts that a `GeneralConditioner` returns, and their places in the conditioning of a `DiffusionWrapper`.
+# Outputs of a `GeneralConditioner`, and the arguments of `DiffusionWrapper` that they become.
 _PARTS = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
+# Parts of the conditioning from captions, and the members of a sample that store them.
+_MEMBERS = {"crossattn": CONTEXT, "vector": POOLED}
 
 
 def check_reads_captions(model: Any) -> None:
-    """Raise `UserError` unless the model's cond stage takes captions alone: no entries of batches, no images."""
+    """Raise `UserError` unless the model's cond stage takes captions, and no other input except image sizes."""
     stage = model.cond_stage_model
-    if stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None:
-        raise UserError(
-            f"the config's cond_stage_config, {'none' if stage is None else type(stage).__name__}, reads no captions; "
-            "name the config that has the text encoder, such as stable_diffusion_v1.yaml"
-        )
-    if hasattr(stage, "input_keys"):
-        raise UserError(
-            f"the config's cond_stage_config, {type(stage).__name__}, takes {', '.join(stage.input_keys)}, which this "
-            "command does not give; train with main.py on data that has them, or name the config of another model"
-        )
+    name = "none" if stage is None else type(stage).__name__
+    takes_sizes = isinstance(stage, GeneralConditioner) and set(stage.other_keys) <= SIZE_ENTRIES.keys()
+    refuse_if(
+        (
+            stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None,
+            f"the config's cond_stage_config, {name}, reads no captions; "
+            "name a config with a text encoder, such as stable_diffusion_v1.yaml",
+        ),
+        (
+            hasattr(stage, "input_keys") and not (takes_sizes and stage.caption_embedders),
+            f"the config's cond_stage_config, {name}, takes {', '.join(getattr(stage, 'input_keys', ()))}, which this "
+            "command does not have; train with main.py on data that has them, or name the config of another model",
+        ),
+    )
 
 
 class WithConditioning:
     """Mixin of `LatentDiffusion` for its `cond_stage_model`, which is None for an unconditional model.
 
-    `DDPM`, whose `get_input` it calls, must follow it among the bases.
+    It calls `get_input` of `DDPM`, which must be a later base.
     """
 
     model: DiffusionWrapper
@@ -50,11 +58,11 @@ class WithConditioning:
     cond_stage_forward: str | None
     concat_keys: tuple[str, ...]
     num_timesteps_cond: int
-    # The entries concatenated to the input where the config names none.
+    # Default of `concat_keys`.
     default_concat_keys: tuple[str, ...] = ()
 
     def get_learned_conditioning(self, c: Any) -> Conditioning:
-        """Return the encoding of raw conditioning: captions → (B, 77, D), labels → (B, 1, D), and so on."""
+        """Return the encoding of raw conditioning, such as captions → (B, 77, D) or labels → (B, 1, D)."""
         if self.cond_stage_model is None:
             return c
         if self.cond_stage_forward is not None:
@@ -63,17 +71,63 @@ class WithConditioning:
         encoded = encode(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the encodings of captions by member of a sample."""
+        stage = self.cond_stage_model
+        if not isinstance(stage, GeneralConditioner):
+            return {CONTEXT: self.get_learned_conditioning(list(captions))}
+        return {_MEMBERS[name]: part for name, part in stage.encode_captions(captions).items()}
+
+    def stored_conditioning(self, sample: Batch) -> Conditioning:
+        """Return the conditioning of stored caption encodings and of sizes."""
+        stage = self.cond_stage_model
+        if not isinstance(stage, GeneralConditioner):
+            return sample[CONTEXT]
+        captions = {name: sample[member] for name, member in _MEMBERS.items() if member in sample}
+        return _placed(stage(sample, captions=captions))
+
+    @property
+    def conditioning_entries(self) -> tuple[str, ...]:
+        """Batch entries of the conditioning."""
+        stage = self.cond_stage_model
+        if self.model.conditioning_key is None:
+            return ()
+        own = getattr(stage, "input_keys", None) or [getattr(stage, "key", None) or self.cond_stage_key]
+        maps = self.concat_keys if self.model.takes_maps and self.model.conditioning_key != "concat" else ()
+        return (*own, *maps)
+
+    def check_vector(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that stored samples of these `shapes`, by entry, give a vector of the UNet's width.
+
+        Raises:
+            UserError: the width differs.
+        """
+        stage, width = self.cond_stage_model, getattr(self.model.diffusion_model, "adm_in_channels", None)
+        if width is None or not isinstance(stage, GeneralConditioner) or stage.caption_embedders:
+            return
+        shapes = {**shapes, **dict.fromkeys(SIZE_ENTRIES, (2,))}
+        if not all(key in shapes for key in stage.input_keys):
+            return
+        vector = stage({key: torch.zeros(1, *shapes[key]) for key in stage.input_keys}).get("vector")
+        if vector is None or vector.shape[1] != width:
+            stored = ", ".join(f"{key} {tuple(shapes[key])}" for key in stage.input_keys)
+            made = 0 if vector is None else vector.shape[1]
+            raise UserError(
+                f"{stored} make a vector of {made} features; the UNet's adm_in_channels is {width}: were the captions "
+                "encoded by another text encoder?"
+            )
+
     def raw_conditioning(self, batch: Batch) -> Any:
-        """Return the batch entry `cond_stage_key`; the whole batch for a cond stage that picks its entries itself."""
+        """Return the batch entry `cond_stage_key`, or the whole batch if the cond stage selects its entries."""
         stage = self.cond_stage_model
         if getattr(stage, "key", None) is not None or hasattr(stage, "input_keys"):
             return batch
         entry = batch_entry(batch, self.cond_stage_key)
-        images = isinstance(entry, Tensor) and entry.ndim == 4  # as in all of latent diffusion, channels last
+        images = isinstance(entry, Tensor) and entry.ndim == 4  # channels last, as in all of latent diffusion
         return super().get_input(batch, self.cond_stage_key) if images else entry
 
     def encode_conditioning(self, batch: Batch) -> Conditioning:
-        """Return the conditioning of a batch, in the form that `apply_model` takes; None if there is none."""
+        """Return the conditioning of a batch for `apply_model`, or None if there is none."""
         if self.model.conditioning_key is None:
             return None
         with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
@@ -86,11 +140,11 @@ class WithConditioning:
         return {"c_concat": maps, **cond, **labels}
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
-        """Return the maps (B, C', h, w) that join the input's channels, for a `hybrid` key."""
+        """Return the maps (B, C', h, w) that join the input's channels."""
         return [batch_entry(batch, key).float() for key in self.concat_keys]
 
     def maps_and_labels(self, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return the maps, and labels as `c_adm` where the model has any."""
+        """Return the maps, and the labels under `c_adm` if the model has labels."""
         return self.concatenated(batch), {}
 
     @property
@@ -100,9 +154,9 @@ class WithConditioning:
     def get_unconditional_conditioning(
         self, batch_size: int, null_label: str | Sequence[str] = "", cond: Conditioning = None
     ) -> Conditioning:
-        """Return the conditioning of `batch_size` captions, all `null_label` or one each.
+        """Return the conditioning of `batch_size` samples with the caption `null_label`, or one caption per sample.
 
-        What `cond` holds besides a caption's encoding, such as a mask, is kept.
+        Other parts of `cond`, such as a mask, are kept.
         """
         captions = [null_label] * batch_size if isinstance(null_label, str) else list(null_label)
         encoded = self.get_learned_conditioning(captions)
@@ -113,9 +167,9 @@ class WithConditioning:
         return {**cond, **(encoded if isinstance(encoded, Mapping) else {"c_crossattn": [encoded]})}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """Return the UNet's prediction at the noisy `x` (B, C, h, w).
+        """Return the UNet's prediction for the noisy `x` (B, C, h, w).
 
-        `cond` is a tensor, a list of them, or a dict: lists under `c_concat` and `c_crossattn`, a tensor `c_adm`.
+        `cond` is a tensor, a list of tensors, or a dict with lists `c_concat` and `c_crossattn` and a tensor `c_adm`.
         """
         if cond is None:
             return self.model(x, t)
@@ -124,30 +178,30 @@ class WithConditioning:
             cond = {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
         return self.model(x, t, **cond)
 
-    def conditioning_at(self, c: Conditioning, t: Tensor, draws: Draws = FROM_GLOBAL) -> Conditioning:
-        """Return `c`, noised for the timesteps `t` if `num_timesteps_cond` is above 1; labels stay."""
-        return c if self.num_timesteps_cond == 1 else self._noised_conditioning(c, self.cond_ids[t], draws)
+    def conditioning_at(self, c: Conditioning, t: Tensor, streams: RandomStreams = GLOBAL_STREAM) -> Conditioning:
+        """Return `c`, with noise for the timesteps `t` if `num_timesteps_cond` is above 1. Labels get no noise."""
+        return c if self.num_timesteps_cond == 1 else self._noised_conditioning(c, self.cond_ids[t], streams)
 
     def _noised_conditioning(
-        self, c: Conditioning, t: Tensor, draws: Draws, what: str = "conditioning"
+        self, c: Conditioning, t: Tensor, streams: RandomStreams, what: str = "conditioning"
     ) -> Conditioning:
         if isinstance(c, Mapping):
             return {key: entries if isinstance(entries, Tensor) else
-                    [self._noised_conditioning(entry, t, draws, f"{key}/{i}") for i, entry in enumerate(entries)]
+                    [self._noised_conditioning(entry, t, streams, f"{key}/{i}") for i, entry in enumerate(entries)]
                     for key, entries in c.items()}  # fmt: skip
-        return self.q_sample(c, t, draws.normal(what, c)) if isinstance(c, Tensor) and c.is_floating_point() else c
+        return self.q_sample(c, t, streams.normal(what, c)) if isinstance(c, Tensor) and c.is_floating_point() else c
 
 
 def _placed(encoded: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the parts that a `GeneralConditioner` gives, in the form that `apply_model` takes."""
+    """Return the outputs of a `GeneralConditioner` as conditioning for `apply_model`."""
     unknown = encoded.keys() - _PARTS.keys()
     if unknown:
-        raise UserError(f"the cond stage gives {', '.join(sorted(unknown))}; the UNet takes {', '.join(_PARTS)}")
+        raise UserError(f"the cond stage returns {', '.join(sorted(unknown))}; the UNet takes {', '.join(_PARTS)}")
     return {_PARTS[key]: part if key == "vector" else [part] for key, part in encoded.items()}
 
 
 def _in_float32(encoded: Conditioning) -> Conditioning:
-    """Return encodings in float32: stored ones are float16, which autocast on the CPU does not mix with bfloat16."""
+    """Return encodings in float32. Stored ones are float16, which CPU autocast does not mix with bfloat16."""
     if isinstance(encoded, Mapping):
         return {key: _in_float32(part) for key, part in encoded.items()}
     return encoded.float() if isinstance(encoded, Tensor) and encoded.is_floating_point() else encoded

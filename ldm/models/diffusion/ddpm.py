@@ -1,6 +1,5 @@
-"""The public names of the diffusion models; YAML files name them here."""
+"""Public import path of the diffusion models in YAML files."""
 
-from ldm.models.diffusion.base import DDPM
 from ldm.models.diffusion.concat import (
     LatentDepth2ImageDiffusion,
     LatentFinetuneDiffusion,
@@ -9,6 +8,7 @@ from ldm.models.diffusion.concat import (
     Layout2ImgDiffusion,
 )
 from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.pixel import DDPM
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 
 __all__ = [

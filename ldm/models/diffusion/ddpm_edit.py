@@ -1,33 +1,32 @@
-"""InstructPix2Pix (arXiv:2211.09800): an image is edited as a caption says; both conditionings are dropped at times.
+"""InstructPix2Pix (arXiv:2211.09800): editing of an image by a caption, with dropout of both conditionings.
 
-B batch; H, W height and width of an image; C, h, w those of its latent.
+B: batch. H, W: height and width of an image. C, h, w: channels, height and width of its latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.concat import LatentFinetuneDiffusion
-from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.concat import LatentFinetuneDiffusion, check_map
 from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.random_streams import RandomStreams
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
 class LatentDiffusion(LatentFinetuneDiffusion):
-    """Latent diffusion of the edited image under the caption and the latent of the original one.
+    """Latent diffusion of an edited image, conditioned on the caption and on the latent of the original image.
 
-    Images are channels first (B, 3, H, W) in [-1, 1]. The entry `cond_stage_key` is a mapping: `c_concat` the original
-    images, `c_crossattn` the captions. Of pre-encoded batches, the first of `concat_keys` is the original's posterior
-    or latent, and the cond stage reads the captions' encodings.
+    Images are (B, 3, H, W) in [-1, 1]. The entry `cond_stage_key` is a mapping with the original images under
+    `c_concat` and the captions under `c_crossattn`. In pre-encoded batches, the first of `concat_keys` is the posterior
+    or latent of the original image, and the cond stage reads the caption embeddings; the data module drops both.
 
     Args:
-        dropout: the share of samples that lose their caption alone, as many that lose their image alone, and as many
-            that lose both.
+        dropout: share of samples without their caption; also of those without their image, and of those without both.
     """
 
     default_concat_keys = ("edit",)
@@ -47,22 +46,28 @@ class LatentDiffusion(LatentFinetuneDiffusion):
         return batch[self.cond_stage_key]["c_crossattn"] if self._has_pairs(batch) else super().raw_conditioning(batch)
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
-        """Return the most likely latent of the original image, which is not scaled."""
+        """Return the mode of the original image's latent, unscaled."""
         if self._has_pairs(batch):
             encoded = self.encode_first_stage(batch[self.cond_stage_key]["c_concat"].float())
         else:
             encoded = self.encode_batch({self.first_stage_key: batch_entry(batch, self.concat_keys[0])})
         return [encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded]
 
-    def encode_conditioning(self, batch: Batch) -> Conditioning:
-        """Return the conditioning of a batch, with captions and images of random samples dropped.
+    def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().check_batch_shapes(shapes)
+        check_map(self.concat_keys[0], shapes, (self.channels, 2 * self.channels))
 
-        With r uniform per sample and u the share `dropout`: below u the caption goes, from u to 2u both, from 2u to
-        3u the image (section 3.2.1). Stored encodings of captions are dropped by the data instead.
+    def encode_conditioning(self, batch: Batch) -> Conditioning:
+        """Return the conditioning of a batch, for image pairs without the captions and images of random samples.
+
+        A number r is sampled uniformly per sample. With u = `dropout`, the caption is dropped for r < 2u, and the image
+        for u ≤ r < 3u (section 3.2.1). In pre-encoded batches, the data module has dropped them.
         """
         cond = super().encode_conditioning(batch)
+        if not self._has_pairs(batch):
+            return cond
         (image,), (text,) = cond["c_concat"], cond["c_crossattn"]
-        r, u = Draws.of(batch).uniform("edit", image), self.dropout  # (B,)
+        r, u = RandomStreams.of(batch).uniform("edit", image), self.dropout  # (B,)
         drops_text, drops_image = r < 2 * u, (r >= u) & (r < 3 * u)
         image = torch.where(drops_image[:, None, None, None], 0.0, image)
         if self.reads_captions:

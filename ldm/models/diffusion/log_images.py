@@ -1,4 +1,4 @@
-"""The images that show the progress of training: inputs, reconstructions, samples and a denoising row."""
+"""Images for the image logger: inputs, reconstructions, samples and denoising rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ldm.models.diffusion.sampling import NotFiniteError
 logger = logging.getLogger(__name__)
 
 
-class Shown(Denoiser, Protocol):
-    """The answers of a model about what it trains on."""
+class LoggedModel(Denoiser, Protocol):
+    """Parts of a diffusion model that `log_images` uses."""
 
     log_every_t: int
     reads_captions: bool
@@ -37,7 +37,7 @@ class Shown(Denoiser, Protocol):
 
 
 def first(value: Any, n: int) -> Any:
-    """Return the first `n` samples of a batch entry, or of a whole batch or conditioning."""
+    """Return the first `n` samples of a batch, a batch entry or a conditioning."""
     if isinstance(value, Mapping):
         return {key: first(entry, n) for key, entry in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
@@ -46,13 +46,13 @@ def first(value: Any, n: int) -> Any:
 
 
 def _as_images(x: Tensor) -> Tensor:
-    """Return `x` (N, C, H, W) with the three channels of an image."""
+    """Return `x` (N, C, H, W) with three channels, repeated or cut."""
     return x[:, :1].expand(-1, 3, -1, -1) if x.shape[1] < 3 else x[:, :3]
 
 
 @torch.no_grad()
 def log_images(
-    model: Shown,
+    model: LoggedModel,
     batch: Mapping[str, Any],
     N: int = 8,
     n_row: int = 4,
@@ -69,67 +69,65 @@ def log_images(
     plot_progressive_rows: bool = False,
     split: str = "train",
 ) -> dict[str, Tensor]:
-    """Return named images (≤ N, 3, H, W) of one batch, about [-1, 1].
+    """Return images (≤ N, 3, H, W) of one batch by name, about [-1, 1].
 
     Args:
-        n_row: samples in the denoising and diffusion rows, each a row of steps.
-        sample: make `samples` with DDIM, under the batch's conditioning and the averaged weights.
-        unconditional_guidance_scale: guidance of `samples_cfg…`; needs a cond stage that encodes text.
+        n_row: samples in the denoising and diffusion rows. Each sample has one row of steps.
+        sample: add `samples`, sampled by DDIM under the conditioning of the batch.
+        unconditional_guidance_scale: scale of guidance for `samples_cfg…`. It needs a cond stage that encodes text.
         use_ema_scope: sample with the averaged weights, if there are any.
-        inpaint, quantize_denoised, plot_progressive_rows: taken from old configs; these images are not made.
-        split: the data that the batch is from; unused.
+        inpaint, quantize_denoised, plot_progressive_rows: accepted for old configs and ignored.
+        split: ignored.
     """
     del split, inpaint, quantize_denoised, plot_progressive_rows
-    ddim_steps = min(ddim_steps, model.num_timesteps)
-    batch = first(batch, N)
-    latent, cond, inputs = model.encode_with_images(batch)
+    latent, cond, inputs = model.encode_with_images(first(batch, N))
     images = {"inputs": inputs, "reconstruction": model.to_images(latent)}
     if plot_diffusion_rows:
         images["diffusion_row"] = _diffusion_row(model, latent[:n_row])
-    if not sample:
-        return {key: _as_images(value) for key, value in images.items()}
+    if sample:
+        steps = min(ddim_steps, model.num_timesteps)
 
-    def draw(**kwargs: Any) -> tuple[Tensor, dict[str, list[Tensor]]] | None:
-        shape, count = latent.shape[1:], latent.shape[0]
-        with model.ema_scope() if use_ema_scope else nullcontext(), _told():
-            return DDIMSampler(model).sample(
-                ddim_steps,
-                count,
-                shape,
-                cond,
-                eta=ddim_eta,
-                verbose=False,
-                log_every_t=max(ddim_steps // 5, 1),
-                **kwargs,
-            )
+        def sampled(**kwargs: Any) -> tuple[Tensor, dict[str, list[Tensor]]] | None:
+            with model.ema_scope() if use_ema_scope else nullcontext(), _warn_if_not_finite():
+                shape, count = latent.shape[1:], latent.shape[0]
+                options = {"eta": ddim_eta, "verbose": False, "log_every_t": max(steps // 5, 1)}
+                return DDIMSampler(model).sample(steps, count, shape, cond, **options, **kwargs)
 
-    sampled = draw()
-    if sampled:
-        images["samples"] = model.to_images(sampled[0])
-    if sampled and plot_denoise_rows:
-        steps = torch.stack(sampled[1]["pred_x0"][1:], dim=1)[:n_row]  # (n, steps, C, h, w)
-        images["denoise_row"] = model.to_images(steps.flatten(0, 1))
-    if unconditional_guidance_scale != 1.0 and model.reads_captions:
-        label = unconditional_guidance_label
-        label = label if isinstance(label, str) else label[0]  # old configs give a list of one
-        uncond = model.get_unconditional_conditioning(latent.shape[0], label, cond)
-        guided = draw(unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uncond)
-        if guided:
-            images[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = model.to_images(guided[0])
+        images |= _samples(model, sampled(), n_row if plot_denoise_rows else 0)
+        if unconditional_guidance_scale != 1.0 and model.reads_captions:
+            label = unconditional_guidance_label
+            label = label if isinstance(label, str) else label[0]  # old configs have a list with one entry
+            uncond = model.get_unconditional_conditioning(latent.shape[0], label, cond)
+            scale = unconditional_guidance_scale
+            guided = sampled(unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
+            images |= _samples(model, guided, 0, f"samples_cfg_scale_{scale:.2f}")
     return {key: _as_images(value) for key, value in images.items()}
 
 
+def _samples(
+    model: LoggedModel, sampled: tuple[Tensor, dict[str, list[Tensor]]] | None, n_row: int, name: str = "samples"
+) -> dict[str, Tensor]:
+    """Return the images of `sampled` under `name`, and for `n_row` of them the row of predicted x₀."""
+    if sampled is None:
+        return {}
+    images = {name: model.to_images(sampled[0])}
+    if n_row:
+        steps = torch.stack(sampled[1]["pred_x0"][1:], dim=1)[:n_row]  # (n, steps, C, h, w)
+        images["denoise_row"] = model.to_images(steps.flatten(0, 1))
+    return images
+
+
 @contextmanager
-def _told() -> Iterator[None]:
-    """Within it, a sample that is not finite is a warning: training goes on, and other processes wait for nothing."""
+def _warn_if_not_finite() -> Iterator[None]:
+    """Turn `NotFiniteError` into a warning, so that training continues and other processes do not wait."""
     try:
         yield
     except NotFiniteError as error:
-        logger.warning("No samples are shown. %s", error)
+        logger.warning("no samples are logged: %s", error)
 
 
-def _diffusion_row(model: Shown, latent: Tensor) -> Tensor:
-    """Return the latents (n, C, h, w) at rising noise, sample by sample."""
+def _diffusion_row(model: LoggedModel, latent: Tensor) -> Tensor:
+    """Return the images of latents (n, C, h, w) at increasing noise, sample by sample."""
     steps = range(0, model.num_timesteps, model.log_every_t)
     rows = [
         model.q_sample(latent, torch.full((latent.shape[0],), t, device=latent.device, dtype=torch.long)) for t in steps

@@ -1,6 +1,6 @@
-"""Loss weightings: how the errors of a batch's samples, each at its timestep, become one loss.
+"""Loss weightings, which combine the errors of a batch into one loss.
 
-B batch; T timesteps of the schedule; error (B,) is the mean error of each sample; t (B,) counts from 0.
+B: batch. T: timesteps of the schedule. error (B,): mean error of each sample. t (B,): timesteps, counted from 0.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules.schedule import min_snr_weights
 from ldm.util import UserError, instantiate_from_config
 
-# A factor, and values (B,) whose mean it multiplies.
+# A factor and values (B,). The term is factor · mean(values).
 Term = tuple[float, Tensor]
-# The mean of values (B,) over the samples that count.
+# Mean of values (B,) over samples of the batch.
 Mean = Callable[[Tensor], Tensor]
 
 
 class Weighted(Protocol):
-    """The parts of a model that weightings read, or add to it in `attach`."""
+    """Parts of a model that weightings read, or register in `attach`."""
 
     parameterization: str
     num_timesteps: int
@@ -34,26 +34,26 @@ class Weighted(Protocol):
 
 
 class BatchMean:
-    """The samples of a batch, which all count alike. A subclass tells some of them apart."""
+    """Averaging of losses with equal weight for all samples. Subclasses weight some samples differently."""
 
-    def asked(self, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the timesteps (B,) and the noise (B, …) at which the model predicts."""
+    def timesteps_and_noise(self, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the timesteps (B,) and the noise (B, …) of the model's input."""
         return t, noise
 
     def target(self, target: Tensor) -> Tensor:
-        """Return the targets (B, …) of the predictions."""
+        """Return the targets (B, …) of the predictions, given the usual ones."""
         return target
 
     def training_mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values` (B,) over the training samples."""
         return values.mean()
 
-    def joined(self, values: Tensor) -> Tensor:
-        """Return the mean of `values` (B,) that counts in the loss."""
+    def loss_mean(self, values: Tensor) -> Tensor:
+        """Return the mean of `values` (B,) for the loss."""
         return values.mean()
 
     def logged(self, error: Tensor, split: str) -> dict[str, Tensor]:
-        """Return further values to log of the errors (B,)."""
+        """Return further values to log, from the errors (B,)."""
         return {}
 
 
@@ -61,9 +61,9 @@ EQUAL = BatchMean()
 
 
 class Unweighted:
-    """The mean error: the simple loss of arXiv:2006.11239, eq. 14. The base of all weightings.
+    """Mean error, the simple loss of arXiv:2006.11239, eq. 14. Base of all weightings.
 
-    A subclass may wrap another weighting, and then changes the terms of that one.
+    A subclass may wrap another weighting and change its terms.
     """
 
     def attach(self, model: Weighted) -> None:
@@ -74,7 +74,7 @@ class Unweighted:
         return [(1.0, error)]
 
     def logged(self, model: Weighted, error: Tensor, t: Tensor, mean: Mean, split: str) -> dict[str, Tensor]:
-        """Return values to log beside the loss; `split` begins their names."""
+        """Return further values to log. Their names start with `split`."""
         return {}
 
     def loss(self, model: Weighted, error: Tensor, t: Tensor, mean: Mean) -> Tensor:
@@ -83,7 +83,7 @@ class Unweighted:
 
 
 class _Wrapper(Unweighted):
-    """Base of the weightings that change the terms of another one, by default of `Unweighted`."""
+    """Base of weightings that change the terms of another weighting, by default `Unweighted`."""
 
     def __init__(self, weighting: Mapping[str, Any] | None = None) -> None:
         self.inner = _instantiate(weighting)
@@ -99,11 +99,11 @@ class _Wrapper(Unweighted):
 
 
 class MinSNR(_Wrapper):
-    """Weights by `min_snr_weights`: low noise counts less (arXiv:2303.09556).
+    """Weighting by `min_snr_weights`, which reduces the weight of low noise (arXiv:2303.09556).
 
     Args:
-        gamma: bound of the signal-to-noise ratio; 5 is usual.
-        weighting: `target` and `params` of the weighting that this one changes.
+        gamma: upper bound of the signal-to-noise ratio. A usual value is 5.
+        weighting: `target` and `params` of the weighting to change.
 
     Raises:
         UserError: `gamma` is not above 0.
@@ -125,12 +125,12 @@ class MinSNR(_Wrapper):
 
 
 class LogVariance(_Wrapper):
-    """A log variance s per timestep: error / exp(s) + s, a Gaussian's log likelihood up to constants.
+    """Weighting by a log-variance s per timestep: error / exp(s) + s, a Gaussian log-likelihood up to constants.
 
     Args:
-        init: s at the start.
-        learn: train s, which the checkpoint then holds as `logvar`.
-        weighting: `target` and `params` of the weighting that this one changes.
+        init: initial s.
+        learn: train s. The checkpoint stores it as `logvar`.
+        weighting: `target` and `params` of the weighting to change.
     """
 
     def __init__(self, init: float = 0.0, learn: bool = True, weighting: Mapping[str, Any] | None = None) -> None:
@@ -158,12 +158,12 @@ class LogVariance(_Wrapper):
 
 
 class VariationalBound(_Wrapper):
-    """A simple loss plus the variational bound: `simple` · loss + `elbo` · bound (arXiv:2006.11239, eqs. 12 and 14).
+    """Sum of a loss and the variational bound: `simple` · loss + `elbo` · bound (arXiv:2006.11239, eq. 12, 14).
 
     Args:
         elbo: weight of the bound.
-        simple: weight of the loss that `weighting` gives.
-        weighting: `target` and `params` of the weighting that this one adds to.
+        simple: weight of the loss of `weighting`.
+        weighting: `target` and `params` of the weighting of the loss.
     """
 
     def __init__(self, elbo: float = 0.0, simple: float = 1.0, weighting: Mapping[str, Any] | None = None) -> None:
@@ -184,10 +184,10 @@ def weighting_of(
     original_elbo_weight: float = 0.0,
     l_simple_weight: float = 1.0,
 ) -> Unweighted:
-    """Build the weighting of `loss_config`, or the one that the model's older keys describe.
+    """Return the weighting of `loss_config`, or of the model's older keys.
 
     Raises:
-        UserError: both are given, or `loss_config` names no loss weighting.
+        UserError: both are given, or `loss_config` does not name a loss weighting.
     """
     older: dict[str, Any] = {
         "min_snr_gamma": (min_snr_gamma, None),
@@ -199,7 +199,7 @@ def weighting_of(
     given = [key for key, (value, default) in older.items() if value != default]
     if loss_config is not None:
         if given:
-            raise UserError(f"{given[0]} and loss_config both weight the loss; leave {given[0]} out")
+            raise UserError(f"{given[0]} and loss_config both set the loss weighting; leave {given[0]} out")
         return _instantiate(loss_config)
     config = None
     if min_snr_gamma is not None:
@@ -221,5 +221,5 @@ def _instantiate(config: Mapping[str, Any] | None) -> Unweighted:
     weighting = instantiate_from_config(config)
     if not isinstance(weighting, Unweighted):
         names = ", ".join(kind.__name__ for kind in (Unweighted, MinSNR, LogVariance, VariationalBound))
-        raise UserError(f"loss_config: {config['target']} is no loss weighting; {__name__} has {names}")
+        raise UserError(f"loss_config: {config['target']} is not a loss weighting; {__name__} has {names}")
     return weighting

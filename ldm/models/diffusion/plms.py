@@ -10,9 +10,8 @@ from torch import Tensor
 from ldm.models.diffusion.ddim import ddim_step
 from ldm.models.diffusion.sampling import Predict, Prediction, Sampler
 from ldm.modules.diffusionmodules.schedule import prediction_to_eps_x0
-from ldm.util import UserError
 
-# Adams-Bashforth weights of the newest and the earlier predictions, orders 2 to 4 (eq. 9 and appendix).
+# Adams-Bashforth weights of orders 2 to 4, from the newest to the oldest prediction (eq. 9 and appendix).
 _ADAMS_BASHFORTH = (
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -21,14 +20,11 @@ _ADAMS_BASHFORTH = (
 
 
 class PLMSSampler(Sampler):
-    """DDIM steps along a linear multistep combination of up to four noise predictions; the first is an Euler pair."""
+    """Sampler of DDIM steps with a linear combination of up to four noise predictions."""
 
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
-    ) -> None:
-        if ddim_eta != 0:
-            raise UserError(f"eta={ddim_eta}: PLMS is deterministic; leave eta at 0, or use the ddim sampler")
-        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+    title = "PLMS"
+    is_deterministic = True
+    has_equal_steps = True
 
     def start(self) -> None:
         self.earlier: list[Tensor] = []
@@ -36,12 +32,14 @@ class PLMSSampler(Sampler):
     def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         previous = self.alphas_prev[index]
         prediction = predict(x, index)
+        if self.alphas[index] == 0:  # x is pure noise, and x₀ does not follow from ε
+            return ddim_step(prediction, previous), prediction.x0
         if self.earlier:
             history = [prediction.eps, *self.earlier]
             weights = _ADAMS_BASHFORTH[len(self.earlier) - 1]
             eps = sum(weight * value for weight, value in zip(weights, history, strict=True))
         else:
-            # Pseudo improved Euler: the mean of the predictions at both ends of the step.
+            # Pseudo improved Euler method: the mean of the predictions at the start and the end of the step.
             following = min(index + 1, len(self.timesteps) - 1)
             eps = (prediction.eps + predict(ddim_step(prediction, previous), following).eps) / 2
         self.earlier = [prediction.eps, *self.earlier][:3]

@@ -1,11 +1,10 @@
-"""Prior preservation: the loss of a batch, some of whose samples are there to be remembered.
+"""Prior preservation: loss of a batch with training samples and samples of the prior.
 
-B batch; C, h, w channels, height and width of a latent.
+B: batch. C, h, w: channels, height and width of a latent.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,58 +13,56 @@ from torch import Tensor
 from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.loss import BatchMean
 from ldm.shards.sample import IS_PRIOR, TEACHER_KEYS
-from ldm.util import UserError
+from ldm.util import check_choice, check_number
 
 TARGETS = ("data", "teacher")
 
 
 def check_prior_settings(weight: float, target: str) -> None:
-    """Raise `UserError` unless `weight` is finite and at least 0, and `target` one of `TARGETS`."""
-    if not 0 <= weight < math.inf:
-        raise UserError(f"prior_loss_weight {weight!r}: give a number of at least 0")
-    if target not in TARGETS:
-        raise UserError(f"prior_target {target!r} is unknown; valid: {', '.join(TARGETS)}")
+    """Raise `UserError` unless `weight` is finite and at least 0, and `target` is one of `TARGETS`."""
+    check_number("prior_loss_weight", weight, least=0, whole=False)
+    check_choice("prior_target", target, TARGETS)
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The predictions of a frozen model on the prior samples of a batch; other rows are arbitrary."""
+class StoredPredictions:
+    """Predictions of a frozen model on the prior samples of a batch. Other rows are arbitrary."""
 
     t: Tensor  # (B,) timesteps
     noise: Tensor  # (B, C, h, w), float32
-    prediction: Tensor  # (B, C, h, w), float32: the model's output at that t and noise
+    prediction: Tensor  # (B, C, h, w), float32: the output at this t and noise
 
 
 @dataclass(frozen=True)
 class Prior(BatchMean):
-    """The prior samples of a batch, whose losses join those of the training samples.
+    """Averaging of losses for a batch with prior samples.
 
-    Without a teacher their target is that of any sample, from the data. With one it is the frozen model's prediction at
-    the stored timestep and noise: knowledge distillation (arXiv:1503.02531) with squared (or absolute) errors, which
-    for the means of Gaussians of one variance is the divergence between teacher and student up to a factor.
+    Without a teacher, prior samples have the usual target. With a teacher, the target is the frozen model's prediction
+    at the stored timestep and noise. This is knowledge distillation (arXiv:1503.02531). For Gaussians of equal
+    variance, the squared error of the means is proportional to the divergence of teacher and student.
     """
 
     mask: Tensor  # (B,) bool
     weight: float  # λ
-    teacher: Teacher | None = None
+    teacher: StoredPredictions | None = None
 
     @classmethod
     def of(cls, batch: Batch, weight: float, target: str) -> Prior | None:
-        """Return the prior of a batch that has the entry `IS_PRIOR`, else None.
+        """Return the averaging for a batch with the entry `IS_PRIOR`, else None.
 
         Raises:
-            UserError: `target` is `teacher`, and the batch holds no predictions.
+            UserError: `target` is `teacher`, but the batch has no predictions.
         """
         if IS_PRIOR not in batch:
             return None
         teacher = None
         if target == "teacher":
             t, noise, prediction = (batch_entry(batch, key) for key in TEACHER_KEYS)
-            teacher = Teacher(t, noise.float(), prediction.float())
+            teacher = StoredPredictions(t, noise.float(), prediction.float())
         return cls(batch[IS_PRIOR], weight, teacher)
 
-    def asked(self, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return timesteps (B,) and noise (B, C, h, w): in the prior's rows, those of the teacher's predictions."""
+    def timesteps_and_noise(self, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return timesteps (B,) and noise (B, C, h, w), with those of the teacher in the prior's rows."""
         if self.teacher is None:
             return t, noise
         return torch.where(self.mask, self.teacher.t, t), torch.where(self._rows(), self.teacher.noise, noise)
@@ -85,7 +82,7 @@ class Prior(BatchMean):
         """Return the mean of `values` (B,) over the prior samples; 0 if there are none."""
         return _mean_where(self.mask, values)
 
-    def joined(self, values: Tensor) -> Tensor:
+    def loss_mean(self, values: Tensor) -> Tensor:
         """Return training mean + λ · prior mean (DreamBooth, arXiv:2208.12242, eq. 2)."""
         return self.training_mean(values) + self.weight * self.prior_mean(values)
 
@@ -95,5 +92,5 @@ class Prior(BatchMean):
 
 
 def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
-    # not `values[mask]`, whose size a GPU would have to be waited for
+    # not `values[mask]`, because its size is known only after a synchronisation
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

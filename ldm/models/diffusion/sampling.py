@@ -1,12 +1,12 @@
-"""The loop over steps that all samplers share, with inpainting, image to image and the progress bar.
+"""Base of all samplers: the loop over steps, inpainting, image to image and the progress bar.
 
 A sampler is a step rule: x, the model's prediction and the step → x at the next, less noisy step.
-B batch; x has shape (B, C, H, W); ᾱ is `alphas_cumprod`.
+B: batch. x has the shape (B, C, H, W). ᾱ is `alphas_cumprod`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,23 +15,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Conditioning, Denoiser, guided_output
-from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, noised, prediction_to_eps_x0
-from ldm.util import UserError
+from ldm.models.diffusion.spacing import steps_at
+from ldm.modules.diffusionmodules.schedule import noised, prediction_to_eps_x0
+from ldm.util import UserError, refuse_if
 
 
 class Prediction(NamedTuple):
-    """The noise ε and the clean x₀ that the model sees in x; both (B, C, H, W)."""
+    """Predicted noise ε and clean x₀, both (B, C, H, W)."""
 
     eps: Tensor
     x0: Tensor
 
 
-# (x, step index) → prediction; a step rule may call it more than once.
+# (x, step index) → prediction. A step rule may call it several times.
 Predict = Callable[[Tensor, int], Prediction]
 
 
 class NotFiniteError(UserError):
-    """A sample that holds infinities or NaN; `row` is its place in the batch, where that is known."""
+    """Error for a sample with infinities or NaN. `row` is its index in the batch, if known."""
 
     def __init__(self, message: str, row: int | None = None) -> None:
         super().__init__(message)
@@ -39,48 +40,82 @@ class NotFiniteError(UserError):
 
 
 class Sampler:
-    """The loop. Subclasses set the steps in `make_schedule` and give one `step` rule.
+    """Base of samplers, which runs the loop. A subclass defines one `step` rule and the properties of its steps.
 
-    `make_schedule` leaves `timesteps`, the model times of the steps from most to least noisy, and `alphas` and
-    `alphas_prev`, ᾱ at each step and at the one after; all float64 arrays of the number of steps.
+    `make_schedule` sets three float64 arrays with one entry per step: `timesteps`, the model's timesteps from most to
+    least noisy; `alphas`, ᾱ at each step; and `alphas_prev`, ᾱ after each step.
     """
 
+    title = "the sampler"  # name in messages
+    spacing = "leading"  # default spacing of the steps; see `own_spacing`
+    is_deterministic = False  # adds no noise, so that eta must be 0
+    has_equal_steps = False  # needs steps that are equal in time
+
     def __init__(self, model: Denoiser, schedule: str = "linear") -> None:
-        del schedule  # old scripts name it; the model knows its own
+        del schedule  # an argument of old scripts; the model has the schedule
         self.model = model
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
         return self.model.alphas_cumprod.detach().cpu().double().numpy()
 
+    @property
+    def parameterization(self) -> str:
+        return getattr(self.model, "parameterization", "eps")
+
+    @property
+    def own_spacing(self) -> str:
+        """Default spacing: that of the sampler, except at zero terminal SNR.
+
+        At zero terminal SNR it is `trailing`, which starts at the last timestep. For a model that predicts ε it is
+        `leading`, because ε carries no information about the image at the last timestep.
+        """
+        if self.alphas_cumprod[-1] > 0:
+            return self.spacing
+        return "leading" if self.parameterization == "eps" else "trailing"
+
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = False
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = False,
     ) -> None:
-        """Set the DDIM steps: noise levels at a stride of the training schedule, ending at its first."""
+        """Set the steps. `ddim_discretize` is a spacing of `steps_at`; the default is `own_spacing`.
+
+        Raises:
+            UserError: as `steps_at`, or the sampler or the model does not support the spacing or eta.
+        """
         del verbose
         self.eta = ddim_eta
-        self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.model.num_timesteps)
-        alphas = self.alphas_cumprod[self.ddim_timesteps]
-        self.timesteps = self.ddim_timesteps[::-1].astype(np.float64)
-        self.alphas = alphas[::-1]
-        self.alphas_prev = np.append(self.alphas[1:], self.alphas_cumprod[0])
+        spacing = ddim_discretize or self.own_spacing
+        if ddim_eta != 0 and self.is_deterministic:
+            raise UserError(f"eta={ddim_eta}: {self.title} is deterministic; leave eta at 0, or use the ddim sampler")
+        if spacing == "karras" and self.has_equal_steps:
+            raise UserError(f"spacing karras: {self.title} needs equal steps; use another spacing or sampler")
+        self.timesteps, self.alphas, self.alphas_prev = steps_at(spacing, ddim_num_steps, self.alphas_cumprod)
+        if self.alphas[0] == 0 and self.parameterization == "eps":
+            raise UserError(
+                f"spacing {spacing}: it starts at zero SNR, where a prediction of the noise says nothing; use the "
+                "spacing leading, or set parameterization to v if the model predicts v"
+            )
+        self.ddim_timesteps = np.rint(self.timesteps[::-1]).astype(int)
 
     def start(self) -> None:
-        """Forget earlier steps; called before the first one."""
+        """Reset the state of earlier steps. Called before the first step."""
 
     def step(self, x: Tensor, index: int, predict: Predict, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the next x and the predicted x₀. `noise()` gives fresh standard normal values shaped like x."""
+        """Return the next x and the predicted x₀. `noise()` samples standard normal values of x's shape."""
         raise NotImplementedError
 
     def predict(self, x: Tensor, index: int, guided: Callable[[Tensor, Tensor], Tensor]) -> Prediction:
-        """Return the prediction at step `index`; `guided` is the model under its conditionings, (x, t) → output."""
+        """Return the prediction at step `index`. `guided` is the model with guidance, (x, t) → output."""
         t = torch.full((x.shape[0],), self.timesteps[index], device=x.device, dtype=torch.float32)
         t = t if self.timesteps[index] % 1 else t.long()
         output = guided(x, t)
-        # filled on the device: a tensor made of a Python number would cross over, and be waited for
+        # Filled on the device, since a copy from the host would synchronise.
         alpha_bar = torch.full((), self.alphas[index], device=x.device, dtype=x.dtype)
-        parameterization = getattr(self.model, "parameterization", "eps")
-        return Prediction(*prediction_to_eps_x0(output.to(x.dtype), x, alpha_bar, parameterization))
+        return Prediction(*prediction_to_eps_x0(output.to(x.dtype), x, alpha_bar, self.parameterization))
 
     @torch.no_grad()
     def sample(
@@ -104,57 +139,72 @@ class Sampler:
         image_guidance_scale: float | None = None,
         init: Tensor | None = None,
         strength: float = 1.0,
+        spacing: str | None = None,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Return `batch_size` samples of `shape` (C, H, W), made in `S` steps.
+        """Return `batch_size` samples of `shape` (C, H, W) after `S` steps.
 
-        At the stride of DDIM and PLMS, ⌊T / S⌋, there are more where `S` does not divide T: 500 for 400 of T = 1000,
-        and all 1000 for 600.
+        The spacing `leading` has the stride ⌊T / S⌋, and so more steps if `S` does not divide T: for T = 1000, 500
+        steps for S = 400, and 1000 for S = 600.
 
         Args:
-            callback: called with the index of each step done.
-            img_callback: called with the predicted x₀ and the index of each step done.
-            eta: 0 deterministic, 1 as noisy as DDPM; only where the step rule takes it.
-            mask, x0: where `mask` is 1, the sample follows the given latents `x0` (B, C, H, W).
+            callback, img_callback: called after each step, with its index, or with the predicted x₀ and its index.
+            eta: noise of DDIM steps: 0 is deterministic, 1 is that of DDPM.
+            mask, x0: where `mask` is 1, the sample follows the latents `x0` (B, C, H, W).
             temperature: scale of the noise added in steps.
-            verbose: show a progress bar.
-            x_T: the noise to start from.
-            log_every_t: steps between entries of the intermediates.
-            unconditional_conditioning: what guidance moves away from; with `unconditional_guidance_scale` 1, unused.
-            generators: one per sample; the noise of a sample then does not depend on its batch.
-            image_guidance_scale: the second scale of guidance; see `guided_output`.
-            init, strength: start from the latents `init` (B, C, H, W), noised for the last `strength` of the steps
-                (image to image, arXiv:2108.01073).
+            x_T: initial noise.
+            log_every_t: steps between the recorded intermediates.
+            unconditional_conditioning: conditioning that guidance moves away from, if the scale is not 1.
+            generators: one per sample, so that the noise of a sample does not depend on its batch.
+            image_guidance_scale: second scale of guidance; see `guided_output`.
+            init, strength: start from the latents `init` (B, C, H, W), noised to the last `strength` of the steps
+                (image to image, arXiv:2108.01073), at least one.
+            spacing: one of `ldm.models.diffusion.spacing.SPACINGS`. The default is `own_spacing`.
+            guidance_rescale: φ of `rescaled`.
 
         Returns:
             The samples (B, C, H, W), and `{"x_inter": [...], "pred_x0": [...]}`.
 
         Raises:
-            UserError: a number of steps, an eta or a strength that the sampler cannot take; a mask without `x0`.
-            NotFiniteError: a step gives infinities or NaN.
+            UserError: the sampler or the model does not support the steps, spacing, eta or strength, or a mask has no
+                `x0`.
+            NotFiniteError: a step returns infinities or NaN.
         """
-        if mask is not None and x0 is None:
-            raise UserError("a mask needs the latents x0 that it keeps")
-        if not 0 < strength <= 1:
-            raise UserError(f"strength {strength}: give a number above 0, up to 1")
-        self.make_schedule(S, ddim_eta=eta)
+        _check_start(mask, x0, strength)
+        self.make_schedule(S, spacing, eta)
         self.start()
-        device = self.model.alphas_cumprod.device
-        noise = self._noise((batch_size, *shape), generators, device)
+        noise = self._noise((batch_size, *shape), generators)
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
-            scales = unconditional_guidance_scale, image_guidance_scale
+            scales = unconditional_guidance_scale, image_guidance_scale, guidance_rescale
             return guided_output(self.model, x, t, conditioning, unconditional_conditioning, *scales)
 
-        def keep(x: Tensor, index: int) -> Tensor:
+        def masked(x: Tensor, index: int) -> Tensor:
             return x if mask is None else mask * self._noised(x0, noise(), index) + (1 - mask) * x
 
-        first = 0
-        x = noise() if x_T is None else x_T.to(device)
-        if init is not None:
-            first = len(self.timesteps) - max(1, round(strength * len(self.timesteps)))
-            x = self._noised(init.to(device), x, first)
+        x, first = self._start_of(noise() if x_T is None else x_T, init, strength)
+        steps = self._steps(x, first, guided, masked, lambda: temperature * noise(), verbose)
+        return self._collect(x, steps, log_every_t, callback, img_callback)
+
+    def _start_of(self, x: Tensor, init: Tensor | None, strength: float) -> tuple[Tensor, int]:
+        """Return the initial x on the device and the index of the first step, from noise `x` and latents `init`."""
+        device, count = self.model.alphas_cumprod.device, len(self.timesteps)
+        x = x.to(device)
+        if init is None:
+            return x, 0
+        first = count - max(1, round(strength * count))
+        return self._noised(init.to(device), x, first), first
+
+    def _collect(
+        self,
+        x: Tensor,
+        steps: Iterable[tuple[int, Tensor, Tensor]],
+        log_every_t: int,
+        callback: Callable[[int], None] | None,
+        img_callback: Callable[[Tensor, int], None] | None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Run `steps` from the initial `x`. Return the last x and the intermediates."""
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-        steps = self._steps(x, first, guided, keep, lambda: temperature * noise(), verbose)
         for index, x, pred_x0 in steps:
             if callback:
                 callback(index)
@@ -170,25 +220,26 @@ class Sampler:
         x: Tensor,
         first: int,
         guided: Callable[[Tensor, Tensor], Tensor],
-        keep: Callable[[Tensor, int], Tensor],
+        masked: Callable[[Tensor, int], Tensor],
         noise: Callable[[], Tensor],
         verbose: bool,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the index, x and predicted x₀ of each step from `first` on.
 
         Raises:
-            NotFiniteError: once all steps are done, so that nothing waits for the device before.
+            NotFiniteError: a step returned infinities or NaN. This is checked after the last step, because each check
+                synchronises with the device.
         """
         finite: list[Tensor] = []
         for index in tqdm(range(first, len(self.timesteps)), desc=type(self).__name__, disable=not verbose):
-            x, pred_x0 = self.step(keep(x, index), index, lambda x, i: self.predict(x, i, guided), noise)
+            x, pred_x0 = self.step(masked(x, index), index, lambda x, i: self.predict(x, i, guided), noise)
             finite.append(x.isfinite().flatten(1).all(1))
             yield index, x, pred_x0
         flags = _on_host(torch.stack(finite))  # step row
         if not flags.all():
             step, row = flags.logical_not().nonzero()[0].tolist()
             raise NotFiniteError(
-                f"{type(self).__name__}: the sample holds NaN or infinities from step {step + 1} of {len(finite)} on; "
+                f"{type(self).__name__}: the sample has NaN or infinities from step {step + 1} of {len(finite)} on; "
                 "check the weights, or try --precision fp32",
                 row,
             )
@@ -197,20 +248,29 @@ class Sampler:
         alpha_bar = self.alphas[index]
         return noised(x0, noise, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
 
-    @staticmethod
-    def _noise(
-        shape: tuple[int, ...], generators: Sequence[torch.Generator] | None, device: torch.device
-    ) -> Callable[[], Tensor]:
+    def _noise(self, shape: tuple[int, ...], generators: Sequence[torch.Generator] | None) -> Callable[[], Tensor]:
+        """Return a function that samples standard normal values of `shape` on the model's device."""
+        device = self.model.alphas_cumprod.device
         if generators is None:
             return lambda: torch.randn(shape, device=device)
-        # Sampled where the generator lives (usually the CPU), so that a seed means one image on every device.
-        return lambda: torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators]).to(
-            device
-        )
+
+        def of_each_sample() -> Tensor:
+            # Sampled on the generator's device, usually the CPU, so that a seed gives the same image on any device.
+            return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators]).to(device)
+
+        return of_each_sample
+
+
+def _check_start(mask: Tensor | None, x0: Tensor | None, strength: float) -> None:
+    """Raise `UserError` for a mask without `x0`, or a strength out of range."""
+    refuse_if(
+        (mask is not None and x0 is None, "mask: give x0 too, the latents that it keeps"),
+        (not 0 < strength <= 1, f"strength {strength}: give a number above 0, up to 1"),
+    )
 
 
 def _on_host(flags: Tensor) -> Tensor:
-    """Return `flags` on the CPU, once its device is done: the one wait of a sampling, after the last step."""
+    """Return `flags` on the CPU. This is the only synchronisation of a sampling run."""
     copied = flags.to("cpu", non_blocking=True)
     if flags.device.type in ("cuda", "mps"):
         getattr(torch, flags.device.type).synchronize()

@@ -1,4 +1,4 @@
-"""Captions to images with a latent diffusion model and any of its samplers."""
+"""Sampling of images from prompts, with a latent diffusion model and any sampler."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import Conditioning, concatenate
+from ldm.models.diffusion.inputs import NO_INPUTS, Inputs, encode_inputs, image_scale_of
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.prompts import PromptConditioning
 from ldm.models.diffusion.sampling import NotFiniteError, Sampler
-from ldm.util import UserError
+from ldm.util import UserError, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, 
 
 
 class Request(NamedTuple):
-    """One image to make."""
+    """Request for one image."""
 
     prompt: str
     seed: int
-    negative_prompt: str = ""  # the caption that guidance moves away from
+    negative_prompt: str = ""  # prompt that guidance moves away from
 
     def described(self) -> dict[str, Any]:
         """Return the fields by name, without an empty negative prompt."""
@@ -37,10 +37,10 @@ class Request(NamedTuple):
 
 
 def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """Return (C, h, w) of the latent of an image of that size in pixels; None is the size that the model was made for.
+    """Return the latent shape (C, h, w) of an image of `height` and `width` in pixels. None is the model's image size.
 
     Raises:
-        UserError: a size that the first stage and the UNet cannot halve evenly.
+        UserError: a size is not a multiple of the model's total downsampling.
     """
     pixels = model.first_stage_model.downsampling
     multiple = pixels * model.model.diffusion_model.downsampling
@@ -48,13 +48,13 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
     for name, size in (("H", height), ("W", width)):
         size = pixels * model.image_size if size is None else size
         if size < multiple or size % multiple:
-            raise UserError(f"--{name} {size}: this model makes images in multiples of {multiple} pixels")
+            raise UserError(f"--{name} {size}: must be a multiple of {multiple} pixels for this model")
         sizes.append(size // pixels)
     return model.channels, *sizes
 
 
 @torch.no_grad()
-def draw_latents(
+def sample_latents(
     model: LatentDiffusion,
     requests: Sequence[Request],
     shape: tuple[int, int, int],
@@ -64,29 +64,30 @@ def draw_latents(
     eta: float = 0.0,
     batch_size: int = 4,
     verbose: bool = True,
+    **guided: Any,
 ) -> Iterator[Tensor]:
     """Yield scaled latents (C, h, w), float32 on the model's device, in the order of `requests`.
 
-    The weights are the averaged ones, if the model keeps any. The noise of a request is of its own seed, so that its
-    latent does not depend on the others or on `batch_size`, except for rounding: kernels sum in another order for
-    another batch, which can move a pixel of the image by 1/255.
+    The averaged weights are used, if there are any. The noise of a request depends only on its seed, so its latent does
+    not depend on the other requests or on `batch_size`. Rounding is an exception: kernels sum in another order for
+    another batch size, which can change a pixel by 1/255.
 
     Args:
         shape: (C, h, w) of the latents; see `latent_shape`.
-        sampler: a key of `SAMPLERS`.
-        scale: classifier-free guidance away from the negative prompt; 1 for none.
+        sampler: key of `SAMPLERS`.
+        scale: scale of classifier-free guidance away from the negative prompt; 1 for no guidance.
+        guided: further arguments of `sample_batches`.
 
     Raises:
-        UserError: a model that reads no captions, a sampler that does not exist, settings that it cannot take, or a
-            sample that is not finite.
+        UserError: see `sample_batches`.
     """
     parts = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
-    for samples in draw_batches(model, parts, shape, sampler, steps, scale, eta, verbose):
+    for samples in sample_batches(model, parts, shape, sampler, steps, scale, eta, verbose, **guided):
         yield from samples
 
 
 @torch.no_grad()
-def draw_batches(
+def sample_batches(
     model: LatentDiffusion,
     parts: Iterable[Sequence[Request]],
     shape: tuple[int, int, int],
@@ -95,47 +96,60 @@ def draw_batches(
     scale: float,
     eta: float,
     verbose: bool,
+    inputs: Inputs = NO_INPUTS,
+    spacing: str | None = None,
+    guidance_rescale: float = 0.0,
+    image_scale: float | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the scaled latents (B, C, h, w) of each of `parts`, as `draw_latents` does of its batches."""
-    check_reads_captions(model)
-    if sampler not in SAMPLERS:
-        raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
-    drawer = SAMPLERS[sampler](model)
-    drawer.make_schedule(steps, ddim_eta=eta)
-    if len(drawer.timesteps) != steps:
-        run, of = len(drawer.timesteps), model.num_timesteps
-        logger.info("%s runs %d steps, for %d do not divide the model's %d", sampler, run, steps, of)
-    guided = scale != 1.0
-    negatives: dict[str, Conditioning] = {}  # by prompt; most requests share one
+    """Yield the scaled latents (B, C, h, w) of each of `parts`; see `sample_latents`.
+
+    Args:
+        inputs: images and other inputs besides prompts.
+        spacing: see `steps_at`; `Sampler.own_spacing` by default.
+        guidance_rescale: share of `rescaled`.
+        image_scale: guidance towards the image of a model that edits images; see `image_scale_of`.
+
+    Raises:
+        UserError: the model does not read captions, needs other inputs, or cannot take a setting; the sampler is
+            unknown; or a sample is not finite.
+    """
+    check_choice("sampler", sampler, tuple(SAMPLERS))
+    solver = SAMPLERS[sampler](model)
+    solver.make_schedule(steps, spacing, eta)
+    if len(solver.timesteps) != steps:
+        run, total = len(solver.timesteps), model.num_timesteps
+        logger.info("%s runs %d steps, because %d does not divide the model's %d", sampler, run, steps, total)
+    image_scale = image_scale_of(model, image_scale)
+    encoded = encode_inputs(model, inputs, shape)
+    conditioning = PromptConditioning(model, encoded.maps, drops_image=image_scale is not None)
+    is_guided = scale != 1.0 or image_scale not in (None, 1.0)
     for part in parts:
-        with model.ema_scope(), _named(part):
-            samples, _ = drawer.sample(
+        with model.ema_scope(), _name_request(part):
+            negatives = [request.negative_prompt for request in part]
+            samples, _ = solver.sample(
                 S=steps,
                 batch_size=len(part),
                 shape=shape,
-                conditioning=model.get_learned_conditioning([request.prompt for request in part]),
-                unconditional_conditioning=_negative_conditioning(model, part, negatives) if guided else None,
+                conditioning=conditioning.of([request.prompt for request in part]),
+                unconditional_conditioning=conditioning.of_negatives(negatives) if is_guided else None,
                 unconditional_guidance_scale=scale,
+                image_guidance_scale=image_scale,
+                guidance_rescale=guidance_rescale,
                 eta=eta,
+                spacing=spacing,
+                mask=encoded.keep,
+                x0=encoded.kept,
+                init=encoded.init,
+                strength=inputs.strength,
                 generators=[torch.Generator().manual_seed(request.seed) for request in part],
                 verbose=verbose,
             )
-        yield samples
-
-
-def _negative_conditioning(
-    model: LatentDiffusion, part: Sequence[Request], known: dict[str, Conditioning]
-) -> Conditioning:
-    """Return the conditioning of the negative prompts of `part`; each is encoded once, and added to `known`."""
-    for prompt in dict.fromkeys(request.negative_prompt for request in part):
-        if prompt not in known:
-            known[prompt] = model.get_unconditional_conditioning(1, prompt)
-    return concatenate(*(known[request.negative_prompt] for request in part))
+        yield encoded.with_kept(samples)
 
 
 @contextmanager
-def _named(part: Sequence[Request]) -> Iterator[None]:
-    """Within it, a sample that is not finite is named by its prompt and seed."""
+def _name_request(part: Sequence[Request]) -> Iterator[None]:
+    """Add prompt and seed of the request to a `NotFiniteError`."""
     try:
         yield
     except NotFiniteError as error:
@@ -145,18 +159,24 @@ def _named(part: Sequence[Request]) -> Iterator[None]:
 
 @torch.no_grad()
 def text_to_image(
-    model: LatentDiffusion, requests: Sequence[Request], shape: tuple[int, int, int], **settings: Any
+    model: LatentDiffusion,
+    requests: Sequence[Request],
+    shape: tuple[int, int, int],
+    inputs: Inputs = NO_INPUTS,
+    **settings: Any,
 ) -> Iterator[Tensor]:
-    """Yield images (3, H, W), about [-1, 1], float32 on the CPU, of what `draw_latents` gives for the same arguments.
+    """Yield images (3, H, W), about [-1, 1], float32 on the CPU, decoded from the result of `sample_latents`.
+
+    Where a mask keeps the pixels of an image, they are those of the image itself.
 
     Raises:
-        UserError: see `draw_latents`; or an image that is not finite.
+        UserError: as `sample_latents`, or an image is not finite.
     """
-    for latent in draw_latents(model, requests, shape, **settings):
-        image = model.decode_first_stage(latent[None])[0].float().cpu()  # alone: it takes more memory than sampling
+    for latent in sample_latents(model, requests, shape, inputs=inputs, **settings):
+        image = model.decode_first_stage(latent[None])[0].float().cpu()  # one by one, to save memory
         if not image.isfinite().all():
             raise NotFiniteError(
-                "the first stage decodes a finite latent to NaN or infinities; check its weights, or use "
+                "the autoencoder decodes a finite latent to NaN or infinities; check its weights, or use "
                 "--precision fp32 or bf16"
             )
-        yield image
+        yield inputs.pasted(image)

@@ -1,4 +1,4 @@
-"""The place of conditioning in the UNet."""
+"""UNet with conditioning."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, check_choice, instantiate_from_config
 
-# For each key: whether maps join the input's channels, whether there is a context, and what is given as `y`.
+# By key: whether maps join the input channels, whether there is a context, and the source of `y`.
 _PLACES: dict[str | None, tuple[bool, bool, str | None]] = {
     None: (False, False, None),
     "concat": (True, False, None),
@@ -24,10 +24,15 @@ CONDITIONING_KEYS = tuple(_PLACES)
 
 
 class DiffusionWrapper(nn.Module):
-    """The UNet, with conditioning where `conditioning_key` puts it.
+    """UNet whose `conditioning_key` selects the inputs of the conditioning.
 
-    None: nowhere. `concat`: onto the input's channels. `crossattn`: the context, concatenated along its tokens.
-    `hybrid`: both. `adm`: the class labels `y`. `crossattn-adm` and `hybrid-adm`: a vector or labels as `y` besides.
+        None            no conditioning
+        concat          maps, concatenated to the input's channels
+        crossattn       contexts of the attention, concatenated along the tokens
+        hybrid          maps and contexts
+        adm             class labels or vectors `y`
+        crossattn-adm   contexts and `y`
+        hybrid-adm      maps, contexts and `y`
 
     Raises:
         UserError: the key is unknown, or `sequential_crossattn` is true.
@@ -35,14 +40,13 @@ class DiffusionWrapper(nn.Module):
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
         super().__init__()
-        if conditioning_key not in CONDITIONING_KEYS:
-            raise UserError(f"conditioning_key {conditioning_key!r} is unknown; valid: {CONDITIONING_KEYS}")
+        check_choice("conditioning_key", conditioning_key, CONDITIONING_KEYS)
         self.diffusion_model = instantiate_from_config(_without_order(diff_model_config))
         self.conditioning_key = conditioning_key
 
     @property
     def takes_maps(self) -> bool:
-        """Whether maps join the input's channels."""
+        """True if maps join the input's channels."""
         return _PLACES[self.conditioning_key][0]
 
     def forward(
@@ -53,7 +57,7 @@ class DiffusionWrapper(nn.Module):
         c_crossattn: Sequence[Tensor] | None = None,
         c_adm: Tensor | None = None,
     ) -> Tensor:
-        """Predict from x (B, C, H, W) at t (B,), with the conditioning that the key asks for.
+        """Return the prediction for x (B, C, H, W) at t (B,), with the conditioning of the key.
 
         Args:
             c_concat: maps (B, C', H, W).
@@ -67,7 +71,9 @@ class DiffusionWrapper(nn.Module):
         parts = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
         for name, wanted in (("c_concat", maps), ("c_crossattn", context), (labels, labels is not None)):
             if wanted and parts[name] is None:
-                raise UserError(f"conditioning_key {self.conditioning_key!r} needs {name}, which nothing gives")
+                raise UserError(
+                    f"conditioning_key {self.conditioning_key!r} needs {name}, but the conditioning has none"
+                )
         kwargs: dict[str, Tensor] = {}
         if maps:
             x = torch.cat([x, *c_concat], dim=1)
@@ -79,9 +85,9 @@ class DiffusionWrapper(nn.Module):
 
 
 def _without_order(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the UNet's config without the key `sequential_crossattn`, which some releases put beside `target`."""
+    """Return the UNet's config without `sequential_crossattn`, a key beside `target` in some published configs."""
     if not isinstance(config, Mapping) or "sequential_crossattn" not in config:
         return config
     if config["sequential_crossattn"]:
-        raise UserError("sequential_crossattn: true is for a UNet that is not here; set it to false")
+        raise UserError("sequential_crossattn: true is not supported; set it to false")
     return {key: value for key, value in config.items() if key != "sequential_crossattn"}

@@ -1,6 +1,6 @@
 """Layers of the denoising UNet: resampling, residual blocks with time embedding, and plain attention.
 
-B batch, C channels, H and W height and width, N positions, E features of the time embedding. Residual blocks and
+B: batch. C: channels. H, W: height and width. N: positions. E: features of the time embedding. Residual blocks and
 attention follow arXiv:2105.05233, sections 3 and 4.
 """
 
@@ -11,10 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.attention import SpatialTransformer, attend
-from ldm.modules.diffusionmodules.util import avg_pool_nd, checkpoint, conv_nd, normalization, zero_module
+from ldm.modules.diffusionmodules.layers import avg_pool_nd, checkpoint, conv_nd, normalization, zero_module
 
 
-class Upsample(nn.Module):
+class UNetUpsample(nn.Module):
     """Upsampling (B, C, H, W) → (B, C, 2H, 2W) by repetition, then a convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
@@ -28,7 +28,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=factors, mode="nearest"))
 
 
-class Downsample(nn.Module):
+class UNetDownsample(nn.Module):
     """Downsampling (B, C, H, W) → (B, C, H/2, W/2), by a strided convolution if `use_conv`, else by averaging."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
@@ -68,9 +68,9 @@ class ResBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
         if up:
-            self.resample: nn.Module = Upsample(channels, use_conv=False, dims=dims)
+            self.resample: nn.Module = UNetUpsample(channels, use_conv=False, dims=dims)
         elif down:
-            self.resample = Downsample(channels, use_conv=False, dims=dims)
+            self.resample = UNetDownsample(channels, use_conv=False, dims=dims)
         else:
             self.resample = nn.Identity()
         self.in_layers = nn.Sequential(

@@ -1,6 +1,6 @@
-"""Downward half of the UNet, as a classifier or an encoder (arXiv:2105.05233, section 4.2).
+"""Downward half of the UNet as a classifier or an encoder (arXiv:2105.05233, section 4.2).
 
-B batch, C channels, H and W height and width.
+B: batch. C: channels. H, W: height and width.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.attention import attend
-from ldm.modules.diffusionmodules.levels import LayerMaker, channels_down, middle, plan_levels, way_down
+from ldm.modules.diffusionmodules.layers import conv_nd, normalization, zero_module
+from ldm.modules.diffusionmodules.levels import LayerMaker, channels_down, plan_levels
+from ldm.modules.diffusionmodules.trunk import UNetTrunk
 from ldm.modules.diffusionmodules.unet_options import note_precision
-from ldm.modules.diffusionmodules.util import conv_nd, embedding_mlp, normalization, timestep_embedding, zero_module
-from ldm.util import UserError
+from ldm.util import check_choice, refuse_if
 
 _HIDDEN = 2048  # features between the two linear layers of the spatial pools
 _POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -43,18 +44,18 @@ class AttentionPool(nn.Module):
         return self.c_proj(rearrange(pooled, "b h n d -> b (h d) n"))[..., 0]
 
 
-class EncoderUNetModel(nn.Module):
+class EncoderUNetModel(UNetTrunk):
     """Input blocks and middle of a UNet with plain attention, pooled to (B, out_channels).
 
     Args:
         image_size: height and width of the input, required for `pool: attention`.
-        pool: `adaptive`, the mean over the map; `attention`, see `AttentionPool`; `spatial` and `spatial_v2`, the means
-            over each block's map, joined and passed through two linear layers (`spatial_v2` has a norm between them).
+        pool: `adaptive`, the mean over the map; `attention`, see `AttentionPool`; `spatial`, two linear layers on the
+            joined means of all blocks' maps; `spatial_v2`, the same with a norm between the layers.
 
     The other arguments are those of `UNetModel`.
 
     Raises:
-        UserError: arguments that contradict each other.
+        UserError: the arguments contradict each other.
     """
 
     def __init__(
@@ -80,30 +81,17 @@ class EncoderUNetModel(nn.Module):
         pool: str = "adaptive",
     ) -> None:
         super().__init__()
-        if pool not in _POOLS:
-            raise UserError(f"pool {pool!r} is unknown; valid: {', '.join(_POOLS)}")
-        if pool == "attention" and num_head_channels == -1:
-            raise UserError("pool 'attention' needs num_head_channels")
+        check_choice("pool", pool, _POOLS)
+        refuse_if((pool == "attention" and num_head_channels == -1, "pool 'attention' needs num_head_channels"))
         note_precision(use_fp16=use_fp16)
         levels = plan_levels(model_channels, channel_mult, num_res_blocks, attention_resolutions)
-        make = LayerMaker(
-            4 * model_channels,
-            dropout,
-            dims,
-            conv_resample,
-            resblock_updown,
-            use_scale_shift_norm,
-            use_checkpoint,
-            num_heads,
-            num_head_channels,
-            use_new_attention_order,
-        )
-        self.model_channels = model_channels
+        blocks = conv_resample, resblock_updown, use_scale_shift_norm, use_checkpoint
+        heads = num_heads, num_head_channels, use_new_attention_order
+        make = LayerMaker(4 * model_channels, dropout, dims, *blocks, *heads)
         self.pool = pool
-        self.time_embed = embedding_mlp(model_channels, make.emb_channels)
-        self.input_blocks = way_down(make, levels, in_channels, model_channels)
+        self.build_embeddings(model_channels)
+        self.build_down(make, levels, in_channels, depth=1)
         channels = levels[-1].channels
-        self.middle_block = middle(make, channels, depth=1)
         if pool.startswith("spatial"):
             features = sum(channels_down(levels, model_channels)) + channels
             norm = [nn.ReLU()] if pool == "spatial" else [normalization(_HIDDEN), nn.SiLU()]
@@ -117,14 +105,9 @@ class EncoderUNetModel(nn.Module):
             pooling = [_ADAPTIVE_POOLS[dims](1), last, nn.Flatten()]
         self.out = nn.Sequential(normalization(channels), nn.SiLU(), *pooling)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the blocks' computation."""
-        return self.time_embed[0].weight.dtype
-
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Encode a noisy `x` (B, in_channels, H, W) at `timesteps` (B,) to (B, out_channels)."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        emb = self.time_embed(self.features_of(timesteps))
         h = x.to(self.dtype)
         means = []
         for block in (*self.input_blocks, self.middle_block):

@@ -1,4 +1,4 @@
-"""Layers of a UNet, level by level: the plan from the arguments, with checks, and the blocks built from it.
+"""Layers of a UNet, level by level: the plan, checked, and the blocks that it describes.
 
 A level is one resolution of the feature map. The way down halves the resolution at each level; the way up doubles it.
 """
@@ -14,13 +14,13 @@ from torch import nn
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.blocks import (
     AttentionBlock,
-    Downsample,
     ResBlock,
     TimestepEmbedSequential,
-    Upsample,
+    UNetDownsample,
+    UNetUpsample,
 )
-from ldm.modules.diffusionmodules.util import conv_nd
-from ldm.util import UserError
+from ldm.modules.diffusionmodules.layers import conv_nd
+from ldm.util import UserError, refuse_if
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,8 @@ def plan_levels(
     attention = everywhere
     if num_attention_blocks is not None:
         attention = _per_level("num_attention_blocks", num_attention_blocks, channel_mult)
-        for asked, there in zip(attention, blocks, strict=True):
-            if asked > there:
-                raise UserError(
-                    f"num_attention_blocks {attention} has more attention than num_res_blocks {blocks} has blocks; "
-                    "lower it"
-                )
+        exceeds = any(count > limit for count, limit in zip(attention, blocks, strict=True))
+        refuse_if((exceeds, f"num_attention_blocks {attention} exceeds num_res_blocks {blocks} in a level; lower it"))
     return [
         Level(mult * model_channels, blocks[i], attention[i] if 2**i in attention_resolutions else 0, *both)
         for i, (mult, *both) in enumerate(zip(channel_mult, depths, disabled, strict=True))
@@ -77,11 +73,14 @@ def plan_levels(
 
 def _per_level(name: str, given: Any, channel_mult: Sequence[int], is_switch: bool = False) -> list[int]:
     values = [given] * len(channel_mult) if isinstance(given, int) else list(given)
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool) is not is_switch or value < 0:
-            raise UserError(f"{name} {given!r}: give {'true or false' if is_switch else 'whole numbers from 0'}")
-    if len(values) != len(channel_mult):
-        raise UserError(f"{name} {values} needs one entry per level of channel_mult {list(channel_mult)}")
+    right = all(isinstance(value, int) and isinstance(value, bool) is is_switch and value >= 0 for value in values)
+    refuse_if(
+        (not right, f"{name} {given!r}: give {'true or false' if is_switch else 'whole numbers from 0'}"),
+        (
+            len(values) != len(channel_mult),
+            f"{name} {values} needs one entry per level of channel_mult {list(channel_mult)}",
+        ),
+    )
     return values
 
 
@@ -122,7 +121,7 @@ class LayerMaker:
         """Return the layer that doubles or halves the resolution."""
         if self.resblock_updown:
             return self.residual(channels, channels, up=up, down=not up)
-        return (Upsample if up else Downsample)(channels, self.conv_resample, dims=self.dims)
+        return (UNetUpsample if up else UNetDownsample)(channels, self.conv_resample, dims=self.dims)
 
     def attention(
         self, channels: int, depth: int, disable_self_attn: bool = False, plain_heads: int | None = None

@@ -1,6 +1,6 @@
 """Denoising UNet: residual blocks with time embedding, and attention (arXiv:2105.05233; arXiv:2112.10752).
 
-B batch, C channels, H and W height and width, E features of the time embedding.
+B: batch. C: channels. H, W: height and width. E: features of the time embedding.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.blocks import AttentionBlock  # noqa: F401  public under this module's name too
 from ldm.modules.diffusionmodules.encoder_unet import EncoderUNetModel  # noqa: F401
-from ldm.modules.diffusionmodules.labels import check_labels, label_embedding, label_features
-from ldm.modules.diffusionmodules.levels import LayerMaker, middle, plan_levels, way_down, way_up
+from ldm.modules.diffusionmodules.labels import check_labels, label_features
+from ldm.modules.diffusionmodules.layers import conv_nd, normalization, zero_module
+from ldm.modules.diffusionmodules.levels import LayerMaker, plan_levels, way_up
+from ldm.modules.diffusionmodules.trunk import UNetTrunk
 from ldm.modules.diffusionmodules.unet_options import (
     CUDA_GRAPHS,
+    check_heads,
     check_kernels,
-    check_options,
     note_precision,
     one_width,
 )
-from ldm.modules.diffusionmodules.util import conv_nd, embedding_mlp, normalization, timestep_embedding, zero_module
 
 _ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from torch 2.13 on
-_SIZES = 64  # image sizes times batch sizes that blocks are compiled for; more would take hours
+_SIZES = 64  # number of image and batch sizes to compile for; more would take hours
 
 
-class UNetModel(nn.Module):
+class UNetModel(UNetTrunk):
     """UNet that predicts noise, x₀ or v from a noisy (B, in_channels, H, W).
 
     Args:
@@ -41,8 +42,8 @@ class UNetModel(nn.Module):
         channel_mult: channels of each level, as a multiple of `model_channels`.
         conv_resample: resample by learned convolutions.
         dims: spatial dimensions of the input, 1, 2 or 3.
-        num_classes: kind of the labels `y`: the number of classes; `continuous` for a number (B, 1); `timestep` for a
-            timestep (B,); `sequential` for a vector (B, adm_in_channels); None for no labels.
+        num_classes: kind of the labels `y`. A number is the number of classes. `continuous` is for numbers (B, 1),
+            `timestep` for timesteps (B,), `sequential` for vectors (B, adm_in_channels), None for no labels.
         use_checkpoint: recompute activations in backward (slower, less memory); `selective` keeps the results of
             convolutions, matrix products and attention.
         use_fp16, use_bf16: accepted without effect; the trainer's `precision` sets the type.
@@ -72,7 +73,7 @@ class UNetModel(nn.Module):
             `max-autotune` use CUDA graphs. Inference is not compiled, since each image size would need its own program.
 
     Raises:
-        UserError: arguments that contradict each other.
+        UserError: the arguments contradict each other.
     """
 
     def __init__(
@@ -115,71 +116,41 @@ class UNetModel(nn.Module):
     ) -> None:
         super().__init__()
         context_dim = one_width(context_dim)
-        check_options(use_spatial_transformer, context_dim, num_heads, num_head_channels, use_checkpoint)
-        check_kernels(spatial_transformer_attn_type, compile_mode, channels_last, dims)
+        check_heads(use_spatial_transformer, context_dim, num_heads, num_head_channels)
+        check_kernels(spatial_transformer_attn_type, use_checkpoint, compile_mode, channels_last, dims)
         note_precision(use_fp16=use_fp16, use_bf16=use_bf16)
-        levels = plan_levels(
-            model_channels,
-            channel_mult,
-            num_res_blocks,
-            attention_resolutions,
-            num_attention_blocks,
-            transformer_depth,
-            disable_self_attentions,
-        )
-        make = LayerMaker(
-            4 * model_channels,
-            dropout,
-            dims,
-            conv_resample,
-            resblock_updown,
-            use_scale_shift_norm,
-            use_checkpoint,
-            num_heads,
-            num_head_channels,
-            use_new_attention_order,
-            use_spatial_transformer,
-            use_linear_in_transformer,
-            context_dim,
-            legacy,
-        )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.model_channels = model_channels
-        self.num_classes = num_classes
+        attention = num_attention_blocks, transformer_depth, disable_self_attentions
+        levels = plan_levels(model_channels, channel_mult, num_res_blocks, attention_resolutions, *attention)
+        blocks = conv_resample, resblock_updown, use_scale_shift_norm, use_checkpoint
+        heads = num_heads, num_head_channels, use_new_attention_order
+        transformers = use_spatial_transformer, use_linear_in_transformer, context_dim, legacy
+        make = LayerMaker(4 * model_channels, dropout, dims, *blocks, *heads, *transformers)
+        self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
+        self.num_classes, self.compile_mode = num_classes, compile_mode
         self.adm_in_channels = adm_in_channels if num_classes == "sequential" else None
-        self.context_dim = context_dim
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.compile_mode = compile_mode
         self.downsampling = 2 ** (len(levels) - 1)  # H and W must be multiples of this number
-
-        self.time_embed = embedding_mlp(model_channels, make.emb_channels)
-        if num_classes is not None:
-            self.label_emb = label_embedding(num_classes, model_channels, adm_in_channels)
-        self.input_blocks = way_down(make, levels, in_channels, model_channels)
+        self.build_embeddings(model_channels, num_classes, adm_in_channels)
         depth = levels[-1].depth if transformer_depth_middle is None else transformer_depth_middle
-        self.middle_block = middle(
-            make, levels[-1].channels, depth, disable_middle_self_attn, not disable_middle_transformer
-        )
+        self.build_down(make, levels, in_channels, depth, disable_middle_self_attn, not disable_middle_transformer)
         self.output_blocks = way_up(make, levels, model_channels, num_heads_upsample)
-        channels = levels[0].channels
-        self.out = nn.Sequential(
-            normalization(channels), nn.SiLU(), zero_module(conv_nd(dims, channels, out_channels, 3, padding=1))
-        )
+        self._build_head(levels[0].channels, dims, n_embed)
+        self._compile_blocks()
+
+    def _build_head(self, channels: int, dims: int, n_embed: int | None) -> None:
+        """Add the layers that make the prediction, and those of `n_embed` logits if it is given."""
+        last = zero_module(conv_nd(dims, channels, self.out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(channels), nn.SiLU(), last)
         if n_embed is not None:
             self.id_predictor = nn.Sequential(normalization(channels), conv_nd(dims, channels, n_embed, 1))
-        if compile_mode is not None:
-            self._compile_blocks()
 
     def _compile_blocks(self) -> None:
+        """Compile each block, if `compile_mode` is set."""
+        if self.compile_mode is None:
+            return
         blocks = (*self.input_blocks, self.middle_block, *self.output_blocks)
         for block in blocks:  # in place, so that the keys do not change
             block.compile(mode=self.compile_mode, dynamic=False, fullgraph=True, **_room_for_programs(len(blocks)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the blocks' computation."""
-        return self.time_embed[0].weight.dtype
 
     @property
     def is_compiled(self) -> bool:
@@ -215,7 +186,7 @@ class UNetModel(nn.Module):
         check_labels(y, len(x), self.num_classes, self.adm_in_channels)
         if self.uses_cuda_graphs and torch.is_grad_enabled():
             torch.compiler.cudagraph_mark_step_begin()  # the graphs may overwrite the outputs of the last step
-        emb = self.run(self.time_embed, timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (B, E)
+        emb = self.run(self.time_embed, self.features_of(timesteps))  # (B, E)
         if y is not None:
             emb = emb + self.run(self.label_emb, label_features(y, self.num_classes, self.model_channels, self.dtype))
         h = x.to(self.dtype).contiguous(memory_format=self.memory_format)

@@ -5,6 +5,7 @@ Equation numbers are those of DDPM (arXiv:2006.11239) unless a paper is named. �
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.util import UserError, nearest
+from ldm.util import UserError, check_choice, check_number, nearest, refuse_if
 
-SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
+logger = logging.getLogger(__name__)
+
 PARAMETERIZATIONS = ("eps", "x0", "v")
 
 
@@ -23,8 +25,8 @@ def make_beta_schedule(
 ) -> np.ndarray:
     """Return β_1…β_T, float64 (n_timestep,).
 
-    `linear` is linear in √β; `sqrt_linear` is linear in β; `sqrt` is the root of that; `cosine` follows
-    arXiv:2102.09672, eq. 17, with offset `cosine_s` and β at most 0.999.
+    `linear` is linear in √β, `sqrt_linear` in β, and `sqrt` in β². `cosine` follows arXiv:2102.09672, eq. 17, with
+    offset `cosine_s` and β at most 0.999.
 
     Raises:
         UserError: the schedule is unknown.
@@ -39,13 +41,15 @@ def make_beta_schedule(
         return np.linspace(linear_start, linear_end, n_timestep)
     if schedule == "sqrt":
         return np.linspace(linear_start, linear_end, n_timestep) ** 0.5
-    raise UserError(f"beta_schedule {schedule!r} is unknown{nearest(schedule, list(SCHEDULES))}")
+    raise UserError(
+        f"beta_schedule {schedule!r} is unknown{nearest(schedule, ['linear', 'cosine', 'sqrt_linear', 'sqrt'])}"
+    )
 
 
 def rescale_to_zero_snr(betas: np.ndarray) -> np.ndarray:
-    """Return β of the schedule, shifted and scaled in √ᾱ so that the last ᾱ is 0 and the first is unchanged.
+    """Return β after shifting and scaling √ᾱ, so that the last ᾱ is 0 and the first is unchanged.
 
-    Algorithm 1 of arXiv:2305.08891.
+    This is algorithm 1 of arXiv:2305.08891.
     """
     root = np.sqrt(np.cumprod(1.0 - betas))  # √ᾱ
     alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -53,7 +57,7 @@ def rescale_to_zero_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
-    """Return all buffers that training and sampling derive from β, float64 (T,), under their released names.
+    """Return the buffers that training and sampling derive from β, float64 (T,), under their names in releases.
 
     `v_posterior` interpolates the posterior variance between β̃ (0, eq. 7) and β (1).
     """
@@ -61,7 +65,7 @@ def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, 
     alphas_cumprod = np.cumprod(alphas)
     previous = np.append(1.0, alphas_cumprod[:-1])
     posterior_variance = (1 - v_posterior) * betas * (1 - previous) / (1 - alphas_cumprod) + v_posterior * betas
-    with np.errstate(divide="ignore"):  # 1 / ᾱ; ᾱ is 0 at a zero terminal SNR
+    with np.errstate(divide="ignore"):  # ᾱ is 0 at zero terminal SNR
         recip = 1 / alphas_cumprod
     return {
         "betas": betas,
@@ -84,8 +88,8 @@ def diffusion_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, 
 def vlb_weights(buffers: dict[str, np.ndarray], parameterization: str) -> np.ndarray:
     """Return the weights of the squared error in the variational bound, (T,).
 
-    The first weight is infinite and takes the value of the second. The weights are computed in float32 from the stored
-    buffers, as the published ones were; at early steps 1 − ᾱ depends on this precision.
+    The first weight is infinite and is replaced by the second. Weights are computed in float32 from the stored buffers,
+    as in the reference implementation, because 1 − ᾱ depends on the precision at early steps.
     """
     stored = {name: values.astype(np.float32) for name, values in buffers.items()}
     betas, alphas_cumprod = stored["betas"], stored["alphas_cumprod"]
@@ -93,47 +97,46 @@ def vlb_weights(buffers: dict[str, np.ndarray], parameterization: str) -> np.nda
     if parameterization == "eps":  # eq. 12
         with np.errstate(divide="ignore"):
             weights = betas**2 / (2 * stored["posterior_variance"] * alphas * (1 - alphas_cumprod))
-    elif parameterization == "x0":  # as published with latent diffusion, not derived from eq. 8
+    elif parameterization == "x0":  # as in latent diffusion; it does not follow from eq. 8
         weights = 0.5 * np.sqrt(alphas_cumprod) / (2 - alphas_cumprod)
-    else:  # v: unweighted, as published
+    else:  # v: unweighted, as in latent diffusion
         weights = np.ones_like(betas)
     weights[0] = weights[min(1, len(weights) - 1)]
-    if alphas[-1] == 0:  # also infinite, at a zero terminal SNR
+    if alphas[-1] == 0:  # infinite too at zero terminal SNR
         weights[-1] = weights[-2]
     return weights
 
 
 def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
-    """Return the increasing model timesteps to visit (arXiv:2010.02502, appendix D.3).
+    """Return the timesteps of DDIM sampling in ascending order (arXiv:2010.02502, appendix D.3).
 
-    `uniform` and `quad` are linear and quadratic strides. All timesteps are shifted by 1.
+    `uniform` has a linear stride, and `quad` a quadratic one. All timesteps are shifted by 1.
 
     Raises:
-        UserError: an unknown method, or a number of steps outside 1 … `num_ddpm_timesteps`.
+        UserError: the method is unknown, or the number of steps is not from 1 to `num_ddpm_timesteps`.
     """
-    if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
-        raise UserError(f"{num_ddim_timesteps} sampling steps: choose 1 to {num_ddpm_timesteps}")
+    check_number("sampling steps", num_ddim_timesteps, least=1, most=num_ddpm_timesteps)
+    check_choice("ddim_discretize", ddim_discr_method, ("uniform", "quad"))
     if ddim_discr_method == "uniform":
         timesteps = np.arange(0, num_ddpm_timesteps, num_ddpm_timesteps // num_ddim_timesteps)
-    elif ddim_discr_method == "quad":
-        timesteps = (np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps) ** 2).astype(int)
     else:
-        raise UserError(f"ddim_discretize {ddim_discr_method!r} is unknown; valid: uniform, quad")
-    # A stride that does not divide the schedule can step past its end.
+        timesteps = (np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps) ** 2).astype(int)
+    # The shift can exceed the last timestep.
     return np.minimum(timesteps + 1, num_ddpm_timesteps - 1)
 
 
 def extract_into_tensor(values: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return `values[t]`, (B,), in the shape (B, 1, …, 1) that multiplies a tensor of `shape`."""
+    """Return `values[t]` in the shape (B, 1, …, 1), which broadcasts to `shape`."""
     return values[t].view(-1, *(1,) * (len(shape) - 1))
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str) -> Tensor:
-    """Return weights of the loss, (T,), that weight the clean image's error by min(SNR, γ), SNR = ᾱ / (1 − ᾱ).
+    """Return loss weights (T,) that weight the error of x₀ by min(SNR, γ), where SNR = ᾱ / (1 − ᾱ).
 
-    The loss of x₀ is SNR⁻¹ times that of ε. The loss of v is SNR + 1 times that of x₀ (arXiv:2303.09556, section 3.4).
+    The error of ε is SNR times that of x₀, and the error of v is SNR + 1 times that of x₀ (arXiv:2303.09556,
+    section 3.4).
     """
-    # above 0 even at a zero terminal SNR, where the weight of ε tends to 1
+    # The bound avoids 0 / 0 at zero terminal SNR, where the weight of ε tends to 1.
     snr = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).clamp(min=1e-300)
     per_x0 = {"eps": snr, "x0": 1.0, "v": snr + 1}[parameterization]
     return (snr.clamp(max=gamma) / per_x0).float()
@@ -156,7 +159,7 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Level, sigma: Level) -> Tensor:
 def prediction_to_eps_x0(
     prediction: Tensor, x: Tensor, alpha_bar: Tensor, parameterization: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the noise ε and the clean x₀ from a model's `prediction` at `x`; `alpha_bar` broadcasts to `x`."""
+    """Return the noise ε and the clean x₀ of a model's `prediction` for `x`. `alpha_bar` broadcasts to `x`."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if parameterization == "eps":
         return prediction, (x - sigma * prediction) / alpha
@@ -167,10 +170,10 @@ def prediction_to_eps_x0(
 
 
 class GaussianDiffusion:
-    """Mixin that adds the schedule's buffers and the closed forms of the diffusion process to a module.
+    """Mixin of a module for the buffers of the noise schedule and the closed forms of the diffusion process.
 
-    The module sets `parameterization` and `v_posterior` before it calls `register_schedule`.
-    B batch; x_start, x_t and noise have one shape (B, …); t (B,) counts from 0.
+    The module sets `parameterization` and `v_posterior` before it calls `register_schedule`. `x_start`, `x_t` and
+    `noise` have the same shape (B, …). Timesteps `t` (B,) are counted from 0.
     """
 
     def register_schedule(
@@ -183,20 +186,28 @@ class GaussianDiffusion:
         cosine_s: float = 8e-3,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        """Register the float32 buffers of a named schedule, or of `given_betas`; see `rescale_to_zero_snr`.
+        """Register the float32 buffers of a named schedule or of `given_betas`.
+
+        `rescale_betas_zero_snr` applies `rescale_to_zero_snr`.
 
         Raises:
-            UserError: the schedule is unknown, or its betas are not all between 0 and 1.
+            UserError: the schedule is unknown, or a β is not between 0 and 1.
         """
+        if rescale_betas_zero_snr and self.parameterization == "eps":
+            logger.warning("rescale_betas_zero_snr: at zero SNR, eps carries no signal; set parameterization to v")
         if given_betas is None:
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         else:
             betas = np.asarray(given_betas, dtype=np.float64)
-        if len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-            raise UserError(f"{len(betas)} betas: give at least one, each between 0 and 1 (timesteps, given_betas)")
+        in_range = len(betas) > 0 and ((betas > 0) & (betas < 1)).all()
+        refuse_if(
+            (not in_range, f"{len(betas)} betas: give at least one, each between 0 and 1 (timesteps, given_betas)"),
+            (
+                rescale_betas_zero_snr and len(betas) == 1,
+                "rescale_betas_zero_snr: the schedule has one timestep; give at least 2",
+            ),
+        )
         if rescale_betas_zero_snr:
-            if len(betas) == 1:
-                raise UserError("rescale_betas_zero_snr: the schedule has one timestep; give at least 2")
             betas = rescale_to_zero_snr(betas)
         self.num_timesteps = len(betas)
         buffers = diffusion_buffers(betas, self.v_posterior)
@@ -209,19 +220,19 @@ class GaussianDiffusion:
         return extract_into_tensor(getattr(self, name), t, x.shape)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return x_t, `noised` for timesteps `t`."""
+        """Return the noisy x_t at timesteps `t`; see `noised`."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return noised(x_start, noise, *self._level(t, x_start))
 
     def get_v(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return the `velocity` at timesteps `t`."""
+        """Return v at timesteps `t`; see `velocity`."""
         return velocity(x_start, noise, *self._level(t, x_start))
 
     def _level(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._at("sqrt_alphas_cumprod", t, x), self._at("sqrt_one_minus_alphas_cumprod", t, x)
 
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return the target of the model's prediction under its parameterization."""
+        """Return the target of the model's prediction: ε, x₀ or v, by the parameterization."""
         if self.parameterization == "eps":
             return noise
         if self.parameterization == "x0":

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.blocks import TimestepEmbedSequential, conditioning_of
+from ldm.modules.diffusionmodules.layers import StaysOnHost
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.diffusionmodules.util import StaysOnHost
 from ldm.modules.streaming import WeightStream
-from ldm.util import UserError
+from ldm.util import check_choice, refuse_if
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -31,20 +31,23 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
             left out, since the weights are temporary copies.
 
     Raises:
-        UserError: an argument has another value.
+        UserError: `stream_dtype` is unknown, or an argument is not supported.
     """
 
     def __init__(self, stream_dtype: str = "bf16", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if stream_dtype not in _DTYPES:
-            raise UserError(f"stream_dtype {stream_dtype!r} is unknown; valid: {', '.join(_DTYPES)}")
-        if kwargs.get("use_checkpoint"):
-            raise UserError(
-                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers (put "
-                "minimal.yaml or smallest.yaml last among several tiers)"
-            )
-        if kwargs.get("compile_mode"):
-            raise UserError("compile_mode: leave it out; StreamedUNetModel's layers are not compiled")
+        check_choice("stream_dtype", stream_dtype, tuple(_DTYPES))
+        refuse_if(
+            (
+                kwargs.get("use_checkpoint"),
+                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers (put minimal.yaml or "
+                "smallest.yaml last among several tiers)",
+            ),
+            (
+                kwargs.get("compile_mode"),
+                "compile_mode: leave it out; the layers of StreamedUNetModel are not compiled",
+            ),
+        )
         self._ends: dict[nn.Module, tuple[_Part, _Part]] = {}  # layers before and after the transformer blocks
         embedding = [self.time_embed, *([self.label_emb] if self.num_classes is not None else [])]
         blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]

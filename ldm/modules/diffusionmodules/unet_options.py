@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ldm.util import UserError
+from ldm.util import UserError, check_choice, refuse_if
 
 logger = logging.getLogger(__name__)
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _COMPILE_MODES = ("default", *CUDA_GRAPHS, "max-autotune-no-cudagraphs")
-_ATTENTION_TYPES = ("softmax", "softmax-xformers")  # two kernels for one function; torch chooses the kernel here
+_ATTENTION_TYPES = ("softmax", "softmax-xformers")  # two kernels of one function; torch chooses the kernel
 
 
 def one_width(context_dim: int | Sequence[int] | None) -> int | None:
@@ -28,35 +28,32 @@ def one_width(context_dim: int | Sequence[int] | None) -> int | None:
     return widths.pop()
 
 
-def check_options(
-    use_spatial_transformer: bool,
-    context_dim: int | None,
-    num_heads: int,
-    num_head_channels: int,
-    use_checkpoint: bool | str,
-) -> None:
-    """Raise `UserError` for options that contradict each other."""
-    if use_spatial_transformer != (context_dim is not None):
-        raise UserError(
+def check_heads(use_spatial_transformer: bool, context_dim: int | None, num_heads: int, num_head_channels: int) -> None:
+    """Raise `UserError` for options of the attention that contradict each other."""
+    refuse_if(
+        (
+            use_spatial_transformer != (context_dim is not None),
             f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} go together: "
-            "set both, or neither"
-        )
-    if num_heads == -1 and num_head_channels == -1:
-        raise UserError("UNetModel needs num_heads or num_head_channels")
-    if use_checkpoint not in (True, False, "selective"):
-        raise UserError(f"use_checkpoint {use_checkpoint!r} is unknown; valid: true, false, selective")
+            "set both, or neither",
+        ),
+        (num_heads == -1 and num_head_channels == -1, "UNetModel needs num_heads or num_head_channels"),
+    )
 
 
-def check_kernels(attention_type: str, compile_mode: str | None, channels_last: bool, dims: int) -> None:
-    """Raise `UserError` for an unknown kernel or memory layout."""
-    if attention_type not in _ATTENTION_TYPES:
-        raise UserError(
-            f"spatial_transformer_attn_type {attention_type!r} is unknown; valid: {', '.join(_ATTENTION_TYPES)}"
-        )
-    if channels_last and dims != 2:
-        raise UserError(f"channels_last is for two spatial dimensions, and dims is {dims}; leave it out")
-    if compile_mode not in (None, *_COMPILE_MODES):
-        raise UserError(f"compile_mode {compile_mode!r} is unknown; valid: {', '.join(_COMPILE_MODES)}")
+def check_kernels(
+    attention_type: str, use_checkpoint: bool | str, compile_mode: str | None, channels_last: bool, dims: int
+) -> None:
+    """Raise `UserError` for an unknown kernel, checkpointing or memory layout."""
+    check_choice("spatial_transformer_attn_type", attention_type, _ATTENTION_TYPES)
+    refuse_if(
+        (channels_last and dims != 2, f"channels_last needs two spatial dimensions, but dims is {dims}; leave it out"),
+        (
+            use_checkpoint not in (True, False, "selective"),
+            f"use_checkpoint {use_checkpoint!r} is unknown; valid: true, false, selective",
+        ),
+    )
+    if compile_mode is not None:
+        check_choice("compile_mode", compile_mode, _COMPILE_MODES)
 
 
 def note_precision(**switches: bool) -> None:

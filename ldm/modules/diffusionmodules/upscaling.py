@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.diffusionmodules.layers import KeepsTypes
 from ldm.modules.diffusionmodules.schedule import GaussianDiffusion, diffusion_buffers, make_beta_schedule
-from ldm.modules.diffusionmodules.util import KeepsTypes
-from ldm.util import UserError, nearest
+from ldm.util import check_keys, check_number
 
 _SCHEDULE = {"beta_schedule": "linear", "timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2, "cosine_s": 8e-3}
 # Buffers of the schedule in the released models.
@@ -30,15 +30,15 @@ _BUFFERS = (
 
 
 class LowScaleModel(GaussianDiffusion, KeepsTypes, nn.Module):
-    """Noiser of an image at a given level, with its own schedule.
+    """Stage that adds noise of a given level to an image, with its own schedule.
 
     Args:
-        noise_schedule_config: those of `beta_schedule`, `timesteps`, `linear_start`, `linear_end` and `cosine_s` that
-            differ from a linear schedule of 1000 steps from 0.0001 to 0.02; None for no noise.
+        noise_schedule_config: values of `beta_schedule`, `timesteps`, `linear_start`, `linear_end` and `cosine_s`. The
+            default is a linear schedule of 1000 steps from 0.0001 to 0.02. None adds no noise.
         max_noise_level: exclusive upper limit of sampled noise levels.
 
     Raises:
-        UserError: an unknown key of the schedule, or a noise level outside the schedule.
+        UserError: a key of the schedule is unknown, or `max_noise_level` is outside the schedule.
     """
 
     def __init__(self, noise_schedule_config: Mapping[str, Any] | None = None, max_noise_level: int = 1000) -> None:
@@ -47,20 +47,17 @@ class LowScaleModel(GaussianDiffusion, KeepsTypes, nn.Module):
         self.has_schedule = noise_schedule_config is not None
         if noise_schedule_config is None:
             return
-        for key in noise_schedule_config:
-            if key not in _SCHEDULE:
-                raise UserError(f"unknown key {key!r} in noise_schedule_config{nearest(key, _SCHEDULE)}")
+        check_keys("noise_schedule_config", noise_schedule_config, _SCHEDULE)
         schedule = {**_SCHEDULE, **noise_schedule_config}
         steps = schedule.pop("timesteps")
-        if not 1 <= max_noise_level <= steps:
-            raise UserError(f"max_noise_level {max_noise_level}: give 1 to timesteps ({steps})")
+        check_number("max_noise_level", max_noise_level, least=1, most=steps)
         betas = make_beta_schedule(schedule.pop("beta_schedule"), steps, **schedule)
         buffers = diffusion_buffers(betas)
         for name in _BUFFERS:
             self.register_buffer(name, torch.tensor(buffers[name], dtype=torch.float32))
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the noised `x` (B, C, H, W) and its noise levels (B,), which are sampled if not given."""
+        """Return the noisy `x` (B, C, H, W) and its noise levels (B,), which are sampled by default."""
         if noise_level is None:
             highest = self.max_noise_level if self.has_schedule else 1
             noise_level = torch.randint(0, highest, x.shape[:1], device=x.device)

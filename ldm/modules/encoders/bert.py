@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.modules.encoders.base import AbstractEncoder
+from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.util import UserError
 
 _HEADS, _HEAD_FEATURES = 8, 64

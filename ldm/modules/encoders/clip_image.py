@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.modules.encoders.base import AbstractEncoder
 from ldm.modules.encoders.clip_blocks import ClipTransformer
+from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.modules.encoders.open_clip import OpenClipText, text_config_of
-from ldm.util import UserError, nearest
+from ldm.util import check_choice, refuse_if
 
 _SIDE = 224  # pixels; images are resized to this height and width
 # Means and standard deviations of CLIP's training images, in [0, 1].
@@ -97,7 +97,7 @@ class FrozenClipImageEmbedder(_ImageEmbedder):
         antialias: smooth images that become smaller, with torch's own resize.
 
     Raises:
-        UserError: an unknown name, or `jit`.
+        UserError: the name is unknown, or `jit` is true.
     """
 
     def __init__(
@@ -109,10 +109,8 @@ class FrozenClipImageEmbedder(_ImageEmbedder):
     ) -> None:
         super().__init__(antialias)
         arch = model.replace("/", "-")
-        if arch not in _ARCHS:
-            raise UserError(f"model {model!r} is unknown{nearest(arch, set(_ARCHS))}")
-        if jit:
-            raise UserError("jit: true would load a compiled file; leave it out")
+        check_choice("model", arch, tuple(_ARCHS))
+        refuse_if((jit, "jit: true would load a compiled file; leave it out"))
         self._build(arch)
         self.put_on(device)
 
@@ -184,7 +182,7 @@ class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
 
     Args:
         arch: name of an OpenCLIP model, such as `ViT-H-14`.
-        version: origin of the released weights, for information; `openai` selects OpenAI's activation.
+        version: name of the released weights. Only `openai` has an effect: it selects OpenAI's activation.
         device: device of the module; None leaves it on the device where it is built.
         max_length: accepted for old configs.
         freeze: set evaluation mode and turn gradients off.
@@ -192,7 +190,7 @@ class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
         ucg_rate: share of embeddings that training sets to zero.
 
     Raises:
-        UserError: an unknown `arch`.
+        UserError: `arch` or `layer` is unknown.
     """
 
     def __init__(
@@ -207,10 +205,8 @@ class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
         ucg_rate: float = 0.0,
     ) -> None:
         super().__init__(antialias)
-        if arch not in _ARCHS:
-            raise UserError(f"arch {arch!r} is unknown{nearest(arch, set(_ARCHS))}")
-        if layer != "pooled":
-            raise UserError(f"layer {layer!r}: an image tower gives 'pooled' alone")
+        check_choice("arch", arch, tuple(_ARCHS))
+        check_choice("layer", layer, ("pooled",))
         self.ucg_rate = ucg_rate
         self.model = OpenClipText(**text_config_of(arch, version, None))
         del self.model.transformer

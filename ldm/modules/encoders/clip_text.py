@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ldm.modules.encoders.base import AbstractEncoder
+from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.util import UserError, nearest
+from ldm.util import UserError, check_choice, check_keys, check_number, refuse_if
 
 # Text tower of CLIP ViT-L/14 (arXiv:2103.00020, table 20), the caption encoder of Stable Diffusion v1.
 _CLIP_L14 = "openai/clip-vit-large-patch14"
@@ -50,8 +50,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         always_return_pooled: also return the pooled state (B, D).
 
     Raises:
-        UserError: unknown `version`, `layer` or `text_config` key, a `max_length`, `layer_idx` or vocabulary that does
-            not fit.
+        UserError: `version`, `layer` or a key of `text_config` is unknown, or `max_length`, `layer_idx` or the
+            vocabulary is out of range.
     """
 
     def __init__(
@@ -66,8 +66,12 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         always_return_pooled: bool = False,
     ) -> None:
         super().__init__()
-        if version != _CLIP_L14:
-            raise UserError(f"version {version!r} is not known; use {_CLIP_L14!r}, with text_config for another size")
+        refuse_if(
+            (
+                version != _CLIP_L14,
+                f"version {version!r} is unknown; use {_CLIP_L14!r}, and text_config for another size",
+            )
+        )
         config = {**_CLIP_L14_TEXT, **(text_config or {})}
         self.max_length = max_length
         self.layer = layer
@@ -75,11 +79,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.return_pooled = always_return_pooled
         self.tokenizer = ClipTokenizer(max_length)
         self.transformer = _TextTransformer(config)
-        positions, vocabulary = self.transformer.positions, self.transformer.vocabulary
-        if max_length > positions:
-            raise UserError(f"max_length {max_length} exceeds max_position_embeddings {positions} of the text tower")
-        if vocabulary < len(self.tokenizer):
-            raise UserError(f"vocab_size {vocabulary} in text_config must be at least {len(self.tokenizer)}, as CLIP's")
+        tower = self.transformer
+        self.tokenizer.check_tower("max_position_embeddings", tower.positions, tower.vocabulary)
         self.put_on(device)
         if freeze:
             self.freeze()
@@ -107,13 +108,9 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
 
 def _checked_layer(layer: str, layer_idx: int | None, blocks: int) -> int | None:
-    if layer not in _LAYERS:
-        raise UserError(f"layer {layer!r} is unknown; valid: {', '.join(_LAYERS)}")
-    if layer != "hidden":
-        return layer_idx
-    is_number = isinstance(layer_idx, int) and not isinstance(layer_idx, bool)
-    if not is_number or not -blocks - 1 <= layer_idx <= blocks:
-        raise UserError(f"layer_idx {layer_idx!r}: layer 'hidden' takes a number of blocks, -{blocks + 1} to {blocks}")
+    check_choice("layer", layer, _LAYERS)
+    if layer == "hidden":
+        check_number("layer_idx", layer_idx, least=-blocks - 1, most=blocks)
     return layer_idx
 
 
@@ -133,9 +130,7 @@ class _TextTransformer(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel  # takes seconds; only this class needs it
 
         valid = CLIPTextConfig().to_dict()
-        for key in config:
-            if key not in valid:
-                raise UserError(f"unknown key {key!r} in text_config{nearest(key, valid)}")
+        check_keys("text_config", config, valid)
         model = CLIPTextModel(CLIPTextConfig(**config))
         self.text_model = getattr(model, "text_model", model)
         # Positions are an argument, since a buffer on the meta device would stay there when weights are assigned.
@@ -182,7 +177,7 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
         normalize: scale each embedding to length 1.
 
     Raises:
-        UserError: the `clip` package, or torchvision that it needs, is not installed, or `version` is a file.
+        UserError: the package `clip` or torchvision is not installed, or `version` is a file.
     """
 
     def __init__(
@@ -196,7 +191,9 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
         super().__init__()
         clip = _import_clip()
         if Path(version).is_file():
-            raise UserError(f"version {version!r} is a file, which clip would unpickle; give a name of its models")
+            raise UserError(
+                f"version {version!r} is a file, which the package clip would unpickle; give the name of a model"
+            )
         self.model, _ = clip.load(version, jit=False, device="cpu")
         self._tokenize = clip.tokenize
         self.max_length = max_length

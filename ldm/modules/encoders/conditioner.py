@@ -1,6 +1,6 @@
 """Conditioning of SDXL: several embedders of batch entries, joined by the number of their output dimensions.
 
-B batch, L tokens, D features (arXiv:2307.01952, section 2).
+B: batch. L: tokens. D: features (arXiv:2307.01952, section 2).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.modules.encoders.base import AbstractEncoder
-from ldm.util import UserError, instantiate_from_config
+from ldm.modules.diffusionmodules.layers import timestep_embedding
+from ldm.modules.encoders.cond_stages import AbstractEncoder
+from ldm.util import UserError, check_keys, check_number, entry_of, instantiate_from_config
 
 # Number of dimensions of an embedder's output → its key, and the dimension along which outputs are joined.
 _OUTPUTS = {2: ("vector", 1), 3: ("crossattn", 2), 4: ("concat", 1), 5: ("concat", 1)}
@@ -29,8 +29,7 @@ class ConcatTimestepEmbedderND(AbstractEncoder):
 
     def __init__(self, outdim: int) -> None:
         super().__init__()
-        if outdim < 2:
-            raise UserError(f"outdim {outdim}: give at least 2 features per number")
+        check_number("outdim", outdim, least=2, unit="features per number")
         self.outdim = outdim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ class GeneralConditioner(AbstractEncoder):
             `legacy_ucg_value`, this value replaces the batch entry of these samples instead.
 
     Raises:
-        UserError: an embedder's entry has an unknown key, or lacks one.
+        UserError: an entry of `emb_models` has an unknown key, or lacks one.
     """
 
     def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
@@ -69,8 +68,25 @@ class GeneralConditioner(AbstractEncoder):
 
     @property
     def input_keys(self) -> list[str]:
-        """Batch entries that the embedders take, each listed once."""
+        """Batch entries of all embedders, without repetition."""
         return list(dict.fromkeys(key for keys in self._inputs for key in keys))
+
+    @property
+    def other_keys(self) -> list[str]:
+        """Batch entries of the embedders that read no captions, without repetition."""
+        readers = self.caption_embedders
+        keys = (key for number, keys in enumerate(self._inputs) if number not in readers for key in keys)
+        return list(dict.fromkeys(keys))
+
+    @property
+    def caption_embedders(self) -> list[int]:
+        """Numbers of the embedders that read captions."""
+        return [number for number, embedder in enumerate(self.embedders) if hasattr(embedder, "tokenize")]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the first embedder that reads captions, or None."""
+        return next((self.embedders[number].tokenizer for number in self.caption_embedders), None)
 
     def requires_grad_(self, requires_grad: bool = True) -> GeneralConditioner:
         """Turn gradients of the trainable embedders on or off; the others stay frozen."""
@@ -85,18 +101,55 @@ class GeneralConditioner(AbstractEncoder):
             embedder.train(mode and is_trainable)
         return self
 
-    def forward(self, batch: Mapping[str, Any], force_zero_embeddings: Sequence[str] = ()) -> dict[str, Tensor]:
-        """Return the conditioning of a batch, with zeros for embedders of the entries `force_zero_embeddings`."""
-        parts: dict[str, list[Tensor]] = {}
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        force_zero_embeddings: Sequence[str] = (),
+        captions: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the conditioning of a batch, with zeros for embedders of the entries `force_zero_embeddings`.
+
+        `captions` is a result of `encode_captions`, which replaces the embedders of captions.
+        """
+        parts = [] if captions is None else list(captions.values())
+        given = () if captions is None else self.caption_embedders
         for number, embedder in enumerate(self.embedders):
+            if number in given:
+                continue
             keys = self._inputs[number]
-            for value in self._embed(number, embedder, [_entry(batch, key, number) for key in keys]):
+            zeroed = any(key in force_zero_embeddings for key in keys)
+            entries = [entry_of(batch, key, f"embedder {number}: input_key") for key in keys]
+            for value in self._embed(number, embedder, entries):
                 if value.ndim not in _OUTPUTS:
-                    raise UserError(f"embedder {number} gives {value.ndim} dimensions; valid: 2 to 5")
-                name, _ = _OUTPUTS[value.ndim]
-                zeroed = any(key in force_zero_embeddings for key in keys)
-                parts.setdefault(name, []).append(torch.zeros_like(value) if zeroed else value)
-        return {name: torch.cat(values, dim=_OUTPUTS[values[0].ndim][1]) for name, values in parts.items()}
+                    raise UserError(f"embedder {number} returns {value.ndim} dimensions; valid: 2 to 5")
+                parts.append(torch.zeros_like(value) if zeroed else value)
+        return _joined(parts)
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the conditioning from captions: `crossattn` (B, L, D), `vector` (B, E).
+
+        An empty caption becomes the replacement of `ucg_rate`: zeros, or the encoding of `legacy_ucg_value`.
+
+        Raises:
+            UserError: embedders of captions do not come first, so that their outputs are not the first features.
+        """
+        readers = self.caption_embedders
+        if readers != list(range(len(readers))):
+            raise UserError("emb_models: embedders of captions must come before the others")
+        empty = torch.tensor([not caption for caption in captions])
+        parts = []
+        for number in readers:
+            value = self._ucg_values[number]
+            texts = [value if value is not None and not caption else caption for caption in captions]
+            for part in self._embed(number, self.embedders[number], [texts]):
+                rows = empty.to(part.device).view(-1, *(1,) * (part.ndim - 1))
+                parts.append(part if value is not None else part.masked_fill(rows, 0.0))
+        return _joined(parts)
+
+    @property
+    def empties_to_zeros(self) -> bool:
+        """True if all embedders of captions encode the empty caption as zeros."""
+        return all(self._ucg_values[number] is None for number in self.caption_embedders)
 
     def _embed(self, number: int, embedder: nn.Module, entries: list[Any]) -> list[Tensor]:
         rate = self._ucg_rates[number] if self.training else 0.0
@@ -136,6 +189,14 @@ class GeneralConditioner(AbstractEncoder):
         return conditional, unconditional
 
 
+def _joined(parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Concatenate outputs of embedders along their features. Return them by the key of their number of dimensions."""
+    named: dict[str, list[Tensor]] = {}
+    for part in parts:
+        named.setdefault(_OUTPUTS[part.ndim][0], []).append(part)
+    return {name: torch.cat(values, dim=_OUTPUTS[values[0].ndim][1]) for name, values in named.items()}
+
+
 def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
     """Return a batch entry, a tensor or a list, in which `value` replaces a share `rate` of the samples."""
     dropped = torch.rand(len(entry)) < rate
@@ -147,19 +208,7 @@ def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
 
 
 def _inputs_of(number: int, config: Mapping[str, Any]) -> list[str]:
-    for key in config:
-        if key not in _EMBEDDER_KEYS:
-            raise UserError(
-                f"emb_models: embedder {number} has the unknown key {key!r}; valid: {', '.join(_EMBEDDER_KEYS)}"
-            )
+    check_keys(f"embedder {number} of emb_models", config, _EMBEDDER_KEYS)
     if ("input_key" in config) == ("input_keys" in config):
-        raise UserError(f"emb_models: embedder {number} needs input_key, the batch entry that it takes, or input_keys")
+        raise UserError(f"emb_models: embedder {number} needs either input_key, its batch entry, or input_keys")
     return [config["input_key"]] if "input_key" in config else list(config["input_keys"])
-
-
-def _entry(batch: Mapping[str, Any], key: str, number: int) -> Any:
-    if key not in batch:
-        raise UserError(
-            f"input_key {key!r} of embedder {number} is not in the batch, which has {', '.join(map(str, batch))}"
-        )
-    return batch[key]

@@ -1,4 +1,4 @@
-"""Textual inversion (arXiv:2208.01618): a new subject learnt as the embedding of one word. All weights are frozen."""
+"""Textual inversion (arXiv:2208.01618): training of the embedding of one word. All weights are frozen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +50,19 @@ class TextualInversionEmbedder(FrozenCLIPEmbedder):
     def _piece(self, option: str, word: str) -> int:
         """Return the id of the piece that equals `word`."""
         pieces = self.tokenizer.pieces(word)
-        if len(pieces) != 1:
-            raise UserError(
+        ids = self.tokenizer.encode([word])[0]
+        refuse_if(
+            (
+                len(pieces) != 1,
                 f"{option} {word!r} is {len(pieces)} pieces in CLIP's vocabulary ({', '.join(pieces)}); "
-                "choose a word that is one piece, such as 'sks'"
-            )
-        [[index]] = self.tokenizer.encode([word])
-        if index in (self.tokenizer.start, self.tokenizer.end):
-            raise UserError(f"{option} {word!r} is in every caption; choose a rare word, such as 'sks'")
-        return index
+                "choose a word that is one piece, such as 'sks'",
+            ),
+            (
+                {self.tokenizer.start, self.tokenizer.end} & set(ids),
+                f"{option} {word!r} is in every caption; choose a rare word, such as 'sks'",
+            ),
+        )
+        return ids[0]
 
     def requires_grad_(self, requires_grad: bool = True) -> TextualInversionEmbedder:
         """Turn gradients of the token's row on or off; all other parameters stay frozen."""
@@ -77,7 +81,7 @@ class TextualInversionEmbedder(FrozenCLIPEmbedder):
         ids = super().tokenize(texts)
         if self.training and not self._token_was_missed and not (ids == self.index).any():
             self._token_was_missed = True
-            logger.warning("no caption of a batch has the token %r, which learns nothing from it", self.token)
+            logger.warning("no caption of a batch has the token %r, so the batch does not train it", self.token)
         return ids
 
 

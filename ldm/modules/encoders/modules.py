@@ -1,6 +1,5 @@
 """Cond stages under the names in configs. Each turns a batch entry into the UNet's conditioning."""
 
-from ldm.modules.encoders.base import AbstractEncoder, ClassEmbedder, DummyEncoder, IdentityEncoder
 from ldm.modules.encoders.bert import BERTEmbedder, TransformerEmbedder
 from ldm.modules.encoders.clip_image import (
     FaceClipEncoder,
@@ -9,6 +8,7 @@ from ldm.modules.encoders.clip_image import (
     FrozenOpenCLIPImageEmbedder,
 )
 from ldm.modules.encoders.clip_text import FrozenCLIPEmbedder, FrozenCLIPTextEmbedder
+from ldm.modules.encoders.cond_stages import AbstractEncoder, ClassEmbedder, DummyEncoder, IdentityEncoder
 from ldm.modules.encoders.conditioner import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2
 from ldm.modules.encoders.spatial import LowScaleEncoder, SpatialRescaler

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.encoders.base import AbstractEncoder
 from ldm.modules.encoders.clip_blocks import ClipTransformer
+from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.util import UserError, nearest
+from ldm.util import UserError, check_choice, check_keys, check_number, refuse_if
 
 _LAYERS = ("last", "penultimate")
 # arch → width, heads, layers and embed_dim of the text tower
@@ -38,8 +38,7 @@ def text_config_of(arch: str, version: str | None, changes: Mapping[str, Any] | 
         UserError: `arch`, or a key of `changes`, is unknown.
     """
     name = arch.removesuffix(_QUICK)
-    if name not in _ARCHS:
-        raise UserError(f"arch {arch!r} is unknown{nearest(name, set(_ARCHS))}")
+    check_choice("arch", name, tuple(_ARCHS))
     width, heads, layers, embed_dim = _ARCHS[name]
     config = {
         "width": width,
@@ -50,13 +49,11 @@ def text_config_of(arch: str, version: str | None, changes: Mapping[str, Any] | 
         "context_length": 77,
         "quick_gelu": arch.endswith(_QUICK) or version == "openai",
     }
-    for key in changes or {}:
-        if key not in config:
-            raise UserError(f"unknown key {key!r} in text_config{nearest(key, config)}")
+    check_keys("text_config", changes or {}, config)
     config |= changes or {}
     for key, value in config.items():
-        if key != "quick_gelu" and (not isinstance(value, int) or value < 1):
-            raise UserError(f"text_config: {key} {value!r}: give a whole number from 1")
+        if key != "quick_gelu":
+            check_number(f"text_config: {key}", value, least=1)
     if config["width"] % config["heads"]:
         raise UserError(f"text_config: width {config['width']} is not a multiple of heads {config['heads']}")
     return config
@@ -114,7 +111,7 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
 
     Args:
         arch: name of an OpenCLIP model, such as `ViT-H-14` or `ViT-bigG-14`.
-        version: origin of the released weights, for information; `openai` selects OpenAI's activation.
+        version: name of the released weights. Only `openai` has an effect: it selects OpenAI's activation.
         device: device of the module; None leaves it where it is built. Ids move to the parameters' device.
         max_length: ids per caption, start and end included; at most `context_length`.
         freeze: set evaluation mode and turn gradients off.
@@ -123,7 +120,8 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
             `context_length`, `quick_gelu`.
 
     Raises:
-        UserError: an unknown `arch`, `layer` or `text_config` key, or a `max_length` or vocabulary that does not fit.
+        UserError: `arch`, `layer` or a key of `text_config` is unknown, or `max_length` or the vocabulary is out of
+            range.
     """
 
     def __init__(
@@ -137,16 +135,12 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
         text_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if layer not in _LAYERS:
-            raise UserError(f"layer {layer!r} is unknown; valid: {', '.join(_LAYERS)}")
+        check_choice("layer", layer, _LAYERS)
         config = text_config_of(arch, version, text_config)
         self.layer = layer
         self.max_length = max_length
         self.tokenizer = ClipTokenizer(max_length, padding=0)
-        if max_length > config["context_length"]:
-            raise UserError(f"max_length {max_length} exceeds context_length {config['context_length']} of {arch}")
-        if config["vocab_size"] < len(self.tokenizer):
-            raise UserError(f"vocab_size {config['vocab_size']} must be at least {len(self.tokenizer)}, as CLIP's")
+        self.tokenizer.check_tower("context_length", config["context_length"], config["vocab_size"])
         self.model = OpenClipText(**config)
         self.put_on(device)
         if freeze:
@@ -186,8 +180,7 @@ class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
     """
 
     def __init__(self, always_return_pooled: bool = False, legacy: bool = True, **options: Any) -> None:
-        if always_return_pooled and legacy:
-            raise UserError("always_return_pooled: true needs legacy: false")
+        refuse_if((always_return_pooled and legacy, "always_return_pooled: true needs legacy: false"))
         super().__init__(**options)
         self.return_pooled = always_return_pooled
         self.legacy = legacy

@@ -1,4 +1,4 @@
-"""Cond stages with spatial output: reduced segmentation maps, and low-resolution images as noised latents.
+"""Cond stages with spatial output: reduced segmentation maps, and low-resolution images as noisy latents.
 
 B batch, C channels, H and W height and width.
 """
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ldm.modules.diffusionmodules.upscaling import LowScaleModel
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.encoders.base import AbstractEncoder
-from ldm.util import UserError, instantiate_from_config
+from ldm.modules.encoders.cond_stages import AbstractEncoder
+from ldm.util import check_choice, check_number, instantiate_from_config
 
 _METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
 
@@ -29,7 +29,7 @@ class SpatialRescaler(AbstractEncoder):
         bias: give this convolution a bias.
 
     Raises:
-        UserError: an unknown method, or a negative number of stages.
+        UserError: the method is unknown, or the number of stages is negative.
     """
 
     def __init__(
@@ -42,10 +42,8 @@ class SpatialRescaler(AbstractEncoder):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        if method not in _METHODS:
-            raise UserError(f"method {method!r} is unknown; valid: {', '.join(_METHODS)}")
-        if n_stages < 0:
-            raise UserError(f"n_stages {n_stages}: give 0 or more")
+        check_choice("method", method, _METHODS)
+        check_number("n_stages", n_stages, least=0)
         self.n_stages = n_stages
         self.method = method
         self.multiplier = multiplier
@@ -59,7 +57,7 @@ class SpatialRescaler(AbstractEncoder):
 
 
 class LowScaleEncoder(LowScaleModel):
-    """Encoder of a low-resolution image to a noised latent, the input of an upscaler: (B, 3, H, W) → (B, C, h, w).
+    """Encoder of a low-resolution image to a noisy latent, the input of an upscaler: (B, 3, H, W) → (B, C, h, w).
 
     Args:
         model_config: `target` and `params` of the autoencoder.
@@ -86,7 +84,7 @@ class LowScaleEncoder(LowScaleModel):
         self.scale_factor = scale_factor
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the noised latent and the noise levels (B,)."""
+        """Return the noisy latent and the noise levels (B,)."""
         encoded = self.model.encode(x)
         latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
         latent, noise_level = super().forward(latent * self.scale_factor, noise_level)

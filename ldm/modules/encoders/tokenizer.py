@@ -16,32 +16,32 @@ import ftfy
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 5  # prompts that a warning names
+_NAMED = 5  # prompts listed in a warning
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
-# Number of merges that CLIP uses, fewer than the file lists: 49,408 entries - 2 x 256 byte symbols - 2 special tokens.
+# Merges that CLIP uses, fewer than in the file: 49,408 entries - 2 x 256 byte symbols - 2 special tokens.
 _NUM_MERGES = 49_408 - 2 * 256 - 2
 # Contractions, runs of letters, single digits, runs of all other characters except spaces.
 _WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def vocabulary_path() -> Path:
-    """Return the vocabulary file of the installed `clip` package, without an import, which would load torchvision.
+    """Return the vocabulary file of the installed package `clip`. It is not imported, since it would load torchvision.
 
     Raises:
-        UserError: the package is not installed, or does not hold the file.
+        UserError: the package is not installed, or lacks the file.
     """
     spec = find_spec("clip")
     for folder in spec.submodule_search_locations or () if spec else ():
         path = Path(folder) / _VOCABULARY
         if path.is_file():
             return path
-    raise UserError(f"no clip/{_VOCABULARY} is installed; install it with: pip install --no-deps openai-clip")
+    raise UserError(f"clip/{_VOCABULARY} is not installed; install it with: pip install --no-deps openai-clip")
 
 
 @functools.cache
@@ -90,13 +90,20 @@ class ClipTokenizer:
         """Return the number of entries in the vocabulary."""
         return self._backend.get_vocab_size()
 
+    def check_tower(self, name: str, positions: int, vocabulary: int) -> None:
+        """Raise `UserError` if a text tower has too few `positions` (its setting `name`) or `vocabulary` entries."""
+        refuse_if(
+            (self.max_length > positions, f"max_length {self.max_length} exceeds {name} {positions} of the text tower"),
+            (vocabulary < len(self), f"vocab_size {vocabulary} must be at least {len(self)}, as CLIP's"),
+        )
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return all ids of each text, without start and end tokens."""
         # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
         return [self._backend.encode(clean(text)).ids for text in texts]
 
     def cut(self, texts: Sequence[str]) -> dict[str, int]:
-        """Return those of `texts` that are cut to fit, with their tokens, start and end not counted."""
+        """Return the truncated texts and their numbers of tokens, without start and end."""
         room = self.max_length - 2
         lengths = {text: len(ids) for text, ids in zip(texts, self.encode(texts), strict=True)}
         return {text: length for text, length in lengths.items() if length > room}
@@ -114,17 +121,17 @@ class ClipTokenizer:
 
 
 def cut_captions(cond_stage: Any, texts: Sequence[str]) -> dict[str, int]:
-    """Return those of `texts` that `cond_stage` cuts, with their tokens; empty where it has no tokenizer of CLIP."""
+    """Return the texts that `cond_stage` truncates and their numbers of tokens. Empty without a tokenizer of CLIP."""
     tokenizer = getattr(cond_stage, "tokenizer", None)
     return tokenizer.cut(texts) if isinstance(tokenizer, ClipTokenizer) else {}
 
 
 def warn_of_cut(cond_stage: Any, texts: Sequence[str]) -> None:
-    """Warn of those of `texts` that `cond_stage` cuts."""
+    """Log a warning with the texts that `cond_stage` truncates."""
     cut = cut_captions(cond_stage, list(dict.fromkeys(texts)))
     if not cut:
         return
     room = cond_stage.tokenizer.max_length - 2
     shown = "; ".join(f"{text!r:.80} ({length} tokens)" for text, length in list(cut.items())[:_NAMED])
     more = f"; and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
-    logger.warning("%d prompts are longer than %d tokens, the rest is not read: %s%s", len(cut), room, shown, more)
+    logger.warning("%d prompts are longer than %d tokens and are cut: %s%s", len(cut), room, shown, more)

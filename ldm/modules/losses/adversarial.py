@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.modules.losses.discriminator import PatchDiscriminator, hinge_loss, vanilla_loss
 from ldm.modules.losses.lpips import LPIPS
-from ldm.util import UserError
+from ldm.util import UserError, check_choice, check_number
 
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
 
@@ -28,7 +28,7 @@ class AdversarialLoss(nn.Module):
         disc_factor: weight of the GAN term for both players; 0 turns it off and sets `adversarial` to False.
         disc_weight: constant weight of the autoencoder's GAN term, multiplied by the adaptive weight.
         perceptual_weight: weight of LPIPS (arXiv:1801.03924); it needs `perceptual_ckpt`.
-        perceptual_ckpt: files with the weights of VGG16 and of LPIPS on it; see `ldm.models.perceptual`.
+        perceptual_ckpt: files with the weights of VGG16 and of LPIPS on it; see `ldm.models.lpips_weights`.
         disc_conditional: give the discriminator `cond` and the image, stacked along the channels.
         disc_ndf: channels of the discriminator's first layer.
         disc_loss: 'hinge' or 'vanilla'.
@@ -50,10 +50,8 @@ class AdversarialLoss(nn.Module):
         disc_loss: str = "hinge",
     ) -> None:
         super().__init__()
-        if perceptual_weight < 0:
-            raise UserError(f"perceptual_weight {perceptual_weight}: give a number of at least 0")
-        if disc_loss not in _DISCRIMINATOR_LOSSES:
-            raise UserError(f"disc_loss {disc_loss!r} is not one of {', '.join(_DISCRIMINATOR_LOSSES)}")
+        check_number("perceptual_weight", perceptual_weight, least=0, whole=False)
+        check_choice("disc_loss", disc_loss, tuple(_DISCRIMINATOR_LOSSES))
         self.disc_start = disc_start
         self.pixelloss_weight = pixelloss_weight
         self.disc_factor = disc_factor
@@ -115,7 +113,7 @@ class AdversarialLoss(nn.Module):
         if not self.disc_conditional:
             return self.discriminator(images)
         if cond is None:
-            raise UserError("disc_conditional is true, but this model passes no condition to the loss; set it to false")
+            raise UserError("disc_conditional is true, but this model has no condition for the loss; set it to false")
         return self.discriminator(torch.cat((images, cond), dim=1))
 
 

@@ -1,7 +1,7 @@
 """Perceptual distance: LPIPS version 0.1 on VGG16 (arXiv:1801.03924, arXiv:1409.1556).
 
 The `lpips` package needs torchvision and downloads weights. This module therefore builds the network without weights;
-see `ldm.models.perceptual`.
+see `ldm.models.lpips_weights`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,11 +11,11 @@ from ldm.modules.losses.adversarial import DISCRIMINATOR, AdversarialLoss, detac
 from ldm.util import UserError
 
 
-class Quantized(Protocol):
+class Quantized(NamedTuple):
     """Results of the quantizer for a batch."""
 
     codebook_loss: Tensor  # scalar
-    indices: Tensor  # of the entries used
+    indices: Tensor  # of the codebook entries, one per latent pixel
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.modules.midas.keys import from_released, released_name, to_released
-from ldm.util import UserError
+from ldm.modules.midas.released_names import from_released, released_name, to_released
+from ldm.util import check_choice
 
 # Network of Stable Diffusion 2: a vision transformer over the features of a ResNet-50.
 _DPT_HYBRID = {
@@ -40,13 +40,12 @@ class MiDaSInference(nn.Module):
         model_type: `dpt_hybrid`.
 
     Raises:
-        UserError: another `model_type`.
+        UserError: `model_type` is not `dpt_hybrid`.
     """
 
     def __init__(self, model_type: str) -> None:
         super().__init__()
-        if model_type != "dpt_hybrid":
-            raise UserError(f"model_type {model_type!r}: 'dpt_hybrid' is the one that Stable Diffusion 2 has; set it")
+        check_choice("model_type", model_type, ("dpt_hybrid",))
         self.model = _DepthNet(_DPT_HYBRID)
         self.requires_grad_(False)
         self.eval()

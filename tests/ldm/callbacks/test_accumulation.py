@@ -1,4 +1,4 @@
-"""The step of accumulated batches where an epoch ends before all of them."""
+"""Tests of accumulation if an epoch ends before all batches of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCHES = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
 
 
 class Linear(LightningModule):
-    """Loss w * x, so that the gradient of a step is the mean of its batches."""
+    """Module with the loss w * x, so that the gradient of a step is the mean of its batches."""
 
     def __init__(self, in_backward: bool) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Stream(IterableDataset):
     ("accumulate", "means"),
     [(1, [1, 2, 4, 8, 16]), (2, [1.5, 6, 16]), (3, [7 / 3, 12]), (16, [6.2])],
 )
-def test_mean_of_batches_is_over_the_batches_that_there_are(tmp_path, in_backward, data, accumulate, means) -> None:
+def test_mean_of_batches_averages_the_existing_batches(tmp_path, in_backward, data, accumulate, means) -> None:
     model = Linear(in_backward)
     trainer = Trainer(
         accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=accumulate, logger=False,

@@ -1,4 +1,4 @@
-"""When `last.ckpt` is due, and what a full disk does."""
+"""Tests of the intervals of `last.ckpt`, and of a full disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.kept import KeptCheckpoints
-from ldm.callbacks.saving import keep_numbered, saved
+from ldm.callbacks.saving import keep_numbered, try_save
 from ldm.callbacks.signals import SignalRequests
 from ldm.util import UserError
 
 
 class Run:
-    """Three epochs of steps of ten seconds each, and the steps at which a checkpoint was written."""
+    """Fake run of three epochs with ten seconds per step, which records the steps with a checkpoint."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.saved: list[int] = []
@@ -108,8 +108,8 @@ def test_the_newest_checkpoints_are_kept_by_number(run: Run) -> None:
     assert kept == {"last.ckpt": "12", "step=000000009.ckpt": "9", "step=000000012.ckpt": "12"}
 
 
-def test_the_newest_are_those_written_last_whatever_their_steps(tmp_path: Path) -> None:
-    """A run that went on from an earlier step leaves higher numbers behind."""
+def test_the_newest_checkpoints_are_those_written_last(tmp_path: Path) -> None:
+    """A run that was resumed from an earlier step leaves files with higher steps."""
     for age, step in enumerate((30, 40, 20)):
         (tmp_path / "last.ckpt").unlink(missing_ok=True)
         (tmp_path / "last.ckpt").write_text(str(step))
@@ -118,7 +118,7 @@ def test_the_newest_are_those_written_last_whatever_their_steps(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.glob("step*")) == ["step=000000020.ckpt", "step=000000040.ckpt"]
 
 
-def test_a_numbered_checkpoint_takes_no_room_of_its_own_or_is_a_copy(tmp_path: Path, monkeypatch) -> None:
+def test_a_numbered_checkpoint_is_a_hard_link_or_a_copy(tmp_path: Path, monkeypatch) -> None:
     last = tmp_path / "last.ckpt"
     last.write_text("7")
     keep_numbered(last, 7, 3)
@@ -133,12 +133,12 @@ def test_a_numbered_checkpoint_takes_no_room_of_its_own_or_is_a_copy(tmp_path: P
     assert copy.read_text() == "7" and not copy.samefile(last)
 
 
-def test_on_a_full_disk_training_goes_on_and_tries_when_the_next_is_due(run: Run, caplog) -> None:
+def test_training_continues_on_a_full_disk(run: Run, caplog) -> None:
     run.full = {2, 4}
     assert run(every_n_train_steps=2, max_steps=6) == [6, 8, 10, 12]
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 2 and "No checkpoint at step 2: " in said[0]
-    assert f"{run.path}: No space left on device; make room: training goes on" in said[0]
+    assert f"{run.path}: No space left on device; training continues" in said[0]
 
 
 @pytest.mark.parametrize("limits", [{"max_steps": 6}, {"max_epochs": 3}], ids=["steps", "epochs"])
@@ -148,16 +148,16 @@ def test_a_full_disk_at_the_end_is_an_error(run: Run, limits: dict) -> None:
         run(every_n_train_steps=5, **limits)
 
 
-def test_what_one_process_could_not_write_no_process_takes_for_written(caplog) -> None:
+def test_all_processes_know_that_one_could_not_write(caplog) -> None:
     decided = []
     strategy = SimpleNamespace(reduce_boolean_decision=lambda mine: decided.append(mine), barrier=lambda name: None)
     trainer = SimpleNamespace(world_size=2, strategy=strategy)  # `append` says None: another process failed
-    assert not saved(trainer, lambda: None) and decided == [True] and not caplog.records
+    assert not try_save(trainer, lambda: None) and decided == [True] and not caplog.records
     with pytest.raises(UserError, match="could not write the last checkpoint"):
-        saved(trainer, lambda: None, needed=True)
+        try_save(trainer, lambda: None, needed=True)
 
 
-def test_writing_that_takes_much_of_the_time_is_said_once(run: Run, caplog) -> None:
+def test_slow_writing_gives_one_warning(run: Run, caplog) -> None:
     run.seconds_to_write = 30
     run(every_n_train_steps=2)
     (said,) = caplog.messages
@@ -168,7 +168,7 @@ def test_writing_that_takes_much_of_the_time_is_said_once(run: Run, caplog) -> N
     assert not caplog.records
 
 
-def test_what_the_best_checkpoints_take_counts_too(run: Run, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_slow_writing_includes_the_best_checkpoints(run: Run, tmp_path: Path, monkeypatch, caplog) -> None:
     def write(self: KeptCheckpoints, trainer: SimpleNamespace, candidates: dict) -> None:
         run.now += 30
 
@@ -192,14 +192,14 @@ def test_what_the_best_checkpoints_take_counts_too(run: Run, tmp_path: Path, mon
         ({"save_last_k": True}, "save_last_k True: give a whole number of at least 0"),
     ],
 )
-def test_numbers_that_make_no_sense_are_named(params: dict, message: str) -> None:
+def test_invalid_numbers_are_refused(params: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"lightning.modelcheckpoint.params.{message}"):
         LastCheckpoint(Path("last.ckpt"), SignalRequests(), **params)
 
 
 @pytest.mark.parametrize("key", ["best_model_path", "kth_best_model_path", "last_model_path", "best_k_models"])
-def test_a_checkpoint_cannot_have_other_files_deleted(tmp_path: Path, key: str) -> None:
-    """What it says was kept may be removed when something better comes, but only in the folder of checkpoints."""
+def test_a_checkpoint_cannot_make_a_run_delete_other_files(tmp_path: Path, key: str) -> None:
+    """A run removes only checkpoints in its own folder, also if its state names other files."""
     state = {"dirpath": str(tmp_path), "best_model_score": None, "best_model_path": "", "best_k_models": {}}
     not_its_own = ((str(tmp_path / name), False) for name in ("last.ckpt", "step=000000003.ckpt"))  # LastCheckpoint's
     own, other = str(tmp_path / "a.ckpt"), str(tmp_path.parent / "a.ckpt")

@@ -1,4 +1,4 @@
-"""The decay towards the start, by hand on one parameter, and what it refuses."""
+"""Tests of the decay to the start by hand, on one parameter, and of its refusals."""
 
 import logging
 
@@ -17,7 +17,7 @@ DATA = [torch.tensor(float(i)) for i in range(6)]
 
 
 class Pulled(pl.LightningModule):
-    """Two weights with the gradient 1; the rate, from 0.5, halves at each step. Notes the weights after each."""
+    """Module with two weights of gradient 1 and a rate that halves from 0.5 per step. Records the weights per step."""
 
     def __init__(self, dtype=torch.float32, stop=None, checkpoint=None, **options) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def start(tmp_path):
 
 
 def by_hand(steps, weight, every):
-    """θ ← θ − lr, then, every so many steps, θ ← θ − lr · n · λ · (θ − θ⁰)."""
+    """Return the weights by θ ← θ − lr and, every n steps, θ ← θ − lr · n · λ · (θ − θ⁰)."""
     theta, seen = [3.0, 3.0], []
     for step in range(1, steps + 1):
         rate = 0.5**step
@@ -113,7 +113,7 @@ def test_accumulated_batches_are_one_step(start, tmp_path):
     torch.testing.assert_close(torch.tensor(module.seen[3::2]), torch.tensor(by_hand(2, 0.25, 2)[1:]))
 
 
-def test_a_second_fit_decays_once_a_step(start, tmp_path):
+def test_a_second_fit_decays_once_per_step(start, tmp_path):
     callback = DecayToStart(str(start), 0.25)
     fit(Pulled(), tmp_path, callback)
     module = Pulled()
@@ -122,7 +122,7 @@ def test_a_second_fit_decays_once_a_step(start, tmp_path):
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
 
-def test_the_file_is_not_kept_in_memory(start, tmp_path, monkeypatch):
+def test_the_file_is_not_held_in_memory(start, tmp_path, monkeypatch):
     read = []
     in_memory = decay_to_start.in_memory
     monkeypatch.setattr(decay_to_start, "in_memory", lambda tensor: read.append(tensor) or in_memory(tensor))
@@ -131,7 +131,7 @@ def test_the_file_is_not_kept_in_memory(start, tmp_path, monkeypatch):
     assert all(in_memory(tensor) is not tensor for tensor in read)  # each was read from the file
 
 
-def test_a_decay_towards_zero_beside_it_is_said(start, tmp_path, caplog):
+def test_a_second_decay_towards_zero_gives_a_warning(start, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         fit(Pulled(), tmp_path, DecayToStart(str(start), 0.25))
         assert "weight_decay" not in caplog.text
@@ -140,7 +140,7 @@ def test_a_decay_towards_zero_beside_it_is_said(start, tmp_path, caplog):
     assert "weight_decay 0.01 pulls to zero" in record.getMessage() and "\n" not in record.getMessage()
 
 
-def test_the_optimizers_own_decay_can_be_set_beside_it(start, tmp_path, caplog):
+def test_weight_decay_sets_the_optimizers_own_decay(start, tmp_path, caplog):
     without, instead = Pulled(), Pulled(weight_decay=0.01)
     fit(without, tmp_path, DecayToStart(str(start), 0.25))
     fit(instead, tmp_path, DecayToStart(str(start), 0.25, weight_decay=0.0))
@@ -148,7 +148,7 @@ def test_the_optimizers_own_decay_can_be_set_beside_it(start, tmp_path, caplog):
     assert "weight_decay" not in caplog.text
 
 
-def test_bfloat16_weights_go_the_way_on_average_that_their_precision_hides(start):
+def test_bfloat16_weights_decay_on_average_by_less_than_their_precision(start):
     weights = torch.nn.Parameter(torch.full((100_000,), 3.0, dtype=torch.bfloat16))  # the next ones: 1/64 away
     optimizer = torch.optim.SGD([weights], 1.0)
     DecayToStart(str(start), 0.001)._pull(optimizer, {weights: torch.ones(100_000)}, seed=0)
@@ -162,12 +162,12 @@ def test_bfloat16_weights_go_the_way_on_average_that_their_precision_hides(start
         ({"inner.0": torch.zeros(3)}, {}, r"start\.ckpt has \(3,\) as inner\.0 of shape \(2,\)"),
         ({"other": torch.zeros(2)}, {}, r"start\.ckpt lacks inner\.0 of shape \(2,\)"),
         (None, {}, r"start\.ckpt: no such file"),
-        ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"learning rate 0\.5 \* weight 5\.0 .* is 2\.5, beyond"),
+        ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"weight 5\.0 .* is 2\.5, which overshoots"),
         ({"inner.0": torch.zeros(2)}, {"weight": 0}, "weight 0: give a number above 0"),
         ({"inner.0": torch.zeros(2)}, {"every_n_steps": 0}, "every_n_steps 0"),
     ],
 )
-def test_what_does_not_fit_is_one_line(tmp_path, weights, options, message):
+def test_a_file_or_value_that_does_not_fit_is_refused_in_one_line(tmp_path, weights, options, message):
     path = tmp_path / "start.ckpt"
     if weights is not None:
         torch.save(weights, path)

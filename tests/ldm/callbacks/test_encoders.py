@@ -1,4 +1,4 @@
-"""A set of shards is only trained on with the encoders that made it."""
+"""Tests that training refuses shards made by other encoders."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -17,16 +17,16 @@ from tests.training_runs import fixture_one_thread, fixture_train, the_run, writ
 
 @pytest.fixture
 def made_by(tmp_path):
-    """Gives the shards of the tiny run an index with digests."""
+    """Return a function that gives the shards of the tiny run an index with digests."""
     return partial(write_index, tmp_path / "shards")
 
 
 def started(train, tmp_path):
-    """The checkpoint of a run of one step, whose callbacks know a text tower, and its autoencoder's digest."""
+    """Return the checkpoint of a run of one step, with a text tower in its state, and its autoencoder's digest."""
     assert train("-l logs --max_steps 1") == 0
     path = the_run(tmp_path / "logs") / "checkpoints/last.ckpt"
     content = load_checkpoint(path)
-    callbacks = {**content["callbacks"], "SameEncoders": {"text_tower": "t" * 64}}
+    callbacks = {**content["callbacks"], "SameEncoders": {"text_tower": "t" * 64, "text_tower_2": "u" * 64}}
     save_checkpoint({**content, "callbacks": callbacks}, path)
     return path, weights_digest(content["state_dict"], "first_stage_model.")
 
@@ -38,21 +38,23 @@ def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by,
     assert "index.json: the set was made by another autoencoder (000000000000…)" in train_error(train, f"{resume} 2")
     made_by(autoencoder=autoencoder, text_tower="0" * 64)
     assert "index.json: the set was made by another text tower" in train_error(train, f"{resume} 2")
+    made_by(autoencoder=autoencoder, text_tower="t" * 64, text_tower_2="0" * 64)
+    assert "index.json: the set was made by another second text tower" in train_error(train, f"{resume} 2")
     made_by(autoencoder=autoencoder, text_tower="t" * 64)
     assert train(f"{resume} 2") == 0
     state = load_checkpoint(checkpoint)["callbacks"]["SameEncoders"]
-    assert state == {"text_tower": "t" * 64, "autoencoder": autoencoder}
+    assert state == {"text_tower": "t" * 64, "text_tower_2": "u" * 64, "autoencoder": autoencoder}
     made_by(autoencoder=None)  # as far as is known
     assert train(f"{resume} 3") == 0
 
 
-def test_a_run_that_begins_without_weights_is_only_told(train, made_by, tmp_path, caplog):
+def test_a_run_without_loaded_weights_gets_a_warning(train, made_by, tmp_path, caplog):
     made_by(autoencoder="0" * 64)
     assert train("-l logs --max_steps 1") == 0
     assert "the set was made by another autoencoder" in caplog.text and "tools/hack_weights.py" in caplog.text
 
 
-def test_weights_that_the_config_names_are_loaded_ones(train, made_by, tmp_path):
+def test_weights_named_in_the_config_count_as_loaded(train, made_by, tmp_path):
     model = build_model(load_config([tmp_path / "tiny.yaml"]))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
     made_by(autoencoder="0" * 64)
@@ -60,7 +62,7 @@ def test_weights_that_the_config_names_are_loaded_ones(train, made_by, tmp_path)
     assert "another autoencoder" in error
 
 
-def test_a_model_that_reads_captions_itself_asks_for_no_text_tower(tmp_path, made_by):
+def test_a_model_with_a_text_encoder_ignores_the_text_tower(tmp_path, made_by):
     (tmp_path / "shards").mkdir()
     write_set(tmp_path / "shards", 2, shards=1)
     made_by(text_tower="0" * 64)
@@ -78,7 +80,7 @@ def test_a_model_that_reads_captions_itself_asks_for_no_text_tower(tmp_path, mad
 
 
 def train_error(train, line):
-    """The one line that `line` ends with."""
+    """Return the error line of the run with `line`."""
     with pytest.raises(UserError) as caught:
         train(line)
     return str(caught.value)

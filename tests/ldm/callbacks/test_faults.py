@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are no numbers: what is said, what is skipped, and what stays on the disk."""
+"""Tests of losses, gradients and weights that are not finite: messages, skipped steps and saved states."""
 
 import io
 import re
@@ -26,7 +26,7 @@ IN_BACKWARD = (
 
 
 class Slope(pl.LightningModule):
-    """One weight at 1, whose gradient is the batch; SGD with momentum and weight decay. Notes the weight."""
+    """Module with one weight, whose gradient is the batch, and SGD with momentum and decay. Records the weight."""
 
     def __init__(self, checkpoint=None, **broken) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def fit(module, values, folder, ckpt_path=None, accumulate=1, plugins=None, **pa
 
 
 def by_hand(gradients):
-    """w ← w − 0.1 · m with m ← 0.5 · m + g + 0.1 · w; None leaves both as they are."""
+    """Return the weights by m ← 0.5 · m + g + 0.1 · w and w ← w − 0.1 · m; a gradient of None changes neither."""
     weight, momentum, seen = 1.0, None, []
     for gradient in gradients:
         if gradient is not None:
@@ -87,40 +87,40 @@ def test_without_faults_nothing_changes(tmp_path):
 def test_a_skipped_step_changes_neither_weight_nor_momentum(tmp_path, caplog):
     seen = fit(Slope(), [1.0, NAN, 2.0, float("inf"), 3.0], tmp_path, on_fault="skip")
     assert seen == pytest.approx(by_hand([1, None, 2, None, 3]))
-    assert "Left out step 2: loss nan, sample 'k1'" in caplog.text
-    assert "Left out step 4: loss inf, sample 'k3'" in caplog.text
+    assert "Skipped step 2: loss nan, sample 'k1'" in caplog.text
+    assert "Skipped step 4: loss inf, sample 'k3'" in caplog.text
 
 
-def test_all_that_a_faulty_step_accumulates_is_left_out(tmp_path, caplog):
+def test_all_batches_of_a_faulty_step_are_skipped(tmp_path, caplog):
     values = [1.0, 3.0, NAN, 5.0, 2.0, 4.0]
     seen = fit(Slope(), values, tmp_path, accumulate=2, on_fault="skip")
     assert seen[1::2] == pytest.approx(by_hand([2, None, 3]))
-    assert "Left out step 2: loss nan, sample 'k2'" in caplog.text
+    assert "Skipped step 2: loss nan, sample 'k2'" in caplog.text
 
 
-def test_a_gradient_far_out_of_its_range_is_skipped(tmp_path, caplog):
-    """The median of the last four good steps counts; the first four have no limit, and those left out do not join."""
+def test_a_gradient_above_the_limit_is_skipped(tmp_path, caplog):
+    """The limit follows the median of the last four good steps. The first four steps have no limit."""
     values = [9.0, 1.0, 1.0, 1.0, 3.0, 3.5, 1.0, 100.0]
     params = {"grad_norm_factor": 3.0, "window": 4, "on_fault": "skip"}
     seen = fit(Slope(), values, tmp_path, **params)
     assert seen == pytest.approx(by_hand([9, 1, 1, 1, 3, None, 1, None]))
-    assert "Left out step 6: gradient norm 3.5, 3.5 times the usual 1; loss" in caplog.text
+    assert "Skipped step 6: gradient norm 3.5, 3.5 times the usual 1; loss" in caplog.text
     with pytest.raises(NumericalFault) as caught:  # and blames no sample of the steps since losses were looked at
         fit(Slope(), values, tmp_path, **params | {"on_fault": "stop"})
     assert re.fullmatch(
         r"step 6: gradient norm 3\.5, 3\.5 times the usual 1; loss [-\d.]+, sample 'k5'; "
-        r"go on from the last checkpoint with --resume",
+        r"resume the last checkpoint with --resume",
         str(caught.value),
     )
 
 
-def test_a_gradient_out_of_its_range_is_told_with_all_that_its_step_accumulates(tmp_path):
+def test_the_message_of_a_large_gradient_names_all_batches_of_its_step(tmp_path):
     params = {"grad_norm_factor": 3.0, "window": 2, "on_fault": "stop"}
-    with pytest.raises(NumericalFault, match=r"usual 1; loss \S+, sample 'k4'; loss \S+, sample 'k5'; go on"):
+    with pytest.raises(NumericalFault, match=r"usual 1; loss \S+, sample 'k4'; loss \S+, sample 'k5'; resume"):
         fit(Slope(), [1.0, 1.0, 1.0, 1.0, 5.0, 2.0], tmp_path, accumulate=2, **params)
 
 
-def test_a_resumed_run_skips_what_the_unbroken_one_skips(tmp_path):
+def test_a_resumed_run_skips_the_same_steps(tmp_path):
     values = [1.0, 1.0, 1.0, 1.0, 9.0, 1.0, NAN, 2.0]
     params = {"grad_norm_factor": 3.0, "window": 4, "on_fault": "skip"}
     whole = fit(Slope({4: tmp_path / "4.ckpt"}), values, tmp_path, **params)
@@ -131,16 +131,16 @@ def test_a_resumed_run_skips_what_the_unbroken_one_skips(tmp_path):
     assert fit(Slope(), rest, tmp_path, tmp_path / "4.ckpt", **params) == whole[4:]
 
 
-def test_too_many_skips_one_after_another_stop(tmp_path):
+def test_too_many_consecutive_skips_stop_training(tmp_path):
     values = [1.0, NAN, NAN, 1.0, NAN, NAN, NAN, 1.0]
-    with pytest.raises(NumericalFault, match=r"step 7: .*'k6' \(3 steps left out one after another\)"):
+    with pytest.raises(NumericalFault, match=r"step 7: .*'k6' \(3 consecutive steps skipped\)"):
         fit(Slope(), values, tmp_path, on_fault="skip", most_skips=3)
 
 
 def test_the_first_fault_of_several_batches_is_named(tmp_path):
     for every, reached in ((1, 1), (4, 3), (100, 6)):
         module = Slope()
-        with pytest.raises(NumericalFault, match=r"^step 2: loss nan, sample 'k1'; nothing was saved since"):
+        with pytest.raises(NumericalFault, match=r"^step 2: loss nan, sample 'k1'; the step was not saved"):
             fit(module, [1.0, NAN, 1.0, NAN, 1.0, 1.0], tmp_path, every_n_batches=every)
         assert len(module.seen) == reached  # before the batch that it was seen at, or at the end
 
@@ -148,7 +148,7 @@ def test_the_first_fault_of_several_batches_is_named(tmp_path):
 @pytest.mark.parametrize("on_fault", ["stop", "skip"])
 @pytest.mark.parametrize("broken", ["weight", "momentum"])
 def test_a_broken_state_is_not_saved(tmp_path, on_fault, broken):
-    """Though no loss has told of it yet."""
+    """The losses so far are finite."""
     path = tmp_path / "last.ckpt"
     module = Slope({1: path, 2: path}, **{broken: 2})
     with pytest.raises(NumericalFault, match="step 2: trained weights or optimizer state are not finite"):
@@ -165,7 +165,7 @@ def test_a_broken_state_is_not_saved(tmp_path, on_fault, broken):
         ({"grad_norm_factor": NAN}, "grad_norm_factor nan: give a number above 1"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(params, message):
+def test_invalid_values_are_refused(params, message):
     with pytest.raises(UserError, match=message):
         NumericalFaults(**params)
 
@@ -175,7 +175,7 @@ def test_values_that_make_no_sense_are_refused(params, message):
 
 @pytest.fixture
 def poisoned(train, tmp_path, monkeypatch):
-    """`train`, with sample 1003 poisoned. Returns it and the timesteps that were drawn, a tensor a batch."""
+    """Return `train` with NaN in sample 1003, and the list of sampled timesteps, one tensor per batch."""
     path = tmp_path / "shards/s-000001.tar"
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member).read()) for member in tar]
@@ -187,23 +187,23 @@ def poisoned(train, tmp_path, monkeypatch):
                 data = file.getvalue()
             tar.addfile(member, io.BytesIO(data))
     drawn = []
-    encode, draw = LatentDiffusion.get_first_stage_encoding, LatentDiffusion.draw_timesteps
+    encode, draw = LatentDiffusion.get_first_stage_encoding, LatentDiffusion.sample_timesteps
 
-    def broken_encoding(self, encoded, *draws):
-        latent = encode(self, encoded, *draws)
+    def broken_encoding(self, encoded, *streams):
+        latent = encode(self, encoded, *streams)
         return torch.where(latent.abs() > 1000, NAN, latent)
 
-    def noted_timesteps(self, x, draws):
-        drawn.append((draw(self, x, draws), x.flatten(1).isnan().any(1)))
+    def noted_timesteps(self, x, streams):
+        drawn.append((draw(self, x, streams), x.flatten(1).isnan().any(1)))
         return drawn[-1][0]
 
     monkeypatch.setattr(LatentDiffusion, "get_first_stage_encoding", broken_encoding)
-    monkeypatch.setattr(LatentDiffusion, "draw_timesteps", noted_timesteps)
+    monkeypatch.setattr(LatentDiffusion, "sample_timesteps", noted_timesteps)
     return train, drawn
 
 
 def first_fault(drawn):
-    """The step, from 1, and the timestep of the first sample that is not a number."""
+    """Return the step, counted from 1, and the timestep of the first sample that is NaN."""
     return next((step, int(t[bad])) for step, (t, bad) in enumerate(drawn, 1) if bad.any())
 
 
@@ -219,19 +219,19 @@ def test_stop_names_step_timestep_and_sample_and_keeps_the_last_good_checkpoint(
     step, timestep = first_fault(drawn)
     assert 1 < step < 7 and len(drawn) == step
     assert str(caught.value).startswith(
-        f"step {step}: loss nan, sample '1003' at timestep {timestep}; nothing was saved"
+        f"step {step}: loss nan, sample '1003' at timestep {timestep}; the step was not saved"
     )
     saved = checkpoint(tmp_path / "logs")
     assert saved["global_step"] == step - 1
     assert all(value.isfinite().all() for key, value in saved["state_dict"].items() if key.startswith("model"))
 
 
-def test_skip_goes_on_and_resumes_exactly(poisoned, tmp_path, caplog):
+def test_skip_continues_and_resumes_exactly(poisoned, tmp_path, caplog):
     train, drawn = poisoned
     skip = "lightning.callbacks.numerical_faults.params.on_fault=skip"
     assert train(f"-l whole --max_steps 8 {skip}") == 0
     step, timestep = first_fault(drawn)
-    assert f"Left out step {step}: loss nan, sample '1003' at timestep {timestep}" in caplog.text
+    assert f"Skipped step {step}: loss nan, sample '1003' at timestep {timestep}" in caplog.text
     assert train(f"-l parts --max_steps {step} {skip}") == 0
     assert train(f"--resume {the_run(tmp_path / 'parts')} --max_steps 8") == 0
     whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
@@ -244,8 +244,8 @@ def test_skip_goes_on_and_resumes_exactly(poisoned, tmp_path, caplog):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bad", [NAN, 100.0])
-def test_a_step_of_a_scaled_loss_is_left_out(fused, bad, tmp_path):
-    """A fused optimizer unscales gradients within its step, which a gradient scaler must have looked at."""
+def test_a_faulty_step_of_a_scaled_loss_is_skipped(fused, bad, tmp_path):
+    """A fused optimizer unscales gradients within its step, after the gradient scaler has checked them."""
 
     class Scaled(Slope):
         def configure_optimizers(self):

@@ -1,4 +1,4 @@
-"""Evaluation during training: what it logs, keeps and goes on from, and that training does not notice."""
+"""Tests of evaluation during training: metrics, saved initial results, resuming, and unchanged training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS = [f"eval/{name}/{metric}" for name in ("new", "rest") for metric in ("loss
 
 
 def watching(every: int = 2, **sets: str) -> str:
-    """The options that evaluate on `sets` from the released weights."""
+    """Return the options that train from the released weights and evaluate on `sets`."""
     named = sets or {"new": "shards/s-000000.tar", "rest": "shards/s-000001.tar"}
     params = [f"every_n_train_steps={every}", "timesteps=4", "limit=3", "batch_size=2"]
     params += [f"sets.{name}={urls}" for name, urls in named.items()]
@@ -44,7 +44,7 @@ def watching(every: int = 2, **sets: str) -> str:
 
 @pytest.fixture(name="released")
 def fixture_released(tmp_path, train):
-    """A trained-looking model at `released.safetensors`: a fresh one predicts zero."""
+    """Save seeded weights as `released.safetensors`, because a fresh model predicts zero; return the model."""
     model = fill_seeded(build_model(OmegaConf.create(CONFIG)))
     weights = {key: value for key, value in model.state_dict().items() if not key.startswith("model_ema.")}
     save_state_dict(weights, tmp_path / "released.safetensors")
@@ -55,7 +55,7 @@ def everything_logged(run: Path) -> dict[str, dict[int, str]]:
     return {key: logged(run, key) for key in KEYS}
 
 
-def test_what_is_logged_is_what_an_evaluation_of_the_merged_weights_gives(train, released, tmp_path, caplog):
+def test_the_metrics_equal_an_evaluation_of_the_merged_weights(train, released, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert train(f"--max_steps 5 {watching()} --log_every_n_steps 50") == 0
     run = the_run(tmp_path / "logs")
@@ -70,15 +70,15 @@ def test_what_is_logged_is_what_an_evaluation_of_the_merged_weights_gives(train,
     tuned = copy.deepcopy(released)
     load_into(tuned, load_state_dict(the_run(tmp_path / "four") / "checkpoints" / "last.ckpt"))
     timesteps = midpoint_timesteps(50, 4)
-    pictures = open_set("rest", "shards/s-000001.tar", released, 3)
+    image_set = open_set("rest", "shards/s-000001.tar", released, 3)
     released.restart_ema()
-    comparison = compare(record(released.eval(), pictures, timesteps, 8), tuned.eval(), pictures, timesteps, 8)
+    comparison = compare(record(released.eval(), image_set, timesteps, 8), tuned.eval(), image_set, timesteps, 8)
     expected = (comparison.tuned.mean(), comparison.tuned.mean() / comparison.base.mean(), comparison.drift.mean())
     values = [float(found[f"eval/rest/{metric}"][4]) for metric in ("loss", "loss_ratio", "drift")]
     assert values == pytest.approx(expected, rel=1e-3)
 
 
-def test_training_does_not_notice(train, released, tmp_path):
+def test_evaluation_does_not_change_the_training(train, released, tmp_path):
     train(f"-l plain --max_steps 6 {RELEASED}")
     train(f"-l watched --max_steps 6 {watching()}")
     train(f"-l often --max_steps 6 {watching(1)}")
@@ -86,7 +86,7 @@ def test_training_does_not_notice(train, released, tmp_path):
         assert_same_training(the_run(tmp_path / "plain"), the_run(tmp_path / other))
 
 
-def test_accumulated_batches_are_evaluated_once_a_step(train, released, tmp_path):
+def test_accumulated_batches_are_evaluated_once_per_step(train, released, tmp_path):
     train(f"--max_steps 4 {watching()} --accumulate_grad_batches 3")
     (path,) = the_run(tmp_path / "logs").glob("csv/*/metrics.csv")
     assert list(logged(the_run(tmp_path / "logs"), "eval/new/loss")) == [0, 2, 4]
@@ -94,7 +94,7 @@ def test_accumulated_batches_are_evaluated_once_a_step(train, released, tmp_path
     assert sum(bool(row[header.index("eval/new/loss")]) for row in rows) == 3
 
 
-def test_a_resumed_run_goes_on_with_the_same_numbers(train, released, tmp_path):
+def test_a_resumed_run_logs_the_same_metrics(train, released, tmp_path):
     train(f"-l straight --max_steps 6 {watching()}")
     train(f"-l resumed --max_steps 3 {watching()}")
     straight, resumed = the_run(tmp_path / "straight"), the_run(tmp_path / "resumed")
@@ -119,7 +119,7 @@ def test_monitor_keeps_the_best_without_validation_data(train, released, tmp_pat
     assert "No best checkpoints" not in caplog.text
 
 
-def test_a_stopped_run_ranks_as_one_that_was_not(train, released, tmp_path):
+def test_a_resumed_run_ranks_as_an_uninterrupted_one(train, released, tmp_path):
     options = "--max_steps 8 model.params.monitor=eval/new/drift --accumulate_grad_batches 2"
     train(f"-l straight {watching()} {options}")
     train(f"-l resumed {watching()} {options} {sending(4, 2)}")
@@ -132,7 +132,7 @@ def test_a_stopped_run_ranks_as_one_that_was_not(train, released, tmp_path):
 
 
 def test_hacked_weights_are_a_new_start(train, released, tmp_path, caplog):
-    """Without what the callback said of the old ones, which `hack_weights` leaves out."""
+    """`hack_weights` leaves out the callback's state of the old weights."""
     train(f"--max_steps 2 {watching()}")
     run = the_run(tmp_path / "logs")
     last = run / "checkpoints" / "last.ckpt"
@@ -140,16 +140,16 @@ def test_hacked_weights_are_a_new_start(train, released, tmp_path, caplog):
     assert content["callbacks"].pop("Forgetting") == {"recorded": 0}
     save_checkpoint(content, last)
     train(f"--resume {run} --max_steps 4")
-    assert "made at step 2; loss ratio and drift are relative to these weights" in caplog.text
+    assert "made at step 2; loss ratio and drift compare with these weights" in caplog.text
     assert {step: float(drift) for step, drift in logged(run, "eval/new/drift").items()}[2] == 0
     assert load_checkpoint(last)["callbacks"]["Forgetting"] == {"recorded": 2}
 
 
-def test_a_run_goes_on_only_with_its_own_sets(train, released, tmp_path):
+def test_a_resumed_run_needs_the_same_sets(train, released, tmp_path):
     train(f"--max_steps 2 {watching()}")
     run = the_run(tmp_path / "logs")
     for change in ("timesteps=5", "limit=2", "sets.new=shards/s-000001.tar", "sets.more=shards/s-000001.tar"):
-        with pytest.raises(UserError, match=r"start.safetensors: set '(new|more)' has other pictures or timesteps"):
+        with pytest.raises(UserError, match=r"start\.safetensors: made with other images or timesteps of the set"):
             train(f"--resume {run} --max_steps 4 {PLACE}.params.{change}")
     (run / "evaluation" / "start.safetensors").unlink()
     assert train(f"--resume {run} --max_steps 4 {PLACE}.params.limit=2") == 0
@@ -160,14 +160,14 @@ def test_a_run_goes_on_only_with_its_own_sets(train, released, tmp_path):
     [
         (watching(new="nowhere.tar"), "set 'new': nowhere.tar: no such file"),
         (watching(0), "forgetting: .*every_n_train_steps 0: give a whole number of at least 1"),
-        (f"{watching()} {PLACE}.params.timesteps=51", "51 timesteps to evaluate at: choose 1 to 50"),
+        (f"{watching()} {PLACE}.params.timesteps=51", "51 timesteps for the evaluation: choose 1 to 50"),
         (f"{watching()} {PLACE}.params.limit=0", "limit 0: give a whole number of at least 1"),
         (f"{watching()} {PLACE}.params.sets=null", "sets None: give at least one"),
         (f"{watching()} {PLACE}.params.every=3", "unknown key 'every'"),
         (f"{watching()} model.params.scale_by_std=True", "set scale_factor, not scale_by_std"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(train, released, tmp_path, options, message):
+def test_mistakes_are_refused_in_one_line_and_write_nothing(train, released, tmp_path, options, message):
     with pytest.raises(UserError, match=message) as caught:
         train(f"--max_steps 1 {options}")
     assert "\n" not in str(caught.value)
@@ -176,7 +176,7 @@ def test_mistakes_are_one_line_and_write_nothing(train, released, tmp_path, opti
 
 def test_other_models_are_refused():
     callback = Forgetting({"new": "shards/s-000000.tar"}, every_n_train_steps=1)
-    with pytest.raises(UserError, match="evaluates a LatentDiffusion, not a Linear"):
+    with pytest.raises(UserError, match="needs a LatentDiffusion, not a Linear"):
         callback.setup(None, torch.nn.Linear(1, 1), "fit")
 
 

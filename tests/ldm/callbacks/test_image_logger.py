@@ -1,4 +1,4 @@
-"""Pictures while training: when, where, of what, and that nothing else notices."""
+"""Tests of the images logged during training."""
 
 import random
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from ldm.util import UserError
 
 
 class Model(nn.Module):
-    """Two parts, one of them frozen in evaluation mode, that log noise of a given size."""
+    """Model with two parts, one frozen in evaluation mode, whose images are noise of a given size."""
 
     def __init__(self, entries):
         super().__init__()
@@ -68,7 +68,7 @@ def test_counting_batches(tmp_path):
         assert len(model.calls) - before == 3 + first  # batches 1, 2, 4, and 0 if asked
 
 
-def test_validation_shows_its_first_batch_now_and_then(tmp_path):
+def test_validation_logs_its_first_batch_at_the_batch_frequency(tmp_path):
     model, logger = Model([("samples", 1)]), ImageLogger(10)
     for step in (0, 3, 6, 13):
         for batch_idx in range(2):
@@ -79,7 +79,7 @@ def test_validation_shows_its_first_batch_now_and_then(tmp_path):
 
 
 def test_grids(tmp_path):
-    """Samples side by side; the steps of a denoising row in a row of their own."""
+    """Samples stand side by side; the steps of a denoising row fill one row of the grid."""
     model = Model([("inputs", 3), ("denoise_row", 15)])
     logger = ImageLogger(1, max_images=3, log_images_kwargs={"ddim_steps": 7})
     logger.on_train_batch_end(trainer(tmp_path), model, None, {}, 0)
@@ -88,7 +88,7 @@ def test_grids(tmp_path):
     assert sizes == {"inputs": (2 + 3 * 6, 8), "denoise_row": (2 + 5 * 6, 2 + 3 * 6)}
 
 
-def test_the_random_state_and_the_modes_of_the_parts_stay(tmp_path):
+def test_random_state_and_module_modes_do_not_change(tmp_path):
     model = Model([("samples", 1)])
     torch.manual_seed(0), np.random.seed(0), random.seed(0)  # noqa: NPY002
     expected = torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
@@ -121,7 +121,7 @@ def test_loggers_that_take_images_get_them(tmp_path):
     assert recorder.images == [("train/samples", (8, 8), 2)]
 
 
-def test_a_gpu_too_small_for_pictures_goes_on_training(tmp_path, caplog):
+def test_training_continues_if_the_gpu_is_too_small_for_images(tmp_path, caplog):
     model = Model([("samples", 1)])
     enough = model.log_images
 
@@ -135,11 +135,11 @@ def test_a_gpu_too_small_for_pictures_goes_on_training(tmp_path, caplog):
     logger = ImageLogger(10)
     for step in (1, 2):
         logger.on_train_batch_end(trainer(tmp_path, step), model, None, {}, 0)
-    assert "No pictures at step 1: CUDA out of memory; training goes on" in caplog.text
+    assert "No images at step 1: CUDA out of memory; training continues" in caplog.text
     assert model.trained.training and len(list(tmp_path.rglob("*.png"))) == 1
 
 
-def test_log_all_val_shows_every_batch_of_every_validation(tmp_path):
+def test_log_all_val_logs_every_batch_of_every_validation(tmp_path):
     model, logger = Model([("samples", 1)]), ImageLogger(10, log_all_val=True)
     for step in (0, 3, 6):
         for batch_idx in range(2):
@@ -161,7 +161,7 @@ def test_log_images_kwargs_may_lower_the_number_of_images(tmp_path):
         ImageLogger(1, log_images_kwargs={"N": "a"})
 
 
-def test_log_before_first_step_shows_once(tmp_path):
+def test_log_before_first_step_logs_once(tmp_path):
     model = Model([("samples", 1)])
     for logger, shown in ((ImageLogger(5, log_before_first_step=True), 1), (ImageLogger(5), 0)):
         model.calls.clear()
@@ -181,7 +181,7 @@ def test_enable_autocast_samples_in_the_precision_of_the_training(tmp_path, enab
     assert seen == [enabled]
 
 
-def test_remove_old_images_keeps_the_first_and_the_newest_and_what_is_not_its_own(tmp_path):
+def test_remove_old_images_keeps_the_first_the_newest_and_other_files(tmp_path):
     for step in range(8):
         for key in ("samples", "inputs"):
             (tmp_path / f"{key}_gs-{step:06}_e-000000_b-000000.png").touch()

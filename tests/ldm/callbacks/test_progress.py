@@ -1,4 +1,4 @@
-"""The progress bar's numbers, and the memory that is reported."""
+"""Tests of the numbers on the progress bar, and of the reported memory."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def test_batch_size(batch):
     assert batch_size(batch) == 3
 
 
-def test_peak_memory_of_the_process_follows_what_it_allocates():
+def test_peak_memory_of_the_process_includes_allocations():
     before = peak_memory(torch.device("cpu"))
     assert before > 50 * 2**20
     held = np.ones(before + 2**26, dtype=np.uint8)  # the peak may lie above what is held now
@@ -31,7 +31,7 @@ def test_peak_memory_of_the_process_follows_what_it_allocates():
     del held
 
 
-def test_peak_memory_of_cuda_is_what_its_allocator_says(monkeypatch):
+def test_peak_memory_of_cuda_is_that_of_its_allocator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
     assert peak_memory(SimpleNamespace(type="cuda")) == 7
 
@@ -46,7 +46,7 @@ def test_the_bar_ends_where_the_epoch_does(first, max_steps, total):
     assert bar.total_train_batches == total
 
 
-def test_the_loss_shown_is_the_last_that_has_arrived(monkeypatch):
+def test_the_bar_shows_the_last_loss_that_has_arrived(monkeypatch):
     sent = []
 
     def copy(number):

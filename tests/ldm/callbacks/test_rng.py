@@ -1,4 +1,4 @@
-"""Random streams: one a step, whatever happened before."""
+"""Tests of the random streams per step, which do not depend on earlier random numbers."""
 
 import random
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ def draw():
     return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
 
 
-def test_seed_all_seeds_three_generators_from_all_of_its_words():
+def test_seed_all_seeds_three_generators_from_all_words():
     drawn = set()
     for words in [(1, 2), (2, 1), (1, 3)]:
         seed_all(*words)
@@ -34,7 +34,7 @@ def test_preserved_rng():
     assert draw() == expected
 
 
-def test_a_step_draws_the_same_whatever_was_drawn_before():
+def test_the_random_numbers_of_a_step_do_not_depend_on_earlier_ones():
     def stream(seed, step, batch_idx, rank=0, before=0):
         torch.rand(before)
         trainer = SimpleNamespace(global_step=step, global_rank=rank, fit_loop=SimpleNamespace(batch_idx=-1))
@@ -48,7 +48,7 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
     assert len({drawn for pair in different for drawn in pair}) == 10, "noise and data of a step differ, too"
 
 
-def test_what_an_optimizer_draws_is_the_same_in_all_processes():
+def test_an_optimizer_has_the_same_random_numbers_in_all_processes():
     def drawn(rank, world, step=3):
         trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world)
         seeds = StepSeeds(1)

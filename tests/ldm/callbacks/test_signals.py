@@ -1,4 +1,4 @@
-"""Signals as requests; in data workers they do nothing, but end them on SIGTERM."""
+"""Tests of signals as requests in training, and of their effect in data workers."""
 
 import os
 import signal
@@ -20,12 +20,12 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-def test_sigusr1_asks_for_a_checkpoint_at_any_time(requests):
+def test_sigusr1_requests_a_checkpoint_at_any_time(requests):
     send(signal.SIGUSR1)
     assert requests.save and requests.stop is None
 
 
-def test_while_training_the_first_signal_asks_and_the_second_quits(requests):
+def test_during_training_the_first_signal_requests_a_stop_and_the_second_quits(requests):
     requests.training = True
     send(signal.SIGINT)
     assert requests.stop == signal.SIGINT
@@ -34,7 +34,7 @@ def test_while_training_the_first_signal_asks_and_the_second_quits(requests):
     assert caught.value.code == 130
 
 
-def test_a_closed_terminal_asks_as_sigterm_does_unless_nohup_ignores_it():
+def test_sighup_acts_like_sigterm_unless_nohup_ignores_it():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with SignalRequests() as requests:
@@ -51,7 +51,7 @@ def test_a_closed_terminal_asks_as_sigterm_does_unless_nohup_ignores_it():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_otherwise_the_first_signal_quits(requests, number, code):
+def test_outside_training_the_first_signal_quits(requests, number, code):
     with pytest.raises(SystemExit) as caught:
         send(number)
     assert caught.value.code == code
@@ -60,7 +60,7 @@ def test_otherwise_the_first_signal_quits(requests, number, code):
 @pytest.mark.parametrize(
     ("number", "survives"), [(signal.SIGINT, True), (signal.SIGUSR1, True), (signal.SIGTERM, False)]
 )
-def test_workers_ignore_what_is_meant_for_the_training(requests, number, survives):
+def test_workers_ignore_signals_except_sigterm(requests, number, survives):
     worker = os.fork()
     if worker == 0:
         send(number)
@@ -70,7 +70,7 @@ def test_workers_ignore_what_is_meant_for_the_training(requests, number, survive
     assert os.waitstatus_to_exitcode(status) == (7 if survives else -number)
 
 
-def test_what_torchrun_passes_on_is_not_a_second_signal_until_some_seconds_later(requests, monkeypatch):
+def test_a_signal_forwarded_by_torchrun_is_not_a_second_signal(requests, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)

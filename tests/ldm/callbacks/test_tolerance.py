@@ -1,4 +1,4 @@
-"""A disk that is full for a while: logs and images warn once, and once more when they can be written again."""
+"""Tests of logs and images on a full disk: one warning, and one message when they can be written again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.util import UserError
 FULL = OSError(28, "No space left on device")
 
 
-def test_tolerance_says_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_tolerance_logs_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     tolerance = Tolerance("Images")
     for fails in (True, True, False, False, True):
@@ -23,16 +23,16 @@ def test_tolerance_says_each_change_once(caplog: pytest.LogCaptureFixture) -> No
             if fails:
                 raise FULL
     said = [message.strip() for message in caplog.messages]
-    lost = "Images cannot be written ([Errno 28] No space left on device); training goes on without"
+    lost = "Images cannot be written ([Errno 28] No space left on device); training continues without it"
     assert said == [lost, "Images can be written again", lost]
 
 
-def test_tolerance_lets_errors_of_users_through() -> None:
+def test_tolerance_passes_user_errors_on() -> None:
     with pytest.raises(UserError), Tolerance("Images")():
         raise UserError("ours")
 
 
-def test_tolerant_csv_loses_and_doubles_no_line(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_tolerant_csv_writes_each_line_once(tmp_path: Path, monkeypatch, caplog) -> None:
     logger = tolerant(CSVLogger(str(tmp_path), name="csv"))
     write = csv.DictWriter.writerows
 
@@ -52,7 +52,7 @@ def test_tolerant_csv_loses_and_doubles_no_line(tmp_path: Path, monkeypatch, cap
     assert len([message for message in caplog.messages if "cannot be written" in message]) == 1
 
 
-def test_tolerant_tensorboard_outlives_its_thread(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_tolerant_tensorboard_writes_after_its_thread_has_died(tmp_path: Path, monkeypatch, caplog) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     def full(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""After how many epochs a validation is due."""
+"""Tests of the number of epochs between validations."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_epochs_between_validations(batches: float, given: dict, epochs: int) ->
         ("", {6, 12, 18, 24}),  # as last.ckpt
     ],
 )
-def test_a_run_on_few_pictures_is_validated_as_often_as_it_is_saved(train, tmp_path, caplog, options, steps) -> None:
+def test_short_epochs_are_validated_as_often_as_they_are_saved(train, tmp_path, caplog, options, steps) -> None:
     """An epoch has six steps."""
     assert train(f"--max_steps 24 data.params.val_urls=shards/s-000000.tar {options}") == 0
     run = the_run(tmp_path / "logs")
@@ -70,7 +70,7 @@ def test_early_stopping_waits_for_a_validation(train, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("stop", [12, 14])
-def test_a_run_goes_on_as_if_it_had_not_stopped(train, tmp_path, stop) -> None:
+def test_a_resumed_run_validates_as_an_uninterrupted_one(train, tmp_path, stop) -> None:
     options = "data.params.val_urls=shards/s-000000.tar lightning.modelcheckpoint.params.every_n_train_steps=12"
     train(f"-l straight --max_steps 25 {options}")
     train(f"-l resumed --max_steps {stop} {options}")

@@ -94,6 +94,6 @@ def test_load_checkpoint_refuses_tensors_of_other_kinds_by_name(tensor, message,
     """To leave such a weight out would lose it."""
     path = tmp_path / "model.ckpt"
     torch.save({"w": torch.ones(2), "x": tensor()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=rf"model\.ckpt: holds a {message}.*save its.*in its place") as caught:
+    with pytest.raises(UserError, match=rf"model\.ckpt: has a {message}.*save its.*instead") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)

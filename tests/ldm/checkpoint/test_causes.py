@@ -6,6 +6,7 @@ import torch
 from ldm.checkpoint.causes import NO_UNET, likely_cause, other_kind
 
 RELEASE = ("model.diffusion_model.out.0.weight", "first_stage_model.encoder.x", "cond_stage_model.x")
+XL = (*RELEASE[:2], "model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.0.x")
 VAE = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 DIFFUSERS = ("encoder.down_blocks.0.x", "decoder.up_blocks.0.x")
 
@@ -21,6 +22,10 @@ CASES = [
     (RELEASE[:2], RELEASE, "no text encoder"),
     (RELEASE[::2], RELEASE, "--vae FILE"),
     (RELEASE[:1], RELEASE[:1], "default"),
+    (XL, RELEASE, "layout of SDXL"),
+    (XL, RELEASE[:2], "layout of SDXL"),
+    (XL, XL[:3], "default"),  # a training without text encoders, such as of another SDXL
+    (XL[:3], XL, "no text encoder"),
 ]
 
 

@@ -50,4 +50,19 @@ def test_the_encoders_of_a_release():
     weights = {"first_stage_model.w": torch.ones(2), "cond_stage_model.w": torch.zeros(2), "model.w": torch.ones(3)}
     own = {"autoencoder": weights_digest({"w": torch.ones(2)}), "text_tower": weights_digest({"w": torch.zeros(2)})}
     assert encoder_digests(weights) == own
+    optional = {"cond_stage_model.model.logit_scale": torch.tensor(3.0)}  # which files may lack
+    assert encoder_digests({**weights, **optional}) == own
     assert encoder_digests({"model.w": torch.ones(3)}) == {"autoencoder": None, "text_tower": None}
+
+
+def test_each_of_two_text_towers_has_a_digest():
+    towers = {"conditioner.embedders.0.w": torch.zeros(2), "conditioner.embedders.1.model.w": torch.ones(2)}
+    own = {
+        "text_tower": weights_digest({"w": torch.zeros(2)}),
+        "text_tower_2": weights_digest({"model.w": torch.ones(2)}),
+    }
+    assert encoder_digests(towers) == {"autoencoder": None, **own}
+    logit_scale = {"conditioner.embedders.1.model.logit_scale": torch.tensor(3.0)}  # which no output needs
+    assert encoder_digests({**towers, **logit_scale}) == {"autoencoder": None, **own}
+    projection = {"conditioner.embedders.1.model.text_projection": torch.ones(2, 2)}
+    assert encoder_digests({**towers, **projection})["text_tower_2"] != own["text_tower_2"]

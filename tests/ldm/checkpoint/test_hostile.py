@@ -285,7 +285,7 @@ def test_endless_values_are_refused_at_once(data, write_zip):
 def test_an_endless_value_is_carried_along_unread(write_zip):
     path = write_zip(data_pkl=b"\x80\x04}(V" + b"x\n" + ENDLESS + b"u.")
     assert load_checkpoint(path).keys() == {"x"}
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         load_state_dict(path)
 
 
@@ -294,7 +294,7 @@ def test_names_from_a_file_cannot_break_the_lines_of_messages(tmp_path, caplog, 
     load_checkpoint(write_zip(data_pkl=b"\x80\x04}(\x8c\x01x\x8c\x04a\n\x1b[\x8c\x01b\x93\x8c\x01yNu."))
     assert r"a\n\x1b[.b" in caplog.text
     torch.save({"model.\nerror: all is well": torch.ones(1)}, tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match="no name of a weight") as caught:
+    with pytest.raises(UserError, match="not the name of a weight") as caught:
         load_state_dict(tmp_path / "model.ckpt")
     assert "\n" not in str(caught.value)
 

@@ -51,7 +51,7 @@ def test_load_into_takes_a_file_of_ema_weights_alone(caplog):
     report = load_into(model, {**shadows, "model_ema.decay": torch.tensor(0.9)}, source="ema.ckpt")
     assert report.missing == ["betas"]
     assert torch.equal(model.model.weight, torch.full((3, 2), 2.0))
-    assert "ema.ckpt: holds EMA weights alone" in caplog.text
+    assert "ema.ckpt: has only EMA weights" in caplog.text
 
 
 def test_load_into_names_what_a_file_of_ema_weights_lacks():

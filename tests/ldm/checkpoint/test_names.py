@@ -9,6 +9,7 @@ from ldm.checkpoint.names import in_our_names, is_carried
 UNET = "model.diffusion_model."
 VAE = "first_stage_model.encoder."
 TOWER = "cond_stage_model.transformer."
+XL = "conditioner.embedders.0.transformer."
 
 PAIRS = [
     ("input_blocks.0.0.weight", f"{UNET}input_blocks.0.0.weight"),
@@ -18,6 +19,7 @@ PAIRS = [
     ("module.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model._orig_mod.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     (f"{TOWER}encoder.layers.0.mlp.fc1.bias", f"{TOWER}text_model.encoder.layers.0.mlp.fc1.bias"),
+    (f"{XL}encoder.layers.0.mlp.fc1.bias", f"{XL}text_model.encoder.layers.0.mlp.fc1.bias"),
     (f"{VAE}mid.attn_1.to_out.0.bias", f"{VAE}mid.attn_1.proj_out.bias"),
     (f"{VAE}down.2.attn.1.query.weight", f"{VAE}down.2.attn.1.q.weight"),
     ("decoder.mid.attn_1.group_norm.bias", "decoder.mid.attn_1.norm.bias"),

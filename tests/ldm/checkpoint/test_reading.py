@@ -112,7 +112,7 @@ BROKEN = {
     "zip of nothing": (lambda _: b"PK\x05\x06" + bytes(18), "empty zip"),
     "pickle cut short": (lambda t: legacy_of(t)[:100], "damaged"),
     "pickle without its data": (lambda t: legacy_of(t)[:-10], "damaged"),
-    "pickle of another kind": (lambda _: b"\x80\x04]\x94.", "torch.save did not write"),
+    "pickle of another kind": (lambda _: b"\x80\x04]\x94.", "not written by torch.save"),
     "safetensors cut short": (lambda t: safetensors_of(t)[:-10], "cut short"),
     "safetensors cut in its header": (lambda t: safetensors_of(t)[:20], "cut short"),
     "safetensors with an absurd header length": (lambda _: b"\xff" * 8 + b'{"a": 1}', "damaged"),
@@ -139,7 +139,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 
 def test_a_zip_of_something_else_is_refused(write_zip):
-    with pytest.raises(UserError, match="no checkpoint in it"):
+    with pytest.raises(UserError, match="zip archive without a checkpoint"):
         load_checkpoint(write_zip(readme=b"hello"))
 
 

@@ -47,7 +47,7 @@ def test_without_schedule_names_another_schedule(other, caplog):
     load_into(model, {**dict(model.model.state_dict(prefix="model.")), **OTHER[other]}, source="r.safetensors")
     assert all(torch.equal(getattr(model, key), value) for key, value in schedule().items())
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith("r.safetensors: its noise schedule (") and "config's, which is used" in warning
+    assert warning.startswith("r.safetensors: the noise schedule (") and "config, whose schedule is used" in warning
 
 
 @pytest.mark.parametrize("measured", [False, True])

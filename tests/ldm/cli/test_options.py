@@ -1,9 +1,9 @@
-"""What the tools that draw images read from their command lines."""
+"""Tests of the options shared by the sampling tools."""
 
 from ldm.cli.options import read_prompts
 
 
-def test_only_line_ends_end_a_caption(tmp_path):
+def test_read_prompts_splits_at_line_ends_only(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("one\u2028two\r\n\n three\x85four \n".encode())
     assert read_prompts(["zero"], path) == ["zero", "one\u2028two", "three\x85four"]

@@ -1,4 +1,4 @@
-"""The newest checkpoint of all runs, wherever they lie."""
+"""Tests of the search for the newest checkpoint."""
 
 import os
 from pathlib import Path
@@ -25,13 +25,13 @@ def test_newest_checkpoint_finds_runs_at_any_depth(name, tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / name / "checkpoints" / "last.ckpt"
 
 
-def test_newest_checkpoint_takes_the_run_that_started_last_where_times_are_equal(tmp_path):
+def test_newest_checkpoint_at_equal_times_is_of_the_run_that_started_last(tmp_path):
     for stamp in ("03", "01", "04", "02"):
         written(tmp_path / f"2026-01-{stamp}T00-00-00_cats")
     assert newest_checkpoint(tmp_path).parts[-3] == "2026-01-04T00-00-00_cats"
 
 
-def test_newest_checkpoint_follows_links_and_ends_at_loops(tmp_path):
+def test_newest_checkpoint_follows_links_and_stops_at_loops(tmp_path):
     elsewhere, logs = tmp_path / "disk", tmp_path / "logs"
     path = written(elsewhere / "2026-01-01T00-00-00_a" / "b")
     logs.symlink_to(elsewhere, target_is_directory=True)
@@ -43,7 +43,7 @@ def test_newest_checkpoint_follows_links_and_ends_at_loops(tmp_path):
     assert newest_checkpoint(other).samefile(path)
 
 
-def test_newest_checkpoint_says_where_it_looked(tmp_path):
+def test_newest_checkpoint_names_the_searched_folder(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no run with checkpoints/last\.ckpt in .*--train-ckpt"):
         newest_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""What a command line says of itself and does with errors, and where it looks for checkpoints."""
+"""Tests of the entry point of commands: errors, signals, help and log format."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def raises(error: BaseException):
         (OSError(28, "No space left on device"), "error: No space left on device"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8.00 GiB."),
-            "error: CUDA out of memory; take fewer at a time, where there is a --batch-size",
+            "error: CUDA out of memory; use a smaller batch, with --batch-size if the command has it",
         ),
         (KeyboardInterrupt(), 130),
         (MemoryError(), f"error: {NO_MEMORY}"),
@@ -48,7 +48,7 @@ def raises(error: BaseException):
         (
             RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
             "error: DataLoader worker (pid(s) 7) exited unexpectedly: "
-            "was it killed for want of memory? use fewer workers",
+            "it may have been killed for lack of memory; use fewer workers",
         ),
         (
             UnicodeEncodeError("ascii", "K\xe4se.png", 1, 2, "ordinal not in range(128)"),
@@ -57,20 +57,20 @@ def raises(error: BaseException):
         ),
     ],
 )
-def test_errors_of_users_are_one_line(error: BaseException, code: object) -> None:
+def test_expected_errors_are_one_line(error: BaseException, code: object) -> None:
     with pytest.raises(SystemExit) as end:
         run(raises(error))
     assert end.value.code == code
 
 
-def test_errors_of_ours_keep_their_traceback() -> None:
+def test_unexpected_errors_keep_their_traceback() -> None:
     for error in (ZeroDivisionError(), RuntimeError("a shape")):
         with pytest.raises(type(error)):
             run(raises(error))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("ours")])
-def test_an_error_in_a_thread_is_one_line_too(
+def test_an_expected_error_in_a_thread_is_one_line(
     error: Exception, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:
     monkeypatch.setattr("threading.excepthook", None)
@@ -120,19 +120,19 @@ def test_newest_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path).parts[-3] == "newer"
 
 
-def test_no_checkpoint_is_told(tmp_path: Path) -> None:
+def test_newest_checkpoint_refuses_a_folder_without_any(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--train-ckpt"):
         newest_checkpoint(tmp_path)
 
 
-def test_help_has_the_docstring_as_it_is_and_the_defaults_that_there_are() -> None:
+def test_help_formatter_keeps_the_docstring_and_shows_defaults() -> None:
     parser = argparse.ArgumentParser(description="First,\n    x-%06d.tar", formatter_class=HelpFormatter)
-    parser.add_argument("--count", type=int, default=0, help="how many")
-    parser.add_argument("--name", help="of it")
-    parser.add_argument("--quick", action="store_true", help="at once")
-    said = parser.format_help()
-    assert "First,\n    x-%06d.tar\n" in said and "how many (default: 0)\n" in said
-    assert "of it\n" in said and "at once\n" in said
+    parser.add_argument("--count", type=int, default=0, help="number of items")
+    parser.add_argument("--name", help="label")
+    parser.add_argument("--quick", action="store_true", help="skip checks")
+    text = parser.format_help()
+    assert "First,\n    x-%06d.tar\n" in text and "number of items (default: 0)\n" in text
+    assert "label\n" in text and "skip checks\n" in text
 
 
 @pytest.mark.parametrize(
@@ -146,19 +146,19 @@ def test_help_has_the_docstring_as_it_is_and_the_defaults_that_there_are() -> No
         ("%(a)s", ({"a": "b\x1b"},), r"b\x1b"),
     ],
 )
-def test_printable_formatter_escapes_what_comes_from_elsewhere(message: str, arguments: tuple, expected: str) -> None:
+def test_printable_formatter_escapes_arguments(message: str, arguments: tuple, expected: str) -> None:
     record = logging.LogRecord("a", logging.INFO, "a.py", 1, message, arguments, None)
     assert PrintableFormatter().format(record) == expected
     assert record.args == (arguments[0] if isinstance(arguments[0], dict) else arguments) if arguments else True
 
 
-def test_errors_of_the_system_are_printable() -> None:
+def test_file_names_in_errors_are_escaped() -> None:
     with pytest.raises(SystemExit) as end:
         run(raises(FileNotFoundError(2, "No such file or directory", "a\n\x1bb.ckpt")))
     assert end.value.code == r"error: a\n\x1bb.ckpt: No such file or directory"
 
 
-def test_a_legacy_locale_prints_any_name(tmp_path: Path) -> None:
+def test_a_legacy_locale_prints_every_file_name(tmp_path: Path) -> None:
     code = (
         "import logging; from ldm.cli.run import run; from ldm.util import UserError\n"
         "def main():\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config.allowed import ALLOWED, OWN_ROOMS, nearest_allowed, reason_for
+from ldm.config.allowed import ALLOWED, OWN_PACKAGES, nearest_allowed, reason_for
 from ldm.training.described import MOVED
 from ldm.util import get_obj_from_str
 
@@ -147,7 +147,7 @@ def only_reads(call: ast.Call) -> bool:
 def test_classes_of_own_rooms_write_nothing_when_they_are_built():
     """A class that writes belongs into a room that configs do not name, or checks its folder when it writes."""
     found = []
-    for room in OWN_ROOMS:
+    for room in OWN_PACKAGES:
         folder = ROOT / Path(*room.split("."))
         for path in [*folder.rglob("*.py"), folder.with_suffix(".py")]:
             if not path.is_file():
@@ -162,7 +162,7 @@ def test_classes_of_own_rooms_write_nothing_when_they_are_built():
 
 def document_tables() -> dict[str, str]:
     """The tables of `docs/security.md`, by the names of the comments around them."""
-    rooms = [f"| `{room}` | {reason} |" for room, reason in OWN_ROOMS.items()]
+    rooms = [f"| `{room}` | {reason} |" for room, reason in OWN_PACKAGES.items()]
     listed = []
     for allowed in ALLOWED:
         if allowed.module.startswith("lightning.pytorch"):

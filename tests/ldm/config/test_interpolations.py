@@ -30,7 +30,7 @@ def doubling(lines, first, value):
     ids=["strings", "brackets", "lists", "dicts"],
 )
 def test_what_doubles_line_by_line_is_refused_at_once(tmp_path, text):
-    with pytest.raises(UserError, match="stand for too much"):
+    with pytest.raises(UserError, match="expand to too many values"):
         load(tmp_path, text)
 
 
@@ -73,14 +73,17 @@ def test_check_interpolations_asks_for_trust_for_anything_but_references(tmp_pat
     ],
 )
 def test_check_interpolations_looks_at_every_value(tmp_path, text):
-    with pytest.raises(UserError, match=r"c\.yaml: .*('model.x' has a key twice|Conflicting integer and string keys)"):
+    with pytest.raises(
+        UserError,
+        match=r"c\.yaml: .*('model.x' has the same key as text and as a number|Conflicting integer and string keys)",
+    ):
         load(tmp_path, text)
 
 
 def test_an_interpolation_that_is_made_of_parts_is_refused_or_stays_as_it_is_written(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: {a: $, b: '${model.a}{oc.env:HOME}'}")
-    with pytest.raises(UserError, match=r"is an interpolation again .*give --trust-config"):
+    with pytest.raises(UserError, match=r"forms an interpolation .*give --trust-config"):
         load_config([path])
     config = load_config([path], trusted=True)
     assert OmegaConf.to_container(config)["model"]["b"] == "${model.a}{oc.env:HOME}"

@@ -54,7 +54,7 @@ def test_a_class_that_is_not_there_keeps_all_params(tmp_path):
     assert plain(config.model.params.optimizer.params) == {"amsgrad": True, "weight_decay": 0.1}
 
 
-def test_a_config_that_is_not_trusted_imports_nothing_when_it_is_laid_over_another(tmp_path, monkeypatch):
+def test_a_config_that_is_not_trusted_imports_nothing_when_configs_are_merged(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     write(tmp_path / "imported_by_a_config.py", "class Mine:\n    def __init__(self, lr):\n        pass\n")
     base = write(tmp_path / "a.yaml", ADAM)
@@ -88,14 +88,14 @@ def test_interpolations_resolve_across_files_and_overrides(tmp_path):
         ("- 1", "found a list"),
         ("3", "not a YAML mapping"),
         ("modle: {}", "unknown section 'modle'; did you mean 'model'"),
-        ("model: 3", "section 'model' must be a mapping, got 3"),
+        ("model: 3", "section 'model' must be a mapping, not 3"),
         ("model: {x: '${nowhere}'}", "'nowhere' not found"),
         ("model: {x: '${model.x}'}", "[Rr]ecursive"),
-        ("model: {x: !!int y}", "not a config that can be read"),
-        ("model: {x: !!timestamp y}", "not a config that can be read"),
-        ("model: {x: " + "9" * 5000 + "}", "not a config that can be read"),
-        ("model: " + "[" * 3000 + "]" * 3000, "not a config that can be read"),
-        ("model: {x: a" + "a" * (1 << 20) + "}", "bytes, too many for a config"),
+        ("model: {x: !!int y}", "not a readable config"),
+        ("model: {x: !!timestamp y}", "not a readable config"),
+        ("model: {x: " + "9" * 5000 + "}", "not a readable config"),
+        ("model: " + "[" * 3000 + "]" * 3000, "not a readable config"),
+        ("model: {x: a" + "a" * (1 << 20) + "}", "bytes, which is too large for a config"),
     ],
 )
 def test_bad_files_are_one_clear_line(tmp_path, text, message):
@@ -163,8 +163,8 @@ def test_sections_of_other_programs_are_left_out_with_one_warning(tmp_path, capl
     config = load_config([write(tmp_path / "c.yaml", text)])
     assert plain(config) == {"model": {"params": {"image_size": 8}}}  # an interpolation may take values from them
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "c.yaml: ignored" in record.message
-    assert record.message.endswith("model, data, lightning: size, sampling")
+    assert record.levelname == "WARNING" and "c.yaml: sections ignored: size, sampling" in record.message
+    assert record.message.endswith("known sections: model, data, lightning")
 
 
 def test_sections_that_need_trust_need_none_where_nothing_reads_them(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from ldm.data.augment import BatchAugmentation
 from ldm.data.config_module import DataModuleFromConfig
-from ldm.shards.sample import DRAW
+from ldm.shards.sample import STREAM
 from ldm.util import UserError
 
 ALL = {
@@ -81,7 +81,7 @@ class _Trainer:
 def test_data_module_augments_training_batches_alone(images, training):
     module = DataModuleFromConfig(3, num_workers=0, augment=ALL)
     module.trainer = _Trainer(training)
-    batch = {"image": images, DRAW: NAMES, "caption": ["a", "b", "c"]}
+    batch = {"image": images, STREAM: NAMES, "caption": ["a", "b", "c"]}
     given = module.on_after_batch_transfer(batch, 0)
     assert torch.equal(given["image"], images) is not training
     assert given["caption"] == batch["caption"]
@@ -91,4 +91,4 @@ def test_data_module_names_the_entry_that_augment_lacks(images):
     module = DataModuleFromConfig(3, num_workers=0, augment=ALL, image_key="jpg")
     module.trainer = _Trainer(True)
     with pytest.raises(UserError, match="no entry 'jpg'; set image_key"):
-        module.on_after_batch_transfer({"image": images, DRAW: NAMES}, 0)
+        module.on_after_batch_transfer({"image": images, STREAM: NAMES}, 0)

@@ -155,7 +155,7 @@ def test_images_of_a_rare_size_do_not_go_missing_in_silence(tmp_path, caplog):
     assert sum(len(batch["txt"]) for batch in batches(WebDataNpyModuleFromConfig(3, urls))) == 9
     assert not caplog.records
     assert sum(len(batch["txt"]) for batch in batches(WebDataNpyModuleFromConfig(3, urls, drop_last=True))) == 6
-    assert "training data: 3 of 9 samples are in no epoch" in caplog.text and "2 of 3 sizes" in caplog.text
+    assert "training data: 3 of 9 samples are unused" in caplog.text and "2 of 3 sizes" in caplog.text
     assert "drop_last True" in caplog.text
 
 
@@ -193,7 +193,7 @@ def test_captions_as_the_condition_are_dropped_as_text(shard_set):
     [
         (None, "not found.*preencode"),
         (np.zeros((7, 6), np.float16), "all zeros"),
-        (np.ones((7, 5), np.float16), r"shape \(7, 5\), but the shards' t5 is \(7, 6\)"),
+        (np.ones((7, 5), np.float16), r"shape \(7, 5\), but t5 in the shards has \(7, 6\)"),
     ],
 )
 def test_the_empty_caption_must_be_there_and_fit(shard_set, tmp_path, null, message):
@@ -228,7 +228,7 @@ def test_the_models_keys_name_the_members(tmp_path):
     ("options", "message"),
     [
         ({"training_urls": None}, "training_urls is missing"),
-        ({"batch_size": 20, "drop_last": True}, "make no batch"),
+        ({"batch_size": 20, "drop_last": True}, "give no batch"),
         ({"null_cond_dropout": 1.5}, "null_cond_dropout 1.5: give a number from 0 to 1"),
         ({"batch_size": 0}, "batch_size 0: give a whole number of at least 1"),
         ({"batch_size": "4"}, "batch_size '4': give"),

@@ -94,7 +94,7 @@ def test_read_words(tmp_path):
     ("base", "given", "message"),
     [
         ("__improvedaesthetic__", {}, "stands for a set on its authors' servers"),
-        (None, {"shards": "http://host/0.tar"}, "read from local tars; fetch it first"),
+        (None, {"shards": "http://host/0.tar"}, "is not a local tar; download it first"),
         (None, {"shards": "/nowhere/0.tar"}, "/nowhere/0.tar: no such file"),
         ("tars", {"shards": None}, "data.params.train.shards is missing"),
         ("tars", {"image_key": "txt"}, "image_key 'txt'"),

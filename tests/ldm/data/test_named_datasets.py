@@ -136,7 +136,7 @@ def test_imagenet_takes_numbers_and_words_of_the_users_files():
     assert labels["class_label"] == [7, 7, 8, 8, 9, 9]
     assert labels["human_label"][::2] == ["tench, Tinca tinca", "goldfish", "n03"]
     (root.parent / "index_synset.yaml").write_text("7: n01\n")
-    with pytest.raises(UserError, match="does not number the class 'n02'"):
+    with pytest.raises(UserError, match="has no number for the class 'n02'"):
         ImageNetTrain()
     with pytest.raises(UserError, match=r"unknown key 'sise'.*did you mean 'size'"):
         ImageNetTrain(config={"sise": 3})
@@ -182,7 +182,7 @@ def test_full_open_images_scale_then_crop():
     item = FullOpenImagesValidation(size=24, crop_size=16)[0]
     assert set(item) == {"image", "file_path_"}
     assert len({float(FullOpenImagesTrain(24, 16)[0]["image"].mean()) for _ in range(10)}) > 2
-    with pytest.raises(UserError, match="crop_size 32: give at most the size, 24"):
+    with pytest.raises(UserError, match="crop_size 32: must be at most size, 24"):
         FullOpenImagesTrain(24, 32)
 
 

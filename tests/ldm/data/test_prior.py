@@ -89,7 +89,7 @@ def test_a_batch_mixes_both_sets(training, prior):
     data = WebDataNpyModuleFromConfig(4, training, prior_urls=prior, prior_ratio=0.5, seed=1)
     found = batches(data)
     assert [batch["is_prior"].tolist() for batch in found] == [[False] * n + [True] * 2 for n in (4, 4, 2)]
-    entries = {"__key__", "f8", "t5", "txt", "draw", "is_prior"}
+    entries = {"__key__", "f8", "t5", "txt", "stream", "is_prior"}
     assert found[0]["is_prior"].dtype == torch.bool and set(found[0]) == entries
     for batch in found:
         for row in range(len(batch["txt"])):
@@ -104,12 +104,12 @@ def test_a_batch_mixes_both_sets(training, prior):
 def test_each_sample_names_its_random_numbers_by_run_epoch_and_set(training, prior, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     data = WebDataNpyModuleFromConfig(4, training, val_urls=training, prior_urls=prior, prior_ratio=0.5, seed=1)
-    named = {name for batch in batches(data) for name in batch["draw"]}
+    named = {name for batch in batches(data) for name in batch["stream"]}
     assert {name for name in named if "prior" not in name} == {f"7/0/{number}" for number in range(10)}
     of_prior = {name for name in named if "prior" in name}
     assert len(of_prior) == 6 and all(name.startswith(("7/0/prior/", "7/1/prior/")) for name in of_prior)
     data.setup("validate")
-    assert all("draw" not in batch for batch in data.val_dataloader()), "validation draws the same in every epoch"
+    assert all("stream" not in batch for batch in data.val_dataloader()), "validation draws the same in every epoch"
 
 
 def test_latents_to_train_on_beside_posteriors_to_remember(training, prior):
@@ -199,9 +199,9 @@ def test_predictions_are_the_same_ones_after_a_resume(training, tmp_path, num_wo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prior_urls": "pipe:cat a.tar"}, r"pipe:cat a\.tar: is streamed; give local shards"),
+        ({"prior_urls": "pipe:cat a.tar"}, r"pipe:cat a\.tar: is a stream; give local shards"),
         ({"prior_ratio": 0}, "prior_ratio 0: give a number above 0"),
-        ({"prior_ratio": 0.1}, "prior_ratio 0.1: no prior sample beside a batch_size of 4"),
+        ({"prior_ratio": 0.1}, "prior_ratio 0.1: gives no prior sample for batch_size 4"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(training, prior, options, message):
@@ -233,8 +233,8 @@ def test_streams_to_train_on_are_refused(training, prior, tmp_path):
     [
         ({"t": None}, r"'p0' has no member 't\.npy'; write .* with tools/make_prior\.py --teacher"),
         ({"prediction": None}, r"no member 'prediction\.npy'; write .* with tools/make_prior\.py --teacher"),
-        ({"t": np.ones(2, np.int32)}, r"shapes do not fit together.*make_prior\.py"),
-        ({"noise": np.ones((3, 4, 4, 2), np.float16)}, "shapes do not fit together"),
+        ({"t": np.ones(2, np.int32)}, r"shapes of the teacher do not match.*make_prior\.py"),
+        ({"noise": np.ones((3, 4, 4, 2), np.float16)}, "shapes of the teacher do not match"),
         ({"t": np.ones(3, np.float32)}, "type is float32, not one of int32, int64"),
         ({"t": np.full(3, 100, np.int64)}, "t is 100, the model's are 0 to 100 - 1"),
         ({"t": np.full(3, -1, np.int32)}, "t is -1"),

@@ -1,11 +1,11 @@
-"""What launchers say in the environment, and the strategy that follows."""
+"""Tests of the launch read from the environment, and of the strategy for it."""
 
 from __future__ import annotations
 
 import pytest
 
 from ldm.distributed.ranks import Launch, is_first_process, launched
-from ldm.training.strategies import check_launch, strategy
+from ldm.training.strategies import check_launch, device_strategy
 from ldm.util import UserError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "LOCAL_RANK": "1"}
@@ -22,7 +22,7 @@ def bare_environment(monkeypatch):
     ("environment", "launch", "is_first"),
     [
         ({}, None, True),
-        ({"LOCAL_RANK": "1"}, None, False),  # Lightning's own children
+        ({"LOCAL_RANK": "1"}, None, False),  # started by Lightning
         (TORCHRUN, Launch("torchrun", 4, 2), False),
         (TORCHRUN | {"RANK": "4", "LOCAL_RANK": "0"}, Launch("torchrun", 4, 2), False),  # the first of its machine
         (TORCHRUN | {"RANK": "0"}, Launch("torchrun", 4, 2), True),
@@ -50,22 +50,22 @@ def test_devices_that_do_not_fit_are_refused(devices, machines):
 
 
 @pytest.mark.parametrize("given", [{}, {"strategy": "auto"}, {"strategy": "ddp"}])
-def test_several_devices_do_not_send_buffers(given):
-    made = strategy({"devices": 2, **given})
+def test_several_devices_do_not_broadcast_buffers(given):
+    made = device_strategy({"devices": 2, **given})
     assert made._ddp_kwargs["broadcast_buffers"] is False
     assert not made._ddp_kwargs["find_unused_parameters"]
 
 
-def test_one_device_on_each_of_two_machines_is_several():
-    assert strategy({"devices": 1}) == "auto"
-    assert type(strategy({"devices": 1, "num_nodes": 2})).__name__ == "DDPStrategy"
+def test_one_device_on_each_of_two_machines_needs_a_strategy():
+    assert device_strategy({"devices": 1}) == "auto"
+    assert type(device_strategy({"devices": 1, "num_nodes": 2})).__name__ == "DDPStrategy"
 
 
-def test_parameters_without_gradients_are_looked_for_where_the_config_says_so():
-    made = strategy({"devices": 2, "strategy": "ddp_find_unused_parameters_true"})
+def test_unused_parameters_are_found_if_the_config_asks_for_it():
+    made = device_strategy({"devices": 2, "strategy": "ddp_find_unused_parameters_true"})
     assert made._ddp_kwargs["find_unused_parameters"]
 
 
-def test_fsdp_is_our_own_and_only_for_several():
-    assert type(strategy({"devices": 2, "strategy": "fsdp"})).__name__ == "ShardedStrategy"
-    assert strategy({"devices": 1, "strategy": "fsdp"}) == "auto"  # as a run that went on alone
+def test_fsdp_is_sharded_strategy_for_several_devices_only():
+    assert type(device_strategy({"devices": 2, "strategy": "fsdp"})).__name__ == "ShardedStrategy"
+    assert device_strategy({"devices": 1, "strategy": "fsdp"}) == "auto"  # as for a run that is resumed on one device

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ldm.encoding.jobs import read_record, take_up, wait_for_records
+from ldm.encoding.jobs import read_record, verified_record, wait_for_records
 from ldm.util import UserError
 
 RECORD = {"samples": 0, "images": 0, "without_caption": 0, "failed": [], "sizes": {}, "f8": []}
@@ -37,9 +37,9 @@ def test_read_record_says_of_a_damaged_one_in_a_line(tmp_path, caplog, data):
     path.write_bytes(data)
     for read in (lambda: read_record(shard), lambda: wait_for_records([shard])):
         with pytest.raises(
-            UserError, match=r"s\.tar\.json: damaged: .*remove it, and its shard is made again"
+            UserError, match=r"s\.tar\.json: damaged: .*remove it, and its shard is written again"
         ) as caught:
             read()
         assert "\n" not in str(caught.value)
-    assert take_up(shard) is None and not path.exists()
-    assert "s.tar.json: damaged: " in caplog.text and "; its shard is made again" in caplog.text
+    assert verified_record(shard) is None and not path.exists()
+    assert "s.tar.json: damaged: " in caplog.text and "; its shard is written again" in caplog.text

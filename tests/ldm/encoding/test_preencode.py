@@ -8,20 +8,18 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import weights_digest
-from ldm.data import datamodule
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.sources import find_images
-from ldm.encoding import prior, shard_set
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.preencode import preencode
 from ldm.encoding.read import sample_key
 from ldm.files import read_span
 from ldm.images.find import ImageItem
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.shards import npy, sample
+from ldm.shards import npy
 from ldm.shards.index import read_index, write_index
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CONTEXT
+from ldm.shards.sample import CONTEXT, POOLED
 from ldm.shards.tar import index_tar
 from ldm.shards.writer import Shard
 from ldm.util import UserError
@@ -61,7 +59,8 @@ def test_a_sample_says_where_it_comes_from(images, tmp_path):
     with (tmp_path / "s.tar").open("rb") as file:
         origin = json.loads(read_span(file.fileno(), *sample.spans["json"], "x"))
     expected = {"source": "p.0.png", "height": 16, "width": 20, "crop": [0, 2, 16, 16], "size": [16, 16], "flip": True}
-    assert origin == expected
+    sizes = {"original_size": [16, 20], "crop_top_left": [0, 2], "target_size": [16, 16]}
+    assert origin == expected | sizes
 
 
 def test_the_index_describes_the_set(images, tmp_path):
@@ -88,7 +87,7 @@ def test_the_index_tells_the_weights_as_they_were_given(images, tmp_path):
     model = Model()
     model.first_stage_model.weight = nn.Parameter(torch.full((3,), 0.1))
     digest = weights_digest({"weight": torch.full((3,), 0.1)})
-    preencode(Encoder(model, dtype=torch.bfloat16), find_images(images), str(tmp_path / "s.tar"), size=16)
+    preencode(SampleEncoder(model, dtype=torch.bfloat16), find_images(images), str(tmp_path / "s.tar"), size=16)
     index = read_index(tmp_path)
     assert model.first_stage_model.weight.dtype == torch.bfloat16
     assert (index["autoencoder"], index["text_tower"]) == (digest, None)
@@ -211,7 +210,7 @@ def test_existing_shards_are_kept_unless_told_otherwise(images, tmp_path):
     with pytest.raises(UserError, match="none of 1 images"):
         run(images.parent / "bad", tmp_path / "s-%d.tar", caption="tom", overwrite=True)
     assert (tmp_path / "index.json").exists() and (tmp_path / "s-0.tar").exists()
-    with pytest.raises(UserError, match="another set is in this folder"):
+    with pytest.raises(UserError, match="this folder holds another set"):
         run(images, tmp_path / "t-%d.tar")
 
 
@@ -263,25 +262,25 @@ def test_an_interrupt_before_anything_is_written_leaves_the_old_set(captioned, t
     out = tmp_path / "set" / "s-%d.tar"
     with pytest.raises(KeyboardInterrupt):
         run(captioned, out, StopsAt(1, KeyboardInterrupt()), batch_size=1)
-    assert not out.parent.exists() and "no shard was finished" in caplog.text
+    assert not out.parent.exists() and "holds no finished shard" in caplog.text
     run(captioned, out)
     before = {path: path.read_bytes() for path in out.parent.iterdir()}
     with pytest.raises(KeyboardInterrupt):
         run(captioned, out, StopsAt(0, KeyboardInterrupt()), overwrite=True)
     assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
-    assert "the 2 shards in" in caplog.text and "are as they were" in caplog.text
+    assert "the 2 shards in" in caplog.text and "are unchanged" in caplog.text
 
 
 def test_a_set_that_was_killed_before_its_first_shard_needs_no_overwrite(images, tmp_path):
     write_index(tmp_path, {"out": "s-%d.tar", "complete": False, "shards": []})
-    with pytest.raises(UserError, match="another set is in this folder"):
+    with pytest.raises(UserError, match="this folder holds another set"):
         run(images, tmp_path / "t-%d.tar")
     run(images, tmp_path / "s-%d.tar")
     assert read_index(tmp_path)["complete"]
 
 
 def test_a_size_that_the_model_cannot_halve_is_refused(images, tmp_path):
-    with pytest.raises(UserError, match="--size 24: this model takes images in multiples of 16 pixels"):
+    with pytest.raises(UserError, match="--size 24: height and width must be multiples of 16 pixels"):
         run(images, tmp_path / "s.tar", size=24)
 
 
@@ -289,7 +288,7 @@ def test_a_model_that_reads_no_captions_is_refused():
     model = Model()
     model.cond_stage_model.key = "t5"
     with pytest.raises(UserError, match="reads no captions"):
-        Encoder(model)
+        SampleEncoder(model)
 
 
 def first_values(encodings):
@@ -303,35 +302,30 @@ def test_preencode_counts_and_names_captions_that_are_cut(images, tmp_path, capl
     report, _ = run(images, tmp_path / "s-%d.tar", model, flip=True)
     index = read_index(tmp_path)
     assert index["captions_cut"] == 1 and index["cut"] == report.cut == [{"name": "p.2.png", "tokens": 7}]
-    assert "1 captions have more tokens than are read, the rest is cut: p.2.png (7)" in caplog.text
+    assert "1 captions have more tokens than the text encoder reads and are cut: p.2.png (7)" in caplog.text
 
 
-def test_preencode_stores_every_encoding_of_the_format(images, tmp_path, monkeypatch):
-    """A second text encoder: its name in the format and a cond stage that gives it are enough."""
-    for module in (datamodule, prior, sample, shard_set):
-        monkeypatch.setattr(module, "TEXT_ENCODINGS", (CONTEXT, "pooled"))
-
+def test_preencode_stores_every_encoding_of_a_model(images, tmp_path):
     class Two(Model):
-        def get_learned_conditioning(self, texts):
-            hidden = super().get_learned_conditioning(texts)
-            return {CONTEXT: hidden, "pooled": -hidden[:, 0]}
+        def encode_captions(self, texts):
+            hidden = self.get_learned_conditioning(texts)
+            return {CONTEXT: hidden, POOLED: -hidden[:, 0]}
 
     run(images, tmp_path / "s-%d.tar", Two())
-    stored = ShardDataset([tmp_path / "s-1.tar"], extra=["pooled"])[1]
-    assert (
-        stored["pooled"].tolist() == [-6] * 6 and stored["t5"].shape == (7, 6) and stored["pooled"].dtype == np.float16
-    )
+    stored = ShardDataset([tmp_path / "s-1.tar"], extra=[POOLED])[1]
+    assert stored[POOLED].tolist() == [-6] * 6 and stored["t5"].shape == (7, 6) and stored[POOLED].dtype == np.float16
     assert (npy.decode(bytearray((tmp_path / "null.pooled.npy").read_bytes()), "null") == -1).all()
-    assert read_index(tmp_path)["pooled"] == [6]
-    data = WebDataNpyModuleFromConfig(5, str(tmp_path), extra_keys=["pooled"], null_cond_dropout=1.0)
+    index = read_index(tmp_path)
+    assert index["pooled"] == [6] and index["members"] == ["f8", "t5", "pooled"]
+    data = WebDataNpyModuleFromConfig(5, str(tmp_path), extra_keys=[POOLED], null_cond_dropout=1.0)
     data.setup("fit")
     [batch] = data.train_dataloader()
-    assert (batch["pooled"] == -1).all() and batch["pooled"].shape == (5, 6) and (batch["t5"] == 1).all()
+    assert (batch[POOLED] == -1).all() and batch[POOLED].shape == (5, 6) and (batch["t5"] == 1).all()
 
 
 def test_captions_are_forgotten_in_the_order_of_their_use(monkeypatch):
     monkeypatch.setattr("ldm.encoding.encoder._CACHED_CAPTIONS", 2)
-    encoder = Encoder(Model())
+    encoder = SampleEncoder(Model())
     for texts in (["a", "bb"], ["a"], ["ccc"], ["a", "bb"]):
         assert [int(value.arrays[CONTEXT][0, 0]) for value in encoder.captions(texts)] == [
             len(text) + 1 for text in texts

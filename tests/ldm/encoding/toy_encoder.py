@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.data.sources import find_images
-from ldm.encoding.encoder import Encoder
+from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.preencode import preencode
 
 
@@ -49,6 +49,9 @@ class Model:
         self.texts += texts
         return torch.stack([torch.full((7, 6), float(len(text) + 1)) for text in texts])
 
+    def encode_captions(self, texts):
+        return {"t5": self.get_learned_conditioning(texts)}
+
 
 def image(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,4 +65,4 @@ def image(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
 def run(folder, out, model=None, caption=None, **options):
     model = model or Model()
     options = {"size": 16, "batch_size": 2, "shard_size": 3, **options}
-    return preencode(Encoder(model), find_images(folder, caption), str(out), **options), model
+    return preencode(SampleEncoder(model), find_images(folder, caption), str(out), **options), model

@@ -1,4 +1,4 @@
-"""Tiny models and sets to evaluate."""
+"""Tiny models and sets for the tests of evaluation."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ KEYS = ["a", "b", "c", "d", "e"]
 
 
 def members(key: str, f8_shape: tuple[int, ...] = (8, 4, 4), caption: str | None = None) -> list[tuple[str, bytes]]:
-    """One sample, whose values follow from its key."""
+    """Return the members of one sample, whose values follow from its key."""
     f8 = seeded_tensor(f"{key}.f8", f8_shape).half().numpy()
     t5 = seeded_tensor(f"{key}.t5", (77, 8)).half().numpy()
-    text = f"a picture of {key}" if caption is None else caption
+    text = f"an image of {key}" if caption is None else caption
     return [(f"{key}.f8.npy", npy.encode(f8)), (f"{key}.t5.npy", npy.encode(t5)), (f"{key}.txt", text.encode())]
 
 
 def build(**changes: Any) -> LatentDiffusion:
-    """The tiny model of the training tests with seeded weights; `changes` of its params."""
+    """Build the tiny model of the training tests with seeded weights and `changes` to its params."""
     config = copy.deepcopy(CONFIG["model"])
     config["params"] |= changes
     return fill_seeded(instantiate_from_config(config)).eval()
@@ -43,19 +43,19 @@ def make_model() -> Callable[..., LatentDiffusion]:
 
 @pytest.fixture
 def model() -> LatentDiffusion:
-    """It takes stored encodings and keeps no average."""
+    """Return a model that takes stored caption embeddings and has no averaged weights."""
     return build(use_ema=False)
 
 
 @pytest.fixture
 def reader() -> LatentDiffusion:
-    """It reads captions."""
+    """Return a model with a text encoder."""
     return build(use_ema=False, cond_stage_key="txt", cond_stage_config=TEXT_TOWER)
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    """Five samples."""
+    """Write a shard of five samples."""
     return write_tar(tmp_path / "five.tar", [member for key in KEYS for member in members(key)])
 
 
@@ -65,6 +65,6 @@ def five(shard: Path, model: LatentDiffusion) -> EvaluationSet:
 
 
 def constant(model: LatentDiffusion, value: float) -> LatentDiffusion:
-    """`model`, made to predict `value` everywhere."""
+    """Return `model`, patched to predict `value` everywhere."""
     model.apply_model = lambda x, t, cond: torch.full_like(x, value)
     return model

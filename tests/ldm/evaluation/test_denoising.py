@@ -1,4 +1,4 @@
-"""Losses and drift at fixed timesteps and noise: by hand, and that nothing else has a say in them."""
+"""Tests of losses and drift at fixed timesteps and noise: by hand, and independent of batches and random state."""
 
 import copy
 
@@ -18,7 +18,7 @@ TIMESTEPS = [6, 18, 31, 43]
 
 
 def moved(model, amount):
-    """A copy of `model` whose UNet is `amount` along one fixed direction away."""
+    """Return a copy of `model` whose UNet is moved by `amount` along one fixed direction."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for key, parameter in other.model.named_parameters():
@@ -37,7 +37,7 @@ def test_loss_and_drift_by_hand(five, model):
 
 
 @pytest.mark.parametrize("parameterization", ["v", "x0"])
-def test_drift_is_that_of_the_noise_whatever_is_predicted(five, make_model, parameterization):
+def test_drift_compares_noise_predictions_for_every_parameterization(five, make_model, parameterization):
     model = make_model(use_ema=False, parameterization=parameterization)
     base = record(constant(model, 0.5), five, TIMESTEPS, 5)
     drift = compare(base, constant(model, 0.6), five, TIMESTEPS, 5).drift
@@ -65,7 +65,7 @@ def test_the_real_network_sees_the_noisy_mode_and_the_stored_encoding(five, mode
     assert found.loss[2, 1] == pytest.approx(float((eps - noise).square().mean()), rel=1e-4)
 
 
-def test_a_model_has_not_moved_from_itself(five, model):
+def test_a_model_has_no_drift_from_itself(five, model):
     found = compare(record(model, five, TIMESTEPS, 2), model, five, TIMESTEPS, 2)
     assert (found.drift == 0).all() and (found.base == found.tuned).all()
 
@@ -75,45 +75,47 @@ def test_models_of_known_drift_are_in_order(five, model):
     drifts = [compare(base, moved(model, amount), five, TIMESTEPS, 5).drift for amount in (0.01, 0.03, 0.1)]
     assert (drifts[0].mean(0) > 0).all()
     assert (drifts[0].mean(0) < drifts[1].mean(0)).all() and (drifts[1].mean(0) < drifts[2].mean(0)).all()
-    assert drifts[1].mean() / drifts[0].mean() == pytest.approx(9, rel=0.3), "a small step counts as its square"
+    assert drifts[1].mean() / drifts[0].mean() == pytest.approx(9, rel=0.3), "drift is quadratic in a small step"
 
 
-def test_neither_batches_nor_order_nor_random_state_change_anything(tmp_path, five, model):
-    turned = write_tar(tmp_path / "turned.tar", [member for key in KEYS[::-1] for member in members(key)])
+def test_results_do_not_depend_on_batches_order_or_random_state(tmp_path, five, model):
+    reversed_order = write_tar(tmp_path / "reversed.tar", [member for key in KEYS[::-1] for member in members(key)])
     torch.manual_seed(3)
     state = torch.get_rng_state()
     one = record(model, five, TIMESTEPS, 5)
     assert torch.get_rng_state().equal(state)
     torch.manual_seed(4)
-    for pictures, batch_size in ((five, 1), (five, 2), (open_set("turned", str(turned), model), 5)):
-        other = record(model, pictures, TIMESTEPS, batch_size)
-        order = [pictures.keys.index(key) for key in KEYS]
+    for image_set, batch_size in ((five, 1), (five, 2), (open_set("reversed", str(reversed_order), model), 5)):
+        other = record(model, image_set, TIMESTEPS, batch_size)
+        order = [image_set.keys.index(key) for key in KEYS]
         np.testing.assert_allclose(other.loss[order], one.loss, rtol=1e-5)
         for position, eps in zip(order, one.eps, strict=True):
             torch.testing.assert_close(other.eps[position], eps, rtol=1e-4, atol=1e-5)
 
 
-def test_a_latent_that_was_drawn_already_is_taken_as_it_is(tmp_path, model):
+def test_a_stored_latent_is_used_unchanged(tmp_path, model):
     posterior = members("a")
     mode = seeded_tensor("a.f8", (8, 4, 4)).half().numpy()[:4]
-    path = write_tar(tmp_path / "drawn.tar", [("a.f8.npy", npy.encode(mode)), *posterior[1:]])
+    path = write_tar(tmp_path / "latent.tar", [("a.f8.npy", npy.encode(mode)), *posterior[1:]])
     other = write_tar(tmp_path / "posterior.tar", posterior)
     one, two = (record(model, open_set("s", str(p), model), TIMESTEPS, 1).loss for p in (path, other))
     assert (one == two).all()
 
 
 def test_each_model_reads_captions_with_its_own_encoder(tmp_path, shard, reader):
-    pictures = open_set("five", str(shard), reader)
-    base = record(reader, pictures, TIMESTEPS, 5)
+    image_set = open_set("five", str(shard), reader)
+    base = record(reader, image_set, TIMESTEPS, 5)
     tuned = copy.deepcopy(reader)
     fill_seeded(tuned.cond_stage_model, "another.")
-    assert compare(base, tuned, pictures, TIMESTEPS, 5).drift.mean() > 0
-    silent = write_tar(tmp_path / "silent.tar", [member for key in KEYS for member in members(key, caption="x")])
-    loss = record(reader, open_set("five", str(silent), reader), TIMESTEPS, 5).loss
-    assert (loss != base.loss).all(), "captions count"
+    assert compare(base, tuned, image_set, TIMESTEPS, 5).drift.mean() > 0
+    same_captions = write_tar(
+        tmp_path / "same-captions.tar", [member for key in KEYS for member in members(key, caption="x")]
+    )
+    loss = record(reader, open_set("five", str(same_captions), reader), TIMESTEPS, 5).loss
+    assert (loss != base.loss).all(), "captions change the loss"
 
 
-def test_the_averaged_weights_are_evaluated_where_there_are_any(five, make_model):
+def test_averaged_weights_are_evaluated_if_the_model_has_them(five, make_model):
     averaged = make_model(use_ema=True)
     averaged.restart_ema()
     expected = record(averaged, five, TIMESTEPS, 5).loss

@@ -1,4 +1,4 @@
-"""The fixed part of an evaluation."""
+"""Tests of the fixed parts of an evaluation."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def test_timesteps_are_the_midpoints_of_equal_strata():
 
 
 @pytest.mark.parametrize("count", [0, 11])
-def test_a_number_of_timesteps_that_the_model_lacks_is_refused(count):
+def test_more_timesteps_than_the_model_has_are_refused(count):
     with pytest.raises(UserError, match="choose 1 to 10"):
         midpoint_timesteps(10, count)
 
@@ -31,7 +31,7 @@ def test_noise_follows_from_key_and_timestep_alone():
     assert abs(float(first.mean())) < 0.2 and abs(float(first.std()) - 1) < 0.2
 
 
-def test_noise_is_that_of_earlier_evaluations():
+def test_fixed_noise_never_changes():
     torch.testing.assert_close(
         fixed_noise("a", 62, (4,)), torch.tensor([-0.13342, -1.143447, 1.621461, 0.550089]), rtol=0, atol=1e-5
     )

@@ -1,4 +1,4 @@
-"""Two releases, one after the other; and the samples that are drawn from both."""
+"""Tests of the evaluation of two releases, and of the distances of their samples."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ BASE, TUNED = Path("base.ckpt"), Path("tuned.ckpt")
 
 
 class Loader:
-    """Gives copies of models by path, and notes how many earlier ones still exist at each load."""
+    """Loader that returns copies of models by path, and counts the earlier copies still in memory at each load."""
 
     def __init__(self, **models) -> None:
         self.models = models
         self.alive: list[int] = []
-        self._given: list[weakref.ref] = []
+        self._returned: list[weakref.ref] = []
 
     def __call__(self, path: Path):
-        self.alive.append(sum(reference() is not None for reference in self._given))
+        self.alive.append(sum(reference() is not None for reference in self._returned))
         model = copy.deepcopy(self.models[path.stem])
-        self._given.append(weakref.ref(model))
+        self._returned.append(weakref.ref(model))
         return model
 
 
@@ -40,7 +40,7 @@ def test_one_model_is_in_memory_at_a_time(shard, reader):
     assert load.alive == [0, 0]
 
 
-def test_a_model_beside_itself_moves_nothing(shard, reader):
+def test_a_model_compared_with_itself_has_no_drift(shard, reader):
     sampling = Sampling(count=2, seed=7, steps=2, scale=2.0, sampler="dpm_solver")
     (result,) = evaluate_releases(
         Loader(base=reader, tuned=reader), BASE, TUNED, {"one": str(shard)}, Settings(4, 2, 3, sampling)
@@ -48,13 +48,13 @@ def test_a_model_beside_itself_moves_nothing(shard, reader):
     assert result.timesteps == [6, 18, 31, 43] and result.comparison.base.shape == (3, 4)
     assert (result.comparison.drift == 0).all()
     assert (result.comparison.base == result.comparison.tuned).all()
-    assert result.distances.moved == [0.0, 0.0]
-    assert result.distances.base_to_picture == result.distances.tuned_to_picture
-    assert all(0 < distance <= 1 for distance in result.distances.base_to_picture)
-    assert result.tuned.keys == ["a", "b"]  # spread over the three that the limit leaves: a, b, d
+    assert result.distances.base_to_tuned == [0.0, 0.0]
+    assert result.distances.base_to_image == result.distances.tuned_to_image
+    assert all(0 < distance <= 1 for distance in result.distances.base_to_image)
+    assert result.tuned.keys == ["a", "b"]  # two of the three that the limit keeps: a, b, d
     assert [tuple(request) for request in result.tuned.requests] == [
-        Request("a picture of a", 7),
-        Request("a picture of b", 8),
+        Request("an image of a", 7),
+        Request("an image of b", 8),
     ]
 
 
@@ -63,9 +63,9 @@ def test_distances_of_samples_by_hand():
     found = sample_distances(torch.stack([black, black]), torch.stack([black, white]), [white, white])
     assert found == ([0, 1], [1, 1], [1, 0])
     assert {name: interval.value for name, interval in found.means().items()} == {
-        "moved": 0.5,
-        "base_to_picture": 1.0,
-        "tuned_to_picture": 0.5,
+        "base_to_tuned": 0.5,
+        "base_to_image": 1.0,
+        "tuned_to_image": 0.5,
     }
 
 
@@ -77,7 +77,7 @@ def test_distances_of_samples_by_hand():
         (1.0, float("inf"), "tuned.ckpt: predicts NaN or infinity for 'a' of set 'new' at timestep 12"),
     ],
 )
-def test_predictions_that_say_nothing_are_refused(shard, model, base, tuned, message):
+def test_zero_and_non_finite_predictions_are_refused(shard, model, base, tuned, message):
     values = {"base": base, "tuned": tuned}
 
     def load(path: Path):
@@ -92,6 +92,6 @@ def test_samples_need_a_model_that_reads_captions(shard, model):
         evaluate_releases(Loader(base=model), BASE, TUNED, {"new": str(shard)}, Settings(sampling=Sampling(1)))
 
 
-def test_all_pictures_without_a_limit(shard, model):
+def test_all_images_without_a_limit(shard, model):
     (result,) = evaluate_releases(Loader(base=model, tuned=model), BASE, TUNED, {"n": str(shard)}, Settings(1))
-    assert result.pictures.keys == KEYS and result.distances is None
+    assert result.image_set.keys == KEYS and result.distances is None

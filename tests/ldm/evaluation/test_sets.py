@@ -1,4 +1,4 @@
-"""Sets of shards to evaluate on, and what is wrong with them."""
+"""Tests of opening sets of shards, and of the messages about unusable ones."""
 
 import numpy as np
 import pytest
@@ -15,21 +15,21 @@ def test_parse_sets():
 
 
 @pytest.mark.parametrize("entries", [["shards.tar"], ["=a.tar"], ["new="], ["a b=c.tar"], ["a=1.tar", "a=2.tar"]])
-def test_sets_that_are_no_sets_are_refused(entries):
+def test_parse_sets_refuses_other_forms(entries):
     with pytest.raises(UserError, match=f"--set {entries[-1]}: ") as caught:
         parse_sets(entries)
     assert "\n" not in str(caught.value)
 
 
-def test_a_set_is_its_samples_in_order_or_some_spread_over_them(shard, model):
+def test_a_set_holds_all_samples_in_order_or_a_limited_number(shard, model):
     whole, some = open_set("a", str(shard), model), open_set("a", str(shard), model, limit=2)
     assert whole.keys == KEYS and [whole[i]["__key__"] for i in range(5)] == KEYS
     assert some.keys == ["a", "c"] and some[1]["__key__"] == "c"
-    digests = {pictures.digest(timesteps) for pictures in (whole, some) for timesteps in ([1, 2], [1, 3])}
+    digests = {image_set.digest(timesteps) for image_set in (whole, some) for timesteps in ([1, 2], [1, 3])}
     assert len(digests) == 4 and all(len(digest) == 32 for digest in digests)
 
 
-def test_a_batch_has_pictures_of_one_size(tmp_path, model):
+def test_a_batch_has_images_of_one_size(tmp_path, model):
     shapes = {"a": (8, 4, 4), "b": (8, 4, 6), "c": (8, 4, 4), "d": (8, 4, 4)}
     path = write_tar(
         tmp_path / "mixed.tar", [member for key, shape in shapes.items() for member in members(key, shape)]
@@ -37,10 +37,10 @@ def test_a_batch_has_pictures_of_one_size(tmp_path, model):
     assert list(open_set("a", str(path), model).batches(2)) == [[0, 2], [3], [1]]
 
 
-def test_a_model_with_a_text_encoder_takes_captions_and_another_stored_encodings(shard, model, reader):
+def test_a_model_takes_captions_with_a_text_encoder_and_stored_encodings_without(shard, model, reader):
     assert set(open_set("a", str(shard), model).dataset.shapes) >= {"f8", "t5"}
     path = write_tar(shard.with_name("no-t5.tar"), [member for member in members("a") if "t5" not in member[0]])
-    assert open_set("a", str(path), reader)[0]["txt"] == "a picture of a"
+    assert open_set("a", str(path), reader)[0]["txt"] == "an image of a"
     with pytest.raises(UserError, match=r"set 'a': .*sample 'a' has no member 't5.npy'"):
         open_set("a", str(path), model)
 
@@ -51,12 +51,12 @@ def test_a_model_with_a_text_encoder_takes_captions_and_another_stored_encodings
         ("nowhere.tar", "nowhere.tar: no such file"),
         ("no/*.tar", "no file matches"),
         ("empty.tar", "no samples in 1 shard, "),
-        ("pipe:cat five.tar", "is streamed"),
+        ("pipe:cat five.tar", "is a stream"),
         ("other.tar", r"has shape \(6, 4, 4\); the model takes \(8, h, w\)"),
         ("wide.tar", r"t5 has shape \(77, 9\); the UNet's context_dim is 8"),
     ],
 )
-def test_a_set_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, shard, model, urls, message):
+def test_an_unusable_set_is_refused_in_one_line(tmp_path, monkeypatch, shard, model, urls, message):
     monkeypatch.chdir(tmp_path)
     write_tar(tmp_path / "empty.tar", [])
     write_tar(tmp_path / "other.tar", members("a", (6, 4, 4)))
@@ -67,10 +67,10 @@ def test_a_set_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, shard, mod
     assert "\n" not in str(caught.value)
 
 
-def test_names_and_limits_that_make_no_sense_are_refused(shard, model):
-    with pytest.raises(UserError, match="set 'a/b': a name is letters"):
+def test_invalid_names_and_limits_are_refused(shard, model):
+    with pytest.raises(UserError, match="set 'a/b': a name consists of letters"):
         open_set("a/b", str(shard), model)
-    with pytest.raises(UserError, match=r"set 1: a name is letters.*quote"):
+    with pytest.raises(UserError, match=r"set 1: a name consists of letters.*quote"):
         open_set(1, str(shard), model)
     with pytest.raises(UserError, match="set 'a': None names no shards"):
         open_set("a", None, model)
@@ -78,7 +78,7 @@ def test_names_and_limits_that_make_no_sense_are_refused(shard, model):
         open_set("a", str(shard), model, limit=0)
 
 
-def test_a_model_of_no_captions_is_refused(shard, make_model):
+def test_an_unconditional_model_is_refused(shard, make_model):
     unconditional = make_model(use_ema=False, conditioning_key=None, cond_stage_config="__is_unconditional__")
-    with pytest.raises(UserError, match="only models of captions"):
+    with pytest.raises(UserError, match="only models conditioned on captions"):
         open_set("a", str(shard), unconditional)

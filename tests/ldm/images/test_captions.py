@@ -24,7 +24,7 @@ def test_from_metadata_names_keys_that_are_not_read(tmp_path, caplog):
     line = {"file_name": "a.png", "text": "tom", "caption": "other", "width": 3}
     put(tmp_path, {"metadata.jsonl": metadata(line), "a.png": RED})
     assert described(find_images(tmp_path)) == [("a.png", "tom")]
-    assert "metadata.jsonl: keys that are not read: 'caption', 'width'" in caplog.text
+    assert "metadata.jsonl: unknown keys ignored: 'caption', 'width'" in caplog.text
 
 
 def test_from_metadata_in_subfolders_beside_captions_in_files(tmp_path, caplog):
@@ -32,8 +32,8 @@ def test_from_metadata_in_subfolders_beside_captions_in_files(tmp_path, caplog):
     files = {"a.png": RED, "a.txt": "a", "sub/metadata.jsonl": listed, "sub/b.png": RED, "sub/deep/c.png": RED}
     items = find_images(put(tmp_path, {**files, "sub/d.png": RED, "sub/d.txt": "d"}))
     assert described(items) == [("a.png", "a"), ("sub/b.png", "b"), ("sub/deep/c.png", "c")]
-    assert "1 images, such as sub/d.png, are not in sub/metadata.jsonl: left out" in caplog.text
-    assert "1 files are read for no caption: sub/d.txt" in caplog.text
+    assert "1 images skipped, such as sub/d.png, because they are not in sub/metadata.jsonl" in caplog.text
+    assert "1 caption files without an image: sub/d.txt" in caplog.text
 
 
 def test_from_metadata_leaves_the_caption_to_a_text_file(tmp_path):
@@ -81,7 +81,7 @@ def test_captions_among_the_images_of_a_glob(tmp_path, caplog):
     assert described(find_images(every)) == [("a.png", "a"), ("b.png", "b")] and not caplog.text
     put(tmp_path, {"notes.txt": "x", "film.mp4": "x"})
     assert len(find_images(sorted(map(str, tmp_path.iterdir())))) == 2
-    assert "2 files are neither images nor tars, and are left out" in caplog.text and "notes.txt" in caplog.text
+    assert "2 files skipped, because they are neither images nor tars" in caplog.text and "notes.txt" in caplog.text
 
 
 def test_same_name_of_the_spellings_of_one():

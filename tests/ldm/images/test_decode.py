@@ -107,7 +107,7 @@ def bomb(side: int) -> bytes:
         (bomb(200_000), "decompression bomb"),
         (bomb(40), "image file is truncated"),
         (encoded(Image.fromarray(gradient(64, 64)), "JPEG")[:-40], "truncated"),
-        (encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF"), "no agreed range"),
+        (encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF"), "no standard range"),
     ],
 )
 def test_what_is_not_a_whole_image_is_refused_in_one_line(data, message):

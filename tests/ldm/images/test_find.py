@@ -35,7 +35,7 @@ def test_captions_beside_images_in_folders_of_folders(tmp_path, caplog):
         "d.mp4": "?",
     }
     assert described(find_images(put(tmp_path, files))) == [("b.PNG", "a red flag"), ("sub/a.jpg", "x")]
-    assert "left out: .mp4" in caplog.text
+    assert "files of other types skipped: .mp4" in caplog.text
 
 
 def test_images_without_a_caption_are_told_of(tmp_path, caplog):
@@ -68,7 +68,7 @@ def test_metadata(tmp_path, caplog):
     put(tmp_path, {"metadata.jsonl": lines, "s/a.png": RED, "b.png": RED, "c.png": RED})
     items = find_images(tmp_path)
     assert described(items) == [("s/a.png", "tom"), ("gone.png", "x"), ("b.png", None)]
-    assert "1 images, such as c.png, are not in metadata.jsonl" in caplog.text
+    assert "1 images skipped, such as c.png, because they are not in metadata.jsonl" in caplog.text
     with pytest.raises(UserError, match=r"gone\.png: No such file"):
         items[1].read()
 
@@ -144,12 +144,12 @@ def test_several_sources_of_several_kinds(tmp_path):
     assert described(find_images(one)) == [("one.png", "1")]
     items = find_images([tmp_path / "A", tmp_path / "B", tmp_path / "T", one])
     assert described(items) == [("A/x.png", "A"), ("B/x.png", "B"), ("T/set-0.tar/b.png", "b"), ("one.png", "1")]
-    with pytest.raises(UserError, match=r"A/x\.png: named twice"):
+    with pytest.raises(UserError, match=r"A/x\.png: occurs twice"):
         find_images([tmp_path / "A", tmp_path / "A"])
     lines = metadata({"file_name": "x.png", "text": "1"}, {"file_name": "./x.png", "text": "2"})
-    with pytest.raises(UserError, match=r"twice/x\.png: named twice"):
+    with pytest.raises(UserError, match=r"twice/x\.png: occurs twice"):
         find_images(put(tmp_path / "twice", {"metadata.jsonl": lines, "x.png": RED}))
-    with pytest.raises(UserError, match=r"set-0\.tar: named twice"):
+    with pytest.raises(UserError, match=r"set-0\.tar: occurs twice"):
         find_images(f"{tmp_path}/T/set-{{0,0}}.tar")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none: no images"):
@@ -161,7 +161,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
         find_images(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         find_images(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="fetch it first"):
+    with pytest.raises(UserError, match="download it first"):
         find_images("https://example.org/a.tar")
 
 

@@ -1,4 +1,4 @@
-"""What is said of a set, on sets whose every number is known."""
+"""Tests of the inspection on sets with known numbers."""
 
 import json
 import math
@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from ldm.inspection.measure import Moments, inspect, latent_channels, open_to_inspect
-from ldm.inspection.text import inspection_text
+from ldm.inspection.text import format_inspection
 from ldm.shards import npy
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 
 
 def write(folder, samples):
-    """A shard of samples `(key, f8, caption, json)`, the last two None for none."""
+    """Write a shard of samples `(key, f8, caption, json)`, where None leaves a member out; return its path."""
     with Shard(folder / "s.tar") as shard:
         for key, f8, caption, origin in samples:
             members = {"f8.npy": npy.encode(f8.astype(np.float16))}
@@ -37,8 +37,8 @@ def test_moments_by_hand():
     means = np.array([[[0.0, 2.0]], [[1.0, 1.0]]])  # C h w
     log_variances = np.log([[[1.0, 3.0]], [[0.5, 0.5]]])
     moments.add(np.concatenate([means, log_variances]))
-    moments.add(np.array([[[4.0, 2.0]], [[1.0, 1.0]]]))  # a latent: no spread of its own
-    found = moments.described()
+    moments.add(np.array([[[4.0, 2.0]], [[1.0, 1.0]]]))  # a latent has no variance
+    found = moments.to_dict()
     assert found["channel_mean"] == pytest.approx([2.0, 1.0])
     # z² : (0+1) + (4+3) + 16 + 4 = 28 over 4; (1+0.5)·2 + 1 + 1 = 5 over 4
     assert found["channel_std"] == pytest.approx([math.sqrt(7 - 4), math.sqrt(1.25 - 1)])
@@ -46,17 +46,17 @@ def test_moments_by_hand():
 
 
 @pytest.mark.parametrize(("channels", "of_latent"), [(4, 4), (8, 4), (16, 8), (3, 3), (9, 9)])
-def test_the_channels_tell_posteriors_from_latents(tmp_path, channels, of_latent):
+def test_latent_channels_of_posteriors_and_latents(tmp_path, channels, of_latent):
     urls = write(tmp_path, [("a", latent(1, (channels, 2, 2)), None, None)])
     assert latent_channels(open_to_inspect(urls)) == of_latent
 
 
-def found_in(tmp_path, samples, scale_factor=0.5):
+def inspected(tmp_path, samples, scale_factor=0.5):
     return inspect(open_to_inspect(write(tmp_path, samples)), 4, scale_factor)
 
 
 def test_duplicates_and_mirror_images(tmp_path):
-    found = found_in(
+    found = inspected(
         tmp_path,
         [
             ("a", latent(1), "a cat", origin(64, 64)),
@@ -74,30 +74,30 @@ def test_duplicates_and_mirror_images(tmp_path):
     assert found["latents"]["expected_std"] == 2.0
 
 
-def test_captions_are_cut_at_77_with_start_and_end(tmp_path):
+def test_captions_are_truncated_to_75_tokens(tmp_path):
     captions = ["cat " * 75, "cat " * 76, "cat " * 12, "cat"]
-    found = found_in(tmp_path, [(str(i), latent(i), text, None) for i, text in enumerate(captions)])["captions"]
-    assert (found["cut"], found["tokens_most"], found["longest"]) == (1, 76, captions[1])
+    found = inspected(tmp_path, [(str(i), latent(i), text, None) for i, text in enumerate(captions)])["captions"]
+    assert (found["truncated"], found["tokens_max"], found["longest"]) == (1, 76, captions[1])
     assert found["tokens_median"] == (12 + 75) / 2
     assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "10-19": 1, "70-77": 2}
 
 
-def test_captions_that_are_far_too_long_share_a_class(tmp_path):
-    found = found_in(tmp_path, [(str(n), latent(n), "cat " * n, None) for n in (5, 77, 78, 3000)])["captions"]
-    assert found["tokens_most"] == 3000 and len(found["tokens"]) == 9
+def test_captions_beyond_77_tokens_share_a_bin(tmp_path):
+    found = inspected(tmp_path, [(str(n), latent(n), "cat " * n, None) for n in (5, 77, 78, 3000)])["captions"]
+    assert found["tokens_max"] == 3000 and len(found["tokens"]) == 9
     assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "70-77": 1, "78-": 2}
 
 
-def test_originals_and_what_was_enlarged(tmp_path):
+def test_originals_and_enlarged_ones(tmp_path):
     origins = [
         origin(300, 2000, crop=[0, 850, 300, 300], size=[512, 512]),
         origin(512, 600, crop=[0, 44, 512, 512], size=[512, 512]),
-        origin(3000, 2500, crop=[250, 0, 2500], size=512),  # as format 1 has it
+        origin(3000, 2500, crop=[250, 0, 2500], size=512),  # format 1 stores the side of a square
         origin(100, 100, crop=[0, 0, 100], size=512),
-        {"source": "of another program"},
+        {"source": "from another program"},
         None,
     ]
-    found = found_in(tmp_path, [(str(i), latent(i), "x", entry) for i, entry in enumerate(origins)])["originals"]
+    found = inspected(tmp_path, [(str(i), latent(i), "x", entry) for i, entry in enumerate(origins)])["originals"]
     assert (found["known"], found["enlarged"]) == (4, 2)
     assert {name: n for name, n in found["shorter_side"].items() if n} == {
         "0-256": 1,
@@ -107,30 +107,30 @@ def test_originals_and_what_was_enlarged(tmp_path):
     }
 
 
-def test_the_text_says_what_was_found(tmp_path):
+def test_format_inspection(tmp_path):
     samples = [("a", latent(1), "a cat", origin(64, 64)), ("b", latent(1, (4, 2, 4)), "a cat", None)]
-    found = found_in(tmp_path, samples)
-    about = {"format": 2, "autoencoder": "abc", "failed": [{"name": "x.png", "reason": "broken"}]}
-    text = inspection_text(found, about)
+    found = inspected(tmp_path, samples)
+    index = {"format": 2, "autoencoder": "abc", "failed": [{"name": "x.png", "reason": "broken"}]}
+    text = format_inspection(found, index)
     for expected in (
         "2 samples in 1 shard, ",
         "1 image could not be read, such as x.png: broken",
         "autoencoder: abc",
         "4x2x4 ######################################## 1",
-        "0 of 1 had to be enlarged",
-        "1 caption is that of several images, 2 in all",
+        "0 of 1 were enlarged",
+        "1 caption used more than once, by 2 images",
         "2 x 'a cat'",
-        "0 latents are there more than once",
-        "0 longer than the 75 that are read",
+        "0 latents stored more than once, in 0 samples",
+        "0 truncated to 75 tokens",
         "the model expects a std of 2.0000",
     ):
         assert expected in text
-    about["failed"] = [{"name": "x.png", "reason": "x.png: not an image (PNG)"}] * 2
-    assert "2 images could not be read, such as x.png: not an image (PNG)\n" in inspection_text(found, about)
-    silent = inspection_text(found_in(tmp_path, [("a", latent(1), "", None)], None), {})
-    assert "originals: the samples do not say" in silent and "expects" not in silent
+    index["failed"] = [{"name": "x.png", "reason": "x.png: not an image (PNG)"}] * 2
+    assert "2 images could not be read, such as x.png: not an image (PNG)\n" in format_inspection(found, index)
+    short = format_inspection(inspected(tmp_path, [("a", latent(1), "", None)], None), {})
+    assert "originals: the samples have no record of their sizes" in short and "expects" not in short
 
 
 def test_streams_are_refused():
-    with pytest.raises(UserError, match="pipe:cat x: is streamed"):
+    with pytest.raises(UserError, match="pipe:cat x: is a stream"):
         open_to_inspect("pipe:cat x")

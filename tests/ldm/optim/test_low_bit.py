@@ -146,5 +146,5 @@ def test_without_torchao_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 
 def test_torchaos_own_classes_are_refused() -> None:
-    with pytest.raises(UserError, match=r"torchao.optim.AdamW8bit: .* name ldm.optim.low_bit.AdamW8bit"):
+    with pytest.raises(UserError, match=r"torchao.optim.AdamW8bit: .* use ldm.optim.low_bit.AdamW8bit"):
         build_optimizer({"target": "torchao.optim.AdamW8bit"}, nn.Linear(2, 2).parameters(), 1e-3, "optimizer_config")

@@ -1,4 +1,4 @@
-"""Which batch fits a card."""
+"""Tests of the search for the largest batch that fits a card."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 
 from ldm.config.load import load_config
 from ldm.planning import card
-from ldm.planning.card import GIB, Fit, fits, largest_batch, needed
+from ldm.planning.card import GIB, Fit, fits, largest_batch, needed_bytes
 
-# Bytes by batch, of the shape that steps have: the most of some moments, each linear in the batch.
+# Bytes as functions of the batch size, of the shape of a real step: the maximum of functions that are linear in it.
 STEPS: list[Callable[[int], int]] = [
     lambda n: 100 + 7 * n,
     lambda n: max(1000, 300 + 13 * n),
@@ -19,19 +19,19 @@ STEPS: list[Callable[[int], int]] = [
 
 
 @pytest.mark.parametrize("takes", STEPS)
-@pytest.mark.parametrize("room", [50, 110, 999, 1000, 1001, 1313, 5000, 100_000])
-def test_the_largest_batch_is_found_in_few_tries(takes: Callable[[int], int], room: int) -> None:
+@pytest.mark.parametrize("limit", [50, 110, 999, 1000, 1001, 1313, 5000, 100_000])
+def test_the_largest_batch_is_found_in_few_tries(takes: Callable[[int], int], limit: int) -> None:
     tried = []
-    found = largest_batch(lambda n: tried.append(n) or takes(n), room)
-    assert found == max((n for n in range(1, 20_000) if takes(n) <= room), default=0)
+    found = largest_batch(lambda n: tried.append(n) or takes(n), limit)
+    assert found == max((n for n in range(1, 20_000) if takes(n) <= limit), default=0)
     assert len(tried) <= 11 and len(tried) == len(set(tried))
 
 
-def test_a_card_holds_tensors_gaps_and_the_context() -> None:
-    assert needed(10 * GIB) == int(10.3 * GIB) + int(0.6 * GIB)
+def test_needed_bytes_adds_fragmentation_and_context() -> None:
+    assert needed_bytes(10 * GIB) == int(10.3 * GIB) + int(0.6 * GIB)
 
 
-def test_each_tier_is_asked_with_its_own_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     def peak_of_step(config, images, size):
         lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
         streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")

@@ -1,16 +1,16 @@
-"""The batch of a plan is as large as what the config's data would give."""
+"""Tests of the fake batch, which has the shapes of the config's data."""
 
 import pytest
 from omegaconf import OmegaConf
 
 from ldm.config.load import build_model
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.planning.fake_batch import gives_images, make_batch
+from ldm.planning.fake_batch import has_image_data, make_batch
 from tests.training_runs import CONFIG
 
 
 class OwnShards(WebDataNpyModuleFromConfig):
-    """Somebody's shards."""
+    """Subclass in a user's module."""
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,15 @@ class OwnShards(WebDataNpyModuleFromConfig):
         (None, True),
     ],
 )
-def test_the_class_tells_whether_data_are_pictures(target, images):
+def test_has_image_data_follows_from_the_class(target, images):
     config = OmegaConf.create(CONFIG)
     model = build_model(config)
     config.data.target = target
-    assert gives_images(model, config) is images
+    assert has_image_data(model, config) is images
 
 
 @pytest.mark.parametrize(("levels", "pixels"), [([1, 1], 2), (None, 8)], ids=["as named", "by default"])
-def test_the_first_stage_tells_how_large_a_picture_is(levels, pixels):
+def test_the_image_size_follows_from_the_first_stage(levels, pixels):
     config = OmegaConf.create(CONFIG)
     config.data.target = "main.DataModuleFromConfig"
     described = config.model.params.first_stage_config.params.ddconfig

@@ -1,4 +1,4 @@
-"""What the ledger counts, on cases small enough to count by hand."""
+"""Tests of the ledger on cases small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def counted(**categories: int) -> dict[str, int]:
     return dict.fromkeys(CATEGORIES, 0) | categories
 
 
-def test_the_peak_is_the_most_that_is_held_together() -> None:
+def test_peak_is_the_largest_sum_of_live_storages() -> None:
     with FakeTensorMode(), Ledger() as ledger:
         a = torch.empty(1024)  # 4096 bytes
         b = a + 1
         del a
-        c = b[:2].view(2, 1)  # a view takes nothing
+        c = b[:2].view(2, 1)  # a view allocates nothing
         d = torch.empty(2048)  # 8192, beside b's 4096
         del b, c, d
     assert ledger.peak() == counted(temporaries=4096 + 8192)
@@ -30,7 +30,7 @@ def test_sizes_are_multiples_of_the_allocators_block() -> None:
     del kept
 
 
-def test_a_name_counts_from_the_start_and_the_host_not_at_all() -> None:
+def test_name_applies_from_allocation_and_excludes_the_host() -> None:
     with FakeTensorMode(), Ledger() as ledger:
         weight, elsewhere = torch.empty(1024), torch.empty(4096)
         gradient = torch.empty(1024)
@@ -43,7 +43,7 @@ def test_a_name_counts_from_the_start_and_the_host_not_at_all() -> None:
     del there, gradient
 
 
-def test_survivors_are_what_is_still_there() -> None:
+def test_name_survivors_names_live_temporaries() -> None:
     with FakeTensorMode(), Ledger() as ledger:
         before = torch.empty(128)
         began = ledger.now
@@ -56,7 +56,7 @@ def test_survivors_are_what_is_still_there() -> None:
     del before, saved
 
 
-def test_a_peak_is_looked_for_from_a_moment_on() -> None:
+def test_peak_since_a_moment() -> None:
     with FakeTensorMode(), Ledger() as ledger:
         torch.empty(1024)
         began = ledger.now
@@ -66,7 +66,7 @@ def test_a_peak_is_looked_for_from_a_moment_on() -> None:
     del kept
 
 
-def test_a_quantised_tensor_is_its_parts() -> None:
+def test_a_quantised_tensor_counts_as_its_parts() -> None:
     from torchao.optim.subclass_8bit import OptimState8bit
 
     moment = OptimState8bit.zeros((64, 64), block_size=256)

@@ -1,4 +1,4 @@
-"""The predicted peaks of a step of the SD v1 UNet, and what a plan leaves untouched."""
+"""Tests of the predicted peaks of a step, mainly of the SD v1 UNet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIMIZER = "model.params.optimizer_config"
 
 
 def predicted(*names: str, images: int = 1) -> dict[str, float]:
-    """GiB by category at 512×512, of configs and overrides."""
+    """Return GiB per category at 512×512, for configs and overrides."""
     overrides = [name for name in names if "=" in name]
     config = load_config([name for name in names if "=" not in name], overrides)
     return {category: bytes_ / GIB for category, bytes_ in peak_of_step(config, images=images).items()}
@@ -29,7 +29,7 @@ def predicted(*names: str, images: int = 1) -> dict[str, float]:
     ("names", "gib"),
     [
         ([BASE, RESIDENT], 13.26),
-        ([BASE, RESIDENT, f"{OPTIMIZER}={{target: torch.optim.AdamW}}"], 16.01),  # foreach, which torch prefers on CUDA
+        ([BASE, RESIDENT, f"{OPTIMIZER}={{target: torch.optim.AdamW}}"], 16.01),  # foreach is torch's default on CUDA
         ([BASE, RESIDENT, "lightning.trainer.precision=bf16-mixed"], 13.03),
         ([BASE, BF16], 6.51),
         ([BASE, BF16, f"{OPTIMIZER}={{target: ldm.optim.low_bit.AdamW8bit}}"], 4.93),
@@ -44,7 +44,7 @@ def test_the_peaks_of_the_full_size_model(names: list[str], gib: float) -> None:
     assert sum(predicted(*names).values()) == pytest.approx(gib, rel=0.02)
 
 
-def test_a_picture_more_in_the_fast_tier() -> None:
+def test_memory_per_image_in_the_fast_tier() -> None:
     held = predicted(BASE, "fast.yaml", images=8)
     assert (held["activations"] + held["temporaries"]) / 8 == pytest.approx(0.635, rel=0.02)
 
@@ -52,7 +52,7 @@ def test_a_picture_more_in_the_fast_tier() -> None:
 def test_the_categories_of_a_step() -> None:
     parameters = 859_520_964 * 4 / GIB  # of the UNet, float32: the first stage is not on the device
     peak = predicted(BASE, f"{OPTIMIZER}={{target: torch.optim.AdamW}}", "model.params.use_ema=true")
-    assert peak["weights"] == pytest.approx(2 * parameters, rel=0.001)  # and their average
+    assert peak["weights"] == pytest.approx(2 * parameters, rel=0.001)  # with the EMA
     assert peak["gradients"] == pytest.approx(parameters, rel=0.001)
     assert peak["optimizer"] == pytest.approx(2 * parameters, rel=0.001)
 
@@ -75,12 +75,12 @@ def test_batch_and_size_default_to_the_configs() -> None:
     assert large > 3.5 * small
 
 
-def test_the_samples_of_a_prior_come_on_top() -> None:
+def test_the_samples_of_a_prior_are_added() -> None:
     prior = ("data.params.prior_urls=prior.tar", "data.params.prior_ratio=0.5")
     assert tiny(*prior, images=4) == tiny(images=6)
 
 
-def test_pictures_need_the_first_stage_on_the_device() -> None:
+def test_images_need_the_first_stage_on_the_device() -> None:
     assert tiny("data.target=main.DataModuleFromConfig")["weights"] > 1.1 * tiny()["weights"]
 
 
@@ -94,7 +94,7 @@ def test_captions_go_through_a_text_tower() -> None:
     assert peak_of_step(config)["weights"] > vocabulary
 
 
-def test_a_plan_leaves_random_numbers_and_tables_alone() -> None:
+def test_a_forecast_leaves_random_state_and_tables_unchanged() -> None:
     from torchao.optim import subclass_8bit
 
     subclass_8bit.get_qmap_signed.cache_clear()
@@ -107,16 +107,20 @@ def test_a_plan_leaves_random_numbers_and_tables_alone() -> None:
 @pytest.mark.parametrize(
     ("override", "size", "message"),
     [
-        ("lightning.trainer.precision=bf17", None, "lightning.trainer.precision 'bf17' cannot be planned; valid: 16-"),
-        ("model.params.monitor=x", 7, "7 pixels a side: the model takes multiples of 2"),
+        (
+            "lightning.trainer.precision=bf17",
+            None,
+            "trainer.precision 'bf17' cannot be predicted; valid: 16-",
+        ),
+        ("model.params.monitor=x", 7, "7 pixels per side: give a multiple of 2"),
         ("data.params.batch_size=null", None, "batch size None: give a whole number"),
     ],
 )
-def test_what_cannot_be_planned(override: str, size: int | None, message: str) -> None:
+def test_invalid_values_are_refused(override: str, size: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny(override, size=size)
 
 
-def test_an_autoencoder_is_not_planned() -> None:
-    with pytest.raises(UserError, match="only the steps of diffusion models are planned"):
+def test_an_autoencoder_is_refused() -> None:
+    with pytest.raises(UserError, match="predicted for diffusion models only"):
         peak_of_step(load_config(["emoji_autoencoder.yaml"]))

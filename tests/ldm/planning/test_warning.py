@@ -1,4 +1,4 @@
-"""The warning before a training that will not fit."""
+"""Tests of the warning before a training that does not fit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from ldm.config.load import build_model, load_config
 from ldm.planning import warning as start
-from ldm.planning.card import GIB, needed
+from ldm.planning.card import GIB, needed_bytes
 
 BASE = load_config(["finetune_stable_diffusion.yaml"])  # batch 4
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Steps that take 10 GiB and 1 per image; 3 and 1 where the optimizer steps in backward."""
+    """Fake steps of 10 GiB plus 1 GiB per image; 3 GiB plus 1 if the optimizer steps in backward."""
 
     def forecast(config, images=None):
         lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
@@ -29,8 +29,8 @@ def planned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     return caplog
 
 
-def test_a_step_that_fits_is_only_told(planned: pytest.LogCaptureFixture) -> None:
-    start.compare(BASE, needed(14 * GIB))
+def test_a_step_that_fits_is_logged_without_a_warning(planned: pytest.LogCaptureFixture) -> None:
+    start.compare(BASE, needed_bytes(14 * GIB))
     assert "predicted to need 15.0 GiB of the GPU; 15.0 GiB are free" in planned.text
     assert not [record for record in planned.records if record.levelno >= logging.WARNING]
 
@@ -38,24 +38,27 @@ def test_a_step_that_fits_is_only_told(planned: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize(
     ("free", "advice"),
     [
-        (13, "data.params.batch_size=1 would need 11.9 GiB; --accumulate_grad_batches 4 keeps the images of a step"),
+        (
+            13,
+            "data.params.batch_size=1 would need 11.9 GiB; --accumulate_grad_batches 4 keeps the number",
+        ),
         (8, "--base ... lean.yaml, batch 1, would need 4.7 GiB; --accumulate_grad_batches 4 keeps"),
-        (2, "nothing here fits"),
+        (2, "nothing fits"),
     ],
 )
-def test_one_that_does_not_fit_is_warned_of_with_what_would(
+def test_a_step_that_does_not_fit_gives_a_warning_with_advice(
     planned: pytest.LogCaptureFixture, free: int, advice: str
 ) -> None:
     start.compare(BASE, free * GIB)
     (record,) = [record for record in planned.records if record.levelno == logging.WARNING and "ldm" in record.name]
-    assert f"15.0 GiB are needed and {free}.0 free. {advice}" in record.getMessage()
+    assert f"15.0 GiB needed, {free}.0 GiB free; {advice}" in record.getMessage()
 
 
 @pytest.mark.parametrize("names", [["lean.yaml"], ["decay_to_start.yaml"], ["minimal.yaml"], ["fast.yaml"]])
-def test_real_tiers_are_asked_over_every_config(
+def test_tiers_are_merged_over_every_config(
     names: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And are built, so that what cannot be laid over another shows."""
+    """The models are built, so that a tier that cannot be merged over a config is found."""
 
     def forecast(config, images=None):
         with torch.device("meta"):
@@ -64,10 +67,10 @@ def test_real_tiers_are_asked_over_every_config(
 
     monkeypatch.setattr(start, "forecast", forecast)
     start.compare(load_config(["demo_tiny.yaml", *names]), GIB)
-    assert "10.9 GiB are needed and 1.0 free. nothing here fits" in caplog.text
+    assert "10.9 GiB needed, 1.0 GiB free; nothing fits" in caplog.text
 
 
-def test_it_is_asked_on_cuda_alone(planned: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_cuda_devices_are_checked(planned: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     start.warn_if_too_large(BASE, SingleDeviceStrategy("cpu"))
     assert not planned.records
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
@@ -75,7 +78,7 @@ def test_it_is_asked_on_cuda_alone(planned: pytest.LogCaptureFixture, monkeypatc
     assert "80.0 GiB are free" in planned.text
 
 
-def test_a_forecast_that_fails_keeps_no_run_from_starting(
+def test_a_failed_forecast_does_not_stop_a_run(
     planned: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_):
@@ -84,4 +87,4 @@ def test_a_forecast_that_fails_keeps_no_run_from_starting(
     monkeypatch.setattr(start, "forecast", fail)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
     start.warn_if_too_large(BASE, SingleDeviceStrategy("cuda:0"))
-    assert "not known beforehand (no such kernel)" in planned.text
+    assert "cannot be predicted (no such kernel)" in planned.text

@@ -7,8 +7,8 @@ from torch import nn
 
 from ldm.checkpoint import Pending, ema_key, load_checkpoint, save_checkpoint
 from ldm.modules.ema import LitEma
-from ldm.release.fresh import fresh_checkpoint, state_dict_without_weights
 from ldm.release.graft import graft, grafted_checkpoint
+from ldm.release.initial_checkpoint import checkpoint_at_start, state_dict_without_weights
 from ldm.release.keys import check_training_checkpoint
 from ldm.util import UserError
 
@@ -70,7 +70,9 @@ def test_weights_are_the_releases_and_the_schedule_is_the_trainings():
         assert torch.equal(weights[key], expected), key
     assert result.kept == ["betas"]
     assert result.skipped == ["cond_stage_model.transformer.weight"]
-    assert "1 cond stage weights of the release skipped, by design" in "\n".join(result.summary())
+    assert "1 text encoder weights of the release skipped: this training has no text encoder" in "\n".join(
+        result.summary()
+    )
 
 
 def test_a_cond_stage_that_is_trained_is_grafted_too():
@@ -141,8 +143,12 @@ def test_optional_keys_of_a_release_may_come_or_lack():
         (training(), release(**{"model.diffusion_model.out.0.bias": None}), "lacks model.diffusion_model.out.0.bias"),
         (training(), release(**{"first_stage_model.conv.weight": None}), "lacks first_stage_model.conv.weight"),
         (training(), release(**{"first_stage_model.conv.weight": torch.ones(3)}), r"shape \(3,\).*\(4,\)"),
-        (training(), release(**{"model.extra": torch.ones(3)}), "model.extra has no place"),
-        (training(True), release(**{"cond_stage_model.extra": torch.ones(3)}), "cond_stage_model.extra has no place"),
+        (training(), release(**{"model.extra": torch.ones(3)}), "model.extra is not in the training"),
+        (
+            training(True),
+            release(**{"cond_stage_model.extra": torch.ones(3)}),
+            "cond_stage_model.extra is not in the training",
+        ),
         (training(True), release(**{"cond_stage_model.transformer.weight": None}), "lacks cond_stage_model"),
     ],
 )
@@ -223,7 +229,7 @@ def test_a_fresh_checkpoint_starts_a_training_from_the_release(tmp_path):
     torch.manual_seed(0)
     given = {key: torch.randn_like(value) for key, value in Tiny(ema=False).state_dict().items()}
     grafted = graft(state_dict_without_weights(Tiny), given, "model.ckpt")
-    save_checkpoint(fresh_checkpoint(grafted), tmp_path / "last.ckpt")
+    save_checkpoint(checkpoint_at_start(grafted.state_dict), tmp_path / "last.ckpt")
     check_training_checkpoint(load_checkpoint(tmp_path / "last.ckpt"), "last.ckpt")
 
     model = Tiny()
@@ -254,7 +260,7 @@ def test_a_grafted_training_goes_on_at_its_step(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"state_dict": {}, "global_step": 0}, {**fresh_checkpoint(graft({}, {}, "r")), "optimizer_states": 3}],
+    [{}, {"state_dict": {}, "global_step": 0}, {**checkpoint_at_start({}), "optimizer_states": 3}],
 )
 def test_what_is_no_training_checkpoint_is_refused(content):
     with pytest.raises(UserError, match=r"^run\.ckpt: not a training checkpoint"):

@@ -207,7 +207,7 @@ def test_merge_refuses_nan_in_a_dtype_that_torch_cannot_reduce():
 
 def test_merge_into_a_dtype_that_torch_does_not_convert_is_one_line():
     packed = torch.zeros(release()[MODEL[0]].shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
-    with pytest.raises(UserError, match=r"torch converts no .*float4"):
+    with pytest.raises(UserError, match=r"torch cannot convert .*float4"):
         values(merge(training(), {**release(), MODEL[0]: packed}))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ldm.checkpoint import encoder_digests, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
 from ldm.checkpoint.formats import as_bytes
-from ldm.config.load import load_config
+from ldm.release.configs import training_config
 from ldm.release.hack import hack_config, hack_training
 from ldm.release.load import load_release
 from ldm.release.merge import merge_files
@@ -33,7 +33,7 @@ def plain(tiny_release: Path) -> dict[str, torch.Tensor]:
 def training(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training from the plain release that moved one weight of each part."""
     path = tmp_path_factory.mktemp("training") / "last.ckpt"
-    hack_config(load_config([RELEASE_CONFIG]), [RELEASE_CONFIG], tiny_release, path)
+    hack_config(training_config(tiny_release, [RELEASE_CONFIG]), tiny_release, path)
     content = load_checkpoint(path)
     weights = content["state_dict"]
     for key in moved_keys(weights):
@@ -78,7 +78,7 @@ def test_merge_files_writes_the_layout_of_the_release(layout: str, plain: dict, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hack_takes_every_layout(layout: str, plain: dict, training: Path, tmp_path: Path) -> None:
     save_state_dict(LAYOUTS[layout](plain), tmp_path / "r.ckpt")
-    hack_config(load_config([RELEASE_CONFIG]), [RELEASE_CONFIG], tmp_path / "r.ckpt", tmp_path / "fresh.ckpt")
+    hack_config(training_config(tmp_path / "r.ckpt", [RELEASE_CONFIG]), tmp_path / "r.ckpt", tmp_path / "fresh.ckpt")
     hack_training(training, tmp_path / "r.ckpt", tmp_path / "hacked.ckpt")
     for name in ("fresh.ckpt", "hacked.ckpt"):
         hacked = load_state_dict(tmp_path / name)
@@ -110,7 +110,7 @@ def test_load_release_warns_of_another_prediction(plain: dict, tmp_path: Path, c
     load_release(tmp_path / "r.ckpt", RELEASE_CONFIG)
     assert "v-prediction" not in caplog.text  # as the config has it
     load_release(tmp_path / "r.ckpt", load_config([RELEASE_CONFIG], ["model.params.parameterization=eps"]))
-    assert "holds v_pred, the mark of v-prediction" in caplog.text
+    assert "holds v_pred, the marker of v-prediction" in caplog.text
 
 
 def without(plain: dict, *parts: str) -> dict:
@@ -197,7 +197,10 @@ CAUSES: dict[str, tuple[Callable, str]] = {
         "layout of SD 2",
     ),
     "SDXL": (
-        lambda plain: {**without(plain, "cond_stage_model."), "conditioner.embedders.0.x": torch.ones(2)},
+        lambda plain: {
+            **without(plain, "cond_stage_model."),
+            **{"conditioner.embedders.0.x": torch.ones(2), f"{UNET}label_emb.0.0.weight": torch.ones(2, 2)},
+        },
         "layout of SDXL",
     ),
     "wide captions": (lambda plain: context(plain, 1024), "captions of width 1024, as SD 2 does"),
@@ -238,7 +241,7 @@ def test_merge_files_into_a_unet_alone_leaves_out_the_other_parts(
     merged = load_state_dict(tmp_path / "m.safetensors")
     assert merged.keys() == start.keys()
     assert len([key for key in start if not torch.equal(start[key], merged[key])]) == 1
-    assert "first_stage_model.* of the training left out" in caplog.text
+    assert "first_stage_model.* of the training skipped" in caplog.text
 
 
 def test_training_checkpoints_of_lightning_1_4_are_taken(plain: dict, training: Path, tmp_path: Path, caplog) -> None:
@@ -253,5 +256,5 @@ def test_training_checkpoints_of_lightning_1_4_are_taken(plain: dict, training: 
     hacked = load_checkpoint(tmp_path / "h.ckpt")
     assert hacked["global_step"] == 0 and "fit_loop" in hacked["loops"]
     assert torch.equal(hacked["state_dict"][MOVED], plain[MOVED])
-    said = [record.getMessage() for record in caplog.records if "step counters start anew" in record.getMessage()]
-    assert said == [f"{old}: written by Lightning 1.4.2, without loops: the step counters start anew"] * 2
+    said = [record.getMessage() for record in caplog.records if "step counters start at 0" in record.getMessage()]
+    assert said == [f"{old}: written by Lightning 1.4.2, without loops; the step counters start at 0"] * 2

@@ -34,7 +34,9 @@ def test_with_retries_outlasts_a_momentary_error(monkeypatch, number: int) -> No
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOENT, "is gone"), (errno.EACCES, "Permission denied")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOENT, "was deleted or moved"), (errno.EACCES, "Permission denied")]
+)
 def test_with_retries_does_not_repeat_what_stays(monkeypatch, number: int, said: str) -> None:
     calls: list[int] = []
     with pytest.raises(UserError, match=f"a.tar: .*{said}"):

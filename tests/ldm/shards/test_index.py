@@ -45,7 +45,7 @@ def test_an_unfinished_set_is_refused(folder):
 def test_a_missing_shard_is_told_of_where_all_are_asked_for(folder):
     (folder / "set-001.tar").unlink()
     for urls in (str(folder), f"file:{folder}", [str(folder / "set-*.tar")]):
-        with pytest.raises(UserError, match=r"set-001\.tar: missing, as 1 of the 3 shards"):
+        with pytest.raises(UserError, match=r"set-001\.tar: missing \(1 of 3 shards"):
             count(urls)
 
 
@@ -79,16 +79,16 @@ def test_an_index_that_is_none_is_one_line(folder, text):
             "not a finite number above",
         ),
         ("failed", ("abc", -3, 1.5, True, {"a": 1}, ["x"], [{"name": "a"}], None), "not a list of the name and"),
-        ("autoencoder", (3, "", "a\nb", {}), "which is no digest"),
-        ("text_tower", (3, "", True), "which is no digest"),
-        ("made_from", (3, None, []), "not what the set is made from"),
+        ("autoencoder", (3, "", "a\nb", {}), "not a digest"),
+        ("text_tower", (3, "", True), "not a digest"),
+        ("made_from", (3, None, []), "not a mapping of settings"),
     ],
 )
 def test_an_entry_of_the_wrong_type_is_named(folder, key, values, what):
     index = json.loads((folder / INDEX).read_text())
     for value in values:
         (folder / INDEX).write_text(json.dumps({**index, key: value}))
-        with pytest.raises(UserError, match=rf"index\.json: {key} is .*, {what}.*; put back what was") as caught:
+        with pytest.raises(UserError, match=rf"index\.json: {key} is .*, {what}.*; restore the value") as caught:
             count(str(folder))
         assert "\n" not in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_a_wrong_entry_of_a_shard_is_named(folder, key, values, version):
     for value in values:
         index["shards"][1] = {**index["shards"][0], key: value}
         (folder / INDEX).write_text(json.dumps(index))
-        with pytest.raises(UserError, match=rf"index\.json: shards\[1\]: its {key} is .*; put back") as caught:
+        with pytest.raises(UserError, match=rf"index\.json: shards\[1\]: its {key} is .*; restore the value") as caught:
             count(str(folder))
         assert "\n" not in str(caught.value)
 
@@ -123,7 +123,7 @@ def test_a_shard_has_all_that_its_format_asks_for(folder):
         for key in keys:
             lacking = [{k: v for k, v in shard.items() if k != key} for shard in index["shards"]]
             (folder / INDEX).write_text(json.dumps({"format": version, "shards": lacking}))
-            with pytest.raises(UserError, match=rf"index\.json: shards\[0\] has no {key}; put back"):
+            with pytest.raises(UserError, match=rf"index\.json: shards\[0\] has no {key}; restore the value"):
                 count(str(folder))
     old = [{"name": shard["name"]} for shard in index["shards"]]
     (folder / INDEX).write_text(json.dumps({"format": 1, "shards": old}))
@@ -137,7 +137,7 @@ def test_an_index_of_a_later_format_is_not_guessed_at(folder):
         assert count(str(folder)) == 9
     for version in (3, 0, -3, True, 1.0, "2", None):
         (folder / INDEX).write_text(json.dumps({**index, "format": version}))
-        with pytest.raises(UserError, match=rf"index\.json: has format {version!r}, this program knows 1 to 2"):
+        with pytest.raises(UserError, match=rf"index\.json: has format {version!r}, but this program reads 1 to 2"):
             count(str(folder))
 
 

@@ -28,14 +28,14 @@ def change(folder, **entries):
 def test_a_set_is_read_as_asked_for(folder):
     dataset = open_shards(str(folder), "f8", None, ["json"], verify=False)
     assert len(dataset) == 4 and dataset.keys == ["f8", "txt", "json"]
-    with pytest.raises(UserError, match=r"set-000\.tar: its bytes are not those"):
+    with pytest.raises(UserError, match=r"set-000\.tar: was changed"):
         open_shards(str(folder))
 
 
 def test_what_is_wrong_is_told_before_any_shard_is_read(folder, monkeypatch):
     monkeypatch.setattr("ldm.shards.open.verify_shards", lambda paths: pytest.fail("read"))
     for urls, message in (
-        ([str(folder / "set-000.tar"), "pipe:cat x"], "pipe:cat x: is streamed; give local shards"),
+        ([str(folder / "set-000.tar"), "pipe:cat x"], "pipe:cat x: is a stream; give local shards"),
         (str(folder / "set-{000..002}.tar"), r"set-002\.tar: no such file"),
         (str(folder / "other-*.tar"), "no file matches"),
     ):
@@ -43,7 +43,7 @@ def test_what_is_wrong_is_told_before_any_shard_is_read(folder, monkeypatch):
             open_shards(urls)
     (folder / "set-001.tar").unlink()
     for urls in (str(folder), str(folder / "set-{000..001}.tar"), [str(folder / "set-001.tar")]):
-        with pytest.raises(UserError, match=r"set-001\.tar: missing, as 1 of the 2 shards in index\.json are"):
+        with pytest.raises(UserError, match=r"set-001\.tar: missing \(1 of 2 shards in index\.json\)"):
             open_shards(urls)
     assert len(open_shards(str(folder / "set-000.tar"), verify=False)) == 2
 
@@ -69,6 +69,10 @@ def test_a_set_of_other_encoders_is_refused(folder):
     check_encoders(captions, other, "x.ckpt")
     with pytest.raises(UserError, match=r"another text tower \(b{12}…\) than that of x\.ckpt \(c{12}…\); try another$"):
         check_encoders(encodings, other, "x.ckpt", "try another")
+    change(folder, text_tower_2="d" * 64)
+    check_encoders(captions, {**OWN, "text_tower_2": "e" * 64}, "x.ckpt")
+    with pytest.raises(UserError, match=r"another second text tower \(d{12}…\) than that of x\.ckpt \(e{12}…\)"):
+        check_encoders(encodings, {**OWN, "text_tower_2": "e" * 64}, "x.ckpt")
     change(folder, autoencoder=None, text_tower=None)
     check_encoders(encodings, other, "x.ckpt")
     (folder / INDEX).unlink()
@@ -78,6 +82,6 @@ def test_a_set_of_other_encoders_is_refused(folder):
 @pytest.mark.parametrize(("key", "value"), [("autoencoder", 3), ("text_tower", "a\nb"), ("autoencoder", "")])
 def test_digests_that_are_none_are_refused(folder, key, value):
     change(folder, **{key: value})
-    with pytest.raises(UserError, match=f"index.json: {key} is .*, which is no digest") as caught:
+    with pytest.raises(UserError, match=f"index.json: {key} is .*, not a digest") as caught:
         open_shards(str(folder))
     assert "\n" not in str(caught.value)

@@ -46,7 +46,10 @@ def test_images_of_several_sizes_are_grouped(tmp_path):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"f8_shape": (4, 4, 4)}, r"000001\.f8\.npy: shape \(4, 4, 4\), but the first sample's f8 is \(8, 4, 4\)"),
+        (
+            {"f8_shape": (4, 4, 4)},
+            r"000001\.f8\.npy: shape \(4, 4, 4\), but f8 of the first sample has shape \(8, 4, 4\)",
+        ),
         ({"t5_shape": (7, 5)}, r"000001\.t5\.npy: shape \(7, 5\), but"),
         ({"f8_shape": (8, 16)}, r"not \(channels, height, width\)"),
     ],
@@ -61,7 +64,7 @@ def test_shapes_that_do_not_go_together_are_named(tmp_path, second, message):
 def test_values_that_are_not_finite_are_named(tmp_path):
     broken = npy.encode(np.full((8, 4, 4), np.nan, np.float16))
     path = write_tar(tmp_path / "a.tar", [("0.f8.npy", broken), *[(f"0.{n[7:]}", d) for n, d in sample_members(0)[1:]]])
-    with pytest.raises(UserError, match=r"a\.tar: 0\.f8\.npy: holds NaN"):
+    with pytest.raises(UserError, match=r"a\.tar: 0\.f8\.npy: has NaN"):
         ShardDataset([path])[0]
 
 

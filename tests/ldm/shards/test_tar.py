@@ -125,7 +125,7 @@ def test_links_and_devices_are_refused_not_left_out(tmp_path, kind):
         info = tarfile.TarInfo("b.txt")
         info.type, info.linkname = kind, "a.txt"
         tar.addfile(info)
-    with pytest.raises(UserError, match=r"a\.tar: its member 'b\.txt' is no plain file"):
+    with pytest.raises(UserError, match=r"a\.tar: its member 'b\.txt' is not a plain file"):
         index_tar(path)
 
 

@@ -65,7 +65,7 @@ def test_too_few_names(tmp_path):
 
 @pytest.mark.parametrize("out", ["x/{p,q}/c.tar", "x/%d/c.tar", "{0..1}/c-%d.tar", "x/%02d/{a,b}.tar"])
 def test_shard_paths_of_several_folders_are_refused(tmp_path, out):
-    with pytest.raises(UserError, match=r"a set is written to one folder, .* would be several"):
+    with pytest.raises(UserError, match=r"a set needs one folder, but .* stands for several"):
         shard_paths(f"{tmp_path}/{out}")
     (tmp_path / out).parent.mkdir(parents=True)
     assert next(shard_paths(f"{tmp_path}/{out}")).parent == (tmp_path / out).parent

@@ -1,4 +1,4 @@
-"""The command line, as people typed it in 2022 and as they type it today."""
+"""Tests of the command line of main.py, with the forms of 2022 and of today."""
 
 import subprocess
 import sys
@@ -74,19 +74,19 @@ def test_defaults():
     ("line", "message"),
     [
         ("-t --gpus 0,", "nothing to do: give a config with --base"),
-        ("-b a.yaml --no-test", "nothing to do: neither --train nor a test"),
+        ("-b a.yaml --no-test", "nothing to do: --no-test without --train"),
         (
             "--resume logs/run --resume_from_checkpoint m.ckpt -t",
-            "--resume logs/run and --resume_from_checkpoint m.ckpt are two checkpoints; give one",
+            "--resume logs/run and --resume_from_checkpoint m.ckpt differ; give one of them",
         ),
         ("-b a.yaml -t maybe", "expected True or False, got 'maybe'"),
         ("-b a.yaml -s x", "--seed: expected a whole number from 0 to 4294967295, got 'x'"),
         ("-b a.yaml -s -1", "--seed: expected"),
         ("-b a.yaml -z", "unrecognized arguments: -z"),
-        ("-b a.yaml --devices [0", r"--devices: '\[0' is not a valid value"),
+        ("-b a.yaml --devices [0", r"--devices: '\[0': the value is not valid YAML"),
     ],
 )
-def test_misuse_is_one_line(line, message):
+def test_misuse_is_refused_in_one_line(line, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_arguments(line.split())
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What cannot be combined is refused before a run begins, with what to do instead."""
+"""Tests that settings that cannot be combined are refused before a run begins, with advice."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FAULTS = "lightning.callbacks.numerical_faults.params"
     ("options", "message"),
     [
         ("--gradient_clip_val 1.0", "gradient_clip_val=1.0 .* optimizer_config.params.clip_each"),
-        (f"{FAULTS}.on_fault=skip", "on_fault=skip judges .*InBackward takes most of a step before all are there; le"),
-        (f"{FAULTS}.grad_norm_factor=10", "grad_norm_factor=10 judges .*InBackward takes most of a step before"),
-        ("--accelerator cpu --devices 2", "over 2 devices; train on one device, or name its inner optimizer"),
+        (f"{FAULTS}.on_fault=skip", "on_fault=skip needs all gradients .*InBackward steps during backward; le"),
+        (f"{FAULTS}.grad_norm_factor=10", "grad_norm_factor=10 needs all gradients .*InBackward steps during backward"),
+        ("--accelerator cpu --devices 2", "over 2 devices; train on one device, or use its inner optimizer"),
     ],
 )
 def test_refusals(train: Callable[[str], int], tmp_path: Path, options: str, message: str) -> None:
@@ -52,7 +52,7 @@ def test_check_clipping_refuses_scaled_gradients_of_a_fused_optimizer_by_value()
     scaling = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
     options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     trainer = Trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value", plugins=[scaling], **options)
-    with pytest.raises(UserError, match=r"gradient_clip_algorithm=value cannot clip what precision=16-mixed scales"):
+    with pytest.raises(UserError, match=r"clip_algorithm=value cannot clip gradients that precision=16-mixed scales"):
         check_compatibility(model, trainer)
     check_compatibility(model, Trainer(gradient_clip_val=1.0, **options))
     model.optimizer_config = {"target": "torch.optim.AdamW"}
@@ -70,7 +70,7 @@ def test_clipping_each_gradient_trains(train: Callable[[str], int], tmp_path: Pa
 
 
 @pytest.mark.parametrize("options", ["", f"{WHERE}.target=torch.optim.AdamW {WHERE}.params.fused=True"])
-def test_clipping_goes_with_mixed_precision_and_fused_optimizers(
+def test_clipping_works_with_mixed_precision_and_fused_optimizers(
     train: Callable[[str], int], tmp_path: Path, options: str
 ) -> None:
     assert train(f"--max_steps 2 --precision bf16-mixed --gradient_clip_val 1.0 {options}") == 0
@@ -92,7 +92,7 @@ def test_check_rounding_refuses_float16_weights(train: Callable[[str], int], tmp
         (f"{WHERE}.target=ldm.optim.low_bit.AdamW8bit {WHERE}.params.bf16_stochastic_round=false", True),
     ],
 )
-def test_check_rounding_warns_of_bfloat16_that_is_rounded_to_the_nearest(
+def test_check_rounding_warns_about_bfloat16_rounded_to_the_nearest(
     train: Callable[[str], int], caplog: pytest.LogCaptureFixture, options: str, warns: bool
 ) -> None:
     assert train(f"--max_steps 1 --precision bf16-true {options}") == 0

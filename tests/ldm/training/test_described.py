@@ -1,4 +1,4 @@
-"""Where what a config describes would write."""
+"""Tests that described callbacks and loggers cannot write outside the run folder."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dirpath", "logdir", "ckptdir", "cfgdir"])
-def test_check_callback_places_holds_folders_to_the_run(run, tmp_path, name):
+def test_check_callback_places_keeps_folders_in_the_run(run, tmp_path, name):
     for inside in (run, run / "a" / "b", run / "a" / ".." / "b"):
         check_callback_places({"params": {name: str(inside)}}, run, "lightning.callbacks.a")
     for outside in (tmp_path, run / "..", run / "link", run / "link" / "x", "~", "../x", "s3://b"):
@@ -26,7 +26,7 @@ def test_check_callback_places_holds_folders_to_the_run(run, tmp_path, name):
             check_callback_places({"params": {name: str(outside)}}, run, "lightning.callbacks.a")
 
 
-def test_check_callback_places_holds_file_names_to_the_run(run, tmp_path):
+def test_check_callback_places_keeps_file_names_in_the_run(run, tmp_path):
     for inside in ("{epoch:06}-{step:09}", "a/b", "a/../b"):
         check_callback_places({"params": {"filename": inside}}, run, "x")
     for outside in (f"{tmp_path}/x", "../../x", "{epoch}/../../../x", "../link/x"):
@@ -34,21 +34,21 @@ def test_check_callback_places_holds_file_names_to_the_run(run, tmp_path):
             check_callback_places({"params": {"dirpath": str(run / "checkpoints"), "filename": outside}}, run, "x")
 
 
-def test_check_callback_places_holds_names_to_each_folder_that_is_given(run):
+def test_check_callback_places_keeps_names_in_every_given_folder(run):
     check_callback_places({"params": {"now": "x", "cfgdir": str(run), "logdir": str(run / "a")}}, run, "x")
     for params in ({"now": "../x", "cfgdir": str(run)}, {"now": "../x", "logdir": str(run / "a"), "cfgdir": str(run)}):
         with pytest.raises(UserError, match=r"x.params.now .*: lies outside"):
             check_callback_places({"params": params}, run, "x")
 
 
-def test_check_callback_places_leaves_the_rest_to_whoever_builds_it(run):
+def test_check_callback_places_ignores_other_values(run):
     for described in (None, 3, {}, {"params": None}, {"params": [1]}, {"params": {"dirpath": None, "monitor": "/a"}}):
         check_callback_places(described, run, "x")
-    with pytest.raises(UserError, match="is no path"):
+    with pytest.raises(UserError, match="is not a valid path"):
         check_callback_places({"params": {"dirpath": "a\0b"}}, run, "x")
 
 
-def test_check_logger_places_looks_at_every_text(run, tmp_path, monkeypatch):
+def test_check_logger_places_checks_every_text(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_logger_places({"save_dir": "logs/run", "name": "a", "version": 3, "tags": ["b", {"c": "d/e"}]}, run, "x")
     for outside in ("../x", "/etc", "/../../x", "a/../../x", "link/x"):
@@ -56,7 +56,7 @@ def test_check_logger_places_looks_at_every_text(run, tmp_path, monkeypatch):
             check_logger_places({"a": ["b", {"c": outside}]}, run, "x")
 
 
-def test_check_logger_looks_at_the_folders_as_the_logger_makes_them(run, tmp_path, monkeypatch):
+def test_check_logger_checks_the_built_loggers_folders(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_TEST_PLACE", str(tmp_path))
     check_logger(TensorBoardLogger(str(run), name="a", version=""), run, "x")
     for options in ({"save_dir": str(tmp_path)}, {"save_dir": str(run), "sub_dir": "../../../a"}):

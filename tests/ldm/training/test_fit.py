@@ -1,4 +1,4 @@
-"""What is set up for a fit."""
+"""Tests of the set-up of a fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fixture_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def test_matrix_products_use_tensor_cores_on_a_gpu_alone(precision: None) -> None:
+def test_matrix_products_use_tensor_cores_on_a_gpu_only(precision: None) -> None:
     use_tensor_cores(torch.device("cpu"))
     assert torch.get_float32_matmul_precision() == "highest"
     use_tensor_cores(torch.device("cuda", 1))

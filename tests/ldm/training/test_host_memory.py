@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""Test that freed memory stays with the process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(keep: bool) -> int:
-    """Those of four tensors of 64 MiB where as many have been freed."""
+    """Return the page faults of allocating four tensors of 64 MiB after as many were freed."""
     program = ALLOCATE_AGAIN_AND_AGAIN.format(keep=keep)
     done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE)
     return int(done.stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
-def test_what_was_freed_is_used_again():
+def test_freed_memory_is_used_again():
     assert page_faults(keep=True) * 10 < page_faults(keep=False)

@@ -1,4 +1,4 @@
-"""Training what stays on the host."""
+"""Tests of the strategy for weights that stay on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.training_runs import CONFIG
 
 
 def resumed(strategy: SingleDeviceStrategy) -> torch.device:
-    """Where the state of an optimizer of a host parameter is after a resume on a device that is not the host."""
+    """Return the device of the optimizer state of a host parameter after a resume with `strategy`."""
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.ones(3)
@@ -26,12 +26,12 @@ def resumed(strategy: SingleDeviceStrategy) -> torch.device:
     return optimizer.state[parameter]["exp_avg"].device
 
 
-def test_a_resume_leaves_the_state_beside_its_parameter() -> None:
+def test_a_resume_keeps_the_state_on_the_device_of_its_parameter() -> None:
     assert resumed(SingleDeviceStrategy("meta")).type == "meta"
     assert resumed(HostStateStrategy("meta")).type == "cpu"
 
 
-def test_which_models_stream() -> None:
+def test_streams_weights() -> None:
     config = OmegaConf.create(CONFIG)
     assert not streams_weights(build_model(config))
     target = "ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
@@ -50,7 +50,7 @@ def test_which_models_stream() -> None:
         ({"devices": 1}, False, "cpu"),
     ],
 )
-def test_it_trains_where_it_is_told(arguments: dict, has_cuda: bool, device: str) -> None:
+def test_the_device_follows_from_the_arguments(arguments: dict, has_cuda: bool, device: str) -> None:
     assert host_state_strategy(arguments, has_cuda).root_device == torch.device(device)
 
 
@@ -58,5 +58,5 @@ def test_it_trains_where_it_is_told(arguments: dict, has_cuda: bool, device: str
     "arguments", [{"devices": [0, 1]}, {"devices": 1, "num_nodes": 2}, {"devices": 1, "strategy": "ddp"}]
 )
 def test_several_devices_are_refused(arguments: dict) -> None:
-    with pytest.raises(UserError, match="train on one device"):
+    with pytest.raises(UserError, match="need one device"):
         host_state_strategy(arguments, has_cuda=True)

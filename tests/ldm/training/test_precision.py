@@ -1,4 +1,4 @@
-"""`bf16-true`: the weights become bfloat16, batches and the default type do not."""
+"""Test that `bf16-true` casts the weights to bfloat16, but not batches or the default dtype."""
 
 from __future__ import annotations
 

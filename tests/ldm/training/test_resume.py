@@ -1,4 +1,4 @@
-"""A model built with the weights of a training checkpoint: made once, held once."""
+"""Tests of building a model with the weights of a training checkpoint, and of checkpoint files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import save_checkpoint
 from ldm.config.load import build_model
-from ldm.release.fresh import checkpoint_at_start
+from ldm.release.initial_checkpoint import checkpoint_at_start
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
 from ldm.util import UserError
 from tests.training_runs import CONFIG
@@ -22,23 +22,23 @@ def config() -> DictConfig:
 
 
 def save(config: DictConfig, path: Path, left_out: str = "nothing") -> dict[str, torch.Tensor]:
-    """A checkpoint of a new model of `config` at `path`, without keys that begin with `left_out`; its weights."""
+    """Save a checkpoint of a new model, without keys that begin with `left_out`; return the weights."""
     torch.manual_seed(1)
     weights = {key: value for key, value in build_model(config).state_dict().items() if not key.startswith(left_out)}
     save_checkpoint(checkpoint_at_start(weights), path)
     return weights
 
 
-def test_the_weights_are_the_checkpoints(config: DictConfig, tmp_path: Path) -> None:
+def test_build_from_loads_the_checkpoints_weights(config: DictConfig, tmp_path: Path) -> None:
     expected = save(config, tmp_path / "last.ckpt")
     checkpoint = read_training_checkpoint(tmp_path / "last.ckpt")
     model = build_from(config, checkpoint)
     assert all(value.equal(expected[key]) for key, value in model.state_dict().items())
-    (tmp_path / "last.ckpt").write_bytes(b"")  # the model's weights are in memory of their own
+    (tmp_path / "last.ckpt").write_bytes(b"")  # the model's weights do not share memory with the file
     assert all(value.equal(expected[key]) for key, value in model.state_dict().items())
 
 
-def test_lightning_is_given_the_models_own_tensors(config: DictConfig, tmp_path: Path) -> None:
+def test_lightning_loads_the_models_own_tensors(config: DictConfig, tmp_path: Path) -> None:
     save(config, tmp_path / "last.ckpt", left_out="model_ema.")
     checkpoint = read_training_checkpoint(tmp_path / "last.ckpt")
     model = build_from(config, checkpoint)
@@ -60,14 +60,14 @@ def test_another_path_is_read(config: DictConfig, tmp_path: Path) -> None:
     assert io.load_checkpoint(tmp_path / "other.ckpt")["global_step"] == 0
 
 
-def test_a_missing_average_begins_at_the_weights(config: DictConfig, tmp_path: Path) -> None:
+def test_a_missing_average_starts_from_the_weights(config: DictConfig, tmp_path: Path) -> None:
     save(config, tmp_path / "last.ckpt", left_out="model_ema.")
     model = build_from(config, read_training_checkpoint(tmp_path / "last.ckpt"))
     for path, name in model.model_ema.m_name2s_name.items():
         assert model.model_ema.get_buffer(name).equal(model.model.get_parameter(path))
 
 
-def test_optional_parameters_that_are_missing_begin_as_in_a_new_model(tmp_path: Path) -> None:
+def test_missing_optional_parameters_start_as_in_a_new_model(tmp_path: Path) -> None:
     autoencoder = CONFIG["model"]["params"]["first_stage_config"]
     loss = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 3}}
     params = {**autoencoder["params"], "lossconfig": loss}
@@ -81,7 +81,7 @@ def test_optional_parameters_that_are_missing_begin_as_in_a_new_model(tmp_path: 
     assert model.encoder.conv_in.weight.equal(weights["encoder.conv_in.weight"])
 
 
-def test_atomic_checkpoint_io_writes_and_removes_in_the_run_alone(
+def test_atomic_checkpoint_io_writes_and_removes_in_the_run_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, outside = tmp_path / "run", tmp_path / "outside"

@@ -1,11 +1,12 @@
-"""Where a run lives, and what --resume may name."""
+"""Tests of run folders and of --resume."""
 
 import os
 
 import pytest
 
+from ldm.locks import LOCK, locked_file
 from ldm.training.arguments import parse_arguments
-from ldm.training.run import LOCK, hold_run, plan_run
+from ldm.training.run import hold_run, plan_run
 from ldm.util import UserError
 
 
@@ -58,9 +59,9 @@ def test_the_processes_of_one_run_share_its_folder(monkeypatch):
     assert plan("-b a.yaml").folder == first.folder
 
 
-@pytest.mark.parametrize("what", ["logs/old", "logs/old/checkpoints", "logs/old/checkpoints/last.ckpt"])
-def test_resuming_in_a_run_goes_on_in_its_folder(old_run, what):
-    run = plan(f"--resume {what}")
+@pytest.mark.parametrize("path", ["logs/old", "logs/old/checkpoints", "logs/old/checkpoints/last.ckpt"])
+def test_resuming_in_a_run_continues_in_its_folder(old_run, path):
+    run = plan(f"--resume {path}")
     assert run.folder.resolve() == old_run
     assert run.resume.resolve() == old_run / "checkpoints" / "last.ckpt"
     assert [path.name for path in run.saved_configs] == ["1-lightning.yaml", "1-project.yaml", "2-project.yaml"]
@@ -76,12 +77,12 @@ def test_resuming_from_elsewhere_makes_a_new_run(tmp_path):
     ("line", "message"),
     [
         ("--resume nowhere", "--resume nowhere: no such run folder or checkpoint"),
-        ("--resume empty", "empty: it holds no checkpoints/last.ckpt"),
-        ("--resume hacked.ckpt", "hacked.ckpt lies in no run folder, so its config is unknown"),
-        ("--resume logs/old -n new", "--name 'new' names a new run"),
+        ("--resume empty", "empty: has no checkpoints/last.ckpt"),
+        ("--resume hacked.ckpt", "hacked.ckpt: not in a run folder, so its config is unknown"),
+        ("--resume logs/old -n new", "--name 'new' is for a new run"),
     ],
 )
-def test_what_cannot_be_resumed_is_named(tmp_path, old_run, line, message):
+def test_plan_run_refuses_what_cannot_be_resumed(tmp_path, old_run, line, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hacked.ckpt").touch()
     with pytest.raises(UserError, match=message):
@@ -89,16 +90,16 @@ def test_what_cannot_be_resumed_is_named(tmp_path, old_run, line, message):
 
 
 @pytest.mark.parametrize("text", ["../x", "/x", "a/b", "a/..", "a\\b", "a\nb", "\x1b[2J", "a\udcff"])
-def test_plan_run_takes_no_name_that_is_a_path(text):
+def test_plan_run_refuses_a_name_that_is_a_path(text):
     for option in ("--name", "--postfix"):
-        with pytest.raises(UserError, match=f"{option} .*becomes a part of the run folder's name") as caught:
+        with pytest.raises(UserError, match=f"{option} .*becomes part of a folder name") as caught:
             plan_run(parse_arguments(["-b", "a.yaml", f"{option}={text}"]))
         assert str(caught.value).isprintable()
 
 
 def test_plan_run_refuses_a_link_that_leads_out_of_the_run(old_run, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    (old_run / "checkpoints" / "older.ckpt").symlink_to(tmp_path / "any.ckpt")  # is replaced or removed itself
+    (old_run / "checkpoints" / "older.ckpt").symlink_to(tmp_path / "any.ckpt")  # a checkpoint may be a link
     (old_run / "csv").mkdir()
     (old_run / "csv" / "inside").symlink_to(old_run / "configs")
     assert plan(f"--resume {old_run}").folder == old_run
@@ -117,7 +118,7 @@ def test_a_run_folder_may_itself_be_a_link(old_run, tmp_path):
     assert plan("--resume mine").resume is not None
 
 
-def test_hold_run_leaves_nothing_of_a_run_that_fails_before_its_first_step(tmp_path):
+def test_hold_run_removes_a_run_that_fails_before_its_first_step(tmp_path):
     run = plan("-b a.yaml")
     with pytest.raises(UserError), hold_run(run):
         (run.folder / "csv").mkdir()
@@ -125,13 +126,13 @@ def test_hold_run_leaves_nothing_of_a_run_that_fails_before_its_first_step(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_hold_run_keeps_what_was_there(old_run):
+def test_hold_run_keeps_an_existing_run(old_run):
     with pytest.raises(UserError), hold_run(plan("--resume logs/old")):
         raise UserError("no data")
     assert (old_run / "checkpoints" / "last.ckpt").is_file() and not (old_run / LOCK).exists()
 
 
-def test_hold_run_refuses_a_second_process_and_removes_what_killed_ones_left(old_run):
+def test_hold_run_refuses_a_second_process_and_removes_unfinished_files(old_run):
     host = os.uname().nodename
     left = old_run / "images" / "train" / f".a.{host}.999999999.ab.tmp.png"
     left.parent.mkdir(parents=True)
@@ -146,3 +147,15 @@ def test_hold_run_refuses_a_second_process_and_removes_what_killed_ones_left(old
         assert (old_run / LOCK).exists()
     with hold_run(plan("--resume logs/old")):
         pass
+
+
+def test_hold_run_refuses_a_checkpoint_that_another_process_is_writing(tmp_path):
+    (tmp_path / "hacked.ckpt").touch()
+    run = plan("--resume hacked.ckpt -b a.yaml")
+    with (
+        locked_file(tmp_path / "hacked.ckpt"),
+        pytest.raises(UserError, match=rf"hacked.ckpt: process {os.getpid()} on .* is writing it"),
+        hold_run(run),
+    ):
+        pass
+    assert not (tmp_path / "logs").exists()

@@ -1,10 +1,10 @@
-"""Which configs work here: what is said of models and data that do, and of those that do not."""
+"""Tests of the check of configs from other projects."""
 
 from pathlib import Path
 
 import pytest
 
-from ldm.training.survey import Checked, check_config, find_configs, table, without_weights
+from ldm.training.survey import Checked, check_config, find_configs, format_table, without_weights
 from ldm.util import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,7 +97,7 @@ def test_find_configs(tmp_path):
 
 def test_table_counts_and_escapes():
     rows = [Checked("a", "builds", "fails", ["x | y", "z"]), Checked("b", "fails", "resolves"), Checked("c")]
-    lines = table(rows).splitlines()
+    lines = format_table(rows).splitlines()
     assert lines[0] == "3 configs. Models: 1 build, 1 fail. Data: 1 resolve, 1 fail."
     assert lines[4:] == ["| a | builds | fails | x \\| y; z |", "| b | fails | resolves | - |", "| c | - | - | - |"]
 
@@ -107,4 +107,6 @@ def test_compatibility_page_holds_the_table_of_the_public_configs():
     for path in PUBLIC:
         row = check_config(path)
         row.name = str(path.relative_to(ROOT))
-        assert table([row]).splitlines()[-1] in page, "docs/compatibility.md gives the command that makes its table"
+        assert format_table([row]).splitlines()[-1] in page, (
+            "docs/compatibility.md gives the command that makes its table"
+        )

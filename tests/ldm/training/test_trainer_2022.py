@@ -1,11 +1,11 @@
-"""Trainer arguments of 2022 in today's words."""
+"""Tests of the translation of Trainer arguments of 2022."""
 
 import logging
 
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.training.trainer_2022 import check_names, modernise, take_old_keys
+from ldm.training.trainer_2022 import check_names, move_old_keys, translate_arguments
 from ldm.util import UserError
 
 
@@ -40,26 +40,26 @@ from ldm.util import UserError
     ],
 )  # fmt: skip
 def test_translation(given, expected):
-    assert modernise(given, has_cuda=True) == expected
+    assert translate_arguments(given, has_cuda=True) == expected
 
 
 def test_without_cuda_gpus_warns_and_trains_on_the_cpu(caplog):
-    assert modernise({"gpus": "0,"}, has_cuda=False) == {"accelerator": "cpu", "devices": 1}
+    assert translate_arguments({"gpus": "0,"}, has_cuda=False) == {"accelerator": "cpu", "devices": 1}
     assert "no CUDA device" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["auto_select_gpus", "amp_backend", "flush_logs_every_n_steps", "track_grad_norm"])
-def test_what_is_gone_is_ignored_with_one_line(name, caplog):
+def test_obsolete_arguments_are_ignored_with_one_warning(name, caplog):
     caplog.set_level(logging.WARNING)
-    assert modernise({name: True}, has_cuda=True) == {"devices": 1}
+    assert translate_arguments({name: True}, has_cuda=True) == {"devices": 1}
     assert len(caplog.records) == 1 and f"--{name} is ignored: " in caplog.text
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"gpus": "cuda:0"}, "--gpus 'cuda:0': expected device numbers"),
-        ({"gpus": "a,b"}, "expected device numbers"),
+        ({"gpus": "cuda:0"}, "--gpus 'cuda:0': give device numbers"),
+        ({"gpus": "a,b"}, "give device numbers"),
         (
             {"gpus": 2, "distributed_backend": "ddp_spwn"},
             "unknown distributed_backend 'ddp_spwn'; did you mean 'ddp_spawn'",
@@ -68,7 +68,7 @@ def test_what_is_gone_is_ignored_with_one_line(name, caplog):
 )
 def test_bad_values_are_named(given, message):
     with pytest.raises(UserError, match=message):
-        modernise(given, has_cuda=True)
+        translate_arguments(given, has_cuda=True)
 
 
 def test_unknown_names_are_refused_with_the_nearest():
@@ -78,20 +78,20 @@ def test_unknown_names_are_refused_with_the_nearest():
         check_names(["max_step"], valid, "option --{}")
 
 
-def test_take_old_keys_finds_find_unused_parameters_in_the_trainer(caplog):
+def test_move_old_keys_finds_find_unused_parameters_in_the_trainer(caplog):
     section = OmegaConf.create({"trainer": {"find_unused_parameters": True, "max_steps": 3}})
-    take_old_keys(section)
+    move_old_keys(section)
     assert section == {"trainer": {"max_steps": 3}, "find_unused_parameters": True}
     own = OmegaConf.create({"trainer": {"find_unused_parameters": True}, "find_unused_parameters": False})
-    take_old_keys(own)
-    assert own.find_unused_parameters is False  # its own place takes precedence
-    take_old_keys(OmegaConf.create({}))
+    move_old_keys(own)
+    assert own.find_unused_parameters is False  # the present place takes precedence
+    move_old_keys(OmegaConf.create({}))
     assert not caplog.records
 
 
-def test_take_old_keys_names_metrics_over_trainsteps_checkpoint(caplog):
-    take_old_keys(OmegaConf.create({"metrics_over_trainsteps_checkpoint": False}))
+def test_move_old_keys_names_metrics_over_trainsteps_checkpoint(caplog):
+    move_old_keys(OmegaConf.create({"metrics_over_trainsteps_checkpoint": False}))
     assert not caplog.records
-    take_old_keys(OmegaConf.create({"metrics_over_trainsteps_checkpoint": True}))
+    move_old_keys(OmegaConf.create({"metrics_over_trainsteps_checkpoint": True}))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "save_top_k: -1" in caplog.text

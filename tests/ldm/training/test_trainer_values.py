@@ -1,4 +1,4 @@
-"""Values of the Trainer's arguments that are refused in one line, and those that pass."""
+"""Tests of the check of Trainer arguments."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ldm.util import UserError
         ("gradient_clip_val", float("nan"), "give a number of at least 0"),
         ("gradient_clip_val", True, "give a number of at least 0"),
         ("gradient_clip_algorithm", "nope", "give norm or value"),
-        ("limit_train_batches", -3, "give a whole number of batches, or a share"),
-        ("overfit_batches", 1.5, "give a whole number of batches, or a share"),
+        ("limit_train_batches", -3, "give a whole number of batches, or a fraction"),
+        ("overfit_batches", 1.5, "give a whole number of batches, or a fraction"),
         ("num_nodes", 0, "give a whole number of at least 1"),
         ("log_every_n_steps", "often", "give a whole number of at least 0"),
         ("enable_checkpointing", "maybe", "give true or false"),
@@ -31,7 +31,7 @@ from ldm.util import UserError
         ("logger", "wandb", "lightning.logger"),
         ("strategy", {"target": "x"}, "lightning.strategy"),
         ("callbacks", "mine", "lightning.callbacks"),
-        ("plugins", "mine", "no place for plugins"),
+        ("plugins", "mine", "plugins cannot be given"),
         ("default_root_dir", "here", "--logdir"),
     ],
 )
@@ -41,7 +41,7 @@ def test_check_values_refuses(name: str, value: object, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_check_values_takes_what_lightning_takes() -> None:
+def test_check_values_accepts_valid_values() -> None:
     check_values(
         {
             "val_check_interval": 0.5, "check_val_every_n_epoch": None, "max_time": "00:12:00:00", "max_epochs": -1,

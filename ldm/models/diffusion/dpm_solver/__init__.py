@@ -1,4 +1,4 @@
-"""DPM-Solver++, under both of its public paths."""
+"""DPM-Solver++, exported under its second public path."""
 
 from ldm.models.diffusion.dpm_solver.sampler import DPMSolverSampler
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
 from ldm.models.diffusion.ddpm import LatentUpscaleDiffusion, Layout2ImgDiffusion
-from ldm.models.diffusion.weights import FIRST_CONVOLUTION_KEYS
+from ldm.models.diffusion.initial_weights import FIRST_CONVOLUTION_KEYS
 from ldm.util import UserError
 from tests.golden_data import case, seeded_tensor
 from tests.ldm.models.diffusion.conftest import TEXT_TOWER, construct
@@ -37,7 +37,7 @@ def test_inpainting_takes_stored_masks_and_posteriors() -> None:
 
 
 def test_inpainting_without_its_masked_image() -> None:
-    with pytest.raises(UserError, match="masked_image_key 'hole' is none of concat_keys: mask, masked_image"):
+    with pytest.raises(UserError, match="masked_image_key 'hole' is not one of concat_keys: mask, masked_image"):
         build_v2("inpaint_input", masked_image_key="hole")
 
 
@@ -98,7 +98,7 @@ def test_upscaling_conditions_on_the_level_of_noise() -> None:
 
 
 def test_layout_reads_boxes_alone() -> None:
-    with pytest.raises(UserError, match="'caption': a Layout2ImgDiffusion reads 'coordinates_bbox'"):
+    with pytest.raises(UserError, match="'caption': must be 'coordinates_bbox'"):
         Layout2ImgDiffusion(cond_stage_key="caption")
 
 

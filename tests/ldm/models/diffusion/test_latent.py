@@ -132,7 +132,7 @@ def test_scale_from_the_first_batch(make_model: Callable[..., LatentDiffusion]) 
 
 
 def test_a_missing_batch_entry_is_named(model: LatentDiffusion) -> None:
-    with pytest.raises(UserError, match="'f8'; the data give 'image'"):
+    with pytest.raises(UserError, match="'f8', but the data have 'image'"):
         model.shared_step({"image": torch.zeros(2, 64, 64, 3)})
 
 

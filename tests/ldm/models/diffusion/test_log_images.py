@@ -54,4 +54,4 @@ def test_log_images_leave_out_samples_that_are_not_finite(
     monkeypatch.setattr(model, "apply_model", lambda x, t, cond: x * float("nan"))
     images = model.log_images(batch_of((2, 8, 8, 8)), ddim_steps=2)
     assert set(images) == {"inputs", "reconstruction"}
-    assert "No samples are shown. DDIMSampler: the sample holds NaN" in caplog.text
+    assert "no samples are logged: DDIMSampler: the sample has NaN" in caplog.text

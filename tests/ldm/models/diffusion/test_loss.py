@@ -67,7 +67,10 @@ def test_logvar_keeps_its_key_and_is_trained(make_model: ModelFactory) -> None:
     [
         ({"loss_config": weighting("MinSNR"), "min_snr_gamma": 5}, "min_snr_gamma and loss_config both"),
         ({"loss_config": weighting("MinSNR", gamma=0)}, "min_snr_gamma 0: give a number above 0"),
-        ({"loss_config": {"target": "torch.nn.Identity"}}, "Identity is no loss weighting; .* has Unweighted, MinSNR"),
+        (
+            {"loss_config": {"target": "torch.nn.Identity"}},
+            "Identity is not a loss weighting; .* has Unweighted, MinSNR",
+        ),
         ({"loss_config": weighting("MinSNR", gama=5)}, "unknown key 'gama'.*'gamma'"),
     ],
 )

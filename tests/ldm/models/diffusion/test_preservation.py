@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.preservation import Prior, Teacher
+from ldm.models.diffusion.preservation import Prior, StoredPredictions
 from ldm.util import UserError
 from tests.golden_data import seeded_tensor
 from tests.ldm.models.diffusion.conftest import TEXT_TOWER, construct
@@ -92,7 +92,7 @@ def test_the_teachers_questions_are_asked_again(make_model, monkeypatch):
     _, logged = model.shared_step(batch)
     (x, t) = seen[0]
     torch.manual_seed(1)
-    drawn = model.draw_timesteps(batch["f8"])
+    drawn = model.sample_timesteps(batch["f8"])
     assert t.tolist() == torch.where(MASK, batch["t"], drawn).tolist()
     expected = model.q_sample(model.scale_factor * batch["f8"].float(), batch["t"], batch["noise"].float())
     assert torch.equal(x[MASK], expected[MASK]) and not torch.isclose(x[~MASK], expected[~MASK]).all()
@@ -145,17 +145,17 @@ def test_a_frozen_text_tower_stays_so_and_a_trained_one_learns_from_the_prior():
 
 
 def test_rows_outside_the_prior_take_nothing_from_the_teacher():
-    teacher = Teacher(torch.full((4,), 9), torch.full((4, 1, 1, 1), 9.0), torch.full((4, 1, 1, 1), 9.0))
+    teacher = StoredPredictions(torch.full((4,), 9), torch.full((4, 1, 1, 1), 9.0), torch.full((4, 1, 1, 1), 9.0))
     prior = Prior(MASK, 1.0, teacher)
-    t, noise = prior.asked(torch.zeros(4, dtype=torch.long), torch.zeros(4, 1, 1, 1))
+    t, noise = prior.timesteps_and_noise(torch.zeros(4, dtype=torch.long), torch.zeros(4, 1, 1, 1))
     assert t.tolist() == noise.flatten().tolist() == prior.target(torch.zeros(4, 1, 1, 1)).flatten().tolist()
     assert t.tolist() == [0, 9, 0, 9]
 
 
 def test_a_batch_of_one_kind_alone():
     values = torch.tensor([1.0, 3.0])
-    assert Prior(torch.zeros(2, dtype=torch.bool), 5.0).joined(values) == 2
-    assert Prior(torch.ones(2, dtype=torch.bool), 5.0).joined(values) == 10
+    assert Prior(torch.zeros(2, dtype=torch.bool), 5.0).loss_mean(values) == 2
+    assert Prior(torch.ones(2, dtype=torch.bool), 5.0).loss_mean(values) == 10
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_batch_of_one_kind_alone():
     [
         ({"prior_loss_weight": -1}, "prior_loss_weight -1"),
         ({"prior_target": "model"}, "prior_target 'model' is unknown; valid: data, teacher"),
-        ({"prior_target": "teacher", "num_timesteps_cond": 2}, "num_timesteps_cond: 2 noises; set it to 1"),
+        ({"prior_target": "teacher", "num_timesteps_cond": 2}, "num_timesteps_cond: 2 adds noise"),
     ],
 )
 def test_settings_that_cannot_be(make_model, changes, message):

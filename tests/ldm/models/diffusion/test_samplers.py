@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.guidance import rescaled
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import NotFiniteError
+from ldm.models.diffusion.spacing import SPACINGS
 from ldm.modules.diffusionmodules.schedule import (
     diffusion_buffers,
     make_beta_schedule,
@@ -224,7 +227,7 @@ def test_ancestral_sampling_of_a_model(model: LatentDiffusion) -> None:
     )
     assert samples.shape == (2, *SHAPE)
     assert samples.abs().max() > 1
-    with pytest.raises(UserError, match="2000 sampling steps"):
+    with pytest.raises(UserError, match="sampling steps 2000"):
         model.sample(2, timesteps=2000)
 
 
@@ -278,7 +281,7 @@ def test_init_is_noised_for_the_first_step_that_runs(target: Tensor) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_zero_terminal_snr_is_sampled(sampler: str, target: Tensor) -> None:
-    """With v predicted, every step is finite, also the one at which x is noise alone."""
+    """With v predicted, sampling begins at the very end, where x is noise alone: the next x has the predicted x0."""
     rescaled = diffusion_buffers(rescale_to_zero_snr(make_beta_schedule("linear", 1000, 0.00085, 0.012)))
     alpha_bar = torch.tensor(rescaled["alphas_cumprod"], dtype=torch.float32)
 
@@ -286,21 +289,78 @@ def test_zero_terminal_snr_is_sampled(sampler: str, target: Tensor) -> None:
         alphas_cumprod = alpha_bar
 
         def apply_model(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+            visited.append(t[0].item())
             level = alpha_bar[t.long()].view(-1, 1, 1, 1)
             eps = (x - level.sqrt() * self.target) / (1 - level).sqrt()
             return level.sqrt() * eps - (1 - level).sqrt() * self.target
 
+    visited: list[float] = []
     samples = run(SAMPLERS[sampler], Rescaled(target, "v"), S=10)
-    first = {"ddim": 901, "plms": 901, "dpm_solver": 999}[sampler]
-    x_T = seeded_tensor("sampler/x_T", (2, *SHAPE))
-    noise = (x_T - alpha_bar[first].sqrt() * target) / (1 - alpha_bar[first]).sqrt()
-    expected = alpha_bar[0].sqrt() * target + (1 - alpha_bar[0]).sqrt() * noise
+    assert visited[:2] == [999, 899] and visited[-1] == 99
+    x_T = seeded_tensor("sampler/x_T", (2, *SHAPE))  # all of it noise
+    expected = alpha_bar[0].sqrt() * target + (1 - alpha_bar[0]).sqrt() * x_T
     torch.testing.assert_close(samples, expected, atol=5e-3, rtol=1e-3)
+    with pytest.raises(UserError, match=r"spacing trailing: it starts at zero SNR, .* set parameterization to v"):
+        run(SAMPLERS[sampler], Rescaled(target, "eps"), spacing="trailing")
+    visited.clear()
+    run(SAMPLERS[sampler], Rescaled(target, "eps"))
+    assert visited[0] == 901
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_spacing_leads_to_the_picture(sampler: str, spacing: str, target: Tensor) -> None:
+    """Exact predictions end at the picture, at the noise level that the spacing ends with."""
+    model = Oracle(target)
+    if (sampler, spacing) == ("plms", "karras"):
+        with pytest.raises(UserError, match="spacing karras: PLMS needs equal steps"):
+            run(PLMSSampler, model, spacing=spacing)
+        return
+    drawer, x_T = SAMPLERS[sampler](model), seeded_tensor("sampler/x_T", (2, *SHAPE))
+    drawer.make_schedule(10, spacing)
+    first, last = torch.tensor(drawer.alphas[0]), torch.tensor(drawer.alphas_prev[-1])
+    assert last == (1.0 if spacing == "karras" else ALPHA_BAR[0])
+    noise = (x_T - first.sqrt() * target) / (1 - first).sqrt()
+    samples = run(SAMPLERS[sampler], Oracle(target), spacing=spacing, x_T=x_T)
+    expected = last.sqrt() * target + (1 - last).sqrt() * noise
+    torch.testing.assert_close(samples, expected.float(), atol=2e-3, rtol=1e-3)
+
+
+def test_dpm_solver_takes_steps_of_no_length(target: Tensor) -> None:
+    """With all 1000 timesteps a spacing ends where the schedule begins: two steps have one time."""
+    for spacing in ("leading", "trailing"):
+        assert run(DPMSolverSampler, Oracle(target), S=1000, spacing=spacing).isfinite().all()
+
+
+def test_guidance_rescale_gives_the_deviation_of_the_conditional() -> None:
+    guided, cond = seeded_tensor("rescale/guided", (2, *SHAPE)), seeded_tensor("rescale/cond", (2, *SHAPE), 0.25)
+    whole, half = rescaled(guided, cond, 1.0), rescaled(guided, cond, 0.5)
+    for row in range(2):  # eq. 15, per sample
+        torch.testing.assert_close(whole[row], guided[row] * (cond[row].std() / guided[row].std()))
+    torch.testing.assert_close(half, (whole + guided) / 2)  # eq. 16
+    assert rescaled(guided, cond, 0.0) is guided
+    theirs = rescale_noise_cfg(guided, cond, guidance_rescale=0.7)
+    torch.testing.assert_close(rescaled(guided, cond, 0.7), theirs)
+
+
+def test_guidance_rescale_is_applied_in_sampling(target: Tensor) -> None:
+    cond, uncond = seeded_tensor("rescale/c", (2, *SHAPE)), seeded_tensor("rescale/u", (2, *SHAPE))
+    both = {"conditioning": cond, "unconditional_conditioning": uncond, "S": 1}
+    plain = run(DDIMSampler, Oracle(target, "x0"), **both)
+    guided = run(DDIMSampler, Oracle(target, "x0"), **both, unconditional_guidance_scale=5.0, guidance_rescale=1.0)
+    x_T, first = seeded_tensor("sampler/x_T", (2, *SHAPE)), ALPHA_BAR[1]
+
+    def predicted(sample: Tensor) -> Tensor:  # of a step from timestep 1 to 0
+        slope = ((1 - ALPHA_BAR[0]) / (1 - first)).sqrt()
+        return (sample - slope * x_T) / (ALPHA_BAR[0].sqrt() - slope * first.sqrt())
+
+    deviations = [predicted(sample).flatten(1).std(1) for sample in (plain, guided)]
+    torch.testing.assert_close(*deviations, rtol=1e-2, atol=0)
 
 
 def test_image_guidance_scale_needs_an_image(target: Tensor) -> None:
     cond = torch.zeros(2, *SHAPE)
-    with pytest.raises(UserError, match=r"image guidance scale 1\.5: the model must be conditioned on an image"):
+    with pytest.raises(UserError, match=r"image guidance scale 1\.5: this model is not conditioned on an image"):
         run(DDIMSampler, Oracle(target), conditioning=cond, unconditional_conditioning=cond, image_guidance_scale=1.5)
 
 

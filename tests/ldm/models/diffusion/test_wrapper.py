@@ -71,12 +71,12 @@ def test_vectors_reach_the_unet_as_y(key: str, channels: int) -> None:
     out = wrapper(x, torch.tensor([1, 2]), c_crossattn=[context, context], c_adm=vector, **maps)
     assert out.shape[1] == channels
     assert seen["y"] is vector and seen["context"].shape == (2, 6, 8)
-    with pytest.raises(UserError, match=f"conditioning_key '{key}' needs c_adm, which nothing gives"):
+    with pytest.raises(UserError, match=f"conditioning_key '{key}' needs c_adm, but the conditioning has none"):
         wrapper(x, torch.tensor([1, 2]), c_crossattn=[context], **maps)
 
 
 def test_sequential_crossattn_is_refused() -> None:
-    with pytest.raises(UserError, match="sequential_crossattn: true is for a UNet that is not here"):
+    with pytest.raises(UserError, match="sequential_crossattn: true is not supported"):
         DiffusionWrapper({"target": "torch.nn.Identity", "sequential_crossattn": True}, "crossattn")
 
 

@@ -34,7 +34,7 @@ def test_label_embedding(num_classes: int | str, adm_in_channels: int | None, ke
     ("arguments", "said"),
     [
         (("sequental", 32, 7), "num_classes 'sequental' is unknown; give a number of classes, or one of continuous"),
-        (("sequential", 32, None), "adm_in_channels None: num_classes 'sequential' needs"),
+        (("sequential", 32, None), "adm_in_channels None: give a whole number of features of y of at least 1"),
         ((0, 32, None), "num_classes 0 is unknown"),
         ((True, 32, None), "num_classes True is unknown"),
     ],
@@ -51,7 +51,7 @@ def test_check_labels() -> None:
         (None, 10, "num_classes=10"),
         (torch.ones(2), None, "num_classes=None"),
         (torch.ones(1, 7), "sequential", "for a batch of 2"),
-        (torch.ones(2, 8), "sequential", r"shape \(2, 8\); adm_in_channels asks for \(B, 7\)"),
+        (torch.ones(2, 8), "sequential", r"shape \(2, 8\); adm_in_channels requires \(B, 7\)"),
     ):
         with pytest.raises(ValueError, match=said):
             check_labels(y, 2, num_classes, 7 if num_classes == "sequential" else None)

@@ -38,7 +38,7 @@ def test_plan_levels() -> None:
         ({"num_res_blocks": [1]}, r"num_res_blocks \[1\] needs one entry per level of channel_mult \[1, 2\]"),
         ({"transformer_depth": [1, 2, 10]}, "transformer_depth .* needs one entry per level"),
         ({"num_attention_blocks": [1]}, "num_attention_blocks .* needs one entry per level"),
-        ({"num_attention_blocks": [2, 2]}, r"num_attention_blocks \[2, 2\] has more attention than num_res_blocks"),
+        ({"num_attention_blocks": [2, 2]}, r"num_attention_blocks \[2, 2\] exceeds num_res_blocks"),
         ({"disable_self_attentions": [True]}, "disable_self_attentions .* needs one entry per level"),
         ({"disable_self_attentions": [1, 0]}, "disable_self_attentions .*: give true or false"),
         ({"transformer_depth": -1}, "transformer_depth -1: give whole numbers from 0"),

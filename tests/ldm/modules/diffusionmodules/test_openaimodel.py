@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.modules.diffusionmodules.layers import timestep_embedding
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
-from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.util import UserError
 from tests.golden_data import (
     case,

@@ -53,8 +53,11 @@ def test_simple_image_concat() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"noise_schedule_config": {"linear_begin": 1}}, "unknown key 'linear_begin' in noise_schedule_config"),
-        ({"noise_schedule_config": SCHEDULE, "max_noise_level": 1001}, "max_noise_level 1001: give 1 to timesteps"),
+        ({"noise_schedule_config": {"linear_begin": 1}}, "unknown key 'linear_begin' in noise_schedule_config; did"),
+        (
+            {"noise_schedule_config": SCHEDULE, "max_noise_level": 1001},
+            "max_noise_level 1001: give a whole number from 1 to",
+        ),
         ({"noise_schedule_config": {"beta_schedule": "lin"}}, "beta_schedule 'lin' is unknown"),
     ],
 )

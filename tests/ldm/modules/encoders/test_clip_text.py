@@ -124,12 +124,12 @@ def test_freeze_is_an_option() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"version": "openai/clip-vit-base-patch32"}, "is not known; use 'openai/clip-vit-large-patch14'"),
+        ({"version": "openai/clip-vit-base-patch32"}, "is unknown; use 'openai/clip-vit-large-patch14'"),
         ({"text_config": {"hiden_size": 32}}, "did you mean 'hidden_size'"),
         ({"text_config": {**TINY, "vocab_size": 1000}}, "at least 49408"),
         ({"text_config": TINY, "max_length": 100}, "exceeds max_position_embeddings 77"),
         ({"text_config": TINY, "layer": "penultimate"}, "layer 'penultimate' is unknown; valid: last, pooled, hidden"),
-        ({"text_config": TINY, "layer": "hidden"}, "layer_idx None: layer 'hidden' takes a number of blocks"),
+        ({"text_config": TINY, "layer": "hidden"}, "layer_idx None: give a whole number from -"),
         ({"text_config": TINY, "layer": "hidden", "layer_idx": 99}, "layer_idx 99: layer 'hidden' takes"),
     ],
 )
@@ -164,7 +164,7 @@ def test_clip_text_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(raw.encode("bb"), torch.tensor([[[6.0, 0.0, 8.0]]]))
     raw.freeze()
     assert not raw.encode("a").requires_grad
-    with pytest.raises(UserError, match="is a file, which clip would unpickle"):
+    with pytest.raises(UserError, match="is a file, which the package clip would unpickle"):
         FrozenCLIPTextEmbedder(__file__)
 
 

@@ -142,9 +142,12 @@ def test_only_trainable_embedders_train() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"target": DUMMY, "params": {"key": "t5"}}, "embedder 0 needs input_key"),
-        ({"target": DUMMY, "input_key": "t5", "input_keys": ["t5"]}, "embedder 0 needs input_key"),
-        ({"target": DUMMY, "input_key": "t5", "trainable": True}, "embedder 0 has the unknown key 'trainable'; valid:"),
+        ({"target": DUMMY, "params": {"key": "t5"}}, "embedder 0 needs either input_key"),
+        ({"target": DUMMY, "input_key": "t5", "input_keys": ["t5"]}, "embedder 0 needs either input_key"),
+        (
+            {"target": DUMMY, "input_key": "t5", "trainable": True},
+            "unknown key 'trainable' in embedder 0 of emb_models; did you mean 'is_trainable'",
+        ),
         ({"target": DUMMY, "input_key": "t5", "params": {"ky": "t5"}}, "unknown key 'ky' in params"),
     ],
 )
@@ -154,9 +157,9 @@ def test_conditioner_refuses(config: dict[str, Any], said: str) -> None:
 
 
 def test_conditioner_names_what_a_batch_lacks() -> None:
-    with pytest.raises(UserError, match="input_key 'pooled' of embedder 1 is not in the batch, which has t5"):
+    with pytest.raises(UserError, match="embedder 1: input_key 'pooled' is not in the batch, which has t5"):
         stored()({"t5": BATCH["t5"]})
-    with pytest.raises(UserError, match="embedder 0 gives 1 dimensions; valid: 2 to 5"):
+    with pytest.raises(UserError, match="embedder 0 returns 1 dimensions; valid: 2 to 5"):
         stored()(BATCH | {"t5": torch.ones(3)})
     with pytest.raises(UserError, match="outdim 1: give at least 2"):
         ConcatTimestepEmbedderND(1)

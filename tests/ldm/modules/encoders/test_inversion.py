@@ -156,6 +156,6 @@ def test_captions_without_the_token_are_told_of_once(
         embedder(["a cat", ""]).sum().backward()  # a batch that teaches nothing does not stop the training either
         embedder("a cat")
     assert [record.getMessage() for record in caplog.records] == [
-        "no caption of a batch has the token 'tom', which learns nothing from it"
+        "no caption of a batch has the token 'tom', so the batch does not train it"
     ]
     assert not embedder.table.row.grad.any()

@@ -29,7 +29,10 @@ def test_spatial_rescaler() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"method": "cubic"}, "method 'cubic' is unknown; valid: nearest"), ({"n_stages": -1}, "n_stages -1: give 0")],
+    [
+        ({"method": "cubic"}, "method 'cubic' is unknown; did you mean 'bicubic'"),
+        ({"n_stages": -1}, "n_stages -1: give a whole number of at least 0"),
+    ],
 )
 def test_spatial_rescaler_refuses(options: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -98,7 +98,7 @@ def test_the_config_of_the_published_autoencoders_builds() -> None:
 def test_bad_options() -> None:
     with pytest.raises(UserError, match="perceptual_weight -1: give a number of at least 0"):
         loss_of(perceptual_weight=-1)
-    with pytest.raises(UserError, match="'wasserstein' is not one of hinge, vanilla"):
+    with pytest.raises(UserError, match="'wasserstein' is unknown; valid: hinge, vanilla"):
         loss_of(disc_loss="wasserstein")
 
 

@@ -87,5 +87,5 @@ def test_midas_is_the_network_of_transformers(small: MiDaSInference) -> None:
 
 
 def test_other_midas_networks_are_named() -> None:
-    with pytest.raises(UserError, match="model_type 'dpt_large': 'dpt_hybrid' is the one"):
+    with pytest.raises(UserError, match="model_type 'dpt_large' is unknown"):
         MiDaSInference("dpt_large")

@@ -1,0 +1,125 @@
+"""Writer of a set of shards, by one process or several, from the start or resumed.
+
+Pre-encoding and prior generation both write their sets with `SetWriter`. Each job makes one shard, and a shard depends
+on its own job only. The set is therefore the same for any number of processes, order of jobs and interruptions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.distributed.ranks import Ranks
+from ldm.encoding.jobs import Record, verified_record, wait_for_records, write_record
+from ldm.encoding.shard_set import RESUMABLE, begin, can_resume, check_out, finish, locked_set, stop, wait_for_begin
+
+logger = logging.getLogger(__name__)
+
+Job = tuple[Path, range]  # a shard, and the numbers of its images or prompts
+INDEXED = ("name", "samples", "bytes", "sha256")  # entries of a record that the index repeats
+
+
+@dataclass
+class SetWriter:
+    """This process's part in writing the shards of `jobs` to the pattern `out`.
+
+    Args:
+        made_from: the settings and digests that must be equal for an unfinished set to be resumed.
+        overwrite: replace an existing set. Allowed for a single process only.
+        ranks: this process and the number of processes.
+    """
+
+    out: str
+    made_from: Mapping[str, Any]
+    jobs: Sequence[Job]
+    overwrite: bool = False
+    ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
+    begun: bool = field(default=False, init=False)  # the index of the folder marks this set as unfinished
+    records: dict[Path, Record] = field(default_factory=dict, init=False)  # of the finished shards, by path
+
+    def __post_init__(self) -> None:
+        assert self.ranks.world == 1 or not self.overwrite, "with several processes, none may remove shards"
+        self.made_from = {"out": Path(self.out).name, **self.made_from}
+
+    def prepare(self) -> None:
+        """Begin the set and remove the existing one. Call this once the first shard is certain to have content."""
+        if not self.begun:
+            begin(self.out, self.made_from)
+            self.begun = True
+
+    def keep(self, shard: Path, record: Record) -> None:
+        """Store the `record` of the finished `shard`."""
+        self.records[shard] = record
+        if self.begun:
+            write_record(shard, record)
+
+    def write(
+        self,
+        nulls: Callable[[Sequence[Record]], Mapping[str, np.ndarray]],
+        write_shards: Callable[[Sequence[Job]], None],
+        describe: Callable[[Sequence[Record]], Mapping[str, Any]],
+    ) -> list[Record]:
+        """Write the unfinished shards, then the files `null.*.npy`, then the index.
+
+        Args:
+            nulls: returns the arrays of `null_path` by key, from the records of all shards.
+            write_shards: writes the shards of the given jobs. It calls `prepare` before it opens the first file, and
+                `keep` after each shard.
+            describe: returns entries of the index, from the records of all shards. It may raise `UserError`.
+
+        Returns:
+            The records of all shards on rank 0, and of this rank's shards on the others.
+
+        Raises:
+            UserError: the folder holds another set, or an unfinished set with other settings.
+        """
+        with locked_set(self.out) if self.ranks.rank == 0 else nullcontext():  # rank 0 holds the lock for all
+            if not self._open():
+                return []
+            try:
+                records = self._write_shards(write_shards)
+                if self.ranks.rank > 0:
+                    return records
+                about, beside = describe(records), nulls(records)
+            except BaseException as error:
+                if self.ranks.world == 1:
+                    stop(self.out, interrupted=isinstance(error, KeyboardInterrupt))
+                raise
+            shards = [{key: record[key] for key in INDEXED} for record in records if record["samples"]]
+            finish(self.out, beside, shards, **about, **{RESUMABLE: self.made_from})
+            return records
+
+    def _open(self) -> bool:
+        """Begin or resume the set. Return False if rank 0 has already finished it."""
+        if self.ranks.rank > 0:
+            self.begun = wait_for_begin(self.out, self.made_from)
+            return self.begun
+        check_out(self.out, self.overwrite)
+        self.begun = not self.overwrite and can_resume(self.out, self.made_from)
+        if self.ranks.world > 1:
+            self.prepare()  # the other ranks wait for it
+        return True
+
+    def _write_shards(self, write_shards: Callable[[Sequence[Job]], None]) -> list[Record]:
+        """Write this rank's unfinished shards. Return its records, and on rank 0 those of all ranks."""
+        share = self.ranks.share(self.jobs)
+        self._resume([path for path, _ in share])
+        write_shards([job for job in share if job[0] not in self.records])
+        if self.ranks.rank > 0:
+            return [self.records[path] for path, _ in share]
+        others = [path for path, _ in self.jobs if path not in self.records]
+        records = self.records | dict(zip(others, wait_for_records(others), strict=True))
+        return [records[path] for path, _ in self.jobs]
+
+    def _resume(self, shards: Sequence[Path]) -> None:
+        """Keep the records of those `shards` that an earlier run finished."""
+        found = {path: verified_record(path) for path in shards if self.begun}
+        self.records = {path: record for path, record in found.items() if record is not None}
+        if self.records:
+            logger.info("resuming: %d of %d shards are finished", len(self.records), len(shards))

@@ -1,0 +1,89 @@
+"""Training, validation and optimizer steps of diffusion models, as Lightning hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.distributed.collectives import mean_over_processes
+from ldm.models.diffusion.batch import Batch
+from ldm.models.diffusion.conditioning_dropout import Replacement, replaced
+from ldm.optim import build_optimizer
+from ldm.util import UserError, instantiate_from_config
+
+
+class TrainingSteps:
+    """Mixin of a diffusion model for the steps around `shared_step`. It must precede Lightning's module."""
+
+    model: nn.Module
+    model_ema: nn.Module
+    use_ema: bool
+    first_stage_key: str
+    learning_rate: float | None
+    optimizer_config: Mapping[str, Any] | None
+    scheduler_config: Mapping[str, Any] | None
+    replacements: Mapping[str, Replacement]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, logged = self.shared_step(replaced(batch, self.replacements, self.device))
+        # One reduction for all values. `sync_dist` would reduce each value by itself.
+        means = mean_over_processes(torch.stack(list(logged.values())))
+        self.log_dict(dict(zip(logged, means, strict=True)), batch_size=self.batch_size_of(batch))
+        return loss
+
+    def batch_size_of(self, batch: Batch) -> int:
+        """Return the number of samples in a batch."""
+        return len(batch[self.first_stage_key])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the losses with the weights and with their EMA. Noise and timesteps are the same in every epoch."""
+        self._log_evaluation(batch, batch_idx, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_evaluation(batch, batch_idx, "test")
+
+    def _log_evaluation(self, batch: Batch, batch_idx: int, split: str) -> None:
+        losses = self._validation_losses(batch, batch_idx)
+        with self.ema_scope():
+            # The name with `_ema` exists without an EMA too, for `monitor`.
+            averaged = self._validation_losses(batch, batch_idx) if self.use_ema else losses
+        losses = losses | {f"{key}_ema": value for key, value in averaged.items()}
+        logged = {key.replace("val/", f"{split}/", 1): value for key, value in losses.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=self.batch_size_of(batch))
+
+    def _validation_losses(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(batch_idx)
+            return self.shared_step(batch)[1]
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step the optimizer and then the EMA, so that a checkpoint written after the step holds both."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would keep the gradients until the next backward pass
+        if self.use_ema:
+            self.model_ema(self.model)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the optimizer, in order."""
+        return [*self.model.parameters(), *self.parameters(recurse=False)]
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer of `optimizer_config` (default: fused AdamW) and the schedule of `scheduler_config`.
+
+        Raises:
+            UserError: the learning rate is missing, or the optimizer does not take its `params`.
+        """
+        if self.learning_rate is None:
+            raise UserError("no learning rate: set model.base_learning_rate in the config")
+        config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
+        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
+        if self.scheduler_config is None:
+            return optimizer
+        multiplier = instantiate_from_config(self.scheduler_config)
+        scheduler = LambdaLR(optimizer, lr_lambda=multiplier.schedule)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]

@@ -1,0 +1,129 @@
+"""Config of a released checkpoint: given by name, or chosen by the checkpoint's family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ldm.checkpoint import open_checkpoint, weights_of
+from ldm.checkpoint.keys import ZERO_SNR
+from ldm.checkpoint.markers import marked_parameterization
+from ldm.checkpoint.names import in_our_names
+from ldm.config.load import load_config
+from ldm.config.merge import laid_over
+from ldm.release.families import Family
+from ldm.release.recognition import Shapes, log_family, recognise, shapes_of
+from ldm.util import UserError
+
+_PARAMETERIZATION, _ZERO_SNR = "parameterization", "rescale_betas_zero_snr"  # in model.params
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A config, the files that it was read from, and the values that a checkpoint or a person changed in it."""
+
+    names: list[str]
+    overrides: list[str]
+    config: DictConfig
+
+    @property
+    def prediction(self) -> str:
+        """What the UNet of the config predicts."""
+        return _params(self.config).get(_PARAMETERIZATION, "eps")
+
+    def as_typed(self) -> str:
+        """Return the files and the values as arguments of `--base`."""
+        return " ".join([*self.names, *self.overrides])
+
+
+def family_of(ckpt: str | Path, parameterization: str | None = None, size: int | None = None) -> Family:
+    """Return the family of the checkpoint at `ckpt`, and log it; see `recognise`.
+
+    Raises:
+        UserError: the file cannot be read, or no family matches it.
+    """
+    return recognise(_shapes_in(ckpt), source=str(ckpt), parameterization=parameterization, size=size)
+
+
+def release_config(
+    ckpt: str | Path,
+    given: str | Path | None = None,
+    parameterization: str | None = None,
+    size: int | None = None,
+    trusted: bool = False,
+) -> tuple[str, DictConfig]:
+    """Return the name and the content of the config `given`, or else of the release config of `ckpt`'s family.
+
+    `parameterization` takes precedence over that of the config. Where neither the command line nor the config says what
+    the UNet predicts, the marker keys of the checkpoint do. `trusted` is passed to `load_config`.
+
+    Raises:
+        UserError: a file is missing or invalid, or no config is given and no family matches the checkpoint.
+    """
+    if given is not None:
+        config = load_config([given], trusted=trusted)
+        return str(given), _marked(Chosen([str(given)], [], config), ckpt, _shapes_in(ckpt), parameterization).config
+    family = family_of(ckpt, parameterization, size)
+    return family.config, load_config([family.config], family.overrides)
+
+
+def training_config(
+    ckpt: str | Path, given: Sequence[str] = (), parameterization: str | None = None, trusted: bool = False
+) -> Chosen:
+    """Return the configs `given`, merged left to right, or else the finetune config of `ckpt`'s family.
+
+    The arguments are those of `release_config`.
+
+    Raises:
+        UserError: as `release_config`, or the config and the checkpoint's markers tell different predictions.
+    """
+    if given:
+        chosen = Chosen(list(given), [], load_config(given, trusted=trusted))
+        shapes = _shapes_in(ckpt)
+        chosen = _marked(chosen, ckpt, shapes, parameterization)
+        check_prediction(chosen.prediction, parameterization or marked_parameterization(shapes), ckpt)
+        return chosen
+    family = recognise(_shapes_in(ckpt), source=str(ckpt), parameterization=parameterization, option="--base")
+    if family.finetune_config is None:
+        raise UserError(
+            f"{ckpt}: no config fine-tunes {family.name} on pre-encoded shards; to train from images, give "
+            f"--base {family.config}"
+        )
+    config = load_config([family.finetune_config], family.overrides)
+    return Chosen([family.finetune_config], family.overrides, config)
+
+
+def check_prediction(trained: str | None, released: str | None, release: str | Path) -> None:
+    """Raise `UserError` if a training does not predict what the file `release` does, as far as both are known."""
+    if None not in (trained, released) and trained != released:
+        raise UserError(
+            f"{release}: predicts {released}, but the training's parameterization is {trained}; train with "
+            f"model.params.parameterization={released}, or give --parameterization {trained} to train it so nonetheless"
+        )
+
+
+def _marked(given: Chosen, ckpt: str | Path, shapes: Shapes, parameterization: str | None) -> Chosen:
+    """Return the config `given` with the prediction that `release_config` describes, and log the family of `ckpt`."""
+    params, wanted, overrides = _params(given.config), parameterization, []
+    if wanted is None and _PARAMETERIZATION not in params:
+        wanted = marked_parameterization(shapes)
+    if wanted is not None:
+        overrides.append(f"model.params.{_PARAMETERIZATION}={wanted}")
+    if wanted == "v" and ZERO_SNR in shapes and _ZERO_SNR not in params:
+        overrides.append(f"model.params.{_ZERO_SNR}=true")
+    config = laid_over(given.config, load_config([], overrides), trusted=True) if overrides else given.config
+    chosen = Chosen(given.names, overrides, config)
+    log_family(shapes, ckpt, chosen.prediction)
+    return chosen
+
+
+def _params(config: DictConfig) -> Mapping[str, Any]:
+    return (config.get("model") or {}).get("params") or {}
+
+
+def _shapes_in(ckpt: str | Path) -> Shapes:
+    return shapes_of(in_our_names(weights_of(open_checkpoint(ckpt).content, ckpt)).with_carried())

@@ -1,0 +1,105 @@
+"""Two commands at once that write the same set, file, folder or run: the second is refused, and the first is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.child_runs import read_losses, start
+from ldm.checkpoint import load_checkpoint
+from ldm.locks import LOCK, locked
+from tests.conftest import RELEASE_CONFIG, ROOT
+from tests.training_runs import state, the_run, write_inputs
+from tests.waiting import LIMIT, join, wait_for
+
+HACK, MERGE, PREENCODE = (ROOT / "tools" / f"{name}.py" for name in ("hack_weights", "merge_release", "preencode"))
+
+
+@contextlib.contextmanager
+def stopped_at(lock: Path, tool: Path, *arguments: object) -> Iterator[subprocess.Popen]:
+    """Start `tool`, and stop it (as Ctrl-Z does) while it holds `lock`; it goes on and must succeed at the end."""
+    line = [sys.executable, str(tool), *map(str, arguments)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for(lambda: lock.exists() and lock.read_bytes().endswith(b"}"), process)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            said, _ = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, said
+    assert not lock.exists()
+
+
+def is_refused(error: object, process: subprocess.Popen | None = None, what: str = "") -> bool:
+    """Whether the one line `error` of the second command names the owner of `what`: host, process and lock file."""
+    owner = f"process {process.pid if process else os.getpid()} on {os.uname().nodename!r} is writing it"
+    return isinstance(error, str) and re.fullmatch(f"error: {re.escape(what)}.*: {owner} .*", error) is not None
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_two_preencodings_with_different_options_do_not_mix(work: Path, tiny_release: Path, run_tool: Callable) -> None:
+    (work / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(work / f"images/{number}.png")
+    options = ["--ckpt", tiny_release, "--config", RELEASE_CONFIG, "--images", "images", "--caption", "a cat"]
+    options += ["--out", "set/%06d.tar", "--size", 64, "--shard-size", 4, "--device", "cpu"]
+    with stopped_at(work / "set" / LOCK, PREENCODE, *options) as first:
+        for more in (["--flip"], ["--overwrite"], []):
+            assert is_refused(run_tool(PREENCODE, *options, *more), first, "--out set/%06d.tar")
+    index = json.loads((work / "set/index.json").read_text())
+    assert index["complete"] and sum(shard["samples"] for shard in index["shards"]) == 40
+    assert len(list((work / "set").glob("*.tar"))) == 10
+
+
+def test_two_hacks_of_one_file_do_not_mix(work: Path, tiny_release: Path, run_tool: Callable) -> None:
+    options = ["--release", tiny_release, "--base", "demo_tiny.yaml", "--out", "hacked.ckpt"]
+    with stopped_at(work / ".hacked.ckpt.lock", HACK, *options) as first:
+        assert is_refused(run_tool(HACK, *options), first, "hacked.ckpt")
+        merge = ("--train-ckpt", "other.ckpt", "--release", tiny_release, "--out", "hacked.ckpt")
+        assert is_refused(run_tool(MERGE, *merge), first, "hacked.ckpt")
+    assert load_checkpoint(work / "hacked.ckpt")["global_step"] == 0
+    assert [path.name for path in work.iterdir()] == ["hacked.ckpt"]
+
+
+def test_the_checkpoint_of_a_run_that_trains_is_not_written_by_others(
+    work: Path, tiny_release: Path, run_tool: Callable
+) -> None:
+    write_inputs(work)
+    run = start("-b tiny.yaml -t --no-test -l logs --max_steps 100000", work, work / "output", work / "losses")
+    wait_for(lambda: list(work.glob("logs/*/checkpoints/last.ckpt")), run)
+    folder = the_run(work / "logs").relative_to(work)
+    last = folder / "checkpoints" / "last.ckpt"
+    other = last.with_name("other.ckpt")
+    (work / "link").symlink_to(work / last.parent)
+    for tool, out in ((HACK, last), (HACK, other), (HACK, Path("link/last.ckpt")), (MERGE, other)):
+        error = run_tool(tool, "--train-ckpt", last, "--release", tiny_release, "--out", out)
+        assert isinstance(error, str) and f": process {run.pid} on {os.uname().nodename!r} is writing it" in error
+    assert not other.exists() and not list(work.rglob(".*.ckpt.lock"))
+    os.kill(run.pid, signal.SIGINT)
+    assert join(run) == [0]
+    assert state(last)["global_step"] == len(read_losses(work / "losses"))
+
+
+def test_an_evaluation_waits_for_no_other_in_its_folder(work: Path, run_tool: Callable) -> None:
+    options = ("--base", "a", "--ckpt", "b", "--set", "x=x.tar", "--out", "out")
+    with locked(work / "out" / LOCK, "it"):
+        assert is_refused(run_tool(ROOT / "tools/evaluate.py", *options), what="--out out")
+    assert not (work / "out").exists()
