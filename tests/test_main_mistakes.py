@@ -127,7 +127,7 @@ class FullDisk(Callback):
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),
         ("data.params.training_urls=nowhere.tar", "nowhere.tar"),
-        ("model.params.unet_config.params.context_dim=16", r"t5 has shape \(77, 8\); the UNet's context_dim is 16"),
+        ("model.params.unet_config.params.context_dim=16", r"t5 has shape \(77, 8\), but the UNet's context_dim is 16"),
     ],
 )
 def test_mistakes_are_refused_in_one_line_and_write_nothing(train, tmp_path, line, message):

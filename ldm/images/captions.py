@@ -128,7 +128,7 @@ def from_metadata(
         raise UserError(f"{path}: captions by file name are read from {', '.join(_READERS)}")
     found: list[Entry] = []
     unread: dict[str, None] = {}
-    for where, entry in _READERS[path.suffix](text, path):
+    for where, entry in _READERS[path.suffix](text, path, pairs):
         keys = _keys_of(entry, pairs)
         keys = (keys[0], keys[1] if text_key is None else text_key, keys[2])
         name, caption, edited = (entry.get(key) for key in keys)
@@ -166,7 +166,7 @@ def _keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | N
     return before or file_key, instruction, after
 
 
-def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`, which also splits at "\u2028"
         if not line.strip():
             continue
@@ -180,7 +180,7 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
         yield where, entry
 
 
-def _mapping_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _mapping_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -196,11 +196,11 @@ def _mapping_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, 
         yield f"{path}, entry {number}", entry
 
 
-def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _csv_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in reader.fieldnames or ()]
-        if not set(names) & set(_FILE_KEYS):
+        if _keys_of(dict.fromkeys(names, "a value"), pairs)[0] is None:
             raise UserError(f"{path}, line 1: expected the columns file_name and text, got {', '.join(names):.80}")
         reader.fieldnames = names
         for entry in reader:

@@ -222,7 +222,9 @@ def test_keys_of_a_GeneralConditioner_begin_as_those_of_SDXL() -> None:
     assert all(parameter.grad is not None for parameter in model.conditioner.parameters())
     assert len(model.trained_parameters()) == len([*model.model.parameters(), *model.conditioner.parameters()])
 
-    with pytest.raises(UserError, match="GeneralConditioner, takes txt, target_size_as_tuple, which"):
+    check_reads_captions(model)
+    model.conditioner._inputs[1] = ["aesthetic_score"]
+    with pytest.raises(UserError, match="GeneralConditioner, takes txt, aesthetic_score, which"):
         check_reads_captions(model)
 
     copied = deepcopy(model).double()
