@@ -20,14 +20,14 @@ from ldm.util import UserError, check_params, get_obj_from_str
         ("ldm.util.nearest", "ldm.util.nearest"),
     ],
 )
-def test_todays_path(path, expected):
+def test_current_path(path, expected):
     assert current_path(path) == expected
     if path != expected:
         assert get_obj_from_str(path) is get_obj_from_str(expected)
         check_trust({"target": path}, "config")  # needs no trust, being ours
 
 
-def test_todays_path_of_the_loss_of_codebooks():
+def test_current_path_of_the_loss_of_codebooks():
     name = "losses.vqperceptual.VQLPIPSWithDiscriminator"
     assert current_path(f"taming.modules.{name}") == f"ldm.modules.{name}"
     check_trust({"target": f"taming.modules.{name}"}, "config")
