@@ -21,7 +21,7 @@ OPEN_CLIP = {"width": 24, "heads": 2, "embed_dim": 24}
 # Features of the context, by those of the release: SD 1, SD 2, SDXL.
 CONTEXT = {768: CLIP["hidden_size"], 1024: OPEN_CLIP["width"], 2048: CLIP["hidden_size"] + OPEN_CLIP["width"]}
 VECTOR = OPEN_CLIP["embed_dim"] + 6 * 256  # features of the vector: of the caption, and of six numbers
-_TOWERS = {"FrozenCLIPEmbedder": CLIP, "FrozenOpenCLIPEmbedder": OPEN_CLIP, "FrozenOpenCLIPEmbedder2": OPEN_CLIP}
+TOWERS = {"FrozenCLIPEmbedder": CLIP, "FrozenOpenCLIPEmbedder": OPEN_CLIP, "FrozenOpenCLIPEmbedder2": OPEN_CLIP}
 
 
 def narrow(name: str) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def narrow(name: str) -> dict[str, Any]:
 
 def _narrow_towers(described: dict[str, Any]) -> None:
     kind = described["target"].rpartition(".")[2]
-    if kind in _TOWERS:
-        described["params"] = {**(described.get("params") or {}), "text_config": _TOWERS[kind]}
+    if kind in TOWERS:
+        described["params"] = {**(described.get("params") or {}), "text_config": TOWERS[kind]}
     for embedder in (described.get("params") or {}).get("emb_models", ()):
         _narrow_towers(embedder)
 

@@ -6,10 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ldm.checkpoint import load_checkpoint, load_state_dict
 from ldm.checkpoint.formats import as_bytes
@@ -18,6 +16,7 @@ from ldm.release.families import FAMILIES
 from ldm.release.load import load_release
 from tests.conftest import ROOT
 from tests.narrow_models import write_configs, write_release
+from tests.tiny_training import ENCODED, write_images
 from tests.training_runs import fixture_one_thread, run_main, the_run  # noqa: F401
 
 PREENCODE, HACK, MERGE = (ROOT / "tools" / f"{name}.py" for name in ("preencode", "hack_weights", "merge_release"))
@@ -27,25 +26,13 @@ QUIET = (
     "lightning.callbacks.image_logger.params.disabled=True"
 )
 SIDE = 64
-TRAINED = [key for key, family in FAMILIES.items() if family.finetune_config]
-
-
-def write_images(folder: Path, pairs: bool) -> None:
-    """Write three images, or pairs of them, with captions."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(3):
-        for ending in (".png", ".edited.png") if pairs else (".png",):
-            pixels = generator.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number}{ending}")
-        (folder / f"{number}.txt").write_text(f"number {number}")
 
 
 def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and as_bytes(one) == as_bytes(other)
 
 
-@pytest.mark.parametrize("key", TRAINED)
+@pytest.mark.parametrize("key", ENCODED)
 def test_round_trip(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable, one_thread: None
 ) -> None:
@@ -53,7 +40,7 @@ def test_round_trip(
     family = FAMILIES[key]
     config, finetune = write_configs(family, tmp_path)
     start = write_release(config, tmp_path / "release.safetensors")
-    write_images(tmp_path / "images", pairs=key == "instruct_pix2pix")
+    write_images(tmp_path / "images", key)
 
     encode = ("--ckpt", "release.safetensors", "--config", config, "--images", "images", "--size", SIDE)
     assert run_tool(PREENCODE, *encode, "--out", "shards/%06d.tar", "--num-workers", 0) is None

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint import save_state_dict
 from ldm.release.families import FAMILIES
-from tests.narrow_models import OPEN_CLIP, narrow, seeded_weights
+from tests.narrow_models import OPEN_CLIP, TOWERS, narrow, seeded_weights
 
 SIDE = 64  # pixels of the images that a tiny model makes by default
 _OUTDIM = 8  # features of a number of SDXL's sizes
@@ -37,21 +37,21 @@ def tiny_config(key: str) -> dict[str, Any]:
     params["first_stage_config"]["params"]["ddconfig"] |= {"ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     if "depth_stage_config" in params:
         params["depth_stage_config"] = _DEPTH_STAGE
-    _shorten(params["cond_stage_config"])
+    shrink(params["cond_stage_config"])
     return config
 
 
-def _shorten(described: dict[str, Any]) -> None:
+def shrink(described: dict[str, Any]) -> None:
     kind = described["target"].rpartition(".")[2]
     params = described["params"] = dict(described.get("params") or {})
     if kind in _LAYERS:
-        params["text_config"] = {**params["text_config"], _LAYERS[kind]: 2}
+        params["text_config"] = {**TOWERS[kind], _LAYERS[kind]: 2}
     if "layer_idx" in params:
         params["layer_idx"] = 1
     if "outdim" in params:
         params["outdim"] = _OUTDIM
     for embedder in params.get("emb_models", ()):
-        _shorten(embedder)
+        shrink(embedder)
 
 
 def write_tiny(key: str, folder: Path, **params: Any) -> tuple[Path, Path]:
