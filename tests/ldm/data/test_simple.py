@@ -59,7 +59,7 @@ def test_folder_data_reads_captions(tmp_path, kind):
         ("c.json", "[1]", "c.json, entry 1: expected captions by file name, got '1'"),
         ("c.json", "3", "c.json, entry 1: expected captions by file name, got '3'"),
         ("c.json", '{"a.jpg": 3}', r"c\.json, 'a\.jpg': text is not a string: 3"),
-        ("c.json", "{}", r"c\.json: holds no captions"),
+        ("c.json", "{}", r"c\.json: has no captions"),
         ("c.jsonl", '{"name": "a"}', "c.jsonl, line 1: expected"),
         ("c.json", '{"../a.jpg": "x"}', "outside the folder"),
         ("c.txt", "x", r"read from \.jsonl, \.csv, \.json"),

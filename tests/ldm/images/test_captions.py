@@ -107,10 +107,10 @@ def test_caption_files_of_other_programs(tmp_path, caplog, name):
 def test_a_text_file_takes_precedence_among_caption_files(tmp_path, caplog):
     put(tmp_path, {"a.png": RED, "a.txt": "one", "a.caption": "two", "a.png.txt": "three"})
     assert described(find_images(tmp_path)) == [("a.png", "one")]
-    assert "files of other kinds are left out: .caption" in caplog.text and "a.png.txt" in caplog.text
+    assert "files of other types skipped: .caption" in caplog.text and "a.png.txt" in caplog.text
 
 
 def test_a_pattern_names_images_beside_other_files(tmp_path, caplog):
     put(tmp_path, {"a.png": RED, "a.txt": "one", "Thumbs.db": "x"})
     assert described(find_images(f"{tmp_path}/*")) == [("a.png", "one")]
-    assert "1 files are neither images nor tars, and are left out" in caplog.text and "Thumbs.db" in caplog.text
+    assert "1 files skipped, because they are neither images nor tars" in caplog.text and "Thumbs.db" in caplog.text
