@@ -40,11 +40,11 @@ def tiny_config(key: str) -> dict[str, Any]:
     params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     if "depth_stage_config" in params:
         params["depth_stage_config"] = _DEPTH_STAGE
-    _shrink(params["cond_stage_config"])
+    shrink(params["cond_stage_config"])
     return config
 
 
-def _shrink(described: dict[str, Any]) -> None:
+def shrink(described: dict[str, Any]) -> None:
     kind = described["target"].rpartition(".")[2]
     params = described["params"] = dict(described.get("params") or {})
     if kind in _TOWERS:
@@ -54,7 +54,7 @@ def _shrink(described: dict[str, Any]) -> None:
     if "outdim" in params:
         params["outdim"] = _OUTDIM
     for embedder in params.get("emb_models", ()):
-        _shrink(embedder)
+        shrink(embedder)
 
 
 def write_tiny(key: str, folder: Path, **params: Any) -> tuple[Path, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +259,15 @@ def _of_family(dataset: ShardDataset | ShardStream) -> str:
 
 
 def _describe(dataset: ShardDataset | ShardStream) -> str:
-    """Return the shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`."""
+    """Return the shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`.
+
+    Of a member that samples have several times, the number stands before: `"4 mask 1x64x64 float16"`.
+    """
+    counts = Counter(map(plain, dataset.keys))
     parts = []
     for key, shapes in dataset.shapes.items():
-        parts += [f", {key} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items()]
+        name = f"{counts[key]} {key}" if counts[key] > 1 else key
+        parts += [
+            f", {name} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items() if plain(key) == key
+        ]
     return "".join(parts)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ldm.data.batch_sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.data.dropout import Change, EpochItems
-from ldm.data.sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, STREAM, TEACHER_KEYS, TIMESTEPS, plain

@@ -28,7 +28,7 @@ from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.layers import KeepsTypes
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.ema import LitEma
-from ldm.util import check_choice
+from ldm.util import check_choice, check_number
 
 LOSS_TYPES = ("l1", "l2")
 
@@ -111,6 +111,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         super().__init__()
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         check_choice("loss_type", loss_type, LOSS_TYPES)
+        check_number("log_every_t", log_every_t, least=1)
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
         self.monitor, self.log_every_t, self.clip_denoised = monitor, log_every_t, clip_denoised

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.prior import PriorBatchSampler
-from ldm.data.sampler import EpochBatchSampler
 from ldm.shards import npy
 from ldm.shards.index import write_index
 from ldm.util import UserError

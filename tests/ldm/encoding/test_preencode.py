@@ -171,7 +171,7 @@ def test_unreadable_images_are_reported_and_the_rest_written(images, tmp_path, c
     report, _ = run(images, tmp_path / "s.tar", workers=1)
     assert (report.samples, report.without_caption) == (4, 1)
     assert [failure["name"] for failure in report.failed] == ["p.2.png", "p.3.png", "phone.heic"]
-    assert "left out: p.2.png: not an image" in caplog.text and "p.3.png: its caption is not UTF-8" in caplog.text
+    assert "image skipped: p.2.png: not an image" in caplog.text and "p.3.png: its caption is not UTF-8" in caplog.text
     assert json.loads((tmp_path / "index.json").read_text())["failed"] == report.failed
 
 
@@ -260,7 +260,7 @@ def test_a_set_that_was_cut_short_is_not_trained_on(captioned, tmp_path, caplog,
         run(captioned, out, StopsAt(3, error), overwrite=True, **options)
     shards = len(list(out.parent.glob("s-*.tar")))
     assert shards in (1, 2, 3)  # the thread that writes may be that far behind
-    told = f"interrupted: {shards} shards of an unfinished set, which training refuses" in caplog.text
+    told = f"holds {shards} shards of an unfinished set, which training refuses" in caplog.text
     assert told == isinstance(error, KeyboardInterrupt)
     with pytest.raises(UserError, match="the set is unfinished"):
         WebDataNpyModuleFromConfig(1, str(out.parent)).setup("fit")
