@@ -255,4 +255,4 @@ def test_ckpt_path_beside_target_is_one_in_params(tmp_path: Path, params: dict) 
 def test_ckpt_path_beside_target_that_is_not_loaded(target: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     built = instantiate_from_config({"target": f"{__name__}.{target}", "ckpt_path": "missing.ckpt"})
     assert getattr(built, "ckpt_path", None) is None
-    assert f"ckpt_path missing.ckpt beside target is not loaded: {said}" in caplog.text
+    assert f"ckpt_path missing.ckpt beside target is not loaded, because {said}" in caplog.text

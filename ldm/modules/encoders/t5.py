@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.modules.encoders.base import AbstractEncoder
+from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.util import UserError, nearest
 
 # Of each release: features, features per head, inner features, blocks and heads (table 9 of arXiv:1910.10683, with the

@@ -116,7 +116,7 @@ def test_configs_of_other_systems_are_read(tmp_path, encoding, end):
 
 def test_a_config_in_another_encoding_is_one_clear_line(tmp_path):
     (tmp_path / "c.yaml").write_bytes("model: {a: é}".encode("latin-1"))
-    with pytest.raises(UserError, match=r"c\.yaml: not a text file in UTF-8 \(.*\); save it as UTF-8$"):
+    with pytest.raises(UserError, match=r"c\.yaml: not a config, .* not UTF-8 text \(.*\); save it as UTF-8$"):
         load_config([tmp_path / "c.yaml"])
 
 
