@@ -8,7 +8,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from ldm.encoding.read import read_images
+from ldm.encoding.read import read_fitted, read_images
 from ldm.images import decode_lock
 from ldm.images.find import ImageItem
 from tests.waiting import join, wait_for
@@ -65,7 +65,7 @@ def test_read_images_holds_one_large_image_in_all_workers_together(tmp_path):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        read = list(read_images(entries, [(64, 64)], workers=4, ahead=4))
+        read = list(read_images(entries, partial(read_fitted, sizes=[(64, 64)]), workers=4, ahead=4))
     finally:
         ended.set()
         watcher.join()
