@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import errno
 import os
@@ -84,6 +85,16 @@ def read_at_most(path: str | Path, most: int) -> bytes:
     if len(data) > most:
         raise UserError(f"{path}: has {size} bytes, but the limit for such a file is {most}")
     return data
+
+
+def decode_text(data: bytes | bytearray) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 with a byte order mark, as shells of Windows write it.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not data.startswith(codecs.BOM_UTF32_LE)
+    return bytes(data).decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def is_within(folder: str | Path, path: str | Path) -> bool:

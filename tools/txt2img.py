@@ -99,13 +99,15 @@ def main() -> None:
     from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.model_family import own_side
 
     chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
     config_name, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, config, device, dtype, options.vae)
     warn_of_cut(model.cond_stage_model, [*options.prompt, options.negative_prompt])
-    shape = latent_shape(model, options.H, options.W)
+    side = own_side(model)
+    shape = latent_shape(model, *(side if size is None else size for size in (options.H, options.W)))
     height, width = image_size(model, shape)
     inputs = files.fitted(height, width)
     settings = {

@@ -101,7 +101,7 @@ class EditDataset(Dataset):
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"no file {str(file.absolute())!r}: {error.strerror}") from error
     except ValueError as error:

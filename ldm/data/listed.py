@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.sources import find_images
-from ldm.files import read_at_most
+from ldm.files import decode_text, read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.images.find import ImageItem
 from ldm.util import UserError
@@ -45,7 +45,7 @@ def read_list(path: str | Path, what: str) -> list[str]:
     """
     file = Path(path).expanduser()
     try:
-        text = read_at_most(file, _MOST_IN_LIST).decode("utf-8-sig")
+        text = decode_text(read_at_most(file, _MOST_IN_LIST))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not a text file: {error}") from error
     except OSError as error:
@@ -113,16 +113,16 @@ def to_minus_one_one(image: Image.Image | np.ndarray) -> torch.Tensor:
 def scaled_and_cropped(size: int | None, crop_size: int | None = None, random_crop: bool = False) -> Compose:
     """Return a transform that scales the smaller side to `size` and crops a square of `crop_size` (default: `size`).
 
-    With `size` None, images are not changed.
+    With `size` None, images are not scaled. With both None, they are not changed.
 
     Raises:
         UserError: `crop_size` exceeds `size`.
     """
+    crop = RandomCrop if random_crop else CenterCrop
     if not size:
-        return Compose([])
+        return Compose([crop(crop_size)] if crop_size else [])
     if crop_size and crop_size > size:
         raise UserError(f"crop_size {crop_size}: must be at most size, {size}")
-    crop = RandomCrop if random_crop else CenterCrop
     return Compose([Resize(size), crop(crop_size or size)])
 
 

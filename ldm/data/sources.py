@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm.files import open_file, read_span
 from ldm.identity import check_identity, identity_of_path
-from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
+from ldm.images.captions import CAPTION_SUFFIXES, METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
 from ldm.images.find import ImageItem, SingleImages, from_folder, is_image, pair_up
 from ldm.shards.tar import index_tar
@@ -59,7 +59,7 @@ def _from_source(source: str, single: SingleImages, pairs: bool) -> list[ImageIt
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
-    for url in expand_urls(source):
+    for url in _without_captions(expand_urls(source)):
         if is_stream(url):
             raise UserError(f"{url}: is not a folder or a local tar; download it first")
         found = is_image(Path(url)) and not Path(url).is_dir()
@@ -72,12 +72,13 @@ def _without_captions(sources: Sequence[str]) -> list[str]:
     if len(sources) < 2:
         return list(sources)
     kept, left_out = [], []
-    stems = {same_name(str(Path(source).with_suffix(""))) for source in sources if is_image(Path(source))}
+    images = [Path(source) for source in sources if is_image(Path(source))]
+    stems = {same_name(str(name)) for image in images for name in (image.with_suffix(""), image)}
     for source in sources:
         path = Path(source)
         if not path.is_file() or is_image(path) or tarfile.is_tarfile(path):
             kept.append(source)
-        elif path.suffix.lower() == ".txt" and same_name(str(path.with_suffix(""))) in stems:
+        elif path.suffix.lower() in CAPTION_SUFFIXES and same_name(str(path.with_suffix(""))) in stems:
             continue
         elif path.name not in METADATA_FILES and path.suffix.lower() != ".tar":
             left_out.append(source)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.listed import naming, read_image
 from ldm.data.simple import as_model_input
-from ldm.files import open_file, read_span
+from ldm.files import decode_text, open_file, read_span
 from ldm.identity import Identity, check_identity, identity_of_path, with_retries
 from ldm.images.augmentations import build_transform
 from ldm.images.captions import decode_caption
@@ -72,7 +72,7 @@ def read_words(file: str | Path | None) -> list[str]:
         return []
     path = Path(file).expanduser()
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(decode_text(path.read_bytes()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"filter_word_list {str(path.absolute())!r}: cannot be read: {error}") from error
     lists = list(found.values()) if isinstance(found, dict) else [found]

@@ -92,7 +92,7 @@ class SingleImages:
         self._metadata: dict[Path, dict[str, str | None]] = {}
 
     def item(self, path: Path, name: str) -> ImageItem:
-        """Return the item of an image. Its caption is `fixed`, or from the `.txt` beside it or the metadata file."""
+        """Return the item of an image. Its caption is `fixed`, or from the file beside it or the metadata file."""
         caption, error = self.fixed, None
         if self.fixed is None:
             file = self._captions.of(path)
@@ -120,8 +120,9 @@ def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[Im
     """Return the images of `folder` and its subfolders. An unreadable path gives an item with an error.
 
     A metadata file lists the images of its folder and subfolders, and other images there are skipped with a warning.
-    Without a metadata file, the `.txt` beside an image is its caption. `fixed`, if given, is the caption of all images.
-    With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg` are separate items.
+    Without a metadata file, the file that `CaptionFiles` finds beside an image has its caption. `fixed`, if given, is
+    the caption of all images. With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg`
+    are separate items.
 
     Raises:
         UserError: the folder has both images and tars, or a metadata file cannot be read.

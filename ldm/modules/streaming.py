@@ -19,7 +19,9 @@ class WeightStream:
     """Runner of blocks with temporary copies of their weights on the device.
 
     The copies are made for the forward of a block, and again for its backward. While a block computes, the weights of
-    the next block are copied. On CUDA they come from pinned memory, on a separate stream.
+    the next block are copied, on CUDA on a separate stream. Parameters of another type than the copies are converted
+    once per step, to pinned memory. Parameters of the same type are copied from where they are, which is slower and
+    takes no memory.
 
     Args:
         blocks: modules in the order in which they run. A block must not checkpoint its own parts: their recomputation
@@ -32,6 +34,9 @@ class WeightStream:
         self._blocks = list(blocks)
         self._copies: dict[int, list[Tensor]] = {}  # prefetched copies, by the number of the block
         self._transfer = _Transfer(dtype)
+        self._landing = _Landing()
+        # What the outputs of `_Copied` depend on, so that a gradient comes back without passing by the parameter.
+        self._anchor = torch.empty(0, requires_grad=True)
 
     def settle(self) -> None:
         """Drop the prefetched copies and wait for copies in progress.
@@ -64,7 +69,13 @@ class WeightStream:
             copies = self._transfer.copy(self._blocks[number], device, changed)
         self._transfer.arrive(copies)
         named = self._blocks[number].named_parameters()
-        return {name: _Copied.apply(parameter, copy) for (name, parameter), copy in zip(named, copies, strict=True)}
+        return {name: self._tied(parameter, copy) for (name, parameter), copy in zip(named, copies, strict=True)}
+
+    def _tied(self, parameter: nn.Parameter, copy: Tensor) -> Tensor:
+        """Return `copy`, whose gradient goes to `parameter`."""
+        if not parameter.requires_grad:
+            return copy
+        return _Copied.apply(self._anchor, copy, (parameter, self._landing))
 
     def _copy_ahead(self, number: int, device: torch.device, changed: bool, begin: torch.cuda.Event | None) -> None:
         if 0 <= number < len(self._blocks) and number not in self._copies:
@@ -72,20 +83,41 @@ class WeightStream:
 
 
 class _Copied(torch.autograd.Function):
-    """Function that replaces a parameter by its copy, and copies the gradient back to the parameter's device."""
+    """Function that stands for a parameter's copy, and accumulates the copy's gradient in the parameter.
+
+    The gradient is accumulated, and the parameter's hooks run, before backward goes on. If autograd did it, on CUDA it
+    would be another thread's work: where hooks step the optimizer, gradients would pile up in host memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
-        ctx.home = {"device": parameter.device, "dtype": parameter.dtype}
+    def forward(ctx: Any, anchor: Tensor, copy: Tensor, home: tuple[nn.Parameter, _Landing]) -> Tensor:
+        ctx.home = home
         return copy
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if gradient.device.type == "cuda":
-            # Copy in the gradient's own type and into pinned memory. A conversion on the device would double memory and
-            # transfer time. A copy to unpinned memory takes several times longer.
-            gradient = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True).copy_(gradient)
-        return gradient.to(**ctx.home, copy=True), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        parameter, landing = ctx.home
+        torch.autograd.backward(parameter, landing.on_host(gradient))
+        return None, None, None
+
+
+class _Landing:
+    """Pinned memory that gradients from a CUDA device pass through, one at a time.
+
+    A copy to other memory takes several times longer. The gradient keeps its type, since a conversion on the device
+    would double memory and transfer time.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def on_host(self, gradient: Tensor) -> Tensor:
+        """Return `gradient` on the host. The next call may overwrite it."""
+        if gradient.device.type != "cuda":
+            return gradient.cpu()
+        if self._memory.nbytes < gradient.nbytes:
+            self._memory = torch.empty(gradient.nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._memory[: gradient.nbytes].view(gradient.dtype).view(gradient.shape).copy_(gradient)
 
 
 class _Transfer:
@@ -108,14 +140,16 @@ class _Transfer:
         if device.type != "cuda":
             return [parameter.to(device, self._dtype, copy=True) for parameter in block.parameters()]
         self._stream = self._stream or torch.cuda.Stream(device)
-        pinned = self._pin(block, changed)
+        sources = self._sources(block, changed)
         if after is not None:
             after.synchronize()
         with torch.cuda.stream(self._stream):
-            return [source.to(device, non_blocking=True) for source in pinned]
+            return [source.to(device, non_blocking=True) for source in sources]
 
-    def _pin(self, block: nn.Module, changed: bool) -> list[Tensor]:
-        """Return the parameters in pinned memory. They have the dtype of the copies, to reduce the transfer time."""
+    def _sources(self, block: nn.Module, changed: bool) -> list[Tensor]:
+        """Return the block's parameters in the type of the copies, in pinned memory if they have another type."""
+        if all(parameter.dtype == self._dtype for parameter in block.parameters()):
+            return [parameter.detach() for parameter in block.parameters()]
         if block not in self._pinned:
             self._pinned[block] = [
                 torch.empty(parameter.shape, dtype=self._dtype, pin_memory=True) for parameter in block.parameters()

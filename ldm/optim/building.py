@@ -1,8 +1,9 @@
-"""Optimizer built from its `target` and `params`."""
+"""Optimizer and schedule built from their `target` and `params`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,59 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
                 "AdamW4bit instead"
             )
         own_lr = (config.get("params") or {}).get("lr", lr)
-        return instantiate_from_config(config, params=list(parameters), lr=own_lr)
+        optimizer = instantiate_from_config(config, params=list(parameters), lr=own_lr)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    optimizer.register_load_state_dict_pre_hook(_in_float32)
+    return optimizer
+
+
+def _in_float32(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return `state_dict` with the quantised moments of a low-bit optimizer, if any, as float32 tensors.
+
+    The low-bit optimizers themselves load states without this hook. Settings that they do not have are those of
+    `optimizer`.
+    """
+    state = state_dict["state"]
+    sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in
+                        (state_dict["param_groups"], optimizer.param_groups))  # fmt: skip
+    quantised = any(_is_quantised(value) for moments in state.values() for value in moments.values())
+    if not quantised or sizes != own_sizes:  # torch has a message for other sizes
+        return state_dict
+    from ldm.optim.quantised import dequantised  # needs torchao
+
+    numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    shapes = {number: parameter.shape for number, parameter in zip(numbers, parameters, strict=True)}
+    plain = {
+        number: {
+            name: dequantised(value, shapes[number]) if _is_quantised(value) else value
+            for name, value in moments.items()
+        }
+        for number, moments in state.items()
+    }
+    groups = [
+        {**own, **saved, "lr": float(saved["lr"])}
+        for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    ]
+    return {**state_dict, "state": plain, "param_groups": groups}
+
+
+def _is_quantised(value: Any) -> bool:
+    return isinstance(value, dict) and "codes" in value
+
+
+def build_schedule(config: Mapping[str, Any]) -> Callable[[int], float]:
+    """Build the multiplier of the learning rate, by step, that `config`, a `target` and `params`, describes.
+
+    Raises:
+        UserError: the target does not exist, does not take its `params`, or is no multiplier.
+    """
+    try:
+        multiplier = instantiate_from_config(config)
+    except UserError as error:
+        raise UserError(f"scheduler_config: {error}") from error
+    schedule = getattr(multiplier, "schedule", None)
+    if schedule is None:
+        raise UserError(f"scheduler_config: {config['target']} is no multiplier; name a class of ldm.lr_scheduler")
+    return schedule

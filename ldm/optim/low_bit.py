@@ -5,27 +5,21 @@ bfloat16 weight is usually smaller than half the distance to the next value, so 
 Stochastic rounding rounds up with a probability equal to the remainder's share of that distance, which keeps the update
 on average.
 
-This module changes the content of checkpoints, the moments of small parameters, and the computation on a CPU.
+This module changes the content of checkpoints, the moments of small parameters, and the step of parameters on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.util import UserError
-
-try:
-    from torchao import optim as torchao
-except ModuleNotFoundError as error:
-    raise UserError(
-        "the low-bit optimizers need torchao, which is not installed: pip install -c constraints.txt '.[lean]'"
-    ) from error
+from ldm.modules.cpu import is_on_cpu
+from ldm.optim.host_step import own_noise, shared_noise, step_on_host
+from ldm.optim.quantised import torchao
 
 # Parts of torchao's quantised tensors that change. All other parts follow from the parameter and from "signed".
 _PARTS = ("codes", "scale")
@@ -39,12 +33,16 @@ class _LowBit:
       AdamW and quantises them.
     - Parameters too small to quantise have float32 moments. torchao gives them the parameter's type. A bfloat16 second
       moment does not move, because 1 − β₂ is below its resolution.
-    - On the CPU nothing is compiled, because that takes a C++ compiler and minutes.
+    - Parameters on the host are stepped in chunks, with the same results in less time and memory, and without a C++
+      compiler.
 
     Args:
         params: parameters, or parameter groups.
         lr: learning rate; kept as a tensor, as torchao does.
         bf16_stochastic_round: round bfloat16 weights stochastically; no effect on others.
+        keyed_rounding: take the random numbers of that rounding from a stream for each parameter and step, named by
+            torch's seed, the parameter's position and its number of steps. The result then does not depend on the order
+            in which parameters are stepped. No effect on parameters that are not on the host.
         kwargs: torchao's arguments: betas, eps, weight_decay, amsgrad, block_size.
     """
 
@@ -53,13 +51,22 @@ class _LowBit:
         params: Iterable[nn.Parameter],
         lr: float = 1e-3,
         bf16_stochastic_round: bool = True,
+        keyed_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.keyed_rounding = keyed_rounding
+        self._positions: dict[nn.Parameter, int] = {}
         super().__init__(params, lr, bf16_stochastic_round=bf16_stochastic_round, **kwargs)
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
         buffer = super()._new_buffer(p, signed)
         return buffer if _is_quantised(buffer) else buffer.float()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; `Optimizer` calls this for the first ones too."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._positions.setdefault(parameter, len(self._positions))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the parameters that have a gradient. Return the result of the closure."""
@@ -67,10 +74,34 @@ class _LowBit:
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
-        with torch.compiler.set_stance("force_eager") if on_cpu else nullcontext():
+        everything = [group["params"] for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                self._step_those_on_host(group)
+                group["params"] = [parameter for parameter in group["params"] if not is_on_cpu(parameter)]
             super().step()
+        finally:
+            for group, params in zip(self.param_groups, everything, strict=True):
+                group["params"] = params
         return result
+
+    @torch.no_grad()
+    def _step_those_on_host(self, group: Mapping[str, Any]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is None or not is_on_cpu(parameter):
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+                    state[name] = self._new_buffer(parameter, signed=name == "exp_avg")
+            state["step"] += 1
+            noise = None
+            if self.bf16_stochastic_round and self.keyed_rounding:
+                noise = own_noise(torch.initial_seed(), self._positions[parameter], int(state["step"].item()))
+            elif self.bf16_stochastic_round:
+                noise = shared_noise
+            step_on_host(parameter, state, group, noise)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain tensors and numbers, which share memory with it."""

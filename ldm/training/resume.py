@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric.plugins.io import CheckpointIO
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
@@ -89,7 +90,7 @@ def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
 
 
 def _open_checked(path: Path) -> OpenCheckpoint:
-    """Open the checkpoint at `path` and check its structure; a checkpoint of Lightning 1.4 keeps only its weights.
+    """Open the checkpoint at `path` and check its structure; a checkpoint of Lightning 1 keeps only its weights.
 
     Raises:
         UserError: the file is damaged, or not a training checkpoint.
@@ -145,6 +146,7 @@ def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> Lig
     if missing & dict(model.named_parameters()).keys():  # optional weights, such as a loss's, start as in a new model
         model = build_model(config)
         _load_weights(model, checkpoint)
+    _hand_over(model, checkpoint, OmegaConf.select(config, "lightning.trainer.precision") == "bf16-true")
     return model
 
 
@@ -159,14 +161,24 @@ def _check_prediction(model: LightningModule, checkpoint: TrainingCheckpoint) ->
 
 
 def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:
-    """Load the weights into `model` without a second copy in memory; return the keys that the checkpoint lacks."""
+    """Load the weights into `model`; return the keys that the checkpoint lacks."""
     _check_prediction(model, checkpoint)
     weights = checkpoint.content["state_dict"]
     report = load_into(model, weights, source=str(checkpoint.path))
     if has_part(report.missing, EMA):
         log.info("%s: has no moving average; it starts from the weights", checkpoint.path)
         model.restart_ema()
-    # Lightning loads the weights again, from the model's own tensors, which copies nothing. Missing keys are optional.
+    return set(report.missing)
+
+
+def _hand_over(model: LightningModule, checkpoint: TrainingCheckpoint, in_bfloat16: bool) -> None:
+    """Replace the weights of `checkpoint` by the model's own tensors, so that memory holds them once.
+
+    Lightning loads the weights again, from these tensors, which copies nothing. Missing keys are optional. With
+    `in_bfloat16` the model is cast here. If Lightning cast it later, the checkpoint would keep the float32 weights.
+    """
+    if in_bfloat16:
+        model.to(torch.bfloat16)
+    weights = checkpoint.content["state_dict"]
     checkpoint.content["state_dict"] = {key: own for key, own in model.state_dict().items() if key in weights}
     model.strict_loading = False
-    return set(report.missing)

@@ -14,7 +14,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
+from ldm.checkpoint import in_memory
 from ldm.distributed.dtensor import gather_on_first, is_sharded, shard_like
 from ldm.distributed.ranks import Launch
 from ldm.modules.attention import SpatialTransformer
@@ -135,7 +137,8 @@ class HostStateStrategy(SingleDeviceStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # A hacked checkpoint has no states.
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            optimizer.load_state_dict(state)
+            # Copied from the file's memory map, which otherwise would stay as long as the training.
+            optimizer.load_state_dict(tree_map_only(Tensor, in_memory, state))
 
 
 def choose_strategy(arguments: Mapping[str, Any], model: LightningModule, described: Any, has_cuda: bool) -> Any:

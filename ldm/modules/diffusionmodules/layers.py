@@ -49,12 +49,15 @@ class KeepsTypes:
 
 
 class StaysOnHost:
-    """Mixin for a module whose tensors keep their type and stay in host memory when the model is moved or cast."""
+    """Mixin for a module whose tensors stay in host memory when the model is moved; they are cast as others are."""
 
     stays_on_host = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool) -> nn.Module:
-        return self if self.stays_on_host else super()._apply(fn, *args)
+        if not self.stays_on_host:
+            return super()._apply(fn, *args)
+        # The type that `fn` gives is that of an empty tensor, which goes where the others do not.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype), *args)
 
 
 def conv_nd(dims: int, *args: int, **kwargs: int) -> nn.Module:

@@ -19,10 +19,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class StreamedUNetModel(StaysOnHost, UNetModel):
-    """`UNetModel` whose weights stay in host memory, in float32, and visit the input's device part by part.
+    """`UNetModel` whose weights stay in host memory, and visit the input's device part by part.
 
-    A part is a block of the UNet. A block with several transformer blocks in a row, as in SDXL, is divided into smaller
-    parts: each of its transformer blocks, and each of its other layers.
+    A part is a layer of a block: a residual block, a transformer, a resampling layer. A transformer with several
+    transformer blocks in a row, as in SDXL, is divided further: into each of these, and the layers before and after
+    them. The weights have the type of the trainer's precision: bfloat16 with `bf16-true`, float32 otherwise.
 
     Args:
         stream_dtype: type of the copies on the device and of the computation, `bf16` or `fp32`.
@@ -39,12 +40,12 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
         refuse_if(
             (
                 kwargs.get("use_checkpoint"),
-                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks (put minimal.yaml last "
-                "among several tiers)",
+                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers (put minimal.yaml or "
+                "smallest.yaml last among several tiers)",
             ),
             (
                 kwargs.get("compile_mode"),
-                "compile_mode: leave it out; the blocks of StreamedUNetModel are not compiled",
+                "compile_mode: leave it out; the layers of StreamedUNetModel are not compiled",
             ),
         )
         self._ends: dict[nn.Module, tuple[_Part, _Part]] = {}  # layers before and after the transformer blocks
@@ -58,7 +59,7 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
         return self._stream.dtype
 
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        if not _is_long(block):
+        if not isinstance(block, TimestepEmbedSequential):
             return self._stream.run(block, *inputs)
         x, emb, context = inputs
         for layer in block:
@@ -77,9 +78,6 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
 
     def _parts_of(self, block: nn.Module) -> Iterator[nn.Module]:
         """Return the parts of a block in the order in which they run."""
-        if not _is_long(block):
-            yield block
-            return
         for layer in block:
             if _is_deep(layer):
                 first = _Part(layer.to_tokens, norm=layer.norm, proj_in=layer.proj_in)
@@ -99,10 +97,6 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
 
 def _is_deep(layer: nn.Module) -> bool:
     return isinstance(layer, SpatialTransformer) and len(layer.transformer_blocks) > 1
-
-
-def _is_long(block: nn.Module) -> bool:
-    return isinstance(block, TimestepEmbedSequential) and any(_is_deep(layer) for layer in block)
 
 
 class _Part(nn.Module):

@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 from contextlib import suppress
+from functools import partial
 
 import psutil
 import pytest
