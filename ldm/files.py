@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import errno
 import os
@@ -86,6 +87,16 @@ def read_at_most(path: str | Path, most: int) -> bytes:
     return data
 
 
+def decode_text(data: bytes | bytearray) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 with a byte order mark, as shells of Windows write it.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not data.startswith(codecs.BOM_UTF32_LE)
+    return bytes(data).decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
 def is_within(folder: str | Path, path: str | Path) -> bool:
     """Return True if `path` lies in `folder` after following links and `..`.
 
@@ -133,8 +144,8 @@ def exit_on_bus_error() -> None:
         while not first.acquire(blocking=False):  # several threads may fault together
             time.sleep(1)
         cut = next((path for number, (path, size) in list(_MAPPED.items()) if os.fstat(number).st_size < size), None)
-        where = f"{escaped(cut)}: was cut short" if cut else "a memory-mapped file was cut short, or its disk fails,"
-        os.write(2, f"error: {where} while it was read; start again with the whole file\n".encode(errors="replace"))
+        where = f"{escaped(cut)}: was truncated" if cut else "a memory-mapped file was truncated, or its disk fails,"
+        os.write(2, f"error: {where} while it was read; start again with the complete file\n".encode(errors="replace"))
         for temporary, process in list(_WRITING.items()):
             if process == os.getpid():
                 with suppress(OSError):

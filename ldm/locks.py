@@ -114,10 +114,10 @@ def locked_file(path: Path) -> Iterator[None]:
 
 
 def check_not_written(path: Path) -> None:
-    """Raise `UserError` if another process is writing the file `path` under `locked_file`; names the process."""
+    """Raise `UserError` if another process is writing the file `path` under `locked_file`. The message names it."""
     try:
         descriptor = os.open(_beside(path), _FLAGS)
-    except OSError:  # there is no lock, or none that this user may see
+    except OSError:  # no lock, or no permission to read it
         return
     try:
         _flock(descriptor, _beside(path), str(path))
@@ -126,7 +126,7 @@ def check_not_written(path: Path) -> None:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """Return the folder of the run that `checkpoint` lies in, or would; None if that is no run's."""
+    """Return the run folder for the path `checkpoint`, which may not exist, or None if there is no run."""
     for folder in (checkpoint.parent, checkpoint.parent.resolve()):
         if folder.name == "checkpoints" and (folder.parent / "configs").is_dir():
             return folder.parent
@@ -138,7 +138,7 @@ def _beside(path: Path) -> Path:
 
 
 def short_name(name: str) -> str:
-    """Return `name`; of a long one, to which nothing could be added within 255 bytes, a shorter one of its own."""
+    """Return `name`, or for a long name a unique shorter one, to which a suffix can be added within 255 bytes."""
     encoded = os.fsencode(name)
     if len(encoded) <= _MOST_IN_NAME:
         return name
@@ -165,7 +165,7 @@ def _take(path: Path, what: str) -> int:
             descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o666)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise UserError(f"{path}: is a link, where a lock file is made; remove it") from error
+                raise UserError(f"{path}: is a link at the path of a lock file; remove it") from error
             error.filename = str(path)
             raise
         try:
@@ -185,17 +185,17 @@ def _take(path: Path, what: str) -> int:
 
 
 def _check_kind(descriptor: int, path: Path) -> None:
-    """Raise `UserError` unless the open file can be a lock's: it is written to, and its old content is lost."""
+    """Raise `UserError` unless the open file looks like a lock file, whose content may be overwritten."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES or found.st_nlink > 1:
-        raise UserError(f"{path}: is no lock file, and stands where one is made; move it away")
+        raise UserError(f"{path}: not a lock file, but has the path of one; move it away")
 
 
 def _flock(descriptor: int, path: Path, what: str) -> bool:
     """Lock the file. Return False if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter on some network file systems
+    except (BlockingIOError, PermissionError):  # PermissionError on some network file systems
         raise UserError(
             f"{what}: {_named(_owner(descriptor))} is writing it ({path}); wait for it to end, or stop it"
         ) from None

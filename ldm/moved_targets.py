@@ -1,6 +1,9 @@
-"""Targets of public configs that have another path here, and hints for unsupported targets. Imports no torch."""
+"""Targets and keys of public configs that differ here, and hints for unsupported ones. Imports no torch."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 _TRANSFORMS = "ldm.images.augmentations"
 # Prefix of a dotted path, and its replacement. The longest matching prefix takes precedence.
@@ -12,18 +15,57 @@ _MOVED = {
     "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",
     "edit_dataset": "ldm.data.edit",
     "stable_diffusion.ldm": "ldm",
+    "invokeai.backend.ldm": "ldm",
+    "invokeai.backend.models": "ldm.models",
+    "invokeai.backend.stable_diffusion.autoencoder": "ldm.models.autoencoder",
+    "invokeai.backend.stable_diffusion.diffusion": "ldm.models.diffusion",
+    "invokeai.backend.stable_diffusion.diffusionmodules": "ldm.modules.diffusionmodules",
+    "invokeai.backend.stable_diffusion.encoders": "ldm.modules.encoders",
+    "invokeai.backend.stable_diffusion.lr_scheduler": "ldm.lr_scheduler",
+    "invokeai.models": "ldm.models",
 }
+_ENCODERS = "ldm.modules.encoders.modules"
+# A whole path, after its prefix has moved, and the class that takes its place.
+_RENAMED = {
+    f"{_ENCODERS}.WeightedFrozenCLIPEmbedder": f"{_ENCODERS}.FrozenCLIPEmbedder",  # the same network
+    "main.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
+}
+_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"
 _FOLDER = "use ldm.data.datasets.ImageCaptionDataset, which reads a folder of images and captions"
 _OTHER_PROJECT = "it belongs to another project's package; install that one and give --trust-config, or " + _FOLDER
+_BASE = "train the model that it extends with its own config, such as stable_diffusion_v1.yaml"
+_CUSTOM = (
+    "Custom Diffusion is not here; unet_trainable: attn trains the attention to captions, and textual_inversion.yaml "
+    "a word"
+)
+_UNCLIP = "unCLIP is not here; " + _BASE
+_FACES = "networks that recognise faces are not here; use FaceClipEncoder"
+_STABLE_SR = "StableSR's networks are not here; LatentUpscaleDiffusion upscales"
 # Prefix of an unsupported dotted path, and a hint.
 _HINTS_FOR_TARGETS = {
+    "Adapter.": "T2I-Adapter is not here; " + _BASE,
+    "cldm.": "ControlNet is not here; " + _BASE,
+    "modules.xlmr": "AltDiffusion's text encoder is not here; " + _BASE,
+    "sgm.": "use stable_diffusion_xl.yaml, which describes SDXL for this project",
+    "src.custom_modules": _CUSTOM,
+    "src.model.CustomDiffusion": _CUSTOM,
+    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": _UNCLIP,
+    "ldm.models.diffusion.ddpm.LatentDiffusionSRTextWT": _STABLE_SR,
+    "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModelWT": _STABLE_SR,
+    "ldm.modules.diffusionmodules.openaimodel.UNetModelDualcondV2": _STABLE_SR,
+    "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": _UNCLIP,
+    "ldm.modules.encoders.modules.ClipImageEmbedder": _UNCLIP,
+    "ldm.modules.encoders.modules.FaceIdClipEncoder": _FACES,
+    "ldm.modules.encoders.modules.FrozenFaceEncoder": _FACES,
+    "ldm.modules.embedding_manager": _TOKEN,
     "ldm.data.personalized": _INVERSION,
     "ldm.data.personalized_style": _INVERSION,
     "ldm.data.every_dream": _FOLDER,
     "ldm.data.ed_validate": _FOLDER,
     "ldm.data.open-images": "write a dataset of your own and give --trust-config",
     "ldm.data.openimages.OpenImagesBBox": "write a dataset of your own that gives image and the boxes' tokens",
+    "ldm.data.previews": _FOLDER,
     "ldm.data.simple.Objaverse": "write a dataset of your own that gives image_target, image_cond and T",
     "invokeai.backend.stable_diffusion.data": _INVERSION,
     "src.finetune_data": _INVERSION,
@@ -35,7 +77,6 @@ _HINTS_FOR_TARGETS = {
     "torchvision": "torchvision is not used here; only torchvision.transforms is translated",
 }
 # Hints for the keys of textual-inversion and DreamBooth forks.
-_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _PRIOR = "images of the class go into a prior, by prior_images.yaml"
 _RATE = "the learning rate is model.base_learning_rate, one for all weights"
 # Unsupported key of public configs, and a hint.
@@ -46,9 +87,9 @@ HINTS_FOR_KEYS = {
     "placeholder_strings": _TOKEN,
     "placeholder_token": _TOKEN,
     "initializer_words": _TOKEN,
-    "embedding_reg_weight": "leave it out: textual_inversion.yaml trains one embedding, begun at initial_token's",
-    "unfreeze_model": "leave it out: the UNet trains unless unet_trainable is false, and the text encoder if "
-    "cond_stage_trainable is true",
+    "embedding_reg_weight": "textual_inversion.yaml trains one embedding, begun at initial_token's, without it",
+    "unfreeze_model": "the UNet trains unless unet_trainable is false, and the text encoder if cond_stage_trainable is "
+    "true",
     "freeze_model": "unet_trainable: false freezes the UNet",
     "train_text_encoder": "cond_stage_trainable: true trains the text encoder",
     "reg_weight": f"prior_loss_weight is that weight; {_PRIOR}",
@@ -59,15 +100,36 @@ HINTS_FOR_KEYS = {
     "lr_text_encoder": _RATE,
     "u_cond_percent": "ucg_training: {txt: {p: 0.1}} replaces captions by the empty one",
     "reg": "regularisation images go into a prior: tools/make_prior.py and prior_images.yaml",
+    "penultimate": "layer: hidden with layer_idx: -2 gives the states before the last block",
+    "extended_mode": "a caption has at most 77 ids here",
+    "max_chunks": "a caption has at most 77 ids here",
+    "add_conv_in_front_of_unet": "no UNet here has a convolution in front; only false is taken",
 }
+_DIFFUSION = "ldm.models.diffusion"
+# Keys of forks that no class here uses, by prefix of the class path, and their values that do not affect the training
+# of the fork. Models are built without these keys, because they affect neither weights nor images.
+_UNUSED_KEYS: dict[str, dict[str, tuple[Any, ...]]] = {
+    _DIFFUSION: {
+        "personalization_config": (None,),
+        "embedding_manager_ckpt": (None, ""),
+        "embedding_reg_weight": (None, 0),
+        "unfreeze_model": (None, True),
+        "model_lr": (None,),
+        "reg_weight": (None, 0),
+        "u_cond_percent": (None, 0),
+    },
+}
+# Keys that are accepted with these values only, because other values affect the weights.
+_NEUTRAL_VALUES = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": {"add_conv_in_front_of_unet": (False,)}}
 
 
 def current_path(path: str) -> str:
     """Return the dotted path here of `path` in public configs. A path that has not moved is unchanged."""
     for prefix in sorted(_MOVED, key=len, reverse=True):
         if path.startswith(f"{prefix}."):
-            return _MOVED[prefix] + path[len(prefix) :]
-    return path
+            path = _MOVED[prefix] + path[len(prefix) :]
+            break
+    return _RENAMED.get(path, path)
 
 
 def hint_for_target(path: str) -> str:
@@ -81,3 +143,22 @@ def hint_for_target(path: str) -> str:
 def hint_for_key(key: str) -> str:
     """Return a hint, such as `"; use X"`, for an unsupported key of public configs, else an empty string."""
     return f"; {HINTS_FOR_KEYS[key]}" if key in HINTS_FOR_KEYS else ""
+
+
+def without_unused_keys(target: Any, params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return `params` of the class `target` without the keys of forks that no class here uses, and these keys."""
+    path = current_path(str(target))
+    unused = [keys for prefix, keys in _UNUSED_KEYS.items() if path.startswith(f"{prefix}.")]
+    neutral = _NEUTRAL_VALUES.get(path, {})
+    dropped = [
+        key for key, value in params.items() if any(key in keys for keys in unused) or value in neutral.get(key, ())
+    ]
+    return {key: value for key, value in params.items() if key not in dropped}, dropped
+
+
+def changes_training(key: str, value: Any, learning_rate: Any) -> bool:
+    """Return True if a fork trains differently because of the unused `key` and its `value`."""
+    if key == "model_lr" and value == learning_rate:
+        return False
+    neutral = next((keys[key] for keys in _UNUSED_KEYS.values() if key in keys), (value,))
+    return value not in neutral

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.moved_targets import current_path, hint_for_key, hint_for_target
+from ldm.moved_targets import current_path, hint_for_key, hint_for_target, without_unused_keys
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,10 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int | None": ((int, type(None)), "a whole number or null"),
     "float": ((int, float), "a number"),
     "float | None": ((int, float, type(None)), "a number or null"),
+    "Mapping[str, Any]": ((Mapping,), "a mapping"),
+    "Mapping[str, Any] | None": ((Mapping, type(None)), "a mapping or null"),
 }
+_WHOLE_NUMBERS = "Sequence[int]"  # beginning of an annotation
 # `base_learning_rate` is for the trainer. Some published configs have `ckpt_path` beside `target`.
 _CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values for which nothing is built; the model handles them.
@@ -187,7 +190,7 @@ def takes(target: Callable[..., Any], name: str) -> bool:
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first of `params` that `target`, at `path` in the config, does not take.
 
-    Names are checked, and values for parameters with the annotation bool, int or float.
+    Names are checked, and values for parameters with the annotation bool, int, float, mapping or sequence of int.
     """
     named, takes_any = _parameters(target)
     for key, value in params.items():
@@ -202,6 +205,15 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         )
         if expected and not isinstance(value, expected[0]):
             raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
+        if isinstance(annotation, str) and annotation.startswith(_WHOLE_NUMBERS) and not _are_whole(value, annotation):
+            raise UserError(f"{key}={value!r} in params of {path}: give a list of whole numbers")
+
+
+def _are_whole(value: Any, annotation: str) -> bool:
+    if value is None:
+        return annotation.endswith("| None")
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and all(isinstance(part, int) and not isinstance(part, bool) for part in value)
 
 
 def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides: Any) -> Any:
@@ -217,12 +229,15 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     if config in _MARKERS:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
-        raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {config!r}")
+        given = f"the keys {', '.join(map(str, config))}" if isinstance(config, Mapping) else repr(config)
+        raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {given:.200}")
     for key in config:
         if key not in _CONFIG_KEYS:
             raise UserError(f"unknown key {key!r} beside target {config['target']!r}{nearest(key, set(_CONFIG_KEYS))}")
     target = get_obj_from_str(config["target"])
-    params = {**(config.get("params") or {}), **overrides}
+    params, unused = without_unused_keys(config["target"], {**(config.get("params") or {}), **overrides})
+    for key in unused:
+        logger.warning("%s: %s is ignored, because nothing here uses it%s", config["target"], key, hint_for_key(key))
     check_params(config["target"], target, params)
     beside = config.get("ckpt_path")
     if beside is not None and "ckpt_path" not in params:
@@ -237,6 +252,6 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
         return target(**params)
     except UserError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:  # RuntimeError for negative sizes
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{config['target']}: {reason}") from error

@@ -36,6 +36,7 @@ ROOMS = (
     "ldm.modules",
     "ldm.host_copy",
     "ldm.files",
+    "ldm.identity",
     "ldm.locks",
     "ldm.util",
     "ldm.moved_targets",

@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers.logger import DummyLogger
 
 import main
+from ldm.checkpoint import load_state_dict, save_state_dict
 from ldm.config.load import load_config
+from ldm.release.merge import merge_files
 from ldm.util import get_obj_from_str
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
@@ -66,6 +68,77 @@ def test_the_best_checkpoints_are_ranked_by_the_validation_of_their_step(train, 
     assert train(f"--max_steps 5 --val_check_interval 2 {options}") == 0
     assert [step for step, name in saved if name != "last.ckpt"] == [2, 4]
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("--val_check_interval 4", [4, 10]),  # an epoch has 6 steps
+        ("--val_check_interval 4 lightning.modelcheckpoint.params.save_on_train_epoch_end=true", [4, 10]),
+        ("--check_val_every_n_epoch 2 lightning.modelcheckpoint.params.save_on_train_epoch_end=true", [12]),
+        ("lightning.modelcheckpoint.params.save_on_train_epoch_end=true", [6, 12]),
+    ],
+)
+def test_the_end_of_an_epoch_is_ranked_only_by_a_score_of_its_step(train, tmp_path, options, steps):
+    where = "lightning.modelcheckpoint.params"
+    name = f"{where}.filename={{step}}-{{val/loss_simple_ema:.9f}} {where}.save_top_k=-1"
+    assert train(f"--max_epochs 2 {options} {name} data.params.val_urls=shards/s-000000.tar") == 0
+    run = the_run(tmp_path / "logs")
+    scores = {int(step) + 1: float(score) for step, score in logged(run, "val/loss_simple_ema").items()}
+    folder = run / "checkpoints"
+    assert not [path for path in folder.iterdir() if path.is_dir()]  # for the / in the metric's name
+    kept = {path for path in folder.iterdir() if path.name != "last.ckpt"}
+    assert {path.name for path in kept} == {f"step={n}-val_loss_simple_ema={scores[n]:.9f}.ckpt" for n in steps}
+    assert {state(path)["global_step"] for path in kept} == set(steps)
+
+
+@pytest.mark.parametrize("option", ["lightning.logger=false", "--logger False"])
+def test_without_a_logger_nothing_is_logged(train, tmp_path, option):
+    assert train(f"--max_steps 1 {option}") == 0
+    run = the_run(tmp_path / "logs")
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "configs"}
+    assert not list(tmp_path.rglob("*tfevents*")) and not list(tmp_path.rglob("*.csv"))
+
+
+def test_the_csv_has_its_columns_in_order_and_the_same_after_a_resume(train, tmp_path):
+    validation = "data.params.val_urls=shards/s-000000.tar --val_check_interval 2"
+    train(f"--max_steps 2 {validation}")
+    run = the_run(tmp_path / "logs")
+    train(f"--resume {run} --max_steps 4")
+    heads = [path.read_text().splitlines()[0].split(",") for path in sorted(run.glob("csv/*/metrics.csv"))]
+    assert len(heads) == 2 and all(head == sorted(head) for head in heads)
+    assert all({"step", "epoch", "train/loss", "val/loss_simple_ema", "lr-AdamW"} <= set(head) for head in heads)
+
+
+def test_what_was_typed_is_saved_and_taken_up_as_it_was(train, tmp_path):
+    (tmp_path / "shards").rename(tmp_path / "s #1 [on] %d")
+    typed = ["lightning.callbacks.image_logger.params.log_images_kwargs={n_row: 2, plot_denoise_rows: false}"]
+    typed += ["model.params.monitor=null", "model.params.linear_end=2e-2"]
+    assert train(["--max_steps", "1", "data.params.training_urls=s #1 [on] %d/s-000000.tar", *typed]) == 0
+    run = the_run(tmp_path / "logs")
+    project, lightning = (next((run / "configs").glob(f"*-{name}.yaml")) for name in ("project", "lightning"))
+    saved = load_config([project, lightning])
+    assert saved.data.params.training_urls == "s #1 [on] %d/s-000000.tar"
+    assert saved.model.params.monitor is None and saved.model.params.linear_end == 0.02
+    kwargs = saved.lightning.callbacks.image_logger.params.log_images_kwargs
+    assert kwargs == {"n_row": 2, "plot_denoise_rows": False}
+    assert train(["--resume", str(run), "--max_steps", "2"]) == 0
+    assert sorted(logged(run, "train/loss")) == [0, 1]
+
+
+def test_weights_are_kept_at_intervals_as_public_configs_ask(train, tmp_path):
+    where = "lightning.callbacks.metrics_over_trainsteps_checkpoint"
+    assert train(f"--max_steps 4 {where}.params.every_n_train_steps=2") == 0
+    folder = the_run(tmp_path / "logs") / "checkpoints" / "trainstep_checkpoints"
+    names = ["epoch=000000-step=000000002.ckpt", "epoch=000000-step=000000004.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    content = state(folder / names[0])
+    assert content["global_step"] == 2 and "optimizer_states" not in content
+    release = {key: value for key, value in content["state_dict"].items() if not key.startswith("model_ema.")}
+    save_state_dict({key: torch.zeros_like(value) for key, value in release.items()}, tmp_path / "release.ckpt")
+    merge_files(folder / names[0], tmp_path / "release.ckpt", tmp_path / "merged.ckpt", "raw", half=False)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(load_state_dict(tmp_path / "merged.ckpt")[key], release[key])
 
 
 def test_without_a_monitor_checkpoints_are_kept_at_intervals(train, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm.util import UserError
-from tests.training_runs import fixture_one_thread, fixture_train, state, the_run  # noqa: F401
+from tests.training_runs import fixture_one_thread, fixture_train, logged, state, the_run  # noqa: F401
 
 LOGGER = "lightning.callbacks.image_logger.params"
 IMAGES = f"{LOGGER}.disabled=false {LOGGER}.batch_frequency=1"
@@ -60,3 +60,44 @@ def test_a_second_start_in_a_run_is_refused(train, tmp_path):
     with locked(run / ".lock", "it"), pytest.raises(UserError, match=f"process {os.getpid()} on .* is writing it"):
         train(f"--resume {run} --max_steps 2")
     assert train(f"--resume {run} --max_steps 2") == 0
+
+
+@pytest.mark.parametrize("limit", ["0", "0.000001"])
+def test_event_files_at_their_limit_get_numbers_and_no_images(train, tmp_path, caplog, limit):
+    assert train(f"--max_steps 4 {IMAGES} {LOGGER}.event_file_gb={limit}") == 0
+    run = the_run(tmp_path / "logs")
+    events = b"".join(path.read_bytes() for path in run.glob("tensorboard/events*"))
+    assert events.count(b"train/loss_simple") == 4 and events.count(b"train/samples") == 0
+    assert len({path.name.partition("_gs-")[2] for path in run.glob("images/train/samples_gs-*.png")}) == 4
+    assert "".join(caplog.messages).count("have reached") == 1
+    assert state(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+
+
+def test_event_files_below_their_limit_get_images(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert train(f"--max_steps 1 {IMAGES}") == 0
+    events = b"".join(path.read_bytes() for path in the_run(tmp_path / "logs").glob("tensorboard/events*"))
+    assert b"train/samples" in events
+    assert any("the newest 1000" in message and "up to 2 GB" in message for message in caplog.messages)
+
+
+BROKEN = "lightning.logger.target=tests.broken_logger.BrokenLogger"
+
+
+def test_a_logger_that_cannot_be_started_is_refused_in_one_line(train, tmp_path):
+    said = (
+        r"lightning.logger: tests.broken_logger.BrokenLogger cannot be started \(ConnectionError: api_key .* login\)$"
+    )
+    with pytest.raises(UserError, match=said):
+        train(f"--max_steps 4 {BROKEN} lightning.logger.params.at_once=true")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_logger_that_fails_at_every_call_ends_no_run(train, tmp_path, caplog):
+    assert train(f"--max_steps 4 {IMAGES} {BROKEN}") == 0
+    run = the_run(tmp_path / "logs")
+    assert state(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    said = "The log of BrokenLogger cannot be written (the service is down); training continues without it"
+    assert [message.strip() for message in caplog.messages].count(said) == 1
+    assert "".join(caplog.messages).count("BrokenLogger") == 1
+    assert len(logged(run, "train/loss")) == 4, "the CSV log is complete"

@@ -118,13 +118,16 @@ class FullDisk(Callback):
             "gradient_clip_algorithm 'nope': give norm or value",
         ),
         ("--limit_train_batches 5.5", "lightning.*limit_train_batches.*"),
-        (f"{VALIDATED} --val_check_interval 100", "val_check_interval: longer than an epoch .*check_val_every_n"),
+        (
+            f"{VALIDATED} --val_check_interval 100 --check_val_every_n_epoch 1",
+            "val_check_interval: longer than an epoch .*check_val_every_n",
+        ),
         ("--max_time 5", "lightning.trainer.max_time 5: give a time as DD:HH:MM:SS"),
         ("--callbacks mine", "lightning.trainer.callbacks 'mine': describe each under lightning.callbacks"),
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),
         ("data.params.training_urls=nowhere.tar", "nowhere.tar"),
-        ("model.params.unet_config.params.context_dim=16", r"t5 has shape \(77, 8\); the UNet's context_dim is 16"),
+        ("model.params.unet_config.params.context_dim=16", r"t5 has shape \(77, 8\), but the UNet's context_dim is 16"),
     ],
 )
 def test_mistakes_are_refused_in_one_line_and_write_nothing(train, tmp_path, line, message):

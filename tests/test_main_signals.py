@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.sent_signals import sending
+from tests.terminal import Terminal
 from tests.training_runs import assert_same_training, fixture_one_thread, fixture_train, state, the_run  # noqa: F401
 from tests.waiting import LIMIT, wait_for
 
@@ -80,6 +81,19 @@ def test_ctrl_c_in_a_terminal_reaches_workers_and_the_run_resumes_exactly(train,
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
     go_on = f"continue with: python main.py --resume {stopped.relative_to(tmp_path)} -t\n"
     assert f"Training stopped by SIGINT after step {step}; {go_on}" in output
+    assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
+    train(f"-l straight --max_steps {step + 3}")
+    assert_same_training(the_run(tmp_path / "straight"), stopped)
+
+
+def test_a_terminal_that_is_closed_loses_nothing(train, tmp_path):
+    options = ["lightning.modelcheckpoint.params.every_n_train_steps=2", "data.params.num_workers=1"]
+    terminal = Terminal(ROOT / "main.py", "-b", "tiny.yaml", "-t", "--no-test", "-l", "stopped", *options, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("stopped/*/checkpoints/last.ckpt")), terminal.process)
+    assert terminal.close() == 128 + signal.SIGHUP, terminal.said.decode()
+    stopped = the_run(tmp_path / "stopped")
+    assert not list(stopped.rglob(".*")), "neither a lock nor a temporary file stays"
+    step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
     assert train(f"--resume {stopped} --max_steps {step + 3}") == 0
     train(f"-l straight --max_steps {step + 3}")
     assert_same_training(the_run(tmp_path / "straight"), stopped)

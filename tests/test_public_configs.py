@@ -8,9 +8,10 @@ import pytest
 from ldm.util import UserError
 from tests.conftest import ROOT
 from tests.ldm.image_files import write_images
-from tests.training_runs import fixture_one_thread, logged, run_main, the_run  # noqa: F401
+from tests.training_runs import fixture_one_thread, logged, run_main, state, the_run  # noqa: F401
 
 CONFIG = ROOT / "tests/public_configs/captioned_folder.yaml"
+EDITS = ROOT / "tests/public_configs/edits.yaml"
 OPTIONS = "-t --no-test --max_steps 3 --accelerator cpu --enable_progress_bar False --log_every_n_steps 1"
 
 
@@ -33,6 +34,25 @@ def test_a_public_config_trains_without_changes(in_folder, monkeypatch, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert sum("sections ignored: sampling; known sections: model, data, lightning" in line for line in said) == 1
     assert sum("metrics_over_trainsteps_checkpoint" in line for line in said) == 1
+
+
+def test_instruct_pix2pix_trains_from_its_own_data_section(tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+    seeds = [[f"{number:07}", ["3", "5"]] for number in range(20)]
+    for name, shots in seeds:
+        write_images(tmp_path / "data/pairs" / name, [f"{shot}_{which}.jpg" for shot in shots for which in (0, 1)])
+        (tmp_path / "data/pairs" / name / "prompt.json").write_text(json.dumps({"edit": "make it blue"}))
+    (tmp_path / "data/pairs/seeds.json").write_text(json.dumps(seeds))
+    run_main(monkeypatch, f"--base {EDITS} {OPTIONS} --max_steps 2 --check_val_every_n_epoch 1")
+    run = the_run(tmp_path / "logs")
+    losses = [float(loss) for loss in logged(run, "train/loss").values()]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+    assert sorted((run / "images/train").glob("*.png"))
+    weights = state(run / "checkpoints/last.ckpt")["state_dict"]
+    first = weights["model.diffusion_model.input_blocks.0.0.weight"]
+    assert first.shape == (32, 8, 3, 3)
+    average = weights["model_ema.diffusion_modelinput_blocks00weight"]
+    assert all((first[:, part] != average[:, part]).any() for part in (slice(4), slice(4, 8)))  # both train
 
 
 def test_sizes_that_do_not_halve_evenly_stop_a_run_before_it_begins(in_folder, monkeypatch):

@@ -130,11 +130,12 @@ def write_index(shards: Path, **digests: str | None) -> None:
     (shards / INDEX).write_text(json.dumps({"format": 2, "complete": True, "shards": listed, **digests}))
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    """Run `python main.py` with the words of `line` in this process."""
+def run_main(monkeypatch: pytest.MonkeyPatch, line: str | list[str]) -> None:
+    """Run `python main.py` with the words of `line`, a text or a list, in this process."""
     import main
 
-    monkeypatch.setattr(sys, "argv", ["main.py", *line.split()])
+    words = line.split() if isinstance(line, str) else line
+    monkeypatch.setattr(sys, "argv", ["main.py", *words])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that the run's own value goes away with the test
     main.main()
 
@@ -193,15 +194,18 @@ def fixture_one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(name="train")
-def fixture_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], int]:
+def fixture_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> Callable[[str | list[str]], int]:
     """Return a function that trains in this process, on `tiny.yaml` unless it resumes. It returns the exit code."""
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    def call(line: str) -> int:
-        base = "" if "--resume" in line else "-b tiny.yaml "
+    def call(line: str | list[str]) -> int:
+        words = line.split() if isinstance(line, str) else line
+        base = [] if "--resume" in words else ["-b", "tiny.yaml"]
         try:
-            run_main(monkeypatch, f"{base}-t --no-test {line}")
+            run_main(monkeypatch, [*base, "-t", "--no-test", *words])
         except SystemExit as stop:
             return stop.code
         return 0

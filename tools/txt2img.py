@@ -94,18 +94,22 @@ def main() -> None:
 
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.inputs import image_scale_of
-    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, latent_shape, text_to_image
+    from ldm.models.diffusion.prompts import image_sizes
+    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, image_size, latent_shape, text_to_image
     from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.model_family import own_side
 
     chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
     config_name, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
     model = load_release(options.ckpt, config, device, dtype, options.vae)
     warn_of_cut(model.cond_stage_model, [*options.prompt, options.negative_prompt])
-    shape = latent_shape(model, options.H, options.W)
-    height, width = (side * model.first_stage_model.downsampling for side in shape[1:])
+    side = own_side(model)
+    shape = latent_shape(model, *(side if size is None else size for size in (options.H, options.W)))
+    height, width = image_size(model, shape)
+    inputs = files.fitted(height, width)
     settings = {
         **{key: getattr(options, key) for key in SETTINGS},
         "spacing": options.spacing or SAMPLERS[options.sampler](model).own_spacing,
@@ -117,11 +121,11 @@ def main() -> None:
         **settings,
         **{"parameterization": model.parameterization, "H": height, "W": width},
         **files.settings(),
+        **image_sizes(model, inputs.sizes, height, width),
         **{key: value and str(value) for key, value in made_from.items()},
     }
     seeds = range(options.seed, options.seed + options.n)
     requests = [Request(prompt, seed, options.negative_prompt) for prompt in options.prompt for seed in seeds]
-    inputs = files.fitted(height, width)
     sampled = text_to_image(model, requests, shape, inputs, **settings, batch_size=options.batch_size)
     names = numbered(options.out, "", 5)
     images = []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -71,8 +71,9 @@ class TolerantLogger:
     def call(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if time.monotonic() < self._next_try:
             return None
-        before = _csv_content(self.logger)
+        before = None
         try:
+            before = _csv_state(self.logger)
             result = write(*arguments, **options)
         except UserError:
             raise
@@ -97,30 +98,40 @@ class TolerantLogger:
                 self.tolerance.fail(error)
         return _NullWriter()
 
-    def _restore(self, before: tuple[Path, bytes, list[str]] | None) -> None:
+    def _restore(self, before: _CsvState | None) -> None:
         """Restore the CSV file before a failed write, or drop TensorBoard's writer, whose thread has ended."""
         if isinstance(self.logger, TensorBoardLogger):
             self.logger._experiment = None  # the next write opens a new file
             self._next_try = time.monotonic() + _SECONDS_BETWEEN_TRIES
         if before is not None:
-            path, content, keys = before
-            self.logger.experiment.metrics_keys = keys
+            self.logger.experiment.metrics_keys = before.keys
             with suppress(OSError):
-                if content:
-                    with path.open("r+b") as file:  # in place, which needs no more disk space
-                        file.write(content)
-                        file.truncate()
+                if before.size:
+                    with before.path.open("r+b") as file:  # in place, which needs no more disk space
+                        file.write(before.content)
+                        file.truncate(before.size)
                 else:
-                    path.unlink(missing_ok=True)
+                    before.path.unlink(missing_ok=True)
 
 
-def _csv_content(logger: Logger) -> tuple[Path, bytes, list[str]] | None:
-    """Return path, content and columns of the file that a CSV logger will write; None for other loggers."""
+class _CsvState(NamedTuple):
+    """A CSV file before it is written: its size and columns, and its content if a new column means to write it anew."""
+
+    path: Path
+    size: int
+    keys: list[str]
+    content: bytes
+
+
+def _csv_state(logger: Logger) -> _CsvState | None:
+    """Return the state of the file that a CSV logger will write; None for other loggers."""
     experiment = getattr(logger, "_experiment", None)
     if not isinstance(logger, CSVLogger) or experiment is None or not experiment.metrics:
         return None
-    path = Path(experiment.metrics_file_path)
-    return path, path.read_bytes() if path.is_file() else b"", list(experiment.metrics_keys)
+    path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
+    size = path.stat().st_size if path.is_file() else 0
+    is_rewritten = size > 0 and not set().union(*experiment.metrics) <= set(keys)
+    return _CsvState(path, size, keys, path.read_bytes() if is_rewritten else b"")
 
 
 def tolerant(logger: Logger) -> Logger:

@@ -33,3 +33,18 @@ class SparseValidation(Callback):
                     callback._check_on_train_epoch_end = False
             log.info("Validation every %d epochs (%d steps); set --check_val_every_n_epoch or --val_check_interval "
                      "to change it", epochs, epochs * steps)  # fmt: skip
+
+
+class ValidationAcrossEpochs(Callback):
+    """Callback for a `val_check_interval` in batches. Batches are counted per epoch, or across epochs shorter than it.
+
+    Create the Trainer with `check_val_every_n_epoch=None`. Otherwise it refuses an interval longer than an epoch
+    before any callback knows the length of an epoch.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        interval, batches = trainer.val_check_interval, trainer.num_training_batches
+        if interval <= batches:
+            trainer.check_val_every_n_epoch = 1
+        elif trainer.enable_validation and trainer.is_global_zero:
+            log.info("Validation every %d batches, counted across epochs of %d batches", interval, batches)

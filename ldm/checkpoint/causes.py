@@ -13,16 +13,26 @@ _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _LABELS = f"{UNET}label_emb."
 _CONTEXT = re.compile(rf"^{re.escape(UNET)}.*\.attn2\.to_k\.weight$")
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
+# Names that stand beside, or end the name of, a quantised weight: its scale and the like.
+_SCALES = re.compile(
+    r"(?:^|[._])(?:scale_weight|weight_scale|scale_input|scaled_fp8|absmax|quant_map|qweight|qzeros|scales|SCB)$"
+)
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 NO_UNET = "the file holds no UNet; name a whole release"
 _DIFFUSERS = "the file has the layout of diffusers; convert it to a single .safetensors file of the original layout"
 _NO_VAE = "the file holds no autoencoder: --vae FILE takes one from another file"
+_QUANTISED = "its weights are quantised; save them as floating-point numbers"
 _NO_TEXT = "the file holds no text encoder: give a whole release, or a config whose cond stage needs none"
 
 
 def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], default: str) -> str:
     """Return the likely cause for a mismatch of `weights` with the model of state dict `own`, or `default`."""
-    for found in (_file_kind(weights, own), _other_family(weights, own), _other_unet(weights, own)):
+    for found in (
+        _QUANTISED if any(_SCALES.search(key) for key in weights) else None,
+        _file_kind(weights, own),
+        _other_family(weights, own),
+        _other_unet(weights, own),
+    ):
         if found:
             return found
     if has_part(own, MODEL) and not has_part(weights, MODEL) and not has_part(weights, EMA):

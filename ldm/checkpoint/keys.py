@@ -17,6 +17,7 @@ COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
 TOWERS = tuple(f"{CONDITIONER}embedders.{number}." for number in range(2))  # its embedders with weights
 TEXT_ENCODERS = (COND_STAGE, CONDITIONER)
+DEPTH_STAGE = "depth_model."  # network of SD 2 that estimates depth
 EMA = "model_ema."
 EMA_DECAY, EMA_UPDATES = EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 SCALE_FACTOR = "scale_factor"  # scale factor of the latents

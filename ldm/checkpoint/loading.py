@@ -24,7 +24,7 @@ from ldm.checkpoint.keys import (
 from ldm.checkpoint.mapped import in_memory
 from ldm.checkpoint.names import in_our_names
 from ldm.checkpoint.reading import load_state_dict
-from ldm.checkpoint.schedule import without_schedule
+from ldm.checkpoint.schedule_comparison import without_schedule
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

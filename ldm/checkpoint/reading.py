@@ -107,8 +107,14 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a loaded checkpoint by key. `path` is for messages."""
+    """Return the tensors of a loaded checkpoint by key. `path` is for messages.
+
+    The tensors are in `state_dict`, at the top level, or in the only dict of tensors of the file.
+    """
     nested = content.get("state_dict", content)
+    if isinstance(nested, dict) and not any(isinstance(value, torch.Tensor) for value in nested.values()):
+        inner = [value for value in nested.values() if _is_weights(value)]
+        nested = inner[0] if len(inner) == 1 else nested
     if not isinstance(nested, dict):
         raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
     weights = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
@@ -119,6 +125,10 @@ def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Ten
         if not key.isprintable():  # messages have one line
             raise UserError(f"{path}: {key!r:.80} is not the name of a weight; the file is damaged, download it again")
     return weights
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(part, torch.Tensor) for part in value.values())
 
 
 def _head(path: Path) -> bytes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.shards.sample import CROP, ORIGINAL_SIZE, TARGET_SIZE
 from ldm.util import UserError, check_number, refuse_if
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STRENGTH = 0.75  # default of --strength
+_SIZES = {"original_size": ORIGINAL_SIZE, "crop": CROP, "target_size": TARGET_SIZE}  # options, and names in a sample
 _FILES = ("init_image", "image", "mask", "depth")
 _SAME_PROPORTIONS = 1.05  # most ratio of proportions that rounding explains
 
@@ -36,6 +38,10 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     add("--mask", type=Path, metavar="FILE", help="image of the size of --image, white where it is repainted")
     add("--depth", type=Path, metavar="FILE", help="depth map for a depth model, .npy or an image, lighter for nearer")
     add("--image-scale", type=float, help="guidance towards --image for a model that edits images; default: 1.5")
+    pair = {"type": int, "nargs": 2}
+    add("--original-size", **pair, metavar=("H", "W"), help="SDXL: size before the crop; default: the image's size")
+    add("--crop", **pair, metavar=("TOP", "LEFT"), help="SDXL: corner at which the image is cropped; default: 0 0")
+    add("--target-size", **pair, metavar=("H", "W"), help="SDXL: size after the crop; default: the image's size")
 
 
 def check_input_options(options: argparse.Namespace) -> None:
@@ -44,6 +50,9 @@ def check_input_options(options: argparse.Namespace) -> None:
     if strength is not None and not 0 < strength <= 1:
         raise UserError(f"--strength {strength}: give a number above 0, up to 1")
     check_number("--image-scale", options.image_scale, whole=False, optional=True)
+    for option in _SIZES:
+        for value in getattr(options, option) or ():
+            check_number(f"--{option.replace('_', '-')}", value, least=0 if option == "crop" else 1)
     refuse_if(
         (
             strength is not None and options.init_image is None,
@@ -58,11 +67,16 @@ def check_input_options(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class InputFiles:
-    """Decoded files, by option: images uint8 (H, W, 3), and maps float32 (H, W)."""
+    """Decoded files by option, images uint8 (H, W, 3) and maps float32 (H, W), and the settings beside them.
+
+    Args:
+        sizes: sizes that condition SDXL, by their names in a sample.
+    """
 
     arrays: Mapping[str, np.ndarray]
-    paths: Mapping[str, Path] = field(default_factory=dict)
-    strength: float = STRENGTH
+    paths: Mapping[str, Path]
+    strength: float
+    sizes: Mapping[str, Sequence[int]]
 
     def settings(self) -> dict[str, Any]:
         """Return the options as an image's metadata records them."""
@@ -95,7 +109,7 @@ class InputFiles:
                 f"--mask {self.paths['mask']}: nothing of it is left at {width}x{height} pixels; paint a larger part"
             )
         init = fitted.pop("init_image", None)
-        return Inputs(init=init, strength=1.0 if init is None else self.strength, **fitted)
+        return Inputs(init=init, strength=1.0 if init is None else self.strength, sizes=self.sizes, **fitted)
 
 
 def read_inputs(options: argparse.Namespace) -> InputFiles:
@@ -115,7 +129,8 @@ def read_inputs(options: argparse.Namespace) -> InputFiles:
     paths = {name: getattr(options, name) for name in _FILES if getattr(options, name) is not None}
     arrays = {name: readers[name](path) for name, path in paths.items()}
     _check_sizes(arrays, paths)
-    return InputFiles(arrays, paths, STRENGTH if options.strength is None else options.strength)
+    sizes = {name: getattr(options, option) for option, name in _SIZES.items() if getattr(options, option) is not None}
+    return InputFiles(arrays, paths, STRENGTH if options.strength is None else options.strength, sizes)
 
 
 def _check_sizes(arrays: Mapping[str, np.ndarray], paths: Mapping[str, Path]) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.paths import CONVENTIONAL_RELEASE
-from ldm.files import read_at_most
+from ldm.files import decode_text, read_at_most
 from ldm.util import UserError, check_number
 
 SETTINGS = ("steps", "scale", "sampler", "eta")  # options passed to `sample_latents` unchanged
@@ -99,7 +99,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """
     if file is not None:
         try:
-            lines = read_at_most(file, _MOST_BYTES).decode("utf-8-sig").split("\n")
+            lines = decode_text(read_at_most(file, _MOST_BYTES)).replace("\r", "\n").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
         prompts = prompts + [line.strip() for line in lines if line.strip()]

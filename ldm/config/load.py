@@ -17,7 +17,7 @@ from ldm.config.command_line_values import parse_value
 from ldm.config.interpolations import check_interpolations, resolve_references, typed_paths
 from ldm.config.merge import merge_configs
 from ldm.config.trust import check_trust
-from ldm.files import check_file, read_at_most
+from ldm.files import check_file, decode_text, read_at_most
 from ldm.util import UserError, instantiate_from_config, nearest
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/late
 def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
     """Merge the YAML files `names` from left to right, then the `a.b.c=value` `overrides`; see `merge_configs`.
 
-    Unless `trusted` is true, the files must satisfy the policy of `ldm.config.trust`. Overrides are not checked,
-    because the user typed them. No other function applies the trust setting.
+    A section without content is ignored. Unless `trusted` is true, the files must satisfy the policy of
+    `ldm.config.trust`. Overrides are not checked, because the user typed them. No other function applies the trust
+    setting.
 
     References such as `${model.x}` are replaced. Values that depend on the environment are kept as text, and OmegaConf
     replaces them on access. Sections other than `SECTIONS` are dropped with a warning.
@@ -48,9 +49,10 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
     source = str(names[0]) if len(names) == 1 else ", ".join(Path(name).name for name in names) or "the command line"
     config = OmegaConf.create()
     for number, (name, part) in enumerate(files + typed):
-        _check_sections(part, name, typed=number >= len(files))
+        is_typed = number >= len(files)
+        _check_sections(part, name, is_typed)
         try:
-            config = merge_configs(config, part, trusted)
+            config = merge_configs(config, part if is_typed else _without_empty(part), trusted)
         except TypeError as error:  # raised by OmegaConf for a list over a mapping
             raise UserError(f"{name}: replaces a mapping by a list, or a list by a mapping ({error})") from error
         except OmegaConfBaseException as error:
@@ -59,7 +61,7 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
         if not trusted:
             own = typed_paths([OmegaConf.to_container(part) for _, part in typed])
             check_interpolations(OmegaConf.to_container(config), source, own)
-        config = resolve_references(config)
+        config = resolve_references(_without_empty(config))
         _drop_other_sections(config, source)
         values = plain(config)
         if not trusted:
@@ -88,6 +90,12 @@ def _check_sections(part: DictConfig, name: str, typed: bool) -> None:
         slip = difflib.get_close_matches(str(section), SECTIONS, n=1, cutoff=0.65)
         if section not in SECTIONS and (typed or slip):
             raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
+
+
+def _without_empty(config: DictConfig) -> DictConfig:
+    """Return `config` without sections that are null, as `lightning:` is with all lines below it commented out."""
+    sections = [section for section, part in OmegaConf.to_container(config).items() if part is not None]
+    return OmegaConf.masked_copy(config, sections)
 
 
 def _drop_other_sections(config: DictConfig, source: str) -> None:
@@ -153,7 +161,7 @@ def read_config(path: Path) -> DictConfig:
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size} bytes, which is too large for a config; name a YAML file")
     try:
-        part = OmegaConf.load(io.StringIO(read_at_most(path, _MOST_BYTES).decode()))
+        part = OmegaConf.load(io.StringIO(decode_text(read_at_most(path, _MOST_BYTES))))
     except UserError:
         raise
     except yaml.YAMLError as error:
@@ -162,7 +170,8 @@ def read_config(path: Path) -> DictConfig:
         reason = getattr(error, "problem", None) or _first_line(error)
         raise UserError(f"{path}{where}: not valid YAML ({reason})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a config, because it is not UTF-8 text ({error.reason})") from error
+        reason = f"it is not UTF-8 text ({error.reason})"
+        raise UserError(f"{path}: not a config, because {reason}; save it as UTF-8") from error
     except OSError as error:
         if error.errno is not None:
             raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.allowed import nearest_allowed, reason_for
 from ldm.config.external_access import external_access
-from ldm.moved_targets import current_path, hint_for_target
+from ldm.moved_targets import current_path, hint_for_target, without_unused_keys
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -61,8 +61,13 @@ def may_look_up(target: Any, trusted: bool) -> bool:
 
 
 def _texts(value: Any, path: Path = (), key: str = "") -> Iterator[tuple[Path, str, str]]:
-    """Yield path, key and text of each scalar in `value`. Keys of mappings are texts too, with an empty key."""
+    """Yield path, key and text of each scalar in `value`. Keys of mappings are texts too, with an empty key.
+
+    Keys that a class is built without are skipped.
+    """
     if isinstance(value, dict):
+        if isinstance(value.get("target"), str) and isinstance(value.get("params"), dict):
+            value = {**value, "params": without_unused_keys(value["target"], value["params"])[0]}
         for name, part in value.items():
             yield (*path, str(name)), "", str(name)
             yield from _texts(part, (*path, str(name)), str(name))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.util import UserError, nearest
+from ldm.util import UserError, check_keys
 
 # Operations by their name in YAML: kornia's class, and the valid arguments.
 _OPERATIONS = {
@@ -37,11 +37,8 @@ class BatchAugmentation:
 
     def __init__(self, operations: Mapping[str, Mapping[str, Any]]) -> None:
         for name, arguments in operations.items():
-            if name not in _OPERATIONS:
-                raise UserError(f"data.params.augment.{name}: unknown{nearest(name, list(_OPERATIONS))}")
-            for key in arguments:
-                if key not in _OPERATIONS[name][1]:
-                    raise UserError(f"data.params.augment.{name}.{key}: unknown{nearest(key, _OPERATIONS[name][1])}")
+            check_keys("data.params.augment", [name], _OPERATIONS)
+            check_keys(f"data.params.augment.{name}", arguments, _OPERATIONS[name][1])
         self.operations = {name: dict(operations[name]) for name in _OPERATIONS if name in operations}
         self._built: dict[tuple[int, int], list[Any]] = {}  # by image size
         self._build((64, 64))  # checks the values before the first step

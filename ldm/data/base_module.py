@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 
-from ldm.data.sampler import EpochBatchSampler
+from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)

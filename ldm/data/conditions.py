@@ -17,7 +17,7 @@ from ldm.data.listed import to_minus_one_one
 from ldm.images.degradations import degradation
 from ldm.images.masks import random_mask, style_of
 from ldm.images.pixels import random_between, resize
-from ldm.util import UserError, check_number
+from ldm.util import check_number
 
 
 class AddLR:
@@ -58,8 +58,7 @@ class AddMask:
 
     def __init__(self, mode: str = "512train", p_drop: float = 0.0, image_key: str = "jpg") -> None:
         self.style = style_of(mode)
-        if not 0 <= p_drop <= 1:
-            raise UserError(f"p_drop {p_drop}: give a probability from 0 to 1")
+        check_number("p_drop", p_drop, least=0, most=1, whole=False)
         self.p_drop, self.image_key = p_drop, image_key
 
     def mask(self, image: Tensor) -> Tensor:

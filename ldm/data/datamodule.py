@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,13 @@ logger = logging.getLogger(__name__)
 class WebDataNpyModuleFromConfig(BaseDataModule):
     """Data module of pre-encoded WebDataset shards, whose tars have latents or posteriors and text embeddings.
 
-    Batches have `first_stage_key` (B, channels, h, w) and `cond_stage_key`, such as (B, 77, 768), with the stored dtype
-    (float16); the other conditioning of the model; and lists of strings, the captions `txt` and the names `__key__`.
-    Each batch has one image size, and one mask per sample.
+    A batch has these entries, with the stored dtype (float16), and the further conditioning of the model:
+
+        first_stage_key   latents or posteriors (B, channels, h, w)
+        cond_stage_key    text embeddings, such as (B, 77, 768)
+        txt, __key__      captions and names of the samples, lists of strings
+
+    All images of a batch have the same size. Each sample has at most one mask.
 
     For a model of edits, the model's `dropout` replaces `null_cond_dropout`. It drops captions and images before the
     edit.
@@ -254,8 +259,15 @@ def _of_family(dataset: ShardDataset | ShardStream) -> str:
 
 
 def _describe(dataset: ShardDataset | ShardStream) -> str:
-    """Return the shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`."""
+    """Return the shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`.
+
+    Of a member that samples have several times, the number stands before: `"4 mask 1x64x64 float16"`.
+    """
+    counts = Counter(map(plain, dataset.keys))
     parts = []
     for key, shapes in dataset.shapes.items():
-        parts += [f", {key} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items()]
+        name = f"{counts[key]} {key}" if counts[key] > 1 else key
+        parts += [
+            f", {name} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items() if plain(key) == key
+        ]
     return "".join(parts)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ldm.util import UserError
+from ldm.util import check_number
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
@@ -22,8 +22,7 @@ class DummyData(Dataset):
     """
 
     def __init__(self, length: int, size: Sequence[int]) -> None:
-        if type(length) is not int or length < 1:
-            raise UserError(f"length {length!r}: give at least 1")
+        check_number("length", length, least=1)
         self.length = length
         self.size = tuple(size)
 

@@ -16,7 +16,7 @@ from ldm.data.listed import existing_folder, naming, read_image, to_minus_one_on
 from ldm.images.augmentations import RandomHorizontalFlip
 from ldm.images.find import ImageItem
 from ldm.images.pixels import crop, random_below, resize
-from ldm.util import UserError
+from ldm.util import UserError, check_choice, refuse_if
 
 _SPLITS = ("train", "val", "test")
 
@@ -47,15 +47,18 @@ class EditDataset(Dataset):
         crop_res: int = 256,
         flip_prob: float = 0.0,
     ) -> None:
-        if split not in _SPLITS:
-            raise UserError(f"split {split!r}: give one of {', '.join(_SPLITS)}")
-        if len(splits) != len(_SPLITS) or not math.isclose(sum(splits), 1):
-            raise UserError(f"splits {list(splits)}: give three shares that sum to 1")
-        if not crop_res <= min_resize_res <= max_resize_res:
-            raise UserError(
+        check_choice("split", split, tuple(_SPLITS))
+        refuse_if(
+            (
+                len(splits) != len(_SPLITS) or not math.isclose(sum(splits), 1),
+                f"splits {list(splits)}: give three shares that sum to 1",
+            ),
+            (
+                not crop_res <= min_resize_res <= max_resize_res,
                 f"crop_res {crop_res}, min_resize_res {min_resize_res}, max_resize_res {max_resize_res}: "
-                f"must be in ascending order"
-            )
+                "must be in ascending order",
+            ),
+        )
         self.path = existing_folder(path, "seeds.json and the folders of image pairs")
         seeds = _read_json(self.path / "seeds.json")
         if not isinstance(seeds, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in seeds):
@@ -91,13 +94,14 @@ class EditDataset(Dataset):
     def _load(self, name: str, side: int) -> Tensor:
         """Return the image `name`, scaled to a square, float32 (3, side, side) in [-1, 1]."""
         with naming(name):
-            image = read_image(ImageItem(name, self.path / name, caption=""))
-        return to_minus_one_one(resize(image, side, side, "lanczos")).permute(2, 0, 1)
+            item = ImageItem(name, self.path / name, caption="")
+            image = read_image(item, lambda image: resize(image, side, side, "lanczos"))
+        return to_minus_one_one(image).permute(2, 0, 1)
 
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"no file {str(file.absolute())!r}: {error.strerror}") from error
     except ValueError as error:

@@ -16,6 +16,7 @@ import yaml
 
 from ldm.data.listed import ListedImages, folder_images, read_list, scaled_and_cropped
 from ldm.data.superresolution import PairedImages
+from ldm.files import decode_text
 from ldm.images.find import ImageItem
 from ldm.util import UserError, nearest
 
@@ -38,7 +39,7 @@ def class_numbers(root: Path, found: list[str]) -> dict[str, int]:
     """
     file = root.parent / _NUMBERS
     if file.is_file():
-        listed = yaml.safe_load(file.read_text(encoding="utf-8"))
+        listed = yaml.safe_load(decode_text(file.read_bytes()))
         if not isinstance(listed, dict) or not all(type(number) is int for number in listed):
             raise UserError(f"{file}: expected lines such as '0: n01440764'")
         return {str(name): number for number, name in listed.items()}

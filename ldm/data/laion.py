@@ -13,12 +13,13 @@ from ldm.data.conditions import AddEdge, AddLR, AddMask
 from ldm.data.config_module import DataModuleFromConfig
 from ldm.data.tar_images import Filter, TarImages, read_words
 from ldm.shards.urls import expand_urls, is_stream
-from ldm.util import UserError, check_number, nearest
+from ldm.util import UserError, check_keys, check_number
 
 __all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]
 
 # `shuffle` is the size of a buffer for streams. Here, 0 turns shuffling off.
-_SPLIT_KEYS = ("shards", "shuffle", "image_key", "image_transforms", "postprocess")
+# `n_examples` is the length of an epoch of streams. Here, the tars define it.
+_SPLIT_KEYS = ("shards", "shuffle", "image_key", "image_transforms", "postprocess", "n_examples")
 
 
 class WebDataModuleFromConfig(DataModuleFromConfig):
@@ -28,7 +29,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
 
     Args:
         tar_base: folder of the shards; None if `shards` has complete paths.
-        multinode: accepted for old configs and ignored; each process has its own share.
+        multinode, n_nodes: accepted for old configs and ignored; each process has its own share.
         min_size, max_pwatermark, p_unsafe_threshold: see `Filter`.
         filter_word_list: YAML file of words that exclude a caption.
         val_batch_size, val_num_workers: for the other splits. The default is that of training.
@@ -43,6 +44,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
         test: Mapping[str, Any] | None = None,
         num_workers: int = 4,
         multinode: bool = True,
+        n_nodes: int | None = None,
         min_size: int | None = None,
         max_pwatermark: float | None = None,
         p_unsafe_threshold: float | None = None,
@@ -54,9 +56,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
     ) -> None:
         splits = {"train": train, "validation": validation, "test": test}
         for split, given in splits.items():
-            for key in given or {}:
-                if key not in _SPLIT_KEYS:
-                    raise UserError(f"unknown key {key!r} in data.params.{split}{nearest(key, list(_SPLIT_KEYS))}")
+            check_keys(f"data.params.{split}", given or {}, _SPLIT_KEYS)
         super().__init__(
             batch_size,
             **splits,
@@ -76,7 +76,8 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
     def build_dataset(self, split: str) -> TarImages:
         """Return the images in the tars of `split` that pass the filters."""
         given = dict(self.dataset_configs[split])
-        given.pop("shuffle", None)
+        for key in ("shuffle", "n_examples"):
+            given.pop(key, None)
         paths = self._paths(split, given.pop("shards", None))
         keep = Filter(*self.filter_settings, words=read_words(self.filter_word_list))
         return TarImages(paths, **given, keep=keep if keep else None)

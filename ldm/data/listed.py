@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.sources import find_images
-from ldm.files import read_at_most
+from ldm.files import decode_text, read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.images.find import ImageItem
 from ldm.util import UserError
+
+T = TypeVar("T")
 
 _MOST_IN_LIST = 1 << 30  # size limit of a list in bytes
 _MOST_IN_ARRAY = 1 << 30
@@ -43,7 +45,7 @@ def read_list(path: str | Path, what: str) -> list[str]:
     """
     file = Path(path).expanduser()
     try:
-        text = read_at_most(file, _MOST_IN_LIST).decode("utf-8-sig")
+        text = decode_text(read_at_most(file, _MOST_IN_LIST))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not a text file: {error}") from error
     except OSError as error:
@@ -72,10 +74,13 @@ def folder_images(root: str | Path, what: str) -> list[ImageItem]:
     return find_images(existing_folder(root, what), caption="")
 
 
-def read_image(item: ImageItem) -> Image.Image:
-    """Return the RGB image of `item`, an image file or a `.npy`, uint8 (3, H, W), (1, 3, H, W) or (H, W, 3)."""
+def read_image(item: ImageItem, then: Callable[[Image.Image], T] = lambda image: image) -> T:
+    """Return `then(image)` of the RGB image of `item`, usually a smaller image; see `ImageItem.read`.
+
+    `item` is an image file or a `.npy`, uint8 (3, H, W), (1, 3, H, W) or (H, W, 3).
+    """
     if item.path.suffix.lower() != ".npy":
-        return Image.fromarray(item.read())
+        return item.read(lambda pixels: then(Image.fromarray(pixels)))
     try:
         array = np.load(io.BytesIO(read_at_most(item.path, _MOST_IN_ARRAY)), allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -86,7 +91,7 @@ def read_image(item: ImageItem) -> Image.Image:
         array = array.transpose(1, 2, 0)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(f"{item.name}: {given}, not uint8 (3, height, width)")
-    return Image.fromarray(np.ascontiguousarray(array))
+    return then(Image.fromarray(np.ascontiguousarray(array)))
 
 
 @contextmanager
@@ -108,16 +113,16 @@ def to_minus_one_one(image: Image.Image | np.ndarray) -> torch.Tensor:
 def scaled_and_cropped(size: int | None, crop_size: int | None = None, random_crop: bool = False) -> Compose:
     """Return a transform that scales the smaller side to `size` and crops a square of `crop_size` (default: `size`).
 
-    With `size` None, images are not changed.
+    With `size` None, images are not scaled. With both None, they are not changed.
 
     Raises:
         UserError: `crop_size` exceeds `size`.
     """
+    crop = RandomCrop if random_crop else CenterCrop
     if not size:
-        return Compose([])
+        return Compose([crop(crop_size)] if crop_size else [])
     if crop_size and crop_size > size:
         raise UserError(f"crop_size {crop_size}: must be at most size, {size}")
-    crop = RandomCrop if random_crop else CenterCrop
     return Compose([Resize(size), crop(crop_size or size)])
 
 
@@ -149,7 +154,7 @@ class ListedImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
         with naming(item.name):
-            image = self.transform(read_image(item))
+            image = read_image(item, self.transform)
         return {"image": to_minus_one_one(image), **self.labels_of(index)}
 
     def labels_of(self, index: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.sampler import EpochBatchSampler, Item, stream_name
+from ldm.data.batch_sampler import EpochBatchSampler, Item, stream_name
 from ldm.distributed.collectives import in_all_processes
 from ldm.shards.sample import STREAM
 from ldm.util import UserError

@@ -9,7 +9,7 @@ from PIL import Image
 from ldm.data.listed import ListedImages, listed_images, read_list
 from ldm.images.augmentations import RandomHorizontalFlip
 from ldm.images.pixels import crop, filter_of, resize
-from ldm.util import UserError
+from ldm.util import check_number
 
 
 class LSUNBase(ListedImages):
@@ -32,8 +32,7 @@ class LSUNBase(ListedImages):
         interpolation: str = "bicubic",
         flip_p: float = 0.5,
     ) -> None:
-        if size is not None and (type(size) is not int or size < 1):
-            raise UserError(f"size {size!r}: give a whole number of pixels, or null")
+        check_number("size", size, least=1, unit="pixels", optional=True)
         names = read_list(txt_file, "the images of this part of LSUN")
         super().__init__(
             listed_images(data_root, names, "the images of LSUN"), self.prepare, {"relative_file_path_": names}

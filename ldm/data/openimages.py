@@ -15,14 +15,16 @@ _TRAIN, _VALIDATION = "data/openimages/train", "data/openimages/validation"
 class FullOpenImagesTrain(ListedImages):
     """Training images: the smaller side scaled to `size`, and a random square crop of `crop_size`."""
 
-    def __init__(self, size: int, crop_size: int | None = None, data_root: str | Path = _TRAIN) -> None:
+    def __init__(self, size: int | None = None, crop_size: int | None = None, data_root: str | Path = _TRAIN) -> None:
         super().__init__(folder_images(data_root, _WHAT), scaled_and_cropped(size, crop_size, random_crop=True))
 
 
 class FullOpenImagesValidation(ListedImages):
     """Validation images: the smaller side scaled to `size`, and a square centre crop of `crop_size`."""
 
-    def __init__(self, size: int, crop_size: int | None = None, data_root: str | Path = _VALIDATION) -> None:
+    def __init__(
+        self, size: int | None = None, crop_size: int | None = None, data_root: str | Path = _VALIDATION
+    ) -> None:
         super().__init__(folder_images(data_root, _WHAT), scaled_and_cropped(size, crop_size))
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ldm.data.batch_sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.data.dropout import Change, EpochItems
-from ldm.data.sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, STREAM, TEACHER_KEYS, TIMESTEPS, plain
@@ -166,7 +166,8 @@ class WithPrior(Dataset):
         which %= len(asked)
         if asked[which] < 0 or (self.timesteps and asked[which] >= self.timesteps):
             where = f"{self.prior.paths[0].parent}: sample {sample['__key__']!r}"
-            raise UserError(f"{where}: {TIMESTEPS} is {asked[which]}, the model's are 0 to {self.timesteps} - 1")
+            most = f" to {self.timesteps - 1}" if self.timesteps else ""
+            raise UserError(f"{where}: {TIMESTEPS} is {asked[which]}; it must be a timestep of the model, 0{most}")
         return {TIMESTEPS: asked[which], **{key: sample[key][which] for key in (NOISE, PREDICTION)}}
 
     def _alike(self, sample: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,48 +15,27 @@ from torch.utils.data import Dataset
 
 from ldm.data.listed import existing_folder, folder_images, naming, read_image, read_list, to_minus_one_one
 from ldm.data.sources import find_images
-from ldm.files import read_at_most
 from ldm.images.augmentations import build_transform
+from ldm.images.captions import from_metadata, metadata_file
 from ldm.images.find import ImageItem
 from ldm.images.pixels import random_below
 from ldm.util import UserError, instantiate_from_config
 
-_MOST_IN_CAPTIONS = 1 << 30  # size limit in bytes
-_METADATA = ("metadata.jsonl", "metadata.csv")
+_TEXT_COLUMN = "text"
 
 
-def read_captions(file: str | Path, column: str = "text") -> dict[str, str]:
-    """Return captions by file name, from a `.json` mapping, or a `.jsonl` or `.csv` with `file_name` and `column`.
+def _listed(file: Path, folder: Path, text_key: str | None = None) -> list[ImageItem]:
+    """Return the images of `folder` that have a caption in `file`; see `from_metadata`.
 
     Raises:
         UserError: the file is missing, invalid or of another type, or names a file outside its folder.
     """
-    path = Path(file).expanduser()
-    try:
-        text = read_at_most(path, _MOST_IN_CAPTIONS).decode("utf-8-sig")
-        if path.suffix == ".json":
-            pairs = list(json.loads(text).items())
-        elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-            pairs = [(entry["file_name"], entry[column]) for entry in entries]
-        elif path.suffix == ".csv":
-            pairs = [(entry["file_name"], entry[column]) for entry in csv.DictReader(text.splitlines())]
-        else:
-            raise UserError(f"{path}: captions are read from .json, .jsonl or .csv")
-    except OSError as error:
-        raise UserError(f"no captions {str(path.absolute())!r}: {error.strerror or error}") from error
-    except KeyError as error:
-        raise UserError(f"{path}: an entry has no {error.args[0]!r}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not captions by file name: {error}") from error
-    for name, caption in pairs:
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise UserError(f"{path}: {name!r}: expected a file name and its caption, got {caption!r:.80}")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{path}: {name!r} is outside the folder")
-    return dict(pairs)
+    if not file.is_file():
+        raise UserError(f"no captions {str(file.absolute())!r}: no such file")
+    entries = from_metadata(file, folder=folder, text_key=text_key)
+    if not entries:
+        raise UserError(f"{file}: has no captions")
+    return [ImageItem(entry.name, folder / entry.name, caption=entry.caption) for entry in entries]
 
 
 class FolderData(Dataset):
@@ -64,7 +43,7 @@ class FolderData(Dataset):
 
     Args:
         root_dir: the folder.
-        caption_file: captions by file name; see `read_captions`. Only these images are read.
+        caption_file: captions by file name, relative to `root_dir`; see `from_metadata`. Only these images are read.
         image_transforms: transforms of the PIL image, each by `target` and `params`.
         ext: extension of the images, or a list of them; only without a `caption_file`.
         default_caption: caption of images without one.
@@ -84,13 +63,10 @@ class FolderData(Dataset):
     ) -> None:
         self.root_dir = existing_folder(root_dir, "the images")
         if caption_file is not None:
-            captions = read_captions(caption_file)
-            items = [ImageItem(name, self.root_dir / name, caption=text) for name, text in captions.items()]
-            if not items:
-                raise UserError(f"{caption_file}: has no captions")
+            items = _listed(Path(caption_file).expanduser(), self.root_dir)
         else:
             items = _with_extensions(self.root_dir, ext)
-        self.items = [ImageItem(i.name, i.path, i.span, i.caption or default_caption, i.error) for i in items]
+        self.items = [replace(item, caption=item.caption or default_caption) for item in items]
         self.sample_keys = [item.name for item in self.items]
         self.transform = build_transform(image_transforms)
         self.postprocess: Callable[[dict], dict] | None = _built(postprocess)
@@ -109,7 +85,7 @@ class FolderData(Dataset):
     def load(self, item: ImageItem) -> Tensor:
         """Return the image of `item` after the transforms, (h, w, 3) in [-1, 1]."""
         with naming(item.name):
-            return as_model_input(self.transform(read_image(item)))
+            return as_model_input(read_image(item, self.transform))
 
 
 def as_model_input(image: Image.Image | Tensor) -> Tensor:
@@ -141,7 +117,7 @@ class IdRetreivalDataset(FolderData):
     def __init__(self, ret_file: str | Path, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         try:
-            self.matches = json.loads(Path(ret_file).expanduser().read_text(encoding="utf-8"))
+            self.matches = json.loads(Path(ret_file).expanduser().read_bytes())
         except OSError as error:
             raise UserError(f"no list {str(Path(ret_file).absolute())!r}: {error.strerror}") from error
         except ValueError as error:
@@ -191,8 +167,8 @@ class TextOnly(Dataset):
 class hf_dataset(Dataset):
     """Dataset of images and captions in a local folder, in the layout `imagefolder` of the hub.
 
-    Captions are in the column `text_column` of `metadata.jsonl` or `metadata.csv`, or in `name.txt` beside each image.
-    A subfolder `split` takes precedence over the folder.
+    Captions are in the column `text_column` of the metadata file, or in `name.txt` beside each image. The default
+    column may have a synonym. A subfolder `split` takes precedence over the folder.
 
     Raises:
         UserError: `name` is not a local folder. Nothing is downloaded.
@@ -203,7 +179,7 @@ class hf_dataset(Dataset):
         name: str,
         image_transforms: Sequence[Any] | None = None,
         image_column: str = "image",
-        text_column: str = "text",
+        text_column: str = _TEXT_COLUMN,
         split: str = "train",
         image_key: str = "image",
         caption_key: str = "txt",
@@ -215,12 +191,11 @@ class hf_dataset(Dataset):
                 f"data set's {image_column!r} as image files there, with {text_column!r} in metadata.jsonl"
             )
         folder = folder / split if (folder / split).is_dir() else folder
-        metadata = next((folder / file for file in _METADATA if (folder / file).is_file()), None)
-        if metadata is None:
+        metadata = metadata_file(folder)
+        if metadata is None or text_column == _TEXT_COLUMN:
             self.items = find_images(folder)
         else:
-            captions = read_captions(metadata, text_column)
-            self.items = [ImageItem(file, folder / file, caption=text) for file, text in captions.items()]
+            self.items = _listed(metadata, folder, text_column)
         self.sample_keys = [item.name for item in self.items]
         self.transform = build_transform(image_transforms)
         self.image_key, self.caption_key = image_key, caption_key
@@ -231,5 +206,5 @@ class hf_dataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
         with naming(item.name):
-            image = as_model_input(self.transform(read_image(item)))
+            image = as_model_input(read_image(item, self.transform))
         return {self.image_key: image, self.caption_key: item.caption or ""}

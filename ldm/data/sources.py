@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.files import open_file, read_span
-from ldm.images.captions import METADATA, METADATA_FILES, decode_caption, same_name
+from ldm.identity import check_identity, identity_of_path
+from ldm.images.captions import CAPTION_SUFFIXES, METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
 from ldm.images.find import ImageItem, SingleImages, from_folder, is_image, pair_up
 from ldm.shards.tar import index_tar
@@ -25,8 +26,10 @@ _EDITED = [f"edited.{extension}" for extension in EXTENSIONS]  # members of a ta
 
 def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
     items = []
+    identity = identity_of_path(path)
     samples = index_tar(path)
     with open_file(path) as file:
+        check_identity(file.fileno(), path, identity)
         for sample in samples:
             caption, error = fixed, None
             if fixed is None and "txt" in sample.spans:
@@ -38,9 +41,12 @@ def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
                 items.append(ImageItem(f"{path.name}/{sample.key}", path, None, caption, error))
             else:
                 name = f"{path.name}/{sample.key}"
+                span = sample.spans[extension]
                 edited = next((found for found in sample.spans if found in _EDITED), None)
-                other = ImageItem(f"{name}.{edited}", path, sample.spans[edited]) if pairs and edited else None
-                items.append(ImageItem(f"{name}.{extension}", path, sample.spans[extension], caption, error, other))
+                other = None
+                if pairs and edited:
+                    other = ImageItem(f"{name}.{edited}", path, sample.spans[edited], identity=identity)
+                items.append(ImageItem(f"{name}.{extension}", path, span, caption, error, other, identity))
     return items
 
 
@@ -53,7 +59,7 @@ def _from_source(source: str, single: SingleImages, pairs: bool) -> list[ImageIt
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
-    for url in expand_urls(source):
+    for url in _without_captions(expand_urls(source)):
         if is_stream(url):
             raise UserError(f"{url}: is not a folder or a local tar; download it first")
         found = is_image(Path(url)) and not Path(url).is_dir()
@@ -66,12 +72,13 @@ def _without_captions(sources: Sequence[str]) -> list[str]:
     if len(sources) < 2:
         return list(sources)
     kept, left_out = [], []
-    stems = {same_name(str(Path(source).with_suffix(""))) for source in sources if is_image(Path(source))}
+    images = [Path(source) for source in sources if is_image(Path(source))]
+    stems = {same_name(str(name)) for image in images for name in (image.with_suffix(""), image)}
     for source in sources:
         path = Path(source)
         if not path.is_file() or is_image(path) or tarfile.is_tarfile(path):
             kept.append(source)
-        elif path.suffix.lower() == ".txt" and same_name(str(path.with_suffix(""))) in stems:
+        elif path.suffix.lower() in CAPTION_SUFFIXES and same_name(str(path.with_suffix(""))) in stems:
             continue
         elif path.name not in METADATA_FILES and path.suffix.lower() != ".tar":
             left_out.append(source)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.listed import ListedImages, read_image, to_minus_one_one
 from ldm.images.degradations import degradation
 from ldm.images.pixels import crop, random_below, random_between, resize
-from ldm.util import UserError
+from ldm.util import UserError, check_number, refuse_if
 
 
 class PairedImages(Dataset):
@@ -37,12 +38,15 @@ class PairedImages(Dataset):
         max_crop_f: float = 1.0,
         random_crop: bool = True,
     ) -> None:
-        if type(size) is not int or size < 1:
-            raise UserError(f"size {size!r}: give the side in pixels, such as 256")
-        if type(downscale_f) is not int or downscale_f < 1 or size % downscale_f:
-            raise UserError(f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}")
-        if not 0 < min_crop_f <= max_crop_f <= 1:
-            raise UserError(f"min_crop_f {min_crop_f} and max_crop_f {max_crop_f}: give 0 < min <= max <= 1")
+        check_number("size", size, least=1, unit="pixels")
+        check_number("downscale_f", downscale_f, least=1)
+        refuse_if(
+            (size % downscale_f, f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}"),
+            (
+                not 0 < min_crop_f <= max_crop_f <= 1,
+                f"min_crop_f {min_crop_f} and max_crop_f {max_crop_f}: give 0 < min <= max <= 1",
+            ),
+        )
         self.images = images
         self.sample_keys = images.sample_keys
         self.size = size
@@ -54,19 +58,22 @@ class PairedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = read_image(self.images.items[index])
-        side = max(1, int(min(image.size) * random_between(*self.crop_shares)))
-        room = (image.height - side, image.width - side)
-        top, left = (random_below(free + 1) if self.random_crop else free // 2 for free in room)
-        square = resize(
-            crop(image, top, left, side, side), self.size, self.size, "box" if side > self.size else "bicubic"
-        )
+        square = read_image(self.images.items[index], self._square)
         low = self.degrade(np.array(square))
         return {
             "image": to_minus_one_one(square),
             "LR_image": to_minus_one_one(low),
             **self.images.labels_of(index),
         }
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        """Return a square of `image`, scaled."""
+        side = max(1, int(min(image.size) * random_between(*self.crop_shares)))
+        room = (image.height - side, image.width - side)
+        top, left = (random_below(free + 1) if self.random_crop else free // 2 for free in room)
+        return resize(
+            crop(image, top, left, side, side), self.size, self.size, "box" if side > self.size else "bicubic"
+        )
 
 
 def _named(name: str | None, factor: int) -> Any:

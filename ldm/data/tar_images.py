@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
-from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.listed import naming
+from ldm.data.listed import naming, read_image
 from ldm.data.simple import as_model_input
-from ldm.files import read_span
+from ldm.files import decode_text, open_file, read_span
+from ldm.identity import Identity, check_identity, identity_of_path, with_retries
 from ldm.images.augmentations import build_transform
 from ldm.images.captions import decode_caption
-from ldm.images.decode import EXTENSIONS, decode_image
+from ldm.images.decode import EXTENSIONS
+from ldm.images.find import ImageItem
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, instantiate_from_config
 
@@ -70,7 +72,7 @@ def read_words(file: str | Path | None) -> list[str]:
         return []
     path = Path(file).expanduser()
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(decode_text(path.read_bytes()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"filter_word_list {str(path.absolute())!r}: cannot be read: {error}") from error
     lists = list(found.values()) if isinstance(found, dict) else [found]
@@ -103,10 +105,12 @@ class TarImages(Dataset):
         self.image_key = image_key
         self.samples: list[tuple[Path, TarSample]] = []
         found = 0
+        self._identities: dict[Path, Identity] = {}
         for path in paths:
+            self._identities[path] = identity_of_path(path)
             samples = [sample for sample in index_tar(path) if image_key in sample.spans]
             found += len(samples)
-            with path.open("rb") as file:
+            with self._open(path) as file:
                 self.samples += [(path, s) for s in samples if keep is None or keep(*_described(file.fileno(), s))]
         if not self.samples:
             why = f"none of {found} passes the filters" if found else f"no sample has a .{image_key}"
@@ -122,13 +126,20 @@ class TarImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, sample = self.samples[index]
         name = f"{path}: {sample.key}"
-        with path.open("rb") as file:
-            data = read_span(file.fileno(), *sample.spans[self.image_key], name)
+        with self._open(path) as file:
             _, caption = _described(file.fileno(), sample, metadata=False)
+        image = ImageItem(name, path, sample.spans[self.image_key], caption, identity=self._identities[path])
         with naming(name):
-            image = Image.fromarray(decode_image(bytes(data), name))
-            item = {self.image_key: as_model_input(self.transform(image)), "txt": caption, "__key__": sample.key}
+            pixels = as_model_input(read_image(image, self.transform))
+            item = {self.image_key: pixels, "txt": caption, "__key__": sample.key}
             return self.postprocess(item) if self.postprocess else item
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a tar, which must be the one that was indexed."""
+        with with_retries(lambda: open_file(path), path) as file:
+            check_identity(file.fileno(), path, self._identities[path])
+            yield file
 
 
 def _described(descriptor: int, sample: TarSample, metadata: bool = True) -> tuple[dict[str, Any], str]:

@@ -41,11 +41,17 @@ class EncodedShard:
         ] = {}  # samples by place, until those before them are written
 
     def skip_unreadable(self, results: Iterable[FittedImage | Unreadable]) -> Iterator[FittedImage]:
-        """Yield the images among `results`. Log and record the others."""
+        """Yield the images among `results`. Log and record the others.
+
+        Raises:
+            UserError: a tar of images was replaced.
+        """
         for result in results:
             if isinstance(result, FittedImage):
                 yield result
                 continue
+            if result.is_fatal:
+                raise UserError(result.reason)
             logger.warning("image skipped: %s", result.reason)
             self.failed.append({"name": result.item.name, "reason": result.reason})
 

@@ -36,7 +36,7 @@ from ldm.encoding.pipeline import encode_shards
 from ldm.encoding.set_writer import INDEXED, Job, SetWriter
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
-from ldm.shards.index import INDEX
+from ldm.shards.index import INDEX, MEMBERS
 from ldm.shards.sample import LATENT, index_shapes
 from ldm.util import UserError
 
@@ -85,6 +85,12 @@ class Report:
             "cut": self.cut,
             "sizes": dict(sorted(self.sizes.items())),
         }
+
+    def checked(self) -> Report:
+        """Return this report. Raise `UserError` if no image can be read."""
+        if not self.images:
+            raise UserError(f"none of {len(self.failed)} images can be read; the first: {self.failed[0]['reason']}")
+        return self
 
     def warn_of_cut_captions(self) -> None:
         """Log the captions that are longer than the text encoder's limit, if there are any."""
@@ -152,16 +158,9 @@ def preencode(
         return {**nulls, **kind.blanks(encoder, found)}
 
     def describe(records: Sequence[Record]) -> dict[str, Any]:
-        report = Report.of(records)
-        if not report.images:
-            raise UserError(f"none of {len(items)} images can be read; the first: {report.failed[0]['reason']}")
-        return {
-            **report.counts(),
-            **settings,
-            **index_shapes(report.f8, nulls),
-            MEMBERS: [*kind.members, *nulls],
-            **encoder.described,
-        }
+        report = Report.of(records).checked()
+        members = {MEMBERS: [*kind.members, *nulls]}
+        return {**report.counts(), **settings, **index_shapes(report.f8, nulls), **members, **encoder.described}
 
     report = Report.of(writer.write(with_blanks, write_shards, describe))
     report.warn_of_cut_captions()

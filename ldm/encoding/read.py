@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.identity import Replaced
 from ldm.images.buckets import Size, nearest_size
 from ldm.images.find import ImageItem
 from ldm.images.transforms import centre_crop, fit
@@ -66,10 +67,11 @@ class FittedImage:
 
 @dataclass
 class Unreadable:
-    """Image that cannot be read, and the reason."""
+    """Image that cannot be read, and the reason. `is_fatal`: its tar was replaced, so no further image can be read."""
 
     item: ImageItem
     reason: str
+    is_fatal: bool = False
 
 
 def sample_key(number: int, name: str) -> str:
@@ -111,7 +113,7 @@ class _Read(Dataset):
         try:
             return self.read(*entry)
         except UserError as error:
-            return Unreadable(entry[1], str(error))
+            return Unreadable(entry[1], str(error), isinstance(error, Replaced))
 
 
 def read_images(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ldm.files import read_at_most
+from ldm.files import decode_text, read_at_most
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Names of metadata files. The first existing file is read.
 METADATA = "metadata.jsonl"
 METADATA_FILES = (METADATA, "metadata.csv")
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image. The first existing file is read.
 # Synonyms for the keys of an entry. The first existing key is read.
 _FILE_KEYS = ("file_name", "file", "filename", "file_path", "filepath", "image", "image_path", "image_file", "path")
 _TEXT_KEYS = ("text", "caption", "prompt", "description")
@@ -36,7 +37,7 @@ _MOST_IN_CAPTION, _MOST_IN_METADATA = 1 << 20, 1 << 32  # bytes
 def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
     """Return caption and error of a caption file. White space is collapsed. An empty file has no caption."""
     try:
-        text = data.decode("utf-8-sig")
+        text = decode_text(data)
     except UnicodeDecodeError as error:
         return None, f"its caption is not UTF-8: {error}"
     return " ".join(text.split()) or None, None
@@ -52,23 +53,28 @@ def same_name(name: str) -> str:
 
 
 class CaptionFiles:
-    """Search for the `.txt` file of an image, by the normal form of its name. Each folder is listed once."""
+    """Search for the caption file of an image, by the normal form of its name. Each folder is listed once.
+
+    The file is `name.txt` or `name.caption` beside `name.jpg`, else `name.jpg.txt`.
+    """
 
     def __init__(self) -> None:
         self._folders: dict[Path, dict[str, Path]] = {}
 
     def of(self, image: Path) -> Path | None:
         """Return the caption file beside `image`, or None."""
-        exact = image.with_suffix(".txt")
-        if os.path.lexists(exact):
-            return exact
+        names = [*(image.with_suffix(suffix).name for suffix in CAPTION_SUFFIXES), f"{image.name}.txt"]
+        for name in names:
+            if os.path.lexists(image.parent / name):
+                return image.parent / name
         if image.parent not in self._folders:
             try:
-                files = [path for path in image.parent.iterdir() if path.suffix.lower() == ".txt"]
+                files = [path for path in image.parent.iterdir() if path.suffix.lower() in CAPTION_SUFFIXES]
             except OSError:
                 files = []
             self._folders[image.parent] = {same_name(path.name): path for path in sorted(files, reverse=True)}
-        return self._folders[image.parent].get(same_name(exact.name))
+        spelled = self._folders[image.parent]
+        return next((spelled[same_name(name)] for name in names if same_name(name) in spelled), None)
 
 
 def read_caption(path: Path | None) -> tuple[str | None, str | None]:
@@ -96,31 +102,41 @@ class Entry(NamedTuple):
     edited: str | None = None  # name of the image after the edit in the caption
 
 
-def from_metadata(path: Path, pairs: bool = False) -> list[Entry]:
-    """Return the entries of a metadata file.
+def from_metadata(
+    path: Path, pairs: bool = False, folder: Path | None = None, text_key: str | None = None
+) -> list[Entry]:
+    """Return the entries of a metadata file, `.jsonl`, `.csv` or `.json`.
 
-    The keys `file_name` and `text` have the synonyms `_FILE_KEYS` and `_TEXT_KEYS`. With `pairs`, the images before and
-    after an edit have the keys `_BEFORE` and `_AFTER`. Unknown keys give a warning. Paths may be absolute or have
-    backslashes, but must lie in the folder.
+    A `.json` is a mapping of captions by file name, or a list of entries. The keys `file_name` and `text` have the
+    synonyms `_FILE_KEYS` and `_TEXT_KEYS`. With `pairs`, the images before and after an edit have the keys `_BEFORE`
+    and `_AFTER`. Unknown keys give a warning. Paths may be absolute or have backslashes, but must lie in the folder.
+
+    Args:
+        folder: folder of the images; by default that of `path`.
+        text_key: required key of the captions.
 
     Raises:
         UserError: an entry has no file name, or names a file outside the folder; gives its line.
     """
     try:
-        text = read_at_most(path, _MOST_IN_METADATA).decode("utf-8-sig")
+        text = decode_text(read_at_most(path, _MOST_IN_METADATA))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    entries = _csv_entries(text, path) if path.suffix == ".csv" else _json_entries(text, path)
+    if path.suffix not in _READERS:
+        raise UserError(f"{path}: captions by file name are read from {', '.join(_READERS)}")
     found: list[Entry] = []
     unread: dict[str, None] = {}
-    for where, entry in entries:
+    for where, entry in _READERS[path.suffix](text, path, pairs):
         keys = _keys_of(entry, pairs)
+        keys = (keys[0], keys[1] if text_key is None else text_key, keys[2])
         name, caption, edited = (entry.get(key) for key in keys)
         if not isinstance(name, str):
             shown = json.dumps(entry)[:80]
             raise UserError(f"{where}: expected {{'file_name': ..., 'text': ...}}, got {shown!r}")
+        if text_key is not None and text_key not in entry:
+            raise UserError(f"{where}: has no {text_key!r}, only {', '.join(map(repr, entry)):.80}")
         if edited is not None and not isinstance(edited, str):
             raise UserError(f"{where}: {keys[2]} is not a string: {edited!r:.80}")
         if caption is not None and not isinstance(caption, str):
@@ -129,7 +145,7 @@ def from_metadata(path: Path, pairs: bool = False) -> list[Entry]:
             raise UserError(f"{where}: an unpaired surrogate, which is not a character: {json.dumps(entry)[:80]!r}")
         unread |= dict.fromkeys(key for key in entry if key not in keys)
         name, edited = (
-            file and _relative(file, path.parent, f"{where}: {key}")
+            file and _relative(file, folder or path.parent, f"{where}: {key}")
             for file, key in ((name, keys[0]), (edited, keys[2]))
         )
         found.append(Entry(name, " ".join((caption or "").split()) or None, edited))
@@ -150,7 +166,7 @@ def _keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | N
     return before or file_key, instruction, after
 
 
-def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`, which also splits at "\u2028"
         if not line.strip():
             continue
@@ -164,11 +180,27 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
         yield where, entry
 
 
-def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _mapping_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if isinstance(content, dict):
+        for name, value in content.items():
+            entry = value if isinstance(value, dict) else {"text": value}
+            yield f"{path}, {name!r:.80}", {"file_name": name, **entry}
+        return
+    for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}, entry {number}: expected captions by file name, got {json.dumps(entry)[:80]!r}")
+        yield f"{path}, entry {number}", entry
+
+
+def _csv_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in reader.fieldnames or ()]
-        if not set(names) & set(_FILE_KEYS):
+        if _keys_of(dict.fromkeys(names, "a value"), pairs)[0] is None:
             raise UserError(f"{path}, line 1: expected the columns file_name and text, got {', '.join(names):.80}")
         reader.fieldnames = names
         for entry in reader:
@@ -178,6 +210,9 @@ def _csv_entries(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]
             yield where, {key: value for key, value in entry.items() if value}
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+_READERS = {".jsonl": _json_entries, ".csv": _csv_entries, ".json": _mapping_entries}
 
 
 def _relative(name: str, folder: Path, where: str) -> str:

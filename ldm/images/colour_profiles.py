@@ -1,8 +1,8 @@
 """Conversion of images to sRGB (IEC 61966-2-1) from the colour space of the file.
 
-The colour space is given, in order of precedence, by an embedded ICC profile; by `sRGB`, `gAMA` and `cHRM` of a PNG
-(3rd edition, sections 11.3.2 and 13.14); by the primaries of a TIFF; or by Adobe RGB in EXIF (DCF 2.0). The default is
-sRGB.
+The colour space is given, in order of precedence, by `cICP` of a PNG (3rd edition, section 11.3.2); by an embedded ICC
+profile; by `sRGB`, `gAMA` and `cHRM` of a PNG; by the primaries of a TIFF; or by Adobe RGB in EXIF (DCF 2.0). The
+default is sRGB.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ _SRGB_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x, y o
 _ADOBE_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 _ADOBE_GAMMA = 256 / 563
 _SRGB_GAMMA = 1 / 2.2  # the gAMA value of sRGB's curve
+# Primaries, and gamma (None for sRGB's curve), by their numbers in ITU-T H.273.
+_CODED_PRIMARIES = {
+    1: _SRGB_PRIMARIES,
+    9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
+    12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+}
+_CODED_CURVES = {1: None, 4: 1 / 2.2, 5: 1 / 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
+_CODING = "cicp"  # key of these numbers in `Image.info`
 # Bradford's cone responses (Lam 1985), for adaptation from one white point to another.
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 _EXIF_IFD, _INTEROPERABILITY_IFD, _COLOUR_SPACE, _WHITE, _PRIMARIES = 0x8769, 0xA005, 0xA001, 318, 319
@@ -35,6 +43,19 @@ _MODES = {
 _said: set[str] = set()
 
 
+def coding_of_png(data: bytes) -> dict[str, tuple[int, int]]:
+    """Return the numbers of primaries and curve that a PNG's `cICP` has, under the key that `to_srgb` reads."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if kind == b"cICP" and length == 4:
+            return {_CODING: (data[position + 8], data[position + 9])}
+        if kind == b"IDAT":
+            break
+        position += 12 + length
+    return {}
+
+
 def to_srgb(image: Image.Image, name: str) -> Image.Image:
     """Convert `image`, in mode L, LA, RGB, RGBA or CMYK, to sRGB in mode RGB, or RGBA if it has alpha.
 
@@ -43,7 +64,8 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
     """
     profile = image.info.get("icc_profile")
     try:
-        if profile:
+        primaries, curve = image.info.get(_CODING, (None, None))
+        if profile and not (primaries in _CODED_PRIMARIES and curve in _CODED_CURVES):
             return _by_profile(image, profile)
         if image.mode == "CMYK":
             return image
@@ -117,6 +139,8 @@ def _is_srgb(profile: bytes) -> bool:
 def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]] | None:
     """Return gamma (None for sRGB's curve) and primaries of an image without a profile, or None if it is sRGB."""
     info = image.info
+    if _CODING in info:
+        return _coded_space(*info[_CODING])
     if "srgb" in info:
         return None
     if "gamma" in info or "chromaticity" in info:
@@ -138,8 +162,15 @@ def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]]
     return None if is_srgb else (gamma, primaries)
 
 
+def _coded_space(primaries: int, curve: int) -> tuple[float | None, Sequence[float]] | None:
+    if primaries not in _CODED_PRIMARIES or curve not in _CODED_CURVES:
+        raise ValueError(f"its coding {primaries}/{curve} (ITU-T H.273) is not known, or for a wider range of light")
+    gamma = _CODED_CURVES[curve]
+    return None if primaries == 1 and gamma is None else (gamma, _CODED_PRIMARIES[primaries])
+
+
 def _is_adobe_rgb(exif: Image.Exif) -> bool:
-    """Return True if EXIF declares Adobe RGB, by number or as uncalibrated with the index R03."""
+    """Return True if EXIF declares Adobe RGB: by its number, or by the number for uncalibrated and the index R03."""
     space = exif.get_ifd(_EXIF_IFD).get(_COLOUR_SPACE)
     index = exif.get_ifd(_INTEROPERABILITY_IFD).get(1, "")
     index = index.decode("ascii", "replace") if isinstance(index, bytes) else str(index)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm.images.colour_profiles import to_srgb
+from ldm.images.colour_profiles import coding_of_png, to_srgb
 from ldm.images.decode_lock import LARGE, DecodeLock
 from ldm.util import UserError
 
 # Formats of photographs and drawings. Pillow reads more, but EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
 # Extensions of unsupported images. They give an error, so that no image is lost unnoticed.
 UNREAD_EXTENSIONS = (
     "heic", "heif", "avif", "jxl", "jp2", "j2k", "jpx", "psd", "xcf", "svg", "eps", "ico", "tga", "dds", "exr", "hdr",
@@ -64,6 +64,8 @@ def _decoded(data: bytes, name: str, lock: DecodeLock | None, then: Callable[[Im
             if lock is not None and image.width * image.height > LARGE:
                 lock.take()
             image.load()
+            if image.format == "PNG":
+                image.info |= coding_of_png(data)
             ImageOps.exif_transpose(image, in_place=True)
             return then(image)
     except Image.UnidentifiedImageError as error:

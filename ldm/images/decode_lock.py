@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Pixels and bytes from which an image needs the lock. Decoding takes up to 10 bytes per pixel: 16 processes take 5 GB
-# for smaller images, and one process takes 1.8 GB for a large image.
+# Pixels and bytes from which an image needs the lock. Decoding takes about 8 bytes per pixel: 16 processes take 4 GB
+# for smaller images, and one process takes 1.5 GB for a large image.
 LARGE, LARGE_FILE = 32_000_000, 1 << 26
 
 

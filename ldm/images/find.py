@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
+from ldm.identity import Identity, check_identity, retried
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
 from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
@@ -41,6 +42,7 @@ class ImageItem:
     caption: str | None = None
     error: str | None = None
     edited: ImageItem | None = None
+    identity: Identity | None = None  # of the tar that `span` is a place in
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
         """Decode the image to uint8 (height, width, 3) and return `then(image)`, usually a smaller image.
@@ -48,6 +50,7 @@ class ImageItem:
         Only one process at a time decodes a large image and runs `then` on it.
 
         Raises:
+            Replaced: the tar was replaced after the image was found in it.
             UserError: the image or its caption cannot be read. The message names the image.
         """
         if self.error is not None:
@@ -56,14 +59,18 @@ class ImageItem:
             try:
                 if (self.span[1] if self.span else self.path.stat().st_size) > LARGE_FILE:
                     lock.take()
-                if self.span is None:
-                    data = read_at_most(self.path, MOST_IN_MEMBER)
-                else:
-                    with open_file(self.path) as file:
-                        data = read_span(file.fileno(), *self.span, self.name)
+                data = retried(self._data, self.path)
             except OSError as error:
                 raise UserError(f"{self.name}: {error.strerror or error}") from error
             return then(decode_image(bytes(data), self.name, lock))
+
+    def _data(self) -> bytes | bytearray:
+        if self.span is None:
+            return read_at_most(self.path, MOST_IN_MEMBER)
+        with open_file(self.path) as file:
+            if self.identity is not None:
+                check_identity(file.fileno(), self.path, self.identity)
+            return read_span(file.fileno(), *self.span, self.name)
 
 
 def extension_of(path: Path) -> str:
@@ -85,7 +92,7 @@ class SingleImages:
         self._metadata: dict[Path, dict[str, str | None]] = {}
 
     def item(self, path: Path, name: str) -> ImageItem:
-        """Return the item of an image. Its caption is `fixed`, or from the `.txt` beside it or the metadata file."""
+        """Return the item of an image. Its caption is `fixed`, or from the file beside it or the metadata file."""
         caption, error = self.fixed, None
         if self.fixed is None:
             file = self._captions.of(path)
@@ -113,8 +120,9 @@ def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[Im
     """Return the images of `folder` and its subfolders. An unreadable path gives an item with an error.
 
     A metadata file lists the images of its folder and subfolders, and other images there are skipped with a warning.
-    Without a metadata file, the `.txt` beside an image is its caption. `fixed`, if given, is the caption of all images.
-    With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg` are separate items.
+    Without a metadata file, the file that `CaptionFiles` finds beside an image has its caption. `fixed`, if given, is
+    the caption of all images. With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg`
+    are separate items.
 
     Raises:
         UserError: the folder has both images and tars, or a metadata file cannot be read.

@@ -1,4 +1,5 @@
-"""Noise of a camera sensor: unprocessing of an image to raw data, shot and read noise, and processing.
+"""Simulation of camera sensor noise. The image is converted to raw data, shot and read noise is added, and the image
+is converted back.
 
 Steps and noise levels follow "Unprocessing Images for Learned Raw Denoising" (arXiv:1811.11127), without a colour
 matrix.

@@ -21,7 +21,7 @@ def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple
 
 
 def fit(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Crop a uint8 (H, W, 3) image to the aspect ratio at its centre, and scale it to uint8 (3, height, width).
+    """Crop the centre of a uint8 (H, W, 3) image to the aspect ratio, and scale it to uint8 (3, height, width).
 
     The crop comes first, so that an elongated image costs no more than a square one. The filter is torch's cubic,
     widened by the scale like Pillow's `BICUBIC`. The result of kornia's filter is 4 to 7 times farther from Pillow's.

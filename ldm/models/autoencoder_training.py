@@ -96,7 +96,7 @@ class TrainedAutoencoder(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if isinstance(self.loss, nn.Identity):
             raise UserError(
-                "lossconfig.target is torch.nn.Identity, which is for a frozen autoencoder; "
+                f"lossconfig.target is {type(self.loss).__name__}, which is for a frozen autoencoder; "
                 "to train it, set lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator"
             )
         check = getattr(self.loss, "check_trainable", None)

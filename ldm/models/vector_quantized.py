@@ -18,7 +18,8 @@ from ldm.checkpoint.keys import EMA, has_part
 from ldm.models.autoencoder_training import TrainedAutoencoder, build_coders
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.vqperceptual import Quantized
-from ldm.util import UserError, instantiate_from_config
+from ldm.optim import build_schedule
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 # β of VQGAN, eq. 4, in the released models.
 _COMMITMENT = 0.25
@@ -147,8 +148,8 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
         optimizers = super().configure_optimizers()
         if self.scheduler_config is None:
             return optimizers
-        multiplier = instantiate_from_config(self.scheduler_config)
-        self.schedules = [LambdaLR(optimizer, lr_lambda=multiplier.schedule) for optimizer in optimizers]
+        schedule = build_schedule(self.scheduler_config)
+        self.schedules = [LambdaLR(optimizer, lr_lambda=schedule) for optimizer in optimizers]
         if self.automatic_optimization:
             return optimizers, [{"scheduler": self.schedules[0], "interval": "step", "frequency": 1}]
         return optimizers, self.schedules
@@ -178,8 +179,8 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
 class VQModelInterface(_QuantizedNetworks):
     """Frozen first stage with a codebook. Latents are taken before quantization, and decoding quantizes them.
 
-    Train such a model with `VQModel`. `lossconfig` must be `torch.nn.Identity`, as in the released configs. Weights
-    under `loss.*` in a checkpoint are skipped.
+    Train such a model with `VQModel`. `lossconfig` must be `torch.nn.Identity` or `DummyLoss`, as in the released
+    configs. Weights under `loss.*` in a checkpoint are skipped.
 
     Args:
         embed_dim, n_embed: channels of the latents, and number of codebook entries.
@@ -205,7 +206,8 @@ class VQModelInterface(_QuantizedNetworks):
         sane_index_shape: bool = False,
     ) -> None:
         super().__init__()
-        if lossconfig.get("target") != "torch.nn.Identity":
+        loss = get_obj_from_str(lossconfig.get("target"))
+        if not (isinstance(loss, type) and issubclass(loss, nn.Identity)):
             raise UserError(
                 f"VQModelInterface is a frozen first stage; set its lossconfig.target to torch.nn.Identity, "
                 f"not {lossconfig.get('target')!r}"

@@ -21,17 +21,25 @@ class LitEma(StaysOnHost, KeepsTypes, nn.Module):
     """Shadow buffers θ' ← θ' − (1 − d)(θ' − θ) of every trainable parameter of `model`.
 
     With `use_num_updates`, d is at most (1 + n) / (10 + n) after n updates, to forget the initial weights.
-    The shadows of a model that stays on the host also stay there.
+    The shadows of a model that stays on the host also stay there. `paths`, if given, name the parameters instead.
 
     Raises:
         UserError: `decay` is outside [0, 1].
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        use_num_updates: bool = True,
+        paths: Iterable[str] | None = None,
+    ) -> None:
         super().__init__()
         check_number("EMA decay", decay, least=0, most=1, whole=False)
         self.stays_on_host = any(isinstance(part, StaysOnHost) for part in model.modules())
-        self.m_name2s_name = {path: shadow_name(path) for path, p in model.named_parameters() if p.requires_grad}
+        if paths is None:
+            paths = (path for path, parameter in model.named_parameters() if parameter.requires_grad)
+        self.m_name2s_name = {path: shadow_name(path) for path in paths}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))
         for path, name in self.m_name2s_name.items():

@@ -1,8 +1,8 @@
-"""Optimizer built from its `target` and `params`."""
+"""Optimizer and schedule built from their `target` and `params`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -67,3 +67,19 @@ def _in_float32(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
 
 def _is_quantised(value: Any) -> bool:
     return isinstance(value, dict) and "codes" in value
+
+
+def build_schedule(config: Mapping[str, Any]) -> Callable[[int], float]:
+    """Build the multiplier of the learning rate, by step, that `config`, a `target` and `params`, describes.
+
+    Raises:
+        UserError: the target does not exist, does not take its `params`, or is no multiplier.
+    """
+    try:
+        multiplier = instantiate_from_config(config)
+    except UserError as error:
+        raise UserError(f"scheduler_config: {error}") from error
+    schedule = getattr(multiplier, "schedule", None)
+    if schedule is None:
+        raise UserError(f"scheduler_config: {config['target']} is no multiplier; name a class of ldm.lr_scheduler")
+    return schedule

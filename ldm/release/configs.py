@@ -14,7 +14,7 @@ from ldm.checkpoint.keys import ZERO_SNR
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import in_our_names
 from ldm.config.load import load_config
-from ldm.config.merge import laid_over
+from ldm.config.merge import merge_configs
 from ldm.release.families import Family
 from ldm.release.recognition import Shapes, log_family, recognise, shapes_of
 from ldm.util import UserError
@@ -115,7 +115,7 @@ def _marked(given: Chosen, ckpt: str | Path, shapes: Shapes, parameterization: s
         overrides.append(f"model.params.{_PARAMETERIZATION}={wanted}")
     if wanted == "v" and ZERO_SNR in shapes and _ZERO_SNR not in params:
         overrides.append(f"model.params.{_ZERO_SNR}=true")
-    config = laid_over(given.config, load_config([], overrides), trusted=True) if overrides else given.config
+    config = merge_configs(given.config, load_config([], overrides), trusted=True) if overrides else given.config
     chosen = Chosen(given.names, overrides, config)
     log_family(shapes, ckpt, chosen.prediction)
     return chosen

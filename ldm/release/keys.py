@@ -62,12 +62,13 @@ def check_release(content: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
-def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+def check_training_checkpoint(content: Mapping[str, Any], path: str | Path, weights_alone: bool = False) -> None:
     """Raise `UserError` unless `content`, read from `path`, is a Lightning training checkpoint.
 
-    It may lack `loops`, as checkpoints of Lightning 1.4 do; see `has_step_counters`.
+    It may lack `loops`, as checkpoints of Lightning 1.4 do; see `has_step_counters`. With `weights_alone`, it may also
+    lack the state of optimizers and schedules.
     """
-    missing = [key for key in TRAINING_STATE if key not in content]
+    missing = [key for key in TRAINING_STATE[: 2 if weights_alone else None] if key not in content]
     if missing:
         raise UserError(
             f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "
@@ -75,15 +76,15 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path) -> N
         )
     if not isinstance(content["global_step"], int):
         raise UserError(f"{path}: not a training checkpoint (its global_step is not an integer)")
-    optimizers = content["optimizer_states"]
+    optimizers = content.get("optimizer_states", [])
     if not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)):
         raise UserError(f"{path}: not a training checkpoint (its optimizer_states are not a list of dicts)")
 
 
 def has_step_counters(content: Mapping[str, Any], path: str | Path) -> bool:
-    """Return True if the training checkpoint has the step counters of Lightning 1.5 and newer. Log if it lacks them."""
-    if LOOPS in content:
+    """Return True if the training checkpoint has the step counters of Lightning 2. Log if it lacks them."""
+    version = str(content.get("pytorch-lightning_version", "1.4 or older"))
+    if LOOPS in content and not version.startswith(("0.", "1.")):
         return True
-    version = content.get("pytorch-lightning_version", "1.4 or older")
-    log.info("%s: written by Lightning %s, without loops; the step counters start at 0", path, version)
+    log.info("%s: of Lightning %s, without the loops of Lightning 2; the step counters start at 0", path, version)
     return False

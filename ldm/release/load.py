@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ldm.checkpoint import load_into, open_checkpoint
-from ldm.checkpoint.keys import EMA, has_part
+from ldm.checkpoint import OPTIONAL_KEYS, load_into, open_checkpoint
+from ldm.checkpoint.keys import DEPTH_STAGE, EMA, has_part
 from ldm.checkpoint.markers import compare_markers
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -51,6 +51,8 @@ def load_release(
         dtype: of the networks. The diffusion schedule stays in float32.
         vae: a file whose autoencoder replaces that of the release.
 
+    A depth model whose file lacks the depth network has None in its place.
+
     Raises:
         UserError: a file is missing or invalid, or the checkpoint does not match the config.
     """
@@ -63,7 +65,9 @@ def load_release(
         raise UserError(f"model.target is a {type(model).__name__}; a release needs a LatentDiffusion")
     release = release_of(opened, ckpt, vae, model.state_dict())
     compare_markers(release.named.carried, model.parameterization, str(ckpt))
-    report = load_into(model, release.weights, source=str(ckpt))
+    report = load_into(model, release.weights, source=str(ckpt), optional=(*OPTIONAL_KEYS, f"{DEPTH_STAGE}*"))
+    if has_part(report.missing, DEPTH_STAGE):
+        model.depth_model = None
     if has_part(report.missing, EMA):
         model.restart_ema()
     for part in (model.model, model.first_stage_model, model.cond_stage_model):

@@ -201,7 +201,7 @@ def _merge_files(
         if out.exists() and path.exists() and out.samefile(path):
             raise UserError(f"{out}: would replace one of the files to merge; choose another --out")
     training, release = open_checkpoint(training_path), open_checkpoint(release_path)
-    check_training_checkpoint(training.content, training_path)
+    check_training_checkpoint(training.content, training_path, weights_alone=True)
     check_release(release.content, release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
     has_step_counters(training.content, training_path)

@@ -188,7 +188,7 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished:
         gone = next((name for name in missing if name in asked), None)
         if gone is not None:
             raise UserError(
-                f"{folder / gone}: missing, as are {len(missing)} of the {len(known)} shards in {INDEX}; "
+                f"{folder / gone}: missing ({len(missing)} of {len(known)} shards in {INDEX}); "
                 f"copy it again, name only existing shards, or {MAKE_AGAIN}"
             )
 

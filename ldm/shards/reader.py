@@ -17,8 +17,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.files import open_file, read_span
+from ldm.identity import Identity, check_identity, identity_of_path, with_retries
 from ldm.shards import npy
-from ldm.shards.identity import Identity, check_identity, identity_of, with_retries
 from ldm.shards.sample import (
     CAPTION,
     CONTEXT,
@@ -157,13 +157,13 @@ class ShardDataset(Dataset):
         self._identities: list[Identity] = []  # by the number of the path
         shards, spans, groups = [], [], []
         for number, path in enumerate(self.paths):
+            self._identities.append(identity_of_path(path))
             samples = index_tar(path)
-            self._identities.append((0, 0, 0))
             if not samples:
                 logger.warning("%s holds no samples", path)
                 continue
             with open_file(path) as file:
-                self._identities[number] = identity_of(file.fileno())
+                check_identity(file.fileno(), path, self._identities[number])
                 if not self.sample_keys:
                     self.keys = numbered_keys(self.keys, samples[0].spans)
                     self.shapes = {key: {} for key in self.keys}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ldm.config.braces import expand_braces
@@ -98,22 +98,23 @@ def _expand(pattern: str) -> Iterator[str]:
     else:
         names = expand_braces(pattern)
     for name in names:
-        if is_stream(name):
+        if is_stream(name) and existing_folder(name) in ("", "/"):  # a folder that is there may have a colon
             yield name
         else:
             yield from _expand_local(name, existing_folder(name))
 
 
-def expand_urls(urls: str | Path | Iterable[str | Path]) -> list[str]:
+def expand_urls(urls: str | Path | Sequence[str | Path]) -> list[str]:
     """Return the shards of `urls` in order: local paths without `file:`, and URLs of streams.
 
     Braces and `::` are expanded as in WebDataset. A folder stands for its tars, and a glob for its matches.
 
     Raises:
-        UserError: nothing matches, a brace is not closed, or a shard occurs twice.
+        UserError: `urls` are not names, nothing matches, a brace is not closed, or a shard occurs twice.
     """
-    if isinstance(urls, (str, Path)):
-        urls = [urls]
+    urls = [urls] if isinstance(urls, (str, Path)) else urls
+    if not isinstance(urls, (list, tuple)) or not all(isinstance(entry, (str, Path)) for entry in urls):
+        raise UserError(f"shards {urls!r:.100}: give a path, a pattern or a list of these")
     found = [url for entry in urls for pattern in _split(str(entry)) for url in _expand(pattern)]
     if not found:
         raise UserError(f"{urls!r} names no shards")

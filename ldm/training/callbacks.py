@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,12 +21,14 @@ from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
-from ldm.callbacks.validation import SparseValidation
+from ldm.callbacks.validation import SparseValidation, ValidationAcrossEpochs
 from ldm.config.load import plain
 from ldm.training.described import check_callback_places, instantiate_described
 from ldm.training.loggers import logs_anything
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_CALLBACKS: dict[str, Any] = {
     "image_logger": {"target": "ldm.callbacks.image_logger.ImageLogger", "params": {"batch_frequency": 750}},
@@ -35,6 +38,15 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
     },
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
     "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
+}
+# Callback that public configs change without a target. It keeps the weights at intervals.
+_TRAINSTEPS = "metrics_over_trainsteps_checkpoint"
+_TRAINSTEPS_PARAMS = {
+    "filename": "{epoch:06}-{step:09}",
+    "verbose": True,
+    "save_top_k": -1,
+    "every_n_train_steps": 10000,
+    "save_weights_only": True,
 }
 # Parameters of modelcheckpoint that apply to last.ckpt, and those that do not apply to the kept checkpoints.
 _LAST_PARAMS = ("every_n_train_steps", "train_time_interval", "save_last_k")
@@ -67,15 +79,39 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
         callbacks.append(ProgressBar(refresh_rate or 1))
     if section.trainer.get("enable_model_summary") is not False and "weights_summary" not in section.trainer:
         callbacks.append(ParameterSummary())
-    described = OmegaConf.merge(_DEFAULT_CALLBACKS, plain(section.get("callbacks") or {}))
-    entries = {f"lightning.callbacks.{name}": plain(entry) for name, entry in described.items()}
+    entries = _described_callbacks(plain(section.get("callbacks") or {}), run)
     for where, entry in entries.items():
         check_callback_places(entry, run.folder, where)
     built = [instantiate_described(entry, where) for where, entry in entries.items()]
     if not logs_anything(config):
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
+    if type(section.trainer.get("val_check_interval")) is int and "check_val_every_n_epoch" not in section.trainer:
+        callbacks.append(ValidationAcrossEpochs())
     batch_size = ((config.data.get("params") or {}).get("batch_size")) if section.scale_lr else None
     return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
+
+
+def _described_callbacks(given: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Return the default callbacks changed by those `given`, by their place in the config; null is for none.
+
+    Raises:
+        UserError: what stands for a callback is no mapping.
+    """
+    defaults = dict(_DEFAULT_CALLBACKS)
+    if _TRAINSTEPS in given:
+        params = {"dirpath": str(run.checkpoints / "trainstep_checkpoints"), **_TRAINSTEPS_PARAMS}
+        defaults[_TRAINSTEPS] = {"target": "ldm.callbacks.kept.KeptCheckpoints", "params": params}
+    entries = {}
+    for name in dict.fromkeys((*defaults, *given)):
+        where, default = f"lightning.callbacks.{name}", defaults.get(name, {})
+        entry = given.get(name, default)
+        if entry is None:
+            continue
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} {entry!r:.100}: give a mapping with target and params, or null for no callback")
+        said = {key: value for key, value in entry.items() if value is not None}
+        entries[where] = plain(OmegaConf.merge(default, said))
+    return entries
 
 
 def _names_weights(config: DictConfig) -> bool:
@@ -96,6 +132,8 @@ def _build_checkpoints(
     given = described.get("params") or {}
     last_params = {key: given[key] for key in _LAST_PARAMS if given.get(key) is not None}
     last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **last_params, periodic=periodic)
+    if given.get("dirpath") is not None:
+        log.warning("lightning.modelcheckpoint.params.dirpath is ignored: checkpoints are in %s", run.checkpoints)
     params = {key: value for key, value in given.items() if key not in _NOT_FOR_KEPT}
     params.setdefault("monitor", (config.model.get("params") or {}).get("monitor"))
     if params["monitor"] is not None:

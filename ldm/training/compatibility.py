@@ -6,18 +6,33 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
+from ldm.config.load import plain
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.moved_targets import changes_training, hint_for_key, without_unused_keys
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
 from ldm.util import UserError, get_obj_from_str, takes
 
 log = logging.getLogger(__name__)
+
+
+def check_trains_as_written(config: DictConfig) -> None:
+    """Raise `UserError` for an unused key of `config.model` by which a fork would train differently."""
+    section = plain(config.get("model") or {})
+    params = section.get("params") or {}
+    for key in without_unused_keys(section.get("target"), params)[1]:
+        if changes_training(key, params[key], section.get("base_learning_rate")):
+            raise UserError(
+                f"model.params.{key} {params[key]!r:.100}: nothing here uses it in training{hint_for_key(key)}; "
+                f"to train without it, remove it or set model.params.{key}=null"
+            )
 
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:

@@ -38,9 +38,14 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
     check_logger_places(params, run.folder, "lightning.logger.params")
     try:
         logger = instantiate_described({**described, "params": params}, "lightning.logger")
+        check_logger(logger, run.folder, "lightning.logger")
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
         raise UserError(f"lightning.logger: {target} needs a package that is not installed ({error})") from error
-    check_logger(logger, run.folder, "lightning.logger")
+    except Exception as error:  # of a service, such as that nobody is logged in
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"lightning.logger: {target} cannot be started ({reason})") from error
     return [tolerant(logger), tolerant(CSVLogger(str(run.folder), name="csv"))]
 
 

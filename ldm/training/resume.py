@@ -90,7 +90,7 @@ def read_training_checkpoint(path: Path | None) -> TrainingCheckpoint | None:
 
 
 def _open_checked(path: Path) -> OpenCheckpoint:
-    """Open the checkpoint at `path` and check its structure; a checkpoint of Lightning 1.4 keeps only its weights.
+    """Open the checkpoint at `path` and check its structure; a checkpoint of Lightning 1 keeps only its weights.
 
     Raises:
         UserError: the file is damaged, or not a training checkpoint.

@@ -15,15 +15,20 @@ from pytorch_lightning import LightningDataModule
 
 from ldm.config.load import read_config
 from ldm.config.trust import check_trust
+from ldm.moved_targets import hint_for_key, without_unused_keys
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config, takes
 
 _WEIGHTS = ("ckpt_path", "ckpt_dir")  # keys of checkpoint files, which are not read
 _EXTENSIONS = (".yaml", ".yml")
+_OVERLAY_KEYS = {"params", "base_learning_rate"}  # of a model whose target another file names
 
 
 @dataclass
 class Checked:
-    """Row of the table. `model` and `data` are `builds`, `resolves`, `fails`, or `-` without such a section."""
+    """Row of the table. `model` and `data` are `builds`, `resolves`, `fails`, or `-` without such a section.
+
+    `missing` also has the keys of forks that the model is built without.
+    """
 
     name: str
     model: str = "-"
@@ -75,8 +80,13 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 def _check_section(section: Any, build: Callable[[dict], None], checked: Checked, good: str) -> str:
     """Return `good`, or add the problems to `checked` and return `fails`."""
-    if not isinstance(section, dict) or "target" not in section:
-        return "-"  # an overlay, which holds only its changes
+    if not isinstance(section, dict):
+        return "-"
+    if "target" not in section:
+        others = [str(key) for key in section if key not in _OVERLAY_KEYS]
+        checked.missing += [f"no target, so a config of another program: {', '.join(others)}"] if others else []
+        return "fails" if others else "-"  # an overlay, which holds only its changes
+    section = _without_unused_keys(section, checked.missing)
     missing = [name for entry in iterate_targets(section) for name in missing_names(entry)]
     if not missing:
         try:
@@ -113,7 +123,24 @@ def missing_names(entry: dict[str, Any]) -> list[str]:
     params = entry.get("params") or {}
     if not isinstance(params, dict):
         return [f"{name}: params must be a mapping"]
-    return [f"{name}({key})" for key in params if not takes(target, key)]
+    return [f"{name}({key}){_hint(key)}" for key in params if not takes(target, key)]
+
+
+def _without_unused_keys(node: Any, notes: list[str]) -> Any:
+    """Return `node` without the keys of forks that no class here uses, and add them to `notes`."""
+    if isinstance(node, list):
+        return [_without_unused_keys(value, notes) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if isinstance(node.get("params"), dict):
+        params, keys = without_unused_keys(node.get("target"), node["params"])
+        notes += [f"{node['target']}({key}) is ignored{_hint(key)}" for key in keys]
+        node = {**node, "params": params}
+    return {key: _without_unused_keys(value, notes) for key, value in node.items()}
+
+
+def _hint(key: str) -> str:
+    return hint_for_key(key).replace("; ", ": ", 1)
 
 
 def _advice(error: UserError) -> str:

@@ -14,10 +14,12 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.callbacks.validation import ValidationAcrossEpochs
 from ldm.config.load import load_config, plain
 from ldm.data.base_module import BaseDataModule
 from ldm.distributed.ranks import launched
 from ldm.training.arguments import Arguments
+from ldm.training.compatibility import check_trains_as_written
 from ldm.training.described import instantiate_described
 from ldm.training.precision import Bfloat16Weights, ClippedMixedPrecision
 from ldm.training.quiet import silence_lightning
@@ -25,7 +27,7 @@ from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
 from ldm.training.trainer_2022 import check_names, is_single, move_old_keys, translate_arguments
-from ldm.training.trainer_values import check_values
+from ldm.training.trainer_values import check_values, without_nulls
 from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,9 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     for key in section:
         if key not in _LIGHTNING_KEYS:
             raise UserError(f"unknown key lightning.{key}{nearest(str(key), list(_LIGHTNING_KEYS))}")
+    for key in ("trainer", "callbacks", "modelcheckpoint"):
+        if section.get(key) is not None and not isinstance(section[key], DictConfig):
+            raise UserError(f"lightning.{key} {plain(section[key])!r:.100}: give a mapping")
     move_old_keys(section)
     if arguments.scale_lr is not None:
         section["scale_lr"] = arguments.scale_lr
@@ -71,7 +76,10 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
         raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
+    section["trainer"] = without_nulls(plain(section["trainer"]))
     check_values(plain(section["trainer"]))
+    if arguments.train:
+        check_trains_as_written(config)
     return config
 
 
@@ -100,6 +108,8 @@ def build_trainer(
     given["strategy"] = choose_strategy(given, model, described, has_cuda)
     if isinstance(given["strategy"], ShardedStrategy):
         given["inference_mode"] = False  # weights gathered in validation are used by training afterwards
+    if any(isinstance(callback, ValidationAcrossEpochs) for callback in callbacks):
+        given["check_val_every_n_epoch"] = None
     if isinstance(data, BaseDataModule):  # it gives each process its own share
         given["use_distributed_sampler"] = False
     given |= {

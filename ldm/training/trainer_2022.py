@@ -110,6 +110,8 @@ def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int)
     processes = arguments.pop("num_processes", None)
     if "gpus" in arguments:
         gpus = _parse_gpus(arguments.pop("gpus"))
+        if not gpus and has_cuda:
+            log.warning("--gpus 0 asks for no GPU, so training runs on the CPU; --gpus 0, names the GPU number 0")
         if gpus and not has_cuda:
             log.warning("--gpus is ignored: this machine has no CUDA device, so training runs on the CPU")
             gpus = 0
@@ -126,8 +128,8 @@ def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int)
 
 
 def _parse_gpus(value: Any) -> int | list[int]:
-    """Parse `gpus`: lists, `0,` and `0,1` are device numbers; a plain number is a count; -1 is all; empty is 0."""
-    if isinstance(value, str) and "," in value:
+    """Parse `gpus`: lists, `0,`, `0,1` and a quoted `0` are device numbers; a plain number is a count; -1 is all."""
+    if isinstance(value, str) and ("," in value or value.strip() == "0"):
         value = [part for part in value.split(",") if part.strip()]
     try:
         return [int(part) for part in value] if isinstance(value, list) else int(value or 0)

@@ -82,6 +82,15 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
+# Arguments for which null is a value of its own; for others it is the default.
+_NULLABLE = {"check_val_every_n_epoch", "weights_summary"}
+
+
+def without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Trainer's arguments without those that are null where that means the default."""
+    return {name: value for name, value in given.items() if value is not None or name in _NULLABLE}
+
+
 def check_values(given: Mapping[str, Any]) -> None:
     """Check the values of Trainer arguments, under their names of today or of 2022. Null means the default.
 

@@ -18,7 +18,16 @@ from ldm.cli.options import read_prompts
 from ldm.config.load import load_config
 from ldm.data.dropout import load_null
 from ldm.encoding.jobs import read_record
-from ldm.files import atomic_write, check_file, check_within, claim_file, is_within, open_file, read_at_most
+from ldm.files import (
+    atomic_write,
+    check_file,
+    check_within,
+    claim_file,
+    decode_text,
+    is_within,
+    open_file,
+    read_at_most,
+)
 from ldm.images.captions import METADATA, from_metadata, read_caption
 from ldm.images.find import ImageItem
 from ldm.locks import process_namespace, process_start
@@ -213,3 +222,17 @@ def test_claim_file_gives_each_a_name_of_its_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         claimed = list(pool.map(lambda _: claim_file(names), range(40)))
     assert sorted(claimed) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"), [("", "utf-8"), *(("\ufeff", f"utf-{n}") for n in ("8", "16-le", "16-be"))]
+)
+def test_decode_text(mark: str, encoding: str) -> None:
+    data = f"{mark}é\n".encode(encoding)
+    assert decode_text(data) == decode_text(bytearray(data)) == "é\n"
+
+
+@pytest.mark.parametrize("data", ["é".encode("latin-1"), "é".encode("utf-32"), b"\xff\xfe\x00"])
+def test_decode_text_refuses_other_encodings(data: bytes) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        decode_text(data)

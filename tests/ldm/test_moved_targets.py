@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.config.trust import check_trust
-from ldm.moved_targets import current_path
+from ldm.moved_targets import changes_training, current_path, without_unused_keys
 from ldm.util import UserError, check_params, get_obj_from_str
 
 
@@ -17,17 +17,25 @@ from ldm.util import UserError, check_params, get_obj_from_str
         ("taming.data.faceshq.FFHQTrain", "ldm.data.faceshq.FFHQTrain"),
         ("stable_diffusion.ldm.models.autoencoder.AutoencoderKL", "ldm.models.autoencoder.AutoencoderKL"),
         ("edit_dataset.EditDataset", "ldm.data.edit.EditDataset"),
+        ("invokeai.backend.models.diffusion.ddpm.LatentDiffusion", "ldm.models.diffusion.ddpm.LatentDiffusion"),
+        ("invokeai.backend.stable_diffusion.autoencoder.AutoencoderKL", "ldm.models.autoencoder.AutoencoderKL"),
+        (
+            "invokeai.backend.stable_diffusion.encoders.modules.WeightedFrozenCLIPEmbedder",
+            "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        ),
+        ("main.LearningRateMonitor", "pytorch_lightning.callbacks.LearningRateMonitor"),
+        ("taming.modules.losses.vqperceptual.DummyLoss", "ldm.modules.losses.vqperceptual.DummyLoss"),
         ("ldm.util.nearest", "ldm.util.nearest"),
     ],
 )
-def test_todays_path(path, expected):
+def test_current_path(path, expected):
     assert current_path(path) == expected
     if path != expected:
         assert get_obj_from_str(path) is get_obj_from_str(expected)
         check_trust({"target": path}, "config")  # needs no trust, being ours
 
 
-def test_todays_path_of_the_loss_of_codebooks():
+def test_current_path_of_the_loss_of_codebooks():
     name = "losses.vqperceptual.VQLPIPSWithDiscriminator"
     assert current_path(f"taming.modules.{name}") == f"ldm.modules.{name}"
     check_trust({"target": f"taming.modules.{name}"}, "config")
@@ -41,6 +49,13 @@ def test_todays_path_of_the_loss_of_codebooks():
         ("ldm.data.openimages.OpenImagesBBoxTrain", "boxes' tokens"),
         ("ldm.data.simple.ObjaverseDataModuleFromConfig", "image_target"),
         ("torchvision.transforms.FiveCrop", "ldm.images.augmentations"),
+        ("ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion", "unCLIP is not here"),
+        ("ldm.models.diffusion.ddpm.LatentDiffusionSRTextWTFFHQ", "LatentUpscaleDiffusion"),
+        ("ldm.modules.encoders.modules.FrozenFaceEncoder", "FaceClipEncoder"),
+        ("ldm.modules.embedding_manager.EmbeddingManager", "textual_inversion.yaml"),
+        ("cldm.cldm.ControlLDM", "ControlNet is not here; .*stable_diffusion_v1.yaml"),
+        ("src.model.CustomDiffusion", "unet_trainable: attn"),
+        ("sgm.models.diffusion.DiffusionEngine", "stable_diffusion_xl.yaml"),
     ],
 )
 def test_instead_is_said_of_what_is_not_here(path, use):
@@ -55,6 +70,51 @@ def test_instead_is_said_of_other_packages_that_need_trust(path):
         check_trust({"target": path}, "config")
 
 
-def test_instead_of_key_names_what_takes_its_place():
+def test_without_unused_keys_keeps_the_keys_of_other_classes():
+    params = {"personalization_config": {}, "model_lr": 1.0, "timesteps": 1000}
+    for target in (
+        "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "invokeai.backend.models.diffusion.ddpm.LatentDiffusion",
+    ):
+        assert without_unused_keys(target, params) == ({"timesteps": 1000}, ["personalization_config", "model_lr"])
+    for target in ("ldm.models.autoencoder.AutoencoderKL", None, 3):
+        assert without_unused_keys(target, params) == (params, [])
+
+
+@pytest.mark.parametrize(("value", "unused"), [(False, ["add_conv_in_front_of_unet"]), (True, []), (0.5, [])])
+def test_without_unused_keys_drops_only_neutral_values(value, unused):
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    assert without_unused_keys(target, {"add_conv_in_front_of_unet": value})[1] == unused
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes"),
+    [
+        ("personalization_config", {"target": "x"}, True),
+        ("personalization_config", None, False),
+        ("unfreeze_model", False, True),
+        ("unfreeze_model", True, False),
+        ("model_lr", 1e-6, False),  # the learning rate of all weights
+        ("model_lr", 1e-7, True),
+        ("embedding_reg_weight", 0.0, False),
+        ("embedding_reg_weight", 0.1, True),
+        ("reg_weight", 1.0, True),
+        ("u_cond_percent", 0.2, True),
+    ],
+)
+def test_changes_training(key, value, changes):
+    assert changes_training(key, value, 1e-6) is changes
+
+
+def test_check_trust_skips_unused_keys():
+    theirs = {"target": "ldm.modules.embedding_manager.EmbeddingManager"}
+    described = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"personalization_config": theirs}}
+    check_trust(described, "config")
+    for params in ({"unet_config": theirs}, {"personalization_config": None, "first_stage_config": theirs}):
+        with pytest.raises(UserError, match="EmbeddingManager"):
+            check_trust({**described, "params": params}, "config")
+
+
+def test_hint_for_key_names_what_takes_its_place():
     with pytest.raises(UserError, match=r"unknown key 'reg' in params of .*; .*make_prior"):
         check_params("main.DataModuleFromConfig", get_obj_from_str("main.DataModuleFromConfig"), {"reg": {}})

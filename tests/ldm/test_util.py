@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,10 +81,19 @@ def test_found_object() -> None:
 
 class Strict:
     def __init__(
-        self, flag: bool = False, size: int = 1, cap: int | None = None, share: float = 0.5, most: float | None = None
+        self,
+        flag: bool = False,
+        size: int = 1,
+        cap: int | None = None,
+        share: float = 0.5,
+        most: float | None = None,
+        part: Mapping[str, Any] | None = None,
+        sizes: Sequence[int] = (1,),
+        levels: Sequence[int] | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"size {size}\nis too small")
+        self.first = sizes[0]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,13 @@ class Strict:
         ({"share": None}, "share=None in params of .*: give a number$"),
         ({"most": "a"}, "most='a' in params of .*: give a number or null"),
         ({"size": 0}, "Strict: size 0$"),
+        ({"part": "a"}, "part='a' in params of .*: give a mapping or null$"),
+        ({"part": []}, r"part=\[\] in params of .*: give a mapping or null$"),
+        ({"sizes": 3}, "sizes=3 in params of .*: give a list of whole numbers$"),
+        ({"sizes": ["a"]}, r"sizes=\['a'\] in params of .*: give a list of whole numbers$"),
+        ({"sizes": None}, "sizes=None in params of .*: give a list of whole numbers$"),
+        ({"levels": [1.5]}, r"levels=\[1.5\] in params of .*: give a list of whole numbers$"),
+        ({"sizes": []}, "Strict: tuple index out of range|Strict: list index out of range"),
     ],
 )
 def test_values_that_do_not_fit_are_one_line(params: dict[str, object], message: str) -> None:
@@ -104,7 +122,16 @@ def test_values_that_do_not_fit_are_one_line(params: dict[str, object], message:
 
 
 def test_values_that_fit_are_taken() -> None:
-    params = {"flag": True, "size": 2, "cap": None, "share": 1, "most": None}
+    params = {
+        "flag": True,
+        "size": 2,
+        "cap": None,
+        "share": 1,
+        "most": None,
+        "part": {},
+        "sizes": (1, 2),
+        "levels": [3],
+    }
     assert isinstance(instantiate_from_config({"target": f"{__name__}.Strict", "params": params}), Strict)
 
 
@@ -168,27 +195,44 @@ def test_check_number_takes_what_is_in_the_range() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
+        ("freeze_model", "unet_trainable: false"),
+        ("train_text_encoder", "cond_stage_trainable: true"),
+        ("with_prior_preservation", "prior_images.yaml"),
+    ],
+)
+def test_hint_for_key_names_the_key_and_what_to_use(key: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key '{key}' in params of .*LatentDiffusion; .*{said}"):
+        instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {key: 1}})
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
         ("personalization_config", "textual_inversion.yaml"),
         ("embedding_reg_weight", "textual_inversion.yaml"),
         ("unfreeze_model", "unet_trainable.*cond_stage_trainable is true"),
         ("reg_weight", "prior_loss_weight.*prior_images.yaml"),
         ("model_lr", "model.base_learning_rate"),
+        ("u_cond_percent", "ucg_training"),
     ],
 )
-def test_instead_of_key_names_the_key_and_what_to_use(key: str, said: str) -> None:
-    with pytest.raises(UserError, match=rf"unknown key '{key}' in params of .*LatentDiffusion; .*{said}"):
-        instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {key: 1}})
+def test_keys_of_forks_are_ignored_with_one_line(key: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    described = {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {"unet_config": {}, key: {"target": "no.such"}}}
+    with pytest.raises(UserError, match="expected a mapping with the key 'target'"):  # of the empty unet_config
+        instantiate_from_config(described)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.fullmatch(rf".*DDPM: {key} is ignored, because nothing here uses it; .*{said}.*", line)
 
 
-def test_instead_of_key_names_what_exists() -> None:
-    """Keys of models that the advice names are arguments, and the overlays are shipped."""
+def test_hint_for_key_names_what_exists() -> None:
+    """Keys of models that the hints name are arguments, and the overlays are shipped."""
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-    advice = " ".join(HINTS_FOR_KEYS.values())
-    overlays = set(re.findall(r"\w+\.yaml", advice))
+    hints = " ".join(HINTS_FOR_KEYS.values())
+    overlays = set(re.findall(r"\w+\.yaml", hints))
     assert overlays and all((ROOT / "configs/latent-diffusion" / name).is_file() for name in overlays)
     for key in ("unet_trainable", "cond_stage_trainable", "prior_loss_weight", "ucg_training"):
-        assert key in advice and takes(LatentDiffusion, key)
+        assert key in hints and takes(LatentDiffusion, key)
     assert not any(takes(LatentDiffusion, key) for key in HINTS_FOR_KEYS)
 
 
@@ -211,4 +255,4 @@ def test_ckpt_path_beside_target_is_one_in_params(tmp_path: Path, params: dict) 
 def test_ckpt_path_beside_target_that_is_not_loaded(target: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     built = instantiate_from_config({"target": f"{__name__}.{target}", "ckpt_path": "missing.ckpt"})
     assert getattr(built, "ckpt_path", None) is None
-    assert f"ckpt_path missing.ckpt beside target is not loaded: {said}" in caplog.text
+    assert f"ckpt_path missing.ckpt beside target is not loaded, because {said}" in caplog.text

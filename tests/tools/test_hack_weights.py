@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from ldm.checkpoint import ema_key, load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
+from ldm.checkpoint.keys import UNET
 from ldm.config.load import build_model, load_config
+from ldm.release.families import FAMILIES
+from tests.sparse_files import write_sparse
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "hack_weights.py"
@@ -127,6 +130,7 @@ def test_out_leaves_the_training_checkpoint_unchanged(work):
         (["--base", "none.yaml"], "none.yaml"),
         (["--base", "finetune_stable_diffusion.yaml"], "of another model"),
         (["--base", "demo_tiny.yaml", "--train-ckpt", LAST], "only one"),
+        (["--base"], "no family matches these weights; the nearest is Stable Diffusion 1"),
         (["--out", RELEASE], "choose another --out"),
         (["--out", "hacked.safetensors"], "must end in .ckpt"),
     ],
@@ -136,6 +140,17 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(arguments, message,
     printed = run_here(monkeypatch, prepared, *arguments)
     assert printed.startswith("error: ") and message in printed and "\n" not in printed
     assert {path: path.is_file() and path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
+
+
+def test_without_a_run_or_a_config_the_release_tells_its_family(tmp_path):
+    shapes = {key: shape for key, shape in FAMILIES["sdxl"].shapes.items() if key.startswith(UNET)}
+    write_sparse(tmp_path / "xl.safetensors", shapes)
+    for base in ([], ["--base"]):
+        done = hack(tmp_path, "--release", "xl.safetensors", *base)
+        assert "xl.safetensors: Stable Diffusion XL (1024 pixels, predicts the noise)\n" in done.stdout
+        assert "finetune_stable_diffusion_xl.yaml" in done.stdout
+        assert done.returncode == 1 and done.stderr.startswith("error: xl.safetensors: lacks model.diffusion_model.")
+        assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("*.ckpt"))
 
 
 def test_an_error_is_exit_code_1(tmp_path):

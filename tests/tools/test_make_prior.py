@@ -190,7 +190,7 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
         (("--prompt", "x", "--seed", -1), "--seed -1"),
         (("--prompt", "x", "--H", 33), "--H 33"),
         (("--prompt", "x", "--teacher", -1), "--teacher -1"),
-        (("--prompt", "x", "--teacher", 1001), "--teacher 1001: choose 1 to 1000 timesteps"),
+        (("--prompt", "x", "--teacher", 1001), "--teacher 1001: must be 1 to 1000 timesteps"),
         (("--prompt", "x", "--teacher", 1, "--null-share", 2), "--null-share 2"),
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
         (("--shards", "images"), "--shards images: has captions of its own; give --teacher"),

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import pytest
 
 from ldm.planning.card import GIB, needed_bytes
+from ldm.release.families import FAMILIES
 from ldm.util import UserError
 from tests.conftest import ROOT
+from tests.sparse_files import write_sparse
 
 CATEGORIES = ["weights", "gradients", "optimizer", "activations", "temporaries"]
 
@@ -59,6 +61,15 @@ def test_a_step_by_category(plan) -> None:
     assert " ".join(lines[7]) == "card 12.96 GiB, with 0.6 GiB for context and workspaces and 3 % for fragmentation"
 
 
+def test_a_release_tells_the_config(plan, tmp_path) -> None:
+    write_sparse(tmp_path / "x.safetensors", FAMILIES["instruct_pix2pix"].shapes)
+    said = plan(f"--ckpt {tmp_path}/x.safetensors --batch 2")
+    assert "x.safetensors: InstructPix2Pix (512 pixels, predicts the noise)" in said and "12.00 GiB" in said
+    said = plan(f"--ckpt {tmp_path}/x.safetensors --card 8")
+    assert "use minimal.yaml: --base finetune_instruct_pix2pix.yaml minimal.yaml" in said
+    assert "1.00 GiB" in plan(f"--ckpt {tmp_path}/x.safetensors --base minimal.yaml --batch 1")
+
+
 def test_what_fits_a_card(plan) -> None:
     printed = plan("--base demo_tiny.yaml minimal.yaml --card 8")  # also predicts without the tier
     assert "as given       not even batch 1" in printed
@@ -77,6 +88,7 @@ def test_what_fits_a_card(plan) -> None:
     ("line", "message"),
     [
         ("--base nothing.yaml", "config 'nothing.yaml' not found"),
+        ("--batch 1", "name the configs of a training with --base, or a release with --ckpt"),
         ("--base demo_tiny.yaml --card 0", "--card 0.0: give a number of GB above 0"),
         ("--base demo_tiny.yaml --card 8 --batch 1", "--card computes the batch size; leave out --batch"),
     ],

@@ -20,6 +20,7 @@ from benchmarks.child_runs import read_losses, start
 from ldm.checkpoint import load_checkpoint
 from ldm.locks import LOCK, locked
 from tests.conftest import RELEASE_CONFIG, ROOT
+from tests.terminal import Terminal
 from tests.training_runs import state, the_run, write_inputs
 from tests.waiting import LIMIT, join, wait_for
 
@@ -54,13 +55,33 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_two_preencodings_with_different_options_do_not_mix(work: Path, tiny_release: Path, run_tool: Callable) -> None:
+@pytest.fixture
+def options(work: Path, tiny_release: Path) -> list[object]:
+    """Options of preencode.py for 40 images and 10 shards."""
     (work / "images").mkdir()
     rng = np.random.default_rng(0)
     for number in range(40):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(work / f"images/{number}.png")
-    options = ["--ckpt", tiny_release, "--config", RELEASE_CONFIG, "--images", "images", "--caption", "a cat"]
-    options += ["--out", "set/%06d.tar", "--size", 64, "--shard-size", 4, "--device", "cpu"]
+    given = ["--ckpt", tiny_release, "--config", RELEASE_CONFIG, "--images", "images", "--caption", "a cat"]
+    return [*given, "--out", "set/%06d.tar", "--size", 64, "--shard-size", 4, "--device", "cpu"]
+
+
+def test_a_terminal_that_is_closed_while_shards_are_written_leaves_none_cut_short(
+    work: Path, options: list[object], run_tool: Callable
+) -> None:
+    terminal = Terminal(PREENCODE, *options, cwd=work)
+    wait_for(lambda: len(list((work / "set").glob("*.tar"))) > 1, terminal.process)
+    assert terminal.close() == 128 + signal.SIGHUP, terminal.said.decode()
+    assert [path.name for path in (work / "set").rglob(".*")] == [".parts"]
+    assert not json.loads((work / "set/index.json").read_text())["complete"]
+    assert run_tool(PREENCODE, *options) is None
+    index = json.loads((work / "set/index.json").read_text())
+    assert index["complete"] and sum(shard["samples"] for shard in index["shards"]) == 40
+
+
+def test_two_preencodings_with_different_options_do_not_mix(
+    work: Path, options: list[object], run_tool: Callable
+) -> None:
     with stopped_at(work / "set" / LOCK, PREENCODE, *options) as first:
         for more in (["--flip"], ["--overwrite"], []):
             assert is_refused(run_tool(PREENCODE, *options, *more), first, "--out set/%06d.tar")

@@ -29,10 +29,12 @@ def test_images_settings_and_grid(tiny_release: Path, command: Callable, tmp_pat
         "a bee",
         "--from-file",
         "prompts.txt",
+        "--negative-prompt",
+        "blue " * 76,
     )
     assert done.returncode == 0, done.stderr
-    assert "1 prompts are longer than 75 tokens and are cut: 'red apple" in done.stdout
-    assert "(80 tokens)" in done.stdout
+    assert "2 prompts are longer than 75 tokens and are cut: 'red apple" in done.stdout
+    assert "(80 tokens)" in done.stdout and "(76 tokens)" in done.stdout and "Captions of more" not in done.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]
     with Image.open(tmp_path / "out/00002.png") as image:

@@ -145,7 +145,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
     def train(self, mode: bool = True) -> LatentDepth2ImageDiffusion:
         super().train(mode)
-        if hasattr(self, "depth_model"):  # the base constructor calls `train` first
+        if getattr(self, "depth_model", None) is not None:  # the base constructor calls `train` first
             self.depth_model.eval()
         return self
 

@@ -140,7 +140,16 @@ class WithConditioning:
         return {"c_concat": maps, **cond, **labels}
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
-        """Return the maps (B, C', h, w) that join the input's channels."""
+        """Return the maps (B, C', h, w) that join the input's channels.
+
+        Raises:
+            UserError: the config names no batch entries for them.
+        """
+        if not self.concat_keys:
+            raise UserError(
+                f"conditioning_key {self.model.conditioning_key!r} needs concat_keys, the batch entries that join the "
+                "input"
+            )
         return [batch_entry(batch, key).float() for key in self.concat_keys]
 
     def maps_and_labels(self, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:

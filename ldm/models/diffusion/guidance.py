@@ -86,7 +86,7 @@ def _guided_by_image(
 def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
     """Return `guided` (B, …) with the standard deviation of each sample moved by `share` towards that of `cond`.
 
-    The result is φ · guided · std(cond) / std(guided) + (1 − φ) · guided (arXiv:2305.08891, eq. 15 and 16).
+    With φ = `share`, this is φ · guided · std(cond) / std(guided) + (1 − φ) · guided (arXiv:2305.08891, eq. 15 and 16).
     """
     if share == 0.0:
         return guided

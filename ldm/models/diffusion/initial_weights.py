@@ -79,7 +79,7 @@ class InitialWeights:
     def restart_ema(self) -> None:
         """Restart the moving average, if there is one, at the current weights."""
         if self.use_ema:
-            self.model_ema = LitEma(self.model)
+            self.model_ema = LitEma(self.model, paths=self.model_ema.m_name2s_name)
 
     def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
         """Return a context in which the model has its averaged weights, if there are any. `context` is logged."""

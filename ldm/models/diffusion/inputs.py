@@ -5,8 +5,8 @@ B: batch. H, W: height and width of the sampled image. C, h, w: channels, height
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ class Inputs:
         image: image to repaint, to edit, or to estimate the depth of.
         mask: (1, H, W), 1 where the image is repainted, 0 where it is kept.
         depth: (1, H, W), larger for nearer.
+        sizes: sizes that condition a model like SDXL, by name; see `image_sizes` for those that are not given.
     """
 
     init: Tensor | None = None
@@ -41,6 +42,7 @@ class Inputs:
     image: Tensor | None = None
     mask: Tensor | None = None
     depth: Tensor | None = None
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def pasted(self, sample: Tensor) -> Tensor:
         """Return a sampled image (3, H, W) with the pixels of `image` where the mask is 0."""

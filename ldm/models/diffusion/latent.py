@@ -51,7 +51,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         num_timesteps_cond: number of timesteps of noise on the conditioning; 1 for no noise.
         cond_stage_key: batch entry that conditions the model.
         cond_stage_trainable: train the cond stage too.
-        unet_trainable: train the UNet. If false, it is frozen, and only gradients pass through it to the cond stage.
+        unet_trainable: train the UNet: all of it for true or `all`, its attention to the context for `attn`, its first
+            convolution for `conv_in`. If false, it is frozen, and only gradients pass through it to the cond stage.
         concat_mode: default of `conditioning_key`: `concat` if true, else `crossattn`.
         cond_stage_forward: method of the cond stage to call in place of `encode` or `forward`.
         concat_keys: batch entries, channels first, that are concatenated to the input for `hybrid`.
@@ -69,7 +70,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         num_timesteps_cond: int | None = 1,
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
-        unet_trainable: bool = True,
+        unet_trainable: bool | str = True,
         concat_mode: bool = True,
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
@@ -95,8 +96,9 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         self.prior_loss_weight, self.prior_target = prior_loss_weight, prior_target
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         self.concat_keys = self.default_concat_keys if concat_keys is None else tuple(concat_keys)
-        self._check_settings(conditioning_key)
-        self.model.requires_grad_(unet_trainable)
+        check_number("scale_factor", scale_factor, above=0, whole=False)
+        self._check_settings()
+        self.model.train_only(unet_trainable)
         self._register_scale(scale_factor, scale_by_std)
         self._register_cond_ids()
         self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False)
@@ -105,13 +107,12 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         if ckpt_path is not None:  # after both stages, so that their weights are loaded too
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
-    def _check_settings(self, conditioning_key: str | None) -> None:
+    def _check_settings(self) -> None:
         """Raise `UserError` for the first setting that is out of range or contradicts another."""
         steps = self.num_timesteps_cond
         check_number("num_timesteps_cond", steps, least=1, most=self.num_timesteps)
         check_prior_settings(self.prior_loss_weight, self.prior_target)
         trains = self.unet_trainable or self.cond_stage_trainable or list(self.parameters(recurse=False))
-        needs_maps = self.model.takes_maps and conditioning_key != "concat"
         refuse_if(
             (
                 self.prior_target == "teacher" and steps > 1,
@@ -123,10 +124,6 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
                 "use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false",
             ),
             (not trains, "unet_trainable: false leaves nothing to train; set cond_stage_trainable: true"),
-            (
-                needs_maps and not self.concat_keys,
-                f"conditioning_key {conditioning_key!r} needs concat_keys, the batch entries that join the input",
-            ),
         )
 
     def _register_scale(self, scale_factor: float, by_std: bool) -> None:

@@ -28,7 +28,7 @@ from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.layers import KeepsTypes
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS, GaussianDiffusion
 from ldm.modules.ema import LitEma
-from ldm.util import check_choice
+from ldm.util import check_choice, check_number
 
 LOSS_TYPES = ("l1", "l2")
 
@@ -111,13 +111,13 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         super().__init__()
         check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         check_choice("loss_type", loss_type, LOSS_TYPES)
+        check_number("log_every_t", log_every_t, least=1)
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
         self.monitor, self.log_every_t, self.clip_denoised = monitor, log_every_t, clip_denoised
-        self.scheduler_config, self.optimizer_config = scheduler_config, optimizer_config
-        self.use_ema, self.load_ema = use_ema, load_ema and not reset_ema
-        self.reset_num_ema_updates, self.make_it_fit = reset_num_ema_updates, make_it_fit
-        self.replacements = replacements_of(ucg_training)
+        self.scheduler_config, self.optimizer_config, self.use_ema = scheduler_config, optimizer_config, use_ema
+        self.load_ema, self.reset_num_ema_updates = load_ema and not reset_ema, reset_num_ema_updates
+        self.make_it_fit, self.replacements = make_it_fit, replacements_of(ucg_training)
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.model_ema = LitEma(self.model)
@@ -133,7 +133,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
     # Training
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the prediction in a training checkpoint: its weights do not tell."""
+        """Store the parameterization in a training checkpoint, because the weights do not determine it."""
         checkpoint[PREDICTION] = self.parameterization
 
     def get_input(self, batch: Batch, k: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Conditioning of sampling: encoded prompts, with the maps that the inputs make.
+"""Conditioning of sampling: encoded prompts, with the maps and image sizes that the inputs make.
 
 B: batch. C', h, w: channels, height and width of a map.
 """
@@ -14,12 +14,15 @@ from torch import Tensor
 from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.guidance import Conditioning, concatenate
 from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.shards.sample import CROP, ORIGINAL_SIZE, SIZE_ENTRIES, TARGET_SIZE
+from ldm.util import UserError
 
 
 class PromptConditioning:
     """Conditioning of a model for prompts, and for the negative prompts that guidance moves away from.
 
     Args:
+        sizes: of images, by their names in a sample; see `image_sizes`.
         maps: (1, C', h, w), concatenated to the UNet's input in every sample.
         drops_image: the maps are 0 in the conditioning of negative prompts (arXiv:2211.09800, section 3.2.1).
 
@@ -27,9 +30,16 @@ class PromptConditioning:
         UserError: the model does not read captions.
     """
 
-    def __init__(self, model: LatentDiffusion, maps: Sequence[Tensor], drops_image: bool) -> None:
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        maps: Sequence[Tensor] = (),
+        drops_image: bool = False,
+    ) -> None:
         check_reads_captions(model)
         self.model = model
+        self.sizes = sizes or {}
         self.maps = list(maps)
         self.negative_maps = [torch.zeros_like(part) for part in maps] if drops_image else self.maps
         self._negatives: dict[str, Conditioning] = {}  # by prompt, for a batch of one
@@ -47,7 +57,32 @@ class PromptConditioning:
         return _with_maps(encoded, self.negative_maps, len(prompts))
 
     def _encoded(self, prompts: Sequence[str]) -> Conditioning:
-        return self.model.get_learned_conditioning(list(prompts))
+        sizes = {
+            entry: torch.tensor([self.sizes[name]] * len(prompts))
+            for entry, name in SIZE_ENTRIES.items()
+            if name in self.sizes
+        }
+        return self.model.stored_conditioning({**self.model.encode_captions(prompts), **sizes})
+
+
+def image_sizes(model: LatentDiffusion, given: Mapping[str, Sequence[int]], height: int, width: int) -> dict[str, Any]:
+    """Return the sizes that condition a model like SDXL (arXiv:2307.01952, section 2.2), by name in a sample.
+
+    By default, the original and the target size are the `height` and `width` of the sampled image, and the crop begins
+    at its corner. Other models have no sizes.
+
+    Raises:
+        UserError: sizes are given, but the model is not conditioned on them.
+    """
+    entries = getattr(model.cond_stage_model, "other_keys", ())
+    if not any(entry in SIZE_ENTRIES for entry in entries):
+        if given:
+            raise UserError(
+                "--original-size, --crop and --target-size: this model is not conditioned on sizes; leave them out"
+            )
+        return {}
+    defaults = {ORIGINAL_SIZE: (height, width), CROP: (0, 0), TARGET_SIZE: (height, width)}
+    return {name: tuple(given.get(name, default)) for name, default in defaults.items()}
 
 
 def _with_maps(encoded: Conditioning, maps: Sequence[Tensor], count: int) -> Conditioning:

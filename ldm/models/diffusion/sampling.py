@@ -142,37 +142,29 @@ class Sampler:
         spacing: str | None = None,
         guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Return `batch_size` samples of `shape` (C, H, W) after `S` steps.
+        """Return `batch_size` samples of `shape` (C, H, W) after `S` steps, and `{"x_inter": [...], "pred_x0": [...]}`.
 
-        The spacing `leading` has the stride ⌊T / S⌋, and so more steps if `S` does not divide T: for T = 1000, 500
-        steps for S = 400, and 1000 for S = 600.
+        The spacing `leading` has the stride ⌊T / S⌋, and so more than `S` steps if `S` does not divide T.
 
         Args:
             callback, img_callback: called after each step, with its index, or with the predicted x₀ and its index.
             eta: noise of DDIM steps: 0 is deterministic, 1 is that of DDPM.
             mask, x0: where `mask` is 1, the sample follows the latents `x0` (B, C, H, W).
-            temperature: scale of the noise added in steps.
-            x_T: initial noise.
+            temperature, x_T: scale of the noise added in steps, and initial noise.
             log_every_t: steps between the recorded intermediates.
             unconditional_conditioning: conditioning that guidance moves away from, if the scale is not 1.
             generators: one per sample, so that the noise of a sample does not depend on its batch.
             image_guidance_scale: second scale of guidance; see `guided_output`.
-            init, strength: start from the latents `init` (B, C, H, W), noised to the last `strength` of the steps
-                (image to image, arXiv:2108.01073), at least one.
-            spacing: one of `ldm.models.diffusion.spacing.SPACINGS`. The default is `own_spacing`.
-            guidance_rescale: φ of `rescaled`.
-
-        Returns:
-            The samples (B, C, H, W), and `{"x_inter": [...], "pred_x0": [...]}`.
+            init, strength: start from the latents `init` (B, C, H, W), and run the share `strength` of the steps, at
+                least one (image to image, arXiv:2108.01073).
+            spacing, guidance_rescale: one of `SPACINGS` (the default is `own_spacing`), and φ of `rescaled`.
 
         Raises:
-            UserError: the sampler or the model does not support the steps, spacing, eta or strength, or a mask has no
-                `x0`.
+            UserError: the sampler or the model does not support a setting, or a mask has no `x0`.
             NotFiniteError: a step returns infinities or NaN.
         """
         _check_start(mask, x0, strength)
-        self.make_schedule(S, spacing, eta)
-        self.start()
+        self._restart(S, spacing, eta)
         noise = self._noise((batch_size, *shape), generators)
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
@@ -185,6 +177,11 @@ class Sampler:
         x, first = self._start_of(noise() if x_T is None else x_T, init, strength)
         steps = self._steps(x, first, guided, masked, lambda: temperature * noise(), verbose)
         return self._collect(x, steps, log_every_t, callback, img_callback)
+
+    def _restart(self, steps: int, spacing: str | None, eta: float) -> None:
+        """Set the schedule and reset the state of earlier steps."""
+        self.make_schedule(steps, spacing, eta)
+        self.start()
 
     def _start_of(self, x: Tensor, init: Tensor | None, strength: float) -> tuple[Tensor, int]:
         """Return the initial x on the device and the index of the first step, from noise `x` and latents `init`."""

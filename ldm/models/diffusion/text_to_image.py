@@ -15,7 +15,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.inputs import NO_INPUTS, Inputs, encode_inputs, image_scale_of
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.prompts import PromptConditioning
+from ldm.models.diffusion.prompts import PromptConditioning, image_sizes
 from ldm.models.diffusion.sampling import NotFiniteError, Sampler
 from ldm.util import UserError, check_choice
 
@@ -51,6 +51,12 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
             raise UserError(f"--{name} {size}: must be a multiple of {multiple} pixels for this model")
         sizes.append(size // pixels)
     return model.channels, *sizes
+
+
+def image_size(model: LatentDiffusion, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return height and width in pixels of an image whose latent has the `shape` (C, h, w)."""
+    pixels = model.first_stage_model.downsampling
+    return shape[1] * pixels, shape[2] * pixels
 
 
 @torch.no_grad()
@@ -121,7 +127,8 @@ def sample_batches(
         logger.info("%s runs %d steps, because %d does not divide the model's %d", sampler, run, steps, total)
     image_scale = image_scale_of(model, image_scale)
     encoded = encode_inputs(model, inputs, shape)
-    conditioning = PromptConditioning(model, encoded.maps, drops_image=image_scale is not None)
+    sizes = image_sizes(model, inputs.sizes, *image_size(model, shape))
+    conditioning = PromptConditioning(model, sizes, encoded.maps, drops_image=image_scale is not None)
     is_guided = scale != 1.0 or image_scale not in (None, 1.0)
     for part in parts:
         with model.ema_scope(), _name_request(part):

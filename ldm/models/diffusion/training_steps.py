@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.conditioning_dropout import Replacement, replaced
-from ldm.optim import build_optimizer
-from ldm.util import UserError, instantiate_from_config
+from ldm.optim import build_optimizer, build_schedule
+from ldm.util import UserError
 
 
 class TrainingSteps:
@@ -84,6 +84,5 @@ class TrainingSteps:
         optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
         if self.scheduler_config is None:
             return optimizer
-        multiplier = instantiate_from_config(self.scheduler_config)
-        scheduler = LambdaLR(optimizer, lr_lambda=multiplier.schedule)
+        scheduler = LambdaLR(optimizer, lr_lambda=build_schedule(self.scheduler_config))
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]

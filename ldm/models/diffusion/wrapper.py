@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.attention import BasicTransformerBlock
 from ldm.util import UserError, check_choice, instantiate_from_config
 
 # By key: whether maps join the input channels, whether there is a context, and the source of `y`.
@@ -21,6 +22,7 @@ _PLACES: dict[str | None, tuple[bool, bool, str | None]] = {
     "hybrid-adm": (True, True, "c_adm"),
 }
 CONDITIONING_KEYS = tuple(_PLACES)
+_PARTS = (True, False, "all", "attn", "conv_in")  # of the UNet, that may train
 
 
 class DiffusionWrapper(nn.Module):
@@ -48,6 +50,25 @@ class DiffusionWrapper(nn.Module):
     def takes_maps(self) -> bool:
         """True if maps join the input's channels."""
         return _PLACES[self.conditioning_key][0]
+
+    def train_only(self, part: bool | str) -> None:
+        """Turn gradients on for `part` of the UNet, and off for the rest; see `unet_trainable` of `LatentDiffusion`.
+
+        Raises:
+            UserError: `part` is unknown, or this UNet has no such part.
+        """
+        if part not in _PARTS:
+            raise UserError(f"unet_trainable {part!r} is unknown; valid: true, false, {', '.join(_PARTS[2:])}")
+        self.requires_grad_(part in (True, "all"))
+        unet = self.diffusion_model
+        if part == "attn":
+            chosen = [block.attn2 for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+        else:
+            chosen = [unet.input_blocks[0]] if part == "conv_in" else []
+        if part == "attn" and not chosen:
+            raise UserError("unet_trainable 'attn': the UNet has no attention to a context; set it to true")
+        for module in chosen:
+            module.requires_grad_(True)
 
     def forward(
         self,

@@ -1,6 +1,6 @@
-"""CLIP's image towers (arXiv:2103.00020), which encode an image to one vector that conditions a model instead of text.
+"""CLIP's image towers (arXiv:2103.00020), which encode an image to one vector. It conditions a model in place of text.
 
-B batch, N patches, D features of the tower, E features of the embedding that images share with captions.
+B: batch. N: patches. D: features of the tower. E: features of the embedding that images share with captions.
 """
 
 from __future__ import annotations

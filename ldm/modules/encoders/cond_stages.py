@@ -83,7 +83,7 @@ class ClassEmbedder(AbstractEncoder):
     def get_unconditional_conditioning(
         self, bs: int, device: str | torch.device | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return a batch of `bs` times the last class, which stands for no label."""
+        """Return a batch of `bs` labels of the last class, which means no label."""
         device = self.embedding.weight.device if device is None else device
         return {self.key: torch.full((bs,), self.n_classes - 1, device=device)}
 

@@ -30,7 +30,7 @@ class ConcatTimestepEmbedderND(AbstractEncoder):
 
     def __init__(self, outdim: int) -> None:
         super().__init__()
-        check_number("outdim", outdim, least=2, unit="features per number")
+        check_number("outdim", outdim, least=2)
         self.outdim = outdim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,9 +46,9 @@ class GeneralConditioner(AbstractEncoder):
     `concat`. An embedder may return several tensors. State-dict keys are `embedders.<number>.*`.
 
     Args:
-        emb_models: per embedder `target` and `params`; `input_key`, its batch entry, or `input_keys` for several;
-            `is_trainable`; and `ucg_rate`, the share of samples whose embedding is zero in training. With
-            `legacy_ucg_value`, this value replaces the batch entry of these samples instead.
+        emb_models: list of embedders. Each has `target` and `params`, and its batch entry `input_key`, or a list
+            `input_keys`. `is_trainable` turns its training on. In training, `ucg_rate` is the share of samples whose
+            embedding is set to zero, or whose batch entry is set to `legacy_ucg_value` if this is given.
 
     Raises:
         UserError: an entry of `emb_models` has an unknown key, or lacks one.

@@ -12,6 +12,7 @@ from ldm.modules.encoders.cond_stages import AbstractEncoder, ClassEmbedder, Dum
 from ldm.modules.encoders.conditioner import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2
 from ldm.modules.encoders.spatial import LowScaleEncoder, SpatialRescaler
+from ldm.modules.encoders.t5 import FrozenT5Embedder
 
 __all__ = [
     "AbstractEncoder",
@@ -27,6 +28,7 @@ __all__ = [
     "FrozenOpenCLIPEmbedder",
     "FrozenOpenCLIPEmbedder2",
     "FrozenOpenCLIPImageEmbedder",
+    "FrozenT5Embedder",
     "GeneralConditioner",
     "IdentityEncoder",
     "LowScaleEncoder",

@@ -73,6 +73,8 @@ def clean(text: str) -> str:
 class ClipTokenizer:
     """Tokenizer of captions to ids (B, max_length): start token, text cut to fit, end token, padding.
 
+    It warns of the first caption that it cuts, unless `cut_captions` has been asked.
+
     Args:
         padding: id that fills a row up to `max_length`; the end token by default. OpenCLIP uses 0.
 
@@ -85,6 +87,7 @@ class ClipTokenizer:
         self._backend = _backend()
         self.start, self.end = (self._backend.token_to_id(token) for token in (_START, _END))
         self.padding = self.end if padding is None else padding
+        self.says_cuts = True
 
     def __len__(self) -> int:
         """Return the number of entries in the vocabulary."""
@@ -114,7 +117,11 @@ class ClipTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         tokens = torch.full((len(texts), self.max_length), self.padding)
-        for row, ids in zip(tokens, self.encode(texts), strict=True):
+        for row, text, ids in zip(tokens, texts, self.encode(texts), strict=True):
+            if self.says_cuts and len(ids) > self.max_length - 2:
+                self.says_cuts = False
+                logger.warning("Captions of more than %d tokens are cut, the rest is not read; the first of them: %r "
+                               "(%d tokens)", self.max_length - 2, text[:80], len(ids))  # fmt: skip
             ids = [self.start, *ids[: self.max_length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
@@ -123,7 +130,10 @@ class ClipTokenizer:
 def cut_captions(cond_stage: Any, texts: Sequence[str]) -> dict[str, int]:
     """Return the texts that `cond_stage` truncates and their numbers of tokens. Empty without a tokenizer of CLIP."""
     tokenizer = getattr(cond_stage, "tokenizer", None)
-    return tokenizer.cut(texts) if isinstance(tokenizer, ClipTokenizer) else {}
+    if not isinstance(tokenizer, ClipTokenizer):
+        return {}
+    tokenizer.says_cuts = False  # whoever asks tells of them
+    return tokenizer.cut(texts)
 
 
 def warn_of_cut(cond_stage: Any, texts: Sequence[str]) -> None:

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.adversarial import AUTOENCODER, DISCRIMINATOR, AdversarialLoss, detached
 
-__all__ = ["AUTOENCODER", "DISCRIMINATOR", "LPIPSWithDiscriminator"]
+__all__ = ["AUTOENCODER", "DISCRIMINATOR", "DummyLoss", "LPIPSWithDiscriminator"]
+
+
+class DummyLoss(nn.Identity):
+    """Placeholder for the loss of an autoencoder that stays frozen, as `torch.nn.Identity` is."""
 
 
 class LPIPSWithDiscriminator(AdversarialLoss):

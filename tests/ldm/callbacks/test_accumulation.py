@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -51,3 +53,20 @@ def test_mean_of_batches_averages_the_existing_batches(tmp_path, in_backward, da
     trainer.fit(model, DataLoader(data, batch_size=None))
     assert model.weight.item() == pytest.approx(-sum(means), rel=1e-6)
     assert trainer.global_step == len(means)
+
+
+@pytest.mark.parametrize(("accumulate", "warns"), [(4, False), (8, True)])
+def test_a_step_that_is_smaller_than_the_learning_rate_was_scaled_for_is_told_of(caplog, accumulate, warns) -> None:
+    trainer = SimpleNamespace(
+        is_global_zero=True, num_training_batches=5, accumulate_grad_batches=accumulate, world_size=2,
+        train_dataloader=None,
+    )  # fmt: skip
+    MeanOfBatches(scaled_batch=3).on_train_start(trainer, SimpleNamespace(learning_rate=4.8e-5))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == warns * [
+        "A step has 30 images at most, all of an epoch, but the learning rate 4.800e-05 is scaled for 48 "
+        "(accumulate_grad_batches 8 * devices 2 * batch_size 3); lower accumulate_grad_batches or batch_size, or give "
+        "--scale_lr False"
+    ]
+    MeanOfBatches(None).on_train_start(trainer, SimpleNamespace(learning_rate=4.8e-5))  # a rate that is not scaled
+    assert len(caplog.records) == warns

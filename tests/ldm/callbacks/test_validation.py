@@ -61,6 +61,19 @@ def test_short_epochs_are_validated_as_often_as_they_are_saved(train, tmp_path, 
     assert "No best checkpoints are kept" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("interval", "steps", "said"),
+    [(4, {4, 10, 16}, ""), (8, {8, 16}, "after every 8 batches, across epochs, which have 6"), (5_000_000, set(), "")],
+)
+def test_an_interval_beyond_an_epoch_is_counted_across_epochs(train, tmp_path, caplog, interval, steps, said) -> None:
+    """Public configs validate every five million batches, which is never."""
+    caplog.set_level("INFO")
+    options = f"--val_check_interval {interval} --num_sanity_val_steps 0 data.params.val_urls=shards/s-000000.tar"
+    assert train(f"--max_steps 18 {options}") == 0
+    assert {step + 1 for step in logged(the_run(tmp_path / "logs"), "val/loss_simple_ema")} == steps
+    assert said in caplog.text and ("across epochs" in caplog.text) == (interval > 6)
+
+
 def test_early_stopping_waits_for_a_validation(train, tmp_path) -> None:
     stopping = "lightning.callbacks.stopping"
     options = f"{stopping}.target=pytorch_lightning.callbacks.EarlyStopping {KEPT}.every_n_train_steps=12"

@@ -22,6 +22,10 @@ CASES = [
     (RELEASE[:2], RELEASE, "no text encoder"),
     (RELEASE[::2], RELEASE, "--vae FILE"),
     (RELEASE[:1], RELEASE[:1], "default"),
+    *(
+        ((*RELEASE, f"model.diffusion_model.out.0.{name}"), RELEASE, "weights are quantised")
+        for name in ("scale_weight", "weight_scale", "weight.absmax", "weight.quant_map", "scaled_fp8", "qweight")
+    ),
     (XL, RELEASE, "layout of SDXL"),
     (XL, RELEASE[:2], "layout of SDXL"),
     (XL, XL[:3], "default"),  # a training without text encoders, such as of another SDXL

@@ -169,7 +169,7 @@ run(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1, done
-    assert done.stderr.strip() == f"error: {path}: was truncated while it was read; start again with the whole file"
+    assert done.stderr.strip() == f"error: {path}: was truncated while it was read; start again with the complete file"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 

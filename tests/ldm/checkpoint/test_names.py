@@ -18,6 +18,8 @@ PAIRS = [
     ("label_emb.0.0.weight", f"{UNET}label_emb.0.0.weight"),
     ("module.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model._orig_mod.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
+    ("model.module.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
+    (f"{UNET}_fsdp_wrapped_module.out._checkpoint_wrapped_module.0.bias", f"{UNET}out.0.bias"),
     (f"{TOWER}encoder.layers.0.mlp.fc1.bias", f"{TOWER}text_model.encoder.layers.0.mlp.fc1.bias"),
     (f"{XL}encoder.layers.0.mlp.fc1.bias", f"{XL}text_model.encoder.layers.0.mlp.fc1.bias"),
     (f"{VAE}mid.attn_1.to_out.0.bias", f"{VAE}mid.attn_1.proj_out.bias"),

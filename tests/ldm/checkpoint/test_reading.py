@@ -107,14 +107,14 @@ BROKEN = {
     "noise": (lambda _: bytes(range(7, 200)), "not a checkpoint"),
     "one byte": (lambda _: b"P", "not a checkpoint"),
     "gzip": (lambda _: b"\x1f\x8b\x08\x00rest", "unpack"),
-    "zip cut short": (lambda t: zip_of(t)[:5000], "cut short"),
-    "zip cut at its end": (lambda t: zip_of(t)[:-10], "cut short"),
+    "zip cut short": (lambda t: zip_of(t)[:5000], "truncated"),
+    "zip cut at its end": (lambda t: zip_of(t)[:-10], "truncated"),
     "zip of nothing": (lambda _: b"PK\x05\x06" + bytes(18), "empty zip"),
     "pickle cut short": (lambda t: legacy_of(t)[:100], "damaged"),
     "pickle without its data": (lambda t: legacy_of(t)[:-10], "damaged"),
     "pickle of another kind": (lambda _: b"\x80\x04]\x94.", "not written by torch.save"),
-    "safetensors cut short": (lambda t: safetensors_of(t)[:-10], "cut short"),
-    "safetensors cut in its header": (lambda t: safetensors_of(t)[:20], "cut short"),
+    "safetensors cut short": (lambda t: safetensors_of(t)[:-10], "truncated"),
+    "safetensors cut in its header": (lambda t: safetensors_of(t)[:20], "truncated"),
     "safetensors with an absurd header length": (lambda _: b"\xff" * 8 + b'{"a": 1}', "damaged"),
     "safetensors with a header that is no JSON": (lambda _: (16).to_bytes(8, "little") + b"{" * 16, "damaged"),
 }
@@ -197,3 +197,15 @@ def test_load_state_dict_takes_files_of_one_part(part, nested, tmp_path):
     save_file(weights, tmp_path / "part.safetensors")
     for name in ("part.ckpt", "part.safetensors"):
         assert load_state_dict(tmp_path / name).keys() == {part}
+
+
+@pytest.mark.parametrize("name", ["model", "module", "ema", "params"])
+def test_load_state_dict_takes_the_only_weights_of_a_file(name, tmp_path):
+    weights = {"model.diffusion_model.out.0.w": torch.ones(2)}
+    other = {"optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 3, "args": {"lr": 1e-5}, "empty": {}}
+    for content in ({name: weights, **other}, {"state_dict": {"state_dict": weights}}):
+        torch.save(content, tmp_path / "model.pt")
+        assert load_state_dict(tmp_path / "model.pt").keys() == weights.keys()
+    torch.save({name: weights, "other": weights}, tmp_path / "two.pt")
+    with pytest.raises(UserError, match=r"two\.pt: has no weights \(keys: .*'other'\); name a file with a state_dict"):
+        load_state_dict(tmp_path / "two.pt")

@@ -1,5 +1,7 @@
 """Tests of the options shared by the sampling tools."""
 
+import pytest
+
 from ldm.cli.options import read_prompts
 
 
@@ -7,6 +9,13 @@ def test_read_prompts_splits_at_line_ends_only(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("one\u2028two\r\n\n three\x85four \n".encode())
     assert read_prompts(["zero"], path) == ["zero", "one\u2028two", "three\x85four"]
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_read_prompts_of_files_of_other_systems(tmp_path, end, encoding):
+    (tmp_path / "prompts.txt").write_bytes(f"café{end}{end}two".encode(encoding))
+    assert read_prompts([], tmp_path / "prompts.txt") == ["café", "two"]
 
 
 def test_read_prompts_of_a_file_with_a_byte_order_mark(tmp_path):

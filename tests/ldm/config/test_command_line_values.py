@@ -18,7 +18,7 @@ from ldm.util import UserError
         "é", "0,18215", "None",
     ],
 )  # fmt: skip
-def test_read_typed_leaves_text_as_it_is(text: str) -> None:
+def test_parse_value_leaves_text_as_it_is(text: str) -> None:
     assert parse_value(text) == text
     if not text.startswith(" "):
         assert load_config([], [f"data.params.x={text}"]).data.params.x == text
@@ -30,14 +30,20 @@ def test_read_typed_leaves_text_as_it_is(text: str) -> None:
         ("1e-5", 1e-5), ("1E5", 1e5), ("-1.5", -1.5), (".5", 0.5), ("6.666e-08", 6.666e-08), ("7", 7), ("+7", 7),
         ("true", True), ("False", False), ("null", None), ("~", None), ("", None), ("[1, a]", [1, "a"]), ("[]", []),
         ("{a: 1}", {"a": 1}), ("{}", {}), ("'010'", "010"), ('"a: b"', "a: b"), ("[1e-5]", [1e-5]),
+        ("[on, off, yes, n]", ["on", "off", "yes", "n"]), ("{on: off}", {"on": "off"}), ("'on'", "on"),
+        ("[010, 1_000, 0x1F, 12:30:00, =, <<]", ["010", "1_000", "0x1F", "12:30:00", "=", "<<"]),
+        ("{a: [yes, 1, true, null, 1.5, ~, .inf]}", {"a": ["yes", 1, True, None, 1.5, None, float("inf")]}),
+        ("[{a: 1}, {b: -1e3}]", [{"a": 1}, {"b": -1e3}]), ("{a: null}", {"a": None}), ("['{a,b}']", ["{a,b}"]),
     ],
 )  # fmt: skip
-def test_read_typed_reads_numbers_lists_and_mappings(text: str, value: object) -> None:
+def test_parse_value_reads_numbers_lists_and_mappings(text: str, value: object) -> None:
     found = parse_value(text)
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("text", ["[a", "{a", "'a' b'", "[a, 'b]"])
-def test_read_typed_refuses_what_it_cannot_read(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["[a", "{a", "'a' b'", "[a, 'b]", "[!!python/name:os.system x]", "[&a b", "[{a,b}]", "[{a: }]"]
+)
+def test_parse_value_refuses_what_it_cannot_read(text: str) -> None:
     with pytest.raises(UserError, match=r"x=.*not valid YAML"):
         load_config([], [f"data.params.x={text}"])

@@ -105,6 +105,32 @@ def test_bad_files_are_one_clear_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_configs_of_other_systems_are_read(tmp_path, encoding, end):
+    text = "# café\nx: &x {a: 1e-4, b: [yes, 1]}\nmodel:\n  params:\n    <<: *x\n    c: é\t# a tab\n"
+    (tmp_path / "c.yaml").write_bytes(text.replace("\n", end).encode(encoding))
+    params = {"a": 1e-4, "b": [True, 1], "c": "é"}
+    assert plain(load_config([tmp_path / "c.yaml"])) == {"model": {"params": params}}
+
+
+def test_a_config_in_another_encoding_is_one_clear_line(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("model: {a: é}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.yaml: not a config, .* not UTF-8 text \(.*\); save it as UTF-8$"):
+        load_config([tmp_path / "c.yaml"])
+
+
+@pytest.mark.parametrize("over", ["model:", "model:\ndata:\nlightning:", "", "# nothing"])
+def test_a_section_with_nothing_in_it_says_nothing(tmp_path, over):
+    base, empty = write(tmp_path / "a.yaml", "model: {a: 1}\n"), write(tmp_path / "b.yaml", over)
+    assert plain(load_config([base, empty])) == plain(load_config([empty, base])) == {"model": {"a": 1}}
+
+
+def test_a_section_that_is_typed_null_goes(tmp_path):
+    base = write(tmp_path / "a.yaml", "model: {a: 1}\ndata: {b: 2}\n")
+    assert plain(load_config([base], ["data=null"])) == {"model": {"a": 1}}
+
+
 @pytest.mark.parametrize("override", ["model", "model..x=1", "=1", "model.x=[1", "trainer.max_steps=1"])
 def test_bad_overrides_are_named(override):
     with pytest.raises(UserError) as caught:

@@ -52,8 +52,8 @@ def test_batch_augmentation_with_neutral_values_changes_nothing(images):
 @pytest.mark.parametrize(
     ("operations", "message"),
     [
-        ({"colour_jitter": {}}, "augment.colour_jitter: unknown; did you mean 'color_jitter'"),
-        ({"affine": {"degree": 3}}, "augment.affine.degree: unknown; did you mean 'degrees'"),
+        ({"colour_jitter": {}}, "unknown key 'colour_jitter' in data.params.augment; did you mean 'color_jitter'"),
+        ({"affine": {"degree": 3}}, "unknown key 'degree' in data.params.augment.affine; did you mean 'degrees'"),
         ({"color_jitter": {"brightness": -1}}, "augment.color_jitter {'brightness': -1}: "),
         ({"random_resized_crop": {"scale": "all"}}, "augment.random_resized_crop {'scale': 'all'}: "),
     ],

@@ -71,6 +71,20 @@ def test_web_data_module_filters_by_metadata(tars, tmp_path):
         none.setup("fit")
 
 
+def test_tar_images_tells_a_tar_that_was_replaced(tars, tmp_path):
+    data = WebDataModuleFromConfig(tars, 1, split(shuffle=0), num_workers=0)
+    data.setup("fit")
+    dataset = data.datasets["train"]
+    assert dataset[5]["txt"] == "caption 5"
+    (tmp_path / "00001.tar").unlink()
+    with pytest.raises(UserError, match=r"00001.tar: was deleted or moved"):
+        dataset[5]
+    write_tar(tmp_path / "00001.tar", range(20, 26))
+    with pytest.raises(UserError, match=r"00001.tar: was replaced or changed"):
+        dataset[5]
+    assert dataset[1]["txt"] == "caption 1"
+
+
 def test_filter():
     keep = Filter(min_size=512, max_pwatermark=0.5, p_unsafe_threshold=0.1, words=["Bad"])
     good = {"original_width": 512, "original_height": 600, "pwatermark": 0.5, "punsafe": 0.1}

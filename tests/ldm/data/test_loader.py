@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.loader import ResumableLoader, SeededDataset
-from ldm.data.sampler import EpochBatchSampler
 from ldm.util import UserError
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.prior import PriorBatchSampler
-from ldm.data.sampler import EpochBatchSampler
 from ldm.shards import npy
 from ldm.shards.index import write_index
 from ldm.util import UserError
@@ -212,9 +212,9 @@ def test_settings_that_cannot_work_are_refused(training, prior, options, message
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"f8_shape": (4, 4, 2)}, "f8 of 4x2, the training set's are 4x4; both must have one size"),
-        ({"f8_shape": (3, 4, 4)}, "f8 has 3 channels, the training set's has 8"),
-        ({"t5_shape": (7, 5)}, r"t5 has shape \(7, 5\), the training set's \(7, 6\)"),
+        ({"f8_shape": (4, 4, 2)}, "f8 has sizes 4x2, but 4x4 in the training set; both must have one size"),
+        ({"f8_shape": (3, 4, 4)}, "f8 has 3 channels, but 8 in the training set"),
+        ({"t5_shape": (7, 5)}, r"t5 has shape \(7, 5\), but \(7, 6\) in the training set"),
     ],
 )
 def test_a_prior_of_other_shapes_is_refused(training, tmp_path, shapes, message):
@@ -236,7 +236,7 @@ def test_streams_to_train_on_are_refused(training, prior, tmp_path):
         ({"t": np.ones(2, np.int32)}, r"shapes of the teacher do not match.*make_prior\.py"),
         ({"noise": np.ones((3, 4, 4, 2), np.float16)}, "shapes of the teacher do not match"),
         ({"t": np.ones(3, np.float32)}, "type is float32, not one of int32, int64"),
-        ({"t": np.full(3, 100, np.int64)}, "t is 100, the model's are 0 to 100 - 1"),
+        ({"t": np.full(3, 100, np.int64)}, "t is 100; it must be a timestep of the model, 0 to 99"),
         ({"t": np.full(3, -1, np.int32)}, "t is -1"),
     ],
 )

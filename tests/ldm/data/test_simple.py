@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.simple import FolderData, IdRetreivalDataset, TextOnly, hf_dataset, read_captions
+from ldm.data.simple import FolderData, IdRetreivalDataset, TextOnly, hf_dataset
 from ldm.util import UserError
 from tests.ldm.image_files import gradient, write_images
 
@@ -39,7 +39,8 @@ def test_folder_data_reads_one_kind_of_file(tmp_path):
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
 def test_folder_data_reads_captions(tmp_path, kind):
     write_images(tmp_path, ["1.jpg", "2.jpg", "3.jpg"])
-    file = tmp_path / f"captions.{kind}"
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / f"captions.{kind}"
     pairs = {"2.jpg": "a cat, big", "1.jpg": "a dog"}
     lines = {
         "json": json.dumps(pairs),
@@ -54,21 +55,33 @@ def test_folder_data_reads_captions(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.json", "{", "not captions by file name"),
-        ("c.json", "[1]", "not captions by file name"),
-        ("c.json", '{"a.jpg": 3}', "expected a file name and its caption, got 3"),
-        ("c.jsonl", '{"file": "a"}', "an entry has no 'file_name'"),
+        ("c.json", "{", r"c\.json: not JSON"),
+        ("c.json", "[1]", "c.json, entry 1: expected captions by file name, got '1'"),
+        ("c.json", "3", "c.json, entry 1: expected captions by file name, got '3'"),
+        ("c.json", '{"a.jpg": 3}', r"c\.json, 'a\.jpg': text is not a string: 3"),
+        ("c.json", "{}", r"c\.json: has no captions"),
+        ("c.jsonl", '{"name": "a"}', "c.jsonl, line 1: expected"),
         ("c.json", '{"../a.jpg": "x"}', "outside the folder"),
-        ("c.txt", "x", "read from .json, .jsonl or .csv"),
-        ("c.json", None, "no captions '.*c.json'"),
+        ("c.txt", "x", r"read from \.jsonl, \.csv, \.json"),
+        ("c.json", None, r"no captions '.*c\.json'"),
     ],
 )
-def test_read_captions_refuses_in_one_line(tmp_path, name, text, message):
+def test_folder_data_refuses_captions_in_one_line(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        read_captions(tmp_path / name)
+        FolderData(tmp_path, caption_file=tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_folder_data_reads_entries_of_other_programs(tmp_path):
+    write_images(tmp_path, ["1.jpg", "2.jpg"])
+    entries = {"1.jpg": {"caption": "one", "tags": "x"}, "2.jpg": {"tags": "y"}}
+    listed = [{"file_name": name, **entry} for name, entry in entries.items()]
+    for content in (entries, listed):
+        (tmp_path / "c.json").write_text(json.dumps(content))
+        data = FolderData(tmp_path, caption_file=tmp_path / "c.json", default_caption="none")
+        assert [data[index]["txt"] for index in range(2)] == ["one", "none"]
 
 
 def test_folder_data_names_images_that_are_too_small_and_kinds_that_are_not_there(tmp_path):
@@ -113,6 +126,8 @@ def test_hf_dataset_reads_a_local_folder_and_downloads_nothing(tmp_path):
     assert data[0]["image"].shape == (16, 16, 3)
     other = hf_dataset(str(tmp_path / "set"), text_column="tags", image_key="jpg", caption_key="c")
     assert (other[0]["c"], "jpg" in other[0]) == ("b", True)
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 1: has no 'caption', only 'file_name', 'text', 'tags'"):
+        hf_dataset(str(tmp_path / "set"), text_column="caption")
     write_images(tmp_path / "beside", ["1.jpg"])
     (tmp_path / "beside" / "1.txt").write_text("next to it")
     assert hf_dataset(str(tmp_path / "beside"))[0]["txt"] == "next to it"

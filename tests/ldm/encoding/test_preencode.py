@@ -24,6 +24,7 @@ from ldm.shards.tar import index_tar
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 from tests.ldm.encoding.toy_encoder import Model, image, run
+from tests.ldm.shard_files import png, write_tar
 from tests.waiting import LIMIT
 
 
@@ -170,8 +171,19 @@ def test_unreadable_images_are_reported_and_the_rest_written(images, tmp_path, c
     report, _ = run(images, tmp_path / "s.tar", workers=1)
     assert (report.samples, report.without_caption) == (4, 1)
     assert [failure["name"] for failure in report.failed] == ["p.2.png", "p.3.png", "phone.heic"]
-    assert "left out: p.2.png: not an image" in caplog.text and "p.3.png: its caption is not UTF-8" in caplog.text
+    assert "image skipped: p.2.png: not an image" in caplog.text and "p.3.png: its caption is not UTF-8" in caplog.text
     assert json.loads((tmp_path / "index.json").read_text())["failed"] == report.failed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_of_images_that_was_replaced_ends_it(tmp_path, workers):
+    members = [("a.png", png(np.zeros((20, 20, 3), np.uint8))), ("a.txt", b"a cat")]
+    path = write_tar(tmp_path / "images.tar", members)
+    items = find_images(path)
+    write_tar(tmp_path / "new.tar", members).replace(path)
+    with pytest.raises(UserError, match=r"^.*images.tar: was replaced or changed [^\n]*$"):
+        preencode(SampleEncoder(Model()), items, str(tmp_path / "set/s.tar"), size=16, batch_size=2, workers=workers)
+    assert not list(tmp_path.glob("set/*"))
 
 
 def test_no_readable_image_writes_nothing(tmp_path):
@@ -248,7 +260,7 @@ def test_a_set_that_was_cut_short_is_not_trained_on(captioned, tmp_path, caplog,
         run(captioned, out, StopsAt(3, error), overwrite=True, **options)
     shards = len(list(out.parent.glob("s-*.tar")))
     assert shards in (1, 2, 3)  # the thread that writes may be that far behind
-    told = f"interrupted: {shards} shards of an unfinished set, which training refuses" in caplog.text
+    told = f"holds {shards} shards of an unfinished set, which training refuses" in caplog.text
     assert told == isinstance(error, KeyboardInterrupt)
     with pytest.raises(UserError, match="the set is unfinished"):
         WebDataNpyModuleFromConfig(1, str(out.parent)).setup("fit")

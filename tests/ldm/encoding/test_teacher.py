@@ -67,7 +67,7 @@ def test_half_precision_networks_are_asked_too(tiny_release):
 
 @pytest.mark.parametrize("count", [0, 1001])
 def test_a_number_of_questions_that_cannot_be(model, count):
-    with pytest.raises(UserError, match=f"--teacher {count}: choose 1 to 1000 timesteps"):
+    with pytest.raises(UserError, match=f"--teacher {count}: must be 1 to 1000 timesteps"):
         Teacher(model, count, 0)
 
 

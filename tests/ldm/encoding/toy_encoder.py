@@ -62,7 +62,7 @@ def image(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
         path.with_suffix(".txt").write_text(caption)
 
 
-def run(folder, out, model=None, caption=None, **options):
+def run(folder, out, model=None, caption=None, pairs=False, **options):
     model = model or Model()
     options = {"size": 16, "batch_size": 2, "shard_size": 3, **options}
-    return preencode(SampleEncoder(model), find_images(folder, caption), str(out), **options), model
+    return preencode(SampleEncoder(model), find_images(folder, caption, pairs), str(out), **options), model

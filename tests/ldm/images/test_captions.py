@@ -86,3 +86,31 @@ def test_captions_among_the_images_of_a_glob(tmp_path, caplog):
 
 def test_same_name_of_the_spellings_of_one():
     assert same_name(f"x/{COMPOSED}.TXT") == same_name(f"x/{DECOMPOSED}.txt") != same_name("x/cafe.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_captions_of_other_systems(tmp_path, encoding):
+    text = "ein  Hündchen\r\n\tim Gras\r\n" + "und so weiter, " * 2000
+    put(tmp_path, {"a.png": RED, "a.txt": text.encode(encoding), "b/b.png": RED})
+    put(tmp_path, {"b/metadata.jsonl": metadata({"file_name": "b.png", "text": text}).encode(encoding)})
+    caption = " ".join(text.split())
+    assert described(find_images(tmp_path)) == [("a.png", caption), ("b/b.png", caption)]
+
+
+@pytest.mark.parametrize("name", ["a.caption", "a.png.txt", "a.CAPTION", "a.png.TXT"])
+def test_caption_files_of_other_programs(tmp_path, caplog, name):
+    put(tmp_path, {"a.png": RED, name: "tom"})
+    for source in (tmp_path, [str(tmp_path / "a.png"), str(tmp_path / name)], f"{tmp_path}/*"):
+        assert described(find_images(source)) == [("a.png", "tom")] and not caplog.text
+
+
+def test_a_text_file_takes_precedence_among_caption_files(tmp_path, caplog):
+    put(tmp_path, {"a.png": RED, "a.txt": "one", "a.caption": "two", "a.png.txt": "three"})
+    assert described(find_images(tmp_path)) == [("a.png", "one")]
+    assert "files of other types skipped: .caption" in caplog.text and "a.png.txt" in caplog.text
+
+
+def test_a_pattern_names_images_beside_other_files(tmp_path, caplog):
+    put(tmp_path, {"a.png": RED, "a.txt": "one", "Thumbs.db": "x"})
+    assert described(find_images(f"{tmp_path}/*")) == [("a.png", "one")]
+    assert "1 files skipped, because they are neither images nor tars" in caplog.text and "Thumbs.db" in caplog.text

@@ -159,6 +159,24 @@ def test_to_srgb_reads_gamma_and_primaries_of_png(caplog):
     assert "broken: colour profile ignored" in caplog.text
 
 
+@pytest.mark.parametrize(("curve", "gamma"), [(13, None), (1, None), (4, 2.2)])
+def test_to_srgb_reads_the_coding_of_png(curve, gamma):
+    coding = (b"cICP", bytes([12, curve, 0, 1]))
+    decoded = decode_image(with_chunks((b"iCCP", b"x\0\0" + zlib.compress(grey_profile(2.2))), coding), "x").astype(int)
+    by_chunks = decode_image(with_chunks(chrm(P3), *([gama(1 / gamma)] if gamma else [])), "x")
+    np.testing.assert_array_equal(decoded, by_chunks)
+    assert np.abs(decoded - PIXELS).max() > 5
+    np.testing.assert_array_equal(decode_image(with_chunks((b"cICP", bytes([1, 13, 0, 1])), gama(1.0)), "x"), PIXELS)
+
+
+def test_to_srgb_says_that_a_wide_range_of_light_is_ignored(caplog):
+    colour_profiles._said.clear()
+    np.testing.assert_array_equal(decode_image(with_chunks((b"cICP", bytes([9, 16, 0, 1]))), "hdr.png"), PIXELS)
+    assert "hdr.png: colour profile ignored" in caplog.text and "its coding 9/16" in caplog.text
+    both = with_chunks((b"cICP", bytes([9, 16, 0, 1])), (b"iCCP", b"x\0\0" + zlib.compress(rgb_profile(P3))))
+    assert np.abs(decode_image(both, "x").astype(int) - expected(rgb_profile(P3))).max() <= 1
+
+
 @pytest.mark.parametrize("how", ["number", "interoperability"])
 def test_to_srgb_reads_adobe_rgb_in_exif(how):
     exif = Image.Exif()

@@ -13,6 +13,7 @@ from ldm.images.decode_lock import DecodeLock
 from ldm.images.find import ImageItem
 from ldm.util import UserError
 from tests.ldm.images.test_decode import encoded, gradient
+from tests.waiting import join, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +40,13 @@ def test_turn_is_given_to_one_process_and_comes_back_from_a_dead_one():
     (ours, theirs), (second, other) = multiprocessing.Pipe(), multiprocessing.Pipe()
     holder = context.Process(target=hold, args=(theirs,))
     holder.start()
-    assert ours.recv() == "has it"
+    assert wait_for(ours.poll, holder) and ours.recv() == "has it"
     waiter = context.Process(target=wait, args=(other,))
     waiter.start()
     assert not second.poll(0.5)
     holder.kill()
-    assert second.poll(60) and second.recv() == "has it"
-    for process in (holder, waiter):
-        process.join(60)
+    assert wait_for(second.poll, waiter) and second.recv() == "has it"
+    assert join(holder, waiter) == [-9, 0]
 
 
 def test_turn_does_not_wait_where_there_can_be_no_lock(tmp_path, monkeypatch):
@@ -99,27 +99,3 @@ def test_decode_image_refuses_absurd_tiles_of_a_tiff():
     assert decode_image(tiled(16), "x").shape == (16, 16, 3)
     with pytest.raises(UserError, match="x: a TIFF with tiles of 2147483632x16 pixels"):
         decode_image(tiled((1 << 31) - 16), "x")
-
-
-def test_read_of_a_large_image_holds_it_once(tmp_path):
-    """A PNG of 50 megapixels, in a process of its own: little more than 7 bytes a pixel."""
-    Image.new("RGB", (10_000, 5_000), "red").save(tmp_path / "large.png", compress_level=1)
-
-    def peak(connection):
-        import resource
-
-        from ldm.images.transforms import fit_square
-
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        import torch
-
-        torch.set_num_threads(1)
-        ImageItem("large", tmp_path / "large.png").read(lambda pixels: fit_square(torch.from_numpy(pixels), 64))
-        connection.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
-
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=peak, args=(theirs,))
-    process.start()
-    assert ours.poll(100) and ours.recv() < 50_000_000 * 11
-    process.join(60)
-    assert (tmp_path / "lock").exists()

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from ldm.checkpoint import save_state_dict
-from ldm.checkpoint.keys import UNET
-from ldm.release.configs import family_of, release_config
+from ldm.checkpoint import load_state_dict, save_state_dict
+from ldm.checkpoint.keys import UNET, V_PREDICTION, ZERO_SNR
+from ldm.release.configs import family_of, release_config, training_config
 from ldm.release.families import FAMILIES, Family
 from ldm.util import UserError
+from tests.sparse_files import write_sparse
 
 
-def written(family: Family, folder: Path) -> Path:
-    """A file with the tensors of the UNet that tell the family."""
+def written(family: Family, folder: Path, *markers: str) -> Path:
+    """A file with the tensors of the UNet that tell the family, and `markers`; the tensors take no room on the disk."""
     shapes = {key: shape for key, shape in family.shapes.items() if key.startswith(UNET)}
     path = folder / f"{family.key}.safetensors"
-    save_state_dict({key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()}, path)
+    write_sparse(path, {**shapes, **dict.fromkeys(markers, (0,))})
     return path
 
 
@@ -51,6 +53,71 @@ def test_release_config_that_is_given_is_read_before_the_file(tiny_release: Path
     for given in (None, "demo_tiny_release.yaml"):
         with pytest.raises(UserError, match=r"missing\.ckpt"):
             release_config("missing.ckpt", given)
+
+
+@pytest.fixture
+def marked(tiny_release: Path, tmp_path: Path) -> Path:
+    """A release of no family with the marker of v-prediction."""
+    save_state_dict({**load_state_dict(tiny_release), V_PREDICTION: torch.zeros(0)}, tmp_path / "marked.ckpt")
+    return tmp_path / "marked.ckpt"
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    """A config that says that its UNet predicts the noise."""
+    OmegaConf.save(OmegaConf.create({"model": {"params": {"parameterization": "eps"}}}), tmp_path / "eps.yaml")
+    return tmp_path / "eps.yaml"
+
+
+@pytest.mark.parametrize("given", [None, "stable_diffusion_xl.yaml"])
+def test_release_config_follows_the_markers(given: str | None, tmp_path: Path) -> None:
+    path = written(FAMILIES["sdxl"], tmp_path, V_PREDICTION, ZERO_SNR)
+    params = release_config(path, given)[1].model.params
+    assert (params.parameterization, params.rescale_betas_zero_snr) == ("v", True)
+    params = release_config(path, given, "eps")[1].model.params
+    assert params.get("parameterization", "eps") == "eps" and "rescale_betas_zero_snr" not in params
+
+
+def test_release_config_leaves_what_a_config_says(marked: Path, noise: Path) -> None:
+    assert release_config(marked, noise)[1].model.params.parameterization == "eps"
+
+
+@pytest.mark.parametrize("key", ["sd1", "sd2_768_v"])
+def test_training_config_is_that_of_the_family(key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(FAMILIES[key], tmp_path)
+    with caplog.at_level(logging.INFO):
+        chosen = training_config(path)
+    assert chosen.names == [FAMILIES[key].finetune_config] and chosen.overrides == []
+    assert chosen.prediction == FAMILIES[key].parameterization
+    assert FAMILIES[key].described() in caplog.text
+    if key == "sd2_768_v":
+        assert training_config(path, parameterization="eps").names == [FAMILIES["sd2_base"].finetune_config]
+
+
+def test_training_config_follows_the_markers_and_says_what_to_type(tmp_path: Path) -> None:
+    path = written(FAMILIES["sdxl"], tmp_path, V_PREDICTION, ZERO_SNR)
+    values = "model.params.parameterization=v model.params.rescale_betas_zero_snr=true"
+    for given in ((), ("finetune_stable_diffusion_xl.yaml",)):
+        chosen = training_config(path, given)
+        assert chosen.prediction == "v" and chosen.config.model.params.rescale_betas_zero_snr is True
+        assert chosen.as_typed() == f"finetune_stable_diffusion_xl.yaml {values}"
+    assert training_config(path, parameterization="eps").prediction == "eps"
+
+
+def test_training_config_refuses_a_config_that_says_otherwise(marked: Path, noise: Path) -> None:
+    with pytest.raises(UserError, match="predicts v, but the training's parameterization is eps; train") as caught:
+        training_config(marked, [str(noise)])
+    assert "\n" not in str(caught.value)
+    assert training_config(marked, [str(noise)], "eps").prediction == "eps"
+
+
+def test_training_config_refuses_what_has_none(tiny_release: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no family matches these weights; the nearest is ") as caught:
+        training_config(tiny_release)
+    assert str(caught.value).endswith("name a matching config with --base")
+    with pytest.raises(UserError, match="no config fine-tunes Stable Diffusion 2 depth ") as caught:
+        training_config(written(FAMILIES["sd2_depth"], tmp_path))
+    assert str(caught.value).endswith("--base stable_diffusion_v2_depth.yaml")
 
 
 @pytest.mark.parametrize(

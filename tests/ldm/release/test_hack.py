@@ -86,3 +86,27 @@ def test_a_training_checkpoint_is_no_release(files, tmp_path):
     (tmp_path / "other.ckpt").write_bytes(files[0].read_bytes())
     with pytest.raises(UserError, match=r"other\.ckpt: a training checkpoint .*merge_release"):
         hack.hack_training(files[0], tmp_path / "other.ckpt", files[0])
+
+
+def test_hack_training_notes_what_the_release_predicts(files):
+    save_state_dict({"model.w": torch.ones(3), "v_pred": torch.zeros(0)}, files[1])
+    hack.hack_training(*files, files[0])
+    assert load_checkpoint(files[0])["parameterization"] == "v"
+
+
+def test_hack_training_refuses_a_release_that_predicts_something_else(files):
+    content = load_checkpoint(files[0])
+    save_checkpoint({**content, "parameterization": "eps"}, files[0])
+    save_state_dict({"model.w": torch.ones(3), "v_pred": torch.zeros(0)}, files[1])
+    before = files[0].read_bytes()
+    with pytest.raises(UserError, match="predicts v, but the training's parameterization is eps; train with"):
+        hack.hack_training(*files, files[0])
+    assert files[0].read_bytes() == before
+    hack.hack_training(*files, files[0], parameterization="eps")
+    assert load_checkpoint(files[0])["parameterization"] == "eps"
+
+
+def test_a_release_of_another_noise_schedule_is_refused(files):
+    save_state_dict({"model.w": torch.ones(3), "edm_mean": torch.zeros(1)}, files[1])
+    with pytest.raises(UserError, match=r"model\.ckpt: holds edm_mean"):
+        hack.hack_training(*files, files[0])

@@ -17,6 +17,8 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.formats import as_bytes
+from ldm.release import recognition
+from ldm.release.families import FAMILIES
 from ldm.release.graft import graft
 from ldm.release.merge import merge, merge_files
 from ldm.util import UserError
@@ -322,3 +324,37 @@ def test_a_training_checkpoint_is_no_release(files, tmp_path):
 def test_the_summary_has_no_empty_lines():
     lines = merge(training(), release()).summary()
     assert len(lines) == 2 and not any(line.startswith("0 ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("markers", "noted", "zero_snr", "expected"),
+    [
+        ((), None, False, set()),
+        ((), "eps", False, set()),
+        (("v_pred", "ztsnr"), None, False, {"v_pred", "ztsnr"}),
+        (("v_pred", "ztsnr"), "v", True, {"v_pred", "ztsnr"}),
+        ((), "v", False, {"v_pred"}),
+        ((), "v", True, {"v_pred", "ztsnr"}),
+        (("v_pred",), "eps", False, set()),
+        (("v_pred", "ztsnr"), "v", False, {"v_pred"}),
+    ],
+)
+def test_merge_files_marks_what_was_trained(files, tmp_path, monkeypatch, caplog, markers, noted, zero_snr, expected):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(recognition, "_matching", lambda shapes: [FAMILIES["sdxl"]])
+    alphas = torch.tensor([0.9, 0.0 if zero_snr else 0.1])
+    content = {**load_checkpoint(files[0]), "state_dict": {**training(), "alphas_cumprod": alphas}}
+    save_checkpoint(content if noted is None else {**content, "parameterization": noted}, files[0])
+    save_state_dict({**release(), **{marker: torch.zeros(0) for marker in markers}}, files[1])
+    merge_files(*files, tmp_path / "merged.safetensors", None, False)
+    merged = load_state_dict(tmp_path / "merged.safetensors")
+    assert merged.keys() - release().keys() == expected
+    assert (f"the training predicts {noted}" in caplog.text) == (set(markers) != expected)
+
+
+def test_merge_files_refuses_another_family(files, tmp_path, monkeypatch):
+    families = iter(["sdxl", "sd1"])
+    monkeypatch.setattr(recognition, "_matching", lambda shapes: [FAMILIES[next(families)]])
+    with pytest.raises(UserError, match=r"model\.ckpt: is Stable Diffusion XL, the training is of Stable Diffusion 1;"):
+        merge_files(*files, tmp_path / "merged.safetensors", None, False)
+    assert not (tmp_path / "merged.safetensors").exists()

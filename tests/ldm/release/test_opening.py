@@ -16,6 +16,7 @@ from ldm.release.hack import hack_config, hack_training
 from ldm.release.load import load_release
 from ldm.release.merge import merge_files
 from ldm.release.opening import open_release, read_autoencoder
+from ldm.training.resume import read_training_checkpoint
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG
 from tests.release_layouts import LAYOUTS, bare_unet, extras, flat_clip, linear_attention
@@ -244,11 +245,16 @@ def test_merge_files_into_a_unet_alone_leaves_out_the_other_parts(
     assert "first_stage_model.* of the training skipped" in caplog.text
 
 
-def test_training_checkpoints_of_lightning_1_4_are_taken(plain: dict, training: Path, tmp_path: Path, caplog) -> None:
+@pytest.mark.parametrize(
+    ("version", "loops"), [("1.4.2", {}), ("1.5.0", {"loops": {"fit_loop": {}}}), ("1.9.5", {"loops": {"a": 1}})]
+)
+def test_training_checkpoints_of_lightning_1_are_taken(
+    plain: dict, training: Path, tmp_path: Path, caplog, version: str, loops: dict
+) -> None:
     caplog.set_level("INFO")
-    content = {**load_checkpoint(training), "global_step": 470000, "pytorch-lightning_version": "1.4.2"}
+    content = {**load_checkpoint(training), "global_step": 470000, "pytorch-lightning_version": version}
     old, release = tmp_path / "old.ckpt", tmp_path / "r.ckpt"
-    save_checkpoint({key: value for key, value in content.items() if key != "loops"}, old)
+    save_checkpoint({key: value for key, value in content.items() if key != "loops"} | loops, old)
     save_state_dict(plain, release)
     merge_files(old, release, tmp_path / "m.ckpt", None, False)
     assert torch.equal(load_state_dict(tmp_path / "m.ckpt")[MOVED], plain[MOVED] + 1)
@@ -257,4 +263,7 @@ def test_training_checkpoints_of_lightning_1_4_are_taken(plain: dict, training: 
     assert hacked["global_step"] == 0 and "fit_loop" in hacked["loops"]
     assert torch.equal(hacked["state_dict"][MOVED], plain[MOVED])
     said = [record.getMessage() for record in caplog.records if "step counters start at 0" in record.getMessage()]
-    assert said == [f"{old}: written by Lightning 1.4.2, without loops; the step counters start at 0"] * 2
+    line = f"{old}: written by Lightning {version}, without the loops of Lightning 2; the step counters start at 0"
+    assert said == [line] * 2
+    taken_up = read_training_checkpoint(old).content
+    assert taken_up["global_step"] == 0 and torch.equal(taken_up["state_dict"][MOVED], plain[MOVED] + 1)

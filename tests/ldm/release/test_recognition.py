@@ -8,10 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, SCHEDULE_KEYS, UNET, V_PREDICTION, ZERO_SNR, ema_key
+from ldm.checkpoint.keys import (
+    COND_STAGE,
+    CONDITIONER,
+    EDM_MARKERS,
+    EMA,
+    SCHEDULE_KEYS,
+    UNET,
+    V_PREDICTION,
+    ZERO_SNR,
+    ema_key,
+)
 from ldm.config.load import build_model, find_config, load_config
 from ldm.release.families import FAMILIES
-from ldm.release.recognition import recognise, shapes_of
+from ldm.release.recognition import check_same_family, find_family, log_family, recognise, shapes_of
 from ldm.util import UserError
 from tests.golden_data import released_keys
 
@@ -117,6 +127,43 @@ def test_recognise_reads_the_marks_of_v_prediction(key: str, caplog: pytest.LogC
     assert "predicts v, with zero terminal SNR" in caplog.text
     assert recognise({**shapes, ZERO_SNR: ()}, parameterization="eps") == FAMILIES[key]
     assert recognise(shapes_for(key), parameterization="v") == predicts_v
+
+
+def test_recognise_reads_zero_terminal_snr_where_the_default_predicts_v() -> None:
+    marked = {**shapes_for("sd2_768_v"), ZERO_SNR: ()}
+    assert recognise(marked) == replace(FAMILIES["sd2_768_v"], zero_snr=True)
+    assert recognise(marked, size=512) is FAMILIES["sd2_base"]
+    assert recognise({**shapes_for("sdxl"), ZERO_SNR: ()}) is FAMILIES["sdxl"]
+
+
+@pytest.mark.parametrize("marker", EDM_MARKERS)
+def test_recognise_refuses_another_noise_schedule(marker: str) -> None:
+    with pytest.raises(UserError, match=f"x.ckpt: holds {marker}, the marker of an EDM noise schedule"):
+        recognise({**shapes_for("sdxl"), marker: ()}, source="x.ckpt")
+
+
+def test_find_family_and_log_family_know_no_family_of_others(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert find_family({FIRST: (32, 4, 3, 3)}) is None
+        assert log_family({FIRST: (32, 4, 3, 3)}, "x.ckpt", "eps") is None
+        assert log_family(shapes_for("sd1"), "x.ckpt", "x0") is None
+        assert not caplog.records
+        assert log_family(shapes_for("sd2_768_v"), "x.ckpt", "eps") is FAMILIES["sd2_base"]
+    assert [record.getMessage() for record in caplog.records] == [f"x.ckpt: {FAMILIES['sd2_base'].described()}"]
+
+
+def test_check_same_family_names_both() -> None:
+    for key in (*LISTS, *SIBLINGS):
+        check_same_family(shapes_for(key), without(shapes_for(key), COND_STAGE, CONDITIONER), "x.ckpt")
+        check_same_family(shapes_for(key), {"model.w": (3,)}, "x.ckpt")
+    for release, training, config in (("sdxl", "sd1", "_xl.yaml"), ("sd1_inpainting", "sd1", "_v1_inpainting.yaml")):
+        with pytest.raises(UserError) as caught:
+            check_same_family(shapes_for(release), shapes_for(training), "x.ckpt")
+        said = str(caught.value)
+        assert said.startswith(f"x.ckpt: is {FAMILIES[release].name}, the training is of {FAMILIES[training].name}; ")
+        assert said.endswith(config) and "\n" not in said
+    with pytest.raises(UserError, match="is Stable Diffusion 2 768-v or Stable Diffusion 2 base, the training"):
+        check_same_family(shapes_for("sd2_768_v"), shapes_for("sd1"), "x.ckpt")
 
 
 def test_overrides_make_the_config_of_what_recognise_found() -> None:

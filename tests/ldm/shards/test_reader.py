@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 
@@ -92,3 +93,63 @@ def test_no_samples_and_no_file_are_errors(tmp_path):
 def test_an_empty_shard_among_others_does_no_harm(tmp_path):
     pattern = write_set(tmp_path, 1, shards=3)
     assert len(ShardDataset(expand_urls(pattern))) == 1
+
+
+def member(name, shape, value=1.0):
+    return f"000000.{name}.npy", npy.encode(np.full(shape, value, np.float16))
+
+
+def described(**entries):
+    return [m for m in sample_members(0) if not m[0].endswith("json")] + [("000000.json", json.dumps(entries).encode())]
+
+
+def test_sizes_come_from_the_json_by_either_name(tmp_path):
+    path = write_tar(tmp_path / "a.tar", described(original_size=[16, 20], crop_top_left=[0, 3], target_size=[8, 8]))
+    sample = ShardDataset([path], extra=["original_size", "crop_coords_top_left", "target_size_as_tuple"])[0]
+    assert sample["original_size"].tolist() == [16, 20] and sample["original_size"].dtype == np.float32
+    assert sample["crop_coords_top_left"].tolist() == [0, 3] and sample["target_size_as_tuple"].tolist() == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({}, "has no original_size, which must be two whole numbers"),
+        ({"original_size": [16]}, r"\[16\]"),
+        ({"original_size": [16, 1.5]}, r"\[16, 1\.5\]"),
+        ({"original_size": [True, 2]}, r"\[True, 2\]"),
+        ({"original_size": [-1, 2]}, r"\[-1, 2\]"),
+        ({"original_size": [1, 1 << 70]}, "original_size"),
+        ({"original_size": "16x20"}, "16x20"),
+    ],
+)
+def test_sizes_that_are_none_are_named_before_training(tmp_path, entries, message):
+    path = write_tar(tmp_path / "a.tar", described(**entries))
+    with pytest.raises(UserError, match=message) as caught:
+        ShardDataset([path], extra=["original_size"])
+    assert "a.tar: 000000.json: " in str(caught.value) and "\n" not in str(caught.value)
+    assert len(ShardDataset([path])) == 1
+
+
+def test_all_numbered_members_are_read(tmp_path):
+    maps = [member(key, (1, 4, 4), n) for n, key in enumerate(["mask", "mask.1", "mask.2"])]
+    images = [member(key, (8, 4, 4), n) for n, key in enumerate(["masked_image", "masked_image.1", "masked_image.2"])]
+    path = write_tar(tmp_path / "a.tar", sample_members(0) + maps + images)
+    dataset = ShardDataset([path], extra=["mask", "masked_image"])
+    assert [dataset[0][key].max() for key in ("mask", "mask.1", "mask.2", "masked_image.2")] == [0, 1, 2, 2]
+    assert "mask.1" not in ShardDataset([path]).keys
+    short = [(name.replace("000000", "000001"), data) for name, data in sample_members(0) + maps + images[:2]]
+    path = write_tar(tmp_path / "b.tar", sample_members(0) + maps + images + short)
+    with pytest.raises(UserError, match=r"sample '000001' has no member 'masked_image\.2\.npy'"):
+        ShardDataset([path], extra=["mask", "masked_image"])
+
+
+def test_a_map_of_another_size_than_its_latent_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [*sample_members(0), member("edit", (4, 4, 2))])
+    with pytest.raises(UserError, match=r"000000\.edit\.npy: shape \(4, 4, 2\).* \(8, 4, 4\)"):
+        ShardDataset([path], extra=["edit"])
+
+
+def test_a_member_of_another_family_is_told_of(tmp_path):
+    path = write_tar(tmp_path / "a.tar", sample_members(0))
+    with pytest.raises(UserError, match=r"has no member 'pooled\.npy'.*encode the images again"):
+        ShardDataset([path], extra=["pooled"])

@@ -34,7 +34,9 @@ def test_streams_stay_as_they_are():
     ]
 
 
-@pytest.mark.parametrize("urls", ["none-*.tar", "empty/", [], "a-{0..", ["x.tar", "x.tar"]])
+@pytest.mark.parametrize(
+    "urls", ["none-*.tar", "empty/", [], "a-{0..", ["x.tar", "x.tar"], None, True, 5, [None], {"a": "b"}, [["a.tar"]]]
+)
 def test_what_names_nothing_or_too_much_is_an_error(tmp_path, monkeypatch, urls):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -57,7 +59,7 @@ def test_a_pattern_nested_too_deeply_is_refused():
 
 
 @pytest.mark.parametrize(
-    "folder", ["fruit [2]", "fruit {2}", "fruit {a,b}", "fruit*", "a::b", "fruit?", "~x", "f #1: [y]"]
+    "folder", ["fruit [2]", "fruit {2}", "fruit {a,b}", "fruit*", "a::b", "fruit?", "~x", "f #1: [y]", "co:lon"]
 )
 def test_expand_urls_takes_what_exists_literally(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)

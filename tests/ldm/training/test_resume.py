@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.checkpoint import save_checkpoint
+from ldm.checkpoint import load_checkpoint, save_checkpoint
 from ldm.config.load import build_model
 from ldm.release.initial_checkpoint import checkpoint_at_start
 from ldm.training.resume import AtomicCheckpointIO, build_from, read_training_checkpoint
@@ -106,3 +106,18 @@ def test_atomic_checkpoint_io_writes_and_removes_in_the_run_only(
         io.remove_checkpoint(run / "checkpoints" / name)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "notes.txt", "b.ckpt"}
     assert (outside / "linked.ckpt").exists()
+
+
+def test_build_from_refuses_a_checkpoint_that_predicts_something_else(config: DictConfig, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    save(config, path)
+    content = load_checkpoint(path)
+    save_checkpoint({**content, "parameterization": "v"}, path)
+    with pytest.raises(UserError, match=r"last\.ckpt: its UNet predicts v, the config's .* is eps") as caught:
+        build_from(config, read_training_checkpoint(path))
+    assert "\n" not in str(caught.value) and "model.params.parameterization=v" in str(caught.value)
+    config.model.params.parameterization = "v"
+    assert build_from(config, read_training_checkpoint(path)).parameterization == "v"
+    save_checkpoint({**content, "parameterization": 7}, path)
+    with pytest.raises(UserError, match="parameterization: none of eps, x0, v"):
+        read_training_checkpoint(path)

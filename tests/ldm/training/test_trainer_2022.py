@@ -18,6 +18,7 @@ from ldm.util import UserError
         ({"gpus": "0,1,"}, {"accelerator": "gpu", "devices": [0, 1]}),
         ({"gpus": 1}, {"accelerator": "gpu", "devices": 1}),
         ({"gpus": "2"}, {"accelerator": "gpu", "devices": 2}),
+        ({"gpus": "0", "accelerator": "gpu"}, {"accelerator": "gpu", "devices": [0]}),
         ({"gpus": [1]}, {"accelerator": "gpu", "devices": [1]}),
         ({"gpus": -1}, {"accelerator": "gpu", "devices": -1}),
         ({"gpus": 0}, {"accelerator": "cpu", "devices": 1}),
@@ -46,6 +47,14 @@ def test_translation(given, expected):
 def test_without_cuda_gpus_warns_and_trains_on_the_cpu(caplog):
     assert translate_arguments({"gpus": "0,"}, has_cuda=False) == {"accelerator": "cpu", "devices": 1}
     assert "no CUDA device" in caplog.text
+
+
+def test_no_gpu_is_told_of_where_there_is_one(caplog):
+    assert translate_arguments({"gpus": 0}, has_cuda=True) == {"accelerator": "cpu", "devices": 1}
+    assert "--gpus 0 asks for no GPU, so training runs on the CPU; --gpus 0, names the GPU number 0" in caplog.text
+    caplog.clear()
+    translate_arguments({"gpus": 0}, has_cuda=False)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["auto_select_gpus", "amp_backend", "flush_logs_every_n_steps", "track_grad_norm"])

@@ -18,6 +18,8 @@ from ldm.util import UserError
 from tests.golden_data import case, fill_seeded, seeded_tensor
 from tests.ldm.models.diffusion.conftest import TEXT_TOWER, batch_of, construct
 
+STORED = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": "t5"}}
+
 
 def test_posterior_gives_a_fresh_latent_each_step(model: LatentDiffusion) -> None:
     encoded = model.encode_batch(batch_of((2, 8, 8, 8)))
@@ -86,6 +88,26 @@ def test_gradients_pass_through_a_frozen_unet() -> None:
 def test_a_frozen_unet_is_refused(params: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         construct(TEXT_TOWER, unet_trainable=False, **params)
+
+
+@pytest.mark.parametrize(("part", "names"), [("attn", "attn2."), ("conv_in", "input_blocks.0.0.")])
+def test_a_part_of_the_unet_trains(part: str, names: str, tmp_path: Path) -> None:
+    model = fill_seeded(construct(STORED, unet_trainable=part, use_ema=True)).train()
+    parameters = dict(model.model.named_parameters())
+    chosen = {name for name in parameters if names in name}
+    model.shared_step(batch_of((2, 8, 8, 8)))[0].backward()
+    assert {name for name, parameter in parameters.items() if parameter.grad is not None} == chosen != set()
+    assert {id(p) for p in model.trained_parameters()} == {id(parameters[name]) for name in chosen}
+    everything = set(construct(STORED, unet_trainable="all", use_ema=True).state_dict())
+    assert set(model.state_dict()) == everything
+    save_state_dict(model.state_dict(), tmp_path / "weights.ckpt")
+    model.init_from_ckpt(str(tmp_path / "weights.ckpt"), only_model=True)  # begins the average anew
+    assert set(model.state_dict()) == everything
+
+
+def test_an_unknown_part_of_the_unet_is_refused() -> None:
+    with pytest.raises(UserError, match="unet_trainable 'attm' is unknown; valid: true, false, all, attn, conv_in"):
+        construct(STORED, unet_trainable="attm")
 
 
 def test_frozen_text_tower_gets_no_gradient() -> None:
@@ -200,7 +222,9 @@ def test_keys_of_a_GeneralConditioner_begin_as_those_of_SDXL() -> None:
     assert all(parameter.grad is not None for parameter in model.conditioner.parameters())
     assert len(model.trained_parameters()) == len([*model.model.parameters(), *model.conditioner.parameters()])
 
-    with pytest.raises(UserError, match="GeneralConditioner, takes txt, target_size_as_tuple, which"):
+    check_reads_captions(model)
+    model.conditioner._inputs[1] = ["aesthetic_score"]
+    with pytest.raises(UserError, match="GeneralConditioner, takes txt, aesthetic_score, which"):
         check_reads_captions(model)
 
     copied = deepcopy(model).double()

@@ -209,3 +209,42 @@ def test_ddpm_of_pixels_trains_and_shows_images() -> None:
     images = model.log_images(batch, ddim_steps=2, unconditional_guidance_scale=3.0)
     assert set(images) == {"inputs", "reconstruction", "samples", "denoise_row"}
     assert torch.equal(images["inputs"], batch["image"].permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scheduler_config": {"target": "torch.nn.Identity"}}, "scheduler_config: torch.nn.Identity is no multiplier"),
+        ({"scheduler_config": {"target": "x.y"}}, "scheduler_config: target 'x.y': no module named 'x'"),
+        (
+            {"optimizer_config": {"target": "torch.optim.AdamW", "params": {"betas": [0.9]}}},
+            "optimizer_config: torch.optim.AdamW: list index out of range",
+        ),
+    ],
+)
+def test_optimizers_and_schedules_that_cannot_be_built_are_one_line(
+    make_model: Callable[..., LatentDiffusion], changes: dict, said: str
+) -> None:
+    model = make_model(**changes)
+    model.learning_rate = 1e-4
+    with pytest.raises(UserError, match=said):
+        model.configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scale_factor": 0}, "scale_factor 0: give a number above 0"),
+        ({"scale_factor": float("nan")}, "scale_factor nan: give a number above 0"),
+        ({"log_every_t": 0}, "log_every_t 0: give a whole number of at least 1"),
+        (
+            {"unet_config": {"target": "torch.nn.Identity"}, "first_stage_config": None},
+            "first_stage_config=None in params",
+        ),
+    ],
+)
+def test_values_that_make_no_model_are_one_line(
+    make_model: Callable[..., LatentDiffusion], changes: dict, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        make_model(**changes)

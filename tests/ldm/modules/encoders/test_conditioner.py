@@ -46,6 +46,36 @@ def test_golden_conditioner() -> None:
         torch.testing.assert_close(uncond[key], reference(NAME, f"uc_{key}"), atol=1e-5, rtol=1e-5)
 
 
+def test_encode_captions_and_sizes_make_the_golden_conditioning() -> None:
+    model, batch = golden(), golden_batch()
+    texts = batch.pop("txt")
+    assert model.other_keys == list(batch)
+    rows = [row for row, text in enumerate(texts) if text]
+    with torch.no_grad():
+        given = model(batch, captions=model.encode_captions(texts))
+    for key, value in given.items():
+        assert relative_error(value[rows], reference(NAME, key)[rows]) < 1e-5 and rows
+
+
+@torch.no_grad()
+def test_encode_captions_gives_what_dropping_gives_for_an_empty_caption() -> None:
+    model, texts = golden(), ["", "a cat"]
+    zeros = model.encode_captions(texts)
+    assert model.empties_to_zeros
+    assert all(part[1].any() and not part[0].any() for part in zeros.values())
+    model._ucg_values[0] = "nothing"
+    mixed, nothing = model.encode_captions(texts), model.embedders[0](["nothing"])
+    width = nothing.shape[-1]
+    torch.testing.assert_close(mixed["crossattn"][:1, :, :width], nothing)
+    assert not model.empties_to_zeros and not mixed["crossattn"][0, :, width:].any() and not mixed["vector"][0].any()
+
+
+def test_encode_captions_needs_the_captions_first() -> None:
+    model = GeneralConditioner(list(reversed(CASE["emb_models"])))
+    with pytest.raises(UserError, match="embedders of captions must come before the others"):
+        model.encode_captions(["a cat"])
+
+
 @pytest.mark.parametrize("number", range(len(CASE["sizes"])))
 def test_golden_concat_timestep_embedder(number: int) -> None:
     outdim, values = CASE["sizes"][number]
@@ -161,5 +191,5 @@ def test_conditioner_names_what_a_batch_lacks() -> None:
         stored()({"t5": BATCH["t5"]})
     with pytest.raises(UserError, match="embedder 0 returns 1 dimensions; valid: 2 to 5"):
         stored()(BATCH | {"t5": torch.ones(3)})
-    with pytest.raises(UserError, match="outdim 1: give at least 2"):
+    with pytest.raises(UserError, match="outdim 1: give a whole number of at least 2"):
         ConcatTimestepEmbedderND(1)

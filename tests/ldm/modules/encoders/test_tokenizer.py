@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
 from ldm.modules.encoders import tokenizer as module
-from ldm.modules.encoders.tokenizer import ClipTokenizer, clean, vocabulary_path
+from ldm.modules.encoders.tokenizer import ClipTokenizer, clean, cut_captions, vocabulary_path
 from ldm.util import UserError
 from tests.golden_data import read_json
 
@@ -80,6 +80,25 @@ def test_rows_are_cut_and_padded_to_max_length() -> None:
     short, long = ClipTokenizer(max_length=8)(["a cat", "one two three four five six seven eight"]).tolist()
     assert short == [START, *TOKENIZER.encode(["a cat"])[0], END, END, END, END, END]
     assert long == [START, *TOKENIZER.encode(["one two three four five six"])[0], END]
+
+
+def test_the_first_caption_that_is_cut_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = ClipTokenizer()
+    tokenizer(["a cat", "very " * 75])
+    assert not caplog.records
+    for _ in range(2):
+        tokenizer(["a cat", "very " * 76, "quite " * 80])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("Captions of more than 75 tokens are cut, the rest is not read; the first of them: 'very ")
+    assert line.endswith("(76 tokens)")
+
+
+def test_cut_captions_leaves_the_telling_to_whoever_asks(caplog: pytest.LogCaptureFixture) -> None:
+    stage = SimpleNamespace(tokenizer=ClipTokenizer())
+    long = "very " * 76
+    assert cut_captions(stage, ["a", long]) == {long: 76}
+    stage.tokenizer([long])
+    assert not caplog.records
 
 
 def test_encode_counts_all_ids() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.shards.identity import check_identity, identity_of, with_retries
+from ldm.identity import check_identity, identity_of, with_retries
 from ldm.util import UserError
 
 
@@ -25,7 +25,7 @@ def failing(times: int, number: int, calls: list[int]):
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_with_retries_outlasts_a_momentary_error(monkeypatch, number: int) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("ldm.shards.identity.time.sleep", pauses.append)
+    monkeypatch.setattr("ldm.identity.time.sleep", pauses.append)
     assert with_retries(failing(3, number, []), Path("a.tar")) == "data"
     assert len(pauses) == 3
     calls: list[int] = []

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.sampler import EpochBatchSampler, epoch_batches
+from ldm.data.batch_sampler import EpochBatchSampler, epoch_batches
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=3)
 

@@ -1,0 +1,267 @@
+"""A tiny model of each family, from a folder of images through the real command lines to a resumed training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.config.load import build_model, load_config
+from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.release.families import FAMILIES
+from ldm.release.load import load_release
+from ldm.shards.index import read_index
+from ldm.shards.reader import ShardDataset
+from ldm.shards.sample import SIZES
+from ldm.util import UserError
+from tests.conftest import ROOT
+from tests.tiny_families import write_tiny
+from tests.tiny_training import ENCODED, finetune_config, write_config, write_images
+from tests.training_runs import assert_same_training, fixture_one_thread, logged, run_main, the_run  # noqa: F401
+
+PREENCODE, MAKE_PRIOR = ROOT / "tools/preencode.py", ROOT / "tools/make_prior.py"
+Encoded = Callable[[str], SimpleNamespace]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
+    """What `encoded` has made: a release, its config, images and shards, by family."""
+    return {"": SimpleNamespace(folder=tmp_path_factory.mktemp("families"))}
+
+
+@pytest.fixture
+def encoded(made: dict[str, SimpleNamespace], run_tool: Callable) -> Encoded:
+    """Encodes images for a family, once."""
+
+    def call(key: str) -> SimpleNamespace:
+        if key not in made:
+            folder = made[""].folder / key
+            folder.mkdir()
+            release, config = write_tiny(key, folder)
+            images, shards = write_images(folder / "images", key), folder / "shards"
+            arguments = "--ckpt", release, "--config", config, "--images", images, "--out", shards / "%06d.tar"
+            assert run_tool(PREENCODE, *arguments, "--num-workers", 0) is None
+            made[key] = SimpleNamespace(release=release, config=config, images=images, shards=shards)
+        return made[key]
+
+    return call
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], int]:
+    """Trains in this process; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str) -> int:
+        try:
+            run_main(monkeypatch, f"-t --no-test {line}")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call
+
+
+@pytest.mark.parametrize("key", ENCODED)
+def test_a_family_trains_on_its_shards_and_resumes_exactly(
+    key: str, encoded: Encoded, train: Callable, tmp_path: Path
+) -> None:
+    made = encoded(key)
+    index = read_index(made.shards)
+    assert index["family"] == key and index["samples"] == 4 and index["without_caption"] == 1
+    write_config(finetune_config(key, f"{made.shards}/*.tar", made.release), tmp_path / "f.yaml")
+    assert train("-b f.yaml -l straight --max_steps 3") == 0
+    assert train("-b f.yaml -l resumed --max_steps 1") == 0
+    assert train(f"--resume {the_run(tmp_path / 'resumed')} --max_steps 3") == 0
+    assert_same_training(the_run(tmp_path / "straight"), the_run(tmp_path / "resumed"))
+    losses = [float(value) for value in logged(the_run(tmp_path / "straight"), "train/loss").values()]
+    assert len(losses) == 3 and all(np.isfinite(losses))
+
+
+def model_for(config: dict[str, Any]) -> LatentDiffusion:
+    config["model"]["params"]["ckpt_path"] = None
+    return build_model(OmegaConf.create(config))
+
+
+def data_for(config: dict[str, Any], model: LatentDiffusion) -> WebDataNpyModuleFromConfig:
+    """The data module of `config`, as the trainer of `model` has it."""
+    data = WebDataNpyModuleFromConfig(**config["data"]["params"])
+    facts = {"local_rank": 0, "global_rank": 0, "world_size": 1, "current_epoch": 0, "overfit_batches": 0}
+    data.trainer = SimpleNamespace(lightning_module=model, **facts)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "message"),
+    [
+        ("sd1", "sdxl", "the family sd1: .*pooled"),
+        ("sd1", "sd2_base", "t5 has shape .* family sd1"),
+        ("sd1", "sd1_inpainting", "the family sd1: .*mask"),
+        ("sd1", "instruct_pix2pix", "the family sd1: .*edit"),
+        ("sd2_768_v", "sd1", "t5 has shape .* family sd2_768_v"),
+        ("sd2_base", "sd2_inpainting", "the family sd2_base: .*mask"),
+        ("sdxl", "sd1", "the family sdxl: .*pooled"),
+        ("sdxl", "sdxl_inpainting", "the family sdxl: .*mask"),
+        ("sdxl_inpainting", "sdxl", "the family sdxl_inpainting: .*mask"),
+        ("sd1_inpainting", "sd1", "the family sd1_inpainting: .*mask"),
+        ("sd1_inpainting", "instruct_pix2pix", "the family sd1_inpainting: .*edit"),
+        ("sd1_inpainting", "sd2_inpainting", "t5 has shape .* family sd1_inpainting"),
+        ("instruct_pix2pix", "sd1", "the family instruct_pix2pix: .*edit"),
+    ],
+)
+def test_a_set_of_another_family_is_refused(own: str, other: str, message: str, encoded: Encoded) -> None:
+    config = finetune_config(other, f"{encoded(own).shards}/*.tar")
+    with pytest.raises(UserError, match=message) as caught:
+        data_for(config, model_for(config)).setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def test_both_models_of_SD_2_take_one_set(encoded: Encoded) -> None:
+    for key in ("sd2_base", "sd2_768_v"):
+        config = finetune_config(key, f"{encoded('sd2_base').shards}/*.tar")
+        data_for(config, model_for(config)).setup("fit")
+
+
+def test_a_set_of_another_family_ends_a_run_in_one_line(encoded: Encoded, command: Callable, tmp_path: Path) -> None:
+    write_config(
+        finetune_config("sdxl", f"{encoded('sd1').shards}/*.tar", encoded("sdxl").release), tmp_path / "f.yaml"
+    )
+    done = command("main.py", "-b", "f.yaml", "-t", "--no-test", "--max_steps", 1)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and "index.json: the set is for the family sd1" in line
+    assert "Traceback" not in done.stderr and not list((tmp_path / "logs").rglob("*.ckpt"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", ["sdxl", "sdxl_inpainting"])
+def test_stored_conditioning_is_that_of_the_release(key: str, encoded: Encoded) -> None:
+    """What training makes of stored encodings and sizes is what the released conditioner makes of the captions."""
+    made = encoded(key)
+    config = finetune_config(key, f"{made.shards}/*.tar")
+    config["data"]["params"] |= {"null_cond_dropout": 0.0, "batch_size": 4, "shuffle": False}
+    model, released = model_for(config), load_release(made.release, made.config)
+    data = data_for(config, model)
+    data.setup("fit")
+    [batch] = data.train_dataloader()
+    sizes = torch.tensor([[80.0, 100.0], [0.0, 8.0], [64.0, 64.0]])  # 10 of 100 columns go at each side, of 80 rows
+    assert torch.equal(torch.stack([batch[name][0] for name in SIZES]), sizes)
+    cond = model.eval().encode_conditioning(batch)
+    names = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+    raw = {name: size.expand(4, 2) for name, size in zip(names, sizes, strict=True)}
+    expected = released.cond_stage_model({"txt": batch["txt"], **raw})
+    assert batch["txt"][3] == ""
+    for found, part in ((cond["c_crossattn"][0], "crossattn"), (cond["c_adm"], "vector")):
+        torch.testing.assert_close(found[:3], expected[part][:3], rtol=2e-3, atol=2e-3)
+    pooled = batch["pooled"].shape[1]
+    assert not cond["c_crossattn"][0][3].any() and not cond["c_adm"][3, :pooled].any()
+    torch.testing.assert_close(cond["c_adm"][3, pooled:], expected["vector"][3, pooled:])
+
+
+def test_null_cond_dropout_of_SDXL_drops_all_of_a_caption(encoded: Encoded) -> None:
+    config = finetune_config("sdxl", f"{encoded('sdxl').shards}/*.tar")
+    config["data"]["params"] |= {"null_cond_dropout": 0.5, "batch_size": 3, "seed": 0}
+    data, seen = data_for(config, model_for(config)), []
+    data.setup("fit")
+    loader = data.train_dataloader()
+    for epoch in range(20):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            for t5, pooled, txt in zip(batch["t5"], batch["pooled"], batch["txt"], strict=True):
+                assert bool(t5.any()) == bool(pooled.any()) == bool(txt)
+                seen.append(bool(txt))
+    assert 20 < sum(seen) < 45  # half of the 60 that have a caption
+    assert ShardDataset(sorted(encoded("sdxl").shards.glob("*.tar")))[0]["t5"].shape == (77, 40)
+
+
+@pytest.mark.parametrize("source", ["sampled", "encoded"])
+def test_a_prior_of_SDXL_with_a_teacher(
+    source: str, encoded: Encoded, run_tool: Callable, train: Callable, tmp_path: Path
+) -> None:
+    made, out = encoded("sdxl"), tmp_path / "prior"
+    what = ("--prompt", "a cat", "a dog", "--n", 2, "--steps", 2) if source == "sampled" else ()
+    what = what or ("--shards", f"{made.shards}/*.tar")
+    release = ("--ckpt", made.release, "--config", made.config)
+    assert run_tool(MAKE_PRIOR, *release, *what, "--teacher", 2, "--out", out / "%06d.tar", "--null-share", 0.5) is None
+    index = read_index(out)
+    assert (index["family"], index["members"], index["samples"]) == ("sdxl", ["f8", "t5", "pooled"], 4)
+    assert index["empty_caption"] == "zeros"
+    prior = ShardDataset(sorted(out.glob("*.tar")), extra=["pooled", *SIZES, "t", "noise", "prediction"])
+    expected = [[64, 64], [0, 0], [64, 64]] if source == "sampled" else [[80, 100], [0, 8], [64, 64]]
+    assert [prior[0][name].tolist() for name in SIZES] == expected
+    check_predictions(load_release(made.release, made.config), prior)
+    config = finetune_config("sdxl", f"{made.shards}/*.tar", made.release)
+    config["model"]["params"]["prior_target"] = "teacher"
+    config["data"]["params"]["prior_urls"] = f"{out}/*.tar"
+    write_config(config, tmp_path / "f.yaml")
+    assert train("-b f.yaml -l straight --max_steps 2") == 0
+    assert train("-b f.yaml -l resumed --max_steps 1") == 0
+    assert train(f"--resume {the_run(tmp_path / 'resumed')} --max_steps 2") == 0
+    assert_same_training(the_run(tmp_path / "straight"), the_run(tmp_path / "resumed"))
+    assert all(float(value) > 0 for value in logged(the_run(tmp_path / "straight"), "train/loss_prior").values())
+
+
+@torch.no_grad()
+def check_predictions(released: LatentDiffusion, prior: ShardDataset) -> None:
+    """The teacher's predictions are those of the release under the sample's caption and sizes."""
+    sample = prior[1]
+    names = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+    sizes = {name: torch.from_numpy(sample[own])[None] for name, own in zip(names, SIZES, strict=True)}
+    captions = {key: torch.from_numpy(sample[key])[None].float() for key in ("t5", "pooled")}
+    if sample["txt"]:
+        encoded = released.cond_stage_model({"txt": [sample["txt"]], **sizes})
+        torch.testing.assert_close(captions["t5"], encoded["crossattn"], rtol=2e-3, atol=2e-3)
+    cond = released.stored_conditioning({**captions, **sizes})
+    x = released.scale_factor * torch.from_numpy(sample["f8"])[None].float()
+    t, noise = torch.tensor([int(sample["t"][0])]), torch.from_numpy(sample["noise"][:1]).float()
+    predicted = released.apply_model(released.q_sample(x, t, noise), t, cond)
+    torch.testing.assert_close(predicted, torch.from_numpy(sample["prediction"][:1]).float(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("key", ["sd1_inpainting", "instruct_pix2pix"])
+def test_a_prior_for_a_model_of_images_is_a_set_of_images(
+    key: str, encoded: Encoded, run_tool: Callable, train: Callable, tmp_path: Path
+) -> None:
+    made = encoded(key)
+    for what in (("--prompt", "a cat"), ("--shards", f"{made.shards}/*.tar", "--teacher", 2)):
+        release = ("--ckpt", made.release, "--config", made.config)
+        said = run_tool(MAKE_PRIOR, *release, *what, "--out", tmp_path / "prior/%06d.tar")
+        assert "conditioned on" in said and "prior_urls" in said and "\n" not in said
+    config = finetune_config(key, f"{made.shards}/*.tar", made.release)
+    config["data"]["params"]["prior_urls"] = f"{made.shards}/*.tar"
+    write_config(config, tmp_path / "f.yaml")
+    assert train("-b f.yaml --max_steps 1") == 0
+
+
+def test_pairs_refuse_the_dropping_of_captions_alone(encoded: Encoded) -> None:
+    config = finetune_config("instruct_pix2pix", f"{encoded('instruct_pix2pix').shards}/*.tar")
+    config["data"]["params"]["null_cond_dropout"] = 0.1
+    data = data_for(config, model_for(config))
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"null_cond_dropout 0\.1: .*model\.params\.dropout"):
+        data.train_dataloader()
+
+
+def test_depth_models_train_from_images(tmp_path: Path, run_tool: Callable) -> None:
+    release, config = write_tiny("sd2_depth", tmp_path)
+    images = write_images(tmp_path / "images", "sd2_depth", 2)
+    arguments = "--ckpt", release, "--config", config, "--images", images, "--out", tmp_path / "shards/%06d.tar"
+    assert "shards do not" in run_tool(PREENCODE, *arguments)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_every_family_is_told_by_the_parts_of_its_model() -> None:
+    from ldm.release.model_family import family_of_model
+    from tests.tiny_families import tiny_config
+
+    for key in FAMILIES:
+        with torch.device("meta"):
+            model = build_model(OmegaConf.create(tiny_config(key)))
+        assert family_of_model(model).key == key
+    assert family_of_model(build_model(load_config(["demo_tiny.yaml"]))) is None
