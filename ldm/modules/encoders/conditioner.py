@@ -29,7 +29,7 @@ class ConcatTimestepEmbedderND(AbstractEncoder):
 
     def __init__(self, outdim: int) -> None:
         super().__init__()
-        check_number("outdim", outdim, least=2, unit="features per number")
+        check_number("outdim", outdim, least=2)
         self.outdim = outdim
 
     def forward(self, x: Tensor) -> Tensor:
