@@ -29,7 +29,8 @@ SIDE = 64
 
 
 def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and as_bytes(one) == as_bytes(other)
+    same = one.dtype == other.dtype and one.shape == other.shape
+    return same and torch.equal(as_bytes(one), as_bytes(other))
 
 
 @pytest.mark.parametrize("key", ENCODED)
