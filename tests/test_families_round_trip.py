@@ -70,4 +70,4 @@ def check_untouched(start: dict, merged: dict, moved: set[str]) -> None:
     assert merged.keys() == start.keys()
     changed = {name for name in start if not identical(merged[name], start[name])}
     assert changed <= moved
-    assert len(changed) > 0.9 * len(moved)  # weights whose gradient is zero stay
+    assert len(changed) >= 0.9 * len(moved)  # weights whose gradient is zero stay
