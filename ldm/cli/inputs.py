@@ -1,4 +1,4 @@
-"""Options for what images are sampled from besides prompts: other images, a mask, a depth map, sizes. No torch."""
+"""Command line options for inputs of sampling besides prompts: images, a mask, a depth map, sizes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 STRENGTH = 0.75  # default of --strength
 _SIZES = {"original_size": ORIGINAL_SIZE, "crop": CROP, "target_size": TARGET_SIZE}  # options, and names in a sample
 _FILES = ("init_image", "image", "mask", "depth")
-_SAME_PROPORTIONS = 1.05  # most ratio of proportions that rounding explains
+_SAME_PROPORTIONS = 1.05  # highest ratio of two proportions that rounding explains
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:

@@ -63,7 +63,7 @@ class EncodedInputs(NamedTuple):
     keep: Tensor | None = None  # (1, 1, h, w)
 
     def with_kept(self, samples: Tensor) -> Tensor:
-        """Return `samples` (B, C, h, w) with the kept latents in their place, where a step has left some noise."""
+        """Return `samples` (B, C, h, w) with the kept latents themselves, without the noise of the last step."""
         return samples if self.keep is None else self.keep * self.kept + (1 - self.keep) * samples
 
 
