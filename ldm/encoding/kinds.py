@@ -102,7 +102,9 @@ class EditSamples(ImageSamples):
     members = (LATENT, EDIT)
 
     def read(self, number: int, item: ImageItem, sizes: Sequence[Size]) -> FittedImage:
-        after = read_fitted(number, item.edited or item, sizes)
+        if item.edited is None:
+            raise UserError(f"{item.name}: {item.error or 'has no edited image'}")
+        after = read_fitted(number, item.edited, sizes)
         before = read_fitted(number, item, [after.size])
         difference = abs(before.height * after.width / (before.width * after.height) - 1)
         if difference > _PROPORTIONS:

@@ -203,20 +203,19 @@ def _spelled(path: Path, spelled: dict[str, Path]) -> Path:
 
 
 def is_edited(path: Path) -> bool:
-    """Return whether an image has the name `name.edited.jpg`, that of the edited one of a pair."""
+    """Return True for an image with a name such as `name.edited.jpg`, the second image of a pair."""
     return path.stem.lower().endswith(_EDITED)
 
 
 def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
-    """Return the images before an edit with their `edited` images, which stand beside them or are known already.
+    """Return the images before an edit. Each has its `edited` image: the one that it has already, or the one beside it.
 
-    An image without one gets an error. A warning names the edited images without an original.
+    An image without an edited image gets an error. A warning names the edited images without an original.
     """
-    alone = [item for item in items if item.edited is None and item.span is None and is_edited(item.path)]
-    edited = {(item.path.parent, same_name(item.path.stem[: -len(_EDITED)])): item for item in alone}
+    edited = {(item.path.parent, same_name(item.path.stem[: -len(_EDITED)])): item for item in items if _is_alone(item)}
     found = []
     for item in items:
-        if item in alone:
+        if _is_alone(item):
             continue
         other = item.edited or edited.pop((item.path.parent, same_name(item.path.stem)), None)
         name = PurePosixPath(item.name)
@@ -224,11 +223,15 @@ def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
         error = item.error or (other.error if other else error)
         found.append(replace(item, edited=other, error=error))
     if edited:
-        names = ", ".join(item.name for item in list(edited.values())[:_NAMED]) + (
-            " ..." if len(edited) > _NAMED else ""
-        )
-        logger.warning("%d edited images have no original beside them and are left out: %s", len(edited), names)
+        more = " ..." if len(edited) > _NAMED else ""
+        names = ", ".join(item.name for item in list(edited.values())[:_NAMED]) + more
+        logger.warning("%d edited images skipped, because no original is beside them: %s", len(edited), names)
     return found
+
+
+def _is_alone(item: ImageItem) -> bool:
+    """Return True for the second image of a pair, before it is joined to the first."""
+    return item.edited is None and item.span is None and is_edited(item.path)
 
 
 def _say_left_out(folder: Path, others: set[Path], images: Sequence[Path]) -> None:

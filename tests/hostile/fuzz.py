@@ -74,6 +74,8 @@ LOADERS = {
     "index": Loader(samples.make_index, samples.read_set_index, samples.load_json, samples.JSON),
     "record": Loader(samples.make_record, samples.read_shard_record, samples.load_json, samples.JSON),
     "metadata": Loader(samples.make_metadata, samples.read_metadata, samples.load_metadata, samples.JSON),
+    "pairs": Loader(samples.make_pairs, samples.read_pairs, samples.load_pairs, samples.JSON),
+    "sizes": Loader(samples.make_sizes, samples.read_sizes, samples.load_sizes, samples.JSON),
     "config": Loader(samples.make_config, samples.read_config, samples.load_config, samples.YAML_TOKENS),
 }
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from ldm.config.load import SECTIONS, plain
 from ldm.config.load import load_config as load_our_config
-from ldm.config.load import plain
 from ldm.data.stream import ShardStream
 from ldm.encoding.jobs import read_record, write_record
 from ldm.files import read_span
@@ -166,6 +166,43 @@ def load_metadata(data: bytes) -> Any:
     return found
 
 
+def make_pairs(rng: random.Random) -> bytes:
+    entries = [
+        {"input_image": f"{name}.png", "edited_image": f"{name}.edited.png", "edit_prompt": text}
+        for name, text in (("a", "as  snow"), ("b/c", "é"), ("d", ""))
+    ]
+    return "\n".join(json.dumps(strike(rng, e, _STRANGE) if rng.random() < 0.3 else e) for e in entries).encode()
+
+
+def read_pairs(folder: Path, data: bytes) -> Any:
+    return [tuple(entry) for entry in from_metadata(write_file(folder, METADATA, data), pairs=True)]
+
+
+def load_pairs(data: bytes) -> Any:
+    found = []
+    for line in data.decode("utf-8-sig").split("\n"):
+        if line.strip():
+            entry = json.loads(line)
+            text = " ".join((entry.get("edit_prompt") or "").split())
+            before, after = (entry.get(key) for key in ("input_image", "edited_image"))
+            names = [PurePosixPath(before).as_posix(), after and PurePosixPath(after).as_posix()]
+            found.append((names[0], text or None, names[1]))
+    return found
+
+
+def make_sizes(rng: random.Random) -> bytes:
+    content = {"source": "a.png", "original_size": [480, 640], "crop_top_left": [0, 9], "target_size": [64, 64]}
+    return json.dumps(strike(rng, content, _STRANGE) if rng.random() < 0.5 else content).encode()
+
+
+def read_sizes(folder: Path, data: bytes) -> Any:
+    return decode_member("original_size", bytearray(data), "a.json").tolist()
+
+
+def load_sizes(data: bytes) -> Any:
+    return [float(side) for side in json.loads(data)["original_size"]]
+
+
 # Configs.
 
 
@@ -183,4 +220,5 @@ def read_config(folder: Path, data: bytes) -> Any:
 
 def load_config(data: bytes) -> Any:
     config = OmegaConf.create(data.decode())  # with the numbers of YAML 1.2, such as 1e-4
-    return OmegaConf.to_container(config, resolve=True)
+    sections = OmegaConf.to_container(config, resolve=True)
+    return {name: content for name, content in sections.items() if name in SECTIONS}  # others are told of and dropped
