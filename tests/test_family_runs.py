@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from tests.tiny_families import write_tiny
 from tests.tiny_training import ENCODED, finetune_config, write_config, write_images
 from tests.training_runs import assert_same_training, fixture_one_thread, logged, run_main, the_run  # noqa: F401
 
-PREENCODE, MAKE_PRIOR = ROOT / "tools/preencode.py", ROOT / "tools/make_prior.py"
+PREENCODE, MAKE_PRIOR, EVALUATE = (ROOT / f"tools/{name}.py" for name in ("preencode", "make_prior", "evaluate"))
 Encoded = Callable[[str], SimpleNamespace]
 
 
@@ -237,6 +238,33 @@ def test_a_prior_for_a_model_of_images_is_a_set_of_images(
     config["data"]["params"]["prior_urls"] = f"{made.shards}/*.tar"
     write_config(config, tmp_path / "f.yaml")
     assert train("-b f.yaml --max_steps 1") == 0
+
+
+@pytest.mark.parametrize("key", ENCODED)
+def test_evaluate_takes_the_set_of_a_family(key: str, encoded: Encoded, run_tool: Callable, tmp_path: Path) -> None:
+    """From captions by the release, and from stored encodings by the config to fine-tune it: the same loss."""
+    made = encoded(key)
+    stored = write_config(finetune_config(key, f"{made.shards}/*.tar"), tmp_path / "f.yaml")
+    losses = []
+    for config in (made.config, stored):
+        out = tmp_path / config.stem
+        releases = ("--base", made.release, "--ckpt", made.release, "--config", config)
+        given = ("--set", f"all={made.shards}/*.tar", "--timesteps", 2, "--out", out)
+        assert run_tool(EVALUATE, *releases, *given) is None
+        [row] = json.loads((out / "evaluation.json").read_text())["sets"].values()
+        assert row["overall"]["drift"]["value"] == 0
+        losses.append(row["overall"]["loss_tuned"]["value"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] > 0
+
+
+def test_evaluate_samples_from_captions_alone(encoded: Encoded, run_tool: Callable, tmp_path: Path) -> None:
+    sample = ("--timesteps", 1, "--sample", 1, "--steps", 2, "--out", tmp_path / "out")
+    for key in ("sdxl", "sd1_inpainting"):
+        made = encoded(key)
+        releases = ("--base", made.release, "--ckpt", made.release, "--config", made.config)
+        said = run_tool(EVALUATE, *releases, "--set", f"all={made.shards}/*.tar", *sample)
+        assert (said is None) == (key == "sdxl")
+    assert "conditioning_key 'hybrid': this model samples from images too; set --sample 0" in said
 
 
 def test_pairs_refuse_the_dropping_of_captions_alone(encoded: Encoded) -> None:

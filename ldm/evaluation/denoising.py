@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.evaluation.protocol import fixed_noise
-from ldm.evaluation.sets import EvaluationSet, conditioning_member
+from ldm.evaluation.sets import EvaluationSet, conditioning_members
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, prediction_to_eps_x0
-from ldm.shards.sample import LATENT
+from ldm.shards.sample import CAPTION, LATENT, STREAM
 
 
 class Record(NamedTuple):
@@ -142,9 +142,18 @@ def clean_latents(model: LatentDiffusion, samples: Sequence[dict[str, Any]]) -> 
 
 
 def _conditioning(model: LatentDiffusion, samples: Sequence[dict[str, Any]]) -> Conditioning:
-    """Encode the samples' captions; for a model without a text encoder, return the stored caption embeddings."""
-    member = conditioning_member(model)
-    entries = [sample[member] for sample in samples]
-    if isinstance(entries[0], str):
-        return model.encode_conditioning({model.cond_stage_key: entries})
-    return model.encode_conditioning({member: torch.from_numpy(np.stack(entries)).to(model.device)})
+    """Encode the samples' captions; for a model without a text encoder, take the stored caption embeddings.
+
+    Sizes and maps are the stored ones. Of several masks of a sample, the first is used.
+    """
+    members = conditioning_members(model)
+    stored = {member: member for member in members if member != CAPTION}
+    stored[model.first_stage_key] = LATENT  # whose size is that of the maps
+    batch: dict[str, Any] = {
+        entry: torch.from_numpy(np.stack([sample[member] for sample in samples])).to(model.device)
+        for entry, member in stored.items()
+    }
+    batch[STREAM] = [f"evaluation/{sample['__key__']}" for sample in samples]  # of what is sampled from posteriors
+    if CAPTION in members:
+        return model.condition_on_captions([sample[CAPTION] for sample in samples], batch)
+    return model.encode_conditioning(batch)

@@ -17,6 +17,7 @@ from ldm.images.grid import image_distances
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
 from ldm.shards.sample import CAPTION
+from ldm.util import UserError
 
 
 class Sampling(NamedTuple):
@@ -60,8 +61,12 @@ def sample_captions(model: LatentDiffusion, image_set: EvaluationSet, sampling: 
     """Sample images of `sampling.count` captions spread over the set, at the model's own size.
 
     Raises:
-        UserError: the model reads no captions, or the sampler refuses the settings.
+        UserError: the model reads no captions or takes images beside them, or the sampler refuses the settings.
     """
+    if model.model.takes_maps:
+        raise UserError(
+            f"conditioning_key {model.model.conditioning_key!r}: this model samples from images too; set --sample 0"
+        )
     chosen = _chosen(image_set, sampling)
     requests = [Request(sample[CAPTION], sampling.seed + index) for index, sample in enumerate(chosen)]
     settings = {"sampler": sampling.sampler, "steps": sampling.steps, "scale": sampling.scale}

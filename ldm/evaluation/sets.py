@@ -17,6 +17,7 @@ from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CAPTION, LATENT
 from ldm.util import UserError, check_number
 
+_CAPTIONED = ("crossattn", "crossattn-adm", "hybrid", "hybrid-adm")  # kinds of conditioning with captions
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -37,8 +38,8 @@ def parse_sets(entries: Iterable[str]) -> dict[str, str]:
     return sets
 
 
-def conditioning_member(model: LatentDiffusion) -> str:
-    """Return the member of a sample that conditions `model`.
+def conditioning_members(model: LatentDiffusion) -> list[str]:
+    """Return the members of a sample that condition `model`: the caption or its embedding, then sizes and maps.
 
     A model with a text encoder encodes the caption itself, because training may have changed the encoder. A model
     without one takes the stored caption embedding.
@@ -46,11 +47,14 @@ def conditioning_member(model: LatentDiffusion) -> str:
     Raises:
         UserError: the model is not conditioned on text.
     """
-    if model.model.conditioning_key != "crossattn" or model.cond_stage_model is None:
-        raise UserError(
-            f"conditioning_key {model.model.conditioning_key!r}: only models conditioned on captions can be evaluated"
-        )
-    return getattr(model.cond_stage_model, "key", None) or CAPTION
+    kind, stage = model.model.conditioning_key, model.cond_stage_model
+    if kind not in _CAPTIONED or stage is None:
+        raise UserError(f"conditioning_key {kind!r}: only models conditioned on captions can be evaluated")
+    maps = model.concat_keys if model.model.takes_maps else ()
+    readers = getattr(stage, "caption_embedders", None)
+    if readers or (readers is None and getattr(stage, "key", None) is None):
+        return [CAPTION, *getattr(stage, "other_keys", ()), *maps]
+    return list(model.conditioning_entries)
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,12 @@ def open_set(
     if not isinstance(urls, (str, Sequence)):
         raise UserError(f"set {name!r}: {urls!r} names no shards; give a pattern such as shards/cats-*.tar")
     check_number("limit", limit, least=1, optional=True)
-    member = conditioning_member(model)
+    first, *others = conditioning_members(model)
     try:
-        dataset = open_shards(urls, LATENT, member, verify=verify)
+        dataset = open_shards(urls, LATENT, first, others, verify=verify)
+        shapes = {key: next(iter(found)) for key, found in dataset.shapes.items() if found and key != LATENT}
         for latent in dataset.shapes[LATENT]:
-            for context in dataset.shapes.get(member) or [None]:
-                shapes = {model.first_stage_key: latent, model.cond_stage_key: context}
-                model.check_batch_shapes({key: shape for key, shape in shapes.items() if shape is not None})
+            model.check_batch_shapes({**shapes, model.first_stage_key: latent})
     except UserError as error:
         raise UserError(f"set {name!r}: {error}") from error
     return EvaluationSet(name, dataset, spread(len(dataset), limit))

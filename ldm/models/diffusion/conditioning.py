@@ -80,11 +80,16 @@ class WithConditioning:
 
     def stored_conditioning(self, sample: Batch) -> Conditioning:
         """Return the conditioning of stored caption encodings and of sizes."""
+        encoded = self._of_stored(sample)
+        return _placed(encoded) if isinstance(encoded, Mapping) else encoded
+
+    def _of_stored(self, sample: Batch) -> Tensor | dict[str, Tensor]:
+        """Return what the cond stage makes of stored caption encodings and of sizes."""
         stage = self.cond_stage_model
         if not isinstance(stage, GeneralConditioner):
             return sample[CONTEXT]
         captions = {name: sample[member] for name, member in _MEMBERS.items() if member in sample}
-        return _placed(stage(sample, captions=captions))
+        return stage(sample, captions=captions)
 
     @property
     def conditioning_entries(self) -> tuple[str, ...]:
@@ -132,7 +137,15 @@ class WithConditioning:
             return None
         with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
             encoded = self.get_learned_conditioning(self.raw_conditioning(batch))
-        encoded = _in_float32(encoded)
+        return self._with_maps(_in_float32(encoded), batch)
+
+    def condition_on_captions(self, captions: Sequence[str], batch: Batch) -> Conditioning:
+        """Return the conditioning of captions for `apply_model`, with the image sizes and the maps of `batch`."""
+        encoded = self._of_stored({**batch, **self.encode_captions(captions)})
+        return self._with_maps(_in_float32(encoded), batch)
+
+    def _with_maps(self, encoded: Conditioning, batch: Batch) -> Conditioning:
+        """Return what a cond stage gives in the form of `apply_model`, with the maps of `batch` if there are any."""
         if not self.model.takes_maps or self.model.conditioning_key == "concat":
             return _placed(encoded) if isinstance(encoded, Mapping) else encoded
         cond = _placed(encoded) if isinstance(encoded, Mapping) else {"c_crossattn": [encoded]}
