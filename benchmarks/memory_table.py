@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
-from ldm.config.load import load_config  # noqa: E402
-from ldm.planning.card import GIB  # noqa: E402
-from ldm.planning.ledger import HOST  # noqa: E402
-from ldm.planning.step import on_device, peak_of_step  # noqa: E402
-from ldm.release.families import FAMILIES, Family  # noqa: E402
+from ldm.config.load import load_config
+from ldm.planning.card import GIB
+from ldm.planning.ledger import HOST
+from ldm.planning.step import on_device, peak_of_step
+from ldm.release.families import FAMILIES, Family
 
 FOUR_BITS = "model.params.optimizer_config.params.optimizer.target=ldm.optim.low_bit.AdamW4bit"
 # Column of the table → what follows the config on the command line.

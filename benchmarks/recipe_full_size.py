@@ -146,18 +146,27 @@ def write_release(path: Path) -> None:
     save_state_dict(weights, path)
 
 
-def write_shard(folder: Path, samples: int, latent_size: int) -> None:
-    """Write a shard of random posteriors and text embeddings, and the encoding of the empty caption."""
+def write_shard(folder: Path, samples: int, latent_size: int, context: int = 768, pooled: int = 0) -> None:
+    """Write a shard of random posteriors and text embeddings, and the encodings of the empty caption.
+
+    `context` is the width of the text embeddings. With `pooled` above 0, samples are those of SDXL.
+    """
     generator = np.random.default_rng(0)
 
     def encoded(*shape: int) -> bytes:
         return npy.encode(generator.standard_normal(shape).astype(np.float16))
 
+    side = 8 * latent_size
+    sizes = {"original_size": [side, side], "crop_top_left": [0, 0], "target_size": [side, side]}
     with ShardWriter(str(folder / "shard.tar"), samples) as writer:
         for index in range(samples):
-            posterior, text = encoded(8, latent_size, latent_size), encoded(77, 768)
-            writer.write(f"{index:06d}", {"f8.npy": posterior, "t5.npy": text, "txt": b"noise"})
-    (folder / "null.t5.npy").write_bytes(encoded(77, 768))
+            members = {"f8.npy": encoded(8, latent_size, latent_size), "t5.npy": encoded(77, context), "txt": b"noise"}
+            if pooled:
+                members |= {"pooled.npy": encoded(pooled), "json": json.dumps(sizes).encode()}
+            writer.write(f"{index:06d}", members)
+    (folder / "null.t5.npy").write_bytes(encoded(77, context))
+    if pooled:
+        (folder / "null.pooled.npy").write_bytes(encoded(pooled))
 
 
 def check_merged(merged: Path, release: Path, trained: bool) -> None:

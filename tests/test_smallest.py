@@ -66,12 +66,12 @@ def test_training_and_resuming_are_those_of_resident_weights(trained: Callable, 
 
 def test_its_checkpoints_resume_in_every_tier_and_back(trained: Callable, tmp_path: Path) -> None:
     """Weights of bfloat16 and moments of 8 bits become float32, and the reverse. Steps and moments go on."""
-    checkpoint, steps = None, 0
-    for number, tier in enumerate(("", "smallest.yaml", "minimal.yaml", "smallest.yaml", "lean.yaml", "smallest.yaml")):
-        steps += 1
+    checkpoint = None
+    tiers = ("", "smallest.yaml", "minimal.yaml", "smallest.yaml", "lean.yaml", "smallest.yaml")
+    for steps, tier in enumerate(tiers, start=1):
         taken = "" if checkpoint is None else f"--resume {checkpoint}"
-        run = trained(f"logs-{number}", tier, f"{taken} --max_steps {steps} data.params.batch_size=2")
-        checkpoint = tmp_path / f"{number}.ckpt"
+        run = trained(f"logs-{steps}", tier, f"{taken} --max_steps {steps} data.params.batch_size=2")
+        checkpoint = tmp_path / f"{steps}.ckpt"
         last(run).rename(checkpoint)
         content = state(checkpoint)
         is_low = tier in ("lean.yaml", "smallest.yaml")
