@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from ldm.data.datasets import ImageCaptionDataset  # noqa: E402
 from ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from ldm.modules.diffusionmodules.streamed import StreamedUNetModel  # noqa: E402
 from ldm.optim import build_optimizer  # noqa: E402
 from ldm.release.load import load_release  # noqa: E402
 
@@ -38,11 +39,12 @@ def low_bit(bits: int, **params: Any) -> dict[str, Any]:
 
 ADAMW = {"target": "torch.optim.AdamW", "params": {"fused": True}}
 VARIANTS = {
-    "fp32, AdamW": (torch.float32, ADAMW),
-    "bf16, 8-bit AdamW, stochastic rounding": (torch.bfloat16, low_bit(8)),
-    "bf16, 4-bit AdamW, stochastic rounding": (torch.bfloat16, low_bit(4)),
-    "bf16, 8-bit AdamW, rounding to nearest": (torch.bfloat16, low_bit(8, bf16_stochastic_round=False)),
-    "bf16, AdamW": (torch.bfloat16, ADAMW),
+    "fp32, AdamW": (torch.float32, ADAMW, UNetModel),
+    "bf16, 8-bit AdamW, stochastic rounding": (torch.bfloat16, low_bit(8), UNetModel),
+    "bf16, 4-bit AdamW, stochastic rounding": (torch.bfloat16, low_bit(4), UNetModel),
+    "the 8-bit one, weights streamed": (torch.bfloat16, low_bit(8, keyed_rounding=True), StreamedUNetModel),
+    "bf16, 8-bit AdamW, rounding to nearest": (torch.bfloat16, low_bit(8, bf16_stochastic_round=False), UNetModel),
+    "bf16, AdamW": (torch.bfloat16, ADAMW, UNetModel),
 }
 
 
@@ -61,9 +63,9 @@ class Task:
         self.alphas_cumprod = base.alphas_cumprod
         self.channel_mult = channel_mult
 
-    def unet(self) -> nn.Module:
+    def unet(self, network: type[nn.Module] = UNetModel) -> nn.Module:
         torch.manual_seed(0)
-        return UNetModel(
+        return network(
             image_size=self.latents.shape[-1],
             in_channels=self.latents.shape[1],
             out_channels=self.latents.shape[1],
@@ -83,9 +85,11 @@ class Task:
         output = unet(alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise, t)
         return (output.float() - noise).square().mean()
 
-    def trained_loss(self, dtype: torch.dtype, optimizer_config: Mapping[str, Any], steps: int, lr: float) -> float:
+    def trained_loss(
+        self, dtype: torch.dtype, optimizer_config: Mapping[str, Any], network: type[nn.Module], steps: int, lr: float
+    ) -> float:
         """Train a UNet of `dtype` for `steps`; return its mean loss over all latents and four noise samples each."""
-        unet = self.unet().to(dtype)
+        unet = self.unet(network).to(dtype)
         optimizer = build_optimizer(optimizer_config, unet.parameters(), lr, "optimizer_config")
         generator = torch.Generator().manual_seed(1)
         torch.manual_seed(2)  # for stochastic rounding
@@ -112,9 +116,9 @@ def main() -> None:
     options = parser.parse_args()
     task = Task(options.images, channel_mult=(1, 2))
     expected = None
-    for name, (dtype, config) in VARIANTS.items():
+    for name, variant in VARIANTS.items():
         start = time.perf_counter()
-        loss = task.trained_loss(dtype, config, options.steps, options.lr)
+        loss = task.trained_loss(*variant, options.steps, options.lr)
         expected = expected or loss
         seconds = time.perf_counter() - start
         print(f"{name:<40} loss {loss:.5f}  {loss / expected - 1:+7.2%}  {seconds:6.1f} s", flush=True)

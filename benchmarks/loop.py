@@ -3,13 +3,15 @@
 
     python benchmarks/loop.py --channels 64 --size 128 --batch 4
     python benchmarks/loop.py --channels 320 --size 512 --batch 64 --tier fast.yaml --workers 8    # on a GPU
+    python benchmarks/loop.py --config finetune_stable_diffusion_xl.yaml --channels 320 --size 1024 --batch 1
 
 The bare step is forward, backward, optimizer and moving average on one batch in memory. The loop is `main.py` with its
 loader, callbacks and loggers, but without preview images and checkpoints. Both use the same config. They run in turn,
 each in its own process, and are timed after `--warm-up` steps. Shards hold random posteriors and text embeddings.
 
 On a CPU the unit is processor time, which other load on the machine does not change; leave `--workers` at 0 there. On a
-GPU the benchmark prints the loop's peak memory, the peak that tools/plan_memory.py predicts, and the driver's figure.
+GPU the benchmark prints the loop's peak memory, the peak that tools/plan_memory.py predicts, and the driver's figure,
+and the same of the host.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-CONFIG = "finetune_stable_diffusion.yaml"
+RECIPE = "finetune_stable_diffusion.yaml"
 SIDES = ("bare", "loop")
 APPETITE = 20 * 135  # samples per second: 20 times the rate of the fastest training step that we aim for
 
@@ -37,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=64, help="model_channels of the UNet (default 64)")
     parser.add_argument("--size", type=int, default=128, help="height and width in pixels (default 128)")
     parser.add_argument("--batch", type=int, default=4, help="images per step (default 4)")
+    parser.add_argument("--config", default=RECIPE, help=f"config of the recipe (default {RECIPE})")
     parser.add_argument("--tier", default="", help="config on top of the recipe, such as fast.yaml")
     parser.add_argument("--ema", action="store_true", help="keep a moving average")
     parser.add_argument("--workers", type=int, default=0, help="worker processes of the loader (default 0)")
@@ -58,7 +61,7 @@ def main() -> None:
         from benchmarks.recipe_full_size import write_shard
 
         samples = max(256, 16 * options.batch)  # at least 16 steps per epoch: each epoch starts with an empty loader
-        write_shard(Path(name) / "shards", samples, options.size // 8)
+        write_shard(Path(name) / "shards", samples, options.size // 8, *widths(config_of(options)))
         if options.profile:
             worker("loop", name)
             return
@@ -78,16 +81,26 @@ def main() -> None:
               f"{share:.2f} of the required {APPETITE}")  # fmt: skip
 
 
+def widths(config: Any) -> tuple[int, int]:
+    """Return the features of a sample's text embedding, and of its pooled one, 0 if it has none."""
+    unet, stage = config.model.params.unet_config.params, config.model.params.cond_stage_config.params
+    sizes = sum(2 * embedder.params.outdim for embedder in stage.get("emb_models", ()) if "params" in embedder)
+    return unet.context_dim, unet.get("adm_in_channels", 0) - sizes
+
+
 def compare_memory(figures: list[dict[str, float]], options: argparse.Namespace) -> None:
     """Print the loop's peak memory on a GPU and the predicted peak."""
-    peak, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
+    peak, driver, rss = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib", "rss_gib"))
     if not peak:
         return
+    from ldm.planning.ledger import HOST
     from ldm.planning.step import on_device, peak_of_step
 
-    predicted = on_device(peak_of_step(config_of(options), options.batch, options.size)) / 2**30
+    forecast = peak_of_step(config_of(options), options.batch, options.size)
+    predicted, host = on_device(forecast) / 2**30, forecast[HOST] / 2**30
     print(f"peak of the loop {peak:.2f} GiB, predicted {predicted:.2f} ({peak / predicted - 1:+.1%}); "
           f"reported by the driver {driver:.2f}")  # fmt: skip
+    print(f"peak of the process on the host {rss:.2f} GiB, tensors predicted {host:.2f}")
 
 
 def worker(side: str, folder: str) -> dict[str, float]:
@@ -127,7 +140,7 @@ def arguments(options: argparse.Namespace) -> list[str]:
 
 
 def configs(options: argparse.Namespace) -> list[str]:
-    return [CONFIG, *([options.tier] if options.tier else [])]
+    return [options.config, *([options.tier] if options.tier else [])]
 
 
 def config_of(options: argparse.Namespace) -> Any:
@@ -145,6 +158,7 @@ def loop(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     import main as entry
+    from ldm.callbacks.device import peak_memory
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
     edges: list[float] = []
@@ -170,7 +184,8 @@ def loop(options: argparse.Namespace) -> dict[str, float]:
         pstats.Stats(profile, stream=sys.stdout).sort_stats("cumulative").print_stats(90)
     free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
     rate = options.batch * (options.steps - 1) / (edges[1] - edges[0])
-    return {"rate": rate, "gib": peak / 2**30, "driver_gib": (total - free) / 2**30}
+    rss = peak_memory(torch.device("cpu"))
+    return {"rate": rate, "gib": peak / 2**30, "driver_gib": (total - free) / 2**30, "rss_gib": rss / 2**30}
 
 
 def bare(options: argparse.Namespace) -> dict[str, float]:

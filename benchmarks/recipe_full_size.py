@@ -109,8 +109,7 @@ def run_recipe(folder: Path, options: argparse.Namespace) -> list[Stage]:
         pass
     elif options.family != "sd1":
         last = folder / "last.ckpt"
-        write_moved(start, last)
-        start.unlink()
+        write_moved(start, release, last)
     else:
         write_shard(folder / "shards", options.samples, options.latent_size)
         stages.append(timed("one step", training_command(folder, start, options)))
@@ -166,29 +165,49 @@ def write_release(path: Path, keys: str, half: torch.dtype | None) -> None:
     save_state_dict(weights, path)
 
 
-def write_moved(start: Path, path: Path) -> None:
-    """Write the training checkpoint `start` with other weights of the UNet."""
-    content = load_checkpoint(start)
-    weights = {
-        key: Pending(tuple(value.shape), value.dtype, lambda value=value: in_memory(value) * 1.01)
-        for key, value in content["state_dict"].items()
-        if key.startswith(UNET)
-    }
-    save_checkpoint({**content, "state_dict": {**content["state_dict"], **weights}}, path)
+def write_moved(start: Path, release: Path, path: Path) -> None:
+    """Write the training checkpoint `start` with other weights of the UNet to `path`, and remove `start`.
+
+    The weights are read from `release`, so that the disk need not hold two training checkpoints.
+    """
+    content, released = load_checkpoint(start), load_state_dict(release)
+    weights = {}
+    for key, value in content.pop("state_dict").items():
+        if key in released:
+            factor = 1.01 if key.startswith(UNET) else 1
+
+            def compute(key: str = key, dtype: torch.dtype = value.dtype, factor: float = factor) -> torch.Tensor:
+                return in_memory(released[key]).to(dtype) * factor
+
+            weights[key] = Pending(tuple(value.shape), value.dtype, compute)
+        else:
+            weights[key] = in_memory(value).clone()
+        del value
+    start.unlink()
+    save_checkpoint({**content, "state_dict": weights}, path)
 
 
-def write_shard(folder: Path, samples: int, latent_size: int) -> None:
-    """Write a shard of random posteriors and text embeddings, and the encoding of the empty caption."""
+def write_shard(folder: Path, samples: int, latent_size: int, context: int = 768, pooled: int = 0) -> None:
+    """Write a shard of random posteriors and text embeddings, and the encodings of the empty caption.
+
+    `context` is the width of the text embeddings. With `pooled` above 0, samples are those of SDXL.
+    """
     generator = np.random.default_rng(0)
 
     def encoded(*shape: int) -> bytes:
         return npy.encode(generator.standard_normal(shape).astype(np.float16))
 
+    side = 8 * latent_size
+    sizes = {"original_size": [side, side], "crop_top_left": [0, 0], "target_size": [side, side]}
     with ShardWriter(str(folder / "shard.tar"), samples) as writer:
         for index in range(samples):
-            posterior, text = encoded(8, latent_size, latent_size), encoded(77, 768)
-            writer.write(f"{index:06d}", {"f8.npy": posterior, "t5.npy": text, "txt": b"noise"})
-    (folder / "null.t5.npy").write_bytes(encoded(77, 768))
+            members = {"f8.npy": encoded(8, latent_size, latent_size), "t5.npy": encoded(77, context), "txt": b"noise"}
+            if pooled:
+                members |= {"pooled.npy": encoded(pooled), "json": json.dumps(sizes).encode()}
+            writer.write(f"{index:06d}", members)
+    (folder / "null.t5.npy").write_bytes(encoded(77, context))
+    if pooled:
+        (folder / "null.pooled.npy").write_bytes(encoded(pooled))
 
 
 def check_merged(merged: Path, release: Path, trained: bool) -> None:

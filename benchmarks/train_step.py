@@ -12,7 +12,8 @@ Sides:
 
 - plain: the recipe without a tier, with the given options.
 - in-backward: plain, with AdamW stepped within backward.
-- fast, lean, minimal: the recipe with that config on top. lean always uses bfloat16 weights and its own optimizer.
+- fast, lean, minimal, smallest: the recipe with that config on top. lean and smallest always use bfloat16 weights and
+  their own optimizer.
 - diffusers: diffusers' UNet with the given options.
 - diffusers-compiled: diffusers' UNet with channels last, compiled as a whole.
 
@@ -34,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-TIERS = ("fast", "lean", "minimal")
+TIERS = ("fast", "lean", "minimal", "smallest")
 OURS = ("plain", "in-backward", *TIERS)
 PEERS = ("diffusers", "diffusers-compiled")
 CONTEXT = (77, 768)
@@ -128,7 +129,7 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     noise = torch.randn_like(x)
     t = torch.randint(0, 1000, (options.batch,), device=device)
     context = torch.randn(options.batch, *CONTEXT, device=device)
-    autocast = options.precision == "bf16" and options.side not in ("lean", "minimal")
+    autocast = options.precision == "bf16" and options.side not in ("lean", "minimal", "smallest")
 
     def closure() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):

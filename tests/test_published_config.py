@@ -172,9 +172,9 @@ def test_a_callback_that_is_null_is_left_out(begin: Begin) -> None:
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("lightning: 3", "section 'lightning' must be a mapping, got 3"),
+        ("lightning: 3", "section 'lightning' must be a mapping, not 3"),
         ("lightning: {trainer: 3}", "lightning.trainer 3: give a mapping"),
-        ("lightning: {callbacks: [3]}", "part.yaml: a list over a mapping"),
+        ("lightning: {callbacks: [3]}", "part.yaml: replaces a mapping by a list"),
         ("lightning: {callbacks: 3}", "lightning.callbacks 3: give a mapping"),
         ("lightning: {modelcheckpoint: []}", r"lightning.modelcheckpoint \[\]: give a mapping"),
         ("lightning: {callbacks: {image_logger: off}}", "lightning.callbacks.image_logger False: give a mapping"),

@@ -96,8 +96,8 @@ def test_the_weights_of_a_float32_checkpoint_are_rounded_once(trained: Callable,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--devices 2 --accelerator cpu", "train on one device"),
-        ("--gradient_clip_val 1.0", "clips all gradients together"),
+        ("--devices 2 --accelerator cpu", "need one device and no strategy"),
+        ("--gradient_clip_val 1.0", "needs all gradients at once"),
         ("--precision 16-true", "precision=16-true trains float16 weights"),
         ("model.params.unet_config.params.use_checkpoint=true", "use_checkpoint: set it to false"),
     ],

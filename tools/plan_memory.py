@@ -134,7 +134,8 @@ def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
             fit.tier, batch, fit.peak / GIB, needed_host_bytes(fit.host) / GIB,
         )  # fmt: skip
     if use is None:
-        logger.info("nothing fits; use a larger card or a smaller --size")
+        more = "" if most is None else ", or more host memory"
+        logger.info("nothing fits; use a larger card or a smaller --size%s", more)
     elif use != AS_GIVEN:
         logger.info("use %s: --base %s %s", use, " ".join(arguments.base), use)
 

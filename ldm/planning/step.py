@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.config.load import build_model, plain
@@ -109,6 +110,13 @@ class _CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoValues(TorchDispatchMode):
+    """Mode in which the value of a fake tensor is 0, for networks that compute their settings with tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
 def _fill_caches(config: DictConfig) -> None:
     """Let the optimizer's library build its cached tables from real tensors; fake ones would break later training."""
     described = plain(config.get("model") or {}).get("params", {}).get("optimizer_config")
@@ -122,7 +130,7 @@ def _fill_caches(config: DictConfig) -> None:
 def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
     """Build the model without loading weights, with parameters of `dtype`."""
     described = OmegaConf.create({"model": _without_files(plain(config.get("model") or {}))})
-    with without_initialisation():
+    with without_initialisation(), _NoValues():
         model = build_model(described)
     if not isinstance(model, DDPM):
         raise UserError(f"{config.model.target}: the memory of a step can be predicted for diffusion models only")

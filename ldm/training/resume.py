@@ -140,13 +140,16 @@ def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> Lig
     """
     if checkpoint is None:
         return build_model(config)
+    in_bfloat16 = OmegaConf.select(config, "lightning.trainer.precision") == "bf16-true"
     with without_initialisation():
         model = build_model(config)
+    if in_bfloat16 and not getattr(model, "use_ema", False):  # an average can start from float32 weights
+        model.to(torch.bfloat16)  # before loading, so that memory never holds them in float32
     missing = _load_weights(model, checkpoint)
     if missing & dict(model.named_parameters()).keys():  # optional weights, such as a loss's, start as in a new model
         model = build_model(config)
         _load_weights(model, checkpoint)
-    _hand_over(model, checkpoint, OmegaConf.select(config, "lightning.trainer.precision") == "bf16-true")
+    _hand_over(model, checkpoint, in_bfloat16)
     return model
 
 

@@ -78,7 +78,8 @@ def test_shards_hold_the_sampled_latents(make_prior, model, tmp_path):
         np.testing.assert_array_equal(sample["f8"], (latent / model.scale_factor).half().numpy())
         expected = model.get_learned_conditioning([request.prompt])[0].numpy()
         np.testing.assert_allclose(sample["t5"], expected, rtol=2e-3, atol=2e-3)
-        assert sample["json"] == {"prompt": request.prompt, "seed": request.seed, **settings}
+        sizes = {"original_size": [32, 32], "crop_top_left": [0, 0], "target_size": [32, 32]}
+        assert sample["json"] == {"prompt": request.prompt, "seed": request.seed, **settings, **sizes}
     index = json.loads((tmp_path / "out/index.json").read_text())
     assert (index["complete"], index["samples"], index["teacher"]) == (True, 4, 0)
     assert (index["scale_factor"], index["parameterization"]) == (model.scale_factor, model.parameterization)

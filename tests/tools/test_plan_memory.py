@@ -21,11 +21,17 @@ CATEGORIES = ["weights", "gradients", "optimizer", "activations", "temporaries"]
 
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[str], str]:
-    """Return a function that runs the tool in this process: 10 GiB per step, 1 if streamed, plus 1 GiB per image."""
+    """Return a function that runs the tool in this process: 10 GiB per step, 1 if streamed, plus 1 GiB per image.
+
+    Streamed weights take 15 GiB of host memory, or 3 if the optimizer steps in backward.
+    """
 
     def peak_of_step(config, images, size=None):
-        streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")
-        return dict.fromkeys(CATEGORIES, 0) | {"weights": (1 if streamed else 10) * GIB, "activations": images * GIB}
+        params = config.model.params
+        streamed = params.unet_config.target.endswith("StreamedUNetModel")
+        low = params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
+        weights, host = (1 if streamed else 10) * GIB, (3 if low else 15) * GIB if streamed else 0
+        return dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "activations": images * GIB, "host": host}
 
     monkeypatch.setattr("ldm.planning.step.peak_of_step", peak_of_step)
     monkeypatch.setattr("ldm.planning.card.peak_of_step", peak_of_step)
@@ -44,7 +50,8 @@ def test_a_real_step_as_json(command) -> None:
     done = command("tools/plan_memory.py", "--json", "--base", "demo_tiny.yaml", "lightning.trainer.precision=bf16")
     assert done.returncode == 0, done.stderr
     sizes = json.loads(done.stdout)
-    assert list(sizes) == [*CATEGORIES, "peak", "card"]
+    assert list(sizes) == [*CATEGORIES, "host", "peak", "card"]
+    assert sizes["host"] > 1 << 20  # the first stage
     assert sum(sizes[name] for name in CATEGORIES) == sizes["peak"] and sizes["card"] == needed_bytes(sizes["peak"])
 
 
@@ -59,6 +66,9 @@ def test_a_step_by_category(plan) -> None:
         ["peak", "12.00", "GiB"],
     ]
     assert " ".join(lines[7]) == "card 12.96 GiB, with 0.6 GiB for context and workspaces and 3 % for fragmentation"
+    assert " ".join(lines[8]) == "host 1.50 GiB of host memory, with 1.5 GiB for Python and the libraries"
+    streamed = plan("--base demo_tiny.yaml minimal.yaml --batch 1").splitlines()
+    assert streamed[6].split() == ["peak", "2.00", "GiB"] and streamed[8].split()[:2] == ["host", "16.50"]
 
 
 def test_a_release_tells_the_config(plan, tmp_path) -> None:
@@ -73,7 +83,7 @@ def test_a_release_tells_the_config(plan, tmp_path) -> None:
 def test_what_fits_a_card(plan) -> None:
     printed = plan("--base demo_tiny.yaml minimal.yaml --card 8")  # also predicts without the tier
     assert "as given       not even batch 1" in printed
-    assert "minimal.yaml   batch 6" in printed
+    assert "minimal.yaml   batch 6" in printed and "7.00 GiB of tensors,  16.5 GiB of host memory" in printed
     assert "use minimal.yaml: --base demo_tiny.yaml minimal.yaml" in printed
     assert "nothing fits" in plan("--base demo_tiny.yaml --card 2")
     answer = json.loads(plan("--base demo_tiny.yaml --card 12 --json"))
@@ -81,7 +91,13 @@ def test_what_fits_a_card(plan) -> None:
         "tier": "as given",
         "images": 1,
         "peak": 11 * GIB,
+        "host": 0,
     }
+
+
+@pytest.mark.parametrize(("ram", "last"), [(17, "use minimal.yaml:"), (16, "use smallest.yaml:"), (4, "nothing fits;")])
+def test_a_tier_that_needs_more_host_memory_is_not_recommended(plan, ram: int, last: str) -> None:
+    assert plan(f"--base demo_tiny.yaml --card 4 --ram {ram}").splitlines()[-1].startswith(last)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +106,8 @@ def test_what_fits_a_card(plan) -> None:
         ("--base nothing.yaml", "config 'nothing.yaml' not found"),
         ("--batch 1", "name the configs of a training with --base, or a release with --ckpt"),
         ("--base demo_tiny.yaml --card 0", "--card 0.0: give a number of GB above 0"),
+        ("--base demo_tiny.yaml --card 8 --ram -1", "--ram -1.0: give a number of GB above 0"),
+        ("--base demo_tiny.yaml --ram 16", "--ram limits the tiers for a card; give --card too"),
         ("--base demo_tiny.yaml --card 8 --batch 1", "--card computes the batch size; leave out --batch"),
     ],
 )

@@ -88,7 +88,7 @@ def test_from_images_to_batches(release, images, tmp_path):
         *("--size", 64, "--batch-size", 3, "--shard-size", 4, "--flip", "--num-workers", 1),
     )
     assert result.returncode == 0, result.stderr
-    assert "left out: broken.png" in result.stdout + result.stderr
+    assert "image skipped: broken.png" in result.stdout + result.stderr
     last = result.stdout.strip().splitlines()[-1]
     assert "wrote 8 samples of 4 images in 3 shards" in last and "1 images failed, 0 without a caption" in last
 

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.first_stage import dtype_of
 from ldm.models.diffusion.initial_weights import FIRST_CONVOLUTION_KEYS
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
@@ -155,7 +156,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
     def depth(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the depth map (B, 1, h, w) of `x`: 2 (d − min) / (max − min + 0.001) − 1 per sample."""
-        depth = (x if x.shape[1] == 1 else self.depth_model(x)).float()
+        depth = (x if x.shape[1] == 1 else self.depth_model(x.to(dtype_of(self.depth_model)))).float()
         depth = F.interpolate(depth, size=size, mode="bicubic", align_corners=False)
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
         return 2.0 * (depth - low) / (high - low + 0.001) - 1.0

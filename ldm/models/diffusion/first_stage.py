@@ -21,7 +21,7 @@ def _device(module: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in module.parameters()), None)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     """Return the dtype of the module's weights, or float32 if it has no weights."""
     return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
@@ -53,7 +53,7 @@ class WithFirstStage:
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """Encode images (B, 3, H, W) in [-1, 1]. Return the posterior, or the latent if there is no posterior."""
-        return self._first_stage_at(x.device).encode(x.to(_dtype(self.first_stage_model)))
+        return self._first_stage_at(x.device).encode(x.to(dtype_of(self.first_stage_model)))
 
     def get_first_stage_encoding(
         self, encoded: DiagonalGaussianDistribution | Tensor, streams: RandomStreams = GLOBAL_STREAM
@@ -71,7 +71,7 @@ class WithFirstStage:
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Decode scaled latents z (B, C, h, w). Return images (B, 3, H, W), about [-1, 1]."""
-        latent = (z / self.scale_factor).to(_dtype(self.first_stage_model))
+        latent = (z / self.scale_factor).to(dtype_of(self.first_stage_model))
         return self._first_stage_at(z.device).decode(latent)
 
     def is_pre_encoded(self, x: Tensor) -> bool:

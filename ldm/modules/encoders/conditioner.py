@@ -199,7 +199,8 @@ def _joined(parts: Sequence[Tensor]) -> dict[str, Tensor]:
     for name, values in named.items():
         # Stored values are float16, which autocast on the CPU does not mix with bfloat16.
         dtype = reduce(torch.promote_types, (value.dtype for value in values))
-        joined[name] = torch.cat([value.to(dtype) for value in values], dim=_OUTPUTS[values[0].ndim][1])
+        values = [value.to(dtype) for value in values]
+        joined[name] = torch.cat(values, dim=_OUTPUTS[values[0].ndim][1]) if len(values) > 1 else values[0]
     return joined
 
 

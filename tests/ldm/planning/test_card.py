@@ -8,7 +8,7 @@ import pytest
 
 from ldm.config.load import load_config
 from ldm.planning import card
-from ldm.planning.card import GIB, Fit, fits, largest_batch, needed_bytes
+from ldm.planning.card import GIB, Fit, fits, largest_batch, needed_bytes, needed_host_bytes
 
 # Bytes as functions of the batch size, of the shape of a real step: the maximum of functions that are linear in it.
 STEPS: list[Callable[[int], int]] = [
@@ -29,6 +29,7 @@ def test_the_largest_batch_is_found_in_few_tries(takes: Callable[[int], int], li
 
 def test_needed_bytes_adds_fragmentation_and_context() -> None:
     assert needed_bytes(10 * GIB) == int(10.3 * GIB) + int(0.6 * GIB)
+    assert needed_host_bytes(10 * GIB) == int(11.5 * GIB)
 
 
 def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,13 +37,15 @@ def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch
         lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
         streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")
         fixed = 0 if streamed else 3 * GIB if lean else 13 * GIB
-        return {"weights": fixed, "activations": images * GIB // 4 * (size // 512) ** 2}
+        host = (3 if lean else 15) * GIB if streamed else 0
+        return {"weights": fixed, "activations": images * GIB // 4 * (size // 512) ** 2, "host": host}
 
     monkeypatch.setattr(card, "peak_of_step", peak_of_step)
     found = {fit.tier: fit for fit in fits(load_config(["finetune_stable_diffusion.yaml"]), 8 * GIB, 512)}
     assert found["as given"] == Fit("as given", 0, 13 * GIB + GIB // 4)
     assert found["fast.yaml"].images == 0
     assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB)
-    assert found["minimal.yaml"].images == 28
+    assert (found["minimal.yaml"].images, found["minimal.yaml"].host) == (28, 15 * GIB)
+    assert (found["smallest.yaml"].images, found["smallest.yaml"].host) == (28, 3 * GIB)
     decaying = load_config(["finetune_stable_diffusion.yaml", "decay_to_start.yaml"])
     assert {fit.tier: fit for fit in fits(decaying, 8 * GIB, 512)} == found

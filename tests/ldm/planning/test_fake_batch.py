@@ -1,11 +1,16 @@
 """Tests of the fake batch, which has the shapes of the config's data."""
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from ldm.config.load import build_model
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.planning.fake_batch import has_image_data, make_batch
+from ldm.release.families import FAMILIES
+from tests.narrow_models import OPEN_CLIP
+from tests.tiny_families import tiny_config
+from tests.tiny_training import finetune_config
 from tests.training_runs import CONFIG
 
 
@@ -42,3 +47,27 @@ def test_the_image_size_follows_from_the_first_stage(levels, pixels):
     assert make_batch(model, config, images=1)["f8"].shape == (1, 4 * pixels, 4 * pixels, 3)
     batch = make_batch(model, config, images=1, size=64)
     assert model.encode_batch(batch).mean.shape == (1, 4, 64 // pixels, 64 // pixels)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_the_batch_of_each_family_is_what_its_model_reads(key, tmp_path):
+    """Pre-encoded samples as the finetune config reads them, and images as the release config does."""
+    described = [tiny_config(key)]
+    if FAMILIES[key].finetune_config:
+        described.append(finetune_config(key, tmp_path))
+    for config in map(OmegaConf.create, described):
+        model = build_model(config).eval()
+        batch = make_batch(model, config, images=2)
+        assert len(batch[model.first_stage_key]) == 2
+        with torch.no_grad():
+            loss, _ = model.shared_step({name: _filled(value) for name, value in batch.items()})
+        assert torch.isfinite(loss)
+        if FAMILIES[key].has_vector and not has_image_data(model, config):
+            assert batch["pooled"].shape == (2, OPEN_CLIP["embed_dim"])
+
+
+def _filled(value):
+    """The entry with numbers in place of whatever its memory holds."""
+    if isinstance(value, dict):
+        return {name: _filled(part) for name, part in value.items()}
+    return torch.full_like(value, 0.5) if isinstance(value, torch.Tensor) else value

@@ -66,6 +66,19 @@ def test_peak_since_a_moment() -> None:
     del kept
 
 
+def test_host_memory_has_a_peak_of_its_own() -> None:
+    with FakeTensorMode(), Ledger() as ledger:
+        with ledger.naming(HOST):
+            torch.empty(1024)
+        began = ledger.now
+        kept = torch.empty(256)
+        ledger.name([kept], HOST)
+        on_device = torch.empty(128)
+    assert (ledger.host_peak(), ledger.host_peak(began)) == (4096, 1024)
+    assert ledger.peak() == counted(temporaries=512)
+    del on_device
+
+
 def test_a_quantised_tensor_counts_as_its_parts() -> None:
     from torchao.optim.subclass_8bit import OptimState8bit
 

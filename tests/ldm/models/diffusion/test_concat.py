@@ -72,6 +72,9 @@ def test_depth_goes_through_the_depth_stage_and_stays_frozen() -> None:
     low, high = depth.flatten(1).min(1).values, depth.flatten(1).max(1).values
     torch.testing.assert_close(low, torch.full((2,), -1.0))
     assert ((high > 0.97) & (high < 1)).all()
+    half = model.bfloat16().depth(image, (8, 8))  # the weights of the lean tier, and a batch that stays float32
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, depth, rtol=0, atol=0.05)
 
 
 def upscaler(**changes: Any) -> LatentUpscaleDiffusion:

@@ -132,6 +132,22 @@ def test_stored_embeddings_are_joined_by_their_dimensions() -> None:
     assert given["vector"][0, :6].tolist() == [1] * 6
 
 
+def test_stored_float16_is_joined_under_autocast_too() -> None:
+    """With the sizes, which are float32. Autocast on the CPU mixes no float16 with its bfloat16."""
+    embedders = [
+        {"target": f"{ENCODERS}IdentityEncoder", "input_key": "pooled"},
+        {"target": f"{ENCODERS}ConcatTimestepEmbedderND", "params": {"outdim": 4}, "input_key": "original_size"},
+    ]
+    embedders.append({"target": f"{ENCODERS}IdentityEncoder", "input_key": "t5"})
+    model = GeneralConditioner(embedders)
+    stored = {"pooled": torch.ones(2, 3), "t5": torch.ones(2, 5, 8)}
+    batch = {**{key: value.half() for key, value in stored.items()}, "original_size": torch.ones(2, 2)}
+    with torch.autocast("cpu", torch.bfloat16):
+        given = model(batch)
+    assert given["vector"].dtype == torch.float32 and given["vector"].equal(model(batch)["vector"])
+    assert given["crossattn"].equal(batch["t5"])
+
+
 def test_an_embedding_is_dropped_in_training_alone() -> None:
     model = stored(ucg_rate=0.5)
     torch.manual_seed(0)
