@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,19 +34,27 @@ def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
     return same and torch.equal(as_bytes(one), as_bytes(other))
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder that is removed after the test: the checkpoints take some hundred megabytes."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize("key", ENCODED)
 def test_round_trip(
-    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable, one_thread: None
+    key: str, folder: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable, one_thread: None
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     family = FAMILIES[key]
-    config, finetune = write_configs(family, tmp_path)
-    start = write_release(config, tmp_path / "release.safetensors")
-    write_images(tmp_path / "images", key)
+    config, finetune = write_configs(family, folder)
+    write_release(config, folder / "release.safetensors")
+    start = load_state_dict("release.safetensors")
+    write_images(folder / "images", key)
 
     encode = ("--ckpt", "release.safetensors", "--config", config, "--images", "images", "--size", SIDE)
     assert run_tool(PREENCODE, *encode, "--out", "shards/%06d.tar", "--num-workers", 0) is None
-    assert json.loads((tmp_path / "shards/index.json").read_text())["family"] == key
+    assert json.loads((folder / "shards/index.json").read_text())["family"] == key
     hack = ("--release", "release.safetensors", "--base", finetune, "--out", "hacked.ckpt")
     assert run_tool(HACK, *hack) is None
     hacked = load_checkpoint("hacked.ckpt")
@@ -57,7 +66,7 @@ def test_round_trip(
     check_untouched(start, load_state_dict("untrained.safetensors"), moved=set())
 
     run_main(monkeypatch, f"--resume hacked.ckpt --base {finetune} data.params.training_urls=shards/*.tar {QUIET}")
-    last = the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt"
+    last = the_run(folder / "logs") / "checkpoints" / "last.ckpt"
     assert run_tool(MERGE, *merge, "merged.safetensors") is None
     trained, merged = load_state_dict(last), load_state_dict("merged.safetensors")
     assert all(identical(merged[name], trained[name]) for name in merged if name.startswith(UNET))

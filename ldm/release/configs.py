@@ -72,7 +72,7 @@ def release_config(
 
 
 def training_config(
-    ckpt: str | Path, given: Sequence[str] = (), parameterization: str | None = None, trusted: bool = False
+    ckpt: str | Path, given: Sequence[str | Path] = (), parameterization: str | None = None, trusted: bool = False
 ) -> Chosen:
     """Return the configs `given`, merged left to right, or else the finetune config of `ckpt`'s family.
 
@@ -82,7 +82,7 @@ def training_config(
         UserError: as `release_config`, or the config and the checkpoint's markers tell different predictions.
     """
     if given:
-        chosen = Chosen(list(given), [], load_config(given, trusted=trusted))
+        chosen = Chosen([str(name) for name in given], [], load_config(given, trusted=trusted))
         shapes = _shapes_in(ckpt)
         chosen = _marked(chosen, ckpt, shapes, parameterization)
         check_prediction(chosen.prediction, parameterization or marked_parameterization(shapes), ckpt)

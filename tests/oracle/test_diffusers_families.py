@@ -6,6 +6,8 @@ The files have all of the released keys, and a small width.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,16 +100,16 @@ class Opened(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=[SD2, SDXL], ids=lambda kind: kind.family)
-def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     kind: Kind = request.param
     folder = tmp_path_factory.mktemp(kind.family)
-    release, merged, config = merged_file(kind.family, folder)
-    assert release.stat().st_size > 0
-    return Opened(load_release(merged, config), pipeline_of(kind, merged, folder / "local"))
+    merged, config = merged_file(kind.family, folder)
+    yield Opened(load_release(merged, config), pipeline_of(kind, merged, folder / "local"))
+    shutil.rmtree(folder)  # some hundred megabytes
 
 
-def merged_file(family: str, folder: Path) -> tuple[Path, Path, Path]:
-    """A release, the file that a training on it is merged into, and the release config."""
+def merged_file(family: str, folder: Path) -> tuple[Path, Path]:
+    """The file that a training on a release is merged into, and the release config."""
     config, finetune = write_configs(FAMILIES[family], folder)
     release, start, merged = folder / "release.safetensors", folder / "start.ckpt", folder / "merged.safetensors"
     write_release(config, release)
@@ -117,7 +119,7 @@ def merged_file(family: str, folder: Path) -> tuple[Path, Path, Path]:
     trained = {key: value * 1.01 for key, value in weights.items() if key.startswith(UNET)}
     save_checkpoint({**content, "state_dict": {**weights, **trained}}, start)
     merge_files(start, release, merged, None, False)
-    return release, merged, config
+    return merged, config
 
 
 def pipeline_of(kind: Kind, merged: Path, local: Path) -> diffusers.DiffusionPipeline:
