@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.child_runs import read_losses
 from benchmarks.fault_drill import STEPS, DrilledRun, differences, write_shards
+from tests.waiting import join
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_kills_within_training_lose_the_steps_since_the_last_checkpoint(straight
         run.wait_for(process, step)
         process.join(chance.uniform(0, 0.3))
         process.kill()
-        process.join()
+        join(process)
         assert process.exitcode == -9 and run.lost_steps() <= 2
     run.finish()
     assert differences(run, straight) == []
@@ -46,7 +47,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one_intact(
         while process.is_alive() and not (run.last and list(tmp_path.glob("logs/*/checkpoints/.last.*"))):
             pass
         process.kill()
-        process.join()
+        join(process)
         if list(tmp_path.glob("logs/*/checkpoints/.last.*")):  # else it was renamed just before the kill
             break
     assert process.exitcode == -9 and 0 < run.saved_steps() < STEPS
@@ -62,8 +63,7 @@ def test_a_killed_data_worker_ends_the_run_between_steps_and_loses_nothing(
     process = run.start()
     run.wait_for(process, 7)
     psutil.Process(process.pid).children()[0].kill()
-    process.join()
-    assert process.exitcode == 1
+    assert join(process) == [1]
     assert re.fullmatch(
         r"error: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: probably killed .*", run.last_line()
     )

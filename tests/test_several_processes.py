@@ -17,7 +17,7 @@ import pytest
 from benchmarks.child_runs import read_losses, start
 from tests.conftest import ROOT
 from tests.training_runs import assert_same_training, logged, state, the_run, write_inputs
-from tests.waiting import join, wait_for
+from tests.waiting import LIMIT, join, wait_for
 
 OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
@@ -125,7 +125,7 @@ def test_processes_that_start_seconds_apart_share_one_run_folder(tmp_path: Path,
         processes.append(subprocess.Popen(line, cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe, text=True))
     first, second = [process.stdout.readline() for process in processes]
     for process in processes:
-        process.communicate()
+        process.communicate(timeout=LIMIT)
     assert first.startswith("logs/") and second == first
 
 

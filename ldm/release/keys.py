@@ -82,9 +82,13 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path, weig
 
 
 def has_step_counters(content: Mapping[str, Any], path: str | Path) -> bool:
-    """Return True if the training checkpoint has the step counters of Lightning 2. Log if it lacks them."""
-    version = str(content.get("pytorch-lightning_version", "1.4 or older"))
-    if LOOPS in content and not version.startswith(("0.", "1.")):
+    """Return True if the training checkpoint has the step counters of Lightning 2. Log if it lacks them.
+
+    One with `loops` and without a version is damaged, not old.
+    """
+    version = content.get("pytorch-lightning_version")
+    if LOOPS in content and not str(version).startswith(("0.", "1.")):
         return True
+    version = version or "1.4 or older"
     log.info("%s: of Lightning %s, without the loops of Lightning 2; the step counters start at 0", path, version)
     return False

@@ -13,12 +13,9 @@ import torch.utils.backend_registration as registration
 from tests.device.checks import CHECKS
 from tests.device.pretended import ROOT
 
-pytestmark = [
-    pytest.mark.timeout(1200),  # half a minute of one core
-    pytest.mark.skipif(
-        not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="this torch makes no such device"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="this torch makes no such device"
+)
 
 
 @pytest.fixture(scope="module")

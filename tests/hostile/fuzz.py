@@ -34,9 +34,9 @@ from ldm.util import UserError
 from tests.hostile import fuzz_checkpoints as checkpoints
 from tests.hostile import fuzz_samples as samples
 from tests.hostile.fuzz_values import comparable
+from tests.waiting import LIMIT, join
 
-SECONDS = 10  # an input
-SILENCE = 120  # seconds until a worker counts as hanging where no signal reaches it
+SECONDS = 10  # of processor time, an input
 MEMORY = 2 << 30  # bytes beyond those that the process begins with
 NUMBERS = (0, 1, -1, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
@@ -89,7 +89,7 @@ class Result:
 
 
 class TooLong(BaseException):
-    """An input took longer than `SECONDS`."""
+    """An input took more than `SECONDS`."""
 
 
 def mutated(rng: random.Random, data: bytes, tokens: tuple[bytes, ...]) -> bytes:
@@ -134,7 +134,7 @@ def input_of(name: str, number: int) -> bytes:
 def verdict(name: str, data: bytes, folder: Path) -> tuple[str, str]:
     """Return `taken`, `compared` or `refused`, and what is wrong with that, or nothing."""
     loader = LOADERS[name]
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         ours = loader.ours(folder, data)
     except UserError as error:
@@ -143,14 +143,14 @@ def verdict(name: str, data: bytes, folder: Path) -> tuple[str, str]:
     except BaseException as error:
         return "refused", f"{type(error).__name__}: {error!s:.200}\n{traceback.format_exc(limit=-4)}"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         other = loader.other(data)
     except (Exception, TooLong):
         return "taken", ""
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     if comparable(ours) == comparable(other):
         return "compared", ""
     return "compared", f"another value: {ours!r:.300}, not {other!r:.300}"
@@ -164,7 +164,7 @@ def _work(names: list[str], numbers: range, results: Any) -> None:
     """Send name and number of each input, then its verdict; in a process of its own, since a bad file may end it."""
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, own + MEMORY))
-    signal.signal(signal.SIGALRM, _stop)
+    signal.signal(signal.SIGPROF, _stop)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +186,7 @@ def _messages(names: list[str], numbers: range) -> Iterator[tuple[str, int, tupl
         sender.close()
         last = ("", numbers.start - 1)
         try:
-            while receiver.poll(SILENCE) and (message := receiver.recv()) is not None:
+            while receiver.poll(LIMIT) and (message := receiver.recv()) is not None:
                 last = message[:2]
                 yield message
             if receiver.poll(0) or message is None:
@@ -196,7 +196,7 @@ def _messages(names: list[str], numbers: range) -> Iterator[tuple[str, int, tupl
             reason = "the process died"
         finally:
             process.kill()
-            process.join()
+            join(process)
         yield (*last, ("refused", reason))
         numbers = range(last[1] + 1, numbers.stop)
 

@@ -153,7 +153,7 @@ def make_metadata(rng: random.Random) -> bytes:
 
 
 def read_metadata(folder: Path, data: bytes) -> Any:
-    return from_metadata(write_file(folder, METADATA, data))
+    return [(entry.name, entry.caption) for entry in from_metadata(write_file(folder, METADATA, data))]
 
 
 def load_metadata(data: bytes) -> Any:

@@ -30,8 +30,6 @@ from tests.hostile.guarded_commands import (
     write_good,
 )
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

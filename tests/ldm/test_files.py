@@ -186,7 +186,6 @@ def _moved_to_record(path):
     return path.parent / "s.tar"
 
 
-@pytest.mark.timeout(60)  # to open a named pipe waits for ever
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_file_refuses_what_is_no_file_wherever_one_is_expected(kind, reader, tmp_path, monkeypatch):

@@ -255,7 +255,6 @@ def test_a_view_that_torch_does_not_write_is_refused(metadata, tmp_path):
 ENDLESS = b")" + b"2\x86" * 80
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     "data",
     {
@@ -281,7 +280,6 @@ def test_endless_values_are_refused_at_once(data, write_zip):
         load_checkpoint(write_zip(data_pkl=b"\x80\x04" + data[1]))
 
 
-@pytest.mark.timeout(20)
 def test_an_endless_value_is_carried_along_unread(write_zip):
     path = write_zip(data_pkl=b"\x80\x04}(V" + b"x\n" + ENDLESS + b"u.")
     assert load_checkpoint(path).keys() == {"x"}
@@ -321,7 +319,6 @@ def test_an_expanded_tensor_is_read(tmp_path):
     assert load_checkpoint(tmp_path / "model.ckpt")["w"].sum() == 100
 
 
-@pytest.mark.timeout(20)
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.ckpt")
     with pytest.raises(UserError, match="a named pipe"):

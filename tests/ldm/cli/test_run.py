@@ -19,6 +19,7 @@ from ldm.cli.paths import newest_checkpoint
 from ldm.cli.run import NO_MEMORY, HelpFormatter, Lines, PrintableFormatter, run
 from ldm.util import UserError
 from tests.conftest import ROOT
+from tests.waiting import LIMIT
 
 
 def raises(error: BaseException):
@@ -78,7 +79,7 @@ def test_an_expected_error_in_a_thread_is_one_line(
     def main() -> None:
         thread = threading.Thread(target=raises(error))
         thread.start()
-        thread.join()
+        thread.join(LIMIT)
 
     run(main)
     assert ("No space left" in caplog.text) == isinstance(error, OSError)

@@ -18,7 +18,6 @@ def doubling(lines, first, value):
     return f"model:\n x0: {first}\n" + "".join(f" x{i}: {value.format(i - 1)}\n" for i in range(1, lines))
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     "text",
     [

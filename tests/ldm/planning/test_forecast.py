@@ -13,6 +13,7 @@ from ldm.planning import forecast as module
 from ldm.planning import step
 from ldm.planning.forecast import forecast, start_forecast
 from ldm.util import UserError
+from tests.waiting import LIMIT
 
 CONFIG = load_config(["demo_tiny.yaml"])
 PEAK = {"weights": 3, "activations": 4}
@@ -70,7 +71,7 @@ def test_forecast_does_not_cache_errors(folder):
 
 def test_start_forecast_fills_the_cache_from_another_process(calls):
     process = start_forecast(CONFIG)
-    assert process is not None and process.wait() == 0
+    assert process is not None and process.wait(LIMIT) == 0
     found = forecast(CONFIG)
     assert not calls and found["weights"] > 1 << 20
     assert start_forecast(CONFIG) is None
