@@ -83,9 +83,9 @@ def compare_memory(figures: list[dict[str, float]], options: argparse.Namespace)
     peak, driver = (max(entry[key] for entry in figures) for key in ("gib", "driver_gib"))
     if not peak:
         return
-    from ldm.planning.step import peak_of_step
+    from ldm.planning.step import on_device, peak_of_step
 
-    predicted = sum(peak_of_step(config_of(options), options.batch, options.size).values()) / 2**30
+    predicted = on_device(peak_of_step(config_of(options), options.batch, options.size)) / 2**30
     print(f"peak of the loop {peak:.2f} GiB, predicted {predicted:.2f} ({peak / predicted - 1:+.1%}); "
           f"reported by the driver {driver:.2f}")  # fmt: skip
 

@@ -1,13 +1,17 @@
 #!/usr/bin/env python
-"""Seconds and peak memory per stage of the recipe, at the full size of Stable Diffusion v1, on the CPU.
+"""Seconds and peak memory per stage of the recipe, at the full size of a family's release, on the CPU.
 
 Weights are random.
 
     python benchmarks/recipe_full_size.py --folder recipe
+    python benchmarks/recipe_full_size.py --folder recipe --family sdxl
 
 The stages are hack, one resumed optimizer step, and merge, run as a user would type them. Peak memory is the resident
 set of each command, including memory-mapped pages. The benchmark needs about 32 GB of disk and frees it afterwards
 unless --keep is given.
+
+SDXL's release is in float16, as it is published. A step of it in float32 needs 45 GB, so the step is replaced by a
+checkpoint whose UNet was multiplied by a number.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
-from ldm.checkpoint import Pending, load_state_dict, save_state_dict
+from ldm.checkpoint import Pending, in_memory, load_checkpoint, load_state_dict, save_checkpoint, save_state_dict
+from ldm.checkpoint.keys import UNET
 from ldm.cli.run import run
 from ldm.shards import npy
 from ldm.shards.writer import ShardWriter
@@ -39,6 +44,11 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "finetune_stable_diffusion.yaml"
+# Lists of released keys, file names, and types of the weights; None for the types in the list.
+RELEASES: dict[str, tuple[str, str, torch.dtype | None]] = {
+    "sd1": ("sd_v1_keys", "model.ckpt", None),
+    "sdxl": ("sdxl_base_keys", "model.safetensors", torch.float16),
+}
 MAX_RSS = 24e9  # bytes, of any stage
 MAX_RSS_OF_RELEASE = 1.3  # limit for hack and merge, as a multiple of the release's size
 
@@ -70,6 +80,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="new or empty folder for all files")
+    parser.add_argument("--family", choices=RELEASES, default="sd1", help="family of the release (default: sd1)")
     parser.add_argument("--keep", action="store_true", help="keep the files")
     parser.add_argument("--latent-size", type=int, default=64, help="height and width of the latents (default: 64)")
     parser.add_argument("--samples", type=int, default=2, help="number of pre-encoded samples (default: 2)")
@@ -83,17 +94,25 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_recipe(folder: Path, options: argparse.Namespace) -> list[Stage]:
-    release, start, merged = (folder / name for name in ("model.ckpt", "start.ckpt", "merged.ckpt"))
-    write_release(release)
-    write_shard(folder / "shards", options.samples, options.latent_size)
+    keys, name, dtype = RELEASES[options.family]
+    release, start = folder / name, folder / "start.ckpt"
+    merged = folder / f"merged{release.suffix}"
+    write_release(release, keys, dtype)
     size = release.stat().st_size
     log.info("release: %.2f GB", size / 1e9)
 
-    hack = ["tools/hack_weights.py", "--release", release, "--base", CONFIG, "--out", start]
+    hack = ["tools/hack_weights.py", "--release", release, "--out", start, "--base"]  # of the family
     stages = [timed("hack", hack)]
-    stages[-1].moved = 2 * start.stat().st_size
+    stages[-1].moved = size + start.stat().st_size
     last = start
-    if not options.skip_training:
+    if options.skip_training:
+        pass
+    elif options.family != "sd1":
+        last = folder / "last.ckpt"
+        write_moved(start, last)
+        start.unlink()
+    else:
+        write_shard(folder / "shards", options.samples, options.latent_size)
         stages.append(timed("one step", training_command(folder, start, options)))
         last = next(folder.glob("logs/*/checkpoints/last.ckpt"))
         stages[-1].moved = start.stat().st_size + last.stat().st_size
@@ -130,20 +149,32 @@ def timed(name: str, command: list[str | Path]) -> Stage:
     return Stage(name, seconds, usage.ru_maxrss * (1024 if sys.platform == "linux" else 1), 0)
 
 
-def write_release(path: Path) -> None:
-    """Write random fp32 weights under the keys and shapes of a released checkpoint."""
-    listed = json.loads((ROOT / "tests/golden/sd_v1_keys.json").read_text(encoding="utf-8"))["keys"]
+def write_release(path: Path, keys: str, half: torch.dtype | None) -> None:
+    """Write random weights under the keys and shapes of a released checkpoint, in the type `half` if there is one."""
+    listed = json.loads((ROOT / f"tests/golden/{keys}.json").read_text(encoding="utf-8"))["keys"]
 
     def pending(shape: list[int], dtype: torch.dtype) -> Pending:
+        dtype = half or dtype if dtype.is_floating_point else dtype
         if not dtype.is_floating_point:
             return Pending(
                 tuple(shape), dtype, lambda: torch.arange(torch.Size(shape).numel(), dtype=dtype).view(shape)
             )
-        return Pending(tuple(shape), dtype, lambda: torch.randn(shape, dtype=dtype) * 0.02)
+        return Pending(tuple(shape), dtype, lambda: (torch.randn(shape) * 0.02).to(dtype))
 
     torch.manual_seed(0)
     weights = {key: pending(shape, getattr(torch, dtype.split(".")[1])) for key, (shape, dtype) in listed.items()}
     save_state_dict(weights, path)
+
+
+def write_moved(start: Path, path: Path) -> None:
+    """Write the training checkpoint `start` with other weights of the UNet."""
+    content = load_checkpoint(start)
+    weights = {
+        key: Pending(tuple(value.shape), value.dtype, lambda value=value: in_memory(value) * 1.01)
+        for key, value in content["state_dict"].items()
+        if key.startswith(UNET)
+    }
+    save_checkpoint({**content, "state_dict": {**content["state_dict"], **weights}}, path)
 
 
 def write_shard(folder: Path, samples: int, latent_size: int) -> None:

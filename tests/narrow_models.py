@@ -18,10 +18,10 @@ from tests.golden_data import seeded_weight
 # Widths of the text towers. The two of SDXL differ, since diffusers tells them apart by it.
 CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "projection_dim": 16}
 OPEN_CLIP = {"width": 24, "heads": 2, "embed_dim": 24}
-CONTEXT = {"sd1": CLIP["hidden_size"], "sd2": OPEN_CLIP["width"], "sdxl": CLIP["hidden_size"] + OPEN_CLIP["width"]}
-SIZES = 3 * 2 * 256  # features of the embedded sizes
-VECTOR = OPEN_CLIP["embed_dim"] + SIZES
-_TOWERS = {"FrozenCLIPEmbedder": CLIP, "FrozenOpenCLIPEmbedder": OPEN_CLIP, "FrozenOpenCLIPEmbedder2": OPEN_CLIP}
+# Features of the context, by those of the release: SD 1, SD 2, SDXL.
+CONTEXT = {768: CLIP["hidden_size"], 1024: OPEN_CLIP["width"], 2048: CLIP["hidden_size"] + OPEN_CLIP["width"]}
+VECTOR = OPEN_CLIP["embed_dim"] + 6 * 256  # features of the vector: of the caption, and of six numbers
+TOWERS = {"FrozenCLIPEmbedder": CLIP, "FrozenOpenCLIPEmbedder": OPEN_CLIP, "FrozenOpenCLIPEmbedder2": OPEN_CLIP}
 
 
 def narrow(name: str) -> dict[str, Any]:
@@ -29,9 +29,7 @@ def narrow(name: str) -> dict[str, Any]:
     config = plain(load_config([name]))
     params = config["model"]["params"]
     unet = params["unet_config"]["params"]
-    old = unet["context_dim"]
-    context = next(CONTEXT[key] for key, width in (("sd1", 768), ("sd2", 1024), ("sdxl", 2048)) if width == old)
-    unet |= {"model_channels": 32, "context_dim": context}
+    unet |= {"model_channels": 32, "context_dim": CONTEXT[unet["context_dim"]]}
     if "num_head_channels" in unet:
         unet["num_head_channels"] = 32
     if "adm_in_channels" in unet:
@@ -43,8 +41,8 @@ def narrow(name: str) -> dict[str, Any]:
 
 def _narrow_towers(described: dict[str, Any]) -> None:
     kind = described["target"].rpartition(".")[2]
-    if kind in _TOWERS:
-        described["params"] = {**(described.get("params") or {}), "text_config": _TOWERS[kind]}
+    if kind in TOWERS:
+        described["params"] = {**(described.get("params") or {}), "text_config": TOWERS[kind]}
     for embedder in (described.get("params") or {}).get("emb_models", ()):
         _narrow_towers(embedder)
 
@@ -57,21 +55,20 @@ def write_configs(family: Family, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def released_weights(config: Path) -> dict[str, Tensor]:
-    """Seeded weights of the model of `config`, under the keys that its release has."""
+def seeded_weights(config: Path) -> dict[str, Tensor]:
+    """The state dict of the model of `config`, with seeded weights."""
     model = build_model(load_config([config]))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim:
                 parameter.copy_(seeded_weight(key, tuple(parameter.shape)))
-    weights = model.state_dict()
-    if has_part(weights, CONDITIONER):  # SDXL's files have no schedule
-        weights = {key: value for key, value in weights.items() if key not in SCHEDULE_KEYS}
-    return weights
+    return model.state_dict()
 
 
 def write_release(config: Path, path: Path) -> dict[str, Tensor]:
-    """Write a release of `config` to `path`; return its weights."""
-    weights = released_weights(config)
+    """Write a release of `config` to `path`, and return its weights. As in SDXL's files, those have no schedule."""
+    weights = seeded_weights(config)
+    if has_part(weights, CONDITIONER):
+        weights = {key: value for key, value in weights.items() if key not in SCHEDULE_KEYS}
     save_state_dict(weights, path)
     return weights

@@ -22,13 +22,14 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 INVERSION = "textual_inversion.yaml"
 # Each is laid over a config that trains; this last one over a release's.
 OVERLAYS = (
-    *("fast.yaml", "lean.yaml", "minimal.yaml", "prior_images.yaml", "prior_teacher.yaml", "decay_to_start.yaml"),
-    *("watch_forgetting.yaml", INVERSION),
+    *("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml", "prior_images.yaml", "prior_teacher.yaml"),
+    *("decay_to_start.yaml", "watch_forgetting.yaml", INVERSION),
 )
-TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml")
+TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml")
 REFUSED = {
-    ("minimal.yaml", "fast.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
-    ("minimal.yaml", "lean.yaml"): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole blocks",
+    (streamed, resident): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers"
+    for streamed in ("minimal.yaml", "smallest.yaml")
+    for resident in ("fast.yaml", "lean.yaml")
 }
 # Lists of released keys, by family.
 RELEASED = {
@@ -108,9 +109,12 @@ def test_the_last_tier_takes_precedence():
     def optimizer(*names):
         return plain(load_config(["finetune_stable_diffusion.yaml", *names]).model.params.optimizer_config)
 
-    assert optimizer("lean.yaml", "minimal.yaml") == optimizer("minimal.yaml")
+    for other in ("lean.yaml", "smallest.yaml"):
+        assert optimizer(other, "minimal.yaml") == optimizer("minimal.yaml")
     for other in ("fast.yaml", "minimal.yaml", "decay_to_start.yaml"):
         assert optimizer(other, "lean.yaml") == optimizer("lean.yaml")
+        assert optimizer(other, "smallest.yaml") == optimizer("smallest.yaml")
+    assert optimizer("lean.yaml", "smallest.yaml") == optimizer("smallest.yaml")
     assert optimizer("lean.yaml", "decay_to_start.yaml") == optimizer("lean.yaml")
 
 

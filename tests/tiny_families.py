@@ -8,16 +8,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import save_state_dict
-from ldm.config.load import build_model, load_config, plain
 from ldm.release.families import FAMILIES
-from tests.golden_data import seeded_weight
+from tests.narrow_models import OPEN_CLIP, TOWERS, narrow, seeded_weights
 
 SIDE = 64  # pixels of the images that a tiny model makes by default
-_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-_OPEN_CLIP = {"width": 24, "heads": 2, "layers": 2, "embed_dim": 24}
-_TOWERS = {"FrozenCLIPEmbedder": _CLIP, "FrozenOpenCLIPEmbedder": _OPEN_CLIP, "FrozenOpenCLIPEmbedder2": _OPEN_CLIP}
-_WIDTHS = {768: 16, 1024: 24, 2048: 16 + 24}  # of the context, released and tiny
 _OUTDIM = 8  # features of a number of SDXL's sizes
+_LAYERS = {"FrozenCLIPEmbedder": "num_hidden_layers", "FrozenOpenCLIPEmbedder": "layers"}
+_LAYERS["FrozenOpenCLIPEmbedder2"] = "layers"
 # Estimates depth as a weighted sum of the colours.
 _DEPTH_STAGE = {
     "target": "torch.nn.Conv2d",
@@ -27,17 +24,17 @@ _DEPTH_STAGE = {
 
 def tiny_config(key: str) -> dict[str, Any]:
     """The release config of the family `key`, with small networks."""
-    config = plain(load_config([FAMILIES[key].config]))
+    config = narrow(FAMILIES[key].config)
     params = config["model"]["params"]
     params["image_size"] = SIDE // 8
     unet = params["unet_config"]["params"]
-    unet |= {"model_channels": 32, "num_res_blocks": 1, "context_dim": _WIDTHS[unet["context_dim"]]}
-    unet |= {"channel_mult": unet["channel_mult"][:3], "transformer_depth": 1, "attention_resolutions": [4, 2]}
+    unet |= {"num_res_blocks": 1, "transformer_depth": 1}
+    unet |= {"channel_mult": unet["channel_mult"][:3], "attention_resolutions": [4, 2]}
     if "num_head_channels" in unet:
         unet["num_head_channels"] = 16
     if "adm_in_channels" in unet:
-        unet["adm_in_channels"] = _OPEN_CLIP["embed_dim"] + 6 * _OUTDIM
-    params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+        unet["adm_in_channels"] = OPEN_CLIP["embed_dim"] + 6 * _OUTDIM
+    params["first_stage_config"]["params"]["ddconfig"] |= {"ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     if "depth_stage_config" in params:
         params["depth_stage_config"] = _DEPTH_STAGE
     shrink(params["cond_stage_config"])
@@ -47,8 +44,8 @@ def tiny_config(key: str) -> dict[str, Any]:
 def shrink(described: dict[str, Any]) -> None:
     kind = described["target"].rpartition(".")[2]
     params = described["params"] = dict(described.get("params") or {})
-    if kind in _TOWERS:
-        params["text_config"] = _TOWERS[kind]
+    if kind in _LAYERS:
+        params["text_config"] = {**TOWERS[kind], _LAYERS[kind]: 2}
     if "layer_idx" in params:
         params["layer_idx"] = 1
     if "outdim" in params:
@@ -63,9 +60,5 @@ def write_tiny(key: str, folder: Path, **params: Any) -> tuple[Path, Path]:
     config["model"]["params"] |= params
     config_path, release = folder / f"{key}.yaml", folder / f"{key}.safetensors"
     OmegaConf.save(OmegaConf.create(config), config_path)
-    model = build_model(load_config([config_path]))
-    for name, parameter in model.named_parameters():
-        if parameter.ndim:
-            parameter.data.copy_(seeded_weight(name, tuple(parameter.shape)))
-    save_state_dict(model.state_dict(), release)
+    save_state_dict(seeded_weights(config_path), release)
     return release, config_path

@@ -3,7 +3,7 @@
 
 python tools/plan_memory.py --base finetune_stable_diffusion.yaml --size 512 --batch 1
 python tools/plan_memory.py --base finetune_stable_diffusion.yaml --card 8
-python tools/plan_memory.py --ckpt models/ldm/sd_xl_base_1.0.safetensors --card 12
+python tools/plan_memory.py --ckpt models/ldm/sd_xl_base_1.0.safetensors --card 4 --ram 16
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="GB",
         help="print the largest batch per tier that fits a card with this much memory",
     )
+    add(
+        "--ram",
+        type=float,
+        metavar="GB",
+        help="with --card: recommend no tier that needs more host memory (default: any amount)",
+    )
     add("--json", action="store_true", help="print JSON alone, with sizes in bytes")
     add_trust_option(parser)
     add(
@@ -55,6 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     if not (arguments.base or arguments.ckpt):
         raise UserError("name the configs of a training with --base, or a release with --ckpt")
     check_number("--card", arguments.card, above=0, whole=False, optional=True, unit="GB")
+    check_number("--ram", arguments.ram, above=0, whole=False, optional=True, unit="GB")
+    if arguments.ram is not None and arguments.card is None:
+        raise UserError("--ram limits the tiers for a card; give --card too")
     if arguments.card is not None and arguments.batch is not None:
         raise UserError("--card computes the batch size; leave out --batch")
     return arguments
@@ -82,28 +91,35 @@ def main() -> None:
 
 
 def print_step(config: DictConfig, arguments: argparse.Namespace) -> None:
-    from ldm.planning.card import ALLOWANCE, FRAGMENTATION, GIB, needed_bytes
-    from ldm.planning.step import peak_of_step
+    from ldm.planning.card import ALLOWANCE, FRAGMENTATION, GIB, HOST_ALLOWANCE, needed_bytes, needed_host_bytes
+    from ldm.planning.ledger import CATEGORIES, HOST
+    from ldm.planning.step import on_device, peak_of_step
 
     peak = peak_of_step(config, arguments.batch, arguments.size)
-    total = sum(peak.values())
+    total = on_device(peak)
     if arguments.json:
         logger.info(json.dumps({**peak, "peak": total, "card": needed_bytes(total)}))
         return
     logger.info("predicted memory of the second training step, on one device:")
-    for name, size in [*peak.items(), ("peak", total)]:
+    for name, size in [*((name, peak[name]) for name in CATEGORIES), ("peak", total)]:
         logger.info("  %-12s %7.2f GiB", name, size / GIB)
     logger.info(
         "  %-12s %7.2f GiB, with %.1f GiB for context and workspaces and %.0f %% for fragmentation",
         "card", needed_bytes(total) / GIB, ALLOWANCE / GIB, 100 * FRAGMENTATION,
     )  # fmt: skip
+    logger.info(
+        "  %-12s %7.2f GiB of host memory, with %.1f GiB for Python and the libraries",
+        "host", needed_host_bytes(peak[HOST]) / GIB, HOST_ALLOWANCE / GIB,
+    )  # fmt: skip
 
 
 def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
-    from ldm.planning.card import ALLOWANCE, AS_GIVEN, FRAGMENTATION, GIB, fits
+    from ldm.planning.card import ALLOWANCE, AS_GIVEN, FRAGMENTATION, GIB, fits, needed_host_bytes
 
     found = fits(config, int(arguments.card * GIB), arguments.size)
-    use = next((fit.tier for fit in found if fit.images), None)
+    most = None if arguments.ram is None else arguments.ram * GIB
+    fitting = [fit for fit in found if fit.images and (most is None or needed_host_bytes(fit.host) <= most)]
+    use = fitting[0].tier if fitting else None
     if arguments.json:
         logger.info(json.dumps({"tiers": [vars(fit) for fit in found], "use": use}))
         return
@@ -113,7 +129,10 @@ def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     for fit in found:
         batch = f"batch {fit.images}" if fit.images else "not even batch 1"
-        logger.info("  %-14s %-16s %7.2f GiB of tensors", fit.tier, batch, fit.peak / GIB)
+        logger.info(
+            "  %-14s %-16s %7.2f GiB of tensors, %5.1f GiB of host memory",
+            fit.tier, batch, fit.peak / GIB, needed_host_bytes(fit.host) / GIB,
+        )  # fmt: skip
     if use is None:
         logger.info("nothing fits; use a larger card or a smaller --size")
     elif use != AS_GIVEN:

@@ -85,6 +85,7 @@ def main() -> None:
     from ldm.encoding.shard_set import check_out
     from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.model_family import own_side
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and arguments.overwrite:
@@ -102,7 +103,7 @@ def main() -> None:
         SampleEncoder(model, device, dtype),
         items,
         arguments.out,
-        size=arguments.size or model.image_size * model.first_stage_model.downsampling,
+        size=arguments.size or own_side(model),
         buckets=arguments.buckets,
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,

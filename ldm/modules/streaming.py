@@ -38,6 +38,18 @@ class WeightStream:
         # What the outputs of `_Copied` depend on, so that a gradient comes back without passing by the parameter.
         self._anchor = torch.empty(0, requires_grad=True)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of pinned host memory that a training on CUDA takes. CUDA's allocator rounds up to powers of two."""
+        parameters = [parameter for block in self._blocks for parameter in block.parameters()]
+        sizes = [parameter.numel() * self.dtype.itemsize for parameter in parameters]
+        kept = sum(
+            _power_of_two(size)
+            for size, parameter in zip(sizes, parameters, strict=True)
+            if parameter.dtype != self.dtype
+        )
+        return kept + _power_of_two(max(sizes))
+
     def settle(self) -> None:
         """Drop the prefetched copies and wait for copies in progress.
 
@@ -82,11 +94,16 @@ class WeightStream:
             self._copies[number] = self._transfer.copy(self._blocks[number], device, changed, begin)
 
 
-class _Copied(torch.autograd.Function):
-    """Function that stands for a parameter's copy, and accumulates the copy's gradient in the parameter.
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
-    The gradient is accumulated, and the parameter's hooks run, before backward goes on. If autograd did it, on CUDA it
-    would be another thread's work: where hooks step the optimizer, gradients would pile up in host memory.
+
+class _Copied(torch.autograd.Function):
+    """Function that returns a parameter's copy, and adds the copy's gradient to that of the parameter.
+
+    The parameter itself is no input, so that backward waits until the gradient has arrived and the parameter's hooks
+    have run. On CUDA autograd would do both in another thread. Where a hook steps the optimizer, gradients would pile
+    up in host memory.
     """
 
     @staticmethod
@@ -97,12 +114,18 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         parameter, landing = ctx.home
-        torch.autograd.backward(parameter, landing.on_host(gradient))
+        arrived = landing.on_host(gradient)
+        if parameter.grad is None:
+            parameter.grad = arrived.to(parameter.dtype, copy=True)
+        else:
+            parameter.grad += arrived
+        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+            hook(parameter)
         return None, None, None
 
 
 class _Landing:
-    """Pinned memory that gradients from a CUDA device pass through, one at a time.
+    """Pinned memory through which gradients come from a CUDA device, one at a time.
 
     A copy to other memory takes several times longer. The gradient keeps its type, since a conversion on the device
     would double memory and transfer time.

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from ldm.optim.quantised import Quantised
 
-_CHUNK = 1 << 18  # numbers; a chunk in float32 stays in a processor's cache
-# Bytes that a step takes beside weights, gradient and moments: about ten chunks in float32.
-HOST_SCRATCH = 10 * 4 * _CHUNK
+_CHUNK = 1 << 18  # numbers; about ten float32 tensors of this size exist at a time, and fit a processor's cache
 
 Noise = Callable[[int], Tensor]  # n → n random integers from 0 to 2¹⁶ − 1, int32
 
@@ -31,7 +29,6 @@ def step_on_host(
     """
     weights, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)
     first, second = _moment(state["exp_avg"]), _moment(state["exp_avg_sq"])
-    largest = _moment(state["max_exp_avg_sq"]) if group["amsgrad"] else None
     lr, decay, eps = group["lr"], group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]
     correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
@@ -45,9 +42,6 @@ def step_on_host(
         v = second.read(start, stop).lerp_(g.square(), 1 - beta2)
         first.write(start, m)
         second.write(start, v)
-        if largest is not None:
-            v = torch.maximum(largest.read(start, stop), v)
-            largest.write(start, v)
         denominator = (v.sqrt() / correction2.sqrt()).add_(eps)
         w.sub_((m / correction1).mul_(lr).div_(denominator))
         _store(w, weights[start:stop], noise)
@@ -96,7 +90,7 @@ class _Plain:
 
 
 def _moment(tensor: Tensor) -> Quantised | _Plain:
-    if type(tensor) is Tensor:
+    if not hasattr(tensor, "codes"):
         return _Plain(tensor)
     bits = 8 * tensor.codes.numel() // tensor.numel()
     return Quantised(tensor.codes, tensor.scale, tensor.signed, bits)

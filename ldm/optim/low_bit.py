@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ldm.modules.cpu import is_on_cpu
 from ldm.optim.host_step import own_noise, shared_noise, step_on_host
 from ldm.optim.quantised import torchao
+from ldm.util import refuse_if
 
 # Parts of torchao's quantised tensors that change. All other parts follow from the parameter and from "signed".
 _PARTS = ("codes", "scale")
@@ -43,7 +44,11 @@ class _LowBit:
         keyed_rounding: take the random numbers of that rounding from a stream for each parameter and step, named by
             torch's seed, the parameter's position and its number of steps. The result then does not depend on the order
             in which parameters are stepped. No effect on parameters that are not on the host.
-        kwargs: torchao's arguments: betas, eps, weight_decay, amsgrad, block_size.
+        kwargs: torchao's arguments: betas, eps, weight_decay, block_size; but for `amsgrad`, which torchao takes and
+            cannot compute.
+
+    Raises:
+        UserError: `amsgrad` is true.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class _LowBit:
         keyed_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_if((kwargs.get("amsgrad"), "amsgrad: leave it out; torchao cannot quantise its third moment"))
         self.keyed_rounding = keyed_rounding
         self._positions: dict[nn.Parameter, int] = {}
         super().__init__(params, lr, bf16_stochastic_round=bf16_stochastic_round, **kwargs)
@@ -93,7 +99,7 @@ class _LowBit:
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.tensor(0.0)
-                for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+                for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = self._new_buffer(parameter, signed=name == "exp_avg")
             state["step"] += 1
             noise = None
@@ -116,8 +122,10 @@ class _LowBit:
         """Load a result of `state_dict`, or the state dict of another AdamW.
 
         Raises:
-            ValueError: the state belongs to other parameters, or is quantised in another way.
+            ValueError: the state belongs to other parameters, is quantised in another way, or has amsgrad.
         """
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("loaded state dict has amsgrad, and the low-bit optimizers cannot compute it")
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)  # a number in the state of another AdamW
@@ -143,7 +151,7 @@ class _LowBit:
 
 
 def _is_quantised(tensor: Tensor) -> bool:
-    return type(tensor) is not Tensor
+    return hasattr(tensor, "codes")
 
 
 def _plain(value: Any) -> Any:

@@ -9,34 +9,43 @@ from omegaconf import DictConfig
 
 from ldm.config.load import find_config, load_config
 from ldm.config.merge import merge_configs
-from ldm.planning.step import peak_of_step
+from ldm.planning.ledger import HOST
+from ldm.planning.step import on_device, peak_of_step
 from ldm.util import UserError
 
 GIB = 2**30
 # Memory of a run besides its tensors: CUDA context, kernels and library workspaces; and a fraction for fragmentation.
 ALLOWANCE = int(0.6 * GIB)
 FRAGMENTATION = 0.03
+# Host memory of a run besides its tensors: Python, libraries, the CUDA driver's share, and the data loader.
+HOST_ALLOWANCE = int(1.5 * GIB)
 AS_GIVEN = "as given"
 # Overlays that lower memory, the fastest first.
-_TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml")
+_TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml")
 
 
 @dataclass(frozen=True)
 class Fit:
     """Largest batch of a tier that fits a card.
 
-    `images` is 0 if not even one image fits. `peak` is the size of the tensors, in bytes, at the peak of a step with
-    this batch; for `images` = 0, with one image.
+    `images` is 0 if not even one image fits. `peak` and `host` are the sizes of the tensors on the device and on the
+    host, in bytes, at the peak of a step with this batch; for `images` = 0, with one image.
     """
 
     tier: str
     images: int
     peak: int
+    host: int = 0
 
 
 def needed_bytes(peak: int) -> int:
     """Return the bytes that a run takes on a card if its tensors take `peak` bytes."""
     return int(peak * (1 + FRAGMENTATION)) + ALLOWANCE
+
+
+def needed_host_bytes(peak: int) -> int:
+    """Return the bytes of host memory that a run takes if its tensors take `peak` bytes there."""
+    return peak + HOST_ALLOWANCE
 
 
 def tiers() -> list[str]:
@@ -65,15 +74,16 @@ def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
     found = []
     for tier in (AS_GIVEN, *tiers()):
         described = with_tier(config, tier)
-        peaks: dict[int, int] = {}
+        peaks: dict[int, dict[str, int]] = {}
 
-        def takes(images: int, described: DictConfig = described, peaks: dict[int, int] = peaks) -> int:
+        def takes(images: int, described: DictConfig = described, peaks: dict[int, dict[str, int]] = peaks) -> int:
             if images not in peaks:
-                peaks[images] = sum(peak_of_step(described, images, size).values())
-            return needed_bytes(peaks[images])
+                peaks[images] = peak_of_step(described, images, size)
+            return needed_bytes(on_device(peaks[images]))
 
         largest = largest_batch(takes, card)
-        found.append(Fit(tier, largest, peaks[max(largest, 1)]))
+        peak = peaks[max(largest, 1)]
+        found.append(Fit(tier, largest, on_device(peak), peak.get(HOST, 0)))
     return found
 
 

@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
-from ldm.modules.encoders.modules import ClassEmbedder, DummyEncoder
+from ldm.models.diffusion.ddpm import DDPM, LatentDepth2ImageDiffusion, LatentDiffusion
+from ldm.models.diffusion.ddpm_edit import LatentDiffusion as EditDiffusion
+from ldm.modules.encoders.modules import (
+    ClassEmbedder,
+    ConcatTimestepEmbedderND,
+    DummyEncoder,
+    GeneralConditioner,
+)
+from ldm.shards.sample import CONTEXT, EDIT, MASK, MASKED_IMAGE, SIZE_ENTRIES
 from ldm.util import UserError, get_obj_from_str
 
 _TEXT_TOKENS = 77
+_CAPTION = "an image"
+_DEPTH_SIDE = 384  # side of the images that MiDaS takes, in pixels
 
 
 def has_image_data(model: DDPM, config: DictConfig) -> bool:
@@ -45,21 +55,61 @@ def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size:
     step = factor * getattr(model.model.diffusion_model, "downsampling", 1)
     if side < 1 or side * factor % step or (size or 0) % step:
         raise UserError(f"{size or side * factor} pixels per side: give a multiple of {step}, as the model needs")
-    if has_image_data(model, config):
+    is_encoded = not has_image_data(model, config)
+    if is_encoded:
+        data = _stored(images, 2 * model.channels, side, side)
+    elif isinstance(model, EditDiffusion):
+        data = torch.empty(images, 3, side * factor, side * factor)
+    else:
         channels = 3 if isinstance(model, LatentDiffusion) else model.channels
         data = torch.empty(images, side * factor, side * factor, channels)
-    else:
-        data = torch.empty(images, 2 * model.channels, side, side, dtype=torch.float16)
-    return {model.first_stage_key: data, **_conditioning(model, images)}
+    batch = {model.first_stage_key: data, **_conditioning(model, images)}
+    if not isinstance(model, LatentDiffusion) or not model.model.takes_maps:
+        return batch
+    return batch | (_encoded_maps(model, images, side) if is_encoded else _image_maps(model, images, side * factor))
+
+
+def _stored(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float16)
 
 
 def _conditioning(model: DDPM, images: int) -> Mapping[str, Any]:
     stage = getattr(model, "cond_stage_model", None)
     if stage is None or model.model.conditioning_key is None:
         return {}
+    context = _stored(images, _TEXT_TOKENS, getattr(model.model.diffusion_model, "context_dim", None) or 1)
+    if isinstance(stage, GeneralConditioner):
+        return {key: _embedder_entry(model, key, context) for key in stage.input_keys}
     if isinstance(stage, DummyEncoder):
-        width = model.model.diffusion_model.context_dim
-        return {stage.key: torch.empty(images, _TEXT_TOKENS, width, dtype=torch.float16)}
+        return {stage.key: context}
     if isinstance(stage, ClassEmbedder):
         return {stage.key: torch.zeros(images, dtype=torch.long)}
-    return {model.cond_stage_key: ["an image"] * images}
+    return {model.cond_stage_key: [_CAPTION] * images}
+
+
+def _embedder_entry(model: LatentDiffusion, key: str, context: Tensor) -> Any:
+    """Return the batch entry `key` of a `GeneralConditioner`."""
+    stage, images = model.cond_stage_model, len(context)
+    if key not in stage.other_keys:
+        return [_CAPTION] * images
+    if key in SIZE_ENTRIES:
+        return torch.zeros(images, 2)
+    if key == CONTEXT:
+        return context
+    sizes = sum(2 * part.outdim for part in stage.embedders if isinstance(part, ConcatTimestepEmbedderND))
+    return _stored(images, model.model.diffusion_model.adm_in_channels - sizes)
+
+
+def _encoded_maps(model: LatentDiffusion, images: int, side: int) -> Mapping[str, Any]:
+    channels = {MASK: 1, MASKED_IMAGE: 2 * model.channels, EDIT: model.channels}
+    return {key: _stored(images, channels.get(key, 1), side, side) for key in model.concat_keys}
+
+
+def _image_maps(model: LatentDiffusion, images: int, side: int) -> Mapping[str, Any]:
+    if isinstance(model, EditDiffusion):
+        captions = [_CAPTION] * images
+        return {model.cond_stage_key: {"c_concat": torch.empty(images, 3, side, side), "c_crossattn": captions}}
+    if isinstance(model, LatentDepth2ImageDiffusion):
+        return {key: torch.empty(images, 3, _DEPTH_SIDE, _DEPTH_SIDE) for key in model.concat_keys}
+    masked = getattr(model, "masked_image_key", None)
+    return {key: torch.empty(images, side, side, 3 if key == masked else 1) for key in model.concat_keys}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 TEMPORARIES = "temporaries"  # category of all storages without another one
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", TEMPORARIES)
-HOST = "host"  # category of storages in host memory, which are not counted
+HOST = "host"  # category of storages in host memory
 
 _BLOCK = 512  # bytes: CUDA's caching allocator rounds sizes up to multiples of it
 
@@ -73,12 +73,19 @@ class Ledger(TorchDispatchMode):
 
     def peak(self, since: int = 0) -> dict[str, int]:
         """Return the bytes on the device per category, at the time after `since` when their sum is largest."""
-        held = dict.fromkeys(CATEGORIES, 0)
+        return self._peak(CATEGORIES, since)
+
+    def host_peak(self, since: int = 0) -> int:
+        """Return the largest number of bytes in host memory after `since`."""
+        return self._peak((HOST,), since)[HOST]
+
+    def _peak(self, counted: Sequence[str], since: int) -> dict[str, int]:
+        held = dict.fromkeys(counted, 0)
         total = most = 0
         at_peak = dict(held)
         for moment, (storage, size) in enumerate(self._entries):
             category = self._categories[storage]
-            if category != HOST:
+            if category in held:
                 held[category] += size
                 total += size
             if moment >= since and total > most:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from ldm.config.load import build_model, plain
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.cpu import as_on_cuda
 from ldm.modules.diffusionmodules.layers import KeepsTypes, StaysOnHost
-from ldm.optim import build_optimizer
+from ldm.optim import InBackward, build_optimizer
 from ldm.planning.fake_batch import has_image_data, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
 from ldm.release.initialisation import without_initialisation
@@ -40,8 +40,10 @@ _SHORT_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": 
 def peak_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, int]:
     """Return the bytes per category of `ledger.CATEGORIES` at the peak of a training step of `config`, on one device.
 
-    The step is the second one, because the first allocates the optimizer's state. Only tensors are counted. The CUDA
-    context, library workspaces, temporaries inside a kernel and fragmentation are not.
+    Under `ledger.HOST` the result has the peak of host memory: weights, gradients, optimizer state and first stage that
+    stay there, and pinned memory. The step is the second one, because the first allocates the optimizer's state. Only
+    tensors are counted. The CUDA context, library workspaces, temporaries inside a kernel and fragmentation are not;
+    nor, on the host, are Python, the libraries and the data loader.
 
     Args:
         images: batch size; `data.params.batch_size` by default.
@@ -58,7 +60,14 @@ def peak_of_step(config: DictConfig, images: int | None = None, size: int | None
         batch = make_batch(model, config, images, size)
         with Ledger() as ledger:
             _name_weights(ledger, model, first_stage_on_host=not has_image_data(model, config))
-            return _second_step(ledger, model, batch, autocast, trainer.get("accumulate_grad_batches") or 1)
+            began = _second_step(ledger, model, batch, autocast, trainer.get("accumulate_grad_batches") or 1)
+            host = ledger.host_peak(began) + getattr(model.model.diffusion_model, "pinned_bytes", 0)
+            return {**ledger.peak(began), HOST: host}
+
+
+def on_device(peak: Mapping[str, int]) -> int:
+    """Return the bytes of a `peak_of_step` on the device."""
+    return sum(size for category, size in peak.items() if category != HOST)
 
 
 def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
@@ -118,10 +127,9 @@ def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
     if not isinstance(model, DDPM):
         raise UserError(f"{config.model.target}: the memory of a step can be predicted for diffusion models only")
     # Module.to() fails: fake tensors cannot be swapped in place.
-    kept = _on_host(model)
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in kept and not isinstance(module, KeepsTypes):
+            if parameter is not None and not isinstance(module, KeepsTypes):
                 module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     return model
 
@@ -150,15 +158,21 @@ def _name_weights(ledger: Ledger, model: DDPM, first_stage_on_host: bool) -> Non
 
 def _second_step(
     ledger: Ledger, model: DDPM, batch: dict[str, Any], autocast: torch.dtype | None, accumulate: int
-) -> dict[str, int]:
-    """Run two steps in Lightning's order of calls, and return the peak of the second."""
+) -> int:
+    """Run a step in Lightning's order of calls, with the optimizer's state of an earlier one.
+
+    Returns the mark of the ledger at its start.
+    """
     host = _on_host(model)
     trained = [parameter for parameter in model.trained_parameters() if parameter.requires_grad]
+    optimizer = _optimizer(model)
+    step_category = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
+    if isinstance(optimizer, InBackward):  # which steps in the middle of a batch
+        optimizer.inner.step = _named(ledger, optimizer.inner.step, step_category)
+    _make_state(ledger, optimizer, trained, HOST if step_category == HOST else "optimizer")
     for parameter in trained:
         gradients = HOST if id(parameter) in host else "gradients"
         parameter.register_post_accumulate_grad_hook(lambda p, of=gradients: ledger.name([p.grad], of))
-    step_category = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
-    optimizer = _optimizer(model)
 
     def micro_batch(first: bool) -> Tensor:
         began = ledger.now
@@ -171,15 +185,31 @@ def _second_step(
             loss.backward()
         return loss
 
-    for _ in range(2):
-        began = ledger.now
-        if accumulate > 1:  # one extra batch is enough: gradients exist when the last one begins
-            micro_batch(first=True)
-        with ledger.naming(step_category):
-            model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
-        state = HOST if step_category == HOST else "optimizer"
-        ledger.name(tree_leaves(list(optimizer.state.values())), state)
-    return ledger.peak(began)
+    began = ledger.now
+    if accumulate > 1:  # one extra batch is enough: gradients exist when the last one begins
+        micro_batch(first=True)
+    with ledger.naming(step_category):
+        model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
+    return began
+
+
+def _make_state(ledger: Ledger, optimizer: Optimizer, trained: Iterable[nn.Parameter], category: str) -> None:
+    """Let `optimizer` allocate its state, as a first step does."""
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    ledger.name(tree_leaves(list(optimizer.state.values())), category)
+
+
+def _named(ledger: Ledger, function: Callable[[], Any], category: str) -> Callable[[], Any]:
+    """Return `function`, whose allocations have `category`."""
+
+    def call() -> Any:
+        with ledger.naming(category):
+            return function()
+
+    return call
 
 
 def _optimizer(model: DDPM) -> Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 
 import torch
@@ -10,8 +11,10 @@ from omegaconf import DictConfig
 from pytorch_lightning.strategies import Strategy
 
 from ldm.distributed.ranks import is_first_process
-from ldm.planning.card import AS_GIVEN, GIB, needed_bytes, tiers, with_tier
+from ldm.planning.card import AS_GIVEN, GIB, needed_bytes, needed_host_bytes, tiers, with_tier
 from ldm.planning.forecast import forecast, start_forecast
+from ldm.planning.ledger import HOST
+from ldm.planning.step import on_device
 from ldm.training.strategies import ShardedStrategy
 from ldm.util import UserError
 
@@ -38,20 +41,23 @@ def warn_if_too_large(config: DictConfig, strategy: Strategy, begun: subprocess.
     try:
         if begun is not None:
             begun.wait()
-        compare(config, free)
+        compare(config, free, _installed_memory())
     except Exception as error:  # a forecast that fails must not keep a run from starting
         log.info("The memory of a step cannot be predicted (%s)", str(error).partition("\n")[0])
 
 
-def compare(config: DictConfig, free: int) -> None:
-    """Warn if a step of `config` needs more than `free` bytes; name the first batch size or tier that fits.
+def compare(config: DictConfig, free: int, ram: int | None = None) -> None:
+    """Warn if a step of `config` needs more than `free` bytes of the device, or more than `ram` bytes of the host.
+
+    The warning names the first batch size or tier that fits.
 
     Raises:
         UserError: see `peak_of_step`.
     """
-    needs = _needs(config)
+    needs, on_host = _needs(config)
     log.info("A training step is predicted to need %.1f GiB of the GPU; %.1f GiB are free", needs / GIB, free / GIB)
-    if needs <= free:
+    lacks_ram = ram is not None and on_host > ram
+    if needs <= free and not lacks_ram:
         return
     images = config.data.params.batch_size
     advice = "nothing fits; train on smaller images or on a larger GPU"
@@ -59,17 +65,32 @@ def compare(config: DictConfig, free: int) -> None:
         described = with_tier(config, tier)
         batch = 1 if tier == AS_GIVEN else described.data.params.batch_size
         try:
-            needs_less = _needs(described, batch)
+            less, less_on_host = _needs(described, batch)
         except UserError:  # this tier cannot be merged over the config; none can over minimal.yaml
             continue
-        if needs_less <= free:
+        if less <= free and (ram is None or less_on_host <= ram):
             named = f"data.params.batch_size={batch}" if tier == AS_GIVEN else f"--base ... {tier}, batch {batch},"
-            advice = f"{named} would need {needs_less / GIB:.1f} GiB"
+            advice = f"{named} would need {less / GIB:.1f} GiB"
             if batch < images:
                 advice += f"; --accumulate_grad_batches {-(-images // batch)} keeps the number of images per step"
             break
-    log.warning("This will run out of memory: %.1f GiB needed, %.1f GiB free; %s", needs / GIB, free / GIB, advice)
+    lacking = (
+        f"{on_host / GIB:.1f} GiB of host memory needed, {ram / GIB:.1f} GiB installed"
+        if lacks_ram
+        else f"{needs / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free"
+    )
+    log.warning("This will run out of memory: %s; %s", lacking, advice)
 
 
-def _needs(config: DictConfig, images: int | None = None) -> int:
-    return needed_bytes(sum(forecast(config, images).values()))
+def _needs(config: DictConfig, images: int | None = None) -> tuple[int, int]:
+    """Return the bytes that a run needs on the device, and on the host."""
+    peak = forecast(config, images)
+    return needed_bytes(on_device(peak)), needed_host_bytes(peak.get(HOST, 0))
+
+
+def _installed_memory() -> int | None:
+    """Return the bytes of the machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None

@@ -85,6 +85,58 @@ def low_bit_in_backward() -> None:
     train(model, waits_at=("ldm/optim/low_bit.py",))  # whose first step makes its state
 
 
+SDXL = {
+    "target": "ldm.modules.encoders.modules.GeneralConditioner",
+    "params": {
+        "emb_models": [
+            *({"target": "ldm.modules.encoders.modules.IdentityEncoder", "input_key": key} for key in ("t5", "pooled")),
+            {
+                "target": "ldm.modules.encoders.modules.ConcatTimestepEmbedderND",
+                "params": {"outdim": 4},
+                "input_key": "original_size",
+            },
+        ]
+    },
+}
+# Two transformer blocks in a row, which are streamed one by one, and a vector beside the caption.
+DEEP = (
+    "model.params.conditioning_key=crossattn-adm",
+    *(f"{UNET}.params.{key}" for key in ("transformer_depth=2", "num_classes=sequential", "adm_in_channels=14")),
+    f"{UNET}.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel",
+)
+
+
+def sdxl_batch() -> dict[str, Any]:
+    return batch(pooled=sent(3, 6), original_size=sent(3, 2, dtype=torch.float32))
+
+
+@check
+def streamed_transformer_blocks() -> None:
+    train(build(*DEEP, cond_stage=SDXL), sdxl_batch, waits_at=("ldm/modules/streaming.py",))
+
+
+@check
+def smallest() -> None:
+    """Steps in backward on the host, in bfloat16 and 8 bits: the device holds neither weights nor moments."""
+    from ldm.optim.quantised import Quantised
+
+    for signed in (True, False):  # the tables of real numbers are kept
+        Quantised(torch.zeros(256, dtype=torch.uint8), torch.zeros(1), signed, 8)
+    inner = "{target: ldm.optim.low_bit.AdamW8bit, params: {keyed_rounding: true}}"
+    optimizer = f"{OPTIMIZER}={{target: ldm.optim.InBackward, params: {{optimizer: {inner}, bucket_mb: 0.1}}}}"
+    model = build("model.params.use_ema=true", optimizer, *DEEP, cond_stage=SDXL).bfloat16()
+    made: list[Any] = []
+    configure = model.configure_optimizers
+    model.configure_optimizers = lambda: made.append(configure()) or made[-1]
+    train(model, sdxl_batch, waits_at=("ldm/modules/streaming.py",))
+    weights = {(parameter.device.type, parameter.dtype) for parameter in model.model.parameters()}
+    assert weights == {("cpu", torch.bfloat16)}, weights
+    moments = [state[name] for state in made[0].state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert len(moments) == 2 * len(list(model.model.parameters())), "a parameter was not stepped"
+    assert {moment.device.type for moment in moments} == {"cpu"}
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+
+
 @check
 def streamed_weights() -> None:
     model = build("model.params.use_ema=true", f"{UNET}.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel")

@@ -15,6 +15,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling import Sampler
 from tests.golden_data import case, relative_error, seeded_tensor
 from tests.ldm.models.diffusion.conftest import build
 
@@ -126,3 +127,72 @@ def test_sampler_steps(model: LatentDiffusion, kind: str, steps: int) -> None:
     assert len(intermediates["x_inter"]) == len(states) + 1
     for step, (ours, theirs) in enumerate(zip(intermediates["x_inter"][1:], states, strict=True)):
         assert relative_error(ours, theirs) < 1e-4, f"step {step}"
+
+
+def fixed(sampler: Sampler, steps: int, spacing: str, times: torch.Tensor | None = None) -> Sampler:
+    """The sampler with the steps of a spacing, and other model times if given."""
+    sampler.make_schedule(steps, spacing)
+    if times is not None:
+        sampler.timesteps = times.double().numpy()
+    sampler.make_schedule = lambda *args, **kwargs: None
+    return sampler
+
+
+def compared(model: LatentDiffusion, sampler: Sampler, steps: int, states: list[torch.Tensor], last: float) -> None:
+    """Compare each step's x with those of diffusers."""
+    context, x_T = seeded_tensor("oracle/context", (2, 7, 64)), seeded_tensor("oracle/x_T", (2, 4, 8, 8))
+    _, intermediates = sampler.sample(steps, 2, (4, 8, 8), conditioning=context, x_T=x_T, log_every_t=1, verbose=False)
+    assert sampler.alphas_prev[-1] == pytest.approx(last)
+    for step, (ours, theirs) in enumerate(zip(intermediates["x_inter"][1:], states, strict=True)):
+        assert relative_error(ours, theirs) < 1e-4, f"step {step}"
+
+
+@torch.no_grad()
+def test_trailing_steps_at_zero_terminal_snr() -> None:
+    """v-prediction from the timestep without signal on."""
+    model = build(case("loss_eps")["params"] | {"parameterization": "v", "rescale_betas_zero_snr": True}).eval()
+    scheduler = diffusers.DDIMScheduler(
+        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing",
+        rescale_betas_zero_snr=True, prediction_type="v_prediction",
+    )  # fmt: skip
+    context, x = seeded_tensor("oracle/context", (2, 7, 64)), seeded_tensor("oracle/x_T", (2, 4, 8, 8))
+    scheduler.set_timesteps(8)  # divides 1000: else theirs steps to ⌊1000 / S⌋ below, not to the next timestep
+    states = []
+    for t in scheduler.timesteps:
+        x = scheduler.step(model.apply_model(x, t.expand(2), context), t, x).prev_sample
+        states.append(x)
+    compared(model, DDIMSampler(model), 8, states, model.alphas_cumprod[0].item())
+
+
+@torch.no_grad()
+def test_karras_steps_of_ddim_are_those_of_euler(model: LatentDiffusion) -> None:
+    """Theirs is in x / √ᾱ, where DDIM is Euler's method in σ (arXiv:2206.00364, appendix C)."""
+    scheduler, sampler = diffusers.EulerDiscreteScheduler(**SCHEDULE, use_karras_sigmas=True), DDIMSampler(model)
+    scheduler.set_timesteps(10)
+    fixed(sampler, 10, "karras")
+    scheduler.timesteps = torch.from_numpy(sampler.timesteps.astype("float32"))
+    context, x = seeded_tensor("oracle/context", (2, 7, 64)), seeded_tensor("oracle/x_T", (2, 4, 8, 8))
+    x = x / sampler.alphas[0] ** 0.5
+    states = []
+    for t, after in zip(scheduler.timesteps, sampler.alphas_prev, strict=True):
+        prediction = model.apply_model(scheduler.scale_model_input(x, t), t.expand(2), context)
+        x = scheduler.step(prediction, t, x).prev_sample
+        states.append(x * after**0.5)
+    compared(model, sampler, 10, states, 1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [8, 20])
+def test_karras_steps_of_dpm_solver(model: LatentDiffusion, steps: int) -> None:
+    """Theirs rounds times to training timesteps; both get those."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=True, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    sampler = fixed(DPMSolverSampler(model), steps, "karras", scheduler.timesteps)
+    context, x = seeded_tensor("oracle/context", (2, 7, 64)), seeded_tensor("oracle/x_T", (2, 4, 8, 8))
+    states = []
+    for t in scheduler.timesteps:
+        x = scheduler.step(model.apply_model(x, t.expand(2), context), t, x).prev_sample
+        states.append(x)
+    compared(model, sampler, steps, states, 1.0)

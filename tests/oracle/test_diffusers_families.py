@@ -32,7 +32,7 @@ UNET_OF_SD2 = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "attention_head_dim": [1, 2, 4, 4],  # the number of heads
     "layers_per_block": 2,
-    "cross_attention_dim": CONTEXT["sd2"],
+    "cross_attention_dim": CONTEXT[1024],
     "use_linear_projection": True,
 }
 UNET_OF_SDXL = {
@@ -42,7 +42,7 @@ UNET_OF_SDXL = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "attention_head_dim": [1, 2, 4],
     "transformer_layers_per_block": [1, 2, 10],
-    "cross_attention_dim": CONTEXT["sdxl"],
+    "cross_attention_dim": CONTEXT[2048],
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": VECTOR,

@@ -115,10 +115,9 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
         self.monitor, self.log_every_t, self.clip_denoised = monitor, log_every_t, clip_denoised
-        self.scheduler_config, self.optimizer_config = scheduler_config, optimizer_config
-        self.use_ema, self.load_ema = use_ema, load_ema and not reset_ema
-        self.reset_num_ema_updates, self.make_it_fit = reset_num_ema_updates, make_it_fit
-        self.replacements = replacements_of(ucg_training)
+        self.scheduler_config, self.optimizer_config, self.use_ema = scheduler_config, optimizer_config, use_ema
+        self.load_ema, self.reset_num_ema_updates = load_ema and not reset_ema, reset_num_ema_updates
+        self.make_it_fit, self.replacements = make_it_fit, replacements_of(ucg_training)
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.model_ema = LitEma(self.model)
@@ -134,7 +133,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
     # Training
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the prediction in a training checkpoint: its weights do not tell."""
+        """Store the parameterization in a training checkpoint, because the weights do not determine it."""
         checkpoint[PREDICTION] = self.parameterization
 
     def get_input(self, batch: Batch, k: str) -> Tensor:

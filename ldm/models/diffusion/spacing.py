@@ -42,10 +42,10 @@ def steps_at(spacing: str, count: int, alphas_cumprod: np.ndarray) -> Steps:
         UserError: the spacing is unknown, the schedule has fewer steps, or `karras` has no highest σ because the last
             ᾱ is 0.
     """
-    check_choice("spacing", spacing, (*SPACINGS, *_STRIDES))
     if spacing in _STRIDES:
         times = make_ddim_timesteps(_STRIDES[spacing], count, len(alphas_cumprod))[::-1]
         return _ending_at_the_first(times, alphas_cumprod[times], alphas_cumprod)
+    check_choice("spacing", spacing, SPACINGS)
     last = len(alphas_cumprod) - 1
     check_number("sampling steps", count, least=1, most=last if spacing == "linspace" else last + 1)
     if spacing == "karras":

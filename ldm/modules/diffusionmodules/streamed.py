@@ -58,6 +58,11 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
     def dtype(self) -> torch.dtype:
         return self._stream.dtype
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of pinned host memory that a training on CUDA takes."""
+        return self._stream.pinned_bytes
+
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if not isinstance(block, TimestepEmbedSequential):
             return self._stream.run(block, *inputs)

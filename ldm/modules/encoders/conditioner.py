@@ -6,6 +6,7 @@ B: batch. L: tokens. D: features (arXiv:2307.01952, section 2).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class ConcatTimestepEmbedderND(AbstractEncoder):
 
     def __init__(self, outdim: int) -> None:
         super().__init__()
-        check_number("outdim", outdim, least=2, unit="features per number")
+        check_number("outdim", outdim, least=2)
         self.outdim = outdim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +195,12 @@ def _joined(parts: Sequence[Tensor]) -> dict[str, Tensor]:
     named: dict[str, list[Tensor]] = {}
     for part in parts:
         named.setdefault(_OUTPUTS[part.ndim][0], []).append(part)
-    return {name: torch.cat(values, dim=_OUTPUTS[values[0].ndim][1]) for name, values in named.items()}
+    joined = {}
+    for name, values in named.items():
+        # Stored values are float16, which autocast on the CPU does not mix with bfloat16.
+        dtype = reduce(torch.promote_types, (value.dtype for value in values))
+        joined[name] = torch.cat([value.to(dtype) for value in values], dim=_OUTPUTS[values[0].ndim][1])
+    return joined
 
 
 def _some_replaced(entry: Any, value: Any, rate: float) -> Any:

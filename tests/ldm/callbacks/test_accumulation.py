@@ -64,7 +64,7 @@ def test_a_step_that_is_smaller_than_the_learning_rate_was_scaled_for_is_told_of
     MeanOfBatches(scaled_batch=3).on_train_start(trainer, SimpleNamespace(learning_rate=4.8e-5))
     said = [record.getMessage() for record in caplog.records]
     assert said == warns * [
-        "A step has 30 images at most, all of an epoch, but the learning rate 4.800e-05 is scaled for 48 "
+        "A step has at most 30 images, those of a whole epoch, but the learning rate 4.800e-05 is scaled for 48 "
         "(accumulate_grad_batches 8 * devices 2 * batch_size 3); lower accumulate_grad_batches or batch_size, or give "
         "--scale_lr False"
     ]

@@ -63,7 +63,7 @@ def test_short_epochs_are_validated_as_often_as_they_are_saved(train, tmp_path, 
 
 @pytest.mark.parametrize(
     ("interval", "steps", "said"),
-    [(4, {4, 10, 16}, ""), (8, {8, 16}, "after every 8 batches, across epochs, which have 6"), (5_000_000, set(), "")],
+    [(4, {4, 10, 16}, ""), (8, {8, 16}, "every 8 batches, counted across epochs of 6 batches"), (5_000_000, set(), "")],
 )
 def test_an_interval_beyond_an_epoch_is_counted_across_epochs(train, tmp_path, caplog, interval, steps, said) -> None:
     """Public configs validate every five million batches, which is never."""

@@ -207,7 +207,5 @@ def test_load_state_dict_takes_the_only_weights_of_a_file(name, tmp_path):
         torch.save(content, tmp_path / "model.pt")
         assert load_state_dict(tmp_path / "model.pt").keys() == weights.keys()
     torch.save({name: weights, "other": weights}, tmp_path / "two.pt")
-    with pytest.raises(
-        UserError, match=r"two\.pt: holds no weights \(keys: .*'other'\); name a file with a state_dict"
-    ):
+    with pytest.raises(UserError, match=r"two\.pt: has no weights \(keys: .*'other'\); name a file with a state_dict"):
         load_state_dict(tmp_path / "two.pt")

@@ -18,7 +18,7 @@ from ldm.util import UserError
         "é", "0,18215", "None",
     ],
 )  # fmt: skip
-def test_read_typed_leaves_text_as_it_is(text: str) -> None:
+def test_parse_value_leaves_text_as_it_is(text: str) -> None:
     assert parse_value(text) == text
     if not text.startswith(" "):
         assert load_config([], [f"data.params.x={text}"]).data.params.x == text
@@ -36,7 +36,7 @@ def test_read_typed_leaves_text_as_it_is(text: str) -> None:
         ("[{a: 1}, {b: -1e3}]", [{"a": 1}, {"b": -1e3}]), ("{a: null}", {"a": None}), ("['{a,b}']", ["{a,b}"]),
     ],
 )  # fmt: skip
-def test_read_typed_reads_numbers_lists_and_mappings(text: str, value: object) -> None:
+def test_parse_value_reads_numbers_lists_and_mappings(text: str, value: object) -> None:
     found = parse_value(text)
     assert found == value and type(found) is type(value)
 
@@ -44,6 +44,6 @@ def test_read_typed_reads_numbers_lists_and_mappings(text: str, value: object) -
 @pytest.mark.parametrize(
     "text", ["[a", "{a", "'a' b'", "[a, 'b]", "[!!python/name:os.system x]", "[&a b", "[{a,b}]", "[{a: }]"]
 )
-def test_read_typed_refuses_what_it_cannot_read(text: str) -> None:
+def test_parse_value_refuses_what_it_cannot_read(text: str) -> None:
     with pytest.raises(UserError, match=r"x=.*not valid YAML"):
         load_config([], [f"data.params.x={text}"])

@@ -90,5 +90,5 @@ def test_perceptual_weights_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"perceptual_weight 1.0 needs"):
         AutoencoderKL(DDCONFIG, gan(perceptual_weight=1.0), 4).setup("fit")
     save_state_dict({"features.0.bias": torch.zeros(64)}, tmp_path / "half.safetensors")
-    with pytest.raises(UserError, match=r"half.safetensors: holds no net.slice1.0.weight \(25 of 33"):
+    with pytest.raises(UserError, match=r"half.safetensors: lacks net.slice1.0.weight \(25 of 33"):
         fill_lpips(LPIPS(), str(tmp_path / "half.safetensors"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ldm.optim.low_bit import AdamW4bit, AdamW8bit
 from ldm.util import UserError
 from tests.ldm.optim.tiny_training import tiny_unet, train
 
+FUSED = {"target": "torch.optim.AdamW", "params": {"fused": True}}
 BITS = pytest.mark.parametrize("bits", [AdamW8bit, AdamW4bit], ids=lambda bits: bits.__name__)
 
 
@@ -135,7 +136,8 @@ def test_updates_below_the_resolution_of_bfloat16_are_kept_on_average(stochastic
 def test_without_torchao_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "ldm.optim.low_bit")
+    for name in ("low_bit", "host_step", "quantised"):
+        monkeypatch.delitem(sys.modules, f"ldm.optim.{name}")
     config = {"target": "ldm.optim.low_bit.AdamW8bit"}
     with pytest.raises(
         UserError, match=r"optimizer_config: .* torchao, .*: pip install -c constraints.txt '.\[lean\]'"
@@ -148,3 +150,66 @@ def test_without_torchao_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 def test_torchaos_own_classes_are_refused() -> None:
     with pytest.raises(UserError, match=r"torchao.optim.AdamW8bit: .* use ldm.optim.low_bit.AdamW8bit"):
         build_optimizer({"target": "torchao.optim.AdamW8bit"}, nn.Linear(2, 2).parameters(), 1e-3, "optimizer_config")
+
+
+def test_keyed_rounding_depends_on_seed_step_and_parameter_alone() -> None:
+    def trained(order: Sequence[int], seeds: Sequence[int] = (4, 5), keyed: bool = True) -> list[Tensor]:
+        """Two steps of three parameters, one at a time in the given order, as `InBackward` may take them."""
+        parameters = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(3)]
+        optimizer = AdamW8bit(parameters, lr=1e-3, keyed_rounding=keyed)
+        (group,) = optimizer.param_groups
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for number in order:
+                group["params"] = [parameters[number]]
+                parameters[number].grad = torch.ones_like(parameters[number])
+                optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+        return all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+    assert equal(trained([0, 1, 2]), trained([2, 0, 1]))
+    assert not equal(trained([0, 1, 2], keyed=False), trained([2, 0, 1], keyed=False))
+    assert not equal(trained([0, 1, 2]), trained([0, 1, 2], seeds=(4, 6)))
+    first, second, third = trained([0, 1, 2])
+    assert not (first.equal(second) or second.equal(third))
+    before = torch.get_rng_state()
+    trained([0], seeds=())
+    assert torch.get_rng_state().equal(before)
+
+
+@BITS
+def test_a_plain_adamw_goes_on_from_its_state(bits: type) -> None:
+    module = tiny_unet()
+    optimizer = bits(module.parameters(), lr=1e-3)
+    train(module, optimizer, range(2))
+    plain = build_optimizer(FUSED, module.parameters(), 1e-3, "optimizer_config")
+    plain.load_state_dict(optimizer.state_dict())
+    (group,) = plain.param_groups
+    assert group["fused"] is True and type(group["lr"]) is float
+    for parameter, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            own = moments[name]
+            own = own.dequantize() if type(own) is not Tensor else own
+            assert plain.state[parameter][name].equal(own) and plain.state[parameter]["step"] == 2
+    train(module, plain, range(2, 3))
+
+
+def test_a_state_of_another_model_is_refused_by_a_plain_adamw() -> None:
+    module, other = nn.Linear(128, 128), nn.Linear(128, 64)
+    optimizer = AdamW8bit(module.parameters())
+    optimizer.step(lambda: module(torch.ones(1, 128)).sum().backward())
+    with pytest.raises(ValueError, match="loaded state dict has 16384 codes and 64 scales for a parameter of shape"):
+        build_optimizer(FUSED, other.parameters(), 1e-3, "optimizer_config").load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="loaded state dict contains a parameter group that doesn't match the size"):
+        build_optimizer(FUSED, [module.weight], 1e-3, "optimizer_config").load_state_dict(optimizer.state_dict())
+
+
+def test_amsgrad_is_refused() -> None:
+    module = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="amsgrad: leave it out"):
+        AdamW8bit(module.parameters(), amsgrad=True)
+    plain = torch.optim.AdamW(module.parameters(), amsgrad=True)
+    with pytest.raises(ValueError, match="loaded state dict has amsgrad"):
+        AdamW8bit(module.parameters()).load_state_dict(plain.state_dict())

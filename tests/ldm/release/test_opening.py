@@ -263,7 +263,7 @@ def test_training_checkpoints_of_lightning_1_are_taken(
     assert hacked["global_step"] == 0 and "fit_loop" in hacked["loops"]
     assert torch.equal(hacked["state_dict"][MOVED], plain[MOVED])
     said = [record.getMessage() for record in caplog.records if "step counters start at 0" in record.getMessage()]
-    line = f"{old}: written by Lightning {version}, without the loops of Lightning 2; the step counters start at 0"
+    line = f"{old}: of Lightning {version}, without the loops of Lightning 2; the step counters start at 0"
     assert said == [line] * 2
     taken_up = read_training_checkpoint(old).content
     assert taken_up["global_step"] == 0 and torch.equal(taken_up["state_dict"][MOVED], plain[MOVED] + 1)

@@ -184,8 +184,8 @@ def test_what_looks_at_the_weights_sees_them_whole(runs: Runs) -> None:
         assert expected and found == pytest.approx(expected, rel=1e-5)
     norms = [state(run / "checkpoints" / "last.ckpt")["callbacks"]["NumericalFaults"]["norms"] for run in (two, ddp)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    pictures = [{path.relative_to(run) for path in run.glob("images/**/*.png")} for run in (two, ddp)]
-    assert pictures[0] == pictures[1] and len(pictures[0]) > 8
+    images = [{path.relative_to(run) for path in run.glob("images/**/*.png")} for run in (two, ddp)]
+    assert images[0] == images[1] and len(images[0]) > 8
 
 
 def _compiled_process(rank: int, address: str, found: Any) -> None:

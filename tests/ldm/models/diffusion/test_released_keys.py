@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import instantiate_from_config
+from ldm.util import UserError, instantiate_from_config
 from tests.golden_data import released_keys
 
 UNET = {
@@ -82,22 +82,51 @@ def test_keys_of_v2() -> None:
     check_keys(model, "sd_v2_keys")
 
 
-@pytest.mark.parametrize(
-    ("target", "unet", "params", "channels"),
-    [
-        ("LatentInpaintDiffusion", {"in_channels": 9}, {}, 9),
-        (
-            "LatentUpscaleDiffusion",
-            {"in_channels": 7, "num_classes": 1000, "model_channels": 256, "attention_resolutions": [2, 4, 8],
-             "channel_mult": [1, 2, 2, 4], "disable_self_attentions": [True, True, True, False],
-             "disable_middle_self_attn": False, "num_heads": 8, "num_head_channels": -1},
-            {"parameterization": "v", "low_scale_key": "lr", "conditioning_key": "hybrid-adm", "image_size": 128,
-             "linear_start": 0.0001, "linear_end": 0.02, "scale_factor": 0.08333, "low_scale_config": LOW_SCALE,
-             "first_stage_config": first_stage([1, 2, 4])},
-            7,
-        ),
-    ],
-)  # fmt: skip
-def test_families_of_v2_build_from_their_released_params(target: str, unet: dict, params: dict, channels: int) -> None:
-    model = build(f"ddpm.{target}", {**V2, **unet}, OPEN_CLIP, **params)
-    assert model.state_dict()["model.diffusion_model.input_blocks.0.0.weight"].shape[1] == channels
+# Class, and changes to the UNet and to the model, of each released config of SD 2; the texts are Stability-AI's.
+PLAIN = {"conditioning_key": "crossattn"}
+ON_A_CPU = {"use_checkpoint": False, "use_fp16": False}
+UPSCALER = {
+    "in_channels": 7, "num_classes": 1000, "model_channels": 256, "attention_resolutions": [2, 4, 8],
+    "channel_mult": [1, 2, 2, 4], "disable_self_attentions": [True, True, True, False],
+    "disable_middle_self_attn": False, "num_heads": 8, "num_head_channels": -1, "image_size": 128,
+}  # fmt: skip
+UPSCALING = {
+    "parameterization": "v", "low_scale_key": "lr", "conditioning_key": "hybrid-adm", "image_size": 128,
+    "linear_start": 0.0001, "linear_end": 0.02, "scale_factor": 0.08333, "low_scale_config": LOW_SCALE,
+    "first_stage_config": first_stage([1, 2, 4]),
+}  # fmt: skip
+DEPTH = {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": "dpt_hybrid"}}
+RELEASED_V2 = {
+    "base": ("LatentDiffusion", {"use_fp16": True}, PLAIN),
+    "v": ("LatentDiffusion", {"use_fp16": True}, {**PLAIN, "parameterization": "v"}),
+    "base, float32": ("LatentDiffusion", ON_A_CPU, PLAIN),
+    "base, bfloat16": ("LatentDiffusion", {**ON_A_CPU, "use_bf16": True}, PLAIN),
+    "v, float32": ("LatentDiffusion", ON_A_CPU, {**PLAIN, "parameterization": "v"}),
+    "v, bfloat16": ("LatentDiffusion", {**ON_A_CPU, "use_bf16": True}, {**PLAIN, "parameterization": "v"}),
+    "inpainting": ("LatentInpaintDiffusion", {"in_channels": 9}, {}),
+    "depth": ("LatentDepth2ImageDiffusion", {"in_channels": 5}, {"finetune_keys": None, "depth_stage_config": DEPTH}),
+    "upscaler": ("LatentUpscaleDiffusion", UPSCALER, UPSCALING),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED_V2)
+def test_families_of_v2_build_from_their_released_params(name: str) -> None:
+    target, unet, params = RELEASED_V2[name]
+    unet = {**V2, "in_channels": 4, **unet}
+    model = build(f"ddpm.{target}", unet, OPEN_CLIP, **params)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert shapes["model.diffusion_model.input_blocks.0.0.weight"][1] == unet["in_channels"]
+    assert model.parameterization == params.get("parameterization", "eps")
+    if name == "upscaler":
+        assert shapes["model.diffusion_model.label_emb.weight"] == (1000, 1024)
+        return
+    own = {key: shape for key, shape in shapes.items() if not key.startswith("depth_model.")}
+    expected = released_keys(file="sd_v2_keys")
+    changed = {key for key in expected.keys() | own.keys() if own.get(key) != expected.get(key)}
+    assert changed == ({"model.diffusion_model.input_blocks.0.0.weight"} if unet["in_channels"] > 4 else set())
+
+
+def test_unclip_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match="unCLIP is not here") as caught:
+        build("ddpm.ImageEmbeddingConditionedLatentDiffusion", {**V2, "in_channels": 4}, OPEN_CLIP)
+    assert "\n" not in str(caught.value)

@@ -87,7 +87,7 @@ def test_leading_agrees_with_diffusers() -> None:
 @pytest.mark.parametrize(
     ("spacing", "count", "message"),
     [
-        ("even", 5, "spacing 'even' is unknown; valid: leading, linspace, trailing, karras"),
+        ("even", 5, "spacing 'even' is unknown; valid: karras, leading, linspace, trailing"),
         ("karras", 0, "sampling steps 0: give a whole number from 1 to 1000"),
         ("trailing", 1001, "sampling steps 1001: give a whole number from 1 to 1000"),
         ("linspace", 1000, "sampling steps 1000: give a whole number from 1 to 999"),

@@ -58,7 +58,7 @@ def test_concatenated_maps_come_after_the_input() -> None:
 
 def test_hybrid_needs_maps() -> None:
     with pytest.raises(UserError, match="concat_keys"):
-        construct(TEXT_TOWER, conditioning_key="hybrid")
+        construct(TEXT_TOWER, conditioning_key="hybrid").concatenated({})
 
 
 @pytest.mark.parametrize(("key", "channels"), [("crossattn-adm", 4), ("hybrid-adm", 6)])

@@ -8,6 +8,7 @@ import torch
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.streamed import StreamedUNetModel
+from ldm.optim import InBackward
 from ldm.util import UserError
 from tests.golden_data import case, fill_seeded
 from tests.ldm.modules.diffusionmodules.test_openaimodel import SDXL, TINY, UNETS, inputs
@@ -41,7 +42,7 @@ def test_several_transformer_blocks_visit_one_by_one() -> None:
     blocks = [part for part in parts if isinstance(part, BasicTransformerBlock)]
     deep = [block for block in model.modules() if isinstance(block, SpatialTransformer)]
     assert len(blocks) == sum(len(block.transformer_blocks) for block in deep if len(block.transformer_blocks) > 1)
-    assert model.input_blocks[1] in parts  # of depth 1: it visits as a whole
+    assert all(layer in parts for layer in model.input_blocks[1])  # of depth 1: its transformer visits as a whole
     assert model.label_emb in parts
 
 
@@ -75,17 +76,71 @@ def test_bf16_computes_in_bf16_and_leaves_float32_gradients() -> None:
     assert out.equal(resident(**inputs("unet_sd_tiny")))
 
 
-def test_the_weights_stay_where_and_what_they_are_when_the_model_is_moved() -> None:
-    model = torch.nn.Sequential(streamed("unet_sd_tiny"), torch.nn.Linear(2, 2)).to("meta", torch.bfloat16)
+def test_the_weights_stay_where_they_are_when_the_model_is_moved_and_cast() -> None:
+    unet = streamed("unet_sd_tiny")
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    model = torch.nn.Sequential(unet, torch.nn.Linear(2, 2)).to("meta")
     kept, moved = ({(p.device.type, p.dtype) for p in part.parameters()} for part in model)
-    assert kept == {("cpu", torch.float32)}
-    assert moved == {("meta", torch.bfloat16)}
+    assert kept == {("cpu", torch.float32)} and moved == {("meta", torch.float32)}
+    model.to("meta", torch.bfloat16)
+    kept, moved = ({(p.device.type, p.dtype) for p in part.parameters()} for part in model)
+    assert kept == {("cpu", torch.bfloat16)} and moved == {("meta", torch.bfloat16)}
+    assert all(value.equal(before[key].bfloat16()) for key, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("home", [torch.float32, torch.bfloat16])
+def test_a_gradient_arrives_before_backward_goes_on(home: torch.dtype) -> None:
+    """With the parameter's hooks, which step the optimizer and free it: one part of gradients exists at a time."""
+    model, arrived, held = streamed("unet_sd_tiny").to(home), [], []
+
+    def free(parameter: torch.nn.Parameter) -> None:
+        arrived.append(id(parameter))
+        held.append(sum(p.grad is not None for p in model.parameters()))
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
+    model(**inputs("unet_sd_tiny")).float().sum().backward()
+    assert sorted(arrived) == sorted(id(parameter) for parameter in model.parameters())
+    assert set(held) == {1}
+
+
+@pytest.mark.parametrize("name", ["unet_sd_tiny", "sdxl_unet_middle"])
+def test_stepping_in_backward_trains_as_resident_weights_do(name: str) -> None:
+    """bfloat16 weights, 8-bit moments, and stochastic rounding that the order of the gradients does not change."""
+    inner = {"target": "ldm.optim.low_bit.AdamW8bit", "params": {"keyed_rounding": True}}
+    trained = []
+    for model, bucket in ((fill_seeded(UNetModel(**case(name)["params"])), 0.3), (streamed(name), 0.05)):
+        model.bfloat16()
+        optimizer = InBackward(model.parameters(), lr=1e-3, optimizer=inner, bucket_mb=bucket)
+
+        def closure(model: torch.nn.Module = model) -> torch.Tensor:
+            loss = model(**inputs(name)).float().square().mean()
+            loss.backward()
+            return loss
+
+        losses = []
+        for number in range(3):
+            torch.manual_seed(number)
+            losses.append(optimizer.step(closure).item())
+        trained.append((losses, [parameter.clone() for parameter in model.parameters()]))
+    (losses, weights), (streamed_losses, streamed_weights) = trained
+    assert losses == streamed_losses and len(set(losses)) == 3
+    assert all(one.equal(other) for one, other in zip(weights, streamed_weights, strict=True))
+
+
+def test_pinned_memory_is_for_weights_of_another_type_than_the_copies() -> None:
+    model = streamed("unet_sd_tiny")
+    sizes = [2 * parameter.numel() for parameter in model.parameters()]
+    landing = 1 << (max(sizes) - 1).bit_length()  # for one gradient
+    assert sum(sizes) <= model.pinned_bytes - landing < 2 * sum(sizes)
+    assert model.bfloat16().pinned_bytes == landing
 
 
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"stream_dtype": "fp16"}, "stream_dtype 'fp16' is unknown; valid: bf16, fp32"),
+        ({"stream_dtype": "fp16"}, "stream_dtype 'fp16' is unknown"),
         ({"use_checkpoint": True}, "use_checkpoint: set it to false"),
         ({"use_checkpoint": "selective"}, "use_checkpoint: set it to false"),
         ({"compile_mode": "default"}, "compile_mode: leave it out"),

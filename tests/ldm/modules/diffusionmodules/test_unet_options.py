@@ -30,6 +30,6 @@ def test_note_precision_of_the_encoder(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_check_kernels() -> None:
-    check_kernels("softmax-xformers", None, channels_last=False, dims=2)
-    with pytest.raises(UserError, match="spatial_transformer_attn_type 'linear' is unknown; valid: softmax, softmax-x"):
-        check_kernels("linear", None, channels_last=False, dims=2)
+    check_kernels("softmax-xformers", False, None, channels_last=False, dims=2)
+    with pytest.raises(UserError, match="spatial_transformer_attn_type 'linear' is unknown; "):
+        check_kernels("linear", False, None, channels_last=False, dims=2)

@@ -140,7 +140,7 @@ def test_face_clip_encoder_tells_the_face_from_the_rest() -> None:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: FrozenClipImageEmbedder(model="ViT-L/15"), "model 'ViT-L/15' is unknown; did you mean 'ViT-L-14'"),
+        (lambda: FrozenClipImageEmbedder(model="ViT-L/15"), "model 'ViT-L-15' is unknown; did you mean 'ViT-L-14'"),
         (lambda: FrozenClipImageEmbedder(jit=True), "jit: true would load a compiled file"),
         (lambda: FrozenOpenCLIPImageEmbedder(arch="ViT"), "arch 'ViT' is unknown"),
         (lambda: FrozenOpenCLIPImageEmbedder(layer="last"), "layer 'last' is unknown; valid: pooled"),

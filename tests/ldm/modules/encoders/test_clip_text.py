@@ -128,9 +128,9 @@ def test_freeze_is_an_option() -> None:
         ({"text_config": {"hiden_size": 32}}, "did you mean 'hidden_size'"),
         ({"text_config": {**TINY, "vocab_size": 1000}}, "at least 49408"),
         ({"text_config": TINY, "max_length": 100}, "exceeds max_position_embeddings 77"),
-        ({"text_config": TINY, "layer": "penultimate"}, "layer 'penultimate' is unknown; valid: last, pooled, hidden"),
+        ({"text_config": TINY, "layer": "penultimate"}, "layer 'penultimate' is unknown; valid: hidden, last, pooled"),
         ({"text_config": TINY, "layer": "hidden"}, "layer_idx None: give a whole number from -"),
-        ({"text_config": TINY, "layer": "hidden", "layer_idx": 99}, "layer_idx 99: layer 'hidden' takes"),
+        ({"text_config": TINY, "layer": "hidden", "layer_idx": 99}, "layer_idx 99: give a whole number from -"),
     ],
 )
 def test_bad_options(options: dict[str, Any], said: str) -> None:

@@ -191,5 +191,5 @@ def test_conditioner_names_what_a_batch_lacks() -> None:
         stored()({"t5": BATCH["t5"]})
     with pytest.raises(UserError, match="embedder 0 returns 1 dimensions; valid: 2 to 5"):
         stored()(BATCH | {"t5": torch.ones(3)})
-    with pytest.raises(UserError, match="outdim 1: give at least 2"):
+    with pytest.raises(UserError, match="outdim 1: give a whole number of at least 2"):
         ConcatTimestepEmbedderND(1)

@@ -105,7 +105,7 @@ def test_a_shorter_openclip_context() -> None:
         ({"layer": "hidden"}, "layer 'hidden' is unknown; valid: last, penultimate"),
         ({"text_config": {"widht": 32}}, "unknown key 'widht' in text_config; did you mean 'width'"),
         ({"text_config": {"width": 30, "heads": 4}}, "width 30 is not a multiple of heads 4"),
-        ({"text_config": {"layers": 0}}, "text_config: layers 0: give a whole number from 1"),
+        ({"text_config": {"layers": 0}}, "text_config: layers 0: give a whole number of at least 1"),
         ({"text_config": TINY | {"vocab_size": 100}}, "vocab_size 100 must be at least 49408"),
         ({"text_config": TINY, "max_length": 78}, "max_length 78 exceeds context_length 77"),
     ],

@@ -1,0 +1,73 @@
+"""Pre-encoding, hack, a resumed training and merge of each family, at the released layout and a small width."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoint import load_checkpoint, load_state_dict
+from ldm.checkpoint.formats import as_bytes
+from ldm.checkpoint.keys import UNET
+from ldm.release.families import FAMILIES
+from ldm.release.load import load_release
+from tests.conftest import ROOT
+from tests.narrow_models import write_configs, write_release
+from tests.tiny_training import ENCODED, write_images
+from tests.training_runs import fixture_one_thread, run_main, the_run  # noqa: F401
+
+PREENCODE, HACK, MERGE = (ROOT / "tools" / f"{name}.py" for name in ("preencode", "hack_weights", "merge_release"))
+QUIET = (
+    "-t --no-test --max_steps 2 --accelerator cpu --enable_progress_bar False --scale_lr False "
+    "model.base_learning_rate=1e-3 data.params.batch_size=2 data.params.num_workers=0 "
+    "lightning.callbacks.image_logger.params.disabled=True"
+)
+SIDE = 64
+
+
+def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    same = one.dtype == other.dtype and one.shape == other.shape
+    return same and torch.equal(as_bytes(one), as_bytes(other))
+
+
+@pytest.mark.parametrize("key", ENCODED)
+def test_round_trip(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable, one_thread: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    family = FAMILIES[key]
+    config, finetune = write_configs(family, tmp_path)
+    start = write_release(config, tmp_path / "release.safetensors")
+    write_images(tmp_path / "images", key)
+
+    encode = ("--ckpt", "release.safetensors", "--config", config, "--images", "images", "--size", SIDE)
+    assert run_tool(PREENCODE, *encode, "--out", "shards/%06d.tar", "--num-workers", 0) is None
+    assert json.loads((tmp_path / "shards/index.json").read_text())["family"] == key
+    hack = ("--release", "release.safetensors", "--base", finetune, "--out", "hacked.ckpt")
+    assert run_tool(HACK, *hack) is None
+    hacked = load_checkpoint("hacked.ckpt")
+    assert hacked["parameterization"] == family.parameterization
+    assert all(identical(value, start[name]) for name, value in hacked["state_dict"].items() if name in start)
+
+    merge = ("--release", "release.safetensors", "--out")
+    assert run_tool(MERGE, "--train-ckpt", "hacked.ckpt", *merge, "untrained.safetensors") is None
+    check_untouched(start, load_state_dict("untrained.safetensors"), moved=set())
+
+    run_main(monkeypatch, f"--resume hacked.ckpt --base {finetune} data.params.training_urls=shards/*.tar {QUIET}")
+    last = the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt"
+    assert run_tool(MERGE, *merge, "merged.safetensors") is None
+    trained, merged = load_state_dict(last), load_state_dict("merged.safetensors")
+    assert all(identical(merged[name], trained[name]) for name in merged if name.startswith(UNET))
+    check_untouched(start, merged, moved={name for name in start if name.startswith(UNET)})
+    assert load_release("merged.safetensors", config).parameterization == family.parameterization
+
+
+def check_untouched(start: dict, merged: dict, moved: set[str]) -> None:
+    """The file has the keys of the release in their order, and every other value but those `moved` bit for bit."""
+    assert list(merged) == list(start)
+    changed = {name for name in start if not identical(merged[name], start[name])}
+    assert changed <= moved
+    assert len(changed) > 0.9 * len(moved)  # weights whose gradient is zero stay
