@@ -107,7 +107,7 @@ def keep_numbered(path: Path, step: int, count: int) -> None:
         try:
             os.link(path, temporary)
         except OSError:
-            shutil.copyfile(path, temporary)
+            shutil.copy2(path, temporary)  # with its time, which tells the newest
     numbered = sorted(path.parent.glob("step=*.ckpt"), key=lambda kept: kept.stat().st_mtime)
     for old in numbered[:-count]:
         old.unlink()

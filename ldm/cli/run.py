@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ldm.cli.streams import tolerant_streams
 from ldm.files import exit_on_bus_error, leave_closed_terminal
 from ldm.util import UserError, escaped
 
@@ -38,10 +39,14 @@ def run(main: Callable[[], None]) -> None:
     Expected errors are `UserError`, errors of the operating system, and a lack of host or GPU memory. SIGTERM raises
     `SystemExit(143)` and SIGHUP (a closed terminal) `SystemExit(129)`, so that unfinished files are removed.
     """
+    with tolerant_streams():
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # as on stderr, so that every locale can print every file name
+        # As on stderr, so that every locale can print every file name.
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrintableFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -74,6 +79,8 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if is_host_memory_error(error):
             sys.exit(f"error: {NO_MEMORY}")
+        if str(error).startswith("Could not determine home directory"):  # of Path.expanduser
+            sys.exit("error: a path begins with ~, and there is no such home folder; write the path in full")
         if str(error).startswith("DataLoader worker"):
             sys.exit(
                 f"error: {str(error).splitlines()[0]}: it may have been killed for lack of memory; use fewer workers"

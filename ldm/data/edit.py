@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.listed import existing_folder, naming, read_image, to_minus_one_one
+from ldm.data.parsed import read_json
 from ldm.images.augmentations import RandomHorizontalFlip
+from ldm.images.captions import relative_name
 from ldm.images.find import ImageItem
 from ldm.images.pixels import crop, random_below, resize
 from ldm.util import UserError, check_choice, refuse_if
@@ -60,9 +61,7 @@ class EditDataset(Dataset):
             ),
         )
         self.path = existing_folder(path, "seeds.json and the folders of image pairs")
-        seeds = _read_json(self.path / "seeds.json")
-        if not isinstance(seeds, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in seeds):
-            raise UserError(f"{self.path / 'seeds.json'}: expected a list of [name, [seed, ...]]")
+        seeds = self._read_seeds()
         first = sum(splits[: _SPLITS.index(split)])
         last = first + splits[_SPLITS.index(split)]
         self.seeds = seeds[math.floor(first * len(seeds)) : math.floor(last * len(seeds))]
@@ -73,14 +72,23 @@ class EditDataset(Dataset):
         self.crop_res = crop_res
         self.flip = RandomHorizontalFlip(flip_prob)
 
+    def _read_seeds(self) -> list[tuple[str, list]]:
+        """Return the folder of each pair, relative to `path`, and the seeds of its images."""
+        found = read_json(self.path / "seeds.json", "seeds")
+        for entry in found if isinstance(found, list) else [None]:
+            if not (isinstance(entry, list) and list(map(type, entry)) == [str, list] and entry[1]):
+                raise UserError(f"{self.path / 'seeds.json'}: expected a list of [name, [seed, ...]]")
+        return [(relative_name(name, self.path, "seeds.json: a pair"), own) for name, own in found]
+
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, seeds = self.seeds[index]
         folder = self.path / name
-        seed = seeds[random_below(len(seeds))]
-        prompt = _read_json(folder / "prompt.json").get("edit")
+        seed = str(seeds[random_below(len(seeds))])
+        described = read_json(folder / "prompt.json", "prompt")
+        prompt = described.get("edit") if isinstance(described, dict) else None
         if not isinstance(prompt, str):
             raise UserError(f"{folder / 'prompt.json'}: has no instruction 'edit'")
         low, high = self.resize_res
@@ -94,15 +102,7 @@ class EditDataset(Dataset):
     def _load(self, name: str, side: int) -> Tensor:
         """Return the image `name`, scaled to a square, float32 (3, side, side) in [-1, 1]."""
         with naming(name):
+            name = relative_name(name, self.path, "seeds.json: an image")
             item = ImageItem(name, self.path / name, caption="")
             image = read_image(item, lambda image: resize(image, side, side, "lanczos"))
         return to_minus_one_one(image).permute(2, 0, 1)
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"no file {str(file.absolute())!r}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.data.listed import ListedImages, folder_images, read_list, scaled_and_cropped
+from ldm.data.parsed import read_yaml
 from ldm.data.superresolution import PairedImages
-from ldm.files import decode_text
 from ldm.images.find import ImageItem
 from ldm.util import UserError, nearest
 
@@ -39,7 +37,7 @@ def class_numbers(root: Path, found: list[str]) -> dict[str, int]:
     """
     file = root.parent / _NUMBERS
     if file.is_file():
-        listed = yaml.safe_load(decode_text(file.read_bytes()))
+        listed = read_yaml(file, "numbers of classes")
         if not isinstance(listed, dict) or not all(type(number) is int for number in listed):
             raise UserError(f"{file}: expected lines such as '0: n01440764'")
         return {str(name): number for number, name in listed.items()}

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ldm.data.sources import find_images
 from ldm.files import decode_text, read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
+from ldm.images.captions import relative_name
 from ldm.images.find import ImageItem
 from ldm.util import UserError
 
@@ -60,10 +61,11 @@ def listed_images(root: str | Path, names: Iterable[str], what: str) -> list[Ima
     """Return the items of the images `names` in the folder `root`, with the empty caption.
 
     Raises:
-        UserError: the folder or the first image is missing.
+        UserError: a name is outside the folder; the folder or the first image is missing.
     """
     folder = existing_folder(root, what)
-    items = [ImageItem(name, folder / name, caption="") for name in names]
+    inside = (relative_name(name, folder, "an image of the list") for name in names)
+    items = [ImageItem(name, folder / name, caption="") for name in inside]
     if not items[0].path.is_file():
         raise UserError(f"{items[0].path.absolute()}: no such image, although it is the first of the list")
     return items

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.listed import existing_folder, folder_images, naming, read_image, read_list, to_minus_one_one
+from ldm.data.parsed import read_json
 from ldm.data.sources import find_images
 from ldm.images.augmentations import build_transform
-from ldm.images.captions import from_metadata, metadata_file
+from ldm.images.captions import from_metadata, metadata_file, relative_name
 from ldm.images.find import ImageItem
 from ldm.images.pixels import random_below
 from ldm.util import UserError, instantiate_from_config
@@ -116,19 +116,15 @@ class IdRetreivalDataset(FolderData):
 
     def __init__(self, ret_file: str | Path, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        try:
-            self.matches = json.loads(Path(ret_file).expanduser().read_bytes())
-        except OSError as error:
-            raise UserError(f"no list {str(Path(ret_file).absolute())!r}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{ret_file}: not JSON: {error}") from error
-        if not isinstance(self.matches, dict):
+        self.matches = read_json(ret_file, "ret_file")
+        lists = self.matches.values() if isinstance(self.matches, dict) else [None]
+        if not all(isinstance(names, list) and names and all(isinstance(n, str) for n in names) for names in lists):
             raise UserError(f"{ret_file}: expected lists of file names by file name")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
         found = self.matches.get(item.name) or self.matches.get(item.path.name) or [item.name]
-        name = found[random_below(len(found))]
+        name = relative_name(found[random_below(len(found))], self.root_dir, "ret_file: an image")
         return {**super().__getitem__(index), "match": self.load(ImageItem(name, self.root_dir / name, caption=""))}
 
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
 from torch.utils.data import Dataset
 
 from ldm.data.listed import naming, read_image
+from ldm.data.parsed import read_yaml
 from ldm.data.simple import as_model_input
-from ldm.files import decode_text, open_file, read_span
+from ldm.files import open_file, read_span
 from ldm.identity import Identity, check_identity, identity_of_path, with_retries
 from ldm.images.augmentations import build_transform
 from ldm.images.captions import decode_caption
@@ -70,14 +70,10 @@ def read_words(file: str | Path | None) -> list[str]:
     """Return the words of a YAML list or mapping of lists, or nothing for None."""
     if file is None:
         return []
-    path = Path(file).expanduser()
-    try:
-        found = yaml.safe_load(decode_text(path.read_bytes()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"filter_word_list {str(path.absolute())!r}: cannot be read: {error}") from error
+    found = read_yaml(file, "filter_word_list")
     lists = list(found.values()) if isinstance(found, dict) else [found]
     if not all(isinstance(words, list) for words in lists):
-        raise UserError(f"filter_word_list {path}: expected a list of words")
+        raise UserError(f"filter_word_list {file}: expected a list of words")
     return [str(word) for words in lists for word in words]
 
 

@@ -145,7 +145,7 @@ def from_metadata(
             raise UserError(f"{where}: an unpaired surrogate, which is not a character: {json.dumps(entry)[:80]!r}")
         unread |= dict.fromkeys(key for key in entry if key not in keys)
         name, edited = (
-            file and _relative(file, folder or path.parent, f"{where}: {key}")
+            file and relative_name(file, folder or path.parent, f"{where}: {key}")
             for file, key in ((name, keys[0]), (edited, keys[2]))
         )
         found.append(Entry(name, " ".join((caption or "").split()) or None, edited))
@@ -215,7 +215,7 @@ def _csv_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapp
 _READERS = {".jsonl": _json_entries, ".csv": _csv_entries, ".json": _mapping_entries}
 
 
-def _relative(name: str, folder: Path, where: str) -> str:
+def relative_name(name: str, folder: Path, where: str) -> str:
     """Return the path `name` relative to `folder`.
 
     Raises:

@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-finetune" / "forecasts"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-finetune" / "forecasts"
+    except RuntimeError:  # a user without a home folder: nothing can be cached
+        return Path(os.devnull)
 
 
 def _read(path: Path) -> dict[str, int] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,8 +19,11 @@ from tests.device.steps import (
     build,
     check,
     must_not_wait,
+    must_wait_once,
 )
 from tests.training_runs import TEXT_TOWER
+
+SAMPLING = "ldm/models/diffusion/sampling.py"  # looks once, after the last step, for values that are not finite
 
 
 @check
@@ -48,6 +54,19 @@ def logged_images() -> None:
         assert first_stage.device.type == "cpu", "the first stage was not put away"
 
 
+@contextmanager
+def begun(kind: type, call: Callable[[], None]) -> Iterator[None]:
+    """Call `call` each time that a sampler of the class `kind` has its schedule, and its steps begin."""
+    start = kind.start
+
+    def started(self: Any) -> None:
+        start(self)
+        call()
+
+    with mock.patch.object(kind, "start", started):
+        yield
+
+
 @check
 def samplers() -> None:
     from ldm.models.diffusion.ancestral import AncestralSampler
@@ -57,15 +76,16 @@ def samplers() -> None:
     model = build(cond_stage=TEXT_TOWER)
     with pretending() as waits:
         pretended.place(model.eval())
-        for name in SAMPLERS:
-            assert list(sample_latents(model, [Request("a", 1)], (4, 4, 4), name, steps=3, batch_size=1, verbose=False))
+        for name, kind in SAMPLERS.items():
+            with begun(kind, waits.places.clear):
+                assert list(sample_latents(model, [Request("a", 1)], (4, 4, 4), name, 3, batch_size=1, verbose=False))
+            must_wait_once(waits, SAMPLING)
         context = torch.empty(2, 77, 8, device=pretended.GPU)
         mask, x0 = torch.empty(2, 1, 4, 4, device=pretended.GPU), torch.empty(2, 4, 4, 4, device=pretended.GPU)
         DDIMSampler(model).sample(2, 2, (4, 4, 4), context, mask=mask, x0=x0, verbose=False)
-        ready = lambda _: waits.places.clear()  # noqa: E731 - the schedule is made, the steps begin
-        with mock.patch.object(AncestralSampler, "start", ready):
+        with begun(AncestralSampler, waits.places.clear):
             model.sample(2, context, timesteps=2)
-        must_not_wait(waits)
+        must_wait_once(waits, SAMPLING)
 
 
 @check

@@ -80,6 +80,11 @@ def train(model: Any, entries: Callable[[], dict[str, Any]] = batch, waits_at: t
         must_not_wait(waits, waits_at)
 
 
+def must_wait_once(waits: Waits, file: str) -> None:
+    """Assert that there was one wait for the device, in `file`."""
+    assert [place.partition(":")[0] for place in waits.places] == [file], f"waits at {waits.places}"
+
+
 def must_not_wait(waits: Waits, but_at: tuple[str, ...] = ()) -> None:
     found = {place for place in waits.places if not place.startswith(but_at or ("nowhere",))}
     assert not found, f"waits for the device at {sorted(found)}"

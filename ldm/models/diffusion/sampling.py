@@ -232,7 +232,7 @@ class Sampler:
             x, pred_x0 = self.step(masked(x, index), index, lambda x, i: self.predict(x, i, guided), noise)
             finite.append(x.isfinite().flatten(1).all(1))
             yield index, x, pred_x0
-        flags = _on_host(torch.stack(finite))  # step row
+        flags = torch.stack(finite).cpu()  # step row; the only synchronisation of a sampling run
         if not flags.all():
             step, row = flags.logical_not().nonzero()[0].tolist()
             raise NotFiniteError(
@@ -264,11 +264,3 @@ def _check_start(mask: Tensor | None, x0: Tensor | None, strength: float) -> Non
         (mask is not None and x0 is None, "mask: give x0 too, the latents that it keeps"),
         (not 0 < strength <= 1, f"strength {strength}: give a number above 0, up to 1"),
     )
-
-
-def _on_host(flags: Tensor) -> Tensor:
-    """Return `flags` on the CPU. This is the only synchronisation of a sampling run."""
-    copied = flags.to("cpu", non_blocking=True)
-    if flags.device.type in ("cuda", "mps"):
-        getattr(torch, flags.device.type).synchronize()
-    return copied

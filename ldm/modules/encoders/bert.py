@@ -15,12 +15,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.files import read_at_most
 from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.util import UserError
 
 _HEADS, _HEAD_FEATURES = 8, 64
 _RELEASED = ("google-bert/bert-base-uncased", "bert-base-uncased")  # new and old name of one vocabulary
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_MOST_BYTES = 1 << 26  # of a vocabulary
 
 
 class TransformerEmbedder(AbstractEncoder):
@@ -148,7 +150,7 @@ class WordPieces:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
         try:
-            pieces = path.read_text(encoding="utf-8").splitlines()
+            pieces = read_at_most(path, _MOST_BYTES).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"vocab {path}: cannot be read as text ({error})") from error
         ids = {piece: number for number, piece in enumerate(pieces)}

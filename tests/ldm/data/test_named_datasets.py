@@ -225,6 +225,33 @@ def test_edit_dataset_crops_and_mirrors_both_images_alike():
         EditDataset("pairs", crop_res=64, min_resize_res=32)
 
 
+@pytest.mark.parametrize("seeds", [{}, [3], [["a"]], [["a", []]], [[3, ["7"]]], [["../b", ["7"]]], [["/b", ["7"]]]])
+def test_edit_dataset_refuses_seeds_that_are_none_or_lead_outside(seeds):
+    Path("pairs").mkdir()
+    Path("pairs/seeds.json").write_text(json.dumps(seeds))
+    with pytest.raises(UserError, match=r"seeds\.json: (expected a list|a pair '.*' is outside the folder)"):
+        EditDataset("pairs", "train")
+
+
+@pytest.mark.parametrize("prompt", ["[]", "{}", "3", "{"])
+def test_edit_dataset_names_what_is_no_prompt(prompt):
+    Path("pairs/a").mkdir(parents=True)
+    Path("pairs/seeds.json").write_text(json.dumps([["a", ["../../x"]]] * 20))
+    Path("pairs/a/prompt.json").write_text(prompt)
+    data = EditDataset("pairs", "train")
+    with pytest.raises(UserError, match=r"prompt\.json"):
+        data[0]
+    Path("pairs/a/prompt.json").write_text('{"edit": "x"}')
+    with pytest.raises(UserError, match=r"seeds.json: an image 'a/../../x_0.jpg' is outside the folder"):
+        data[0]
+
+
+def test_a_list_names_no_image_outside_its_folder():
+    write_list("data/rfw/train.txt", ["1.png", "../../secret.png"])
+    with pytest.raises(UserError, match=r"an image of the list '../../secret.png' is outside the folder"):
+        RFWTrain(8, 8)
+
+
 def test_dummy_data():
     item = DummyData(4, [8, 8, 3])[0]
     assert item["jpg"].shape == (8, 8, 3) and len(item["txt"]) == 20 and len(DummyData(4, [1])) == 4
