@@ -23,10 +23,17 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int | None": ((int, type(None)), "a whole number or null"),
     "float": ((int, float), "a number"),
     "float | None": ((int, float, type(None)), "a number or null"),
+    "str": ((str,), "a text"),
+    "str | None": ((str, type(None)), "a text or null"),
     "Mapping[str, Any]": ((Mapping,), "a mapping"),
     "Mapping[str, Any] | None": ((Mapping, type(None)), "a mapping or null"),
 }
-_WHOLE_NUMBERS = "Sequence[int]"  # beginning of an annotation
+# Beginnings of annotations of checked lists: the type of their parts, and a description for messages.
+_CHECKED_LISTS: dict[str, tuple[tuple[type, ...], str]] = {
+    "Sequence[int]": ((int,), "whole numbers"),
+    "Sequence[float]": ((int, float), "numbers"),
+    "Sequence[str]": ((str,), "texts"),
+}
 # `base_learning_rate` is for the trainer. Some published configs have `ckpt_path` beside `target`.
 _CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values for which nothing is built; the model handles them.
@@ -190,7 +197,8 @@ def takes(target: Callable[..., Any], name: str) -> bool:
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first of `params` that `target`, at `path` in the config, does not take.
 
-    Names are checked, and values for parameters with the annotation bool, int, float, mapping or sequence of int.
+    Names are checked, and values for parameters with the annotation bool, int, float, str, mapping, or sequence of int,
+    float or str.
     """
     named, takes_any = _parameters(target)
     for key, value in params.items():
@@ -199,21 +207,25 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
                 continue
             hint = hint_for_key(key) or nearest(key, set(named))
             raise UserError(f"unknown key {key!r} in params of {path}{hint}")
+        if value is None and named[key].default is None:
+            continue
         annotation = named[key].annotation  # a string if the module defers annotations
         expected = _CHECKED_TYPES.get(
             annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
         )
         if expected and not isinstance(value, expected[0]):
             raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
-        if isinstance(annotation, str) and annotation.startswith(_WHOLE_NUMBERS) and not _are_whole(value, annotation):
-            raise UserError(f"{key}={value!r} in params of {path}: give a list of whole numbers")
+        if isinstance(annotation, str) and annotation.removesuffix(" | None") in _CHECKED_LISTS:
+            kinds, parts = _CHECKED_LISTS[annotation.removesuffix(" | None")]
+            if not _is_list_of(kinds, value, annotation):
+                raise UserError(f"{key}={value!r} in params of {path}: give a list of {parts}")
 
 
-def _are_whole(value: Any, annotation: str) -> bool:
+def _is_list_of(kinds: tuple[type, ...], value: Any, annotation: str) -> bool:
     if value is None:
         return annotation.endswith("| None")
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and all(isinstance(part, int) and not isinstance(part, bool) for part in value)
+    return is_list and all(isinstance(part, kinds) and not isinstance(part, bool) for part in value)
 
 
 def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides: Any) -> Any:

@@ -53,6 +53,8 @@ class KeptCheckpoints(ModelCheckpoint):
     """
 
     def __init__(self, **params: Any) -> None:
+        if not isinstance(params.get("monitor"), str | None):
+            raise UserError(f"monitor {params['monitor']!r:.100}: give the name of a metric, or null")
         super().__init__(**params)
         self.writing = WritingTime()
         self._warned = self._validated = False

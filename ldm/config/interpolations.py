@@ -15,6 +15,8 @@ from ldm.util import UserError
 
 # References to a value of the config: `${model.params.x}`, `${.x}`, `${a[0]}`.
 _REFERENCE = re.compile(r"\$\{(\.*)([^${}:\s]+)\}")
+# Values of the environment. On the command line, they are the user's own; any other `${...}` may refer to a file.
+_ENVIRONMENT = re.compile(r"\$\{oc\.(?:env|decode):[^${}]*\}")
 _NODE = 64  # size of a value in characters, in addition to its text
 _MOST = 1 << 20
 
@@ -33,8 +35,8 @@ def check_interpolations(config: Any, source: str, typed: Collection[Path] = ())
 
 
 def typed_paths(parts: Collection[Any]) -> set[Path]:
-    """Return the paths of the values in the command-line `parts`, except for values with references."""
-    return {path for part in parts for path, text in _leaves(part) if not _REFERENCE.search(text)}
+    """Return the paths of the values in the command-line `parts`, except for values that may refer to a file."""
+    return {path for part in parts for path, text in _leaves(part) if not _may_refer(text)}
 
 
 def resolve_references(config: DictConfig) -> DictConfig:
@@ -48,6 +50,14 @@ def resolve_references(config: DictConfig) -> DictConfig:
     """
     written, resolved = OmegaConf.to_container(config), OmegaConf.to_container(config, resolve=True)
     return OmegaConf.create(_ResolverUse(written).with_values(resolved, (), written))
+
+
+def _may_refer(text: str) -> bool:
+    """Return True if `text` has an interpolation that is not of the environment alone, such as `${ a }`."""
+    found = 1
+    while found:
+        text, found = _ENVIRONMENT.subn("", text)
+    return "${" in text
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:

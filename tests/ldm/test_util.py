@@ -45,7 +45,7 @@ def test_params_may_be_left_out() -> None:
 
 
 def test_keywords_passed_on_are_those_of_the_parents() -> None:
-    check_params("Derived", Derived, dict.fromkeys(["colour", "width", "depth"], 1))
+    check_params("Derived", Derived, {"colour": "red", "width": 1, "depth": 1})
     check_params("anything", lambda **anything: None, {"colour": 1})
     with pytest.raises(UserError, match="'colour'"):
         check_params("Base", Base, {"colour": 1})
@@ -90,6 +90,10 @@ class Strict:
         part: Mapping[str, Any] | None = None,
         sizes: Sequence[int] = (1,),
         levels: Sequence[int] | None = None,
+        name: str = "a",
+        path: str | None = None,
+        keys: Sequence[str] = (),
+        rates: Sequence[float] | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"size {size}\nis too small")
@@ -113,6 +117,13 @@ class Strict:
         ({"sizes": ["a"]}, r"sizes=\['a'\] in params of .*: give a list of whole numbers$"),
         ({"sizes": None}, "sizes=None in params of .*: give a list of whole numbers$"),
         ({"levels": [1.5]}, r"levels=\[1.5\] in params of .*: give a list of whole numbers$"),
+        ({"name": 1}, "name=1 in params of .*: give a text$"),
+        ({"name": None}, "name=None in params of .*: give a text$"),
+        ({"path": {}}, "path={} in params of .*: give a text or null$"),
+        ({"keys": "loss"}, "keys='loss' in params of .*: give a list of texts$"),
+        ({"keys": [1]}, r"keys=\[1\] in params of .*: give a list of texts$"),
+        ({"rates": {0: 1.0}}, r"rates={0: 1.0} in params of .*: give a list of numbers$"),
+        ({"rates": ["a"]}, r"rates=\['a'\] in params of .*: give a list of numbers$"),
         ({"sizes": []}, "Strict: tuple index out of range|Strict: list index out of range"),
     ],
 )
@@ -128,6 +139,10 @@ def test_values_that_fit_are_taken() -> None:
         "cap": None,
         "share": 1,
         "most": None,
+        "name": "b",
+        "path": None,
+        "keys": ["loss"],
+        "rates": [1, 0.5],
         "part": {},
         "sizes": (1, 2),
         "levels": [3],

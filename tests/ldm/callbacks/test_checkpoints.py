@@ -207,3 +207,9 @@ def test_a_checkpoint_cannot_make_a_run_delete_other_files(tmp_path: Path, key: 
         kept = KeptCheckpoints(dirpath=str(tmp_path), monitor="val/loss", save_top_k=2)
         kept.load_state_dict(state | {key: {path: torch.tensor(1.0)} if key == "best_k_models" else path})
         assert (getattr(kept, key) in (path, {path: torch.tensor(1.0)})) == taken
+
+
+@pytest.mark.parametrize("monitor", [3, {"a": 1}, ["train/loss"]])
+def test_kept_checkpoints_refuse_a_monitor_that_is_no_name(monitor):
+    with pytest.raises(UserError, match=r"^monitor .*: give the name of a metric, or null"):
+        KeptCheckpoints(dirpath="checkpoints", monitor=monitor)

@@ -101,5 +101,6 @@ def test_typed_interpolations_are_the_persons_own(tmp_path, monkeypatch):
 
 
 def test_typed_paths_leaves_out_what_refers_to_a_file():
-    typed = [{"model": {"a": "x", "b": "${model.a}", "c": ["${oc.env:HOME}", 1]}}, {"data": {"z": None}}]
+    typed = [{"model": {"a": "x", "b": "${model.a}", "c": ["${oc.decode:${oc.env:HOME}}", 1]}}, {"data": {"z": None}}]
+    typed += [{"data": {"u": "${ model.a }", "v": "x${oc.select:model.a}", "w": "${model.${oc.env:A,a}}"}}]
     assert typed_paths(typed) == {("model", "a"), ("model", "c", "0"), ("model", "c", "1"), ("data", "z")}

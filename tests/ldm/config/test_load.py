@@ -196,3 +196,17 @@ def test_sections_of_other_programs_are_left_out_with_one_warning(tmp_path, capl
 def test_sections_that_need_trust_need_none_where_nothing_reads_them(tmp_path):
     path = write(tmp_path / "c.yaml", "other: {target: os.system, url: 'pipe:ls'}\nmodel: {}\n")
     assert list(load_config([path])) == ["model"]
+
+
+@pytest.mark.parametrize("params", ["3", "a", "[1]"])
+@pytest.mark.parametrize("where", ["model", "data", "lightning.logger", "lightning.callbacks.image_logger"])
+def test_params_that_are_no_mapping_are_refused(where, params):
+    with pytest.raises(UserError, match=rf"^{where}\.params .*: give a mapping of parameters, or leave it out"):
+        load_config([], [f"{where}.params={params}"], trusted=True)
+    assert load_config([], [f"{where}.params=null"])
+
+
+@pytest.mark.parametrize("target", ["{a: 1}", "[os.system]"])
+def test_a_target_that_is_no_text_is_refused(target):
+    with pytest.raises(UserError, match=r"^lightning\.callbacks\.x\.target .*: give a dotted path"):
+        load_config([], [f"lightning.callbacks.x.target={target}"], trusted=True)

@@ -155,6 +155,15 @@ def test_a_typed_reference_to_what_a_file_says_is_the_files(tmp_path):
         load_config([path], ["data.params.training_urls=${model.p}ipe:ls"])
 
 
+@pytest.mark.parametrize(
+    "reference", ["${ model.p }", "${oc.select:model.p}", "${oc.deprecated:model.p}", "${model.${oc.env:A,p}}"]
+)
+def test_a_typed_reference_is_the_files_however_it_is_written(tmp_path, reference):
+    path = config(tmp_path, "model: {p: p}")
+    with pytest.raises(UserError, match="give --trust-config"):
+        load_config([path], [f"data.params.training_urls={reference}ipe:ls"])
+
+
 def test_check_trust_takes_any_plain_data():
     check_trust({"a": [1, None, 1.5, True, {"target": None}], 3: {"target": "torch.nn.Identity"}}, "config")
 
