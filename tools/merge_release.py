@@ -3,6 +3,7 @@
 
 python tools/merge_release.py                        # the newest last.ckpt in logs/; writes merged.ckpt
 python tools/merge_release.py --train-ckpt logs/RUN/checkpoints/last.ckpt --out my-model.safetensors --half
+python tools/merge_release.py --strength 0.7 --out mine.ckpt  # 70 % of the way from the release to the training
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from ldm.cli.options import add_vae_option
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
 from ldm.cli.run import run
+from ldm.util import check_number
 
 
 def main() -> None:
@@ -24,7 +26,7 @@ def main() -> None:
 
     training = arguments.train_ckpt or newest_checkpoint()
     out = arguments.out or training.with_name("merged.ckpt")
-    merge_files(training, arguments.release, out, arguments.weights, arguments.half, arguments.vae)
+    merge_files(training, arguments.release, out, arguments.weights, arguments.half, arguments.vae, arguments.strength)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,8 +50,16 @@ def parse_arguments() -> argparse.Namespace:
         help="averaged or raw trained weights (default: ema if the checkpoint has them)",
     )
     add("--half", action="store_true", help="write the weights in float16")
+    add(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="share of the training's change: 0 is the release, 1 the training (default: 1)",
+    )
     add_vae_option(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    check_number("--strength", arguments.strength, least=0, whole=False)
+    return arguments
 
 
 if __name__ == "__main__":
