@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from ldm.checkpoint.names import is_carried
 from ldm.locks import locked_file
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
+from ldm.release.lora import Lora, with_loras
 from ldm.release.mixture import weighted_sum
 from ldm.release.opening import Release, check_not_replaced, release_of, training_weights
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
@@ -199,19 +200,20 @@ def merge_files(
     half: bool,
     vae: Path | None = None,
     strength: float = 1.0,
+    loras: Sequence[Lora] = (),
 ) -> None:
     """Merge `training_path` and `release_path` into the release `out`, and log the origin of its keys.
 
     The suffix of `out` chooses the format. Keys are named as in the release file, and its unused values are copied. The
     release's metadata is kept, except for digests of the weights. `weights`, `half` and `strength` are as in `merge`.
-    The autoencoder of the file `vae`, if given, replaces that of the release.
+    The autoencoder of the file `vae`, if given, replaces that of the release. `loras` are added to the result.
 
     Raises:
         UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     check_suffix(out)
     with locked_file(out):
-        _merge_files(training_path, release_path, out, weights, half, vae, strength)
+        _merge_files(training_path, release_path, out, weights, half, vae, strength, loras)
 
 
 def _merge_files(
@@ -222,8 +224,9 @@ def _merge_files(
     half: bool,
     vae: Path | None,
     strength: float,
+    loras: Sequence[Lora],
 ) -> None:
-    check_not_replaced(out, (training_path, release_path))
+    check_not_replaced(out, (training_path, release_path, *(lora.path for lora in loras)))
     training, release = open_checkpoint(training_path), open_checkpoint(release_path)
     check_training_checkpoint(training.content, training_path, weights_alone=True)
     check_release(release.content, release_path)
@@ -242,7 +245,8 @@ def _merge_files(
         log.info("\n".join(merged.summary()))
         if strength != 1:
             log.info("strength %g: that share of the training's change of each weight", strength)
-        content = _with_prediction(opened.named.restored(merged.state_dict), opened, trained, noted)
+        state_dict = with_loras(merged.state_dict, loras, release_path)
+        content = _with_prediction(opened.named.restored(state_dict), opened, trained, noted)
         save_state_dict(content, out, metadata=opened.lasting_metadata)
     except UserError as error:
         raise UserError(f"{training_path} into {release_path}: {error}") from error
