@@ -38,7 +38,7 @@ class Release:
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes of the weights, and of the values that no model uses."""
+        """Shapes of all values of the file: the weights, and the values that no model uses."""
         return shapes_of(self.named.with_carried())
 
     @property
