@@ -66,7 +66,7 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
         values = plain(config)
         if not trusted:
             check_trust(values, source, own)
-        _check_descriptions(values)
+        _check_params(values)
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{source}: {_first_line(error)}") from error
     for section, value in config.items():
@@ -93,15 +93,13 @@ def _check_sections(part: DictConfig, name: str, typed: bool) -> None:
             raise UserError(f"{name}: unknown section {section!r}{nearest(str(section), list(SECTIONS))}")
 
 
-def _check_descriptions(value: Any, where: str = "") -> None:
-    """Raise `UserError` if a `params` in `value`, at the path `where`, is no mapping, or a `target` no text."""
+def _check_params(value: Any, where: str = "") -> None:
+    """Raise `UserError` for an entry `params` in `value`, at the path `where`, that is not a mapping or null."""
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         path = f"{where}.{key}" if where else str(key)
         if key == "params" and part is not None and not isinstance(part, dict):
             raise UserError(f"{path} {part!r:.100}: give a mapping of parameters, or leave it out")
-        if key == "target" and isinstance(part, dict | list):
-            raise UserError(f"{path} {part!r:.100}: give a dotted path such as package.module.Class")
-        _check_descriptions(part, path)
+        _check_params(part, path)
 
 
 def _without_empty(config: DictConfig) -> DictConfig:

@@ -25,6 +25,11 @@ _FOLDERS = ("dirpath", "logdir", "ckptdir", "cfgdir")
 _FILES = ("filename", "path", "now")
 
 
+def moved(target: Any) -> Any:
+    """Return the replacement of the class `target`, or `target` itself."""
+    return MOVED.get(target, target) if isinstance(target, str) else target
+
+
 def check_callback_places(described: Any, folder: Path, where: str) -> None:
     """Raise `UserError` if a path in the params of a `described` callback lies outside the run's `folder`."""
     params = described.get("params") if isinstance(described, Mapping) else None
@@ -70,6 +75,6 @@ def instantiate_described(described: Mapping[str, Any], where: str) -> Any:
     """Call `instantiate_from_config` with the replacements of `MOVED`, and name `where` in its errors."""
     target = described.get("target")
     try:
-        return instantiate_from_config({**described, "target": MOVED.get(target, target)} if target else described)
+        return instantiate_from_config({**described, "target": moved(target)} if target else described)
     except (UserError, MisconfigurationException) as error:
         raise UserError(f"{where}: {error}") from error

@@ -7,7 +7,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 
 from ldm.callbacks.tolerance import tolerant
 from ldm.config.load import plain
-from ldm.training.described import MOVED, check_logger, check_logger_places, instantiate_described
+from ldm.training.described import check_logger, check_logger_places, instantiate_described, moved
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -28,7 +28,7 @@ def build_loggers(config: DictConfig, run: Run, project: str | None) -> list[Log
         raise UserError(f"lightning.logger {section!r}: give a mapping with target and params, or false for no logger")
     described = {"target": _DEFAULT_LOGGER, **(section if isinstance(section, dict) else {})}
     params = {"save_dir": str(run.folder), **(described.get("params") or {})}
-    target = MOVED.get(described["target"], described["target"])
+    target = str(moved(described["target"]))
     if target.endswith("TensorBoardLogger"):
         params = {"name": "tensorboard", "version": "", **params}
     elif target.endswith("WandbLogger"):

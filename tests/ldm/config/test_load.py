@@ -204,9 +204,3 @@ def test_params_that_are_no_mapping_are_refused(where, params):
     with pytest.raises(UserError, match=rf"^{where}\.params .*: give a mapping of parameters, or leave it out"):
         load_config([], [f"{where}.params={params}"], trusted=True)
     assert load_config([], [f"{where}.params=null"])
-
-
-@pytest.mark.parametrize("target", ["{a: 1}", "[os.system]"])
-def test_a_target_that_is_no_text_is_refused(target):
-    with pytest.raises(UserError, match=r"^lightning\.callbacks\.x\.target .*: give a dotted path"):
-        load_config([], [f"lightning.callbacks.x.target={target}"], trusted=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from ldm.training.described import check_callback_places, check_logger, check_logger_places
+from ldm.training.described import check_callback_places, check_logger, check_logger_places, instantiate_described
 from ldm.util import UserError
 
 
@@ -64,3 +64,9 @@ def test_check_logger_checks_the_built_loggers_folders(run, tmp_path, monkeypatc
             check_logger(TensorBoardLogger(**options), run, "x")
     with pytest.raises(UserError, match=r"x: log_dir .*: lies outside"):
         check_logger(TensorBoardLogger("$LDM_TEST_PLACE/a"), Path("$LDM_TEST_PLACE"), "x")
+
+
+@pytest.mark.parametrize("target", [{"a": 1}, ["os.system"], 3])
+def test_instantiate_described_names_what_is_no_target(target):
+    with pytest.raises(UserError, match=r"^lightning\.callbacks\.x: target .* is not a dotted path"):
+        instantiate_described({"target": target}, "lightning.callbacks.x")
