@@ -29,7 +29,8 @@ _MOST_BYTES = 4096  # size limit of a lock file
 _MOST_IN_NAME = 120  # limit in bytes for a file name within the name of its lock
 # Links are not followed, because a folder of somebody else could redirect the write.
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without flock
+# Errors of file systems without flock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[int] = set()  # open descriptors of held locks
 
 
@@ -187,7 +188,8 @@ def _take(path: Path, what: str) -> int:
 def _check_kind(descriptor: int, path: Path) -> None:
     """Raise `UserError` unless the open file looks like a lock file, whose content may be overwritten."""
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES or found.st_nlink > 1:
+    is_lock = stat.S_ISREG(found.st_mode) and found.st_size <= _MOST_BYTES and found.st_nlink <= 1
+    if not is_lock or os.pread(descriptor, 1, 0) not in (b"", b"{"):
         raise UserError(f"{path}: not a lock file, but has the path of one; move it away")
 
 
@@ -201,6 +203,7 @@ def _flock(descriptor: int, path: Path, what: str) -> bool:
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
+            error.filename = str(path)
             raise
         return False
     return True
@@ -224,8 +227,8 @@ def _owner(descriptor: int) -> dict[str, Any]:
         owner = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
     except ValueError:
         return {}
-    is_whole = isinstance(owner, dict) and isinstance(owner.get("host"), str) and isinstance(owner.get("pid"), int)
-    return owner if is_whole else {}
+    is_whole = isinstance(owner, dict) and isinstance(owner.get("host"), str) and type(owner.get("pid")) is int
+    return owner if is_whole and owner["pid"] > 0 else {}
 
 
 def _named(owner: dict[str, Any]) -> str:

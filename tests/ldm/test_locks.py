@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -88,7 +89,7 @@ def test_locked_is_that_of_a_slurm_job_wherever_it_is_requeued(tmp_path: Path, m
         pass
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "second name", "large", "pipe", "folder"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "second name", "large", "text", "pipe", "folder"])
 def test_locked_writes_to_nothing_that_stands_in_its_place(tmp_path: Path, kind: str) -> None:
     path, other = tmp_path / ".lock", tmp_path / "other"
     other.write_text("precious" * (1000 if kind == "large" else 1))
@@ -97,6 +98,7 @@ def test_locked_writes_to_nothing_that_stands_in_its_place(tmp_path: Path, kind:
         "dangling": lambda: path.symlink_to(tmp_path / "missing"),
         "second name": lambda: path.hardlink_to(other),
         "large": lambda: other.rename(path),
+        "text": lambda: path.write_text("precious"),
         "pipe": lambda: os.mkfifo(path),
         "folder": path.mkdir,
     }
@@ -106,6 +108,7 @@ def test_locked_writes_to_nothing_that_stands_in_its_place(tmp_path: Path, kind:
             pass
     assert kind == "large" or other.read_text() == "precious"
     assert not (tmp_path / "missing").exists() and os.path.lexists(path)
+    assert kind != "text" or path.read_text() == "precious"
 
 
 def test_locked_file_holds_the_run_whose_checkpoint_it_is(tmp_path: Path) -> None:
@@ -134,7 +137,7 @@ def test_locked_file_takes_the_longest_names(tmp_path: Path) -> None:
     assert one.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])
+@pytest.mark.parametrize("text", ["", "{", '{"host": 1}', '{"host": "a", "pid": -1}', '{"host": "a", "pid": true}'])
 def test_locked_takes_a_file_that_names_nobody(tmp_path: Path, text: str) -> None:
     (tmp_path / ".lock").write_text(text)
     with locked(tmp_path / ".lock", "the run"):
@@ -155,6 +158,26 @@ def test_locked_without_flock_goes_by_process_and_start(tmp_path: Path, monkeypa
     else:
         with locked(path, "the run"):
             pass
+
+
+def test_locked_names_the_file_that_cannot_be_locked(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OSError, match=r"\.lock"), locked(tmp_path / ".lock", "the run"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_locked_does_without_flock(tmp_path: Path, monkeypatch, number: int) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with locked(tmp_path / ".lock", "the run"):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
 
 
 def test_locked_file_leaves_nothing(tmp_path: Path) -> None:
