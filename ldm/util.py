@@ -28,6 +28,7 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "Mapping[str, Any]": ((Mapping,), "a mapping"),
     "Mapping[str, Any] | None": ((Mapping, type(None)), "a mapping or null"),
 }
+_TOO_LARGE = 1 << 63  # torch takes smaller whole numbers
 # Beginnings of annotations of checked lists: the type of their parts, and a description for messages.
 _CHECKED_LISTS: dict[str, tuple[tuple[type, ...], str]] = {
     "Sequence[int]": ((int,), "whole numbers"),
@@ -215,6 +216,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         )
         if expected and not isinstance(value, expected[0]):
             raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
+        if expected and isinstance(value, int) and abs(value) >= _TOO_LARGE:
+            raise UserError(f"{key} in params of {path}: the number is too large; give one below 2^63")
         if isinstance(annotation, str) and annotation.removesuffix(" | None") in _CHECKED_LISTS:
             kinds, parts = _CHECKED_LISTS[annotation.removesuffix(" | None")]
             if not _is_list_of(kinds, value, annotation):

@@ -31,12 +31,15 @@ RANK = 64
 def main() -> None:
     options = parse_arguments()
     # Slow imports come after parsing, so that --help answers at once.
+    from ldm.release.configs import release_config
     from ldm.release.extraction import Target, extract_files
     from ldm.release.load import pick_device
     from ldm.release.lora_evaluation import compare_with_tuned
 
     target = Target(options.rank or (None if options.energy else RANK), options.energy)
     device = pick_device(options.device)
+    if options.check is not None:  # a config that is refused ends the command before anything is written
+        release_config(options.base, options.config, options.parameterization, trusted=options.trust_config)
     found = extract_files(options.base, options.tuned, options.out, target, options.half, options.all_layers, device)
     logger.info("%s", Lines(found.table()))
     for line in found.left_out():

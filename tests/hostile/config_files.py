@@ -64,6 +64,9 @@ def configs(marker: Path) -> Corpus:
             "model: {target: 3}",
             "model: {target: [a]}",
             "model: {target: ..x}",
+            "model: {target: torch.nn.Identity, params: 3}",
+            "data: {params: [a]}",
+            "lightning: {logger: {params: a}}",
         )
     ):
         yield f"text-{number}", text.encode()

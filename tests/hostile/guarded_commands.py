@@ -33,6 +33,8 @@ COMMANDS = {
     "preencode": f"tools/preencode.py {RELEASE} --images images --size 64 --num-workers 0 --out set/%d.tar --overwrite",
     "hack_weights": "tools/hack_weights.py --base tiny.yaml --release tiny.safetensors --out out/hacked.ckpt",
     "plan_memory": "tools/plan_memory.py --base tiny.yaml --batch 1",
+    "extract_lora": "tools/extract_lora.py --base tiny.safetensors --tuned tuned.safetensors --rank 1 --check good "
+    "--out out/lora.safetensors --config release.yaml --device cpu",
 }
 # Colours the terminal, begins a line, and turns the letters after it around.
 NAME = "\x1b[31m\nFORGED\u202e"
@@ -60,6 +62,8 @@ def write_good(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     release["model"]["params"] |= {"cond_stage_key": "txt", "cond_stage_config": TEXT_TOWER}
     weights = fill_seeded(build_model(OmegaConf.create(release))).state_dict()
     save_state_dict(weights, work / "tiny.safetensors")
+    unet = {key: 1.01 * value for key, value in weights.items() if key.startswith("model.diffusion_model.")}
+    save_state_dict({**weights, **unet}, work / "tuned.safetensors")
     for name in ("good", "plain"):  # the second has no index, so that a random model trains on it and goes on
         (work / name).mkdir()
         write_set(work / name, 4, f8_shape=(8, 4, 4), t5_shape=(77, 8))

@@ -117,6 +117,8 @@ class Strict:
         ({"sizes": ["a"]}, r"sizes=\['a'\] in params of .*: give a list of whole numbers$"),
         ({"sizes": None}, "sizes=None in params of .*: give a list of whole numbers$"),
         ({"levels": [1.5]}, r"levels=\[1.5\] in params of .*: give a list of whole numbers$"),
+        ({"size": 1 << 70}, r"size in params of .*: the number is too large; give one below 2\^63$"),
+        ({"share": -(10**400)}, "share in params of .*: the number is too large"),
         ({"name": 1}, "name=1 in params of .*: give a text$"),
         ({"name": None}, "name=None in params of .*: give a text$"),
         ({"path": {}}, "path={} in params of .*: give a text or null$"),

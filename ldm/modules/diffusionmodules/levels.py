@@ -149,7 +149,7 @@ class LayerMaker:
             heads = self.num_heads
         else:
             heads = plain_heads
-        if heads < 1 or (not self.use_spatial_transformer and channels % heads):
+        if not 1 <= heads <= channels or (not self.use_spatial_transformer and channels % heads):
             raise UserError(
                 f"{channels} channels do not divide into heads: num_heads={self.num_heads}, "
                 f"num_head_channels={self.num_head_channels}"
