@@ -15,6 +15,8 @@ from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
+MOST_WORKERS = 256  # a larger number, in a config from elsewhere, could stop the machine
+
 
 class BaseDataModule(pl.LightningDataModule):
     """Base of data modules with batch size, workers, seed, and the share of this rank."""
@@ -22,7 +24,7 @@ class BaseDataModule(pl.LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int, seed: int | None, drop_last: bool) -> None:
         super().__init__()
         check_number("data.params.batch_size", batch_size, least=1)
-        check_number("data.params.num_workers", num_workers, least=0)
+        check_number("data.params.num_workers", num_workers, least=0, most=MOST_WORKERS)
         check_number("data.params.seed", seed, least=0, optional=True)
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.data.augment import BatchAugmentation
 from ldm.data.base import Txt2ImgIterableBaseDataset, share_among_workers
-from ldm.data.base_module import BaseDataModule
+from ldm.data.base_module import MOST_WORKERS, BaseDataModule
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
 from ldm.data.sizes import check_sizes
 from ldm.shards.sample import STREAM
@@ -55,7 +55,7 @@ class DataModuleFromConfig(BaseDataModule):
             check_number("data.params.batch_size", batch_size, least=1)
             num_workers = min(2 * batch_size, os.cpu_count() or 1)
         super().__init__(batch_size, num_workers, seed, drop_last)
-        check_number("data.params.num_val_workers", num_val_workers, least=0, optional=True)
+        check_number("data.params.num_val_workers", num_val_workers, least=0, most=MOST_WORKERS, optional=True)
         self.num_val_workers = num_workers if num_val_workers is None else num_val_workers
         self.val_batch_size = batch_size
         configs = {"train": train, "validation": validation, "test": test, "predict": predict}

@@ -86,3 +86,9 @@ def test_num_val_workers_are_those_of_every_split_but_training():
     assert DataModuleFromConfig(2, num_workers=3).num_val_workers == 3
     with pytest.raises(UserError, match="num_val_workers -1"):
         DataModuleFromConfig(2, num_val_workers=-1)
+
+
+@pytest.mark.parametrize("name", ["num_workers", "num_val_workers"])
+def test_more_workers_than_a_machine_can_have_are_refused(name):
+    with pytest.raises(UserError, match=rf"^data\.params\.{name} 100000: give a whole number from 0 to 256"):
+        DataModuleFromConfig(batch_size=1, **{name: 100_000})

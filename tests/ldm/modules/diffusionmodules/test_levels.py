@@ -100,3 +100,8 @@ def test_codebook_logits_instead_of_a_prediction() -> None:
 def test_a_context_width_may_be_repeated_per_block() -> None:
     width = TINY["context_dim"]
     assert small(context_dim=[width, width]).context_dim == width
+
+
+def test_more_heads_than_channels_are_refused() -> None:
+    with pytest.raises(UserError, match="32 channels do not divide into heads: num_heads=33"):
+        small(num_heads=33)
