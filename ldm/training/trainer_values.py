@@ -18,6 +18,7 @@ _ELSEWHERE = {
     "plugins": "plugins cannot be given; --precision and --strategy choose them",
     "default_root_dir": "run folders are made in --logdir",
 }
+_MOST_DEVICES = 256
 _CLOCK = re.compile(r"\d+:[0-2]?\d:[0-5]?\d:[0-5]?\d")
 _TIME_UNITS = {"weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"}
 _DURATION = "a time as DD:HH:MM:SS, such as 00:12:00:00, or a mapping such as {hours: 12}"
@@ -49,11 +50,20 @@ def _is_interval(value: Any) -> bool:
     return _is_whole(value, 1) or (type(value) is float and 0 < value <= 1) or _is_duration(value)
 
 
+def _are_devices(value: Any) -> bool:
+    """Return False for a count of devices, each with a process, that would stop the machine."""
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        value = int(value[:9])
+    return not isinstance(value, (int, float)) or (type(value) is int and -1 <= value <= _MOST_DEVICES)
+
+
 _BOOLEAN = (lambda value: type(value) is bool, "true or false")
 _SHARE = (_is_share, "a whole number of batches, or a fraction from 0.0 to 1.0")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), _whole(-1)),
-    **dict.fromkeys(("check_val_every_n_epoch", "num_nodes", "num_processes"), _whole(1)),
+    **dict.fromkeys(("check_val_every_n_epoch", "num_nodes"), _whole(1)),
+    "devices": (_are_devices, f"a number of devices up to {_MOST_DEVICES}, a list of their numbers, or auto"),
+    "num_processes": (lambda value: _is_whole(value, 1) and value <= _MOST_DEVICES, f"1 to {_MOST_DEVICES} processes"),
     **dict.fromkeys(
         ("min_epochs", "min_steps", "log_every_n_steps", "reload_dataloaders_every_n_epochs"), _whole(0)
     ),

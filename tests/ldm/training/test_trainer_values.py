@@ -50,3 +50,8 @@ def test_check_values_accepts_valid_values() -> None:
         }
     )  # fmt: skip
     check_values({"max_time": {"hours": 1.5}, "val_check_interval": "00:01:00:00"})
+
+
+@pytest.mark.parametrize("devices", ["auto", "0,", "-1", [0, 1], 2, -1])
+def test_check_values_accepts_devices(devices: object) -> None:
+    check_values({"devices": devices})
