@@ -29,7 +29,7 @@ _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "Mapping[str, Any] | None": ((Mapping, type(None)), "a mapping or null"),
 }
 _TOO_LARGE = 1 << 63  # torch takes smaller whole numbers
-# Beginnings of annotations of checked lists: the type of their parts, and a description for messages.
+# Annotations of checked lists, without `| None`: the type of their parts, and a description for messages.
 _CHECKED_LISTS: dict[str, tuple[tuple[type, ...], str]] = {
     "Sequence[int]": ((int,), "whole numbers"),
     "Sequence[float]": ((int, float), "numbers"),

@@ -52,8 +52,8 @@ def _is_interval(value: Any) -> bool:
 
 def _are_devices(value: Any) -> bool:
     """Return False for a count of devices, each with a process, that would stop the machine."""
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
-        value = int(value[:9])
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value.strip()[:9])
     return not isinstance(value, (int, float)) or (type(value) is int and -1 <= value <= _MOST_DEVICES)
 
 
