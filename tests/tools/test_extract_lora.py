@@ -117,3 +117,11 @@ def test_refusals_are_one_line(work: Path, run_tool: Callable, tool: Path, argum
     error = run_tool(tool, *arguments)
     assert error.startswith(f"error: {message}") and "\n" not in error
     assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_extract_lora_refuses_a_config_before_it_writes(work: Path, run_tool: Callable) -> None:
+    Path("evil.yaml").write_text("model: {target: os.system}")
+    checked = ("--check", "shards", "--config", "evil.yaml")
+    refused = run_tool(EXTRACT, *PAIR, "--out", "l.safetensors", *checked)
+    assert "'os.system' is not on the list of allowed classes" in refused and "give --trust-config" in refused
+    assert not Path("l.safetensors").exists()
