@@ -68,7 +68,7 @@ class UserError(ValueError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` with the valid name closest to `name`, or else the sorted valid names."""
     valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.65)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.65)  # a key in YAML may be a number
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; valid: {', '.join(sorted(valid)) or 'none'}"
@@ -250,7 +250,10 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
         if key not in _CONFIG_KEYS:
             raise UserError(f"unknown key {key!r} beside target {config['target']!r}{nearest(key, set(_CONFIG_KEYS))}")
     target = get_obj_from_str(config["target"])
-    params, unused = without_unused_keys(config["target"], {**(config.get("params") or {}), **overrides})
+    given = config.get("params") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"params {given!r:.100} of {config['target']}: give a mapping")
+    params, unused = without_unused_keys(config["target"], {**given, **overrides})
     for key in unused:
         logger.warning("%s: %s is ignored, because nothing here uses it%s", config["target"], key, hint_for_key(key))
     check_params(config["target"], target, params)

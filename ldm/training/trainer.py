@@ -145,7 +145,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
     base = config.model.get("base_learning_rate")
     if not isinstance(base, (int, float)) or not 0 <= base < math.inf:
         raise UserError(
-            f"model.base_learning_rate {base}: give a number of at least 0, such as model.base_learning_rate=1e-5"
+            f"model.base_learning_rate {base!r}: give a number of at least 0, such as model.base_learning_rate=1e-5"
         )
     own = _own_rate(getattr(model, "optimizer_config", None))
     if own is not None:

@@ -273,3 +273,11 @@ def test_ckpt_path_beside_target_that_is_not_loaded(target: str, said: str, capl
     built = instantiate_from_config({"target": f"{__name__}.{target}", "ckpt_path": "missing.ckpt"})
     assert getattr(built, "ckpt_path", None) is None
     assert f"ckpt_path missing.ckpt beside target is not loaded, because {said}" in caplog.text
+
+
+def test_keys_that_are_not_text_are_named() -> None:
+    """YAML reads a bare `1` or `on` as a number or a boolean."""
+    with pytest.raises(UserError, match=r"unknown key 1 in params of torch\.nn\.Linear; valid: "):
+        instantiate_from_config({"target": "torch.nn.Linear", "params": {1: 2}})
+    with pytest.raises(UserError, match=r"params 'text' of torch\.nn\.Linear: give a mapping"):
+        instantiate_from_config({"target": "torch.nn.Linear", "params": "text"})
