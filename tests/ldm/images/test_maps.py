@@ -36,9 +36,7 @@ def test_read_mask_refuses_white_on_a_transparent_ground(tmp_path: Path) -> None
     for opaque in (pixels, np.full((2, 2), 0xFFFF, np.uint16)):  # all is to be repainted
         assert read_mask(saved(opaque, tmp_path / "all.png")).min() == 1
     pixels[0, :, 3] = 0
-    with pytest.raises(
-        UserError, match=r"m\.png: transparent pixels count as white, .*; paint black what is to be kept"
-    ):
+    with pytest.raises(UserError, match=r"m\.png: transparent pixels count as white, .*; paint black what is kept"):
         read_mask(saved(pixels, tmp_path / "m.png"))
 
 
