@@ -53,7 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--timesteps", type=int, default=8, help="number of timesteps, at the midpoints of equal strata")
     add("--limit", type=int, help="maximum number of images per set, spread over it; default: all")
     add("--batch-size", type=int, default=8, help="images per batch")
-    add("--sample", type=int, default=0, metavar="N", help="also sample N captions per set")
+    sample_help = "also sample N captions per set, from a model that takes no images"
+    add("--sample", type=int, default=0, metavar="N", help=sample_help)
     add_sampling_options(parser)
     add_network_options(parser)
     add("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results")

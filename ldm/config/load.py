@@ -138,13 +138,22 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def build_model(config: DictConfig) -> Any:
-    """Return the model of `config.model`.
+def build_model(config: DictConfig, with_files: bool = True) -> Any:
+    """Return the model of `config.model`; without `with_files`, the weights that `ckpt_path` names are not loaded.
 
     Raises:
         UserError: the section `model` is missing, or its target or a key is unknown.
     """
+    if not with_files:
+        config = OmegaConf.create({"model": _without_files(plain(config.get("model") or {}))})
     return _build(config, "model")
+
+
+def _without_files(described: Any) -> Any:
+    """Return `described` without its paths of weight files."""
+    if isinstance(described, dict):
+        return {key: _without_files(value) for key, value in described.items() if key != "ckpt_path"}
+    return described
 
 
 def build_data(config: DictConfig) -> Any:

@@ -57,6 +57,14 @@ def decode_grey(data: bytes, name: str) -> np.ndarray:
     return _decoded(data, name, None, _brightness)
 
 
+def has_transparency(data: bytes) -> bool:
+    """Return True if the image, which can be decoded, has transparent pixels."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.mode.startswith("I") or not ("A" in image.getbands() or "transparency" in image.info):
+            return False
+        return image.convert("RGBA").getextrema()[3][0] < 255
+
+
 def _decoded(data: bytes, name: str, lock: DecodeLock | None, then: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads only the header

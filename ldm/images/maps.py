@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.files import MOST_IN_MEMBER, read_at_most
-from ldm.images.decode import decode_grey
+from ldm.images.decode import decode_grey, has_transparency
 from ldm.images.pixels import resize
 from ldm.images.transforms import centre_crop
 from ldm.util import UserError
@@ -24,13 +24,19 @@ def read_mask(path: str | Path) -> np.ndarray:
     Near white and near black, as in a JPEG, count as white and black.
 
     Raises:
-        UserError: the image cannot be decoded, or no pixel is lighter than the middle grey.
+        UserError: the image cannot be decoded, no pixel is lighter than the middle grey, or all are white only because
+            some are transparent.
     """
-    mask = decode_grey(read_at_most(path, MOST_IN_MEMBER), str(path))
+    data = read_at_most(path, MOST_IN_MEMBER)
+    mask = decode_grey(data, str(path))
     if mask.max() < 0.5:
         raise UserError(f"{path}: no pixel of the mask is white; paint white what is to be repainted")
     mask[mask < _NEAR] = 0
     mask[mask > 1 - _NEAR] = 1
+    if mask.min() == 1 and has_transparency(data):
+        raise UserError(
+            f"{path}: transparent pixels count as white, so that all is repainted; paint black what is kept"
+        )
     return mask
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -129,9 +129,8 @@ def _fill_caches(config: DictConfig) -> None:
 
 def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
     """Build the model without loading weights, with parameters of `dtype`."""
-    described = OmegaConf.create({"model": _without_files(plain(config.get("model") or {}))})
     with without_initialisation(), _NoValues():
-        model = build_model(described)
+        model = build_model(config, with_files=False)
     if not isinstance(model, DDPM):
         raise UserError(f"{config.model.target}: the memory of a step can be predicted for diffusion models only")
     # Module.to() fails: fake tensors cannot be swapped in place.
@@ -140,13 +139,6 @@ def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
             if parameter is not None and not isinstance(module, KeepsTypes):
                 module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     return model
-
-
-def _without_files(described: Any) -> Any:
-    """Return `described` without its paths of weight files."""
-    if isinstance(described, dict):
-        return {key: _without_files(value) for key, value in described.items() if key != "ckpt_path"}
-    return described
 
 
 def _on_host(model: nn.Module) -> set[int]:

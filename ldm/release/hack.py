@@ -94,7 +94,8 @@ def hack_config(chosen: Chosen, release_path: Path, out: Path, vae: Path | None 
         state_dict_without_weights,
     )  # imports Lightning, which takes seconds
 
-    state_dict = state_dict_without_weights(lambda: build_model(chosen.config))
+    # The release takes the place of the files that the config names.
+    state_dict = state_dict_without_weights(lambda: build_model(chosen.config, with_files=False))
     log.info("model of the config %s", ", ".join(chosen.names))
     released = _released(release, release_path, vae, state_dict)
     grafted = graft(state_dict, released.weights, release_path)

@@ -110,6 +110,13 @@ def test_base_makes_a_training_checkpoint(work):
     assert f"--resume {RELEASE.replace('model.ckpt', 'hacked.ckpt')}" in done.stdout
 
 
+def test_a_config_that_names_a_file_of_weights_makes_a_training_checkpoint(work, monkeypatch, run_tool):
+    monkeypatch.chdir(work)
+    (work / "own.yaml").write_text(f"model: {{params: {{ckpt_path: {RELEASE}}}}}")
+    assert run_tool(TOOL, "--base", "demo_tiny.yaml", "own.yaml", "--out", "start.ckpt") is None
+    check(work / "start.ckpt", work / RELEASE)
+
+
 def test_out_leaves_the_training_checkpoint_unchanged(work):
     before = (work / LAST).read_bytes()
     shutil.move(work / RELEASE, work / "r.safetensors")

@@ -31,6 +31,15 @@ def test_read_mask_takes_what_is_transparent_for_white(tmp_path: Path) -> None:
     assert read_mask(saved(pixels, tmp_path / "m.png")).tolist() == [[0, 0], [1, 1]]
 
 
+def test_read_mask_refuses_white_on_a_transparent_ground(tmp_path: Path) -> None:
+    pixels = np.full((2, 2, 4), 255, np.uint8)
+    for opaque in (pixels, np.full((2, 2), 0xFFFF, np.uint16)):  # all is to be repainted
+        assert read_mask(saved(opaque, tmp_path / "all.png")).min() == 1
+    pixels[0, :, 3] = 0
+    with pytest.raises(UserError, match=r"m\.png: transparent pixels count as white, .*; paint black what is kept"):
+        read_mask(saved(pixels, tmp_path / "m.png"))
+
+
 def test_read_mask_refuses_a_black_one(tmp_path: Path) -> None:
     path = saved(np.full((4, 4), 100, np.uint8), tmp_path / "m.png")
     with pytest.raises(UserError, match=r"m\.png: no pixel of the mask is white; paint white what is to be repainted"):
