@@ -62,6 +62,19 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture
+def help_of() -> Callable[[Path], tuple[str, set[str]]]:
+    """Return a function that runs a script with `--help`, and returns its output and the packages that it imports."""
+
+    def call(script: Path) -> tuple[str, set[str]]:
+        line = [sys.executable, "-X", "importtime", str(script), "--help"]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        modules = (said.rpartition("|")[2].strip() for said in done.stderr.splitlines() if said.startswith("import"))
+        return done.stdout, {name.partition(".")[0] for name in modules}
+
+    return call
+
+
+@pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | int | None]:
     """Return a function that runs a tool in this process, and returns None or the error line."""
 

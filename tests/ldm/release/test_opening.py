@@ -44,6 +44,12 @@ def training(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return trained
 
 
+@pytest.fixture(scope="module")
+def loaded(tiny_release: Path) -> dict[str, torch.Tensor]:
+    """The state of the model that the plain release gives."""
+    return load_release(tiny_release, RELEASE_CONFIG).state_dict()
+
+
 def moved_keys(weights: dict[str, torch.Tensor]) -> list[str]:
     return [MOVED, f"{UNET}out.2.weight", "cond_stage_model.transformer.text_model.final_layer_norm.weight"]
 
@@ -53,12 +59,11 @@ def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_load_release_gives_the_plain_weights(layout: str, plain: dict, tiny_release: Path, tmp_path: Path) -> None:
+def test_load_release_gives_the_plain_weights(layout: str, plain: dict, loaded: dict, tmp_path: Path) -> None:
     save_state_dict(LAYOUTS[layout](plain), tmp_path / "r.ckpt")
-    expected = load_release(tiny_release, RELEASE_CONFIG).state_dict()
     found = load_release(tmp_path / "r.ckpt", RELEASE_CONFIG).state_dict()
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if not identical(expected[key], found[key])] == []
+    assert found.keys() == loaded.keys()
+    assert [key for key in loaded if not identical(loaded[key], found[key])] == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
