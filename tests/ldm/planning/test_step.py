@@ -91,7 +91,9 @@ def test_weights_on_the_host_are_counted_there() -> None:
     low = f"{OPTIMIZER}={{target: ldm.optim.InBackward, params: {{optimizer: {inner}, bucket_mb: 0.01}}}}"
     smallest = tiny("model.params.use_ema=false", streamed, low, BF16)
     assert smallest["weights"] + smallest["optimizer"] + smallest["gradients"] == pytest.approx(0, abs=1e-4)
-    assert kept < smallest[HOST] - plain[HOST] / 2 < 1.7 * kept  # half of the first stage, which is bfloat16 too
+    # Half of it for weights and half for moments; float32 moments of small parameters and a table of 1 KiB per moment
+    # add the rest, in a model as small as this. The first stage is bfloat16 too.
+    assert smallest[HOST] - plain[HOST] / 2 == pytest.approx(1.4 * kept, rel=0.03)
     averaged = tiny("model.params.use_ema=true", streamed, low, BF16)
     assert averaged[HOST] - smallest[HOST] == pytest.approx(kept, rel=0.05)  # in float32
 
