@@ -78,6 +78,7 @@ def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
     assert merged["model"]["params"]["unet_config"]["params"]["model_channels"] == 320
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tiers_make_a_model_of_every_recipe(recipe):
     expected = None
@@ -91,6 +92,7 @@ def test_tiers_make_a_model_of_every_recipe(recipe):
         model.configure_optimizers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(pair).replace(".yaml", ""))
 def test_two_overlays_combine_or_are_refused_with_a_reason(pair):
     base = "demo_tiny_release.yaml" if INVERSION in pair else "demo_tiny.yaml"
