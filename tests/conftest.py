@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Files of tests that train, start processes or run whole tools: minutes together. `make check` leaves them out.
+# Files of tests that train, start processes or run whole tools: minutes together. `make check` leaves them out, and
+# single tests of other files that bear the marker themselves.
 SLOW = (
     "test_family_runs", "test_fast", "test_kills", "test_lean", "test_main", "test_main_faults", "test_main_mistakes",
     "test_main_resume", "test_main_signals", "test_minimal", "test_packaging", "test_preservation", "test_recipe",
     "test_several_processes", "test_textual_inversion", "tools/*", "hostile/*", "oracle/*", "device/*",
     "benchmarks/*", "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_writer",
-    "ldm/images/test_large_images", "ldm/optim/*", "ldm/planning/*", "ldm/models/diffusion/test_samplers",
+    "ldm/images/test_large_images", "ldm/optim/test_host_step", "ldm/optim/test_low_bit", "ldm/planning/test_families",
+    "ldm/planning/test_forecast", "ldm/planning/test_step", "ldm/models/diffusion/test_samplers",
     "ldm/release/test_merge",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
