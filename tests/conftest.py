@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Files of tests that train, start processes or run whole tools: minutes together. `make check` leaves them out.
+# Files of tests that train, start processes or run whole tools: minutes together. `make check` leaves them out, and
+# single tests of other files that bear the marker themselves.
 SLOW = (
     "test_family_runs", "test_fast", "test_kills", "test_lean", "test_main", "test_main_faults", "test_main_mistakes",
     "test_main_resume", "test_main_signals", "test_minimal", "test_packaging", "test_preservation", "test_recipe",
     "test_several_processes", "test_textual_inversion", "tools/*", "hostile/*", "oracle/*", "device/*",
     "benchmarks/*", "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_writer",
-    "ldm/images/test_large_images", "ldm/optim/*", "ldm/planning/*", "ldm/models/diffusion/test_samplers",
+    "ldm/images/test_large_images", "ldm/optim/test_host_step", "ldm/optim/test_low_bit", "ldm/planning/test_families",
+    "ldm/planning/test_forecast", "ldm/planning/test_step", "ldm/models/diffusion/test_samplers",
     "ldm/release/test_merge",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
@@ -57,6 +59,19 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def call(script: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
         line: Sequence[str] = [sys.executable, str(ROOT / script), *map(str, arguments)]
         return subprocess.run(line, capture_output=True, text=True, cwd=cwd)
+
+    return call
+
+
+@pytest.fixture
+def help_of() -> Callable[[Path], tuple[str, set[str]]]:
+    """Return a function that runs a script with `--help`, and returns its output and the packages that it imports."""
+
+    def call(script: Path) -> tuple[str, set[str]]:
+        line = [sys.executable, "-X", "importtime", str(script), "--help"]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        modules = (said.rpartition("|")[2].strip() for said in done.stderr.splitlines() if said.startswith("import"))
+        return done.stdout, {name.partition(".")[0] for name in modules}
 
     return call
 

@@ -42,6 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ENCODED)
 def test_round_trip(
     key: str, folder: Path, monkeypatch: pytest.MonkeyPatch, run_tool: Callable, one_thread: None

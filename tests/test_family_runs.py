@@ -70,6 +70,10 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> 
     return call
 
 
+# Each set of members that samples have, and both predictions; sd1 is resumed in test_main_resume.py.
+RESUMED = ("instruct_pix2pix", "sd2_768_v", "sdxl_inpainting")
+
+
 @pytest.mark.parametrize("key", ENCODED)
 def test_a_family_trains_on_its_shards_and_resumes_exactly(
     key: str, encoded: Encoded, train: Callable, tmp_path: Path
@@ -79,9 +83,10 @@ def test_a_family_trains_on_its_shards_and_resumes_exactly(
     assert index["family"] == key and index["samples"] == 4 and index["without_caption"] == 1
     write_config(finetune_config(key, f"{made.shards}/*.tar", made.release), tmp_path / "f.yaml")
     assert train("-b f.yaml -l straight --max_steps 3") == 0
-    assert train("-b f.yaml -l resumed --max_steps 1") == 0
-    assert train(f"--resume {the_run(tmp_path / 'resumed')} --max_steps 3") == 0
-    assert_same_training(the_run(tmp_path / "straight"), the_run(tmp_path / "resumed"))
+    if key in RESUMED:
+        assert train("-b f.yaml -l resumed --max_steps 1") == 0
+        assert train(f"--resume {the_run(tmp_path / 'resumed')} --max_steps 3") == 0
+        assert_same_training(the_run(tmp_path / "straight"), the_run(tmp_path / "resumed"))
     losses = [float(value) for value in logged(the_run(tmp_path / "straight"), "train/loss").values()]
     assert len(losses) == 3 and all(np.isfinite(losses))
 
@@ -197,6 +202,8 @@ def test_a_prior_of_SDXL_with_a_teacher(
     expected = [[64, 64], [0, 0], [64, 64]] if source == "sampled" else [[80, 100], [0, 8], [64, 64]]
     assert [prior[0][name].tolist() for name in SIZES] == expected
     check_predictions(load_release(made.release, made.config), prior)
+    if source == "encoded":  # the same members, which the other case trains on
+        return
     config = finetune_config("sdxl", f"{made.shards}/*.tar", made.release)
     config["model"]["params"]["prior_target"] = "teacher"
     config["data"]["params"]["prior_urls"] = f"{out}/*.tar"

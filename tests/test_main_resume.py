@@ -42,8 +42,7 @@ def test_a_run_resumed_with_more_steps_equals_an_uninterrupted_one(train, tmp_pa
     assert_same_training(the_run(tmp_path / "straight"), resumed)
 
 
-@pytest.mark.parametrize("limit", ["--max_steps 21", "--max_epochs 4"])
-@pytest.mark.parametrize("stops", [(6, 12, 18), (6, 8, 12, 13)])
+@pytest.mark.parametrize(("limit", "stops"), [("--max_steps 21", (6, 8, 12, 13)), ("--max_epochs 4", (6, 12, 18))])
 def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, limit, stops):
     train(f"-l straight {limit}")
     train(f"-l resumed {limit} {sending(stops[0], signal.SIGINT)}")

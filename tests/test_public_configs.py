@@ -24,6 +24,7 @@ def in_folder(tmp_path, monkeypatch, one_thread):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_public_config_trains_without_changes(in_folder, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         run_main(monkeypatch, f"--base {CONFIG} {OPTIONS}")
@@ -36,6 +37,7 @@ def test_a_public_config_trains_without_changes(in_folder, monkeypatch, caplog):
     assert sum("metrics_over_trainsteps_checkpoint" in line for line in said) == 1
 
 
+@pytest.mark.slow
 def test_instruct_pix2pix_trains_from_its_own_data_section(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     seeds = [[f"{number:07}", ["3", "5"]] for number in range(20)]

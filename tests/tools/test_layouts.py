@@ -70,7 +70,7 @@ def test_hack_and_merge_release_of_a_run_named_a_b(work: Path, run_tool: Callabl
         assert {key: value.shape for key, value in merged.items()} == {k: v.shape for k, v in start.items()}
         assert torch.equal(merged[MOVED].float(), (start[MOVED] + 1).to(merged[MOVED].dtype).float())
         assert merged["betas"].dtype == torch.bfloat16
-    changed = [key for key in start if not torch.equal(start[key], load_state_dict("m.ckpt")[key])]
-    assert changed == [MOVED]
+    merged = load_state_dict("m.ckpt")
+    assert [key for key in start if not torch.equal(start[key], merged[key])] == [MOVED]
     with safe_open("again.safetensors", framework="pt") as file:  # by way of a .ckpt, and with --half
         assert file.metadata()["modelspec.title"] == "Cats"

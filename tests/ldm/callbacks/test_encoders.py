@@ -31,6 +31,7 @@ def started(train, tmp_path):
     return path, weights_digest(content["state_dict"], "first_stage_model.")
 
 
+@pytest.mark.slow
 def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by, tmp_path):
     checkpoint, autoencoder = started(train, tmp_path)
     resume = f"--resume {checkpoint} --max_steps"

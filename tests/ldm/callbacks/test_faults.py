@@ -211,6 +211,7 @@ def checkpoint(logs):
     return load_checkpoint(the_run(logs) / "checkpoints/last.ckpt", mmap=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["", IN_BACKWARD])
 def test_stop_names_step_timestep_and_sample_and_keeps_the_last_good_checkpoint(poisoned, tmp_path, optimizer):
     train, drawn = poisoned
@@ -226,6 +227,7 @@ def test_stop_names_step_timestep_and_sample_and_keeps_the_last_good_checkpoint(
     assert all(value.isfinite().all() for key, value in saved["state_dict"].items() if key.startswith("model"))
 
 
+@pytest.mark.slow
 def test_skip_continues_and_resumes_exactly(poisoned, tmp_path, caplog):
     train, drawn = poisoned
     skip = "lightning.callbacks.numerical_faults.params.on_fault=skip"

@@ -55,6 +55,7 @@ def everything_logged(run: Path) -> dict[str, dict[int, str]]:
     return {key: logged(run, key) for key in KEYS}
 
 
+@pytest.mark.slow
 def test_the_metrics_equal_an_evaluation_of_the_merged_weights(train, released, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert train(f"--max_steps 5 {watching()} --log_every_n_steps 50") == 0
@@ -78,6 +79,7 @@ def test_the_metrics_equal_an_evaluation_of_the_merged_weights(train, released, 
     assert values == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_change_the_training(train, released, tmp_path):
     train(f"-l plain --max_steps 6 {RELEASED}")
     train(f"-l watched --max_steps 6 {watching()}")
@@ -86,6 +88,7 @@ def test_evaluation_does_not_change_the_training(train, released, tmp_path):
         assert_same_training(the_run(tmp_path / "plain"), the_run(tmp_path / other))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_evaluated_once_per_step(train, released, tmp_path):
     train(f"--max_steps 4 {watching()} --accumulate_grad_batches 3")
     (path,) = the_run(tmp_path / "logs").glob("csv/*/metrics.csv")
@@ -94,6 +97,7 @@ def test_accumulated_batches_are_evaluated_once_per_step(train, released, tmp_pa
     assert sum(bool(row[header.index("eval/new/loss")]) for row in rows) == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same_metrics(train, released, tmp_path):
     train(f"-l straight --max_steps 6 {watching()}")
     train(f"-l resumed --max_steps 3 {watching()}")
@@ -106,6 +110,7 @@ def test_a_resumed_run_logs_the_same_metrics(train, released, tmp_path):
     assert [path.name for path in (resumed / "evaluation").iterdir()] == ["start.safetensors"]
 
 
+@pytest.mark.slow
 def test_monitor_keeps_the_best_without_validation_data(train, released, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     options = "model.params.monitor=eval/new/loss lightning.modelcheckpoint.params.save_top_k=1"
@@ -119,6 +124,7 @@ def test_monitor_keeps_the_best_without_validation_data(train, released, tmp_pat
     assert "No best checkpoints" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ranks_as_an_uninterrupted_one(train, released, tmp_path):
     options = "--max_steps 8 model.params.monitor=eval/new/drift --accumulate_grad_batches 2"
     train(f"-l straight {watching()} {options}")
@@ -131,6 +137,7 @@ def test_a_resumed_run_ranks_as_an_uninterrupted_one(train, released, tmp_path):
     assert names[0] == names[1] and len(names[0]) == 4
 
 
+@pytest.mark.slow
 def test_hacked_weights_are_a_new_start(train, released, tmp_path, caplog):
     """`hack_weights` leaves out the callback's state of the old weights."""
     train(f"--max_steps 2 {watching()}")
@@ -145,6 +152,7 @@ def test_hacked_weights_are_a_new_start(train, released, tmp_path, caplog):
     assert load_checkpoint(last)["callbacks"]["Forgetting"] == {"recorded": 2}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_the_same_sets(train, released, tmp_path):
     train(f"--max_steps 2 {watching()}")
     run = the_run(tmp_path / "logs")

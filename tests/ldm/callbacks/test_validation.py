@@ -40,6 +40,7 @@ def test_epochs_between_validations(batches: float, given: dict, epochs: int) ->
     assert trainer.check_val_every_n_epoch == epochs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
@@ -61,6 +62,7 @@ def test_short_epochs_are_validated_as_often_as_they_are_saved(train, tmp_path, 
     assert "No best checkpoints are kept" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("interval", "steps", "said"),
     [(4, {4, 10, 16}, ""), (8, {8, 16}, "every 8 batches, counted across epochs of 6 batches"), (5_000_000, set(), "")],
@@ -74,6 +76,7 @@ def test_an_interval_beyond_an_epoch_is_counted_across_epochs(train, tmp_path, c
     assert said in caplog.text and ("across epochs" in caplog.text) == (interval > 6)
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_for_a_validation(train, tmp_path) -> None:
     stopping = "lightning.callbacks.stopping"
     options = f"{stopping}.target=pytorch_lightning.callbacks.EarlyStopping {KEPT}.every_n_train_steps=12"
@@ -82,6 +85,7 @@ def test_early_stopping_waits_for_a_validation(train, tmp_path) -> None:
     assert {step + 1 for step in logged(the_run(tmp_path / "logs"), "val/loss_simple_ema")} == {12, 24}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [12, 14])
 def test_a_resumed_run_validates_as_an_uninterrupted_one(train, tmp_path, stop) -> None:
     options = "data.params.val_urls=shards/s-000000.tar lightning.modelcheckpoint.params.every_n_train_steps=12"

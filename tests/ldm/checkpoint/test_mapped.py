@@ -154,6 +154,7 @@ def test_a_file_replaced_after_it_was_opened_is_read_as_it_was(path, tmp_path):
     assert torch.equal(load_state_dict(tmp_path / "out.ckpt")["w"], torch.arange(102_400.0))
 
 
+@pytest.mark.slow
 def test_exit_on_bus_error_names_the_file_and_leaves_nothing_half_written(path, tmp_path):
     program = f"""
 import os

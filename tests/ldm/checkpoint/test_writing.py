@@ -90,6 +90,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(suffix, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(b"old")

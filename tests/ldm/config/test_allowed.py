@@ -123,6 +123,7 @@ def test_reason_for_imports_nothing():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_importing_what_is_allowed_starts_no_process_and_asks_no_network():
     code = "import sys; seen = []\n"
     code += "forbidden = ('socket.connect', 'socket.getaddr', 'socket.gethostby', 'subprocess', 'os.exec', "

@@ -84,6 +84,7 @@ def test_length_is_that_of_every_epoch(world):
         assert len(list(sampler)) == len(sampler)
 
 
+@pytest.mark.slow
 @given(sizes, st.integers(1, 7), st.integers(1, 5), st.booleans(), st.booleans())
 def test_what_is_never_seen_is_counted(counts, batch_size, world, shuffle, drop_last):
     groups = groups_of(counts)

@@ -35,6 +35,7 @@ def test_each_part_of_the_schedule_is_asked_about():
     assert stratified_timesteps(np.random.default_rng(0), 7, 7).tolist() == list(range(7))
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_stored_values(model):
     latents, contexts, members = asked(model, [0, 1])
     for latent, context, sample in zip(latents, contexts, members, strict=True):

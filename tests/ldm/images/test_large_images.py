@@ -1,15 +1,15 @@
 """Memory that large images take: of one, and of all workers together."""
 
+import fcntl
 import multiprocessing
-import threading
+import os
 from contextlib import suppress
-from functools import partial
 
 import psutil
 import pytest
 from PIL import Image
 
-from ldm.encoding.read import read_fitted, read_images
+from ldm.encoding.read import read_images
 from ldm.images import decode_lock
 from ldm.images.find import ImageItem
 from tests.waiting import join, wait_for
@@ -47,28 +47,30 @@ def test_read_of_a_large_image_holds_it_once(tmp_path, mode):
 
 
 def test_read_images_holds_one_large_image_in_all_workers_together(tmp_path):
-    """Four workers, and four images of 36 megapixels, 0.25 GB each."""
-    most, ended = [0], threading.Event()
-
-    def watch():
-        while not ended.wait(0.01):
-            held = 0
-            for worker in psutil.Process().children():
-                with suppress(psutil.Error):
-                    held += worker.memory_full_info().uss
-            most[0] = max(most[0], held)
-
-    entries = []
-    for number in range(4):
+    """Four workers, and eight images of 36 megapixels: while one is held, no other worker holds any, or keeps one."""
+    entries, pixel_bytes = [], 36_000_000 * 3
+    for number in range(8):
         path = tmp_path / f"{number}.png"
-        Image.new("P", (6_000, 6_000)).save(path)
+        Image.new("P", (6_000, 6_000)).save(path, compress_level=1)
         entries.append((number, ImageItem(path.name, path, caption="")))
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        read = list(read_images(entries, partial(read_fitted, sizes=[(64, 64)]), workers=4, ahead=4))
-    finally:
-        ended.set()
-        watcher.join()
-    assert [image.size for image in read] == [(64, 64)] * 4
-    assert 36_000_000 * 4 < most[0] < 36_000_000 * 16, f"{most[0] / 1e6:.0f} MB"
+
+    def read(number, item):
+        """Return the memory of each worker while this one has the pixels, and whether the lock is free."""
+
+        def measured(pixels):
+            held = {}
+            for worker in psutil.Process(os.getppid()).children():
+                with suppress(psutil.Error):
+                    held[worker.pid] = worker.memory_full_info().uss
+            with (tmp_path / "lock").open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return held.pop(os.getpid()), list(held.values()), False
+            return 0, [], True
+
+        return item.read(measured)
+
+    for own, others, is_free in read_images(entries, read, workers=4, ahead=4):
+        assert not is_free
+        assert own > pixel_bytes and all(other < pixel_bytes for other in others), (own, others)

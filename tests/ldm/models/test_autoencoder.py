@@ -80,6 +80,7 @@ def test_golden(name: str) -> None:
     assert relative_error(decoded, golden[f"{name}/decoded"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_golden_sd_v1() -> None:
     golden = tensors("sd_v1_full")
     model = fill_seeded(AutoencoderKL(SD_V1, IDENTITY, embed_dim=4), "first_stage_model.").eval()
@@ -176,6 +177,7 @@ def test_images_that_do_not_halve_evenly(tmp_path: Path) -> None:
         trainer(tmp_path).validate(model, DataLoader([{"image": torch.zeros(31, 32, 3)}]))
 
 
+@pytest.mark.slow
 def test_training_without_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     torch.manual_seed(0)
     model = AutoencoderKL(DDCONFIG, gan(disc_factor=0.0), embed_dim=4)
@@ -191,6 +193,7 @@ def test_training_without_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     assert torch.equal(model.loss.discriminator.main[0].weight, discriminator)
 
 
+@pytest.mark.slow
 def test_training_with_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     torch.manual_seed(0)
     model = AutoencoderKL(DDCONFIG, gan(disc_start=3), embed_dim=4)

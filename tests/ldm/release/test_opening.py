@@ -44,6 +44,12 @@ def training(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return trained
 
 
+@pytest.fixture(scope="module")
+def loaded(tiny_release: Path) -> dict[str, torch.Tensor]:
+    """The state of the model that the plain release gives."""
+    return load_release(tiny_release, RELEASE_CONFIG).state_dict()
+
+
 def moved_keys(weights: dict[str, torch.Tensor]) -> list[str]:
     return [MOVED, f"{UNET}out.2.weight", "cond_stage_model.transformer.text_model.final_layer_norm.weight"]
 
@@ -52,15 +58,16 @@ def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(as_bytes(one), as_bytes(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_load_release_gives_the_plain_weights(layout: str, plain: dict, tiny_release: Path, tmp_path: Path) -> None:
+def test_load_release_gives_the_plain_weights(layout: str, plain: dict, loaded: dict, tmp_path: Path) -> None:
     save_state_dict(LAYOUTS[layout](plain), tmp_path / "r.ckpt")
-    expected = load_release(tiny_release, RELEASE_CONFIG).state_dict()
     found = load_release(tmp_path / "r.ckpt", RELEASE_CONFIG).state_dict()
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if not identical(expected[key], found[key])] == []
+    assert found.keys() == loaded.keys()
+    assert [key for key in loaded if not identical(loaded[key], found[key])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_merge_files_writes_the_layout_of_the_release(layout: str, plain: dict, training: Path, tmp_path: Path) -> None:
     start, release = LAYOUTS[layout](plain), tmp_path / "r.ckpt"
@@ -76,6 +83,7 @@ def test_merge_files_writes_the_layout_of_the_release(layout: str, plain: dict, 
         assert torch.equal(again[key], plain[key] + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hack_takes_every_layout(layout: str, plain: dict, training: Path, tmp_path: Path) -> None:
     save_state_dict(LAYOUTS[layout](plain), tmp_path / "r.ckpt")
@@ -139,6 +147,7 @@ VAE_FILES: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VAE_FILES)
 @pytest.mark.parametrize("has_own", [False, True])
 def test_a_vae_of_another_file_is_taken(kind: str, has_own: bool, plain: dict, training: Path, tmp_path: Path) -> None:
@@ -245,6 +254,7 @@ def test_merge_files_into_a_unet_alone_leaves_out_the_other_parts(
     assert "first_stage_model.* of the training skipped" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "loops"), [("1.4.2", {}), ("1.5.0", {"loops": {"fit_loop": {}}}), ("1.9.5", {"loops": {"a": 1}})]
 )

@@ -142,6 +142,7 @@ def test_a_member_that_claims_more_than_a_sample_is_refused(tmp_path):
 NAMES = st.lists(st.text("ab0/é", min_size=1, max_size=8), min_size=1, max_size=6, unique=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(NAMES, st.data())
 def test_what_is_written_is_read_back(tmp_path, keys, data):

@@ -52,6 +52,7 @@ def test_patterns_that_stand_for_too_much_are_refused_at_once(pattern):
         expand_urls(pattern)
 
 
+@pytest.mark.slow
 def test_a_pattern_nested_too_deeply_is_refused():
     with pytest.raises(UserError, match="recursion"):
         expand_urls("{" * 3000 + "}" * 3000)

@@ -27,6 +27,7 @@ def page_faults(keep: bool) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_freed_memory_is_used_again():
     assert page_faults(keep=True) * 10 < page_faults(keep=False)

@@ -132,6 +132,7 @@ def test_edits_of_stored_pairs() -> None:
     assert torch.isfinite(model.shared_step(batch)[0])
 
 
+@pytest.mark.slow
 def test_edits_of_images_train() -> None:
     model = without_noise(build_v2("ip2p_input"))
     images = stored("image", (2, 3, 64, 64)).float().clamp(-1, 1)

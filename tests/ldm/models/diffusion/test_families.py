@@ -100,6 +100,7 @@ def test_golden_rescale_betas_zero_snr(name: str) -> None:
     assert torch.equal(model.q_sample(x, t, noise), noise) and torch.equal(model.get_v(x, noise, t), -x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("ip2p_input", 2))
 def test_golden_encode_conditioning_of_edits(name: str) -> None:
     spec, model = case(name), without_noise(build_v2(name)).eval()

@@ -47,6 +47,7 @@ def test_reset_num_ema_updates_keeps_the_average(
     assert model.model_ema.num_updates == updates
 
 
+@pytest.mark.slow
 def test_make_it_fit_keeps_the_sums_over_inputs(make_model: ModelFactory, tmp_path: Path) -> None:
     """A context of twice the width, with the values twice, means the same."""
     source = make_model()

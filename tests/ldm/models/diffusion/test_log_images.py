@@ -12,6 +12,7 @@ from tests.golden_data import fill_seeded
 from tests.ldm.models.diffusion.conftest import TEXT_TOWER, batch_of, construct
 
 
+@pytest.mark.slow
 def test_log_images_keep_the_random_state_of_weights(make_model: Callable[..., LatentDiffusion]) -> None:
     model = make_model(use_ema=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -22,6 +23,7 @@ def test_log_images_keep_the_random_state_of_weights(make_model: Callable[..., L
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_pictures_are_of_the_average(make_model: Callable[..., LatentDiffusion]) -> None:
     batch = batch_of((2, 8, 8, 8))
     pictures = []

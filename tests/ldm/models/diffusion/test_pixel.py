@@ -92,6 +92,7 @@ def test_weights_from_a_checkpoint(make_model: Callable[..., LatentDiffusion], t
     assert torch.equal(model.model_ema.get_buffer("diffusion_modelout2weight"), weight)
 
 
+@pytest.mark.slow
 def test_ema_follows_optimizer_steps(make_model: Callable[..., LatentDiffusion], tmp_path: Path) -> None:
     """One update a step, not a micro-batch, and already in the checkpoint that is written at that step."""
     model = make_model(use_ema=True)

@@ -116,6 +116,7 @@ def test_unet_keys_of_every_family(params: dict, file: str, count: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
+@pytest.mark.slow
 def test_sd_v1_forward() -> None:
     model = fill_seeded(UNetModel(**SD_V1), prefix="model.diffusion_model.").eval()
     with torch.no_grad():
@@ -127,6 +128,7 @@ def test_sd_v1_forward() -> None:
     assert relative_error(out, tensors("sd_v1_full")["sd_v1/unet_out"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for use_checkpoint in (False, True, "selective"):
@@ -137,6 +139,7 @@ def test_checkpointing_changes_no_gradient() -> None:
         assert all(torch.equal(plain, other) for other in recomputed)
 
 
+@pytest.mark.slow
 def test_selective_checkpointing_repeats_nothing_costly() -> None:
     flops = {}
     for use_checkpoint in (False, True, "selective"):

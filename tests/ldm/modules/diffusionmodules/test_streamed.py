@@ -18,6 +18,7 @@ def streamed(name: str, **kwargs: object) -> StreamedUNetModel:
     return fill_seeded(StreamedUNetModel(**case(name)["params"] | {"use_checkpoint": False} | kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNETS)
 def test_gradients_and_keys_are_the_resident_models(name: str) -> None:
     plain, ours = fill_seeded(UNetModel(**case(name)["params"])), streamed(name, stream_dtype="fp32")
@@ -105,6 +106,7 @@ def test_a_gradient_arrives_before_backward_goes_on(home: torch.dtype) -> None:
     assert set(held) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet_sd_tiny", "sdxl_unet_middle"])
 def test_stepping_in_backward_trains_as_resident_weights_do(name: str) -> None:
     """bfloat16 weights, 8-bit moments, and stochastic rounding that the order of the gradients does not change."""

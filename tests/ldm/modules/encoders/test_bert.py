@@ -55,6 +55,7 @@ def test_released_bert_keys() -> None:
         assert tuple(state[key].shape) == shape, key
 
 
+@pytest.mark.slow
 def test_transformer_embedder_is_the_one_of_diffusers() -> None:
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 

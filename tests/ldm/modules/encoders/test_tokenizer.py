@@ -54,6 +54,7 @@ def test_pieces() -> None:
     assert TOKENIZER.pieces("A tomcat") == ["a</w>", "tom", "cat</w>"]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, derandomize=True, deadline=None, database=None)
 @given(st.lists(st.text(CHARACTERS, max_size=8) | PIECES, max_size=6).map("".join))
 @example("&amp;lt;b&gt; “curly” ’s ﬁne Ｆｕｌｌ")

@@ -78,6 +78,7 @@ def test_midas_gives_the_depth_of_each_pixel(small: MiDaSInference) -> None:
     assert not any(parameter.requires_grad for parameter in small.parameters())
 
 
+@pytest.mark.slow
 def test_midas_is_the_network_of_transformers(small: MiDaSInference) -> None:
     net = small.model.net
     x = torch.rand(1, 3, 384, 384) * 2 - 1
