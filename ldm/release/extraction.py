@@ -202,7 +202,7 @@ def _difference(key: str, before: Release, after: Release) -> Tensor:
 
 
 def _energy(change: Tensor) -> float:
-    return change.double().square().sum().item()
+    return torch.linalg.vector_norm(change, dtype=torch.float64).square().item()
 
 
 def _others(layers: Sequence[Layer], before: Release, after: Release) -> tuple[dict[str, float], bool]:
