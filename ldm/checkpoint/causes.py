@@ -63,7 +63,7 @@ def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None
     if any("lora_" in key for key in weights):
-        return "the file is a LoRA, not a release"
+        return "the file is a LoRA: give it by --lora FILE, and a release beside it"
     if diffusers_layout(weights):
         return _DIFFUSERS
     if has_part(weights, "encoder.") and has_part(weights, "decoder."):

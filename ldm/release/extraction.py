@@ -137,10 +137,10 @@ def extract(
     for layer, change in _changes(layers, before, after, device):
         down, up = factors_of(change.flatten(1), target)
         down, up = down.reshape(-1, *change.shape[1:]).to(dtype), up.to(dtype)
-        lost = (change.flatten(1) - up.float() @ down.float().flatten(1)).square().sum().item()
+        lost = _energy(change.flatten(1) - up.float() @ down.float().flatten(1))
         if not (is_finite(down) and is_finite(up)):
             raise UserError(f"{layer.key}: its change is too large for {dtype}; leave out --half")
-        found.append(Extracted(layer, len(down), change.square().sum().item(), lost))
+        found.append(Extracted(layer, len(down), _energy(change), lost))
         if change.ndim == 4:
             up = up[:, :, None, None]
         name = names[layer]
@@ -201,6 +201,10 @@ def _difference(key: str, before: Release, after: Release) -> Tensor:
     return new - old
 
 
+def _energy(change: Tensor) -> float:
+    return torch.linalg.vector_norm(change, dtype=torch.float64).square().item()
+
+
 def _others(layers: Sequence[Layer], before: Release, after: Release) -> tuple[dict[str, float], bool]:
     """Return the energies of the changed weights that are in none of `layers`, and True if the autoencoders differ."""
     held = {layer.key for layer in layers}
@@ -208,7 +212,7 @@ def _others(layers: Sequence[Layer], before: Release, after: Release) -> tuple[d
     for key, value in before.weights.items():
         if key in held or is_optional(key) or not value.is_floating_point():
             continue
-        energy = _difference(key, before, after).square().sum().item()
+        energy = _energy(_difference(key, before, after))
         if energy and key.startswith(FIRST_STAGE):
             autoencoder = True
         elif energy:

@@ -92,7 +92,8 @@ def kohya_names(layers: Iterable[Layer], keys: Iterable[str]) -> dict[Layer, str
     UNets of SDXL have the names of this package there, and all others those of diffusers.
     """
     keys = list(keys)
-    is_xl = has_part(keys, f"{UNET}label_emb.") or has_part(keys, CONDITIONER)
+    has_vector = has_part(keys, f"{UNET}label_emb.0.") and not has_part(keys, COND_STAGE)
+    is_xl = has_part(keys, CONDITIONER) or has_vector
     prefixes = _TWO_TOWERS if is_xl else _ONE_TOWER
     return {layer: prefixes[layer.part] + flat(layer.paths[0 if is_xl else 1]) for layer in layers}
 

@@ -39,6 +39,7 @@ _TENSORS = {
 }
 _KEY = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _TENSORS.items()) + ")")
 _OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "diff": "full differences", "on_input": "IA3"}
+_MOST_ALPHA = 1e9
 _METADATA = "lora_adapter_metadata"  # of diffusers
 
 
@@ -122,7 +123,7 @@ def _factors(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> 
         raise UserError(f"{where}: lacks one of its two factors; the file is incomplete, download it again")
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
     rank = down.shape[0] if down.ndim else 0
-    fits = min(down.ndim, up.ndim) >= 2 and rank and up[0].numel() == rank
+    fits = min(down.ndim, up.ndim) >= 2 and rank and up.shape[1:].numel() == rank
     if not fits or (
         mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank) or down[0].numel() != down.shape[1])
     ):
@@ -146,7 +147,7 @@ class _Alphas:
     def __init__(self, metadata: Mapping[str, str], path: str | Path) -> None:
         try:
             values = json.loads(metadata.get(_METADATA, "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
             raise UserError(f"{path}: its metadata {_METADATA} is damaged; save the file again without it")
@@ -155,15 +156,17 @@ class _Alphas:
 
     def of(self, part: str, layer: str) -> float | None:
         """Return α of the layer with the dotted path `layer`, or None if it is the rank."""
-        alpha, rank = self.values.get(f"{part}.lora_alpha"), self.values.get(f"{part}.r")
+        alpha = self.values.get(f"{part}.lora_alpha")
         others = self.values.get(f"{part}.alpha_pattern") or {}
-        if self.values.get(f"{part}.use_rslora") or not isinstance(others, dict):
+        if self.values.get(f"{part}.use_rslora"):
             raise UserError(f"{self.path}: has a rank-stabilised scale (use_rslora), which is not supported; fuse it")
+        if not isinstance(others, dict):
+            raise UserError(f"{self.path}: alpha_pattern {others!r:.40} in its metadata is no dict; save it again")
         for name, other in others.items():
             if not re.fullmatch(r"[\w.]+", name):
                 raise UserError(f"{self.path}: alpha_pattern {name!r:.80} is not the name of a layer; fuse the file")
             if f".{layer}".endswith(f".{name}"):
                 alpha = other
-        if alpha is not None and not (isinstance(alpha, (int, float)) and isinstance(rank, int)):
+        if alpha is not None and not (isinstance(alpha, (int, float)) and abs(alpha) < _MOST_ALPHA):
             raise UserError(f"{self.path}: lora_alpha {alpha!r:.40} in its metadata is not a number; save it again")
         return alpha

@@ -185,10 +185,10 @@ def _converted(
 
 
 def _between(start: torch.Tensor, value: torch.Tensor, strength: float) -> torch.Tensor:
-    """Return the tensor between `start` and `value`, in at least float32. A number that is not real is `value`'s."""
+    """Return the tensor between `start` and `value`, in at least float32. Integers are those of `value`."""
     if not value.is_floating_point():
         return value
-    precise = torch.promote_types(value.dtype, torch.float32)
+    precise = torch.promote_types(torch.promote_types(start.dtype, value.dtype), torch.float32)
     return weighted_sum([converted(start, precise), converted(value, precise)], [strength])
 
 

@@ -1,8 +1,11 @@
 """Tests of the options shared by the sampling tools."""
 
+import argparse
+from pathlib import Path
+
 import pytest
 
-from ldm.cli.options import read_prompts
+from ldm.cli.options import parse_lora, read_prompts
 
 
 def test_read_prompts_splits_at_line_ends_only(tmp_path):
@@ -22,3 +25,18 @@ def test_read_prompts_of_a_file_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\ntwo".encode())
     assert read_prompts([], path) == ["one", "two"]
+
+
+def test_parse_lora_takes_the_strength_after_the_last_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b:2").touch()
+    for text, name, strength in [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a:b:-1e-1", "a:b", -0.1),
+        ("C:a.safetensors", "C:a.safetensors", 1.0),
+        ("b:2", "b:2", 1.0),  # a file of this name
+    ]:
+        assert parse_lora(text) == (Path(name), strength)
+    with pytest.raises(argparse.ArgumentTypeError, match="a:inf: the strength must be a finite number"):
+        parse_lora("a:inf")
