@@ -19,7 +19,7 @@ SLOW = (
     "test_several_processes", "test_textual_inversion", "tools/*", "hostile/*", "oracle/*", "device/*",
     "benchmarks/*", "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_writer",
     "ldm/images/test_large_images", "ldm/optim/*", "ldm/planning/*", "ldm/models/diffusion/test_samplers",
-    "ldm/release/test_merge",
+    "ldm/release/test_merge", "test_craft",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 
