@@ -18,6 +18,9 @@ LOSS = "model.params.loss_config.target=ldm.models.diffusion.loss."
 LOSS_AWARE = f"{TIMESTEPS}LossAware " + " ".join(
     f"model.params.timestep_config.params.{setting}" for setting in ("bins=2", "history=1", "stratified=True")
 )
+NOISE = "model.params.noise_config.target=ldm.models.diffusion.noise.TrainingNoise " + " ".join(
+    f"model.params.noise_config.params.{setting}" for setting in ("offset=0.1", "pyramid=0.3", "perturbation=0.1")
+)
 MINIMAL = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
 
 
@@ -26,6 +29,7 @@ MINIMAL = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed
     [
         ("", f"{LOSS_AWARE} {LOSS}Huber --accumulate_grad_batches 2"),
         ("lean.yaml", f"{LOSS_AWARE} {LOSS}SoftMinSNR data.params.batch_size=2"),
+        ("", NOISE),
         ("", f"{TIMESTEPS}CosMap model.params.timestep_config.params.stratified=True {LOSS}P2 {MINIMAL}"),
     ],
 )

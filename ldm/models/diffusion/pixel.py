@@ -23,6 +23,7 @@ from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.initial_weights import InitialWeights
 from ldm.models.diffusion.log_images import log_images
 from ldm.models.diffusion.loss import weighting_of
+from ldm.models.diffusion.noise import PLAIN_NOISE, noise_of
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.timesteps import STATE as TIMESTEP_STATE
 from ldm.models.diffusion.timesteps import distribution_of
@@ -66,6 +67,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         loss_config: `target` and `params` of the loss weighting, a class of `ldm.models.diffusion.loss`.
         timestep_config: `target` and `params` of the distribution of timesteps, a class of
             `ldm.models.diffusion.timesteps`.
+        noise_config: `target` and `params` of the noise of training, a class of `ldm.models.diffusion.noise`.
         original_elbo_weight, l_simple_weight, learn_logvar, logvar_init, min_snr_gamma: older keys for the weightings
             `VariationalBound`, `LogVariance` and `MinSNR`, in place of `loss_config`.
     """
@@ -107,6 +109,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         min_snr_gamma: float | None = None,
         loss_config: Mapping[str, Any] | None = None,
         timestep_config: Mapping[str, Any] | None = None,
+        noise_config: Mapping[str, Any] | None = None,
         rescale_betas_zero_snr: bool = False,
         load_ema: bool = True,
         reset_ema: bool = False,
@@ -135,6 +138,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         self.weighting.attach(self)
         self.timestep_distribution = distribution_of(timestep_config)
         self.timestep_distribution.attach(self)
+        self.training_noise = noise_of(noise_config)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
@@ -185,11 +189,16 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         t: Tensor,
         noise: Tensor | None = None,
         samples: BatchMean = EQUAL,
+        perturbation: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and the values to log."""
+        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and the values to log.
+
+        `perturbation` is added to the noise of the model's input, and not to that of the target.
+        """
         noise = torch.randn_like(x_start) if noise is None else noise
+        _, seen = samples.timesteps_and_noise(t, noise if perturbation is None else noise + perturbation)
         t, noise = samples.timesteps_and_noise(t, noise)
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        output = self.apply_model(self.q_sample(x_start, t, seen), t, cond)
         return self.training_loss(output, samples.target(self.training_target(x_start, noise, t)), t, samples)
 
     def sample_timesteps(self, x: Tensor, streams: RandomStreams = GLOBAL_STREAM) -> Tensor:
@@ -204,7 +213,8 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         """Return the loss of clean `x` (B, C, H, W) under `c` at sampled timesteps, and the values to log."""
         t = self.sample_timesteps(x, streams)
         c = self.conditioning_at(c, t, streams)
-        return self.p_losses(x, c, t, streams.normal("noise", x), samples)
+        noise, perturbation = (self.training_noise if self.training else PLAIN_NOISE).sample(x, streams)
+        return self.p_losses(x, c, t, noise, samples, perturbation)
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch, and the values to log."""
