@@ -212,7 +212,7 @@ class LossAware(Uniform):
     def load_state(self, model: Scheduled, state: Mapping[str, Tensor]) -> None:
         losses, counts = state.get("losses"), state.get("counts")
         if losses is None or losses.shape != (self.bins, self.history):
-            logger.warning("LossAware: the checkpoint has no losses of these bins; timesteps start uniform")
+            logger.info("LossAware: the checkpoint has no losses of these bins; timesteps start uniform")
             return
         model.timestep_losses[:-1].copy_(losses)
         model.timestep_counts[:-1].copy_(counts)
