@@ -20,6 +20,9 @@ from tests.training_runs import assert_same_training, logged, state, the_run, wr
 from tests.waiting import LIMIT, join, wait_for
 
 OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
+LOSS_AWARE = "model.params.timestep_config.target=ldm.models.diffusion.timesteps.LossAware" + " ".join(
+    f" model.params.timestep_config.params.{setting}" for setting in ("bins=2", "history=1")
+)
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
 
 
@@ -101,9 +104,10 @@ def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, dat
     assert logged(whole, "train/loss")
 
 
-def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs) -> None:
-    straight = runs("straight", "--max_steps 5", ranks=2)
-    stopped = runs("stopped", "--max_steps 2 --accumulate_grad_batches 1", ranks=2)
+@pytest.mark.parametrize("options", ["", LOSS_AWARE], ids=["plain", "loss-aware"])
+def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs, options: str) -> None:
+    straight = runs("straight", f"--max_steps 5 {options}", ranks=2)
+    stopped = runs("stopped", f"--max_steps 2 --accumulate_grad_batches 1 {options}", ranks=2)
     assert sorted(path.name for path in stopped.iterdir()) == ["checkpoints", "configs", "csv", "tensorboard"]
     assert len(list(stopped.glob("csv/*"))) == len(list(stopped.glob("tensorboard/events*"))) == 1
     runs("stopped", f"--resume {stopped} --max_steps 5", ranks=2)

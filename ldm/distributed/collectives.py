@@ -87,3 +87,18 @@ def mean_over_processes(values: Tensor) -> Tensor:
     total = values.detach().clone()
     distributed.all_reduce(total)
     return total / distributed.get_world_size()
+
+
+def gathered_over_processes(values: Tensor) -> Tensor:
+    """Return the `values` (B, …) of all processes, in the order of their ranks. B may differ among the processes."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return values
+    size = torch.tensor(len(values), device=values.device)
+    sizes = [torch.zeros_like(size) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(sizes, size)
+    counts = [int(count) for count in sizes]
+    padded = values.new_zeros(max(counts), *values.shape[1:])
+    padded[: len(values)] = values
+    parts = [torch.zeros_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -22,7 +22,7 @@ from ldm.release.configs import Chosen, check_prediction
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.opening import Release, release_of, training_weights
-from ldm.release.recognition import check_same_family, log_family, shapes_of
+from ldm.release.recognition import check_same_family, log_family, shapes_of, warn_of_new_prediction
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def hack_training(
     noted = training.content.get(PREDICTION) or predicts
     check_prediction(noted, predicts, release_path)
     log_family(released.shapes, release_path, noted)
+    warn_of_new_prediction(released.shapes, release_path, noted)
     grafted = graft(state_dict, released.weights, release_path)
     log.info("\n".join(grafted.summary()))
     log.info("optimizer state reset: it belongs to the replaced weights")
@@ -98,6 +99,7 @@ def hack_config(chosen: Chosen, release_path: Path, out: Path, vae: Path | None 
     state_dict = state_dict_without_weights(lambda: build_model(chosen.config, with_files=False))
     log.info("model of the config %s", ", ".join(chosen.names))
     released = _released(release, release_path, vae, state_dict)
+    warn_of_new_prediction(released.shapes, release_path, chosen.prediction)
     grafted = graft(state_dict, released.weights, release_path)
     log.info("\n".join(grafted.summary()))
     content = _with_notes(checkpoint_at_start(grafted.state_dict), released.weights, chosen.prediction)

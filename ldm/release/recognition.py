@@ -105,6 +105,18 @@ def log_family(shapes: Shapes, source: str | Path, parameterization: str | None)
     return family
 
 
+def warn_of_new_prediction(shapes: Shapes, source: str | Path, parameterization: str | None) -> None:
+    """Warn if a training of v starts from a checkpoint, of these `shapes`, whose families all predict ε."""
+    families = _matching(shapes)
+    predicts_eps = families and {family.parameterization for family in families} == {"eps"}
+    if parameterization == "v" and predicts_eps and marked_parameterization(shapes) != "v":
+        log.warning(
+            "%s: predicts eps, but parameterization is v; the model learns another prediction first, so expect noise "
+            "as samples for thousands of steps, or leave parameterization out",
+            source,
+        )
+
+
 def check_same_family(release: Shapes, training: Shapes, source: str | Path) -> None:
     """Raise `UserError` if the shapes of a `release`, read from `source`, and of a `training` are of two families."""
     theirs, ours = _matching(release), _matching(training)

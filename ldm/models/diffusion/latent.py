@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from ldm.checkpoint import LoadReport
 from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.batch import Batch
+from ldm.models.diffusion.batch_mean import EQUAL, BatchMean
 from ldm.models.diffusion.conditioning import WithConditioning, check_reads_captions
 from ldm.models.diffusion.first_stage import WithFirstStage
-from ldm.models.diffusion.loss import EQUAL, BatchMean
 from ldm.models.diffusion.pixel import DDPM
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.sampling import Conditioning
+from ldm.models.diffusion.timesteps import LossAware
 from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.util import UserError, check_number, instantiate_from_config, refuse_if
 
@@ -120,6 +121,11 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
                 "to captions; set num_timesteps_cond: 1 or prior_target: data",
             ),
             (
+                self.prior_target == "teacher" and isinstance(self.timestep_distribution, LossAware),
+                "timestep_config: LossAware chooses timesteps, but prior_target: teacher has predictions at other "
+                "timesteps; set prior_target: data or choose another distribution",
+            ),
+            (
                 self.use_ema and not self.unet_trainable,
                 "use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false",
             ),
@@ -210,6 +216,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         return Prior.of(batch, self.prior_loss_weight, self.prior_target) or EQUAL
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self._scale_is_loaded = "scale_factor" in checkpoint["state_dict"]
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> LoadReport:

@@ -5,25 +5,25 @@ B: batch. T: timesteps of the schedule. error (B,): mean error of each sample. t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.schedule import min_snr_weights
-from ldm.util import UserError, instantiate_from_config
+from ldm.models.diffusion.batch_mean import Mean
+from ldm.modules.diffusionmodules.schedule import extract_into_tensor, snr_weights
+from ldm.util import UserError, check_choice, check_number, instantiate_from_config
 
 # A factor and values (B,). The term is factor · mean(values).
 Term = tuple[float, Tensor]
-# Mean of values (B,) over samples of the batch.
-Mean = Callable[[Tensor], Tensor]
 
 
 class Weighted(Protocol):
     """Parts of a model that weightings read, or register in `attach`."""
 
     parameterization: str
+    loss_type: str
     num_timesteps: int
     alphas_cumprod: Tensor  # (T,)
     lvlb_weights: Tensor  # (T,)
@@ -31,33 +31,6 @@ class Weighted(Protocol):
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None: ...
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None: ...
-
-
-class BatchMean:
-    """Averaging of losses with equal weight for all samples. Subclasses weight some samples differently."""
-
-    def timesteps_and_noise(self, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the timesteps (B,) and the noise (B, …) of the model's input."""
-        return t, noise
-
-    def target(self, target: Tensor) -> Tensor:
-        """Return the targets (B, …) of the predictions, given the usual ones."""
-        return target
-
-    def training_mean(self, values: Tensor) -> Tensor:
-        """Return the mean of `values` (B,) over the training samples."""
-        return values.mean()
-
-    def loss_mean(self, values: Tensor) -> Tensor:
-        """Return the mean of `values` (B,) for the loss."""
-        return values.mean()
-
-    def logged(self, error: Tensor, split: str) -> dict[str, Tensor]:
-        """Return further values to log, from the errors (B,)."""
-        return {}
-
-
-EQUAL = BatchMean()
 
 
 class Unweighted:
@@ -68,6 +41,10 @@ class Unweighted:
 
     def attach(self, model: Weighted) -> None:
         """Register on `model` the buffers and parameters that the weighting needs."""
+
+    def error(self, model: Weighted, difference: Tensor, t: Tensor) -> Tensor:
+        """Return the error of each element, from target − output (B, …): absolute for `l1`, and squared for `l2`."""
+        return difference.abs() if model.loss_type == "l1" else difference.square()
 
     def terms(self, model: Weighted, error: Tensor, t: Tensor) -> list[Term]:
         """Return the terms whose sum is the loss."""
@@ -81,6 +58,10 @@ class Unweighted:
         """Return the sum of the terms, each averaged by `mean`."""
         return sum(factor * mean(values) for factor, values in self.terms(model, error, t))
 
+    def of_samples(self, model: Weighted, error: Tensor, t: Tensor) -> Tensor:
+        """Return the loss of each sample, (B,)."""
+        return self.loss(model, error, t, lambda values: values)
+
 
 class _Wrapper(Unweighted):
     """Base of weightings that change the terms of another weighting, by default `Unweighted`."""
@@ -91,6 +72,9 @@ class _Wrapper(Unweighted):
     def attach(self, model: Weighted) -> None:
         self.inner.attach(model)
 
+    def error(self, model: Weighted, difference: Tensor, t: Tensor) -> Tensor:
+        return self.inner.error(model, difference, t)
+
     def terms(self, model: Weighted, error: Tensor, t: Tensor) -> list[Term]:
         return self.inner.terms(model, error, t)
 
@@ -98,11 +82,32 @@ class _Wrapper(Unweighted):
         return self.inner.logged(model, error, t, mean, split)
 
 
-class MinSNR(_Wrapper):
-    """Weighting by `min_snr_weights`, which reduces the weight of low noise (arXiv:2303.09556).
+class _SNRWeighting(_Wrapper):
+    """Base of weightings by the signal-to-noise ratio, SNR = ᾱ / (1 − ᾱ)."""
+
+    def attach(self, model: Weighted) -> None:
+        super().attach(model)
+        name = type(self).__name__
+        if hasattr(model, "snr_weights"):
+            raise UserError(f"loss_config: {name} wraps another weighting by SNR; choose one of them")
+        weights = snr_weights(model.alphas_cumprod, self.of_x0, model.parameterization)
+        if not weights.isfinite().all():
+            raise UserError(f"loss_config: {name} is infinite for eps at zero terminal SNR; set parameterization: v")
+        model.register_buffer("snr_weights", weights, persistent=False)
+
+    def of_x0(self, snr: Tensor) -> Tensor:
+        """Return the weights of the squared error of x₀, for SNR (T,) in float64."""
+        raise NotImplementedError
+
+    def terms(self, model: Weighted, error: Tensor, t: Tensor) -> list[Term]:
+        return [(factor, model.snr_weights[t] * values) for factor, values in super().terms(model, error, t)]
+
+
+class MinSNR(_SNRWeighting):
+    """Weight min(SNR, γ) of the error of x₀, which reduces the weight of low noise (arXiv:2303.09556).
 
     Args:
-        gamma: upper bound of the signal-to-noise ratio. A usual value is 5.
+        gamma: γ, the upper bound of the signal-to-noise ratio. A usual value is 5.
         weighting: `target` and `params` of the weighting to change.
 
     Raises:
@@ -115,13 +120,79 @@ class MinSNR(_Wrapper):
         super().__init__(weighting)
         self.gamma = gamma
 
+    def of_x0(self, snr: Tensor) -> Tensor:
+        return snr.clamp(max=self.gamma)
+
+
+class SoftMinSNR(MinSNR):
+    """Weight SNR · γ / (SNR + γ) of the error of x₀, a smooth minimum of SNR and γ (arXiv:2401.11605)."""
+
+    def of_x0(self, snr: Tensor) -> Tensor:
+        return snr * self.gamma / (snr + self.gamma)
+
+
+class Debiased(_SNRWeighting):
+    """Weight √SNR of the error of x₀, which is 1 / √SNR of the error of ε (arXiv:2310.08442)."""
+
+    def of_x0(self, snr: Tensor) -> Tensor:
+        return snr.sqrt()
+
+
+class P2(_SNRWeighting):
+    """Weight 1 / (k + SNR)^γ of the error of ε, which reduces the weight of low noise (arXiv:2204.00227).
+
+    Args:
+        gamma, k: γ and k. The paper has γ from 0.5 to 1, and k = 1.
+        weighting: `target` and `params` of the weighting to change.
+    """
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0, weighting: Mapping[str, Any] | None = None) -> None:
+        check_number("gamma", gamma, least=0, whole=False)
+        check_number("k", k, above=0, whole=False)
+        super().__init__(weighting)
+        self.gamma, self.k = gamma, k
+
+    def of_x0(self, snr: Tensor) -> Tensor:
+        return snr / (self.k + snr) ** self.gamma
+
+
+class Huber(_Wrapper):
+    """Pseudo-Huber error 2c (√(d² + c²) − c) of a difference d (arXiv:2403.16728).
+
+    It is about d² for small d, and about 2c |d| for large d, so that outliers count less.
+
+    Args:
+        c: c, or its lowest value.
+        schedule: `constant`; `exponential`, from 1 at the first timestep to c at the last; or `snr`,
+            c + (1 − c) / (1 + σ)² with σ = √((1 − ᾱ) / ᾱ).
+        weighting: `target` and `params` of the weighting of the errors.
+
+    Raises:
+        UserError: `c` is not above 0 and at most 1, the schedule is unknown, or `loss_type` is `l1`.
+    """
+
+    def __init__(self, c: float = 0.1, schedule: str = "snr", weighting: Mapping[str, Any] | None = None) -> None:
+        check_number("c", c, above=0, most=1, whole=False)
+        check_choice("schedule", schedule, ("constant", "exponential", "snr"))
+        super().__init__(weighting)
+        self.c, self.schedule = c, schedule
+
     def attach(self, model: Weighted) -> None:
         super().attach(model)
-        weights = min_snr_weights(model.alphas_cumprod, self.gamma, model.parameterization)
-        model.register_buffer("snr_weights", weights, persistent=False)
+        if model.loss_type != "l2":
+            raise UserError(f"loss_type {model.loss_type} and loss_config: Huber both choose the error; leave one out")
+        t = torch.arange(model.num_timesteps)
+        snr = model.alphas_cumprod.double() / (1 - model.alphas_cumprod.double())
+        values = {
+            "constant": torch.full_like(snr, self.c),
+            "exponential": self.c ** (t / max(1, model.num_timesteps - 1)).double(),
+            "snr": self.c + (1 - self.c) / (1 + snr.rsqrt()) ** 2,
+        }[self.schedule]
+        model.register_buffer("huber_c", values.float(), persistent=False)
 
-    def terms(self, model: Weighted, error: Tensor, t: Tensor) -> list[Term]:
-        return [(factor, model.snr_weights[t] * values) for factor, values in super().terms(model, error, t)]
+    def error(self, model: Weighted, difference: Tensor, t: Tensor) -> Tensor:
+        c = extract_into_tensor(model.huber_c, t, difference.shape)
+        return 2 * c * ((difference.square() + c.square()).sqrt() - c)
 
 
 class LogVariance(_Wrapper):
@@ -220,6 +291,7 @@ def _instantiate(config: Mapping[str, Any] | None) -> Unweighted:
         return Unweighted()
     weighting = instantiate_from_config(config)
     if not isinstance(weighting, Unweighted):
-        names = ", ".join(kind.__name__ for kind in (Unweighted, MinSNR, LogVariance, VariationalBound))
+        kinds = (Unweighted, MinSNR, SoftMinSNR, Debiased, P2, Huber, LogVariance, VariationalBound)
+        names = ", ".join(kind.__name__ for kind in kinds)
         raise UserError(f"loss_config: {config['target']} is not a loss weighting; {__name__} has {names}")
     return weighting

@@ -17,12 +17,16 @@ from torch import Tensor
 from ldm.checkpoint.keys import PREDICTION
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch import Batch, batch_entry
+from ldm.models.diffusion.batch_mean import EQUAL, BatchMean
 from ldm.models.diffusion.conditioning_dropout import replacements_of
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.initial_weights import InitialWeights
 from ldm.models.diffusion.log_images import log_images
-from ldm.models.diffusion.loss import EQUAL, BatchMean, weighting_of
+from ldm.models.diffusion.loss import weighting_of
+from ldm.models.diffusion.noise import PLAIN_NOISE, noise_of
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
+from ldm.models.diffusion.timesteps import STATE as TIMESTEP_STATE
+from ldm.models.diffusion.timesteps import distribution_of
 from ldm.models.diffusion.training_steps import TrainingSteps
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.layers import KeepsTypes
@@ -61,6 +65,9 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         optimizer_config: `target` and `params` of the optimizer. The default is fused AdamW.
         use_positional_encodings: accepted for old configs and ignored.
         loss_config: `target` and `params` of the loss weighting, a class of `ldm.models.diffusion.loss`.
+        timestep_config: `target` and `params` of the distribution of timesteps, a class of
+            `ldm.models.diffusion.timesteps`.
+        noise_config: `target` and `params` of the noise of training, a class of `ldm.models.diffusion.noise`.
         original_elbo_weight, l_simple_weight, learn_logvar, logvar_init, min_snr_gamma: older keys for the weightings
             `VariationalBound`, `LogVariance` and `MinSNR`, in place of `loss_config`.
     """
@@ -101,6 +108,8 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         logvar_init: float = 0.0,
         min_snr_gamma: float | None = None,
         loss_config: Mapping[str, Any] | None = None,
+        timestep_config: Mapping[str, Any] | None = None,
+        noise_config: Mapping[str, Any] | None = None,
         rescale_betas_zero_snr: bool = False,
         load_ema: bool = True,
         reset_ema: bool = False,
@@ -127,14 +136,23 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
             loss_config, min_snr_gamma, learn_logvar, logvar_init, original_elbo_weight, l_simple_weight
         )
         self.weighting.attach(self)
+        self.timestep_distribution = distribution_of(timestep_config)
+        self.timestep_distribution.attach(self)
+        self.training_noise = noise_of(noise_config)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     # Training
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the parameterization in a training checkpoint, because the weights do not determine it."""
+        """Store the parameterization, because the weights do not determine it, and the state of the timesteps."""
         checkpoint[PREDICTION] = self.parameterization
+        state = self.timestep_distribution.state(self)
+        if state:
+            checkpoint[TIMESTEP_STATE] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.timestep_distribution.load_state(self, checkpoint.get(TIMESTEP_STATE, {}))
 
     def get_input(self, batch: Batch, k: str) -> Tensor:
         """Return the images `batch[k]`, (B, H, W, C) or (B, H, W), as float32 (B, C, H, W)."""
@@ -151,14 +169,17 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         self, output: Tensor, target: Tensor, t: Tensor, samples: BatchMean = EQUAL
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, weighted by `weighting` and `samples`, and the values to log."""
-        error = target.float() - output.float()
-        per_sample = (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)  # (B,)
+        error = self.weighting.error(self, target.float() - output.float(), t)
+        per_sample = error.flatten(1).mean(1)  # (B,)
         self.sample_losses = (t, per_sample.detach())
-        split, mean = "train" if self.training else "val", samples.training_mean
+        split, mean, loss_mean = "train" if self.training else "val", samples.training_mean, samples.loss_mean
+        if self.training:
+            mean, loss_mean = (self.timestep_distribution.unbiased(self, each, t) for each in (mean, loss_mean))
+            self.timestep_distribution.observe(self, self.weighting.of_samples(self, per_sample, t), t)
         logged = {f"{split}/loss_simple": mean(per_sample), **samples.logged(per_sample, split)}
         logged |= self.weighting.logged(self, per_sample, t, mean, split)
         logged[f"{split}/loss_vlb"] = mean(self.lvlb_weights[t] * per_sample)
-        logged[f"{split}/loss"] = loss = self.weighting.loss(self, per_sample, t, samples.loss_mean)
+        logged[f"{split}/loss"] = loss = self.weighting.loss(self, per_sample, t, loss_mean)
         return loss, {key: value.detach() for key, value in logged.items()}
 
     def p_losses(
@@ -168,15 +189,22 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         t: Tensor,
         noise: Tensor | None = None,
         samples: BatchMean = EQUAL,
+        perturbation: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and the values to log."""
+        """Return the loss at timesteps `t` (B,) of clean `x_start` (B, C, H, W) under `cond`, and the values to log.
+
+        `perturbation` is added to the noise of the model's input, and not to that of the target.
+        """
         noise = torch.randn_like(x_start) if noise is None else noise
+        _, seen = samples.timesteps_and_noise(t, noise if perturbation is None else noise + perturbation)
         t, noise = samples.timesteps_and_noise(t, noise)
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        output = self.apply_model(self.q_sample(x_start, t, seen), t, cond)
         return self.training_loss(output, samples.target(self.training_target(x_start, noise, t)), t, samples)
 
     def sample_timesteps(self, x: Tensor, streams: RandomStreams = GLOBAL_STREAM) -> Tensor:
-        """Return uniformly sampled timesteps (B,)."""
+        """Return timesteps (B,), sampled by `timestep_config` in training and uniformly in evaluation."""
+        if self.training:
+            return self.timestep_distribution.sample(self, x, streams)
         return streams.integers("timestep", self.num_timesteps, x)
 
     def forward(
@@ -185,7 +213,8 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         """Return the loss of clean `x` (B, C, H, W) under `c` at sampled timesteps, and the values to log."""
         t = self.sample_timesteps(x, streams)
         c = self.conditioning_at(c, t, streams)
-        return self.p_losses(x, c, t, streams.normal("noise", x), samples)
+        noise, perturbation = (self.training_noise if self.training else PLAIN_NOISE).sample(x, streams)
+        return self.p_losses(x, c, t, noise, samples, perturbation)
 
     def shared_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch, and the values to log."""

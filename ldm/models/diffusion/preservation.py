@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch, batch_entry
-from ldm.models.diffusion.loss import BatchMean
+from ldm.models.diffusion.batch_mean import BatchMean
 from ldm.shards.sample import IS_PRIOR, TEACHER_KEYS
 from ldm.util import check_choice, check_number
 

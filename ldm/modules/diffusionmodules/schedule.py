@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -130,16 +130,16 @@ def extract_into_tensor(values: Tensor, t: Tensor, shape: Sequence[int]) -> Tens
     return values[t].view(-1, *(1,) * (len(shape) - 1))
 
 
-def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str) -> Tensor:
-    """Return loss weights (T,) that weight the error of x₀ by min(SNR, γ), where SNR = ᾱ / (1 − ᾱ).
+def snr_weights(alphas_cumprod: Tensor, of_x0: Callable[[Tensor], Tensor], parameterization: str) -> Tensor:
+    """Return weights (T,) of the squared error of a prediction. `of_x0` gives those of x₀ by SNR = ᾱ / (1 − ᾱ).
 
     The error of ε is SNR times that of x₀, and the error of v is SNR + 1 times that of x₀ (arXiv:2303.09556,
     section 3.4).
     """
-    # The bound avoids 0 / 0 at zero terminal SNR, where the weight of ε tends to 1.
+    # The bound avoids 0 / 0 at zero terminal SNR.
     snr = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).clamp(min=1e-300)
     per_x0 = {"eps": snr, "x0": 1.0, "v": snr + 1}[parameterization]
-    return (snr.clamp(max=gamma) / per_x0).float()
+    return (of_x0(snr) / per_x0).float()
 
 
 # Noise level of x = α x₀ + σ ε: α = √ᾱ and σ = √(1 − ᾱ), numbers or tensors that broadcast to x.

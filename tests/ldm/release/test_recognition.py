@@ -21,7 +21,14 @@ from ldm.checkpoint.keys import (
 )
 from ldm.config.load import build_model, find_config, load_config
 from ldm.release.families import FAMILIES
-from ldm.release.recognition import check_same_family, find_family, log_family, recognise, shapes_of
+from ldm.release.recognition import (
+    check_same_family,
+    find_family,
+    log_family,
+    recognise,
+    shapes_of,
+    warn_of_new_prediction,
+)
 from ldm.util import UserError
 from tests.golden_data import released_keys
 
@@ -150,6 +157,23 @@ def test_find_family_and_log_family_know_no_family_of_others(caplog: pytest.LogC
         assert not caplog.records
         assert log_family(shapes_for("sd2_768_v"), "x.ckpt", "eps") is FAMILIES["sd2_base"]
     assert [record.getMessage() for record in caplog.records] == [f"x.ckpt: {FAMILIES['sd2_base'].described()}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "marks", "predicts", "warns"),
+    [
+        ("sd1", (), "v", True),
+        ("sd1", (), "eps", False),
+        ("sd1", (V_PREDICTION,), "v", False),
+        ("sd2_768_v", (), "v", False),  # the same keys as those of the base, which predicts eps
+    ],
+)
+def test_warn_of_new_prediction(
+    caplog: pytest.LogCaptureFixture, key: str, marks: tuple[str, ...], predicts: str, warns: bool
+) -> None:
+    shapes = {**shapes_for(key), **dict.fromkeys(marks, (0,))}
+    warn_of_new_prediction(shapes, "a.ckpt", predicts)
+    assert ("a.ckpt: predicts eps, but parameterization is v" in caplog.text) == warns
 
 
 def test_check_same_family_names_both() -> None:

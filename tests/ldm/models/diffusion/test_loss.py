@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError
+from ldm.util import UserError, instantiate_from_config
 from tests.ldm.models.diffusion.conftest import batch_of
 
 ModelFactory = Callable[..., LatentDiffusion]
@@ -85,3 +86,63 @@ def test_weights_are_finite_at_zero_terminal_snr(make_model: ModelFactory, param
     model = make_model(rescale_betas_zero_snr=True, parameterization=parameterization, **older)
     loss, _ = model.training_loss(torch.ones(4, 4, 8, 8), torch.zeros(4, 4, 8, 8), T)
     assert torch.isfinite(loss)
+
+
+SNR = torch.tensor([9.0, 1.0, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "of_eps"),
+    [
+        ("MinSNR", {"gamma": 5}, [5 / 9, 1, 1]),
+        ("SoftMinSNR", {"gamma": 4}, [4 / 13, 4 / 5, 16 / 17]),  # γ / (SNR + γ)
+        ("Debiased", {}, [1 / 3, 1, 2]),  # 1 / √SNR
+        ("P2", {"gamma": 0.5}, [10**-0.5, 2**-0.5, 1.25**-0.5]),
+    ],
+)
+def test_weights_by_snr_by_hand(name: str, params: dict, of_eps: list[float]) -> None:
+    """Weights of the error of ε. Those of x₀ are SNR times as large, and those of v SNR / (SNR + 1) times."""
+    for parameterization, factor in (("eps", torch.ones(3)), ("x0", SNR), ("v", SNR / (SNR + 1))):
+        model = SimpleNamespace(alphas_cumprod=SNR / (1 + SNR), parameterization=parameterization)
+        model.register_buffer = lambda name, tensor, persistent, model=model: setattr(model, name, tensor)
+        kind = instantiate_from_config(weighting(name, **params))
+        kind.attach(model)
+        (factor_of_mean, values), *_ = kind.terms(model, torch.tensor([2.0, 2, 2]), torch.arange(3))
+        assert factor_of_mean == 1.0
+        assert values.tolist() == pytest.approx((2 * torch.tensor(of_eps) * factor).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("schedule", "c"), [("constant", 0.5), ("exponential", 0.5), ("snr", 0.5 + 0.5 / 9)])
+def test_huber_by_hand(make_model: ModelFactory, schedule: str, c: float) -> None:
+    """2c (√(d² + c²) − c), at the last timestep; σ is 2 there."""
+    model = make_model(loss_config=weighting("Huber", c=0.5, schedule=schedule), given_betas=[0.5, 0.6])
+    assert model.alphas_cumprod[1].item() == pytest.approx(0.2)
+    assert model.huber_c[1].item() == pytest.approx(c)
+    assert model.huber_c[0].item() == pytest.approx({"constant": 0.5, "exponential": 1.0}.get(schedule, 0.5 + 0.5 / 4))
+    loss, _ = model.training_loss(torch.full((1, 4, 8, 8), 3.0), torch.zeros(1, 4, 8, 8), torch.tensor([1]))
+    assert loss.item() == pytest.approx(2 * c * ((9 + c * c) ** 0.5 - c), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"loss_config": weighting("Huber"), "loss_type": "l1"}, "loss_type l1 and loss_config: Huber both"),
+        ({"loss_config": weighting("Huber", schedule="linear")}, "schedule 'linear' is unknown"),
+        ({"loss_config": weighting("P2", weighting=weighting("MinSNR"))}, "P2 wraps another weighting by SNR"),
+        ({"loss_config": weighting("P2", k=0)}, "k 0: give a number above 0"),
+        (
+            {"loss_config": weighting("Debiased"), "rescale_betas_zero_snr": True, "parameterization": "eps"},
+            "Debiased is infinite for eps at zero terminal SNR",
+        ),
+    ],
+)
+def test_losses_that_cannot_be(make_model: ModelFactory, params: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make_model(**params)
+
+
+def test_l1_is_the_mean_absolute_error(make_model: ModelFactory) -> None:
+    model = make_model(loss_type="l1", loss_config=weighting("MinSNR", gamma=5))
+    loss, logged = model.training_loss(torch.full((4, 4, 8, 8), -3.0), torch.zeros(4, 4, 8, 8), T)
+    assert logged["train/loss_simple"].item() == pytest.approx(3.0)
+    assert loss.item() == pytest.approx(3.0 * model.snr_weights[T].mean().item())
