@@ -76,7 +76,11 @@ def main() -> None:
     share = f"{int(right.sum())} of {len(requests)} samples are nearest to their own image"
     logger.info("%s (%.1f %%)", share, 100 * right.float().mean())
     nearest_of_all = distances.amin(1).median()
-    logger.info("median distance to their own image: %.4f, to the nearest image: %.4f", own.median(), nearest_of_all)
+    logger.info(
+        "median distance of a sample to the image of its caption: %.4f, to the nearest: %.4f",
+        own.median(),
+        nearest_of_all,
+    )
     side_by_side = torch.stack([known[targets[:32]], samples[:32]], dim=1).flatten(0, 1)
     save_png(image_grid(side_by_side, columns=16), options.out)
     logger.info("%s: training images, each with its sample to the right", options.out)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 from ldm.util import UserError
-from tests.training_runs import fixture_one_thread, fixture_train, logged, state, the_run  # noqa: F401
+from tests.conftest import ROOT
+from tests.training_runs import (  # noqa: F401
+    fixture_one_thread,
+    fixture_train,
+    logged,
+    state,
+    the_run,
+    write_inputs,
+)
+from tests.waiting import LIMIT
 
 LOGGER = "lightning.callbacks.image_logger.params"
 IMAGES = f"{LOGGER}.disabled=false {LOGGER}.batch_frequency=1"
@@ -101,3 +112,15 @@ def test_a_logger_that_fails_at_every_call_ends_no_run(train, tmp_path, caplog):
     assert [message.strip() for message in caplog.messages].count(said) == 1
     assert "".join(caplog.messages).count("BrokenLogger") == 1
     assert len(logged(run, "train/loss")) == 4, "the CSV log is complete"
+
+
+@pytest.mark.parametrize("redirected", ["> /dev/full 2>&1", "<&- >&- 2>&-"])
+def test_messages_that_cannot_be_written_do_not_end_a_run(tmp_path, redirected):
+    write_inputs(tmp_path)
+    line = f"{sys.executable} {ROOT / 'main.py'} -b tiny.yaml -t --no-test --max_steps 4 {IMAGES} {redirected}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("LDM_RUN_FOLDER", None)
+    assert subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, timeout=LIMIT).returncode == 0
+    run = the_run(tmp_path / "logs")
+    assert state(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert len(logged(run, "train/loss")) == 4 and len(list(run.glob("images/train/samples_gs-*.png"))) == 4

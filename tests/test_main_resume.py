@@ -185,6 +185,38 @@ def test_the_optimizers_own_rate_is_the_one_that_is_printed_and_used_on_resume(t
     assert state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"] == 5e-4
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "where"),
+    [
+        ("", "model.params.optimizer_config.target=torch.optim.AdamW", "model.params.optimizer_config"),
+        (LOW_BIT, "", "model.params.optimizer_config"),
+        (IN_BACKWARD, "", "model.params.optimizer_config.params.optimizer"),
+    ],
+)
+def test_a_resumed_run_uses_the_optimizer_settings_of_its_config(train, tmp_path, caplog, before, now, where):
+    train(f"--max_steps 1 {before}")
+    run = the_run(tmp_path / "logs")
+    caplog.set_level("INFO")
+    train(f"--resume {run} --max_steps 2 {now} {where}.params.weight_decay=0.3 {where}.params.betas=[0.5,0.6]")
+    group = state(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"][0]
+    assert group["weight_decay"] == 0.3 and tuple(group["betas"]) == (0.5, 0.6)
+    assert "The optimizer's weight_decay was 0.01 in the checkpoint; it is 0.3 now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("target=torch.optim.SGD", "the checkpoint's optimizer has no momentum, as SGD does; keep the optimizer"),
+        ("params.amsgrad=True", "the checkpoint's optimizer has amsgrad=False, not True; keep the optimizer"),
+    ],
+)
+def test_another_optimizer_cannot_take_up_the_state_of_the_old_one(train, tmp_path, setting, said):
+    where = "model.params.optimizer_config"
+    train(f"--max_steps 1 {where}.target=torch.optim.AdamW")
+    with pytest.raises(UserError, match=said):
+        train(f"--resume {the_run(tmp_path / 'logs')} --max_steps 2 {where}.{setting}")
+
+
 def test_kept_checkpoints_stay_as_many_after_resumes(train, tmp_path):
     where = "lightning.modelcheckpoint.params"
     options = f"data.params.val_urls=shards/s-000000.tar --val_check_interval 2 {where}.filename={{step}}"

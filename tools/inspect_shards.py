@@ -57,9 +57,9 @@ def main() -> None:
     from ldm.checkpoint import encoder_digests
     from ldm.files import atomic_write
     from ldm.images.grid import save_png
+    from ldm.inspection.data_report import format_inspection
     from ldm.inspection.measure import inspect, is_complete, latent_channels, open_to_inspect, read_first_index
     from ldm.inspection.sheet import contact_sheet
-    from ldm.inspection.text import format_inspection
     from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device
     from ldm.shards.open import check_encoders

@@ -3,6 +3,8 @@
 
 python tools/merge_release.py                        # the newest last.ckpt in logs/; writes merged.ckpt
 python tools/merge_release.py --train-ckpt logs/RUN/checkpoints/last.ckpt --out my-model.safetensors --half
+python tools/merge_release.py --strength 0.7 --out mine.ckpt  # 70 % of the way from the release to the training
+python tools/merge_release.py --release R --lora style.safetensors:0.8 --out R-style.safetensors  # without a training
 """
 
 from __future__ import annotations
@@ -13,18 +15,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import add_vae_option
+from ldm.cli.options import add_lora_option, add_vae_option
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
 from ldm.cli.run import run
+from ldm.util import check_number, refuse_if
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from ldm.release.merge import merge_files  # imports torch, which --help does not need
+    from ldm.release.lora import Lora, add_lora_files  # these import torch, which --help does not need
+    from ldm.release.merge import merge_files
 
+    loras = [Lora(*lora) for lora in arguments.lora]
+    if loras and arguments.train_ckpt is None:
+        add_lora_files(arguments.release, arguments.out, loras, arguments.half, arguments.vae)
+        return
     training = arguments.train_ckpt or newest_checkpoint()
     out = arguments.out or training.with_name("merged.ckpt")
-    merge_files(training, arguments.release, out, arguments.weights, arguments.half, arguments.vae)
+    options = arguments.weights, arguments.half, arguments.vae, arguments.strength, loras
+    merge_files(training, arguments.release, out, *options)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,8 +57,26 @@ def parse_arguments() -> argparse.Namespace:
         help="averaged or raw trained weights (default: ema if the checkpoint has them)",
     )
     add("--half", action="store_true", help="write the weights in float16")
+    add(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="share of the training's change: 0 is the release, 1 the training (default: 1)",
+    )
     add_vae_option(parser)
-    return parser.parse_args()
+    add_lora_option(parser)
+    arguments = parser.parse_args()
+    check_number("--strength", arguments.strength, least=0, whole=False)
+    if arguments.lora and arguments.train_ckpt is None:
+        refuse_if(
+            (arguments.out is None, "--lora without --train-ckpt: give --out too, the release to write"),
+            (arguments.weights, f"--weights {arguments.weights}: beside --lora, needs --train-ckpt; leave it out"),
+            (
+                arguments.strength != 1,
+                "--strength: needs --train-ckpt; that of a LoRA follows its name, --lora FILE:0.8",
+            ),
+        )
+    return arguments
 
 
 if __name__ == "__main__":

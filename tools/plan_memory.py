@@ -104,11 +104,11 @@ def print_step(config: DictConfig, arguments: argparse.Namespace) -> None:
     for name, size in [*((name, peak[name]) for name in CATEGORIES), ("peak", total)]:
         logger.info("  %-12s %7.2f GiB", name, size / GIB)
     logger.info(
-        "  %-12s %7.2f GiB, with %.1f GiB for context and workspaces and %.0f %% for fragmentation",
+        "  %-12s %7.2f GiB, including %.1f GiB for the CUDA context, and %.0f %% for fragmentation",
         "card", needed_bytes(total) / GIB, ALLOWANCE / GIB, 100 * FRAGMENTATION,
     )  # fmt: skip
     logger.info(
-        "  %-12s %7.2f GiB of host memory, with %.1f GiB for Python and the libraries",
+        "  %-12s %7.2f GiB of host memory, including %.1f GiB for Python and the libraries",
         "host", needed_host_bytes(peak[HOST]) / GIB, HOST_ALLOWANCE / GIB,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
         logger.info(json.dumps({"tiers": [vars(fit) for fit in found], "use": use}))
         return
     logger.info(
-        "predicted to fit a card of %g GB, with %.1f GiB for context and workspaces and %.0f %% for fragmentation:",
+        "predicted to fit a card of %g GB, including %.1f GiB for the CUDA context, and %.0f %% for fragmentation:",
         arguments.card, ALLOWANCE / GIB, 100 * FRAGMENTATION,
     )  # fmt: skip
     for fit in found:

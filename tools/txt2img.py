@@ -6,6 +6,7 @@ python tools/txt2img.py --ckpt R --prompt "a red apple" --init-image sketch.png 
 python tools/txt2img.py --ckpt R --prompt "a red apple" --image table.png --mask white-where-to-paint.png
 python tools/txt2img.py --ckpt R --prompt "make it autumn" --image park.png --image-scale 1.5
 python tools/txt2img.py --ckpt R --prompt "a stone statue" --depth park.npy
+python tools/txt2img.py --ckpt R --prompt "a red apple" --lora style.safetensors:0.8
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ldm.cli.inputs import add_input_options, check_input_options, read_inputs
 from ldm.cli.options import (
     SETTINGS,
     add_image_options,
+    add_lora_option,
     add_spacing_options,
     check_image_options,
     check_spacing_options,
@@ -43,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add_image_options(parser)
     add_spacing_options(parser)
     add_input_options(parser)
+    add_lora_option(parser)
     parser.add_argument(
         "--negative-prompt", default="", help="prompt that guidance leads away from; default: the empty prompt"
     )
@@ -99,12 +102,13 @@ def main() -> None:
     from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.lora import Lora
     from ldm.release.model_family import own_side
 
     chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
     config_name, config = release_config(options.ckpt, *chosen, options.trust_config)
     device, dtype = pick_device(options.device), PRECISIONS[options.precision]
-    model = load_release(options.ckpt, config, device, dtype, options.vae)
+    model = load_release(options.ckpt, config, device, dtype, options.vae, [Lora(*lora) for lora in options.lora])
     warn_of_cut(model.cond_stage_model, [*options.prompt, options.negative_prompt])
     side = own_side(model)
     shape = latent_shape(model, *(side if size is None else size for size in (options.H, options.W)))
@@ -123,6 +127,7 @@ def main() -> None:
         **files.settings(),
         **image_sizes(model, inputs.sizes, height, width),
         **{key: value and str(value) for key, value in made_from.items()},
+        **({"lora": [f"{path}:{strength:g}" for path, strength in options.lora]} if options.lora else {}),
     }
     seeds = range(options.seed, options.seed + options.n)
     requests = [Request(prompt, seed, options.negative_prompt) for prompt in options.prompt for seed in seeds]

@@ -1,10 +1,8 @@
-"""Callbacks for resumed runs: learning rates of the present config, checks of optimizer state, and a last warning."""
+"""Callbacks for resumed runs: learning rates and optimizer settings of the present config, and a last warning."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from numbers import Number
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -12,15 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ldm.util import UserError
+from ldm.callbacks.optimizer_settings import Settings, check_state, number, settings_of, use_settings
 
 log = logging.getLogger(__name__)
 
 
 class LearningRateOnResume(Callback):
-    """Callback that gives a resumed run the learning rates of its present config.
+    """Callback that gives a resumed run the learning rates and the optimizer settings of its present config.
 
-    Otherwise the optimizer would use the saved rates, even the last value of a schedule that the config no longer has.
+    Otherwise the optimizer would use the saved ones, even the last rate of a schedule that the config no longer has.
     The callback records the rates of the newly made optimizer before the checkpoint's state is loaded. A `LambdaLR`
     continues at its saved step with the multiplier of the present config. A schedule that is not in the checkpoint
     starts at its first step.
@@ -30,7 +28,7 @@ class LearningRateOnResume(Callback):
         self._is_resumed = False
         self._saved: float | None = None
         self._schedules = 0  # number in the checkpoint
-        self._made: list[list[dict[str, Any]]] = []  # per optimizer: parameter groups without their parameters
+        self._made: list[Settings] = []  # per optimizer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["learning_rate"] = pl_module.learning_rate
@@ -42,16 +40,10 @@ class LearningRateOnResume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the settings of the optimizers, which are made but have not loaded their state."""
-        self._made = [
-            [
-                {key: _number(value) for key, value in group.items() if key != "params"}
-                for group in optimizer.param_groups
-            ]
-            for optimizer in trainer.optimizers
-        ]
+        self._made = [settings_of(optimizer) for optimizer in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the learning rates.
+        """Set the learning rates and the optimizer settings.
 
         Raises:
             UserError: the loaded state does not belong to the optimizers of the config.
@@ -66,11 +58,12 @@ class LearningRateOnResume(Callback):
             what = "has none" if not schedules else "starts its schedule now"
             log.info("The checkpoint has %d learning rate schedules; the run %s", self._schedules, what)
         for optimizer, made in zip(trainer.optimizers, self._made, strict=True):
-            _check_loaded_state(optimizer, made)
+            use_settings(optimizer, made)
+            check_state(optimizer)
             own = next((schedule for schedule in schedules if schedule.optimizer is optimizer), None)
             self._set_rates(optimizer, made, own)
 
-    def _set_rates(self, optimizer: Optimizer, made: list[dict[str, Any]], schedule: LRScheduler | None) -> None:
+    def _set_rates(self, optimizer: Optimizer, made: Settings, schedule: LRScheduler | None) -> None:
         bases = [group.get("initial_lr", group["lr"]) for group in made]
         if schedule is not None and not isinstance(schedule, LambdaLR):
             if not self._saved or not self._schedules:
@@ -93,55 +86,11 @@ class LearningRateOnResume(Callback):
                 _set(group, "initial_lr", base)
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
 def _set(group: dict[str, Any], key: str, rate: float) -> None:
     if isinstance(group.get(key), Tensor):  # some optimizers read it on the device
         group[key].fill_(rate)
     else:
-        group[key] = _number(rate)
-
-
-def _check_loaded_state(optimizer: Optimizer, made: list[dict[str, Any]]) -> None:
-    """Raise `UserError` unless the loaded groups and moments of `optimizer` have the structure of new ones."""
-    for group, own in zip(optimizer.param_groups, made, strict=True):
-        for key, value in own.items():
-            if key in ("lr", "initial_lr"):
-                continue
-            taken = _number(group.get(key))
-            if type(taken) is not type(value) and not (_is_number(taken) and _is_number(value)):
-                raise UserError(
-                    f"the checkpoint's optimizer has {key}={taken!r:.60} but the config's has {value!r}; "
-                    "the file may be damaged"
-                )
-    kinds: Mapping[str, str] | None = None
-    for parameter, moments in optimizer.state.items():
-        found = {key: _kind(value) for key, value in moments.items()}
-        if found and kinds is None:
-            kinds = found
-        elif found and found != kinds:
-            raise UserError(
-                f"the checkpoint's optimizer state holds {sorted(found)} for one parameter and {sorted(kinds)} for "
-                "another, or other types; the file may be damaged"
-            )
-        for key, value in moments.items():
-            if type(value) is Tensor and value.ndim and value.shape != parameter.shape and value.numel() > 1:
-                raise UserError(
-                    f"the checkpoint's optimizer state has {key} of shape {tuple(value.shape)} for a parameter of "
-                    f"shape {tuple(parameter.shape)}; the file may be damaged"
-                )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Number) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "tensor"
-    return "number" if _is_number(value) else type(value).__name__
+        group[key] = number(rate)
 
 
 class NoStepsLeft(Callback):

@@ -99,7 +99,10 @@ class TolerantLogger:
         return _NullWriter()
 
     def _restore(self, before: _CsvState | None) -> None:
-        """Restore the CSV file before a failed write, or drop TensorBoard's writer, whose thread has ended."""
+        """Undo a failed write.
+
+        The CSV file gets its content of `before`. TensorBoard's writer is dropped, because its thread has ended.
+        """
         if isinstance(self.logger, TensorBoardLogger):
             self.logger._experiment = None  # the next write opens a new file
             self._next_try = time.monotonic() + _SECONDS_BETWEEN_TRIES

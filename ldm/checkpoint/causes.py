@@ -13,8 +13,8 @@ _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _LABELS = f"{UNET}label_emb."
 _CONTEXT = re.compile(rf"^{re.escape(UNET)}.*\.attn2\.to_k\.weight$")
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
-# Names that stand beside, or end the name of, a quantised weight: its scale and the like. EMA names have no dots, so that
-# that of `to_q.weight` would match.
+# Names that stand beside, or end the name of, a quantised weight: its scale and the like. EMA names have no dots, so
+# that the EMA of `to_q.weight` would match.
 _SCALES = re.compile(
     rf"^(?!{re.escape(EMA)})(?:.*[._])?"
     r"(?:scale_weight|weight_scale|scale_input|scaled_fp8|absmax|quant_map|qweight|qzeros|scales|SCB)$"

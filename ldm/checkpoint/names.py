@@ -149,7 +149,7 @@ def _kind(key: str) -> str:
 
 
 def _label(key: str) -> str:
-    """Return the name of an unused value for a message."""
+    """Return the name that messages show for an unused value."""
     if _LORA.search(key):
         return "lora_*"
     return ".".join(key.split(".")[:2]) if key.startswith(_PARTS) else _kind(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from ldm.cli.paths import CONVENTIONAL_RELEASE
@@ -33,6 +34,33 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def add_vae_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that replaces the autoencoder of a release."""
     parser.add_argument("--vae", type=Path, metavar="FILE", help="file with an autoencoder that replaces the release's")
+
+
+def add_lora_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that adds LoRAs to a release. Its value is a list of pairs of file and strength."""
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA, LoCon or DoRA to add, one or more; strength 1 unless given",
+    )
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Return the file and the strength of an entry `FILE[:STRENGTH]`. A file of the whole name takes precedence."""
+    name, colon, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not (name and colon) or Path(text).exists():
+        return Path(text), 1.0
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{text}: the strength must be a finite number")
+    return Path(name), strength
 
 
 def add_config_options(parser: argparse.ArgumentParser, what: str = "config of the release") -> None:

@@ -26,11 +26,15 @@ _LOGGER = ("lightning", "logger")
 
 
 def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
-    """Check `config`, plain dicts and lists with all `${...}` replaced, against the policy. Import nothing.
+    """Check `config` against the policy, without importing anything.
 
     A `target` must be on the list of `ldm.config.allowed`. No key or value may run a command or be a URL. No text in
-    `lightning.logger` may refer to an environment variable, because loggers replace it. Values at the paths `typed`
-    come from the command line and are trusted.
+    `lightning.logger` may refer to an environment variable, because loggers insert the variable's value.
+
+    Args:
+        config: plain dicts and lists, with all `${...}` replaced.
+        source: name of the config in messages.
+        typed: paths of values from the command line, which are trusted.
 
     Raises:
         UserError: a text violates the policy. The message names `source` and the text.
@@ -50,7 +54,7 @@ def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
         if effect is None and "${" in text:
             effect = "forms an interpolation after replacement"
         if effect is None and path[:2] == _LOGGER and "$" in text:
-            effect = "refers to the environment, which loggers replace"
+            effect = "refers to an environment variable, whose value loggers insert"
         if effect is not None:
             raise UserError(f"{source}: {text!r:.100} {effect}; {_HINT}")
 

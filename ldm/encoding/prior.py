@@ -142,7 +142,8 @@ def open_images(encoder: SampleEncoder, urls: str, out: str) -> ShardDataset:
     latents, (context, *_) = list(dataset.shapes[LATENT]), dataset.shapes[CONTEXT]
     if len(latents) > 1:
         raise UserError(
-            f"--shards {urls}: images of {len(latents)} sizes; a prior needs one size, that of the training set"
+            f"--shards {urls}: has images of {len(latents)} sizes; give shards with images of one size, that of the "
+            "training set"
         )
     model.check_batch_shapes({model.first_stage_key: latents[0], model.cond_stage_key: context})
     return dataset

@@ -42,8 +42,8 @@ def format_table(rows: Sequence[Row]) -> str:
             str(len(row.result.image_set)),
             f"{row.overall.loss_base.value:.5f}",
             f"{row.overall.loss_tuned.value:.5f}",
-            _format_interval(row.overall.loss_ratio),
-            _format_interval(row.overall.drift),
+            format_interval(row.overall.loss_ratio),
+            format_interval(row.overall.drift),
         ]
         for row in rows
     ]
@@ -51,14 +51,20 @@ def format_table(rows: Sequence[Row]) -> str:
         head += ["base to tuned", "base to image", "tuned to image"]
         for line, row in zip(lines, rows, strict=True):
             line += [f"{interval.value:.4f}" for interval in row.samples.values()]
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    return aligned([head, *lines])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return `lines` of cells as text in columns: the first aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in [head, *lines]
+        for line in lines
     )
 
 
-def _format_interval(interval: Interval) -> str:
+def format_interval(interval: Interval) -> str:
+    """Return the value and its confidence interval in brackets, if it has one."""
     if interval.low is None or interval.high is None:
         return f"{interval.value:.4g}"
     return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"

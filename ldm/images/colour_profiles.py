@@ -195,7 +195,7 @@ def _to_linear_srgb(primaries: Sequence[float]) -> np.ndarray:
 
 
 def _by_primaries(image: Image.Image, gamma: float | None, primaries: Sequence[float]) -> Image.Image:
-    """Convert `image` with `primaries`, and `gamma` or sRGB's curve if it is None, to sRGB."""
+    """Convert `image` from the given `primaries` and `gamma` to sRGB. A gamma of None stands for sRGB's curve."""
     matrix = _to_linear_srgb(primaries)
     if not np.isfinite(matrix).all():
         raise ValueError("invalid primaries")

@@ -170,7 +170,7 @@ class _Transfer:
             return [source.to(device, non_blocking=True) for source in sources]
 
     def _sources(self, block: nn.Module, changed: bool) -> list[Tensor]:
-        """Return the block's parameters in the type of the copies, in pinned memory if they have another type."""
+        """Return the block's parameters in the dtype of the copies. Converted ones are in pinned memory."""
         if all(parameter.dtype == self._dtype for parameter in block.parameters()):
             return [parameter.detach() for parameter in block.parameters()]
         if block not in self._pinned:

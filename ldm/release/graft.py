@@ -1,4 +1,7 @@
-"""Grafting of released weights into a training checkpoint that `main.py --resume` takes."""
+"""Grafting: a training checkpoint gets the weights of a release in place of its own.
+
+`main.py --resume` takes the result.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def _ema_origins(state_dict: Weights, release: Weights) -> dict[str, str]:
 
 
 def grafted_checkpoint(training: Mapping[str, Any], grafted: Graft) -> dict[str, Any]:
-    """Return the Lightning checkpoint `training` with the grafted weights and without optimizer moments.
+    """Return the Lightning checkpoint `training` with the weights of `grafted` and without optimizer moments.
 
     Loops, step, schedulers and the optimizers' param groups are kept.
     """

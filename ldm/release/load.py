@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ldm.checkpoint.markers import compare_markers
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.release.initialisation import without_initialisation
+from ldm.release.lora import Lora, add_loras
 from ldm.release.opening import release_of
 from ldm.util import UserError
 
@@ -43,6 +44,7 @@ def load_release(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | Path | None = None,
+    loras: Sequence[Lora] = (),
 ) -> LatentDiffusion:
     """Return the model of `config` with the weights of `ckpt`, for inference.
 
@@ -50,6 +52,7 @@ def load_release(
         config: the result of `load_config`, or the path of an untrusted config.
         dtype: of the networks. The diffusion schedule stays in float32.
         vae: a file whose autoencoder replaces that of the release.
+        loras: added to the weights, in float32.
 
     A depth model whose file lacks the depth network has None in its place.
 
@@ -70,6 +73,7 @@ def load_release(
         model.depth_model = None
     if has_part(report.missing, EMA):
         model.restart_ema()
+    add_loras(model, loras, ckpt)
     for part in (model.model, model.first_stage_model, model.cond_stage_model):
         if part is not None:
             part.to(dtype)

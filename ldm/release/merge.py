@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ from ldm.checkpoint.names import is_carried
 from ldm.locks import locked_file
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.opening import Release, release_of, training_weights
+from ldm.release.lora import Lora, with_loras
+from ldm.release.mixture import weighted_sum
+from ldm.release.opening import Release, check_not_replaced, release_of, training_weights
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
 from ldm.util import UserError
 
@@ -48,8 +50,6 @@ Weights = Mapping[str, torch.Tensor]
 
 # Parts that a training may lack. They are then kept from the release.
 _OPTIONAL_PARTS = (FIRST_STAGE, *TEXT_ENCODERS)
-# Digests of the weights that other programs store in the metadata of a release. A merge makes them wrong.
-_STALE_METADATA = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 @dataclass
@@ -81,6 +81,7 @@ def merge(
     *,
     weights: str | None = None,
     half: bool = False,
+    strength: float = 1.0,
 ) -> Merge:
     """Return `release` with every weight that `training` changed, cast to the release's dtype.
 
@@ -92,6 +93,7 @@ def merge(
             None is `ema` if the training has a moving average, else `raw`. The EMA keys of the release get the
             training's moving average, or the raw weights if it has none.
         half: cast floating-point weights to float16. The noise schedule keeps its dtype.
+        strength: share of the training's change: 0 is the release, 1 the training.
 
     Raises:
         UserError: the architectures differ, or `weights` is `ema` and the training has no moving average. Computing a
@@ -119,7 +121,9 @@ def merge(
         dtype = torch.float16 if half and released.is_floating_point() and key not in SCHEDULE_KEYS else released.dtype
         if changed:
             (result.averaged if key.startswith(EMA) else result.trained).append(key)
-            result.state_dict[key] = _converted(origin, training[origin], dtype, start=release[reference])
+            result.state_dict[key] = _converted(
+                origin, training[origin], dtype, release[reference], 1.0 if key in EMA_COUNTERS else strength
+            )
         else:
             result.untouched.append(key)
             result.state_dict[key] = released if dtype == released.dtype else _converted(key, released, dtype)
@@ -153,15 +157,18 @@ def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
     return not same_values(trained, converted(in_memory(released), trained.dtype))
 
 
-def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.Tensor | None = None) -> Pending:
+def _converted(
+    key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.Tensor | None = None, strength: float = 1.0
+) -> Pending:
     """Return `tensor` cast to `dtype`, computed when it is written.
 
-    An element that equals `start` in the dtype of `tensor` is taken from `start`.
+    An element that equals `start` in the dtype of `tensor` is taken from `start`. The others move from `start` by the
+    share `strength`.
     """
 
     def compute() -> torch.Tensor:
         value = in_memory(tensor)
-        new = converted(value, dtype)
+        new = converted(value if strength == 1 else _between(in_memory(start), value, strength), dtype)
         if start is not None:
             old = in_memory(start)
             new = torch.where(value == converted(old, value.dtype), converted(old, dtype), new)
@@ -177,29 +184,49 @@ def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype, start: torch.
     return Pending(tuple(tensor.shape), dtype, compute)
 
 
+def _between(start: torch.Tensor, value: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return the tensor between `start` and `value`, in at least float32. A number that is not real is `value`'s."""
+    if not value.is_floating_point():
+        return value
+    precise = torch.promote_types(value.dtype, torch.float32)
+    return weighted_sum([converted(start, precise), converted(value, precise)], [strength])
+
+
 def merge_files(
-    training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool, vae: Path | None = None
+    training_path: Path,
+    release_path: Path,
+    out: Path,
+    weights: str | None,
+    half: bool,
+    vae: Path | None = None,
+    strength: float = 1.0,
+    loras: Sequence[Lora] = (),
 ) -> None:
     """Merge `training_path` and `release_path` into the release `out`, and log the origin of its keys.
 
     The suffix of `out` chooses the format. Keys are named as in the release file, and its unused values are copied. The
-    release's metadata is kept, except for digests of the weights. `weights` and `half` are as in `merge`. The
-    autoencoder of the file `vae`, if given, replaces that of the release.
+    release's metadata is kept, except for digests of the weights. `weights`, `half` and `strength` are as in `merge`.
+    The autoencoder of the file `vae`, if given, replaces that of the release. `loras` are added to the result.
 
     Raises:
         UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     check_suffix(out)
     with locked_file(out):
-        _merge_files(training_path, release_path, out, weights, half, vae)
+        _merge_files(training_path, release_path, out, weights, half, vae, strength, loras)
 
 
 def _merge_files(
-    training_path: Path, release_path: Path, out: Path, weights: str | None, half: bool, vae: Path | None
+    training_path: Path,
+    release_path: Path,
+    out: Path,
+    weights: str | None,
+    half: bool,
+    vae: Path | None,
+    strength: float,
+    loras: Sequence[Lora],
 ) -> None:
-    for path in (training_path, release_path):
-        if out.exists() and path.exists() and out.samefile(path):
-            raise UserError(f"{out}: would replace one of the files to merge; choose another --out")
+    check_not_replaced(out, (training_path, release_path, *(lora.path for lora in loras)))
     training, release = open_checkpoint(training_path), open_checkpoint(release_path)
     check_training_checkpoint(training.content, training_path, weights_alone=True)
     check_release(release.content, release_path)
@@ -214,11 +241,13 @@ def _merge_files(
     if vae is not None:
         trained = {key: value for key, value in trained.items() if not key.startswith(FIRST_STAGE)}
     try:
-        merged = merge(trained, opened.weights, weights=weights, half=half)
+        merged = merge(trained, opened.weights, weights=weights, half=half, strength=strength)
         log.info("\n".join(merged.summary()))
-        metadata = {key: text for key, text in release.metadata.items() if key not in _STALE_METADATA}
-        content = _with_prediction(opened.named.restored(merged.state_dict), opened, trained, noted)
-        save_state_dict(content, out, metadata=metadata)
+        if strength != 1:
+            log.info("strength %g: that share of the training's change of each weight", strength)
+        state_dict = with_loras(merged.state_dict, loras, release_path)
+        content = _with_prediction(opened.named.restored(state_dict), opened, trained, noted)
+        save_state_dict(content, out, metadata=opened.lasting_metadata)
     except UserError as error:
         raise UserError(f"{training_path} into {release_path}: {error}") from error
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))

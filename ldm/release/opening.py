@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
+# Digests of the weights in the metadata of other programs' releases. A change of the weights makes them wrong.
+_DIGESTS = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _ENDS = ("encoder.conv_in.weight", "decoder.conv_out.weight")  # of an autoencoder's encoder and decoder
 
 
@@ -36,8 +38,13 @@ class Release:
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes of the weights, and of the values that no model uses."""
+        """Shapes of all values of the file: the weights, and the values that no model uses."""
         return shapes_of(self.named.with_carried())
+
+    @property
+    def lasting_metadata(self) -> dict[str, str]:
+        """Metadata that stays true if the weights change."""
+        return {key: text for key, text in self.metadata.items() if key not in _DIGESTS}
 
 
 def open_release(path: str | Path, vae: str | Path | None = None) -> Release:
@@ -60,6 +67,13 @@ def release_of(
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _log_names(named, Path(path))
     return Release(Path(path), named if vae is None else _with_autoencoder(named, vae), opened.metadata)
+
+
+def check_not_replaced(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise `UserError` if writing `out` would replace one of the files `inputs`."""
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise UserError(f"{out}: would replace one of the files to merge; choose another --out")
 
 
 def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:

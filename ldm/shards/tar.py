@@ -55,7 +55,10 @@ def check_name(name: str, where: str) -> None:
 
 
 class Member(tarfile.TarInfo):
-    """Header of a tar that raises if it is damaged, where tarfile ends the tar. Extended headers have a size limit."""
+    """Tar header that raises an error if it is damaged. `tarfile` takes a damaged header for the end of the tar.
+
+    Extended headers have a size limit.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:

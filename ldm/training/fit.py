@@ -104,7 +104,9 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise UserError(f"{folder}: {error.strerror or error}") from error
+        raise UserError(
+            f"{folder}: cannot be read or written ({error.strerror or error}); mend this, or give another --logdir"
+        ) from error
     except MisconfigurationException as error:
         raise UserError(f"lightning: {' '.join(str(error).split())}") from error
     except ValueError as error:

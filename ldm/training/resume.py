@@ -169,7 +169,7 @@ def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set
     weights = checkpoint.content["state_dict"]
     report = load_into(model, weights, source=str(checkpoint.path))
     if has_part(report.missing, EMA):
-        log.info("%s: has no moving average; it starts from the weights", checkpoint.path)
+        log.info("%s: has no moving average; the moving average starts from the weights of this file", checkpoint.path)
         model.restart_ema()
     return set(report.missing)
 

@@ -147,7 +147,7 @@ def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, .
 
 
 def _claim_folder(first: Path) -> tuple[Path, tuple[Path, ...]]:
-    """Make the folder `first`, or `first`-2, `first`-3, … if it exists, so that runs of the same second differ."""
+    """Make the folder `first`; if it exists, `first`-2, `first`-3 and so on. Runs may start in the same second."""
     outer = make_folders(first.parent)
     for number in itertools.count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")

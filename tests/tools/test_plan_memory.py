@@ -65,8 +65,8 @@ def test_a_step_by_category(plan) -> None:
         ["temporaries", "0.00", "GiB"],
         ["peak", "12.00", "GiB"],
     ]
-    assert " ".join(lines[7]) == "card 12.96 GiB, with 0.6 GiB for context and workspaces and 3 % for fragmentation"
-    assert " ".join(lines[8]) == "host 1.50 GiB of host memory, with 1.5 GiB for Python and the libraries"
+    assert " ".join(lines[7]) == "card 12.96 GiB, including 0.6 GiB for the CUDA context, and 3 % for fragmentation"
+    assert " ".join(lines[8]) == "host 1.50 GiB of host memory, including 1.5 GiB for Python and the libraries"
     streamed = plan("--base demo_tiny.yaml minimal.yaml --batch 1").splitlines()
     assert streamed[6].split() == ["peak", "2.00", "GiB"] and streamed[8].split()[:2] == ["host", "16.50"]
 

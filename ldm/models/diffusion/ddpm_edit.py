@@ -54,7 +54,8 @@ class LatentDiffusion(LatentFinetuneDiffusion):
         return [encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded]
 
     def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        super().check_batch_shapes(shapes)
+        # In released configs, `cond_stage_key` names the pair: in stored samples it is the image, not the caption.
+        super().check_batch_shapes({key: shape for key, shape in shapes.items() if key not in self.concat_keys})
         check_map(self.concat_keys[0], shapes, (self.channels, 2 * self.channels))
 
     def encode_conditioning(self, batch: Batch) -> Conditioning:

@@ -253,7 +253,8 @@ class Sampler:
 
         def of_each_sample() -> Tensor:
             # Sampled on the generator's device, usually the CPU, so that a seed gives the same image on any device.
-            return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators]).to(device)
+            values = torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators])
+            return values.to(device, non_blocking=True)
 
         return of_each_sample
 

@@ -32,9 +32,9 @@ _CLASSES = 1000
 class MiDaSInference(nn.Module):
     """Relative depth of images: (B, 3, H, W) in [-1, 1] → (B, 1, H, W), larger for nearer objects.
 
-    H and W must be multiples of 32; the network was trained at 384. transformers builds the network from its sizes.
-    The weights come with the checkpoint, and nothing is ever downloaded. State-dict keys are the released ones,
-    `model.*`. The network is never trained.
+    H and W must be multiples of 32; the network was trained at 384. The package transformers builds the network from
+    its layer sizes. The weights come with the checkpoint, and nothing is ever downloaded. State-dict keys are those of
+    the released weights, `model.*`. The network is never trained.
 
     Args:
         model_type: `dpt_hybrid`.

@@ -26,6 +26,7 @@ CASES = [
         ((*RELEASE, f"model.diffusion_model.out.0.{name}"), RELEASE, "weights are quantised")
         for name in ("scale_weight", "weight_scale", "weight.absmax", "weight.quant_map", "scaled_fp8", "qweight")
     ),
+    ((*RELEASE, "model_ema.diffusion_modelattn1to_qweight"), RELEASE, "default"),  # the EMA of `to_q.weight`
     (XL, RELEASE, "layout of SDXL"),
     (XL, RELEASE[:2], "layout of SDXL"),
     (XL, XL[:3], "default"),  # a training without text encoders, such as of another SDXL

@@ -127,7 +127,7 @@ def test_urls_ask_for_trust(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lightning: {logger: {params: {name: '$HOME'}}}", r"'\$HOME' refers to the environment"),
+        ("lightning: {logger: {params: {name: '$HOME'}}}", r"'\$HOME' refers to an environment variable"),
         ("lightning: {logger: {params: {version: 'a${HOME}'}}}", "an untrusted config may only use|not found"),
         ("lightning: {trainer: {model_registry: mine}}", "'mine' uploads checkpoints"),
     ],

@@ -247,6 +247,7 @@ def test_edit_dataset_names_what_is_no_prompt(prompt):
 
 
 def test_a_list_names_no_image_outside_its_folder():
+    Path("data/rfw/images").mkdir(parents=True)
     write_list("data/rfw/train.txt", ["1.png", "../../secret.png"])
     with pytest.raises(UserError, match=r"an image of the list '../../secret.png' is outside the folder"):
         RFWTrain(8, 8)

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from ldm.inspection.data_report import format_inspection
 from ldm.inspection.measure import Moments, inspect, latent_channels, open_to_inspect
-from ldm.inspection.text import format_inspection
 from ldm.shards import npy
 from ldm.shards.writer import Shard
 from ldm.util import UserError

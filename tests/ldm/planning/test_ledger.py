@@ -30,6 +30,15 @@ def test_sizes_are_multiples_of_the_allocators_block() -> None:
     del kept
 
 
+def test_sizes_on_the_host_are_not_rounded_as_on_cuda() -> None:
+    with FakeTensorMode(), Ledger() as ledger, ledger.naming(HOST):
+        kept = [torch.empty(1), torch.empty(129)]
+        del kept
+        later = torch.empty(1)
+    assert ledger.host_peak() == 64 + 576 and ledger.peak() == counted()
+    del later
+
+
 def test_name_applies_from_allocation_and_excludes_the_host() -> None:
     with FakeTensorMode(), Ledger() as ledger:
         weight, elsewhere = torch.empty(1024), torch.empty(4096)

@@ -358,3 +358,17 @@ def test_merge_files_refuses_another_family(files, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model\.ckpt: is Stable Diffusion XL, the training is of Stable Diffusion 1;"):
         merge_files(*files, tmp_path / "merged.safetensors", None, False)
     assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_strength_is_the_share_of_the_trainings_change():
+    start = release(torch.float16, ema=True)
+    trained = training(ema=True, start=start)
+    for strength in (0, 0.25, 1, 1.5):
+        found = values(merge(trained, start, strength=strength))
+        for key in (*MODEL, *map(ema_key, MODEL)):
+            target = trained[key if key.startswith("model_ema.") else ema_key(key)]
+            expected = ((1 - strength) * start[key].float() + strength * target).half()
+            assert identical(found[key], expected), (key, strength)
+        unmoved = [key for key in start if not key.startswith(("model.", "model_ema."))]
+        assert all(identical(found[key], start[key]) for key in unmoved)
+        assert found["model_ema.decay"] == trained["model_ema.decay"]

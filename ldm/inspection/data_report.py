@@ -1,4 +1,4 @@
-"""Text report of an inspection."""
+"""Report on a data set, as text: the lines and columns that `inspect_shards` prints."""
 
 from __future__ import annotations
 

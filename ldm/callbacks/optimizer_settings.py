@@ -1,0 +1,115 @@
+"""Settings of a resumed optimizer: those of the present config, and a check of the state from the checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ldm.util import UserError, takes
+
+log = logging.getLogger(__name__)
+
+_RATES = ("lr", "initial_lr")  # of LearningRateOnResume
+# Settings that choose an implementation, not a result.
+_IMPLEMENTATION = ("capturable", "differentiable", "foreach", "fused")
+# Settings that need moments of their own, which a state made without them lacks.
+_NEED_MOMENTS = ("amsgrad", "centered", "momentum")
+_KEEP = "keep the optimizer of the run, or start a new run from its weights with model.params.ckpt_path"
+
+Settings = list[dict[str, Any]]  # per group of parameters
+
+
+def settings_of(optimizer: Optimizer) -> Settings:
+    """Return the parameter groups of `optimizer` without their parameters, with tensors of one number as numbers."""
+    return [{key: number(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def number(value: Any) -> Any:
+    """Return `value`, or its number if it is a tensor of one number."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def use_settings(optimizer: Optimizer, made: Settings) -> None:
+    """Give `optimizer`, which has loaded a state, the settings `made` that its config describes.
+
+    A state dict brings the settings of the run that saved it, such as its weight decay. Values that the optimizer
+    itself keeps in its groups, and the learning rates, stay.
+
+    Raises:
+        UserError: the state is of another class of optimizer, or lacks moments that a setting needs.
+    """
+    cls = type(getattr(optimizer, "inner", optimizer))  # InBackward wraps the optimizer that has the settings
+    for group, own in zip(optimizer.param_groups, made, strict=True):
+        for key, value in own.items():
+            if key in _RATES:
+                continue
+            saved = group.get(key)
+            if key not in group and value is not None and not isinstance(value, bool):
+                raise UserError(f"the checkpoint's optimizer has no {key}, as {cls.__name__} does; {_KEEP}")
+            if not takes(cls, key):
+                _check_kind(key, saved, value)
+            elif _plain(saved) != _plain(value):
+                if key in _NEED_MOMENTS and not saved:
+                    raise UserError(f"the checkpoint's optimizer has {key}={saved!r:.60}, not {value!r}; {_KEEP}")
+                if key not in _IMPLEMENTATION:
+                    log.info("The optimizer's %s was %.60r in the checkpoint; it is %r now", key, saved, value)
+                group[key] = value
+        if group.get("fused") or group.get("capturable"):
+            _move_steps(optimizer, group["params"])
+
+
+def check_state(optimizer: Optimizer) -> None:
+    """Raise `UserError` unless the loaded moments of `optimizer` have the structure of new ones."""
+    kinds: Mapping[str, str] | None = None
+    for parameter, moments in optimizer.state.items():
+        found = {key: _kind(value) for key, value in moments.items()}
+        if found and kinds is None:
+            kinds = found
+        elif found and found != kinds:
+            raise UserError(
+                f"the checkpoint's optimizer state holds {sorted(found)} for one parameter and {sorted(kinds)} for "
+                "another, or other types; the file may be damaged"
+            )
+        for key, value in moments.items():
+            if type(value) is Tensor and value.ndim and value.shape != parameter.shape and value.numel() > 1:
+                raise UserError(
+                    f"the checkpoint's optimizer state has {key} of shape {tuple(value.shape)} for a parameter of "
+                    f"shape {tuple(parameter.shape)}; the file may be damaged"
+                )
+
+
+def _check_kind(key: str, saved: Any, own: Any) -> None:
+    """Raise `UserError` unless `saved`, which the optimizer keeps in a group, has the type of a new one."""
+    saved = number(saved)
+    if type(saved) is not type(own) and not (_is_number(saved) and _is_number(own)):
+        raise UserError(
+            f"the checkpoint's optimizer has {key}={saved!r:.60} but the config's has {own!r}; the file may be damaged"
+        )
+
+
+def _move_steps(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Move the numbers of steps to the devices of `parameters`, where a fused optimizer reads them."""
+    for parameter in parameters:
+        step = optimizer.state.get(parameter, {}).get("step")
+        if isinstance(step, Tensor) and step.device.type == "cpu" and parameter.device.type != "cpu":
+            optimizer.state[parameter]["step"] = step.to(parameter.device)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting so that equal ones compare as equal: betas as a tuple, tensors as numbers."""
+    return tuple(map(number, value)) if isinstance(value, list | tuple) else number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "tensor"
+    return "number" if _is_number(value) else type(value).__name__

@@ -1,0 +1,234 @@
+"""Extraction of a LoRA: the difference of two releases of one model as low-rank factors, in the format of kohya.
+
+The best factors of rank r are those of the singular value decomposition (Eckart and Young 1936). The energy of a change
+is ‖ΔW‖², its squared Frobenius norm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import converted, in_memory, is_finite, is_optional, save_state_dict
+from ldm.checkpoint.keys import FIRST_STAGE
+from ldm.evaluation.report import aligned
+from ldm.locks import locked_file
+from ldm.release.layer_names import Layer, kohya_names, layers_of
+from ldm.release.mixture import check_same_model
+from ldm.release.opening import Release, check_not_replaced, open_release
+from ldm.release.recognition import find_family
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+_SMALL = 256  # side up to which the whole decomposition is as fast as a random projection
+_SPARE = 16  # columns of the random projection beyond the rank (arXiv:0909.4061, section 4.2)
+_ITERATIONS = 4  # power iterations, for spectra that fall slowly (section 4.5)
+_FIRST_RANK = 32  # of the search for a share of the energy
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rank of the factors: `rank`, or the least rank that keeps the share `energy` of each layer's change."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+
+class Extracted(NamedTuple):
+    """Layer of an extraction: its rank, and the energy of the change and of what the factors leave out."""
+
+    layer: Layer
+    rank: int
+    energy: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Layers of an extraction, and what the LoRA does not hold.
+
+    Args:
+        others: energies of changed weights that a LoRA does not hold, by key.
+        autoencoder: True if the autoencoders differ.
+    """
+
+    layers: Sequence[Extracted]
+    others: dict[str, float]
+    autoencoder: bool
+
+    def table(self) -> str:
+        """Return a line per block: its layers, their ranks, and the energy kept."""
+        blocks: dict[str, list[Extracted]] = defaultdict(list)
+        for found in self.layers:
+            blocks[found.layer.block].append(found)
+        rows = [(name, *_described(found)) for name, found in (*blocks.items(), ("all", self.layers))]
+        return aligned([("block", "layers", "rank", "energy kept"), *rows])
+
+    def left_out(self) -> list[str]:
+        """Return a line for each kind of change that the LoRA does not hold."""
+        lines = []
+        if self.others:
+            lost = sum(self.others.values())
+            share = lost / (lost + sum(found.energy for found in self.layers))
+            lines.append(
+                f"{len(self.others)} changed weights are not in the LoRA, {share:.2%} of the whole change: "
+                f"{', '.join(list(self.others)[:3])}{', …' if len(self.others) > 3 else ''}"
+            )
+        if self.autoencoder:
+            lines.append("the autoencoders differ; a LoRA holds none: give the tuned one to --vae")
+        return lines
+
+
+def _described(found: Sequence[Extracted]) -> tuple[str, str, str]:
+    ranks = sorted({each.rank for each in found})
+    kept = 1 - sum(each.lost for each in found) / sum(each.energy for each in found)
+    return str(len(found)), f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}", f"{max(kept, 0):.4f}"
+
+
+def extract_files(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    target: Target,
+    half: bool = False,
+    all_layers: bool = False,
+    device: str | torch.device = "cpu",
+) -> Extraction:
+    """Write the difference of the releases `tuned` and `base` to `out` as a LoRA, and return its record.
+
+    Layers with the same weights are left out. With `half`, the factors are float16.
+
+    Args:
+        all_layers: take the UNet's first and last convolution and its embeddings too.
+        device: of the decompositions.
+
+    Raises:
+        UserError: a file cannot be read, the releases are not of one model, or no layer differs. Nothing is written in
+            this case.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: the name must end in .safetensors, the format of LoRA files")
+    check_not_replaced(out, (base, tuned))
+    with locked_file(out):
+        before, after = open_release(base), open_release(tuned)
+        check_same_model(before, after)
+        weights, found = extract(before, after, target, torch.float16 if half else torch.float32, all_layers, device)
+        save_state_dict(weights, out, metadata=_metadata(before, found.layers, target))
+    log.info("wrote %s (%.1f MB, %d layers)", out, out.stat().st_size / 1e6, len(found.layers))
+    return found
+
+
+def extract(
+    before: Release, after: Release, target: Target, dtype: torch.dtype, all_layers: bool, device: str | torch.device
+) -> tuple[dict[str, Tensor], Extraction]:
+    """Return the weights of a LoRA file with the change from `before` to `after`, and the record of the extraction."""
+    layers = [layer for layer in layers_of(before.shapes) if all_layers or not layer.is_outside]
+    names = kohya_names(layers, before.weights)
+    weights: dict[str, Tensor] = {}
+    found = []
+    for layer, change in _changes(layers, before, after, device):
+        down, up = factors_of(change.flatten(1), target)
+        down, up = down.reshape(-1, *change.shape[1:]).to(dtype), up.to(dtype)
+        lost = (change.flatten(1) - up.float() @ down.float().flatten(1)).square().sum().item()
+        if not (is_finite(down) and is_finite(up)):
+            raise UserError(f"{layer.key}: its change is too large for {dtype}; leave out --half")
+        found.append(Extracted(layer, len(down), change.square().sum().item(), lost))
+        if change.ndim == 4:
+            up = up[:, :, None, None]
+        name = names[layer]
+        weights |= {f"{name}.lora_down.weight": down.cpu(), f"{name}.lora_up.weight": up.contiguous().cpu()}
+        weights[f"{name}.alpha"] = torch.tensor(float(len(down)), dtype=dtype)
+    if not found:
+        raise UserError(f"{after.path}: has the weights of {before.path} in all layers that a LoRA holds")
+    return weights, Extraction(found, *_others(layers, before, after))
+
+
+def factors_of(change: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """Return A (r, in) and B (out, r) with B A ≈ `change` (out, in), both of the same size."""
+    side = min(change.shape)
+    energy = change.square().sum()
+    wanted = min(target.rank or _FIRST_RANK, side)
+    while True:
+        left, values, right = _decomposed(change, wanted)
+        kept = values.square().cumsum(0)
+        if target.energy is None:
+            rank = wanted
+            break
+        enough = (kept >= target.energy * energy).nonzero()
+        if len(enough) or len(values) == side:
+            rank = int(enough[0]) + 1 if len(enough) else side
+            break
+        wanted = min(2 * wanted, side)
+    root = values[:rank].clamp(min=0).sqrt()
+    return root[:, None] * right[:, :rank].T, left[:, :rank] * root
+
+
+def _decomposed(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return at least `rank` singular vectors and values U, S, V of `change`, by a random projection if it is large."""
+    side = min(change.shape)
+    if side <= _SMALL or 4 * (rank + _SPARE) > side:
+        left, values, right = torch.linalg.svd(change, full_matrices=False)
+        return left, values, right.T
+    with torch.random.fork_rng(devices=[change.device] if change.is_cuda else []):
+        torch.manual_seed(0)  # the same file each time
+        return torch.svd_lowrank(change, q=rank + _SPARE, niter=_ITERATIONS)
+
+
+def _changes(
+    layers: Sequence[Layer], before: Release, after: Release, device: str | torch.device
+) -> Iterator[tuple[Layer, Tensor]]:
+    """Yield the layers that differ, and their changes in float32."""
+    for layer in layers:
+        change = _difference(layer.key, before, after)
+        if layer.rows:
+            change = change[slice(*layer.rows)]
+        if not is_finite(change):
+            raise UserError(f"{layer.key}: differs by values that are not finite; is {after.path} damaged or diverged?")
+        if change.any():
+            yield layer, change.to(device)
+
+
+def _difference(key: str, before: Release, after: Release) -> Tensor:
+    old, new = (converted(in_memory(release.weights[key]), torch.float32) for release in (before, after))
+    return new - old
+
+
+def _others(layers: Sequence[Layer], before: Release, after: Release) -> tuple[dict[str, float], bool]:
+    """Return the energies of the changed weights that are in none of `layers`, and True if the autoencoders differ."""
+    held = {layer.key for layer in layers}
+    others, autoencoder = {}, False
+    for key, value in before.weights.items():
+        if key in held or is_optional(key) or not value.is_floating_point():
+            continue
+        energy = _difference(key, before, after).square().sum().item()
+        if energy and key.startswith(FIRST_STAGE):
+            autoencoder = True
+        elif energy:
+            others[key] = energy
+    return others, autoencoder
+
+
+def _metadata(release: Release, layers: Sequence[Extracted], target: Target) -> dict[str, str]:
+    """Return the metadata by which other programs tell the model of a LoRA. It names no file and no person."""
+    rank = str(target.rank) if target.energy is None else "Dynamic"  # as kohya's tools write for several ranks
+    family = find_family(release.shapes)
+    about = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    if family is not None:
+        about["ss_v2"] = str(family.key.startswith("sd2"))
+        about["ss_base_model_version"] = _version(family.key, family.parameterization)
+    return about
+
+
+def _version(key: str, parameterization: str) -> str:
+    if key.startswith("sdxl"):
+        return "sdxl_base_v1-0"
+    start = "sd_v2" if key.startswith("sd2") else "sd_v1"
+    return f"{start}_v" if parameterization == "v" else start

@@ -1,0 +1,175 @@
+"""Names of the layers of UNets and text towers in this package, in diffusers, and in the LoRA files of kohya.
+
+The names follow from the keys and shapes of a release alone, for any number of levels and blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, TOWERS, UNET, has_part
+from ldm.release.recognition import Shapes
+
+# Parts of a release, by their names in diffusers.
+UNET_PART, TEXT_1, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
+# Prefixes of kohya's names, by part: for releases with one text tower, and for SDXL.
+_ONE_TOWER = {UNET_PART: "lora_unet_", TEXT_1: "lora_te_"}
+_TWO_TOWERS = {UNET_PART: "lora_unet_", TEXT_1: "lora_te1_", TEXT_2: "lora_te2_"}
+PREFIXES = {prefix: part for table in (_ONE_TOWER, _TWO_TOWERS) for part, prefix in table.items()}
+
+# Modules outside of the blocks, and modules of a residual block, in diffusers' terms.
+_OUTSIDE = {
+    **{"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"},
+    **{"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"},
+    **{"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"},
+}
+_RESIDUAL = {
+    **{"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"},
+    **{"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"},
+}
+_MIDDLE = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_block.resnets.1"}
+_BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(\w+)")
+# Layers of a text tower: of CLIP, whose names diffusers has, and of OpenCLIP.
+_CLIP = re.compile(r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
+_OPEN_CLIP = re.compile(r"transformer\.resblocks\.(\d+)\.(attn\.in_proj_weight|(?:attn|mlp)\.\w+\.weight)")
+_OPEN_CLIP_NAMES = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Matrix of a release that a LoRA can change.
+
+    Args:
+        key: key of the weight.
+        shape: of the weight, or of its rows that are the layer's.
+        part: `unet`, `text_encoder` or `text_encoder_2`.
+        paths: paths of the module in its part: of this package, and of diffusers. Both are equal if there is one.
+        rows: first row and end of the layer in a weight that holds several layers.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    part: str
+    paths: tuple[str, str]
+    rows: tuple[int, int] | None = None
+
+    @property
+    def flat_names(self) -> set[str]:
+        """Names by which files tell the layer from others of its part, with underscores for dots."""
+        return {flat(path) for path in self.paths}
+
+    @property
+    def is_outside(self) -> bool:
+        """True for the UNet's first and last convolution and its embeddings, which kohya's files do not hold."""
+        return self.part == UNET_PART and self.paths[0] in _OUTSIDE
+
+    @property
+    def block(self) -> str:
+        """Name of the block for a report: of the UNet's blocks, or the part."""
+        if self.part != UNET_PART:
+            return self.part
+        first, second = self.paths[0].split(".")[:2]
+        return f"{first}.{second}" if first.endswith("_blocks") else first
+
+
+def flat(path: str) -> str:
+    """Return `path` with underscores for dots."""
+    return path.replace(".", "_")
+
+
+def layers_of(shapes: Shapes) -> list[Layer]:
+    """Return the layers of a release whose keys have these `shapes`: matrices and convolutions, without embeddings."""
+    shapes = {key: tuple(shape) for key, shape in shapes.items()}
+    return [*_unet_layers(shapes), *_text_layers(shapes)]
+
+
+def kohya_names(layers: Iterable[Layer], keys: Iterable[str]) -> dict[Layer, str]:
+    """Return the names of `layers` in kohya's files, for a release with these `keys`.
+
+    UNets of SDXL have the names of this package there, and all others those of diffusers.
+    """
+    keys = list(keys)
+    is_xl = has_part(keys, f"{UNET}label_emb.") or has_part(keys, CONDITIONER)
+    prefixes = _TWO_TOWERS if is_xl else _ONE_TOWER
+    return {layer: prefixes[layer.part] + flat(layer.paths[0 if is_xl else 1]) for layer in layers}
+
+
+def _unet_layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
+    paths = {
+        key: key.removeprefix(UNET).removesuffix(".weight")
+        for key, shape in shapes.items()
+        if key.startswith(UNET) and key.endswith(".weight") and len(shape) in (2, 4)
+    }
+    theirs = diffusers_paths([key.removeprefix(UNET) for key in shapes if key.startswith(UNET)])
+    for key, path in paths.items():
+        yield Layer(key, shapes[key], UNET_PART, (path, theirs(path)))
+
+
+def diffusers_paths(keys: Iterable[str]) -> Callable[[str], str]:
+    """Return a function from the path of a module to diffusers' path, for a UNet with these `keys` below its prefix.
+
+    A level of the way down ends with a downsampling layer, one of the way up with an upsampling layer.
+    """
+    children: dict[tuple[str, int], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for key in keys:
+        match = _BLOCK.match(key)
+        if match and f"{match[1]}.{match[2]}" != "input_blocks.0":
+            children[match[1], int(match[2])][match[3]].add(match[4])
+    blocks = {f"middle_block.{number}": name for number, name in _MIDDLE.items()}
+    whole = dict(_OUTSIDE)
+    for side, other in (("input_blocks", "down_blocks"), ("output_blocks", "up_blocks")):
+        level = place = 0
+        for number in sorted(number for found, number in children if found == side):
+            ends = False
+            for child, names in children[side, number].items():
+                path = f"{side}.{number}.{child}"
+                if "op" in names or ("conv" in names and child != "0"):
+                    sampler = ("op", "downsamplers") if "op" in names else ("conv", "upsamplers")
+                    whole[f"{path}.{sampler[0]}"] = f"{other}.{level}.{sampler[1]}.0.conv"
+                    ends = True
+                else:
+                    blocks[path] = f"{other}.{level}.{'resnets' if child == '0' else 'attentions'}.{place}"
+            level, place = (level + 1, 0) if ends else (level, place + 1)
+
+    def theirs(path: str) -> str:
+        if path in whole:
+            return whole[path]
+        head, tail = _split(path)
+        return f"{blocks[head]}.{_RESIDUAL.get(tail, tail)}" if head in blocks and path not in _OUTSIDE else path
+
+    return theirs
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Return the path of a block's child, such as `input_blocks.1.0`, and the rest."""
+    parts = path.split(".")
+    count = 2 if parts[0] == "middle_block" else 3
+    return ".".join(parts[:count]), ".".join(parts[count:])
+
+
+def _text_layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
+    for prefix, part in ((COND_STAGE, TEXT_1), (TOWERS[0], TEXT_1), (TOWERS[1], TEXT_2)):
+        for key, shape in shapes.items():
+            if not key.startswith(prefix):
+                continue
+            path = key.removeprefix(prefix)
+            if path.endswith(".weight") and _CLIP.fullmatch(clip := path[:-7].removeprefix("transformer.")):
+                yield Layer(key, shape, part, (clip, clip))
+            elif match := _OPEN_CLIP.fullmatch(path.removeprefix("model.")):
+                yield from _open_clip_layers(key, shape, part, int(match[1]), match[2])
+
+
+def _open_clip_layers(key: str, shape: tuple[int, ...], part: str, number: int, name: str) -> Iterator[Layer]:
+    """Yield the layers in a weight of OpenCLIP. The first projection holds those of q, k and v."""
+    above = f"text_model.encoder.layers.{number}"
+    if name == "attn.in_proj_weight":
+        size = shape[0] // 3
+        for place, letter in enumerate("qkv"):
+            path = f"{above}.self_attn.{letter}_proj"
+            yield Layer(key, (size, *shape[1:]), part, (path, path), (place * size, (place + 1) * size))
+    elif (own := name.removesuffix(".weight")) in _OPEN_CLIP_NAMES:
+        path = f"{above}.{_OPEN_CLIP_NAMES[own]}"
+        yield Layer(key, shape, part, (path, path))

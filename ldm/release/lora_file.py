@@ -1,0 +1,169 @@
+"""LoRA files of kohya, LyCORIS, diffusers and PEFT.
+
+A layer's change is ΔW = α/r · B A with A (r, in) and B (out, r) (arXiv:2106.09685, section 4.1). For a convolution, A
+has its kernel and B is 1×1, or a core lies between both. DoRA adds the magnitude of the changed weight
+(arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import converted, in_memory, open_checkpoint, weights_of
+from ldm.release.layer_names import PREFIXES, TEXT_1, TEXT_2, UNET_PART, flat
+from ldm.util import UserError
+
+Name = tuple[str, str]  # part of the release, and path of the layer with underscores for dots
+
+# Starts of keys with dotted paths, by part, longest first.
+_DOTTED = {f"{TEXT_2}.": TEXT_2, f"{TEXT_1}.": TEXT_1, f"{UNET_PART}.": UNET_PART, "diffusion_model.": UNET_PART}
+_PEFT = "base_model.model."
+_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")  # of diffusers until 0.26
+_TENSORS = {
+    "down": r"lora_down\.weight|lora_A(?:\.default)?\.weight|lora(?:_linear_layer)?\.down\.weight",
+    "up": r"lora_up\.weight|lora_B(?:\.default)?\.weight|lora(?:_linear_layer)?\.up\.weight",
+    "mid": r"lora_mid\.weight",
+    "alpha": r"alpha",
+    "dora_scale": r"dora_scale",
+    "magnitude": r"lora_magnitude_vector(?:\.default)?(?:\.weight)?",
+}
+_KEY = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _TENSORS.items()) + ")")
+_OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "diff": "full differences", "on_input": "IA3"}
+_METADATA = "lora_adapter_metadata"  # of diffusers
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Change of one layer.
+
+    Args:
+        down: A, (r, in) or (r, in, kh, kw).
+        up: B, (out, r) or (out, r, 1, 1).
+        mid: core (r, r, kh, kw) of a convolution; `down` is (r, in, 1, 1) then.
+        scale: α / r.
+        magnitude: m of DoRA, (out, 1) or (1, in).
+    """
+
+    down: Tensor
+    up: Tensor
+    mid: Tensor | None
+    scale: float
+    magnitude: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the change as a matrix (out, in · kh · kw)."""
+        kernel = 1 if self.mid is None else self.mid[0, 0].numel()
+        return self.up.shape[0], self.down[0].numel() * kernel
+
+    def change(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ΔW as a matrix (out, in · kh · kw)."""
+
+        def read(tensor: Tensor) -> Tensor:
+            return converted(in_memory(tensor), dtype).to(device)
+
+        down, up = read(self.down), read(self.up).flatten(1)
+        if self.mid is not None:
+            down = torch.einsum("abhw,bi->aihw", read(self.mid), down.flatten(1))
+        return self.scale * (up @ down.flatten(1))
+
+
+def read_lora(path: str | Path) -> dict[Name, Factors]:
+    """Return the factors in the file at `path` by layer.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else than LoRA, LoCon or DoRA.
+    """
+    opened = open_checkpoint(path)
+    tensors: dict[Name, dict[str, Tensor]] = defaultdict(dict)
+    paths: dict[Name, str] = {}
+    for key, value in weights_of(opened.content, path).items():
+        part, dotted = _part_of(_PROCESSOR.sub(_in_layer, key).removeprefix(_PEFT))
+        match = _KEY.fullmatch(dotted)
+        if match is None:
+            last = key.rpartition(".")[2]
+            other = next((name for mark, name in _OTHER_KINDS.items() if last.startswith(mark)), None)
+            what = f"is {other}" if other else "is not the name of a LoRA's weight"
+            raise UserError(f"{path}: {key} {what}; this program reads LoRA, LoCon and DoRA")
+        name = part, flat(match[1])
+        paths[name] = match[1]
+        tensors[name][match.lastgroup] = value
+    alphas = _Alphas(opened.metadata, path)
+    return {
+        name: _factors(found, alphas.of(name[0], paths[name]), f"{path}: {paths[name]}")
+        for name, found in tensors.items()
+    }
+
+
+def _in_layer(match: re.Match) -> str:
+    return f".{match[1]}{'.0' if match[1] == 'to_out' else ''}.lora."
+
+
+def _part_of(key: str) -> tuple[str, str]:
+    """Return the part of the release that `key` belongs to, and the key below it."""
+    for start, part in (*PREFIXES.items(), *_DOTTED.items()):
+        if key.startswith(start):
+            return part, key.removeprefix(start)
+    return UNET_PART, key
+
+
+def _factors(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> Factors:
+    if "down" not in tensors or "up" not in tensors:
+        raise UserError(f"{where}: lacks one of its two factors; the file is incomplete, download it again")
+    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
+    rank = down.shape[0] if down.ndim else 0
+    fits = min(down.ndim, up.ndim) >= 2 and rank and up[0].numel() == rank
+    if not fits or (
+        mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank) or down[0].numel() != down.shape[1])
+    ):
+        raise UserError(f"{where}: has factors of shapes {tuple(down.shape)} and {tuple(up.shape)}, which do not fit")
+    if "alpha" in tensors:
+        alpha = float(in_memory(tensors["alpha"]).reshape(-1)[0]) if tensors["alpha"].numel() == 1 else float("nan")
+    scale = 1.0 if alpha is None else alpha / rank
+    if not math.isfinite(scale):
+        raise UserError(f"{where}: its alpha is not a finite number")
+    magnitude = tensors.get("dora_scale")
+    if magnitude is not None:  # (out, 1, …), or (1, in, …)
+        magnitude = in_memory(magnitude).flatten(1) if magnitude.ndim > 1 else in_memory(magnitude)[:, None]
+    elif "magnitude" in tensors:
+        magnitude = in_memory(tensors["magnitude"]).reshape(-1, 1)
+    return Factors(down, up, mid, scale, magnitude)
+
+
+class _Alphas:
+    """α in the metadata of diffusers' files, which hold none beside the weights."""
+
+    def __init__(self, metadata: Mapping[str, str], path: str | Path) -> None:
+        try:
+            values = json.loads(metadata.get(_METADATA, "{}"))
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: its metadata {_METADATA} is damaged; save the file again without it")
+        self.values: dict[str, Any] = values
+        self.path = path
+
+    def of(self, part: str, layer: str) -> float | None:
+        """Return α of the layer with the dotted path `layer`, or None if it is the rank."""
+        alpha, rank = self.values.get(f"{part}.lora_alpha"), self.values.get(f"{part}.r")
+        others = self.values.get(f"{part}.alpha_pattern") or {}
+        if self.values.get(f"{part}.use_rslora") or not isinstance(others, dict):
+            raise UserError(f"{self.path}: has a rank-stabilised scale (use_rslora), which is not supported; fuse it")
+        for name, other in others.items():
+            if not re.fullmatch(r"[\w.]+", name):
+                raise UserError(f"{self.path}: alpha_pattern {name!r:.80} is not the name of a layer; fuse the file")
+            if f".{layer}".endswith(f".{name}"):
+                alpha = other
+        if alpha is not None and not (isinstance(alpha, (int, float)) and isinstance(rank, int)):
+            raise UserError(f"{self.path}: lora_alpha {alpha!r:.40} in its metadata is not a number; save it again")
+        return alpha

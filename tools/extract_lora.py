@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Extract the difference of two releases of one model as a LoRA, in the format that web UIs and diffusers open.
+
+python tools/extract_lora.py --base R --tuned mine.safetensors --out mine-lora.safetensors --rank 32 --half
+python tools/extract_lora.py --base R --tuned mine.safetensors --out mine-lora.safetensors --energy 0.9
+python tools/extract_lora.py --base R --tuned mine.safetensors --out mine-lora.safetensors --check 'shards/cats/*.tar'
+
+Prints the energy kept per block: the share of the squared norm of the weights' change that the LoRA holds. --check
+evaluates the base with the LoRA: it prints its denoising loss and its drift beside those of the tuned release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+
+from ldm.cli.options import add_config_options
+from ldm.cli.run import HelpFormatter, Lines, run
+from ldm.config.trust import add_trust_option
+from ldm.util import check_number
+
+logger = logging.getLogger(__name__)
+
+RANK = 64
+
+
+def main() -> None:
+    options = parse_arguments()
+    # Slow imports come after parsing, so that --help answers at once.
+    from ldm.release.extraction import Target, extract_files
+    from ldm.release.load import pick_device
+    from ldm.release.lora_evaluation import compare_with_tuned
+
+    target = Target(options.rank or (None if options.energy else RANK), options.energy)
+    device = pick_device(options.device)
+    found = extract_files(options.base, options.tuned, options.out, target, options.half, options.all_layers, device)
+    logger.info("%s", Lines(found.table()))
+    for line in found.left_out():
+        logger.info("%s", line)
+    if options.check is not None:
+        chosen = options.config, options.parameterization, device, options.trust_config
+        table = compare_with_tuned(options.base, options.tuned, options.out, options.check, *chosen)
+        logger.info("%s", Lines(table))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--base", type=Path, required=True, help="release before fine-tuning")
+    add("--tuned", type=Path, required=True, help="release after fine-tuning")
+    add("--out", type=Path, required=True, help="file to write, .safetensors")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=int, help=f"rank of each layer; default: {RANK}")
+    size.add_argument("--energy", type=float, help="share of the change to keep in each layer, at the least rank")
+    add("--half", action="store_true", help="write the factors in float16")
+    add(
+        "--all-layers",
+        action="store_true",
+        help="also take the UNet's first and last convolution and its embeddings, which older programs refuse",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--check", metavar="SHARDS", help="evaluate the base with the LoRA on these shards")
+    add_config_options(parser, "with --check, config of both releases")
+    add_trust_option(parser)
+    options = parser.parse_args()
+    check_number("--rank", options.rank, least=1, optional=True)
+    check_number("--energy", options.energy, above=0, most=1, whole=False, optional=True)
+    return options
+
+
+if __name__ == "__main__":
+    run(main)
