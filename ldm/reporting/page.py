@@ -19,8 +19,6 @@ from ldm.reporting.settings import differences, flat
 from ldm.reporting.training_sets import TrainingSet
 from ldm.util import escaped
 
-REPORT = "report.html"  # in the run folder
-IMAGE_BUDGET = 5 << 20  # bytes of logged images in a page
 _HERE = Path(__file__).parent
 _MOST_MOMENTS = 300
 
@@ -172,7 +170,7 @@ def _compare(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "names": labels,
         "runs": [(label, run.state, str(run.metrics.steps + 1)) for label, run in zip(labels, runs, strict=True)],
         "figures": draw_comparison(list(zip(labels, metrics, strict=True))),
-        "metrics": rows,
+        "metrics": [row for row in rows if any(row[1:])],
         "columns": list(range(1, len(runs) + 1)),
         "settings": [(row.key, *row.values) for row in differences([flat(run.settings.config) for run in runs])],
     }

@@ -39,14 +39,14 @@ def read_settings(configs: Sequence[Path], given: Sequence[str], problems: list[
     If a name in `given`, the run's `--base`, is not that of a shipped config, the nearest shipped config is taken.
     References and values from the environment are kept as text.
     """
-    config = _merged(configs, problems)
+    config = merged_config(configs, problems)
     if not config:
         return Settings({}, [], [])
     base = [Path(name).name for name in given]
     is_shipped = base and all((_SHIPPED / name).is_file() for name in base)
     if not is_shipped:
         base = [name] if (name := _nearest(config)) else []
-    shipped = _merged([find_config(_SHIPPED / name) for name in base], problems)
+    shipped = merged_config([find_config(_SHIPPED / name) for name in base], problems)
     return Settings(config, base, differences([{**_DEFAULTS, **flat(shipped)}, flat(config)]) if base else [])
 
 
@@ -74,7 +74,8 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _merged(paths: Sequence[Path], problems: list[str]) -> dict[str, Any]:
+def merged_config(paths: Sequence[Path], problems: list[str]) -> dict[str, Any]:
+    """Merge the configs at `paths` from left to right. A damaged one is left out, with a line in `problems`."""
     config = OmegaConf.create()
     for path in paths:
         try:

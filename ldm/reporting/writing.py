@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ldm.callbacks.signals import TrainingStopped
 from ldm.distributed.ranks import is_first_process
 from ldm.events import END, FAULT, STOP
-from ldm.reporting.page import IMAGE_BUDGET, REPORT, write_page
 from ldm.reporting.run_folder import RunRecord, read_run
+from ldm.reporting.settings import merged_config
 from ldm.reporting.training_sets import load_first_stage, read_contents
 from ldm.training.run import Run
 from ldm.util import UserError
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
+
+REPORT = "report.html"  # in the run folder
+_IMAGE_BUDGET = 5 << 20  # bytes of logged images in a page
 
 
 def report_path(folders: Sequence[Path]) -> Path:
@@ -34,7 +37,9 @@ def write_report(folders: Sequence[Path], out: Path, samples: int = 0) -> None:
     Raises:
         UserError: a folder is missing, or not of a run.
     """
-    runs = [read_run(folder, IMAGE_BUDGET // len(folders)) for folder in folders]
+    from ldm.reporting.page import write_page  # imports matplotlib, for which the start of a run need not wait
+
+    runs = [read_run(folder, _IMAGE_BUDGET // len(folders)) for folder in folders]
     for run in runs:
         _add_contents(run, samples)
     write_page(runs, out)
@@ -84,14 +89,14 @@ def report_at_end(run: Run) -> Iterator[None]:
             raise
         finally:
             if not is_quitting and run.configs.is_dir():
-                _write_tolerantly(run.folder)
+                _write_tolerantly(run)
 
 
-def _write_tolerantly(folder: Path) -> None:
+def _write_tolerantly(run: Run) -> None:
     try:
-        record = read_run(folder, IMAGE_BUDGET)
-        if (record.settings.config.get("lightning") or {}).get("report") is not False:
-            write_page([record], folder / REPORT)
-            log.info("Report: %s", folder / REPORT)
+        section = merged_config(run.saved_configs, []).get("lightning") or {}
+        if section.get("report") is not False:
+            write_report([run.folder], run.folder / REPORT)
+            log.info("Report: %s", run.folder / REPORT)
     except Exception as error:  # a report that fails must not change how the run ends
         log.warning("\nNo report: %s", _first_line(error))

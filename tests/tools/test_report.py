@@ -23,7 +23,7 @@ def test_report_of_a_training_with_its_samples(train, tmp_path: Path, run_tool) 
     page = (run / "report.html").read_text()
     assert page.count("<td>start</td>") == page.count("<td>end</td>") == 2
     assert page.count('alt=""') == 2  # the decoded samples
-    assert "<td>run</td>" in page and "Captions: median" in page
+    assert "Loss of training by band of timesteps" in page and "Captions: median" in page
     assert (run / "report.html").stat().st_size < 1 << 20
 
 
@@ -37,7 +37,7 @@ def test_a_report_that_fails_does_not_fail_the_run(train, tmp_path: Path, monkey
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("ldm.reporting.writing.write_page", fail)
+    monkeypatch.setattr("ldm.reporting.page.write_page", fail)
     assert train("--max_steps 1 lightning.report=true") == 0
     assert "No report: a defect" in caplog.text
 

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from ldm.reporting.page import IMAGE_BUDGET, write_page
+from ldm.reporting.page import write_page
 from ldm.reporting.run_folder import read_run
 from ldm.reporting.strips import Shown
 from ldm.reporting.training_sets import Contents
@@ -13,7 +13,7 @@ from tests.run_folders import METRICS, write_evaluation, write_metrics, write_ru
 
 
 def page_of(*folders: Path, change=lambda runs: None) -> str:
-    runs = [read_run(folder, IMAGE_BUDGET) for folder in folders]
+    runs = [read_run(folder, 1 << 20) for folder in folders]
     change(runs)
     out = folders[0] / "report.html"
     write_page(runs, out)
