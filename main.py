@@ -36,6 +36,7 @@ def main() -> None:
     from ldm.callbacks.signals import SignalRequests
     from ldm.config.load import build_data
     from ldm.planning.warning import begin_forecast, warn_if_too_large
+    from ldm.reporting.writing import report_at_end
     from ldm.training.callbacks import build_callbacks
     from ldm.training.fit import fit, test
     from ldm.training.loggers import build_loggers
@@ -44,7 +45,7 @@ def main() -> None:
     from ldm.training.trainer import build_trainer, merge_config, set_learning_rate
 
     plan = plan_run(arguments)
-    with hold_run(plan), SignalRequests() as requests, _debugger_on_error(arguments.debug):
+    with hold_run(plan), report_at_end(plan), SignalRequests() as requests, _debugger_on_error(arguments.debug):
         config = merge_config(arguments, plan)
         forecast = begin_forecast(config) if arguments.train else None  # in parallel with reading weights and data
         checkpoint = read_training_checkpoint(plan.resume)
@@ -57,7 +58,7 @@ def main() -> None:
         del checkpoint  # the trainer holds it until it is restored
         if arguments.train:
             set_learning_rate(model, config, trainer)
-            warn_if_too_large(config, trainer.strategy, forecast)
+            warn_if_too_large(config, trainer.strategy, forecast, plan.events)
             fit(trainer, model, data, config, plan)
         if not arguments.no_test:
             test(trainer, model, data, config)

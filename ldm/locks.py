@@ -126,6 +126,27 @@ def check_not_written(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_held(path: Path) -> bool:
+    """Return True if the owner named in the lock file `path` is running, or is on another machine.
+
+    Takes no lock, so that it cannot be in the way of a writer.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        owner = _owner(descriptor)
+    except OSError:  # a folder
+        return False
+    finally:
+        os.close(descriptor)
+    if not owner or owner["host"] != os.uname().nodename:
+        return bool(owner)
+    start = owner.get("start")
+    return is_running(owner["pid"], start if isinstance(start, int) else None)
+
+
 def run_of(checkpoint: Path) -> Path | None:
     """Return the run folder for the path `checkpoint`, which may not exist, or None if there is no run."""
     for folder in (checkpoint.parent, checkpoint.parent.resolve()):

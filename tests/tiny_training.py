@@ -27,6 +27,7 @@ def finetune_config(key: str, shards: Path | str, release: Path | None = None) -
     config["data"]["params"] |= {"batch_size": 2, "num_workers": 0, "training_urls": str(shards)}
     config["lightning"] = {
         "callbacks": {"image_logger": {"params": {"disabled": True}}},
+        "report": False,
         "trainer": {"log_every_n_steps": 1, "enable_model_summary": False},
     }
     return config

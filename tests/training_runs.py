@@ -84,6 +84,7 @@ CONFIG = {
     },
     "lightning": {
         "callbacks": {"image_logger": {"params": {"disabled": True}}},
+        "report": False,  # its figures take longer than the training
         "trainer": {"log_every_n_steps": 1, "enable_model_summary": False},
     },
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -21,12 +20,12 @@ from ldm.callbacks.tolerance import Tolerance, write_tolerantly
 from ldm.distributed.dtensor import is_sharded
 from ldm.files import check_within
 from ldm.images.grid import image_grid, save_png
+from ldm.images.logged_names import logged_name, parse_logged_name
 from ldm.util import UserError, check_number, check_params
 
 log = logging.getLogger(__name__)
 
 _KEEP_FIRST = 10  # number of first steps whose images are always kept
-_NAME = re.compile(r".+_gs-(\d+)_e-\d+_b-\d+\.png")
 
 
 class ImageLogger(Callback):
@@ -170,12 +169,11 @@ class ImageLogger(Callback):
             return
         folder = Path(trainer.default_root_dir) / "images" / split
         check_within(trainer.default_root_dir, folder, "images in")
-        place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         samples = len(next(iter(images.values())))
         for key, value in images.items():
             grid = self._grid(value, self._columns(key, len(value), samples))
             with self._images():
-                save_png(grid, folder / f"{key}_{place}.png".replace("/", "_"))
+                save_png(grid, folder / logged_name(key, trainer.global_step, trainer.current_epoch, batch_idx))
             for logger in trainer.loggers:
                 if not isinstance(logger, TensorBoardLogger) or self._has_room(logger):
                     _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
@@ -222,9 +220,9 @@ def remove_old_images(folder: Path, first: int, newest: int) -> None:
     """Remove this logger's images in `folder`, except those of the `first` and the `newest` steps."""
     steps: dict[int, list[Path]] = {}
     for path in folder.glob("*.png"):
-        found = _NAME.fullmatch(path.name)
+        found = parse_logged_name(path.name)
         if found:
-            steps.setdefault(int(found[1]), []).append(path)
+            steps.setdefault(found.step, []).append(path)
     for step in sorted(steps)[first:-newest]:
         for path in steps[step]:
             path.unlink(missing_ok=True)

@@ -47,6 +47,8 @@ PREDICTION_MARKERS = (V_PREDICTION, ZERO_SNR)
 EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # Entry of a training checkpoint: the UNet's prediction, in the terms of the config.
 PREDICTION = "parameterization"
+# Entry of a training checkpoint: `name` and `sha256` of the release file that training started from.
+RELEASE = "release"
 # Unused parts of OpenCLIP text towers, which files may lack. SDXL uses the projection.
 _UNUSED_BY_TOWERS = (
     *(f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection"),

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.strategies import Strategy
 
 from ldm.distributed.ranks import is_first_process
+from ldm.events import FORECAST, EventLog
 from ldm.planning.card import AS_GIVEN, GIB, needed_bytes, needed_host_bytes, tiers, with_tier
 from ldm.planning.forecast import forecast, start_forecast
 from ldm.planning.ledger import HOST
@@ -29,11 +30,13 @@ def begin_forecast(config: DictConfig) -> subprocess.Popen | None:
     return start_forecast(config) if torch.cuda.is_available() and is_first_process() else None
 
 
-def warn_if_too_large(config: DictConfig, strategy: Strategy, begun: subprocess.Popen | None = None) -> None:
+def warn_if_too_large(
+    config: DictConfig, strategy: Strategy, begun: subprocess.Popen | None = None, events: EventLog | None = None
+) -> None:
     """Warn if a training step of `config` does not fit the free memory of a CUDA device, and name a setting that does.
 
     The forecast assumes one device with all weights, so there is no warning if they are partitioned. `begun` is the
-    process of `begin_forecast`.
+    process of `begin_forecast`. The forecast is added to `events`.
     """
     if strategy.root_device.type != "cuda" or isinstance(strategy, ShardedStrategy) or not is_first_process():
         return
@@ -41,15 +44,17 @@ def warn_if_too_large(config: DictConfig, strategy: Strategy, begun: subprocess.
     try:
         if begun is not None:
             begun.wait()
-        compare(config, free, _installed_memory())
+        needs, on_host = compare(config, free, _installed_memory())
+        if events is not None:
+            events.add(FORECAST, device_bytes=needs, host_bytes=on_host)
     except Exception as error:  # a forecast that fails must not keep a run from starting
         log.info("The memory of a step cannot be predicted (%s)", str(error).partition("\n")[0])
 
 
-def compare(config: DictConfig, free: int, ram: int | None = None) -> None:
+def compare(config: DictConfig, free: int, ram: int | None = None) -> tuple[int, int]:
     """Warn if a step of `config` needs more than `free` bytes of the device, or more than `ram` bytes of the host.
 
-    The warning names the first batch size or tier that fits.
+    The warning names the first batch size or tier that fits. Return the bytes needed on the device and on the host.
 
     Raises:
         UserError: see `peak_of_step`.
@@ -58,7 +63,7 @@ def compare(config: DictConfig, free: int, ram: int | None = None) -> None:
     log.info("A training step is predicted to need %.1f GiB of the GPU; %.1f GiB are free", needs / GIB, free / GIB)
     lacks_ram = ram is not None and on_host > ram
     if needs <= free and not lacks_ram:
-        return
+        return needs, on_host
     images = config.data.params.batch_size
     advice = "nothing fits; train on smaller images or on a larger GPU"
     for tier in (AS_GIVEN, *tiers()):
@@ -80,6 +85,7 @@ def compare(config: DictConfig, free: int, ram: int | None = None) -> None:
         else f"{needs / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free"
     )
     log.warning("This will run out of memory: %s; %s", lacking, advice)
+    return needs, on_host
 
 
 def _needs(config: DictConfig, images: int | None = None) -> tuple[int, int]:

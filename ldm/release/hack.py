@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
-from ldm.checkpoint.keys import PREDICTION
+from ldm.checkpoint.keys import PREDICTION, RELEASE
 from ldm.checkpoint.markers import check_markers, marked_parameterization
 from ldm.config.load import build_model
 from ldm.locks import locked_file
@@ -23,6 +23,7 @@ from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.opening import Release, release_of, training_weights
 from ldm.release.recognition import check_same_family, log_family, shapes_of, warn_of_new_prediction
+from ldm.shards.verify import file_sha256
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def hack_training(
         from ldm.release.initial_checkpoint import checkpoint_at_start  # imports Lightning, which takes seconds
 
         content = checkpoint_at_start(grafted.state_dict)
-    _write(_with_notes(content, released.weights, noted), out, "CONFIG")
+    _write(_with_notes(content, released.weights, noted, release_path), out, "CONFIG")
 
 
 @_locked
@@ -102,7 +103,7 @@ def hack_config(chosen: Chosen, release_path: Path, out: Path, vae: Path | None 
     warn_of_new_prediction(released.shapes, release_path, chosen.prediction)
     grafted = graft(state_dict, released.weights, release_path)
     log.info("\n".join(grafted.summary()))
-    content = _with_notes(checkpoint_at_start(grafted.state_dict), released.weights, chosen.prediction)
+    content = _with_notes(checkpoint_at_start(grafted.state_dict), released.weights, chosen.prediction, release_path)
     _write(content, out, chosen.as_typed())
 
 
@@ -115,11 +116,14 @@ def _released(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) 
     return opened
 
 
-def _with_notes(content: dict, released: dict, prediction: str | None) -> dict:
-    """Return `content` with what a resumed training compares: digests of the release's encoders, and the prediction."""
+def _with_notes(content: dict, released: dict, prediction: str | None, path: Path) -> dict:
+    """Return `content` with what a resumed training compares: digests of the release's encoders, and the prediction.
+
+    Name and checksum of the release file at `path` are for the report of a run.
+    """
     callbacks = {**content.get("callbacks", {}), "SameEncoders": encoder_digests(released)}
     noted = {} if prediction is None else {PREDICTION: prediction}
-    return {**content, "callbacks": callbacks, **noted}
+    return {**content, "callbacks": callbacks, **noted, RELEASE: {"name": str(path), "sha256": file_sha256(path)}}
 
 
 def _check_out(out: Path, release: Path) -> None:

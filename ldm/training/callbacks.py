@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from ldm.callbacks.accumulation import MeanOfBatches
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
+from ldm.callbacks.events import RunEvents
 from ldm.callbacks.forgetting import Forgetting
 from ldm.callbacks.progress import ProgressBar
 from ldm.callbacks.resume import LearningRateOnResume, NoStepsLeft
@@ -38,6 +39,7 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
     },
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
     "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
+    "timestep_losses": {"target": "ldm.callbacks.timestep_losses.TimestepLosses"},
 }
 # Callback that public configs change without a target. It keeps the weights at intervals.
 _TRAINSTEPS = "metrics_over_trainsteps_checkpoint"
@@ -73,6 +75,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
             config=OmegaConf.masked_copy(config, ["model", "data"]),
             lightning_config=section,
         ),
+        RunEvents(run.events, run.resume, seed),
     ]
     refresh_rate = section.trainer.get("progress_bar_refresh_rate", 1)
     if section.trainer.get("enable_progress_bar") is not False and refresh_rate != 0:

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 
 from ldm.distributed.collectives import broadcast_text
 from ldm.distributed.ranks import is_first_process, launched
+from ldm.events import EventLog
 from ldm.files import check_within, remove_leftovers
 from ldm.locks import LOCK, check_not_written, locked, make_folders, remove_empty, run_of
 from ldm.training.arguments import Arguments
@@ -52,6 +54,10 @@ class Run:
     def saved_configs(self) -> list[Path]:
         """Configs saved by earlier starts of this run, oldest first."""
         return sorted(self.configs.glob("*.yaml"))
+
+    @cached_property
+    def events(self) -> EventLog:
+        return EventLog(self.folder)
 
 
 def plan_run(arguments: Arguments) -> Run:

@@ -41,6 +41,7 @@ _LIGHTNING_KEYS = (
     "find_unused_parameters",
     "metrics_over_trainsteps_checkpoint",
     "scale_lr",  # the switch --scale_lr, saved with the run
+    "report",  # false writes no report at the end
 )
 
 
@@ -74,6 +75,8 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
         section["scale_lr"] = True
     if not isinstance(section["scale_lr"], bool):
         raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
+    if section.get("report") not in (None, True, False):
+        raise UserError(f"lightning.report {section['report']!r}: give true or false")
     section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
     section["trainer"] = without_nulls(plain(section["trainer"]))

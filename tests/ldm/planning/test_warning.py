@@ -39,7 +39,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_step_that_fits_is_logged_without_a_warning(planned: pytest.LogCaptureFixture) -> None:
-    start.compare(BASE, needed_bytes(14 * GIB))
+    assert start.compare(BASE, needed_bytes(14 * GIB))[0] == needed_bytes(14 * GIB)
     assert "predicted to need 15.0 GiB of the GPU; 15.0 GiB are free" in planned.text
     assert not [record for record in planned.records if record.levelno >= logging.WARNING]
 

@@ -1,5 +1,6 @@
 """What the hack does with files when something goes wrong; tests/tools has what it writes."""
 
+import hashlib
 import os
 
 import pytest
@@ -80,6 +81,12 @@ def test_the_encoders_leave_their_digests(files):
     hack.hack_training(*files, files[0])
     state = load_checkpoint(files[0])["callbacks"]["SameEncoders"]
     assert state == {"text_tower": weights_digest(text, "cond_stage_model."), "autoencoder": None}
+
+
+def test_hack_training_notes_name_and_checksum_of_the_release(files):
+    hack.hack_training(*files, files[0])
+    digest = hashlib.sha256(files[1].read_bytes()).hexdigest()
+    assert load_checkpoint(files[0])["release"] == {"name": str(files[1]), "sha256": digest}
 
 
 def test_a_training_checkpoint_is_no_release(files, tmp_path):

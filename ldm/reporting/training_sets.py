@@ -1,0 +1,150 @@
+"""Shards that a run trains and validates on: counts and sizes, and samples with their captions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ldm.reporting.strips import Shown, show
+from ldm.shards.index import FAMILY, read_index
+from ldm.shards.urls import expand_urls, is_stream
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+_URLS = "_urls"  # ending of the keys of sets in data.params
+_MOST_INSPECTED = 5000  # samples of a set whose captions are counted
+
+
+class TrainingSet(NamedTuple):
+    """Set of shards by its name in the config. Unknown values are None."""
+
+    name: str
+    urls: str
+    shards: int
+    size: int  # bytes
+    samples: int | None
+    family: str | None
+    failed: list[str]  # images that could not be read when the set was made
+    complete: bool
+
+
+class Contents(NamedTuple):
+    """Decoded samples of the training set with their captions, and lines about all samples."""
+
+    images: list[Shown]  # their names are the captions
+    lines: list[str]
+
+
+def read_training_sets(config: Mapping[str, Any], problems: list[str]) -> list[TrainingSet]:
+    """Return the sets of shards that the section `data` of `config` names."""
+    params = (config.get("data") or {}).get("params") or {}
+    sets = []
+    for key, urls in params.items() if isinstance(params, Mapping) else ():
+        if str(key).endswith(_URLS) and urls:
+            try:
+                sets.append(_read_set(str(key).removesuffix(_URLS), urls))
+            except OSError as error:
+                problems.append(f"data.params.{key}: {error.filename}: {error.strerror}")
+            except UserError as error:
+                problems.append(f"data.params.{key}: {error}")
+    return sets
+
+
+def _read_set(name: str, urls: Any) -> TrainingSet:
+    shards = expand_urls(urls)
+    shown = ", ".join(urls) if isinstance(urls, list) else str(urls)
+    if any(map(is_stream, shards)):
+        return TrainingSet(name, shown, len(shards), 0, None, None, [], True)
+    paths = [Path(shard) for shard in shards]
+    indices = {folder: read_index(folder) for folder in dict.fromkeys(path.parent for path in paths)}
+    known = {
+        folder / shard["name"]: shard.get("samples") for folder, index in indices.items() if index
+        for shard in index["shards"]
+    }  # fmt: skip
+    counts = [known.get(path) for path in paths]
+    found = [index for index in indices.values() if index]
+    families = dict.fromkeys(str(index[FAMILY]) for index in found if index.get(FAMILY))
+    return TrainingSet(
+        name,
+        shown,
+        len(paths),
+        sum(path.stat().st_size for path in paths),
+        None if None in counts else sum(count for count in counts if count is not None),
+        ", ".join(families) or None,
+        [entry["reason"] for index in found for entry in index.get("failed") or []],
+        all(index.get("complete", True) for index in found),
+    )
+
+
+def read_contents(urls: Any, first_stage: nn.Module | None, count: int) -> Contents:
+    """Return `count` samples of the shards at `urls`, decoded by the autoencoder `first_stage` if there is one.
+
+    Raises:
+        UserError: the shards are missing, streamed or damaged.
+    """
+    import torch
+
+    from ldm.evaluation.protocol import spread
+    from ldm.images.grid import to_images
+    from ldm.inspection.measure import inspect, latent_channels, open_to_inspect
+    from ldm.shards.sample import CAPTION, LATENT
+
+    dataset = open_to_inspect(urls)
+    channels = latent_channels(dataset)
+    lines = _lines(inspect(dataset, channels, None)) if len(dataset) <= _MOST_INSPECTED else []
+    parameter = next(first_stage.parameters(), None) if first_stage is not None else None
+    if first_stage is None or parameter is None:
+        return Contents([], lines)
+    images = []
+    for number in spread(len(dataset), count).tolist():
+        sample = dataset[number]
+        latent = torch.from_numpy(sample[LATENT])[None, :channels]  # (1, C, h, w): the mean of a posterior
+        with torch.no_grad():
+            [image] = to_images(first_stage.decode(latent.to(parameter)))
+        image.thumbnail((256, 256))
+        images.append(show(image, sample[CAPTION]))
+    return Contents(images, lines)
+
+
+def _lines(found: Mapping[str, Any]) -> list[str]:
+    captions, originals, duplicates = found["captions"], found["originals"], found["duplicates"]
+    shapes = ", ".join(f"{shape}: {count}" for shape, count in found["shapes"].items())
+    lines = [
+        f"Captions: median {captions['tokens_median']:g} tokens, {captions['empty']} empty, {captions['truncated']} "
+        f"truncated to {captions['token_limit']} tokens.",
+        f"Stored shapes: {shapes}. {found['mirrored']} mirror images.",
+        f"Used more than once: {len(duplicates['captions'])} captions, {len(duplicates['latents'])} latents.",
+    ]
+    if originals["known"]:
+        lines.append(f"Originals: {originals['enlarged']} of {originals['known']} were enlarged.")
+    return lines
+
+
+def load_first_stage(checkpoint: Path, configs: list[Path]) -> nn.Module | None:
+    """Return the autoencoder of a training `checkpoint`, built from the saved `configs`; None if it has none.
+
+    Raises:
+        UserError: a file cannot be read, or a config needs trust.
+    """
+    from ldm.checkpoint import load_into, open_checkpoint, weights_of
+    from ldm.checkpoint.keys import FIRST_STAGE
+    from ldm.config.load import load_config, plain
+    from ldm.util import instantiate_from_config
+
+    section = ((plain(load_config(configs)).get("model") or {}).get("params") or {}).get("first_stage_config")
+    weights = {
+        key.removeprefix(FIRST_STAGE): value
+        for key, value in weights_of(open_checkpoint(checkpoint).content, checkpoint).items()
+        if key.startswith(FIRST_STAGE)
+    }
+    if not section or not weights:
+        return None
+    model = instantiate_from_config(section)
+    load_into(model, weights, source=str(checkpoint))
+    return model.float().eval()

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm.reporting.metrics import read_metrics
+from tests.run_folders import METRICS, write_metrics
+
+
+def test_read_metrics_returns_the_values_of_the_csv(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 0, METRICS)
+    problems: list[str] = []
+    metrics = read_metrics(tmp_path, problems)
+    assert metrics.series["train/loss_simple"] == ([0, 1, 2], [0.75, 0.5, 0.4321])
+    assert metrics.series["val/loss_simple"] == ([0, 2], [0.9, 0.8125])
+    assert metrics.series["val/loss_simple"].last == (2, 0.8125)
+    assert (metrics.steps, problems) == (2, [])
+
+
+def test_read_metrics_replaces_steps_that_a_resumed_run_repeated(tmp_path: Path) -> None:
+    for version, values in ((2, {0: (1.0, None), 5: (2.0, None), 9: (3.0, None)}), (10, {5: (4.0, None)})):
+        write_metrics(tmp_path, version, values)
+    assert read_metrics(tmp_path, []).series["train/loss_simple"] == ([0, 5], [1.0, 4.0])
+
+
+def test_read_metrics_leaves_out_damaged_lines(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path, 0, METRICS)
+    path.write_text(path.read_text() + "0,x,0.1,\n0,3,0.\0,\n0,4")
+    problems: list[str] = []
+    assert read_metrics(tmp_path, problems).series["train/loss_simple"].steps == [0, 1, 2]
+    assert problems == ["csv/version_0/metrics.csv: 3 damaged lines left out"]
+
+
+def test_read_metrics_names_steps_that_are_not_finite(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 0, {0: (1.0, None), 1: (float("nan"), None)})
+    metrics = read_metrics(tmp_path, [])
+    assert metrics.series["train/loss_simple"].steps == [0]
+    assert metrics.not_finite == {"train/loss_simple": [1]}
