@@ -1,4 +1,4 @@
-"""Translation of the Trainer arguments of 2022 to those of today's Lightning. Imports no torch."""
+"""Translation of the Trainer arguments of Lightning 0 and 1 to those of today's Lightning. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ log = logging.getLogger(__name__)
 
 _RENAMED = {
     "checkpoint_callback": "enable_checkpointing",
+    "gradient_clip": "gradient_clip_val",
+    "max_nb_epochs": "max_epochs",
+    "min_nb_epochs": "min_epochs",
+    "nb_gpu_nodes": "num_nodes",
+    "overfit_pct": "overfit_batches",
     "replace_sampler_ddp": "use_distributed_sampler",
+    "row_log_interval": "log_every_n_steps",
     "terminate_on_nan": "detect_anomaly",
+    "test_percent_check": "limit_test_batches",
+    "train_percent_check": "limit_train_batches",
+    "val_percent_check": "limit_val_batches",
 }
 _TRANSLATED = {
     "distributed_backend",
@@ -29,8 +38,10 @@ _IGNORED = {
     "auto_lr_find": "set model.base_learning_rate",
     "auto_scale_batch_size": "set data.params.batch_size",
     "auto_select_gpus": "name the devices with --gpus",
+    "early_stop_callback": "add pytorch_lightning.callbacks.EarlyStopping to lightning.callbacks",
     "flush_logs_every_n_steps": "each logger flushes by itself",
     "ipus": "Lightning no longer runs on IPUs",
+    "log_save_interval": "each logger flushes by itself",
     "log_gpu_memory": "CUDACallback reports the memory",
     "move_metrics_to_cpu": "the metrics need little memory",
     "multiple_trainloader_mode": "there is one train loader",
@@ -42,7 +53,7 @@ _IGNORED = {
     "truncated_bptt_steps": "the models are not recurrent",
     "weights_save_path": "checkpoints go to the run folder",
 }
-# Strategies that were values of `accelerator` → their names today.
+# Strategies of Lightning 0 and 1, also as values of `accelerator` → their names today.
 _STRATEGIES = {
     "ddp": "ddp",
     "ddp2": "ddp",
@@ -52,11 +63,16 @@ _STRATEGIES = {
     "dp": "ddp",
     "horovod": "ddp",
 }
+_NOTHING = (None, "None", "none", "")  # YAML reads None as text
 
 
 def move_old_keys(section: Any) -> None:
     """Move old keys of the section `lightning` to their present places, and warn about keys without effect."""
     trainer = section.get("trainer") or {}
+    if "resume_from_checkpoint" in trainer:
+        checkpoint = trainer.pop("resume_from_checkpoint")
+        if checkpoint not in _NOTHING:
+            raise UserError(f"lightning.trainer.resume_from_checkpoint {checkpoint!r}: give --resume {checkpoint}")
     if "find_unused_parameters" in trainer:
         section.setdefault("find_unused_parameters", trainer["find_unused_parameters"])
         del trainer["find_unused_parameters"]
@@ -88,14 +104,14 @@ def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: i
     """
     arguments = {name: value for name, value in given.items() if name not in _IGNORED}
     for name in given.keys() & _IGNORED:
-        log.warning("--%s is ignored: %s", name, _IGNORED[name])
+        log.warning("Trainer argument %s is ignored: %s", name, _IGNORED[name])
     for old, new in _RENAMED.items():
         if old in arguments:
             arguments.setdefault(new, arguments.pop(old))
     if arguments.pop("reload_dataloaders_every_epoch", False):
         arguments["reload_dataloaders_every_n_epochs"] = 1
     if "weights_summary" in arguments:
-        arguments["enable_model_summary"] = arguments.pop("weights_summary") is not None
+        arguments["enable_model_summary"] = arguments.pop("weights_summary") not in _NOTHING
     if arguments.pop("progress_bar_refresh_rate", None) == 0:
         arguments["enable_progress_bar"] = False
     check_number("accumulate_grad_batches", arguments.get("accumulate_grad_batches"), least=1, optional=True)
@@ -107,6 +123,8 @@ def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int)
     strategy = arguments.pop("distributed_backend", None)
     if arguments.get("accelerator") in _STRATEGIES:
         strategy = arguments.pop("accelerator")
+    if isinstance(arguments.get("strategy"), str):
+        arguments["strategy"] = _STRATEGIES.get(arguments["strategy"], arguments["strategy"])
     processes = arguments.pop("num_processes", None)
     if "gpus" in arguments:
         gpus = _parse_gpus(arguments.pop("gpus"))

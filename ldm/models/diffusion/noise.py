@@ -26,7 +26,7 @@ class TrainingNoise:
             Training", 2023). A usual value is 0.3.
         levels: number of lower resolutions, if the image is large enough.
         perturbation: factor γ of noise ξ in the model's input only: x_t of ε + γ ξ, with the target of ε
-            (arXiv:2301.11706, algorithm 3). A usual value is 0.1.
+            (arXiv:2301.11706). A usual value is 0.1.
 
     Raises:
         UserError: a factor is negative, `pyramid` is above 1, or `levels` is not a whole number above 0.

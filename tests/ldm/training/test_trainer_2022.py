@@ -33,6 +33,11 @@ from ldm.util import UserError
         ({"terminate_on_nan": True}, {"detect_anomaly": True, "devices": 1}),
         ({"checkpoint_callback": False}, {"enable_checkpointing": False, "devices": 1}),
         ({"weights_summary": None}, {"enable_model_summary": False, "devices": 1}),
+        ({"weights_summary": "None"}, {"enable_model_summary": False, "devices": 1}),
+        ({"strategy": "dp", "gpus": 2}, {"accelerator": "gpu", "devices": 2, "strategy": "ddp"}),
+        ({"strategy": "fsdp", "devices": 2}, {"devices": 2, "strategy": "fsdp"}),
+        ({"row_log_interval": 5, "val_percent_check": 0.5, "max_nb_epochs": 3, "gradient_clip": 1.0},
+         {"log_every_n_steps": 5, "limit_val_batches": 0.5, "max_epochs": 3, "gradient_clip_val": 1.0, "devices": 1}),
         ({"weights_summary": "top"}, {"enable_model_summary": True, "devices": 1}),
         ({"progress_bar_refresh_rate": 0}, {"enable_progress_bar": False, "devices": 1}),
         ({"progress_bar_refresh_rate": 20}, {"devices": 1}),
@@ -61,7 +66,7 @@ def test_no_gpu_is_told_of_where_there_is_one(caplog):
 def test_obsolete_arguments_are_ignored_with_one_warning(name, caplog):
     caplog.set_level(logging.WARNING)
     assert translate_arguments({name: True}, has_cuda=True) == {"devices": 1}
-    assert len(caplog.records) == 1 and f"--{name} is ignored: " in caplog.text
+    assert len(caplog.records) == 1 and f"Trainer argument {name} is ignored: " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -96,6 +101,14 @@ def test_move_old_keys_finds_find_unused_parameters_in_the_trainer(caplog):
     assert own.find_unused_parameters is False  # the present place takes precedence
     move_old_keys(OmegaConf.create({}))
     assert not caplog.records
+
+
+def test_move_old_keys_points_to_resume():
+    section = OmegaConf.create({"trainer": {"resume_from_checkpoint": None, "max_steps": 3}})
+    move_old_keys(section)
+    assert section == {"trainer": {"max_steps": 3}}
+    with pytest.raises(UserError, match="resume_from_checkpoint 'a.ckpt': give --resume a.ckpt"):
+        move_old_keys(OmegaConf.create({"trainer": {"resume_from_checkpoint": "a.ckpt"}}))
 
 
 def test_move_old_keys_names_metrics_over_trainsteps_checkpoint(caplog):
