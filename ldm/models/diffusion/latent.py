@@ -187,6 +187,11 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         if latent is not None:
             self._check_latent_shape(tuple(latent))
         context, width = shapes.get(self.cond_stage_key), getattr(self.model.diffusion_model, "context_dim", None)
+        if context is not None and width is not None and self.model.conditioning_key is None:
+            raise UserError(
+                f"the UNet has a context_dim of {width}, but cond_stage_config: __is_unconditional__ gives it no "
+                "context; leave unet_config.params.context_dim out, or name a cond_stage_config"
+            )
         if context is not None and width is not None and (len(context) != 2 or context[1] != width):
             raise UserError(
                 f"{self.cond_stage_key} has shape {tuple(context)}, but the UNet's context_dim is {width}; "

@@ -107,7 +107,7 @@ def test_move_old_keys_points_to_resume():
     section = OmegaConf.create({"trainer": {"resume_from_checkpoint": None, "max_steps": 3}})
     move_old_keys(section)
     assert section == {"trainer": {"max_steps": 3}}
-    with pytest.raises(UserError, match="resume_from_checkpoint 'a.ckpt': give --resume a.ckpt"):
+    with pytest.raises(UserError, match=r"resume_from_checkpoint 'a\.ckpt': give --resume a\.ckpt"):
         move_old_keys(OmegaConf.create({"trainer": {"resume_from_checkpoint": "a.ckpt"}}))
 
 

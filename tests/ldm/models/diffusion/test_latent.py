@@ -139,6 +139,12 @@ def test_shapes_that_do_not_fit(model: LatentDiffusion, shapes: dict, message: s
         model.check_batch_shapes(shapes)
 
 
+def test_captions_for_an_unconditional_model_are_refused(make_model: Callable[..., LatentDiffusion]) -> None:
+    model = make_model(use_ema=False, conditioning_key=None, cond_stage_config="__is_unconditional__")
+    with pytest.raises(UserError, match="has a context_dim of 64, but cond_stage_config: __is_unconditional__"):
+        model.check_batch_shapes({"f8": (8, 8, 8), "t5": (77, 64)})
+
+
 def test_shapes_that_fit(model: LatentDiffusion) -> None:
     model.check_batch_shapes({"f8": (8, 16, 8), "t5": (77, 64)})
     model.check_batch_shapes({"f8": (4, 8, 8)})
