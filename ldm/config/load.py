@@ -217,4 +217,7 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+    """Return the first line of the message, with the key that OmegaConf names below it."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {line}" if key and str(key) not in line else line

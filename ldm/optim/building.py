@@ -75,6 +75,11 @@ def build_schedule(config: Mapping[str, Any]) -> Callable[[int], float]:
     Raises:
         UserError: the target does not exist, does not take its `params`, or is no multiplier.
     """
+    if str(config.get("target")).startswith("torch.optim.lr_scheduler."):
+        raise UserError(
+            f"scheduler_config: {config['target']} schedules an optimizer; name a class of ldm.lr_scheduler, such as "
+            "LambdaWarmUpCosineScheduler"
+        )
     try:
         multiplier = instantiate_from_config(config)
     except UserError as error:

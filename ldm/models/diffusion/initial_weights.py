@@ -14,6 +14,7 @@ from ldm.checkpoint.keys import EMA, MODEL, OPTIONAL_KEYS, PREDICTION_MARKERS, U
 from ldm.checkpoint.loading import load_into
 from ldm.checkpoint.markers import compare_markers
 from ldm.modules.ema import LitEma
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class InitialWeights:
         """
         ignored = (*ignore_keys, *PREDICTION_MARKERS, *(() if self.load_ema else (EMA,)))
         module, prefix = (self.model, MODEL) if only_model else (self, "")
+        if path in ("", "None", "none"):  # YAML reads None as text
+            raise UserError(f"ckpt_path {path!r}: name a checkpoint, or write null for none")
         found = load_state_dict(path)
         compare_markers(found, self.parameterization, str(path))
         weights = {

@@ -151,7 +151,10 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
 
     def _add_cond_stage(self, config: Mapping[str, Any] | str) -> None:
         """Build the cond stage under the state-dict keys of its releases, and freeze it unless it is trainable."""
-        stage = self.first_stage_model if config == "__is_first_stage__" else instantiate_from_config(config)
+        try:
+            stage = self.first_stage_model if config == "__is_first_stage__" else instantiate_from_config(config)
+        except UserError as error:
+            raise UserError(f"cond_stage_config: {error}") from error
         if isinstance(stage, GeneralConditioner):
             self.conditioner = stage
             object.__setattr__(self, "cond_stage_model", stage)  # not a submodule, so that it adds no keys
