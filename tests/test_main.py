@@ -96,7 +96,7 @@ def test_the_end_of_an_epoch_is_ranked_only_by_a_score_of_its_step(train, tmp_pa
 def test_without_a_logger_nothing_is_logged(train, tmp_path, option):
     assert train(f"--max_steps 1 {option}") == 0
     run = the_run(tmp_path / "logs")
-    assert {path.name for path in run.iterdir()} == {"checkpoints", "configs"}
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "configs", "events.jsonl"}
     assert not list(tmp_path.rglob("*tfevents*")) and not list(tmp_path.rglob("*.csv"))
 
 

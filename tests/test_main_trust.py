@@ -66,7 +66,8 @@ def test_the_command_to_resume_names_trust_config_if_needed(train, tmp_path, sec
     monkeypatch.setattr(StepSeeds, "on_train_batch_start", interrupted)
     assert train("-l plain --max_steps 9 data.params.shuffle_buffer=7") == 0
     assert " -t\n" in caplog.text and "--trust-config" not in caplog.text
-    train("--max_steps 9 data.params.seed=${oc.select:data.params.batch_size}")
+    monkeypatch.setenv("SEED", "3")
+    train("--max_steps 9 data.params.seed=${oc.decode:${oc.env:SEED}}")
     assert " -t --trust-config\n" in caplog.text
 
 

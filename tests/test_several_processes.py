@@ -108,7 +108,13 @@ def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, dat
 def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs, options: str) -> None:
     straight = runs("straight", f"--max_steps 5 {options}", ranks=2)
     stopped = runs("stopped", f"--max_steps 2 --accumulate_grad_batches 1 {options}", ranks=2)
-    assert sorted(path.name for path in stopped.iterdir()) == ["checkpoints", "configs", "csv", "tensorboard"]
+    assert sorted(path.name for path in stopped.iterdir()) == [
+        "checkpoints",
+        "configs",
+        "csv",
+        "events.jsonl",
+        "tensorboard",
+    ]
     assert len(list(stopped.glob("csv/*"))) == len(list(stopped.glob("tensorboard/events*"))) == 1
     runs("stopped", f"--resume {stopped} --max_steps 5", ranks=2)
     assert_same_training(straight, stopped)

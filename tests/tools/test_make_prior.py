@@ -202,7 +202,7 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
         (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is a stream; give local shards"),
         (("--shards", "nowhere.tar", "--teacher", 1), r"nowhere\.tar"),
         (("--shards", "images", "--teacher", 1, "--out", "images/p-%d.tar", "--overwrite"), "would replace"),
-        (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; a prior needs one"),
+        (("--shards", "sizes", "--teacher", 1), "images of 2 sizes; give shards with images of one size"),
         (
             ("--shards", "{images,again}/*.tar", "--teacher", 1),
             "two samples have the key 'dog0'; make a prior of each part",

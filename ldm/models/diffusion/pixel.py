@@ -85,7 +85,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
-        monitor: str = "val/loss",
+        monitor: str | None = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
         image_size: int = 256,
