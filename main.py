@@ -36,7 +36,7 @@ def main() -> None:
     from ldm.callbacks.signals import SignalRequests
     from ldm.config.load import build_data
     from ldm.planning.warning import begin_forecast, warn_if_too_large
-    from ldm.reporting.writing import report_at_end
+    from ldm.reporting.report_file import report_at_end
     from ldm.training.callbacks import build_callbacks
     from ldm.training.fit import fit, test
     from ldm.training.loggers import build_loggers

@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     # Slow imports come after parsing, so that --help answers at once.
-    from ldm.reporting.writing import report_path, write_report
+    from ldm.reporting.report_file import report_path, write_report
 
     out = options.out or report_path(options.runs)
     write_report(options.runs, out, options.samples)

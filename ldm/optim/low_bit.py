@@ -44,7 +44,7 @@ class _LowBit:
         keyed_rounding: take the random numbers of that rounding from a stream for each parameter and step, named by
             torch's seed, the parameter's position and its number of steps. The result then does not depend on the order
             in which parameters are stepped. No effect on parameters that are not on the host.
-        kwargs: torchao's arguments: betas, eps, weight_decay, block_size; but for `amsgrad`, which torchao takes and
+        kwargs: torchao's arguments: betas, eps, weight_decay, block_size; except `amsgrad`, which torchao takes and
             cannot compute.
 
     Raises:

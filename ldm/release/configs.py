@@ -32,7 +32,7 @@ class Chosen:
 
     @property
     def prediction(self) -> str:
-        """What the UNet of the config predicts."""
+        """Prediction of the UNet, in the terms of the config."""
         return _params(self.config).get(_PARAMETERIZATION, "eps")
 
     def as_typed(self) -> str:

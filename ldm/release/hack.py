@@ -21,7 +21,7 @@ from ldm.locks import locked_file
 from ldm.release.configs import Chosen, check_prediction
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.opening import Release, release_of, training_weights
+from ldm.release.opening import Release, check_not_replaced, release_of, training_weights
 from ldm.release.recognition import check_same_family, log_family, shapes_of, warn_of_new_prediction
 from ldm.shards.verify import file_sha256
 from ldm.util import UserError
@@ -129,8 +129,7 @@ def _with_notes(content: dict, released: dict, prediction: str | None, path: Pat
 def _check_out(out: Path, release: Path) -> None:
     if out.suffix != ".ckpt":
         raise UserError(f"{out}: the name of a training checkpoint must end in .ckpt; rename it")
-    if out.exists() and release.exists() and out.samefile(release):
-        raise UserError(f"{out}: would replace the release; choose another --out")
+    check_not_replaced(out, [release])
 
 
 def _write(content: dict, out: Path, base: str) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import (
-    SCHEDULE_KEYS,
     Pending,
     check_suffix,
     converted,
@@ -28,7 +27,7 @@ from ldm.locks import locked_file
 from ldm.release.keys import check_release
 from ldm.release.layer_names import Layer, layers_of
 from ldm.release.lora_file import Factors, read_lora
-from ldm.release.opening import check_not_replaced, release_of
+from ldm.release.opening import check_not_replaced, release_of, written_dtype
 from ldm.release.recognition import log_family, shapes_of
 from ldm.util import UserError
 
@@ -132,8 +131,7 @@ def with_loras(
     changes = changes_of(loras, weights, source)
     result: dict[str, Tensor | Pending] = {}
     for key, value in weights.items():
-        narrowed = half and value.dtype.is_floating_point and key not in SCHEDULE_KEYS
-        dtype = torch.float16 if narrowed else value.dtype
+        dtype = written_dtype(key, value.dtype, half)
         is_same = key not in changes and dtype == value.dtype
         result[key] = value if is_same else _pending(key, value, changes.get(key, ()), dtype)
     return result

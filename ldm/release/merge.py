@@ -40,7 +40,7 @@ from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.lora import Lora, with_loras
 from ldm.release.mixture import weighted_sum
-from ldm.release.opening import Release, check_not_replaced, release_of, training_weights
+from ldm.release.opening import Release, check_not_replaced, release_of, training_weights, written_dtype
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
 from ldm.util import UserError
 
@@ -118,7 +118,7 @@ def merge(
         origin = followed.get(key) or origins.get(key)
         reference = followed.get(key, key)
         changed = origin in training and reference in release and _differ(training[origin], release[reference])
-        dtype = torch.float16 if half and released.is_floating_point() and key not in SCHEDULE_KEYS else released.dtype
+        dtype = written_dtype(key, released.dtype, half)
         if changed:
             (result.averaged if key.startswith(EMA) else result.trained).append(key)
             result.state_dict[key] = _converted(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import OpenCheckpoint, is_optional, open_checkpoint, weights_of
+from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_checkpoint, weights_of
 from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.names import Renamed, in_our_names
@@ -73,7 +73,12 @@ def check_not_replaced(out: Path, inputs: Iterable[Path]) -> None:
     """Raise `UserError` if writing `out` would replace one of the files `inputs`."""
     for path in inputs:
         if out.exists() and path.exists() and out.samefile(path):
-            raise UserError(f"{out}: would replace one of the files to merge; choose another --out")
+            raise UserError(f"{out}: would replace one of the files that are read; choose another --out")
+
+
+def written_dtype(key: str, dtype: torch.dtype, half: bool) -> torch.dtype:
+    """Return the dtype in which a release has the value `key`: float16 with `half`, except for the noise schedule."""
+    return torch.float16 if half and dtype.is_floating_point and key not in SCHEDULE_KEYS else dtype
 
 
 def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:

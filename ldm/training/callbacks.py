@@ -14,11 +14,11 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from ldm.callbacks.accumulation import MeanOfBatches
 from ldm.callbacks.checkpoints import LastCheckpoint
 from ldm.callbacks.encoders import SameEncoders
-from ldm.callbacks.events import RunEvents
 from ldm.callbacks.forgetting import Forgetting
 from ldm.callbacks.progress import ProgressBar
 from ldm.callbacks.resume import LearningRateOnResume, NoStepsLeft
 from ldm.callbacks.rng import StepSeeds
+from ldm.callbacks.run_events import RunEvents
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.signals import SignalRequests
 from ldm.callbacks.summary import ParameterSummary
