@@ -11,11 +11,14 @@ import io
 import mmap
 import os
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ldm.files import forget_mapped, note_mapped, open_file
 from ldm.util import UserError
@@ -115,6 +118,26 @@ class MappedFile:
         return _read(self.source, offset, size).view(dtype)
 
 
+class Joined(torch.Tensor):
+    """Tensor whose rows are those of several mapped `parts`. Each operation reads the parts and joins them."""
+
+    parts: Sequence[torch.Tensor]
+
+    @staticmethod
+    def __new__(cls, parts: Sequence[torch.Tensor]) -> Joined:
+        rows = sum(len(part) for part in parts)
+        joined = torch.Tensor._make_wrapper_subclass(cls, (rows, *parts[0].shape[1:]), dtype=parts[0].dtype)
+        joined.parts = parts
+        return joined
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(Joined, in_memory, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 class BoundedReader(io.BufferedReader):
     """Stream of a file that allocates at most the size of the file, whatever size a pickle claims."""
 
@@ -129,13 +152,15 @@ class BoundedReader(io.BufferedReader):
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a memory-mapped `tensor`, read from its file. Return any other tensor unchanged.
+    """Return a copy of a memory-mapped or joined `tensor`, read from its files. Return any other tensor unchanged.
 
     A mapped tensor that may have been written to is also returned unchanged.
 
     Raises:
         UserError: the file was truncated or changed after it was opened.
     """
+    if isinstance(tensor, Joined):
+        return torch.cat([in_memory(part) for part in tensor.parts])
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
         return tensor
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():

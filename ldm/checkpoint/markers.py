@@ -15,11 +15,20 @@ from ldm.util import UserError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Entry of a file's metadata (ModelSpec 1.0), and its texts by the terms of the config.
+PREDICTION_TYPE = "modelspec.prediction_type"
+STATED = {"eps": "epsilon", "v": "v"}
 
 
-def marked_parameterization(keys: Collection[str]) -> str | None:
-    """Return `v` if `keys` has the marker of v-prediction, else None: files that predict the noise have no marker."""
-    return "v" if V_PREDICTION in keys else None
+def marked_parameterization(keys: Collection[str], metadata: Mapping[str, str] | None = None) -> str | None:
+    """Return what the UNet of a file predicts, or None if neither its `keys` nor its `metadata` tell.
+
+    The marker of v-prediction takes precedence. Files that predict the noise have no marker.
+    """
+    if V_PREDICTION in keys:
+        return "v"
+    text = (metadata or {}).get(PREDICTION_TYPE)
+    return next((name for name, stated in STATED.items() if stated == text), None)
 
 
 def check_markers(keys: Collection[str], source: str) -> None:
@@ -32,21 +41,29 @@ def check_markers(keys: Collection[str], source: str) -> None:
         )
 
 
-def compare_markers(keys: Collection[str], parameterization: str, source: str) -> None:
-    """Log a warning if `keys`, read from `source`, tell another prediction than the config's `parameterization`.
+def compare_markers(
+    keys: Collection[str], parameterization: str, source: str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Log a warning if a file tells another prediction than the config's `parameterization`.
+
+    `keys` and `metadata` are those of the file `source`.
 
     Raises:
         UserError: see `check_markers`.
     """
     check_markers(keys, source)
-    if marked_parameterization(keys) not in (None, parameterization):
-        log.warning(
-            "%s: holds %s, the marker of v-prediction, but the config's parameterization is %s; "
-            "set model.params.parameterization to v",
-            source,
-            V_PREDICTION,
-            parameterization,
-        )
+    marked = marked_parameterization(keys, metadata)
+    if marked in (None, parameterization):
+        return
+    where = (
+        f"holds {V_PREDICTION}, the marker of v-prediction"
+        if V_PREDICTION in keys
+        else f"its {PREDICTION_TYPE} is {STATED[marked]}"
+    )
+    log.warning(
+        "%s: %s, but the config's parameterization is %s; set model.params.parameterization to %s",
+        source, where, parameterization, marked,
+    )  # fmt: skip
 
 
 def with_markers(weights: Mapping[str, T], parameterization: str, zero_snr: bool) -> dict[str, T | Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ldm.checkpoint.diffusers_names import VAE_ATTENTION
 from ldm.checkpoint.keys import (
     COND_STAGE,
     CONDITIONER,
@@ -31,10 +32,7 @@ _LABELS = 10  # maximum number in a message
 _PARTS = (MODEL, EMA, FIRST_STAGE, COND_STAGE, CONDITIONER)
 _TOWER = rf"(?:{re.escape(COND_STAGE)}|{re.escape(CONDITIONER)}embedders\.\d+\.)"  # of a text encoder
 _ATTENTION = rf"^({re.escape(FIRST_STAGE)}|)((?:encoder|decoder)\.(?:.*\.)?(?:attn_\d+|attn\.\d+))\."
-_VAE_NAMES = {
-    **{"q": "to_q|query", "k": "to_k|key", "v": "to_v|value"},
-    **{"proj_out": r"to_out\.0|to_out|proj_attn", "norm": "group_norm"},
-}
+_VAE_NAMES = {ours: "|".join(map(re.escape, theirs)) for ours, theirs in VAE_ATTENTION.items()}
 # (pattern, replacement), applied in order.
 _RENAMED = [
     # Wrappers of a saved module: torch.compile and distributed training.

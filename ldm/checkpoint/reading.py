@@ -14,14 +14,18 @@ from safetensors import SafetensorError, safe_open
 
 from ldm.checkpoint.archive import ZipArchive, load_legacy
 from ldm.checkpoint.builders import UnreadTensor
+from ldm.checkpoint.diffusers_folder import DiffusersFolder, is_diffusers_folder, read_folder
 from ldm.checkpoint.formats import SAFETENSORS_NAMES
+from ldm.checkpoint.keys import CONDITIONER, has_part
 from ldm.checkpoint.mapped import MappedFile
+from ldm.checkpoint.markers import PREDICTION_TYPE, STATED, with_markers
 from ldm.checkpoint.pickled import without_left_out
 from ldm.files import open_file
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
+_FORMAT = "format"  # metadata of the framework that wrote a file
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 # Other files that users name as a checkpoint: first bytes, and message.
@@ -38,26 +42,29 @@ _MISTAKEN = (
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """Content of a checkpoint file, with memory-mapped tensors, and its metadata.
+    """Content of a checkpoint file or folder, with memory-mapped tensors, and its metadata.
 
-    `metadata` is from the header of a `.safetensors`, or from the texts under `"metadata"` in a `.ckpt`.
+    `metadata` is from the header of a `.safetensors`, or from the texts under `"metadata"` in a `.ckpt`. `folder` tells
+    of a folder in the layout of diffusers.
     """
 
     content: dict[str, Any]
-    file: MappedFile
     metadata: dict[str, str] = field(default_factory=dict)
+    folder: DiffusersFolder | None = None
 
 
 def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
     """Open the checkpoint at `path`; see `load_checkpoint`."""
     path = Path(path)
+    if path.is_dir() and is_diffusers_folder(path):
+        return _open_folder(path, mmap)
     head = _head(path)
     try:
         file = MappedFile(path, mapped=mmap)
         if _is_safetensors(head):
             content = _load_safetensors(path, file)
             file.check_unchanged()
-            return OpenCheckpoint(content, file, content["metadata"])
+            return OpenCheckpoint(content, content["metadata"])
         if head.startswith(b"PK\x03\x04"):
             content = ZipArchive(path, file).load()
         elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -82,11 +89,28 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
         raise UserError(f"{path}: has {held}, not a dict of weights; save the model's state_dict() instead")
     metadata = content.get("metadata")
     is_text = isinstance(metadata, dict) and all(isinstance(text, str) for pair in metadata.items() for text in pair)
-    return OpenCheckpoint(content, file, metadata if is_text else {})
+    return OpenCheckpoint(content, metadata if is_text else {})
+
+
+def _open_folder(path: Path, mmap: bool) -> OpenCheckpoint:
+    """Open a folder in the layout of diffusers. Its markers and metadata tell what its scheduler predicts."""
+    metadata: dict[str, str] = {}
+
+    def open_weights(file: Path) -> dict[str, torch.Tensor]:
+        opened = open_checkpoint(file, mmap)
+        metadata.update({key: text for key, text in opened.metadata.items() if key != _FORMAT})
+        return weights_of(opened.content, file)
+
+    folder, weights, (predicts, zero_snr) = read_folder(path, open_weights)
+    if predicts is not None:
+        metadata[PREDICTION_TYPE] = STATED[predicts]
+        if predicts == "v" and (zero_snr or has_part(weights, CONDITIONER)):
+            weights = with_markers(weights, predicts, zero_snr)
+    return OpenCheckpoint({"state_dict": weights, "metadata": metadata}, metadata, folder)
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    """Return the content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors`.
+    """Return the content of a `.ckpt`, or `{"state_dict": ..., "metadata": ...}` of a `.safetensors` or a folder.
 
     No code of the file is run. Objects that are neither tensors nor plain data are dropped and logged. Tensors are on
     the CPU, without gradients, and memory-mapped, or in memory with `mmap=False`. Checksums in the file are verified.
@@ -98,7 +122,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a `.ckpt` or `.safetensors` file by key, also if they are nested under `"state_dict"`.
+    """Return the weights of a file or a diffusers folder by key, also if they are nested under `"state_dict"`.
 
     Raises:
         UserError: the file is missing, damaged, or has no weights.
@@ -138,7 +162,7 @@ def _head(path: Path) -> bytes:
         UserError: the file is missing or empty, or its first bytes are those of another kind of file.
     """
     if path.is_dir():
-        raise UserError(f"{path}: a folder; name the .ckpt or .safetensors file in it")
+        raise UserError(f"{path}: a folder, and none of diffusers; name the .ckpt or .safetensors file in it")
     try:
         with open_file(path) as file:
             head = file.read(512)

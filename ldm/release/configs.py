@@ -46,7 +46,8 @@ def family_of(ckpt: str | Path, parameterization: str | None = None, size: int |
     Raises:
         UserError: the file cannot be read, or no family matches it.
     """
-    return recognise(_shapes_in(ckpt), source=str(ckpt), parameterization=parameterization, size=size)
+    shapes, predicts = _read(ckpt)
+    return recognise(shapes, source=str(ckpt), parameterization=parameterization or predicts, size=size)
 
 
 def release_config(
@@ -66,7 +67,7 @@ def release_config(
     """
     if given is not None:
         config = load_config([given], trusted=trusted)
-        return str(given), _marked(Chosen([str(given)], [], config), ckpt, _shapes_in(ckpt), parameterization).config
+        return str(given), _marked(Chosen([str(given)], [], config), ckpt, *_read(ckpt), parameterization).config
     family = family_of(ckpt, parameterization, size)
     return family.config, load_config([family.config], family.overrides)
 
@@ -83,11 +84,12 @@ def training_config(
     """
     if given:
         chosen = Chosen([str(name) for name in given], [], load_config(given, trusted=trusted))
-        shapes = _shapes_in(ckpt)
-        chosen = _marked(chosen, ckpt, shapes, parameterization)
-        check_prediction(chosen.prediction, parameterization or marked_parameterization(shapes), ckpt)
+        shapes, predicts = _read(ckpt)
+        chosen = _marked(chosen, ckpt, shapes, predicts, parameterization)
+        check_prediction(chosen.prediction, parameterization or predicts, ckpt)
         return chosen
-    family = recognise(_shapes_in(ckpt), source=str(ckpt), parameterization=parameterization, option="--base")
+    shapes, predicts = _read(ckpt)
+    family = recognise(shapes, source=str(ckpt), parameterization=parameterization or predicts, option="--base")
     if family.finetune_config is None:
         raise UserError(
             f"{ckpt}: no config fine-tunes {family.name} on pre-encoded shards; to train from images, give "
@@ -106,11 +108,13 @@ def check_prediction(trained: str | None, released: str | None, release: str | P
         )
 
 
-def _marked(given: Chosen, ckpt: str | Path, shapes: Shapes, parameterization: str | None) -> Chosen:
+def _marked(
+    given: Chosen, ckpt: str | Path, shapes: Shapes, predicts: str | None, parameterization: str | None
+) -> Chosen:
     """Return the config `given` with the prediction that `release_config` describes, and log the family of `ckpt`."""
     params, wanted, overrides = _params(given.config), parameterization, []
     if wanted is None and _PARAMETERIZATION not in params:
-        wanted = marked_parameterization(shapes)
+        wanted = predicts
     if wanted is not None:
         overrides.append(f"model.params.{_PARAMETERIZATION}={wanted}")
     if wanted == "v" and ZERO_SNR in shapes and _ZERO_SNR not in params:
@@ -125,5 +129,8 @@ def _params(config: DictConfig) -> Mapping[str, Any]:
     return (config.get("model") or {}).get("params") or {}
 
 
-def _shapes_in(ckpt: str | Path) -> Shapes:
-    return shapes_of(in_our_names(weights_of(open_checkpoint(ckpt).content, ckpt)).with_carried())
+def _read(ckpt: str | Path) -> tuple[Shapes, str | None]:
+    """Return the shapes of the values in `ckpt`, and what its UNet predicts as far as it tells."""
+    opened = open_checkpoint(ckpt)
+    shapes = shapes_of(in_our_names(weights_of(opened.content, ckpt)).with_carried())
+    return shapes, marked_parameterization(shapes, opened.metadata)

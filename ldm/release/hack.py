@@ -15,7 +15,7 @@ from typing import Any
 
 from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
 from ldm.checkpoint.keys import PREDICTION, RELEASE
-from ldm.checkpoint.markers import check_markers, marked_parameterization
+from ldm.checkpoint.markers import check_markers
 from ldm.config.load import build_model
 from ldm.locks import locked_file
 from ldm.release.configs import Chosen, check_prediction
@@ -63,7 +63,7 @@ def hack_training(
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
     state_dict = training_weights(training.content, training_path)
     released = _released(release, release_path, vae, state_dict)
-    predicts = parameterization or marked_parameterization(released.named.carried)
+    predicts = parameterization or released.predicts
     noted = training.content.get(PREDICTION) or predicts
     check_prediction(noted, predicts, release_path)
     log_family(released.shapes, release_path, noted)

@@ -6,36 +6,21 @@ The names follow from the keys and shapes of a release alone, for any number of 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ldm.checkpoint.diffusers_names import OPEN_CLIP_BLOCK, TEXT_1, TEXT_2, UNET_OUTSIDE, UNET_PART, unet_names
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, TOWERS, UNET, has_part
 from ldm.release.recognition import Shapes
 
-# Parts of a release, by their names in diffusers.
-UNET_PART, TEXT_1, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
 # Prefixes of kohya's names, by part: for releases with one text tower, and for SDXL.
 _ONE_TOWER = {UNET_PART: "lora_unet_", TEXT_1: "lora_te_"}
 _TWO_TOWERS = {UNET_PART: "lora_unet_", TEXT_1: "lora_te1_", TEXT_2: "lora_te2_"}
 PREFIXES = {prefix: part for table in (_ONE_TOWER, _TWO_TOWERS) for part, prefix in table.items()}
 
-# Modules outside of the blocks, and modules of a residual block, in diffusers' terms.
-_OUTSIDE = {
-    **{"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"},
-    **{"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"},
-    **{"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"},
-}
-_RESIDUAL = {
-    **{"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"},
-    **{"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"},
-}
-_MIDDLE = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_block.resnets.1"}
-_BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(\w+)")
 # Layers of a text tower: of CLIP, whose names diffusers has, and of OpenCLIP.
 _CLIP = re.compile(r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 _OPEN_CLIP = re.compile(r"transformer\.resblocks\.(\d+)\.(attn\.in_proj_weight|(?:attn|mlp)\.\w+\.weight)")
-_OPEN_CLIP_NAMES = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,7 @@ class Layer:
     @property
     def is_outside(self) -> bool:
         """True for the UNet's first and last convolution and its embeddings, which kohya's files do not hold."""
-        return self.part == UNET_PART and self.paths[0] in _OUTSIDE
+        return self.part == UNET_PART and self.paths[0] in UNET_OUTSIDE
 
     @property
     def block(self) -> str:
@@ -110,45 +95,9 @@ def _unet_layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
 
 
 def diffusers_paths(keys: Iterable[str]) -> Callable[[str], str]:
-    """Return a function from the path of a module to diffusers' path, for a UNet with these `keys` below its prefix.
-
-    A level of the way down ends with a downsampling layer, one of the way up with an upsampling layer.
-    """
-    children: dict[tuple[str, int], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for key in keys:
-        match = _BLOCK.match(key)
-        if match and f"{match[1]}.{match[2]}" != "input_blocks.0":
-            children[match[1], int(match[2])][match[3]].add(match[4])
-    blocks = {f"middle_block.{number}": name for number, name in _MIDDLE.items()}
-    whole = dict(_OUTSIDE)
-    for side, other in (("input_blocks", "down_blocks"), ("output_blocks", "up_blocks")):
-        level = place = 0
-        for number in sorted(number for found, number in children if found == side):
-            ends = False
-            for child, names in children[side, number].items():
-                path = f"{side}.{number}.{child}"
-                if "op" in names or ("conv" in names and child != "0"):
-                    sampler = ("op", "downsamplers") if "op" in names else ("conv", "upsamplers")
-                    whole[f"{path}.{sampler[0]}"] = f"{other}.{level}.{sampler[1]}.0.conv"
-                    ends = True
-                else:
-                    blocks[path] = f"{other}.{level}.{'resnets' if child == '0' else 'attentions'}.{place}"
-            level, place = (level + 1, 0) if ends else (level, place + 1)
-
-    def theirs(path: str) -> str:
-        if path in whole:
-            return whole[path]
-        head, tail = _split(path)
-        return f"{blocks[head]}.{_RESIDUAL.get(tail, tail)}" if head in blocks and path not in _OUTSIDE else path
-
-    return theirs
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Return the path of a block's child, such as `input_blocks.1.0`, and the rest."""
-    parts = path.split(".")
-    count = 2 if parts[0] == "middle_block" else 3
-    return ".".join(parts[:count]), ".".join(parts[count:])
+    """Return a function from the path of a module to diffusers' path, for a UNet with these `keys` below its prefix."""
+    names = unet_names(keys)
+    return lambda path: names(path) or path
 
 
 def _text_layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
@@ -171,6 +120,6 @@ def _open_clip_layers(key: str, shape: tuple[int, ...], part: str, number: int, 
         for place, letter in enumerate("qkv"):
             path = f"{above}.self_attn.{letter}_proj"
             yield Layer(key, (size, *shape[1:]), part, (path, path), (place * size, (place + 1) * size))
-    elif (own := name.removesuffix(".weight")) in _OPEN_CLIP_NAMES:
-        path = f"{above}.{_OPEN_CLIP_NAMES[own]}"
+    elif (own := name.removesuffix(".weight")) in OPEN_CLIP_BLOCK:
+        path = f"{above}.{OPEN_CLIP_BLOCK[own]}"
         yield Layer(key, shape, part, (path, path))

@@ -67,7 +67,7 @@ def load_release(
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"model.target is a {type(model).__name__}; a release needs a LatentDiffusion")
     release = release_of(opened, ckpt, vae, model.state_dict())
-    compare_markers(release.named.carried, model.parameterization, str(ckpt))
+    compare_markers(release.named.carried, model.parameterization, str(ckpt), release.metadata)
     report = load_into(model, release.weights, source=str(ckpt), optional=(*OPTIONAL_KEYS, f"{DEPTH_STAGE}*"))
     if has_part(report.missing, DEPTH_STAGE):
         model.depth_model = None

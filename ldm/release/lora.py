@@ -22,7 +22,6 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.keys import MODEL, has_part
-from ldm.checkpoint.markers import marked_parameterization
 from ldm.locks import locked_file
 from ldm.release.keys import check_release
 from ldm.release.layer_names import Layer, layers_of
@@ -170,7 +169,7 @@ def add_lora_files(
         checkpoint = open_checkpoint(release)
         check_release(checkpoint.content, release)
         opened = release_of(checkpoint, release, vae)
-        log_family(opened.shapes, release, marked_parameterization(opened.named.carried))
+        log_family(opened.shapes, release, opened.predicts)
         content = opened.named.restored(with_loras(opened.weights, loras, release, half))
         save_state_dict(content, out, metadata=opened.lasting_metadata)
     log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))

@@ -33,7 +33,7 @@ from ldm.checkpoint.keys import (
     TEXT_ENCODERS,
     has_part,
 )
-from ldm.checkpoint.markers import marked_parameterization, with_markers
+from ldm.checkpoint.markers import with_markers
 from ldm.checkpoint.names import is_carried
 from ldm.locks import locked_file
 from ldm.release.families import PARAMETERIZATIONS
@@ -237,7 +237,7 @@ def _merge_files(
     opened = release_of(release, release_path, vae, trained)
     check_same_family(opened.shapes, shapes_of(trained), release_path)
     noted = training.content.get(PREDICTION)
-    log_family(opened.shapes, release_path, marked_parameterization(opened.named.carried) or noted)
+    log_family(opened.shapes, release_path, opened.predicts or noted)
     if vae is not None:
         trained = {key: value for key, value in trained.items() if not key.startswith(FIRST_STAGE)}
     try:

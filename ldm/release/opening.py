@@ -12,7 +12,9 @@ import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_checkpoint, weights_of
 from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
+from ldm.checkpoint.diffusers_folder import DiffusersFolder
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
+from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
 from ldm.release.recognition import Shapes, shapes_of
 from ldm.util import UserError
@@ -31,6 +33,7 @@ class Release:
     path: Path
     named: Renamed
     metadata: Mapping[str, str]
+    folder: DiffusersFolder | None = None
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -40,6 +43,11 @@ class Release:
     def shapes(self) -> Shapes:
         """Shapes of all values of the file: the weights, and the values that no model uses."""
         return shapes_of(self.named.with_carried())
+
+    @property
+    def predicts(self) -> str | None:
+        """What the UNet predicts, as far as the file tells."""
+        return marked_parameterization(self.named.carried, self.metadata)
 
     @property
     def lasting_metadata(self) -> dict[str, str]:
@@ -66,7 +74,8 @@ def release_of(
     if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _log_names(named, Path(path))
-    return Release(Path(path), named if vae is None else _with_autoencoder(named, vae), opened.metadata)
+    named = named if vae is None else _with_autoencoder(named, vae)
+    return Release(Path(path), named, opened.metadata, opened.folder)
 
 
 def check_not_replaced(out: Path, inputs: Iterable[Path]) -> None:
