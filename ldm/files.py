@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import signal
 import stat
 import sys
@@ -172,7 +173,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers_once(path.parent)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     _WRITING[temporary] = os.getpid()
     try:
         yield temporary
@@ -194,7 +195,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of ended processes of this machine from `folder`.
+    """Remove the temporary files and folders of ended processes of this machine from `folder`.
 
     Files of other machines, other containers and running processes are kept.
     """
@@ -206,7 +207,10 @@ def remove_leftovers(folder: Path) -> None:
             if found is None or (found[3] and int(found[3], 16) != namespace):
                 continue
             if not is_running(int(found[1]), int(found[2], 16) or None if found[2] else None):
-                (folder / name).unlink(missing_ok=True)
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                else:
+                    (folder / name).unlink(missing_ok=True)
 
 
 def remove_leftovers_once(folder: Path) -> None:
@@ -217,7 +221,7 @@ def remove_leftovers_once(folder: Path) -> None:
         remove_leftovers(folder)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return a temporary path in the folder of `path`. Its name identifies machine, container and process."""
     own, host = os.getpid(), os.uname().nodename
     process = f"{own}-{process_start(own) or 0:x}-{process_namespace():x}"

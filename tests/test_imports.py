@@ -37,6 +37,7 @@ ROOMS = (
     "ldm.modules",
     "ldm.host_copy",
     "ldm.events",
+    "ldm.folders",
     "ldm.files",
     "ldm.identity",
     "ldm.locks",

@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file; copy it from the model's folder") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({str(error):.80}); download or copy it again") from error
+        raise UserError(f"{path}: is not valid JSON ({error!s:.80}); download or copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not a JSON object; download or copy it again")
     return content

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from ldm.checkpoint.diffusers_files import CONFIG, Weights, read_json, read_weig
 from ldm.checkpoint.diffusers_names import (
     CLIP,
     OPEN_CLIP,
-    PART_PREFIXES,
     TEXT_1,
     TEXT_2,
     UNET_PART,
@@ -59,6 +57,7 @@ class DiffusersFolder:
         origins: places of the values, by the key of this package.
         shapes: shapes of the values in the folder, by place.
         extras: values that no model here uses, by place.
+        files: files of the weights.
     """
 
     path: Path
@@ -66,6 +65,7 @@ class DiffusersFolder:
     origins: Mapping[str, Origin]
     shapes: Mapping[Place, tuple[int, ...]]
     extras: Mapping[Place, torch.Tensor]
+    files: Sequence[Path] = ()
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -104,12 +104,12 @@ def read_folder(
         kind = _kind(configs[part], folder) if part in (TEXT_1, TEXT_2) else ""
         ours = our_keys(prefix, kind, names.values())
         for key, value in found.items():
-            if ours[names[key]] is None:
+            if ours.get(names[key]) is None:
                 if not _UNUSED.fullmatch(key):
                     raise UserError(f"{file}: holds {key:.100}, which no model here has; is it of another kind?")
                 extras[Place(part, key)] = value
-        actual = {Place(part, names[key]): Place(part, key) for key in found if ours[names[key]]}
-        translated = _translated({ours[names[key]] for key in found} - {None}, actual, found, file)
+        actual = {Place(part, names[key]): Place(part, key) for key in found if ours.get(names[key])}
+        translated = _translated({ours.get(names[key]) for key in found} - {None}, actual, found, file)
         weights |= {key: value for key, (value, _) in translated.items()}
         origins |= {key: origin for key, (_, origin) in translated.items()}
         if prefix == COND_STAGE and kind == OPEN_CLIP:

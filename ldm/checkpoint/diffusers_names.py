@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE, TOWERS, UNET, has_part
+from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE, POSITION_IDS, TOWERS, UNET, has_part
 
 # Parts of a model: subfolders of a folder, and names in LoRA files.
 UNET_PART, VAE_PART, TEXT_1, TEXT_2 = "unet", "vae", "text_encoder", "text_encoder_2"
@@ -114,7 +114,10 @@ def unet_names(keys: Iterable[str]) -> Names:
     down, up = _their_levels(keys) if any(_THEIR_BLOCK.match(key) for key in keys) else _our_levels(keys)
     rows = [(ours, theirs, {}) for ours, theirs in UNET_OUTSIDE.items()]
     rows += [(f"middle_block.{n}", f"mid_block.{name}", _RESIDUAL) for n, name in _UNET_MIDDLE.items()]
-    for levels, side, other, sampler in ((down, "input_blocks", "down_blocks", "op"), (up, "output_blocks", "up_blocks", "conv")):
+    for levels, side, other, sampler in (
+        (down, "input_blocks", "down_blocks", "op"),
+        (up, "output_blocks", "up_blocks", "conv"),
+    ):
         number = 1 if side == "input_blocks" else 0
         for level, (blocks, has_attention, has_sampler) in enumerate(levels):
             for place in range(blocks):
@@ -169,7 +172,9 @@ def _their_levels(keys: Iterable[str]) -> tuple[list[_Level], list[_Level]]:
 
 def vae_names(keys: Iterable[str]) -> Names:
     """Return the table of an autoencoder with these `keys`, of this package or of diffusers."""
-    levels = 1 + max((int(n) for key in keys for n in re.findall(r"^decoder\.up(?:_blocks)?\.(\d+)\.", key)), default=-1)
+    levels = 1 + max(
+        (int(n) for key in keys for n in re.findall(r"^decoder\.up(?:_blocks)?\.(\d+)\.", key)), default=-1
+    )
     attention = {ours: theirs for ours, (theirs, *_) in VAE_ATTENTION.items()}
     rows = [(name, name, {}) for name in ("quant_conv", "post_quant_conv")]
     for side in ("encoder", "decoder"):
@@ -220,7 +225,8 @@ def diffusers_origins(keys: Iterable[str]) -> dict[str, Origin]:
             found = _open_clip_origins([key.removeprefix(OPEN_CLIP) for key in below], part, prefix == COND_STAGE)
             found = {OPEN_CLIP + key: origin for key, origin in found.items()}
         else:
-            found = {key: Origin((Place(part, key.removeprefix(CLIP)),)) for key in below if key.startswith(CLIP)}
+            of_clip = [key for key in below if key.startswith(CLIP) and _is_clip(key.removeprefix(CLIP))]
+            found = {key: Origin((Place(part, key.removeprefix(CLIP)),)) for key in of_clip}
         result |= {prefix + key: origin for key, origin in found.items()}
     return result
 
@@ -255,7 +261,7 @@ def canonical(part: str, key: str) -> str:
 
 
 def our_keys(prefix: str, kind: str, keys: Iterable[str]) -> dict[str, str | None]:
-    """Return, by canonical key of one part of a folder, the key of this package, or None.
+    """Return, by canonical key of one part of a folder, the key of this package, or None if it has none.
 
     Args:
         prefix: of the part's keys in this package.
@@ -266,10 +272,13 @@ def our_keys(prefix: str, kind: str, keys: Iterable[str]) -> dict[str, str | Non
         names = (unet_names(keys) if part == UNET_PART else vae_names(keys)).reversed()
         return {key: _below(prefix, names.of_key(key)) for key in keys}
     if kind == CLIP:
-        return {key: prefix + CLIP + key if key.startswith("text_model.") else None for key in keys}
+        return {key: prefix + CLIP + key if _is_clip(key) else None for key in keys}
     layers = len({match[1] for key in keys if (match := _UNFUSED.fullmatch(key))})
     names = open_clip_names(layers).reversed()
-    return {key: _below(prefix + OPEN_CLIP, _our_open_clip(key, names)) for key in keys}
+    found = {key: _below(prefix + OPEN_CLIP, _our_open_clip(key, names)) for key in keys}
+    if prefix == COND_STAGE:  # SD 2 does not use it
+        found.pop(f"{_PROJECTION}.weight", None)
+    return found
 
 
 def _our_open_clip(key: str, names: Names) -> str | None:
@@ -277,6 +286,10 @@ def _our_open_clip(key: str, names: Names) -> str | None:
         return f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"
     whole = {_THEIR_POSITIONS: _POSITIONS, f"{_PROJECTION}.weight": _PROJECTION}
     return whole.get(key) or names.of_key(key)
+
+
+def _is_clip(key: str) -> bool:
+    return key.startswith("text_model.") and not key.endswith(POSITION_IDS)
 
 
 def _below(prefix: str, key: str | None) -> str | None:

@@ -53,8 +53,10 @@ def check_sizes(part: str, config: Mapping[str, Any], shapes: Shapes, path: Path
 def _same(key: str, stated: Any, found: Any) -> bool:
     if key == "transformer_layers_per_block":  # levels without attention have any number
         stated = [stated] * len(found) if isinstance(stated, int) else stated
-        return isinstance(stated, list) and len(stated) == len(found) and all(
-            two is None or one == two for one, two in zip(stated, found, strict=True)
+        return (
+            isinstance(stated, list)
+            and len(stated) == len(found)
+            and all(two is None or one == two for one, two in zip(stated, found, strict=True))
         )
     if isinstance(found, int) and isinstance(stated, list):  # the same for all levels
         return all(each == found for each in stated)

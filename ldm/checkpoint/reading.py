@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,11 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
 def _open_folder(path: Path, mmap: bool) -> OpenCheckpoint:
     """Open a folder in the layout of diffusers. Its markers and metadata tell what its scheduler predicts."""
     metadata: dict[str, str] = {}
+    files: list[Path] = []
 
     def open_weights(file: Path) -> dict[str, torch.Tensor]:
         opened = open_checkpoint(file, mmap)
+        files.append(file)
         metadata.update({key: text for key, text in opened.metadata.items() if key != _FORMAT})
         return weights_of(opened.content, file)
 
@@ -106,7 +108,7 @@ def _open_folder(path: Path, mmap: bool) -> OpenCheckpoint:
         metadata[PREDICTION_TYPE] = STATED[predicts]
         if predicts == "v" and (zero_snr or has_part(weights, CONDITIONER)):
             weights = with_markers(weights, predicts, zero_snr)
-    return OpenCheckpoint({"state_dict": weights, "metadata": metadata}, metadata, folder)
+    return OpenCheckpoint({"state_dict": weights, "metadata": metadata}, metadata, replace(folder, files=files))
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:

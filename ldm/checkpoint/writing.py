@@ -6,6 +6,7 @@ while it is written, so that peak memory does not grow with the file.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -23,6 +24,8 @@ from ldm.checkpoint.mapped import Joined, in_memory
 from ldm.checkpoint.zip_writer import ZipWriter
 from ldm.files import atomic_write
 from ldm.util import UserError
+
+HASH = "modelspec.hash_sha256"  # metadata: the SHA-256 of the tensors of a `.safetensors` (ModelSpec 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,8 @@ def save_state_dict(
 ) -> None:
     """Write weights as `.safetensors`, or as a `.ckpt` with `{"state_dict": ...}`, by the suffix of `path`.
 
-    `metadata`, if not empty, is stored in the header of a `.safetensors`, or under `"metadata"` in a `.ckpt`.
+    `metadata`, if not empty, is stored in the header of a `.safetensors`, or under `"metadata"` in a `.ckpt`. Its entry
+    `HASH`, if it has one, becomes the digest of the tensors in a `.safetensors`, and is left out of a `.ckpt`.
 
     Raises:
         UserError: the suffix is neither of the two.
@@ -76,6 +80,7 @@ def save_state_dict(
     check_suffix(path)
     metadata = dict(metadata or {})
     if Path(path).suffix == ".ckpt":
+        metadata.pop(HASH, None)
         save_checkpoint({"state_dict": dict(state_dict), **({"metadata": metadata} if metadata else {})}, path)
         return
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -85,7 +90,10 @@ def save_state_dict(
 def check_suffix(path: str | Path) -> None:
     """Raise `UserError` unless `path` has a suffix of a format for weights."""
     if Path(path).suffix not in (".ckpt", ".safetensors"):
-        raise UserError(f"{path}: the name must end in .ckpt or .safetensors, which selects the format")
+        raise UserError(
+            f"{path}: the name must end in .ckpt or .safetensors, which selects the format, or in / for a folder of "
+            "diffusers"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +145,10 @@ def _write_safetensors(
 ) -> None:
     # Wide dtypes first, like the reference writer, so that each tensor is aligned to its dtype.
     names = sorted(state_dict, key=lambda key: (-state_dict[key].dtype.itemsize, key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    metadata = {"format": "pt", **metadata}
+    if HASH in metadata:
+        metadata[HASH] = f"0x{'0' * 64}"  # replaced by the digest, of equal length, after the tensors are written
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in names:
         tensor = state_dict[name]
@@ -149,8 +160,15 @@ def _write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
+    hashed = hashlib.sha256()
     for name in names:
-        file.write(_bytes_of(state_dict[name]))
+        data = _bytes_of(state_dict[name])
+        if HASH in metadata:
+            hashed.update(data)
+        file.write(data)
+    if HASH in metadata:
+        file.seek(8)
+        file.write(encoded.replace(metadata[HASH].encode(), f"0x{hashed.hexdigest()}".encode(), 1))
 
 
 def _bytes_of(tensor: torch.Tensor | Pending) -> memoryview:

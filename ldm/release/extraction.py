@@ -22,6 +22,7 @@ from ldm.evaluation.report import aligned
 from ldm.locks import locked_file
 from ldm.release.layer_names import Layer, kohya_names, layers_of
 from ldm.release.mixture import check_same_model
+from ldm.release.model_spec import described_lora
 from ldm.release.opening import Release, check_not_replaced, open_release
 from ldm.release.recognition import find_family
 from ldm.util import UserError
@@ -121,7 +122,12 @@ def extract_files(
         before, after = open_release(base), open_release(tuned)
         check_same_model(before, after)
         weights, found = extract(before, after, target, torch.float16 if half else torch.float32, all_layers, device)
-        save_state_dict(weights, out, metadata=_metadata(before, found.layers, target))
+        rank = str(target.rank) if target.energy is None else "Dynamic"  # as kohya's tools write for several ranks
+        save_state_dict(
+            weights,
+            out,
+            metadata=described_lora(out, find_family(before.shapes, parameterization=before.predicts), rank),
+        )
     log.info("wrote %s (%.1f MB, %d layers)", out, out.stat().st_size / 1e6, len(found.layers))
     return found
 
@@ -218,21 +224,3 @@ def _others(layers: Sequence[Layer], before: Release, after: Release) -> tuple[d
         elif energy:
             others[key] = energy
     return others, autoencoder
-
-
-def _metadata(release: Release, layers: Sequence[Extracted], target: Target) -> dict[str, str]:
-    """Return the metadata by which other programs tell the model of a LoRA. It names no file and no person."""
-    rank = str(target.rank) if target.energy is None else "Dynamic"  # as kohya's tools write for several ranks
-    family = find_family(release.shapes)
-    about = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    if family is not None:
-        about["ss_v2"] = str(family.key.startswith("sd2"))
-        about["ss_base_model_version"] = _version(family.key, family.parameterization)
-    return about
-
-
-def _version(key: str, parameterization: str) -> str:
-    if key.startswith("sdxl"):
-        return "sdxl_base_v1-0"
-    start = "sd_v2" if key.startswith("sd2") else "sd_v1"
-    return f"{start}_v" if parameterization == "v" else start

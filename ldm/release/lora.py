@@ -13,21 +13,20 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import (
     Pending,
-    check_suffix,
     converted,
     ema_key,
     in_memory,
     is_finite,
     open_checkpoint,
-    save_state_dict,
 )
 from ldm.checkpoint.keys import MODEL, has_part
-from ldm.locks import locked_file
 from ldm.release.keys import check_release
 from ldm.release.layer_names import Layer, layers_of
 from ldm.release.lora_file import Factors, read_lora
-from ldm.release.opening import check_not_replaced, release_of, written_dtype
+from ldm.release.model_spec import title_of
+from ldm.release.opening import release_of, written_dtype
 from ldm.release.recognition import log_family, shapes_of
+from ldm.release.saving import About, Destination, save_release
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -154,25 +153,23 @@ def _sum(key: str, weight: Tensor, changes: Sequence[Change], dtype: torch.dtype
 
 
 def add_lora_files(
-    release: Path, out: Path, loras: Sequence[Lora], half: bool = False, vae: Path | None = None
+    release: Path, out: str | Path | Destination, loras: Sequence[Lora], half: bool = False, vae: Path | None = None
 ) -> None:
-    """Write the release with `loras` added to `out`, with the names and the metadata of the release.
+    """Write the release with `loras` added to `out`, a file or a folder, with the names and metadata of the release.
 
     The file `vae`, if given, replaces its autoencoder.
 
     Raises:
         UserError: a file cannot be read, or a LoRA does not fit the release. Nothing is written in this case.
     """
-    check_suffix(out)
-    check_not_replaced(out, (release, *(lora.path for lora in loras)))
-    with locked_file(out):
+    to = out if isinstance(out, Destination) else Destination.of(out)
+    with to.locked((release, *(lora.path for lora in loras), *((vae,) if vae else ()))):
         checkpoint = open_checkpoint(release)
         check_release(checkpoint.content, release)
         opened = release_of(checkpoint, release, vae)
         log_family(opened.shapes, release, opened.predicts)
-        content = opened.named.restored(with_loras(opened.weights, loras, release, half))
-        save_state_dict(content, out, metadata=opened.lasting_metadata)
-    log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))
+        mixed = title_of(opened.metadata, release), *(lora.path.stem for lora in loras)
+        save_release(opened, with_loras(opened.weights, loras, release, half), to, About(merged_from=mixed))
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ import torch
 from ldm.checkpoint import (
     SCHEDULE_KEYS,
     Pending,
-    check_suffix,
     converted,
     ema_key,
     in_memory,
@@ -21,7 +20,6 @@ from ldm.checkpoint import (
     is_optional,
     open_checkpoint,
     same_values,
-    save_state_dict,
 )
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.keys import (
@@ -33,15 +31,17 @@ from ldm.checkpoint.keys import (
     TEXT_ENCODERS,
     has_part,
 )
-from ldm.checkpoint.markers import with_markers
 from ldm.checkpoint.names import is_carried
-from ldm.locks import locked_file
+from ldm.config.load import load_config, plain
+from ldm.locks import run_of
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.lora import Lora, with_loras
 from ldm.release.mixture import weighted_sum
-from ldm.release.opening import Release, check_not_replaced, release_of, training_weights, written_dtype
+from ldm.release.model_spec import title_of, training_settings
+from ldm.release.opening import Release, release_of, training_weights, written_dtype
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
+from ldm.release.saving import About, Destination, save_release
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -195,38 +195,40 @@ def _between(start: torch.Tensor, value: torch.Tensor, strength: float) -> torch
 def merge_files(
     training_path: Path,
     release_path: Path,
-    out: Path,
+    out: str | Path | Destination,
     weights: str | None,
     half: bool,
     vae: Path | None = None,
     strength: float = 1.0,
     loras: Sequence[Lora] = (),
+    embed_settings: bool = False,
 ) -> None:
     """Merge `training_path` and `release_path` into the release `out`, and log the origin of its keys.
 
-    The suffix of `out` chooses the format. Keys are named as in the release file, and its unused values are copied. The
-    release's metadata is kept, except for digests of the weights. `weights`, `half` and `strength` are as in `merge`.
-    The autoencoder of the file `vae`, if given, replaces that of the release. `loras` are added to the result.
+    `out` is a file, whose suffix chooses the format, or a folder; see `Destination`. Keys are named as in the release,
+    and its unused values are copied. The release's metadata is kept as far as it stays true. `weights`, `half` and
+    `strength` are as in `merge`. The autoencoder of the file `vae`, if given, replaces that of the release. `loras` are
+    added to the result. With `embed_settings`, the metadata tells the settings of the training.
 
     Raises:
         UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
-    check_suffix(out)
-    with locked_file(out):
-        _merge_files(training_path, release_path, out, weights, half, vae, strength, loras)
+    to = out if isinstance(out, Destination) else Destination.of(out)
+    with to.locked((training_path, release_path, *(lora.path for lora in loras), *((vae,) if vae else ()))):
+        _merge_files(training_path, release_path, to, weights, half, vae, strength, loras, embed_settings)
 
 
 def _merge_files(
     training_path: Path,
     release_path: Path,
-    out: Path,
+    to: Destination,
     weights: str | None,
     half: bool,
     vae: Path | None,
     strength: float,
     loras: Sequence[Lora],
+    embed_settings: bool,
 ) -> None:
-    check_not_replaced(out, (training_path, release_path, *(lora.path for lora in loras)))
     training, release = open_checkpoint(training_path), open_checkpoint(release_path)
     check_training_checkpoint(training.content, training_path, weights_alone=True)
     check_release(release.content, release_path)
@@ -246,27 +248,32 @@ def _merge_files(
         if strength != 1:
             log.info("strength %g: that share of the training's change of each weight", strength)
         state_dict = with_loras(merged.state_dict, loras, release_path)
-        content = _with_prediction(opened.named.restored(state_dict), opened, trained, noted)
-        save_state_dict(content, out, metadata=opened.lasting_metadata)
+        settings = _settings(training.content, training_path) if embed_settings else {}
+        mixed = tuple(title_of(opened.metadata, release_path) for _ in loras[:1]) + tuple(
+            lora.path.stem for lora in loras
+        )
+        save_release(opened, state_dict, to, About(_prediction(opened, trained, noted), mixed, settings))
     except UserError as error:
         raise UserError(f"{training_path} into {release_path}: {error}") from error
-    log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))
 
 
-def _with_prediction(content: dict, release: Release, trained: Weights, noted: Any) -> dict:
-    """Return `content` with the markers of what was trained, if by its own keys it would be taken for something else.
+def _settings(training: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the settings of the training in the checkpoint at `path`, with those of its run's config if it has one."""
+    run = run_of(path)
+    files = sorted(run.glob("configs/*-project.yaml")) + sorted(run.glob("configs/*-lightning.yaml")) if run else []
+    if not files:
+        log.info("%s: lies in no run folder, so only its step and its optimizer are embedded", path)
+    return training_settings(training, plain(load_config(files, trusted=True)) if files else None)
+
+
+def _prediction(release: Release, trained: Weights, noted: Any) -> tuple[str, bool] | None:
+    """Return what was trained, the prediction and zero SNR, if the release would be taken for something else.
 
     `noted` is the parameterization in the training checkpoint; `trained` are its weights.
     """
-    family = find_family(release.shapes)
+    family = find_family(release.shapes, parameterization=release.predicts)
     if family is None or noted not in PARAMETERIZATIONS:
-        return content
+        return None
     alphas = trained.get("alphas_cumprod")
     zero_snr = family.zero_snr if alphas is None else noted == "v" and float(in_memory(alphas)[-1]) == 0
-    if (family.parameterization, family.zero_snr) == (noted, zero_snr):
-        return content
-    marked = with_markers(content, noted, zero_snr)
-    for change, those in (("added", marked.keys() - content.keys()), ("left out", content.keys() - marked.keys())):
-        if those:
-            log.info("marker %s %s: the training predicts %s", " and ".join(sorted(those)), change, noted)
-    return marked
+    return None if (family.parameterization, family.zero_snr) == (noted, zero_snr) else (noted, zero_snr)

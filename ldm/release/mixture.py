@@ -13,18 +13,17 @@ from torch import Tensor
 from ldm.checkpoint import (
     SCHEDULE_KEYS,
     Pending,
-    check_suffix,
     converted,
     ema_key,
     in_memory,
     is_finite,
     is_optional,
     same_values,
-    save_state_dict,
 )
 from ldm.checkpoint.keys import EMA, EMA_COUNTERS, MODEL, PREDICTION_MARKERS, UNET, has_part
-from ldm.locks import locked_file
-from ldm.release.opening import Release, check_not_replaced, open_release
+from ldm.release.model_spec import title_of
+from ldm.release.opening import Release, open_release
+from ldm.release.saving import About, Destination, save_release
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -99,8 +98,8 @@ class Recipe:
         return self.alphas if block is None else self.blocks[block]
 
 
-def mix_files(paths: Sequence[Path], out: Path, recipe: Recipe) -> None:
-    """Write the mixture of the releases `paths` to `out`, with the names, dtypes and metadata of the first.
+def mix_files(paths: Sequence[Path], out: str | Path | Destination, recipe: Recipe) -> None:
+    """Write the mixture of the releases `paths` to `out`, a file or a folder, with the names and dtypes of the first.
 
     Weights that the files share are kept bit for bit, as are the noise schedule and the values that no model uses.
 
@@ -108,16 +107,14 @@ def mix_files(paths: Sequence[Path], out: Path, recipe: Recipe) -> None:
         UserError: a file cannot be read, the files are not of one model, or a block matches no weight. Nothing is
             written in this case.
     """
-    check_suffix(out)
-    check_not_replaced(out, paths)
-    with locked_file(out):
+    to = out if isinstance(out, Destination) else Destination.of(out)
+    with to.locked(paths):
         releases = [open_release(path) for path in paths]
         first = releases[0]
         for other in releases[1:]:
             check_same_model(first, other)
-        content = first.named.restored(mix(releases, recipe))
-        save_state_dict(content, out, metadata=first.lasting_metadata)
-    log.info("wrote %s (%.2f GB, %d values)", out, out.stat().st_size / 1e9, len(content))
+        mixed = tuple(title_of(release.metadata, release.path) for release in releases)
+        save_release(first, mix(releases, recipe), to, About(merged_from=mixed))
 
 
 def mix(releases: Sequence[Release], recipe: Recipe) -> dict[str, Tensor | Pending]:

@@ -16,13 +16,12 @@ from ldm.checkpoint.diffusers_folder import DiffusersFolder
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
+from ldm.files import is_within
 from ldm.release.recognition import Shapes, shapes_of
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
-# Digests of the weights in the metadata of other programs' releases. A change of the weights makes them wrong.
-_DIGESTS = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _ENDS = ("encoder.conv_in.weight", "decoder.conv_out.weight")  # of an autoencoder's encoder and decoder
 
 
@@ -49,11 +48,6 @@ class Release:
         """What the UNet predicts, as far as the file tells."""
         return marked_parameterization(self.named.carried, self.metadata)
 
-    @property
-    def lasting_metadata(self) -> dict[str, str]:
-        """Metadata that stays true if the weights change."""
-        return {key: text for key, text in self.metadata.items() if key not in _DIGESTS}
-
 
 def open_release(path: str | Path, vae: str | Path | None = None) -> Release:
     """Open the release or training checkpoint at `path`, as `release_of` does."""
@@ -79,9 +73,9 @@ def release_of(
 
 
 def check_not_replaced(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise `UserError` if writing `out` would replace one of the files `inputs`."""
+    """Raise `UserError` if writing `out` would replace one of the `inputs`, which may lie in a folder `out`."""
     for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
+        if out.exists() and path.exists() and (out.samefile(path) or (out.is_dir() and is_within(out, path))):
             raise UserError(f"{out}: would replace one of the files that are read; choose another --out")
 
 

@@ -32,6 +32,11 @@ _CLIP_L14_TEXT = {
 _LAYERS = ("last", "pooled", "hidden")
 
 
+def clip_text_config(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the entries of transformers' `CLIPTextConfig` for ViT-L/14, updated with `changes`."""
+    return {**_CLIP_L14_TEXT, **(changes or {})}
+
+
 class FrozenCLIPEmbedder(AbstractEncoder):
     """CLIP's text tower: captions -> hidden states of the last layer, after the final layer norm.
 
@@ -72,7 +77,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                 f"version {version!r} is unknown; use {_CLIP_L14!r}, and text_config for another size",
             )
         )
-        config = {**_CLIP_L14_TEXT, **(text_config or {})}
+        config = clip_text_config(text_config)
         self.max_length = max_length
         self.layer = layer
         self.layer_idx = _checked_layer(layer, layer_idx, config["num_hidden_layers"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import html
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -62,6 +63,16 @@ def _backend() -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (_START, _END)])
     return tokenizer
+
+
+def write_vocabulary(folder: Path, pads_with_end: bool) -> None:
+    """Write the files of transformers' tokenizer, of CLIP if it pads with the end token, else of OpenCLIP."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _backend().model.save(str(folder))  # vocab.json and merges.txt
+    ends = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END if pads_with_end else "!"}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
+    for name, content in (("special_tokens_map.json", ends), ("tokenizer_config.json", {**settings, **ends})):
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def clean(text: str) -> str:

@@ -1,0 +1,185 @@
+"""Writing of releases as folders in the layout of diffusers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoint import Pending, in_memory, save_state_dict
+from ldm.checkpoint.diffusers_files import CONFIG
+from ldm.checkpoint.diffusers_folder import INDEX, PARTS, SCHEDULER, DiffusersFolder
+from ldm.checkpoint.diffusers_names import TEXT_1, TEXT_2, Origin, Place, diffusers_origins
+from ldm.config.load import load_config
+from ldm.folders import atomic_folder, check_replaceable
+from ldm.modules.encoders.tokenizer import write_vocabulary
+from ldm.release.diffusers_config import folder_configs, stated_prediction
+from ldm.release.opening import Release
+from ldm.release.recognition import find_family
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+Value = torch.Tensor | Pending
+
+_FILES = dict.fromkeys(PARTS, "diffusion_pytorch_model.safetensors") | dict.fromkeys(
+    (TEXT_1, TEXT_2), "model.safetensors"
+)
+_DTYPES = ("torch_dtype", "dtype")  # entries of transformers' configs
+
+
+def check_folder(path: Path) -> None:
+    """Raise `UserError` unless a folder of diffusers can be written to `path`."""
+    check_replaceable(path, INDEX)
+
+
+def write_folder(
+    release: Release,
+    weights: Mapping[str, Value],
+    path: Path,
+    metadata: Mapping[str, str],
+    predicts: tuple[str, bool] | None = None,
+    config: str | Path | None = None,
+) -> int:
+    """Write `weights` of the model of `release` to the folder `path`, and return the number of values.
+
+    Configs, tokenizers and other parts are those of the release if it is a folder. Otherwise they follow from `config`,
+    by default the config of its family.
+
+    Args:
+        metadata: of the file with the UNet.
+        predicts: prediction and zero SNR, if they differ from those of the release.
+
+    Raises:
+        UserError: `path` holds other files, or diffusers has no such model. Nothing is written in this case.
+    """
+    check_folder(path)
+    values = _by_place(release, weights)
+    parts: dict[str, dict[str, Value]] = defaultdict(dict)
+    for place, value in values.items():
+        parts[place.part][place.key] = value
+    configs = _configs(release, parts, predicts, config)
+    left_out = [key for key in weights if key not in _origins(release, weights)]
+    if left_out and release.folder is None:
+        log.info("%d values left out, which folders of diffusers do not hold, such as %s", len(left_out), left_out[0])
+    with atomic_folder(path) as temporary:
+        if release.folder is not None:
+            _copy_others(release.folder.path, temporary)
+        else:
+            for part in parts:
+                if part in (TEXT_1, TEXT_2):
+                    is_clip = configs[f"{part}/{CONFIG}"]["hidden_act"] == "quick_gelu"
+                    write_vocabulary(temporary / part.replace("text_encoder", "tokenizer"), pads_with_end=is_clip)
+        for name, content in configs.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for part, found in parts.items():
+            save_state_dict(found, temporary / part / _FILES[part], metadata=metadata if part == PARTS[0] else None)
+    return len(values)
+
+
+def _origins(release: Release, weights: Mapping[str, Value]) -> Mapping[str, Origin]:
+    return diffusers_origins(weights) if release.folder is None else release.folder.origins
+
+
+def _by_place(release: Release, weights: Mapping[str, Value]) -> dict[Place, Value]:
+    """Return the values of the folder by place. Those that no model uses are those of the release's folder."""
+    folder = release.folder
+    result: dict[Place, Value] = {}
+    for key, origin in _origins(release, weights).items():
+        if key not in weights:
+            continue
+        value, count = weights[key], len(origin.places)
+        for number, place in enumerate(origin.places):
+            shape = _shape(value, origin, count, None if folder is None else folder.shapes[place])
+            result[place] = _piece(value, origin, number, shape)
+    return result if folder is None else {**result, **folder.extras}
+
+
+def _shape(value: Value, origin: Origin, count: int, own: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the shape of a piece of `value`, which is `own` in a folder that was read."""
+    if own is not None:
+        return own
+    shape = tuple(value.shape)
+    if origin.is_transposed:
+        return shape[::-1]
+    is_attention = origin.places[0].part == "vae" and ".attentions." in origin.places[0].key and len(shape) == 4
+    return shape[:2] if is_attention else (shape[0] // count, *shape[1:])
+
+
+def _piece(value: Value, origin: Origin, number: int, shape: tuple[int, ...]) -> Value:
+    if len(origin.places) == 1 and not origin.is_transposed and tuple(value.shape) == shape:
+        return value
+
+    def compute() -> torch.Tensor:
+        whole = value.compute() if isinstance(value, Pending) else in_memory(value)
+        if origin.is_transposed:
+            return whole.T
+        rows = len(whole) // len(origin.places)
+        return whole[number * rows : (number + 1) * rows].reshape(shape)
+
+    return Pending(shape, value.dtype, compute)
+
+
+def _configs(
+    release: Release,
+    parts: Mapping[str, Mapping[str, Value]],
+    predicts: tuple[str, bool] | None,
+    config: str | Path | None,
+) -> dict[str, Mapping[str, Any]]:
+    """Return the JSON files to write, by name."""
+    if release.folder is not None:
+        return _changed_configs(release.folder, parts, predicts)
+    family = find_family(release.shapes, parameterization=release.predicts)
+    if config is not None:
+        chosen = load_config([config])
+        stated = chosen.model.params.get("parameterization", release.predicts or "eps")
+        told = stated, bool(chosen.model.params.get("rescale_betas_zero_snr", False))
+    elif family is not None:
+        chosen, told = load_config([family.config]), (family.parameterization, family.zero_snr)
+    else:
+        raise UserError(
+            f"{release.path}: is of no family of full size, and a folder's configs need the number of attention heads; "
+            "name the config of the release with --config, or write a .safetensors file"
+        )
+    shapes = {part: {key: tuple(value.shape) for key, value in found.items()} for part, found in parts.items()}
+    try:
+        return folder_configs(chosen, shapes, *(predicts or told))
+    except UserError as error:
+        raise UserError(f"{release.path}: {error}") from error
+
+
+def _changed_configs(
+    folder: DiffusersFolder, parts: Mapping[str, Mapping[str, Value]], predicts: tuple[str, bool] | None
+) -> dict[str, Mapping[str, Any]]:
+    """Return the configs of `folder` that another prediction or another dtype changes, and those of its parts."""
+    result: dict[str, Mapping[str, Any]] = {}
+    for part, found in parts.items():
+        dtype = str(next(iter(found.values())).dtype).removeprefix("torch.")
+        config = folder.configs[part]
+        result[f"{part}/{CONFIG}"] = {**config, **{key: dtype for key in _DTYPES if key in config}}
+    if predicts is not None:
+        prediction, zero_snr = predicts
+        changed = {"prediction_type": stated_prediction(prediction), "rescale_betas_zero_snr": zero_snr}
+        result[f"{SCHEDULER}/scheduler_config.json"] = {**folder.configs.get(SCHEDULER, {}), **changed}
+    return result
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Copy the folder's index and the parts that hold no weights of this package."""
+    if not (source / INDEX).is_file():
+        raise UserError(f"{source}: has no {INDEX}, which a whole folder needs; copy it from the base model")
+    shutil.copyfile(source / INDEX, target / INDEX)
+    for folder in sorted(source.iterdir()):
+        if not folder.is_dir() or folder.name in PARTS or folder.name.startswith("."):
+            continue
+        (target / folder.name).mkdir()
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, target / folder.name / file.name)
