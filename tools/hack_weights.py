@@ -41,7 +41,12 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--release", type=Path, default=CONVENTIONAL_RELEASE, help="released weights (default: %(default)s)")
+    add(
+        "--release",
+        type=Path,
+        default=CONVENTIONAL_RELEASE,
+        help="released weights, a file or a folder of diffusers (default: %(default)s)",
+    )
     add("--train-ckpt", type=Path, help="training checkpoint to change (default: the newest last.ckpt in logs/)")
     add("--base", nargs="*", metavar="CONFIG", help="make a training checkpoint from these configs instead; without a "
         "name, or if logs/ has no run, from the finetune config of the release's family")  # fmt: skip

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Mix releases of one model, weight by weight, into a new release, .ckpt or .safetensors.
+"""Mix releases of one model, weight by weight, into a new release, .ckpt, .safetensors or a folder of diffusers.
 
 python tools/merge_models.py A B --alpha 0.3 --out M.safetensors                          # 0.7 A + 0.3 B
 python tools/merge_models.py A B C --alpha 0.3 0.2 --out M.safetensors                    # 0.5 A + 0.3 B + 0.2 C
@@ -19,13 +19,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
+from ldm.cli.options import add_out_options
 from ldm.cli.run import HelpFormatter, run
 from ldm.util import UserError, check_number
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from ldm.release.mixture import METHODS, Recipe, mix_files  # imports torch, which --help does not need
+    from ldm.release.mixture import METHODS, Recipe, mix_files  # these import torch, which --help does not need
+    from ldm.release.saving import Destination
 
     method, files = METHODS[arguments.method], len(arguments.files)
     if files < method.least or files > (method.most or files):
@@ -33,7 +35,8 @@ def main() -> None:
     count = method.alphas(files)
     blocks = dict(parse_block(entry, count) for entry in arguments.block)
     check_alphas("--alpha", arguments.alpha, count)
-    mix_files(arguments.files, arguments.out, Recipe(arguments.method, arguments.alpha, blocks))
+    out = Destination.of(arguments.out, arguments.config)
+    mix_files(arguments.files, out, Recipe(arguments.method, arguments.alpha, blocks))
 
 
 def check_alphas(name: str, alphas: list[float], count: int) -> None:
@@ -61,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="releases; the others are mixed into the first")
-    add("--out", type=Path, required=True, help="file to write, .ckpt or .safetensors")
+    add_out_options(parser, required=True)
     add("--method", choices=["sum", "add-difference", "slerp"], default="sum", help="formula of the mixture")
     add("--alpha", type=float, nargs="+", default=[0.5], help="weight of each file after the first, or of the method")
     add(

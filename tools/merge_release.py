@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Merge a training checkpoint and the release it started from into a new release, .ckpt or .safetensors.
+"""Merge a training checkpoint and the release it started from into a new release, .ckpt, .safetensors or a folder.
 
 python tools/merge_release.py                        # the newest last.ckpt in logs/; writes merged.ckpt
 python tools/merge_release.py --train-ckpt logs/RUN/checkpoints/last.ckpt --out my-model.safetensors --half
+python tools/merge_release.py --out my-model/         # a folder in the layout of diffusers
 python tools/merge_release.py --strength 0.7 --out mine.ckpt  # 70 % of the way from the release to the training
 python tools/merge_release.py --release R --lora style.safetensors:0.8 --out R-style.safetensors  # without a training
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import add_lora_option, add_vae_option
+from ldm.cli.options import add_lora_option, add_out_options, add_vae_option
 from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
 from ldm.cli.run import run
 from ldm.util import check_number, refuse_if
@@ -25,14 +26,16 @@ def main() -> None:
     arguments = parse_arguments()
     from ldm.release.lora import Lora, add_lora_files  # these import torch, which --help does not need
     from ldm.release.merge import merge_files
+    from ldm.release.saving import Destination
 
     loras = [Lora(*lora) for lora in arguments.lora]
     if loras and arguments.train_ckpt is None:
-        add_lora_files(arguments.release, arguments.out, loras, arguments.half, arguments.vae)
+        out = Destination.of(arguments.out, arguments.config)
+        add_lora_files(arguments.release, out, loras, arguments.half, arguments.vae)
         return
     training = arguments.train_ckpt or newest_checkpoint()
-    out = arguments.out or training.with_name("merged.ckpt")
-    options = arguments.weights, arguments.half, arguments.vae, arguments.strength, loras
+    out = Destination.of(arguments.out or training.with_name("merged.ckpt"), arguments.config)
+    options = arguments.weights, arguments.half, arguments.vae, arguments.strength, loras, arguments.embed_settings
     merge_files(training, arguments.release, out, *options)
 
 
@@ -44,13 +47,9 @@ def parse_arguments() -> argparse.Namespace:
         "--release",
         type=Path,
         default=CONVENTIONAL_RELEASE,
-        help="release that training started from (default: %(default)s)",
+        help="release that training started from, a file or a folder of diffusers (default: %(default)s)",
     )
-    add(
-        "--out",
-        type=Path,
-        help="file to write, .ckpt or .safetensors (default: merged.ckpt in the folder of the training checkpoint)",
-    )
+    add_out_options(parser, "merged.ckpt in the folder of the training checkpoint")
     add(
         "--weights",
         choices=["ema", "raw"],
@@ -63,6 +62,11 @@ def parse_arguments() -> argparse.Namespace:
         default=1.0,
         help="share of the training's change: 0 is the release, 1 the training (default: 1)",
     )
+    add(
+        "--embed-settings",
+        action="store_true",
+        help="tell step, optimizer and numbers of the training's config in the metadata; never paths or captions",
+    )
     add_vae_option(parser)
     add_lora_option(parser)
     arguments = parser.parse_args()
@@ -70,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.lora and arguments.train_ckpt is None:
         refuse_if(
             (arguments.out is None, "--lora without --train-ckpt: give --out too, the release to write"),
+            (arguments.embed_settings, "--embed-settings: beside --lora, needs --train-ckpt; leave it out"),
             (arguments.weights, f"--weights {arguments.weights}: beside --lora, needs --train-ckpt; leave it out"),
             (
                 arguments.strength != 1,

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, type=Path, help="release checkpoint, .ckpt or .safetensors")
+    add("--ckpt", required=True, type=Path, help="release, .ckpt, .safetensors or a folder of diffusers")
     add_config_options(parser, "config with the text encoder")
     add(
         "--images",

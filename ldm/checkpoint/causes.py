@@ -21,7 +21,7 @@ _SCALES = re.compile(
 )
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 NO_UNET = "the file holds no UNet; name a whole release"
-_DIFFUSERS = "the file has the layout of diffusers; convert it to a single .safetensors file of the original layout"
+_DIFFUSERS = "the file has the layout of diffusers; name the folder of the whole model, which has model_index.json"
 _NO_VAE = "the file holds no autoencoder: --vae FILE takes one from another file"
 _QUANTISED = "its weights are quantised; save them as floating-point numbers"
 _NO_TEXT = "the file holds no text encoder: give a whole release, or a config whose cond stage needs none"

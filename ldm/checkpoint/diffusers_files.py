@@ -53,12 +53,15 @@ def weights_file(folder: Path) -> Path:
     for path in sorted(folder.iterdir()):
         match = _WEIGHTS.fullmatch(path.name)
         is_index = path.suffix == ".json"
-        if match and bool(match["shard"]) is False:
+        if match and not match["shard"]:
             variant = match["variant"] or match["later"] or match["of_index"] or ""
             place = variant, match["format"]
             if place not in found or is_index:  # an index takes precedence, as in diffusers
                 found[place] = path
     variants = sorted({variant for variant, _ in found})
+    shard = next((path.name for path in sorted(folder.iterdir()) if re.search(_SHARD, path.name)), None)
+    if not variants and shard is not None:
+        raise UserError(f"{folder}: has {shard}, and no index of its files, such as model.safetensors.index.json")
     if not variants:
         raise UserError(f"{folder}: holds no weights of diffusers, such as diffusion_pytorch_model.safetensors")
     variant = next((name for name in ("", _HALF) if name in variants), variants[0] if len(variants) == 1 else None)

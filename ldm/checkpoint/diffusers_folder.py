@@ -14,6 +14,7 @@ from ldm.checkpoint.diffusers_files import CONFIG, Weights, read_json, read_weig
 from ldm.checkpoint.diffusers_names import (
     CLIP,
     OPEN_CLIP,
+    PART_PREFIXES,
     TEXT_1,
     TEXT_2,
     UNET_PART,
@@ -98,20 +99,14 @@ def read_folder(
         file = weights_file(folder)
         found = read_weights(file, open_weights)
         shapes |= {Place(part, key): tuple(value.shape) for key, value in found.items()}
-        names = {key: canonical(part, key) for key in found}
-        check_sizes(part, configs[part], {names[key]: value.shape for key, value in found.items()}, folder / CONFIG)
-        prefix = _prefix(part, TEXT_2 in folders)
+        sizes = {canonical(part, key): value.shape for key, value in found.items()}
+        check_sizes(part, configs[part], sizes, folder / CONFIG)
         kind = _kind(configs[part], folder) if part in (TEXT_1, TEXT_2) else ""
-        ours = our_keys(prefix, kind, names.values())
-        for key, value in found.items():
-            if ours.get(names[key]) is None:
-                if not _UNUSED.fullmatch(key):
-                    raise UserError(f"{file}: holds {key:.100}, which no model here has; is it of another kind?")
-                extras[Place(part, key)] = value
-        actual = {Place(part, names[key]): Place(part, key) for key in found if ours.get(names[key])}
-        translated = _translated({ours.get(names[key]) for key in found} - {None}, actual, found, file)
-        weights |= {key: value for key, (value, _) in translated.items()}
-        origins |= {key: origin for key, (_, origin) in translated.items()}
+        prefix = _prefix(part, TEXT_2 in folders)
+        values, unused = _read_part(prefix, kind, found, file)
+        weights |= {key: value for key, (value, _) in values.items()}
+        origins |= {key: origin for key, (_, origin) in values.items()}
+        extras |= {Place(part, key): found[key] for key in unused}
         if prefix == COND_STAGE and kind == OPEN_CLIP:
             weights |= _unused_block(weights)
     schedule = path / SCHEDULER / _SCHEDULER_CONFIG
@@ -175,10 +170,24 @@ def _kind(config: Mapping[str, Any], folder: Path) -> str:
     return _KINDS[activation]
 
 
-def _translated(
-    keys: set[str], actual: Mapping[Place, Place], found: Weights, file: Path
-) -> dict[str, tuple[torch.Tensor, Origin]]:
-    """Return the values and their places in the folder by `keys` of this package."""
+def translated(part: str, found: Weights, file: Path) -> dict[str, torch.Tensor]:
+    """Return the weights `found` of a UNet or an autoencoder in `file` under this package's names."""
+    return {key: value for key, (value, _) in _read_part(_prefix(part, False), "", found, file)[0].items()}
+
+
+def _read_part(
+    prefix: str, kind: str, found: Weights, file: Path
+) -> tuple[dict[str, tuple[torch.Tensor, Origin]], list[str]]:
+    """Return the values of one part and their places by key of this package, and the keys that no model here uses."""
+    part = PART_PREFIXES[prefix]
+    names = {key: canonical(part, key) for key in found}
+    ours = our_keys(prefix, kind, names.values())
+    unused = [key for key in found if ours.get(names[key]) is None]
+    for key in unused:
+        if not _UNUSED.fullmatch(key):
+            raise UserError(f"{file}: holds {key:.100}, which no model here has; is it of another kind?")
+    actual = {Place(part, names[key]): Place(part, key) for key in found if ours.get(names[key])}
+    keys = {ours[place.key] for place in actual}
     result = {}
     for key, origin in diffusers_origins([*keys, *_block_after(keys)]).items():
         if key not in keys:
@@ -187,22 +196,23 @@ def _translated(
         if missing is not None:
             raise UserError(f"{file}: lacks {missing.key}; the file is incomplete, download it again")
         places = tuple(actual[place] for place in origin.places)
-        values = [found[place.key] for place in places]
-        if any(value.shape != values[0].shape or value.dtype != values[0].dtype or not value.ndim for value in values):
-            raise UserError(f"{file}: {', '.join(place.key for place in places)} differ in shape or dtype")
-        value = values[0] if len(values) == 1 else Joined(values)
-        if origin.is_transposed:
-            value = value.T
-        result[key] = _as_convolution(key, value), replace(origin, places=places)
-    return result
+        result[key] = _value(key, origin, [found[place.key] for place in places], file), replace(origin, places=places)
+    return result, unused
+
+
+def _value(key: str, origin: Origin, values: Sequence[torch.Tensor], file: Path) -> torch.Tensor:
+    """Return the value of `key`, whose rows are `values`."""
+    first = values[0]
+    if any(value.shape != first.shape or value.dtype != first.dtype for value in values) or not first.ndim:
+        raise UserError(f"{file}: {', '.join(place.key for place in origin.places)} differ in shape or dtype")
+    value = first if len(values) == 1 else Joined(values)
+    if origin.is_transposed:
+        return value.T
+    # The attention of an autoencoder has 1x1 convolutions here.
+    return value[:, :, None, None] if value.ndim == 2 and _ATTENTION.fullmatch(key) else value
 
 
 _ATTENTION = re.compile(rf"{re.escape(FIRST_STAGE)}.*\battn\w*\.(?:\d+\.)?(?:q|k|v|proj_out)\.weight")
-
-
-def _as_convolution(key: str, value: torch.Tensor) -> torch.Tensor:
-    """Return the weight of an autoencoder's attention as one of a 1x1 convolution."""
-    return value[:, :, None, None] if value.ndim == 2 and _ATTENTION.fullmatch(key) else value
 
 
 def _block_after(keys: set[str]) -> list[str]:

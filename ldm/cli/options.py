@@ -17,7 +17,7 @@ _MOST_BYTES = 1 << 28  # maximum size of a file of prompts
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for sampling images of prompts: the release, the prompts, the sampler and the networks."""
     add = parser.add_argument
-    add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release checkpoint")
+    add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release, a file or a folder of diffusers")
     add_config_options(parser)
     add_vae_option(parser)
     add("--prompt", nargs="+", action="extend", default=[], help="one or more prompts")
@@ -34,6 +34,19 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def add_vae_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that replaces the autoencoder of a release."""
     parser.add_argument("--vae", type=Path, metavar="FILE", help="file with an autoencoder that replaces the release's")
+
+
+def add_out_options(parser: argparse.ArgumentParser, default: str | None = None, required: bool = False) -> None:
+    """Add the release to write, as text, since a slash at its end means a folder; and the config for a folder."""
+    parser.add_argument(
+        "--out",
+        required=required,
+        help="file to write, .ckpt or .safetensors, or with a slash at the end a folder in the layout of diffusers"
+        + (f" (default: {default})" if default else ""),
+    )
+    parser.add_argument(
+        "--config", type=Path, help="config of the release, for a folder; default: that of the release's family"
+    )
 
 
 def add_lora_option(parser: argparse.ArgumentParser) -> None:

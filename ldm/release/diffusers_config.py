@@ -35,7 +35,7 @@ def settings_of(config: DictConfig) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: `config` is of a model that diffusers' folders of Stable Diffusion cannot hold.
     """
-    params = plain(config.model.params)
+    params = plain(config)["model"]["params"]
     unet = params["unet_config"].get("params") or {}
     size = params.get("image_size") or 64
     settings = {

@@ -19,11 +19,12 @@ from ldm.checkpoint.markers import check_markers
 from ldm.config.load import build_model
 from ldm.locks import locked_file
 from ldm.release.configs import Chosen, check_prediction
+from ldm.release.diffusers_config import check_settings
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.opening import Release, check_not_replaced, release_of, training_weights
 from ldm.release.recognition import check_same_family, log_family, shapes_of, warn_of_new_prediction
-from ldm.shards.verify import file_sha256
+from ldm.shards.verify import file_sha256, files_sha256
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def hack_training(
         from ldm.release.initial_checkpoint import checkpoint_at_start  # imports Lightning, which takes seconds
 
         content = checkpoint_at_start(grafted.state_dict)
-    _write(_with_notes(content, released.weights, noted, release_path), out, "CONFIG")
+    _write(_with_notes(content, released, noted, release_path), out, "CONFIG")
 
 
 @_locked
@@ -102,8 +103,10 @@ def hack_config(chosen: Chosen, release_path: Path, out: Path, vae: Path | None 
     released = _released(release, release_path, vae, state_dict)
     warn_of_new_prediction(released.shapes, release_path, chosen.prediction)
     grafted = graft(state_dict, released.weights, release_path)
+    if release.folder is not None:
+        check_settings(release.folder, chosen.config)
     log.info("\n".join(grafted.summary()))
-    content = _with_notes(checkpoint_at_start(grafted.state_dict), released.weights, chosen.prediction, release_path)
+    content = _with_notes(checkpoint_at_start(grafted.state_dict), released, chosen.prediction, release_path)
     _write(content, out, chosen.as_typed())
 
 
@@ -116,14 +119,15 @@ def _released(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) 
     return opened
 
 
-def _with_notes(content: dict, released: dict, prediction: str | None, path: Path) -> dict:
+def _with_notes(content: dict, opened: Release, prediction: str | None, path: Path) -> dict:
     """Return `content` with what a resumed training compares: digests of the release's encoders, and the prediction.
 
-    Name and checksum of the release file at `path` are for the report of a run.
+    Name and checksum of the release, a file or a folder at `path`, are for the report of a run.
     """
-    callbacks = {**content.get("callbacks", {}), "SameEncoders": encoder_digests(released)}
+    callbacks = {**content.get("callbacks", {}), "SameEncoders": encoder_digests(opened.weights)}
     noted = {} if prediction is None else {PREDICTION: prediction}
-    return {**content, "callbacks": callbacks, **noted, RELEASE: {"name": str(path), "sha256": file_sha256(path)}}
+    digest = file_sha256(path) if opened.folder is None else files_sha256(opened.folder.files, path)
+    return {**content, "callbacks": callbacks, **noted, RELEASE: {"name": str(path), "sha256": digest}}
 
 
 def _check_out(out: Path, release: Path) -> None:

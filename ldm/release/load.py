@@ -14,6 +14,7 @@ from ldm.checkpoint.keys import DEPTH_STAGE, EMA, has_part
 from ldm.checkpoint.markers import compare_markers
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.release.diffusers_config import check_settings
 from ldm.release.initialisation import without_initialisation
 from ldm.release.lora import Lora, add_loras
 from ldm.release.opening import release_of
@@ -69,6 +70,8 @@ def load_release(
     release = release_of(opened, ckpt, vae, model.state_dict())
     compare_markers(release.named.carried, model.parameterization, str(ckpt), release.metadata)
     report = load_into(model, release.weights, source=str(ckpt), optional=(*OPTIONAL_KEYS, f"{DEPTH_STAGE}*"))
+    if opened.folder is not None:
+        check_settings(opened.folder, config)
     if has_part(report.missing, DEPTH_STAGE):
         model.depth_model = None
     if has_part(report.missing, EMA):

@@ -70,8 +70,8 @@ def described(
     """Return the metadata of a release that is written to `out`.
 
     The entries of `metadata`, of the release that it was made from, are kept, except for those that are no longer true.
-    Without a family, the architecture is unknown, and the file has no entries of the specification except its hash, its
-    date and its title.
+    A `.ckpt` gets no others. Without a family, the architecture is unknown, and the file does not claim to follow the
+    specification.
 
     Args:
         keys: of the release, under this package's names.
@@ -93,7 +93,10 @@ def described(
         new[MERGED_FROM] = ", ".join(merged_from)
     if settings:
         new[SETTINGS] = json.dumps(settings, sort_keys=True)
-    return {**lasting(metadata), **new, DATE: _now(), HASH: ""}
+    new |= {DATE: _now(), HASH: ""}
+    if out.suffix == ".ckpt" and not is_folder:  # the specification is of .safetensors
+        new = {key: text for key, text in new.items() if key in metadata or key == SETTINGS}
+    return {**lasting(metadata), **new}
 
 
 def architecture(family: Family, predicts: str | None) -> str:

@@ -12,7 +12,8 @@ import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_checkpoint, weights_of
 from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
-from ldm.checkpoint.diffusers_folder import DiffusersFolder
+from ldm.checkpoint.diffusers_folder import DiffusersFolder, translated
+from ldm.checkpoint.diffusers_names import VAE_PART
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
@@ -92,23 +93,22 @@ def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Ten
 
 
 def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the autoencoder in the file at `path`, with keys below `first_stage_model.`. The file may be a release.
+    """Return the autoencoder in the file at `path`, with keys below `first_stage_model.`.
+
+    It may be a release, an autoencoder alone, or either as a folder of diffusers.
 
     Raises:
-        UserError: the file holds no autoencoder, or one in the layout of diffusers.
+        UserError: the file holds no autoencoder.
     """
     weights = weights_of(open_checkpoint(path).content, path)
+    if diffusers_layout(weights) and not has_part(weights, FIRST_STAGE):
+        weights = translated(VAE_PART, weights, Path(path))
     if not has_part(weights, FIRST_STAGE):
         weights = {FIRST_STAGE + key: value for key, value in weights.items()}
     named = in_our_names(weights).weights
     found = {key: value for key, value in named.items() if key.startswith(FIRST_STAGE) and not is_optional(key)}
     if not all(FIRST_STAGE + end in found for end in _ENDS):
         raise UserError(f"--vae {path}: holds no autoencoder; name a .safetensors or .ckpt file with one")
-    if diffusers_layout(found):
-        raise UserError(
-            f"--vae {path}: has the layout of diffusers; name a file of the original layout, with keys such as "
-            "decoder.mid.block_1.conv1.weight"
-        )
     return found
 
 

@@ -31,6 +31,12 @@ def file_sha256(path: Path) -> str:
     return hashed.hexdigest()
 
 
+def files_sha256(paths: Sequence[Path], folder: Path) -> str:
+    """Return the SHA-256, in hex, of the names below `folder` and the checksums of the files at `paths`."""
+    lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in paths]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
 def verify_shards(paths: Sequence[str | Path]) -> None:
     """Compare the shards at `paths` with the checksums in the index of their folder, if there is one.
 

@@ -134,17 +134,25 @@ def test_factors_of_a_large_matrix_are_nearly_the_best_and_the_same_each_time(ta
 
 
 @pytest.mark.parametrize(
-    ("family", "version"), [("sd1", "sd_v1"), ("sd2_768_v", "sd_v2_v"), ("sdxl", "sdxl_base_v1-0")]
+    ("family", "version", "architecture"),
+    [
+        ("sd1", "sd_v1", "stable-diffusion-v1"),
+        ("sd2_768_v", "sd_v2_v", "stable-diffusion-v2-768-v"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    ],
 )
 def test_extract_files_names_the_model_in_the_metadata_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, version: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, version: str, architecture: str
 ) -> None:
     from ldm.release import extraction
     from ldm.release.families import FAMILIES
 
-    monkeypatch.setattr(extraction, "find_family", lambda shapes: FAMILIES[family])  # small widths are of no family
+    monkeypatch.setattr(
+        extraction, "find_family", lambda shapes, **_: FAMILIES[family]
+    )  # small widths are of no family
     extracted(tmp_path, tuned(LINEAR), Target(rank=4))
-    assert open_checkpoint(tmp_path / "lora.safetensors").metadata == {
+    metadata = open_checkpoint(tmp_path / "lora.safetensors").metadata
+    assert {key: text for key, text in metadata.items() if not key.startswith("modelspec.")} == {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": "4",
@@ -152,6 +160,9 @@ def test_extract_files_names_the_model_in_the_metadata_and_nothing_else(
         "ss_v2": str(family == "sd2_768_v"),
         "ss_base_model_version": version,
     }
+    assert metadata["modelspec.architecture"] == f"{architecture}/lora"
+    assert metadata["modelspec.title"] == "lora"
+    assert str(tmp_path) not in str(metadata)
 
 
 @pytest.mark.parametrize("family", ["sd2_base", "sdxl"])
