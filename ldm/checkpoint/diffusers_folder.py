@@ -28,8 +28,8 @@ from ldm.checkpoint.diffusers_names import (
 )
 from ldm.checkpoint.diffusers_schedule import check_schedule, prediction_of
 from ldm.checkpoint.diffusers_sizes import check_sizes
-from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE, TOWERS, UNET
-from ldm.checkpoint.mapped import Joined
+from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE, TOWERS, UNET, UNUSED_BY_TOWERS, is_optional
+from ldm.checkpoint.mapped import Joined, in_memory
 from ldm.util import UserError
 
 INDEX = "model_index.json"
@@ -220,6 +220,13 @@ def _block_after(keys: set[str]) -> list[str]:
     start = COND_STAGE + OPEN_CLIP
     below = [key.removeprefix(start) for key in keys if key.startswith(start)]
     return [f"{start}transformer.resblocks.{resblocks(below)}.ln_1.weight"] if below else []
+
+
+def stands_in(key: str, value: torch.Tensor) -> bool:
+    """Return True if `value` is zeros in place of something that folders lack, because SD 2 does not use it."""
+    if not key.startswith(f"{COND_STAGE}{OPEN_CLIP}transformer.resblocks.") and not is_optional(key, UNUSED_BY_TOWERS):
+        return False
+    return not bool(in_memory(value).any())
 
 
 def _unused_block(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ PREDICTION = "parameterization"
 # Entry of a training checkpoint: `name` and `sha256` of the release file that training started from.
 RELEASE = "release"
 # Unused parts of OpenCLIP text towers, which files may lack. SDXL uses the projection.
-_UNUSED_BY_TOWERS = (
+UNUSED_BY_TOWERS = (
     *(f"{COND_STAGE}model.logit_scale", f"{COND_STAGE}model.text_projection"),
     *(f"{CONDITIONER}*.logit_scale", "*.attn_mask"),
 )
@@ -62,7 +62,7 @@ OPTIONAL_KEYS = (
     f"*{POSITION_IDS}",
     f"{FIRST_STAGE}loss.*",
     "loss.*",
-    *_UNUSED_BY_TOWERS,
+    *UNUSED_BY_TOWERS,
 )
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import converted, in_memory, is_finite, is_optional, save_state_dict
-from ldm.checkpoint.diffusers_names import OPEN_CLIP
-from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE
+from ldm.checkpoint.diffusers_folder import stands_in
+from ldm.checkpoint.keys import FIRST_STAGE
 from ldm.evaluation.report import aligned
 from ldm.locks import locked_file
 from ldm.release.layer_names import Layer, kohya_names, layers_of
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 _SMALL = 256  # side up to which the whole decomposition is as fast as a random projection
 _SPARE = 16  # columns of the random projection beyond the rank (arXiv:0909.4061, section 4.2)
 _ITERATIONS = 4  # power iterations, for spectra that fall slowly (section 4.5)
-_RESBLOCKS = f"{COND_STAGE}{OPEN_CLIP}transformer.resblocks."
 _FIRST_RANK = 32  # of the search for a share of the energy
 
 
@@ -206,9 +205,7 @@ def _changes(
 
 def _difference(key: str, before: Release, after: Release) -> Tensor:
     old, new = (converted(in_memory(release.weights[key]), torch.float32) for release in (before, after))
-    # A folder of diffusers lacks the last block of SD 2's text tower, which is not used. Zeros stand for it.
-    stands_in = key.startswith(_RESBLOCKS) and not (old.any() and new.any())
-    return torch.zeros_like(old) if stands_in else new - old
+    return torch.zeros_like(old) if stands_in(key, old) or stands_in(key, new) else new - old
 
 
 def _energy(change: Tensor) -> float:

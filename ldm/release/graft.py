@@ -15,7 +15,16 @@ import torch
 from ldm.checkpoint import SCHEDULE_KEYS, Pending, cast, ema_key, is_optional
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.formats import can_hold
-from ldm.checkpoint.keys import EMA, EMA_DECAY, EMA_UPDATES, MODEL, TEXT_ENCODERS, has_part, with_ema_as_weights
+from ldm.checkpoint.keys import (
+    EMA,
+    EMA_DECAY,
+    EMA_UPDATES,
+    MODEL,
+    TEXT_ENCODERS,
+    UNUSED_BY_TOWERS,
+    has_part,
+    with_ema_as_weights,
+)
 from ldm.checkpoint.names import is_carried
 from ldm.util import UserError
 
@@ -67,6 +76,8 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
     origins = _ema_origins(state_dict, release)
     for key, own in state_dict.items():
         origin = origins.get(key, key)
+        if own.is_meta and origin not in release and is_optional(key, UNUSED_BY_TOWERS):
+            own = torch.zeros(own.shape, dtype=own.dtype)  # folders of diffusers lack it
         if key in _OWN or origin not in release:
             if own.is_meta or not (is_optional(key) or is_carried(key)):
                 raise UserError(

@@ -22,6 +22,7 @@ from ldm.checkpoint import (
     same_values,
 )
 from ldm.checkpoint.causes import likely_cause
+from ldm.checkpoint.diffusers_folder import stands_in
 from ldm.checkpoint.keys import (
     EMA,
     EMA_COUNTERS,
@@ -117,7 +118,7 @@ def merge(
     for key, released in release.items():
         origin = followed.get(key) or origins.get(key)
         reference = followed.get(key, key)
-        changed = origin in training and reference in release and _differ(training[origin], release[reference])
+        changed = origin in training and reference in release and _differ(origin, training[origin], release[reference])
         dtype = written_dtype(key, released.dtype, half)
         if changed:
             (result.averaged if key.startswith(EMA) else result.trained).append(key)
@@ -152,9 +153,9 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
             )
 
 
-def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
+def _differ(key: str, trained: torch.Tensor, released: torch.Tensor) -> bool:
     trained = in_memory(trained)
-    return not same_values(trained, converted(in_memory(released), trained.dtype))
+    return not same_values(trained, converted(in_memory(released), trained.dtype)) and not stands_in(key, trained)
 
 
 def _converted(
