@@ -41,6 +41,7 @@ def add_out_options(parser: argparse.ArgumentParser, default: str | None = None,
     parser.add_argument(
         "--out",
         required=required,
+        metavar="FILE|FOLDER/",
         help="file to write, .ckpt or .safetensors, or with a slash at the end a folder in the layout of diffusers"
         + (f" (default: {default})" if default else ""),
     )

@@ -15,7 +15,7 @@ import torch
 from ldm.checkpoint import Pending, in_memory, save_state_dict
 from ldm.checkpoint.diffusers_files import CONFIG
 from ldm.checkpoint.diffusers_folder import INDEX, PARTS, SCHEDULER, DiffusersFolder
-from ldm.checkpoint.diffusers_names import TEXT_1, TEXT_2, Origin, Place, diffusers_origins
+from ldm.checkpoint.diffusers_names import TEXT_1, TEXT_2, VAE_PART, Origin, Place, diffusers_origins
 from ldm.config.load import load_config
 from ldm.folders import atomic_folder, check_replaceable
 from ldm.modules.encoders.tokenizer import write_vocabulary
@@ -60,17 +60,19 @@ def write_folder(
         UserError: `path` holds other files, or diffusers has no such model. Nothing is written in this case.
     """
     check_folder(path)
-    values = _by_place(release, weights)
+    folder = release.folder
+    origins = diffusers_origins(weights) if folder is None else folder.origins
+    values = _by_place(weights, origins, folder)
     parts: dict[str, dict[str, Value]] = defaultdict(dict)
     for place, value in values.items():
         parts[place.part][place.key] = value
     configs = _configs(release, parts, predicts, config)
-    left_out = [key for key in weights if key not in _origins(release, weights)]
-    if left_out and release.folder is None:
+    left_out = [key for key in weights if key not in origins]
+    if left_out and folder is None:
         log.info("%d values left out, which folders of diffusers do not hold, such as %s", len(left_out), left_out[0])
     with atomic_folder(path) as temporary:
-        if release.folder is not None:
-            _copy_others(release.folder.path, temporary)
+        if folder is not None:
+            _copy_others(folder.path, temporary)
         else:
             for part in parts:
                 if part in (TEXT_1, TEXT_2):
@@ -84,33 +86,34 @@ def write_folder(
     return len(values)
 
 
-def _origins(release: Release, weights: Mapping[str, Value]) -> Mapping[str, Origin]:
-    return diffusers_origins(weights) if release.folder is None else release.folder.origins
+def shapes_by_part(weights: Mapping[str, Value]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes that a folder of `weights` under this package's names has, by part and key."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for place, value in _by_place(weights, diffusers_origins(weights), None).items():
+        shapes[place.part][place.key] = tuple(value.shape)
+    return dict(shapes)
 
 
-def _by_place(release: Release, weights: Mapping[str, Value]) -> dict[Place, Value]:
-    """Return the values of the folder by place. Those that no model uses are those of the release's folder."""
-    folder = release.folder
+def _by_place(
+    weights: Mapping[str, Value], origins: Mapping[str, Origin], folder: DiffusersFolder | None
+) -> dict[Place, Value]:
+    """Return the values of a folder by place. Those that no model uses are those of `folder`."""
     result: dict[Place, Value] = {}
-    for key, origin in _origins(release, weights).items():
-        if key not in weights:
-            continue
-        value, count = weights[key], len(origin.places)
-        for number, place in enumerate(origin.places):
-            shape = _shape(value, origin, count, None if folder is None else folder.shapes[place])
-            result[place] = _piece(value, origin, number, shape)
+    for key, origin in origins.items():
+        for number, place in enumerate(origin.places if key in weights else ()):
+            shape = _shape(weights[key], origin) if folder is None else folder.shapes[place]
+            result[place] = _piece(weights[key], origin, number, shape)
     return result if folder is None else {**result, **folder.extras}
 
 
-def _shape(value: Value, origin: Origin, count: int, own: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the shape of a piece of `value`, which is `own` in a folder that was read."""
-    if own is not None:
-        return own
-    shape = tuple(value.shape)
+def _shape(value: Value, origin: Origin) -> tuple[int, ...]:
+    """Return the shape that diffusers has for a piece of `value`."""
+    shape, (part, key) = tuple(value.shape), origin.places[0]
     if origin.is_transposed:
         return shape[::-1]
-    is_attention = origin.places[0].part == "vae" and ".attentions." in origin.places[0].key and len(shape) == 4
-    return shape[:2] if is_attention else (shape[0] // count, *shape[1:])
+    if part == VAE_PART and ".attentions." in key:  # linear layers there, 1x1 convolutions here
+        return shape[:2]
+    return shape[0] // len(origin.places), *shape[1:]
 
 
 def _piece(value: Value, origin: Origin, number: int, shape: tuple[int, ...]) -> Value:

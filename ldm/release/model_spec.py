@@ -80,7 +80,7 @@ def described(
         settings: those of the training, see `training_settings`.
     """
     keys = list(keys)
-    new = {TITLE: out.stem} if TITLE not in metadata else {}
+    new = {} if TITLE in metadata else {TITLE: out.name if is_folder else out.stem}
     predicts = predicts or (family.parameterization if family else None)
     if family is not None:
         of_xl = has_part(keys, CONDITIONER) or has_part(keys, f"{UNET}label_emb.")

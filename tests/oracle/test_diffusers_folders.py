@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,20 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+import transformers
 
 from ldm.checkpoint import in_memory, open_checkpoint
+from ldm.checkpoint.diffusers_names import canonical
 from ldm.checkpoint.formats import same_values
+from ldm.config.load import load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.release.diffusers_config import folder_configs
+from ldm.release.diffusers_writing import shapes_by_part
+from ldm.release.families import FAMILIES
 from ldm.release.load import load_release
 from ldm.release.opening import open_release
 from ldm.release.saving import Destination, save_release
+from tests.conftest import ROOT
 from tests.golden_data import relative_error, seeded_tensor
 from tests.tiny_families import write_tiny
 
@@ -126,3 +134,26 @@ def test_folders_that_diffusers_writes(opened: Opened, tmp_path: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert [key for key in ours if not same_values(in_memory(ours[key]), in_memory(theirs[key]))] == []
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [("sd1", "sd_v1"), ("sd2_base", "sd_v2"), ("sdxl", "sdxl_base"), ("sd1_inpainting", "sd_v1_inpainting")],
+)
+def test_configs_of_full_size(key: str, names: str) -> None:
+    """diffusers and transformers build the networks of our configs with the keys and shapes of the released weights."""
+    keys = json.loads((ROOT / f"tests/golden/{names}_keys.json").read_text())["keys"]
+    weights = {name: torch.empty(shape, device="meta") for name, (shape, _) in keys.items()}
+    shapes = shapes_by_part(weights)
+    configs = folder_configs(load_config([FAMILIES[key].config]), shapes, "eps", False)
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    for part, expected in shapes.items():
+        config = configs[f"{part}/config.json"]
+        with torch.device("meta"):
+            if part in kinds:
+                model = kinds[part].from_config(config)
+            else:
+                model = getattr(transformers, config["architectures"][0])(transformers.CLIPTextConfig(**config))
+        found = {canonical(part, name): tuple(value.shape) for name, value in model.state_dict().items()}
+        found.pop("text_model.embeddings.position_ids", None)
+        assert found == expected, part
