@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, FIRST_STAGE, MODEL, TEXT_ENCODERS, UNET, has_part
+from ldm.checkpoint.other_models import other_architecture, other_model
 
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _LABELS = f"{UNET}label_emb."
@@ -19,6 +20,7 @@ _SCALES = re.compile(
     rf"^(?!{re.escape(EMA)})(?:.*[._])?"
     r"(?:scale_weight|weight_scale|scale_input|scaled_fp8|absmax|quant_map|qweight|qzeros|scales|SCB)$"
 )
+_LORA = re.compile(r"lora_|^lycoris_|\.(?:hada|lokr)_w|\.oft_(?:blocks|diag)")
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 NO_UNET = "the file holds no UNet; name a whole release"
 _DIFFUSERS = "the file has the layout of diffusers; name the folder of the whole model, which has model_index.json"
@@ -31,6 +33,7 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
     """Return the likely cause for a mismatch of `weights` with the model of state dict `own`, or `default`."""
     for found in (
         _QUANTISED if any(_SCALES.search(key) for key in weights) else None,
+        None if other_architecture(own) else other_architecture(weights),
         _file_kind(weights, own),
         _other_family(weights, own),
         _other_unet(weights, own),
@@ -62,14 +65,14 @@ def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
     """Return the kind of a file without a UNet, by its keys, or None if unknown."""
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None
-    if any("lora_" in key for key in weights):
+    if any(_LORA.search(key) for key in weights):
         return "the file is a LoRA: give it by --lora FILE, and a release beside it"
+    if found := other_model(weights):
+        return found
     if diffusers_layout(weights):
         return _DIFFUSERS
     if has_part(weights, "encoder.") and has_part(weights, "decoder."):
         return "the file is an autoencoder alone: give it by --vae FILE, and a release beside it"
-    if has_part(weights, "control_model."):
-        return "the file is a ControlNet, not a release"
     if has_part(weights, "text_model."):
         return "the file is a text encoder alone; name a whole release"
     return None

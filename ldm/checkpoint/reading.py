@@ -19,6 +19,7 @@ from ldm.checkpoint.formats import SAFETENSORS_NAMES
 from ldm.checkpoint.keys import CONDITIONER, has_part
 from ldm.checkpoint.mapped import MappedFile
 from ldm.checkpoint.markers import PREDICTION_TYPE, STATED, with_markers
+from ldm.checkpoint.other_models import other_model
 from ldm.checkpoint.pickled import without_left_out
 from ldm.files import open_file
 from ldm.util import UserError
@@ -137,6 +138,8 @@ def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Ten
 
     The tensors are in `state_dict`, at the top level, or in the only dict of tensors of the file.
     """
+    if "string_to_param" in content or "string_to_token" in content:  # of any program, whatever it names the rest
+        raise UserError(f"{path}: {other_model(content)}")
     nested = content.get("state_dict", content)
     if isinstance(nested, dict) and not any(isinstance(value, torch.Tensor) for value in nested.values()):
         inner = [value for value in nested.values() if _is_weights(value)]

@@ -10,9 +10,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ldm.checkpoint import open_checkpoint, weights_of
-from ldm.checkpoint.keys import ZERO_SNR
+from ldm.checkpoint.causes import other_kind
+from ldm.checkpoint.keys import EMA, MODEL, ZERO_SNR, has_part
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import in_our_names
+from ldm.checkpoint.other_models import other_architecture
 from ldm.config.load import load_config
 from ldm.config.merge import merge_configs
 from ldm.release.families import Family
@@ -132,5 +134,10 @@ def _params(config: DictConfig) -> Mapping[str, Any]:
 def _read(ckpt: str | Path) -> tuple[Shapes, str | None]:
     """Return the shapes of the values in `ckpt`, and what its UNet predicts as far as it tells."""
     opened = open_checkpoint(ckpt)
-    shapes = shapes_of(in_our_names(weights_of(opened.content, ckpt)).with_carried())
+    named = in_our_names(weights_of(opened.content, ckpt))
+    shapes = shapes_of(named.with_carried())
+    has_unet = has_part(named.weights, MODEL) or has_part(named.weights, EMA)
+    found = other_architecture(named.file) or (None if has_unet else other_kind(named.file))
+    if found:  # no config would help
+        raise UserError(f"{ckpt}: {found}")
     return shapes, marked_parameterization(shapes, opened.metadata)

@@ -17,6 +17,7 @@ from ldm.checkpoint.diffusers_names import VAE_PART
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
+from ldm.checkpoint.other_models import other_architecture
 from ldm.files import is_within
 from ldm.release.recognition import Shapes, shapes_of
 from ldm.util import UserError
@@ -66,6 +67,8 @@ def release_of(
         UserError: the file holds no UNet, or `vae` holds no matching autoencoder.
     """
     named = in_our_names(weights_of(opened.content, path), own)
+    if found := other_architecture(named.file):
+        raise UserError(f"{path}: {found}")
     if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _log_names(named, Path(path))
@@ -102,7 +105,10 @@ def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:
     """
     weights = weights_of(open_checkpoint(path).content, path)
     if diffusers_layout(weights) and not has_part(weights, FIRST_STAGE):
-        weights = translated(VAE_PART, weights, Path(path))
+        try:
+            weights = translated(VAE_PART, weights, Path(path))
+        except UserError as error:
+            raise UserError(f"--vae {error}") from error
     if not has_part(weights, FIRST_STAGE):
         weights = {FIRST_STAGE + key: value for key, value in weights.items()}
     named = in_our_names(weights).weights

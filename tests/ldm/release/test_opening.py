@@ -171,7 +171,9 @@ def test_read_autoencoder_refuses_what_holds_none(plain: dict, tmp_path: Path) -
         read_autoencoder(tmp_path / "none.ckpt")
     diffusers = {"encoder.conv_in.weight": 1, "decoder.conv_out.weight": 1, "encoder.down_blocks.0.resnets.0.x": 1}
     save_state_dict({key: torch.ones(1) for key in diffusers}, tmp_path / "d.safetensors")
-    with pytest.raises(UserError, match=r"--vae .*d\.safetensors: has the layout of diffusers"):
+    with pytest.raises(
+        UserError, match=r"--vae .*d\.safetensors: holds encoder.down_blocks.0.resnets.0.x, which no model"
+    ):
         read_autoencoder(tmp_path / "d.safetensors")
 
 
