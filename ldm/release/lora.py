@@ -23,6 +23,7 @@ from ldm.checkpoint.keys import MODEL, has_part
 from ldm.release.keys import check_release
 from ldm.release.layer_names import Layer, layers_of
 from ldm.release.lora_file import Factors, read_lora
+from ldm.release.lycoris import LycorisChange
 from ldm.release.model_spec import title_of
 from ldm.release.opening import release_of, written_dtype
 from ldm.release.recognition import log_family, shapes_of
@@ -43,7 +44,7 @@ class Change(NamedTuple):
     """Factors that change a layer, and their strength."""
 
     layer: Layer
-    factors: Factors
+    factors: Factors | LycorisChange
     strength: float
 
     def of(self, weight: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def changes_of(
     return result
 
 
-def _check_shape(factors: Factors, layer: Layer, where: str, source: str | Path) -> None:
+def _check_shape(factors: Factors | LycorisChange, layer: Layer, where: str, source: str | Path) -> None:
     own = layer.shape[0], torch.Size(layer.shape[1:]).numel()
     if factors.shape != own:
         raise UserError(

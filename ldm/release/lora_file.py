@@ -1,4 +1,4 @@
-"""LoRA files of kohya, LyCORIS, diffusers and PEFT.
+"""LoRA files of kohya, LyCORIS (see also `lycoris.py`), diffusers and PEFT.
 
 A layer's change is ΔW = α/r · B A with A (r, in) and B (out, r) (arXiv:2106.09685, section 4.1). For a convolution, A
 has its kernel and B is 1×1, or a core lies between both. DoRA adds the magnitude of the changed weight
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from ldm.checkpoint import converted, in_memory, open_checkpoint, weights_of
 from ldm.release.layer_names import PREFIXES, TEXT_1, TEXT_2, UNET_PART, flat
+from ldm.release.lycoris import DIFFERENCE, HADAMARD, KRONECKER, LycorisChange, is_lycoris, lycoris_change
 from ldm.util import UserError
 
 Name = tuple[str, str]  # part of the release, and path of the layer with underscores for dots
 
 # Starts of keys with dotted paths, by part, longest first.
 _DOTTED = {f"{TEXT_2}.": TEXT_2, f"{TEXT_1}.": TEXT_1, f"{UNET_PART}.": UNET_PART, "diffusion_model.": UNET_PART}
+_DOTTED["lycoris_"] = UNET_PART  # of LyCORIS beside other trainers
 _PEFT = "base_model.model."
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")  # of diffusers until 0.26
 _TENSORS = {
@@ -36,9 +38,14 @@ _TENSORS = {
     "alpha": r"alpha",
     "dora_scale": r"dora_scale",
     "magnitude": r"lora_magnitude_vector(?:\.default)?(?:\.weight)?",
+    **{name: name for name in (*HADAMARD, *KRONECKER, *DIFFERENCE)},
 }
 _KEY = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _TENSORS.items()) + ")")
-_OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "diff": "full differences", "on_input": "IA3"}
+_OTHER_KINDS = {
+    **{"oft_": "OFT", "on_input": "IA3", "glora_": "GLoRA", "diff_b": "the change of a bias"},
+    **{"w_norm": "the change of a norm", "b_norm": "the change of a norm", "set_weight": "a whole weight"},
+}
+_TAKEN = "this program adds LoRA, LoCon, DoRA, LoHa, LoKr and differences of weights; save it as one of these"
 _MOST_ALPHA = 1e9
 _METADATA = "lora_adapter_metadata"  # of diffusers
 
@@ -79,11 +86,11 @@ class Factors:
         return self.scale * (up @ down.flatten(1))
 
 
-def read_lora(path: str | Path) -> dict[Name, Factors]:
-    """Return the factors in the file at `path` by layer.
+def read_lora(path: str | Path) -> dict[Name, Factors | LycorisChange]:
+    """Return the changes in the file at `path` by layer.
 
     Raises:
-        UserError: the file cannot be read, or holds something else than LoRA, LoCon or DoRA.
+        UserError: the file cannot be read, or holds something else than LoRA, LoCon, DoRA, LoHa, LoKr or differences.
     """
     opened = open_checkpoint(path)
     tensors: dict[Name, dict[str, Tensor]] = defaultdict(dict)
@@ -95,7 +102,7 @@ def read_lora(path: str | Path) -> dict[Name, Factors]:
             last = key.rpartition(".")[2]
             other = next((name for mark, name in _OTHER_KINDS.items() if last.startswith(mark)), None)
             what = f"is {other}" if other else "is not the name of a LoRA's weight"
-            raise UserError(f"{path}: {key} {what}; this program reads LoRA, LoCon and DoRA")
+            raise UserError(f"{path}: {key} {what}; {_TAKEN}")
         name = part, flat(match[1])
         paths[name] = match[1]
         tensors[name][match.lastgroup] = value
@@ -118,7 +125,14 @@ def _part_of(key: str) -> tuple[str, str]:
     return UNET_PART, key
 
 
-def _factors(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> Factors:
+def _factors(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> Factors | LycorisChange:
+    if "alpha" in tensors:
+        alpha = float(in_memory(tensors["alpha"]).reshape(-1)[0]) if tensors["alpha"].numel() == 1 else float("nan")
+        if not math.isfinite(alpha):
+            raise UserError(f"{where}: its alpha is not a finite number")
+    magnitude = _magnitude(tensors)
+    if is_lycoris(tensors):
+        return lycoris_change(tensors, alpha, magnitude, where)
     if "down" not in tensors or "up" not in tensors:
         raise UserError(f"{where}: lacks one of its two factors; the file is incomplete, download it again")
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
@@ -128,17 +142,15 @@ def _factors(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> 
         mid is not None and (mid.ndim != 4 or mid.shape[:2] != (rank, rank) or down[0].numel() != down.shape[1])
     ):
         raise UserError(f"{where}: has factors of shapes {tuple(down.shape)} and {tuple(up.shape)}, which do not fit")
-    if "alpha" in tensors:
-        alpha = float(in_memory(tensors["alpha"]).reshape(-1)[0]) if tensors["alpha"].numel() == 1 else float("nan")
-    scale = 1.0 if alpha is None else alpha / rank
-    if not math.isfinite(scale):
-        raise UserError(f"{where}: its alpha is not a finite number")
+    return Factors(down, up, mid, 1.0 if alpha is None else alpha / rank, magnitude)
+
+
+def _magnitude(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Return m of DoRA, (out, 1) or (1, in), or None."""
     magnitude = tensors.get("dora_scale")
     if magnitude is not None:  # (out, 1, …), or (1, in, …)
-        magnitude = in_memory(magnitude).flatten(1) if magnitude.ndim > 1 else in_memory(magnitude)[:, None]
-    elif "magnitude" in tensors:
-        magnitude = in_memory(tensors["magnitude"]).reshape(-1, 1)
-    return Factors(down, up, mid, scale, magnitude)
+        return in_memory(magnitude).flatten(1) if magnitude.ndim > 1 else in_memory(magnitude)[:, None]
+    return in_memory(tensors["magnitude"]).reshape(-1, 1) if "magnitude" in tensors else None
 
 
 class _Alphas:

@@ -102,9 +102,13 @@ def test_read_lora_of_convolutions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"lora_unet_x.hada_w1_a": DOWN}, "lora_unet_x.hada_w1_a is LoHa; this program reads LoRA, LoCon and DoRA"),
-        ({"lora_unet_x.lokr_w1": DOWN}, "lora_unet_x.lokr_w1 is LoKr"),
-        ({"lora_unet_x.diff": DOWN}, "lora_unet_x.diff is full differences"),
+        ({"lora_unet_x.oft_blocks": DOWN}, "lora_unet_x.oft_blocks is OFT; this program adds LoRA, LoCon, DoRA, LoHa"),
+        ({"lora_unet_x.on_input": DOWN}, "lora_unet_x.on_input is IA3"),
+        ({"lora_unet_x.diff": DOWN, "lora_unet_x.diff_b": DOWN}, "lora_unet_x.diff_b is the change of a bias"),
+        ({"lora_unet_x.w_norm": DOWN}, "lora_unet_x.w_norm is the change of a norm"),
+        ({"lora_unet_x.hada_w1_a": DOWN}, r"x: lacks a tensor, .* \(hada_w1_a \(2, 3\)\); download"),
+        ({"lora_unet_x.lokr_w1": DOWN}, "x: lacks a tensor, or has some that do not fit"),
+        ({"lora_unet_x.diff": torch.ones(3)}, "x: lacks a tensor, or has some that do not fit"),
         (
             {"model.diffusion_model.out.2.weight": DOWN},
             "model.diffusion_model.out.2.weight is not the name of a LoRA's",
