@@ -59,7 +59,7 @@ def add_lora_option(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="LoRA, LoCon or DoRA to add, one or more; strength 1 unless given",
+        help="LoRA, LoCon, DoRA, LoHa or LoKr to add, one or more; strength 1 unless given",
     )
 
 

@@ -6,7 +6,9 @@ Nothing here names a folder, a person or a caption.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from ldm.checkpoint.markers import PREDICTION_TYPE, STATED
 from ldm.checkpoint.writing import HASH
 from ldm.release.families import Family
 
+log = logging.getLogger(__name__)
+
 _SPEC = "modelspec."
 VERSION, ARCHITECTURE, IMPLEMENTATION = (
     f"{_SPEC}{name}" for name in ("sai_model_spec", "architecture", "implementation")
@@ -25,6 +29,11 @@ TITLE, DATE, RESOLUTION, MERGED_FROM = (f"{_SPEC}{name}" for name in ("title", "
 SETTINGS = "ldm.training_settings"
 # Digests of the weights in the metadata of other programs' releases. A change of the weights makes them wrong.
 _DIGESTS = (HASH, f"{_SPEC}hash_md5", "sshs_model_hash", "sshs_legacy_hash")
+# Entries of other trainers and UIs that hold folders of a person's machine, captions or prompts.
+_PRIVATE = re.compile(
+    r"ss_(?:dataset_dirs|reg_dataset_dirs|datasets|tag_frequency|sd_model_name|vae_name|network_args|training_comment)"
+    r"|ot_config|ot_.*_path|prompt|workflow|parameters|invokeai_.*"
+)
 _ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd1_inpainting": "stable-diffusion-v1-inpainting",
@@ -53,8 +62,11 @@ _MOST_TEXT = 64
 
 
 def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries of a release's `metadata` that stay true if its weights change."""
-    return {key: text for key, text in metadata.items() if key not in _DIGESTS}
+    """Return the entries of a release's `metadata` that stay true if its weights change, and tell nothing private."""
+    private = [key for key in metadata if _PRIVATE.fullmatch(key)]
+    if private:
+        log.info("metadata left out, which may tell folders, captions or prompts: %s", ", ".join(private))
+    return {key: text for key, text in metadata.items() if key not in (*_DIGESTS, *private)}
 
 
 def described(

@@ -117,3 +117,17 @@ def test_architecture_tells_every_family_from_the_others() -> None:
     names = {architecture(family, family.parameterization) for family in FAMILIES.values()}
     assert len(names) == len(FAMILIES)
     assert architecture(FAMILIES["sd2_768_v"], "eps") == "stable-diffusion-v2-512"
+
+
+def test_described_leaves_out_what_other_trainers_and_uis_tell_of_a_person() -> None:
+    private = {
+        "ss_dataset_dirs": '{"/home/jane/cats": {"n_repeats": 10}}',
+        "ss_tag_frequency": '{"cats": {"jane\'s cat": 3}}',
+        "ss_sd_model_name": "C:\\\\Users\\\\jane\\\\model.ckpt",
+        "ot_config": '{"workspace_dir": "/home/jane"}',
+        "workflow": "{}",
+        "prompt": '{"6": {"inputs": {"text": "jane\'s cat"}}}',
+    }
+    kept = {"ss_steps": "3", "modelspec.title": "Cats", "modelspec.description": "trained on cats"}
+    found = described({**private, **kept}, Path("b.safetensors"), [KEY], None)
+    assert "jane" not in str(found) and kept.items() <= found.items() and not private.keys() & found.keys()
