@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoint import in_memory, load_state_dict, save_checkpoint, save_state_dict
+from ldm.release.destination import Destination, save_release
 from ldm.release.opening import open_release
-from ldm.release.saving import Destination, save_release
 from tests.tiny_families import write_tiny
 
 UNET, VAE, TEXT = (

@@ -146,7 +146,8 @@ def _names_class(entry: Any) -> bool:
 
 def _check_classes(configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
     for part, config in configs.items():
-        kinds = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or ()
+        kinds = [config["_class_name"]] if "_class_name" in config else config.get("architectures")
+        kinds = kinds if isinstance(kinds, list) else []
         other = next((kind for kind in kinds if kind not in _CLASSES[part]), None)
         if other is not None:
             raise UserError(
@@ -165,7 +166,7 @@ def _prefix(part: str, is_xl: bool) -> str:
 def _kind(config: Mapping[str, Any], folder: Path) -> str:
     config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     activation = config.get("hidden_act", "quick_gelu")  # the default of transformers
-    if activation not in _KINDS:
+    if not isinstance(activation, str) or activation not in _KINDS:
         raise UserError(f"{folder / CONFIG}: hidden_act {activation!r:.40} is not of CLIP or OpenCLIP")
     return _KINDS[activation]
 

@@ -100,7 +100,7 @@ class Names:
         return other and f"{other}.{kind}"
 
 
-class _Level(NamedTuple):
+class _UnetLevel(NamedTuple):
     """Level of a UNet on one of its ways: residual blocks, and whether it has attention and a sampling layer."""
 
     blocks: int
@@ -133,7 +133,7 @@ def unet_names(keys: Iterable[str]) -> Names:
     return Names(rows)
 
 
-def _our_levels(keys: Iterable[str]) -> tuple[list[_Level], list[_Level]]:
+def _our_levels(keys: Iterable[str]) -> tuple[list[_UnetLevel], list[_UnetLevel]]:
     """Return the levels of the ways down and up. A level ends with a sampling layer."""
     children: dict[str, dict[int, dict[str, set[str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
     for key in keys:
@@ -149,20 +149,22 @@ def _our_levels(keys: Iterable[str]) -> tuple[list[_Level], list[_Level]]:
             blocks += not is_sampler
             has_attention |= "proj_in" in found.get("1", ())
             if samples:
-                levels.append(_Level(blocks, has_attention, True))
+                levels.append(_UnetLevel(blocks, has_attention, True))
                 blocks, has_attention = 0, False
-        ways.append([*levels, _Level(blocks, has_attention, False)] if blocks else levels)
+        ways.append([*levels, _UnetLevel(blocks, has_attention, False)] if blocks else levels)
     return ways[0], ways[1]
 
 
-def _their_levels(keys: Iterable[str]) -> tuple[list[_Level], list[_Level]]:
+def _their_levels(keys: Iterable[str]) -> tuple[list[_UnetLevel], list[_UnetLevel]]:
     found: dict[str, dict[int, dict[str, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
     for key in keys:
         if match := _THEIR_BLOCK.match(key):
             found[match[1]][int(match[2])][match[3]].add(int(match[4]))
     down, up = (
         [
-            _Level(len(kinds["resnets"]), bool(kinds["attentions"]), bool(kinds["downsamplers"] | kinds["upsamplers"]))
+            _UnetLevel(
+                len(kinds["resnets"]), bool(kinds["attentions"]), bool(kinds["downsamplers"] | kinds["upsamplers"])
+            )
             for _, kinds in sorted(found[side].items())
         ]
         for side in ("down_blocks", "up_blocks")

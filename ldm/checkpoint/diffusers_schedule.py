@@ -22,7 +22,7 @@ def prediction_of(config: Mapping[str, Any], path: Path) -> tuple[str | None, bo
     if not config:
         return None, False
     name = config.get("prediction_type", "epsilon")
-    if name not in PREDICTIONS:
+    if not isinstance(name, str) or name not in PREDICTIONS:
         raise UserError(f"{path}: prediction_type {name!r:.40}: this program takes {' or '.join(PREDICTIONS)}")
     return PREDICTIONS[name], config.get("rescale_betas_zero_snr") is True
 

@@ -41,11 +41,14 @@ def check_sizes(part: str, config: Mapping[str, Any], shapes: Shapes, path: Path
 
     Entries that the config lacks are not compared.
     """
-    config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    is_whole_clip = isinstance(config.get("text_config"), dict)
+    config = config["text_config"] if is_whole_clip else config
     for key, value in CONSTANTS.get(part, _TEXT_CONSTANTS).items():
         if config.get(key, value) not in (value, None if value is False else value):
             raise UserError(f"{path}: {key} is {config[key]!r:.60}, and the networks here have {value!r}")
     for key, value in sizes_of(part, shapes).items():
+        if is_whole_clip and key == "projection_dim":  # that of the tower is not used
+            continue
         if key in config and not _same(key, config[key], value):
             raise UserError(f"{path}: {key} is {config[key]!r:.80}, but the weights have {value!r:.80}; one is damaged")
 

@@ -33,7 +33,12 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def add_vae_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that replaces the autoencoder of a release."""
-    parser.add_argument("--vae", type=Path, metavar="FILE", help="file with an autoencoder that replaces the release's")
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        metavar="FILE",
+        help="file or diffusers folder with an autoencoder that replaces the release's",
+    )
 
 
 def add_out_options(parser: argparse.ArgumentParser, default: str | None = None, required: bool = False) -> None:

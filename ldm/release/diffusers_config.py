@@ -107,8 +107,9 @@ def _agrees(found: Any, expected: Any, levels: Sequence[str] | None) -> bool:
     found = [found] * len(expected) if isinstance(found, int) else found
     if not isinstance(found, list) or len(found) != len(expected):
         return False
-    attends = [str(level).startswith("CrossAttn") for level in levels or ()] or [True] * len(found)
-    return all(one == two for one, two, counts in zip(found, expected, [*attends[:-1], True], strict=True) if counts)
+    attends = [str(level).startswith("CrossAttn") for level in levels] if isinstance(levels, list) else []
+    attends = [*attends[:-1], True] if len(attends) == len(found) else [True] * len(found)
+    return all(one == two for one, two, counts in zip(found, expected, attends, strict=True) if counts)
 
 
 def folder_configs(

@@ -20,6 +20,7 @@ from ldm.checkpoint import (
     open_checkpoint,
 )
 from ldm.checkpoint.keys import MODEL, has_part
+from ldm.release.destination import About, Destination, save_release
 from ldm.release.keys import check_release
 from ldm.release.layer_names import Layer, layers_of
 from ldm.release.lora_file import Factors, read_lora
@@ -27,7 +28,6 @@ from ldm.release.lycoris import LycorisChange
 from ldm.release.model_spec import title_of
 from ldm.release.opening import release_of, written_dtype
 from ldm.release.recognition import log_family, shapes_of
-from ldm.release.saving import About, Destination, save_release
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

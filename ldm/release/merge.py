@@ -35,6 +35,7 @@ from ldm.checkpoint.keys import (
 from ldm.checkpoint.names import is_carried
 from ldm.config.load import load_config, plain
 from ldm.locks import run_of
+from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.lora import Lora, with_loras
@@ -42,7 +43,6 @@ from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
 from ldm.release.opening import Release, release_of, training_weights, written_dtype
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
-from ldm.release.saving import About, Destination, save_release
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

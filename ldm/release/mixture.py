@@ -21,9 +21,9 @@ from ldm.checkpoint import (
     same_values,
 )
 from ldm.checkpoint.keys import EMA, EMA_COUNTERS, MODEL, PREDICTION_MARKERS, UNET, has_part
+from ldm.release.destination import About, Destination, save_release
 from ldm.release.model_spec import title_of
 from ldm.release.opening import Release, open_release
-from ldm.release.saving import About, Destination, save_release
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from ldm.checkpoint.diffusers_names import canonical
 from ldm.checkpoint.formats import same_values
 from ldm.config.load import load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.release.destination import Destination, save_release
 from ldm.release.diffusers_config import folder_configs
 from ldm.release.diffusers_writing import shapes_by_part
 from ldm.release.families import FAMILIES
 from ldm.release.load import load_release
 from ldm.release.opening import open_release
-from ldm.release.saving import Destination, save_release
 from tests.conftest import ROOT
 from tests.golden_data import relative_error, seeded_tensor
 from tests.tiny_families import write_tiny

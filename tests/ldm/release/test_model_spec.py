@@ -12,7 +12,7 @@ import torch
 
 from ldm.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint, save_state_dict
 from ldm.checkpoint.keys import UNET
-from ldm.release import saving
+from ldm.release import destination
 from ldm.release.families import FAMILIES
 from ldm.release.merge import merge_files
 from ldm.release.mixture import Recipe, mix_files
@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of a person's name with a release, a second one and a run, which are taken for SD 1."""
     folder = tmp_path / "home" / "jane_doe"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(saving, "find_family", lambda *_, **__: FAMILIES["sd1"])
+    monkeypatch.setattr(destination, "find_family", lambda *_, **__: FAMILIES["sd1"])
     save_state_dict({KEY: torch.ones(2)}, folder / "base.safetensors", metadata={"modelspec.author": "Public Author"})
     save_state_dict({KEY: torch.full((2,), 2.0)}, folder / "other, one.safetensors")
     run = folder / "logs" / "run"

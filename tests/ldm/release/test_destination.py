@@ -14,13 +14,14 @@ from ldm.checkpoint import in_memory, load_checkpoint, load_state_dict, open_che
 from ldm.checkpoint.formats import same_values
 from ldm.checkpoint.keys import COND_STAGE, PREDICTION
 from ldm.release.configs import release_config, training_config
+from ldm.release.destination import Destination, save_release
+from ldm.release.diffusers_config import check_settings
 from ldm.release.hack import hack_config
 from ldm.release.load import load_release
 from ldm.release.lora import add_lora_files
 from ldm.release.merge import merge_files
 from ldm.release.mixture import Recipe, mix_files
 from ldm.release.opening import open_release, read_autoencoder
-from ldm.release.saving import Destination, save_release
 from ldm.util import UserError
 from tests.diffusers_folders import TEXT, UNET, VAE, copied, edit_json, edit_weights, rewrite, write_tiny_folder
 
@@ -223,3 +224,29 @@ def test_a_value_that_cannot_be_written_leaves_the_old_folder(
         merge_files(tmp_path / "diverged.ckpt", made[0], f"{out}/", None, False)
     assert files_of(out) == before
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out"]
+
+
+ENTRIES = {
+    "unet/config.json": ("_class_name", "attention_head_dim", "block_out_channels", "down_block_types", "act_fn",
+                         "transformer_layers_per_block", "layers_per_block", "num_attention_heads", "norm_eps"),
+    "vae/config.json": ("_class_name", "block_out_channels", "scaling_factor", "up_block_types", "latents_mean"),
+    "text_encoder/config.json": ("architectures", "hidden_act", "num_attention_heads", "text_config", "hidden_size"),
+    "scheduler/scheduler_config.json": ("_class_name", "prediction_type", "beta_end", "trained_betas",
+                                        "rescale_betas_zero_snr"),
+    "model_index.json": ("_class_name", "unet", "vae", "transformer", "scheduler"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_any_value_in_a_config_is_taken_or_refused_in_one_line(
+    made: tuple[Path, Path], name: str, tmp_path: Path
+) -> None:
+    folder, config = copied(made[0], tmp_path / "model"), OmegaConf.load(made[1])
+    content = json.loads((folder / name).read_text())
+    for entry in ENTRIES[name]:
+        for value in ("x", [[]], {"x": 1}):
+            edit_json(folder / name, **{**content, entry: value})
+            try:
+                check_settings(open_release(folder).folder, config)
+            except UserError as error:
+                assert "\n" not in str(error)
