@@ -26,8 +26,8 @@ from ldm.util import UserError, check_number
 
 def main() -> None:
     arguments = parse_arguments()
-    from ldm.release.mixture import METHODS, Recipe, mix_files  # these import torch, which --help does not need
-    from ldm.release.destination import Destination
+    from ldm.release.destination import Destination  # these import torch, which --help does not need
+    from ldm.release.mixture import METHODS, Recipe, mix_files
 
     method, files = METHODS[arguments.method], len(arguments.files)
     if files < method.least or files > (method.most or files):
