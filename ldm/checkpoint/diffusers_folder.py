@@ -15,6 +15,7 @@ from ldm.checkpoint.diffusers_names import (
     CLIP,
     OPEN_CLIP,
     PART_PREFIXES,
+    RESBLOCKS_OF_SD2,
     TEXT_1,
     TEXT_2,
     UNET_PART,
@@ -225,14 +226,14 @@ def _block_after(keys: set[str]) -> list[str]:
 
 def stands_in(key: str, value: torch.Tensor) -> bool:
     """Return True if `value` is zeros in place of something that folders lack, because SD 2 does not use it."""
-    if not key.startswith(f"{COND_STAGE}{OPEN_CLIP}transformer.resblocks.") and not is_optional(key, UNUSED_BY_TOWERS):
+    if not key.startswith(RESBLOCKS_OF_SD2) and not is_optional(key, UNUSED_BY_TOWERS):
         return False
     return not bool(in_memory(value).any())
 
 
 def _unused_block(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the last block of SD 2's text tower, which folders lack. Its zeros make it the identity."""
-    start = f"{COND_STAGE}{OPEN_CLIP}transformer.resblocks."
+    start = RESBLOCKS_OF_SD2
     last = resblocks([key.removeprefix(COND_STAGE + OPEN_CLIP) for key in weights])
     first = {key: value for key, value in weights.items() if key.startswith(f"{start}0.")}
     return {

@@ -18,6 +18,7 @@ UNET_PART, VAE_PART, TEXT_1, TEXT_2 = "unet", "vae", "text_encoder", "text_encod
 # Parts by the prefix of their keys. Text towers of one encoder, and of SDXL.
 PART_PREFIXES = {UNET: UNET_PART, FIRST_STAGE: VAE_PART, COND_STAGE: TEXT_1, TOWERS[0]: TEXT_1, TOWERS[1]: TEXT_2}
 CLIP, OPEN_CLIP = "transformer.", "model."  # below a tower's prefix: CLIP in transformers' names, or OpenCLIP
+RESBLOCKS_OF_SD2 = f"{COND_STAGE}{OPEN_CLIP}transformer.resblocks."
 
 # Modules outside of the blocks, and modules of a residual block, of a UNet.
 UNET_OUTSIDE = {

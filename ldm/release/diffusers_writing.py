@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import Pending, in_memory, save_state_dict
+from ldm.checkpoint import Pending, in_memory, is_optional, save_state_dict
 from ldm.checkpoint.diffusers_files import CONFIG
 from ldm.checkpoint.diffusers_folder import INDEX, PARTS, SCHEDULER, DiffusersFolder
-from ldm.checkpoint.diffusers_names import TEXT_1, TEXT_2, VAE_PART, Origin, Place, diffusers_origins
+from ldm.checkpoint.diffusers_names import (
+    PART_PREFIXES,
+    RESBLOCKS_OF_SD2,
+    TEXT_1,
+    TEXT_2,
+    VAE_PART,
+    Origin,
+    Place,
+    diffusers_origins,
+)
 from ldm.config.load import load_config
 from ldm.folders import atomic_folder, check_replaceable
 from ldm.modules.encoders.tokenizer import write_vocabulary
@@ -68,6 +77,9 @@ def write_folder(
         parts[place.part][place.key] = value
     configs = _configs(release, parts, predicts, config)
     left_out = [key for key in weights if key not in origins]
+    lost = next((key for key in left_out if _is_needed(key)), None)
+    if lost is not None:
+        raise UserError(f"{path}: the folder has no place for {lost}; write a .safetensors file instead")
     if left_out and folder is None:
         log.info("%d values left out, which folders of diffusers do not hold, such as %s", len(left_out), left_out[0])
     with atomic_folder(path) as temporary:
@@ -84,6 +96,11 @@ def write_folder(
         for part, found in parts.items():
             save_state_dict(found, temporary / part / _FILES[part], metadata=metadata if part == PARTS[0] else None)
     return len(values)
+
+
+def _is_needed(key: str) -> bool:
+    """Return True if a model needs the value `key`. A text tower of SD 2 does not need its last block."""
+    return key.startswith(tuple(PART_PREFIXES)) and not (is_optional(key) or key.startswith(RESBLOCKS_OF_SD2))
 
 
 def shapes_by_part(weights: Mapping[str, Value]) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -31,11 +31,9 @@ from tests.tiny_families import write_tiny
 PROMPTS = ["a photo of a cat", "a drawing of a dog, with a rather long description of what it does all day"]
 PIPELINES = {
     "sd1": diffusers.StableDiffusionPipeline,
-    "sd1_inpainting": diffusers.StableDiffusionInpaintPipeline,
     "instruct_pix2pix": diffusers.StableDiffusionInstructPix2PixPipeline,
     "sd2_768_v": diffusers.StableDiffusionPipeline,
     "sdxl": diffusers.StableDiffusionXLPipeline,
-    "sdxl_inpainting": diffusers.StableDiffusionXLInpaintPipeline,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,15 @@ def test_a_model_starts_from_a_folder(made: tuple[Path, Path]) -> None:
 
     model = build_model(load_config([made[1]], [f"model.params.ckpt_path={made[0]}"]))
     assert torch.equal(model.state_dict()[FUSED], load_state_dict(made[0])[FUSED])
+
+
+def test_an_autoencoder_that_the_folder_has_no_place_for_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = copied(made[0], tmp_path / "model")
+    shutil.rmtree(folder / "vae")
+    edit_json(folder / "model_index.json", vae=[None, None])
+    with pytest.raises(UserError, match=r"out: the folder has no place for first_stage_model\."):
+        add_lora_files(folder, f"{tmp_path}/out/", [], vae=made[0] / "vae")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["model", "notes", "note.txt"])

@@ -50,6 +50,9 @@ def test_a_folder_of_every_family_is_recognised(key: str, tmp_path: Path) -> Non
     assert config.model.params.get("parameterization", "eps") == family.parameterization
     assert training_config(folder).names == [family.finetune_config]
     check_settings(open_release(folder).folder, config)
+    pipelines = {"sd1_inpainting": "StableDiffusionInpaint", "instruct_pix2pix": "StableDiffusionInstructPix2Pix"}
+    name = pipelines.get(key, "StableDiffusionXL" if key == "sdxl" else "StableDiffusion")
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == f"{name}Pipeline"
 
 
 def test_folder_configs_are_those_that_people_know() -> None:
