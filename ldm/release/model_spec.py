@@ -128,7 +128,8 @@ def described_lora(out: Path, family: Family | None, rank: str) -> dict[str, str
     about["ss_v2"] = str(family.key.startswith("sd2"))
     about["ss_base_model_version"] = _kohya_version(family)
     about |= {VERSION: "1.0.1", ARCHITECTURE: architecture(family, family.parameterization) + _LORA}
-    about |= {IMPLEMENTATION: _OF_SGM, RESOLUTION: f"{family.size}x{family.size}"}
+    # The layers' names are those of diffusers, except for SDXL.
+    about |= {IMPLEMENTATION: _OF_SGM if family.has_vector else DIFFUSERS, RESOLUTION: f"{family.size}x{family.size}"}
     about[PREDICTION_TYPE] = STATED[family.parameterization]
     return about
 
