@@ -24,8 +24,8 @@ _LORA = re.compile(r"lora_|^lycoris_|\.(?:hada|lokr)_w|\.oft_(?:blocks|diag)")
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 NO_UNET = "the file holds no UNet; name a whole release"
 _DIFFUSERS = (
-    "the file has the layout of diffusers; name the folder of the whole model, which has model_index.json, and put a UNet "
-    "alone into its unet/"
+    "the file has the layout of diffusers; name the folder of the whole model, which has model_index.json, and put a "
+    "UNet alone into its unet/"
 )
 _NO_VAE = "the file holds no autoencoder: --vae FILE takes one from another file"
 _QUANTISED = "its weights are quantised; save them as floating-point numbers"
