@@ -17,6 +17,7 @@ from ldm.checkpoint import in_memory, open_checkpoint
 from ldm.checkpoint.diffusers_names import canonical
 from ldm.checkpoint.formats import same_values
 from ldm.config.load import load_config
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.release.destination import Destination, save_release
 from ldm.release.diffusers_config import folder_configs
@@ -155,3 +156,16 @@ def test_configs_of_full_size(key: str, names: str) -> None:
         found = {canonical(part, name): tuple(value.shape) for name, value in model.state_dict().items()}
         found.pop("text_model.embeddings.position_ids", None)
         assert found == expected, part
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opened", ["sd1", "sd2_768_v"], indirect=True)
+def test_samples_of_the_folder(opened: Opened) -> None:
+    """The whole pipeline, with its scheduler, tokenizer and guidance, makes the latents that our sampler makes."""
+    ours, x_T = opened.ours, seeded_tensor("oracle/x_T", (1, 4, 8, 8))
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64}
+    theirs = opened.theirs(PROMPTS[0], latents=x_T, output_type="latent", **options).images
+    guided = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": ours.get_learned_conditioning([""])}
+    cond = ours.get_learned_conditioning(PROMPTS[:1])
+    found, _ = DDIMSampler(ours).sample(5, 1, (4, 8, 8), conditioning=cond, x_T=x_T, verbose=False, **guided)
+    assert relative_error(found, theirs) < 1e-4

@@ -19,7 +19,7 @@ from ldm.checkpoint import (
     save_state_dict,
     weights_digest,
 )
-from ldm.checkpoint.mapped import MappedFile
+from ldm.checkpoint.mapped import Joined, MappedFile
 from ldm.util import UserError
 from tests.ldm.checkpoint.sample_tensors import same, tensors
 
@@ -186,3 +186,20 @@ def test_descriptors_and_maps_are_closed_with_the_last_tensor(path):
     assert torch.equal(in_memory(part), torch.arange(10.0, 20.0)) and in_memory(part) is not part
     del part
     assert count() == before
+
+
+def test_joined_is_read_when_it_is_used_and_written_as_one(path, tmp_path):
+    part = load_state_dict(path)["w"].reshape(100, 1024)
+    joined = Joined([part, part])
+    assert (joined.shape, joined.dtype, joined.nbytes) == ((200, 1024), torch.float32, 2 * part.nbytes)
+    assert touched(part) == 0
+    assert torch.equal(in_memory(joined)[100:], in_memory(joined)[:100]) and touched(part) == 0
+    expected = torch.cat([part, part])
+    assert torch.equal(joined + 0, expected) and torch.equal(joined[150], expected[150])
+    linear = torch.nn.Linear(1024, 200, bias=False)
+    load_into(linear, {"weight": joined})
+    assert torch.equal(linear.weight, expected)
+    for name in ("joined.ckpt", "joined.safetensors"):
+        save_state_dict({"weight": joined}, tmp_path / name)
+        assert torch.equal(load_state_dict(tmp_path / name)["weight"], expected)
+    assert weights_digest({"weight": joined}) == weights_digest({"weight": expected})

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from ldm.checkpoint.keys import EDM_MARKERS, V_PREDICTION, ZERO_SNR
-from ldm.checkpoint.markers import check_markers, compare_markers, marked_parameterization, with_markers
+from ldm.checkpoint.markers import (
+    PREDICTION_TYPE,
+    check_markers,
+    compare_markers,
+    marked_parameterization,
+    with_markers,
+)
 from ldm.util import UserError
 
 
@@ -30,6 +36,15 @@ def test_compare_markers_warns_of_another_prediction(caplog: pytest.LogCaptureFi
     assert not caplog.records
     compare_markers([V_PREDICTION], "eps", "a.ckpt")
     assert "a.ckpt: holds v_pred, the marker of v-prediction" in caplog.text
+    compare_markers([], "v", "a.ckpt", {PREDICTION_TYPE: "epsilon"})
+    assert "a.ckpt: its modelspec.prediction_type is epsilon, but the config's parameterization is v" in caplog.text
+
+
+def test_marked_parameterization_follows_the_metadata_after_the_marker() -> None:
+    assert marked_parameterization([], {PREDICTION_TYPE: "epsilon"}) == "eps"
+    assert marked_parameterization([], {PREDICTION_TYPE: "v"}) == "v"
+    assert marked_parameterization([V_PREDICTION], {PREDICTION_TYPE: "epsilon"}) == "v"
+    assert marked_parameterization([], {PREDICTION_TYPE: "flow"}) is None
 
 
 @pytest.mark.parametrize(
