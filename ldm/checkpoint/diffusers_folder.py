@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,6 +184,9 @@ def _read_part(
     """Return the values of one part and their places by key of this package, and the keys that no model here uses."""
     part = PART_PREFIXES[prefix]
     names = {key: canonical(part, key) for key in found}
+    if len(set(names.values())) < len(names):
+        twice, _ = Counter(names.values()).most_common(1)[0]
+        raise UserError(f"{file}: holds {twice} under two names; it is damaged, download it again")
     ours = our_keys(prefix, kind, names.values())
     unused = [key for key in found if ours.get(names[key]) is None]
     for key in unused:

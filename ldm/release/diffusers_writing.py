@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import Pending, in_memory, is_optional, save_state_dict
-from ldm.checkpoint.diffusers_files import CONFIG
+from ldm.checkpoint.diffusers_files import CONFIG, read_json
 from ldm.checkpoint.diffusers_folder import INDEX, PARTS, SCHEDULER, DiffusersFolder
 from ldm.checkpoint.diffusers_names import (
     PART_PREFIXES,
@@ -192,14 +192,15 @@ def _changed_configs(
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Copy the folder's index and the parts that hold no weights of this package."""
+    """Copy the folder's index, and those of the parts that it names that hold no weights of this package."""
     if not (source / INDEX).is_file():
         raise UserError(f"{source}: has no {INDEX}, which a whole folder needs; copy it from the base model")
     shutil.copyfile(source / INDEX, target / INDEX)
-    for folder in sorted(source.iterdir()):
-        if not folder.is_dir() or folder.name in PARTS or folder.name.startswith("."):
+    named = [name for name, entry in read_json(source / INDEX).items() if isinstance(entry, list)]
+    for name in named:
+        if name in (*PARTS, "", "..") or Path(name).name != name or not (source / name).is_dir():
             continue
-        (target / folder.name).mkdir()
-        for file in sorted(folder.iterdir()):
+        (target / name).mkdir()
+        for file in sorted((source / name).iterdir()):
             if file.is_file():
-                shutil.copyfile(file, target / folder.name / file.name)
+                shutil.copyfile(file, target / name / file.name)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import LoadReport, load_state_dict
+from ldm.checkpoint import LoadReport, open_checkpoint, weights_of
 from ldm.checkpoint.keys import EMA, MODEL, OPTIONAL_KEYS, PREDICTION_MARKERS, UNET, ema_key, has_part
 from ldm.checkpoint.loading import load_into
 from ldm.checkpoint.markers import compare_markers
@@ -48,8 +48,9 @@ class InitialWeights:
         module, prefix = (self.model, MODEL) if only_model else (self, "")
         if path in ("", "None", "none"):  # YAML reads None as text
             raise UserError(f"ckpt_path {path!r}: name a checkpoint, or write null for none")
-        found = load_state_dict(path)
-        compare_markers(found, self.parameterization, str(path))
+        opened = open_checkpoint(path)
+        found = weights_of(opened.content, path)
+        compare_markers(found, self.parameterization, str(path), opened.metadata)
         weights = {
             key: self._fitted(key, value)
             for key, value in found.items()

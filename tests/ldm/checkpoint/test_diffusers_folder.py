@@ -77,6 +77,15 @@ def without_prefix(folder: Path) -> None:
     rewrite(folder / TEXT, {key.removeprefix("text_model."): value for key, value in weights.items()} | positions)
 
 
+def links(folder: Path) -> None:
+    """The cache of huggingface_hub: files are links to blobs outside of the folder."""
+    blobs = folder.with_name("blobs")
+    blobs.mkdir()
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+
+
 LAYOUTS: dict[str, Callable[[Path], object]] = {
     "as written": lambda folder: None,
     "without index": lambda folder: (folder / "model_index.json").unlink(),
@@ -85,6 +94,7 @@ LAYOUTS: dict[str, Callable[[Path], object]] = {
     "convolutions": convolutions,
     "pickles": pickles,
     "variants": variants,
+    "links": links,
     "text tower alone": without_prefix,
     "both": lambda folder: rewrite((folder / UNET).with_suffix(".fp16.safetensors"), {"x": torch.ones(1)}),
 }
@@ -165,6 +175,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "query": (lambda f: edit_weights(f / TEXT, **{QUERY: torch.ones(3, 24)}), r"q_proj.weight, .* differ in shape"),
     "no query": (lambda f: edit_weights(f / TEXT, **{QUERY: None}), r"lacks text_model.*self_attn.q_proj.weight"),
+    "two names": (
+        lambda f: edit_weights(f / VAE, encoder__mid_block__attentions__0__query__bias=torch.ones(32)),
+        r"holds encoder.mid_block.attentions.0.to_q.bias under two names",
+    ),
     "other key": (lambda f: edit_weights(f / UNET, adapter__x=torch.ones(1)), r"holds adapter.x, which no model here"),
     "width": (lambda f: edit_json(f / "unet/config.json", cross_attention_dim=9), r"cross_attention_dim is 9, but"),
     "levels": (lambda f: edit_json(f / "vae/config.json", layers_per_block=7), r"layers_per_block is 7, but"),

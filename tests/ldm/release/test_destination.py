@@ -68,6 +68,8 @@ def old_names(folder: Path) -> None:
     edit_weights(folder / TEXT, text_model__embeddings__position_ids=torch.arange(77)[None])
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker/model.safetensors").write_bytes(b"any")
+    others = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "..": ["a", "B"], "/": ["a", "B"]}
+    edit_json(folder / "model_index.json", **others)
 
 
 @pytest.mark.parametrize("is_old", [False, True])
@@ -178,12 +180,16 @@ def test_autoencoders_of_diffusers_are_taken(made: tuple[Path, Path]) -> None:
         assert all(torch.equal(in_memory(found[key]), in_memory(expected[key])) for key in expected)
 
 
-def test_a_model_starts_from_a_folder(made: tuple[Path, Path]) -> None:
+def test_a_model_starts_from_a_folder(made: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     """`model.params.ckpt_path`, as for any release."""
     from ldm.config.load import build_model, load_config
 
     model = build_model(load_config([made[1]], [f"model.params.ckpt_path={made[0]}"]))
     assert torch.equal(model.state_dict()[FUSED], load_state_dict(made[0])[FUSED])
+    assert not caplog.records
+    eps = "model.params.parameterization=eps"
+    build_model(load_config([made[1]], [f"model.params.ckpt_path={made[0]}", eps]))
+    assert "its modelspec.prediction_type is v, but the config's parameterization is eps" in caplog.text
 
 
 def test_an_autoencoder_that_the_folder_has_no_place_for_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
