@@ -8,7 +8,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.checkpoint import weights_digest
-from ldm.shards.index import AUTOENCODER, ENCODERS
+from ldm.shards.index import AUTOENCODER, ENCODERS, USED_TOWER
 from ldm.shards.open import check_encoders
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
@@ -42,7 +42,7 @@ class SameEncoders(Callback):
         return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        names = [name for name in ENCODERS if name != AUTOENCODER]
+        names = [*(name for name in ENCODERS if name != AUTOENCODER), USED_TOWER]
         self.towers = {name: state_dict[name] for name in names if state_dict.get(name) is not None}
         if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, not hacked
             self.is_loaded = False

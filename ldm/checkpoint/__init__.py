@@ -1,6 +1,6 @@
 """Checkpoints and released weights: reading without execution of code, and atomic writing."""
 
-from ldm.checkpoint.digest import encoder_digests, weights_digest
+from ldm.checkpoint.digest import USED_TOWER, encoder_digests, weights_digest
 from ldm.checkpoint.formats import converted, is_finite, same_values
 from ldm.checkpoint.keys import OPTIONAL_KEYS, SCHEDULE_KEYS, ema_key, is_optional
 from ldm.checkpoint.loading import LoadReport, load_file_into, load_into
@@ -11,6 +11,7 @@ from ldm.checkpoint.writing import Pending, cast, check_suffix, save_checkpoint,
 __all__ = [
     "OPTIONAL_KEYS",
     "SCHEDULE_KEYS",
+    "USED_TOWER",
     "LoadReport",
     "OpenCheckpoint",
     "Pending",

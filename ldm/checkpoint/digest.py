@@ -8,9 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ldm.checkpoint.diffusers_names import OPEN_CLIP, RESBLOCKS_OF_SD2, resblocks
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, FIRST_STAGE, TOWERS, has_part, is_optional
 from ldm.checkpoint.mapped import in_memory
 
+USED_TOWER = "text_tower_used"
 _DIGESTED = (
     *(torch.float16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -18,11 +20,20 @@ _DIGESTED = (
 
 
 def encoder_digests(weights: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """Return the digests of a model's autoencoder and text towers, under their keys in an index."""
+    """Return the digests of a model's autoencoder and text towers, under their keys in an index.
+
+    For SD 2, `USED_TOWER` is the digest of the text tower without its last block, which is not used, and which folders
+    of diffusers lack.
+    """
     prefixes = {"autoencoder": FIRST_STAGE, "text_tower": COND_STAGE}
     if has_part(weights, CONDITIONER):
         prefixes |= dict(zip(("text_tower", "text_tower_2"), TOWERS, strict=True))
-    return {name: weights_digest(weights, prefix) for name, prefix in prefixes.items()}
+    digests = {name: weights_digest(weights, prefix) for name, prefix in prefixes.items()}
+    blocks = resblocks([key.removeprefix(COND_STAGE + OPEN_CLIP) for key in weights if key.startswith(COND_STAGE)])
+    if blocks:
+        last = f"{RESBLOCKS_OF_SD2}{blocks - 1}."
+        digests[USED_TOWER] = weights_digest({k: v for k, v in weights.items() if not k.startswith(last)}, COND_STAGE)
+    return digests
 
 
 def weights_digest(weights: Mapping[str, Tensor], prefix: str = "") -> str | None:

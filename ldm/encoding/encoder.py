@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import encoder_digests
+from ldm.checkpoint import USED_TOWER, encoder_digests
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.transforms import to_range
@@ -67,12 +67,19 @@ class SampleEncoder:
     def __init__(self, model: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         check_reads_captions(model)
         self.digests = encoder_digests(model.state_dict())  # before the weights are rounded to `dtype`
+        if getattr(model.cond_stage_model, "layer", None) != "penultimate":  # the last block is used
+            self.digests.pop(USED_TOWER, None)
         model.first_stage_model.to(device, dtype)
         model.cond_stage_model.to(device, dtype)
         self.model = model
         self.device = torch.device(device)
         self.dtype = dtype
         self._captions: OrderedDict[str, _Caption] = OrderedDict()
+
+    @property
+    def whole_digests(self) -> dict[str, str | None]:
+        """Return the digests of whole encoders, which must be equal for an unfinished set to be resumed."""
+        return {name: digest for name, digest in self.digests.items() if name != USED_TOWER}
 
     @property
     def described(self) -> dict[str, Any]:

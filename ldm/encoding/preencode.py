@@ -145,7 +145,7 @@ def preencode(
     encoder.check_sizes(sizes)
     settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **kind.settings}
     precision = str(encoder.dtype).removeprefix("torch.")
-    made_from = {**settings, "precision": precision, **encoder.digests, "images": digest_images(items)}
+    made_from = {**settings, "precision": precision, **encoder.whole_digests, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
     jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())

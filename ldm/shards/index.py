@@ -5,6 +5,7 @@ Format 2 has the keys
     format, out, complete     2; the name pattern of the shards; false while shards are missing
     autoencoder, text_tower   digests of the weights that encoded the set; see `ldm.checkpoint.weights_digest`
     text_tower_2              digest of the second text tower, as in SDXL
+    text_tower_used           digest of the text tower without the last block, which SD 2 does not use
     scale_factor              scale factor of the model; stored latents are unscaled
     family                    key of the model family in `ldm.release.families`; null for an unknown one
     members                   names of the arrays of a sample, without the numbers of masks and without a teacher's
@@ -35,6 +36,7 @@ FORMAT_VERSION = 2
 AUTOENCODER = "autoencoder"
 # Keys of the digests of encoders, and names for messages.
 ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
+TEXT_TOWER, USED_TOWER = "text_tower", "text_tower_used"
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
 ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
@@ -139,7 +141,7 @@ _ENTRIES: dict[str, Entry] = {
     "shards": (lambda value: isinstance(value, list), "not a list"),
     "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
     "samples": WHOLE,
-    **dict.fromkeys(ENCODERS, (lambda value: value is None or is_digest(value), "not a digest")),
+    **dict.fromkeys((*ENCODERS, USED_TOWER), (lambda value: value is None or is_digest(value), "not a digest")),
     "scale_factor": (_is_scale, "not a finite number above 0"),
     FAMILY: (_is_key, "not the key of a family of models"),
     MEMBERS: (_is_names, "not a list of names"),

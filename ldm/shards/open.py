@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.shards.index import AUTOENCODER, ENCODERS, FAMILY, INDEX, MEMBERS, check_against_index, read_index
+from ldm.shards.index import (
+    AUTOENCODER,
+    ENCODERS,
+    FAMILY,
+    INDEX,
+    MEMBERS,
+    TEXT_TOWER,
+    USED_TOWER,
+    check_against_index,
+    read_index,
+)
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CONTEXT, LATENT, MAPS, POOLED, TEACHER_KEYS, is_array
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
@@ -84,7 +94,8 @@ def check_encoders(
 ) -> None:
     """Compare the encoders of a set with those of `whose`, which have the digests `own`.
 
-    The keys of `own` are those of `ENCODERS`. Text towers are compared only if the data set reads stored encodings.
+    The keys of `own` are those of `ENCODERS`, and `USED_TOWER`, which takes the place of the text tower's. Text towers
+    are compared only if the data set reads stored encodings.
     Missing digests are not compared.
 
     Raises:
@@ -93,7 +104,10 @@ def check_encoders(
     for folder in dict.fromkeys(path.parent for path in dataset.paths):
         index = read_index(folder) or {}
         for key, what in ENCODERS.items():
-            made_by, ours = index.get(key), own.get(key)
+            if key == TEXT_TOWER and None not in (index.get(USED_TOWER), own.get(USED_TOWER)):
+                made_by, ours = index[USED_TOWER], own[USED_TOWER]
+            else:
+                made_by, ours = index.get(key), own.get(key)
             if None in (made_by, ours) or made_by == ours or (key != AUTOENCODER and not dataset.reads_encodings):
                 continue
             raise UserError(

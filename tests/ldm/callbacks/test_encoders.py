@@ -78,6 +78,13 @@ def test_a_model_with_a_text_encoder_ignores_the_text_tower(tmp_path, made_by):
     start("txt")
     with pytest.raises(UserError, match=r"another text tower \(000000000000…\) than that of the checkpoint \(1111"):
         start("t5")
+    made_by(text_tower="0" * 64, text_tower_used="2" * 64)  # SD 2, whose last block is not used
+    callback.load_state_dict({"text_tower": "1" * 64, "text_tower_used": "2" * 64})
+    start("t5")
+    assert callback.state_dict()["text_tower_used"] == "2" * 64
+    callback.load_state_dict({"text_tower": "0" * 64, "text_tower_used": "3" * 64})
+    with pytest.raises(UserError, match=r"another text tower \(222222222222…\) than that of the checkpoint \(3333"):
+        start("t5")
 
 
 def train_error(train, line):

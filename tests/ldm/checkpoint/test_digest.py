@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
-from ldm.checkpoint import encoder_digests, load_state_dict, save_state_dict, weights_digest
+from ldm.checkpoint import USED_TOWER, encoder_digests, load_state_dict, save_state_dict, weights_digest
 
 WEIGHTS = {"a.b.weight": torch.tensor([[0.1, 2.0, -3.5]]), "a.a": torch.tensor([7], dtype=torch.int32)}
 
@@ -66,3 +66,13 @@ def test_each_of_two_text_towers_has_a_digest():
     assert encoder_digests({**towers, **logit_scale}) == {"autoencoder": None, **own}
     projection = {"conditioner.embedders.1.model.text_projection": torch.ones(2, 2)}
     assert encoder_digests({**towers, **projection})["text_tower_2"] != own["text_tower_2"]
+
+
+def test_the_used_part_of_sd_2s_text_tower_has_a_digest_of_its_own():
+    """Folders of diffusers hold zeros in place of the last block."""
+    blocks = "cond_stage_model.model.transformer.resblocks."
+    tower = {f"{blocks}{number}.ln_1.weight": torch.full((2,), float(number + 1)) for number in range(3)}
+    digests = encoder_digests(tower)
+    other = encoder_digests({**tower, f"{blocks}2.ln_1.weight": torch.zeros(2)})
+    assert digests[USED_TOWER] == other[USED_TOWER] and digests["text_tower"] != other["text_tower"]
+    assert encoder_digests({**tower, f"{blocks}1.ln_1.weight": torch.zeros(2)})[USED_TOWER] != digests[USED_TOWER]

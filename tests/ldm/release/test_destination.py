@@ -11,7 +11,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ldm.checkpoint import in_memory, load_checkpoint, load_state_dict, open_checkpoint, save_checkpoint
+from ldm.checkpoint import (
+    encoder_digests,
+    in_memory,
+    load_checkpoint,
+    load_state_dict,
+    open_checkpoint,
+    save_checkpoint,
+)
 from ldm.checkpoint.formats import same_values
 from ldm.checkpoint.keys import COND_STAGE, PREDICTION
 from ldm.release.configs import release_config, training_config
@@ -123,8 +130,11 @@ def test_mix_files_and_loras_of_folders(made: tuple[Path, Path], tmp_path: Path)
 
 def test_a_file_and_the_folder_of_one_model_mix(made: tuple[Path, Path], tmp_path: Path) -> None:
     """The folder lacks the last block of the text tower, and what SD 2 does not use."""
-    mix_files([made[0].with_suffix(".safetensors"), made[0]], tmp_path / "m.safetensors", Recipe("sum", [0.5]))
+    file = made[0].with_suffix(".safetensors")
+    mix_files([file, made[0]], tmp_path / "m.safetensors", Recipe("sum", [0.5]))
     assert KEY in load_state_dict(tmp_path / "m.safetensors")
+    one, other = (encoder_digests(open_release(path).weights) for path in (file, made[0]))
+    assert [name for name in one if one[name] != other[name]] == ["text_tower"]  # not "text_tower_used"
 
 
 def test_a_new_prediction_changes_the_scheduler(
