@@ -126,12 +126,13 @@ def evaluate(options: argparse.Namespace) -> None:
     from ldm.evaluation.samples import Sampling
     from ldm.evaluation.sets import parse_sets
     from ldm.release.configs import release_config
-    from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.load import load_release, pick_device, pick_precision
 
     config_name, config = release_config(
         options.base, options.config, options.parameterization, trusted=options.trust_config
     )
-    sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
+    sets, device = parse_sets(options.sets), pick_device(options.device)
+    dtype = pick_precision(options.precision, device)
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)
     about = {
