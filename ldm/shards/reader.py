@@ -34,7 +34,7 @@ from ldm.shards.sample import (
     number_types,
     plain,
 )
-from ldm.shards.table import TABLES, ShardTable, open_tables
+from ldm.shards.table import TABLES, Place, ShardTable, open_tables
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class ShardDataset(Dataset):
             count = "1 shard," if len(self.paths) == 1 else f"{len(self.paths)} shards, such as"
             raise UserError(f"no samples in {count} {self.paths[0]}")
         self.sample_keys = SampleKeys(self._tables)
+        self._places = [[(key, table.column(member_extension(key))) for key in self.keys] for table in self._tables]
         # Arrays, not lists: reference counting would copy a list into each forked worker.
         self._ends = np.cumsum([len(table) for table in self._tables])
         self._groups = np.concatenate(groups)
@@ -151,23 +152,25 @@ class ShardDataset(Dataset):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        table, row = _locate(self._tables, self._ends, index)
-        return with_retries(lambda: self._read(table, row), table.path)
+        number, row = _locate(self._ends, index)
+        table, places = self._tables[number], self._places[number]
+        return with_retries(lambda: self._read(table, row, places), table.path)
 
-    def _read(self, table: ShardTable, row: int) -> dict[str, Any]:
+    def _read(self, table: ShardTable, row: int, places: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
         sample: dict[str, Any] = {"__key__": table.key(row)}
+        members = table.members(row)
         # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
         descriptor = os.open(table.path, os.O_RDONLY)
         try:
             check_identity(descriptor, table.path, table.identity)
-            for key in self.keys:
-                column = table.column(member_extension(key))
-                if column is None or table.columns.sizes[row, column] < 0:
+            for key, column in places:
+                member = None if column is None else members[column]
+                if member is None or member.size < 0:
                     sample[key] = ABSENT[key]
                     continue
-                name = self._name(table, row, key)
-                sample[key] = decode_member(key, _read_member(descriptor, table, row, column, name), name)
-                if is_array(key) and sample[key].shape != table.kinds[table.columns.arrays[row, column]][0]:
+                name = f"{table.path}: {sample['__key__']}.{member_extension(key)}"
+                sample[key] = value = decode_member(key, _read_member(descriptor, table, member, name), name)
+                if is_array(key) and value.shape != table.kinds[member.kind][0]:
                     raise _not_as_kept(table, name)
         finally:
             os.close(descriptor)
@@ -189,31 +192,30 @@ class SampleKeys(Sequence[str]):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> str:
-        table, row = _locate(self._tables, self._ends, index)
-        return table.key(row)
+        number, row = _locate(self._ends, index)
+        return self._tables[number].key(row)
 
     def __iter__(self) -> Iterator[str]:
         for table in self._tables:
             yield from table.keys()
 
 
-def _locate(tables: Sequence[ShardTable], ends: np.ndarray, index: int) -> tuple[ShardTable, int]:
-    """Return the table and the row of sample `index`, counted from 0, or from the end if negative."""
+def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Return the number of the table and the row of sample `index`, counted from 0, or from the end if negative."""
     count = int(ends[-1])
     if not -count <= index < count:
         raise IndexError(f"sample {index} of {count}")
     index %= count
-    number = int(np.searchsorted(ends, index, side="right"))
-    return tables[number], index - (int(ends[number - 1]) if number else 0)
+    number = int(ends.searchsorted(index, side="right"))
+    return number, index - (int(ends[number - 1]) if number else 0)
 
 
-def _read_member(descriptor: int, table: ShardTable, row: int, column: int, name: str) -> bytearray:
+def _read_member(descriptor: int, table: ShardTable, member: Place, name: str) -> bytearray:
     """Return the content of a member, after a check of the tar header before it."""
-    offset, size = int(table.columns.offsets[row, column]), int(table.columns.sizes[row, column])
-    if offset < BLOCKSIZE:
+    if member.offset < BLOCKSIZE:
         raise _not_as_kept(table, name)
-    data = read_span(descriptor, offset - BLOCKSIZE, size + BLOCKSIZE, name)
-    if zlib.crc32(memoryview(data)[:BLOCKSIZE]) != table.columns.checksums[row, column]:
+    data = read_span(descriptor, member.offset - BLOCKSIZE, member.size + BLOCKSIZE, name)
+    if zlib.crc32(data[:BLOCKSIZE]) != member.checksum:
         raise _not_as_kept(table, name)
     del data[:BLOCKSIZE]
     return data

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +68,15 @@ class Columns:
 _TYPES = ("uint8", "int64", "int64", "int32", "uint32", "int32", "uint8")  # of the columns, in order
 
 
+class Place(NamedTuple):
+    """Place of a member in its tar, CRC-32 of its tar header, and number of its kind; -1 for none."""
+
+    offset: int
+    size: int
+    checksum: int
+    kind: int
+
+
 @dataclass(frozen=True)
 class ShardTable:
     """Table of the shard at `path`, of the file `identity`."""
@@ -98,6 +108,12 @@ class ShardTable:
         places = zip(self.extensions, self.columns.offsets[row].tolist(), self.columns.sizes[row].tolist(), strict=True)
         return TarSample(self.key(row), {extension: (offset, size) for extension, offset, size in places if size >= 0})
 
+    def members(self, row: int) -> list[Place]:
+        """Return the members of a sample, by column."""
+        columns = self.columns
+        parts = columns.offsets, columns.sizes, columns.checksums, columns.arrays
+        return list(map(Place, *(part[row].tolist() for part in parts)))
+
     def column(self, extension: str) -> int | None:
         """Return the number of the column of a kind of member, or None."""
         return self.extensions.index(extension) if extension in self.extensions else None
@@ -124,6 +140,12 @@ def open_tables(paths: Sequence[Path]) -> Iterator[ShardTable]:
             names = {table.path.name for table in tables}
             lasting = [table for name, table in kept[folder].items() if name not in names and _is_current(table)]
             _write_tables(folder, [*lasting, *tables])
+
+
+def keep_tables(paths: Sequence[Path]) -> None:
+    """Keep the tables of newly written shards, so that the first start is as quick as the next ones."""
+    for _ in open_tables(paths):
+        pass
 
 
 def _is_current(table: ShardTable) -> bool:
