@@ -39,7 +39,6 @@ _CUSTOM = (
     "Custom Diffusion is not here; unet_trainable: attn trains the attention to captions, and textual_inversion.yaml "
     "a word"
 )
-_UNCLIP = "unCLIP is not here; " + _BASE
 _FACES = "networks that recognise faces are not here; use FaceClipEncoder"
 _STABLE_SR = "StableSR's networks are not here; LatentUpscaleDiffusion upscales"
 # Prefix of an unsupported dotted path, and a hint.
@@ -50,12 +49,9 @@ _HINTS_FOR_TARGETS = {
     "sgm.": "use stable_diffusion_xl.yaml, which describes SDXL for this project",
     "src.custom_modules": _CUSTOM,
     "src.model.CustomDiffusion": _CUSTOM,
-    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": _UNCLIP,
     "ldm.models.diffusion.ddpm.LatentDiffusionSRTextWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModelWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.UNetModelDualcondV2": _STABLE_SR,
-    "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": _UNCLIP,
-    "ldm.modules.encoders.modules.ClipImageEmbedder": _UNCLIP,
     "ldm.modules.encoders.modules.FaceIdClipEncoder": _FACES,
     "ldm.modules.encoders.modules.FrozenFaceEncoder": _FACES,
     "ldm.modules.embedding_manager": _TOKEN,

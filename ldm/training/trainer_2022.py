@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ldm.util import UserError, check_number, nearest
+from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: i
     `launched` is the number of devices if `given` names none.
 
     Raises:
-        UserError: the devices or the number of accumulated batches are not valid.
+        UserError: the devices are not valid.
     """
     arguments = {name: value for name, value in given.items() if name not in _IGNORED}
     for name in given.keys() & _IGNORED:
@@ -114,7 +114,6 @@ def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: i
         arguments["enable_model_summary"] = arguments.pop("weights_summary") not in _NOTHING
     if arguments.pop("progress_bar_refresh_rate", None) == 0:
         arguments["enable_progress_bar"] = False
-    check_number("accumulate_grad_batches", arguments.get("accumulate_grad_batches"), least=1, optional=True)
     return _translate_devices(arguments, has_cuda, launched)
 
 

@@ -17,8 +17,11 @@ _ELSEWHERE = {
     "callbacks": "describe each under lightning.callbacks, with target and params",
     "plugins": "plugins cannot be given; --precision and --strategy choose them",
     "default_root_dir": "run folders are made in --logdir",
+    "model_registry": "checkpoints are kept in the run folder, and in no registry",
 }
 _MOST_DEVICES = 256
+_MOST_MACHINES = 4096
+_TOO_LARGE = 1 << 63  # torch takes smaller whole numbers
 _CLOCK = re.compile(r"\d+:[0-2]?\d:[0-5]?\d:[0-5]?\d")
 _TIME_UNITS = {"weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"}
 _DURATION = "a time as DD:HH:MM:SS, such as 00:12:00:00, or a mapping such as {hours: 12}"
@@ -59,9 +62,13 @@ def _are_devices(value: Any) -> bool:
 
 _BOOLEAN = (lambda value: type(value) is bool, "true or false")
 _SHARE = (_is_share, "a whole number of batches, or a fraction from 0.0 to 1.0")
+_TEXT = (lambda value: isinstance(value, str), "a name")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "accelerator": _TEXT,
+    "profiler": _TEXT,
     **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), _whole(-1)),
-    **dict.fromkeys(("check_val_every_n_epoch", "num_nodes"), _whole(1)),
+    **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), _whole(1)),
+    "num_nodes": (lambda value: _is_whole(value, 1) and value <= _MOST_MACHINES, f"1 to {_MOST_MACHINES} machines"),
     "devices": (_are_devices, f"a number of devices up to {_MOST_DEVICES}, a list of their numbers, or auto"),
     "num_processes": (lambda value: _is_whole(value, 1) and value <= _MOST_DEVICES, f"1 to {_MOST_DEVICES} processes"),
     **dict.fromkeys(
@@ -111,6 +118,8 @@ def check_values(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name in _ELSEWHERE:
             raise UserError(f"lightning.trainer.{name} {value!r}: {_ELSEWHERE[name]}")
+        if type(value) is int and abs(value) >= _TOO_LARGE:
+            raise UserError(f"lightning.trainer.{name} {value}: too large; give a number below 2^63")
         if value is None or name not in _CHECKS:
             continue
         is_right, expected = _CHECKS[name]

@@ -49,7 +49,6 @@ def test_current_path_of_the_loss_of_codebooks():
         ("ldm.data.openimages.OpenImagesBBoxTrain", "boxes' tokens"),
         ("ldm.data.simple.ObjaverseDataModuleFromConfig", "image_target"),
         ("torchvision.transforms.FiveCrop", "ldm.images.augmentations"),
-        ("ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion", "unCLIP is not here"),
         ("ldm.models.diffusion.ddpm.LatentDiffusionSRTextWTFFHQ", "LatentUpscaleDiffusion"),
         ("ldm.modules.encoders.modules.FrozenFaceEncoder", "FaceClipEncoder"),
         ("ldm.modules.embedding_manager.EmbeddingManager", "textual_inversion.yaml"),
