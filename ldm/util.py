@@ -8,6 +8,8 @@ import inspect
 import logging
 import math
 import re
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Checked annotations: the types of their values, and a description for messages.
 _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
+    "bool | None": ((bool, type(None)), "true or false or null"),
     "int": ((int,), "a whole number"),
     "int | None": ((int, type(None)), "a whole number or null"),
     "float": ((int, float), "a number"),
@@ -195,6 +198,17 @@ def takes(target: Callable[..., Any], name: str) -> bool:
     return name in named or takes_any
 
 
+def _as_text(annotation: Any) -> str:
+    """Return an annotation as text: `Optional[int]` and a deferred `"int | None"` become `int | None`."""
+    if isinstance(annotation, str):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = typing.get_args(annotation)
+        names = [_as_text(part) for part in parts if part is not type(None)]
+        return " | ".join([*names, "None"] if len(names) < len(parts) else names)
+    return "" if typing.get_origin(annotation) else getattr(annotation, "__name__", "")
+
+
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first of `params` that `target`, at `path` in the config, does not take.
 
@@ -210,15 +224,13 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
             raise UserError(f"unknown key {key!r} in params of {path}{hint}")
         if value is None and named[key].default is None:
             continue
-        annotation = named[key].annotation  # a string if the module defers annotations
-        expected = _CHECKED_TYPES.get(
-            annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-        )
+        annotation = _as_text(named[key].annotation)
+        expected = _CHECKED_TYPES.get(annotation)
         if expected and not isinstance(value, expected[0]):
             raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
         if expected and isinstance(value, int) and abs(value) >= _TOO_LARGE:
             raise UserError(f"{key} in params of {path}: the number is too large; give one below 2^63")
-        if isinstance(annotation, str) and annotation.removesuffix(" | None") in _CHECKED_LISTS:
+        if annotation.removesuffix(" | None") in _CHECKED_LISTS:
             kinds, parts = _CHECKED_LISTS[annotation.removesuffix(" | None")]
             if not _is_list_of(kinds, value, annotation):
                 raise UserError(f"{key}={value!r} in params of {path}: give a list of {parts}")

@@ -83,7 +83,7 @@ class FullDisk(Callback):
         ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
         (
             "lightning.modelcheckpoint.params.train_time_interval=soon",
-            "train_time_interval 'soon': give a number of min",
+            "train_time_interval 'soon': give a number from 0",
         ),
         ("--accumulate_grad_batches 0", "accumulate_grad_batches 0: give a whole number of at least 1"),
         ("model.params.unet_config.params.model_channels=-32", "UNetModel: .*negative dimension"),
@@ -126,6 +126,16 @@ class FullDisk(Callback):
             "val_check_interval: longer than an epoch .*check_val_every_n",
         ),
         ("--max_time 5", "lightning.trainer.max_time 5: give a time as DD:HH:MM:SS"),
+        ("lightning.modelcheckpoint.params.save_last=2.5", "modelcheckpoint.params.save_last 2.5: give true"),
+        (
+            "lightning.modelcheckpoint.params.every_n_epochs=often",
+            "every_n_epochs='often' in params of .*: give a whole",
+        ),
+        (
+            "lightning.modelcheckpoint.params.save_on_train_epoch_end=3",
+            "save_on_train_epoch_end=3 in params of .*: give true or false or null",
+        ),
+        ("--gpus .inf", "--gpus inf: give device numbers"),
         ("--callbacks mine", "lightning.trainer.callbacks 'mine': describe each under lightning.callbacks"),
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),

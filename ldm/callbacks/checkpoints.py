@@ -59,7 +59,13 @@ class LastCheckpoint(Checkpoint):
         where = "lightning.modelcheckpoint.params"
         check_number(f"{where}.every_n_train_steps", every_n_train_steps, least=1, optional=True)
         check_number(
-            f"{where}.train_time_interval", train_time_interval, least=0, whole=False, optional=True, unit="minutes"
+            f"{where}.train_time_interval",
+            train_time_interval,
+            least=0,
+            most=10**7,
+            whole=False,
+            optional=True,
+            unit="minutes",
         )
         check_number(f"{where}.save_last_k", save_last_k, least=0)
         self.path = path

@@ -138,9 +138,7 @@ def _build_checkpoints(
     if given.get("save_last") not in (None, True, False, "link"):
         raise UserError(f"lightning.modelcheckpoint.params.save_last {given['save_last']!r:.100}: give true")
     if given.get("save_last") is False:
-        log.warning(
-            "lightning.modelcheckpoint.params.save_last is ignored: last.ckpt is always written, to resume from"
-        )
+        log.warning("lightning.modelcheckpoint.params.save_last is ignored: runs resume from last.ckpt")
     if given.get("dirpath") is not None:
         log.warning("lightning.modelcheckpoint.params.dirpath is ignored: checkpoints are in %s", run.checkpoints)
     params = {key: value for key, value in given.items() if key not in _NOT_FOR_KEPT}

@@ -10,7 +10,8 @@ from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
 
-_RENAMED = {
+# Names of 2022 → of today.
+RENAMED = {
     "checkpoint_callback": "enable_checkpointing",
     "gradient_clip": "gradient_clip_val",
     "max_nb_epochs": "max_epochs",
@@ -88,7 +89,7 @@ def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
 
     `what` is the format of a name in the message, such as `"option --{}"`.
     """
-    known = valid | {*_RENAMED, *_TRANSLATED, *_IGNORED}
+    known = valid | {*RENAMED, *_TRANSLATED, *_IGNORED}
     for name in names:
         if name not in known:
             raise UserError(f"unknown {what.format(name)}{nearest(name, known)}")
@@ -105,7 +106,7 @@ def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: i
     arguments = {name: value for name, value in given.items() if name not in _IGNORED}
     for name in given.keys() & _IGNORED:
         log.warning("Trainer argument %s is ignored: %s", name, _IGNORED[name])
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         if old in arguments:
             arguments.setdefault(new, arguments.pop(old))
     if arguments.pop("reload_dataloaders_every_epoch", False):
@@ -150,7 +151,7 @@ def _parse_gpus(value: Any) -> int | list[int]:
         value = [part for part in value.split(",") if part.strip()]
     try:
         return [int(part) for part in value] if isinstance(value, list) else int(value or 0)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"--gpus {value!r}: give device numbers such as 0, or 0,1, or a count such as 2") from error
 
 

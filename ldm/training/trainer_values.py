@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ldm.training.trainer_2022 import RENAMED
 from ldm.util import UserError
 
 # Arguments that have another place → advice.
@@ -120,8 +121,9 @@ def check_values(given: Mapping[str, Any]) -> None:
             raise UserError(f"lightning.trainer.{name} {value!r}: {_ELSEWHERE[name]}")
         if type(value) is int and abs(value) >= _TOO_LARGE:
             raise UserError(f"lightning.trainer.{name} {value}: too large; give a number below 2^63")
-        if value is None or name not in _CHECKS:
+        now = RENAMED.get(name, name)
+        if value is None or now not in _CHECKS:
             continue
-        is_right, expected = _CHECKS[name]
+        is_right, expected = _CHECKS[now]
         if not is_right(value):
             raise UserError(f"lightning.trainer.{name} {value!r}: give {expected}")
