@@ -83,7 +83,7 @@ class FullDisk(Callback):
         ("lightning.modelcheckpoint.save_top_k=1", "unknown key lightning.modelcheckpoint.save_top_k"),
         (
             "lightning.modelcheckpoint.params.train_time_interval=soon",
-            "train_time_interval 'soon': give a number from 0",
+            "train_time_interval 'soon': give a number of min",
         ),
         ("--accumulate_grad_batches 0", "accumulate_grad_batches 0: give a whole number of at least 1"),
         ("model.params.unet_config.params.model_channels=-32", "UNetModel: .*negative dimension"),

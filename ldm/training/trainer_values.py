@@ -81,9 +81,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         (
-            "barebones", "benchmark", "checkpoint_callback", "detect_anomaly", "enable_autolog_hparams",
+            "barebones", "benchmark", "detect_anomaly", "enable_autolog_hparams",
             "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "inference_mode",
-            "reload_dataloaders_every_epoch", "replace_sampler_ddp", "sync_batchnorm", "terminate_on_nan",
+            "reload_dataloaders_every_epoch", "sync_batchnorm",
             "use_distributed_sampler",
         ),
         _BOOLEAN,
