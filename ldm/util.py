@@ -228,6 +228,8 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
         expected = _CHECKED_TYPES.get(annotation)
         if expected and not isinstance(value, expected[0]):
             raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
+        if expected and isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{key}={value!r} in params of {path}: is not a number; give {expected[1]}")
         if expected and isinstance(value, int) and abs(value) >= _TOO_LARGE:
             raise UserError(f"{key} in params of {path}: the number is too large; give one below 2^63")
         if annotation.removesuffix(" | None") in _CHECKED_LISTS:

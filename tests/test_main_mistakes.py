@@ -135,7 +135,17 @@ class FullDisk(Callback):
             "lightning.modelcheckpoint.params.save_on_train_epoch_end=3",
             "save_on_train_epoch_end=3 in params of .*: give true or false or null",
         ),
-        ("--gpus .inf", "--gpus inf: give device numbers"),
+        ("--gpus .inf", "lightning.trainer.gpus inf: give device numbers"),
+        (
+            "--val_percent_check 0.5 --limit_val_batches 2",
+            "--val_percent_check and --limit_val_batches are two names of one argument",
+        ),
+        ("lightning.modelcheckpoint.params.mode=.nan", "mode=nan in params of .*: give a text"),
+        (
+            "lightning.callbacks.early.target=pytorch_lightning.callbacks.EarlyStopping "
+            "lightning.callbacks.early.params.monitor=train/loss lightning.callbacks.early.params.min_delta=.nan",
+            "lightning.callbacks.early: min_delta=nan in params of .*: is not a number",
+        ),
         ("--callbacks mine", "lightning.trainer.callbacks 'mine': describe each under lightning.callbacks"),
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),

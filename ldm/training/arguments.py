@@ -77,6 +77,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     for name in _WEIGHTS:
         if name in trainer:
             overrides.append(f"model.params.ckpt_path={trainer.pop(name)}")
+    if "find_unused_parameters" in trainer:
+        overrides.append(f"lightning.find_unused_parameters={trainer.pop('find_unused_parameters')}")
     unsupported = [f"--{name}" for name in _TEXTUAL_INVERSION if name in trainer]
     if unsupported:
         raise UserError(

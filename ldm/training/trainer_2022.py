@@ -25,13 +25,14 @@ RENAMED = {
     "train_percent_check": "limit_train_batches",
     "val_percent_check": "limit_val_batches",
 }
+# Arguments of 2022 that are translated → the arguments of today that they set.
 _TRANSLATED = {
-    "distributed_backend",
-    "gpus",
-    "num_processes",
-    "progress_bar_refresh_rate",
-    "reload_dataloaders_every_epoch",
-    "weights_summary",
+    "distributed_backend": "strategy",
+    "gpus": "devices",
+    "num_processes": "devices",
+    "progress_bar_refresh_rate": "enable_progress_bar",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
+    "weights_summary": "enable_model_summary",
 }
 _IGNORED = {
     "amp_backend": "Lightning uses PyTorch's AMP",
@@ -55,7 +56,7 @@ _IGNORED = {
     "weights_save_path": "checkpoints go to the run folder",
 }
 # Strategies of Lightning 0 and 1, also as values of `accelerator` → their names today.
-_STRATEGIES = {
+STRATEGIES = {
     "ddp": "ddp",
     "ddp2": "ddp",
     "ddp_cpu": "ddp",
@@ -82,6 +83,23 @@ def move_old_keys(section: Any) -> None:
             "lightning.metrics_over_trainsteps_checkpoint is ignored: to keep every checkpoint, set "
             "lightning.modelcheckpoint.params to {monitor: null, save_top_k: -1, every_n_train_steps: N}"
         )
+
+
+def merge_arguments(config: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Trainer arguments of the `config`, and over them those `typed` on the command line.
+
+    An argument of 2022 and the one of today that it sets are the same one.
+
+    Raises:
+        UserError: two names of one argument are given in the same place.
+    """
+    today = RENAMED | _TRANSLATED
+    for given, where in ((config, "lightning.trainer."), (typed, "--")):
+        for old, new in RENAMED.items():
+            if given.get(old) is not None and given.get(new) is not None:
+                raise UserError(f"{where}{old} and {where}{new} are two names of one argument; give one of them")
+    replaced = {today.get(name, name) for name in typed}
+    return {name: value for name, value in config.items() if today.get(name, name) not in replaced} | dict(typed)
 
 
 def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
@@ -121,10 +139,10 @@ def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: i
 def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[str, Any]:
     """Set `accelerator`, `devices` and `strategy` from `gpus`, `num_processes` and `distributed_backend`."""
     strategy = arguments.pop("distributed_backend", None)
-    if arguments.get("accelerator") in _STRATEGIES:
+    if arguments.get("accelerator") in STRATEGIES:
         strategy = arguments.pop("accelerator")
     if isinstance(arguments.get("strategy"), str):
-        arguments["strategy"] = _STRATEGIES.get(arguments["strategy"], arguments["strategy"])
+        arguments["strategy"] = STRATEGIES.get(arguments["strategy"], arguments["strategy"])
     processes = arguments.pop("num_processes", None)
     if "gpus" in arguments:
         gpus = _parse_gpus(arguments.pop("gpus"))
@@ -139,9 +157,9 @@ def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int)
         arguments["accelerator"] = "cpu"
     arguments.setdefault("devices", processes or launched)
     if strategy is not None and not is_single(arguments):
-        if strategy not in _STRATEGIES:
-            raise UserError(f"unknown distributed_backend {strategy!r}{nearest(str(strategy), set(_STRATEGIES))}")
-        arguments.setdefault("strategy", _STRATEGIES[strategy])
+        if strategy not in STRATEGIES:
+            raise UserError(f"unknown distributed_backend {strategy!r}{nearest(str(strategy), set(STRATEGIES))}")
+        arguments.setdefault("strategy", STRATEGIES[strategy])
     return arguments
 
 

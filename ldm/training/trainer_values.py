@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.training.trainer_2022 import RENAMED
+from ldm.training.trainer_2022 import RENAMED, STRATEGIES
 from ldm.util import UserError
 
 # Arguments that have another place → advice.
@@ -61,6 +61,13 @@ def _are_devices(value: Any) -> bool:
     return not isinstance(value, (int, float)) or (type(value) is int and -1 <= value <= _MOST_DEVICES)
 
 
+def _are_gpus(value: Any) -> bool:
+    """Return False for values that are neither a count of GPUs nor text or numbers that name them."""
+    if isinstance(value, list):
+        return all(_is_whole(part, 0) for part in value)
+    return isinstance(value, str) or (_is_whole(value, -1) and value <= _MOST_DEVICES)
+
+
 _BOOLEAN = (lambda value: type(value) is bool, "true or false")
 _SHARE = (_is_share, "a whole number of batches, or a fraction from 0.0 to 1.0")
 _TEXT = (lambda value: isinstance(value, str), "a name")
@@ -88,6 +95,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         _BOOLEAN,
     ),
+    "distributed_backend": (lambda value: value in tuple(STRATEGIES), f"one of {', '.join(STRATEGIES)}"),
+    "gpus": (_are_gpus, "device numbers such as 0, or 0,1, or a count such as 2"),
+    "weights_summary": (lambda value: value in ("top", "full", "None", "none", ""), "top, full or null"),
     "deterministic": (lambda value: type(value) is bool or value == "warn", "true, false or warn"),
     "fast_dev_run": (lambda value: type(value) is bool or _is_whole(value, 0), "true, false or a number of batches"),
     "gradient_clip_algorithm": (lambda value: value in ("norm", "value"), "norm or value"),
