@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.moved_targets import current_path, hint_for_key, hint_for_target, without_unused_keys
+from ldm.moved_targets import current_path, hint_for_key, hint_for_missing_module, hint_for_target, without_unused_keys
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def get_obj_from_str(path: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"target {path!r}: no module named {error.name!r}{hint_for_target(path)}") from error
+        raise UserError(f"target {path!r}: no module named {error.name!r}{hint_for_missing_module(path)}") from error
     if not hasattr(module, attribute):
         public = [name for name in dir(module) if not name.startswith("_")]
         hint = hint_for_target(path) or nearest(attribute, public)

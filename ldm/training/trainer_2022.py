@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.training.other_programs import instead_of
 from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
     known = valid | {*RENAMED, *_TRANSLATED, *_IGNORED}
     for name in names:
         if name not in known:
-            raise UserError(f"unknown {what.format(name)}{nearest(name, known)}")
+            raise UserError(f"unknown {what.format(name)}{instead_of(name) or nearest(name, known)}")
 
 
 def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) -> dict[str, Any]:
