@@ -129,6 +129,8 @@ def find_config(name: str | Path) -> Path:
     Raises:
         UserError: the file does not exist.
     """
+    if not str(name).strip():
+        raise UserError(f"--base {str(name)!r}: names no file; give a YAML config")
     for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
         if path.is_file():
             return path

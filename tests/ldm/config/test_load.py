@@ -206,6 +206,11 @@ def test_params_that_are_no_mapping_are_refused(where, params):
     assert load_config([], [f"{where}.params=null"])
 
 
+def test_a_config_without_a_name_is_refused():
+    with pytest.raises(UserError, match="--base '': names no file"):
+        load_config([""])
+
+
 def test_a_section_that_belongs_into_lightning_is_told(tmp_path, caplog):
     load_config([write(tmp_path / "c.yaml", "model: {}\ntrainer: {max_steps: 9}\n")])
     assert "c.yaml: trainer has an effect inside the section lightning only" in caplog.text
