@@ -146,6 +146,7 @@ class FullDisk(Callback):
             "lightning.callbacks.early.params.monitor=train/loss lightning.callbacks.early.params.min_delta=.nan",
             "lightning.callbacks.early: min_delta=nan in params of .*: is not a number",
         ),
+        ("--accelerator tpu", "lightning.trainer: Requirement 'torch_xla.*accelerator='tpu'"),
         ("--callbacks mine", "lightning.trainer.callbacks 'mine': describe each under lightning.callbacks"),
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),

@@ -132,7 +132,7 @@ def build_trainer(
     silence_lightning()
     try:
         return Trainer(**given)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # RuntimeError: from Slurm
+    except (ImportError, MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # the last: Slurm
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 

@@ -46,7 +46,7 @@ def _is_share(value: Any) -> bool:
 
 def _is_duration(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return bool(value) and all(key in _TIME_UNITS and _is_number(part) for key, part in value.items())
+        return bool(value) and all(key in _TIME_UNITS and _is_number(part) and part >= 0 for key, part in value.items())
     return isinstance(value, str) and _CLOCK.fullmatch(value) is not None
 
 

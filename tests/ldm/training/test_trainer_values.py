@@ -31,6 +31,7 @@ from ldm.util import UserError
         ("check_val_every_n_epoch", 0, "give a whole number of at least 1"),
         ("max_time", 5, "give a time as DD:HH:MM:SS"),
         ("max_time", {"fortnights": 1}, "give a time as DD:HH:MM:SS"),
+        ("max_time", {"hours": -1}, "give a time as DD:HH:MM:SS"),
         ("max_epochs", 2.5, "give a whole number of at least -1"),
         ("max_steps", -2, "give a whole number of at least -1"),
         ("gradient_clip_val", -1.0, "give a number of at least 0"),
