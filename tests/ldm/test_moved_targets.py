@@ -66,6 +66,14 @@ def test_instead_is_said_of_what_is_not_here(path, use):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["ldm.data.local.LocalBase", "taming.data.ffhq.FFHQSRTrain"])
+def test_instead_is_said_of_the_datasets_of_forks(path):
+    with pytest.raises(
+        UserError, match=r"allowed classes; it belongs to a fork; use ldm.data.datasets.*; give --trust"
+    ):
+        check_trust({"target": path}, "config")
+
+
 @pytest.mark.parametrize("path", ["basicsr.data.realesrgan_dataset.RealESRGANDataset", "torchvision.models.resnet18"])
 def test_instead_is_said_of_other_packages_that_need_trust(path):
     with pytest.raises(UserError, match=r"list of allowed classes; .*(ImageNetSR|not used here).*--trust-config"):
