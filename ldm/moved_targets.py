@@ -39,7 +39,6 @@ _CUSTOM = (
     "Custom Diffusion is not here; unet_trainable: attn trains the attention to captions, and textual_inversion.yaml "
     "a word"
 )
-_FACES = "networks that recognise faces are not here; use FaceClipEncoder"
 _STABLE_SR = "StableSR's networks are not here; LatentUpscaleDiffusion upscales"
 # Prefix of an unsupported dotted path, and a hint.
 _HINTS_FOR_TARGETS = {
@@ -52,8 +51,6 @@ _HINTS_FOR_TARGETS = {
     "ldm.models.diffusion.ddpm.LatentDiffusionSRTextWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModelWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.UNetModelDualcondV2": _STABLE_SR,
-    "ldm.modules.encoders.modules.FaceIdClipEncoder": _FACES,
-    "ldm.modules.encoders.modules.FrozenFaceEncoder": _FACES,
     "ldm.modules.embedding_manager": _TOKEN,
     "ldm.data.personalized": _INVERSION,
     "ldm.data.personalized_style": _INVERSION,

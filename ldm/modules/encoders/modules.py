@@ -12,6 +12,7 @@ from ldm.modules.encoders.clip_text import FrozenCLIPEmbedder, FrozenCLIPTextEmb
 from ldm.modules.encoders.cond_stages import AbstractEncoder, ClassEmbedder, DummyEncoder, IdentityEncoder
 from ldm.modules.encoders.conditioner import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.embedding_noise import CLIPEmbeddingNoiseAugmentation
+from ldm.modules.encoders.face import FaceIdClipEncoder, FrozenFaceEncoder
 from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2
 from ldm.modules.encoders.spatial import LowScaleEncoder, SpatialRescaler
 from ldm.modules.encoders.t5 import FrozenT5Embedder
@@ -25,10 +26,12 @@ __all__ = [
     "ConcatTimestepEmbedderND",
     "DummyEncoder",
     "FaceClipEncoder",
+    "FaceIdClipEncoder",
     "FrozenCLIPEmbedder",
     "FrozenCLIPImageEmbedder",
     "FrozenCLIPTextEmbedder",
     "FrozenClipImageEmbedder",
+    "FrozenFaceEncoder",
     "FrozenOpenCLIPEmbedder",
     "FrozenOpenCLIPEmbedder2",
     "FrozenOpenCLIPImageEmbedder",
