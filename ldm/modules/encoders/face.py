@@ -122,9 +122,7 @@ def _load(network: FaceNetwork, path: str) -> None:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise UserError(
-            f"model_path {path!r}: not the weights of IR-SE50, as in model_ir_se50.pth ({reason})"
-        ) from error
+        raise UserError(f"model_path {path!r}: not the weights of IR-SE50 ({reason})") from error
 
 
 class FrozenFaceEncoder(AbstractEncoder):
