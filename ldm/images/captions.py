@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -50,6 +51,24 @@ def same_name(name: str) -> str:
     """
     path = PurePosixPath(unicodedata.normalize("NFC", name))
     return str(path.with_suffix(path.suffix.lower())) if path.suffix else str(path)
+
+
+def spelled(path: Path) -> Path:
+    """Return `path` if it exists, else the file whose name and folders have the same normal form, else `path`."""
+    if os.path.lexists(path) or path.parent == path:
+        return path
+    parent = spelled(path.parent)
+    try:
+        names = _names_in(parent.absolute(), parent.stat().st_mtime_ns)
+    except OSError:
+        return path
+    return parent / names.get(same_name(path.name), path.name)
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: Path, _modified: int) -> dict[str, str]:
+    """Return the names in `folder` by their normal forms."""
+    return {same_name(path.name): path.name for path in sorted(folder.iterdir(), reverse=True)}
 
 
 class CaptionFiles:

@@ -70,7 +70,7 @@ def plan_run(arguments: Arguments) -> Run:
             folder, `--name` or `--postfix` leads out of the folder.
     """
     started = time.strftime(_FORMAT)
-    resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
+    resume = _checkpoint_to_resume(arguments.resume, arguments.logdir) if arguments.resume else None
     own = run_of(resume) if resume is not None else None
     if own is not None:
         if arguments.name:
@@ -96,8 +96,11 @@ def _after_saved_configs(configs: Path, started: str) -> str:
     return later.strftime(_FORMAT)
 
 
-def _checkpoint_to_resume(name: str) -> Path:
+def _checkpoint_to_resume(name: str, logs: Path) -> Path:
+    """Return the checkpoint at the path `name`, or of the run `name` in the folder `logs`."""
     path = Path(name)
+    if not path.exists() and (logs / path).exists():
+        path = logs / path
     if path.is_file():
         return path
     if path.is_dir():
@@ -148,6 +151,9 @@ def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, .
 
 def _claim_folder(first: Path) -> tuple[Path, tuple[Path, ...]]:
     """Make the folder `first`; if it exists, `first`-2, `first`-3 and so on. Runs may start in the same second."""
+    above = next((place for place in first.parents if place.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"--logdir {first.parent}: {above} is a file; name a folder")
     outer = make_folders(first.parent)
     for number in itertools.count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")

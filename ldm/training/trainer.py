@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -27,7 +27,7 @@ from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
-from ldm.training.trainer_2022 import check_names, is_single, move_old_keys, translate_arguments
+from ldm.training.trainer_2022 import check_names, is_single, merge_arguments, move_old_keys, translate_arguments
 from ldm.training.trainer_values import check_values, without_nulls
 from ldm.util import UserError, nearest
 
@@ -79,7 +79,7 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
         raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     if section.get("report") not in (None, True, False):
         raise UserError(f"lightning.report {section['report']!r}: give true or false")
-    section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
+    section["trainer"] = merge_arguments(plain(section.get("trainer") or {}), arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
     section["trainer"] = without_nulls(plain(section["trainer"]))
     check_values(plain(section["trainer"]))
@@ -135,7 +135,7 @@ def build_trainer(
     silence_lightning()
     try:
         return Trainer(**given)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # RuntimeError: from Slurm
+    except (ImportError, MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # the last: Slurm
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 

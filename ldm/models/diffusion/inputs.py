@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.models.diffusion import ddpm_edit
 from ldm.models.diffusion.concat import LatentDepth2ImageDiffusion, LatentInpaintDiffusion, LatentUpscaleDiffusion
+from ldm.models.diffusion.image_embedding import ImageEmbeddingConditionedLatentDiffusion
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, refuse_if
@@ -117,6 +118,11 @@ def _check(model: LatentDiffusion, inputs: Inputs, maps: Maps | None) -> None:
         (
             isinstance(model, LatentUpscaleDiffusion),
             "this is an upscaler, which txt2img does not sample from; name a model that makes images from prompts",
+        ),
+        (
+            isinstance(model, ImageEmbeddingConditionedLatentDiffusion),
+            "this model makes variations of images, which txt2img does not sample from; name a model that makes images "
+            "from prompts",
         ),
         (
             model.model.takes_maps and maps is None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.util import UserError, check_choice, instantiate_from_config
+from ldm.util import UserError, check_choice, instantiate_from_config, refuse_if
+
+logger = logging.getLogger(__name__)
 
 # By key: whether maps join the input channels, whether there is a context, and the source of `y`.
 _PLACES: dict[str | None, tuple[bool, bool, str | None]] = {
@@ -45,6 +48,12 @@ class DiffusionWrapper(nn.Module):
         check_choice("conditioning_key", conditioning_key, CONDITIONING_KEYS)
         self.diffusion_model = instantiate_from_config(_without_order(diff_model_config))
         self.conditioning_key = conditioning_key
+        if _PLACES[conditioning_key][1] and getattr(self.diffusion_model, "context_dim", 0) is None:
+            logger.warning(
+                "conditioning_key %s: the UNet ignores the cond stage; set use_spatial_transformer and context_dim in "
+                "the params of unet_config",
+                conditioning_key,
+            )
 
     @property
     def takes_maps(self) -> bool:
@@ -97,12 +106,40 @@ class DiffusionWrapper(nn.Module):
                 )
         kwargs: dict[str, Tensor] = {}
         if maps:
+            self._check_maps(x, c_concat)
             x = torch.cat([x, *c_concat], dim=1)
         if context:
             kwargs["context"] = torch.cat(list(c_crossattn), dim=1)
+            self._check_context(kwargs["context"])
         if labels is not None:
             kwargs["y"] = c_adm if labels == "c_adm" else c_crossattn[0]
         return self.diffusion_model(x, t, **kwargs)
+
+    def _check_maps(self, x: Tensor, maps: Sequence[Tensor]) -> None:
+        """Raise `UserError` unless the maps have the size of `x`, and the UNet as many input channels as all."""
+        own = getattr(self.diffusion_model, "in_channels", None)
+        found = ", ".join(str(tuple(part.shape[1:])) for part in maps)
+        refuse_if(
+            (
+                any(part.shape[2:] != x.shape[2:] for part in maps),
+                f"the maps of the conditioning have the shapes {found}, but the latent has {tuple(x.shape[1:])}: "
+                "their height and width must be the latent's; change the data, or the cond stage",
+            ),
+            (
+                own is not None and own != x.shape[1] + sum(part.shape[1] for part in maps),
+                f"unet_config: in_channels {own}, but the latent has {x.shape[1]} channels and the maps of the "
+                f"conditioning have the shapes {found}; give their sum",
+            ),
+        )
+
+    def _check_context(self, context: Tensor) -> None:
+        """Raise `UserError` unless the context has as many features as the UNet's attention takes."""
+        own = getattr(self.diffusion_model, "context_dim", None)
+        if own is not None and context.shape[-1] != own:
+            raise UserError(
+                f"unet_config: context_dim {own}, but the cond stage gives {context.shape[-1]} features per token; "
+                "set context_dim to them, or use another text encoder"
+            )
 
 
 def _without_order(config: Mapping[str, Any]) -> Mapping[str, Any]:

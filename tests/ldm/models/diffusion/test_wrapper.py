@@ -89,3 +89,32 @@ def test_parts_of_a_general_conditioner_are_placed() -> None:
         assert set(cond) == {"c_crossattn", "c_adm"}
         assert cond["c_crossattn"][0].shape == (2, 7, 64) and cond["c_adm"].shape == (2, 5)
     assert model.encode_conditioning({"txt": ["a", "b"]})["c_adm"].dtype == torch.float32
+
+
+def with_sizes(context: int = 64, unet: dict | None = None) -> DiffusionWrapper:
+    params = {**case("unet_sd_tiny")["params"], "in_channels": 5, "context_dim": context, **(unet or {})}
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    return DiffusionWrapper({"target": target, "params": params}, "hybrid")
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "features", "message"),
+    [
+        (16, 1, 64, r"maps .* have the shapes \(1, 16, 16\), but the latent has \(4, 8, 8\)"),
+        (8, 2, 64, r"in_channels 5, but the latent has 4 channels and the maps .* \(2, 8, 8\); give their sum"),
+        (8, 1, 32, "context_dim 64, but the cond stage gives 32 features per token"),
+    ],
+)
+def test_conditionings_of_other_sizes_are_named(size: int, channels: int, features: int, message: str) -> None:
+    x, extra, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, channels, size, size), torch.zeros(1, 7, features)
+    with pytest.raises(UserError, match=message):
+        with_sizes()(x, torch.tensor([1]), c_concat=[extra], c_crossattn=[context])
+
+
+def test_a_context_that_the_unet_ignores_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with_sizes()
+    assert not caplog.records
+    unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": {**case("unet_attention_block")["params"], "num_classes": None}}  # fmt: skip
+    DiffusionWrapper(unet, "crossattn")
+    assert "conditioning_key crossattn: the UNet ignores the cond stage; set use_spatial_transformer" in caplog.text
