@@ -9,12 +9,10 @@ from typing import Any
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
 from ldm.config.load import plain
-from ldm.models.diffusion.ddpm import DDPM
 from ldm.moved_targets import changes_training, hint_for_key, without_unused_keys
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
@@ -37,7 +35,7 @@ def check_trains_as_written(config: DictConfig) -> None:
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first combination of settings of `model` and `trainer` that cannot work."""
-    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping, check_rounding):
+    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_rounding):
         check(model, trainer)
 
 
@@ -52,22 +50,6 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} accumulates gradients, but CUDA graphs "
             "overwrite them; "
             "leave it out, or set model.params.unet_config.params.compile_mode=default"
-        )
-
-
-def check_clipping(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` if float16 gradients would be clipped by value before a fused optimizer unscales them.
-
-    Clipping by value turns overflowed gradients into finite ones, so that the scaler does not see the overflow.
-    """
-    config = getattr(model, "optimizer_config", None)
-    fused = config is None or (config.get("params") or {}).get("fused")
-    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-    by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
-    if isinstance(model, DDPM) and trainer.gradient_clip_val and by_value and scales and fused:
-        raise UserError(
-            f"gradient_clip_algorithm=value cannot clip gradients that precision={trainer.precision} "
-            "scales and a fused optimizer unscales; use --precision bf16-mixed, or --gradient_clip_algorithm norm"
         )
 
 

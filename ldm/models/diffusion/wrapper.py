@@ -86,7 +86,7 @@ class DiffusionWrapper(nn.Module):
             c_adm: labels (B,) or vectors (B, D).
 
         Raises:
-            UserError: a part of the conditioning is missing.
+            UserError: a part of the conditioning is missing, or a map does not have the size of `x`.
         """
         maps, context, labels = _PLACES[self.conditioning_key]
         parts = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
@@ -97,12 +97,21 @@ class DiffusionWrapper(nn.Module):
                 )
         kwargs: dict[str, Tensor] = {}
         if maps:
+            self._check_maps(c_concat, x)
             x = torch.cat([x, *c_concat], dim=1)
         if context:
             kwargs["context"] = torch.cat(list(c_crossattn), dim=1)
         if labels is not None:
             kwargs["y"] = c_adm if labels == "c_adm" else c_crossattn[0]
         return self.diffusion_model(x, t, **kwargs)
+
+    def _check_maps(self, maps: Sequence[Tensor], x: Tensor) -> None:
+        for each in maps:
+            if each.ndim != x.ndim or each.shape[2:] != x.shape[2:]:
+                raise UserError(
+                    f"conditioning_key {self.conditioning_key!r} needs maps of the input's size {tuple(x.shape[2:])}, "
+                    f"but the conditioning has shape {tuple(each.shape)}; captions need conditioning_key: crossattn"
+                )
 
 
 def _without_order(config: Mapping[str, Any]) -> Mapping[str, Any]:
