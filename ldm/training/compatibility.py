@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
@@ -13,6 +14,7 @@ from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
 from ldm.config.load import plain
+from ldm.modules.diffusionmodules.streamed import StreamedUNetModel
 from ldm.moved_targets import changes_training, hint_for_key, without_unused_keys
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
@@ -35,7 +37,7 @@ def check_trains_as_written(config: DictConfig) -> None:
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first combination of settings of `model` and `trainer` that cannot work."""
-    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_rounding):
+    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_streaming, check_rounding):
         check(model, trainer)
 
 
@@ -50,6 +52,16 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} accumulates gradients, but CUDA graphs "
             "overwrite them; "
             "leave it out, or set model.params.unet_config.params.compile_mode=default"
+        )
+
+
+def check_streaming(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if a streamed UNet would compute in float16 with bfloat16 copies of its weights."""
+    unet = unet_of(model)
+    if isinstance(unet, StreamedUNetModel) and unet.dtype == torch.bfloat16 and trainer.precision == "16-mixed":
+        raise UserError(
+            "precision=16-mixed computes in float16, and StreamedUNetModel with stream_dtype bf16 in bfloat16; "
+            "use --precision bf16-mixed, or leave out the precision"
         )
 
 

@@ -35,6 +35,14 @@ def test_refusals(train: Callable[[str], int], tmp_path: Path, options: str, mes
     assert not list(tmp_path.glob("logs/*"))
 
 
+def test_streamed_bfloat16_weights_do_not_compute_in_float16(train: Callable[[str], int], tmp_path: Path) -> None:
+    unet = "model.params.unet_config"
+    streamed = f"{unet}.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
+    with pytest.raises(UserError, match=r"precision=16-mixed computes in float16, .*stream_dtype bf16 .*bf16-mixed"):
+        train(f"--max_steps 1 --precision 16 {streamed}")
+    assert not list(tmp_path.glob("logs/*"))
+
+
 def test_a_scaled_loss_is_refused() -> None:
     model = SimpleNamespace(optimizer_config={"target": "ldm.optim.InBackward"})
     scaling = MixedPrecision("16-mixed", "cuda", scaler=torch.amp.GradScaler("cpu"))
