@@ -14,7 +14,6 @@ from torch import Tensor
 from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.guidance import Conditioning, concatenate
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.modules.encoders.caption_length import warn_of_cut
 from ldm.shards.sample import CROP, ORIGINAL_SIZE, SIZE_ENTRIES, TARGET_SIZE
 from ldm.util import UserError
 
@@ -44,7 +43,6 @@ class PromptConditioning:
         self.maps = list(maps)
         self.negative_maps = [torch.zeros_like(part) for part in maps] if drops_image else self.maps
         self._negatives: dict[str, Conditioning] = {}  # by prompt, for a batch of one
-        self._measured: set[str] = set()  # prompts that a warning has named if they are cut
 
     def of(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of a batch of prompts."""
@@ -64,8 +62,6 @@ class PromptConditioning:
             for entry, name in SIZE_ENTRIES.items()
             if name in self.sizes
         }
-        warn_of_cut(self.model.cond_stage_model, [prompt for prompt in prompts if prompt not in self._measured])
-        self._measured.update(prompts)
         return self.model.stored_conditioning({**self.model.encode_captions(prompts), **sizes})
 
 

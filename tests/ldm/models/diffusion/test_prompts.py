@@ -44,17 +44,6 @@ def test_sdxl_is_conditioned_on_both_towers_the_pooled_vector_and_the_sizes(xl: 
     torch.testing.assert_close(cond["c_adm"], torch.cat([open_clip[1], numbers.expand(2, -1)], dim=1))
 
 
-def test_prompts_and_negative_prompts_that_are_cut_are_named_once(xl: LatentDiffusion, caplog) -> None:
-    conditioning, long, other = PromptConditioning(xl, image_sizes(xl, {}, 64, 64)), "very " * 76, "quite " * 90
-    for _ in range(2):
-        conditioning.of([long, "a dog"])
-        conditioning.of_negatives([other, ""])
-    assert [record.getMessage()[:52] for record in caplog.records] == [
-        "1 prompts are longer than 75 tokens and are cut: 've",
-        "1 prompts are longer than 75 tokens and are cut: 'qu",
-    ]
-
-
 def test_an_empty_negative_prompt_of_sdxl_is_zeros_with_the_same_sizes(xl: LatentDiffusion) -> None:
     """As in its released sampling, which forces zeros for `txt`; another negative prompt is encoded."""
     conditioning = PromptConditioning(xl, image_sizes(xl, {}, 64, 64))
