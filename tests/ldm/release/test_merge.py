@@ -172,6 +172,14 @@ def test_weights_too_large_for_float16_are_refused_by_name():
         ({}, {"model.extra": torch.ones(2)}, "the training lacks model.extra"),
         ({}, {"first_stage_model.extra": torch.ones(2)}, "the training lacks first_stage_model.extra"),
         ({"cond_stage_model.new": torch.ones(2)}, {}, "the release lacks cond_stage_model.new"),
+        *(
+            (
+                {},
+                {MODEL[0]: torch.ones(3, 2, dtype=kind)},
+                f"is torch.float32 in the training, {kind} in the release; de",
+            )
+            for kind in (torch.int8, torch.uint8, torch.bool, torch.int64, torch.uint16, torch.complex64)
+        ),
     ],
 )
 def test_another_architecture_is_refused(trained, released, message):
