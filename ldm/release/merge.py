@@ -24,7 +24,7 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.causes import likely_cause
-from ldm.checkpoint.formats import can_hold
+from ldm.checkpoint.formats import can_hold, precise_dtype
 from ldm.checkpoint.keys import (
     EMA,
     EMA_COUNTERS,
@@ -194,7 +194,7 @@ def _between(start: torch.Tensor, value: torch.Tensor, strength: float) -> torch
     """Return the tensor between `start` and `value`, in at least float32. Integers are those of `value`."""
     if not value.is_floating_point():
         return value
-    precise = torch.promote_types(torch.promote_types(start.dtype, value.dtype), torch.float32)
+    precise = precise_dtype(start.dtype, value.dtype)
     return weighted_sum([converted(start, precise), converted(value, precise)], [strength])
 
 

@@ -162,3 +162,17 @@ def test_add_lora_files(tmp_path: Path, suffix: str) -> None:
     assert open_checkpoint(out).metadata["modelspec.title"] == "Cats"
     with pytest.raises(UserError, match="would replace one of the files"):
         add_lora_files(start, tmp_path / "l.safetensors", [Lora(tmp_path / "l.safetensors")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
+def test_with_loras_adds_in_float32_or_wider(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights, start = factors(LINEAR), release(dtype)
+    found = added(tmp_path, (weights, 1.0), start=start)[LINEAR]
+    wide = start[LINEAR].to(torch.float32 if dtype.itemsize == 1 else dtype)
+    assert torch.equal(found.float(), (wide + change(weights, LINEAR)).to(dtype).float())
+
+
+def test_with_loras_refuses_quantised_weights(tmp_path: Path) -> None:
+    start = {**release(), LINEAR: torch.ones(4, 3, dtype=torch.int8)}
+    with pytest.raises(UserError, match=f"{LINEAR} is torch.int8; dequantise it and save it as floating-point"):
+        added(tmp_path, (factors(LINEAR), 1.0), start=start)

@@ -208,6 +208,14 @@ def test_merge_takes_weights_of_every_dtype(dtype):
     assert identical(values(merged)[MODEL[1]], released[MODEL[1]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_share_of_the_change_is_merged_into_weights_of_8_bits(dtype):
+    released = {key: value.to(dtype) if key in MODEL else value for key, value in release().items()}
+    trained = {**training(), MODEL[0]: released[MODEL[0]].float() + 1}
+    merged = values(merge(trained, released, strength=0.5))[MODEL[0]]
+    assert identical(merged, (released[MODEL[0]].float() + 0.5).to(dtype))
+
+
 def test_merge_refuses_nan_in_a_dtype_that_torch_cannot_reduce():
     released = {key: value.to(torch.float8_e4m3fn) if key in MODEL else value for key, value in release().items()}
     trained = {**training(), MODEL[0]: torch.full_like(training()[MODEL[0]], torch.nan)}
