@@ -166,10 +166,11 @@ def test_add_lora_files(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
 def test_with_loras_adds_in_float32_or_wider(tmp_path: Path, dtype: torch.dtype) -> None:
-    weights, start = factors(LINEAR), release(dtype)
+    weights, start = factors(LINEAR), {key: value.to(dtype) for key, value in release().items()}
     found = added(tmp_path, (weights, 1.0), start=start)[LINEAR]
-    wide = start[LINEAR].to(torch.float32 if dtype.itemsize == 1 else dtype)
-    assert torch.equal(found.float(), (wide + change(weights, LINEAR)).to(dtype).float())
+    expected = (start[LINEAR].float() + change(weights, LINEAR)).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected.double())
 
 
 def test_with_loras_refuses_quantised_weights(tmp_path: Path) -> None:
