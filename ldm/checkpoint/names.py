@@ -60,6 +60,8 @@ _CARRIED = [
     re.compile(rf"^{_TOWER}(?:transformer\.)?(?:logit_scale|text_projection)$"),
     _LORA,
 ]
+# Values that programs add to networks: GLIGEN, AnimateDiff, IP-Adapter, LoRA.
+_ADDED = re.compile(r"(?:^|\.)(?:position_net|fuser|motion_modules)\.|\.to_[kv]_ip\.|\.(?:alpha|dora_scale)$")
 # Weights without which those of the model have another meaning: the classes of a UNet.
 _NEEDED = re.compile(rf"^{re.escape(UNET)}label_emb\.")
 _NUMBER = re.compile(r"\d+")
@@ -181,7 +183,7 @@ def _label(key: str) -> str:
 
 
 def _is_carried(name: str, known: Iterable[str]) -> bool:
-    return _kind(name) not in known or any(pattern.search(name) for pattern in _CARRIED)
+    return _kind(name) not in known or any(pattern.search(name) for pattern in (*_CARRIED, _ADDED))
 
 
 def _as_convolution(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,8 @@ def test_in_our_names_carries_what_other_programs_put_into_the_parts(key):
     assert named.carried == [key] and list(named.restored(named.weights)) == list(file)
     assert re.sub(r"\d+", "*", key) in named.summary()[0]
     assert in_our_names(file, [*OWN, key]).carried == []
-    assert in_our_names({key: torch.ones(1)}, OWN).carried == []  # the part is another one altogether
+    is_known = any(word in key for word in ("position_net", "fuser", "alpha", "dora_scale", "to_k_ip"))
+    assert in_our_names({key: torch.ones(1)}, OWN).carried == [key] * is_known  # else the part is another one
 
 
 @pytest.mark.parametrize(

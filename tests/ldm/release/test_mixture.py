@@ -57,6 +57,15 @@ def test_mix_files_computes_wide_and_keeps_the_dtype_of_the_first(tmp_path: Path
     assert result.dtype == dtype and torch.equal(result.to(wide), expected.to(wide))
 
 
+def test_mix_files_carries_what_other_programs_put_into_one_of_them(tmp_path: Path) -> None:
+    extra = {f"{UNET}position_net.linears.0.weight": torch.ones(2), f"{UNET}out.2.alpha": torch.ones(1)}
+    one, two = weights(1), weights(2)
+    first = mixed(tmp_path, Recipe("sum", [0.5]), {**one, **extra}, two)
+    assert first.keys() == {*one, *extra} and torch.equal(first[next(iter(extra))], torch.ones(2))
+    second = mixed(tmp_path, Recipe("sum", [0.5]), one, {**two, **extra})
+    assert second.keys() == one.keys() and torch.equal(second[IN], first[IN])
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.uint16, torch.complex64])
 @pytest.mark.parametrize("place", [0, 1])
 def test_mix_files_refuses_quantised_weights(tmp_path: Path, dtype: torch.dtype, place: int) -> None:
