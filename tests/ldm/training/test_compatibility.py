@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from ldm.training.compatibility import check_in_backward
+from ldm.config.load import build_model
+from ldm.training.compatibility import check_in_backward, check_streaming
 from ldm.util import UserError
 from tests.training_runs import CONFIG, fixture_one_thread, fixture_train, the_run  # noqa: F401
 
@@ -35,12 +37,15 @@ def test_refusals(train: Callable[[str], int], tmp_path: Path, options: str, mes
     assert not list(tmp_path.glob("logs/*"))
 
 
-def test_streamed_bfloat16_weights_do_not_compute_in_float16(train: Callable[[str], int], tmp_path: Path) -> None:
-    unet = "model.params.unet_config"
-    streamed = f"{unet}.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
+def test_streamed_bfloat16_weights_do_not_compute_in_float16() -> None:
+    config = OmegaConf.create(CONFIG)
+    unet = config.model.params.unet_config
+    unet.target = "ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
     with pytest.raises(UserError, match=r"precision=16-mixed computes in float16, .*stream_dtype bf16 .*bf16-mixed"):
-        train(f"--max_steps 1 --precision 16 {streamed}")
-    assert not list(tmp_path.glob("logs/*"))
+        check_streaming(build_model(config), SimpleNamespace(precision="16-mixed"))
+    check_streaming(build_model(config), SimpleNamespace(precision="bf16-mixed"))
+    unet.params.stream_dtype = "fp32"
+    check_streaming(build_model(config), SimpleNamespace(precision="16-mixed"))
 
 
 def test_a_scaled_loss_is_refused() -> None:
