@@ -258,7 +258,8 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     if config in _MARKERS:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
-        given = f"the keys {', '.join(map(str, config))}" if isinstance(config, Mapping) else repr(config)
+        keys = isinstance(config, Mapping) and ", ".join(map(str, config))
+        given = f"the keys {keys}" if keys else repr(config)
         raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {given:.200}")
     for key in config:
         if key not in _CONFIG_KEYS:

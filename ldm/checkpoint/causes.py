@@ -30,7 +30,7 @@ _NO_TEXT = "the file holds no text encoder: give a whole release, or a config wh
 def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], default: str) -> str:
     """Return the likely cause for a mismatch of `weights` with the model of state dict `own`, or `default`."""
     for found in (
-        _QUANTISED if any(_SCALES.search(key) for key in weights) else None,
+        _QUANTISED if any(map(is_scale, weights)) else None,
         _file_kind(weights, own),
         _other_family(weights, own),
         _other_unet(weights, own),
@@ -45,6 +45,11 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
     if not lacks:
         return default
     return _NO_VAE if lacks == [FIRST_STAGE] else _NO_TEXT
+
+
+def is_scale(key: str) -> bool:
+    """Return True for the name of a scale of a quantised weight and the like."""
+    return _SCALES.search(key) is not None
 
 
 def diffusers_layout(keys: Iterable[str]) -> bool:

@@ -16,7 +16,7 @@ from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.transforms import to_range
 from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
-from ldm.modules.encoders.tokenizer import cut_captions
+from ldm.modules.encoders.caption_length import cut_captions
 from ldm.release.model_family import family_of_model
 from ldm.shards.index import EMPTY_CAPTION, ENCODED, FAMILY, ZEROS
 from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR

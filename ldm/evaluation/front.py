@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ldm.evaluation.report import FORMAT_VERSION, Row, aligned
 from ldm.files import atomic_write
@@ -98,8 +98,9 @@ def draw_strengths(swept: Sequence[Strength], subjects: Sequence[str], title: st
 
 def _draw_losses(axes: Axes, swept: Sequence[Strength]) -> None:
     axes.set(title="loss, relative to the base's", xlabel="strength", yscale="log")
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))  # plain text, as mathematics are off
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own is a formula, which this text does not take
+    axes.yaxis.set_minor_formatter(NullFormatter())
     for index, row in enumerate(swept[0].rows):
         values = [at.rows[index].overall.loss_ratio.value for at in swept]
         axes.plot([at.strength for at in swept], values, "o-", label=row.name)

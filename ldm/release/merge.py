@@ -24,6 +24,7 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.causes import likely_cause
+from ldm.checkpoint.formats import can_hold, precise_dtype
 from ldm.checkpoint.keys import (
     EMA,
     EMA_COUNTERS,
@@ -131,7 +132,7 @@ def merge(
 
 
 def check_same_architecture(training: Weights, release: Weights) -> None:
-    """Raise `UserError` unless both have weights of the same keys and shapes.
+    """Raise `UserError` unless both have weights of the same keys and shapes, and of dtypes that agree.
 
     The training may lack the autoencoder and the text encoders. Either may lack optional keys.
     """
@@ -140,6 +141,11 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
         if key in release and key not in SCHEDULE_KEYS and value.shape != release[key].shape:
             shapes = f"{tuple(value.shape)} in the training, {tuple(release[key].shape)} in the release"
             raise UserError(f"{key} has shape {shapes}; {likely_cause(release, training, cause)}")
+        if key in release and key not in SCHEDULE_KEYS and not can_hold(value.dtype, release[key].dtype):
+            raise UserError(
+                f"{key} is {value.dtype} in the training, {release[key].dtype} in the release; dequantise the release "
+                "and save it as floating-point numbers"
+            )
         if key not in release and not (is_optional(key) or is_carried(key)):
             raise UserError(
                 f"the release lacks {key}, which the training has; {likely_cause(release, training, cause)}"
@@ -188,7 +194,7 @@ def _between(start: torch.Tensor, value: torch.Tensor, strength: float) -> torch
     """Return the tensor between `start` and `value`, in at least float32. Integers are those of `value`."""
     if not value.is_floating_point():
         return value
-    precise = torch.promote_types(torch.promote_types(start.dtype, value.dtype), torch.float32)
+    precise = precise_dtype(start.dtype, value.dtype)
     return weighted_sum([converted(start, precise), converted(value, precise)], [strength])
 
 

@@ -67,10 +67,10 @@ def plan_run(arguments: Arguments) -> Run:
 
     Raises:
         UserError: the path of `--resume` does not exist, or needs a config that is not given; or a link in the run
-            folder, `--name` or `--postfix` leads out of the folder.
+            folder, `--name` or `--postfix` leads out of the folder; or Lightning would change the folder's path.
     """
     started = time.strftime(_FORMAT)
-    resume = _checkpoint_to_resume(arguments.resume, arguments.logdir) if arguments.resume else None
+    resume = _literal(_checkpoint_to_resume(arguments.resume, arguments.logdir)) if arguments.resume else None
     own = run_of(resume) if resume is not None else None
     if own is not None:
         if arguments.name:
@@ -94,6 +94,21 @@ def _after_saved_configs(configs: Path, started: str) -> str:
         return started
     later = datetime.strptime(newest, _FORMAT) + timedelta(seconds=1)
     return later.strftime(_FORMAT)
+
+
+def _literal(path: Path) -> Path:
+    """Return `path` so that Lightning, which expands `~` and `$NAME`, takes it as it is.
+
+    A `~` that the shell has left is the home folder, unless a folder of that name exists.
+
+    Raises:
+        UserError: `path` has the name of an environment variable.
+    """
+    if str(path).startswith("~"):
+        path = path.absolute() if os.path.lexists(path.parts[0]) else path.expanduser()
+    if os.path.expandvars(path) != str(path):
+        raise UserError(f"{path}: Lightning would replace the variable in this path; rename the folder")
+    return path
 
 
 def _checkpoint_to_resume(name: str, logs: Path) -> Path:
@@ -139,7 +154,7 @@ def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, .
     if arguments.postfix:
         _check_part("--postfix", arguments.postfix)
         parts.append(arguments.postfix.lstrip("_"))
-    folder, made = arguments.logdir / "_".join(parts), ()
+    folder, made = _literal(arguments.logdir / "_".join(parts)), ()
     launch = launched()
     if is_first_process():
         folder, made = _claim_folder(folder)

@@ -14,6 +14,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.callbacks.accumulation import accumulation_at_start
 from ldm.callbacks.validation import ValidationAcrossEpochs
 from ldm.config.load import load_config, plain
 from ldm.data.base_module import BaseDataModule
@@ -135,7 +136,8 @@ def build_trainer(
     silence_lightning()
     try:
         return Trainer(**given)
-    except (ImportError, MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # the last: Slurm
+    except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
+        # An ImportError is of a precision of another package, a RuntimeError of Slurm.
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
@@ -167,7 +169,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         raise UserError(
             "data.params.batch_size is missing, which scales the learning rate; give it, or --scale_lr False"
         )
-    accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
+    accumulate, devices = accumulation_at_start(trainer), trainer.world_size
     model.learning_rate = accumulate * devices * batch_size * base
     log.info(
         "Learning rate %.3e = %d (accumulated batches) * %d (devices) * %d (batch size) * %.3e (base_learning_rate)",

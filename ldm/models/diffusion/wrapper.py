@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.util import UserError, check_choice, instantiate_from_config, refuse_if
+from ldm.util import UserError, check_choice, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class DiffusionWrapper(nn.Module):
             c_adm: labels (B,) or vectors (B, D).
 
         Raises:
-            UserError: a part of the conditioning is missing.
+            UserError: a part of the conditioning is missing, or a map does not have the size of `x`.
         """
         maps, context, labels = _PLACES[self.conditioning_key]
         parts = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
@@ -117,20 +117,19 @@ class DiffusionWrapper(nn.Module):
 
     def _check_maps(self, x: Tensor, maps: Sequence[Tensor]) -> None:
         """Raise `UserError` unless the maps have the size of `x`, and the UNet as many input channels as all."""
+        for each in maps:
+            if each.ndim != x.ndim or each.shape[2:] != x.shape[2:]:
+                raise UserError(
+                    f"conditioning_key {self.conditioning_key!r} needs maps of the input's size {tuple(x.shape[2:])}, "
+                    f"but the conditioning has shape {tuple(each.shape)}; captions need conditioning_key: crossattn"
+                )
         own = getattr(self.diffusion_model, "in_channels", None)
-        found = ", ".join(str(tuple(part.shape[1:])) for part in maps)
-        refuse_if(
-            (
-                any(part.shape[2:] != x.shape[2:] for part in maps),
-                f"the maps of the conditioning have the shapes {found}, but the latent has {tuple(x.shape[1:])}: "
-                "their height and width must be the latent's; change the data, or the cond stage",
-            ),
-            (
-                own is not None and own != x.shape[1] + sum(part.shape[1] for part in maps),
+        if own is not None and own != x.shape[1] + sum(part.shape[1] for part in maps):
+            found = ", ".join(str(tuple(part.shape[1:])) for part in maps)
+            raise UserError(
                 f"unet_config: in_channels {own}, but the latent has {x.shape[1]} channels and the maps of the "
-                f"conditioning have the shapes {found}; give their sum",
-            ),
-        )
+                f"conditioning have the shapes {found}; give their sum"
+            )
 
     def _check_context(self, context: Tensor) -> None:
         """Raise `UserError` unless the context has as many features as the UNet's attention takes."""

@@ -213,3 +213,22 @@ def test_a_checkpoint_cannot_make_a_run_delete_other_files(tmp_path: Path, key: 
 def test_kept_checkpoints_refuse_a_monitor_that_is_no_name(monitor):
     with pytest.raises(UserError, match=r"^monitor .*: give the name of a metric, or null"):
         KeptCheckpoints(dirpath="checkpoints", monitor=monitor)
+
+
+@pytest.mark.parametrize("interval", [1, 1.0, 5])
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_a_validated_step_is_ranked_right_after_its_validation(tmp_path: Path, monkeypatch, interval, asked) -> None:
+    """Lightning takes an interval of one batch for one of a whole epoch, at whose end the weights are others."""
+    ranked = []
+    monkeypatch.setattr(KeptCheckpoints, "_save_topk_checkpoint", lambda kept, trainer, _: ranked.append(trainer))
+    kept = KeptCheckpoints(dirpath=str(tmp_path), monitor="val/loss", save_on_train_epoch_end=asked)
+    trainer = SimpleNamespace(
+        callback_metrics={}, sanity_checking=False, global_step=1, current_epoch=0, val_check_interval=interval,
+        check_val_every_n_epoch=1, num_val_batches=[1], fast_dev_run=False, state=SimpleNamespace(fn="fit"),
+        is_global_zero=True,
+    )  # fmt: skip
+    kept.on_validation_start(trainer, None)
+    trainer.callback_metrics["val/loss"] = torch.tensor(0.5)
+    kept._monitor_candidates = lambda _: {}
+    kept.on_validation_end(trainer, None)
+    assert ranked == [trainer]

@@ -72,6 +72,12 @@ def test_16_bit_grey_is_scaled_not_clipped():
         assert decoded[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_the_transparent_level_of_16_bit_grey_has_16_bits():
+    levels = np.array([[100, 100 * 257, 200]], np.uint16)
+    decoded = decode_image(encoded(Image.fromarray(levels), "PNG", transparency=100), "x")
+    assert decoded[0, :, 0].tolist() == [255, 100, 1]
+
+
 def test_cmyk_becomes_rgb():
     cmyk = Image.fromarray(np.full((8, 8, 3), (250, 20, 20), np.uint8)).convert("CMYK")
     decoded = decode_image(encoded(cmyk, "JPEG", quality=95), "x")

@@ -162,3 +162,18 @@ def test_add_lora_files(tmp_path: Path, suffix: str) -> None:
     assert open_checkpoint(out).metadata["modelspec.title"] == "Cats"
     with pytest.raises(UserError, match="would replace one of the files"):
         add_lora_files(start, tmp_path / "l.safetensors", [Lora(tmp_path / "l.safetensors")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
+def test_with_loras_adds_in_float32_or_wider(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights, start = factors(LINEAR), {key: value.to(dtype) for key, value in release().items()}
+    found = added(tmp_path, (weights, 1.0), start=start)[LINEAR]
+    expected = (start[LINEAR].float() + change(weights, LINEAR)).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected.double())
+
+
+def test_with_loras_refuses_quantised_weights(tmp_path: Path) -> None:
+    start = {**release(), LINEAR: torch.ones(4, 3, dtype=torch.int8)}
+    with pytest.raises(UserError, match=f"{LINEAR} is torch.int8; dequantise it and save it as floating-point"):
+        added(tmp_path, (factors(LINEAR), 1.0), start=start)

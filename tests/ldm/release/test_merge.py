@@ -172,6 +172,14 @@ def test_weights_too_large_for_float16_are_refused_by_name():
         ({}, {"model.extra": torch.ones(2)}, "the training lacks model.extra"),
         ({}, {"first_stage_model.extra": torch.ones(2)}, "the training lacks first_stage_model.extra"),
         ({"cond_stage_model.new": torch.ones(2)}, {}, "the release lacks cond_stage_model.new"),
+        *(
+            (
+                {},
+                {MODEL[0]: torch.ones(3, 2, dtype=kind)},
+                f"is torch.float32 in the training, {kind} in the release; de",
+            )
+            for kind in (torch.int8, torch.uint8, torch.bool, torch.int64, torch.uint16, torch.complex64)
+        ),
     ],
 )
 def test_another_architecture_is_refused(trained, released, message):
@@ -198,6 +206,14 @@ def test_merge_takes_weights_of_every_dtype(dtype):
     assert merged.trained == [MODEL[0]]
     assert identical(values(merged)[MODEL[0]], trained[MODEL[0]])
     assert identical(values(merged)[MODEL[1]], released[MODEL[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_share_of_the_change_is_merged_into_weights_of_8_bits(dtype):
+    released = {key: value.to(dtype) if key in MODEL else value for key, value in release().items()}
+    trained = {**training(), MODEL[0]: released[MODEL[0]].float() + 1}
+    merged = values(merge(trained, released, strength=0.5))[MODEL[0]]
+    assert identical(merged, (released[MODEL[0]].float() + 0.5).to(dtype))
 
 
 def test_merge_refuses_nan_in_a_dtype_that_torch_cannot_reduce():

@@ -60,7 +60,8 @@ def test_a_pattern_nested_too_deeply_is_refused():
 
 
 @pytest.mark.parametrize(
-    "folder", ["fruit [2]", "fruit {2}", "fruit {a,b}", "fruit*", "a::b", "fruit?", "~x", "f #1: [y]", "co:lon"]
+    "folder",
+    ["fruit [2]", "fruit {2}", "fruit {a,b}", "fruit*", "a::b", "fruit?", "~x", "f #1: [y]", "co:lon", "file:x"],
 )
 def test_expand_urls_takes_what_exists_literally(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)

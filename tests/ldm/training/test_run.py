@@ -53,6 +53,21 @@ def test_two_runs_in_a_second_get_two_folders(monkeypatch):
     assert [plan("-b a.yaml").folder.name for _ in range(3)] == ["now_a", "now_a-2", "now_a-3"]
 
 
+def test_a_tilde_that_the_shell_has_left_is_a_folder_of_that_name_or_the_home_folder(tmp_path, monkeypatch):
+    """Lightning expands a path that begins with ~, so such a folder is named in full."""
+    (tmp_path / "~mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert plan("-b a.yaml -l ~mine").folder.parent == tmp_path / "~mine"
+    assert plan("-b a.yaml -l ~/logs").folder.parent == tmp_path / "home" / "logs"
+
+
+@pytest.mark.parametrize("line", ["-b a.yaml -l $HOME/logs", "-b a.yaml -n x$HOME", "-b ${HOME}.yaml"])
+def test_the_name_of_a_variable_in_the_path_of_a_run_is_refused(line):
+    with pytest.raises(UserError, match="Lightning would replace the variable in this path; rename the folder"):
+        plan(line)
+
+
 def test_the_processes_of_one_run_share_its_folder(monkeypatch):
     first = plan("-b a.yaml")
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -75,6 +75,13 @@ def test_vectors_reach_the_unet_as_y(key: str, channels: int) -> None:
         wrapper(x, torch.tensor([1, 2]), c_crossattn=[context], **maps)
 
 
+@pytest.mark.parametrize("shape", [(2, 77, 8), (2, 2, 4, 4)])
+def test_captions_and_maps_of_another_size_are_no_maps(shape: tuple[int, ...]) -> None:
+    wrapper = DiffusionWrapper({"target": "torch.nn.Identity"}, "concat")
+    with pytest.raises(UserError, match=r"'concat' needs maps of the input's size \(2, 2\), but .*: crossattn"):
+        wrapper(torch.zeros(2, 4, 2, 2), torch.tensor([1, 2]), c_concat=[torch.zeros(shape)])
+
+
 def test_sequential_crossattn_is_refused() -> None:
     with pytest.raises(UserError, match="sequential_crossattn: true is not supported"):
         DiffusionWrapper({"target": "torch.nn.Identity", "sequential_crossattn": True}, "crossattn")
