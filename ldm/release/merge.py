@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
 
+# Types of the tiers that round weights.
+_NARROW = (torch.bfloat16, torch.float16)
 # Parts that a training may lack. They are then kept from the release.
 _OPTIONAL_PARTS = (FIRST_STAGE, *TEXT_ENCODERS)
 
@@ -86,7 +88,8 @@ def merge(
     """Return `release` with every weight that `training` changed, cast to the release's dtype.
 
     All other values are identical bit for bit. A weight is changed if it differs from the release's weight in the
-    training's dtype. The comparison is also made per element: an unchanged element is not rounded to that dtype.
+    training's dtype, and from that weight rounded by an earlier tier (see `_starts`). The comparison is also made per
+    element: an unchanged element is not rounded.
 
     Args:
         weights: `ema` takes the moving average, and the raw weight of a key without one. `raw` takes the raw weights.
@@ -154,7 +157,17 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
 
 def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
     trained = in_memory(trained)
-    return not same_values(trained, converted(in_memory(released), trained.dtype))
+    return not any(same_values(trained, start) for start in _starts(in_memory(released), trained.dtype))
+
+
+def _starts(released: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield `released` in the `dtype` of a training, and then as a tier of a narrower type has rounded it.
+
+    A training in float32 that continues one in bfloat16 has rounded weights, also where nothing is trained.
+    """
+    yield converted(released, dtype)
+    if dtype in (torch.float32, torch.float64) and released.is_floating_point():
+        yield from (converted(converted(released, narrow), dtype) for narrow in _NARROW)
 
 
 def _converted(
@@ -162,7 +175,7 @@ def _converted(
 ) -> Pending:
     """Return `tensor` cast to `dtype`, computed when it is written.
 
-    An element that equals `start` in the dtype of `tensor` is taken from `start`. The others move from `start` by the
+    An element that equals `start`, as `_starts` yields it, is taken from `start`. The others move from `start` by the
     share `strength`.
     """
 
@@ -171,7 +184,8 @@ def _converted(
         new = converted(value if strength == 1 else _between(in_memory(start), value, strength), dtype)
         if start is not None:
             old = in_memory(start)
-            new = torch.where(value == converted(old, value.dtype), converted(old, dtype), new)
+            for same in _starts(old, value.dtype):
+                new = torch.where(value == same, converted(old, dtype), new)
         if not is_finite(new):
             if is_finite(value):
                 raise UserError(f"{key} has values too large for {dtype}; merge into a release of a wider dtype")
