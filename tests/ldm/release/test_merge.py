@@ -90,7 +90,7 @@ def test_an_untouched_release_is_bit_identical_whatever_the_trainings_dtype():
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_parts_that_a_narrow_tier_has_rounded_are_not_trained(narrow):
-    """A training in float32 that continues one in a narrow type: the rounded parts beside the UNet are the release's."""
+    """If float32 training continues one in a narrow type, the rounded parts beside the UNet are the release's."""
     trained = {key: value.float() for key, value in training(narrow, steps=0, cond_stage=True).items()}
     trained[MODEL[0]] = release()[MODEL[0]].to(narrow).float() + 0.123
     merged = merge(trained, release())
