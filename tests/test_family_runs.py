@@ -134,6 +134,41 @@ def test_a_set_of_another_family_is_refused(own: str, other: str, message: str, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "part", "changes", "message"),
+    [
+        ("sdxl", "model", {"conditioning_key": "crossattn"}, "num_classes 'sequential': conditioning_key 'crossattn'"),
+        ("sd1", "model", {"conditioning_key": "crossattn-adm"}, "'crossattn-adm' needs labels, .* no num_classes"),
+        ("sdxl", "unet", {"num_classes": "timestep"}, "num_classes 'timestep': .*sequential"),
+        ("sdxl", "unet", {"in_channels": 9}, "in_channels of the UNet is 9, but its input of latent has 4 channels"),
+        ("sd1_inpainting", "unet", {"in_channels": 4}, "is 4, but its input of latent and mask and masked_image has 9"),
+        ("instruct_pix2pix", "unet", {"in_channels": 9}, "is 9, but its input of latent and edit has 8"),
+        ("sd2_depth", "unet", {"in_channels": 4}, "is 4, but its input of latent and depth has 5"),
+        ("instruct_pix2pix", "model", {"dropout": 0.5}, r"dropout 0\.5: give a number from 0 to 0\.33"),
+        ("sd1", "data", {"full_mask_share": 0.5}, r"full_mask_share 0\.5: the training samples have no masks"),
+    ],
+)
+def test_a_config_that_contradicts_itself_or_its_set_is_refused(
+    key: str, part: str, changes: dict, message: str, encoded: Encoded
+) -> None:
+    config = finetune_config(key, f"{encoded(key).shards}/*.tar")
+    params = config["model"]["params"]
+    {"model": params, "unet": params["unet_config"]["params"], "data": config["data"]["params"]}[part].update(changes)
+    with pytest.raises(UserError, match=message) as caught:
+        data = data_for(config, model_for(config))
+        data.setup("fit")
+        data.train_dataloader()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_scale_of_the_latents_is_told(encoded: Encoded, caplog: pytest.LogCaptureFixture) -> None:
+    config = finetune_config("sdxl", f"{encoded('sdxl').shards}/*.tar")
+    for scale, said in ((0.13025, 0), (0.18215, 1)):
+        config["model"]["params"]["scale_factor"] = scale
+        data_for(config, model_for(config)).setup("fit")
+        assert caplog.text.count("family sdxl with scale_factor 0.13025, but the model has 0.18215") == said
+
+
 def test_both_models_of_SD_2_take_one_set(encoded: Encoded) -> None:
     for key in ("sd2_base", "sd2_768_v"):
         config = finetune_config(key, f"{encoded('sd2_base').shards}/*.tar")
