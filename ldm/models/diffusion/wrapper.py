@@ -46,7 +46,8 @@ class DiffusionWrapper(nn.Module):
         check_choice("conditioning_key", conditioning_key, CONDITIONING_KEYS)
         self.diffusion_model = instantiate_from_config(_without_order(diff_model_config))
         self.conditioning_key = conditioning_key
-        self._check_labels(getattr(self.diffusion_model, "num_classes", None))
+        if hasattr(self.diffusion_model, "num_classes"):
+            self._check_labels(self.diffusion_model.num_classes)
 
     def _check_labels(self, num_classes: int | str | None) -> None:
         """Raise `UserError` unless the key gives labels to a UNet with classes, and to no other."""

@@ -196,7 +196,7 @@ def test_overrides_make_the_config_of_what_recognise_found() -> None:
     overrides = recognise(marked).overrides
     assert overrides == ["model.params.parameterization=v", "model.params.rescale_betas_zero_snr=true"]
     config = load_config([FAMILIES["sdxl"].config], overrides)
-    config.model.params.unet_config.params.model_channels = 32
+    config.model.params.unet_config.params |= {"model_channels": 32, "num_classes": None}
     config.model.params.cond_stage_config = "__is_unconditional__"
     model = build_model(config)
     assert model.parameterization == "v" and model.alphas_cumprod[-1] == 0

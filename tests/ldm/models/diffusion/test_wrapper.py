@@ -82,7 +82,8 @@ def test_sequential_crossattn_is_refused() -> None:
 
 def test_parts_of_a_general_conditioner_are_placed() -> None:
     """Its vector becomes `c_adm`, its crossattn `c_crossattn`, for training and for a caption."""
-    model = construct(TEXT_TOWER, cond_stage_key="txt", conditioning_key="crossattn-adm")
+    unet = {**case("unet_sd_tiny")["params"], "num_classes": "sequential", "adm_in_channels": 5}
+    model = construct(TEXT_TOWER, unet=unet, cond_stage_key="txt", conditioning_key="crossattn-adm")
     parts = {"crossattn": torch.ones(2, 7, 64).half(), "vector": torch.ones(2, 5).half()}
     model.cond_stage_model.encode = lambda captions: parts
     for cond in (model.encode_conditioning({"txt": ["a", "b"]}), model.get_unconditional_conditioning(2)):
