@@ -88,8 +88,8 @@ def merge(
     """Return `release` with every weight that `training` changed, cast to the release's dtype.
 
     All other values are identical bit for bit. A weight is changed if it differs from the release's weight in the
-    training's dtype, and from that weight rounded by an earlier tier (see `_starts`). The comparison is also made per
-    element: an unchanged element is not rounded.
+    training's dtype, and from that weight as an earlier tier rounds it (see `_starts`). The first comparison is also
+    made per element: an unchanged element is not rounded to that dtype.
 
     Args:
         weights: `ema` takes the moving average, and the raw weight of a key without one. `raw` takes the raw weights.
@@ -175,7 +175,7 @@ def _converted(
 ) -> Pending:
     """Return `tensor` cast to `dtype`, computed when it is written.
 
-    An element that equals `start`, as `_starts` yields it, is taken from `start`. The others move from `start` by the
+    An element that equals `start` in the dtype of `tensor` is taken from `start`. The others move from `start` by the
     share `strength`.
     """
 
@@ -184,8 +184,7 @@ def _converted(
         new = converted(value if strength == 1 else _between(in_memory(start), value, strength), dtype)
         if start is not None:
             old = in_memory(start)
-            for same in _starts(old, value.dtype):
-                new = torch.where(value == same, converted(old, dtype), new)
+            new = torch.where(value == converted(old, value.dtype), converted(old, dtype), new)
         if not is_finite(new):
             if is_finite(value):
                 raise UserError(f"{key} has values too large for {dtype}; merge into a release of a wider dtype")

@@ -92,10 +92,10 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
             )
 
     def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        super().check_batch_shapes(shapes)
         for key in self.concat_keys:
             valid = (self.channels, 2 * self.channels) if key == self.masked_image_key else (1,)
             check_map(key, shapes, valid)
+        super().check_batch_shapes(shapes)
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
         return [
@@ -179,9 +179,9 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         return _resized(self.depth_model(x.to(dtype_of(self.depth_model))).float(), size)
 
     def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        super().check_batch_shapes(shapes)
         for key in self.concat_keys if self.depth_model is None else ():
             check_map(key, shapes, (1,))
+        super().check_batch_shapes(shapes)
 
 
 def for_depth_network(images: Tensor) -> Tensor:
