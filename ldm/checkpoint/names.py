@@ -18,6 +18,7 @@ from ldm.checkpoint.keys import (
     FIRST_STAGE,
     MODEL,
     OPTIONAL_KEYS,
+    PREDICTION_MARKERS,
     SCHEDULE_KEYS,
     UNET,
     ema_key,
@@ -65,7 +66,7 @@ _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
 class Renamed:
     """Weights under this package's names and shapes, and the names in the file.
 
-    `origins` maps each key of `weights` to a key of `file`. `carried` are the keys of `file` that no model uses.
+    `origins` maps each key of `weights` to a key of `file`. `carried` are the keys of `file` that no model has.
     """
 
     file: Weights
@@ -80,10 +81,11 @@ class Renamed:
         if renamed:
             (theirs, ours) = renamed[0]
             lines.append(f"{len(renamed)} keys have other names, such as {theirs} for {ours}")
-        if self.carried:
-            labels = list(dict.fromkeys(_label(key) for key in self.carried))
+        unused = [key for key in self.carried if key not in PREDICTION_MARKERS]  # no weights, but they are read
+        if unused:
+            labels = list(dict.fromkeys(_label(key) for key in unused))
             more = ", …" if len(labels) > _LABELS else ""
-            lines.append(f"{len(self.carried)} values are not used: {', '.join(labels[:_LABELS])}{more}")
+            lines.append(f"{len(unused)} values are not used: {', '.join(labels[:_LABELS])}{more}")
         return lines
 
     def with_carried(self) -> dict[str, torch.Tensor]:

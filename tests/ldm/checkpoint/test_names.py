@@ -56,6 +56,11 @@ def test_in_our_names_keeps_the_names_of_the_model():
     ]
 
 
+def test_summary_leaves_out_the_markers_of_v_prediction():
+    names = in_our_names({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0), "other.x": torch.zeros(1)})
+    assert names.summary() == ["1 values are not used: other"] and len(names.carried) == 3
+
+
 def test_restored_gives_linear_layers_their_shape_back_and_adds_new_keys():
     named = in_our_names({f"{VAE}mid.attn_1.to_q.weight": torch.ones(3, 2)})
     (key,) = named.weights
