@@ -38,9 +38,9 @@ _VAE_NAMES = {
 }
 # (pattern, replacement), applied in order.
 _RENAMED = [
-    # Wrappers of a saved module: torch.compile and distributed training.
+    # Wrappers of a saved module: torch.compile, distributed training, and a checkpoint flattened to one level.
     (re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."), ""),
-    (re.compile(r"^(?:_forward_module\.|module\.)+"), ""),
+    (re.compile(r"^(?:_forward_module\.|module\.|state_dict\.)+"), ""),
     (re.compile(rf"^{re.escape(MODEL)}module\."), MODEL),
     # A UNet alone.
     (re.compile(r"^(?:diffusion_model\.)?((?:input|output)_blocks\.|middle_block\.|(?:time|label)_emb\w*\.|out\.\d)"),

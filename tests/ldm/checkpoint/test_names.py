@@ -17,6 +17,7 @@ PAIRS = [
     ("time_embed.0.weight", f"{UNET}time_embed.0.weight"),
     ("label_emb.0.0.weight", f"{UNET}label_emb.0.0.weight"),
     ("module.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
+    ("state_dict.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model._orig_mod.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model.module.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     (f"{UNET}_fsdp_wrapped_module.out._checkpoint_wrapped_module.0.bias", f"{UNET}out.0.bias"),
