@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -63,7 +63,7 @@ def _file_kind(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
     return _DIFFUSERS if diffusers_layout(weights) and not diffusers_layout(own) else None
 
 
-def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
+def other_kind(weights: Collection[str]) -> str | None:
     """Return the kind of a file without a UNet, by its keys, or None if unknown."""
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None

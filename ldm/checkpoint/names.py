@@ -19,6 +19,7 @@ from ldm.checkpoint.keys import (
     FIRST_STAGE,
     MODEL,
     OPTIONAL_KEYS,
+    PREDICTION_MARKERS,
     SCHEDULE_KEYS,
     UNET,
     ema_key,
@@ -39,9 +40,9 @@ _VAE_NAMES = {
 }
 # (pattern, replacement), applied in order.
 _RENAMED = [
-    # Wrappers of a saved module: torch.compile and distributed training.
+    # Wrappers of a saved module: torch.compile, distributed training, and a checkpoint flattened to one level.
     (re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."), ""),
-    (re.compile(r"^(?:_forward_module\.|module\.)+"), ""),
+    (re.compile(r"^(?:_forward_module\.|module\.|state_dict\.)+"), ""),
     (re.compile(rf"^{re.escape(MODEL)}module\."), MODEL),
     # A UNet alone.
     (re.compile(r"^(?:diffusion_model\.)?((?:input|output)_blocks\.|middle_block\.|(?:time|label)_emb\w*\.|out\.\d)"),
@@ -73,7 +74,7 @@ _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
 class Renamed:
     """Weights under this package's names and shapes, and the names in the file.
 
-    `origins` maps each key of `weights` to a key of `file`. `carried` are the keys of `file` that no model uses.
+    `origins` maps each key of `weights` to a key of `file`. `carried` are the keys of `file` that no model has.
     """
 
     file: Weights
@@ -88,10 +89,11 @@ class Renamed:
         if renamed:
             (theirs, ours) = renamed[0]
             lines.append(f"{len(renamed)} keys have other names, such as {theirs} for {ours}")
-        if self.carried:
-            labels = list(dict.fromkeys(_label(key) for key in self.carried))
+        unused = [key for key in self.carried if key not in PREDICTION_MARKERS]  # no weights, but they are read
+        if unused:
+            labels = list(dict.fromkeys(_label(key) for key in unused))
             more = ", …" if len(labels) > _LABELS else ""
-            lines.append(f"{len(self.carried)} values are not used: {', '.join(labels[:_LABELS])}{more}")
+            lines.append(f"{len(unused)} values are not used: {', '.join(labels[:_LABELS])}{more}")
         return lines
 
     def with_carried(self) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
 
+# Types of the tiers that round weights.
+_NARROW = (torch.bfloat16, torch.float16)
 # Parts that a training may lack. They are then kept from the release.
 _OPTIONAL_PARTS = (FIRST_STAGE, *TEXT_ENCODERS)
 
@@ -87,7 +89,8 @@ def merge(
     """Return `release` with every weight that `training` changed, cast to the release's dtype.
 
     All other values are identical bit for bit. A weight is changed if it differs from the release's weight in the
-    training's dtype. The comparison is also made per element: an unchanged element is not rounded to that dtype.
+    training's dtype, and from that weight as an earlier tier rounds it (see `_starts`). The first comparison is also
+    made per element: an unchanged element is not rounded to that dtype.
 
     Args:
         weights: `ema` takes the moving average, and the raw weight of a key without one. `raw` takes the raw weights.
@@ -160,7 +163,17 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
 
 def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
     trained = in_memory(trained)
-    return not same_values(trained, converted(in_memory(released), trained.dtype))
+    return not any(same_values(trained, start) for start in _starts(in_memory(released), trained.dtype))
+
+
+def _starts(released: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield `released` in the `dtype` of a training, and then as a tier of a narrower type has rounded it.
+
+    A training in float32 that continues one in bfloat16 has rounded weights, also where nothing is trained.
+    """
+    yield converted(released, dtype)
+    if dtype in (torch.float32, torch.float64) and released.is_floating_point():
+        yield from (converted(converted(released, narrow), dtype) for narrow in _NARROW)
 
 
 def _converted(

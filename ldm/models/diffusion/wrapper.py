@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.util import UserError, check_choice, instantiate_from_config
+from ldm.util import UserError, check_choice, instantiate_from_config, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class DiffusionWrapper(nn.Module):
         hybrid-adm      maps, contexts and `y`
 
     Raises:
-        UserError: the key is unknown, or `sequential_crossattn` is true.
+        UserError: the key is unknown, the UNet has labels and the key has none or the reverse, or
+            `sequential_crossattn` is true.
     """
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
@@ -54,6 +55,24 @@ class DiffusionWrapper(nn.Module):
                 "the params of unet_config",
                 conditioning_key,
             )
+        if hasattr(self.diffusion_model, "num_classes"):
+            self._check_labels(self.diffusion_model.num_classes)
+
+    def _check_labels(self, num_classes: int | str | None) -> None:
+        """Raise `UserError` unless the key gives labels to a UNet with classes, and to no other."""
+        key, has_labels = self.conditioning_key, _PLACES[self.conditioning_key][2] is not None
+        refuse_if(
+            (
+                has_labels and num_classes is None,
+                f"conditioning_key {key!r} needs labels, but unet_config has no num_classes; name a key without "
+                "adm, or set num_classes",
+            ),
+            (
+                num_classes is not None and not has_labels,
+                f"num_classes {num_classes!r}: conditioning_key {key!r} gives the UNet no labels; name one of "
+                f"{', '.join(name for name, place in _PLACES.items() if place[2])}, or leave num_classes out",
+            ),
+        )
 
     @property
     def takes_maps(self) -> bool:

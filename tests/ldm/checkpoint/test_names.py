@@ -19,6 +19,7 @@ PAIRS = [
     ("time_embed.0.weight", f"{UNET}time_embed.0.weight"),
     ("label_emb.0.0.weight", f"{UNET}label_emb.0.0.weight"),
     ("module.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
+    ("state_dict.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model._orig_mod.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model.module.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     (f"{UNET}_fsdp_wrapped_module.out._checkpoint_wrapped_module.0.bias", f"{UNET}out.0.bias"),
@@ -56,6 +57,11 @@ def test_in_our_names_keeps_the_names_of_the_model():
     assert list(in_our_names({"input_blocks.0.weight": torch.ones(1)}, ["input_blocks.0.weight"]).weights) == [
         "input_blocks.0.weight"
     ]
+
+
+def test_summary_leaves_out_the_markers_of_v_prediction():
+    names = in_our_names({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0), "other.x": torch.zeros(1)})
+    assert names.summary() == ["1 values are not used: other"] and len(names.carried) == 3
 
 
 def test_restored_gives_linear_layers_their_shape_back_and_adds_new_keys():

@@ -88,6 +88,18 @@ def test_an_untouched_release_is_bit_identical_whatever_the_trainings_dtype():
         assert merged.trained == []
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_parts_that_a_narrow_tier_has_rounded_are_not_trained(narrow):
+    """If float32 training continues one in a narrow type, the rounded parts beside the UNet are the release's."""
+    trained = {key: value.float() for key, value in training(narrow, steps=0, cond_stage=True).items()}
+    trained[MODEL[0]] = release()[MODEL[0]].to(narrow).float() + 0.123
+    trained[MODEL[0]][0, 0] = release()[MODEL[0]][0, 0].to(narrow)  # by chance, in a trained weight
+    merged = merge(trained, release())
+    assert merged.trained == MODEL[:1]
+    for key, value in values(merged).items():
+        assert identical(value, trained[key] if key == MODEL[0] else release()[key]), key
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_elements_that_a_narrow_training_left_alone_are_not_rounded(half):
     key = "cond_stage_model.transformer.weight"

@@ -89,7 +89,8 @@ def test_sequential_crossattn_is_refused() -> None:
 
 def test_parts_of_a_general_conditioner_are_placed() -> None:
     """Its vector becomes `c_adm`, its crossattn `c_crossattn`, for training and for a caption."""
-    model = construct(TEXT_TOWER, cond_stage_key="txt", conditioning_key="crossattn-adm")
+    unet = {**case("unet_sd_tiny")["params"], "num_classes": "sequential", "adm_in_channels": 5}
+    model = construct(TEXT_TOWER, unet=unet, cond_stage_key="txt", conditioning_key="crossattn-adm")
     parts = {"crossattn": torch.ones(2, 7, 64).half(), "vector": torch.ones(2, 5).half()}
     model.cond_stage_model.encode = lambda captions: parts
     for cond in (model.encode_conditioning({"txt": ["a", "b"]}), model.get_unconditional_conditioning(2)):
@@ -107,7 +108,7 @@ def with_sizes(context: int = 64, unet: dict | None = None) -> DiffusionWrapper:
 @pytest.mark.parametrize(
     ("size", "channels", "features", "message"),
     [
-        (16, 1, 64, r"maps .* have the shapes \(1, 16, 16\), but the latent has \(4, 8, 8\)"),
+        (16, 1, 64, r"maps of the input's size \(8, 8\), but .* shape \(1, 1, 16, 16\)"),
         (8, 2, 64, r"in_channels 5, but the latent has 4 channels and the maps .* \(2, 8, 8\); give their sum"),
         (8, 1, 32, "context_dim 64, but the cond stage gives 32 features per token"),
     ],
