@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -77,8 +79,7 @@ class RunRecord:
     def forecast(self) -> dict[str, float]:
         """Predicted memory in GiB by `device` and `host`, of the newest forecast."""
         found = next((event for event in reversed(self.events) if event["kind"] == FORECAST), {})
-        places = {place: found.get(f"{place}_bytes") for place in ("device", "host")}
-        return {place: size / 2**30 for place, size in places.items() if isinstance(size, int)}
+        return _gib(found)
 
 
 def read_run(folder: Path, budget: int) -> RunRecord:
@@ -127,7 +128,8 @@ def _typed_configs(events: list[dict[str, Any]]) -> list[str]:
     if not isinstance(words, list):
         return []
     try:
-        return parse_arguments([str(word) for word in words[1:]]).base
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # argparse prints its help and errors
+            return parse_arguments([str(word) for word in words[1:]]).base
     except (UserError, SystemExit):  # a command line of another program
         return []
 
@@ -169,6 +171,17 @@ def _described(event: Mapping[str, Any]) -> str:
     if isinstance(event.get("command"), list):
         return shlex.join(["python", *map(str, event["command"])])
     if event["kind"] == FORECAST:
-        sizes = {place: event.get(f"{place}_bytes") for place in ("device", "host")}
-        return ", ".join(f"{place} {size / 2**30:.2f} GiB" for place, size in sizes.items() if isinstance(size, int))
+        return ", ".join(f"{place} {size:.2f} GiB" for place, size in _gib(event).items())
     return str(event.get("text", ""))
+
+
+def _gib(event: Mapping[str, Any]) -> dict[str, float]:
+    """Return the memory in GiB by `device` and `host` in a forecast."""
+    sizes = {place: count_of(event, f"{place}_bytes") for place in ("device", "host")}
+    return {place: size / 2**30 for place, size in sizes.items() if size is not None}
+
+
+def count_of(event: Mapping[str, Any], key: str) -> int | None:
+    """Return the count `key` of an event, or None if there is none."""
+    value = event.get(key)
+    return value if type(value) is int and 0 <= value < 1 << 63 else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ldm.reporting.settings import params_of
 from ldm.reporting.strips import Shown, show
 from ldm.shards.index import FAMILY, read_index
 from ldm.shards.urls import expand_urls, is_stream
@@ -43,9 +44,8 @@ class Contents(NamedTuple):
 
 def read_training_sets(config: Mapping[str, Any], problems: list[str]) -> list[TrainingSet]:
     """Return the sets of shards that the section `data` of `config` names."""
-    params = (config.get("data") or {}).get("params") or {}
     sets = []
-    for key, urls in params.items() if isinstance(params, Mapping) else ():
+    for key, urls in params_of(config, "data").items():
         if str(key).endswith(_URLS) and urls:
             try:
                 sets.append(_read_set(str(key).removesuffix(_URLS), urls))
