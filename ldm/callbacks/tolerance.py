@@ -40,7 +40,7 @@ class Tolerance:
 
     def fail(self, error: Exception) -> None:
         if not self._failed:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             log.warning("\n%s cannot be written (%s); training continues without it", self.what, reason)
         self._failed = True
 

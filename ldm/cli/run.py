@@ -130,7 +130,8 @@ def is_host_memory_error(error: BaseException) -> bool:
 def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
     """Log an error of the operating system in a thread as one line, for example of a logger on a full disk."""
     if isinstance(failed.exc_value, OSError):
-        logger.error("error: %s", failed.exc_value)
+        name = failed.thread.name if failed.thread else "unknown"
+        logger.error("error in the background thread %s: %s", name, failed.exc_value)
     else:
         threading.__excepthook__(failed)
 

@@ -214,7 +214,8 @@ class ShardDataset(Dataset):
     def _read(self, index: int, path: Path, identity: Identity) -> dict[str, Any]:
         sample: dict[str, Any] = {"__key__": self.sample_keys[index]}
         # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
-        descriptor = os.open(path, os.O_RDONLY)
+        # A named pipe in its place would block without O_NONBLOCK.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             check_identity(descriptor, path, identity)
             for key, (offset, size) in zip(self.keys, self._spans[index].tolist(), strict=True):
