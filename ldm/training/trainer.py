@@ -132,7 +132,8 @@ def build_trainer(
     silence_lightning()
     try:
         return Trainer(**given)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # RuntimeError: from Slurm
+    # RuntimeError: from Slurm; ImportError: of a package for a strategy, a profiler or a device
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
