@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,12 @@ def _state(folder: Path, events: list[dict[str, Any]]) -> str:
 
 
 def _moments(folder: Path, configs: list[Path], events: list[dict[str, Any]], metrics: Metrics) -> list[Moment]:
-    """Return the time line: the recorded events; for a run without any, its configs; and its checkpoints."""
+    """Return the time line: the recorded events; for a run without any, its configs; and its checkpoints.
+
+    Events keep their order, also if the clock was set back between them.
+    """
     moments = [Moment(event["time"], event.get("step"), event["kind"], _described(event)) for event in events]
+    places = list(accumulate((moment.time for moment in moments), max))
     if not any(event["kind"] == START for event in events):
         starts = [path.name.removesuffix("-project.yaml") for path in configs if path.name.endswith("-project.yaml")]
         moments += [Moment(_readable(start), None, START, _FOUND) for start in starts]
@@ -158,7 +163,8 @@ def _moments(folder: Path, configs: list[Path], events: list[dict[str, Any]], me
         moments.append(Moment(written, None, "checkpoint", f"{path.name}, {status.st_size / 1e6:.1f} MB"))
     for name, steps in metrics.not_finite.items():
         moments.append(Moment("", steps[0], FAULT, f"{name} is not finite at {len(steps)} logged steps"))
-    return sorted(moments, key=lambda moment: moment.time)
+    places += [moment.time for moment in moments[len(places) :]]
+    return [moment for _, moment in sorted(zip(places, moments, strict=True), key=lambda pair: pair[0])]
 
 
 def _readable(start: str) -> str:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _URLS = "_urls"  # ending of the keys of sets in data.params
 _MOST_INSPECTED = 5000  # samples of a set whose captions are counted
+_MOST_LETTERS = 2000  # of a caption in a page
 
 
 class TrainingSet(NamedTuple):
@@ -108,7 +109,7 @@ def read_contents(urls: Any, first_stage: nn.Module | None, count: int) -> Conte
         with torch.no_grad():
             [image] = to_images(first_stage.decode(latent.to(parameter)))
         image.thumbnail((256, 256))
-        images.append(show(image, sample[CAPTION]))
+        images.append(show(image, sample[CAPTION][:_MOST_LETTERS]))
     return Contents(images, lines)
 
 

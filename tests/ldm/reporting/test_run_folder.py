@@ -61,6 +61,13 @@ def test_read_run_with_events_of_large_numbers_and_other_commands(tmp_path: Path
     assert capfd.readouterr() == ("", "")
 
 
+def test_read_run_keeps_the_order_of_events_if_the_clock_was_set_back(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    events = [{"time": time, "kind": "start"} for time in ("2026-01-03", "2026-01-01", "2026-01-02")]
+    (run / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    assert [moment.time for moment in read_run(run, 1 << 20).moments] == [event["time"] for event in events]
+
+
 def test_read_run_refuses_other_folders(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none", "no such run folder"), (tmp_path, "not a run folder")):
         with pytest.raises(UserError, match=message):
