@@ -84,7 +84,7 @@ def main() -> None:
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
     from ldm.release.configs import release_config
-    from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.load import load_release, pick_device, pick_precision
     from ldm.release.model_family import own_side
 
     ranks = Ranks.from_environment()
@@ -97,7 +97,8 @@ def main() -> None:
     pairs = takes_pairs(config)
     items = find_images(arguments.images, arguments.caption, pairs)
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
-    device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
+    device = pick_device(arguments.device, ranks.local)
+    dtype = pick_precision(arguments.precision, device)
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(
         SampleEncoder(model, device, dtype),

@@ -11,7 +11,7 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import Change
-from ldm.shards.reader import check_map, check_shape, decode_member, find_member, numbered_keys
+from ldm.shards.members import check_map, check_shape, decode_member, find_member, numbered_keys
 from ldm.shards.sample import CAPTION, CONTEXT, LATENT, MAPS, is_array, member_extension, plain
 from ldm.shards.tar import stream_tar
 from ldm.util import UserError
