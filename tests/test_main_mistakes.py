@@ -58,6 +58,7 @@ class FullDisk(Callback):
         ("lightning.callback.x=3", "unknown key lightning.callback; did you mean 'callbacks'"),
         ("--precision 13", r"lightning.trainer: Precision 13 is invalid.*\(given: .*precision=13\)"),
         ("--accelerator gpu", "lightning.trainer: .*"),
+        ("--accelerator tpu", "lightning.trainer: .*torch_xla"),
         ("model.params.use_emma=True", "unknown key 'use_emma'.*; did you mean 'use_ema'"),
         ("data.params.batchsize=3", "unknown key 'batchsize' in params of main.WebDataNpyModuleFromConfig"),
         (

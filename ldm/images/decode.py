@@ -78,6 +78,8 @@ def _decoded(data: bytes, name: str, lock: DecodeLock | None, then: Callable[[Im
             return then(image)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error
+    except MemoryError as error:
+        raise UserError(f"{name}: this machine has too little memory left to decode it") from error
     except Exception as error:  # on damaged files, decoders raise OSError, SyntaxError, ...
         raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
 

@@ -114,9 +114,18 @@ def _check_shape(factors: Factors, layer: Layer, where: str, source: str | Path)
             f"{where}: changes {factors.shape[0]}×{factors.shape[1]} values, but {layer.key} of {source} has "
             f"{own[0]}×{own[1]}; is it a LoRA of another family?"
         )
+    if _without_ones(factors.kernel) not in ((own[1],), _without_ones(layer.shape[1:])):  # values in another order
+        raise UserError(
+            f"{where}: has a kernel of shape {factors.kernel}, but {layer.key} of {source} has "
+            f"{tuple(layer.shape[1:])}; is it a LoRA of another family?"
+        )
     magnitude = factors.magnitude
     if magnitude is not None and tuple(magnitude.shape) not in ((own[0], 1), (1, layer.shape[1])):
         raise UserError(f"{where}: has a magnitude of shape {tuple(magnitude.shape)}, which does not fit {layer.key}")
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(side for side in shape if side != 1)
 
 
 def with_loras(

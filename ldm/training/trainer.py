@@ -137,7 +137,7 @@ def build_trainer(
     try:
         return Trainer(**given)
     except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
-        # An ImportError is of a precision of another package, a RuntimeError of Slurm.
+        # ImportError: a package for a precision, a strategy, a profiler or a device; RuntimeError: Slurm.
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 

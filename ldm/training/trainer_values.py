@@ -105,7 +105,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logger": (lambda value: type(value) is bool, "true or false, and describe a logger in lightning.logger"),
     "max_time": (_is_duration, _DURATION),
     "precision": (lambda value: isinstance(value, str) or _is_whole(value, 1), "16, 32 or a name such as bf16-mixed"),
+    "profiler": (lambda value: value in ("simple", "advanced", "pytorch"), "simple, advanced or pytorch"),
     "progress_bar_refresh_rate": _whole(0),
+    "accelerator": (lambda value: isinstance(value, str), "auto, cpu, gpu or another device of Lightning"),
     "strategy": (lambda value: isinstance(value, str), "a name, and describe one with settings in lightning.strategy"),
     "val_check_interval": (_is_interval, f"1 or more batches, a fraction above 0.0 up to 1.0, or {_DURATION}"),
 }  # fmt: skip

@@ -122,6 +122,15 @@ def test_what_is_not_a_whole_image_is_refused_in_one_line(data, message):
     assert str(caught.value).startswith("folder/x.jpg: ") and "\n" not in str(caught.value)
 
 
+def test_a_lack_of_memory_is_said(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("ldm.images.decode._pixels", fail)
+    with pytest.raises(UserError, match=r"x.png: this machine has too little memory left to decode it"):
+        decode_image(encoded(Image.fromarray(gradient()), "PNG"), "x.png")
+
+
 def test_damaged_images_decode_or_are_refused():
     rng = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):

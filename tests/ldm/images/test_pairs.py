@@ -92,6 +92,8 @@ def test_a_listed_image_finds_its_edited_one_by_name(tmp_path, caplog):
     [
         ({"input": "a.png", "edited": "../b.png"}, "outside the folder"),
         ({"input": "a.png", "edited": 3}, "edited is not a string: 3"),
+        ({"input": "a.png", "edited": []}, r"edited is not a string: \[\]"),
+        ({"input": False, "edited": "b.png"}, "line 1: expected"),
         ({"edited": "a.png", "edit": "x"}, "line 1: expected"),
     ],
 )
