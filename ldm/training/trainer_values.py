@@ -72,8 +72,6 @@ _BOOLEAN = (lambda value: type(value) is bool, "true or false")
 _SHARE = (_is_share, "a whole number of batches, or a fraction from 0.0 to 1.0")
 _TEXT = (lambda value: isinstance(value, str), "a name")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "accelerator": _TEXT,
-    "profiler": _TEXT,
     **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), _whole(-1)),
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), _whole(1)),
     "num_nodes": (lambda value: _is_whole(value, 1) and value <= _MOST_MACHINES, f"1 to {_MOST_MACHINES} machines"),

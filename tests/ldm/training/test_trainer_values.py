@@ -12,9 +12,9 @@ from ldm.util import UserError
     ("name", "value", "message"),
     [
         ("val_check_interval", 0, "give 1 or more batches"),
-        ("accelerator", ["gpu"], "give a name"),
+        ("accelerator", ["gpu"], "give auto, cpu, gpu"),
         ("accumulate_grad_batches", 2.5, "give a whole number of at least 1"),
-        ("profiler", 1, "give a name"),
+        ("profiler", 1, "give simple, advanced or pytorch"),
         ("model_registry", 1, "in no registry"),
         ("num_nodes", 5000, "1 to 4096 machines"),
         ("max_steps", 1 << 63, "too large; give a number below 2.63"),
