@@ -75,7 +75,11 @@ def release_config(
 
 
 def training_config(
-    ckpt: str | Path, given: Sequence[str | Path] = (), parameterization: str | None = None, trusted: bool = False
+    ckpt: str | Path,
+    given: Sequence[str | Path] = (),
+    parameterization: str | None = None,
+    trusted: bool = False,
+    size: int | None = None,
 ) -> Chosen:
     """Return the configs `given`, merged left to right, or else the finetune config of `ckpt`'s family.
 
@@ -91,12 +95,8 @@ def training_config(
         check_prediction(chosen.prediction, parameterization or predicts, ckpt)
         return chosen
     shapes, predicts = _read(ckpt)
-    family = recognise(shapes, source=str(ckpt), parameterization=parameterization or predicts, option="--base")
-    if family.finetune_config is None:
-        raise UserError(
-            f"{ckpt}: no config fine-tunes {family.name} on pre-encoded shards; to train from images, give "
-            f"--base {family.config}"
-        )
+    asked = {"parameterization": parameterization or predicts, "size": size}
+    family = recognise(shapes, source=str(ckpt), option="--base", **asked)
     config = load_config([family.finetune_config], family.overrides)
     return Chosen([family.finetune_config], family.overrides, config)
 
