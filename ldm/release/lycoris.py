@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,6 +43,13 @@ class _Side:
         if self.core is None:
             return self.a.shape[0], self.b[0].numel()
         return self.a.shape[1], self.b.shape[1] * self.core[0, 0].numel()
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Shape (in, kh, kw) of what one output is computed from; (in · kh · kw,) if it is flat."""
+        if self.whole is not None:
+            return tuple(self.whole.shape[1:])
+        return (self.b.shape[1], *self.core.shape[2:]) if self.core is not None else tuple(self.b.shape[1:])
 
     @property
     def fits(self) -> bool:
@@ -90,6 +98,16 @@ class LycorisChange:
         if not self.is_kronecker or self.second is None:
             return rows, columns
         return rows * self.second.shape[0], columns * self.second.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Shape (in, kh, kw) of what the change of one output is computed from; (in · kh · kw,) if it is flat."""
+        if self.second is None:
+            return self.first.kernel
+        first, second = self.first.kernel, self.second.kernel
+        if self.is_kronecker:
+            return math.prod(first) * second[0], *second[1:]
+        return max(first, second, key=len)
 
     def change(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return ΔW as a matrix (out, in · kh · kw)."""
