@@ -1,4 +1,4 @@
-"""Previews in runs of main.py: images at fixed prompts that change neither the training nor a resumed run."""
+"""Previews and measurements in runs of main.py, which change neither the training nor a resumed run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.training_runs import (  # noqa: F401
     assert_same_training,
     fixture_one_thread,
     fixture_train,
+    logged,
     the_run,
     write_index,
     write_release,
@@ -23,6 +24,10 @@ from tests.training_runs import (  # noqa: F401
 
 WHERE = "lightning.previews"
 OPTIONS = f"{WHERE}.release=release.safetensors {WHERE}.config=release.yaml {WHERE}.every_n_train_steps=2"
+NORMS = " ".join(
+    f"lightning.callbacks.norms.{setting}"
+    for setting in ("target=ldm.callbacks.block_norms.BlockNorms", "params.every_n_train_steps=1")
+)
 PROMPTS = "# two prompts\na red apple --n a dog --w 16 --h 8 --d 7 --s 2 --l 3\n\nBlue, blue --s 2\n"
 MINIMAL = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
 
@@ -43,17 +48,19 @@ def drawn(run: Path) -> list[str]:
     ["data.params.prior_urls=shards/s-000001.tar", "-b lean.yaml", f"{MINIMAL} --accumulate_grad_batches 2"],
     ids=["prior", "lean", "minimal"],
 )
-def test_previews_change_neither_training_nor_resuming(
+def test_what_watches_a_training_changes_neither_it_nor_a_resumed_one(
     train: Callable, tmp_path: Path, release: Path, options: str
 ) -> None:
     train(f"-l plain --max_steps 4 {options}")
-    train(f"-l shown --max_steps 2 --previews prompts.txt {OPTIONS} {options}")
+    train(f"-l shown --max_steps 2 --previews prompts.txt {OPTIONS} {NORMS} {options}")
     run = the_run(tmp_path / "shown")
     for file in (release, tmp_path / "prompts.txt"):
         file.unlink()  # a resumed run has the prompts in its config and their encodings in its folder
     start = (run / "previews/02-blue-blue_gs-000000_e-000000_b-000000.png").stat().st_mtime_ns
     train(f"--resume {run} --max_steps 4")
     assert_same_training(the_run(tmp_path / "plain"), run)
+    assert [*logged(run, "update_ratio/output_blocks")] == [0, 1, 2, 3]
+    assert len(logged(run, "gradient_norm/output_blocks")) == (0 if "lean" in options else 4)
     steps = [f"{name}_gs-00000{step}" for name in ("01-a-red-apple", "02-blue-blue") for step in (0, 2, 4)]
     assert drawn(run) == steps
     assert (run / "previews/02-blue-blue_gs-000000_e-000000_b-000000.png").stat().st_mtime_ns == start

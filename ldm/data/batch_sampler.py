@@ -8,12 +8,24 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ldm.shards.sample import QUANTILE, STREAM
+
+_GOLDEN = (5**0.5 - 1) / 2
 Item = tuple[int, int]  # epoch and sample number, which determine the randomness of the sample
 
 
 def stream_name(seed: int, epoch: int, number: int | str) -> str:
     """Return the name of a sample's random stream in an epoch. It does not depend on rank and batch."""
     return f"{seed}/{epoch}/{number}"
+
+
+def held_out_entries(number: int) -> dict[str, str | np.float32]:
+    """Return the entries that fix the noise and the timestep of the held-out sample `number`.
+
+    The timesteps of a set follow the multiples of the golden ratio, whose fractions are spread evenly for any number of
+    samples (H. Weyl, "Über die Gleichverteilung von Zahlen mod. Eins", 1916).
+    """
+    return {STREAM: f"held-out/{number}", QUANTILE: np.float32((0.5 + number * _GOLDEN) % 1)}
 
 
 def epoch_batches(

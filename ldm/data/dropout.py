@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.batch_sampler import Item, stream_name
+from ldm.data.batch_sampler import Item, held_out_entries, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
@@ -99,7 +99,7 @@ class InTurn:
 class EpochItems(Dataset):
     """Map-style dataset with the index (epoch, number), which applies `change` to its samples.
 
-    With `seed`, each sample has the entry `STREAM`, the name of its random stream.
+    With `seed`, each sample has the entry `STREAM`, the name of its random stream. Otherwise it has `held_out_entries`.
     """
 
     def __init__(self, dataset: Dataset, change: Change | None = None, seed: int | None = None) -> None:
@@ -115,4 +115,6 @@ class EpochItems(Dataset):
         sample = self.dataset[number]
         if self.change:
             sample = self.change(sample, epoch, number)
-        return sample if self.seed is None else {**sample, STREAM: stream_name(self.seed, epoch, number)}
+        if self.seed is None:
+            return {**sample, **held_out_entries(number)}
+        return {**sample, STREAM: stream_name(self.seed, epoch, number)}

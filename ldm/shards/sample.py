@@ -30,6 +30,7 @@ NUMBERED = (MASK, MASKED_IMAGE)
 STORED = np.float16  # dtype of stored latents and encodings
 
 STREAM = "stream"  # B strings: names of the random streams of the samples
+QUANTILE = "quantile"  # float (B,): places of the timesteps of held-out samples among all, from 0 to 1
 IS_PRIOR = "is_prior"  # bool (B,): True for prior samples
 # Predictions of a frozen model on prior samples: the timestep (B,), counted from 0; the noise (B, C, h, w); and the
 # model's output (B, C, h, w). A stored sample has K of each.

@@ -41,6 +41,7 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
     "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
     "timestep_losses": {"target": "ldm.callbacks.timestep_losses.TimestepLosses"},
+    "held_out_gap": {"target": "ldm.callbacks.held_out_gap.HeldOutGap"},
 }
 # Callback that public configs change without a target. It keeps the weights at intervals.
 _TRAINSTEPS = "metrics_over_trainsteps_checkpoint"

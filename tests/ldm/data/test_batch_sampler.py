@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.batch_sampler import EpochBatchSampler, epoch_batches
+from ldm.data.batch_sampler import EpochBatchSampler, epoch_batches, held_out_entries
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=3)
 
@@ -98,3 +98,11 @@ def test_what_is_never_seen_is_counted(counts, batch_size, world, shuffle, drop_
             assert unseen >= lost
             if not shuffle or lost:
                 assert unseen == lost
+
+
+def test_held_out_entries_spread_the_timesteps_of_any_number_of_samples():
+    places = [held_out_entries(number)["quantile"] for number in range(100)]
+    assert places[:3] == pytest.approx([0.5, 0.118034, 0.736068], abs=1e-6) and all(0 <= place < 1 for place in places)
+    for count in (8, 20, 100):
+        counts = np.histogram(places[:count], count // 4, (0, 1))[0]
+        assert counts.min() >= 2 and counts.max() <= 6
