@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--flip", action="store_true", help="also encode the mirror image of every image")
     add("--masks", type=int, help="masks per sample, for an inpainting model (default: 4)")
     add("--caption", help="one caption for all images, in place of their own captions")
+    add("--no-repeats", action="store_true", help="do not repeat the images of folders such as 10_name in training")
     add("--num-workers", type=int, help="processes that decode images (default: at most 16)")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_vae_option(parser)
@@ -83,6 +84,7 @@ def main() -> None:
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
+    from ldm.images.repeats import with_folder_repeats
     from ldm.release.configs import release_config
     from ldm.release.load import PRECISIONS, load_release, pick_device
     from ldm.release.model_family import own_side
@@ -96,6 +98,7 @@ def main() -> None:
     _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
     pairs = takes_pairs(config)
     items = find_images(arguments.images, arguments.caption, pairs)
+    items = items if arguments.no_repeats else with_folder_repeats(items)
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
     model = load_release(arguments.ckpt, config, vae=arguments.vae)

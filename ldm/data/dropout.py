@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.batch_sampler import Item, held_out_entries, stream_name
+from ldm.data.batch_sampler import Item, held_out_entries, sample_name, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
@@ -111,10 +111,10 @@ class EpochItems(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
-        epoch, number = item
-        sample = self.dataset[number]
+        epoch, number, *_ = item
+        sample, name = self.dataset[number], sample_name(item)
         if self.change:
-            sample = self.change(sample, epoch, number)
+            sample = self.change(sample, epoch, name)
         if self.seed is None:
             return {**sample, **held_out_entries(number)}
-        return {**sample, STREAM: stream_name(self.seed, epoch, number)}
+        return {**sample, STREAM: stream_name(self.seed, epoch, name)}

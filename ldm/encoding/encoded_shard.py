@@ -13,6 +13,7 @@ import numpy as np
 from ldm.encoding.encoder import CaptionEncoding
 from ldm.encoding.jobs import Record
 from ldm.encoding.read import FittedImage, Unreadable
+from ldm.shards.index import REPEATS
 from ldm.shards.sample import LATENT, encode_members
 from ldm.shards.writer import Shard
 from ldm.util import UserError
@@ -34,11 +35,12 @@ class EncodedShard:
         self.without_caption = 0
         self.sizes: Counter[str] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
+        self._repeats: list[list[int]] = []  # pairs of repeats and the number of consecutive samples that have them
         self._cut: dict[int, dict[str, Any]] = {}  # names and tokens of truncated captions, by place
         self._shard: Shard | None = None
         self._early: dict[
-            int, list[tuple[str, dict[str, bytes]]]
-        ] = {}  # samples by place, until those before them are written
+            int, tuple[int, list[tuple[str, dict[str, bytes]]]]
+        ] = {}  # repeats and samples by place, until those before them are written
 
     def skip_unreadable(self, results: Iterable[FittedImage | Unreadable]) -> Iterator[FittedImage]:
         """Yield the images among `results`. Log and record the others.
@@ -67,10 +69,11 @@ class EncodedShard:
             UserError: a value is not finite.
         """
         for i, ((place, image), context) in enumerate(zip(batch, contexts, strict=True)):
-            self._early[place] = [
+            samples = [
                 _sample(image, {key: values[i] for key, values in view.items()}, context, bool(flip))
                 for flip, view in enumerate(views)
             ]
+            self._early[place] = image.item.repeats, samples
             if context.cut_tokens:
                 self._cut[place] = {"name": image.item.name, "tokens": context.cut_tokens}
             self.without_caption += image.item.caption is None
@@ -80,8 +83,12 @@ class EncodedShard:
             self.prepare()
             self._shard = Shard(self.path).__enter__()
         while self.images in self._early:
-            for key, members in self._early.pop(self.images):
+            repeats, samples = self._early.pop(self.images)
+            for key, members in samples:
                 self._shard.write(key, members)
+            if not self._repeats or self._repeats[-1][0] != repeats:
+                self._repeats.append([repeats, 0])
+            self._repeats[-1][1] += len(samples)
             self.images += 1
 
     def finish(self) -> Record:
@@ -92,6 +99,7 @@ class EncodedShard:
             entry = self._shard.entry
         return {
             **entry,
+            **({REPEATS: self._repeats} if any(repeats != 1 for repeats, _ in self._repeats) else {}),
             "images": self.images,
             "without_caption": self.without_caption,
             "failed": self.failed,

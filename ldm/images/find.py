@@ -43,6 +43,7 @@ class ImageItem:
     error: str | None = None
     edited: ImageItem | None = None
     identity: Identity | None = None  # of the tar that `span` is a place in
+    repeats: int = 1  # number of times that an epoch of training has the image
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
         """Decode the image to uint8 (height, width, 3) and return `then(image)`, usually a smaller image.

@@ -9,7 +9,8 @@ Format 2 has the keys
     family                    key of the model family in `ldm.release.families`; null for an unknown one
     members                   names of the arrays of a sample, without the numbers of masks and without a teacher's
     empty_caption             encoding of the empty caption: `encoded`, or `zeros`
-    shards                    name, samples, bytes and sha256 of each shard
+    shards                    name, samples, bytes and sha256 of each shard; repeats, if the images' folders have any:
+                              pairs of repeats and the number of consecutive samples that have them
     samples                   total number
 
 and the keys of `ldm.encoding.preencode`. Format 1 has no digests, and its shards may lack bytes and sha256. Missing
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, check_file, read_at_most
+from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ AUTOENCODER = "autoencoder"
 # Keys of the digests of encoders, and names for messages.
 ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
+REPEATS = "repeats"  # entry of a shard
 ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 _MEND = f"restore the value, or {MAKE_AGAIN}"
@@ -123,6 +126,14 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
+def is_repeats(value: Any) -> bool:
+    """Return True for a list of pairs: repeats, and the number of consecutive samples that have them."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_whole, pair)) and 1 <= pair[0] <= MOST_REPEATS
+        for pair in value
+    )
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -152,6 +163,7 @@ SHARD_ENTRIES: dict[str, Entry] = {
     "samples": WHOLE,
     "bytes": WHOLE,
     "sha256": _DIGEST,
+    REPEATS: (is_repeats, f"not pairs of repeats, from 1 to {MOST_REPEATS}, and a number of samples"),
 }
 
 

@@ -227,6 +227,11 @@ class ShardDataset(Dataset):
             os.close(descriptor)
         return sample
 
+    @property
+    def shard_numbers(self) -> np.ndarray:
+        """Numbers of the shards among `paths`, one per sample."""
+        return self._shards
+
     def groups(self) -> list[np.ndarray]:
         """Return the sample numbers, one array per image shape. The samples of an array may share a batch."""
         return [np.flatnonzero(self._groups == group) for group in range(len(self.shapes[self.first_stage_key]))]

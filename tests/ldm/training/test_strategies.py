@@ -186,7 +186,7 @@ def test_what_looks_at_the_weights_sees_them_whole(runs: Runs) -> None:
         ]
     )
     two = runs("two", f"{SHARDED} {options}", ranks=2)
-    ddp = runs("ddp", f"{ALONE} {options}", ranks=2)  # not one process: validation draws by process and batch
+    ddp = runs("ddp", f"{ALONE} {options}", ranks=2)
     assert runs.losses("two") == pytest.approx(runs.losses("ddp"), rel=1e-5)
     norms = ("gradient_norm/input_blocks", "update_ratio/output_blocks")
     for metric in ("val/loss", "val/gap", "test/loss", "eval/rest/loss", *norms):
