@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from tests.conftest import RELEASE_CONFIG, ROOT
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
     fixture_one_thread,

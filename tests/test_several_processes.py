@@ -94,7 +94,8 @@ def runs(tmp_path: Path) -> Runs:
 )
 def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, data: str) -> None:
     (runs.folder / "weights.yaml").write_text(
-        "data: {params: {training_urls: [{urls: shards/s-000000.tar, weight: 2.5}, shards/s-000001.tar]}}"
+        "data: {params: {training_urls: [{urls: shards/s-000000.tar, weight: 2.5}, "
+        "{urls: shards/s-000001.tar, weight: 1.5}]}}"  # 24 samples, so that no step of an epoch is smaller
     )
     whole = runs("whole", f"data.params.batch_size=4 {data}")
     expected = runs.losses("whole")
