@@ -77,6 +77,8 @@ class Previews(Callback):
         train_time_interval: float | None = None,
         sampler: str = "ddim",
     ) -> None:
+        if not callable(encode):
+            raise UserError(f"Previews: give {WHERE}.prompts in place of this callback")
         self.prompts = list(prompts)
         self.encode, self.release, self.sampler = encode, release, sampler
         self.every_n_train_steps, self.minutes = every_n_train_steps, train_time_interval
