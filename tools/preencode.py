@@ -60,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--flip", action="store_true", help="also encode the mirror image of every image")
     add("--masks", type=int, help="masks per sample, for an inpainting model (default: 4)")
     add("--caption", help="one caption for all images, in place of their own captions")
+    add("--several-captions", action="store_true", help="each line of a caption file is a caption, and metadata.jsonl "
+        "may have lists; training chooses one per epoch")  # fmt: skip
     add("--no-repeats", action="store_true", help="do not repeat the images of folders such as 10_name in training")
     add("--num-workers", type=int, help="processes that decode images (default: at most 16)")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
@@ -97,7 +99,7 @@ def main() -> None:
     chosen = arguments.config, arguments.parameterization, arguments.size
     _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
     pairs = takes_pairs(config)
-    items = find_images(arguments.images, arguments.caption, pairs)
+    items = find_images(arguments.images, arguments.caption, pairs, arguments.several_captions)
     items = items if arguments.no_repeats else with_folder_repeats(items)
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
     device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]

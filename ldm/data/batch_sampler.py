@@ -141,10 +141,10 @@ class EpochBatchSampler:
         if epoch != self.epoch:
             self.epoch, self.start, self.handed = epoch, 0, 0
 
-    def described(self) -> dict[str, int | bool | str | None]:
+    def described(self) -> dict[str, int | bool | str]:
         """Return the settings that determine the samples at a position."""
         options = {key: value for key, value in self.options.items() if key != "rank"}
-        digest = None if self.weights is None else hashlib.sha256(self.weights.tobytes()).hexdigest()[:12]
+        digest = "" if self.weights is None else hashlib.sha256(self.weights.tobytes()).hexdigest()[:12]
         return {
             "samples": sum(map(len, self.groups)),
             "data": self.data,

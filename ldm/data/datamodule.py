@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.base_module import BaseDataModule
-from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, load_null
+from ldm.data.dropout import CaptionChoice, CaptionDropout, Change, EditDropout, EpochItems, InTurn, load_null
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
 from ldm.data.stored_masks import MaskChoice, load_blanks
@@ -161,9 +161,10 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def _change(
         self, dataset: ShardDataset | ShardStream, training: bool, dropout: CaptionDropout | None
     ) -> Change | None:
-        """Return the change of the samples of `dataset`: the choice of a mask, then `dropout`. None for no change."""
+        """Return the change of the samples of `dataset`: the choices of a caption and of a mask, then `dropout`."""
         masks = self._mask_choice(dataset, training) if set(NUMBERED) <= set(dataset.keys) else None
-        changes = [change for change in (masks, dropout) if change is not None]
+        captions = CaptionChoice(self.seed) if dataset.keeps_captions else None
+        changes = [change for change in (captions, masks, dropout) if change is not None]
         return InTurn(changes) if changes else None
 
     def _mask_choice(self, dataset: ShardDataset | ShardStream, training: bool) -> MaskChoice:
@@ -229,6 +230,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         dataset = self.datasets[split]
         training = split == "training"
         dropout = self._dropout(dataset) if training else None
+        dataset.keeps_captions = training and dataset.has_several_captions
         change = self._change(dataset, training, dropout)
         if isinstance(dataset, ShardStream):
             dataset.seed, dataset.change = self.seed, change

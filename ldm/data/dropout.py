@@ -14,7 +14,7 @@ from ldm.data.batch_sampler import Item, held_out_entries, sample_name, stream_n
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
-from ldm.shards.sample import CAPTION, EDIT, STREAM
+from ldm.shards.sample import CAPTION, EDIT, STREAM, with_caption
 from ldm.util import UserError
 
 # Function from a sample, the epoch, and the sample's number or name to the changed sample.
@@ -82,6 +82,17 @@ class EditDropout(CaptionDropout):
         if share <= r < 3 * share:
             sample[EDIT] = np.zeros_like(sample[EDIT])
         return sample
+
+
+class CaptionChoice:
+    """Random choice of one of a sample's captions, seeded by (seed, epoch, sample)."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
+        stream = random.Random(f"{self.seed}/{epoch}/{number}/caption")
+        return with_caption(sample, stream.randrange, f"sample {sample['__key__']}")
 
 
 class InTurn:

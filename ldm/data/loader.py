@@ -172,7 +172,7 @@ class ResumableLoader(SampleLoader):
         not_told = {
             key: described[key] for key in ("data", "prior_data") if key in described
         }  # missing in older checkpoints
-        state = {**not_told, **state}
+        state = {"weights": "", **not_told, **state}
         changed = {key: (state.get(key), value) for key, value in described.items() if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ logger = logging.getLogger(__name__)
 class EncodedShard:
     """Writer of one shard that restores the order of the images and counts them.
 
-    `prepare` is called once, before the file is opened and after the first encodings have passed their check.
+    `prepare` is called once, before the file is opened and after the first encodings have passed their check. With
+    `several`, encodings have a further dimension for the captions of an image.
     """
 
-    def __init__(self, path: Path, prepare: Callable[[], None]) -> None:
+    def __init__(self, path: Path, prepare: Callable[[], None], several: bool = False) -> None:
+        self.several = several
         self.path = path
         self.prepare = prepare
         self.failed: list[dict[str, str]] = []
@@ -65,10 +68,15 @@ class EncodedShard:
     ) -> None:
         """Add a batch: `views` holds the arrays of its images by member and, with `--flip`, of their mirror images.
 
+        `contexts` holds the encodings of all captions of all images.
+
         Raises:
             UserError: a value is not finite.
         """
-        for i, ((place, image), context) in enumerate(zip(batch, contexts, strict=True)):
+        waiting = iter(contexts)
+        for i, (place, image) in enumerate(batch):
+            found = list(islice(waiting, len(image.captions)))
+            context = CaptionEncoding(_arrays(found, self.several), max(one.cut_tokens for one in found))
             samples = [
                 _sample(image, {key: values[i] for key, values in view.items()}, context, bool(flip))
                 for flip, view in enumerate(views)
@@ -114,11 +122,18 @@ class EncodedShard:
             self._shard.__exit__(type(error), error, error.__traceback__)
 
 
+def _arrays(found: Sequence[CaptionEncoding], several: bool) -> dict[str, np.ndarray]:
+    """Return the encodings of an image's captions by member: of its only one, or (K, ...) of `several`."""
+    if not several:
+        return found[0].arrays
+    return {member: np.stack([one.arrays[member] for one in found]) for member in found[0].arrays}
+
+
 def _sample(
     image: FittedImage, arrays: dict[str, np.ndarray], context: CaptionEncoding, flip: bool
 ) -> tuple[str, dict[str, bytes]]:
     """Return key and members of the sample of the image, or with `flip` of its mirror image."""
     if not all(np.isfinite(values).all() for values in arrays.values()):
         raise UserError(f"{image.item.name}: encodes to NaN or infinity; try --precision fp32")
-    members = encode_members(arrays.pop(LATENT), context.arrays, image.caption, image.origin(flip), arrays)
+    members = encode_members(arrays.pop(LATENT), context.arrays, "\n".join(image.captions), image.origin(flip), arrays)
     return image.key + ("_flip" if flip else ""), members

@@ -36,7 +36,7 @@ from ldm.encoding.pipeline import encode_shards
 from ldm.encoding.set_writer import Job, SetWriter, indexed
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
-from ldm.shards.index import INDEX, MEMBERS, REPEATS
+from ldm.shards.index import INDEX, MEMBERS, REPEATS, SEVERAL_CAPTIONS
 from ldm.shards.sample import LATENT, index_shapes
 from ldm.util import UserError
 
@@ -144,7 +144,8 @@ def preencode(
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
     repeated = {REPEATS: True} if any(item.repeats != 1 for item in items) else {}
-    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **kind.settings}
+    several = {SEVERAL_CAPTIONS: True} if any("\n" in (item.caption or "") for item in items) else {}
+    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **several, **kind.settings}
     precision = str(encoder.dtype).removeprefix("torch.")
     made_from = {**settings, "precision": precision, **encoder.digests, **repeated, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays

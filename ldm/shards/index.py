@@ -12,6 +12,7 @@ Format 2 has the keys
     shards                    name, samples, bytes and sha256 of each shard; repeats, if the images' folders have any:
                               pairs of repeats and the number of consecutive samples that have them
     samples                   total number
+    several_captions          true if each line of the text of a sample is a caption
 
 and the keys of `ldm.encoding.preencode`. Format 1 has no digests, and its shards may lack bytes and sha256. Missing
 entries are not compared. The types of existing entries are checked, because users edit these files.
@@ -39,6 +40,7 @@ AUTOENCODER = "autoencoder"
 ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
 REPEATS = "repeats"  # entry of a shard
+SEVERAL_CAPTIONS = "several_captions"
 ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 _MEND = f"restore the value, or {MAKE_AGAIN}"
@@ -154,6 +156,7 @@ _ENTRIES: dict[str, Entry] = {
     "scale_factor": (_is_scale, "not a finite number above 0"),
     FAMILY: (_is_key, "not the key of a family of models"),
     MEMBERS: (_is_names, "not a list of names"),
+    SEVERAL_CAPTIONS: (lambda value: isinstance(value, bool), "neither true nor false"),
     EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
     "failed": FAILURES,
     "made_from": (lambda value: isinstance(value, dict), "not a mapping of settings"),

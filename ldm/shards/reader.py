@@ -30,11 +30,13 @@ from ldm.shards.sample import (
     SIZE_ENTRIES,
     TEACHER_KEYS,
     TEXT_KEYS,
+    caption_count,
     is_array,
     member_extension,
     number_types,
     numbered,
     plain,
+    with_caption,
 )
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError, nearest, refuse_if
@@ -112,10 +114,16 @@ def check_map(key: str, shape: tuple[int, ...], latent: tuple[int, ...], name: s
         raise UserError(f"{name}: shape {shape}, but the latent has {latent}; height and width must be equal")
 
 
+def one_caption(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` without the dimension for several captions, if it has one."""
+    return shape if caption_count(key, shape) is None else shape[1:]
+
+
 def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
     """Raise `UserError` unless `shape` can share a set with the shape of the `first` sample.
 
-    Images, (channels, height, width), may differ in height and width. All other arrays must have equal shapes.
+    Images, (channels, height, width), may differ in height and width. All other arrays must have equal shapes, except
+    for the number of captions, which `shape` lacks.
     """
     refuse_if(
         (image and len(shape) != 3, f"{name}: shape {shape} is not (channels, height, width)"),
@@ -130,8 +138,9 @@ class ShardDataset(Dataset):
     """Data set of local shards. A sample is a dict with the `keys`, `"txt"` (the caption) and `"__key__"`.
 
     Arrays are numpy arrays, float16 or float32 as stored: `first_stage_key` (channels, h, w), and `cond_stage_key`,
-    such as (77, 768), unless it is None. `extra` names further members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`,
-    or `"json"`, which is None for a sample without it. Of the `NUMBERED` members, those of the first sample are read.
+    such as (77, 768), unless it is None. Of several captions, a sample has the first, or all if `keeps_captions` is
+    set. `extra` names further members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`, or `"json"`, which is None for a
+    sample without it. Of the `NUMBERED` members, those of the first sample are read.
 
     Raises:
         UserError: a shard is damaged, a sample lacks a key, or the shapes of samples differ.
@@ -145,9 +154,11 @@ class ShardDataset(Dataset):
         extra: Sequence[str] = (),
     ) -> None:
         self.paths = [Path(path) for path in paths]
+        self.keeps_captions = False
         self.first_stage_key = first_stage_key
         keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
         self.keys = [key for key in dict.fromkeys(keys) if key is not None]
+        self.has_several_captions = False  # `open_shards` sets it for a set of which only the texts are read
         self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
         self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.sample_keys: list[str] = []
@@ -194,11 +205,12 @@ class ShardDataset(Dataset):
                 continue
             start = read_span(descriptor, offset, min(size, npy.HEADER_BYTES), name)
             header = npy.read_header(start, size, name, number_types(key))
-            known = self.shapes[key]
-            if header.shape not in known:
+            known, shape = self.shapes[key], one_caption(key, header.shape)
+            self.has_several_captions |= shape != header.shape
+            if shape not in known:
                 image = key == self.first_stage_key or plain(key) in MAPS
-                check_shape(key, header.shape, next(iter(known), header.shape), image, name)
-                known[header.shape] = header.dtype.name
+                check_shape(key, shape, next(iter(known), shape), image, name)
+                known[shape] = header.dtype.name
             if key == self.first_stage_key:
                 latent, group = header.shape, list(known).index(header.shape)
             check_map(key, header.shape, latent, name)
@@ -225,7 +237,9 @@ class ShardDataset(Dataset):
                     sample[key] = decode_member(key, read_span(descriptor, offset, size, name), name)
         finally:
             os.close(descriptor)
-        return sample
+        if self.keeps_captions or not self.has_several_captions:
+            return sample
+        return with_caption(sample, lambda count: 0, f"{path}: {sample['__key__']}")
 
     @property
     def shard_numbers(self) -> np.ndarray:
