@@ -35,6 +35,7 @@ ROOMS = (
     "ldm.optim",
     "ldm.lr_scheduler",
     "ldm.modules",
+    "ldm.processor",
     "ldm.host_copy",
     "ldm.events",
     "ldm.files",

@@ -10,6 +10,12 @@ The drift is ‖ε_tuned − ε_base‖² / ‖ε_base‖², the squared relativ
 confidence intervals over images. Each model encodes the captions with its own text encoder if the config has one;
 otherwise the caption embeddings stored in the shards are used. A set made by other encoders than the releases' is
 refused, as in training.
+
+    python tools/evaluate.py … --sweep-strength 0.5 0.7 0.9 --subject new
+
+evaluates the weights between base and tuned at these strengths, and writes strengths.json and strengths.png. Its table
+marks the Pareto front of the subject's loss and the drift of the other sets. Give the strength that you choose to
+`merge_release.py --strength`.
 """
 
 from __future__ import annotations
@@ -17,7 +23,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.evaluation.releases import Settings
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
@@ -31,7 +44,7 @@ from ldm.cli.options import (
 from ldm.cli.run import HelpFormatter, Lines, run
 from ldm.config.trust import add_trust_option
 from ldm.locks import LOCK, locked
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_choice, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +70,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--sample", type=int, default=0, metavar="N", help=sample_help)
     add_sampling_options(parser)
     add_network_options(parser)
+    add(
+        "--sweep-strength",
+        dest="strengths",
+        nargs="*",
+        type=float,
+        metavar="A",
+        help="evaluate at these shares of the change from base to tuned; default: 0.1 to 1 in tenths",
+    )
+    add("--subject", metavar="NAME", help="set that fine-tuning was for, in a sweep; default: the first --set")
+    add("--block", metavar="NAME", help="sweep only the weights whose names begin with NAME, such as middle_block")
     add("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results")
     add_vae_option(parser)
     add_trust_option(parser)
@@ -70,8 +93,23 @@ def check_arguments(options: argparse.Namespace) -> None:
     check_number("--batch-size", options.batch_size, least=1)
     check_number("--sample", options.sample, least=0)
     check_sampling_options(options, options.sample)
+    check_sweep(options)
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out}: is a file; name a folder")
+
+
+def check_sweep(options: argparse.Namespace) -> None:
+    """Raise `UserError` for an option that a sweep of strengths cannot use, or that needs one."""
+    if options.strengths is None:
+        for name in ("subject", "block"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} {getattr(options, name)}: belongs to --sweep-strength; give that too")
+        return
+    options.strengths = options.strengths or [tenths / 10 for tenths in range(1, 11)]
+    for strength in options.strengths:
+        check_number("--sweep-strength", strength, least=0, whole=False)
+    if options.sample:
+        raise UserError(f"--sample {options.sample}: a sweep samples no images; sample from a merged release")
 
 
 def main() -> None:
@@ -84,30 +122,19 @@ def main() -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate, and write the results to the folder `options.out`."""
     # Slow imports come after parsing, so that --help answers at once.
-    from ldm.checkpoint import encoder_digests
-    from ldm.evaluation.plots import draw_figure
-    from ldm.evaluation.releases import Settings, evaluate_releases
-    from ldm.evaluation.report import format_table, summarise_results, write_json
+    from ldm.evaluation.releases import Settings
     from ldm.evaluation.samples import Sampling
     from ldm.evaluation.sets import parse_sets
-    from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.release.configs import release_config
-    from ldm.release.load import PRECISIONS, load_release, pick_device
-    from ldm.release.opening import open_release
+    from ldm.release.load import load_release, pick_device, pick_precision
 
     config_name, config = release_config(
         options.base, options.config, options.parameterization, trusted=options.trust_config
     )
-    sets, device, dtype = parse_sets(options.sets), pick_device(options.device), PRECISIONS[options.precision]
-    # Read both releases before the evaluation, so that a wrong name or a set of other encoders is refused at once.
-    encoders = {path: encoder_digests(open_release(path, options.vae).weights) for path in (options.base, options.ckpt)}
-
-    def load(ckpt: Path) -> LatentDiffusion:
-        return load_release(ckpt, config, device, dtype, options.vae)
-
+    sets, device = parse_sets(options.sets), pick_device(options.device)
+    dtype = pick_precision(options.precision, device)
     sampling = Sampling(options.sample, options.seed, options.steps, options.scale, options.sampler)
     settings = Settings(options.timesteps, options.batch_size, options.limit, sampling if options.sample else None)
-    rows = summarise_results(evaluate_releases(load, options.base, options.ckpt, sets, settings, encoders))
     about = {
         "base": str(options.base),
         "tuned": str(options.ckpt),
@@ -118,9 +145,56 @@ def evaluate(options: argparse.Namespace) -> None:
             "sampling": sampling._asdict() if options.sample else None,
         },
     }
+    load = partial(load_release, config=config, device=device, dtype=dtype, vae=options.vae)
+    act = compare_releases if options.strengths is None else sweep
+    act(options, load, sets, settings, about)
+
+
+def compare_releases(
+    options: argparse.Namespace,
+    load: Callable[[Path], LatentDiffusion],
+    sets: dict[str, str],
+    settings: Settings,
+    about: dict[str, Any],
+) -> None:
+    """Compare the tuned release with the base."""
+    from ldm.checkpoint import encoder_digests
+    from ldm.evaluation.plots import draw_figure
+    from ldm.evaluation.releases import evaluate_releases
+    from ldm.evaluation.report import format_table, summarise_results, write_json
+    from ldm.release.opening import open_release
+
+    # Read both releases before the evaluation, so that a wrong name or a set of other encoders is refused at once.
+    encoders = {path: encoder_digests(open_release(path, options.vae).weights) for path in (options.base, options.ckpt)}
+    rows = summarise_results(evaluate_releases(load, options.base, options.ckpt, sets, settings, encoders))
     write_json(rows, about, options.out / "evaluation.json")
     draw_figure(rows, f"{options.ckpt.name} compared with its base {options.base.name}", options.out / "evaluation.png")
     logger.info("\n%s\n\nwrote evaluation.json and evaluation.png to %s", Lines(format_table(rows)), options.out)
+
+
+def sweep(
+    options: argparse.Namespace,
+    load: Callable[[Path], LatentDiffusion],
+    sets: dict[str, str],
+    settings: Settings,
+    about: dict[str, Any],
+) -> None:
+    """Evaluate the weights between base and tuned at several strengths."""
+    from ldm.evaluation.front import draw_strengths, format_strengths, write_strengths
+    from ldm.release.strength_sweep import sweep_strengths
+
+    subject = options.subject or next(iter(sets))
+    check_choice("--subject", subject, list(sets))
+    if len(sets) == 1:
+        raise UserError(f"--set {options.sets[0]}: a sweep needs a second set, whose drift it measures")
+    files = options.base, options.ckpt
+    swept = list(sweep_strengths(*files, load, options.strengths, sets, settings, options.block, options.vae))
+    about["settings"]["block"] = options.block
+    write_strengths(swept, subject, about, options.out / "strengths.json")
+    title = f"from {options.base.name} to {options.ckpt.name}" + (f", {options.block}" if options.block else "")
+    draw_strengths(swept, subject, title, options.out / "strengths.png")
+    table = Lines(format_strengths(swept, subject))
+    logger.info("\n%s\n\nwrote strengths.json and strengths.png to %s", table, options.out)
 
 
 if __name__ == "__main__":

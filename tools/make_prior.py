@@ -137,11 +137,12 @@ def load_release_for_prior(
     from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.prior import unet_digests
     from ldm.release.configs import release_config
-    from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.load import load_release, pick_device, pick_precision
 
     size = max(filter(None, (options.H, options.W)), default=None)
     _, config = release_config(options.ckpt, options.config, options.parameterization, size, options.trust_config)
-    device, dtype = pick_device(options.device, local_rank), PRECISIONS[options.precision]
+    device = pick_device(options.device, local_rank)
+    dtype = pick_precision(options.precision, device)
     model = load_release(options.ckpt, config, vae=options.vae)
     encoder = SampleEncoder(model, device, dtype)  # takes the digests of the weights in float32
     unet = unet_digests(model)

@@ -88,7 +88,7 @@ def main() -> None:
     from ldm.encoding.shard_set import check_out
     from ldm.images.repeats import with_folder_repeats
     from ldm.release.configs import release_config
-    from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.load import load_release, pick_device, pick_precision
     from ldm.release.model_family import own_side
 
     ranks = Ranks.from_environment()
@@ -102,7 +102,8 @@ def main() -> None:
     items = find_images(arguments.images, arguments.caption, pairs, arguments.several_captions)
     items = items if arguments.no_repeats else with_folder_repeats(items)
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
-    device, dtype = pick_device(arguments.device, ranks.local), PRECISIONS[arguments.precision]
+    device = pick_device(arguments.device, ranks.local)
+    dtype = pick_precision(arguments.precision, device)
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
     report = preencode(
         SampleEncoder(model, device, dtype),

@@ -101,13 +101,14 @@ def main() -> None:
     from ldm.models.diffusion.text_to_image import SAMPLERS, Request, image_size, latent_shape, text_to_image
     from ldm.modules.encoders.tokenizer import warn_of_cut
     from ldm.release.configs import release_config
-    from ldm.release.load import PRECISIONS, load_release, pick_device
+    from ldm.release.load import load_release, pick_device, pick_precision
     from ldm.release.lora import Lora
     from ldm.release.model_family import own_side
 
     chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)
     config_name, config = release_config(options.ckpt, *chosen, options.trust_config)
-    device, dtype = pick_device(options.device), PRECISIONS[options.precision]
+    device = pick_device(options.device)
+    dtype = pick_precision(options.precision, device)
     model = load_release(options.ckpt, config, device, dtype, options.vae, [Lora(*lora) for lora in options.lora])
     warn_of_cut(model.cond_stage_model, [*options.prompt, options.negative_prompt])
     side = own_side(model)

@@ -9,6 +9,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from ldm.distributed.ranks import LAUNCHERS, current_launcher
 from ldm.files import leave_closed_terminal
 
 log = logging.getLogger(__name__)
@@ -62,13 +63,16 @@ class SignalRequests:
         elif self.training and self.stop is None:
             self.stop, self._requested_at = signum, time.monotonic()
             log.info("\nTraining stops after this step and saves its state. Send the signal again to quit at once.")
-        elif self.training and _TORCHRUN in os.environ and time.monotonic() < self._requested_at + _SECONDS_TO_FORWARD:
-            pass  # the first signal again, forwarded
+        elif self.training and current_launcher() == LAUNCHERS["torchrun"] and self._is_forwarded():
+            pass
         else:  # KeyboardInterrupt would become exit code 1 in Lightning
             raise SystemExit(128 + signum)
 
+    def _is_forwarded(self) -> bool:
+        """Return True if the launcher may still be forwarding the first signal."""
+        return time.monotonic() < self._requested_at + _SECONDS_TO_FORWARD
 
-_TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in the environment of its processes
+
 _SECONDS_TO_FORWARD = 3
 _HANDLED = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

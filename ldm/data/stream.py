@@ -11,7 +11,7 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import Change
-from ldm.shards.reader import check_map, check_shape, decode_member, find_member, numbered_keys, one_caption
+from ldm.shards.members import check_map, check_shape, decode_member, find_member, numbered_keys
 from ldm.shards.sample import (
     CAPTION,
     CONTEXT,
@@ -20,6 +20,7 @@ from ldm.shards.sample import (
     TEXT_ENCODINGS,
     is_array,
     member_extension,
+    one_caption,
     plain,
     with_caption,
 )

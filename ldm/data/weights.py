@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -24,31 +25,33 @@ def sample_weights(dataset: ShardDataset, by_shard: Mapping[str, float], folder_
     Raises:
         UserError: the repeats in an index do not match the shard.
     """
-    given = np.array([by_shard.get(str(path), 1.0) for path in dataset.paths])
-    weights = given[dataset.shard_numbers]
-    if folder_repeats:
-        weights = weights * _repeats(dataset)
+    repeats = _repeats(dataset) if folder_repeats else {}
+    if not repeats and all(weight == 1 for weight in by_shard.values()):
+        return None
+    parts = []
+    for path, count in dataset.shard_sizes:
+        runs = repeats.get(path) or [[1, count]]
+        if sum(samples for _, samples in runs) != count:
+            raise UserError(
+                f"{path.parent / INDEX}: has {REPEATS} for {sum(samples for _, samples in runs)} samples of "
+                f"{path.name}, which holds {count}; {MAKE_AGAIN}"
+            )
+        parts.append(by_shard.get(str(path), 1.0) * np.repeat(*np.array(runs).T))
+    weights = np.concatenate(parts)
     if (weights == 1).all():
         return None
     found, counts = np.unique(weights, return_counts=True)
-    parts = ", ".join(f"{count} of weight {weight:g}" for weight, count in zip(found, counts, strict=True))
-    logger.info("training data: samples %s; about %d per epoch", parts, round(weights.sum()))
+    shown = ", ".join(f"{count} of weight {weight:g}" for weight, count in zip(found, counts, strict=True))
+    logger.info("training data: samples %s; about %d per epoch", shown, round(weights.sum()))
     return weights
 
 
-def _repeats(dataset: ShardDataset) -> np.ndarray:
-    """Return the repeats of each sample of `dataset` by the indexes of its folders."""
-    repeats = np.ones(len(dataset))
-    for number, path in enumerate(dataset.paths):
-        entries = (read_index(path.parent) or {}).get("shards", ())
-        runs = next((entry.get(REPEATS) for entry in entries if entry["name"] == path.name), None)
-        if not runs:
-            continue
-        places = np.flatnonzero(dataset.shard_numbers == number)
-        if sum(count for _, count in runs) != len(places):
-            raise UserError(
-                f"{path.parent / INDEX}: has {REPEATS} for {sum(count for _, count in runs)} samples of {path.name}, "
-                f"which holds {len(places)}; {MAKE_AGAIN}"
-            )
-        repeats[places] = np.repeat(*np.array(runs).T)
-    return repeats
+def _repeats(dataset: ShardDataset) -> dict[Path, list[list[int]]]:
+    """Return the repeats of the samples of each shard for which an index has them."""
+    folders = dict.fromkeys(path.parent for path in dataset.paths)
+    return {
+        folder / shard["name"]: shard[REPEATS]
+        for folder in folders
+        for shard in (read_index(folder) or {}).get("shards", ())
+        if REPEATS in shard
+    }

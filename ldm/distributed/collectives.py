@@ -22,11 +22,11 @@ def broadcast_text(text: str, launch: Launch) -> str:
 
     The text is sent through a store at the address that torch.distributed will use later.
     """
-    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning_fabric.plugins import environments
     from torch.distributed import rendezvous
 
     try:
-        environment = TorchElasticEnvironment() if launch.launcher == "torchrun" else SLURMEnvironment()
+        environment = getattr(environments, launch.launcher.environment)()
     except RuntimeError:  # the Trainer will raise it again, with an explanation
         return text
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)

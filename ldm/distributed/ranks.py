@@ -60,25 +60,46 @@ def _number(name: str, default: int) -> int:
 
 
 @dataclass(frozen=True)
+class Launcher:
+    """Launcher: its name, the variable of the rank, and the class of Lightning that reads its environment."""
+
+    name: str
+    rank: str
+    environment: str
+
+
+LAUNCHERS = {
+    "torchrun": Launcher("torchrun", "RANK", "TorchElasticEnvironment"),
+    "srun": Launcher("srun", "SLURM_PROCID", "SLURMEnvironment"),
+}
+
+
+def current_launcher() -> Launcher | None:
+    """Return the launcher of this process, or None. `srun` can start `torchrun`, which then takes precedence."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return LAUNCHERS["torchrun"]
+    return LAUNCHERS["srun"] if is_srun_task() else None
+
+
+@dataclass(frozen=True)
 class Launch:
     """Launcher, with the number of `processes` that it started on each of `machines`."""
 
-    launcher: str
+    launcher: Launcher
     processes: int
     machines: int
 
 
 def launched() -> Launch | None:
     """Return the launcher of this process, with its numbers of processes and machines; None if there is none."""
-    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if not is_torchrun and not is_srun_task():
+    launcher = current_launcher()
+    if launcher is None:
         return None
     ranks = Ranks.from_environment()
-    return Launch("torchrun" if is_torchrun else "srun", ranks.local_world, ranks.world // ranks.local_world)
+    return Launch(launcher, ranks.local_world, ranks.world // ranks.local_world)
 
 
 def is_first_process() -> bool:
     """Return True for the process that logs and writes for the whole run."""
-    names = {"torchrun": "RANK", "srun": "SLURM_PROCID"}
-    launch = launched()
-    return os.environ.get(names[launch.launcher] if launch else "LOCAL_RANK", "0") == "0"
+    launcher = current_launcher()
+    return os.environ.get(launcher.rank if launcher else "LOCAL_RANK", "0") == "0"

@@ -213,7 +213,7 @@ def unet_digests(model: LatentDiffusion) -> dict[str, str | None]:
 
 def digest_shards(dataset: ShardDataset) -> str:
     """Return the SHA-256, in hex, of the sample keys, shard names and shard sizes of `dataset`."""
-    return digest_of(dataset.sample_keys, [[path.name, path.stat().st_size] for path in dataset.paths])
+    return digest_of(list(dataset.sample_keys), [[path.name, path.stat().st_size] for path in dataset.paths])
 
 
 def make_prior(

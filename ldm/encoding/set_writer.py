@@ -19,6 +19,7 @@ from ldm.distributed.ranks import Ranks
 from ldm.encoding.jobs import Record, verified_record, wait_for_records, write_record
 from ldm.encoding.shard_set import RESUMABLE, begin, can_resume, check_out, finish, locked_set, stop, wait_for_begin
 from ldm.shards.index import REPEATS
+from ldm.shards.table import keep_tables
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class SetWriter:
                 raise
             shards = [indexed(record) for record in records if record["samples"]]
             finish(self.out, beside, shards, **about, **{RESUMABLE: self.made_from})
+            keep_tables([Path(self.out).parent / shard["name"] for shard in shards])
             return records
 
     def _open(self) -> bool:

@@ -59,7 +59,7 @@ class SetResult:
 
 
 @dataclass(frozen=True)
-class _BaseResult:
+class BaseResult:
     """Results of the base model on one set, kept for the comparison."""
 
     image_set: EvaluationSet
@@ -86,17 +86,18 @@ def evaluate_releases(
         UserError: a checkpoint or a set cannot be used, a model predicts NaN or infinity, or the base predicts zero.
     """
     # No variable holds a model here, so that the base is freed before the tuned model is loaded.
-    base_results = _evaluate_base(load(base), base, sets, settings, encoders or {})
-    return _evaluate_tuned(load(tuned), tuned, base_results, settings)
+    base_results = evaluate_base(load(base), base, sets, settings, encoders or {})
+    return evaluate_tuned(load(tuned), tuned, base_results, settings)
 
 
-def _evaluate_base(
+def evaluate_base(
     model: LatentDiffusion,
     path: Path,
     sets: Mapping[str, str | Sequence[str]],
     settings: Settings,
     encoders: Mapping[Path, Mapping[str, str | None]],
-) -> list[_BaseResult]:
+) -> list[BaseResult]:
+    """Evaluate `model`, the base, whose weights are from `path`; the arguments are those of `evaluate_releases`."""
     sampling = settings.sampling
     if sampling:
         check_reads_captions(model)
@@ -114,14 +115,15 @@ def _evaluate_base(
         if not all(eps.any() for eps in of_base.eps):
             raise UserError(f"{path}: predicts zero, as an untrained model does; name the base with --base")
         originals = decode_originals(model, image_set, sampling) if sampling else []
-        results.append(_BaseResult(image_set, timesteps, of_base, samples, originals))
+        results.append(BaseResult(image_set, timesteps, of_base, samples, originals))
         _log_set(path, image_set, start)
     return results
 
 
-def _evaluate_tuned(
-    model: LatentDiffusion, path: Path, base_results: Sequence[_BaseResult], settings: Settings
+def evaluate_tuned(
+    model: LatentDiffusion, path: Path, base_results: Sequence[BaseResult], settings: Settings
 ) -> list[SetResult]:
+    """Compare `model`, whose weights are from `path`, with the results of the base."""
     results = []
     for base in base_results:
         start, image_set, timesteps = time.monotonic(), base.image_set, base.timesteps

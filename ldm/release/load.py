@@ -14,6 +14,7 @@ from ldm.checkpoint.keys import DEPTH_STAGE, EMA, has_part
 from ldm.checkpoint.markers import compare_markers
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.processor import quick_dtype
 from ldm.release.initialisation import without_initialisation
 from ldm.release.lora import Lora, add_loras
 from ldm.release.opening import release_of
@@ -36,6 +37,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the option `--precision`: float32 with a warning where `device` would emulate it."""
+    return quick_dtype(PRECISIONS[name], device, f"--precision {name}")
 
 
 def load_release(

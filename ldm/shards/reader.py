@@ -6,132 +6,40 @@ of workers, a set may have fewer samples than workers, and wrong samples are fou
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from tarfile import BLOCKSIZE
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.files import open_file, read_span
-from ldm.identity import Identity, check_identity, identity_of_path, with_retries
+from ldm.identity import check_identity, with_retries
 from ldm.shards import npy
+from ldm.shards.members import ABSENT, check_map, check_shape, decode_member, find_member, numbered_keys
 from ldm.shards.sample import (
     CAPTION,
     CONTEXT,
     LATENT,
     MAPS,
-    NUMBERED,
-    ORIGIN,
-    POOLED,
     SIZE_ENTRIES,
-    TEACHER_KEYS,
+    SIZES,
     TEXT_KEYS,
-    caption_count,
     is_array,
     member_extension,
     number_types,
-    numbered,
+    one_caption,
     plain,
     with_caption,
 )
-from ldm.shards.tar import TarSample, index_tar
-from ldm.util import UserError, nearest, refuse_if
+from ldm.shards.table import TABLES, Place, ShardTable, open_tables
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_ABSENT = {CAPTION: "", ORIGIN: None}  # values of missing members
-_MOST = 1 << 24  # side in pixels; float32 is exact for integers up to this one
-_OF_FAMILIES = (POOLED, *MAPS, *SIZE_ENTRIES)  # members for certain model families
-_ENCODE_AGAIN = "encode the images again with the release that training starts from"
-
-
-def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
-    """Return the member of `key` from `members`, which are by extension. A missing member of `optional` is None.
-
-    Raises:
-        UserError: the `sample` of the shard `where` lacks a required member.
-    """
-    extension = member_extension(key)
-    if extension not in members and key not in optional:
-        hint = nearest(extension, list(members))
-        if key in TEACHER_KEYS:
-            hint = "; write the teacher's predictions with tools/make_prior.py --teacher, or set prior_target: data"
-        if plain(key) in _OF_FAMILIES:
-            hint = f", which this model family needs; {_ENCODE_AGAIN}"
-        raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
-    return members.get(extension)
-
-
-def numbered_keys(keys: Iterable[str], members: Mapping[str, Any]) -> list[str]:
-    """Return `keys` and the further numbered members that `members` has, by extension, of keys in `NUMBERED`."""
-    found: list[str] = []
-    for key in keys:
-        found.append(key)
-        number = 1
-        while key in NUMBERED and member_extension(further := numbered(key, number)) in members:
-            found.append(further)
-            number += 1
-    return found
-
-
-def decode_member(key: str, data: bytearray, name: str) -> Any:
-    """Return the value of one member: an array, a string (`txt`), parsed JSON (`json`), or a size in it, float32 (2,).
-
-    Raises:
-        UserError: the member cannot be decoded, or an array is not finite. The message names `name`.
-    """
-    if not is_array(key):
-        try:
-            text = data.decode("utf-8")
-            content = text if key == CAPTION else json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: {error}") from error
-        return content if key in TEXT_KEYS else _size(content, SIZE_ENTRIES[key], name)
-    array = npy.decode(data, name, number_types(key))
-    if not np.isfinite(array).all():
-        raise UserError(f"{name}: has NaN or infinite values; encode it again")
-    return array
-
-
-def _size(content: Any, entry: str, name: str) -> np.ndarray:
-    """Return the `entry` of a sample's parsed `json`, float32 (2,)."""
-    value = content.get(entry) if isinstance(content, dict) else None
-    if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and 0 <= n <= _MOST for n in value):
-        found = "no" if value is None else f"{value!r:.80} as its"
-        raise UserError(f"{name}: has {found} {entry}, which must be two whole numbers of pixels; {_ENCODE_AGAIN}")
-    return np.array(value, np.float32)
-
-
-def check_map(key: str, shape: tuple[int, ...], latent: tuple[int, ...], name: str) -> None:
-    """Raise `UserError` unless `key` has the height and width of its sample's latent."""
-    if plain(key) in MAPS and shape[1:] != latent[1:]:
-        raise UserError(f"{name}: shape {shape}, but the latent has {latent}; height and width must be equal")
-
-
-def one_caption(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return `shape` without the dimension for several captions, if it has one."""
-    return shape if caption_count(key, shape) is None else shape[1:]
-
-
-def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
-    """Raise `UserError` unless `shape` can share a set with the shape of the `first` sample.
-
-    Images, (channels, height, width), may differ in height and width. All other arrays must have equal shapes, except
-    for the number of captions, which `shape` lacks.
-    """
-    refuse_if(
-        (image and len(shape) != 3, f"{name}: shape {shape} is not (channels, height, width)"),
-        (
-            (shape[0] != first[0]) if image else (shape != first),
-            f"{name}: shape {shape}, but {key} of the first sample has shape {first}",
-        ),
-    )
 
 
 class ShardDataset(Dataset):
@@ -154,98 +62,183 @@ class ShardDataset(Dataset):
         extra: Sequence[str] = (),
     ) -> None:
         self.paths = [Path(path) for path in paths]
-        self.keeps_captions = False
         self.first_stage_key = first_stage_key
         keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
         self.keys = [key for key in dict.fromkeys(keys) if key is not None]
-        self.has_several_captions = False  # `open_shards` sets it for a set of which only the texts are read
         self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
-        self.optional = _ABSENT.keys() - {first_stage_key, cond_stage_key}
-        self.sample_keys: list[str] = []
+        self.keeps_captions = False
+        self.has_several_captions = False  # `open_shards` sets it for a set of which only the texts are read
+        self.optional = ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {
             key: {} for key in self.keys
         }  # shape → dtype, in the order of the samples
-        self._identities: list[Identity] = []  # by the number of the path
-        shards, spans, groups = [], [], []
-        for number, path in enumerate(self.paths):
-            self._identities.append(identity_of_path(path))
-            samples = index_tar(path)
-            if not samples:
-                logger.warning("%s holds no samples", path)
+        self._tables: list[ShardTable] = []  # of the shards that hold samples
+        groups: list[np.ndarray] = []
+        for table in open_tables(self.paths):
+            if not len(table):
+                logger.warning("%s holds no samples", table.path)
                 continue
-            with open_file(path) as file:
-                check_identity(file.fileno(), path, self._identities[number])
-                if not self.sample_keys:
-                    self.keys = numbered_keys(self.keys, samples[0].spans)
-                    self.shapes = {key: {} for key in self.keys}
-                for sample in samples:
-                    self.sample_keys.append(sample.key)
-                    shards.append(number)
-                    found = [find_member(key, sample.spans, self.optional, sample.key, str(path)) for key in self.keys]
-                    spans.append([span or (-1, -1) for span in found])
-                    groups.append(self._check(sample, path, file.fileno()))
-        if not self.sample_keys:
+            if not self._tables:
+                self.keys = numbered_keys(self.keys, table.sample(0).spans)
+                self.shapes = {key: {} for key in self.keys}
+            groups.append(self._check(table))
+            self._tables.append(table)
+        if not self._tables:
             count = "1 shard," if len(self.paths) == 1 else f"{len(self.paths)} shards, such as"
             raise UserError(f"no samples in {count} {self.paths[0]}")
+        self.sample_keys = SampleKeys(self._tables)
+        self._places = [[(key, table.column(member_extension(key))) for key in self.keys] for table in self._tables]
         # Arrays, not lists: reference counting would copy a list into each forked worker.
-        self._shards = np.asarray(shards, dtype=np.int32)
-        self._spans = np.asarray(spans, dtype=np.int64)  # (samples, keys, 2): offset and size, -1 if missing
-        self._groups = np.asarray(groups, dtype=np.int32)
+        self._ends = np.cumsum([len(table) for table in self._tables])
+        self._groups = np.concatenate(groups)
 
-    def _check(self, sample: TarSample, path: Path, descriptor: int) -> int:
-        """Check a sample's sizes and the headers of its arrays; return the number of its latent's shape among all."""
-        latent, group = (), 0
+    def _check(self, table: ShardTable) -> np.ndarray:
+        """Check the members of all samples of a shard; return the numbers of their latents' shapes among all."""
+        if not self._is_plain(table):
+            self._check_one_by_one(table)
+        maps = [key for key in self.keys if plain(key) in MAPS]
+        places = {key: table.column(member_extension(key)) for key in self.keys if is_array(key)}
+        for key, column in places.items():
+            numbers, firsts = np.unique(table.columns.arrays[:, column], return_index=True)
+            for number, row in sorted(zip(numbers.tolist(), firsts.tolist(), strict=True), key=lambda pair: pair[1]):
+                stored, dtype = table.kinds[number]
+                known, shape = self.shapes[key], one_caption(key, stored)
+                self.has_several_captions |= shape != stored
+                if shape not in known:
+                    image = key == self.first_stage_key or key in maps
+                    check_shape(key, shape, next(iter(known), shape), image, self._name(table, row, key))
+                    known[shape] = dtype
+        latents = table.columns.arrays[:, places[self.first_stage_key]]
+        for key in maps:
+            pairs = np.stack([table.columns.arrays[:, places[key]], latents])
+            for (number, latent), row in zip(*_unique_columns(pairs), strict=True):
+                check_map(key, table.kinds[number][0], table.kinds[latent][0], self._name(table, row, key))
+        order = list(self.shapes[self.first_stage_key])
+        shapes = [order.index(shape) if shape in order else -1 for shape, _ in table.kinds]
+        return np.asarray(shapes, np.int32)[latents]
+
+    def _is_plain(self, table: ShardTable) -> bool:
+        """Return True if all samples of a shard have the keys, with arrays of numbers and valid sizes."""
+        columns = table.columns
         for key in self.keys:
-            if key in TEXT_KEYS:
+            place = table.column(member_extension(key))
+            if key in self.optional and key in TEXT_KEYS:
                 continue
-            offset, size = sample.spans[member_extension(key)]
-            name = f"{path}: {sample.key}.{member_extension(key)}"
-            if not is_array(key):
-                decode_member(key, read_span(descriptor, offset, size, name), name)
-                continue
-            start = read_span(descriptor, offset, min(size, npy.HEADER_BYTES), name)
-            header = npy.read_header(start, size, name, number_types(key))
-            known, shape = self.shapes[key], one_caption(key, header.shape)
-            self.has_several_captions |= shape != header.shape
-            if shape not in known:
-                image = key == self.first_stage_key or plain(key) in MAPS
-                check_shape(key, shape, next(iter(known), shape), image, name)
-                known[shape] = header.dtype.name
-            if key == self.first_stage_key:
-                latent, group = header.shape, list(known).index(header.shape)
-            check_map(key, header.shape, latent, name)
-        return group
+            if place is None or (columns.sizes[:, place] < 0).any():
+                return False
+            if is_array(key) and (columns.arrays[:, place] < 0).any():
+                return False
+            if key in SIZE_ENTRIES and not columns.has_sizes[:, SIZES.index(SIZE_ENTRIES[key])].all():
+                return False
+        return True
+
+    def _check_one_by_one(self, table: ShardTable) -> None:
+        """Raise `UserError` for the first sample that lacks a key, or has a wrong array or size."""
+        with open_file(table.path) as file:
+            check_identity(file.fileno(), table.path, table.identity)
+            for row in range(len(table)):
+                sample = table.sample(row)
+                for key in self.keys:
+                    span = find_member(key, sample.spans, self.optional, sample.key, str(table.path))
+                    if span is None or key in TEXT_KEYS:
+                        continue
+                    name, (offset, size) = self._name(table, row, key), span
+                    if is_array(key):
+                        start = read_span(file.fileno(), offset, min(size, npy.HEADER_BYTES), name)
+                        npy.read_header(start, size, name, number_types(key))
+                        if table.columns.arrays[row, table.column(member_extension(key))] < 0:
+                            raise _not_as_kept(table, name)
+                    else:
+                        decode_member(key, read_span(file.fileno(), offset, size, name), name)
+
+    def _name(self, table: ShardTable, row: int, key: str) -> str:
+        return f"{table.path}: {table.key(row)}.{member_extension(key)}"
 
     def __len__(self) -> int:
-        return len(self.sample_keys)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = int(self._shards[index])
-        return with_retries(lambda: self._read(index, self.paths[number], self._identities[number]), self.paths[number])
+        number, row = _locate(self._ends, index)
+        table, places = self._tables[number], self._places[number]
+        return with_retries(lambda: self._read(table, row, places), table.path)
 
-    def _read(self, index: int, path: Path, identity: Identity) -> dict[str, Any]:
-        sample: dict[str, Any] = {"__key__": self.sample_keys[index]}
+    def _read(self, table: ShardTable, row: int, places: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
+        sample: dict[str, Any] = {"__key__": table.key(row)}
+        members = table.members(row)
         # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(table.path, os.O_RDONLY)
         try:
-            check_identity(descriptor, path, identity)
-            for key, (offset, size) in zip(self.keys, self._spans[index].tolist(), strict=True):
-                name = f"{path}: {sample['__key__']}.{member_extension(key)}"
-                if size < 0:
-                    sample[key] = _ABSENT[key]
-                else:
-                    sample[key] = decode_member(key, read_span(descriptor, offset, size, name), name)
+            check_identity(descriptor, table.path, table.identity)
+            for key, column in places:
+                member = None if column is None else members[column]
+                if member is None or member.size < 0:
+                    sample[key] = ABSENT[key]
+                    continue
+                name = f"{table.path}: {sample['__key__']}.{member_extension(key)}"
+                sample[key] = value = decode_member(key, _read_member(descriptor, table, member, name), name)
+                if is_array(key) and value.shape != table.kinds[member.kind][0]:
+                    raise _not_as_kept(table, name)
         finally:
             os.close(descriptor)
         if self.keeps_captions or not self.has_several_captions:
             return sample
-        return with_caption(sample, lambda count: 0, f"{path}: {sample['__key__']}")
+        return with_caption(sample, lambda count: 0, f"{table.path}: {sample['__key__']}")
 
     @property
-    def shard_numbers(self) -> np.ndarray:
-        """Numbers of the shards among `paths`, one per sample."""
-        return self._shards
+    def shard_sizes(self) -> list[tuple[Path, int]]:
+        """Shards that hold samples, in order, with their number."""
+        return [(table.path, len(table)) for table in self._tables]
 
     def groups(self) -> list[np.ndarray]:
         """Return the sample numbers, one array per image shape. The samples of an array may share a batch."""
         return [np.flatnonzero(self._groups == group) for group in range(len(self.shapes[self.first_stage_key]))]
+
+
+class SampleKeys(Sequence[str]):
+    """Keys of all samples of a set, read from the tables of its shards."""
+
+    def __init__(self, tables: Sequence[ShardTable]) -> None:
+        self._tables = tables
+        self._ends = np.cumsum([len(table) for table in tables])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> str:
+        number, row = _locate(self._ends, index)
+        return self._tables[number].key(row)
+
+    def __iter__(self) -> Iterator[str]:
+        for table in self._tables:
+            yield from table.keys()
+
+
+def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Return the number of the table and the row of sample `index`, counted from 0, or from the end if negative."""
+    count = int(ends[-1])
+    if not -count <= index < count:
+        raise IndexError(f"sample {index} of {count}")
+    index %= count
+    number = int(ends.searchsorted(index, side="right"))
+    return number, index - (int(ends[number - 1]) if number else 0)
+
+
+def _read_member(descriptor: int, table: ShardTable, member: Place, name: str) -> bytearray:
+    """Return the content of a member, after a check of the tar header before it."""
+    if member.offset < BLOCKSIZE:
+        raise _not_as_kept(table, name)
+    data = read_span(descriptor, member.offset - BLOCKSIZE, member.size + BLOCKSIZE, name)
+    if zlib.crc32(data[:BLOCKSIZE]) != member.checksum:
+        raise _not_as_kept(table, name)
+    del data[:BLOCKSIZE]
+    return data
+
+
+def _not_as_kept(table: ShardTable, name: str) -> UserError:
+    return UserError(f"{name}: is not as {table.path.parent / TABLES} describes it; remove that file, and start again")
+
+
+def _unique_columns(pairs: np.ndarray) -> tuple[list[list[int]], list[int]]:
+    """Return the different columns of `pairs` (2, N), and the position of the first of each."""
+    found, firsts = np.unique(pairs, axis=1, return_index=True)
+    return found.T.tolist(), firsts.tolist()

@@ -114,6 +114,11 @@ def caption_count(key: str, shape: Sequence[int]) -> int | None:
     return shape[0] if key in TEXT_ENCODINGS and len(shape) == TEXT_ENCODINGS[key] + 1 else None
 
 
+def one_caption(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` without the dimension for several captions, if it has one."""
+    return shape if caption_count(key, shape) is None else shape[1:]
+
+
 def with_caption(sample: dict[str, Any], choose: Callable[[int], int], name: str) -> dict[str, Any]:
     """Return `sample` with one of its captions and its encodings; `choose` maps their number to the chosen one.
 

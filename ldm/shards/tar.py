@@ -7,6 +7,7 @@ header as the end of the tar. This module therefore extends `tarfile`.
 from __future__ import annotations
 
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,14 @@ _EXTENDED = (
 
 @dataclass
 class TarSample:
-    """Members `<key>.<extension>` of one sample. `spans` maps a lower-case extension to (offset, size) in bytes."""
+    """Members `<key>.<extension>` of one sample, by lower-case extension.
+
+    `spans` has their (offset, size) in bytes, `checksums` the CRC-32 of the tar header before each.
+    """
 
     key: str
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -57,13 +62,15 @@ def check_name(name: str, where: str) -> None:
 class Member(tarfile.TarInfo):
     """Tar header that raises an error if it is damaged. `tarfile` takes a damaged header for the end of the tar.
 
-    Extended headers have a size limit.
+    Extended headers have a size limit. `checksum` is the CRC-32 of the header.
     """
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
+            member.checksum = zlib.crc32(buf)
+            return member
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:  # tarfile would end the tar here
@@ -93,8 +100,8 @@ def check_member(member: tarfile.TarInfo, where: str) -> bool:
     return True
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of each plain file in the tar, in order. Raise `UserError` for any damage."""
+def _members(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Yield name, offset, size and header's CRC-32 of each plain file in the tar. Raise `UserError` for any damage."""
     with open_file(path) as file:
         if file.read(2) == _GZIP:
             raise UserError(f"{path}: is compressed; unpack it with gunzip, or name it as 'pipe:gzip -dc {path}'")
@@ -108,7 +115,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                     position = tar.offset
                     tar.members.clear()  # to save memory
                     if check_member(member, str(path)):
-                        yield member.name, member.offset_data, member.size
+                        yield member.name, member.offset_data, member.size, member.checksum
                 # tarfile ends at a header of zeros. Only zeros may follow it.
                 file.seek(tar.offset)
                 rest = file.read(tarfile.BLOCKSIZE)
@@ -133,7 +140,7 @@ def index_tar(path: Path) -> list[TarSample]:
     check_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    for name, offset, size in _members(path):
+    for name, offset, size, checksum in _members(path):
         key, extension = split_name(name.removeprefix("./"))
         if not is_sample(key, extension):
             continue
@@ -141,6 +148,7 @@ def index_tar(path: Path) -> list[TarSample]:
         if extension in sample.spans:
             raise UserError(f"{path}: has the member {name!r} twice")
         sample.spans[extension] = (offset, size)
+        sample.checksums[extension] = checksum
     return list(samples.values())
 
 

@@ -187,7 +187,7 @@ def check_launch(arguments: Mapping[str, Any], launch: Launch) -> None:
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else devices
     if (count, int(machines)) != (launch.processes, launch.machines) and count not in (-1, "-1", "auto"):
         raise UserError(
-            f"{launch.launcher} started {launch.processes} processes on each of {launch.machines} machines, but "
+            f"{launch.launcher.name} started {launch.processes} processes on each of {launch.machines} machines, but "
             f"--devices (or --gpus) and --num_nodes ask for {count} devices on {machines} machines; "
             "leave these options out, and each process takes one device"
         )

@@ -18,6 +18,7 @@ from ldm.callbacks.validation import ValidationAcrossEpochs
 from ldm.config.load import load_config, plain
 from ldm.data.base_module import BaseDataModule
 from ldm.distributed.ranks import launched
+from ldm.processor import quick_dtype
 from ldm.training.arguments import Arguments
 from ldm.training.compatibility import check_trains_as_written
 from ldm.training.described import instantiate_described
@@ -49,6 +50,7 @@ _LIGHTNING_KEYS = (
 
 # Lightning's spellings of mixed precision → their canonical names.
 _MIXED = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "16-mixed": "16-mixed", "16": "16-mixed", 16: "16-mixed"}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def merge_config(arguments: Arguments, run: Run) -> DictConfig:
@@ -131,7 +133,8 @@ def build_trainer(
     elif given.get("precision") in _MIXED:
         precision = _MIXED[given.pop("precision")]
         device = "cuda" if trains_on_gpu(given, has_cuda) else "cpu"
-        given["plugins"].append(ClippedMixedPrecision(precision, device))
+        if quick_dtype(_AUTOCAST[precision], torch.device(device), f"--precision {precision}") != torch.float32:
+            given["plugins"].append(ClippedMixedPrecision(precision, device))
     silence_lightning()
     try:
         return Trainer(**given)

@@ -19,7 +19,7 @@ from ldm.encoding.jobs import read_record, write_record
 from ldm.files import read_span
 from ldm.images.captions import METADATA, from_metadata
 from ldm.shards.index import INDEX, read_index
-from ldm.shards.reader import decode_member
+from ldm.shards.members import decode_member
 from ldm.shards.tar import index_tar, is_sample, split_name
 from tests.hostile.fuzz_values import strike, write_file
 from tests.hostile.sample_files import SAMPLE, npy_header, npy_of, tar_of

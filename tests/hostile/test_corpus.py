@@ -23,8 +23,9 @@ from ldm.config.load import load_config, plain
 from ldm.data.sources import find_images
 from ldm.data.stream import ShardStream
 from ldm.images.decode import decode_image
+from ldm.shards.members import decode_member
 from ldm.shards.open import check_encoders, open_shards
-from ldm.shards.reader import ShardDataset, decode_member
+from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
 from tests.hostile.image_files import png_of
 from tests.hostile.make_corpus import everything

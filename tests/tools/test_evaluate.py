@@ -117,6 +117,12 @@ def test_without_a_text_encoder_the_stored_encodings_are_used(here: Callable, tm
     ("arguments", "message"),
     [
         ((*pair(), "--set", "new=nowhere.tar"), "set 'new': nowhere.tar: no such file"),
+        ((*pair(), "--set", "new=new", "--sweep-strength"), "--set new=new: a sweep needs a second set"),
+        ((*pair(), "--set", "new=new", "--sweep-strength", "-1"), "--sweep-strength -1.0"),
+        ((*pair(), "--set", "new=new", "--sweep-strength", "--sample", "1"), "--sample 1: a sweep samples no images"),
+        ((*pair(), "--set", "new=new", "--block", "out"), "--block out: belongs to --sweep-strength"),
+        ((*pair(), "--set", "a=new", "--set", "b=rest", "--sweep-strength", "--subject", "c"), "--subject 'c'"),
+        ((*pair(), "--set", "a=new", "--set", "b=rest", "--sweep-strength", "--block", "no"), "--block no: no weight"),
         ((*pair(), "--set", "narrow"), "--set narrow: give NAME=SHARDS"),
         ((*pair(), "--set", "new=narrow"), "set 'new': .* has shape (6, 4, 4); the model takes .* (8, h, w)"),
         ((*pair(), "--set", "new=empty.tar"), "set 'new': no samples in 1 shard, "),
@@ -144,3 +150,40 @@ def test_bad_input_is_refused_in_one_line(here: Callable, tmp_path: Path, argume
     for part in message.split(".* "):
         assert part in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_begins_at_the_base_ends_at_the_tuned_release_and_passes_the_merge(
+    here: Callable, tmp_path: Path, run_tool: Callable
+) -> None:
+    sets = ("--set", "new=new", "--set", "rest=rest")
+    assert here(*pair(), *sets, *FAST, "--sweep-strength", 0, 0.5, 1) is None
+    content = json.loads((tmp_path / "out/strengths.json").read_text())
+    at = {entry["strength"]: entry for entry in content["strengths"]}
+    assert content["subject"] == "new" and list(at) == [0, 0.5, 1]
+    assert all(entry["loss_ratio"]["value"] == 1 and entry["drift"]["value"] == 0 for entry in at[0]["sets"].values())
+    with Image.open(tmp_path / "out/strengths.png") as figure:
+        assert figure.format == "PNG"
+
+    merge = run_tool(
+        ROOT / "tools/merge_models.py", "base.safetensors", "tuned.ckpt", "--alpha", 0.5, "--out", "half.ckpt"
+    )
+    assert merge is None
+    for strength, ckpt in ((0.5, "half.ckpt"), (1, "tuned.ckpt")):
+        assert here(*pair(ckpt=ckpt), *sets, *FAST) is None
+        merged = json.loads((tmp_path / "out/evaluation.json").read_text())["sets"]
+        for name, entry in at[strength]["sets"].items():
+            assert entry["drift"]["value"] == pytest.approx(merged[name]["overall"]["drift"]["value"], rel=1e-5)
+            assert entry["loss_tuned"]["value"] == pytest.approx(
+                merged[name]["overall"]["loss_tuned"]["value"], rel=1e-5
+            )
+
+
+def test_a_sweep_of_a_block_keeps_the_other_weights_tuned(here: Callable, tmp_path: Path) -> None:
+    sets = ("--set", "new=new", "--set", "rest=rest")
+    drifts = {}
+    for block in ((), ("--block", "middle_block")):
+        assert here(*pair(), *sets, *FAST, "--sweep-strength", 0, 1, *block) is None
+        content = json.loads((tmp_path / "out/strengths.json").read_text())
+        drifts[block] = [entry["sets"]["rest"]["drift"]["value"] for entry in content["strengths"]]
+    (none, all_tuned), (other_blocks, same) = drifts.values()
+    assert none == 0 < other_blocks != all_tuned and same == all_tuned

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli.options import parse_lora, read_prompts
+from ldm.cli.options import add_sampling_options, add_spacing_options, parse_lora, read_prompts
 
 
 def test_read_prompts_splits_at_line_ends_only(tmp_path):
@@ -40,3 +40,14 @@ def test_parse_lora_takes_the_strength_after_the_last_colon(tmp_path, monkeypatc
         assert parse_lora(text) == (Path(name), strength)
     with pytest.raises(argparse.ArgumentTypeError, match="a:inf: the strength must be a finite number"):
         parse_lora("a:inf")
+
+
+def test_sampling_options_offer_every_sampler_and_spacing():
+    from ldm.models.diffusion.spacing import SPACINGS
+    from ldm.models.diffusion.text_to_image import SAMPLERS
+
+    parser = argparse.ArgumentParser()
+    add_sampling_options(parser)
+    add_spacing_options(parser)
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert tuple(choices["sampler"]) == tuple(SAMPLERS) and tuple(choices["spacing"]) == SPACINGS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.distributed.ranks import Launch, is_first_process, launched
+from ldm.distributed.ranks import LAUNCHERS, Launch, is_first_process, launched
 from ldm.training.strategies import check_launch, device_strategy
 from ldm.util import UserError
 
@@ -23,13 +23,17 @@ def bare_environment(monkeypatch):
     [
         ({}, None, True),
         ({"LOCAL_RANK": "1"}, None, False),  # started by Lightning
-        (TORCHRUN, Launch("torchrun", 4, 2), False),
-        (TORCHRUN | {"RANK": "4", "LOCAL_RANK": "0"}, Launch("torchrun", 4, 2), False),  # the first of its machine
-        (TORCHRUN | {"RANK": "0"}, Launch("torchrun", 4, 2), True),
-        (SRUN, Launch("srun", 4, 2), True),
-        (SRUN | {"SLURM_PROCID": "3"}, Launch("srun", 4, 2), False),
+        (TORCHRUN, Launch(LAUNCHERS["torchrun"], 4, 2), False),
+        (
+            TORCHRUN | {"RANK": "4", "LOCAL_RANK": "0"},
+            Launch(LAUNCHERS["torchrun"], 4, 2),
+            False,
+        ),  # first of its machine
+        (TORCHRUN | {"RANK": "0"}, Launch(LAUNCHERS["torchrun"], 4, 2), True),
+        (SRUN, Launch(LAUNCHERS["srun"], 4, 2), True),
+        (SRUN | {"SLURM_PROCID": "3"}, Launch(LAUNCHERS["srun"], 4, 2), False),
         (SRUN | {"SLURM_JOB_NAME": "bash"}, None, True),
-        (SRUN | TORCHRUN, Launch("torchrun", 4, 2), False),  # torchrun, started by srun
+        (SRUN | TORCHRUN, Launch(LAUNCHERS["torchrun"], 4, 2), False),  # torchrun, started by srun
     ],
 )
 def test_launched(monkeypatch, environment, launch, is_first):
@@ -40,13 +44,13 @@ def test_launched(monkeypatch, environment, launch, is_first):
 
 @pytest.mark.parametrize("devices", [4, "4", [0, 1, 2, 3], -1, "auto"])
 def test_devices_that_fit(devices):
-    check_launch({"devices": devices, "num_nodes": 2}, Launch("torchrun", 4, 2))
+    check_launch({"devices": devices, "num_nodes": 2}, Launch(LAUNCHERS["torchrun"], 4, 2))
 
 
 @pytest.mark.parametrize(("devices", "machines"), [(1, 2), ([0], 2), (4, 1), (8, 1)])
 def test_devices_that_do_not_fit_are_refused(devices, machines):
     with pytest.raises(UserError, match=r"torchrun started 4 processes on each of 2 machines, but --devices .* ask"):
-        check_launch({"devices": devices, "num_nodes": machines}, Launch("torchrun", 4, 2))
+        check_launch({"devices": devices, "num_nodes": machines}, Launch(LAUNCHERS["torchrun"], 4, 2))
 
 
 @pytest.mark.parametrize("given", [{}, {"strategy": "auto"}, {"strategy": "ddp"}])

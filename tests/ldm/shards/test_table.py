@@ -1,0 +1,151 @@
+"""Tests of the kept tables of shards: equal to what the tars hold, and never trusted more than those."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.checkpoint import load_checkpoint, save_state_dict
+from ldm.shards import npy, table
+from ldm.shards.reader import ShardDataset
+from ldm.shards.table import TABLES, build_table, open_tables
+from ldm.util import UserError
+from tests.ldm.shard_files import sample_members, write_set, write_tar
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Keep tables of shards of any size, and return the list that each built table adds its path to."""
+    paths: list[Path] = []
+
+    def build(path: Path) -> table.ShardTable:
+        paths.append(path)
+        return build_table(path)
+
+    monkeypatch.setattr(table, "LEAST_SAMPLES", 1)
+    monkeypatch.setattr(table, "build_table", build)
+    return paths
+
+
+def shards_of(folder: Path, shards: int = 3) -> list[Path]:
+    write_set(folder, 7, shards)
+    return [folder / f"set-{number:03d}.tar" for number in range(shards)]
+
+
+def content(dataset: ShardDataset) -> list[str]:
+    return [repr(dataset[number]) for number in range(len(dataset))]
+
+
+def test_a_kept_table_gives_the_same_samples_keys_and_groups(tmp_path: Path, built: list[Path]) -> None:
+    paths = shards_of(tmp_path)
+    wide = [member for number in (8, 9) for member in sample_members(number, f8_shape=(8, 2, 8))]
+    paths.append(write_tar(tmp_path / "wide.tar", [("é/x" + name, data) for name, data in wide]))
+    first = ShardDataset(paths, extra=["json"])
+    assert built == paths and (tmp_path / TABLES).exists()
+    second = ShardDataset(paths, extra=["json"])
+    assert built == paths
+    assert content(first) == content(second) and list(first.sample_keys) == list(second.sample_keys)
+    assert [second.sample_keys[number] for number in range(9)] == list(second.sample_keys)
+    assert second.sample_keys[-1] == "é/x000009" and first.shapes == second.shapes
+    for one, other in zip(first.groups(), second.groups(), strict=True):
+        assert np.array_equal(one, other)
+    assert [list(group) for group in second.groups()] == [list(range(7)), [7, 8]]
+
+
+def test_only_changed_shards_are_read_again(tmp_path: Path, built: list[Path]) -> None:
+    paths = shards_of(tmp_path)
+    ShardDataset(paths[:2])
+    ShardDataset(paths[1:])
+    assert built == paths
+    write_tar(paths[1], sample_members(70))
+    assert list(ShardDataset(paths).sample_keys) == ["000000", "000001", "000070", "000004", "000005", "000006"]
+    paths[2].unlink()
+    ShardDataset(paths[:2])
+    assert built == [*paths, paths[1]]
+
+
+def test_small_shards_have_no_file(tmp_path: Path) -> None:
+    ShardDataset(shards_of(tmp_path))
+    assert not (tmp_path / TABLES).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("offsets", lambda values: values + 512),
+        ("offsets", lambda values: values * 0),
+        ("sizes", lambda values: values - 1),
+        ("checksums", lambda values: values.int() + 1),
+    ],
+)
+def test_a_table_that_differs_from_its_tar_is_refused(tmp_path: Path, built: list[Path], name: str, change) -> None:
+    paths = shards_of(tmp_path, 1)
+    ShardDataset(paths)
+    saved = load_checkpoint(tmp_path / TABLES, mmap=False)
+    weights = saved["state_dict"]
+    weights[name] = change(weights[name]).to(weights[name].dtype)
+    save_state_dict(weights, tmp_path / TABLES, metadata=saved["metadata"])
+    with pytest.raises(
+        UserError, match=rf"set-000.tar: 000000.f8.npy.*({TABLES} describes it; remove|takes|not a .npy)"
+    ):
+        ShardDataset(paths)[0]
+
+
+def test_a_tar_of_the_same_size_and_time_is_noticed(tmp_path: Path, built: list[Path]) -> None:
+    path = write_tar(tmp_path / "a.tar", sample_members(1))
+    before = path.stat()
+    ShardDataset([path])
+    for members, fault in (
+        (sample_members(2), "000001.f8.npy: is not as"),
+        ([("000001.f8.npy", npy.encode(np.zeros((8, 2, 8), np.float16))), *sample_members(1)[1:]], "f8.npy: is not as"),
+    ):
+        write_tar(path, members)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
+        with pytest.raises(UserError, match=fault):
+            ShardDataset([path])[0]
+
+
+@pytest.mark.parametrize("fault", ["cut", "text", "kinds", "version", "count"])
+def test_a_damaged_file_of_tables_is_made_again(tmp_path: Path, built: list[Path], fault: str) -> None:
+    paths = shards_of(tmp_path)
+    expected = content(ShardDataset(paths))
+    file = tmp_path / TABLES
+    saved = load_checkpoint(file, mmap=False)
+    metadata = dict(saved["metadata"])
+    if fault == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif fault == "text":
+        file.write_text("no table")
+    else:
+        shards = json.loads(metadata["shards"])
+        shards[0][3] += 1
+        metadata |= {"kinds": {"kinds": "[]"}, "version": {"version": '"0"'}, "count": {"shards": json.dumps(shards)}}[
+            fault
+        ]
+        save_state_dict(saved["state_dict"], file, metadata=metadata)
+    assert content(ShardDataset(paths)) == expected
+    assert built == paths * 2
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path, built: list[Path], monkeypatch) -> None:
+    paths = shards_of(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(table, "save_state_dict", refuse)
+    assert len(ShardDataset(paths)) == 7 and not (tmp_path / TABLES).exists()
+
+
+def test_tables_of_many_kinds_of_members_are_bounded(tmp_path: Path) -> None:
+    many = [("a.f8.npy", b""), *((f"a.{number}", b"") for number in range(100))]
+    with pytest.raises(UserError, match=r"a\.tar: sample 'a' has 101 members; no set has so many"):
+        list(open_tables([write_tar(tmp_path / "a.tar", many)]))
+    odd = [*sample_members(1), *((f"{number}.x{number}", b"") for number in range(2, 200))]
+    (built,) = open_tables([write_tar(tmp_path / "b.tar", odd)])
+    assert built.extensions == ["f8.npy", "t5.npy", "txt", "json"] and len(built) == 199
