@@ -26,7 +26,7 @@ from ldm.callbacks.validation import SparseValidation, ValidationAcrossEpochs
 from ldm.config.load import plain
 from ldm.training.described import check_callback_places, instantiate_described
 from ldm.training.loggers import logs_anything
-from ldm.training.previews import build_previews
+from ldm.training.preview_setup import build_previews
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
 

@@ -23,7 +23,7 @@ from ldm.training.arguments import Arguments
 from ldm.training.compatibility import check_trains_as_written
 from ldm.training.described import instantiate_described
 from ldm.training.precision import Bfloat16Weights, ClippedMixedPrecision
-from ldm.training.previews import add_previews
+from ldm.training.preview_setup import add_previews
 from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
