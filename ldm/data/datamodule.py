@@ -241,7 +241,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         weights = sample_weights(dataset, self.weights, self.folder_repeats) if training else None
         options = {"weights": weights, "shuffle": shuffle, "drop_last": drop_last}
         sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, **options)
-        items = EpochItems(dataset, change, self.run_seed if training else None)
+        items = EpochItems(dataset, change, self.run_seed if training else None, held_out=not training)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
             # A teacher's prediction belongs to the sample's caption, which must not be dropped.

@@ -110,13 +110,17 @@ class InTurn:
 class EpochItems(Dataset):
     """Map-style dataset with the index (epoch, number), which applies `change` to its samples.
 
-    With `seed`, each sample has the entry `STREAM`, the name of its random stream. Otherwise it has `held_out_entries`.
+    With `seed`, each sample has the entry `STREAM`, the name of its random stream. With `held_out`, it has
+    `held_out_entries`.
     """
 
-    def __init__(self, dataset: Dataset, change: Change | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, change: Change | None = None, seed: int | None = None, held_out: bool = False
+    ) -> None:
         self.dataset = dataset
         self.change = change
         self.seed = seed
+        self.held_out = held_out
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -126,6 +130,6 @@ class EpochItems(Dataset):
         sample, name = self.dataset[number], sample_name(item)
         if self.change:
             sample = self.change(sample, epoch, name)
-        if self.seed is None:
+        if self.held_out:
             return {**sample, **held_out_entries(number)}
-        return {**sample, STREAM: stream_name(self.seed, epoch, name)}
+        return sample if self.seed is None else {**sample, STREAM: stream_name(self.seed, epoch, name)}
