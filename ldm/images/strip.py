@@ -26,11 +26,10 @@ def write_strip(folder: Path, path: Path) -> None:
             found[name] = file
     if not found:
         return
-    rows, steps = sorted({key for key, _ in found}), spread_evenly(sorted({step for _, step in found}), _COLUMNS)
+    steps = spread_evenly(sorted({step for _, step in found}), _COLUMNS)
     cells = {place: _reduced(file) for place, file in found.items() if place[1] in steps}
-    heights = [max(cell.height for place, cell in cells.items() if place[0] == row) for row in rows if any(
-        place[0] == row for place in cells)]  # fmt: skip
-    rows = [row for row in rows if any(place[0] == row for place in cells)]
+    rows = sorted({key for key, _ in cells})
+    heights = [max(cell.height for (key, _), cell in cells.items() if key == row) for row in rows]
     width = max(cell.width for cell in cells.values())
     size = _GAP + len(steps) * (width + _GAP), _TITLE + sum(height + _GAP for height in heights)
     strip = Image.new("RGB", size)
