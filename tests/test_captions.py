@@ -133,3 +133,18 @@ def test_preencode_stores_all_captions(run_tool: Callable, tmp_path: Path, tiny_
     np.testing.assert_array_equal(second["t5"][2:], third["t5"])
     texts = open_shards(str(shards), cond_stage_key="txt")
     assert texts.has_several_captions and texts[1]["txt"] == "a dog"
+
+
+def test_preencode_stores_variants_of_tags(run_tool: Callable, tmp_path: Path, tiny_release: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("tom, cat, red, sofa")
+    release = ("--ckpt", tiny_release, "--config", RELEASE_CONFIG, "--images", tmp_path / "a.png")
+    options = ("--out", tmp_path / "shards/%06d.tar", "--size", 64, "--num-workers", 0, "--tag-variants", 3)
+    said = run_tool(ROOT / "tools/preencode.py", *release, *options, "--several-captions")
+    assert "--tag-variants and --several-captions: give one of them" in said
+    assert run_tool(ROOT / "tools/preencode.py", *release, *options) is None
+    dataset = open_shards(str(tmp_path / "shards"))
+    dataset.keeps_captions = True
+    captions = dataset[0]["txt"].split("\n")
+    assert captions[0] == "tom, cat, red, sofa" and dataset[0]["t5"].shape == (len(captions), 77, 48)
+    assert len(captions) > 1 and all(caption.startswith("tom, ") for caption in captions)
