@@ -2,8 +2,7 @@
 """Table of the predicted memory of every family and tier, as docs/memory.md has it.
 
 A cell is what `python tools/plan_memory.py --base CONFIG TIER --batch 1` predicts in GiB: tensors on the GPU and, where
-the weights stay on the host, tensors in host memory. A family without a config to fine-tune it is planned with its
-release config, which trains from images: first stage and text tower are on the GPU too.
+the weights stay on the host, tensors in host memory.
 
     python benchmarks/memory_table.py
     python benchmarks/memory_table.py --families sdxl --tiers lean.yaml smallest.yaml
@@ -39,7 +38,7 @@ TIERS: dict[str, list[str]] = {
 
 def predicted(family: Family, tier: str) -> dict[str, int]:
     """Return `peak_of_step` for one image of the family's size under a column of the table."""
-    words = [family.finetune_config or family.config, *TIERS[tier]]
+    words = [family.finetune_config, *TIERS[tier]]
     overrides = [word for word in words if "=" in word]
     return peak_of_step(load_config([word for word in words if "=" not in word], overrides), images=1)
 
@@ -58,7 +57,7 @@ def main() -> None:
     print("|---" * (3 + len(options.tiers)) + "|")
     for key in options.families:
         family = FAMILIES[key]
-        print(f"| {family.name} | `{family.finetune_config or family.config}` | {family.size}", end="", flush=True)
+        print(f"| {family.name} | `{family.finetune_config}` | {family.size}", end="", flush=True)
         for tier in options.tiers:
             is_streamed = tier in ("minimal.yaml", "smallest.yaml")
             print(" |", cell(predicted(family, tier), is_streamed), end="", flush=True)

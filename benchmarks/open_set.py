@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.shards import npy
-from ldm.shards.table import TABLES
+from ldm.shards.kept_tables import TABLES
 
 MEMBERS = {"f8.npy": npy.encode(np.zeros((8, 2, 2), np.float16)), "t5.npy": npy.encode(np.zeros((1, 4), np.float16))}
 

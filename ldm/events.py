@@ -11,14 +11,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ldm.files import read_at_most
+from ldm.files import open_file
 from ldm.util import UserError
 
 EVENTS = "events.jsonl"  # in the run folder
 START, END, STOP, FAULT, WARNING, FORECAST = "start", "end", "stop", "fault", "warning", "forecast"
-_MOST_BYTES = 1 << 24  # size limit of the file for a reader
-_MOST_LETTERS = 500  # per text
+_MOST_BYTES = 1 << 24  # newest bytes of the file that a reader takes
+_MOST_LETTERS, _MOST_WORDS = 500, 1000  # per text, and per list
 _MOST_WARNINGS = 200  # per start, so that a repeated warning does not fill the file
+_MOST_BYTES_WITH_WARNINGS = 1 << 23  # size of the file at which it gets no more warnings, over all starts
 
 
 class EventLog:
@@ -37,10 +38,9 @@ class EventLog:
         self._warnings = 0
 
     def add(self, kind: str, **values: Any) -> None:
-        """Add an event of the present time and step. Texts are shortened."""
-        short = {key: value[:_MOST_LETTERS] if isinstance(value, str) else value for key, value in values.items()}
-        content = {"time": datetime.now().isoformat(timespec="seconds"), "kind": kind, "step": self.step, **short}
-        self._waiting.append(json.dumps(content, default=str))
+        """Add an event of the present time and step. Texts and lists are shortened."""
+        content = {"time": datetime.now().isoformat(timespec="seconds"), "kind": kind, "step": self.step}
+        self._waiting.append(json.dumps(content | {key: _short(value) for key, value in values.items()}))
         self.flush()
 
     def flush(self) -> None:
@@ -69,8 +69,23 @@ class EventLog:
 
     def _add_warning(self, text: str) -> None:
         self._warnings += 1
-        if self._warnings <= _MOST_WARNINGS:
+        if self._warnings <= _MOST_WARNINGS and self._size() < _MOST_BYTES_WITH_WARNINGS:
             self.add(WARNING, text=text)
+
+    def _size(self) -> int:
+        try:
+            return (self.folder / EVENTS).stat().st_size
+        except OSError:
+            return 0
+
+
+def _short(value: Any) -> Any:
+    """Return `value` as plain data of limited size."""
+    if isinstance(value, dict):
+        return {str(key)[:_MOST_LETTERS]: _short(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_short(part) for part in value[:_MOST_WORDS]]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)[:_MOST_LETTERS]
 
 
 class _Handler(logging.Handler):
@@ -88,17 +103,24 @@ class _Handler(logging.Handler):
 def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the events of the run in `folder`, oldest first, and the number of damaged lines.
 
+    Of a file above the size limit, the newest events are read.
+
     Raises:
-        UserError: the file is too large, or not a regular file.
+        UserError: the file is not a regular file.
     """
     try:
-        lines = read_at_most(folder / EVENTS, _MOST_BYTES).decode(errors="replace").splitlines()
+        with open_file(folder / EVENTS) as file:
+            start = max(0, os.fstat(file.fileno()).st_size - _MOST_BYTES)
+            file.seek(start)
+            data = file.read(_MOST_BYTES)
     except FileNotFoundError:
         return [], 0
     except OSError as error:
         raise UserError(f"{folder / EVENTS}: cannot be read: {error.strerror or error}") from error
+    if start:
+        data = data.partition(b"\n")[2]  # without the rest of a line
     events, damaged = [], 0
-    for line in filter(str.strip, lines):
+    for line in filter(str.strip, data.decode(errors="replace").split("\n")):
         event = _parsed(line)
         if event is None:
             damaged += 1

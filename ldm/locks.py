@@ -197,13 +197,24 @@ def _take(path: Path, what: str) -> int:
                 os.close(descriptor)
                 continue
             _check_owner(_owner(descriptor), path, what, works)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
+            _write_owner(descriptor, path)
             return descriptor
         except BaseException:
             with suppress(OSError):
                 os.close(descriptor)
             raise
+
+
+def _write_owner(descriptor: int, path: Path) -> None:
+    """Write this process as the owner into the locked file, or remove the file if the disk is full."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        error.filename = str(path)
+        raise
 
 
 def _check_kind(descriptor: int, path: Path) -> None:

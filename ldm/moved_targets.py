@@ -39,8 +39,6 @@ _CUSTOM = (
     "Custom Diffusion is not here; unet_trainable: attn trains the attention to captions, and textual_inversion.yaml "
     "a word"
 )
-_UNCLIP = "unCLIP is not here; " + _BASE
-_FACES = "networks that recognise faces are not here; use FaceClipEncoder"
 _STABLE_SR = "StableSR's networks are not here; LatentUpscaleDiffusion upscales"
 # Prefix of an unsupported dotted path, and a hint.
 _HINTS_FOR_TARGETS = {
@@ -50,17 +48,15 @@ _HINTS_FOR_TARGETS = {
     "sgm.": "use stable_diffusion_xl.yaml, which describes SDXL for this project",
     "src.custom_modules": _CUSTOM,
     "src.model.CustomDiffusion": _CUSTOM,
-    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": _UNCLIP,
     "ldm.models.diffusion.ddpm.LatentDiffusionSRTextWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModelWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.UNetModelDualcondV2": _STABLE_SR,
-    "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": _UNCLIP,
-    "ldm.modules.encoders.modules.ClipImageEmbedder": _UNCLIP,
-    "ldm.modules.encoders.modules.FaceIdClipEncoder": _FACES,
-    "ldm.modules.encoders.modules.FrozenFaceEncoder": _FACES,
     "ldm.modules.embedding_manager": _TOKEN,
     "ldm.data.personalized": _INVERSION,
     "ldm.data.personalized_style": _INVERSION,
+    "ldm.modules.encoders.modules.PersonalizedCLIPEmbedder": "aesthetic gradients are not here; use FrozenCLIPEmbedder",
+    "ldm.modules.encoders.xlmr": "AltDiffusion's text encoder is not here; " + _BASE,
+    "optimizedSD.": "it splits the model to sample with little memory; " + _BASE,
     "ldm.data.every_dream": _FOLDER,
     "ldm.data.ed_validate": _FOLDER,
     "ldm.data.open-images": "write a dataset of your own and give --trust-config",
@@ -79,6 +75,10 @@ _HINTS_FOR_TARGETS = {
 # Hints for the keys of textual-inversion and DreamBooth forks.
 _PRIOR = "images of the class go into a prior, by prior_images.yaml"
 _RATE = "the learning rate is model.base_learning_rate, one for all weights"
+_FILE = "the weights come with ckpt_path, a release in one file, or with --finetune_from"
+_LORA = "all weights are trained here; tools/extract_lora.py makes a LoRA of the result"
+_CONTROL = "ControlNet is not here; train the model that it extends, without this key"
+_NOISE = "noise_config, with a class of ldm.models.diffusion.noise, has an offset"
 # Unsupported key of public configs, and a hint.
 HINTS_FOR_KEYS = {
     "personalization_config": _TOKEN,
@@ -100,6 +100,24 @@ HINTS_FOR_KEYS = {
     "lr_text_encoder": _RATE,
     "u_cond_percent": "ucg_training: {txt: {p: 0.1}} replaces captions by the empty one",
     "reg": "regularisation images go into a prior: tools/make_prior.py and prior_images.yaml",
+    "bucket_sampler": "pre-encode with --buckets",
+    "control_key": _CONTROL,
+    "control_stage_config": _CONTROL,
+    "first_stage_trainable": "an autoencoder is trained by its own config; leave it out",
+    "freeze_unet": "unet_trainable: false freezes the UNet",
+    "from_pretrained": _FILE,
+    "learning_rate": _RATE,
+    "lora_alpha": _LORA,
+    "lora_config": _LORA,
+    "lora_rank": _LORA,
+    "network_dim": _LORA,
+    "network_module": _LORA,
+    "noise_offset": _NOISE,
+    "offset_noise_level": _NOISE,
+    "only_mid_control": _CONTROL,
+    "sd_locked": _CONTROL,
+    "use_fp16": "--precision sets the type that the networks compute in",
+    "use_lora": _LORA,
     "penultimate": "layer: hidden with layer_idx: -2 gives the states before the last block",
     "extended_mode": "a caption has at most 77 ids here",
     "max_chunks": "a caption has at most 77 ids here",
@@ -138,6 +156,12 @@ def hint_for_target(path: str) -> str:
         if path.startswith(prefix):
             return f"; {_HINTS_FOR_TARGETS[prefix]}"
     return ""
+
+
+def hint_for_missing_module(path: str) -> str:
+    """Return a hint for a target whose module does not exist, else an empty string."""
+    data = path.startswith(("ldm.data.", "taming.data."))
+    return hint_for_target(path) or (f"; it belongs to a fork; {_FOLDER}" if data else "")
 
 
 def hint_for_key(key: str) -> str:

@@ -8,17 +8,20 @@ import inspect
 import logging
 import math
 import re
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.moved_targets import current_path, hint_for_key, hint_for_target, without_unused_keys
+from ldm.moved_targets import current_path, hint_for_key, hint_for_missing_module, hint_for_target, without_unused_keys
 
 logger = logging.getLogger(__name__)
 
 # Checked annotations: the types of their values, and a description for messages.
 _CHECKED_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
+    "bool | None": ((bool, type(None)), "true or false or null"),
     "int": ((int,), "a whole number"),
     "int | None": ((int, type(None)), "a whole number or null"),
     "float": ((int, float), "a number"),
@@ -162,7 +165,7 @@ def get_obj_from_str(path: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"target {path!r}: no module named {error.name!r}{hint_for_target(path)}") from error
+        raise UserError(f"target {path!r}: no module named {error.name!r}{hint_for_missing_module(path)}") from error
     if not hasattr(module, attribute):
         public = [name for name in dir(module) if not name.startswith("_")]
         hint = hint_for_target(path) or nearest(attribute, public)
@@ -195,6 +198,17 @@ def takes(target: Callable[..., Any], name: str) -> bool:
     return name in named or takes_any
 
 
+def _as_text(annotation: Any) -> str:
+    """Return an annotation as text: `Optional[int]` and a deferred `"int | None"` become `int | None`."""
+    if isinstance(annotation, str):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = typing.get_args(annotation)
+        names = [_as_text(part) for part in parts if part is not type(None)]
+        return " | ".join([*names, "None"] if len(names) < len(parts) else names)
+    return "" if typing.get_origin(annotation) else getattr(annotation, "__name__", "")
+
+
 def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first of `params` that `target`, at `path` in the config, does not take.
 
@@ -210,15 +224,15 @@ def check_params(path: str, target: Callable[..., Any], params: Mapping[str, Any
             raise UserError(f"unknown key {key!r} in params of {path}{hint}")
         if value is None and named[key].default is None:
             continue
-        annotation = named[key].annotation  # a string if the module defers annotations
-        expected = _CHECKED_TYPES.get(
-            annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-        )
+        annotation = _as_text(named[key].annotation)
+        expected = _CHECKED_TYPES.get(annotation)
         if expected and not isinstance(value, expected[0]):
             raise UserError(f"{key}={value!r} in params of {path}: give {expected[1]}")
+        if expected and isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{key}={value!r} in params of {path}: is not a number; give {expected[1]}")
         if expected and isinstance(value, int) and abs(value) >= _TOO_LARGE:
             raise UserError(f"{key} in params of {path}: the number is too large; give one below 2^63")
-        if isinstance(annotation, str) and annotation.removesuffix(" | None") in _CHECKED_LISTS:
+        if annotation.removesuffix(" | None") in _CHECKED_LISTS:
             kinds, parts = _CHECKED_LISTS[annotation.removesuffix(" | None")]
             if not _is_list_of(kinds, value, annotation):
                 raise UserError(f"{key}={value!r} in params of {path}: give a list of {parts}")
@@ -244,7 +258,8 @@ def instantiate_from_config(config: Mapping[str, Any] | str | None, **overrides:
     if config in _MARKERS:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
-        given = f"the keys {', '.join(map(str, config))}" if isinstance(config, Mapping) else repr(config)
+        keys = isinstance(config, Mapping) and ", ".join(map(str, config))
+        given = f"the keys {keys}" if keys else repr(config)
         raise UserError(f"expected a mapping with the key 'target' (and 'params'), got {given:.200}")
     for key in config:
         if key not in _CONFIG_KEYS:

@@ -45,7 +45,7 @@ SIBLINGS = {"sd2_inpainting": "sd_v2", "sd2_depth": "sd_v2", "sdxl_inpainting": 
 FIRST, DEPTH = f"{UNET}input_blocks.0.0.weight", "depth_model."
 # Tiers set the same keys, so that their order matters.
 PAIRS = [*permutations(TIERS, 2), *(pair for pair in combinations(OVERLAYS, 2) if not {*pair} <= {*TIERS})]
-RECIPES = [family.finetune_config for family in FAMILIES.values() if family.finetune_config]
+RECIPES = [family.finetune_config for family in FAMILIES.values()]
 KEYS = ROOT / "tests" / "golden" / "sd_v1_keys.json"
 
 
@@ -185,7 +185,7 @@ def test_the_finetune_configs_of_FAMILIES_train_the_released_UNet(recipe):
     params, released = (
         plain(load_config([name]))["model"]["params"] for name in (family.finetune_config, family.config)
     )
-    own = ("first_stage_key", "cond_stage_key", "cond_stage_config", "monitor")
+    own = ("first_stage_key", "cond_stage_key", "cond_stage_config", "depth_stage_config", "monitor")
     params["first_stage_config"]["params"].pop("monitor")
     assert {key: value for key, value in params.items() if key not in own} == {
         key: value for key, value in released.items() if key not in own

@@ -15,6 +15,9 @@ from omegaconf import OmegaConf
 
 from ldm.config.load import build_model, load_config
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.images.decode import decode_image
+from ldm.images.transforms import fit, to_range
+from ldm.models.diffusion.concat import for_depth_network
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.release.families import FAMILIES
 from ldm.release.load import load_release
@@ -129,6 +132,8 @@ def data_for(config: dict[str, Any], model: LatentDiffusion) -> WebDataNpyModule
         ("sd1_inpainting", "instruct_pix2pix", "the family sd1_inpainting: .*edit"),
         ("sd1_inpainting", "sd2_inpainting", "t5 has shape .* family sd1_inpainting"),
         ("instruct_pix2pix", "sd1", "the family instruct_pix2pix: .*edit"),
+        ("sd2_base", "sd2_depth", "the family sd2_base: .*depth"),
+        ("sd2_depth", "sd2_base", "the family sd2_depth: .*depth"),
     ],
 )
 def test_a_set_of_another_family_is_refused(own: str, other: str, message: str, encoded: Encoded) -> None:
@@ -136,6 +141,41 @@ def test_a_set_of_another_family_is_refused(own: str, other: str, message: str, 
     with pytest.raises(UserError, match=message) as caught:
         data_for(config, model_for(config)).setup("fit")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "part", "changes", "message"),
+    [
+        ("sdxl", "model", {"conditioning_key": "crossattn"}, "num_classes 'sequential': conditioning_key 'crossattn'"),
+        ("sd1", "model", {"conditioning_key": "crossattn-adm"}, "'crossattn-adm' needs labels, .* no num_classes"),
+        ("sdxl", "unet", {"num_classes": "timestep"}, "num_classes 'timestep': .*sequential"),
+        ("sdxl", "unet", {"in_channels": 9}, "in_channels of the UNet is 9, but its input of latent has 4 channels"),
+        ("sd1_inpainting", "unet", {"in_channels": 4}, "is 4, but its input of latent and mask and masked_image has 9"),
+        ("instruct_pix2pix", "unet", {"in_channels": 9}, "is 9, but its input of latent and edit has 8"),
+        ("sd2_depth", "unet", {"in_channels": 4}, "is 4, but its input of latent and depth has 5"),
+        ("instruct_pix2pix", "model", {"dropout": 0.5}, r"dropout 0\.5: give a number from 0 to 0\.33"),
+        ("sd1", "data", {"full_mask_share": 0.5}, r"full_mask_share 0\.5: the training samples have no masks"),
+    ],
+)
+def test_a_config_that_contradicts_itself_or_its_set_is_refused(
+    key: str, part: str, changes: dict, message: str, encoded: Encoded
+) -> None:
+    config = finetune_config(key, f"{encoded(key).shards}/*.tar")
+    params = config["model"]["params"]
+    {"model": params, "unet": params["unet_config"]["params"], "data": config["data"]["params"]}[part].update(changes)
+    with pytest.raises(UserError, match=message) as caught:
+        data = data_for(config, model_for(config))
+        data.setup("fit")
+        data.train_dataloader()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_scale_of_the_latents_is_told(encoded: Encoded, caplog: pytest.LogCaptureFixture) -> None:
+    config = finetune_config("sdxl", f"{encoded('sdxl').shards}/*.tar")
+    for scale, said in ((0.13025, 0), (0.18215, 1)):
+        config["model"]["params"]["scale_factor"] = scale
+        data_for(config, model_for(config)).setup("fit")
+        assert caplog.text.count("family sdxl with scale_factor 0.13025, but the model has 0.18215") == said
 
 
 def test_both_models_of_SD_2_take_one_set(encoded: Encoded) -> None:
@@ -292,12 +332,26 @@ def test_pairs_refuse_the_dropping_of_captions_alone(encoded: Encoded) -> None:
         data.train_dataloader()
 
 
-def test_depth_models_train_from_images(tmp_path: Path, run_tool: Callable) -> None:
-    release, config = write_tiny("sd2_depth", tmp_path)
-    images = write_images(tmp_path / "images", "sd2_depth", 2)
-    arguments = "--ckpt", release, "--config", config, "--images", images, "--out", tmp_path / "shards/%06d.tar"
-    assert "shards do not" in run_tool(PREENCODE, *arguments)
-    assert not (tmp_path / "shards").exists()
+@torch.no_grad()
+def test_stored_depth_is_that_of_the_release(encoded: Encoded) -> None:
+    """What training makes of a stored depth map is what the release makes of the image."""
+    made = encoded("sd2_depth")
+    config = finetune_config("sd2_depth", f"{made.shards}/*.tar")
+    config["data"]["params"] |= {"batch_size": 4, "shuffle": False}
+    model, released = model_for(config), load_release(made.release, made.config)
+    data = data_for(config, model)
+    data.setup("fit")
+    [batch] = data.train_dataloader()
+    assert model.depth_model is None and batch["depth"].shape == (4, 1, 8, 8)
+    [found] = model.eval().concatenated(batch)
+    paths = sorted(made.images.glob("*.png"))
+    pixels = torch.stack([fit(torch.from_numpy(decode_image(path.read_bytes(), "")), 64, 64) for path in paths])
+    images = to_range(pixels)
+    [expected] = released.concatenated({"image": images.movedim(1, -1), "depth": for_depth_network(images)})
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+    assert found.std() > 0.1
+    with pytest.raises(UserError, match=r"depth has shape .*; the model takes 1 channels"):
+        model.check_batch_shapes({"f8": (8, 8, 8), "depth": (3, 8, 8)})
 
 
 def test_every_family_is_told_by_the_parts_of_its_model() -> None:

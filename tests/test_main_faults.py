@@ -57,7 +57,7 @@ def test_a_shard_that_fails_while_training_loses_nothing(train, tmp_path, monkey
             shard.write_bytes(data)
 
     monkeypatch.setattr(ProgressBar, "on_train_batch_end", damage)
-    said = "s-000001.tar: " + ("was deleted or moved" if fault == "deleted" else "was replaced")
+    said = "^shards/s-000001.tar: " + ("was deleted or moved" if fault == "deleted" else "was replaced")
     with pytest.raises(UserError, match=said):
         train(f"--max_steps 40 data.params.num_workers={workers}")
     assert state(the_run(tmp_path / "logs") / "checkpoints" / "last.ckpt")["global_step"] >= 3

@@ -58,6 +58,7 @@ class FullDisk(Callback):
         ("lightning.callback.x=3", "unknown key lightning.callback; did you mean 'callbacks'"),
         ("--precision 13", r"lightning.trainer: Precision 13 is invalid.*\(given: .*precision=13\)"),
         ("--accelerator gpu", "lightning.trainer: .*"),
+        ("--accelerator tpu", "lightning.trainer: .*torch_xla"),
         ("model.params.use_emma=True", "unknown key 'use_emma'.*; did you mean 'use_ema'"),
         ("data.params.batchsize=3", "unknown key 'batchsize' in params of main.WebDataNpyModuleFromConfig"),
         (
@@ -126,6 +127,27 @@ class FullDisk(Callback):
             "val_check_interval: longer than an epoch .*check_val_every_n",
         ),
         ("--max_time 5", "lightning.trainer.max_time 5: give a time as DD:HH:MM:SS"),
+        ("lightning.modelcheckpoint.params.save_last=2.5", "modelcheckpoint.params.save_last 2.5: give true"),
+        (
+            "lightning.modelcheckpoint.params.every_n_epochs=often",
+            "every_n_epochs='often' in params of .*: give a whole",
+        ),
+        (
+            "lightning.modelcheckpoint.params.save_on_train_epoch_end=3",
+            "save_on_train_epoch_end=3 in params of .*: give true or false or null",
+        ),
+        ("--gpus .inf", "lightning.trainer.gpus inf: give device numbers"),
+        (
+            "--val_percent_check 0.5 --limit_val_batches 2",
+            "--val_percent_check and --limit_val_batches are two names of one argument",
+        ),
+        ("lightning.modelcheckpoint.params.mode=.nan", "mode=nan in params of .*: give a text"),
+        (
+            "lightning.callbacks.early.target=pytorch_lightning.callbacks.EarlyStopping "
+            "lightning.callbacks.early.params.monitor=train/loss lightning.callbacks.early.params.min_delta=.nan",
+            "lightning.callbacks.early: min_delta=nan in params of .*: is not a number",
+        ),
+        ("--accelerator tpu", "lightning.trainer: Requirement 'torch_xla.*accelerator='tpu'"),
         ("--callbacks mine", "lightning.trainer.callbacks 'mine': describe each under lightning.callbacks"),
         ("--default_root_dir here", "default_root_dir 'here': run folders are made in --logdir"),
         ("-b nothing.yaml", "config 'nothing.yaml' not found"),

@@ -152,6 +152,9 @@ def test_a_config_without_an_optional_part_starts(part: str, begin: Begin, tmp_p
         *("lightning: {trainer: {max_steps: , gpus: , logger: , max_time: }}",),
         *("lightning: {callbacks: {learning_rate_logger: {target: , params: }}}", "lightning: {scale_lr: }"),
         *("lightning: {find_unused_parameters: , metrics_over_trainsteps_checkpoint: }",),
+        *("lightning: {modelcheckpoint: {params: {save_top_k: , filename: , every_n_train_steps: , mode: }}}",),
+        *("model: {params: {scheduler_config: {}, optimizer_config: {}, loss_config: {}, noise_config: {}}}",),
+        *("model: {params: {timestep_config: {}, optimizer_config: {target: torch.optim.AdamW, params: {lr: }}}}",),
     ],
 )
 def test_a_part_with_nothing_in_it_is_as_if_it_were_left_out(empty: str, begin: Begin, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ refused, as in training.
     python tools/evaluate.py … --sweep-strength 0.5 0.7 0.9 --subject new
 
 evaluates the weights between base and tuned at these strengths, and writes strengths.json and strengths.png. Its table
-marks the Pareto front of the subject's loss and the drift of the other sets. Give the strength that you choose to
+marks the Pareto front of the subjects' loss and the drift of the other sets. Give the strength that you choose to
 `merge_release.py --strength`.
 """
 
@@ -78,7 +78,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="A",
         help="evaluate at these shares of the change from base to tuned; default: 0.1 to 1 in tenths",
     )
-    add("--subject", metavar="NAME", help="set that fine-tuning was for, in a sweep; default: the first --set")
+    add(
+        "--subject",
+        nargs="+",
+        metavar="NAME",
+        help="sets that fine-tuning was for, in a sweep; default: the first --set",
+    )
     add("--block", metavar="NAME", help="sweep only the weights whose names begin with NAME, such as middle_block")
     add("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results")
     add_vae_option(parser)
@@ -103,7 +108,7 @@ def check_sweep(options: argparse.Namespace) -> None:
     if options.strengths is None:
         for name in ("subject", "block"):
             if getattr(options, name) is not None:
-                raise UserError(f"--{name} {getattr(options, name)}: belongs to --sweep-strength; give that too")
+                raise UserError(f"--{name}: belongs to --sweep-strength; give that too")
         return
     options.strengths = options.strengths or [tenths / 10 for tenths in range(1, 11)]
     for strength in options.strengths:
@@ -183,17 +188,18 @@ def sweep(
     from ldm.evaluation.front import draw_strengths, format_strengths, write_strengths
     from ldm.release.strength_sweep import sweep_strengths
 
-    subject = options.subject or next(iter(sets))
-    check_choice("--subject", subject, list(sets))
-    if len(sets) == 1:
-        raise UserError(f"--set {options.sets[0]}: a sweep needs a second set, whose drift it measures")
+    subjects = options.subject or list(sets)[:1]
+    for subject in subjects:
+        check_choice("--subject", subject, list(sets))
+    if not set(sets) - set(subjects):
+        raise UserError(f"--set {options.sets[-1]}: a sweep needs a further set, whose drift it measures")
     files = options.base, options.ckpt
     swept = list(sweep_strengths(*files, load, options.strengths, sets, settings, options.block, options.vae))
     about["settings"]["block"] = options.block
-    write_strengths(swept, subject, about, options.out / "strengths.json")
+    write_strengths(swept, subjects, about, options.out / "strengths.json")
     title = f"from {options.base.name} to {options.ckpt.name}" + (f", {options.block}" if options.block else "")
-    draw_strengths(swept, subject, title, options.out / "strengths.png")
-    table = Lines(format_strengths(swept, subject))
+    draw_strengths(swept, subjects, title, options.out / "strengths.png")
+    table = Lines(format_strengths(swept, subjects))
     logger.info("\n%s\n\nwrote strengths.json and strengths.png to %s", table, options.out)
 
 

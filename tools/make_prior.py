@@ -87,7 +87,7 @@ def main() -> None:
     from ldm.encoding.shard_set import check_out
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
-    from ldm.modules.encoders.tokenizer import warn_of_cut
+    from ldm.modules.encoders.caption_length import warn_of_cut
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and options.overwrite:

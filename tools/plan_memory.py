@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
+from ldm.cli.options import add_parameterization_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         help="with --card: recommend no tier that needs more host memory (default: any amount)",
     )
     add("--json", action="store_true", help="print JSON alone, with sizes in bytes")
+    add_parameterization_option(parser)
     add_trust_option(parser)
     add(
         "overrides",
@@ -60,6 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments.base = [word for word in arguments.base if "=" not in word]
     if not (arguments.base or arguments.ckpt):
         raise UserError("name the configs of a training with --base, or a release with --ckpt")
+    if arguments.parameterization and not arguments.ckpt:
+        raise UserError(
+            f"--parameterization {arguments.parameterization}: tells what --ckpt predicts; without it, set "
+            "model.params.parameterization"
+        )
     check_number("--card", arguments.card, above=0, whole=False, optional=True, unit="GB")
     check_number("--ram", arguments.ram, above=0, whole=False, optional=True, unit="GB")
     if arguments.ram is not None and arguments.card is None:
@@ -77,7 +84,8 @@ def main() -> None:
     if arguments.ckpt is not None:
         from ldm.release.configs import training_config
 
-        arguments.base = training_config(arguments.ckpt).names + arguments.base
+        chosen = training_config(arguments.ckpt, (), arguments.parameterization, size=arguments.size)
+        arguments.base, arguments.overrides = chosen.names + arguments.base, chosen.overrides + arguments.overrides
     if arguments.card is None:
         config = load_config(arguments.base, arguments.overrides, arguments.trust_config)
         print_step(config, arguments)

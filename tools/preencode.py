@@ -62,8 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--caption", help="one caption for all images, in place of their own captions")
     add("--several-captions", action="store_true", help="each line of a caption file is a caption, and metadata.jsonl "
         "may have lists; training chooses one per epoch")  # fmt: skip
-    add("--tag-variants", type=int, default=1, metavar="K", help="captions per image: its own, and others with the tags "
-        "between its commas in random order; training chooses one per epoch (default: 1)")  # fmt: skip
+    add("--tag-variants", type=int, default=1, metavar="K", help="captions per image: its own, and others with the "
+        "tags between its commas in random order; training chooses one per epoch (default: 1)")  # fmt: skip
     add("--keep-tags", type=int, default=1, metavar="N", help="first tags that keep their places (default: 1)")
     add("--tag-dropout", type=float, default=0.0, metavar="P", help="share of the other tags that a variant lacks")
     add("--no-repeats", action="store_true", help="do not repeat the images of folders such as 10_name in training")

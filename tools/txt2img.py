@@ -99,7 +99,7 @@ def main() -> None:
     from ldm.models.diffusion.inputs import image_scale_of
     from ldm.models.diffusion.prompts import image_sizes
     from ldm.models.diffusion.text_to_image import SAMPLERS, Request, image_size, latent_shape, text_to_image
-    from ldm.modules.encoders.tokenizer import warn_of_cut
+    from ldm.modules.encoders.caption_length import warn_of_cut
     from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device, pick_precision
     from ldm.release.lora import Lora

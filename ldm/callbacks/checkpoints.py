@@ -58,9 +58,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         where = "lightning.modelcheckpoint.params"
         check_number(f"{where}.every_n_train_steps", every_n_train_steps, least=1, optional=True)
-        check_number(
-            f"{where}.train_time_interval", train_time_interval, least=0, whole=False, optional=True, unit="minutes"
-        )
+        interval = f"{where}.train_time_interval"
+        check_number(interval, train_time_interval, least=0, most=10**7, whole=False, optional=True, unit="minutes")
         check_number(f"{where}.save_last_k", save_last_k, least=0)
         self.path = path
         self.requests = requests

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
+from ldm.checkpoint.formats import precise_dtype
 from ldm.checkpoint.names import in_our_names
 from ldm.distributed.dtensor import local_tensor, shard_like
 from ldm.util import UserError, check_number
@@ -122,7 +123,7 @@ class DecayToStart(Callback):
             share = min(self._share(group["lr"]), 1.0)  # more would overshoot the start
             for parameter in group["params"]:
                 if parameter in starts:
-                    dtype = torch.promote_types(parameter.dtype, torch.float32)
+                    dtype = precise_dtype(parameter.dtype)
                     start = local_tensor(shard_like(in_memory(starts[parameter]), parameter)).to(
                         parameter.device, dtype
                     )

@@ -142,7 +142,7 @@ class KeptCheckpoints(ModelCheckpoint):
         score = trainer.callback_metrics.get(self.monitor)
         if score is not None and score is not self._before_validation and not trainer.sanity_checking:
             self._validated_step = trainer.global_step
-            self._save_on_train_epoch_end = None  # the end of an epoch need not be the step of the score
+            self._save_on_train_epoch_end = False  # the end of an epoch need not be the step of the score
         if trainer.sanity_checking or self._can_rank(trainer):
             super().on_validation_end(trainer, pl_module)
 

@@ -94,7 +94,7 @@ def _set(group: dict[str, Any], key: str, rate: float) -> None:
 
 
 class NoStepsLeft(Callback):
-    """Callback that warns if a resumed run has no steps left, which Lightning does not report."""
+    """Callback that warns if a run has no steps left, which Lightning does not report."""
 
     def __init__(self) -> None:
         self._started = False
@@ -105,6 +105,8 @@ class NoStepsLeft(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._started:
             limits = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+            if trainer.limit_train_batches == 0:
+                limits = {"limit_train_batches": 0}
             given = ", ".join(f"{name}={limit}" for name, limit in limits.items() if limit not in (None, -1))
             log.warning(
                 "No training: the run is already at step %d (%s); raise the limit to continue",

@@ -14,6 +14,8 @@ from ldm.callbacks.progress import batch_size
 from ldm.checkpoint.keys import RELEASE
 from ldm.events import START, EventLog
 
+_MOST_IN_NAME = 4096  # letters of a path
+
 
 class RunEvents(Callback):
     """Callback that adds a `start` event with command, device and counts to `events`, and keeps its step current.
@@ -26,11 +28,11 @@ class RunEvents(Callback):
         self.events = events
         self.resume = resume
         self.seed = seed
-        self._release: Any = None
+        self._release: dict[str, str] | None = None
         self._begun = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._release = checkpoint.get(RELEASE)
+        self._release = _release_in(checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._release is not None:
@@ -61,3 +63,15 @@ class RunEvents(Callback):
         if trainer.is_global_zero:
             self.events.step = trainer.global_step
             self.events.flush()  # the configs are saved by now
+
+
+def _release_in(checkpoint: dict[str, Any]) -> dict[str, str] | None:
+    """Return the name and the SHA-256 of the release that `checkpoint` notes, or None for anything else.
+
+    The file may come from somebody else, and the note is copied into each further checkpoint and event.
+    """
+    note = checkpoint.get(RELEASE)
+    parts = [note.get(key) for key in ("name", "sha256")] if isinstance(note, dict) else []
+    if not parts or not all(isinstance(part, str) and len(part) <= _MOST_IN_NAME for part in parts):
+        return None
+    return dict(zip(("name", "sha256"), parts, strict=True))

@@ -40,7 +40,8 @@ class Tolerance:
 
     def fail(self, error: Exception) -> None:
         if not self._failed:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            lines = (line.strip() for line in str(error).splitlines())
+            reason = next(filter(None, lines), type(error).__name__)
             log.warning("\n%s cannot be written (%s); training continues without it", self.what, reason)
         self._failed = True
 

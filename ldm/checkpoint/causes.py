@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -30,7 +30,7 @@ _NO_TEXT = "the file holds no text encoder: give a whole release, or a config wh
 def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], default: str) -> str:
     """Return the likely cause for a mismatch of `weights` with the model of state dict `own`, or `default`."""
     for found in (
-        _QUANTISED if any(_SCALES.search(key) for key in weights) else None,
+        _QUANTISED if any(map(is_scale, weights)) else None,
         _file_kind(weights, own),
         _other_family(weights, own),
         _other_unet(weights, own),
@@ -47,6 +47,11 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
     return _NO_VAE if lacks == [FIRST_STAGE] else _NO_TEXT
 
 
+def is_scale(key: str) -> bool:
+    """Return True for the name of a scale of a quantised weight and the like."""
+    return _SCALES.search(key) is not None
+
+
 def diffusers_layout(keys: Iterable[str]) -> bool:
     """Return True if `keys` have block names of diffusers."""
     return any(re.search(r"(?:^|\.)(?:down|up)_blocks\.\d|(?:^|\.)mid_block\.", key) for key in keys)
@@ -58,7 +63,7 @@ def _file_kind(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
     return _DIFFUSERS if diffusers_layout(weights) and not diffusers_layout(own) else None
 
 
-def other_kind(weights: Mapping[str, torch.Tensor]) -> str | None:
+def other_kind(weights: Collection[str]) -> str | None:
     """Return the kind of a file without a UNet, by its keys, or None if unknown."""
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None

@@ -80,6 +80,15 @@ def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first, second)
 
 
+def precise_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return float32, or a wider dtype that holds the values of `dtypes`. torch promotes none of 8 bits or less."""
+    wide = torch.float32
+    for dtype in dtypes:
+        if not (dtype.is_floating_point and dtype.itemsize == 1):
+            wide = torch.promote_types(wide, dtype)
+    return wide
+
+
 def can_hold(own: torch.dtype, given: torch.dtype) -> bool:
     """Return True if values of dtype `given` keep their meaning in `own`. Integers may be quantised weights."""
     if own.is_complex or not (own.is_floating_point or given.is_complex):

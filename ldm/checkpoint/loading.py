@@ -13,6 +13,7 @@ from torch import nn
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.formats import can_hold
 from ldm.checkpoint.keys import (
+    DEPTH_STAGE,
     EMA,
     MODEL,
     OPTIONAL_KEYS,
@@ -78,7 +79,7 @@ def load_into(
                 "save it as floating-point numbers (a quantised model: dequantise it)"
             )
     optional = list(optional)
-    optional += [f"{part}*" for part in TEXT_ENCODERS if not has_part(own, part)]
+    optional += [f"{part}*" for part in (*TEXT_ENCODERS, DEPTH_STAGE) if not has_part(own, part)]
     report = LoadReport([key for key in own if key not in state_dict], [key for key in state_dict if key not in own])
     for keys, what in zip(report, ("lacks", "has unexpected"), strict=True):
         required = [key for key in keys if not is_optional(key, optional)]

@@ -6,11 +6,12 @@ To add the layout of a program, add an entry to `_RENAMED`, or to `_CARRIED` for
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ldm.checkpoint.causes import is_scale
 from ldm.checkpoint.keys import (
     COND_STAGE,
     CONDITIONER,
@@ -18,10 +19,12 @@ from ldm.checkpoint.keys import (
     FIRST_STAGE,
     MODEL,
     OPTIONAL_KEYS,
+    PREDICTION_MARKERS,
     SCHEDULE_KEYS,
     UNET,
     ema_key,
     has_part,
+    is_optional,
 )
 from ldm.checkpoint.writing import Pending
 
@@ -37,9 +40,9 @@ _VAE_NAMES = {
 }
 # (pattern, replacement), applied in order.
 _RENAMED = [
-    # Wrappers of a saved module: torch.compile and distributed training.
+    # Wrappers of a saved module: torch.compile, distributed training, and a checkpoint flattened to one level.
     (re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."), ""),
-    (re.compile(r"^(?:_forward_module\.|module\.)+"), ""),
+    (re.compile(r"^(?:_forward_module\.|module\.|state_dict\.)+"), ""),
     (re.compile(rf"^{re.escape(MODEL)}module\."), MODEL),
     # A UNet alone.
     (re.compile(r"^(?:diffusion_model\.)?((?:input|output)_blocks\.|middle_block\.|(?:time|label)_emb\w*\.|out\.\d)"),
@@ -58,6 +61,12 @@ _CARRIED = [
     re.compile(rf"^{_TOWER}(?:transformer\.)?(?:logit_scale|text_projection)$"),
     _LORA,
 ]
+# Values that programs add to networks: GLIGEN, AnimateDiff, IP-Adapter, LoRA.
+_ADDED = re.compile(r"(?:^|\.)(?:position_net|fuser|motion_modules)\.|\.to_[kv]_ip\.|\.(?:alpha|dora_scale)$")
+# Weights without which those of the model have another meaning: the classes of a UNet.
+_NEEDED = re.compile(rf"^{re.escape(UNET)}label_emb\.")
+_NUMBER = re.compile(r"\d+")
+_WORD = re.compile(r"[A-Za-z_]*[A-Za-z]")
 _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
 
 
@@ -65,7 +74,7 @@ _LINEAR = re.compile(rf"{_ATTENTION}(?:q|k|v|proj_out)\.weight$")
 class Renamed:
     """Weights under this package's names and shapes, and the names in the file.
 
-    `origins` maps each key of `weights` to a key of `file`. `carried` are the keys of `file` that no model uses.
+    `origins` maps each key of `weights` to a key of `file`. `carried` are the keys of `file` that no model has.
     """
 
     file: Weights
@@ -80,10 +89,11 @@ class Renamed:
         if renamed:
             (theirs, ours) = renamed[0]
             lines.append(f"{len(renamed)} keys have other names, such as {theirs} for {ours}")
-        if self.carried:
-            labels = list(dict.fromkeys(_label(key) for key in self.carried))
+        unused = [key for key in self.carried if key not in PREDICTION_MARKERS]  # no weights, but they are read
+        if unused:
+            labels = list(dict.fromkeys(_label(key) for key in unused))
             more = ", …" if len(labels) > _LABELS else ""
-            lines.append(f"{len(self.carried)} values are not used: {', '.join(labels[:_LABELS])}{more}")
+            lines.append(f"{len(unused)} values are not used: {', '.join(labels[:_LABELS])}{more}")
         return lines
 
     def with_carried(self) -> dict[str, torch.Tensor]:
@@ -108,24 +118,40 @@ class Renamed:
 def in_our_names(weights: Weights, own: Collection[str] = ()) -> Renamed:
     """Return `weights` under the names of the model with the keys `own`. A key in `own` keeps its name.
 
-    If the UNet has only EMA weights, they become its weights. EMA keys have no dots, so this needs `own`.
+    If the UNet has only EMA weights, they become its weights. EMA keys have no dots, so this needs `own`. Within the
+    parts of the model, values of other programs are carried, but not those whose names have only words of the model's
+    keys, such as a further layer or a bias: they mean another model.
     """
     own = set(own)
     names = {key: key if key in own else _our_name(key) for key in weights}
     if not has_part(names.values(), MODEL) and has_part(names.values(), EMA):
         shadows = {ema_key(key): key for key in own if key.startswith(MODEL)}
         names = {key: shadows.get(name, name) for key, name in names.items()}
-    known = _known(own)
+    known, is_extra = _known(own), _extras_beside(own, names.values())
     exact = {key for key, name in names.items() if key == name}
     renamed = Renamed(weights, {}, {}, [])
     for key, name in names.items():
         taken = name in renamed.origins or (key != name and name in exact)
-        if taken or (name not in own and _is_carried(name, known)):
+        if taken or (name not in own and (_is_carried(name, known) or is_extra(name))):
             renamed.carried.append(key)
             continue
         renamed.weights[name] = _as_convolution(name, weights[key])
         renamed.origins[name] = key
     return renamed
+
+
+def _extras_beside(own: set[str], names: Iterable[str]) -> Callable[[str], bool]:
+    """Return a test of names within the parts that both `own` and `names` have: is the value one of another program?"""
+    shared = own.intersection(names)
+    parts = tuple(part for part in _PARTS if part != EMA and has_part(shared, part))
+    words = {word for key in own for word in _WORD.findall(key)}
+
+    def is_extra(name: str) -> bool:
+        if not name.startswith(parts) or is_optional(name) or is_scale(name) or _NEEDED.match(name):
+            return False
+        return not words.issuperset(_WORD.findall(name))
+
+    return is_extra
 
 
 def is_carried(key: str, own: Iterable[str] = ()) -> bool:
@@ -152,11 +178,14 @@ def _label(key: str) -> str:
     """Return the name that messages show for an unused value."""
     if _LORA.search(key):
         return "lora_*"
-    return ".".join(key.split(".")[:2]) if key.startswith(_PARTS) else _kind(key)
+    if not key.startswith(_PARTS):
+        return _kind(key)
+    is_listed = any(pattern.search(key) for pattern in _CARRIED)
+    return ".".join(key.split(".")[:2]) if is_listed else _NUMBER.sub("*", key)
 
 
 def _is_carried(name: str, known: Iterable[str]) -> bool:
-    return _kind(name) not in known or any(pattern.search(name) for pattern in _CARRIED)
+    return _kind(name) not in known or any(pattern.search(name) for pattern in (*_CARRIED, _ADDED))
 
 
 def _as_convolution(name: str, weight: torch.Tensor) -> torch.Tensor:

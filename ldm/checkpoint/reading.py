@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def open_checkpoint(path: str | Path, mmap: bool = True) -> OpenCheckpoint:
             raise UserError(f"{path}: not a checkpoint (neither .ckpt nor .safetensors content); name another file")
         content, left_out = without_left_out(content)
         file.check_unchanged()
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except UnreadTensor as error:
         raise UserError(f"{path}: {error}") from error
@@ -162,6 +164,8 @@ def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
         with safe_open(path, framework="pt"):  # checks sizes, overlaps and gaps in the header
             pass
     except SafetensorError as error:
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise MemoryError(str(error)) from error
         raise UserError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from error
     length = int.from_bytes(file.read(0, 8), "little")
     header = json.loads(file.read(8, length))

@@ -29,8 +29,11 @@ _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 NO_MEMORY = "this machine has too little memory left: use a smaller batch and fewer data workers, or end other programs"
-# Messages of the plain RuntimeError that torch raises if the host has no memory left.
-_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
+# Messages of the plain RuntimeErrors that torch and Python raise if the host has no memory left.
+_ALLOCATION_FAILED = (
+    *("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc"),
+    "can't start new thread",  # of Python, which has no stack for it
+)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -130,7 +133,8 @@ def is_host_memory_error(error: BaseException) -> bool:
 def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
     """Log an error of the operating system in a thread as one line, for example of a logger on a full disk."""
     if isinstance(failed.exc_value, OSError):
-        logger.error("error: %s", failed.exc_value)
+        name = failed.thread.name if failed.thread else "unknown"
+        logger.error("error in the background thread %s: %s", name, failed.exc_value)
     else:
         threading.__excepthook__(failed)
 

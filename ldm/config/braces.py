@@ -10,6 +10,7 @@ import braceexpand
 from ldm.util import UserError
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_PLAIN_BACKSLASH = re.compile(r"\\(?![\\{},])")  # escapes nothing, as in a path of Windows
 # Total characters of the expanded names. A million shard names need less, and {0..999999999} needs gigabytes.
 _MOST_EXPANDED = 1 << 26
 
@@ -23,7 +24,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
     try:
         if most_names(pattern) * len(pattern) > _MOST_EXPANDED:
             raise ValueError("expands to too many names; name fewer shards")
-        for name in braceexpand.braceexpand(pattern):
+        for name in braceexpand.braceexpand(_PLAIN_BACKSLASH.sub(r"\\\\", pattern)):
             yield re.sub("^file:(//)?", "", name)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{pattern:.100}: {error!s:.200}") from error

@@ -23,6 +23,7 @@ from ldm.util import UserError, instantiate_from_config, nearest
 log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "data", "lightning")
+_OF_LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger")  # often written a level too high
 _MOST_BYTES = 1 << 20  # size limit of a config file
 # Further folders for a bare file name: in the working directory, then in this repository.
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -119,6 +120,9 @@ def _drop_other_sections(config: DictConfig, source: str) -> None:
         log.warning(
             "%s: sections ignored: %s; known sections: %s", source, ", ".join(map(str, others)), ", ".join(SECTIONS)
         )
+    for section in _OF_LIGHTNING:
+        if section in others:
+            log.warning("%s: %s has an effect inside the section lightning only", source, section)
 
 
 def find_config(name: str | Path) -> Path:
@@ -127,6 +131,8 @@ def find_config(name: str | Path) -> Path:
     Raises:
         UserError: the file does not exist.
     """
+    if not str(name).strip():
+        raise UserError(f"--base {str(name)!r}: names no file; give a YAML config")
     for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
         if path.is_file():
             return path
@@ -189,6 +195,8 @@ def read_config(path: Path) -> DictConfig:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or _first_line(error)
+        if path.suffix == ".toml":
+            raise UserError(f"{path}: is TOML, which other programs read; give a YAML config") from error
         raise UserError(f"{path}{where}: not valid YAML ({reason})") from error
     except UnicodeDecodeError as error:
         reason = f"it is not UTF-8 text ({error.reason})"
@@ -201,6 +209,9 @@ def read_config(path: Path) -> DictConfig:
         raise UserError(f"{path}: not a readable config ({_first_line(error)})") from error
     if not isinstance(part, DictConfig):
         raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, found a list")
+    sections = OmegaConf.to_container(part)
+    if sections and all(value is None and key not in SECTIONS for key, value in sections.items()):  # a text
+        raise UserError(f"{path}: not a YAML mapping with the sections {', '.join(SECTIONS)}")
     return part
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.allowed import nearest_allowed, reason_for
 from ldm.config.external_access import external_access
-from ldm.moved_targets import current_path, hint_for_target, without_unused_keys
+from ldm.moved_targets import current_path, hint_for_missing_module, hint_for_target, without_unused_keys
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
             if reason_for(current_path(text)) is None:
                 raise UserError(
                     f"{source}: target {text!r:.100} is not on the list of allowed classes"
-                    f"{hint_for_target(text) or nearest_allowed(text)}; {_HINT}"
+                    f"{hint_for_target(text) or nearest_allowed(text) or hint_for_missing_module(text)}; {_HINT}"
                 )
             continue
         opened = path[:3] != _PROMPTS

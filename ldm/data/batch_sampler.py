@@ -172,6 +172,12 @@ class EpochBatchSampler:
             missing.append(0 if self.options.get("shuffle") and seen else len(group) - seen)
         return missing
 
+    def largest_step(self, batches: int) -> int:
+        """Return the number of images in the `batches` largest batches of an epoch, of all ranks together."""
+        drop_last, world = self.options.get("drop_last", False), self.options.get("world", 1)
+        sizes = [len(step) for group in self.groups for step in _steps(group, self.batch_size, world, drop_last)]
+        return sum(sorted(sizes)[-batches:])
+
     def __len__(self) -> int:
         """Return the number of batches of an epoch, equal for all epochs and ranks."""
         return self._length

@@ -15,7 +15,7 @@ from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
 from ldm.shards.index import FAMILY, read_index
-from ldm.shards.open import check_members, family_name, open_shards
+from ldm.shards.open import check_members, family_name, open_shards, warn_of_scale
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import (
     CONTEXT,
@@ -35,6 +35,8 @@ from ldm.shards.urls import expand_urls, is_stream, shard_weights, without_weigh
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
+
+_FULL_MASKS = 0.25  # default of full_mask_share
 
 
 class WebDataNpyModuleFromConfig(BaseDataModule):
@@ -64,7 +66,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         num_workers: int = 0,
         null_cond_dropout: float = 0.0,  # share of training captions that the empty caption replaces
         null_cond_path: str | None = None,  # its encoding; default: null.<cond_stage_key>.npy beside the shards
-        full_mask_share: float = 0.25,  # share of samples with masks that are completely masked
+        full_mask_share: float | None = None,  # share of samples with masks that are completely masked; default: 0.25
         first_stage_key: str | None = None,  # default: that of the model, f8 in the recipe
         cond_stage_key: str | None = None,  # default: that of the model, t5 in the recipe
         shuffle: bool = True,
@@ -79,7 +81,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
         check_number("data.params.null_cond_dropout", null_cond_dropout, least=0, most=1, whole=False)
-        check_number("data.params.full_mask_share", full_mask_share, least=0, most=1, whole=False)
+        check_number("data.params.full_mask_share", full_mask_share, least=0, most=1, whole=False, optional=True)
         check_number("data.params.prior_ratio", prior_ratio, above=0, whole=False)
         self.weights = shard_weights(training_urls) if not isinstance(training_urls, (str, type(None))) else {}
         self.folder_repeats = folder_repeats
@@ -146,6 +148,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         check_members(urls, [*self._keys(), *extra], for_training=self._model() is not None)
         dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), _describe(dataset))
+        if not getattr(self._model(), "scale_by_std", True):
+            warn_of_scale(dataset, self._model().scale_factor)
         return dataset
 
     def _open_stream(self, split: str, urls: list[str]) -> ShardStream:
@@ -162,7 +166,12 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         self, dataset: ShardDataset | ShardStream, training: bool, dropout: CaptionDropout | None
     ) -> Change | None:
         """Return the change of the samples of `dataset`: the choices of a caption and of a mask, then `dropout`."""
-        masks = self._mask_choice(dataset, training) if set(NUMBERED) <= set(dataset.keys) else None
+        has_masks = set(NUMBERED) <= set(dataset.keys)
+        if training and self.full_mask_share and not has_masks:
+            raise UserError(
+                f"data.params.full_mask_share {self.full_mask_share}: the training samples have no masks; leave it out"
+            )
+        masks = self._mask_choice(dataset, training) if has_masks else None
         captions = CaptionChoice(self.seed) if dataset.keeps_captions else None
         changes = [change for change in (captions, masks, dropout) if change is not None]
         return InTurn(changes) if changes else None
@@ -172,9 +181,10 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         if not training:
             return MaskChoice(count)
         blanks = {}
-        if self.full_mask_share:
+        share = _FULL_MASKS if self.full_mask_share is None else self.full_mask_share
+        if share:
             blanks = load_blanks(self._null_folder(dataset, "full_mask_share"), dataset.shapes[MASKED_IMAGE])
-        return MaskChoice(count, blanks, self.full_mask_share, self.seed)
+        return MaskChoice(count, blanks, share, self.seed)
 
     def _dropout(self, dataset: ShardDataset | ShardStream) -> CaptionDropout | None:
         kind, share, of_edits = CaptionDropout, self.null_cond_dropout, getattr(self._model(), "dropout", None)

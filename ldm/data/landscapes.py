@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.listed import existing_folder, listed_images, naming, read_image, read_list, to_minus_one_one
 from ldm.files import MOST_IN_MEMBER, read_at_most
+from ldm.images.captions import spelled
 from ldm.images.find import ImageItem
 from ldm.images.pixels import crop, image_size, random_below, resize
 from ldm.util import UserError
@@ -80,7 +81,7 @@ def read_labels(item: ImageItem) -> Image.Image:
     """Return the grey image of labels. Raise `UserError` if it is missing, in colour, or has an invalid label."""
     with naming(item.name):
         try:
-            with Image.open(io.BytesIO(read_at_most(item.path, MOST_IN_MEMBER)), formats=("PNG",)) as opened:
+            with Image.open(io.BytesIO(read_at_most(spelled(item.path), MOST_IN_MEMBER)), formats=("PNG",)) as opened:
                 opened.load()
                 labels = opened if opened.mode in ("L", "P") else None
         except (OSError, ValueError, SyntaxError) as error:

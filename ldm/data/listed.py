@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from torch.utils.data import Dataset
 from ldm.data.sources import find_images
 from ldm.files import decode_text, read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
-from ldm.images.captions import relative_name
+from ldm.images.captions import relative_name, spelled
 from ldm.images.find import ImageItem
 from ldm.util import UserError
 
@@ -51,7 +53,7 @@ def read_list(path: str | Path, what: str) -> list[str]:
         raise UserError(f"{file}: not a text file: {error}") from error
     except OSError as error:
         raise UserError(f"no list {str(file.absolute())!r} ({error.strerror}): give {what}, one per line") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in re.split("[\r\n]", text) if line.strip()]  # `splitlines` also splits at "\u2028"
     if not lines:
         raise UserError(f"{file}: is empty; give {what}, one per line")
     return lines
@@ -66,7 +68,7 @@ def listed_images(root: str | Path, names: Iterable[str], what: str) -> list[Ima
     folder = existing_folder(root, what)
     inside = (relative_name(name, folder, "an image of the list") for name in names)
     items = [ImageItem(name, folder / name, caption="") for name in inside]
-    if not items[0].path.is_file():
+    if not spelled(items[0].path).is_file():
         raise UserError(f"{items[0].path.absolute()}: no such image, although it is the first of the list")
     return items
 
@@ -81,6 +83,8 @@ def read_image(item: ImageItem, then: Callable[[Image.Image], T] = lambda image:
 
     `item` is an image file or a `.npy`, uint8 (3, H, W), (1, 3, H, W) or (H, W, 3).
     """
+    if item.span is None:
+        item = replace(item, path=spelled(item.path))
     if item.path.suffix.lower() != ".npy":
         return item.read(lambda pixels: then(Image.fromarray(pixels)))
     try:

@@ -71,7 +71,8 @@ _UNEQUAL = ("stack expects each tensor to be equal size", "Trying to resize stor
 def _raise_in_one_line(error: UserError) -> None:
     """Raise `error`. In an error from a worker, the last line of the traceback is the message."""
     last = str(error.args[0]).strip().splitlines()[-1]
-    raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
+    kind = type(error)  # UserError, or a subclass
+    raise UserError(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
 
 
 class SampleLoader(DataLoader):

@@ -93,6 +93,15 @@ def _without_captions(sources: Sequence[str]) -> list[str]:
     return kept or list(sources)
 
 
+def _identity(item: ImageItem) -> tuple[Path, str, Path | None, str | None]:
+    """Return what two items of one source must differ in. The images of a tar share its path.
+
+    One image may have several edits, and one edit several instructions.
+    """
+    pair = (None, None) if item.edited is None else (item.edited.path, item.caption)
+    return item.path, item.name, *pair
+
+
 def find_images(
     source: str | Path | Sequence[str | Path], caption: str | None = None, pairs: bool = False, several: bool = False
 ) -> list[ImageItem]:
@@ -120,8 +129,8 @@ def find_images(
         if not found:
             raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars with images")
         paths = {item.path.resolve() for item in found}
-        counts = Counter((item.path, item.name) for item in found)  # the images of a tar share its path
-        twice = seen & paths | {path for (path, _), count in counts.items() if count > 1}
+        counts = Counter(map(_identity, found))
+        twice = seen & paths | {path for (path, *_), count in counts.items() if count > 1}
         if twice:
             raise UserError(f"{min(twice)}: occurs twice among the images")
         seen |= paths

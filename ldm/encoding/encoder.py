@@ -1,4 +1,4 @@
-"""Encoder of images to posteriors and of captions to hidden states."""
+"""Encoder of images to posteriors and depth maps, and of captions to hidden states."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ldm.checkpoint import encoder_digests
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.transforms import to_range
+from ldm.models.diffusion.concat import for_depth_network
 from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
-from ldm.modules.encoders.tokenizer import cut_captions
+from ldm.modules.encoders.caption_length import cut_captions
 from ldm.release.model_family import family_of_model
 from ldm.shards.index import EMPTY_CAPTION, ENCODED, FAMILY, ZEROS
 from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR
@@ -56,7 +57,9 @@ class _Caption:
 
 
 class SampleEncoder:
-    """Autoencoder and text encoder of a `LatentDiffusion`, moved to `device` and `dtype`. The UNet is not moved.
+    """Autoencoder, text encoder and depth network, if any, of a `LatentDiffusion`, moved to `device` and `dtype`.
+
+    The UNet is not moved.
 
     `digests` identifies the weights at their original precision.
 
@@ -69,6 +72,8 @@ class SampleEncoder:
         self.digests = encoder_digests(model.state_dict())  # before the weights are rounded to `dtype`
         model.first_stage_model.to(device, dtype)
         model.cond_stage_model.to(device, dtype)
+        if getattr(model, "depth_model", None) is not None:
+            model.depth_model.to(device, dtype)
         self.model = model
         self.device = torch.device(device)
         self.dtype = dtype
@@ -119,6 +124,13 @@ class SampleEncoder:
         """Return masks (B, 1, H, W) at the latent's size (B, 1, h, w), float16: the upper left pixel of each cell."""
         step = self.model.first_stage_model.downsampling
         return masks[:, :, ::step, ::step].half()
+
+    @torch.inference_mode()
+    def depths(self, batch: Tensor) -> Tensor:
+        """Estimate the depth of images, uint8 (B, 3, H, W): (B, 1, h, w) at the latent's size, float16."""
+        step = self.model.first_stage_model.downsampling
+        pixels = for_depth_network(to_range(self._on_device(batch)))
+        return self.model.estimated_depth(pixels, (batch.shape[2] // step, batch.shape[3] // step)).half()
 
     def _on_device(self, batch: Tensor) -> Tensor:
         """Return the batch on the device."""

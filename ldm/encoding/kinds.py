@@ -17,8 +17,8 @@ from ldm.images.buckets import Size
 from ldm.images.find import ImageItem
 from ldm.images.masks import random_mask, style_of
 from ldm.models.diffusion import ddpm_edit
-from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
-from ldm.shards.sample import EDIT, LATENT, MASK, MASKED_IMAGE, blank_key, numbered
+from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentInpaintDiffusion
+from ldm.shards.sample import DEPTH, EDIT, LATENT, MASK, MASKED_IMAGE, blank_key, numbered
 from ldm.util import UserError, check_number, get_obj_from_str
 
 MASKS = 4  # default number of masks per sample
@@ -120,6 +120,16 @@ class EditSamples(ImageSamples):
         return {**super().encode(encoder, images, flip), EDIT: mode}
 
 
+class DepthSamples(ImageSamples):
+    """Samples with the depth that the model's network estimates for each image."""
+
+    members = (LATENT, DEPTH)
+
+    def encode(self, encoder: SampleEncoder, images: Sequence[FittedImage], flip: bool) -> dict[str, Tensor]:
+        pixels = _stacked([image.pixels for image in images], flip)
+        return {LATENT: encoder.images(pixels), DEPTH: encoder.depths(pixels)}
+
+
 def samples_for(model: Any, masks: int | None = None, flip: bool = False) -> ImageSamples:
     """Return the kind of samples for `model`. `masks` is the number per sample for an inpainting model.
 
@@ -133,6 +143,13 @@ def samples_for(model: Any, masks: int | None = None, flip: bool = False) -> Ima
         raise UserError(f"--masks {masks}: this is not an inpainting model; leave it out")
     if isinstance(model, ddpm_edit.LatentDiffusion):
         return EditSamples()
+    if isinstance(model, LatentDepth2ImageDiffusion):
+        if model.depth_model is None:
+            raise UserError(
+                "the model has no depth network, which estimates the depth of images; name a whole release, such as "
+                "512-depth-ema.ckpt, and no config without depth_stage_config"
+            )
+        return DepthSamples()
     if getattr(model.model, "takes_maps", False):
         raise UserError(
             f"the config's model, {type(model).__name__}, is conditioned on {', '.join(model.concat_keys)}, which "

@@ -19,7 +19,7 @@ from ldm.distributed.ranks import Ranks
 from ldm.encoding.jobs import Record, verified_record, wait_for_records, write_record
 from ldm.encoding.shard_set import RESUMABLE, begin, can_resume, check_out, finish, locked_set, stop, wait_for_begin
 from ldm.shards.index import REPEATS
-from ldm.shards.table import keep_tables
+from ldm.shards.kept_tables import keep_tables
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import load_state_dict, save_state_dict
+from ldm.checkpoint import in_memory, is_finite, load_state_dict, save_state_dict
 from ldm.evaluation.denoising import Record
 from ldm.evaluation.sets import EvaluationSet
 from ldm.util import UserError
@@ -55,6 +55,10 @@ def _record(path: Path, tensors: Mapping[str, Tensor], image_set: EvaluationSet,
         raise UserError(
             f"{path}: damaged, it holds tensors of wrong shapes; "
             "remove the file to compare with the present weights from now on"
+        )
+    if not all(is_finite(in_memory(tensor)) for tensor in (loss, *eps)):
+        raise UserError(
+            f"{path}: has values that are not finite; remove the file to compare with the present weights from now on"
         )
     return Record(loss.numpy(), eps)
 

@@ -16,9 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.images.colours import ColorJitter, Grayscale, RandomGrayscale
-from ldm.images.pixels import ImageLike, crop, filter_of, image_size, pad, random_below, random_between, resize
+from ldm.images.pixels import (
+    PADDING_MODES,
+    ImageLike,
+    crop,
+    filter_of,
+    image_size,
+    pad,
+    random_below,
+    random_between,
+    resize,
+)
 from ldm.images.tensors import ConvertImageDtype, Normalize, PILToTensor, ToPILImage, ToTensor
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, check_choice, check_number, instantiate_from_config
 
 __all__ = [
     "CenterCrop",
@@ -79,6 +89,7 @@ class RandomApply(Compose):
 
     def __init__(self, transforms: Sequence[Any], p: float = 0.5) -> None:
         super().__init__(transforms)
+        check_number("p", p, least=0, most=1, whole=False)
         self.p = p
 
     def __call__(self, image: Any) -> Any:
@@ -155,6 +166,7 @@ class RandomCrop:
     ) -> None:
         self.size = _pair(size)
         self.pad = None if padding is None else Pad(padding, fill, padding_mode)
+        check_choice("padding_mode", padding_mode, PADDING_MODES)
         self.pad_if_needed = pad_if_needed
         self.fill = fill
         self.padding_mode = padding_mode
@@ -195,9 +207,9 @@ class RandomResizedCrop:
         antialias: bool | None = True,
     ) -> None:
         self.size = _pair(size)
-        for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
-            if not 0 < low <= high:
-                raise UserError(f"{name} {[low, high]}: give the minimum and the maximum, above 0")
+        for name, ends in {"scale": scale, "ratio": ratio}.items():
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
+                raise UserError(f"{name} {list(ends)}: give the minimum and the maximum, above 0")
         self.scale, self.ratio = scale, ratio
         self.filter = filter_of(interpolation)
         self.antialias = antialias is not False
@@ -223,6 +235,7 @@ class RandomHorizontalFlip:
     """Horizontal flip with probability `p`."""
 
     def __init__(self, p: float = 0.5) -> None:
+        check_number("p", p, least=0, most=1, whole=False)
         self.p = p
 
     def __call__(self, image: ImageLike) -> ImageLike:
@@ -235,6 +248,7 @@ class RandomVerticalFlip:
     """Vertical flip with probability `p`."""
 
     def __init__(self, p: float = 0.5) -> None:
+        check_number("p", p, least=0, most=1, whole=False)
         self.p = p
 
     def __call__(self, image: ImageLike) -> ImageLike:
@@ -250,6 +264,7 @@ class Pad:
         values = list(padding) if isinstance(padding, Sequence) else [padding]
         if len(values) not in (1, 2, 4) or not all(type(value) is int and value >= 0 for value in values):
             raise UserError(f"padding {padding!r}: give one, two or four whole numbers")
+        check_choice("padding_mode", padding_mode, PADDING_MODES)
         self.sides = (values * 4)[:4]  # left, top, right, bottom
         self.fill, self.padding_mode = fill, padding_mode
 

@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -58,6 +59,24 @@ def same_name(name: str) -> str:
     """
     path = PurePosixPath(unicodedata.normalize("NFC", name))
     return str(path.with_suffix(path.suffix.lower())) if path.suffix else str(path)
+
+
+def spelled(path: Path) -> Path:
+    """Return `path` if it exists, else the file whose name and folders have the same normal form, else `path`."""
+    if os.path.lexists(path) or path.parent == path:
+        return path
+    parent = spelled(path.parent)
+    try:
+        names = _names_in(parent.absolute(), parent.stat().st_mtime_ns)
+    except OSError:
+        return path
+    return parent / names.get(same_name(path.name), path.name)
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: Path, _modified: int) -> dict[str, str]:
+    """Return the names in `folder` by their normal forms."""
+    return {same_name(path.name): path.name for path in sorted(folder.iterdir(), reverse=True)}
 
 
 class CaptionFiles:
@@ -175,13 +194,21 @@ def from_metadata(
 
 def _keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | None, str | None]:
     """Return the keys of an entry's file name, its caption and, of `pairs`, its edited image; None for none."""
-    file_key = next((key for key in _FILE_KEYS if entry.get(key)), None)
+    file_key = next((key for key in _FILE_KEYS if _is_given(entry.get(key))), None)
     text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
     if not pairs:
         return file_key, text_key, None
-    before, after = (next((k for k in entry if names.fullmatch(k) and entry[k]), None) for names in (_BEFORE, _AFTER))
+    before, after = (
+        next((key for key in entry if names.fullmatch(key) and _is_given(entry[key])), None)
+        for names in (_BEFORE, _AFTER)
+    )
     instruction = next((key for key in _INSTRUCTION_KEYS if entry.get(key) is not None), None)
     return before or file_key, instruction, after
+
+
+def _is_given(value: Any) -> bool:
+    """Return False for null and an empty text. Other values that are no file name are errors of the entry."""
+    return value is not None and value != ""
 
 
 def _json_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, dict[str, Any]]]:

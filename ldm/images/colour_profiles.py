@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageChops, ImageCms
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,8 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
     colours = _colours_of(profile)
     if image.mode in ("L", "LA") and colours == "RGB":
         image = image.convert("RGBA" if image.mode == "LA" else "RGB")
+    if image.mode in ("RGB", "RGBA") and colours == "GRAY" and _is_grey(image):
+        image = image.convert("LA" if image.mode == "RGBA" else "L")
     if image.mode not in _MODES.get(colours, ()):
         raise ValueError(f"its colour space is {colours or 'unknown'}, but the image is {image.mode}")
     if _is_srgb(profile):
@@ -96,6 +98,12 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
     if alpha is not None:
         transformed.putalpha(alpha)
     return transformed
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Return True if the colours of `image`, RGB or RGBA, are all grey, as those of a grey palette."""
+    red, *others = (image.getchannel(band) for band in "RGB")
+    return all(ImageChops.difference(red, other).getbbox() is None for other in others)
 
 
 def _open(profile: bytes) -> ImageCms.ImageCmsProfile:

@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ldm.images.pixels import ImageLike
-from ldm.util import UserError
+from ldm.util import UserError, check_number
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601
 
@@ -83,7 +83,7 @@ def _turn_tensor(image: Tensor, turn: float) -> Tensor:
 def _range(name: str, given: float | Sequence[float], centre: float, least: float, most: float) -> tuple[float, float]:
     """Return the range of a factor. A number is the distance from `centre`, and a pair is the range."""
     if isinstance(given, Sequence):
-        low, high = given
+        low, high = given if len(given) == 2 else (most, least)
     elif given < 0:
         low, high = most, least  # an invalid range, refused below
     else:
@@ -144,6 +144,7 @@ class RandomGrayscale:
     """Conversion to luma with probability `p`, with an unchanged number of channels."""
 
     def __init__(self, p: float = 0.1) -> None:
+        check_number("p", p, least=0, most=1, whole=False)
         self.p = p
 
     def __call__(self, image: ImageLike) -> ImageLike:

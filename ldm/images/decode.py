@@ -78,6 +78,8 @@ def _decoded(data: bytes, name: str, lock: DecodeLock | None, then: Callable[[Im
             return then(image)
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error
+    except MemoryError as error:
+        raise UserError(f"{name}: this machine has too little memory left to decode it") from error
     except Exception as error:  # on damaged files, decoders raise OSError, SyntaxError, ...
         raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
@@ -124,7 +126,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         for top in range(0, len(levels), _BAND):
             eight_bits[top : top + _BAND] = np.round(levels[top : top + _BAND] / 257)
         scaled = Image.fromarray(eight_bits)
-        scaled.info = image.info
+        scaled.info = {key: value for key, value in image.info.items() if key != "transparency"}
+        if "transparency" in image.info:  # a level of 16 bits
+            scaled.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
         return scaled
     if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
         return image

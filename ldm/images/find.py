@@ -18,7 +18,7 @@ from ldm.identity import Identity, check_identity, retried
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
 from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
-from ldm.images.walk import walk
+from ldm.images.walk import Found, walk
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def from_folder(folder: Path, fixed: str | None, pairs: bool = False, several: b
     for path, reason in found.unreadable.items():
         if is_image(path) or reason.startswith("the folder"):
             items.append(ImageItem(path.relative_to(folder).as_posix(), path, error=reason))
+    _say_hidden(folder, found)
     _say_left_out(folder, set(found.files) - set(images) - set(tars) - used, images)
     return sorted(items, key=lambda item: folder / item.name) if not _is_one_list(folder, lists) else items
 
@@ -234,6 +235,17 @@ def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
 def _is_alone(item: ImageItem) -> bool:
     """Return True for the second image of a pair, before it is joined to the first."""
     return item.edited is None and item.span is None and is_edited(item.path)
+
+
+def _say_hidden(folder: Path, found: Found) -> None:
+    """Log a warning for hidden images and folders, and for links that may lead to folders of images."""
+    hidden = [path for path in found.hidden if path.is_dir() or (is_image(path) and not path.name.startswith("._"))]
+    links = [path for path in found.unreadable if path.is_symlink() and not path.suffix]
+    for paths, what in ((hidden, "hidden images and folders skipped"), (links, "links to nothing skipped")):
+        if paths:
+            names = sorted(path.relative_to(folder).as_posix() for path in paths)
+            shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
+            logger.warning("%s: %d %s: %s", folder, len(names), what, shown)
 
 
 def _say_left_out(folder: Path, others: set[Path], images: Sequence[Path]) -> None:

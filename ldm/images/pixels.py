@@ -23,7 +23,7 @@ _FILTERS = {
     "hamming": (Image.Resampling.HAMMING, None),
     "lanczos": (Image.Resampling.LANCZOS, None),
 }
-_PADDING_MODES = {"constant": "constant", "edge": "replicate", "reflect": "reflect", "symmetric": "symmetric"}
+PADDING_MODES = {"constant": "constant", "edge": "replicate", "reflect": "reflect", "symmetric": "symmetric"}
 
 
 def filter_of(interpolation: Any) -> str:
@@ -74,8 +74,6 @@ def pad(
     image: ImageLike, left: int, top: int, right: int, bottom: int, fill: Any = 0, mode: str = "constant"
 ) -> ImageLike:
     """Return `image` with the given number of pixels added on each side."""
-    if mode not in _PADDING_MODES:
-        raise UserError(f"padding_mode {mode!r}: give one of {', '.join(_PADDING_MODES)}")
     if not isinstance(image, Tensor):
         if mode == "constant":
             size = (image.width + left + right, image.height + top + bottom)

@@ -69,6 +69,8 @@ class Normalize:
     def __init__(self, mean: Sequence[float], std: Sequence[float], inplace: bool = False) -> None:
         if not all(std):
             raise UserError(f"std {list(std)}: must not be 0")
+        if len(mean) != len(std):
+            raise UserError(f"mean {list(mean)} and std {list(std)}: give one number per channel in both")
         self.mean, self.std, self.inplace = torch.tensor(mean), torch.tensor(std), inplace
 
     def __call__(self, image: Tensor) -> Tensor:

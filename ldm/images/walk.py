@@ -14,9 +14,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Found:
-    """Files of a folder at any depth, and unreadable paths with the reason."""
+    """Files of a folder at any depth, hidden files and folders, and unreadable paths with the reason."""
 
     files: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)  # without the content of hidden folders
     unreadable: dict[Path, str] = field(default_factory=dict)
 
 
@@ -55,9 +56,10 @@ def _walk(folder: Path, found: Found, links: list[Path], seen: dict[tuple[int, i
             found.unreadable[current] = f"the folder cannot be read: {error.strerror}"
             continue
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
             path = Path(entry.path)
+            if entry.name.startswith("."):
+                found.hidden.append(path)
+                continue
             try:
                 if entry.is_dir():
                     (links if entry.is_symlink() else waiting).append(path)

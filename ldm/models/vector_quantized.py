@@ -146,7 +146,7 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
 
     def configure_optimizers(self) -> Any:
         optimizers = super().configure_optimizers()
-        if self.scheduler_config is None:
+        if not self.scheduler_config:
             return optimizers
         schedule = build_schedule(self.scheduler_config)
         self.schedules = [LambdaLR(optimizer, lr_lambda=schedule) for optimizer in optimizers]
@@ -156,7 +156,7 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor | None:
         loss = super().training_step(batch, batch_idx)
-        if self.scheduler_config is not None and not self.automatic_optimization:
+        if self.scheduler_config and not self.automatic_optimization:
             for schedule in self.lr_schedulers():
                 schedule.step()
         return loss

@@ -15,7 +15,7 @@ from ldm.util import UserError, instantiate_from_config
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
     """Return the optimizer of `parameters` from `config`, a mapping of `target` and `params`.
 
-    An `lr` in `params` takes precedence over `lr`. `where` is the config key for messages.
+    An `lr` in `params` that is not null takes precedence over `lr`. `where` is the config key for messages.
 
     Raises:
         UserError: the target does not exist or does not take its `params`, or a checkpoint cannot hold its state.
@@ -26,8 +26,9 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
                 f"{config['target']}: a checkpoint cannot hold its state; use ldm.optim.low_bit.AdamW8bit or "
                 "AdamW4bit instead"
             )
-        own_lr = (config.get("params") or {}).get("lr", lr)
-        optimizer = instantiate_from_config(config, params=list(parameters), lr=own_lr)
+        own_lr = (config.get("params") or {}).get("lr")
+        rate = lr if own_lr is None else own_lr
+        optimizer = instantiate_from_config(config, params=list(parameters), lr=rate)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     optimizer.register_load_state_dict_pre_hook(_in_float32)

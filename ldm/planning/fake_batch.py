@@ -18,7 +18,7 @@ from ldm.modules.encoders.modules import (
     DummyEncoder,
     GeneralConditioner,
 )
-from ldm.shards.sample import CONTEXT, EDIT, MASK, MASKED_IMAGE, SIZE_ENTRIES
+from ldm.shards.sample import CONTEXT, DEPTH, EDIT, MASK, MASKED_IMAGE, SIZE_ENTRIES
 from ldm.util import UserError, get_obj_from_str
 
 _TEXT_TOKENS = 77
@@ -101,7 +101,7 @@ def _embedder_entry(model: LatentDiffusion, key: str, context: Tensor) -> Any:
 
 
 def _encoded_maps(model: LatentDiffusion, images: int, side: int) -> Mapping[str, Any]:
-    channels = {MASK: 1, MASKED_IMAGE: 2 * model.channels, EDIT: model.channels}
+    channels = {MASK: 1, MASKED_IMAGE: 2 * model.channels, EDIT: model.channels, DEPTH: 1}
     return {key: _stored(images, channels.get(key, 1), side, side) for key in model.concat_keys}
 
 

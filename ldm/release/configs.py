@@ -72,7 +72,11 @@ def release_config(
 
 
 def training_config(
-    ckpt: str | Path, given: Sequence[str | Path] = (), parameterization: str | None = None, trusted: bool = False
+    ckpt: str | Path,
+    given: Sequence[str | Path] = (),
+    parameterization: str | None = None,
+    trusted: bool = False,
+    size: int | None = None,
 ) -> Chosen:
     """Return the configs `given`, merged left to right, or else the finetune config of `ckpt`'s family.
 
@@ -87,12 +91,8 @@ def training_config(
         chosen = _marked(chosen, ckpt, shapes, parameterization)
         check_prediction(chosen.prediction, parameterization or marked_parameterization(shapes), ckpt)
         return chosen
-    family = recognise(_shapes_in(ckpt), source=str(ckpt), parameterization=parameterization, option="--base")
-    if family.finetune_config is None:
-        raise UserError(
-            f"{ckpt}: no config fine-tunes {family.name} on pre-encoded shards; to train from images, give "
-            f"--base {family.config}"
-        )
+    asked = {"parameterization": parameterization, "size": size}
+    family = recognise(_shapes_in(ckpt), source=str(ckpt), option="--base", **asked)
     config = load_config([family.finetune_config], family.overrides)
     return Chosen([family.finetune_config], family.overrides, config)
 

@@ -95,7 +95,7 @@ class Family:
         name: name for messages.
         layout: sizes of the networks.
         size: side of the training images in pixels.
-        config, finetune_config: file names in `configs/latent-diffusion/`; None if there is no such file.
+        config, finetune_config: file names in `configs/latent-diffusion/`.
         in_channels: input channels of the UNet: the noisy latent and the concatenated maps.
         encoders: key prefix of the text encoders.
         conditioning_key: as for `DiffusionWrapper`.
@@ -111,7 +111,7 @@ class Family:
     layout: Layout
     size: int
     config: str
-    finetune_config: str | None = None
+    finetune_config: str
     in_channels: int = 4
     encoders: str = COND_STAGE
     conditioning_key: str = "crossattn"
@@ -163,9 +163,8 @@ _ROWS = [
            "finetune_stable_diffusion_v2_base.yaml"),
     Family("sd2_inpainting", "Stable Diffusion 2 inpainting", _V2, 512, "stable_diffusion_v2_inpainting.yaml",
            "finetune_stable_diffusion_v2_inpainting.yaml", in_channels=9, **_HYBRID),
-    # Pre-encoding stores no depth maps, so its release config trains from images.
-    Family("sd2_depth", "Stable Diffusion 2 depth", _V2, 512, "stable_diffusion_v2_depth.yaml", in_channels=5,
-           **_HYBRID),
+    Family("sd2_depth", "Stable Diffusion 2 depth", _V2, 512, "stable_diffusion_v2_depth.yaml",
+           "finetune_stable_diffusion_v2_depth.yaml", in_channels=5, **_HYBRID),
     Family("sdxl", "Stable Diffusion XL", _XL, 1024, "stable_diffusion_xl.yaml", "finetune_stable_diffusion_xl.yaml",
            conditioning_key="crossattn-adm", **_OF_XL),
     Family("sdxl_inpainting", "Stable Diffusion XL inpainting", _XL, 1024, "stable_diffusion_xl_inpainting.yaml",

@@ -21,6 +21,7 @@ from ldm.checkpoint import (
     open_checkpoint,
     save_state_dict,
 )
+from ldm.checkpoint.formats import precise_dtype
 from ldm.checkpoint.keys import MODEL, has_part
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.locks import locked_file
@@ -113,9 +114,18 @@ def _check_shape(factors: Factors, layer: Layer, where: str, source: str | Path)
             f"{where}: changes {factors.shape[0]}×{factors.shape[1]} values, but {layer.key} of {source} has "
             f"{own[0]}×{own[1]}; is it a LoRA of another family?"
         )
+    if _without_ones(factors.kernel) not in ((own[1],), _without_ones(layer.shape[1:])):  # values in another order
+        raise UserError(
+            f"{where}: has a kernel of shape {factors.kernel}, but {layer.key} of {source} has "
+            f"{tuple(layer.shape[1:])}; is it a LoRA of another family?"
+        )
     magnitude = factors.magnitude
     if magnitude is not None and tuple(magnitude.shape) not in ((own[0], 1), (1, layer.shape[1])):
         raise UserError(f"{where}: has a magnitude of shape {tuple(magnitude.shape)}, which does not fit {layer.key}")
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(side for side in shape if side != 1)
 
 
 def with_loras(
@@ -126,11 +136,14 @@ def with_loras(
     With `half`, floating-point weights become float16; the noise schedule keeps its dtype.
 
     Raises:
-        UserError: as `changes_of`. Computing a `Pending` raises if its value is not finite.
+        UserError: as `changes_of`, or a changed weight is quantised. Computing a `Pending` raises if its value is not
+            finite.
     """
     changes = changes_of(loras, weights, source)
     result: dict[str, Tensor | Pending] = {}
     for key, value in weights.items():
+        if key in changes and not value.dtype.is_floating_point:
+            raise UserError(f"{source}: {key} is {value.dtype}; dequantise it and save it as floating-point numbers")
         dtype = written_dtype(key, value.dtype, half)
         is_same = key not in changes and dtype == value.dtype
         result[key] = value if is_same else _pending(key, value, changes.get(key, ()), dtype)
@@ -145,7 +158,7 @@ def _pending(key: str, weight: Tensor | Pending, changes: Sequence[Change], dtyp
 
 
 def _sum(key: str, weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
-    wide = converted(weight, torch.promote_types(weight.dtype, torch.float32))
+    wide = converted(weight, precise_dtype(weight.dtype))
     for change in changes:
         wide = change.of(wide)
     result = converted(wide, dtype)

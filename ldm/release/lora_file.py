@@ -62,6 +62,12 @@ class Factors:
     magnitude: Tensor | None
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """Shape (in, kh, kw) of what the change of one output is computed from; (in · kh · kw,) if it is flat."""
+        down = tuple(self.down.shape[1:])
+        return down if self.mid is None else (down[0], *self.mid.shape[2:])
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Shape of the change as a matrix (out, in · kh · kw)."""
         kernel = 1 if self.mid is None else self.mid[0, 0].numel()
@@ -95,13 +101,17 @@ def read_lora(path: str | Path) -> dict[Name, Factors]:
             last = key.rpartition(".")[2]
             other = next((name for mark, name in _OTHER_KINDS.items() if last.startswith(mark)), None)
             what = f"is {other}" if other else "is not the name of a LoRA's weight"
-            raise UserError(f"{path}: {key} {what}; this program reads LoRA, LoCon and DoRA")
+            raise UserError(f"{path}: {key:.200} {what}; this program reads LoRA, LoCon and DoRA")
         name = part, flat(match[1])
         paths[name] = match[1]
+        if match.lastgroup in tensors[name]:
+            raise UserError(f"{path}: {key:.200} is there under two names; save the file again with one of them")
+        if value.is_complex():
+            raise UserError(f"{path}: {key:.200} has complex numbers; this program reads real factors")
         tensors[name][match.lastgroup] = value
     alphas = _Alphas(opened.metadata, path)
     return {
-        name: _factors(found, alphas.of(name[0], paths[name]), f"{path}: {paths[name]}")
+        name: _factors(found, alphas.of(name[0], paths[name]), f"{path}: {paths[name]:.200}")
         for name, found in tensors.items()
     }
 
@@ -135,7 +145,7 @@ def _factors(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> 
         raise UserError(f"{where}: its alpha is not a finite number")
     magnitude = tensors.get("dora_scale")
     if magnitude is not None:  # (out, 1, …), or (1, in, …)
-        magnitude = in_memory(magnitude).flatten(1) if magnitude.ndim > 1 else in_memory(magnitude)[:, None]
+        magnitude = in_memory(magnitude).flatten(1) if magnitude.ndim > 1 else in_memory(magnitude).reshape(-1, 1)
     elif "magnitude" in tensors:
         magnitude = in_memory(tensors["magnitude"]).reshape(-1, 1)
     return Factors(down, up, mid, scale, magnitude)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.checkpoint.causes import likely_cause
+from ldm.checkpoint.formats import can_hold, precise_dtype
 from ldm.checkpoint.keys import (
     EMA,
     EMA_COUNTERS,
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
 
+# Types of the tiers that round weights.
+_NARROW = (torch.bfloat16, torch.float16)
 # Parts that a training may lack. They are then kept from the release.
 _OPTIONAL_PARTS = (FIRST_STAGE, *TEXT_ENCODERS)
 
@@ -86,7 +89,8 @@ def merge(
     """Return `release` with every weight that `training` changed, cast to the release's dtype.
 
     All other values are identical bit for bit. A weight is changed if it differs from the release's weight in the
-    training's dtype. The comparison is also made per element: an unchanged element is not rounded to that dtype.
+    training's dtype, and from that weight as an earlier tier rounds it (see `_starts`). The first comparison is also
+    made per element: an unchanged element is not rounded to that dtype.
 
     Args:
         weights: `ema` takes the moving average, and the raw weight of a key without one. `raw` takes the raw weights.
@@ -131,7 +135,7 @@ def merge(
 
 
 def check_same_architecture(training: Weights, release: Weights) -> None:
-    """Raise `UserError` unless both have weights of the same keys and shapes.
+    """Raise `UserError` unless both have weights of the same keys and shapes, and of dtypes that agree.
 
     The training may lack the autoencoder and the text encoders. Either may lack optional keys.
     """
@@ -140,6 +144,11 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
         if key in release and key not in SCHEDULE_KEYS and value.shape != release[key].shape:
             shapes = f"{tuple(value.shape)} in the training, {tuple(release[key].shape)} in the release"
             raise UserError(f"{key} has shape {shapes}; {likely_cause(release, training, cause)}")
+        if key in release and key not in SCHEDULE_KEYS and not can_hold(value.dtype, release[key].dtype):
+            raise UserError(
+                f"{key} is {value.dtype} in the training, {release[key].dtype} in the release; dequantise the release "
+                "and save it as floating-point numbers"
+            )
         if key not in release and not (is_optional(key) or is_carried(key)):
             raise UserError(
                 f"the release lacks {key}, which the training has; {likely_cause(release, training, cause)}"
@@ -154,7 +163,17 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
 
 def _differ(trained: torch.Tensor, released: torch.Tensor) -> bool:
     trained = in_memory(trained)
-    return not same_values(trained, converted(in_memory(released), trained.dtype))
+    return not any(same_values(trained, start) for start in _starts(in_memory(released), trained.dtype))
+
+
+def _starts(released: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield `released` in the `dtype` of a training, and then as a tier of a narrower type has rounded it.
+
+    A training in float32 that continues one in bfloat16 has rounded weights, also where nothing is trained.
+    """
+    yield converted(released, dtype)
+    if dtype in (torch.float32, torch.float64) and released.is_floating_point():
+        yield from (converted(converted(released, narrow), dtype) for narrow in _NARROW)
 
 
 def _converted(
@@ -188,7 +207,7 @@ def _between(start: torch.Tensor, value: torch.Tensor, strength: float) -> torch
     """Return the tensor between `start` and `value`, in at least float32. Integers are those of `value`."""
     if not value.is_floating_point():
         return value
-    precise = torch.promote_types(torch.promote_types(start.dtype, value.dtype), torch.float32)
+    precise = precise_dtype(start.dtype, value.dtype)
     return weighted_sum([converted(start, precise), converted(value, precise)], [strength])
 
 

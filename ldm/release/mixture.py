@@ -22,6 +22,7 @@ from ldm.checkpoint import (
     same_values,
     save_state_dict,
 )
+from ldm.checkpoint.formats import precise_dtype
 from ldm.checkpoint.keys import EMA, EMA_COUNTERS, MODEL, PREDICTION_MARKERS, UNET, has_part
 from ldm.locks import locked_file
 from ldm.release.opening import Release, check_not_replaced, open_release
@@ -148,10 +149,14 @@ def mix(releases: Sequence[Release], recipe: Recipe) -> dict[str, Tensor | Pendi
 
 
 def check_same_model(first: Release, other: Release) -> None:
-    """Raise `UserError` unless both have weights of the same keys and shapes, and the same prediction markers."""
+    """Raise `UserError` unless both have floating-point weights of the same keys and shapes, and the same markers."""
     cause = "are they releases of one model?"
     for one, two in ((first, other), (other, first)):
         for key, value in one.weights.items():
+            if not (value.is_floating_point() or is_optional(key)):
+                raise UserError(
+                    f"{one.path}: {key} is {value.dtype}; dequantise it and save it as floating-point numbers"
+                )
             if key not in two.weights:
                 if not is_optional(key):
                     raise UserError(f"{two.path}: lacks {key}, which {one.path} has; {cause}")
@@ -172,7 +177,7 @@ def _mixed(key: str, values: Sequence[Tensor], method: str, alphas: Sequence[flo
 
     def compute() -> Tensor:
         unchanged = in_memory(first)
-        precise = torch.promote_types(first.dtype, torch.float32)
+        precise = precise_dtype(first.dtype)
         read = [converted(in_memory(value), precise) for value in values]
         differing = read[1:] if method == "add-difference" else read
         if not any(alphas) or all(same_values(value, differing[0]) for value in differing[1:]):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.causes import other_kind
 from ldm.checkpoint.keys import TEXT_ENCODERS, UNET, ZERO_SNR, has_part, with_ema_as_weights
 from ldm.checkpoint.markers import check_markers, marked_parameterization
 from ldm.release.families import DISTINGUISHING, FAMILIES, FIRST, PARAMETERIZATIONS, Family, Shape
@@ -41,10 +42,14 @@ def recognise(
         option: command-line option that names a config, for messages.
 
     Raises:
-        UserError: as `find_family`, or no family has these keys and shapes.
+        UserError: as `find_family`, or no family has these keys and shapes. The message names another kind of file, or
+            the nearest family and the keys that differ.
     """
     family = find_family(shapes, source=source, parameterization=parameterization, size=size)
     if family is None:
+        kind = other_kind(shapes)
+        if kind is not None:
+            raise UserError(f"{source}: {kind}")
         differing = _differences(_by_whole_keys(shapes))
         nearest = min(FAMILIES.values(), key=lambda other: _distance(differing[other.key]))
         raise UserError(
@@ -121,10 +126,9 @@ def check_same_family(release: Shapes, training: Shapes, source: str | Path) -> 
     """Raise `UserError` if the shapes of a `release`, read from `source`, and of a `training` are of two families."""
     theirs, ours = _matching(release), _matching(training)
     if theirs and ours and not {family.key for family in theirs} & {family.key for family in ours}:
-        config = theirs[0].finetune_config or theirs[0].config
         raise UserError(
             f"{source}: is {_named(theirs)}, the training is of {_named(ours)}; name the release that it started from, "
-            f"or make a training checkpoint of this one with tools/hack_weights.py --base {config}"
+            f"or make a training checkpoint of this one with tools/hack_weights.py --base {theirs[0].finetune_config}"
         )
 
 

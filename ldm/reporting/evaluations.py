@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from ldm.files import read_at_most
 from ldm.reporting.strips import Shown, show_file
 from ldm.util import UserError
@@ -16,6 +14,7 @@ from ldm.util import UserError
 NAME = "evaluation.json"
 _MOST_BYTES = 1 << 27  # size limit of the file
 _MOST = 4  # evaluations in a report
+_MOST_SETS, _MOST_NUMBER = 50, 1 << 53
 
 
 class WatchedSet(NamedTuple):
@@ -52,7 +51,7 @@ def read_evaluations(folder: Path, problems: list[str]) -> list[Evaluation]:
     for path in places[:_MOST]:
         try:
             evaluations.append(_read(path))
-        except (OSError, UserError, ValueError, RecursionError) as error:
+        except (OSError, UserError, ValueError, OverflowError, RecursionError) as error:
             problems.append(f"{path}: cannot be read ({str(error).splitlines()[0][:200]})")
         except (KeyError, TypeError, AttributeError):
             problems.append(f"{path}: not an evaluation of tools/evaluate.py")
@@ -61,10 +60,12 @@ def read_evaluations(folder: Path, problems: list[str]) -> list[Evaluation]:
 
 def _read(path: Path) -> Evaluation:
     content = json.loads(read_at_most(path, _MOST_BYTES))
+    if len(content["sets"]) > _MOST_SETS:
+        raise UserError(f"{len(content['sets'])} sets")
     sets = [_read_set(name, entry) for name, entry in content["sets"].items()]
     try:
         figure = show_file(path.with_suffix(".png"), "evaluation")
-    except (OSError, UserError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UserError:
         figure = None
     return Evaluation(str(path), str(content["base"]), str(content["tuned"]), sets, figure)
 
@@ -73,15 +74,22 @@ def _read_set(name: str, entry: Mapping[str, Any]) -> WatchedSet:
     overall, steps = entry["overall"], entry["timesteps"]
     return WatchedSet(
         name,
-        int(entry["images"]),
+        _count(entry["images"]),
         float(overall["loss_base"]["value"]),
         float(overall["loss_tuned"]["value"]),
         _interval(overall["loss_ratio"]),
         _interval(overall["drift"]),
-        [int(step["t"]) for step in steps],
+        [_count(step["t"]) for step in steps],
         [float(step["drift"]["value"]) for step in steps],
         [float(step["loss_ratio"]["value"]) for step in steps],
     )
+
+
+def _count(value: Any) -> int:
+    count = int(value)
+    if not 0 <= count <= _MOST_NUMBER:
+        raise ValueError(f"{count:.3g} is not a count")
+    return count
 
 
 def _interval(found: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +15,11 @@ from ldm.util import UserError
 
 _MOST_BYTES = 1 << 29  # size limit of a CSV file
 _VERSION = re.compile(r"version_(\d+)")
+_MOST_STEP, _MOST_VALUE = 1 << 53, 1e100  # figures cannot show larger numbers
 
 
 class Series(NamedTuple):
-    """Finite values of a metric by optimizer step, in increasing order."""
+    """Finite values of a metric, below `_MOST_VALUE`, by optimizer step, in increasing order."""
 
     steps: list[int]
     values: list[float]
@@ -60,11 +60,11 @@ def read_metrics(folder: Path, problems: list[str]) -> Metrics:
     metrics = Metrics(steps=max((step for found in values.values() for step in found), default=0))
     for name in sorted(values):
         found = sorted(values[name].items())
-        finite = [(step, value) for step, value in found if math.isfinite(value)]
+        finite = [(step, value) for step, value in found if _is_finite(value)]
         if finite:
             metrics.series[name] = Series(*map(list, zip(*finite, strict=True)))
         if len(finite) < len(found):
-            metrics.not_finite[name] = [step for step, value in found if not math.isfinite(value)]
+            metrics.not_finite[name] = [step for step, value in found if not _is_finite(value)]
     return metrics
 
 
@@ -81,10 +81,14 @@ def _read_rows(path: Path, name: Path, problems: list[str]) -> list[tuple[int, d
         problems.append(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})")
         return []
     rows, damaged = [], 0
-    for row in csv.DictReader(io.StringIO(text.replace("\0", "\ufffd"))):
+    lines = csv.DictReader(io.StringIO(text.replace("\0", "\ufffd"), newline=""))
+    while True:
         try:
+            row = next(lines, None)
+            if row is None:
+                break
             rows.append(_numbers(row))
-        except (ValueError, TypeError, OverflowError):
+        except (csv.Error, ValueError, TypeError, OverflowError):
             damaged += 1
     if damaged:
         problems.append(f"{name}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
@@ -92,7 +96,14 @@ def _read_rows(path: Path, name: Path, problems: list[str]) -> list[tuple[int, d
 
 
 def _numbers(row: Mapping[str | None, str | None]) -> tuple[int, dict[str, float]]:
-    if None in row or None in row.values():  # more or fewer cells than columns
+    if None in row or None in row.values() or "step" not in row:  # more or fewer cells than columns
         raise ValueError("a row of another length")
     values = {str(name): float(cell) for name, cell in row.items() if cell and name not in ("step", "epoch")}
-    return int(row["step"] or ""), values
+    step = int(row["step"] or "")
+    if abs(step) > _MOST_STEP:
+        raise ValueError("not a number of steps")
+    return step, values
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < _MOST_VALUE  # False for NaN

@@ -14,8 +14,8 @@ from markupsafe import Markup
 from ldm.files import atomic_write
 from ldm.reporting.curves import draw_comparison, draw_evaluation, draw_run, held_out_losses, training_loss
 from ldm.reporting.evaluations import Evaluation
-from ldm.reporting.run_folder import RunRecord
-from ldm.reporting.settings import differences, flat
+from ldm.reporting.run_folder import RunRecord, count_of
+from ldm.reporting.settings import differences, flat, params_of
 from ldm.reporting.training_sets import TrainingSet
 from ldm.util import escaped
 
@@ -70,11 +70,11 @@ def _run(run: RunRecord, prefix: str) -> dict[str, Any]:
 
 def _about(run: RunRecord) -> dict[str, str]:
     """Return the rows of the first table; unknown values are left out."""
-    start, params = run.start, (run.settings.config.get("model") or {}).get("params") or {}
+    start, params = run.start, params_of(run.settings.config, "model")
     families = dict.fromkeys(part.family for part in run.sets if part.family)
     seconds = run.metrics.series.get("device/step_seconds")
     memory = run.metrics.series.get("device/peak_memory_gib")
-    images = start.get("images_per_step")
+    images, trained = count_of(start, "images_per_step"), count_of(start, "trained")
     rows = {
         "run": str(run.folder),
         "state": run.state,
@@ -84,14 +84,14 @@ def _about(run: RunRecord) -> dict[str, str]:
         "started from": start.get("resume"),
         "family of the shards": ", ".join(families) or None,
         "config": " + ".join(run.settings.base) or None,
-        "model": (run.settings.config.get("model") or {}).get("target"),
+        "model": run.settings.config.get("model", {}).get("target"),
         "parameterization": params.get("parameterization", "eps") if params.get("unet_config") else None,
-        "trained parameters": f"{start['trained']:,}" if isinstance(start.get("trained"), int) else None,
+        "trained parameters": None if trained is None else f"{trained:,}",
         "device": start.get("device"),
         "processes": start.get("processes"),
         "images per step": images,
         "images per second, last epoch": f"{images / seconds.last[1]:.3g}"
-        if isinstance(images, int) and seconds and seconds.last[1] > 0
+        if images is not None and seconds and seconds.last[1] > 0
         else None,
         "peak memory, measured": f"{max(memory.values):.2f} GiB" if memory else None,
         **{f"peak memory of the {place}, forecast": f"{size:.2f} GiB" for place, size in run.forecast.items()},

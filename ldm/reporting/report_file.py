@@ -12,7 +12,7 @@ from ldm.callbacks.signals import TrainingStopped
 from ldm.distributed.ranks import is_first_process
 from ldm.events import END, FAULT, STOP
 from ldm.reporting.run_folder import RunRecord, read_run
-from ldm.reporting.settings import merged_config
+from ldm.reporting.settings import merged_config, params_of
 from ldm.reporting.training_sets import load_first_stage, read_contents
 from ldm.training.run import Run
 from ldm.util import UserError
@@ -47,7 +47,7 @@ def write_report(folders: Sequence[Path], out: Path, samples: int = 0) -> None:
 
 def _add_contents(run: RunRecord, samples: int) -> None:
     """Add the samples of the training set to `run`, if the set and the autoencoder can be read."""
-    urls = ((run.settings.config.get("data") or {}).get("params") or {}).get("training_urls")
+    urls = params_of(run.settings.config, "data").get("training_urls")
     if not samples or not any(part.name == "training" and part.size for part in run.sets):
         return
     first_stage: nn.Module | None = None
@@ -94,7 +94,7 @@ def report_at_end(run: Run) -> Iterator[None]:
 
 def _write_tolerantly(run: Run) -> None:
     try:
-        section = merged_config(run.saved_configs, []).get("lightning") or {}
+        section = merged_config(run.saved_configs, []).get("lightning", {})
         if section.get("report") is not False:
             write_report([run.folder], run.folder / REPORT)
             log.info("Report: %s", run.folder / REPORT)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +80,7 @@ class RunRecord:
     def forecast(self) -> dict[str, float]:
         """Predicted memory in GiB by `device` and `host`, of the newest forecast."""
         found = next((event for event in reversed(self.events) if event["kind"] == FORECAST), {})
-        places = {place: found.get(f"{place}_bytes") for place in ("device", "host")}
-        return {place: size / 2**30 for place, size in places.items() if isinstance(size, int)}
+        return _gib(found)
 
 
 def read_run(folder: Path, budget: int) -> RunRecord:
@@ -127,7 +129,8 @@ def _typed_configs(events: list[dict[str, Any]]) -> list[str]:
     if not isinstance(words, list):
         return []
     try:
-        return parse_arguments([str(word) for word in words[1:]]).base
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # argparse prints its help and errors
+            return parse_arguments([str(word) for word in words[1:]]).base
     except (UserError, SystemExit):  # a command line of another program
         return []
 
@@ -142,8 +145,12 @@ def _state(folder: Path, events: list[dict[str, Any]]) -> str:
 
 
 def _moments(folder: Path, configs: list[Path], events: list[dict[str, Any]], metrics: Metrics) -> list[Moment]:
-    """Return the time line: the recorded events; for a run without any, its configs; and its checkpoints."""
+    """Return the time line: the recorded events; for a run without any, its configs; and its checkpoints.
+
+    Events keep their order, also if the clock was set back between them.
+    """
     moments = [Moment(event["time"], event.get("step"), event["kind"], _described(event)) for event in events]
+    places = list(accumulate((moment.time for moment in moments), max))
     if not any(event["kind"] == START for event in events):
         starts = [path.name.removesuffix("-project.yaml") for path in configs if path.name.endswith("-project.yaml")]
         moments += [Moment(_readable(start), None, START, _FOUND) for start in starts]
@@ -156,7 +163,8 @@ def _moments(folder: Path, configs: list[Path], events: list[dict[str, Any]], me
         moments.append(Moment(written, None, "checkpoint", f"{path.name}, {status.st_size / 1e6:.1f} MB"))
     for name, steps in metrics.not_finite.items():
         moments.append(Moment("", steps[0], FAULT, f"{name} is not finite at {len(steps)} logged steps"))
-    return sorted(moments, key=lambda moment: moment.time)
+    places += [moment.time for moment in moments[len(places) :]]
+    return [moment for _, moment in sorted(zip(places, moments, strict=True), key=lambda pair: pair[0])]
 
 
 def _readable(start: str) -> str:
@@ -169,6 +177,17 @@ def _described(event: Mapping[str, Any]) -> str:
     if isinstance(event.get("command"), list):
         return shlex.join(["python", *map(str, event["command"])])
     if event["kind"] == FORECAST:
-        sizes = {place: event.get(f"{place}_bytes") for place in ("device", "host")}
-        return ", ".join(f"{place} {size / 2**30:.2f} GiB" for place, size in sizes.items() if isinstance(size, int))
+        return ", ".join(f"{place} {size:.2f} GiB" for place, size in _gib(event).items())
     return str(event.get("text", ""))
+
+
+def _gib(event: Mapping[str, Any]) -> dict[str, float]:
+    """Return the memory in GiB by `device` and `host` in a forecast."""
+    sizes = {place: count_of(event, f"{place}_bytes") for place in ("device", "host")}
+    return {place: size / 2**30 for place, size in sizes.items() if size is not None}
+
+
+def count_of(event: Mapping[str, Any], key: str) -> int | None:
+    """Return the count `key` of an event, or None if there is none."""
+    value = event.get(key)
+    return value if type(value) is int and 0 <= value < 1 << 63 else None

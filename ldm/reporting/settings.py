@@ -75,14 +75,24 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 
 
 def merged_config(paths: Sequence[Path], problems: list[str]) -> dict[str, Any]:
-    """Merge the configs at `paths` from left to right. A damaged one is left out, with a line in `problems`."""
+    """Merge the configs at `paths` from left to right. A damaged one is left out, with a line in `problems`.
+
+    Sections that are no mappings are left out.
+    """
     config = OmegaConf.create()
     for path in paths:
         try:
             config = merge_configs(config, read_config(path))
         except (UserError, OmegaConfBaseException, TypeError, OSError) as error:
             problems.append(str(error).splitlines()[0])
-    return {name: part for name, part in OmegaConf.to_container(config).items() if name in SECTIONS and part}
+    sections = OmegaConf.to_container(config)
+    return {name: sections[name] for name in sections if name in SECTIONS and isinstance(sections[name], dict)}
+
+
+def params_of(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """Return the `params` of a section of `config`, empty if there are none."""
+    params = config.get(section, {}).get("params")
+    return params if isinstance(params, dict) else {}
 
 
 def _nearest(config: Mapping[str, Any]) -> str | None:

@@ -72,9 +72,8 @@ def _frames(place: Path, folder: Path, problems: list[str]) -> Iterator[Frame]:
         for key, path in steps[step]:
             try:
                 images.append(show_file(path, key))
-            except (OSError, UserError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                problems.append(f"{path.relative_to(folder)}: not a readable image ({reason})")
+            except UserError as error:
+                problems.append(f"{path.relative_to(folder)}: not a readable image ({error})")
         if images:
             yield Frame(step, sorted(images, key=_rank))
 
@@ -85,16 +84,21 @@ def _rank(image: Shown) -> tuple[bool, str]:
 
 
 def show_file(path: Path, name: str) -> Shown:
-    """Return the image file at `path` for a page.
+    """Return the PNG file at `path` for a page.
 
     Raises:
-        UserError: the image is too large.
-        OSError, ValueError, SyntaxError: the file is not a readable image.
+        UserError: the file is not a readable PNG, or too large.
     """
-    with open_file(path) as file, Image.open(file) as image:
-        if image.width * image.height > _MOST_PIXELS:
-            raise UserError(f"{image.width}x{image.height} pixels")
-        return show(image.convert("RGB"), name)
+    try:
+        # Only PNG: for some formats, Pillow starts other programs.
+        with open_file(path) as file, Image.open(file, formats=("PNG",)) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels")
+            return show(image.convert("RGB"), name)
+    except Image.UnidentifiedImageError:
+        raise UserError("not a PNG") from None
+    except Exception as error:  # on damaged files, decoders raise OSError, SyntaxError, ...
+        raise UserError(f"{' '.join(str(error).split())[:200] or type(error).__name__}") from error
 
 
 def show(image: Image.Image, name: str) -> Shown:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ldm.reporting.settings import params_of
 from ldm.reporting.strips import Shown, show
 from ldm.shards.index import FAMILY, read_index
 from ldm.shards.urls import expand_urls, is_stream, without_weights
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _URLS = "_urls"  # ending of the keys of sets in data.params
 _MOST_INSPECTED = 5000  # samples of a set whose captions are counted
+_MOST_LETTERS = 2000  # of a caption in a page
 
 
 class TrainingSet(NamedTuple):
@@ -43,9 +45,8 @@ class Contents(NamedTuple):
 
 def read_training_sets(config: Mapping[str, Any], problems: list[str]) -> list[TrainingSet]:
     """Return the sets of shards that the section `data` of `config` names."""
-    params = (config.get("data") or {}).get("params") or {}
     sets = []
-    for key, urls in params.items() if isinstance(params, Mapping) else ():
+    for key, urls in params_of(config, "data").items():
         if str(key).endswith(_URLS) and urls:
             try:
                 sets.append(_read_set(str(key).removesuffix(_URLS), urls))
@@ -113,7 +114,7 @@ def read_contents(urls: Any, first_stage: nn.Module | None, count: int) -> Conte
         with torch.no_grad():
             [image] = to_images(first_stage.decode(latent.to(parameter)))
         image.thumbnail((256, 256))
-        images.append(show(image, sample[CAPTION]))
+        images.append(show(image, sample[CAPTION][:_MOST_LETTERS]))
     return Contents(images, lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from ldm.shards.sample import CONTEXT, LATENT, MAPS, POOLED, TEACHER_KEYS, TEXT_
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.shards.verify import verify_shards
 from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
 
 _SAME_FAMILY = "encode the images with the release that is trained, or train with the config of that family"
 _SAME_RELEASE = "encode the images again with the release that is used here, or use the release that made the set"
@@ -90,6 +94,19 @@ def check_members(paths: Sequence[str | Path], keys: Sequence[str], *, for_train
 def family_name(index: Mapping[str, Any]) -> str:
     """Return the model family of a set for messages."""
     return f"the family {index[FAMILY]}" if index.get(FAMILY) else "a model of no known family"
+
+
+def warn_of_scale(dataset: ShardDataset, own: float) -> None:
+    """Warn if a set was made for a model with another `scale_factor` than `own`. Its latents are unscaled."""
+    for folder in dict.fromkeys(path.parent for path in dataset.paths):
+        index = read_index(folder) or {}
+        made_for = index.get("scale_factor")
+        if made_for is not None and not math.isclose(made_for, own, rel_tol=1e-3):
+            logger.warning(
+                "%s: the set is for %s with scale_factor %g, but the model has %g; set model.params.scale_factor=%g, "
+                "unless the model is trained from random weights",
+                folder / INDEX, family_name(index), made_for, own, made_for,
+            )  # fmt: skip
 
 
 def check_encoders(

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from ldm.files import open_file, read_span
 from ldm.identity import check_identity, with_retries
 from ldm.shards import npy
+from ldm.shards.kept_tables import TABLES, open_tables
 from ldm.shards.members import ABSENT, check_map, check_shape, decode_member, find_member, numbered_keys
 from ldm.shards.sample import (
     CAPTION,
@@ -36,7 +37,7 @@ from ldm.shards.sample import (
     plain,
     with_caption,
 )
-from ldm.shards.table import TABLES, Place, ShardTable, open_tables
+from ldm.shards.table import Place, ShardTable
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,8 @@ class ShardDataset(Dataset):
         sample: dict[str, Any] = {"__key__": table.key(row)}
         members = table.members(row)
         # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
-        descriptor = os.open(table.path, os.O_RDONLY)
+        # A named pipe in its place would block without O_NONBLOCK.
+        descriptor = os.open(table.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             check_identity(descriptor, table.path, table.identity)
             for key, column in places:

@@ -2,8 +2,8 @@
 
 A sample `<key>` of a shard has the members `<key>.f8.npy`, `<key>.t5.npy`, `<key>.txt` and `<key>.json`. Model families
 add members: SDXL `pooled.npy`, and sizes in the `json`; inpainting `mask.npy` and `masked_image.npy` for each mask;
-InstructPix2Pix `edit.npy`. A teacher adds its members. The files `null.<name>.npy` beside the shards hold the encodings
-of the empty caption and of a completely masked image.
+InstructPix2Pix `edit.npy`; SD 2 depth `depth.npy`. A teacher adds its members. The files `null.<name>.npy` beside the
+shards hold the encodings of the empty caption and of a completely masked image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ TEXT_ENCODINGS = {CONTEXT: 2, POOLED: 1}
 MASK = "mask"  # (1, h, w): 1 where the model paints, else 0
 MASKED_IMAGE = "masked_image"  # as `LATENT`, for the image with 0 where the mask is 1
 EDIT = "edit"  # latent of the image before the edit (C, h, w), the posterior's mode, unscaled
-MAPS = (MASK, MASKED_IMAGE, EDIT)  # members with the size of the latent
+DEPTH = "depth"  # (1, h, w): estimated depth, larger for nearer, as the depth network gives it
+MAPS = (MASK, MASKED_IMAGE, EDIT, DEPTH)  # members with the size of the latent
 # Members that a sample may have several times, with a number: `mask`, `mask.1`, `mask.2`.
 NUMBERED = (MASK, MASKED_IMAGE)
 STORED = np.float16  # dtype of stored latents and encodings

@@ -65,7 +65,7 @@ def names_all_there(urls: str | Path | Iterable[str | Path]) -> bool:
     """Return True if `urls` has a folder or a glob, which select all existing shards."""
     for entry in [urls] if isinstance(urls, (str, Path)) else urls:
         for pattern in _split(str(entry)):
-            path = _FILE_SCHEME.sub("", pattern)
+            path = _without_scheme(pattern)
             if _is_there(path) and _local(path).is_dir():
                 return True
             if not _is_there(path) and glob.has_magic(path[len(existing_folder(path)) :]):
@@ -92,6 +92,13 @@ def _local(pattern: str) -> Path:
         raise UserError(f"{pattern:.100}: {error}") from error
 
 
+def _without_scheme(pattern: str) -> str:
+    """Return `pattern` without `file:`, unless a file or folder that exists begins with it."""
+    if _is_there(pattern) or existing_folder(pattern) not in ("", "/"):
+        return pattern
+    return _FILE_SCHEME.sub("", pattern)
+
+
 def _is_there(name: str) -> bool:
     try:
         return os.path.lexists(_local(name))
@@ -101,7 +108,7 @@ def _is_there(name: str) -> bool:
 
 def _split(entry: str) -> list[str]:
     """Return the patterns that `::` joins in `entry`, unless `entry` is an existing file or folder."""
-    path = _FILE_SCHEME.sub("", entry)
+    path = _without_scheme(entry)
     if _is_there(path):
         return [entry]
     folder = existing_folder(path)
@@ -128,7 +135,7 @@ def _expand_local(pattern: str, folder: str) -> list[str]:
 
 def _expand(pattern: str) -> Iterator[str]:
     """Yield the shards of one `pattern` without `::`."""
-    path = _FILE_SCHEME.sub("", pattern)
+    path = _without_scheme(pattern)
     folder = existing_folder(path)
     if _is_there(path) or folder not in ("", "/"):  # existing folders are not expanded
         names = [path] if _is_there(path) else (folder + rest for rest in expand_braces(path[len(folder) :]))

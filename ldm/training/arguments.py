@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser = _build_parser()
     own, trainer, overrides = _split(argv, parser)
     arguments = Arguments(**vars(parser.parse_args(own)), trainer=trainer, overrides=overrides)
+    arguments.base = [_in_home(path) for path in arguments.base]
+    arguments.logdir = Path(_in_home(str(arguments.logdir)))
+    if arguments.resume is not None:
+        arguments.resume = _in_home(arguments.resume)
     old = trainer.pop("resume_from_checkpoint", None)  # the name in Lightning 1
     if old is not None and arguments.resume not in (None, str(old)):
         raise UserError(f"--resume {arguments.resume} and --resume_from_checkpoint {old} differ; give one of them")
@@ -78,6 +83,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     for name in _WEIGHTS:
         if name in trainer:
             overrides.append(f"model.params.ckpt_path={trainer.pop(name)}")
+    if "find_unused_parameters" in trainer:
+        overrides.append(f"lightning.find_unused_parameters={trainer.pop('find_unused_parameters')}")
     unsupported = [f"--{name}" for name in _TEXTUAL_INVERSION if name in trainer]
     if unsupported:
         raise UserError(
@@ -127,6 +134,11 @@ def _build_parser() -> argparse.ArgumentParser:
         "a red apple --n blurry --w 512 --h 512 --d 42 --s 50 --l 7.5")  # fmt: skip
     add_trust_option(parser)
     return parser
+
+
+def _in_home(path: str) -> str:
+    """Return `path` with the home folder for `~`, which shells keep after an equals sign."""
+    return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path  # noqa: PTH111
 
 
 def _boolean(text: str) -> bool:

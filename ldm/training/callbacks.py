@@ -136,8 +136,13 @@ def _build_checkpoints(
         if key not in ("target", "params"):
             raise UserError(f"unknown key lightning.modelcheckpoint.{key}{nearest(key, ['target', 'params'])}")
     given = described.get("params") or {}
-    last_params = {key: given[key] for key in _LAST_PARAMS if given.get(key) is not None}
+    given = {key: value for key, value in given.items() if value is not None or key == "monitor"}
+    last_params = {key: given[key] for key in _LAST_PARAMS if key in given}
     last = LastCheckpoint(run.checkpoints / "last.ckpt", requests, **last_params, periodic=periodic)
+    if given.get("save_last") not in (None, True, False, "link"):
+        raise UserError(f"lightning.modelcheckpoint.params.save_last {given['save_last']!r:.100}: give true")
+    if given.get("save_last") is False:
+        log.warning("lightning.modelcheckpoint.params.save_last is ignored: runs resume from last.ckpt")
     if given.get("dirpath") is not None:
         log.warning("lightning.modelcheckpoint.params.dirpath is ignored: checkpoints are in %s", run.checkpoints)
     params = {key: value for key, value in given.items() if key not in _NOT_FOR_KEPT}

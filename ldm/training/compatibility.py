@@ -6,15 +6,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from pytorch_lightning.utilities import GradClipAlgorithmType
 from torch import optim
 
 from ldm.callbacks.faults import NumericalFaults
 from ldm.config.load import plain
-from ldm.models.diffusion.ddpm import DDPM
+from ldm.modules.diffusionmodules.streamed import StreamedUNetModel
 from ldm.moved_targets import changes_training, hint_for_key, without_unused_keys
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
@@ -37,7 +37,7 @@ def check_trains_as_written(config: DictConfig) -> None:
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first combination of settings of `model` and `trainer` that cannot work."""
-    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_clipping, check_rounding):
+    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_streaming, check_rounding):
         check(model, trainer)
 
 
@@ -55,19 +55,13 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
         )
 
 
-def check_clipping(model: LightningModule, trainer: Trainer) -> None:
-    """Raise `UserError` if float16 gradients would be clipped by value before a fused optimizer unscales them.
-
-    Clipping by value turns overflowed gradients into finite ones, so that the scaler does not see the overflow.
-    """
-    config = getattr(model, "optimizer_config", None)
-    fused = config is None or (config.get("params") or {}).get("fused")
-    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-    by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
-    if isinstance(model, DDPM) and trainer.gradient_clip_val and by_value and scales and fused:
+def check_streaming(model: LightningModule, trainer: Trainer) -> None:
+    """Raise `UserError` if a streamed UNet would compute in float16 with bfloat16 copies of its weights."""
+    unet = unet_of(model)
+    if isinstance(unet, StreamedUNetModel) and unet.dtype == torch.bfloat16 and trainer.precision == "16-mixed":
         raise UserError(
-            f"gradient_clip_algorithm=value cannot clip gradients that precision={trainer.precision} "
-            "scales and a fused optimizer unscales; use --precision bf16-mixed, or --gradient_clip_algorithm norm"
+            "precision=16-mixed computes in float16, and StreamedUNetModel with stream_dtype bf16 in bfloat16; "
+            "use --precision bf16-mixed, or leave out the precision"
         )
 
 

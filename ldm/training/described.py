@@ -76,5 +76,8 @@ def instantiate_described(described: Mapping[str, Any], where: str) -> Any:
     target = described.get("target")
     try:
         return instantiate_from_config({**described, "target": moved(target)} if target else described)
-    except (UserError, MisconfigurationException) as error:
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except MisconfigurationException as error:
+        values = ", ".join(f"{key}={value!r:.100}" for key, value in (described.get("params") or {}).items())
+        raise UserError(f"{where}: {' '.join(str(error).split())} (given: {values})") from error

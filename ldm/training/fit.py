@@ -128,6 +128,8 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
             "model.params.unet_config.params.compile_mode=null (low-bit optimizers need them on a GPU in any case)"
         ) from error
     except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"lightning.callbacks: EarlyStopping: {' '.join(str(error).split())}") from error
         if not isinstance(error, DistError) and not any(text in str(error) for text in _PEER_ENDED):
             raise
         reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]

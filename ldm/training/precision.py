@@ -35,7 +35,8 @@ class ClippedMixedPrecision(MixedPrecision):
 
     A fused optimizer divides by the loss scale inside its own step. In bfloat16, gradients are not scaled, so they are
     clipped as usual. In float16, the norm of the scaled gradients is compared with the scaled limit. Overflowed
-    gradients have a norm that is not finite. Clipping keeps them so, and the scaler skips the step.
+    gradients have a norm that is not finite. Clipping keeps them so, and the scaler skips the step. Clipping by value
+    would make them finite, so the scaler unscales the gradients before, and records the overflow.
     """
 
     def clip_gradients(
@@ -47,8 +48,10 @@ class ClippedMixedPrecision(MixedPrecision):
         if clip_val <= 0:
             return
         unscales_itself = self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-        limit = clip_val * self.scaler.get_scale() if unscales_itself else clip_val
         if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            self.clip_grad_by_value(optimizer, limit)
+            if unscales_itself:
+                self.scaler.unscale_(optimizer)
+            self.clip_grad_by_value(optimizer, clip_val)
         else:
+            limit = clip_val * self.scaler.get_scale() if unscales_itself else clip_val
             self.clip_grad_by_norm(optimizer, limit)

@@ -13,7 +13,7 @@ from ldm.config.load import plain
 from ldm.config.preview_prompts import parse_prompt, read_prompt_file
 from ldm.models.diffusion.stored_prompts import StoredPrompts
 from ldm.models.diffusion.text_to_image import SAMPLERS
-from ldm.modules.encoders.tokenizer import warn_of_cut
+from ldm.modules.encoders.caption_length import warn_of_cut
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.release.configs import release_config
 from ldm.release.text_encoder import load_text_encoder

@@ -67,10 +67,10 @@ def plan_run(arguments: Arguments) -> Run:
 
     Raises:
         UserError: the path of `--resume` does not exist, or needs a config that is not given; or a link in the run
-            folder, `--name` or `--postfix` leads out of the folder.
+            folder, `--name` or `--postfix` leads out of the folder; or Lightning would change the folder's path.
     """
     started = time.strftime(_FORMAT)
-    resume = _checkpoint_to_resume(arguments.resume) if arguments.resume else None
+    resume = _literal(_checkpoint_to_resume(arguments.resume, arguments.logdir)) if arguments.resume else None
     own = run_of(resume) if resume is not None else None
     if own is not None:
         if arguments.name:
@@ -96,8 +96,26 @@ def _after_saved_configs(configs: Path, started: str) -> str:
     return later.strftime(_FORMAT)
 
 
-def _checkpoint_to_resume(name: str) -> Path:
+def _literal(path: Path) -> Path:
+    """Return `path` so that Lightning, which expands `~` and `$NAME`, takes it as it is.
+
+    A `~` that the shell has left is the home folder, unless a folder of that name exists.
+
+    Raises:
+        UserError: `path` has the name of an environment variable.
+    """
+    if str(path).startswith("~"):
+        path = path.absolute() if os.path.lexists(path.parts[0]) else path.expanduser()
+    if os.path.expandvars(path) != str(path):
+        raise UserError(f"{path}: Lightning would replace the variable in this path; rename the folder")
+    return path
+
+
+def _checkpoint_to_resume(name: str, logs: Path) -> Path:
+    """Return the checkpoint at the path `name`, or of the run `name` in the folder `logs`."""
     path = Path(name)
+    if not path.exists() and (logs / path).exists():
+        path = logs / path
     if path.is_file():
         return path
     if path.is_dir():
@@ -136,7 +154,7 @@ def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, .
     if arguments.postfix:
         _check_part("--postfix", arguments.postfix)
         parts.append(arguments.postfix.lstrip("_"))
-    folder, made = arguments.logdir / "_".join(parts), ()
+    folder, made = _literal(arguments.logdir / "_".join(parts)), ()
     launch = launched()
     if is_first_process():
         folder, made = _claim_folder(folder)
@@ -148,6 +166,9 @@ def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, .
 
 def _claim_folder(first: Path) -> tuple[Path, tuple[Path, ...]]:
     """Make the folder `first`; if it exists, `first`-2, `first`-3 and so on. Runs may start in the same second."""
+    above = next((place for place in first.parents if place.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"--logdir {first.parent}: {above} is a file; name a folder")
     outer = make_folders(first.parent)
     for number in itertools.count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")

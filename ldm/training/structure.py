@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from ldm.checkpoint import SCHEDULE_KEYS, in_memory, is_finite
-from ldm.checkpoint.keys import PREDICTION
+from ldm.checkpoint.keys import PREDICTION, SCALE_FACTOR
+from ldm.models.diffusion.timesteps import STATE as TIMESTEP_STATE
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS
 from ldm.release.initial_checkpoint import loops_at_start
 from ldm.util import UserError
 
-_VERSION = re.compile(r"\d+\.\d+.*")
+# Further entries that a run takes up: of the distribution of timesteps, and of the scaler of float16 gradients.
+_TAKEN_UP = (TIMESTEP_STATE, "MixedPrecision", "ClippedMixedPrecision")
 _DATA_MODULES = ("WebDataNpyModuleFromConfig", "DataModuleFromConfig")
 
 
@@ -26,7 +28,7 @@ def check_structure(content: Mapping[str, Any]) -> None:
     Raises:
         UserError: a part is missing, of a wrong type, or not finite. The message begins with its key.
     """
-    _expect(_VERSION.match(str(content.get("pytorch-lightning_version"))), "pytorch-lightning_version", "not a version")
+    _expect(_is_version(content.get("pytorch-lightning_version")), "pytorch-lightning_version", "not a version")
     _expect(_is_count(content.get("global_step")), "global_step", "not a count of steps")
     _expect(_is_count(content.get("epoch", 0)), "epoch", "not a count of epochs")
     rate = content.get("learning_rate")
@@ -38,6 +40,8 @@ def check_structure(content: Mapping[str, Any]) -> None:
     _check_optimizers(content["optimizer_states"])
     _check_schedules(content["lr_schedulers"])
     _check_callbacks(content.get("callbacks", {}))
+    for key in _TAKEN_UP:
+        _check_finite(content.get(key), key)
     for name in _DATA_MODULES:
         if name in content:
             state = content[name]
@@ -48,6 +52,13 @@ def check_structure(content: Mapping[str, Any]) -> None:
 def _expect(is_so: Any, key: str, problem: str) -> None:
     if not is_so:
         raise UserError(f"{key}: {problem}")
+
+
+def _is_version(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(Version(value))
+    except InvalidVersion:
+        return False
 
 
 def _is_count(value: Any) -> bool:
@@ -61,7 +72,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return is_finite(in_memory(tensor))
+    """Return True if all values are finite, in float32 if they are float64, as no network and optimizer is float64."""
+    tensor = in_memory(tensor)
+    return is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor)
 
 
 def _check_weights(weights: Any) -> None:
@@ -69,7 +82,8 @@ def _check_weights(weights: Any) -> None:
     for key, value in weights.items():
         _expect(isinstance(key, str), f"state_dict key {key!r:.60}", "not the name of a weight")
         _expect(type(value) is Tensor, f"state_dict.{key}", "not a tensor")
-        _expect(key in SCHEDULE_KEYS or _is_finite(value), f"state_dict.{key}", "has values that are not finite")
+        is_replaced = key in SCHEDULE_KEYS and key != SCALE_FACTOR  # by the schedule of the config
+        _expect(is_replaced or _is_finite(value), f"state_dict.{key}", "has values that are not finite")
 
 
 def _check_optimizers(optimizers: Any) -> None:
@@ -91,6 +105,8 @@ def _check_optimizers(optimizers: Any) -> None:
         for index, moments in state.items():
             _expect(type(index) is int and index in known, f"{where}.state {index!r:.60}", "not a parameter number")
             _expect(isinstance(moments, dict), f"{where}.state.{index}", "not a dict of moments")
+            are_real = not any(isinstance(part, Tensor) and part.is_complex() for part in moments.values())
+            _expect(are_real, f"{where}.state.{index}", "has complex numbers")
             _check_finite(moments, f"{where}.state.{index}")
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 
+from ldm.config.interpolations import check_interpolations
 from ldm.config.load import read_config
 from ldm.config.trust import check_trust
 from ldm.moved_targets import hint_for_key, without_unused_keys
@@ -73,7 +74,10 @@ def check_config(path: Path) -> Checked:
 
 def _plain(config: DictConfig) -> dict[str, Any]:
     try:
+        check_interpolations(OmegaConf.to_container(config), "config")  # no value of the environment in the table
         return OmegaConf.to_container(config, resolve=True)
+    except UserError as error:
+        raise UserError(str(error).partition(", or give --trust-config")[0]) from error
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(_one_line(error)) from error
 

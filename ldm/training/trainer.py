@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.callbacks.accumulation import accumulation_at_start
 from ldm.callbacks.validation import ValidationAcrossEpochs
 from ldm.config.load import load_config, plain
 from ldm.data.base_module import BaseDataModule
@@ -28,7 +29,7 @@ from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
 from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
-from ldm.training.trainer_2022 import check_names, is_single, move_old_keys, translate_arguments
+from ldm.training.trainer_2022 import check_names, is_single, merge_arguments, move_old_keys, translate_arguments
 from ldm.training.trainer_values import check_values, without_nulls
 from ldm.util import UserError, nearest
 
@@ -82,7 +83,7 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     if section.get("report") not in (None, True, False):
         raise UserError(f"lightning.report {section['report']!r}: give true or false")
     add_previews(section, arguments.previews)
-    section["trainer"] = OmegaConf.merge(section.get("trainer") or {}, arguments.trainer)
+    section["trainer"] = merge_arguments(plain(section.get("trainer") or {}), arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
     section["trainer"] = without_nulls(plain(section["trainer"]))
     check_values(plain(section["trainer"]))
@@ -138,7 +139,8 @@ def build_trainer(
     silence_lightning()
     try:
         return Trainer(**given)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:  # RuntimeError: from Slurm
+    except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
+        # ImportError: a package for a precision, a strategy, a profiler or a device; RuntimeError: Slurm.
         values = ", ".join(f"{key}={value!r}" for key, value in plain(config.lightning.trainer).items())
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())} (given: {values})") from error
 
@@ -170,7 +172,7 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         raise UserError(
             "data.params.batch_size is missing, which scales the learning rate; give it, or --scale_lr False"
         )
-    accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
+    accumulate, devices = accumulation_at_start(trainer), trainer.world_size
     model.learning_rate = accumulate * devices * batch_size * base
     log.info(
         "Learning rate %.3e = %d (accumulated batches) * %d (devices) * %d (batch size) * %.3e (base_learning_rate)",

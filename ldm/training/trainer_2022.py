@@ -6,11 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ldm.util import UserError, check_number, nearest
+from ldm.training.other_programs import instead_of
+from ldm.util import UserError, nearest
 
 log = logging.getLogger(__name__)
 
-_RENAMED = {
+# Names of 2022 → of today.
+RENAMED = {
     "checkpoint_callback": "enable_checkpointing",
     "gradient_clip": "gradient_clip_val",
     "max_nb_epochs": "max_epochs",
@@ -24,13 +26,14 @@ _RENAMED = {
     "train_percent_check": "limit_train_batches",
     "val_percent_check": "limit_val_batches",
 }
+# Arguments of 2022 that are translated → the arguments of today that they set.
 _TRANSLATED = {
-    "distributed_backend",
-    "gpus",
-    "num_processes",
-    "progress_bar_refresh_rate",
-    "reload_dataloaders_every_epoch",
-    "weights_summary",
+    "distributed_backend": "strategy",
+    "gpus": "devices",
+    "num_processes": "devices",
+    "progress_bar_refresh_rate": "enable_progress_bar",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
+    "weights_summary": "enable_model_summary",
 }
 _IGNORED = {
     "amp_backend": "Lightning uses PyTorch's AMP",
@@ -54,7 +57,7 @@ _IGNORED = {
     "weights_save_path": "checkpoints go to the run folder",
 }
 # Strategies of Lightning 0 and 1, also as values of `accelerator` → their names today.
-_STRATEGIES = {
+STRATEGIES = {
     "ddp": "ddp",
     "ddp2": "ddp",
     "ddp_cpu": "ddp",
@@ -83,15 +86,32 @@ def move_old_keys(section: Any) -> None:
         )
 
 
+def merge_arguments(config: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Trainer arguments of the `config`, and over them those `typed` on the command line.
+
+    An argument of 2022 and the one of today that it sets are the same one.
+
+    Raises:
+        UserError: two names of one argument are given in the same place.
+    """
+    today = RENAMED | _TRANSLATED
+    for given, where in ((config, "lightning.trainer."), (typed, "--")):
+        for old, new in RENAMED.items():
+            if given.get(old) is not None and given.get(new) is not None:
+                raise UserError(f"{where}{old} and {where}{new} are two names of one argument; give one of them")
+    replaced = {today.get(name, name) for name in typed}
+    return {name: value for name, value in config.items() if today.get(name, name) not in replaced} | dict(typed)
+
+
 def check_names(names: Iterable[str], valid: set[str], what: str) -> None:
     """Raise `UserError` for the first of `names` that is no Trainer argument today (`valid`) or in 2022.
 
     `what` is the format of a name in the message, such as `"option --{}"`.
     """
-    known = valid | {*_RENAMED, *_TRANSLATED, *_IGNORED}
+    known = valid | {*RENAMED, *_TRANSLATED, *_IGNORED}
     for name in names:
         if name not in known:
-            raise UserError(f"unknown {what.format(name)}{nearest(name, known)}")
+            raise UserError(f"unknown {what.format(name)}{instead_of(name) or nearest(name, known)}")
 
 
 def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: int = 1) -> dict[str, Any]:
@@ -100,12 +120,12 @@ def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: i
     `launched` is the number of devices if `given` names none.
 
     Raises:
-        UserError: the devices or the number of accumulated batches are not valid.
+        UserError: the devices are not valid.
     """
     arguments = {name: value for name, value in given.items() if name not in _IGNORED}
     for name in given.keys() & _IGNORED:
         log.warning("Trainer argument %s is ignored: %s", name, _IGNORED[name])
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         if old in arguments:
             arguments.setdefault(new, arguments.pop(old))
     if arguments.pop("reload_dataloaders_every_epoch", False):
@@ -114,17 +134,16 @@ def translate_arguments(given: Mapping[str, Any], *, has_cuda: bool, launched: i
         arguments["enable_model_summary"] = arguments.pop("weights_summary") not in _NOTHING
     if arguments.pop("progress_bar_refresh_rate", None) == 0:
         arguments["enable_progress_bar"] = False
-    check_number("accumulate_grad_batches", arguments.get("accumulate_grad_batches"), least=1, optional=True)
     return _translate_devices(arguments, has_cuda, launched)
 
 
 def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int) -> dict[str, Any]:
     """Set `accelerator`, `devices` and `strategy` from `gpus`, `num_processes` and `distributed_backend`."""
     strategy = arguments.pop("distributed_backend", None)
-    if arguments.get("accelerator") in _STRATEGIES:
+    if arguments.get("accelerator") in STRATEGIES:
         strategy = arguments.pop("accelerator")
     if isinstance(arguments.get("strategy"), str):
-        arguments["strategy"] = _STRATEGIES.get(arguments["strategy"], arguments["strategy"])
+        arguments["strategy"] = STRATEGIES.get(arguments["strategy"], arguments["strategy"])
     processes = arguments.pop("num_processes", None)
     if "gpus" in arguments:
         gpus = _parse_gpus(arguments.pop("gpus"))
@@ -139,9 +158,9 @@ def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int)
         arguments["accelerator"] = "cpu"
     arguments.setdefault("devices", processes or launched)
     if strategy is not None and not is_single(arguments):
-        if strategy not in _STRATEGIES:
-            raise UserError(f"unknown distributed_backend {strategy!r}{nearest(str(strategy), set(_STRATEGIES))}")
-        arguments.setdefault("strategy", _STRATEGIES[strategy])
+        if strategy not in STRATEGIES:
+            raise UserError(f"unknown distributed_backend {strategy!r}{nearest(str(strategy), set(STRATEGIES))}")
+        arguments.setdefault("strategy", STRATEGIES[strategy])
     return arguments
 
 
@@ -151,7 +170,7 @@ def _parse_gpus(value: Any) -> int | list[int]:
         value = [part for part in value.split(",") if part.strip()]
     try:
         return [int(part) for part in value] if isinstance(value, list) else int(value or 0)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"--gpus {value!r}: give device numbers such as 0, or 0,1, or a count such as 2") from error
 
 

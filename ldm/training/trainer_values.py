@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ldm.training.trainer_2022 import RENAMED, STRATEGIES
 from ldm.util import UserError
 
 # Arguments that have another place → advice.
@@ -17,8 +18,11 @@ _ELSEWHERE = {
     "callbacks": "describe each under lightning.callbacks, with target and params",
     "plugins": "plugins cannot be given; --precision and --strategy choose them",
     "default_root_dir": "run folders are made in --logdir",
+    "model_registry": "checkpoints are kept in the run folder, and in no registry",
 }
 _MOST_DEVICES = 256
+_MOST_MACHINES = 4096
+_TOO_LARGE = 1 << 63  # torch takes smaller whole numbers
 _CLOCK = re.compile(r"\d+:[0-2]?\d:[0-5]?\d:[0-5]?\d")
 _TIME_UNITS = {"weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"}
 _DURATION = "a time as DD:HH:MM:SS, such as 00:12:00:00, or a mapping such as {hours: 12}"
@@ -42,7 +46,7 @@ def _is_share(value: Any) -> bool:
 
 def _is_duration(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return bool(value) and all(key in _TIME_UNITS and _is_number(part) for key, part in value.items())
+        return bool(value) and all(key in _TIME_UNITS and _is_number(part) and part >= 0 for key, part in value.items())
     return isinstance(value, str) and _CLOCK.fullmatch(value) is not None
 
 
@@ -57,11 +61,22 @@ def _are_devices(value: Any) -> bool:
     return not isinstance(value, (int, float)) or (type(value) is int and -1 <= value <= _MOST_DEVICES)
 
 
+def _are_gpus(value: Any) -> bool:
+    """Return False for values that are neither a count of GPUs nor text or numbers that name them."""
+    if isinstance(value, list):
+        return all(_is_whole(part, 0) for part in value)
+    return isinstance(value, str) or (_is_whole(value, -1) and value <= _MOST_DEVICES)
+
+
 _BOOLEAN = (lambda value: type(value) is bool, "true or false")
 _SHARE = (_is_share, "a whole number of batches, or a fraction from 0.0 to 1.0")
+_TEXT = (lambda value: isinstance(value, str), "a name")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "accelerator": _TEXT,
+    "profiler": _TEXT,
     **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), _whole(-1)),
-    **dict.fromkeys(("check_val_every_n_epoch", "num_nodes"), _whole(1)),
+    **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), _whole(1)),
+    "num_nodes": (lambda value: _is_whole(value, 1) and value <= _MOST_MACHINES, f"1 to {_MOST_MACHINES} machines"),
     "devices": (_are_devices, f"a number of devices up to {_MOST_DEVICES}, a list of their numbers, or auto"),
     "num_processes": (lambda value: _is_whole(value, 1) and value <= _MOST_DEVICES, f"1 to {_MOST_DEVICES} processes"),
     **dict.fromkeys(
@@ -73,13 +88,16 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(
         (
-            "barebones", "benchmark", "checkpoint_callback", "detect_anomaly", "enable_autolog_hparams",
+            "barebones", "benchmark", "detect_anomaly", "enable_autolog_hparams",
             "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "inference_mode",
-            "reload_dataloaders_every_epoch", "replace_sampler_ddp", "sync_batchnorm", "terminate_on_nan",
+            "reload_dataloaders_every_epoch", "sync_batchnorm",
             "use_distributed_sampler",
         ),
         _BOOLEAN,
     ),
+    "distributed_backend": (lambda value: value in tuple(STRATEGIES), f"one of {', '.join(STRATEGIES)}"),
+    "gpus": (_are_gpus, "device numbers such as 0, or 0,1, or a count such as 2"),
+    "weights_summary": (lambda value: value in ("top", "full", "None", "none", ""), "top, full or null"),
     "deterministic": (lambda value: type(value) is bool or value == "warn", "true, false or warn"),
     "fast_dev_run": (lambda value: type(value) is bool or _is_whole(value, 0), "true, false or a number of batches"),
     "gradient_clip_algorithm": (lambda value: value in ("norm", "value"), "norm or value"),
@@ -87,7 +105,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logger": (lambda value: type(value) is bool, "true or false, and describe a logger in lightning.logger"),
     "max_time": (_is_duration, _DURATION),
     "precision": (lambda value: isinstance(value, str) or _is_whole(value, 1), "16, 32 or a name such as bf16-mixed"),
+    "profiler": (lambda value: value in ("simple", "advanced", "pytorch"), "simple, advanced or pytorch"),
     "progress_bar_refresh_rate": _whole(0),
+    "accelerator": (lambda value: isinstance(value, str), "auto, cpu, gpu or another device of Lightning"),
     "strategy": (lambda value: isinstance(value, str), "a name, and describe one with settings in lightning.strategy"),
     "val_check_interval": (_is_interval, f"1 or more batches, a fraction above 0.0 up to 1.0, or {_DURATION}"),
 }  # fmt: skip
@@ -111,8 +131,11 @@ def check_values(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name in _ELSEWHERE:
             raise UserError(f"lightning.trainer.{name} {value!r}: {_ELSEWHERE[name]}")
-        if value is None or name not in _CHECKS:
+        if type(value) is int and abs(value) >= _TOO_LARGE:
+            raise UserError(f"lightning.trainer.{name} {value}: too large; give a number below 2^63")
+        now = RENAMED.get(name, name)
+        if value is None or now not in _CHECKS:
             continue
-        is_right, expected = _CHECKS[name]
+        is_right, expected = _CHECKS[now]
         if not is_right(value):
             raise UserError(f"lightning.trainer.{name} {value!r}: give {expected}")

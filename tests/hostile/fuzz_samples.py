@@ -185,7 +185,7 @@ def load_pairs(data: bytes) -> Any:
             entry = json.loads(line)
             text = " ".join((entry.get("edit_prompt") or "").split())
             before, after = (entry.get(key) for key in ("input_image", "edited_image"))
-            names = [PurePosixPath(before).as_posix(), after and PurePosixPath(after).as_posix()]
+            names = [PurePosixPath(before).as_posix(), PurePosixPath(after).as_posix() if after else None]
             found.append((names[0], text or None, names[1]))
     return found
 
@@ -221,4 +221,5 @@ def read_config(folder: Path, data: bytes) -> Any:
 def load_config(data: bytes) -> Any:
     config = OmegaConf.create(data.decode())  # with the numbers of YAML 1.2, such as 1e-4
     sections = OmegaConf.to_container(config, resolve=True)
-    return {name: content for name, content in sections.items() if name in SECTIONS}  # others are told of and dropped
+    # Sections of other programs are dropped with a warning, and empty ones count as left out.
+    return {name: part for name, part in sections.items() if name in SECTIONS and part is not None}

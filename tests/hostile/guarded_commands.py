@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ COMMANDS = {
     "extract_lora": "tools/extract_lora.py --base tiny.safetensors --tuned tuned.safetensors --rank 1 --check good "
     "--out out/lora.safetensors --config release.yaml --device cpu",
 }
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"  # Pillow starts Ghostscript for it
 # Colours the terminal, begins a line, and turns the letters after it around.
 NAME = "\x1b[31m\nFORGED\u202e"
 RANKED = {"target": "pytorch_lightning.callbacks.ModelCheckpoint"}
@@ -125,6 +127,23 @@ def resumed_commands(work: Path, outside: Path, training: Mapping[str, Any]) -> 
             "prepare": prepare,
             "words": ["tests/hostile/resume_newest.py", logs, *["-t", "--no-test", "--max_steps", "3"]],
         }
+
+
+def reading_commands(work: Path, training: Mapping[str, Any], parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tools that read configs of other people, and never as trusted ones: a report, and the check of configs."""
+    run = work / "foreign"
+    for number, part in enumerate(parts.values()):
+        path = run / "configs" / f"2026-01-01T00-00-{number:02}-project.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(merged(training, part), path)
+    (run / "checkpoints").mkdir()
+    shutil.copy(work / "tiny.safetensors", run / "checkpoints" / "last.ckpt")
+    (run / "images" / "train").mkdir(parents=True)
+    (run / "images" / "train" / "inputs_gs-000001_e-000000_b-000000.png").write_bytes(EPS)
+    (run / "events.jsonl").write_text(json.dumps({"time": NAME, "kind": "start", "command": ["main.py", "--help"]}))
+    yield {"name": "reading: report", "words": ["tools/report.py", "foreign", "--samples", "1"]}
+    some = [str(path) for path in sorted(run.glob("configs/*"))[::8]]
+    yield {"name": "reading: check_configs", "words": ["tools/check_configs.py", *some]}
 
 
 def named_commands(work: Path) -> Iterator[dict[str, Any]]:

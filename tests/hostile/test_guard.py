@@ -24,6 +24,7 @@ from tests.hostile.guarded_commands import (
     TRAIN,
     merged,
     named_commands,
+    reading_commands,
     resumed_commands,
     words_of,
     write,
@@ -71,6 +72,7 @@ def outcomes(places: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
             guarded.append({"name": f"outside: {option} {text!r}: main", "words": [*TRAIN.split(), f"{option}={text}"]})
     guarded += named_commands(work)
     guarded += resumed_commands(work, outside, training)
+    guarded += reading_commands(work, training, untrusted(outside / "marker"))
     warm = [{"name": f"good: {tool}", "words": command.split()} for tool, command in COMMANDS.items()]
     plan = {"allowed": str(work), "warm": warm, "guarded": guarded}
     (work.parent / "plan.json").write_text(json.dumps(plan))
@@ -131,6 +133,12 @@ def test_a_resumed_run_touches_nothing_but_its_own_files(
         assert "lies outside" in outcome["exit"], name
     (run,) = places[0].glob("logs-state/*")
     assert list((run / "configs").glob("*.yaml")) and (run / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_tools_that_read_configs_as_data_need_no_trust(outcomes: Mapping[str, dict[str, Any]]) -> None:
+    for name, outcome in of_kind(outcomes, "reading").items():
+        assert (outcome["exit"], outcome["stopped"]) == (None, []), name
+        assert "\x1b" not in outcome["said"] and "usage:" not in outcome["said"]
 
 
 def test_messages_hold_no_control_characters(outcomes: Mapping[str, dict[str, Any]]) -> None:

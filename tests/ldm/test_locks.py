@@ -169,6 +169,16 @@ def test_locked_names_the_file_that_cannot_be_locked(tmp_path: Path, monkeypatch
         pass
 
 
+def test_locked_on_a_full_disk_names_the_file_and_leaves_none(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", fail)
+    with pytest.raises(OSError, match=r"\.lock"), locked(tmp_path / "x" / ".lock", "the run"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
 def test_locked_does_without_flock(tmp_path: Path, monkeypatch, number: int) -> None:
     def fail(*_: object) -> None:

@@ -49,9 +49,10 @@ def test_current_path_of_the_loss_of_codebooks():
         ("ldm.data.openimages.OpenImagesBBoxTrain", "boxes' tokens"),
         ("ldm.data.simple.ObjaverseDataModuleFromConfig", "image_target"),
         ("torchvision.transforms.FiveCrop", "ldm.images.augmentations"),
-        ("ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion", "unCLIP is not here"),
         ("ldm.models.diffusion.ddpm.LatentDiffusionSRTextWTFFHQ", "LatentUpscaleDiffusion"),
-        ("ldm.modules.encoders.modules.FrozenFaceEncoder", "FaceClipEncoder"),
+        ("ldm.data.local.LocalBase", "belongs to a fork; use ldm.data.datasets.ImageCaptionDataset"),
+        ("ldm.modules.encoders.xlmr.BertSeriesModelWithTransformation", "AltDiffusion"),
+        ("ldm.modules.encoders.modules.PersonalizedCLIPEmbedder", "aesthetic gradients are not here"),
         ("ldm.modules.embedding_manager.EmbeddingManager", "textual_inversion.yaml"),
         ("cldm.cldm.ControlLDM", "ControlNet is not here; .*stable_diffusion_v1.yaml"),
         ("src.model.CustomDiffusion", "unet_trainable: attn"),
@@ -62,6 +63,12 @@ def test_instead_is_said_of_what_is_not_here(path, use):
     with pytest.raises(UserError, match=use) as caught:
         get_obj_from_str(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["ldm.data.local.LocalBase", "taming.data.ffhq.FFHQSRTrain"])
+def test_instead_is_said_of_the_datasets_of_forks(path):
+    with pytest.raises(UserError, match=r"it belongs to a fork; use ldm.data.datasets.*; give --trust"):
+        check_trust({"target": path}, "config")
 
 
 @pytest.mark.parametrize("path", ["basicsr.data.realesrgan_dataset.RealESRGANDataset", "torchvision.models.resnet18"])
@@ -118,3 +125,21 @@ def test_check_trust_skips_unused_keys():
 def test_hint_for_key_names_what_takes_its_place():
     with pytest.raises(UserError, match=r"unknown key 'reg' in params of .*; .*make_prior"):
         check_params("main.DataModuleFromConfig", get_obj_from_str("main.DataModuleFromConfig"), {"reg": {}})
+
+
+@pytest.mark.parametrize(
+    ("key", "use"),
+    [
+        ("lora_config", "extract_lora"),
+        ("network_dim", "extract_lora"),
+        ("control_stage_config", "ControlNet is not here"),
+        ("from_pretrained", "--finetune_from"),
+        ("first_stage_trainable", "its own config"),
+        ("learning_rate", "base_learning_rate"),
+        ("noise_offset", "noise_config"),
+    ],
+)
+def test_hint_for_key_names_what_takes_the_place_of_keys_of_other_trainers(key, use):
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    with pytest.raises(UserError, match=rf"unknown key '{key}' in params of .*; .*{use}"):
+        check_params(target, get_obj_from_str(target), {key: 1})

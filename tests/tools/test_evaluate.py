@@ -117,10 +117,10 @@ def test_without_a_text_encoder_the_stored_encodings_are_used(here: Callable, tm
     ("arguments", "message"),
     [
         ((*pair(), "--set", "new=nowhere.tar"), "set 'new': nowhere.tar: no such file"),
-        ((*pair(), "--set", "new=new", "--sweep-strength"), "--set new=new: a sweep needs a second set"),
+        ((*pair(), "--set", "new=new", "--sweep-strength"), "--set new=new: a sweep needs a further set"),
         ((*pair(), "--set", "new=new", "--sweep-strength", "-1"), "--sweep-strength -1.0"),
         ((*pair(), "--set", "new=new", "--sweep-strength", "--sample", "1"), "--sample 1: a sweep samples no images"),
-        ((*pair(), "--set", "new=new", "--block", "out"), "--block out: belongs to --sweep-strength"),
+        ((*pair(), "--set", "new=new", "--block", "out"), "--block: belongs to --sweep-strength"),
         ((*pair(), "--set", "a=new", "--set", "b=rest", "--sweep-strength", "--subject", "c"), "--subject 'c'"),
         ((*pair(), "--set", "a=new", "--set", "b=rest", "--sweep-strength", "--block", "no"), "--block no: no weight"),
         ((*pair(), "--set", "narrow"), "--set narrow: give NAME=SHARDS"),
@@ -159,7 +159,7 @@ def test_a_sweep_begins_at_the_base_ends_at_the_tuned_release_and_passes_the_mer
     assert here(*pair(), *sets, *FAST, "--sweep-strength", 0, 0.5, 1) is None
     content = json.loads((tmp_path / "out/strengths.json").read_text())
     at = {entry["strength"]: entry for entry in content["strengths"]}
-    assert content["subject"] == "new" and list(at) == [0, 0.5, 1]
+    assert content["subjects"] == ["new"] and list(at) == [0, 0.5, 1]
     assert all(entry["loss_ratio"]["value"] == 1 and entry["drift"]["value"] == 0 for entry in at[0]["sets"].values())
     with Image.open(tmp_path / "out/strengths.png") as figure:
         assert figure.format == "PNG"

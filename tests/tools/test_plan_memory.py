@@ -80,6 +80,15 @@ def test_a_release_tells_the_config(plan, tmp_path) -> None:
     assert "1.00 GiB" in plan(f"--ckpt {tmp_path}/x.safetensors --base minimal.yaml --batch 1")
 
 
+@pytest.mark.parametrize(
+    ("line", "config"), [("", "v2_768_v"), ("--size 512", "v2_base"), ("--size 768 --parameterization eps", "v2_base")]
+)
+def test_a_release_of_SD_2_goes_by_parameterization_and_size(plan, tmp_path, line: str, config: str) -> None:
+    write_sparse(tmp_path / "x.safetensors", FAMILIES["sd2_base"].shapes)
+    said = plan(f"--ckpt {tmp_path}/x.safetensors --card 8 {line}")
+    assert f"--base finetune_stable_diffusion_{config}.yaml minimal.yaml" in said
+
+
 def test_what_fits_a_card(plan) -> None:
     printed = plan("--base demo_tiny.yaml minimal.yaml --card 8")  # also predicts without the tier
     assert "as given       not even batch 1" in printed
@@ -107,6 +116,7 @@ def test_a_tier_that_needs_more_host_memory_is_not_recommended(plan, ram: int, l
         ("--batch 1", "name the configs of a training with --base, or a release with --ckpt"),
         ("--base demo_tiny.yaml --card 0", "--card 0.0: give a number of GB above 0"),
         ("--base demo_tiny.yaml --card 8 --ram -1", "--ram -1.0: give a number of GB above 0"),
+        ("--base demo_tiny.yaml --parameterization v", "--parameterization v: tells what --ckpt predicts"),
         ("--base demo_tiny.yaml --ram 16", "--ram limits the tiers for a card; give --card too"),
         ("--base demo_tiny.yaml --card 8 --batch 1", "--card computes the batch size; leave out --batch"),
     ],

@@ -21,6 +21,8 @@ from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
+_DEPTH_SIDE, _DEPTH_MULTIPLE = 384, 32  # of the image that the depth network sees, in pixels
+
 
 class LatentFinetuneDiffusion(LatentDiffusion):
     """Base of models whose first convolution has more input channels than the release that they start from.
@@ -90,10 +92,10 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
             )
 
     def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        super().check_batch_shapes(shapes)
         for key in self.concat_keys:
             valid = (self.channels, 2 * self.channels) if key == self.masked_image_key else (1,)
             check_map(key, shapes, valid)
+        super().check_batch_shapes(shapes)
 
     def concatenated(self, batch: Batch) -> list[Tensor]:
         return [
@@ -126,21 +128,24 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     An entry of `concat_keys` with one channel is a depth map (B, 1, H, W). Other entries are inputs of the depth stage.
 
     Args:
-        depth_stage_config: `target` and `params` of the frozen network that estimates depth.
+        depth_stage_config: `target` and `params` of the frozen network that estimates depth; None for a model that
+            reads stored depth maps.
     """
 
     default_concat_keys = ("midas_in",)
 
     def __init__(
         self,
-        depth_stage_config: Mapping[str, Any],
+        depth_stage_config: Mapping[str, Any] | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.depth_model = instantiate_from_config(depth_stage_config).eval().requires_grad_(False)
+        self.depth_model = None
+        if depth_stage_config is not None:
+            self.depth_model = instantiate_from_config(depth_stage_config).eval().requires_grad_(False)
         if ckpt_path is not None:  # after the depth stage, so that its weights are loaded too
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
@@ -156,10 +161,38 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
     def depth(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the depth map (B, 1, h, w) of `x`: 2 (d − min) / (max − min + 0.001) − 1 per sample."""
-        depth = (x if x.shape[1] == 1 else self.depth_model(x.to(dtype_of(self.depth_model)))).float()
-        depth = F.interpolate(depth, size=size, mode="bicubic", align_corners=False)
+        depth = _resized(x.float(), size) if x.shape[1] == 1 else self.estimated_depth(x, size)
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
         return 2.0 * (depth - low) / (high - low + 0.001) - 1.0
+
+    @torch.no_grad()
+    def estimated_depth(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the depth (B, 1, h, w), float32, that the network estimates for its inputs `x` (B, 3, H, W).
+
+        Raises:
+            UserError: the model has no depth network.
+        """
+        if self.depth_model is None:
+            raise UserError(
+                f"{self.concat_keys[0]} has {x.shape[1]} channels; a model without depth_stage_config takes depth maps"
+            )
+        return _resized(self.depth_model(x.to(dtype_of(self.depth_model))).float(), size)
+
+    def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        for key in self.concat_keys if self.depth_model is None else ():
+            check_map(key, shapes, (1,))
+        super().check_batch_shapes(shapes)
+
+
+def for_depth_network(images: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) at the size that the depth network was trained on."""
+    scale = _DEPTH_SIDE / min(images.shape[-2:])
+    size = [max(1, round(side * scale / _DEPTH_MULTIPLE)) * _DEPTH_MULTIPLE for side in images.shape[-2:]]
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def _resized(depth: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(depth, size=size, mode="bicubic", align_corners=False)
 
 
 class LatentUpscaleDiffusion(LatentDiffusion):

@@ -122,11 +122,14 @@ class WithConditioning:
         """Check that stored samples of these `shapes`, by entry, give a vector of the UNet's width.
 
         Raises:
-            UserError: the width differs.
+            UserError: the width differs, or the UNet takes labels of another kind.
         """
-        stage, width = self.cond_stage_model, getattr(self.model.diffusion_model, "adm_in_channels", None)
-        if width is None or not isinstance(stage, GeneralConditioner) or stage.caption_embedders:
+        stage, kind = self.cond_stage_model, getattr(self.model.diffusion_model, "num_classes", None)
+        if kind is None or not isinstance(stage, GeneralConditioner) or stage.caption_embedders:
             return
+        if kind != "sequential":
+            raise UserError(f"num_classes {kind!r}: a GeneralConditioner gives a vector, which sequential takes")
+        width = self.model.diffusion_model.adm_in_channels
         shapes = {**shapes, **dict.fromkeys(SIZE_ENTRIES, (2,))}
         if not all(key in shapes for key in stage.input_keys):
             return
@@ -137,6 +140,25 @@ class WithConditioning:
             raise UserError(
                 f"{stored} make a vector of {made} features; the UNet's adm_in_channels is {width}: were the captions "
                 "encoded by another text encoder?"
+            )
+
+    def check_input_channels(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that the latent and the maps of stored samples of these `shapes` have the channels of the UNet's input.
+
+        Raises:
+            UserError: the number differs.
+        """
+        unet = getattr(self.model.diffusion_model, "in_channels", None)
+        keys = self.concat_keys if self.model.takes_maps else ()
+        if unet is None or self.model.conditioning_key == "concat" or not all(key in shapes for key in keys):
+            return
+        maps = {key: shapes[key][0] for key in keys}
+        channels = [self.channels if count == 2 * self.channels else count for count in maps.values()]
+        if self.channels + sum(channels) != unet:
+            given = " and ".join(["latent", *keys])
+            raise UserError(
+                f"in_channels of the UNet is {unet}, but its input of {given} has {self.channels + sum(channels)} "
+                "channels; name the config of the model that is trained"
             )
 
     def raw_conditioning(self, batch: Batch) -> Any:

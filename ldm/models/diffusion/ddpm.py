@@ -7,6 +7,7 @@ from ldm.models.diffusion.concat import (
     LatentUpscaleDiffusion,
     Layout2ImgDiffusion,
 )
+from ldm.models.diffusion.image_embedding import ImageEmbeddingConditionedLatentDiffusion
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.pixel import DDPM
 from ldm.models.diffusion.wrapper import DiffusionWrapper
@@ -14,6 +15,7 @@ from ldm.models.diffusion.wrapper import DiffusionWrapper
 __all__ = [
     "DDPM",
     "DiffusionWrapper",
+    "ImageEmbeddingConditionedLatentDiffusion",
     "LatentDepth2ImageDiffusion",
     "LatentDiffusion",
     "LatentFinetuneDiffusion",

@@ -16,6 +16,7 @@ from ldm.models.diffusion.concat import LatentFinetuneDiffusion, check_map
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.random_streams import RandomStreams
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import check_number
 
 
 class LatentDiffusion(LatentFinetuneDiffusion):
@@ -33,6 +34,7 @@ class LatentDiffusion(LatentFinetuneDiffusion):
 
     def __init__(self, dropout: float = 0.05, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_number("dropout", dropout, least=0, most=1 / 3, whole=False)  # the three shares add up to at most 1
         self.dropout = dropout
 
     def get_input(self, batch: Batch, k: str) -> Tensor:
@@ -57,6 +59,7 @@ class LatentDiffusion(LatentFinetuneDiffusion):
         # In released configs, `cond_stage_key` names the pair: in stored samples it is the image, not the caption.
         super().check_batch_shapes({key: shape for key, shape in shapes.items() if key not in self.concat_keys})
         check_map(self.concat_keys[0], shapes, (self.channels, 2 * self.channels))
+        self.check_input_channels(shapes)
 
     def encode_conditioning(self, batch: Batch) -> Conditioning:
         """Return the conditioning of a batch, for image pairs without the captions and images of random samples.

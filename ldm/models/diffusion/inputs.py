@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.diffusion import ddpm_edit
-from ldm.models.diffusion.concat import LatentDepth2ImageDiffusion, LatentInpaintDiffusion, LatentUpscaleDiffusion
+from ldm.models.diffusion.concat import (
+    LatentDepth2ImageDiffusion,
+    LatentInpaintDiffusion,
+    LatentUpscaleDiffusion,
+    for_depth_network,
+)
+from ldm.models.diffusion.image_embedding import ImageEmbeddingConditionedLatentDiffusion
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, refuse_if
 
 IMAGE_SCALE = 1.5  # default guidance towards the image of InstructPix2Pix (arXiv:2211.09800, section 3.3)
-_DEPTH_SIDE, _DEPTH_MULTIPLE = 384, 32  # of the image that the depth network sees
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ def _check(model: LatentDiffusion, inputs: Inputs, maps: Maps | None) -> None:
             "this is an upscaler, which txt2img does not sample from; name a model that makes images from prompts",
         ),
         (
+            isinstance(model, ImageEmbeddingConditionedLatentDiffusion),
+            "this model makes variations of images, which txt2img does not sample from; name a model that makes images "
+            "from prompts",
+        ),
+        (
             model.model.takes_maps and maps is None,
             f"this model needs {', '.join(model.concat_keys) or 'maps'} beside prompts, which txt2img cannot give",
         ),
@@ -174,16 +184,9 @@ def _depth_maps(model: LatentDepth2ImageDiffusion, inputs: Inputs, shape: tuple[
             + (", or --image, whose depth is estimated" if model.depth_model is not None else "")
         )
     else:
-        entry = _resized_for_depth(source[None])
+        entry = for_depth_network(source[None])
     latent = torch.empty(1, *shape, device=model.device)  # tells the size
     return model.concatenated({model.first_stage_key: latent, model.concat_keys[0]: entry.to(model.device)})
-
-
-def _resized_for_depth(image: Tensor) -> Tensor:
-    """Return an image (1, 3, H, W) at the size that the depth network was trained on."""
-    scale = _DEPTH_SIDE / min(image.shape[-2:])
-    size = [max(1, round(side * scale / _DEPTH_MULTIPLE)) * _DEPTH_MULTIPLE for side in image.shape[-2:]]
-    return F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=True)
 
 
 _MAPS: Mapping[type[LatentDiffusion], Maps] = {

@@ -201,6 +201,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
                 "encode the captions with this model's text encoder"
             )
         self.check_vector(shapes)
+        self.check_input_channels(shapes)
 
     def _check_latent_shape(self, shape: tuple[int, ...]) -> None:
         factor = getattr(self.model.diffusion_model, "downsampling", 1)

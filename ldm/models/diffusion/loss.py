@@ -268,7 +268,7 @@ def weighting_of(
         "l_simple_weight": (l_simple_weight, 1.0),
     }
     given = [key for key, (value, default) in older.items() if value != default]
-    if loss_config is not None:
+    if loss_config:
         if given:
             raise UserError(f"{given[0]} and loss_config both set the loss weighting; leave {given[0]} out")
         return _instantiate(loss_config)
@@ -287,7 +287,7 @@ def _config(target: type[Unweighted], weighting: Mapping[str, Any] | None, **par
 
 
 def _instantiate(config: Mapping[str, Any] | None) -> Unweighted:
-    if config is None:
+    if not config:
         return Unweighted()
     weighting = instantiate_from_config(config)
     if not isinstance(weighting, Unweighted):

@@ -68,7 +68,7 @@ def noise_of(config: Mapping[str, Any] | None) -> TrainingNoise:
     Raises:
         UserError: the config does not name a kind of noise.
     """
-    if config is None:
+    if not config:
         return PLAIN_NOISE
     noise = instantiate_from_config(config)
     if not isinstance(noise, TrainingNoise):

@@ -224,7 +224,7 @@ def distribution_of(config: Mapping[str, Any] | None) -> Uniform:
     Raises:
         UserError: the config does not name a distribution of timesteps.
     """
-    if config is None:
+    if not config:
         return Uniform()
     distribution = instantiate_from_config(config)
     if not isinstance(distribution, Uniform):

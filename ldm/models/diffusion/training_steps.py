@@ -88,7 +88,7 @@ class TrainingSteps:
             raise UserError("no learning rate: set model.base_learning_rate in the config")
         config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
         optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
-        if self.scheduler_config is None:
+        if not self.scheduler_config:
             return optimizer
         scheduler = LambdaLR(optimizer, lr_lambda=build_schedule(self.scheduler_config))
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]

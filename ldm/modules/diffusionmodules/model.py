@@ -144,13 +144,16 @@ class _UpLevel(_Level):
         return self.upsample(super().forward(x))
 
 
+_ATTENTION = ("vanilla", "vanilla-xformers")  # names of one network; forks compute it by other kernels
+
+
 def _has_attention(attn_type: str, use_linear_attn: bool) -> bool:
-    if use_linear_attn or attn_type not in ("vanilla", "none"):
+    if use_linear_attn or attn_type not in (*_ATTENTION, "none"):
         raise UserError(
             f"ddconfig: attn_type {attn_type!r} with use_linear_attn {use_linear_attn} is not available; "
             "use attn_type 'vanilla' or 'none', and use_linear_attn false"
         )
-    return attn_type == "vanilla"
+    return attn_type in _ATTENTION
 
 
 class Encoder(nn.Module):
@@ -162,7 +165,7 @@ class Encoder(nn.Module):
         ch, ch_mult: channels of the first level, and the multiple of them in each level.
         num_res_blocks: residual blocks per level; the decoder has one more.
         attn_resolutions: sizes of the levels that have attention after each block, for an image `resolution` wide.
-        attn_type: 'vanilla', or 'none' for no attention anywhere.
+        attn_type: 'vanilla' or 'vanilla-xformers', which are the same network, or 'none' for no attention anywhere.
     """
 
     def __init__(

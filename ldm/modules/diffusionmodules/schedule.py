@@ -26,14 +26,15 @@ def make_beta_schedule(
     """Return β_1…β_T, float64 (n_timestep,).
 
     `linear` is linear in √β, `sqrt_linear` in β, and `sqrt` in β². `cosine` follows arXiv:2102.09672, eq. 17, with
-    offset `cosine_s` and β at most 0.999.
+    offset `cosine_s` and β at most 0.999. `squaredcos_cap_v2` is the same with the paper's offset, 0.008.
 
     Raises:
         UserError: the schedule is unknown.
     """
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep) ** 2
-    if schedule == "cosine":
+    if schedule in ("cosine", "squaredcos_cap_v2"):
+        cosine_s = cosine_s if schedule == "cosine" else 8e-3
         time = np.arange(n_timestep + 1) / n_timestep
         alpha_bar = np.cos((time + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2
         return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
@@ -41,9 +42,8 @@ def make_beta_schedule(
         return np.linspace(linear_start, linear_end, n_timestep)
     if schedule == "sqrt":
         return np.linspace(linear_start, linear_end, n_timestep) ** 0.5
-    raise UserError(
-        f"beta_schedule {schedule!r} is unknown{nearest(schedule, ['linear', 'cosine', 'sqrt_linear', 'sqrt'])}"
-    )
+    known = ["linear", "cosine", "sqrt_linear", "sqrt", "squaredcos_cap_v2"]
+    raise UserError(f"beta_schedule {schedule!r} is unknown{nearest(schedule, known)}")
 
 
 def rescale_to_zero_snr(betas: np.ndarray) -> np.ndarray:

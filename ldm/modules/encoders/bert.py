@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.files import read_at_most
+from ldm.modules.encoders.caption_length import LimitedTokenizer
 from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.util import UserError
 
@@ -89,7 +90,7 @@ class BERTEmbedder(TransformerEmbedder):
         self.use_tokenizer = use_tokenizer
         self.vocab = vocab
         self.vocab_size = vocab_size
-        self._tokenizer: WordPieces | None = None
+        self.tokenizer: WordPieces | None = None
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Return the ids (B, max_seq_len) of captions, on the CPU.
@@ -97,14 +98,14 @@ class BERTEmbedder(TransformerEmbedder):
         Raises:
             UserError: there is no vocabulary, or it has more entries than the model.
         """
-        if self._tokenizer is None:
-            self._tokenizer = WordPieces(vocabulary_path(self.vocab), self.max_seq_len)
-            if len(self._tokenizer) > self.vocab_size:
+        if self.tokenizer is None:
+            self.tokenizer = WordPieces(vocabulary_path(self.vocab), self.max_seq_len)
+            if len(self.tokenizer) > self.vocab_size:
                 raise UserError(
-                    f"the vocabulary {self._tokenizer.path} has {len(self._tokenizer)} entries; "
+                    f"the vocabulary {self.tokenizer.path} has {len(self.tokenizer)} entries; "
                     f"vocab_size of BERTEmbedder is {self.vocab_size}"
                 )
-        return self._tokenizer([texts] if isinstance(texts, str) else texts)
+        return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, text: Sequence[str] | str | Tensor) -> Tensor:
         """Encode captions, or ids (B, L), to (B, L, D)."""
@@ -135,7 +136,7 @@ def vocabulary_path(given: str | None) -> Path:
     )
 
 
-class WordPieces:
+class WordPieces(LimitedTokenizer):
     """BERT's tokenizer (arXiv:1810.04805, section 3): captions -> ids (B, length), `[CLS]` text `[SEP]` and padding.
 
     Args:
@@ -147,7 +148,7 @@ class WordPieces:
     """
 
     def __init__(self, path: Path, length: int) -> None:
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
         try:
             pieces = read_at_most(path, _MOST_BYTES).decode("utf-8").splitlines()
@@ -160,18 +161,22 @@ class WordPieces:
         self._backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
         self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)
         self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        ends = [(piece, ids[piece]) for piece in ("[SEP]", "[CLS]")]
-        self._backend.post_processor = processors.BertProcessing(*ends)
-        self._backend.enable_truncation(length)
-        self._backend.enable_padding(length=length, pad_id=ids["[PAD]"], pad_token="[PAD]")
+        self.length, self.room = length, length - 2
+        self._padding, self._start, self._end = (ids[piece] for piece in ("[PAD]", "[CLS]", "[SEP]"))
 
     def __len__(self) -> int:
         """Return the number of entries in the vocabulary."""
         return self._backend.get_vocab_size()
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
-        return torch.tensor([self._backend.encode(text).ids for text in texts])
+        return [self._backend.encode(text).ids for text in texts]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        rows = torch.full((len(texts), self.length), self._padding)
+        for row, ids in zip(rows, self.fitting(texts), strict=True):
+            row[: len(ids) + 2] = torch.tensor([self._start, *ids, self._end])
+        return rows
 
 
 class _TokenTransformer(nn.Module):

@@ -31,6 +31,11 @@ _ARCHS = {
 }
 
 
+def drop_embeddings(z: Tensor, share: float) -> Tensor:
+    """Return z (B, E) with a `share` of the rows set to 0."""
+    return z * (torch.rand(len(z), 1, device=z.device) >= share) if share else z
+
+
 class VisionTower(nn.Module):
     """Vision transformer (B, 3, side, side) → (B, E), under OpenAI's and OpenCLIP's state-dict keys."""
 
@@ -142,6 +147,29 @@ class FrozenCLIPImageEmbedder(FrozenClipImageEmbedder):
         return self(x)[:, None]
 
 
+class ClipImageEmbedder(FrozenClipImageEmbedder):
+    """CLIP's image tower that conditions Stable unCLIP: images in [-1, 1] -> (B, E).
+
+    Args:
+        ucg_rate: share of embeddings that training sets to zero. The others are those of the base class.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-L/14",
+        jit: bool = False,
+        device: str | torch.device | None = None,
+        antialias: bool = True,
+        ucg_rate: float = 0.0,
+    ) -> None:
+        super().__init__(model, jit, device, antialias)
+        self.ucg_rate = ucg_rate
+
+    def forward(self, x: Tensor, no_dropout: bool = False) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1] to (B, E)."""
+        return drop_embeddings(super().forward(x), self.ucg_rate if self.training and not no_dropout else 0.0)
+
+
 class FaceClipEncoder(AbstractEncoder):
     """Encoder of a portrait (B, 3, 512, 512) in [-1, 1] to two tokens: the face, and the image without the face.
 
@@ -217,7 +245,4 @@ class FrozenOpenCLIPImageEmbedder(_ImageEmbedder):
 
     def forward(self, x: Tensor, no_dropout: bool = False) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] to (B, E)."""
-        z = super().forward(x)
-        if self.ucg_rate and self.training and not no_dropout:
-            z = z * (torch.rand(len(z), 1, device=z.device) >= self.ucg_rate)
-        return z
+        return drop_embeddings(super().forward(x), self.ucg_rate if self.training and not no_dropout else 0.0)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.modules.encoders.caption_length import LimitedTokenizer
 from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.util import UserError, nearest
 
@@ -73,7 +74,7 @@ class FrozenT5Embedder(AbstractEncoder):
         )
         self.max_length = max_length
         self.tokenizer_file = tokenizer_file
-        self._tokenizer: Any = None
+        self.tokenizer: SentencePieces | None = None
         self.put_on(device)
         if freeze:
             self.freeze()
@@ -84,19 +85,30 @@ class FrozenT5Embedder(AbstractEncoder):
         Raises:
             UserError: there is no tokenizer.
         """
-        if self._tokenizer is None:
-            self._tokenizer = _read_tokenizer(self.tokenizer_file)
-        texts = [texts] if isinstance(texts, str) else texts
-        ids = torch.full((len(texts), self.max_length), _PADDING)
-        for row, text in zip(ids, texts, strict=True):
-            pieces = self._tokenizer.encode(text, add_special_tokens=False).ids[: self.max_length - 1]
-            row[: len(pieces) + 1] = torch.tensor([*pieces, _END])
-        return ids
+        if self.tokenizer is None:
+            self.tokenizer = SentencePieces(_read_tokenizer(self.tokenizer_file), self.max_length)
+        return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, texts: Sequence[str] | str) -> Tensor:
         """Encode captions to (B, max_length, D); padding is attended to, as when the released models were trained."""
         device = next(self.parameters()).device
         return self.transformer(input_ids=self.tokenize(texts).to(device, non_blocking=True)).last_hidden_state
+
+
+class SentencePieces(LimitedTokenizer):
+    """Tokenizer of captions to ids (B, max_length): text cut to fit, end token, padding."""
+
+    def __init__(self, backend: Any, max_length: int) -> None:
+        self._backend, self.max_length, self.room = backend, max_length, max_length - 1
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        rows = torch.full((len(texts), self.max_length), _PADDING)
+        for row, ids in zip(rows, self.fitting(texts), strict=True):
+            row[: len(ids) + 1] = torch.tensor([*ids, _END])
+        return rows
 
 
 def _read_tokenizer(file: str | None) -> Any:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 import gzip
 import html
-import logging
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import ftfy
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
+from ldm.modules.encoders.caption_length import LimitedTokenizer
 from ldm.util import UserError, refuse_if
 
-logger = logging.getLogger(__name__)
-
-_NAMED = 5  # prompts listed in a warning
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
@@ -70,10 +66,8 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
-class ClipTokenizer:
+class ClipTokenizer(LimitedTokenizer):
     """Tokenizer of captions to ids (B, max_length): start token, text cut to fit, end token, padding.
-
-    It warns of the first caption that it cuts, unless `cut_captions` has been asked.
 
     Args:
         padding: id that fills a row up to `max_length`; the end token by default. OpenCLIP uses 0.
@@ -87,7 +81,7 @@ class ClipTokenizer:
         self._backend = _backend()
         self.start, self.end = (self._backend.token_to_id(token) for token in (_START, _END))
         self.padding = self.end if padding is None else padding
-        self.says_cuts = True
+        self.room = max_length - 2
 
     def __len__(self) -> int:
         """Return the number of entries in the vocabulary."""
@@ -105,43 +99,13 @@ class ClipTokenizer:
         # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
         return [self._backend.encode(clean(text)).ids for text in texts]
 
-    def cut(self, texts: Sequence[str]) -> dict[str, int]:
-        """Return the truncated texts and their numbers of tokens, without start and end."""
-        room = self.max_length - 2
-        lengths = {text: len(ids) for text, ids in zip(texts, self.encode(texts), strict=True)}
-        return {text: length for text, length in lengths.items() if length > room}
-
     def pieces(self, text: str) -> list[str]:
         """Return the pieces of `text` in the notation of the vocabulary: `</w>` ends a word."""
         return self._backend.encode(clean(text)).tokens
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         tokens = torch.full((len(texts), self.max_length), self.padding)
-        for row, text, ids in zip(tokens, texts, self.encode(texts), strict=True):
-            if self.says_cuts and len(ids) > self.max_length - 2:
-                self.says_cuts = False
-                logger.warning("Captions of more than %d tokens are cut, the rest is not read; the first of them: %r "
-                               "(%d tokens)", self.max_length - 2, text[:80], len(ids))  # fmt: skip
-            ids = [self.start, *ids[: self.max_length - 2], self.end]
+        for row, fitting in zip(tokens, self.fitting(texts), strict=True):
+            ids = [self.start, *fitting, self.end]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
-
-
-def cut_captions(cond_stage: Any, texts: Sequence[str]) -> dict[str, int]:
-    """Return the texts that `cond_stage` truncates and their numbers of tokens. Empty without a tokenizer of CLIP."""
-    tokenizer = getattr(cond_stage, "tokenizer", None)
-    if not isinstance(tokenizer, ClipTokenizer):
-        return {}
-    tokenizer.says_cuts = False  # whoever asks tells of them
-    return tokenizer.cut(texts)
-
-
-def warn_of_cut(cond_stage: Any, texts: Sequence[str]) -> None:
-    """Log a warning with the texts that `cond_stage` truncates."""
-    cut = cut_captions(cond_stage, list(dict.fromkeys(texts)))
-    if not cut:
-        return
-    room = cond_stage.tokenizer.max_length - 2
-    shown = "; ".join(f"{text!r:.80} ({length} tokens)" for text, length in list(cut.items())[:_NAMED])
-    more = f"; and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
-    logger.warning("%d prompts are longer than %d tokens and are cut: %s%s", len(cut), room, shown, more)

@@ -188,7 +188,7 @@ def test_slow_writing_includes_the_best_checkpoints(run: Run, tmp_path: Path, mo
         ({"every_n_train_steps": 0}, "every_n_train_steps 0: give a whole number of at least 1"),
         ({"every_n_train_steps": 2.5}, "every_n_train_steps 2.5: give a whole number"),
         ({"train_time_interval": "00:30"}, "train_time_interval '00:30': give a number of minutes"),
-        ({"train_time_interval": -1}, "train_time_interval -1: give a number of minutes of at least 0"),
+        ({"train_time_interval": -1}, "train_time_interval -1: give a number of minutes from 0 to 10000000"),
         ({"save_last_k": True}, "save_last_k True: give a whole number of at least 0"),
     ],
 )
@@ -213,3 +213,22 @@ def test_a_checkpoint_cannot_make_a_run_delete_other_files(tmp_path: Path, key: 
 def test_kept_checkpoints_refuse_a_monitor_that_is_no_name(monitor):
     with pytest.raises(UserError, match=r"^monitor .*: give the name of a metric, or null"):
         KeptCheckpoints(dirpath="checkpoints", monitor=monitor)
+
+
+@pytest.mark.parametrize("interval", [1, 1.0, 5])
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_a_validated_step_is_ranked_right_after_its_validation(tmp_path: Path, monkeypatch, interval, asked) -> None:
+    """Lightning takes an interval of one batch for one of a whole epoch, at whose end the weights are others."""
+    ranked = []
+    monkeypatch.setattr(KeptCheckpoints, "_save_topk_checkpoint", lambda kept, trainer, _: ranked.append(trainer))
+    kept = KeptCheckpoints(dirpath=str(tmp_path), monitor="val/loss", save_on_train_epoch_end=asked)
+    trainer = SimpleNamespace(
+        callback_metrics={}, sanity_checking=False, global_step=1, current_epoch=0, val_check_interval=interval,
+        check_val_every_n_epoch=1, num_val_batches=[1], fast_dev_run=False, state=SimpleNamespace(fn="fit"),
+        is_global_zero=True,
+    )  # fmt: skip
+    kept.on_validation_start(trainer, None)
+    trainer.callback_metrics["val/loss"] = torch.tensor(0.5)
+    kept._monitor_candidates = lambda _: {}
+    kept.on_validation_end(trainer, None)
+    assert ranked == [trainer]

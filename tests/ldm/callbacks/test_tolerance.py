@@ -27,6 +27,13 @@ def test_tolerance_logs_each_change_once(caplog: pytest.LogCaptureFixture) -> No
     assert said == [lost, "Images can be written again", lost]
 
 
+@pytest.mark.parametrize(("error", "reason"), [(OSError("\n b\nc"), "b"), (OSError(" "), "OSError")])
+def test_tolerance_names_a_reason(caplog: pytest.LogCaptureFixture, error: OSError, reason: str) -> None:
+    with Tolerance("Images")():
+        raise error
+    assert f"Images cannot be written ({reason});" in caplog.text
+
+
 def test_tolerance_passes_user_errors_on() -> None:
     with pytest.raises(UserError), Tolerance("Images")():
         raise UserError("ours")

@@ -1,5 +1,7 @@
 """Names of other programs become ours, and ours theirs."""
 
+import re
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ PAIRS = [
     ("time_embed.0.weight", f"{UNET}time_embed.0.weight"),
     ("label_emb.0.0.weight", f"{UNET}label_emb.0.0.weight"),
     ("module.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
+    ("state_dict.model.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model._orig_mod.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     ("model.module.diffusion_model.out.0.weight", f"{UNET}out.0.weight"),
     (f"{UNET}_fsdp_wrapped_module.out._checkpoint_wrapped_module.0.bias", f"{UNET}out.0.bias"),
@@ -54,6 +57,11 @@ def test_in_our_names_keeps_the_names_of_the_model():
     assert list(in_our_names({"input_blocks.0.weight": torch.ones(1)}, ["input_blocks.0.weight"]).weights) == [
         "input_blocks.0.weight"
     ]
+
+
+def test_summary_leaves_out_the_markers_of_v_prediction():
+    names = in_our_names({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0), "other.x": torch.zeros(1)})
+    assert names.summary() == ["1 values are not used: other"] and len(names.carried) == 3
 
 
 def test_restored_gives_linear_layers_their_shape_back_and_adds_new_keys():
@@ -98,3 +106,39 @@ def test_is_carried(key):
 @pytest.mark.parametrize("key", [*SAME, f"{UNET}new.weight", "first_stage_model.new", "logvar", "model_ema.decay"])
 def test_is_carried_leaves_the_parts_of_a_model(key):
     assert not is_carried(key)
+
+
+OWN = [
+    *(f"{UNET}input_blocks.1.1.attn1.to_q.weight", f"{UNET}out.2.bias", f"{VAE}mid.attn_1.q.weight"),
+    *(f"{VAE}up.0.block.0.norm1.weight", f"{TOWER}text_model.encoder.layers.0.fc1.weight"),
+]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(f"{UNET}position_net.linears.0.weight", f"{UNET}input_blocks.1.1.fuser.attn1.to_q.weight"),
+        *(f"{UNET}out.2.alpha", f"{UNET}out.2.dora_scale", f"{UNET}input_blocks.1.1.attn1.to_k_ip.weight"),
+        *("first_stage_model.new.weight", f"{TOWER}text_model.pooler.weight"),
+    ],
+)
+def test_in_our_names_carries_what_other_programs_put_into_the_parts(key):
+    file = {**dict.fromkeys(OWN, torch.ones(1)), key: torch.ones(1)}
+    named = in_our_names(file, OWN)
+    assert named.carried == [key] and list(named.restored(named.weights)) == list(file)
+    assert re.sub(r"\d+", "*", key) in named.summary()[0]
+    assert in_our_names(file, [*OWN, key]).carried == []
+    is_known = any(word in key for word in ("position_net", "fuser", "alpha", "dora_scale", "to_k_ip"))
+    assert in_our_names({key: torch.ones(1)}, OWN).carried == [key] * is_known  # else the part is another one
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(f"{UNET}input_blocks.2.1.attn1.to_q.weight", f"{UNET}input_blocks.1.1.attn1.to_q.bias"),
+        *(f"{VAE}up.0.attn.0.q.weight", f"{TOWER}text_model.encoder.layers.12.fc1.weight"),
+        *(f"{UNET}label_emb.0.0.weight", f"{UNET}out.2.weight_scale", "model_ema.decay", "conditioner.new.weight"),
+    ],
+)
+def test_in_our_names_carries_nothing_that_means_another_model(key):
+    assert in_our_names({**dict.fromkeys(OWN, torch.ones(1)), key: torch.ones(1)}, OWN).carried == []

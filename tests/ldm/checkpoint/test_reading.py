@@ -5,9 +5,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ldm.checkpoint import load_checkpoint, load_state_dict, open_checkpoint
+from ldm.checkpoint import load_checkpoint, load_state_dict, open_checkpoint, save_state_dict
 from ldm.util import UserError
 from tests.ldm.checkpoint.sample_tensors import safetensors_holds, same, tensors
 
@@ -129,6 +130,18 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(kind, tmp_path):
         load_checkpoint(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["safe_open", "ZipArchive"])
+def test_a_lack_of_memory_is_not_called_damage(name, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("Cannot allocate memory (os error 12)") if name == "safe_open" else MemoryError
+
+    monkeypatch.setattr(f"ldm.checkpoint.reading.{name}", fail)
+    path = tmp_path / ("a.safetensors" if name == "safe_open" else "a.ckpt")
+    save_state_dict({"a": torch.ones(1)}, path)
+    with pytest.raises(MemoryError):
+        load_checkpoint(path)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

@@ -33,6 +33,21 @@ def test_without_schedule_takes_no_rounded_schedule_and_says_nothing(dtype, capl
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def test_without_schedule_compares_infinite_values(caplog):
+    """At zero terminal SNR, the last values of two buffers are infinite."""
+    model = Model()
+    for key in ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"):
+        getattr(model, key)[-1] = torch.inf
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    load_into(model, weights, source="r.safetensors")
+    assert not caplog.records
+    weights["sqrt_recip_alphas_cumprod"][:] *= 2
+    load_into(model, weights, source="r.safetensors")
+    load_into(Model(), weights, source="r.safetensors")
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert ["recip_" in message for message in messages] == [True, True]
+
+
 OTHER = {
     "another end": schedule(end=0.02),
     "another length": schedule(steps=500),

@@ -42,6 +42,7 @@ def raises(error: BaseException):
         (KeyboardInterrupt(), 130),
         (MemoryError(), f"error: {NO_MEMORY}"),
         (OSError(12, "Cannot allocate memory"), f"error: {NO_MEMORY}"),
+        (RuntimeError("can't start new thread"), f"error: {NO_MEMORY}"),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9"),
             f"error: {NO_MEMORY}",

@@ -204,3 +204,25 @@ def test_params_that_are_no_mapping_are_refused(where, params):
     with pytest.raises(UserError, match=rf"^{where}\.params .*: give a mapping of parameters, or leave it out"):
         load_config([], [f"{where}.params={params}"], trusted=True)
     assert load_config([], [f"{where}.params=null"])
+
+
+def test_a_config_without_a_name_is_refused():
+    with pytest.raises(UserError, match="--base '': names no file"):
+        load_config([""])
+
+
+def test_a_section_that_belongs_into_lightning_is_told(tmp_path, caplog):
+    load_config([write(tmp_path / "c.yaml", "model: {}\ntrainer: {max_steps: 9}\n")])
+    assert "c.yaml: trainer has an effect inside the section lightning only" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.yaml", "hello", "not a YAML mapping with the sections model, data, lightning"),
+        ("c.toml", "[general]\nbucket = true\n", "is TOML, which other programs read; give a YAML config"),
+    ],
+)
+def test_files_of_other_programs_are_refused(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config([write(tmp_path / "whole.yaml", "model: {}\n"), write(tmp_path / name, text)])

@@ -1,6 +1,7 @@
 """Datasets by the names of public configs: keys, shapes and ranges of items, and one line for what is missing."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ldm.data.edit import EditDataset
 from ldm.data.faceshq import CelebAHQTrain, FFHQTrain, FFHQValidation
 from ldm.data.imagenet import ImageNetSRTrain, ImageNetSRValidation, ImageNetTrain, ImageNetValidation, parse_indices
 from ldm.data.landscapes import RFWTrain, RFWValidation
+from ldm.data.listed import read_list
 from ldm.data.lsun import LSUNBase, LSUNBedroomsTrain, LSUNCatsTrain, LSUNChurchesTrain, LSUNChurchesValidation
 from ldm.data.openimages import FullOpenImagesTrain, FullOpenImagesValidation, SuperresOpenImagesAdvancedTrain
 from ldm.util import UserError, get_obj_from_str
@@ -244,6 +246,21 @@ def test_edit_dataset_names_what_is_no_prompt(prompt):
     Path("pairs/a/prompt.json").write_text('{"edit": "x"}')
     with pytest.raises(UserError, match=r"seeds.json: an image 'a/../../x_0.jpg' is outside the folder"):
         data[0]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_listed_images_of_another_spelling_are_found(form):
+    other = "NFD" if form == "NFC" else "NFC"
+    written, listed = (unicodedata.normalize(name, "été/café.jpg") for name in (form, other))
+    write_images(Path("data/lsun/churches"), [written])
+    Path("list.txt").write_bytes(f"\ufeff{listed}\r\n".encode())
+    (item,) = LSUNBase("list.txt", "data/lsun/churches", size=32)
+    assert is_image(item["image"], 32, 32)
+
+
+def test_a_list_is_split_at_line_ends_only():
+    Path("list.txt").write_bytes("a\u2028b.jpg\r\nc\x0bd.jpg\re.jpg".encode())
+    assert read_list("list.txt", "images") == ["a\u2028b.jpg", "c\x0bd.jpg", "e.jpg"]
 
 
 def test_a_list_names_no_image_outside_its_folder():

@@ -1,6 +1,7 @@
 """Folders of images with captions, captions alone, and the local stand-in for hub data sets."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -20,6 +21,14 @@ SQUARE = [
 class Marked:
     def __call__(self, sample):
         return {**sample, "marked": True}
+
+
+def test_folder_data_finds_captioned_images_of_another_spelling(tmp_path):
+    write_images(tmp_path, [unicodedata.normalize("NFD", "café.JPG")])
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({unicodedata.normalize("NFC", "café.jpg"): "a cup"}), encoding="utf-8-sig")
+    (item,) = FolderData(tmp_path, captions)
+    assert item["txt"] == "a cup" and item["image"].shape == (40, 60, 3)
 
 
 def test_folder_data_reads_one_kind_of_file(tmp_path):

@@ -13,7 +13,7 @@ from ldm.encoding import kinds
 from ldm.encoding.kinds import EditSamples, ImageSamples, MaskedSamples, samples_for
 from ldm.images.transforms import to_range
 from ldm.models.diffusion import ddpm_edit
-from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentInpaintDiffusion, LatentUpscaleDiffusion
 from ldm.shards import npy
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
@@ -111,13 +111,14 @@ def test_the_number_of_masks_is_part_of_an_unfinished_set(tmp_path: Path) -> Non
     ("model", "masks", "message"),
     [
         (Model(), 3, "--masks 3: .*leave it out"),
-        (LatentDepth2ImageDiffusion.__new__(LatentDepth2ImageDiffusion), None, "depth.*shards"),
+        (LatentUpscaleDiffusion.__new__(LatentUpscaleDiffusion), None, "LR, which shards do not hold"),
+        (LatentDepth2ImageDiffusion.__new__(LatentDepth2ImageDiffusion), None, "no depth network.*depth_stage_config"),
     ],
 )
 def test_samples_for_refuses(model, masks, message, monkeypatch: pytest.MonkeyPatch) -> None:
     if masks is None:
-        depth = {"model": type("Wrapper", (), {"takes_maps": True}), "concat_keys": ("depth",)}
-        for name, value in depth.items():
+        parts = {"model": type("Wrapper", (), {"takes_maps": True}), "concat_keys": ("LR",), "depth_model": None}
+        for name, value in parts.items():
             object.__setattr__(model, name, value)
     with pytest.raises(UserError, match=message):
         samples_for(model, masks)

@@ -13,7 +13,7 @@ from ldm.data.sources import find_images
 from ldm.distributed.ranks import Ranks
 from ldm.encoding import set_writer as module
 from ldm.images.find import digest_images
-from ldm.shards import table
+from ldm.shards import kept_tables
 from ldm.shards.index import INDEX, read_index
 from ldm.shards.reader import ShardDataset
 from ldm.shards.writer import Shard
@@ -197,8 +197,8 @@ def test_images_are_told_apart_by_what_is_known_of_them(images):
 
 
 def test_the_tables_of_a_finished_set_are_kept_for_the_first_start(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "LEAST_SAMPLES", 1)
+    monkeypatch.setattr(kept_tables, "LEAST_SAMPLES", 1)
     run(images, tmp_path / "set" / "s-%d.tar", **OPTIONS)
-    monkeypatch.setattr(table, "build_table", None)
+    monkeypatch.setattr(kept_tables, "build_table", None)
     dataset = ShardDataset(sorted((tmp_path / "set").glob("*.tar")), cond_stage_key="txt")
     assert len(dataset) == read_index(tmp_path / "set")["samples"]

@@ -1,5 +1,7 @@
 """Tests of the file with the initial results of a run, which may be damaged."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,8 @@ def test_load_start_returns_the_saved_record(path):
         ("new.loss", torch.ones(2, 2, dtype=torch.bfloat16), "damaged"),
         ("new.000000", torch.ones(3, 4, 3, 3), "damaged"),
         ("new.000000", torch.ones(()), "damaged"),
+        ("new.000000", torch.full((2, 4, 3, 3), math.nan), "not finite"),
+        ("new.loss", torch.full((2, 2), math.inf, dtype=torch.float64), "not finite"),
     ],
 )
 def test_load_start_refuses_a_wrong_file_in_one_line(path, key, value, message):

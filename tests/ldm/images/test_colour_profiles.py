@@ -112,6 +112,17 @@ def test_to_srgb_of_grey_and_of_grey_in_an_rgb_profile():
         assert np.abs(decoded - encoded_light).max() <= 1.5
 
 
+@pytest.mark.parametrize("kind", ["transparent level", "RGB", "RGBA", "palette"])
+def test_to_srgb_of_grey_in_other_modes_follows_a_grey_profile(kind, caplog):
+    """Grey with a transparent level, and grey of a palette or of 16 bits with alpha, are decoded as colours."""
+    grey = Image.fromarray(np.array([[64, 128, 255]], np.uint8))
+    options = {"transparency": 255} if kind == "transparent level" else {}
+    image = grey if options else grey.convert("P" if kind == "palette" else kind)
+    decoded = decode_image(encoded(image, "PNG", icc_profile=grey_profile(1.0), **options), "x")
+    assert np.abs(decoded[0, :, 0].astype(int) - [137, 188, 255]).max() <= 1 and not caplog.text
+    assert (decoded == decoded[..., :1]).all()
+
+
 def test_to_srgb_keeps_alpha():
     rgba = np.concatenate([PIXELS, np.array([[[255], [0], [255], [255], [255], [255]]], np.uint8)], axis=-1)
     profile = rgb_profile(P3)

@@ -72,6 +72,12 @@ def test_16_bit_grey_is_scaled_not_clipped():
         assert decoded[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_the_transparent_level_of_16_bit_grey_has_16_bits():
+    levels = np.array([[100, 100 * 257, 200]], np.uint16)
+    decoded = decode_image(encoded(Image.fromarray(levels), "PNG", transparency=100), "x")
+    assert decoded[0, :, 0].tolist() == [255, 100, 1]
+
+
 def test_cmyk_becomes_rgb():
     cmyk = Image.fromarray(np.full((8, 8, 3), (250, 20, 20), np.uint8)).convert("CMYK")
     decoded = decode_image(encoded(cmyk, "JPEG", quality=95), "x")
@@ -114,6 +120,15 @@ def test_what_is_not_a_whole_image_is_refused_in_one_line(data, message):
     with pytest.raises(UserError, match=message) as caught:
         decode_image(data, "folder/x.jpg")
     assert str(caught.value).startswith("folder/x.jpg: ") and "\n" not in str(caught.value)
+
+
+def test_a_lack_of_memory_is_said(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("ldm.images.decode._pixels", fail)
+    with pytest.raises(UserError, match=r"x.png: this machine has too little memory left to decode it"):
+        decode_image(encoded(Image.fromarray(gradient()), "PNG"), "x.png")
 
 
 def test_damaged_images_decode_or_are_refused():

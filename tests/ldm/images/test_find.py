@@ -36,6 +36,15 @@ def test_captions_beside_images_in_folders_of_folders(tmp_path, caplog):
     }
     assert described(find_images(put(tmp_path, files))) == [("b.PNG", "a red flag"), ("sub/a.jpg", "x")]
     assert "files of other types skipped: .mp4" in caplog.text
+    assert "2 hidden images and folders skipped: .c.png, .t" in caplog.text
+
+
+def test_links_to_folders_that_are_not_there_are_told_of(tmp_path, caplog):
+    """Such as to a disk that is not mounted. A file that macOS writes beside an image is no image."""
+    put(tmp_path, {"a.png": RED, "a.txt": "a", "._a.png": "?", ".DS_Store": "?"})
+    (tmp_path / "photos").symlink_to("/nowhere/photos")
+    assert described(find_images(tmp_path)) == [("a.png", "a")]
+    assert "1 links to nothing skipped: photos" in caplog.text and "hidden" not in caplog.text
 
 
 def test_images_without_a_caption_are_told_of(tmp_path, caplog):

@@ -56,6 +56,22 @@ def test_from_metadata_knows_the_columns_of_pairs(tmp_path, caplog, keys):
     assert not caplog.text
 
 
+def test_one_image_may_have_several_edits_and_instructions(tmp_path):
+    def line(after, prompt):
+        return {"input_image": "a.png", "edited_image": after, "edit_prompt": prompt}
+
+    lines = [line("b.png", "make it snow"), line("c.png", "make it rain"), line("c.png", "let it rain")]
+    put(tmp_path, {"metadata.jsonl": metadata(*lines), **dict.fromkeys(("a.png", "b.png", "c.png"), RED)})
+    assert pairs(find_images(tmp_path, pairs=True)) == [
+        ("a.png", "make it snow", "b.png", None),
+        ("a.png", "make it rain", "c.png", None),
+        ("a.png", "let it rain", "c.png", None),
+    ]
+    (tmp_path / "metadata.jsonl").write_text(metadata(*lines, lines[0]))
+    with pytest.raises(UserError, match=r"a\.png: occurs twice"):
+        find_images(tmp_path, pairs=True)
+
+
 def test_from_metadata_reads_pairs_of_published_sets(tmp_path, caplog):
     """The columns of InstructPix2Pix's own set; those of captions are told of."""
     columns = "original_prompt,original_image,edit_prompt,edited_prompt,edited_image\n"
@@ -76,6 +92,8 @@ def test_a_listed_image_finds_its_edited_one_by_name(tmp_path, caplog):
     [
         ({"input": "a.png", "edited": "../b.png"}, "outside the folder"),
         ({"input": "a.png", "edited": 3}, "edited is not a string: 3"),
+        ({"input": "a.png", "edited": []}, r"edited is not a string: \[\]"),
+        ({"input": False, "edited": "b.png"}, "line 1: expected"),
         ({"edited": "a.png", "edit": "x"}, "line 1: expected"),
     ],
 )

@@ -52,10 +52,7 @@ def test_the_image_size_follows_from_the_first_stage(levels, pixels):
 @pytest.mark.parametrize("key", FAMILIES)
 def test_the_batch_of_each_family_is_what_its_model_reads(key, tmp_path):
     """Pre-encoded samples as the finetune config reads them, and images as the release config does."""
-    described = [tiny_config(key)]
-    if FAMILIES[key].finetune_config:
-        described.append(finetune_config(key, tmp_path))
-    for config in map(OmegaConf.create, described):
+    for config in map(OmegaConf.create, (tiny_config(key), finetune_config(key, tmp_path))):
         model = build_model(config).eval()
         batch = make_batch(model, config, images=2)
         assert len(batch[model.first_stage_key]) == 2

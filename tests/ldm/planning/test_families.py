@@ -41,7 +41,7 @@ def table() -> dict[tuple[str, str], tuple[float, float | None]]:
         if row[0] not in names:
             continue
         family = FAMILIES[names[row[0]]]
-        assert row[1:3] == [f"`{family.finetune_config or family.config}`", str(family.size)]
+        assert row[1:3] == [f"`{family.finetune_config}`", str(family.size)]
         for tier, cell in zip(TIERS, row[3:], strict=True):
             device, _, host = cell.partition(", host ")
             found[family.key, tier] = float(device), float(host) if host else None

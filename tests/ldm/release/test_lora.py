@@ -139,8 +139,19 @@ def test_with_loras_refuses_other_shapes(tmp_path: Path) -> None:
         added(tmp_path, (wide, 1.0))
     with pytest.raises(UserError, match=r"to_q: has a magnitude of shape \(7, 1\), which does not fit"):
         added(tmp_path, (factors(LINEAR, dora_scale=torch.ones(7, 1)), 1.0))
+    with pytest.raises(UserError, match=r"to_q: has a magnitude of shape \(1, 1\), which does not fit"):
+        added(tmp_path, (factors(LINEAR, dora_scale=torch.tensor(1.0)), 1.0))
     with pytest.raises(UserError, match=r"has only EMA weights"):
         added(tmp_path, (factors(LINEAR), 1.0), start={ema_key(LINEAR): torch.ones(4, 3)})
+
+
+def test_with_loras_refuses_a_kernel_with_its_values_in_another_order(tmp_path: Path) -> None:
+    channels, *sides = release()[CONV].shape[1:]
+    part = factors(CONV)
+    (name,) = (key for key in part if "lora_down" in key)
+    for shape in ((sides[0] * sides[1], channels, 1), (channels, sides[0] * sides[1], 1)):
+        with pytest.raises(UserError, match=r"has a kernel of shape \(.*, but .* has "):
+            added(tmp_path, ({**part, name: part[name].reshape(-1, *shape)}, 1.0))
 
 
 def test_with_loras_refuses_results_that_are_not_finite(tmp_path: Path) -> None:
@@ -162,3 +173,18 @@ def test_add_lora_files(tmp_path: Path, suffix: str) -> None:
     assert open_checkpoint(out).metadata["modelspec.title"] == "Cats"
     with pytest.raises(UserError, match="would replace one of the files"):
         add_lora_files(start, tmp_path / "l.safetensors", [Lora(tmp_path / "l.safetensors")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
+def test_with_loras_adds_in_float32_or_wider(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights, start = factors(LINEAR), {key: value.to(dtype) for key, value in release().items()}
+    found = added(tmp_path, (weights, 1.0), start=start)[LINEAR]
+    expected = (start[LINEAR].float() + change(weights, LINEAR)).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected.double())
+
+
+def test_with_loras_refuses_quantised_weights(tmp_path: Path) -> None:
+    start = {**release(), LINEAR: torch.ones(4, 3, dtype=torch.int8)}
+    with pytest.raises(UserError, match=f"{LINEAR} is torch.int8; dequantise it and save it as floating-point"):
+        added(tmp_path, (factors(LINEAR), 1.0), start=start)

@@ -116,6 +116,8 @@ def test_read_lora_of_convolutions(tmp_path: Path) -> None:
         ),
         ({"lora_unet_x.lora_down.weight": DOWN, "lora_unet_x.lora_up.weight": UP[:0, :1]}, "x: has factors of shapes"),
         (kohya(alpha=torch.tensor(float("nan"))), "x: its alpha is not a finite number"),
+        (kohya(alpha=torch.tensor(1j)), "x.alpha has complex numbers"),
+        ({**kohya(), "diffusion_model.x.lora_A.weight": DOWN}, "is there under two names"),
     ],
 )
 def test_read_lora_refuses_in_one_line(tmp_path: Path, weights: dict[str, Tensor], message: str) -> None:

@@ -88,6 +88,18 @@ def test_an_untouched_release_is_bit_identical_whatever_the_trainings_dtype():
         assert merged.trained == []
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_parts_that_a_narrow_tier_has_rounded_are_not_trained(narrow):
+    """If float32 training continues one in a narrow type, the rounded parts beside the UNet are the release's."""
+    trained = {key: value.float() for key, value in training(narrow, steps=0, cond_stage=True).items()}
+    trained[MODEL[0]] = release()[MODEL[0]].to(narrow).float() + 0.123
+    trained[MODEL[0]][0, 0] = release()[MODEL[0]][0, 0].to(narrow)  # by chance, in a trained weight
+    merged = merge(trained, release())
+    assert merged.trained == MODEL[:1]
+    for key, value in values(merged).items():
+        assert identical(value, trained[key] if key == MODEL[0] else release()[key]), key
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_elements_that_a_narrow_training_left_alone_are_not_rounded(half):
     key = "cond_stage_model.transformer.weight"
@@ -172,6 +184,14 @@ def test_weights_too_large_for_float16_are_refused_by_name():
         ({}, {"model.extra": torch.ones(2)}, "the training lacks model.extra"),
         ({}, {"first_stage_model.extra": torch.ones(2)}, "the training lacks first_stage_model.extra"),
         ({"cond_stage_model.new": torch.ones(2)}, {}, "the release lacks cond_stage_model.new"),
+        *(
+            (
+                {},
+                {MODEL[0]: torch.ones(3, 2, dtype=kind)},
+                f"is torch.float32 in the training, {kind} in the release; de",
+            )
+            for kind in (torch.int8, torch.uint8, torch.bool, torch.int64, torch.uint16, torch.complex64)
+        ),
     ],
 )
 def test_another_architecture_is_refused(trained, released, message):
@@ -198,6 +218,14 @@ def test_merge_takes_weights_of_every_dtype(dtype):
     assert merged.trained == [MODEL[0]]
     assert identical(values(merged)[MODEL[0]], trained[MODEL[0]])
     assert identical(values(merged)[MODEL[1]], released[MODEL[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_share_of_the_change_is_merged_into_weights_of_8_bits(dtype):
+    released = {key: value.to(dtype) if key in MODEL else value for key, value in release().items()}
+    trained = {**training(), MODEL[0]: released[MODEL[0]].float() + 1}
+    merged = values(merge(trained, released, strength=0.5))[MODEL[0]]
+    assert identical(merged, (released[MODEL[0]].float() + 0.5).to(dtype))
 
 
 def test_merge_refuses_nan_in_a_dtype_that_torch_cannot_reduce():

@@ -48,12 +48,32 @@ def test_mix_files_sums_and_keeps_the_rest_of_the_first(tmp_path: Path, suffix: 
     assert metadata["modelspec.title"] == "0" and "sshs_model_hash" not in metadata
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_mix_files_computes_wide_and_keeps_the_dtype_of_the_first(tmp_path: Path, dtype: torch.dtype) -> None:
     one, two = weights(1, dtype), weights(2)
     result = mixed(tmp_path, Recipe("sum", [0.3]), one, two)[IN]
-    wide = torch.promote_types(dtype, torch.float32)
-    assert torch.equal(result, (0.7 * one[IN].to(wide) + 0.3 * two[IN].to(wide)).to(dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = (0.7 * one[IN].to(wide) + 0.3 * two[IN].to(wide)).to(dtype)
+    assert result.dtype == dtype and torch.equal(result.to(wide), expected.to(wide))
+
+
+def test_mix_files_carries_what_other_programs_put_into_one_of_them(tmp_path: Path) -> None:
+    extra = {f"{UNET}position_net.linears.0.weight": torch.ones(2), f"{UNET}out.2.alpha": torch.ones(1)}
+    one, two = weights(1), weights(2)
+    first = mixed(tmp_path, Recipe("sum", [0.5]), {**one, **extra}, two)
+    assert first.keys() == {*one, *extra} and torch.equal(first[next(iter(extra))], torch.ones(2))
+    second = mixed(tmp_path, Recipe("sum", [0.5]), one, {**two, **extra})
+    assert second.keys() == one.keys() and torch.equal(second[IN], first[IN])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.uint16, torch.complex64])
+@pytest.mark.parametrize("place", [0, 1])
+def test_mix_files_refuses_quantised_weights(tmp_path: Path, dtype: torch.dtype, place: int) -> None:
+    files = [weights(1), weights(2)]
+    files[place][IN] = files[place][IN].to(dtype)
+    with pytest.raises(UserError, match=f"{place}.safetensors: {IN} is {dtype}; dequantise it and save it as"):
+        mixed(tmp_path, Recipe("sum", [0.5]), *files)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize(("method", "count"), [("sum", 2), ("add-difference", 3), ("slerp", 2)])

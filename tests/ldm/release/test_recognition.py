@@ -196,7 +196,7 @@ def test_overrides_make_the_config_of_what_recognise_found() -> None:
     overrides = recognise(marked).overrides
     assert overrides == ["model.params.parameterization=v", "model.params.rescale_betas_zero_snr=true"]
     config = load_config([FAMILIES["sdxl"].config], overrides)
-    config.model.params.unet_config.params.model_channels = 32
+    config.model.params.unet_config.params |= {"model_channels": 32, "num_classes": None}
     config.model.params.cond_stage_config = "__is_unconditional__"
     model = build_model(config)
     assert model.parameterization == "v" and model.alphas_cumprod[-1] == 0
@@ -252,6 +252,20 @@ def test_recognise_refuses_the_text_encoder_of_another_family() -> None:
     assert CONDITIONER in refused(swapped)
 
 
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        (["lora_unet_down_blocks_0_proj_in.lora_down.weight"], "is a LoRA: give it by --lora"),
+        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "is an autoencoder alone: give it by --vae"),
+        (["down_blocks.0.attentions.0.norm.weight"], "has the layout of diffusers"),
+    ],
+)
+def test_recognise_names_other_kinds_of_files(keys: list[str], kind: str) -> None:
+    with pytest.raises(UserError, match=f"^b.safetensors: the file {kind}") as error:
+        recognise(dict.fromkeys(keys, (1,)), source="b.safetensors")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("shapes", [{}, {"encoder.conv_in.weight": (128, 3, 3, 3)}, {FIRST: ()}])
 def test_recognise_refuses_what_is_no_model(shapes: dict) -> None:
     assert "keys)" in refused(shapes)
@@ -269,5 +283,5 @@ def test_shapes_of_reads_whatever_has_a_shape() -> None:
 def test_FAMILIES_name_configs_that_exist() -> None:
     for key, family in FAMILIES.items():
         assert family.key == key
-        for name in filter(None, (family.config, family.finetune_config)):
+        for name in (family.config, family.finetune_config):
             assert find_config(name).name == name

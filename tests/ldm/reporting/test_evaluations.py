@@ -23,6 +23,18 @@ def test_read_evaluations_prefers_the_run_to_its_neighbours(tmp_path: Path) -> N
     assert (found.ratio, found.timesteps, found.drift_at) == ("0.5", [62, 187], [0.0625, 0.0625])
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("7", "Infinity"), ("62", f"1{'0' * 400}"), ("62", "-1"), ("0.25", f"1{'0' * 400}")]
+)
+def test_read_evaluations_lists_numbers_that_no_figure_holds(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "evaluation.json"
+    write_evaluation(path)
+    path.write_text(path.read_text().replace(f": {old},", f": {new},"))
+    problems: list[str] = []
+    assert read_evaluations(tmp_path, problems) == []
+    assert len(problems) == 1 and str(path) in problems[0]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"sets": {"a": {}}}', "\0", '{"sets": 1}'])
 def test_read_evaluations_lists_a_damaged_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "evaluation.json").write_text(text)

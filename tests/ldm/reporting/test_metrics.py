@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ldm.reporting.metrics import read_metrics
 from tests.run_folders import METRICS, write_metrics
 
@@ -30,8 +32,25 @@ def test_read_metrics_leaves_out_damaged_lines(tmp_path: Path) -> None:
     assert problems == ["csv/version_0/metrics.csv: 3 damaged lines left out"]
 
 
-def test_read_metrics_names_steps_that_are_not_finite(tmp_path: Path) -> None:
-    write_metrics(tmp_path, 0, {0: (1.0, None), 1: (float("nan"), None)})
+@pytest.mark.parametrize("line", ["0,1,2\r0,3,4\r", f"0,1,{'9' * 200_000}\n", f"0,1{'0' * 400},2,\n"])
+def test_read_metrics_leaves_out_lines_that_no_csv_has(tmp_path: Path, line: str) -> None:
+    path = write_metrics(tmp_path, 0, METRICS)
+    with path.open("a", newline="") as file:
+        file.write(line)
+    problems: list[str] = []
+    assert read_metrics(tmp_path, problems).series["train/loss_simple"].steps == [0, 1, 2]
+    assert len(problems) == 1 and "damaged line" in problems[0]
+
+
+def test_read_metrics_without_steps(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path, 0, METRICS)
+    path.write_text("a,b\n1,2\n")
+    assert read_metrics(tmp_path, []).series == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e308])
+def test_read_metrics_names_steps_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    write_metrics(tmp_path, 0, {0: (1.0, None), 1: (value, None)})
     metrics = read_metrics(tmp_path, [])
     assert metrics.series["train/loss_simple"].steps == [0]
     assert metrics.not_finite == {"train/loss_simple": [1]}

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from ldm.events import END, FAULT, FORECAST, START, EventLog
 from ldm.locks import LOCK, locked
-from ldm.reporting.run_folder import read_run
+from ldm.reporting.run_folder import count_of, read_run
 from ldm.util import UserError
 from tests.run_folders import write_run
 
@@ -48,6 +49,23 @@ def test_read_run_with_events_of_wrong_types(tmp_path: Path, value: str) -> None
     line = f'{{"time": "", "kind": "start", "command": {value}, "release": {value}, "device_bytes": {value}}}\n'
     (run / "events.jsonl").write_text(line + line.replace("start", "forecast"))
     assert read_run(run, 1 << 20).release == {}
+
+
+def test_read_run_with_events_of_large_numbers_and_other_commands(tmp_path: Path, capfd) -> None:
+    run, large = write_run(tmp_path / "run"), 10**400
+    start = {"time": "", "kind": "start", "images_per_step": large, "command": ["main.py", "--help", "--nope"]}
+    forecast = {"time": "", "kind": "forecast", "device_bytes": large}
+    (run / "events.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(forecast)}\n")
+    found = read_run(run, 1 << 20)
+    assert found.forecast == {} and count_of(found.start, "images_per_step") is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_read_run_keeps_the_order_of_events_if_the_clock_was_set_back(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    events = [{"time": time, "kind": "start"} for time in ("2026-01-03", "2026-01-01", "2026-01-02")]
+    (run / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    assert [moment.time for moment in read_run(run, 1 << 20).moments] == [event["time"] for event in events]
 
 
 def test_read_run_refuses_other_folders(tmp_path: Path) -> None:

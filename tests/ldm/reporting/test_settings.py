@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from ldm.config.load import find_config
-from ldm.reporting.settings import differences, read_settings
+from ldm.reporting.settings import differences, params_of, read_settings
 
 
 def saved(tmp_path: Path, **changes: object) -> list[Path]:
@@ -32,6 +32,13 @@ def test_read_settings_lists_a_damaged_config(tmp_path: Path) -> None:
     problems: list[str] = []
     assert read_settings([whole, other], [], problems).config["model"]
     assert len(problems) == 1 and "b.yaml" in problems[0] and "not valid YAML" in problems[0]
+
+
+def test_read_settings_leaves_out_sections_that_are_no_mappings(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: x\ndata: {params: x}\nlightning: [1]\n")
+    assert read_settings([path], [], []).config == {"data": {"params": "x"}}
+    assert params_of({"data": {"params": "x"}}, "data") == params_of({}, "model") == {}
 
 
 def test_read_settings_keeps_values_of_the_environment_as_text(tmp_path: Path, monkeypatch) -> None:

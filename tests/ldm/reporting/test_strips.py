@@ -4,6 +4,7 @@ import base64
 import io
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from ldm.reporting.strips import read_strips, show
@@ -22,9 +23,17 @@ def test_read_strips_orders_steps_and_shows_their_images(tmp_path: Path) -> None
     assert image.size == (16, 16) and abs(image.getpixel((8, 8))[0] - 100) < 12
 
 
-def test_read_strips_lists_a_damaged_image(tmp_path: Path) -> None:
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"  # Pillow starts Ghostscript for it
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG", EPS], ids=["cut", "EPS"])
+def test_read_strips_lists_a_damaged_image(tmp_path: Path, monkeypatch, data: bytes) -> None:
+    def refuse(*words: object, **_: object) -> None:
+        pytest.fail(f"starts {words}")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
     write_image(tmp_path / "images/train/samples_gs-000001_e-000000_b-000000.png", 1)
-    (tmp_path / "images/train/samples_gs-000002_e-000000_b-000000.png").write_bytes(b"\x89PNG")
+    (tmp_path / "images/train/samples_gs-000002_e-000000_b-000000.png").write_bytes(data)
     problems: list[str] = []
     [strip] = read_strips(tmp_path, 1 << 20, problems)
     assert [frame.step for frame in strip.frames] == [1]

@@ -30,6 +30,15 @@ def test_captions_are_optional_unless_they_are_the_condition(tmp_path):
         ShardDataset([path], cond_stage_key="txt")
 
 
+def test_a_pipe_in_the_place_of_a_shard_is_refused_and_not_waited_for(tmp_path):
+    path = write_tar(tmp_path / "a.tar", sample_members(0))
+    dataset = ShardDataset([path])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"a\.tar: was replaced or changed"):
+        dataset[0]
+
+
 def test_keys_name_the_members(tmp_path):
     path = write_tar(tmp_path / "a.tar", [(name.replace("f8", "latent"), data) for name, data in sample_members(3)])
     assert (ShardDataset([path], "latent")[0]["latent"] == 3).all()

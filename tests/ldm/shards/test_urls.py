@@ -1,5 +1,6 @@
 import pytest
 
+from ldm.config.braces import expand_braces
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.util import UserError
 
@@ -59,7 +60,8 @@ def test_a_pattern_nested_too_deeply_is_refused():
 
 
 @pytest.mark.parametrize(
-    "folder", ["fruit [2]", "fruit {2}", "fruit {a,b}", "fruit*", "a::b", "fruit?", "~x", "f #1: [y]", "co:lon"]
+    "folder",
+    ["fruit [2]", "fruit {2}", "fruit {a,b}", "fruit*", "a::b", "fruit?", "~x", "f #1: [y]", "co:lon", "file:x"],
 )
 def test_expand_urls_takes_what_exists_literally(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
@@ -76,3 +78,15 @@ def test_expand_urls_takes_what_exists_literally(tmp_path, monkeypatch, folder):
     assert not names_all_there(f"{folder}/000.tar") and not names_all_there(f"{folder}/002.tar")
     assert names_all_there(folder) and names_all_there(f"{folder}/*.tar")
     assert expand_urls(f"{folder}/002.tar") == [f"{folder}/002.tar"]  # which is not there, and is no pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (r"shards\s-{0..1}.tar", [r"shards\s-0.tar", r"shards\s-1.tar"]),
+        (r"C:\data\x.tar", [r"C:\data\x.tar"]),
+        (r"a\{b\}{c\,d,e}", ["a{b}c,d", "a{b}e"]),
+    ],
+)
+def test_expand_braces_keeps_backslashes_that_escape_nothing(pattern, names):
+    assert list(expand_braces(pattern)) == names

@@ -53,6 +53,21 @@ def test_two_runs_in_a_second_get_two_folders(monkeypatch):
     assert [plan("-b a.yaml").folder.name for _ in range(3)] == ["now_a", "now_a-2", "now_a-3"]
 
 
+def test_a_tilde_that_the_shell_has_left_is_a_folder_of_that_name_or_the_home_folder(tmp_path, monkeypatch):
+    """Lightning expands a path that begins with ~, so such a folder is named in full."""
+    (tmp_path / "~mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert plan("-b a.yaml -l ~mine").folder.parent == tmp_path / "~mine"
+    assert plan("-b a.yaml -l ~/logs").folder.parent == tmp_path / "home" / "logs"
+
+
+@pytest.mark.parametrize("line", ["-b a.yaml -l $HOME/logs", "-b a.yaml -n x$HOME", "-b ${HOME}.yaml"])
+def test_the_name_of_a_variable_in_the_path_of_a_run_is_refused(line):
+    with pytest.raises(UserError, match="Lightning would replace the variable in this path; rename the folder"):
+        plan(line)
+
+
 def test_the_processes_of_one_run_share_its_folder(monkeypatch):
     first = plan("-b a.yaml")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -76,6 +91,8 @@ def test_resuming_from_elsewhere_makes_a_new_run(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("-b a.yaml -l hacked.ckpt", "--logdir hacked.ckpt: hacked.ckpt is a file; name a folder"),
+        ("-b a.yaml -l hacked.ckpt/logs", "--logdir hacked.ckpt/logs: hacked.ckpt is a file; name a folder"),
         ("--resume nowhere", "--resume nowhere: no such run folder or checkpoint"),
         ("--resume empty", "empty: has no checkpoints/last.ckpt"),
         ("--resume hacked.ckpt", "hacked.ckpt: not in a run folder, so its config is unknown"),
@@ -159,3 +176,20 @@ def test_hold_run_refuses_a_checkpoint_that_another_process_is_writing(tmp_path)
     ):
         pass
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("name", ["old", "old/", "logs/old/", "old/checkpoints", "old/checkpoints/last.ckpt"])
+def test_plan_run_resumes_a_run_by_its_name_in_the_folder_of_runs(old_run, name):
+    assert plan(f"--resume {name} -t").resume.resolve() == old_run / "checkpoints" / "last.ckpt"
+
+
+def test_plan_run_finds_runs_with_slashes_and_elsewhere(tmp_path, old_run):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    old_run.rename(tmp_path / "runs/a/b")
+    assert plan("--resume a/b -l runs -t").folder.resolve() == tmp_path / "runs/a/b"
+
+
+def test_paths_in_the_home_folder_are_found_after_an_equals_sign(tmp_path, old_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert plan("--resume=~/logs/old -t").folder == old_run
+    assert plan("--base=~/a.yaml --logdir=~/runs -t").folder.parent == tmp_path / "runs"

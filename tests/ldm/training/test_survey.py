@@ -90,6 +90,14 @@ def test_check_config_imports_no_code_of_its_author(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_check_config_shows_no_value_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "do not show")
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {target: torch.nn.Linear, params: {in_features: '${oc.env:SECRET}', out_features: 1}}\n")
+    checked = check_config(path)
+    assert checked.model == "-" and "${oc.env:SECRET}" in checked.missing[0] and "do not" not in str(checked.missing)
+
+
 def test_without_weights_drops_checkpoint_paths():
     config = {"ckpt_path": "a", "params": {"ckpt_path": "b", "list": [{"ckpt_dir": "c", "kept": 1}]}}
     assert without_weights(config) == {"params": {"list": [{"kept": 1}]}}

@@ -5,7 +5,7 @@ import logging
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.training.trainer_2022 import check_names, move_old_keys, translate_arguments
+from ldm.training.trainer_2022 import check_names, merge_arguments, move_old_keys, translate_arguments
 from ldm.util import UserError
 
 
@@ -101,6 +101,26 @@ def test_move_old_keys_finds_find_unused_parameters_in_the_trainer(caplog):
     assert own.find_unused_parameters is False  # the present place takes precedence
     move_old_keys(OmegaConf.create({}))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("config", "typed", "expected"),
+    [
+        ({"log_every_n_steps": 1}, {"row_log_interval": 5}, {"row_log_interval": 5}),
+        ({"val_percent_check": 0.5}, {"limit_val_batches": 3}, {"limit_val_batches": 3}),
+        ({"devices": 2, "max_steps": 9}, {"gpus": "0,"}, {"gpus": "0,", "max_steps": 9}),
+        ({"weights_summary": "full"}, {"enable_model_summary": False}, {"enable_model_summary": False}),
+        ({"strategy": "ddp"}, {"distributed_backend": "ddp_spawn"}, {"distributed_backend": "ddp_spawn"}),
+        ({"gpus": 2, "max_steps": 9}, {"max_steps": 1}, {"gpus": 2, "max_steps": 1}),
+    ],
+)
+def test_merge_arguments_gives_way_to_what_is_typed_under_any_name(config, typed, expected):
+    assert merge_arguments(config, typed) == expected
+
+
+def test_merge_arguments_refuses_two_names_of_one_argument():
+    with pytest.raises(UserError, match=r"lightning.trainer.overfit_pct and lightning.trainer.overfit_batches"):
+        merge_arguments({"overfit_pct": 0.5, "overfit_batches": 1}, {})
 
 
 def test_move_old_keys_points_to_resume():

@@ -246,7 +246,7 @@ def test_optimizers_and_schedules_that_cannot_be_built_are_one_line(
     ("changes", "said"),
     [
         ({"scale_factor": 0}, "scale_factor 0: give a number above 0"),
-        ({"scale_factor": float("nan")}, "scale_factor nan: give a number above 0"),
+        ({"scale_factor": float("nan")}, "scale_factor=nan in params of .*: is not a number; give a number"),
         ({"log_every_t": 0}, "log_every_t 0: give a whole number of at least 1"),
         (
             {"unet_config": {"target": "torch.nn.Identity"}, "first_stage_config": None},

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import instantiate_from_config
 from tests.golden_data import released_keys
 
+MODULES = "ldm.modules.encoders.modules"
 UNET = {
     "use_checkpoint": True,
     "image_size": 32,
@@ -126,7 +127,25 @@ def test_families_of_v2_build_from_their_released_params(name: str) -> None:
     assert changed == ({"model.diffusion_model.input_blocks.0.0.weight"} if unet["in_channels"] > 4 else set())
 
 
-def test_unclip_is_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="unCLIP is not here") as caught:
-        build("ddpm.ImageEmbeddingConditionedLatentDiffusion", {**V2, "in_channels": 4}, OPEN_CLIP)
-    assert "\n" not in str(caught.value)
+# Image tower, features of the embedding, and of the whole vector, of the two released models of image variations.
+UNCLIP = {
+    "l": ({"target": f"{MODULES}.ClipImageEmbedder", "params": {"model": "ViT-L/14"}}, 768, 1536),
+    "h": ({"target": f"{MODULES}.FrozenOpenCLIPImageEmbedder"}, 1024, 2048),
+}
+
+
+@pytest.mark.parametrize("name", UNCLIP)
+def test_unclip_builds_from_its_released_params(name: str) -> None:
+    tower, features, vector = UNCLIP[name]
+    noise = {"timestep_dim": features, "noise_schedule_config": {"beta_schedule": "squaredcos_cap_v2"}}
+    if name == "l":
+        noise["clip_stats_path"] = "checkpoints/karlo_models/ViT-L-14_stats.th"
+    unet = {"in_channels": 4, "num_classes": "sequential", "adm_in_channels": vector}
+    model = build(
+        "ddpm.ImageEmbeddingConditionedLatentDiffusion", {**V2, **unet}, OPEN_CLIP, embedder_config=tower,
+        noise_aug_config={"target": f"{MODULES}.CLIPEmbeddingNoiseAugmentation", "params": noise},
+        conditioning_key="crossattn-adm", embedding_dropout=0.25, parameterization="v",
+    )  # fmt: skip
+    state = model.state_dict()
+    assert state["model.diffusion_model.label_emb.0.0.weight"].shape == (1280, vector)
+    assert state["embedder.model.visual.proj"].shape[1] == features

@@ -75,6 +75,13 @@ def test_vectors_reach_the_unet_as_y(key: str, channels: int) -> None:
         wrapper(x, torch.tensor([1, 2]), c_crossattn=[context], **maps)
 
 
+@pytest.mark.parametrize("shape", [(2, 77, 8), (2, 2, 4, 4)])
+def test_captions_and_maps_of_another_size_are_no_maps(shape: tuple[int, ...]) -> None:
+    wrapper = DiffusionWrapper({"target": "torch.nn.Identity"}, "concat")
+    with pytest.raises(UserError, match=r"'concat' needs maps of the input's size \(2, 2\), but .*: crossattn"):
+        wrapper(torch.zeros(2, 4, 2, 2), torch.tensor([1, 2]), c_concat=[torch.zeros(shape)])
+
+
 def test_sequential_crossattn_is_refused() -> None:
     with pytest.raises(UserError, match="sequential_crossattn: true is not supported"):
         DiffusionWrapper({"target": "torch.nn.Identity", "sequential_crossattn": True}, "crossattn")
@@ -82,10 +89,40 @@ def test_sequential_crossattn_is_refused() -> None:
 
 def test_parts_of_a_general_conditioner_are_placed() -> None:
     """Its vector becomes `c_adm`, its crossattn `c_crossattn`, for training and for a caption."""
-    model = construct(TEXT_TOWER, cond_stage_key="txt", conditioning_key="crossattn-adm")
+    unet = {**case("unet_sd_tiny")["params"], "num_classes": "sequential", "adm_in_channels": 5}
+    model = construct(TEXT_TOWER, unet=unet, cond_stage_key="txt", conditioning_key="crossattn-adm")
     parts = {"crossattn": torch.ones(2, 7, 64).half(), "vector": torch.ones(2, 5).half()}
     model.cond_stage_model.encode = lambda captions: parts
     for cond in (model.encode_conditioning({"txt": ["a", "b"]}), model.get_unconditional_conditioning(2)):
         assert set(cond) == {"c_crossattn", "c_adm"}
         assert cond["c_crossattn"][0].shape == (2, 7, 64) and cond["c_adm"].shape == (2, 5)
     assert model.encode_conditioning({"txt": ["a", "b"]})["c_adm"].dtype == torch.float32
+
+
+def with_sizes(context: int = 64, unet: dict | None = None) -> DiffusionWrapper:
+    params = {**case("unet_sd_tiny")["params"], "in_channels": 5, "context_dim": context, **(unet or {})}
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    return DiffusionWrapper({"target": target, "params": params}, "hybrid")
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "features", "message"),
+    [
+        (16, 1, 64, r"maps of the input's size \(8, 8\), but .* shape \(1, 1, 16, 16\)"),
+        (8, 2, 64, r"in_channels 5, but the latent has 4 channels and the maps .* \(2, 8, 8\); give their sum"),
+        (8, 1, 32, "context_dim 64, but the cond stage gives 32 features per token"),
+    ],
+)
+def test_conditionings_of_other_sizes_are_named(size: int, channels: int, features: int, message: str) -> None:
+    x, extra, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, channels, size, size), torch.zeros(1, 7, features)
+    with pytest.raises(UserError, match=message):
+        with_sizes()(x, torch.tensor([1]), c_concat=[extra], c_crossattn=[context])
+
+
+def test_a_context_that_the_unet_ignores_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with_sizes()
+    assert not caplog.records
+    unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": {**case("unet_attention_block")["params"], "num_classes": None}}  # fmt: skip
+    DiffusionWrapper(unet, "crossattn")
+    assert "conditioning_key crossattn: the UNet ignores the cond stage; set use_spatial_transformer" in caplog.text

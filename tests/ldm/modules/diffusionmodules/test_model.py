@@ -49,6 +49,13 @@ def test_no_attention() -> None:
     assert Encoder(**options)(torch.randn(1, 3, 32, 32)).shape == (1, 8, 8, 8)
 
 
+def test_the_attention_of_xformers_is_the_same_network() -> None:
+    theirs, ours = (Encoder(**DDCONFIG | {"attn_type": name}) for name in ("vanilla-xformers", "vanilla"))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(theirs(x), ours(x))
+
+
 def test_resampling_without_convolutions() -> None:
     options = DDCONFIG | {"resamp_with_conv": False}
     encoder, decoder = Encoder(**options), Decoder(**options)

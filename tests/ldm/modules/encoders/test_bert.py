@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.modules.encoders.bert import BERTEmbedder, TransformerEmbedder, WordPieces, vocabulary_path
+from ldm.modules.encoders.caption_length import cut_captions
 from ldm.util import UserError
 from tests.golden_data import fill_seeded
 
@@ -82,8 +83,9 @@ def test_transformer_embedder_is_the_one_of_diffusers() -> None:
         torch.testing.assert_close(ours(ids[:, :4]), theirs(ids[:, :4]).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
-def test_word_pieces(vocab: str) -> None:
+def test_word_pieces(vocab: str, caplog: pytest.LogCaptureFixture) -> None:
     ids = WordPieces(Path(vocab), 8)(["A Café, catfish", "", "dog " + "cats " * 9])
+    assert "Captions of more than 6 tokens are cut" in caplog.text and "(19 tokens)" in caplog.text
     assert ids.tolist() == [[2, 4, 9, 8, 5, 7, 3, 0], [2, 3, 0, 0, 0, 0, 0, 0], [2, 1, 5, 6, 5, 6, 5, 3]]
 
 
@@ -93,6 +95,7 @@ def test_bert_embedder_takes_captions_or_ids(vocab: str) -> None:
     assert captions.shape == (2, 6, 8)
     assert torch.equal(captions, model(model.tokenize(["a cat", "cats"])))
     assert torch.equal(model("a cat"), captions[:1])
+    assert cut_captions(model, ["a cat", "cats cats cats"]) == {"cats cats cats": 6}
     ids = BERTEmbedder(n_embed=8, n_layer=1, vocab_size=10, max_seq_len=6, use_tokenizer=False).eval()
     ids.load_state_dict(model.state_dict())
     assert torch.equal(ids(torch.tensor([[2, 4, 5, 3, 0, 0]])), captions[:1])

@@ -39,10 +39,11 @@ def test_frozen_t5_embedder_has_the_released_keys(version: str, billions: float)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_tokenize_ends_and_pads_captions(tokenizer_file: str) -> None:
+def test_tokenize_ends_and_pads_captions(tokenizer_file: str, caplog: pytest.LogCaptureFixture) -> None:
     encoder = on_meta(max_length=5, tokenizer_file=tokenizer_file)
     assert encoder.tokenize(["a cat", "a dog a dog a dog"]).tolist() == [[5, 6, 1, 0, 0], [5, 7, 5, 7, 1]]
     assert encoder.tokenize("a bird").tolist() == [[5, 2, 1, 0, 0]]
+    assert "Captions of more than 4 tokens are cut" in caplog.text and "(6 tokens)" in caplog.text
 
 
 def test_captions_become_states(tokenizer_file: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 
 from ldm.modules.encoders import tokenizer as module
-from ldm.modules.encoders.tokenizer import ClipTokenizer, clean, cut_captions, vocabulary_path
+from ldm.modules.encoders.caption_length import cut_captions
+from ldm.modules.encoders.tokenizer import ClipTokenizer, clean, vocabulary_path
 from ldm.util import UserError
 from tests.golden_data import read_json
 

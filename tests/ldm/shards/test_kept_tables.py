@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ldm.checkpoint import load_checkpoint, save_state_dict
-from ldm.shards import npy, table
+from ldm.shards import kept_tables, npy
+from ldm.shards.kept_tables import TABLES, checksum_of, open_tables
 from ldm.shards.reader import ShardDataset
-from ldm.shards.table import TABLES, build_table, open_tables
+from ldm.shards.table import ShardTable, build_table
 from ldm.util import UserError
 from tests.ldm.shard_files import sample_members, write_set, write_tar
 
@@ -22,12 +23,12 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Keep tables of shards of any size, and return the list that each built table adds its path to."""
     paths: list[Path] = []
 
-    def build(path: Path) -> table.ShardTable:
+    def build(path: Path) -> ShardTable:
         paths.append(path)
         return build_table(path)
 
-    monkeypatch.setattr(table, "LEAST_SAMPLES", 1)
-    monkeypatch.setattr(table, "build_table", build)
+    monkeypatch.setattr(kept_tables, "LEAST_SAMPLES", 1)
+    monkeypatch.setattr(kept_tables, "build_table", build)
     return paths
 
 
@@ -88,7 +89,8 @@ def test_a_table_that_differs_from_its_tar_is_refused(tmp_path: Path, built: lis
     saved = load_checkpoint(tmp_path / TABLES, mmap=False)
     weights = saved["state_dict"]
     weights[name] = change(weights[name]).to(weights[name].dtype)
-    save_state_dict(weights, tmp_path / TABLES, metadata=saved["metadata"])
+    checksum = checksum_of({key: values.numpy() for key, values in weights.items()}, saved["metadata"])
+    save_state_dict(weights, tmp_path / TABLES, metadata={**saved["metadata"], "crc32": str(checksum)})
     with pytest.raises(
         UserError, match=rf"set-000.tar: 000000.f8.npy.*({TABLES} describes it; remove|takes|not a .npy)"
     ):
@@ -110,7 +112,7 @@ def test_a_tar_of_the_same_size_and_time_is_noticed(tmp_path: Path, built: list[
             ShardDataset([path])[0]
 
 
-@pytest.mark.parametrize("fault", ["cut", "text", "kinds", "version", "count"])
+@pytest.mark.parametrize("fault", ["cut", "text", "kinds", "version", "count", "extensions", "keys"])
 def test_a_damaged_file_of_tables_is_made_again(tmp_path: Path, built: list[Path], fault: str) -> None:
     paths = shards_of(tmp_path)
     expected = content(ShardDataset(paths))
@@ -124,9 +126,14 @@ def test_a_damaged_file_of_tables_is_made_again(tmp_path: Path, built: list[Path
     else:
         shards = json.loads(metadata["shards"])
         shards[0][3] += 1
-        metadata |= {"kinds": {"kinds": "[]"}, "version": {"version": '"0"'}, "count": {"shards": json.dumps(shards)}}[
-            fault
-        ]
+        metadata |= {
+            "kinds": {"kinds": "[]"},
+            "version": {"version": '"0"'},
+            "count": {"shards": json.dumps(shards)},
+            "extensions": {"extensions": metadata["extensions"].replace("txt", "text")},  # else captions would be empty
+        }.get(fault, {})
+        if fault == "keys":
+            saved["state_dict"]["keys"][0] += 1
         save_state_dict(saved["state_dict"], file, metadata=metadata)
     assert content(ShardDataset(paths)) == expected
     assert built == paths * 2
@@ -138,7 +145,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path, built: li
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(table, "save_state_dict", refuse)
+    monkeypatch.setattr(kept_tables, "save_state_dict", refuse)
     assert len(ShardDataset(paths)) == 7 and not (tmp_path / TABLES).exists()
 
 
