@@ -94,6 +94,15 @@ def test_a_family_trains_on_its_shards_and_resumes_exactly(
     assert len(losses) == 3 and all(np.isfinite(losses))
 
 
+def test_previews_of_sdxl_have_its_vector(encoded: Encoded, train: Callable, tmp_path: Path) -> None:
+    made = encoded("sdxl")
+    write_config(finetune_config("sdxl", f"{made.shards}/*.tar", made.release), tmp_path / "f.yaml")
+    (tmp_path / "prompts.txt").write_text("a cat --n a dog --s 1\n")
+    options = f"lightning.previews.release={made.release} lightning.previews.config={made.config}"
+    assert train(f"-b f.yaml --max_steps 1 --previews prompts.txt {options}") == 0
+    assert len([*the_run(tmp_path / "logs").glob("previews/01-a-cat_gs-000000_*.png")]) == 1
+
+
 def model_for(config: dict[str, Any]) -> LatentDiffusion:
     config["model"]["params"]["ckpt_path"] = None
     return build_model(OmegaConf.create(config))

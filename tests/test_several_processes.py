@@ -89,8 +89,14 @@ def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
 
 
-@pytest.mark.parametrize("data", ["", PRIOR, "data.params.num_workers=1"], ids=["plain", "prior", "worker"])
+@pytest.mark.parametrize(
+    "data", ["", PRIOR, "-b weights.yaml data.params.num_workers=1"], ids=["plain", "prior", "weights-worker"]
+)
 def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, data: str) -> None:
+    (runs.folder / "weights.yaml").write_text(
+        "data: {params: {training_urls: [{urls: shards/s-000000.tar, weight: 2.5}, "
+        "{urls: shards/s-000001.tar, weight: 1.5}]}}"  # 24 samples, so that no step of an epoch is smaller
+    )
     whole = runs("whole", f"data.params.batch_size=4 {data}")
     expected = runs.losses("whole")
     assert list(expected) == [0, 1, 2, 3, 4]

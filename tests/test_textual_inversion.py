@@ -82,8 +82,13 @@ def test_hack_train_merge(train: Callable[[str], dict]) -> None:
 
 def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[[str], dict]) -> None:
     straight = train("--logdir straight --resume start.ckpt --max_steps 4")
-    train("--logdir stopped --resume start.ckpt --max_steps 3")  # in the middle of the second epoch
+    Path("prompts.txt").write_text("tom the cat --s 1")
+    previews = "--previews prompts.txt lightning.previews.every_n_train_steps=3"
+    train(f"--logdir stopped --resume start.ckpt --max_steps 3 {previews}")  # in the middle of the second epoch
+    Path("release.safetensors").unlink()  # the model encodes the prompts itself, with the word's present embedding
     resumed = train(f"--logdir stopped --resume {the_run(Path('stopped'))} --max_steps 4")
+    shown = [path.read_bytes() for path in sorted(the_run(Path("stopped")).glob("previews/01-tom-the-cat_gs-*.png"))]
+    assert len(shown) == 2 and shown[0] != shown[1]
     assert resumed["global_step"] == 4
     for key, value in straight["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key

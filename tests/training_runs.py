@@ -16,8 +16,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm.checkpoint import save_state_dict
+from ldm.config.load import build_model
 from ldm.shards.index import INDEX
 from ldm.shards.verify import file_sha256
+from tests.golden_data import fill_seeded
 
 SAMPLES = 12
 CONFIG = {
@@ -129,6 +132,16 @@ def write_index(shards: Path, **digests: str | None) -> None:
     paths = sorted(shards.glob("*.tar"))
     listed = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
     (shards / INDEX).write_text(json.dumps({"format": 2, "complete": True, "shards": listed, **digests}))
+
+
+def write_release(folder: Path) -> Path:
+    """Write `release.yaml` and `release.safetensors`, a release of the tiny model, and return the latter's path."""
+    config = OmegaConf.create({"model": CONFIG["model"]})
+    config.model.params.cond_stage_config = TEXT_TOWER
+    config.model.params |= {"first_stage_key": "image", "cond_stage_key": "txt"}
+    OmegaConf.save(config, folder / "release.yaml")
+    save_state_dict(fill_seeded(build_model(config)).state_dict(), folder / "release.safetensors")
+    return folder / "release.safetensors"
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, line: str | list[str]) -> None:

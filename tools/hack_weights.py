@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.options import add_parameterization_option, add_vae_option
-from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
+from ldm.cli.paths import newest_checkpoint
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
+from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import UserError
 
 

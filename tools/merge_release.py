@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.options import add_lora_option, add_out_options, add_vae_option
-from ldm.cli.paths import CONVENTIONAL_RELEASE, newest_checkpoint
+from ldm.cli.paths import newest_checkpoint
 from ldm.cli.run import run
+from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import check_number, refuse_if
 
 

@@ -60,16 +60,27 @@ def parse_arguments() -> argparse.Namespace:
     add("--flip", action="store_true", help="also encode the mirror image of every image")
     add("--masks", type=int, help="masks per sample, for an inpainting model (default: 4)")
     add("--caption", help="one caption for all images, in place of their own captions")
+    add("--several-captions", action="store_true", help="each line of a caption file is a caption, and metadata.jsonl "
+        "may have lists; training chooses one per epoch")  # fmt: skip
+    add("--tag-variants", type=int, default=1, metavar="K", help="captions per image: its own, and others with the "
+        "tags between its commas in random order; training chooses one per epoch (default: 1)")  # fmt: skip
+    add("--keep-tags", type=int, default=1, metavar="N", help="first tags that keep their places (default: 1)")
+    add("--tag-dropout", type=float, default=0.0, metavar="P", help="share of the other tags that a variant lacks")
+    add("--no-repeats", action="store_true", help="do not repeat the images of folders such as 10_name in training")
     add("--num-workers", type=int, help="processes that decode images (default: at most 16)")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
-    for name in ("batch_size", "shard_size"):
+    check_number("--keep-tags", arguments.keep_tags, least=0)
+    check_number("--tag-dropout", arguments.tag_dropout, least=0, most=1, whole=False)
+    for name in ("batch_size", "shard_size", "tag_variants"):
         check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
     for name in ("size", "masks"):
         check_number(f"--{name}", getattr(arguments, name), least=1, optional=True)
     check_number("--num-workers", arguments.num_workers, least=0, optional=True)
+    if arguments.tag_variants > 1 and arguments.several_captions:
+        raise UserError("--tag-variants and --several-captions: give one of them")
     return arguments
 
 
@@ -83,6 +94,8 @@ def main() -> None:
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
+    from ldm.images.repeats import with_folder_repeats
+    from ldm.images.tags import with_tag_variants
     from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device, pick_precision
     from ldm.release.model_family import own_side
@@ -95,7 +108,10 @@ def main() -> None:
     chosen = arguments.config, arguments.parameterization, arguments.size
     _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
     pairs = takes_pairs(config)
-    items = find_images(arguments.images, arguments.caption, pairs)
+    items = find_images(arguments.images, arguments.caption, pairs, arguments.several_captions)
+    if arguments.tag_variants > 1:
+        items = with_tag_variants(items, arguments.tag_variants, arguments.keep_tags, arguments.tag_dropout)
+    items = items if arguments.no_repeats else with_folder_repeats(items)
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
     device = pick_device(arguments.device, ranks.local)
     dtype = pick_precision(arguments.precision, device)

@@ -176,7 +176,7 @@ class ImageLogger(Callback):
                 save_png(grid, folder / logged_name(key, trainer.global_step, trainer.current_epoch, batch_idx))
             for logger in trainer.loggers:
                 if not isinstance(logger, TensorBoardLogger) or self._has_room(logger):
-                    _log_image(logger, f"{split}/{key}", grid, trainer.global_step)
+                    log_image(logger, f"{split}/{key}", grid, trainer.global_step)
         if self.keep_last is not None:
             with suppress(OSError):
                 remove_old_images(folder, _KEEP_FIRST, self.keep_last)
@@ -228,7 +228,8 @@ def remove_old_images(folder: Path, first: int, newest: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def _log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:
+def log_image(logger: Logger, tag: str, grid: Image.Image, step: int) -> None:
+    """Log an image, if `logger` takes images."""
     if isinstance(logger, TensorBoardLogger):
         write_tolerantly(logger, _add_image, logger, tag, grid, step)
     elif hasattr(logger, "log_image"):  # such as W&B

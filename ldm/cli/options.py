@@ -6,12 +6,11 @@ import argparse
 import math
 from pathlib import Path
 
-from ldm.cli.paths import CONVENTIONAL_RELEASE
-from ldm.files import decode_text, read_at_most
+from ldm.files import read_lines
+from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import UserError, check_number
 
 SETTINGS = ("steps", "scale", "sampler", "eta")  # options passed to `sample_latents` unchanged
-_MOST_BYTES = 1 << 28  # maximum size of a file of prompts
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -145,11 +144,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
         UserError: there is no prompt, or the file is not UTF-8 text.
     """
     if file is not None:
-        try:
-            lines = decode_text(read_at_most(file, _MOST_BYTES)).replace("\r", "\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from error
-        prompts = prompts + [line.strip() for line in lines if line.strip()]
+        prompts = prompts + [line for _, line in read_lines(file)]
     if not prompts:
         raise UserError("no prompt: give --prompt or --from-file")
     return prompts

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from ldm.util import UserError
 
-# Path of the released weights in the tutorials of 2022, and the folder of the runs.
-CONVENTIONAL_RELEASE = Path("models/ldm/stable-diffusion-v1/model.ckpt")
-LOGS = Path("logs")
+LOGS = Path("logs")  # folder of the runs
 
 
 def newest_checkpoint(logs: Path = LOGS, *, required: bool = True) -> Path | None:

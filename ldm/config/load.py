@@ -112,6 +112,8 @@ def _without_empty(config: DictConfig) -> DictConfig:
 def _drop_other_sections(config: DictConfig, source: str) -> None:
     """Remove the sections of other programs. Interpolations must be resolved first."""
     others = [section for section in config if section not in SECTIONS]
+    if "previews" in others:
+        raise UserError(f"{source}: previews is a part of lightning; write it as lightning.previews")
     for section in others:
         del config[section]
     if others:

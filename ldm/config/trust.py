@@ -23,6 +23,8 @@ _TARGETS = ("target", "_target_", "class_path")
 # Settings that send data to another machine.
 _SENDING = {("lightning", "trainer", "model_registry"): "uploads checkpoints"}
 _LOGGER = ("lightning", "logger")
+# Texts that are never opened, and may have a colon. In place of a list, this is the path of a regular file.
+_PROMPTS = ("lightning", "previews", "prompts")
 
 
 def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
@@ -50,7 +52,8 @@ def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
                     f"{hint_for_target(text) or nearest_allowed(text) or hint_for_missing_module(text)}; {_HINT}"
                 )
             continue
-        effect = (_SENDING.get(path) if key else None) or external_access(text)
+        opened = path[:3] != _PROMPTS
+        effect = (_SENDING.get(path) if key else None) or (external_access(text) if opened else None)
         if effect is None and "${" in text:
             effect = "forms an interpolation after replacement"
         if effect is None and path[:2] == _LOGGER and "$" in text:

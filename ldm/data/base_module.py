@@ -57,10 +57,11 @@ class BaseDataModule(pl.LightningDataModule):
         keys: Sequence[str],
         name: str,
         batch_size: int | None = None,  # default: that of the module
+        weights: np.ndarray | None = None,
         **options: bool,
     ) -> EpochBatchSampler:
         batch_size = batch_size or self.batch_size
-        sampler = EpochBatchSampler(groups, batch_size, keys, seed=self.seed, **options, **self._rank())
+        sampler = EpochBatchSampler(groups, batch_size, keys, weights, seed=self.seed, **options, **self._rank())
         if len(sampler) == 0:
             counts = f"{sum(map(len, groups))} samples, batch_size {batch_size}, ranks {self._rank()['world']}"
             raise UserError(f"the {name} data give no batch: {counts}, drop_last {options.get('drop_last', False)}")

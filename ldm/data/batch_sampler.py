@@ -9,7 +9,12 @@ from itertools import islice
 
 import numpy as np
 
-Item = tuple[int, int]  # epoch and sample number, which determine the randomness of the sample
+from ldm.shards.sample import QUANTILE, STREAM
+
+_GOLDEN = (5**0.5 - 1) / 2
+# Epoch and sample number, which determine the randomness of the sample; and, from its second time in the epoch on, the
+# number of earlier times.
+Item = tuple[int, int] | tuple[int, int, int]
 
 
 def stream_name(seed: int, epoch: int, number: int | str) -> str:
@@ -17,10 +22,43 @@ def stream_name(seed: int, epoch: int, number: int | str) -> str:
     return f"{seed}/{epoch}/{number}"
 
 
+def held_out_entries(number: int) -> dict[str, str | np.float32]:
+    """Return the entries that fix the noise and the timestep of the held-out sample `number`.
+
+    The timesteps of a set follow the multiples of the golden ratio, whose fractions are spread evenly for any number of
+    samples (H. Weyl, "Über die Gleichverteilung von Zahlen mod. Eins", 1916).
+    """
+    return {STREAM: f"held-out/{number}", QUANTILE: np.float32((0.5 + number * _GOLDEN) % 1)}
+
+
+def sample_name(item: Item) -> int | str:
+    """Return what names the sample of `item` in its epoch: the number, with `/1` at the second time and so on."""
+    return item[1] if len(item) == 2 else f"{item[1]}/{item[2]}"
+
+
+def repeated(group: np.ndarray, weights: np.ndarray, epoch: int, seed: int) -> np.ndarray:
+    """Return the samples of a group in `epoch`: each as often as its weight, the number of times per epoch.
+
+    `weights` has an entry for each sample of the set. Sample n is n + k N at its (k + 1)-th time, for N samples of the
+    set. Of a weight of 2.3, the part 0.3 is 30 % of the samples of equal weight, at least one. These change from epoch
+    to epoch, in a cycle through a random order, so that each sample has its share.
+    """
+    parts = []
+    for weight in np.unique(weights[group]):
+        equal, whole = group[weights[group] == weight], int(weight)
+        parts += [equal + time * len(weights) for time in range(whole)]
+        count = max(round((weight - whole) * len(equal)), int(weight > whole))
+        order = np.random.default_rng([seed, len(group), 2]).permutation(equal)
+        places = (epoch * count + np.arange(count)) % len(equal)
+        parts.append(order[places] + whole * len(weights))
+    return np.concatenate(parts)
+
+
 def epoch_batches(
     groups: Sequence[np.ndarray],
     batch_size: int,
     *,
+    weights: np.ndarray | None = None,
     epoch: int = 0,
     seed: int = 0,
     shuffle: bool = False,
@@ -32,12 +70,13 @@ def epoch_batches(
 
     Each group is divided into steps of `batch_size * world` samples, and each rank takes its part of each step. All
     ranks have the same number of batches, and together see the batches of one process with the larger batch size. The
-    last step is smaller and divided evenly, or dropped with `drop_last`. No sample is repeated. Samples are unused only
-    if a step has fewer samples than ranks.
+    last step is smaller and divided evenly, or dropped with `drop_last`. Only `weights` repeat samples; see `repeated`.
+    Samples are unused only if a step has fewer samples than ranks.
     """
     rng = np.random.default_rng([seed, epoch])
     steps: list[np.ndarray] = []
     for group in groups:
+        group = group if weights is None else repeated(group, weights, epoch, seed)
         order = rng.permutation(group) if shuffle else np.asarray(group)
         steps += _steps(order, batch_size, world, drop_last)
     if shuffle and len(groups) > 1:
@@ -78,17 +117,26 @@ class EpochBatchSampler:
     """
 
     def __init__(
-        self, groups: Sequence[np.ndarray], batch_size: int, keys: Sequence[str] = (), **options: int | bool
+        self,
+        groups: Sequence[np.ndarray],
+        batch_size: int,
+        keys: Sequence[str] = (),
+        weights: np.ndarray | None = None,
+        **options: int | bool,
     ) -> None:
         """Store the settings. `keys` are the names of the samples. `options` are those of `epoch_batches`."""
         self.data = samples_digest(groups, keys)
         self.groups = list(groups)
         self.batch_size = batch_size
+        self.weights = weights
         self.options = options
         self.epoch = 0
         self.start = 0
         self.handed = 0
-        self._length = len(epoch_batches(self.groups, batch_size, **options))
+        self._length = len(self._batches())
+
+    def _batches(self) -> list[np.ndarray]:
+        return epoch_batches(self.groups, self.batch_size, weights=self.weights, epoch=self.epoch, **self.options)
 
     @property
     def sampler(self) -> EpochBatchSampler:
@@ -103,21 +151,23 @@ class EpochBatchSampler:
     def described(self) -> dict[str, int | bool | str]:
         """Return the settings that determine the samples at a position."""
         options = {key: value for key, value in self.options.items() if key != "rank"}
+        digest = "" if self.weights is None else hashlib.sha256(self.weights.tobytes()).hexdigest()[:12]
         return {
             "samples": sum(map(len, self.groups)),
             "data": self.data,
             "batch_size": self.batch_size,
+            "weights": digest,
             **options,
         }
 
     def never_seen(self) -> list[int]:
-        """Return the number of samples per group that no epoch has.
+        """Return the number of samples per group that no epoch has. With weights, other samples follow in each epoch.
 
         With shuffling, these are only the groups that do not fill a step.
         """
         drop_last, world = self.options.get("drop_last", False), self.options.get("world", 1)
         missing = []
-        for group in self.groups:
+        for group in self.groups if self.weights is None else ():
             seen = sum(map(len, _steps(group, self.batch_size, world, drop_last)))
             missing.append(0 if self.options.get("shuffle") and seen else len(group) - seen)
         return missing
@@ -133,7 +183,13 @@ class EpochBatchSampler:
         return self._length
 
     def __iter__(self) -> Iterator[list[Item]]:
-        batches = epoch_batches(self.groups, self.batch_size, epoch=self.epoch, **self.options)
-        epoch = self.epoch
-        for batch in batches[self.start :]:
-            yield [(epoch, number) for number in batch.tolist()]
+        epoch, count = self.epoch, None if self.weights is None else len(self.weights)
+        for batch in self._batches()[self.start :]:
+            yield [_item(epoch, number, count) for number in batch.tolist()]
+
+
+def _item(epoch: int, number: int, count: int | None) -> Item:
+    """Return the item of `number`, which is that of `repeated` for `count` samples if they have weights."""
+    if count is None or number < count:
+        return epoch, number
+    return epoch, number % count, number // count

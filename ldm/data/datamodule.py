@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.base_module import BaseDataModule
-from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, load_null
+from ldm.data.dropout import CaptionChoice, CaptionDropout, Change, EditDropout, EpochItems, InTurn, load_null
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
+from ldm.data.weights import sample_weights
 from ldm.shards.index import FAMILY, read_index
 from ldm.shards.open import check_members, family_name, open_shards, warn_of_scale
 from ldm.shards.reader import ShardDataset
@@ -30,7 +31,7 @@ from ldm.shards.sample import (
     null_path,
     plain,
 )
-from ldm.shards.urls import expand_urls, is_stream
+from ldm.shards.urls import expand_urls, is_stream, shard_weights, without_weights
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def __init__(
         self,
         batch_size: int,
-        training_urls: str | list[str] | None = None,
+        training_urls: str | list[str | dict[str, Any]] | None = None,  # a dict has urls and their weight
         val_urls: str | list[str] | None = None,
         test_urls: str | list[str] | None = None,
         num_workers: int = 0,
@@ -76,12 +77,16 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         prior_ratio: float = 1.0,  # prior samples per training sample, in addition to batch_size
         extra_keys: list[str] | None = None,  # further members, in addition to the model's conditioning
         verify_shards: bool = True,  # compare the checksums of new shards with their index
+        folder_repeats: bool = True,  # repeat images as often as their folders' names say, such as 10_name
     ) -> None:
         super().__init__(batch_size, num_workers, seed, drop_last)
         check_number("data.params.null_cond_dropout", null_cond_dropout, least=0, most=1, whole=False)
         check_number("data.params.full_mask_share", full_mask_share, least=0, most=1, whole=False, optional=True)
         check_number("data.params.prior_ratio", prior_ratio, above=0, whole=False)
-        self.urls = {"training": training_urls, "prior": prior_urls, "validation": val_urls, "test": test_urls}
+        self.weights = shard_weights(training_urls) if not isinstance(training_urls, (str, type(None))) else {}
+        self.folder_repeats = folder_repeats
+        training = without_weights(training_urls)
+        self.urls = {"training": training, "prior": prior_urls, "validation": val_urls, "test": test_urls}
         self.prior_ratio = prior_ratio
         self.extra_keys = tuple(extra_keys or ())
         self.verify_shards = verify_shards
@@ -148,6 +153,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         return dataset
 
     def _open_stream(self, split: str, urls: list[str]) -> ShardStream:
+        if split == "training" and any(weight != 1 for weight in self.weights.values()):
+            raise UserError(f"data.params.training_urls: a weight needs local shards, but {urls[0]} is a stream")
         dataset = ShardStream(urls, *self._keys(), extra=self._extra_keys(), **self._rank())
         # Read the first sample for its shapes, and to find errors before training starts.
         if next(iter(dataset), None) is None:
@@ -158,14 +165,15 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def _change(
         self, dataset: ShardDataset | ShardStream, training: bool, dropout: CaptionDropout | None
     ) -> Change | None:
-        """Return the change of the samples of `dataset`: the choice of a mask, then `dropout`. None for no change."""
+        """Return the change of the samples of `dataset`: the choices of a caption and of a mask, then `dropout`."""
         has_masks = set(NUMBERED) <= set(dataset.keys)
         if training and self.full_mask_share and not has_masks:
             raise UserError(
                 f"data.params.full_mask_share {self.full_mask_share}: the training samples have no masks; leave it out"
             )
         masks = self._mask_choice(dataset, training) if has_masks else None
-        changes = [change for change in (masks, dropout) if change is not None]
+        captions = CaptionChoice(self.seed) if dataset.keeps_captions else None
+        changes = [change for change in (captions, masks, dropout) if change is not None]
         return InTurn(changes) if changes else None
 
     def _mask_choice(self, dataset: ShardDataset | ShardStream, training: bool) -> MaskChoice:
@@ -232,6 +240,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         dataset = self.datasets[split]
         training = split == "training"
         dropout = self._dropout(dataset) if training else None
+        dataset.keeps_captions = training and dataset.has_several_captions
         change = self._change(dataset, training, dropout)
         if isinstance(dataset, ShardStream):
             dataset.seed, dataset.change = self.seed, change
@@ -239,8 +248,10 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             if self.trainer is not None:
                 dataset.set_epoch(self.trainer.current_epoch)  # Lightning sets the epoch after the first batch
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
-        sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, shuffle=shuffle, drop_last=drop_last)
-        items = EpochItems(dataset, change, self.run_seed if training else None)
+        weights = sample_weights(dataset, self.weights, self.folder_repeats) if training else None
+        options = {"weights": weights, "shuffle": shuffle, "drop_last": drop_last}
+        sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, **options)
+        items = EpochItems(dataset, change, self.run_seed if training else None, held_out=not training)
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
             # A teacher's prediction belongs to the sample's caption, which must not be dropped.

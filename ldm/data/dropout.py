@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.batch_sampler import Item, stream_name
+from ldm.data.batch_sampler import Item, held_out_entries, sample_name, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
-from ldm.shards.sample import CAPTION, EDIT, STREAM
+from ldm.shards.sample import CAPTION, EDIT, STREAM, with_caption
 from ldm.util import UserError
 
 # Function from a sample, the epoch, and the sample's number or name to the changed sample.
@@ -84,6 +84,17 @@ class EditDropout(CaptionDropout):
         return sample
 
 
+class CaptionChoice:
+    """Random choice of one of a sample's captions, seeded by (seed, epoch, sample)."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
+        stream = random.Random(f"{self.seed}/{epoch}/{number}/caption")
+        return with_caption(sample, stream.randrange, f"sample {sample['__key__']}")
+
+
 class InTurn:
     """Sequence of changes."""
 
@@ -99,20 +110,26 @@ class InTurn:
 class EpochItems(Dataset):
     """Map-style dataset with the index (epoch, number), which applies `change` to its samples.
 
-    With `seed`, each sample has the entry `STREAM`, the name of its random stream.
+    With `seed`, each sample has the entry `STREAM`, the name of its random stream. With `held_out`, it has
+    `held_out_entries`.
     """
 
-    def __init__(self, dataset: Dataset, change: Change | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, change: Change | None = None, seed: int | None = None, held_out: bool = False
+    ) -> None:
         self.dataset = dataset
         self.change = change
         self.seed = seed
+        self.held_out = held_out
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
-        epoch, number = item
-        sample = self.dataset[number]
+        epoch, number, *_ = item
+        sample, name = self.dataset[number], sample_name(item)
         if self.change:
-            sample = self.change(sample, epoch, number)
-        return sample if self.seed is None else {**sample, STREAM: stream_name(self.seed, epoch, number)}
+            sample = self.change(sample, epoch, name)
+        if self.held_out:
+            return {**sample, **held_out_entries(number)}
+        return sample if self.seed is None else {**sample, STREAM: stream_name(self.seed, epoch, name)}

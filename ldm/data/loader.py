@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.batch_sampler import EpochBatchSampler, Item, stream_name
+from ldm.data.batch_sampler import EpochBatchSampler, Item, held_out_entries, stream_name
 from ldm.distributed.collectives import in_all_processes
 from ldm.shards.sample import STREAM
 from ldm.util import UserError
@@ -41,7 +41,8 @@ def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
 class SeededDataset(Dataset):
     """Dataset with `len` and `[i]` whose augmentations are seeded by (seed, epoch, i).
 
-    With `stream_seed`, samples that are dicts get the entry `STREAM`, the name of their random stream.
+    Samples that are dicts get the entry `STREAM`, the name of their random stream, from `stream_seed`; without it, they
+    get `held_out_entries`.
     """
 
     def __init__(self, dataset: Any, seed: int, stream_seed: int | None = None) -> None:
@@ -56,8 +57,10 @@ class SeededDataset(Dataset):
         epoch, number = item
         with seeded(self.seed, epoch, number):
             sample = self.dataset[number]
-        if self.stream_seed is None or not isinstance(sample, dict):
+        if not isinstance(sample, dict):
             return sample
+        if self.stream_seed is None:
+            return {**sample, **held_out_entries(number)}
         return {**sample, STREAM: stream_name(self.stream_seed, epoch, number)}
 
 
@@ -170,7 +173,7 @@ class ResumableLoader(SampleLoader):
         not_told = {
             key: described[key] for key in ("data", "prior_data") if key in described
         }  # missing in older checkpoints
-        state = {**not_told, **state}
+        state = {"weights": "", **not_told, **state}
         changed = {key: (state.get(key), value) for key, value in described.items() if state.get(key) != value}
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())

@@ -93,7 +93,7 @@ class PriorBatchSampler(EpochBatchSampler):
 
     def __init__(self, sampler: EpochBatchSampler, samples: int, ratio: float, keys: Sequence[str] = ()) -> None:
         """Store the settings. `keys` are the names of the prior's `samples`, if they have names."""
-        super().__init__(sampler.groups, sampler.batch_size, **sampler.options)
+        super().__init__(sampler.groups, sampler.batch_size, weights=sampler.weights, **sampler.options)
         self.data = sampler.data
         self.samples = samples
         self.prior_data = samples_digest([np.arange(samples)], keys)
@@ -147,7 +147,7 @@ class WithPrior(Dataset):
         return len(self.training) + len(self.prior)
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
-        turn, number = item
+        turn, number, *_ = item
         if number < len(self.training):
             return self._alike({**self.training[item], **self._untaught, IS_PRIOR: False})
         number -= len(self.training)

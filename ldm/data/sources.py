@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _EDITED = [f"edited.{extension}" for extension in EXTENSIONS]  # members of a tar: the edited images of pairs
 
 
-def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
+def _from_tar(path: Path, fixed: str | None, pairs: bool, several: bool) -> list[ImageItem]:
     items = []
     identity = identity_of_path(path)
     samples = index_tar(path)
@@ -34,7 +34,7 @@ def _from_tar(path: Path, fixed: str | None, pairs: bool) -> list[ImageItem]:
             caption, error = fixed, None
             if fixed is None and "txt" in sample.spans:
                 text = read_span(file.fileno(), *sample.spans["txt"], f"{path}: {sample.key}.txt")
-                caption, error = decode_caption(text)
+                caption, error = decode_caption(text, several)
             extension = next((extension for extension in sample.spans if extension in EXTENSIONS), None)
             if extension is None:
                 error = f"no image ({', '.join(EXTENSIONS)}) among its members: {', '.join(sample.spans)}"
@@ -55,15 +55,18 @@ def _from_source(source: str, single: SingleImages, pairs: bool) -> list[ImageIt
     if os.path.lexists(path) and not path.is_dir() and is_image(path):
         return [single.item(path, path.name)]
     if path.is_dir():
-        items = from_folder(path, single.fixed, pairs)
+        items = from_folder(path, single.fixed, pairs, single.several)
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
     for url in _without_captions(expand_urls(source)):
         if is_stream(url):
             raise UserError(f"{url}: is not a folder or a local tar; download it first")
-        found = is_image(Path(url)) and not Path(url).is_dir()
-        items += [single.item(Path(url), Path(url).name)] if found else _from_tar(Path(url), single.fixed, pairs)
+        path = Path(url)
+        if is_image(path) and not path.is_dir():
+            items.append(single.item(path, path.name))
+        else:
+            items += _from_tar(path, single.fixed, pairs, single.several)
     return items
 
 
@@ -100,13 +103,15 @@ def _identity(item: ImageItem) -> tuple[Path, str, Path | None, str | None]:
 
 
 def find_images(
-    source: str | Path | Sequence[str | Path], caption: str | None = None, pairs: bool = False
+    source: str | Path | Sequence[str | Path], caption: str | None = None, pairs: bool = False, several: bool = False
 ) -> list[ImageItem]:
     """Return all images of `source`, sorted by name within a folder. `caption`, if given, is the caption of all.
 
     `source` is a folder of images, a folder of tars, a path, glob or brace pattern of tars, an image, or a list of
     these. Captions of a folder are in `metadata.jsonl`, or in `name.txt` beside each image. Images without a caption
     get the empty caption, with a warning.
+
+    With `several`, each line of a caption file is a caption, and `metadata.jsonl` may have lists of captions.
 
     With `pairs`, return the images before an edit, each with the image after it. This is `name.edited.jpg` beside
     `name.jpg`, or the second image in an entry of `metadata.jsonl`.
@@ -118,7 +123,7 @@ def find_images(
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
     items: list[ImageItem] = []
     seen: set[Path] = set()
-    single = SingleImages(caption)
+    single = SingleImages(caption, several)
     for entry in _without_captions(sources):
         found = _from_source(entry, single, pairs)
         if not found:

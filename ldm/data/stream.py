@@ -12,7 +12,18 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import Change
 from ldm.shards.members import check_map, check_shape, decode_member, find_member, numbered_keys
-from ldm.shards.sample import CAPTION, CONTEXT, LATENT, MAPS, is_array, member_extension, plain
+from ldm.shards.sample import (
+    CAPTION,
+    CONTEXT,
+    LATENT,
+    MAPS,
+    TEXT_ENCODINGS,
+    is_array,
+    member_extension,
+    one_caption,
+    plain,
+    with_caption,
+)
 from ldm.shards.tar import stream_tar
 from ldm.util import UserError
 
@@ -49,6 +60,8 @@ class ShardStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.change = change
+        self.has_several_captions = any(key in TEXT_ENCODINGS for key in self.keys)  # possibly
+        self.keeps_captions = False  # of several captions, a sample has the first, or all
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {}  # shape → dtype, in the order of the samples
 
@@ -75,6 +88,8 @@ class ShardStream(IterableDataset):
             samples = webdataset.shuffle(self.shuffle_buffer, rng=rng)(samples)
         for url, sample, members in samples:
             decoded = self._decode(url, sample, members)
+            if self.has_several_captions and not self.keeps_captions:
+                decoded = with_caption(decoded, lambda count: 0, f"{url}: {sample}")
             yield self.change(decoded, self.epoch, decoded["__key__"]) if self.change else decoded
 
     @staticmethod
@@ -100,7 +115,7 @@ class ShardStream(IterableDataset):
             result[key] = decode_member(key, bytearray(data), name)
             if is_array(key):
                 known = self.shapes.setdefault(key, {})
-                shape = result[key].shape
+                shape = one_caption(key, result[key].shape)
                 image = key == self.first_stage_key or plain(key) in MAPS
                 check_shape(key, shape, next(iter(known), shape), image, name)
                 check_map(key, shape, result[self.first_stage_key].shape, name)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.encoding.shard_set import PARTS, POLL
 from ldm.files import atomic_write, read_at_most
-from ldm.shards.index import is_digest, is_failures, is_whole
+from ldm.shards.index import REPEATS, is_digest, is_failures, is_repeats, is_whole
 from ldm.shards.sample import LATENT
 from ldm.shards.verify import file_sha256
 from ldm.shards.writer import is_spread, shard_paths
@@ -109,6 +109,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "sizes": _is_sizes,
     LATENT: _is_shapes,
     "cut": _is_cut,
+    REPEATS: is_repeats,
 }
 
 

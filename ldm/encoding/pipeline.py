@@ -79,16 +79,17 @@ def encode_shards(
     numbered = ((number, items[number]) for _, numbers in shards for number in numbers)
     results = read_images(numbered, partial(kind.read, sizes=sizes), workers, _READ * batch_size)
     count = sum(len(numbers) for _, numbers in shards)
+    several = any("\n" in (item.caption or "") for item in items)
     open_shards: list[EncodedShard] = []
     try:
         with logging_redirect_tqdm(), tqdm(total=count, unit="img", desc="encoding") as bar, _WriterThread() as thread:
             for path, numbers in shards:
-                shard = EncodedShard(path, prepare)
+                shard = EncodedShard(path, prepare, several)
                 open_shards = [*open_shards[-1:], shard]  # the previous shard may not be written yet
                 encoder.forget_captions()
                 images = shard.skip_unreadable(_counted(islice(results, len(numbers)), bar))
                 for batch in batches(images, batch_size, _AHEAD * batch_size):
-                    contexts = encoder.captions_later([image.caption for _, image in batch])
+                    contexts = encoder.captions_later([text for _, image in batch for text in image.captions])
                     read = [image for _, image in batch]
                     encoded = [kind.encode(encoder, read, flipped) for flipped in ((False, True) if flip else (False,))]
                     views = [{key: HostCopy(values) for key, values in view.items()} for view in encoded]

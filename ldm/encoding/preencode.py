@@ -33,10 +33,10 @@ from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.jobs import Record, plan_shards
 from ldm.encoding.kinds import samples_for
 from ldm.encoding.pipeline import encode_shards
-from ldm.encoding.set_writer import INDEXED, Job, SetWriter
+from ldm.encoding.set_writer import Job, SetWriter, indexed
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
-from ldm.shards.index import INDEX, MEMBERS
+from ldm.shards.index import INDEX, MEMBERS, REPEATS, SEVERAL_CAPTIONS
 from ldm.shards.sample import LATENT, index_shapes
 from ldm.util import UserError
 
@@ -56,7 +56,7 @@ class Report:
     cut: list[dict[str, Any]] = field(default_factory=list)  # name and tokens of truncated captions
     sizes: Counter[str] = field(default_factory=Counter)  # samples per height x width
     f8: list[tuple[int, ...]] = field(default_factory=list)  # shapes of the stored posteriors or latents
-    shards: list[Record] = field(default_factory=list)  # INDEXED entries of each shard that has samples
+    shards: list[Record] = field(default_factory=list)  # entries of the index for each shard that has samples
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Report:
@@ -71,7 +71,7 @@ class Report:
             report.cut += record.get("cut", [])
             report.f8 = sorted({tuple(shape) for shape in [*report.f8, *record[LATENT]]})
             if record["samples"]:
-                report.shards.append({key: record[key] for key in INDEXED})
+                report.shards.append(indexed(record))
         return report
 
     def counts(self) -> dict[str, Any]:
@@ -143,9 +143,12 @@ def preencode(
     kind = samples_for(encoder.model, masks, flip)
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
-    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **kind.settings}
+    repeated = {REPEATS: True} if any(item.repeats != 1 for item in items) else {}
+    several = {SEVERAL_CAPTIONS: True} if any("\n" in (item.caption or "") for item in items) else {}
+    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **several, **kind.settings}
     precision = str(encoder.dtype).removeprefix("torch.")
-    made_from = {**settings, "precision": precision, **encoder.whole_digests, "images": digest_images(items)}
+    digests = {**encoder.whole_digests, **repeated}
+    made_from = {**settings, "precision": precision, **digests, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
     jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())

@@ -40,8 +40,8 @@ class FittedImage:
         return self.pixels.shape[1:]
 
     @property
-    def caption(self) -> str:
-        return self.item.caption or ""
+    def captions(self) -> list[str]:
+        return (self.item.caption or "").split("\n")
 
     @property
     def key(self) -> str:

@@ -18,12 +18,18 @@ import numpy as np
 from ldm.distributed.ranks import Ranks
 from ldm.encoding.jobs import Record, verified_record, wait_for_records, write_record
 from ldm.encoding.shard_set import RESUMABLE, begin, can_resume, check_out, finish, locked_set, stop, wait_for_begin
+from ldm.shards.index import REPEATS
 from ldm.shards.kept_tables import keep_tables
 
 logger = logging.getLogger(__name__)
 
 Job = tuple[Path, range]  # a shard, and the numbers of its images or prompts
-INDEXED = ("name", "samples", "bytes", "sha256")  # entries of a record that the index repeats
+_INDEXED = ("name", "samples", "bytes", "sha256", REPEATS)
+
+
+def indexed(record: Record) -> Record:
+    """Return the entries of a record that the index repeats."""
+    return {key: record[key] for key in _INDEXED if key in record}
 
 
 @dataclass
@@ -92,7 +98,7 @@ class SetWriter:
                 if self.ranks.world == 1:
                     stop(self.out, interrupted=isinstance(error, KeyboardInterrupt))
                 raise
-            shards = [{key: record[key] for key in INDEXED} for record in records if record["samples"]]
+            shards = [indexed(record) for record in records if record["samples"]]
             finish(self.out, beside, shards, **about, **{RESUMABLE: self.made_from})
             keep_tables([Path(self.out).parent / shard["name"] for shard in shards])
             return records

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -35,13 +35,21 @@ _INSTRUCTION_KEYS = ("edit_prompt", "edit", "instruction", "edit_instruction", *
 _MOST_IN_CAPTION, _MOST_IN_METADATA = 1 << 20, 1 << 32  # bytes
 
 
-def decode_caption(data: bytes | bytearray) -> tuple[str | None, str | None]:
-    """Return caption and error of a caption file. White space is collapsed. An empty file has no caption."""
+def decode_caption(data: bytes | bytearray, several: bool = False) -> tuple[str | None, str | None]:
+    """Return caption and error of a caption file. White space is collapsed. An empty file has no caption.
+
+    With `several`, each line that is not empty is a caption, and the result has one per line.
+    """
     try:
         text = decode_text(data)
     except UnicodeDecodeError as error:
         return None, f"its caption is not UTF-8: {error}"
-    return " ".join(text.split()) or None, None
+    return joined_captions(text.splitlines() if several else [text]), None
+
+
+def joined_captions(captions: Iterable[str]) -> str | None:
+    """Return `captions`, one per line and with white space collapsed, without empty ones; None if there are none."""
+    return "\n".join(filter(None, (" ".join(caption.split()) for caption in captions))) or None
 
 
 def same_name(name: str) -> str:
@@ -96,12 +104,12 @@ class CaptionFiles:
         return next((spelled[same_name(name)] for name in names if same_name(name) in spelled), None)
 
 
-def read_caption(path: Path | None) -> tuple[str | None, str | None]:
-    """Return caption and error of the caption file at `path`. Both are None if `path` is None."""
+def read_caption(path: Path | None, several: bool = False) -> tuple[str | None, str | None]:
+    """Return caption and error of the caption file at `path`; see `decode_caption`. Both are None if `path` is None."""
     if path is None:
         return None, None
     try:
-        return decode_caption(read_at_most(path, _MOST_IN_CAPTION))
+        return decode_caption(read_at_most(path, _MOST_IN_CAPTION), several)
     except OSError as error:
         return None, f"its caption cannot be read: {error.strerror}"
     except UserError as error:
@@ -122,7 +130,11 @@ class Entry(NamedTuple):
 
 
 def from_metadata(
-    path: Path, pairs: bool = False, folder: Path | None = None, text_key: str | None = None
+    path: Path,
+    pairs: bool = False,
+    folder: Path | None = None,
+    text_key: str | None = None,
+    several: bool = False,
 ) -> list[Entry]:
     """Return the entries of a metadata file, `.jsonl`, `.csv` or `.json`.
 
@@ -133,6 +145,7 @@ def from_metadata(
     Args:
         folder: folder of the images; by default that of `path`.
         text_key: required key of the captions.
+        several: a caption may be a list of captions, which `joined_captions` joins.
 
     Raises:
         UserError: an entry has no file name, or names a file outside the folder; gives its line.
@@ -158,8 +171,13 @@ def from_metadata(
             raise UserError(f"{where}: has no {text_key!r}, only {', '.join(map(repr, entry)):.80}")
         if edited is not None and not isinstance(edited, str):
             raise UserError(f"{where}: {keys[2]} is not a string: {edited!r:.80}")
-        if caption is not None and not isinstance(caption, str):
-            raise UserError(f"{where}: {keys[1]} is not a string: {caption!r:.80}")
+        if several and isinstance(caption, list) and all(isinstance(part, str) for part in caption):
+            caption = joined_captions(caption)
+        elif caption is not None and not isinstance(caption, str):
+            hint = "; tools/preencode.py takes a list with --several-captions" if isinstance(caption, list) else ""
+            raise UserError(f"{where}: {keys[1]} is not a string: {caption!r:.80}{hint}")
+        else:
+            caption = joined_captions([caption or ""])
         if any("\ud800" <= letter <= "\udfff" for letter in name + (caption or "") + (edited or "")):
             raise UserError(f"{where}: an unpaired surrogate, which is not a character: {json.dumps(entry)[:80]!r}")
         unread |= dict.fromkeys(key for key in entry if key not in keys)
@@ -167,7 +185,7 @@ def from_metadata(
             file and relative_name(file, folder or path.parent, f"{where}: {key}")
             for file, key in ((name, keys[0]), (edited, keys[2]))
         )
-        found.append(Entry(name, " ".join((caption or "").split()) or None, edited))
+        found.append(Entry(name, caption, edited))
     if unread:
         named = ", ".join(repr(key) for key in list(unread)[:8]) + (" ..." if len(unread) > 8 else "")
         logger.warning("%s: unknown keys ignored: %s", path, named)

@@ -39,10 +39,11 @@ class ImageItem:
     name: str  # path relative to the source
     path: Path
     span: tuple[int, int] | None = None  # offset and size in a tar; None for a file
-    caption: str | None = None
+    caption: str | None = None  # several captions have one per line
     error: str | None = None
     edited: ImageItem | None = None
     identity: Identity | None = None  # of the tar that `span` is a place in
+    repeats: int = 1  # number of times that an epoch of training has the image
 
     def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
         """Decode the image to uint8 (height, width, 3) and return `then(image)`, usually a smaller image.
@@ -86,8 +87,8 @@ def is_image(path: Path) -> bool:
 class SingleImages:
     """Items of single images, with the captions in their folders."""
 
-    def __init__(self, fixed: str | None) -> None:
-        self.fixed = fixed
+    def __init__(self, fixed: str | None, several: bool = False) -> None:
+        self.fixed, self.several = fixed, several
         self._captions = CaptionFiles()
         self._metadata: dict[Path, dict[str, str | None]] = {}
 
@@ -96,7 +97,7 @@ class SingleImages:
         caption, error = self.fixed, None
         if self.fixed is None:
             file = self._captions.of(path)
-            caption, error = read_caption(file)
+            caption, error = read_caption(file, self.several)
             if file is None:
                 caption = self._listed(path.parent).get(same_name(path.name))
         return ImageItem(name, path, caption=caption, error=error or kind_error(path))
@@ -104,7 +105,7 @@ class SingleImages:
     def _listed(self, folder: Path) -> dict[str, str | None]:
         if folder not in self._metadata:
             path = metadata_file(folder)
-            entries = from_metadata(path) if path else []
+            entries = from_metadata(path, several=self.several) if path else []
             self._metadata[folder] = {same_name(entry.name): entry.caption for entry in entries}
         return self._metadata[folder]
 
@@ -116,13 +117,13 @@ def kind_error(path: Path) -> str | None:
     return f"images of this kind are not read; convert it to one of {', '.join(FORMATS)}"
 
 
-def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[ImageItem]:
+def from_folder(folder: Path, fixed: str | None, pairs: bool = False, several: bool = False) -> list[ImageItem]:
     """Return the images of `folder` and its subfolders. An unreadable path gives an item with an error.
 
     A metadata file lists the images of its folder and subfolders, and other images there are skipped with a warning.
     Without a metadata file, the file that `CaptionFiles` finds beside an image has its caption. `fixed`, if given, is
     the caption of all images. With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg`
-    are separate items.
+    are separate items. `several` is that of `read_caption`.
 
     Raises:
         UserError: the folder has both images and tars, or a metadata file cannot be read.
@@ -137,12 +138,12 @@ def from_folder(folder: Path, fixed: str | None, pairs: bool = False) -> list[Im
     lists = {parent: metadata_file(parent) for parent in {path.parent for path in listed}}
     captions = CaptionFiles()
     used: set[Path] = set(lists.values())
-    items = _from_lists(folder, images, lists, captions, fixed, used, pairs)
+    items = _from_lists(folder, images, lists, captions, fixed, used, pairs, several)
     for path in images:
         if not any(parent in lists for parent in path.parents):
             file = captions.of(path)
             used |= {file} if file else set()
-            caption, error = (fixed, None) if fixed is not None else read_caption(file)
+            caption, error = (fixed, None) if fixed is not None else read_caption(file, several)
             name = path.relative_to(folder).as_posix()
             items.append(ImageItem(name, path, caption=caption, error=error or kind_error(path)))
     for path, reason in found.unreadable.items():
@@ -166,18 +167,19 @@ def _from_lists(
     fixed: str | None,
     used: set[Path],
     pairs: bool,
+    several: bool,
 ) -> list[ImageItem]:
     """Return the items of the metadata files in `lists`, by folder. Add the caption files that are read to `used`."""
     items: list[ImageItem] = []
     spelled = {same_name(path.as_posix()): path for path in images}
     for parent in sorted(lists):
-        for entry in from_metadata(lists[parent], pairs):
+        for entry in from_metadata(lists[parent], pairs, several=several):
             path, edited = (name and _spelled(parent / name, spelled) for name in (entry.name, entry.edited))
             caption, error = entry.caption if fixed is None else fixed, None
             if caption is None:
                 file = captions.of(path)
                 used |= {file} if file else set()
-                caption, error = read_caption(file)
+                caption, error = read_caption(file, several)
             other = edited and ImageItem(edited.relative_to(folder).as_posix(), edited)
             items.append(ImageItem(path.relative_to(folder).as_posix(), path, None, caption, error, other))
     named = {item.path for item in items} | {item.edited.path for item in items if item.edited}

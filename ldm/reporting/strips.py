@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from ldm.files import open_file
-from ldm.images.logged_names import parse_logged_name
+from ldm.images.logged_names import PREVIEWS, parse_logged_name, spread_evenly
 from ldm.util import UserError
 
 _SIDE, _QUALITY = 1024, 82  # longest side in pixels, and quality of the images in the page
@@ -43,11 +43,11 @@ class Strip(NamedTuple):
 
 
 def read_strips(folder: Path, budget: int, problems: list[str]) -> list[Strip]:
-    """Return the strips of the run in `folder` whose data URIs have at most `budget` bytes together.
+    """Return the strips of the run in `folder` whose data URIs have at most `budget` bytes together, previews first.
 
     The steps of a long run are thinned evenly; the first and the last remain.
     """
-    places = [place for place in sorted(folder.glob("images/*")) if place.is_dir()]
+    places = [place for place in (folder / PREVIEWS, *sorted(folder.glob("images/*"))) if place.is_dir()]
     strips = []
     for place in places:
         frames = list(_frames(place, folder, problems))
@@ -109,12 +109,3 @@ def show(image: Image.Image, name: str) -> Shown:
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=_QUALITY)
     return Shown(name, *image.size, f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}")
-
-
-def spread_evenly(entries: Sequence, most: int) -> list:
-    """Return at most `most` of `entries`, evenly spaced, with the last and, if there is room, the first."""
-    if len(entries) <= most:
-        return list(entries)
-    if most <= 1:
-        return list(entries[-1:]) if most else []
-    return [entries[round(number * (len(entries) - 1) / (most - 1))] for number in range(most)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ldm.reporting.settings import params_of
 from ldm.reporting.strips import Shown, show
 from ldm.shards.index import FAMILY, read_index
-from ldm.shards.urls import expand_urls, is_stream
+from ldm.shards.urls import expand_urls, is_stream, without_weights
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ def read_training_sets(config: Mapping[str, Any], problems: list[str]) -> list[T
 
 
 def _read_set(name: str, urls: Any) -> TrainingSet:
+    shown = ", ".join(map(_shown, urls if isinstance(urls, list) else [urls]))
+    urls = without_weights(urls)
     shards = expand_urls(urls)
-    shown = ", ".join(urls) if isinstance(urls, list) else str(urls)
     if any(map(is_stream, shards)):
         return TrainingSet(name, shown, len(shards), 0, None, None, [], True)
     paths = [Path(shard) for shard in shards]
@@ -83,6 +84,10 @@ def _read_set(name: str, urls: Any) -> TrainingSet:
     )
 
 
+def _shown(entry: Any) -> str:
+    return f"{entry.get('urls')} ({entry.get('weight', 1):g} times)" if isinstance(entry, dict) else str(entry)
+
+
 def read_contents(urls: Any, first_stage: nn.Module | None, count: int) -> Contents:
     """Return `count` samples of the shards at `urls`, decoded by the autoencoder `first_stage` if there is one.
 
@@ -96,7 +101,7 @@ def read_contents(urls: Any, first_stage: nn.Module | None, count: int) -> Conte
     from ldm.inspection.measure import inspect, latent_channels, open_to_inspect
     from ldm.shards.sample import CAPTION, LATENT
 
-    dataset = open_to_inspect(urls)
+    dataset = open_to_inspect(without_weights(urls))
     channels = latent_channels(dataset)
     lines = _lines(inspect(dataset, channels, None)) if len(dataset) <= _MOST_INSPECTED else []
     parameter = next(first_stage.parameters(), None) if first_stage is not None else None

@@ -10,8 +10,10 @@ Format 2 has the keys
     family                    key of the model family in `ldm.release.families`; null for an unknown one
     members                   names of the arrays of a sample, without the numbers of masks and without a teacher's
     empty_caption             encoding of the empty caption: `encoded`, or `zeros`
-    shards                    name, samples, bytes and sha256 of each shard
+    shards                    name, samples, bytes and sha256 of each shard; repeats, if the images' folders have any:
+                              pairs of repeats and the number of consecutive samples that have them
     samples                   total number
+    several_captions          true if each line of the text of a sample is a caption
 
 and the keys of `ldm.encoding.preencode`. Format 1 has no digests, and its shards may lack bytes and sha256. Missing
 entries are not compared. The types of existing entries are checked, because users edit these files.
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, check_file, read_at_most
+from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,8 @@ AUTOENCODER = "autoencoder"
 ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
 TEXT_TOWER, USED_TOWER = "text_tower", "text_tower_used"
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
+REPEATS = "repeats"  # entry of a shard
+SEVERAL_CAPTIONS = "several_captions"
 ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 _MEND = f"restore the value, or {MAKE_AGAIN}"
@@ -125,6 +130,14 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and value.isalnum()
 
 
+def is_repeats(value: Any) -> bool:
+    """Return True for a list of pairs: repeats, and the number of consecutive samples that have them."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_whole, pair)) and 1 <= pair[0] <= MOST_REPEATS
+        for pair in value
+    )
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -145,6 +158,7 @@ _ENTRIES: dict[str, Entry] = {
     "scale_factor": (_is_scale, "not a finite number above 0"),
     FAMILY: (_is_key, "not the key of a family of models"),
     MEMBERS: (_is_names, "not a list of names"),
+    SEVERAL_CAPTIONS: (lambda value: isinstance(value, bool), "neither true nor false"),
     EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
     "failed": FAILURES,
     "made_from": (lambda value: isinstance(value, dict), "not a mapping of settings"),
@@ -154,6 +168,7 @@ SHARD_ENTRIES: dict[str, Entry] = {
     "samples": WHOLE,
     "bytes": WHOLE,
     "sha256": _DIGEST,
+    REPEATS: (is_repeats, f"not pairs of repeats, from 1 to {MOST_REPEATS}, and a number of samples"),
 }
 
 

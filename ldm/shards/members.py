@@ -100,7 +100,8 @@ def check_map(key: str, shape: tuple[int, ...], latent: tuple[int, ...], name: s
 def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
     """Raise `UserError` unless `shape` can share a set with the shape of the `first` sample.
 
-    Images, (channels, height, width), may differ in height and width. All other arrays must have equal shapes.
+    Images, (channels, height, width), may differ in height and width. All other arrays must have equal shapes, except
+    for the number of captions, which `shape` lacks.
     """
     refuse_if(
         (image and len(shape) != 3, f"{name}: shape {shape} is not (channels, height, width)"),

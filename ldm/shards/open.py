@@ -14,13 +14,14 @@ from ldm.shards.index import (
     FAMILY,
     INDEX,
     MEMBERS,
+    SEVERAL_CAPTIONS,
     TEXT_TOWER,
     USED_TOWER,
     check_against_index,
     read_index,
 )
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CONTEXT, LATENT, MAPS, POOLED, TEACHER_KEYS, is_array
+from ldm.shards.sample import CONTEXT, LATENT, MAPS, POOLED, TEACHER_KEYS, TEXT_ENCODINGS, is_array
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.shards.verify import verify_shards
 from ldm.util import UserError
@@ -60,7 +61,11 @@ def open_shards(
     check_members(paths, [key for key in (first_stage_key, cond_stage_key, *extra) if key is not None])
     if verify:
         verify_shards(paths)
-    return ShardDataset(paths, first_stage_key, cond_stage_key, extra)
+    dataset = ShardDataset(paths, first_stage_key, cond_stage_key, extra)
+    if not any(key in TEXT_ENCODINGS for key in dataset.keys):
+        folders = {Path(path).parent for path in paths}
+        dataset.has_several_captions = any((read_index(folder) or {}).get(SEVERAL_CAPTIONS) for folder in folders)
+    return dataset
 
 
 def check_members(paths: Sequence[str | Path], keys: Sequence[str], *, for_training: bool = False) -> None:

@@ -33,7 +33,9 @@ from ldm.shards.sample import (
     is_array,
     member_extension,
     number_types,
+    one_caption,
     plain,
+    with_caption,
 )
 from ldm.shards.table import Place, ShardTable
 from ldm.util import UserError
@@ -45,8 +47,9 @@ class ShardDataset(Dataset):
     """Data set of local shards. A sample is a dict with the `keys`, `"txt"` (the caption) and `"__key__"`.
 
     Arrays are numpy arrays, float16 or float32 as stored: `first_stage_key` (channels, h, w), and `cond_stage_key`,
-    such as (77, 768), unless it is None. `extra` names further members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`,
-    or `"json"`, which is None for a sample without it. Of the `NUMBERED` members, those of the first sample are read.
+    such as (77, 768), unless it is None. Of several captions, a sample has the first, or all if `keeps_captions` is
+    set. `extra` names further members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`, or `"json"`, which is None for a
+    sample without it. Of the `NUMBERED` members, those of the first sample are read.
 
     Raises:
         UserError: a shard is damaged, a sample lacks a key, or the shapes of samples differ.
@@ -64,6 +67,8 @@ class ShardDataset(Dataset):
         keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
         self.keys = [key for key in dict.fromkeys(keys) if key is not None]
         self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
+        self.keeps_captions = False
+        self.has_several_captions = False  # `open_shards` sets it for a set of which only the texts are read
         self.optional = ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {
             key: {} for key in self.keys
@@ -97,8 +102,9 @@ class ShardDataset(Dataset):
         for key, column in places.items():
             numbers, firsts = np.unique(table.columns.arrays[:, column], return_index=True)
             for number, row in sorted(zip(numbers.tolist(), firsts.tolist(), strict=True), key=lambda pair: pair[1]):
-                shape, dtype = table.kinds[number]
-                known = self.shapes[key]
+                stored, dtype = table.kinds[number]
+                known, shape = self.shapes[key], one_caption(key, stored)
+                self.has_several_captions |= shape != stored
                 if shape not in known:
                     image = key == self.first_stage_key or key in maps
                     check_shape(key, shape, next(iter(known), shape), image, self._name(table, row, key))
@@ -176,7 +182,14 @@ class ShardDataset(Dataset):
                     raise _not_as_kept(table, name)
         finally:
             os.close(descriptor)
-        return sample
+        if self.keeps_captions or not self.has_several_captions:
+            return sample
+        return with_caption(sample, lambda count: 0, f"{table.path}: {sample['__key__']}")
+
+    @property
+    def shard_sizes(self) -> list[tuple[Path, int]]:
+        """Shards that hold samples, in order, with their number."""
+        return [(table.path, len(table)) for table in self._tables]
 
     def groups(self) -> list[np.ndarray]:
         """Return the sample numbers, one array per image shape. The samples of an array may share a batch."""

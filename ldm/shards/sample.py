@@ -9,18 +9,21 @@ shards hold the encodings of the empty caption and of a completely masked image.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.shards import npy
+from ldm.util import UserError
 
 LATENT = "f8"  # mean and log-variance of a posterior (2C, h, w), or a latent (C, h, w), unscaled
 CONTEXT = "t5"  # hidden states of the text encoder (77, D)
 POOLED = "pooled"  # pooled state of a second text encoder (E,)
-TEXT_ENCODINGS = (CONTEXT, POOLED)  # members with outputs of text encoders
+# Members with outputs of text encoders, and the number of their dimensions. A sample with K captions has a further,
+# first dimension of size K, and one caption per line of `txt`.
+TEXT_ENCODINGS = {CONTEXT: 2, POOLED: 1}
 MASK = "mask"  # (1, h, w): 1 where the model paints, else 0
 MASKED_IMAGE = "masked_image"  # as `LATENT`, for the image with 0 where the mask is 1
 EDIT = "edit"  # latent of the image before the edit (C, h, w), the posterior's mode, unscaled
@@ -31,6 +34,7 @@ NUMBERED = (MASK, MASKED_IMAGE)
 STORED = np.float16  # dtype of stored latents and encodings
 
 STREAM = "stream"  # B strings: names of the random streams of the samples
+QUANTILE = "quantile"  # float (B,): places of the timesteps of held-out samples among all, from 0 to 1
 IS_PRIOR = "is_prior"  # bool (B,): True for prior samples
 # Predictions of a frozen model on prior samples: the timestep (B,), counted from 0; the noise (B, C, h, w); and the
 # model's output (B, C, h, w). A stored sample has K of each.
@@ -104,6 +108,36 @@ def sizes_of(original: Sequence[int], crop: Sequence[int], target: Sequence[int]
     """
     corner = [(2 * start * to + side) // (2 * side) for start, side, to in zip(crop[:2], crop[2:], target, strict=True)]
     return {ORIGINAL_SIZE: list(original), CROP: corner, TARGET_SIZE: list(target)}
+
+
+def caption_count(key: str, shape: Sequence[int]) -> int | None:
+    """Return the number of captions in the encoding `key` of this `shape`, or None if it has no dimension for them."""
+    return shape[0] if key in TEXT_ENCODINGS and len(shape) == TEXT_ENCODINGS[key] + 1 else None
+
+
+def one_caption(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` without the dimension for several captions, if it has one."""
+    return shape if caption_count(key, shape) is None else shape[1:]
+
+
+def with_caption(sample: dict[str, Any], choose: Callable[[int], int], name: str) -> dict[str, Any]:
+    """Return `sample` with one of its captions and its encodings; `choose` maps their number to the chosen one.
+
+    Raises:
+        UserError: its members have different numbers of captions. The message names `name`.
+    """
+    keys = [key for key in TEXT_ENCODINGS if isinstance(sample.get(key), np.ndarray)]
+    counts = {key: caption_count(key, sample[key].shape) for key in keys}
+    captions = sample[CAPTION].split("\n")
+    if not keys:  # the text alone is read, and its last line may end too
+        captions = list(filter(str.strip, captions))
+    if all(count is None for count in counts.values()) and (keys or len(captions) < 2):
+        return sample
+    if keys and set(counts.values()) != {len(captions)}:
+        found = ", ".join(f"{count or 'no number'} of {key}" for key, count in counts.items())
+        raise UserError(f"{name}: has {len(captions)} captions, but {found}; encode the images again")
+    chosen = choose(len(captions))
+    return {**sample, CAPTION: captions[chosen], **{key: sample[key][chosen] for key in keys}}
 
 
 def encode_members(

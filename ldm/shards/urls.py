@@ -9,12 +9,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.config.braces import expand_braces
-from ldm.util import UserError
+from ldm.util import UserError, check_keys, check_number
 
+MOST_REPEATS = 999  # maximum number of times that an epoch has a sample
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
 _FILE_SCHEME = re.compile("^file:(//)?")
 
@@ -22,6 +24,41 @@ _FILE_SCHEME = re.compile("^file:(//)?")
 def is_stream(url: str) -> bool:
     """Return True if `url` is a stream without random access, such as `pipe:` or `http:`."""
     return _SCHEME.match(url) is not None and not _is_there(url)
+
+
+def shard_weights(urls: Any) -> dict[str, float]:
+    """Return the shards of training `urls` in order, each with its weight. An entry of a list may be a mapping.
+
+    The mapping has `urls`, as for `expand_urls`, and `weight`, the number of times that an epoch has each sample.
+
+    Raises:
+        UserError: as `expand_urls`, or a mapping has another key or no valid weight.
+    """
+    expand_urls(without_weights(urls))  # refuses a shard that occurs twice
+    return {shard: weight for names, weight in _weighted(urls) for shard in expand_urls(names)}
+
+
+def without_weights(urls: Any) -> Any:
+    """Return training `urls` for `expand_urls`, with the names in place of mappings with a weight."""
+    if not isinstance(urls, (list, tuple, Mapping)):
+        return urls
+    return [name for names, _ in _weighted(urls) for name in names]
+
+
+def _weighted(urls: Any) -> list[tuple[list[Any], float]]:
+    """Return the names in each entry of `urls`, with their weight."""
+    found: list[tuple[list[Any], float]] = []
+    for entry in urls if isinstance(urls, (list, tuple)) else [urls]:
+        if not isinstance(entry, Mapping):
+            found.append(([entry], 1.0))
+            continue
+        check_keys("an entry of training_urls", entry, ("urls", "weight"))
+        names, weight = entry.get("urls"), entry.get("weight", 1.0)
+        if not names or not isinstance(names, (str, Path, list, tuple)):
+            raise UserError(f"training_urls: {dict(entry)!r:.100} names no shards; give urls: a/*.tar, and weight: 3")
+        check_number("training_urls: weight", weight, above=0, most=MOST_REPEATS, whole=False)
+        found.append(([names] if isinstance(names, (str, Path)) else list(names), float(weight)))
+    return found
 
 
 def names_all_there(urls: str | Path | Iterable[str | Path]) -> bool:

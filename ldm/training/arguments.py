@@ -54,6 +54,7 @@ class Arguments:
     logdir: Path
     scale_lr: bool | None  # None: the value of the resumed run, or True
     trust_config: bool
+    previews: str | None = None  # text file of prompts
     trainer: dict[str, Any] = field(
         default_factory=dict
     )  # names and values are checked later, against Lightning's Trainer
@@ -129,6 +130,8 @@ def _build_parser() -> argparse.ArgumentParser:
         help="multiply base_learning_rate by devices, batch size and accumulation; saved with the run (default: True)",
         **switch,
     )
+    add("--previews", metavar="FILE", help="text file of prompts to sample while training, one per line, such as: "
+        "a red apple --n blurry --w 512 --h 512 --d 42 --s 50 --l 7.5")  # fmt: skip
     add_trust_option(parser)
     return parser
 

@@ -26,6 +26,7 @@ from ldm.callbacks.validation import SparseValidation, ValidationAcrossEpochs
 from ldm.config.load import plain
 from ldm.training.described import check_callback_places, instantiate_described
 from ldm.training.loggers import logs_anything
+from ldm.training.preview_setup import build_previews
 from ldm.training.run import Run
 from ldm.util import UserError, nearest
 
@@ -40,6 +41,7 @@ _DEFAULT_CALLBACKS: dict[str, Any] = {
     "cuda_callback": {"target": "ldm.callbacks.device.CUDACallback"},
     "numerical_faults": {"target": "ldm.callbacks.faults.NumericalFaults"},
     "timestep_losses": {"target": "ldm.callbacks.timestep_losses.TimestepLosses"},
+    "held_out_gap": {"target": "ldm.callbacks.held_out_gap.HeldOutGap"},
 }
 # Callback that public configs change without a target. It keeps the weights at intervals.
 _TRAINSTEPS = "metrics_over_trainsteps_checkpoint"
@@ -91,6 +93,7 @@ def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed
     if type(section.trainer.get("val_check_interval")) is int and "check_val_every_n_epoch" not in section.trainer:
         callbacks.append(ValidationAcrossEpochs())
     batch_size = ((config.data.get("params") or {}).get("batch_size")) if section.scale_lr else None
+    built += build_previews(config)
     return [*callbacks, *built, *_build_checkpoints(config, run, requests, built), MeanOfBatches(batch_size)]
 
 

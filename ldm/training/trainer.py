@@ -24,6 +24,7 @@ from ldm.training.arguments import Arguments
 from ldm.training.compatibility import check_trains_as_written
 from ldm.training.described import instantiate_described
 from ldm.training.precision import Bfloat16Weights, ClippedMixedPrecision
+from ldm.training.preview_setup import add_previews
 from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
@@ -44,6 +45,7 @@ _LIGHTNING_KEYS = (
     "metrics_over_trainsteps_checkpoint",
     "scale_lr",  # the switch --scale_lr, saved with the run
     "report",  # false writes no report at the end
+    "previews",
 )
 
 
@@ -80,6 +82,7 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
         raise UserError(f"lightning.scale_lr {section['scale_lr']!r}: give true or false")
     if section.get("report") not in (None, True, False):
         raise UserError(f"lightning.report {section['report']!r}: give true or false")
+    add_previews(section, arguments.previews)
     section["trainer"] = merge_arguments(plain(section.get("trainer") or {}), arguments.trainer)
     check_names(section["trainer"], valid, "key lightning.trainer.{}")
     section["trainer"] = without_nulls(plain(section["trainer"]))

@@ -45,6 +45,23 @@ def check_reads_captions(model: Any) -> None:
     )
 
 
+def caption_encodings(stage: nn.Module, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Return the encodings of captions by the text encoder `stage`, by member of a sample."""
+    if isinstance(stage, GeneralConditioner):
+        return {_MEMBERS[name]: part for name, part in stage.encode_captions(captions).items()}
+    return {CONTEXT: getattr(stage, "encode", stage)(list(captions))}
+
+
+def check_takes_encodings(model: Any) -> None:
+    """Raise `UserError` unless stored caption encodings and image sizes are all that conditions the model."""
+    entries = set(model.conditioning_entries)
+    takes_them = entries <= {model.cond_stage_key, CONTEXT, POOLED, *SIZE_ENTRIES}
+    is_stored = getattr(model.cond_stage_model, "key", None) is not None or CONTEXT in entries
+    if not (takes_them and is_stored):
+        what = ", ".join(sorted(entries)) or "nothing"
+        raise UserError(f"the model is conditioned on {what}, not on stored caption encodings alone")
+
+
 class WithConditioning:
     """Mixin of `LatentDiffusion` for its `cond_stage_model`, which is None for an unconditional model.
 
@@ -73,10 +90,9 @@ class WithConditioning:
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the encodings of captions by member of a sample."""
-        stage = self.cond_stage_model
-        if not isinstance(stage, GeneralConditioner):
+        if self.cond_stage_forward is not None:
             return {CONTEXT: self.get_learned_conditioning(list(captions))}
-        return {_MEMBERS[name]: part for name, part in stage.encode_captions(captions).items()}
+        return caption_encodings(self.cond_stage_model, captions)
 
     def stored_conditioning(self, sample: Batch) -> Conditioning:
         """Return the conditioning of stored caption encodings and of sizes."""
@@ -88,8 +104,9 @@ class WithConditioning:
         stage = self.cond_stage_model
         if not isinstance(stage, GeneralConditioner):
             return sample[CONTEXT]
-        captions = {name: sample[member] for name, member in _MEMBERS.items() if member in sample}
-        return stage(sample, captions=captions)
+        # A conditioner without text encoders has embedders that pass stored encodings on.
+        replaced = [name for name in _MEMBERS if stage.caption_embedders and _MEMBERS[name] in sample]
+        return stage(sample, captions={name: sample[_MEMBERS[name]] for name in replaced})
 
     @property
     def conditioning_entries(self) -> tuple[str, ...]:

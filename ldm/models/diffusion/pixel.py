@@ -73,7 +73,8 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
     """
 
     learning_rate: float | None = None  # set before training
-    # Timesteps (B,) and losses (B,) of the last batch, by which callbacks identify a sample.
+    # Timesteps (B,) and losses (B,) of the last batch, by which callbacks identify a sample. In validation, the losses
+    # are those of the weights, not of their EMA.
     sample_losses: tuple[Tensor, Tensor] | None = None
 
     def __init__(
@@ -202,10 +203,10 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         return self.training_loss(output, samples.target(self.training_target(x_start, noise, t)), t, samples)
 
     def sample_timesteps(self, x: Tensor, streams: RandomStreams = GLOBAL_STREAM) -> Tensor:
-        """Return timesteps (B,), sampled by `timestep_config` in training and uniformly in evaluation."""
+        """Return timesteps (B,), sampled by `timestep_config` in training, and fixed or uniform in evaluation."""
         if self.training:
             return self.timestep_distribution.sample(self, x, streams)
-        return streams.integers("timestep", self.num_timesteps, x)
+        return streams.held_out_timesteps(self.num_timesteps, x)
 
     def forward(
         self, x: Tensor, c: Conditioning = None, samples: BatchMean = EQUAL, streams: RandomStreams = GLOBAL_STREAM

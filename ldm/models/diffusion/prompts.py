@@ -25,6 +25,7 @@ class PromptConditioning:
         sizes: of images, by their names in a sample; see `image_sizes`.
         maps: (1, C', h, w), concatenated to the UNet's input in every sample.
         drops_image: the maps are 0 in the conditioning of negative prompts (arXiv:2211.09800, section 3.2.1).
+        captions: encodings of the prompts by prompt and member of a sample, in place of the model's text encoder.
 
     Raises:
         UserError: the model does not read captions.
@@ -36,9 +37,12 @@ class PromptConditioning:
         sizes: Mapping[str, Sequence[int]] | None = None,
         maps: Sequence[Tensor] = (),
         drops_image: bool = False,
+        captions: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        check_reads_captions(model)
+        if captions is None:
+            check_reads_captions(model)
         self.model = model
+        self.captions = captions
         self.sizes = sizes or {}
         self.maps = list(maps)
         self.negative_maps = [torch.zeros_like(part) for part in maps] if drops_image else self.maps
@@ -62,7 +66,13 @@ class PromptConditioning:
             for entry, name in SIZE_ENTRIES.items()
             if name in self.sizes
         }
-        return self.model.stored_conditioning({**self.model.encode_captions(prompts), **sizes})
+        encodings = self.model.encode_captions(prompts) if self.captions is None else self._stored(prompts)
+        return self.model.stored_conditioning({**encodings, **sizes})
+
+    def _stored(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the encodings of `captions` for a batch of prompts, by member."""
+        rows = [self.captions[prompt] for prompt in prompts]
+        return {member: torch.stack([row[member] for row in rows]).to(self.model.device) for member in rows[0]}
 
 
 def image_sizes(model: LatentDiffusion, given: Mapping[str, Sequence[int]], height: int, width: int) -> dict[str, Any]:

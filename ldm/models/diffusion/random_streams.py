@@ -13,23 +13,30 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.batch import Batch
-from ldm.shards.sample import STREAM
+from ldm.shards.sample import QUANTILE, STREAM
 
 
 @dataclass(frozen=True)
 class RandomStreams:
     """Random numbers for the rows of a batch. Each row has a name, and each name has its own streams.
 
-    Without `names`, as in validation, the numbers of the whole batch come from the global generators. Numbers are
-    sampled on the device of the result, and differ between GPU and CPU.
+    Without `names`, the numbers of the whole batch come from the global generators. Numbers are sampled on the device
+    of the result, and differ between GPU and CPU. In validation, `quantiles` (B,) are the places of the timesteps.
     """
 
     names: Sequence[str] | None = None
+    quantiles: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> RandomStreams:
         """Return the random streams of a batch. Its entry `STREAM` names the rows."""
-        return cls(batch.get(STREAM))
+        return cls(batch.get(STREAM), batch.get(QUANTILE))
+
+    def held_out_timesteps(self, count: int, like: Tensor) -> Tensor:
+        """Return timesteps (B,) below `count` for validation: those at `quantiles`, or else uniform ones."""
+        if self.quantiles is None:
+            return self.integers("timestep", count, like)
+        return (self.quantiles.to(like.device, torch.float32) * count).long().clamp(max=count - 1)
 
     def normal(self, what: str, like: Tensor) -> Tensor:
         """Return standard normal numbers from the stream `what`, with shape (B, ...), dtype and device of `like`."""

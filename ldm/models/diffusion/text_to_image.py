@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -36,8 +36,12 @@ class Request(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "negative_prompt" or value}
 
 
-def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
+def latent_shape(
+    model: LatentDiffusion, height: int | None, width: int | None, options: Sequence[str] = ("--H", "--W")
+) -> tuple[int, int, int]:
     """Return the latent shape (C, h, w) of an image of `height` and `width` in pixels. None is the model's image size.
+
+    `options` name height and width in messages.
 
     Raises:
         UserError: a size is not a multiple of the model's total downsampling.
@@ -45,10 +49,10 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
     pixels = model.first_stage_model.downsampling
     multiple = pixels * model.model.diffusion_model.downsampling
     sizes = []
-    for name, size in (("H", height), ("W", width)):
+    for name, size in zip(options, (height, width), strict=True):
         size = pixels * model.image_size if size is None else size
         if size < multiple or size % multiple:
-            raise UserError(f"--{name} {size}: must be a multiple of {multiple} pixels for this model")
+            raise UserError(f"{name} {size}: must be a multiple of {multiple} pixels for this model")
         sizes.append(size // pixels)
     return model.channels, *sizes
 
@@ -106,6 +110,7 @@ def sample_batches(
     spacing: str | None = None,
     guidance_rescale: float = 0.0,
     image_scale: float | None = None,
+    captions: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the scaled latents (B, C, h, w) of each of `parts`; see `sample_latents`.
 
@@ -114,6 +119,7 @@ def sample_batches(
         spacing: see `steps_at`; `Sampler.own_spacing` by default.
         guidance_rescale: share of `rescaled`.
         image_scale: guidance towards the image of a model that edits images; see `image_scale_of`.
+        captions: encodings of the prompts; see `PromptConditioning`.
 
     Raises:
         UserError: the model does not read captions, needs other inputs, or cannot take a setting; the sampler is
@@ -122,13 +128,13 @@ def sample_batches(
     check_choice("sampler", sampler, tuple(SAMPLERS))
     solver = SAMPLERS[sampler](model)
     solver.make_schedule(steps, spacing, eta)
-    if len(solver.timesteps) != steps:
+    if verbose and len(solver.timesteps) != steps:
         run, total = len(solver.timesteps), model.num_timesteps
         logger.info("%s runs %d steps, because %d does not divide the model's %d", sampler, run, steps, total)
     image_scale = image_scale_of(model, image_scale)
     encoded = encode_inputs(model, inputs, shape)
     sizes = image_sizes(model, inputs.sizes, *image_size(model, shape))
-    conditioning = PromptConditioning(model, sizes, encoded.maps, drops_image=image_scale is not None)
+    conditioning = PromptConditioning(model, sizes, encoded.maps, image_scale is not None, captions)
     is_guided = scale != 1.0 or image_scale not in (None, 1.0)
     for part in parts:
         with model.ema_scope(), _name_request(part):

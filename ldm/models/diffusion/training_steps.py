@@ -40,17 +40,23 @@ class TrainingSteps:
         return len(batch[self.first_stage_key])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the losses with the weights and with their EMA. Noise and timesteps are the same in every epoch."""
+        """Log the losses with the weights and with their EMA.
+
+        Noise and timestep of a sample are the same in every epoch. They depend on its number in the set, or else, as in
+        streamed shards, on the number of its batch.
+        """
         self._log_evaluation(batch, batch_idx, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_evaluation(batch, batch_idx, "test")
 
     def _log_evaluation(self, batch: Batch, batch_idx: int, split: str) -> None:
-        losses = self._validation_losses(batch, batch_idx)
-        with self.ema_scope():
-            # The name with `_ema` exists without an EMA too, for `monitor`.
-            averaged = self._validation_losses(batch, batch_idx) if self.use_ema else losses
+        averaged = None
+        if self.use_ema:
+            with self.ema_scope():
+                averaged = self._validation_losses(batch, batch_idx)
+        losses = self._validation_losses(batch, batch_idx)  # the last, whose `sample_losses` callbacks read
+        averaged = averaged or losses  # the name with `_ema` exists without an EMA too, for `monitor`
         losses = losses | {f"{key}_ema": value for key, value in averaged.items()}
         logged = {key.replace("val/", f"{split}/", 1): value for key, value in losses.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=self.batch_size_of(batch))

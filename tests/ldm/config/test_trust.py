@@ -107,6 +107,13 @@ def test_commands_to_read_from_ask_for_trust(tmp_path, value):
     load_config([path], trusted=True)
 
 
+def test_prompts_of_previews_are_texts(tmp_path):
+    prompts = "['a cat: http://x', '!loud', {prompt: 'style:photo', seed: 1}]"
+    load_config([config(tmp_path, f"lightning: {{previews: {{prompts: {prompts}}}}}")])
+    with pytest.raises(UserError, match=r"'pipe:ls' runs a command; give --trust-config"):
+        load_config([config(tmp_path, f"lightning: {{previews: {{prompts: {prompts}, release: 'pipe:ls'}}}}")])
+
+
 @pytest.mark.parametrize(
     "text",
     [

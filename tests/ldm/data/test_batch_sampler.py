@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.batch_sampler import EpochBatchSampler, epoch_batches
+from ldm.data.batch_sampler import EpochBatchSampler, epoch_batches, held_out_entries, repeated, sample_name
+from ldm.data.loader import ResumableLoader
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=3)
 
@@ -98,3 +99,42 @@ def test_what_is_never_seen_is_counted(counts, batch_size, world, shuffle, drop_
             assert unseen >= lost
             if not shuffle or lost:
                 assert unseen == lost
+
+
+def test_held_out_entries_spread_the_timesteps_of_any_number_of_samples():
+    places = [held_out_entries(number)["quantile"] for number in range(100)]
+    assert places[:3] == pytest.approx([0.5, 0.118034, 0.736068], abs=1e-6) and all(0 <= place < 1 for place in places)
+    for count in (8, 20, 100):
+        counts = np.histogram(places[:count], count // 4, (0, 1))[0]
+        assert counts.min() >= 2 and counts.max() <= 6
+
+
+def test_repeated_samples_come_as_often_as_their_weight():
+    group, weights = np.arange(6), np.array([2.5] * 4 + [1.0] * 2)
+    epochs = [repeated(group, weights, epoch, seed=0) for epoch in range(4)]
+    for found in epochs:
+        assert len(set(found.tolist())) == len(found) == 4 * 2 + 2 + 2  # each time has its own number
+        counts = np.bincount(found % 6)
+        assert sorted(counts[:4]) == [2, 2, 3, 3] and counts[4:].tolist() == [1, 1]
+    for pair in (epochs[:2], epochs[2:]):
+        assert np.bincount(np.concatenate(pair) % 6).tolist() == [5, 5, 5, 5, 2, 2]
+    assert repeated(np.arange(1), np.array([0.3]), 7, 0).tolist() == [0]
+
+
+def test_items_of_repeated_samples_have_names_of_their_own():
+    options = {"shuffle": True, "seed": 1}
+    sampler = EpochBatchSampler([np.arange(3)], 2, "abc", np.array([2.0, 1.0, 0.5]), **options)
+    plain = EpochBatchSampler([np.arange(3)], 2, "abc", **options)
+    items = [item for batch in sampler for item in batch]
+    assert len(sampler) == 2 and sorted(items) == [(0, 0), (0, 0, 1), (0, 1), (0, 2)]
+    assert sorted(map(sample_name, items), key=str) == [0, "0/1", 1, 2]
+    assert sampler.described() != plain.described() and plain.described()["weights"] == ""
+
+
+def test_a_loader_continues_only_with_the_same_weights():
+    plain, weighted = (EpochBatchSampler([np.arange(8)], 2, weights=weights) for weights in (None, np.full(8, 2.0)))
+    state = {**ResumableLoader(range(8), plain).state_dict(), "batch": 1}
+    older = {key: value for key, value in state.items() if key != "weights"}
+    for found, sampler, start in ((state, plain, 1), (older, plain, 1), (state, weighted, 0), (older, weighted, 0)):
+        ResumableLoader(range(8), sampler).load_state_dict(found)
+        assert sampler.start == start

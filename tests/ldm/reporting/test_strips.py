@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.reporting.strips import read_strips, show, spread_evenly
+from ldm.reporting.strips import read_strips, show
 from tests.run_folders import write_image
 
 
@@ -53,8 +53,3 @@ def test_read_strips_keeps_within_the_budget_with_the_last_step(tmp_path: Path) 
 def test_show_reduces_a_large_image() -> None:
     shown = show(Image.new("RGB", (4000, 1000)), "x")
     assert (shown.width, shown.height) == (1024, 256)
-
-
-def test_spread_evenly_keeps_both_ends() -> None:
-    assert spread_evenly(range(10), 4) == [0, 3, 6, 9]
-    assert (spread_evenly(range(3), 1), spread_evenly(range(3), 0), spread_evenly([], 2)) == ([2], [], [])

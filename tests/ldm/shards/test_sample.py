@@ -1,8 +1,19 @@
 """The sizes of an image in a sample's json, computed by hand, and the names of members."""
 
+import numpy as np
 import pytest
 
-from ldm.shards.sample import MASK, MASKED_IMAGE, blank_key, member_extension, numbered, plain, sizes_of
+from ldm.shards.sample import (
+    MASK,
+    MASKED_IMAGE,
+    blank_key,
+    member_extension,
+    numbered,
+    plain,
+    sizes_of,
+    with_caption,
+)
+from ldm.util import UserError
 
 
 @pytest.mark.parametrize(
@@ -32,3 +43,20 @@ def test_numbered_members():
     assert member_extension(numbered(MASKED_IMAGE, 1)) == "masked_image.1.npy"
     assert blank_key(8, 16) == "masked_image.8x16"
     assert member_extension("original_size_as_tuple") == member_extension("target_size") == "json"
+
+
+def test_with_caption_takes_text_and_encodings_of_one_caption():
+    several = {
+        "txt": "a\nb",
+        "t5": np.arange(2 * 77 * 3).reshape(2, 77, 3),
+        "pooled": np.arange(8).reshape(2, 4),
+        "n": 5,
+    }
+    found = with_caption(several, lambda count: count - 1, "here")
+    assert found["txt"] == "b" and found["n"] == 5 and found["pooled"].tolist() == [4, 5, 6, 7]
+    assert found["t5"].shape == (77, 3) and found["t5"][0, 0] == 77 * 3
+    one = {"txt": "a\nb", "t5": np.zeros((77, 3)), "pooled": np.zeros(4)}
+    assert with_caption(one, lambda count: 1 / 0, "here") is one
+    assert with_caption({"txt": "a\n\nb\n"}, lambda count: count - 1, "here") == {"txt": "b"}
+    with pytest.raises(UserError, match="here: has 2 captions, but 2 of t5, no number of pooled; encode the images"):
+        with_caption({**several, "pooled": np.zeros(4)}, lambda count: 0, "here")

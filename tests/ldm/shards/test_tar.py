@@ -156,7 +156,7 @@ def test_what_is_written_is_read_back(tmp_path, keys, data):
             values = data.draw(hnp.arrays(np.float16, shape, elements=st.floats(-8, 8, width=16)))
             caption = data.draw(st.text(st.characters(codec="utf-8"), max_size=20))
             written[key] = (values.tobytes(), caption)
-            writer.write(key, {"f8.npy": npy.encode(values), "t5.npy": npy.encode(values), "txt": caption.encode()})
+            writer.write(key, {"f8.npy": npy.encode(values), "t5.npy": npy.encode(values[0]), "txt": caption.encode()})
     dataset = ShardDataset(sorted(folder.glob("*.tar")))
     stream = ShardStream([f"file:{path}" for path in dataset.paths])
     for samples in ((dataset[number] for number in range(len(dataset))), stream):

@@ -152,6 +152,16 @@ def test_validation_repeats_its_noise_and_leaves_training_its_own(model: LatentD
     assert first["val/loss_simple_ema"] == first["val/loss_simple"]
 
 
+def test_validation_of_named_samples_does_not_depend_on_their_batch(model: LatentDiffusion) -> None:
+    batch = {**batch_of((2, 8, 8, 8)), "stream": list("ab"), "quantile": torch.tensor([0.12, 0.999999999])}
+    rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
+    whole, alone = validated(model, batch, 0), [validated(model, row, number) for number, row in enumerate(rows)]
+    mean = sum(logged["val/loss_simple"] for logged in alone) / 2
+    assert whole["val/loss_simple"] == pytest.approx(mean, rel=1e-5)
+    validated(model, batch, 0)
+    assert model.sample_losses[0].tolist() == [int(0.12 * model.num_timesteps), model.num_timesteps - 1]
+
+
 def test_validation_with_an_average(make_model: Callable[..., LatentDiffusion]) -> None:
     model = make_model(use_ema=True)  # the average is of the weights before they were filled
     logged = validated(model, batch_of((2, 8, 8, 8)), 0)

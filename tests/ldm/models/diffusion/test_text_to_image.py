@@ -56,7 +56,7 @@ def test_the_steps_that_run_are_told(model: LatentDiffusion, caplog: pytest.LogC
     for sampler, steps in (("ddim", 4), ("dpm_solver", 7)):
         pictures(model, REQUESTS[:1], sampler=sampler, steps=steps)
     assert not caplog.records
-    pictures(model, REQUESTS[:1], sampler="plms", steps=7)
+    pictures(model, REQUESTS[:1], sampler="plms", steps=7, verbose=True)
     assert "plms runs 8 steps, because 7 does not divide the model's 1000" in caplog.text
 
 

@@ -1,0 +1,247 @@
+"""Callback that samples the same prompts with the same seeds during training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ldm.callbacks.image_logger import log_image
+from ldm.callbacks.rng import undisturbed
+from ldm.callbacks.tolerance import Tolerance
+from ldm.checkpoint.keys import RELEASE
+from ldm.config.preview_prompts import PreviewPrompt
+from ldm.distributed.collectives import in_all_processes
+from ldm.distributed.dtensor import is_sharded
+from ldm.files import check_within
+from ldm.images.grid import save_png, to_images
+from ldm.images.logged_names import PREVIEWS, logged_name
+from ldm.images.strip import write_strip
+from ldm.models.diffusion.conditioning import check_reads_captions, check_takes_encodings
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.sampling import NotFiniteError
+from ldm.models.diffusion.stored_prompts import StoredPrompts
+from ldm.models.diffusion.text_to_image import Request, image_size, latent_shape, text_to_image
+from ldm.shards.open import check_encoders
+from ldm.shards.reader import ShardDataset
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+WHERE = "lightning.previews"
+_ENCODINGS = "prompts.safetensors"
+_ADVICE = f"name the release that the images were encoded with: {WHERE}.release=FILE"
+_SLUG = 40  # maximum length of the part of a file name that comes from the prompt
+
+# Encodes texts with the text encoder of a release, whose path a checkpoint notes or not.
+Encode = Callable[[Sequence[str], str | None], StoredPrompts]
+
+
+class Previews(Callback):
+    """Callback that samples `prompts` before the first step and then at intervals, and writes them to `previews/`.
+
+    A preview is a PNG with its settings in the metadata. `strip.png` shows all prompts over time. The images go to the
+    loggers too. Averaged weights are used, if there are any. Sampling does not change the training. If it fails, a
+    warning replaces the images.
+
+    A model that reads captions encodes the prompts itself, with its present text encoder. For other models, the first
+    process encodes them once, before training, and keeps the result in `previews/prompts.safetensors`. With sharded
+    weights all processes take part in sampling, otherwise the first alone.
+
+    Args:
+        encode: encodes the prompts of a model without a text encoder.
+        release: release that `encode` uses in any case; None for the default.
+        every_n_train_steps: optimizer steps between previews; None for no interval in steps.
+        train_time_interval: minutes between previews; None for no interval in time.
+        sampler: key of `SAMPLERS`.
+
+    Raises:
+        UserError: at the set-up of training or before its first step, if the model does not sample from prompts alone,
+            a size does not fit it, or the encodings cannot be made or do not match.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[PreviewPrompt],
+        encode: Encode,
+        release: str | None = None,
+        every_n_train_steps: int | None = 500,
+        train_time_interval: float | None = None,
+        sampler: str = "ddim",
+    ) -> None:
+        if not callable(encode):
+            raise UserError(f"Previews: give {WHERE}.prompts in place of this callback")
+        self.prompts = list(prompts)
+        self.encode, self.release, self.sampler = encode, release, sampler
+        self.every_n_train_steps, self.minutes = every_n_train_steps, train_time_interval
+        self._noted: str | None = None  # release that the checkpoint notes
+        self._stored: StoredPrompts | None = None
+        self._step = -1
+        self._drawn_at = time.monotonic()
+        self._tolerance, self._strip_tolerance = Tolerance("Previews"), Tolerance("The strip of previews")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        try:
+            self._check(pl_module)
+        except UserError as error:
+            raise UserError(f"{WHERE}: {error}; set {WHERE}=null") from error
+        for number, prompt in enumerate(self.prompts, start=1):
+            try:
+                latent_shape(pl_module, prompt.height, prompt.width, ("height", "width"))
+            except UserError as error:
+                raise UserError(f"{WHERE}: prompt {number}, {prompt.prompt!r:.60}: {error}") from error
+        check_within(trainer.default_root_dir, self._folder(trainer), "previews in")
+
+    @staticmethod
+    def _check(model: LightningModule) -> None:
+        """Raise `UserError` unless `model` samples images from prompts alone."""
+        if not isinstance(model, LatentDiffusion):
+            raise UserError(f"a {type(model).__name__} samples no images from prompts")
+        if model.model.takes_maps or model.model.conditioning_key is None:
+            raise UserError(
+                f"conditioning_key {model.model.conditioning_key!r}: this model does not sample from prompts alone"
+            )
+        if model.scale_by_std:
+            raise UserError("the scale of the latents is not known before the first batch (scale_by_std)")
+        if not hasattr(model.first_stage_model, "decode") or not hasattr(model.first_stage_model, "downsampling"):
+            raise UserError(f"{type(model.first_stage_model).__name__} decodes no images")
+        if not _reads_captions(model):
+            check_takes_encodings(model)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        note = checkpoint.get(RELEASE)
+        name = note.get("name") if isinstance(note, dict) else None
+        self._noted = name if isinstance(name, str) else None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make or read the encodings, after the checkpoint is loaded.
+
+        Raises:
+            UserError: they cannot be made, or another text encoder made them than the shards.
+        """
+        if _reads_captions(pl_module):
+            return
+        path = self._folder(trainer) / _ENCODINGS
+        for _ in in_all_processes(self._prepared(trainer, pl_module, path)):
+            pass
+        if is_sharded(pl_module) or trainer.is_global_zero:
+            self._stored = StoredPrompts.load(path)
+
+    def _prepared(self, trainer: Trainer, model: LatentDiffusion, path: Path) -> Iterator[None]:
+        """Have the first process write the encodings to `path`, unless they are there. Yield once."""
+        if trainer.is_global_zero:
+            self._prepare(trainer, model, path)
+        yield
+
+    def _prepare(self, trainer: Trainer, model: LatentDiffusion, path: Path) -> None:
+        texts = [text for prompt in self.prompts for text in prompt.texts]
+        stored = StoredPrompts.load(path) if path.exists() else None
+        is_usable = stored is not None and self.release in (None, stored.release) and {*texts} <= {*stored.encodings}
+        if not is_usable:
+            stored = self.encode(texts, self._noted)
+        for dataset in getattr(trainer.datamodule, "datasets", {}).values():
+            if isinstance(dataset, ShardDataset):
+                check_encoders(dataset, stored.digests, stored.release, _ADVICE)
+        parts = next(iter(stored.encodings.values()))
+        shapes = {member: tuple(part.shape) for member, part in parts.items()}
+        try:
+            model.check_batch_shapes(shapes)
+        except UserError as error:
+            raise UserError(f"{WHERE}: {stored.release}: {error}") from error
+        if not is_usable:
+            stored.save(path)
+            log.info("Previews: %d prompts encoded with %s, kept as %s", len(self.prompts), stored.release, path)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._step >= 0:
+            return
+        self._step = trainer.global_step
+        if not all(self._is_drawn(trainer, number) for number in range(len(self.prompts))):
+            self._draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # gradients are still accumulating
+        self._step = trainer.global_step
+        if self._is_due(trainer, pl_module):
+            self._draw(trainer, pl_module)
+
+    def _is_due(self, trainer: Trainer, model: LightningModule) -> bool:
+        if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
+            return True
+        if self.minutes is None:
+            return False
+        is_late = time.monotonic() - self._drawn_at >= 60 * self.minutes
+        return trainer.strategy.reduce_boolean_decision(is_late, all=False) if is_sharded(model) else is_late
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / PREVIEWS
+
+    def _key(self, number: int) -> str:
+        """Return the name of the prompt `number` in files and loggers."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompts[number].prompt.lower()).strip("-")[:_SLUG].rstrip("-")
+        return f"{number + 1:02}-{words}".rstrip("-")
+
+    def _is_drawn(self, trainer: Trainer, number: int) -> bool:
+        return any(self._folder(trainer).glob(f"{self._key(number)}_gs-*.png"))
+
+    def _draw(self, trainer: Trainer, model: LatentDiffusion) -> None:
+        if trainer.is_global_zero or is_sharded(model):
+            try:
+                self._draw_all(trainer, model)
+            except Exception as error:
+                if is_sharded(model) and not isinstance(error, NotFiniteError):
+                    raise  # the other processes wait for this one
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                log.warning("\nNo previews at step %d: %s; training continues", trainer.global_step, reason)
+        self._drawn_at = time.monotonic()
+
+    def _draw_all(self, trainer: Trainer, model: LatentDiffusion) -> None:
+        captions = None if self._stored is None else self._stored.encodings
+        step, folder = trainer.global_step, self._folder(trainer)
+        for number, prompt in enumerate(self.prompts):
+            with undisturbed(model):
+                image, about = self._sample(model, prompt, captions)
+            if not trainer.is_global_zero:  # this process takes part in sampling only
+                continue
+            name = logged_name(self._key(number), step, trainer.current_epoch, 0)
+            with self._tolerance():
+                metadata = {"parameters": json.dumps({**about, "step": step})}
+                save_png(image, folder / name, metadata=metadata)
+            for logger in trainer.loggers:
+                log_image(logger, f"{PREVIEWS}/{self._key(number)}", image, step)
+        if trainer.is_global_zero:
+            with self._strip_tolerance():
+                write_strip(folder, folder / "strip.png")
+
+    def _sample(
+        self, model: LatentDiffusion, prompt: PreviewPrompt, captions: dict[str, dict[str, torch.Tensor]] | None
+    ) -> tuple[Image.Image, dict[str, Any]]:
+        """Return the image and its settings."""
+        shape = latent_shape(model, prompt.height, prompt.width)
+        request = Request(prompt.prompt, prompt.seed, prompt.negative_prompt)
+        settings = {"steps": prompt.steps, "scale": prompt.scale, "sampler": self.sampler}
+        [image] = text_to_image(model, [request], shape, **settings, verbose=False, captions=captions)
+        height, width = image_size(model, shape)
+        return to_images(image[None])[0], {**request._asdict(), **settings, "H": height, "W": width}
+
+
+def _reads_captions(model: LatentDiffusion) -> bool:
+    try:
+        check_reads_captions(model)
+    except UserError:
+        return False
+    return True

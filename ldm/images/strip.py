@@ -1,0 +1,51 @@
+"""Strip of logged images over time: a row per prompt, a column per step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from ldm.images.grid import save_png
+from ldm.images.logged_names import parse_logged_name, spread_evenly
+
+_SIDE = 256  # pixels of a column, and maximum height of a row
+_COLUMNS = 16  # maximum number of steps
+_GAP, _TITLE = 2, 14  # pixels around images, and for the step above a column
+
+
+def write_strip(folder: Path, path: Path) -> None:
+    """Write the images in `folder` with names of `logged_name` as one image to `path`.
+
+    The steps of a long run are thinned evenly; the first and the last remain. A place without an image stays black.
+    """
+    found: dict[tuple[str, int], Path] = {}
+    for file in folder.glob("*.png"):
+        name = parse_logged_name(file.name)
+        if name is not None:
+            found[name] = file
+    if not found:
+        return
+    steps = spread_evenly(sorted({step for _, step in found}), _COLUMNS)
+    cells = {place: _reduced(file) for place, file in found.items() if place[1] in steps}
+    rows = sorted({key for key, _ in cells})
+    heights = [max(cell.height for (key, _), cell in cells.items() if key == row) for row in rows]
+    width = max(cell.width for cell in cells.values())
+    size = _GAP + len(steps) * (width + _GAP), _TITLE + sum(height + _GAP for height in heights)
+    strip = Image.new("RGB", size)
+    pen = ImageDraw.Draw(strip)
+    for column, step in enumerate(steps):
+        left, top = _GAP + column * (width + _GAP), _TITLE
+        pen.text((left, 1), str(step), fill="white")
+        for row, height in zip(rows, heights, strict=True):
+            if (row, step) in cells:
+                strip.paste(cells[row, step], (left, top))
+            top += height + _GAP
+    save_png(strip, path)
+
+
+def _reduced(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        reduced = image.convert("RGB")
+    reduced.thumbnail((_SIDE, _SIDE))
+    return reduced

@@ -1,0 +1,80 @@
+"""Encodings of prompts, made once and kept in a file, for a model without a text encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import open_checkpoint, save_state_dict, weights_of
+from ldm.models.diffusion.conditioning import caption_encodings
+from ldm.util import UserError
+
+_ABOUT = "prompts"  # metadata of the file, as JSON: texts, release and digests
+
+
+@dataclass(frozen=True)
+class StoredPrompts:
+    """Encodings of prompts.
+
+    Args:
+        encodings: by prompt and by member of a sample: `t5` (77, D), and for SDXL `pooled` (E,). float32.
+        release: path of the release whose text encoder made them.
+        digests: digests of the text towers, by their names in an index.
+    """
+
+    encodings: dict[str, dict[str, Tensor]]
+    release: str
+    digests: dict[str, str | None] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def encoded(
+        cls, stage: nn.Module, texts: Sequence[str], release: str, digests: Mapping[str, str | None]
+    ) -> StoredPrompts:
+        """Encode `texts` one by one, so that no encoding depends on the others.
+
+        Raises:
+            UserError: an encoding is not finite.
+        """
+        encodings = {}
+        for text in dict.fromkeys(texts):
+            parts = caption_encodings(stage, [text])
+            encodings[text] = {member: part[0].float().cpu() for member, part in parts.items()}
+            if not all(part.isfinite().all() for part in encodings[text].values()):
+                raise UserError(f"{release}: its text encoder encodes {text!r:.100} to NaN or infinities")
+        return cls(encodings, release, dict(digests))
+
+    def save(self, path: Path) -> None:
+        """Write the encodings to `path`, a `.safetensors` file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{number}.{member}": part.contiguous()
+            for number, parts in enumerate(self.encodings.values())
+            for member, part in parts.items()
+        }
+        about = {"texts": list(self.encodings), "release": self.release, "digests": self.digests}
+        save_state_dict(tensors, path, metadata={_ABOUT: json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path) -> StoredPrompts:
+        """Read a file of `save`.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        opened = open_checkpoint(path)
+        try:
+            about: dict[str, Any] = json.loads(opened.metadata[_ABOUT])
+            encodings: dict[str, dict[str, Tensor]] = {text: {} for text in about["texts"]}
+            for key, part in weights_of(opened.content, path).items():
+                number, _, member = key.partition(".")
+                encodings[about["texts"][int(number)]][member] = part.clone()
+            return cls(encodings, about["release"], about["digests"])
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{path}: not a file of encoded prompts, or damaged; remove it") from error
