@@ -11,7 +11,7 @@ Value = Callable[[Result], float]
 
 
 def report(results: Sequence[Result], reference: int, steps: int) -> str:
-    """Return both tables with an explanation; the first of `results` is a plain fine-tuning run."""
+    """Return both tables with an explanation. The first of `results` must be a run of plain fine-tuning."""
     variants: dict[str, list[Result]] = {}
     for result in results:
         variants.setdefault(result["variant"], []).append(result)

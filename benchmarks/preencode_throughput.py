@@ -63,9 +63,10 @@ def write_generated_images(folder: Path, count: int) -> None:
 
 
 class StandIn:
-    """Replacement for the image encoder that completes a batch after `seconds`, or `seconds` after the batch before it.
+    """Replacement for the image encoder that takes `seconds` per batch, one batch after the other.
 
-    The result is a `Pending` that waits for this time. Its values come from one call of `encoder` per image shape.
+    The result is a `Pending` that waits until its batch is complete. Its values come from one call of `encoder` per
+    image shape.
     """
 
     def __init__(self, encoder: Any, seconds: float) -> None:
@@ -83,7 +84,7 @@ class StandIn:
 
 
 class Pending:
-    """Tensor that the stand-in completes at a given time. It replaces `HostCopy`, whose copy is ready at that time."""
+    """Tensor that is ready at a given time, in place of `HostCopy`. `get` waits until then."""
 
     def __init__(self, tensor: Any, done_at: float | None = None) -> None:
         self._tensor, self._done_at = (tensor._tensor, tensor._done_at) if done_at is None else (tensor, done_at)

@@ -4,9 +4,9 @@
 python tools/check_configs.py their_configs/ v1-finetune.yaml
 python tools/check_configs.py their_configs/ --out table.md
 
-Models are built without weights on the meta device, and without their checkpoint paths. Data resolve if every class
-exists and takes its arguments; no dataset is opened. Nothing is downloaded. Of the classes that a config names, only
-those of this project, torch and Lightning are imported.
+The tool builds models on the meta device, without weights and without their checkpoint paths. Data resolve if every
+class exists and takes its arguments; no dataset is opened. The tool downloads nothing. It imports only classes of this
+project, torch and Lightning.
 """
 
 from __future__ import annotations

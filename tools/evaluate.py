@@ -7,9 +7,9 @@
 
 Writes evaluation.json and evaluation.png into --out. The loss is the mean square error at fixed timesteps and noise.
 The drift is ‖ε_tuned − ε_base‖² / ‖ε_base‖², the squared relative distance of the noise predictions. Brackets are 95 %
-confidence intervals over images. Each model encodes the captions with its own text encoder if the config has one;
-otherwise the caption embeddings stored in the shards are used. A set made by other encoders than the releases' is
-refused, as in training.
+confidence intervals over images. Each model encodes the captions with its own text encoder if the config has one.
+Otherwise it takes the caption embeddings in the shards. Like training, the tool refuses a set that other encoders than
+those of the releases made.
 
     python tools/evaluate.py … --sweep-strength 0.5 0.7 0.9 --subject new
 
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--timesteps", type=int, default=8, help="number of timesteps, at the midpoints of equal strata")
     add("--limit", type=int, help="maximum number of images per set, spread over it; default: all")
     add("--batch-size", type=int, default=8, help="images per batch")
-    sample_help = "also sample N captions per set, from a model that takes no images"
+    sample_help = "also sample images of N captions per set; not for models that take images"
     add("--sample", type=int, default=0, metavar="N", help=sample_help)
     add_sampling_options(parser)
     add_network_options(parser)

@@ -5,8 +5,8 @@ python tools/extract_lora.py --base R --tuned mine.safetensors --out mine-lora.s
 python tools/extract_lora.py --base R --tuned mine.safetensors --out mine-lora.safetensors --energy 0.9
 python tools/extract_lora.py --base R --tuned mine.safetensors --out mine-lora.safetensors --check 'shards/cats/*.tar'
 
-Prints the energy kept per block: the share of the squared norm of the weights' change that the LoRA holds. --check
-evaluates the base with the LoRA: it prints its denoising loss and its drift beside those of the tuned release.
+Prints the energy kept per block: the share of the squared norm of the weights' change that the LoRA holds. With
+--check, also prints the denoising loss and the drift of the base with the LoRA, beside those of the tuned release.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="file to write, .safetensors")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, help=f"rank of each layer; default: {RANK}")
-    size.add_argument("--energy", type=float, help="share of the change to keep in each layer, at the least rank")
+    size.add_argument("--energy", type=float, help="take the least rank per layer that keeps this share of its change")
     add("--half", action="store_true", help="write the factors in float16")
     add(
         "--all-layers",

@@ -49,8 +49,8 @@ def parse_arguments() -> argparse.Namespace:
         help="released weights, a file or a folder of diffusers (default: %(default)s)",
     )
     add("--train-ckpt", type=Path, help="training checkpoint to change (default: the newest last.ckpt in logs/)")
-    add("--base", nargs="*", metavar="CONFIG", help="make a training checkpoint from these configs instead; without a "
-        "name, or if logs/ has no run, from the finetune config of the release's family")  # fmt: skip
+    add("--base", nargs="*", metavar="CONFIG", help="make a training checkpoint from these configs instead of changing "
+        "one; a bare --base, or a logs/ without runs, selects the finetune config of the release's family")  # fmt: skip
     add("--out", type=Path, help="file to write; an existing file is kept as NAME.before-hack.ckpt "
         "(default: the training checkpoint; with --base, hacked.ckpt in the folder of the release)")  # fmt: skip
     add_parameterization_option(parser)

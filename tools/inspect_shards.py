@@ -6,8 +6,8 @@
         --ckpt models/ldm/stable-diffusion-v1/model.ckpt
 
 Prints counts, sizes, caption lengths, duplicates, and statistics of the latents. With a model, writes a contact sheet
-of decoded samples. A damaged set is refused, as in training. Of an unfinished set, the existing samples are inspected.
-A set made by another autoencoder than the model's gives a warning.
+of decoded samples. Like training, the tool refuses a damaged set. In an unfinished set, it inspects the existing
+samples. A set made by another autoencoder than the model's gives a warning.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make shards of a prior, which training keeps a model from forgetting: its own samples, or images of yours.
+"""Make the shards of a prior, which reduces forgetting, from samples of the model or from your own images.
 
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
 python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/with_teacher/%06d.tar --teacher 8

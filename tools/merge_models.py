@@ -7,8 +7,8 @@ python tools/merge_models.py A B C --method add-difference --alpha 1 --out M.saf
 python tools/merge_models.py A B --method slerp --alpha 0.5 --out M.safetensors           # along the arc from A to B
 python tools/merge_models.py A B --alpha 0.3 --block middle_block=0 --block output_blocks.11=0.8 --out M.safetensors
 
-Names, dtypes and metadata are those of the first file. A block is the beginning of a key's name; below the UNet, it may
-lack `model.diffusion_model.`. The longest of several matching blocks applies.
+Names, dtypes and metadata are those of the first file. A block is the beginning of a key's name. For keys of the UNet,
+`model.diffusion_model.` may be left out. If several blocks match a key, the longest applies.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     add("files", type=Path, nargs="+", metavar="FILE", help="releases; the others are mixed into the first")
     add_out_options(parser, required=True)
     add("--method", choices=["sum", "add-difference", "slerp"], default="sum", help="formula of the mixture")
-    add("--alpha", type=float, nargs="+", default=[0.5], help="weight of each file after the first, or of the method")
+    add("--alpha", type=float, nargs="+", default=[0.5], help="sum: a weight per further file; others: one weight")
     add(
         "--block",
         action="append",

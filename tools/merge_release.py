@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
             (arguments.weights, f"--weights {arguments.weights}: beside --lora, needs --train-ckpt; leave it out"),
             (
                 arguments.strength != 1,
-                "--strength: needs --train-ckpt; that of a LoRA follows its name, --lora FILE:0.8",
+                "--strength: needs --train-ckpt; give the strength of a LoRA after its name, --lora FILE:0.8",
             ),
         )
     return arguments

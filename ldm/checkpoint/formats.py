@@ -52,9 +52,9 @@ _PACKED = tuple(
 
 
 def reducible(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return `tensor` in a dtype with reductions, or None if its dtype has no infinity and no NaN.
+    """Return `tensor` in a dtype that torch can reduce, or None if its dtype has no infinity and no NaN.
 
-    float8 becomes float32, and complex numbers become pairs of real ones.
+    float8 becomes float32, and a complex number becomes a pair of real numbers.
     """
     if tensor.dtype in _PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
         return None

@@ -119,10 +119,15 @@ def add_spacing_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--spacing",
         choices=["leading", "linspace", "trailing", "karras"],
-        help="where the steps lie; default: trailing for zero terminal SNR, else linspace for dpm_solver, leading for "
-        "the others",
+        help="positions of the steps; default: trailing for models with zero terminal SNR, else linspace for "
+        "dpm_solver and leading for the others",
     )
-    add("--guidance-rescale", type=float, default=0.0, help="share from 0 to 1; about 0.7 suits zero terminal SNR")
+    add(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        help="shift of the contrast towards that without guidance, from 0 to 1; about 0.7 suits zero terminal SNR",
+    )
 
 
 def check_spacing_options(options: argparse.Namespace) -> None:

@@ -49,9 +49,9 @@ _Loader.add_constructor("!scalar", _construct_scalar)
 def parse_value(text: str) -> Any:
     """Return the value of `text`.
 
-    Numbers, true, false and null (or an empty text) are parsed. Quotes around a text are removed. Lists in brackets,
-    and mappings in braces with a value per key, are parsed as YAML, and their entries like single values. Any other
-    text is kept: `*.tar`, `a #b`, `{a,b}`, `on`.
+    Numbers, true, false and null (or an empty text) are parsed. Quotes around a text are removed. Lists in brackets
+    are parsed as YAML, and so are mappings in braces with a value per key. Their entries follow the same rules as
+    single values. Any other text is kept: `*.tar`, `a #b`, `{a,b}`, `on`.
 
     Raises:
         UserError: a list or a quoted text is not valid YAML.
@@ -65,7 +65,7 @@ def parse_value(text: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        if ends == "{}" or ("[" in text[1:] and ends == "[]"):  # brace patterns, and names like `[1] and [2]`
+        if ends == "{}" or ("[" in text[1:] and ends == "[]"):  # a brace pattern, or a name like `[1] and [2]`
             return text
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{text!r:.100}: the value is not valid YAML ({reason:.200})") from error

@@ -95,7 +95,10 @@ class ImageNetBase(ListedImages):
         numbers = class_numbers(root, [_class_of(item) for item in items])
         unknown = [item for item in items if _class_of(item) not in numbers]
         if unknown:
-            raise UserError(f"{unknown[0].path}: {_NUMBERS} has no number for the class {_class_of(unknown[0])!r}")
+            raise UserError(
+                f"{unknown[0].path}: {_NUMBERS} has no number for the class {_class_of(unknown[0])!r}; add the "
+                "class to that file, or move its folder away"
+            )
         if settings.get("sub_indices"):
             wanted = parse_indices(settings["sub_indices"])
             items = [item for item in items if numbers[_class_of(item)] in wanted]

@@ -103,8 +103,8 @@ class SampleLoader(DataLoader):
     def _batches(self) -> Iterator[Any]:
         batches = super().__iter__()
         if self.num_workers and threading.current_thread() is threading.main_thread():
-            # torch's handler raises wherever the training is when a worker dies, in the middle of an optimizer step
-            # too; without it `next` finds the worker dead, a few seconds later.
+            # If a worker dies, torch's handler raises at once, even in the middle of an optimizer step. Without the
+            # handler, `next` finds the dead worker a few seconds later.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from batches

@@ -166,7 +166,7 @@ class WithPrior(Dataset):
         which %= len(asked)
         if asked[which] < 0 or (self.timesteps and asked[which] >= self.timesteps):
             where = f"{self.prior.paths[0].parent}: sample {sample['__key__']!r}"
-            most = f" to {self.timesteps - 1}" if self.timesteps else ""
+            most = f" to {self.timesteps - 1}" if self.timesteps else " or above"
             raise UserError(f"{where}: {TIMESTEPS} is {asked[which]}; it must be a timestep of the model, 0{most}")
         return {TIMESTEPS: asked[which], **{key: sample[key][which] for key in (NOISE, PREDICTION)}}
 

@@ -99,7 +99,7 @@ def _with_extensions(folder: Path, ext: str | Sequence[str]) -> list[ImageItem]:
     wanted = {f".{name.lower().lstrip('.')}" for name in ([ext] if isinstance(ext, str) else ext)}
     items = [item for item in folder_images(folder, "the images") if item.path.suffix.lower() in wanted]
     if not items:
-        raise UserError(f"{folder}: no image with ext {', '.join(sorted(wanted))}")
+        raise UserError(f"{folder}: no image with ext {', '.join(sorted(wanted))}; correct ext or root_dir")
     return items
 
 

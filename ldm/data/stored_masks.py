@@ -66,6 +66,9 @@ def load_blanks(folder: Path, shapes: Iterable[tuple[int, ...]]) -> dict[tuple[i
         path = null_path(folder, blank_key(*shape[1:]))
         blank = read_array(path, _NEEDED)
         if blank.shape != shape:
-            raise UserError(f"{path}: shape {blank.shape}, but {MASKED_IMAGE} in the shards has {shape}")
+            raise UserError(
+                f"{path}: shape {blank.shape}, but {MASKED_IMAGE} in the shards has {shape}; encode the set again with "
+                "tools/preencode.py --overwrite"
+            )
         blanks[shape[1:]] = blank
     return blanks

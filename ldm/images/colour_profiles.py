@@ -162,7 +162,7 @@ def _described_space(image: Image.Image) -> tuple[float | None, Sequence[float]]
         return None
     primaries = [float(value) for value in primaries]
     if gamma is not None and not 0.1 <= gamma <= 10:
-        raise ValueError(f"a gamma of {gamma:g}")
+        raise ValueError(f"a gamma of {gamma:g}, outside of 0.1 to 10")
     if len(primaries) != 8:
         raise ValueError(f"primaries of {len(primaries)} coordinates")
     is_srgb_curve = gamma is None or abs(gamma - _SRGB_GAMMA) < 0.01

@@ -114,7 +114,7 @@ def kind_error(path: Path) -> str | None:
     """Return the error of an unsupported image, or None."""
     if extension_of(path) not in UNREAD_EXTENSIONS:
         return None
-    return f"images of this kind are not read; convert it to one of {', '.join(FORMATS)}"
+    return f"images of this kind are not read; convert the image to one of {', '.join(FORMATS)}"
 
 
 def from_folder(folder: Path, fixed: str | None, pairs: bool = False, several: bool = False) -> list[ImageItem]:

@@ -61,8 +61,8 @@ def release_config(
 ) -> tuple[str, DictConfig]:
     """Return the name and the content of the config `given`, or else of the release config of `ckpt`'s family.
 
-    `parameterization` takes precedence over that of the config. Where neither the command line nor the config says what
-    the UNet predicts, the marker keys of the checkpoint do. `trusted` is passed to `load_config`.
+    `parameterization` takes precedence over that of the config. If both lack a prediction type, the marker keys of the
+    checkpoint determine it. `trusted` is passed to `load_config`.
 
     Raises:
         UserError: a file is missing or invalid, or no config is given and no family matches the checkpoint.

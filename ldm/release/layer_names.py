@@ -29,10 +29,10 @@ class Layer:
 
     Args:
         key: key of the weight.
-        shape: of the weight, or of its rows that are the layer's.
+        shape: shape of the layer: the whole weight, or the rows of `rows`.
         part: `unet`, `text_encoder` or `text_encoder_2`.
-        paths: paths of the module in its part: of this package, and of diffusers. Both are equal if there is one.
-        rows: first row and end of the layer in a weight that holds several layers.
+        paths: path of the module in its part, in this package and in diffusers. A text encoder has the same path twice.
+        rows: for a weight that holds several layers, the layer's first row and the row after its last.
     """
 
     key: str

@@ -61,9 +61,9 @@ class Change(NamedTuple):
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """Return `weight` (out, in · k) with the norms `magnitude` of its rows (out, 1), or of its inputs (1, in).
+    """Return m (W + ΔW) / ‖W + ΔW‖ of DoRA (arXiv:2402.09353, eq. 5), for `weight` W + ΔW (out, in · k).
 
-    It is m (W + ΔW) / ‖W + ΔW‖ of DoRA (arXiv:2402.09353, eq. 5).
+    `magnitude` m holds one norm per row (out, 1), or one norm per input (1, in).
     """
     tiny = torch.finfo(weight.dtype).tiny
     if magnitude.shape[1] == 1:

@@ -206,7 +206,7 @@ def _converted(
 
 
 def _between(start: torch.Tensor, value: torch.Tensor, strength: float) -> torch.Tensor:
-    """Return the tensor between `start` and `value`, in at least float32. Integers are those of `value`."""
+    """Return (1 − `strength`) · `start` + `strength` · `value`, in at least float32. For integers, return `value`."""
     if not value.is_floating_point():
         return value
     precise = precise_dtype(start.dtype, value.dtype)

@@ -61,7 +61,8 @@ def release_of(
 ) -> Release:
     """Return the release in the checkpoint `opened` from `path`. The file `vae`, if given, replaces its autoencoder.
 
-    `own` are the keys of the model to load the weights into; see `in_our_names`. Renamed and unused keys are logged.
+    `own` are the keys of the model that will take the weights; see `in_our_names`. The renamed and the unused keys are
+    logged.
 
     Raises:
         UserError: the file holds no UNet, or `vae` holds no matching autoencoder.

@@ -68,9 +68,9 @@ def find_family(
     All keys may have one additional prefix. A UNet alone, EMA weights alone, and a model without text encoders are
     recognised as well.
 
-    Families that differ only in parameterization have the same keys. Among them, the choice is made by
-    `parameterization` first, then by the marker keys of v-prediction, then by the size nearest to `size`. Without any
-    of these, it is the family with the largest images. A marker key also tells zero terminal SNR.
+    Families that differ only in parameterization have the same keys. `parameterization` selects among them first, then
+    the marker keys of v-prediction, then the image size nearest to `size`. Without any of these, the result is the
+    family with the largest images. The marker key `ztsnr` also selects zero terminal SNR.
 
     Args:
         source: name of the checkpoint in messages.
@@ -78,7 +78,7 @@ def find_family(
         size: side in pixels of the images to sample or to train on.
 
     Raises:
-        UserError: `parameterization` is neither `eps` nor `v`, or a marker tells a noise schedule of another kind.
+        UserError: `parameterization` is neither `eps` nor `v`, or a marker stands for another kind of noise schedule.
     """
     if parameterization not in (None, *PARAMETERIZATIONS):
         raise UserError(f"parameterization {parameterization!r}: choose {' or '.join(PARAMETERIZATIONS)}")
@@ -123,7 +123,10 @@ def warn_of_new_prediction(shapes: Shapes, source: str | Path, parameterization:
 
 
 def check_same_family(release: Shapes, training: Shapes, source: str | Path) -> None:
-    """Raise `UserError` if the shapes of a `release`, read from `source`, and of a `training` are of two families."""
+    """Raise `UserError` if the shapes of `release` and `training` belong to two families.
+
+    `source` names the release in the message.
+    """
     theirs, ours = _matching(release), _matching(training)
     if theirs and ours and not {family.key for family in theirs} & {family.key for family in ours}:
         raise UserError(

@@ -67,10 +67,10 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def report_at_end(run: Run) -> Iterator[None]:
-    """Record the warnings of the block and how it ends, and then write the report of `run`.
+    """Record the warnings and the end of the block, and then write the report of `run`.
 
-    `lightning.report=false` leaves the report out, and so does a signal to quit at once. An error in the report gives a
-    warning.
+    No report is written with `lightning.report=false`, or after a signal to quit at once. An error in the report gives
+    a warning.
     """
     if not is_first_process():
         yield

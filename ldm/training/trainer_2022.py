@@ -148,7 +148,7 @@ def _translate_devices(arguments: dict[str, Any], has_cuda: bool, launched: int)
     if "gpus" in arguments:
         gpus = _parse_gpus(arguments.pop("gpus"))
         if not gpus and has_cuda:
-            log.warning("--gpus 0 asks for no GPU, so training runs on the CPU; --gpus 0, names the GPU number 0")
+            log.warning("--gpus 0 means no GPU, so training runs on the CPU; for GPU number 0, give '--gpus 0,'")
         if gpus and not has_cuda:
             log.warning("--gpus is ignored: this machine has no CUDA device, so training runs on the CPU")
             gpus = 0

@@ -221,7 +221,7 @@ def test_files_of_another_size_are_cropped_and_scaled(
         ("sd1", ("--init-image", "image.png", "--strength", 1.5), "--strength 1.5: give a number above 0"),
         ("sd1", ("--strength", 0.5), "--strength 0.5: give --init-image too"),
         ("sd1", ("--mask", "mask.png"), "--mask mask.png: give --image too"),
-        ("sd1", ("--image", "image.png"), "--image: this model repaints only where a mask says; give --mask too"),
+        ("sd1", ("--image", "image.png"), "--image: this model repaints only under a mask; give --mask too"),
         ("sd1", ("--image", "large.png", "--mask", "mask.png"), "--mask mask.png: has 64x64 pixels, --image large.png"),
         ("sd1", ("--image", "image.png", "--mask", "black.png"), "black.png: no pixel of the mask is white"),
         ("sd1", ("--depth", "depth.npy"), "--depth: this model does not use a depth map"),

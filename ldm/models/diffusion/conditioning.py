@@ -138,8 +138,8 @@ class WithConditioning:
             stored = ", ".join(f"{key} {tuple(shapes[key])}" for key in stage.input_keys)
             made = 0 if vector is None else vector.shape[1]
             raise UserError(
-                f"{stored} make a vector of {made} features; the UNet's adm_in_channels is {width}: were the captions "
-                "encoded by another text encoder?"
+                f"{stored} make a vector of {made} features, but the UNet's adm_in_channels is {width}; encode the "
+                "captions with the text encoder of this model"
             )
 
     def check_input_channels(self, shapes: Mapping[str, Sequence[int]]) -> None:

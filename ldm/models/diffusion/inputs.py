@@ -137,7 +137,7 @@ def _check(model: LatentDiffusion, inputs: Inputs, maps: Maps | None) -> None:
         (edits and not has_image, "this model edits an image; give --image"),
         (
             has_image and inputs.mask is None and maps is None,
-            "--image: this model repaints only where a mask says; give --mask too, or start from the image with "
+            "--image: this model repaints only under a mask; give --mask too, or start from the image with "
             "--init-image",
         ),
         (inputs.depth is not None and not uses_depth, "--depth: this model does not use a depth map; leave it out"),
@@ -174,7 +174,7 @@ def _edit_maps(model: ddpm_edit.LatentDiffusion, inputs: Inputs, shape: tuple[in
 
 
 def _depth_maps(model: LatentDepth2ImageDiffusion, inputs: Inputs, shape: tuple[int, int, int]) -> list[Tensor]:
-    """Return the given depth, or that which the model's network estimates for the image or the one to start from."""
+    """Return the depth map: the given one, or the model's estimate for the image, or else for the start image."""
     source = inputs.image if inputs.image is not None else inputs.init
     if inputs.depth is not None:
         entry = inputs.depth[None]
@@ -185,7 +185,7 @@ def _depth_maps(model: LatentDepth2ImageDiffusion, inputs: Inputs, shape: tuple[
         )
     else:
         entry = for_depth_network(source[None])
-    latent = torch.empty(1, *shape, device=model.device)  # tells the size
+    latent = torch.empty(1, *shape, device=model.device)  # only its size is used
     return model.concatenated({model.first_stage_key: latent, model.concat_keys[0]: entry.to(model.device)})
 
 

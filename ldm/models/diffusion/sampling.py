@@ -96,8 +96,8 @@ class Sampler:
         self.timesteps, self.alphas, self.alphas_prev = steps_at(spacing, ddim_num_steps, self.alphas_cumprod)
         if self.alphas[0] == 0 and self.parameterization == "eps":
             raise UserError(
-                f"spacing {spacing}: it starts at zero SNR, where a prediction of the noise says nothing; use the "
-                "spacing leading, or set parameterization to v if the model predicts v"
+                f"spacing {spacing}: it starts at zero SNR, where the predicted noise does not determine the image; "
+                "use the spacing leading, or set parameterization to v if the model predicts v"
             )
         self.ddim_timesteps = np.rint(self.timesteps[::-1]).astype(int)
 

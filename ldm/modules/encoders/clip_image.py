@@ -137,7 +137,7 @@ class FrozenCLIPImageEmbedder(FrozenClipImageEmbedder):
         del self.model.transformer
 
     def forward(self, x: Tensor | list[Any]) -> Tensor:
-        """Encode images (B, 3, H, W) in [-1, 1] to (B, E), and a list to zeros (len, E)."""
+        """Encode images (B, 3, H, W) in [-1, 1] to (B, E). A list (samples without an image) gives zeros (len, E)."""
         if isinstance(x, list):
             return self.mean.new_zeros(len(x), self.model.visual.proj.shape[1])
         return super().forward(x)

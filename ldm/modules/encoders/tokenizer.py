@@ -107,7 +107,7 @@ class ClipTokenizer(LimitedTokenizer):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return all ids of each text, without start and end tokens."""
-        # One by one: the library's batches start threads, and then warn when a data loader forks its workers.
+        # One text per call: `encode_batch` starts threads, and the library warns if a data loader forks afterwards.
         return [self._backend.encode(clean(text)).ids for text in texts]
 
     def pieces(self, text: str) -> list[str]:

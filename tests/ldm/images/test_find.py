@@ -133,7 +133,7 @@ def test_images_of_kinds_that_are_not_read_are_counted(tmp_path):
     assert [item.name for item in items] == ["a.png", "b.HEIC", "c.svg", "d.jfif"]
     assert items[3].read().shape == (4, 6, 3)
     for item in items[1:3]:
-        with pytest.raises(UserError, match=f"{item.name}: images of this kind are not read; convert it"):
+        with pytest.raises(UserError, match=f"{item.name}: images of this kind are not read; convert the image"):
             item.read()
     with pytest.raises(UserError, match=r"b\.HEIC: images of this kind"):
         ImageCaptionDataset(tmp_path, 8)

@@ -56,7 +56,7 @@ def test_without_cuda_gpus_warns_and_trains_on_the_cpu(caplog):
 
 def test_no_gpu_is_told_of_where_there_is_one(caplog):
     assert translate_arguments({"gpus": 0}, has_cuda=True) == {"accelerator": "cpu", "devices": 1}
-    assert "--gpus 0 asks for no GPU, so training runs on the CPU; --gpus 0, names the GPU number 0" in caplog.text
+    assert "--gpus 0 means no GPU, so training runs on the CPU; for GPU number 0, give '--gpus 0,'" in caplog.text
     caplog.clear()
     translate_arguments({"gpus": 0}, has_cuda=False)
     assert not caplog.text

@@ -123,7 +123,7 @@ def test_a_depth_model_without_its_network_needs_a_map(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "given", "message"),
     [
-        ("sd1", {"image": IMAGE}, "--image: this model repaints only where a mask says; give --mask too"),
+        ("sd1", {"image": IMAGE}, "--image: this model repaints only under a mask; give --mask too"),
         ("sd1", {"depth": IMAGE[:1]}, "--depth: this model does not use a depth map"),
         ("sd1", {"mask": IMAGE[:1]}, "--mask: give --image too"),
         ("sd1_inpainting", {}, "this model repaints a part of an image; give --image and --mask"),
