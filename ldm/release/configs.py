@@ -42,14 +42,17 @@ class Chosen:
         return " ".join([*self.names, *self.overrides])
 
 
-def family_of(ckpt: str | Path, parameterization: str | None = None, size: int | None = None) -> Family:
+def family_of(
+    ckpt: str | Path, parameterization: str | None = None, size: int | None = None, option: str = "--config"
+) -> Family:
     """Return the family of the checkpoint at `ckpt`, and log it; see `recognise`.
 
     Raises:
         UserError: the file cannot be read, or no family matches it.
     """
     shapes, predicts = _read(ckpt)
-    return recognise(shapes, source=str(ckpt), parameterization=parameterization or predicts, size=size)
+    asked = {"parameterization": parameterization or predicts, "size": size}
+    return recognise(shapes, source=str(ckpt), option=option, **asked)
 
 
 def release_config(
@@ -58,11 +61,12 @@ def release_config(
     parameterization: str | None = None,
     size: int | None = None,
     trusted: bool = False,
+    option: str = "--config",
 ) -> tuple[str, DictConfig]:
     """Return the name and the content of the config `given`, or else of the release config of `ckpt`'s family.
 
     `parameterization` takes precedence over that of the config. If both lack a prediction type, the marker keys of the
-    checkpoint determine it. `trusted` is passed to `load_config`.
+    checkpoint determine it. `trusted` is passed to `load_config`, `option` to `recognise`.
 
     Raises:
         UserError: a file is missing or invalid, or no config is given and no family matches the checkpoint.
@@ -70,7 +74,7 @@ def release_config(
     if given is not None:
         config = load_config([given], trusted=trusted)
         return str(given), _marked(Chosen([str(given)], [], config), ckpt, *_read(ckpt), parameterization).config
-    family = family_of(ckpt, parameterization, size)
+    family = family_of(ckpt, parameterization, size, option)
     return family.config, load_config([family.config], family.overrides)
 
 

@@ -87,7 +87,7 @@ class _Encoder:
     def __call__(self, texts: Sequence[str], noted: str | None) -> StoredPrompts:
         path = self._path(noted)
         try:
-            name, config = release_config(path, self.config)
+            name, config = release_config(path, self.config, option=f"{WHERE}.config=CONFIG")
             stage, digests = load_text_encoder(path, config)
         except (UserError, OSError) as error:
             raise UserError(f"{WHERE}: {error}") from error
@@ -102,11 +102,11 @@ class _Encoder:
             UserError: there is no such file.
         """
         if self.release is not None:
-            if not Path(self.release).is_file():
-                raise UserError(f"{WHERE}.release {self.release}: no such file")
+            if not Path(self.release).exists():
+                raise UserError(f"{WHERE}.release {self.release}: no such file or folder")
             return Path(self.release)
         candidates = [Path(noted)] if noted else []
-        found = next((path for path in (*candidates, CONVENTIONAL_RELEASE) if path.is_file()), None)
+        found = next((path for path in (*candidates, CONVENTIONAL_RELEASE) if path.exists()), None)
         if found is None:
             missing = f"{noted}, the start of the training, is" if noted else f"{CONVENTIONAL_RELEASE} is"
             raise UserError(
