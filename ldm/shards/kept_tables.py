@@ -124,8 +124,8 @@ def _read_tables(folder: Path) -> dict[str, ShardTable]:
     try:
         opened = open_checkpoint(path)
         return _tables_in(folder, opened.content["state_dict"], opened.metadata)
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("%s: not readable (%s); it is made again", path, " ".join(str(error).split())[:200])
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        logger.warning("%s: damaged; it is made again", path)
         return {}
 
 

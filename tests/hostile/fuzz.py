@@ -34,6 +34,7 @@ from ldm.util import UserError
 from tests.hostile import fuzz_checkpoints as checkpoints
 from tests.hostile import fuzz_runs as runs
 from tests.hostile import fuzz_samples as samples
+from tests.hostile import fuzz_tables as tables
 from tests.hostile.fuzz_values import comparable
 from tests.waiting import LIMIT, join
 
@@ -72,6 +73,7 @@ LOADERS = {
     "npy": Loader(samples.make_npy, samples.read_npy, samples.load_npy, samples.NPY_TOKENS),
     "tar": Loader(samples.make_tar, samples.read_tar, samples.load_tar, samples.TAR_TOKENS),
     "streamed tar": Loader(samples.make_tar, samples.stream_members, samples.load_tar, samples.TAR_TOKENS),
+    "kept table": Loader(tables.make_table, tables.read_with_table, tables.samples_of_the_tar, samples.JSON),
     "index": Loader(samples.make_index, samples.read_set_index, samples.load_json, samples.JSON),
     "record": Loader(samples.make_record, samples.read_shard_record, samples.load_json, samples.JSON),
     "metadata": Loader(samples.make_metadata, samples.read_metadata, samples.load_metadata, samples.JSON),
