@@ -10,12 +10,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ldm.checkpoint.keys import UNET
 from ldm.distributed.collectives import mean_over_processes
 from ldm.distributed.dtensor import is_sharded, local_tensor
 from ldm.optim import InBackward
 from ldm.util import check_number
-
-_UNET = "model.diffusion_model."
 
 
 class BlockNorms(Callback):
@@ -87,7 +86,7 @@ def grouped(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(name.removeprefix(_UNET).split(".")[0], []).append(parameter)
+            groups.setdefault(name.removeprefix(UNET).split(".")[0], []).append(parameter)
     return groups
 
 

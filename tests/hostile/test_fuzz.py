@@ -17,7 +17,8 @@ def test_fuzz_finds_nothing():
     assert not result.failures, "\n".join(result.failures)
     assert sum((result.taken + result.compared + result.refused).values()) == INPUTS
     for name in LOADERS:  # else a loader that refuses everything, or whose other reader does, would pass
-        assert result.compared[name] >= 5 and result.refused[name] >= 5, name
+        assert result.compared[name] >= 5, name
+        assert result.refused[name] >= 5 or name == "kept table", name  # a damaged one is made again
 
 
 def test_input_of_is_the_same_each_time():
