@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.options import add_parameterization_option, add_vae_option
-from ldm.cli.paths import newest_checkpoint
+from ldm.cli.paths import check_release, newest_checkpoint
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.release import CONVENTIONAL_RELEASE
@@ -32,6 +32,7 @@ def main() -> None:
     training = arguments.train_ckpt
     if training is None and arguments.base is None:
         training = newest_checkpoint(required=not release.exists())
+    check_release("--release", release)
     if training is None:
         chosen = training_config(release, arguments.base or (), predicts, arguments.trust_config)
         hack_config(chosen, release, arguments.out or release.with_name("hacked.ckpt"), arguments.vae)

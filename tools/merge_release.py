@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.options import add_lora_option, add_out_options, add_vae_option
-from ldm.cli.paths import newest_checkpoint
+from ldm.cli.paths import check_release, newest_checkpoint
 from ldm.cli.run import run
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import check_number, refuse_if
@@ -35,6 +35,7 @@ def main() -> None:
         add_lora_files(arguments.release, out, loras, arguments.half, arguments.vae)
         return
     training = arguments.train_ckpt or newest_checkpoint()
+    check_release("--release", arguments.release)
     out = Destination.of(arguments.out or training.with_name("merged.ckpt"), arguments.config)
     options = arguments.weights, arguments.half, arguments.vae, arguments.strength, loras, arguments.embed_settings
     merge_files(training, arguments.release, out, *options)

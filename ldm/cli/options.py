@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from ldm.cli.paths import check_release
 from ldm.files import read_lines
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import UserError, check_number
@@ -160,6 +161,7 @@ def check_image_options(options: argparse.Namespace, seeds: int) -> None:
 
     `seeds` is the number of seeds used from `--seed` on.
     """
+    check_release("--ckpt", options.ckpt)
     check_number("--n", options.n, least=1)
     check_number("--batch-size", options.batch_size, least=1)
     check_sampling_options(options, seeds)

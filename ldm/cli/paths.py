@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import UserError
 
 LOGS = Path("logs")  # folder of the runs
@@ -26,6 +27,12 @@ def newest_checkpoint(logs: Path = LOGS, *, required: bool = True) -> Path | Non
     if not found:
         raise UserError(f"no run with checkpoints/last.ckpt in {logs}/; name the training checkpoint with --train-ckpt")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.relative_to(logs).parts))
+
+
+def check_release(option: str, path: Path) -> None:
+    """Raise `UserError` if `path` is the default of `option`, and missing."""
+    if path == CONVENTIONAL_RELEASE and not path.exists():
+        raise UserError(f"{path}: no such file; it is the default of {option}, so name your release with {option} FILE")
 
 
 def _run_folders(logs: Path) -> Iterator[Path]:

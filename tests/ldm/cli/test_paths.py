@@ -1,11 +1,12 @@
-"""Tests of the search for the newest checkpoint."""
+"""Tests of the default paths of the commands."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from ldm.cli.paths import newest_checkpoint
+from ldm.cli.paths import check_release, newest_checkpoint
+from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import UserError
 
 
@@ -47,3 +48,13 @@ def test_newest_checkpoint_names_the_searched_folder(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no run with checkpoints/last\.ckpt in .*--train-ckpt"):
         newest_checkpoint(tmp_path)
+
+
+def test_check_release_names_the_option_of_a_missing_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"models/ldm/.*: no such file; it is the default of --ckpt, so name your"):
+        check_release("--ckpt", CONVENTIONAL_RELEASE)
+    check_release("--ckpt", tmp_path / "mine.ckpt")  # the reader names this one
+    CONVENTIONAL_RELEASE.parent.mkdir(parents=True)
+    CONVENTIONAL_RELEASE.touch()
+    check_release("--ckpt", CONVENTIONAL_RELEASE)
