@@ -19,7 +19,7 @@ _KINDS = [
      _UNETS),
     (rf"^{_UNET}.*(?:\.time_stack\.|\.time_mixer\.|temporal_transformer_blocks\.|\.temporal_res_block\.)",
      "a Stable Video Diffusion model", _UNETS),
-    (r"motion_modules?\.", "an AnimateDiff motion module", f"{_ADAPTER}"),
+    (r"motion_modules?\.", "an AnimateDiff motion module", _ADAPTER),
     (rf"^{_UNET}(?:clip_txt(?:_pooled)?_mapper|clip_mapper|effnet_mapper|pixels_mapper)\.", "a Stable Cascade model",
      _UNETS),
     (rf"^{_UNET}(?:adaln_single|caption_projection|t_block\.1)\b", "a PixArt model", _UNETS),
