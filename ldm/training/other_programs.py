@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _IMAGES = "images and captions are pre-encoded by tools/preencode.py --images, or read by train_from_images.yaml"
 _PRIOR = "images of the class go into a prior: tools/make_prior.py --prompt, and --base ... prior_images.yaml"
-_RELEASE = "give --finetune_from FILE.ckpt, a release in one file, or hack it with tools/hack_weights.py"
+_RELEASE = "give --finetune_from RELEASE, a file or a folder of diffusers, or hack it with tools/hack_weights.py"
 _LORA = "all weights are trained here; tools/extract_lora.py makes a LoRA of the result"
 _TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _SCHEDULE = "describe a schedule of ldm.lr_scheduler in model.params.scheduler_config"
@@ -21,7 +21,10 @@ _NOISE = "set model.params.noise_config, with a class of ldm.models.diffusion.no
 _LOGGER = "describe a logger in lightning.logger, with target and params"
 _CONFIG = "give a YAML config of this project with --base"
 _SIZE = "the size is that of the encoded images: tools/preencode.py --size N"
-_PREVIEWS = "run tools/txt2img.py on the merged release"
+_PREVIEWS = "give --previews FILE, a text file with a prompt per line"
+_INTERVAL = "set lightning.previews.every_n_train_steps=N"
+_TAGS = "tools/preencode.py has --tag-variants, --keep-tags and --tag-dropout"
+_REPEATS = "give a set a weight: data.params.training_urls=[{urls: SHARDS, weight: N}]"
 _V = "give --base ... finetune_stable_diffusion_v2_768_v.yaml"
 
 # Options of diffusers' scripts, kohya's sd-scripts, EveryDream and forks for DreamBooth, in alphabetical order.
@@ -31,6 +34,7 @@ _INSTEAD = {
     "batch_size": _BATCH,
     "caption_column": _IMAGES,
     "caption_extension": _IMAGES,
+    "caption_tag_dropout_rate": _TAGS,
     "center_crop": "tools/preencode.py crops images",
     "checkpointing_steps": _SAVE,
     "checkpoints_total_limit": "set lightning.modelcheckpoint.params.save_last_k=N",
@@ -43,6 +47,7 @@ _INSTEAD = {
     "config_file": _CONFIG,
     "dataset_config": _CONFIG,
     "dataset_name": "nothing is downloaded; " + _IMAGES,
+    "dataset_repeats": _REPEATS,
     "ema_decay": "set model.params.use_ema=True, whose decay is 0.9999",
     "enable_bucket": "tools/preencode.py has --buckets",
     "enable_xformers_memory_efficient_attention": _ATTENTION,
@@ -53,6 +58,7 @@ _INSTEAD = {
     "initializer_token": _TOKEN,
     "instance_data_dir": _IMAGES,
     "instance_prompt": "a caption is a text file beside each image",
+    "keep_tokens": _TAGS,
     "learnable_property": _TOKEN,
     "learning_rate": _RATE,
     "logging_dir": _FOLDER,
@@ -88,11 +94,14 @@ _INSTEAD = {
     "report_to": _LOGGER,
     "resolution": _SIZE,
     "resume_ckpt": _RELEASE,
+    "sample_every_n_epochs": _INTERVAL,
+    "sample_every_n_steps": _INTERVAL,
     "sample_prompts": _PREVIEWS,
     "save_every_n_epochs": "set lightning.modelcheckpoint.params.every_n_epochs=N",
     "save_every_n_steps": _SAVE,
     "save_model_as": "tools/merge_release.py writes what the name of --out says",
     "save_steps": _SAVE,
+    "shuffle_caption": _TAGS,
     "snr_gamma": "set model.params.min_snr_gamma=N",
     "token": _TOKEN,
     "train_batch_size": _BATCH,
@@ -105,6 +114,7 @@ _INSTEAD = {
     "v_parameterization": _V,
     "vae": "set model.params.first_stage_config.params.ckpt_path",
     "validation_prompt": _PREVIEWS,
+    "validation_steps": _INTERVAL,
     "with_prior_preservation": _PRIOR,
     "xformers": _ATTENTION,
 }
