@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.data.sources import find_images
 from ldm.shards import npy
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
@@ -122,6 +123,7 @@ def test_preencode_stores_all_captions(run_tool: Callable, tmp_path: Path, tiny_
     options = ("--size", 64, "--num-workers", 0)
     (images / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     said = run_tool(ROOT / "tools/preencode.py", *release, *options)
+    assert [item.caption for item in find_images(str(images / "0.png"), "a\n cat")] == ["a cat"]
     assert "text is not a string" in said and "takes a list with --several-captions" in said
     assert run_tool(ROOT / "tools/preencode.py", *release, *options, "--several-captions") is None
     dataset = open_shards(str(shards))
