@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ldm.moved_targets import LEARNT_WORD, LORA, SHORT_CAPTION
+
 _IMAGES = "images and captions are pre-encoded by tools/preencode.py --images, or read by train_from_images.yaml"
 _PRIOR = "images of the class go into a prior: tools/make_prior.py --prompt, and --base ... prior_images.yaml"
 _RELEASE = "give --finetune_from RELEASE, a file or a folder of diffusers, or hack it with tools/hack_weights.py"
-_LORA = "all weights are trained here; tools/extract_lora.py makes a LoRA of the result"
-_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _SCHEDULE = "describe a schedule of ldm.lr_scheduler in model.params.scheduler_config"
 _RATE = "set model.base_learning_rate=RATE, and --scale_lr False to take it as it is"
 _BATCH = "set data.params.batch_size=N"
@@ -55,26 +55,26 @@ _INSTEAD = {
     "gradient_accumulation_steps": "give --accumulate_grad_batches N",
     "gradient_checkpointing": _CHECKPOINTED,
     "image_column": _IMAGES,
-    "initializer_token": _TOKEN,
+    "initializer_token": LEARNT_WORD,
     "instance_data_dir": _IMAGES,
     "instance_prompt": "a caption is a text file beside each image",
     "keep_tokens": _TAGS,
-    "learnable_property": _TOKEN,
+    "learnable_property": LEARNT_WORD,
     "learning_rate": _RATE,
     "logging_dir": _FOLDER,
-    "lora_rank": _LORA,
+    "lora_rank": LORA,
     "lr": _RATE,
     "lr_scheduler": _SCHEDULE,
     "lr_warmup_steps": _SCHEDULE,
     "max_grad_norm": "give --gradient_clip_val N",
-    "max_token_length": "a caption has at most 77 ids here",
+    "max_token_length": SHORT_CAPTION,
     "max_train_epochs": _EPOCHS,
     "max_train_steps": _STEPS,
     "min_snr_gamma": "set model.params.min_snr_gamma=N",
     "mixed_precision": "give --precision bf16-mixed, or 16-mixed",
-    "network_alpha": _LORA,
-    "network_dim": _LORA,
-    "network_module": _LORA,
+    "network_alpha": LORA,
+    "network_dim": LORA,
+    "network_module": LORA,
     "noise_offset": _NOISE,
     "num_class_images": _PRIOR,
     "num_gpus": "give --gpus 0, or the numbers of several GPUs",
@@ -82,13 +82,13 @@ _INSTEAD = {
     "optimizer_type": "describe an optimizer in model.params.optimizer_config, with target and params",
     "output_dir": _FOLDER,
     "output_name": "give --name",
-    "placeholder_token": _TOKEN,
+    "placeholder_token": LEARNT_WORD,
     "pretrained_model_name_or_path": _RELEASE,
     "pretrained_vae_model_name_or_path": "set model.params.first_stage_config.params.ckpt_path",
     "prior_loss_weight": "set model.params.prior_loss_weight=N",
     "project_name": "give --name, or --project for Weights & Biases",
     "random_flip": "tools/preencode.py has --flip",
-    "rank": _LORA,
+    "rank": LORA,
     "reg_data_dir": _PRIOR,
     "reg_data_root": _PRIOR,
     "report_to": _LOGGER,
@@ -103,7 +103,7 @@ _INSTEAD = {
     "save_steps": _SAVE,
     "shuffle_caption": _TAGS,
     "snr_gamma": "set model.params.min_snr_gamma=N",
-    "token": _TOKEN,
+    "token": LEARNT_WORD,
     "train_batch_size": _BATCH,
     "train_data_dir": _IMAGES,
     "train_text_encoder": "set model.params.cond_stage_trainable=True, and train from images",
