@@ -76,7 +76,7 @@ def _read_stats(path: str) -> tuple[Tensor, Tensor]:
         raise UserError(f"clip_stats_path {path!r}: not a pair of tensors, mean and deviation ({reason})") from error
     if mean.shape != std.shape or not ((std > 0) & std.isfinite() & mean.isfinite()).all():
         raise UserError(
-            f"clip_stats_path {path!r}: mean and deviation differ in shape, are not finite, or a deviation is not above "
-            "0; give the file of the release"
+            f"clip_stats_path {path!r}: mean and deviation differ in shape, are not finite, or a deviation is not "
+            "above 0; give the file of the release"
         )
     return mean, std
