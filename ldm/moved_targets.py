@@ -30,7 +30,10 @@ _RENAMED = {
     f"{_ENCODERS}.WeightedFrozenCLIPEmbedder": f"{_ENCODERS}.FrozenCLIPEmbedder",  # the same network
     "main.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
 }
-_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
+# Hints that `ldm.training.other_programs` has for options too.
+LORA = "all weights are trained here; tools/extract_lora.py makes a LoRA of the result"
+SHORT_CAPTION = "a caption has at most 77 ids here"
+LEARNT_WORD = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"
 _FOLDER = "use ldm.data.datasets.ImageCaptionDataset, which reads a folder of images and captions"
 _OTHER_PROJECT = "it belongs to another project's package; install that one and give --trust-config, or " + _FOLDER
@@ -51,7 +54,7 @@ _HINTS_FOR_TARGETS = {
     "ldm.models.diffusion.ddpm.LatentDiffusionSRTextWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModelWT": _STABLE_SR,
     "ldm.modules.diffusionmodules.openaimodel.UNetModelDualcondV2": _STABLE_SR,
-    "ldm.modules.embedding_manager": _TOKEN,
+    "ldm.modules.embedding_manager": LEARNT_WORD,
     "ldm.data.personalized": _INVERSION,
     "ldm.data.personalized_style": _INVERSION,
     "ldm.modules.encoders.modules.PersonalizedCLIPEmbedder": "aesthetic gradients are not here; use FrozenCLIPEmbedder",
@@ -76,17 +79,16 @@ _HINTS_FOR_TARGETS = {
 _PRIOR = "images of the class go into a prior, by prior_images.yaml"
 _RATE = "the learning rate is model.base_learning_rate, one for all weights"
 _FILE = "the weights come with ckpt_path, a release in one file, or with --finetune_from"
-_LORA = "all weights are trained here; tools/extract_lora.py makes a LoRA of the result"
 _CONTROL = "ControlNet is not here; train the model that it extends, without this key"
 _NOISE = "noise_config, with a class of ldm.models.diffusion.noise, has an offset"
 # Unsupported key of public configs, and a hint.
 HINTS_FOR_KEYS = {
-    "personalization_config": _TOKEN,
-    "embedding_manager_ckpt": _TOKEN,
-    "placeholder_string": _TOKEN,
-    "placeholder_strings": _TOKEN,
-    "placeholder_token": _TOKEN,
-    "initializer_words": _TOKEN,
+    "personalization_config": LEARNT_WORD,
+    "embedding_manager_ckpt": LEARNT_WORD,
+    "placeholder_string": LEARNT_WORD,
+    "placeholder_strings": LEARNT_WORD,
+    "placeholder_token": LEARNT_WORD,
+    "initializer_words": LEARNT_WORD,
     "embedding_reg_weight": "textual_inversion.yaml trains one embedding, begun at initial_token's, without it",
     "unfreeze_model": "the UNet trains unless unet_trainable is false, and the text encoder if cond_stage_trainable is "
     "true",
@@ -107,20 +109,20 @@ HINTS_FOR_KEYS = {
     "freeze_unet": "unet_trainable: false freezes the UNet",
     "from_pretrained": _FILE,
     "learning_rate": _RATE,
-    "lora_alpha": _LORA,
-    "lora_config": _LORA,
-    "lora_rank": _LORA,
-    "network_dim": _LORA,
-    "network_module": _LORA,
+    "lora_alpha": LORA,
+    "lora_config": LORA,
+    "lora_rank": LORA,
+    "network_dim": LORA,
+    "network_module": LORA,
     "noise_offset": _NOISE,
     "offset_noise_level": _NOISE,
     "only_mid_control": _CONTROL,
     "sd_locked": _CONTROL,
     "use_fp16": "--precision sets the type that the networks compute in",
-    "use_lora": _LORA,
+    "use_lora": LORA,
     "penultimate": "layer: hidden with layer_idx: -2 gives the states before the last block",
-    "extended_mode": "a caption has at most 77 ids here",
-    "max_chunks": "a caption has at most 77 ids here",
+    "extended_mode": SHORT_CAPTION,
+    "max_chunks": SHORT_CAPTION,
     "add_conv_in_front_of_unet": "no UNet here has a convolution in front; only false is taken",
 }
 _DIFFUSION = "ldm.models.diffusion"

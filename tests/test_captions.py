@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.data.sources import find_images
 from ldm.shards import npy
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
@@ -122,6 +123,7 @@ def test_preencode_stores_all_captions(run_tool: Callable, tmp_path: Path, tiny_
     options = ("--size", 64, "--num-workers", 0)
     (images / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     said = run_tool(ROOT / "tools/preencode.py", *release, *options)
+    assert [item.caption for item in find_images(str(images / "0.png"), "a\n cat")] == ["a cat"]
     assert "text is not a string" in said and "takes a list with --several-captions" in said
     assert run_tool(ROOT / "tools/preencode.py", *release, *options, "--several-captions") is None
     dataset = open_shards(str(shards))
@@ -139,7 +141,11 @@ def test_preencode_stores_variants_of_tags(run_tool: Callable, tmp_path: Path, t
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("tom, cat, red, sofa")
     release = ("--ckpt", tiny_release, "--config", RELEASE_CONFIG, "--images", tmp_path / "a.png")
-    options = ("--out", tmp_path / "shards/%06d.tar", "--size", 64, "--num-workers", 0, "--tag-variants", 3)
+    options = ("--out", tmp_path / "shards/%06d.tar", "--size", 64, "--num-workers", 0)
+    for lone in (("--tag-dropout", 0.1), ("--keep-tags", 2)):
+        said = run_tool(ROOT / "tools/preencode.py", *release, *options, *lone)
+        assert f"{lone[0]} {lone[1]}: changes variants of tags only; give --tag-variants too, 2 or more" in said
+    options = (*options, "--tag-variants", 3)
     said = run_tool(ROOT / "tools/preencode.py", *release, *options, "--several-captions")
     assert "--tag-variants and --several-captions: give one of them" in said
     assert run_tool(ROOT / "tools/preencode.py", *release, *options) is None

@@ -83,6 +83,16 @@ def floor(name: str) -> int | None:
     return next((index for index, room in enumerate(ROOMS) if within(name, room)), None)
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    places: dict[str, list[str]] = {"LatentDiffusion": ["ldm.models.diffusion.ddpm_edit"]}  # two, as in public configs
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and name not in places.get(node.name, ()):
+                places.setdefault(node.name, []).append(name)
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert shared == {"LatentDiffusion": ["ldm.models.diffusion.ddpm_edit", "ldm.models.diffusion.latent"]}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name: str) -> None:
     path = MODULES[name]

@@ -91,8 +91,8 @@ def test_other_prompts_are_encoded_and_shown_at_once(train: Callable, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--previews none.txt", "none.txt: no such file of prompts"),
-        (f"{WHERE}.release=none.ckpt", "lightning.previews.release none.ckpt: no such file"),
+        ("--previews none.txt", "none.txt: no such file of prompts; give a text file with a prompt per line"),
+        (f"{WHERE}.release=none.ckpt", "lightning.previews.release none.ckpt: no such file or folder; name a release"),
         (f"{WHERE}.release=null", "models/ldm/stable-diffusion-v1/model.ckpt is missing; name the release .*release=F"),
         (f"{WHERE}.config=tiny.yaml", "lightning.previews: .*DummyEncoder reads no captions; give the config of the"),
         (f"{WHERE}.samplr=ddim", "unknown key 'samplr' in lightning.previews; did you mean 'sampler'"),

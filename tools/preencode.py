@@ -64,16 +64,16 @@ def parse_arguments() -> argparse.Namespace:
         "may have lists; training chooses one per epoch")  # fmt: skip
     add("--tag-variants", type=int, default=1, metavar="K", help="captions per image: its own, and others with the "
         "tags between its commas in random order; training chooses one per epoch (default: 1)")  # fmt: skip
-    add("--keep-tags", type=int, default=1, metavar="N", help="first tags that keep their places (default: 1)")
-    add("--tag-dropout", type=float, default=0.0, metavar="P", help="share of the other tags that a variant lacks")
+    add("--keep-tags", type=int, metavar="N", help="first tags that keep their places in variants (default: 1)")
+    add("--tag-dropout", type=float, metavar="P", help="share of the other tags that a variant lacks (default: 0)")
     add("--no-repeats", action="store_true", help="do not repeat the images of folders such as 10_name in training")
     add("--num-workers", type=int, help="processes that decode images (default: at most 16)")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
-    check_number("--keep-tags", arguments.keep_tags, least=0)
-    check_number("--tag-dropout", arguments.tag_dropout, least=0, most=1, whole=False)
+    check_number("--keep-tags", arguments.keep_tags, least=0, optional=True)
+    check_number("--tag-dropout", arguments.tag_dropout, least=0, most=1, whole=False, optional=True)
     for name in ("batch_size", "shard_size", "tag_variants"):
         check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
     for name in ("size", "masks"):
@@ -81,6 +81,10 @@ def parse_arguments() -> argparse.Namespace:
     check_number("--num-workers", arguments.num_workers, least=0, optional=True)
     if arguments.tag_variants > 1 and arguments.several_captions:
         raise UserError("--tag-variants and --several-captions: give one of them")
+    for name in ("keep_tags", "tag_dropout"):
+        if arguments.tag_variants == 1 and getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+            raise UserError(f"{option}: changes variants of tags only; give --tag-variants too, 2 or more")
     return arguments
 
 
@@ -110,7 +114,8 @@ def main() -> None:
     pairs = takes_pairs(config)
     items = find_images(arguments.images, arguments.caption, pairs, arguments.several_captions)
     if arguments.tag_variants > 1:
-        items = with_tag_variants(items, arguments.tag_variants, arguments.keep_tags, arguments.tag_dropout)
+        keep = 1 if arguments.keep_tags is None else arguments.keep_tags
+        items = with_tag_variants(items, arguments.tag_variants, keep, arguments.tag_dropout or 0.0)
     items = items if arguments.no_repeats else with_folder_repeats(items)
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
     device = pick_device(arguments.device, ranks.local)

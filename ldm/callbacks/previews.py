@@ -85,7 +85,7 @@ class Previews(Callback):
         self._noted: str | None = None  # release that the checkpoint notes
         self._stored: StoredPrompts | None = None
         self._step = -1
-        self._drawn_at = time.monotonic()
+        self._sampled_at = time.monotonic()
         self._tolerance, self._strip_tolerance = Tolerance("Previews"), Tolerance("The strip of previews")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -166,8 +166,8 @@ class Previews(Callback):
         if self._step >= 0:
             return
         self._step = trainer.global_step
-        if not all(self._is_drawn(trainer, number) for number in range(len(self.prompts))):
-            self._draw(trainer, pl_module)
+        if not all(self._is_sampled(trainer, number) for number in range(len(self.prompts))):
+            self._try_to_sample(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -176,14 +176,14 @@ class Previews(Callback):
             return  # gradients are still accumulating
         self._step = trainer.global_step
         if self._is_due(trainer, pl_module):
-            self._draw(trainer, pl_module)
+            self._try_to_sample(trainer, pl_module)
 
     def _is_due(self, trainer: Trainer, model: LightningModule) -> bool:
         if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
             return True
         if self.minutes is None:
             return False
-        is_late = time.monotonic() - self._drawn_at >= 60 * self.minutes
+        is_late = time.monotonic() - self._sampled_at >= 60 * self.minutes
         return trainer.strategy.reduce_boolean_decision(is_late, all=False) if is_sharded(model) else is_late
 
     @staticmethod
@@ -195,21 +195,21 @@ class Previews(Callback):
         words = re.sub(r"[^a-z0-9]+", "-", self.prompts[number].prompt.lower()).strip("-")[:_SLUG].rstrip("-")
         return f"{number + 1:02}-{words}".rstrip("-")
 
-    def _is_drawn(self, trainer: Trainer, number: int) -> bool:
+    def _is_sampled(self, trainer: Trainer, number: int) -> bool:
         return any(self._folder(trainer).glob(f"{self._key(number)}_gs-*.png"))
 
-    def _draw(self, trainer: Trainer, model: LatentDiffusion) -> None:
+    def _try_to_sample(self, trainer: Trainer, model: LatentDiffusion) -> None:
         if trainer.is_global_zero or is_sharded(model):
             try:
-                self._draw_all(trainer, model)
+                self._sample_all(trainer, model)
             except Exception as error:
                 if is_sharded(model) and not isinstance(error, NotFiniteError):
                     raise  # the other processes wait for this one
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 log.warning("\nNo previews at step %d: %s; training continues", trainer.global_step, reason)
-        self._drawn_at = time.monotonic()
+        self._sampled_at = time.monotonic()
 
-    def _draw_all(self, trainer: Trainer, model: LatentDiffusion) -> None:
+    def _sample_all(self, trainer: Trainer, model: LatentDiffusion) -> None:
         captions = None if self._stored is None else self._stored.encodings
         step, folder = trainer.global_step, self._folder(trainer)
         for number, prompt in enumerate(self.prompts):

@@ -169,7 +169,10 @@ def _kind(config: Mapping[str, Any], folder: Path) -> str:
     config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     activation = config.get("hidden_act", "quick_gelu")  # the default of transformers
     if not isinstance(activation, str) or activation not in _KINDS:
-        raise UserError(f"{folder / CONFIG}: hidden_act {activation!r:.40} is not of CLIP or OpenCLIP")
+        raise UserError(
+            f"{folder / CONFIG}: hidden_act {activation!r:.40} is not of CLIP or OpenCLIP; "
+            f"this program takes {' or '.join(_KINDS)}"
+        )
     return _KINDS[activation]
 
 
@@ -210,7 +213,8 @@ def _value(key: str, origin: Origin, values: Sequence[torch.Tensor], file: Path)
     """Return the value of `key`, whose rows are `values`."""
     first = values[0]
     if any(value.shape != first.shape or value.dtype != first.dtype for value in values) or not first.ndim:
-        raise UserError(f"{file}: {', '.join(place.key for place in origin.places)} differ in shape or dtype")
+        keys = ", ".join(place.key for place in origin.places)
+        raise UserError(f"{file}: {keys} differ in shape or dtype; the file is damaged, download it again")
     value = first if len(values) == 1 else Joined(values)
     if origin.is_transposed:
         return value.T

@@ -19,7 +19,6 @@ _KINDS = [
      _UNETS),
     (rf"^{_UNET}.*(?:\.time_stack\.|\.time_mixer\.|temporal_transformer_blocks\.|\.temporal_res_block\.)",
      "a Stable Video Diffusion model", _UNETS),
-    (r"motion_modules?\.", "an AnimateDiff motion module", f"{_ADAPTER}"),
     (rf"^{_UNET}(?:clip_txt(?:_pooled)?_mapper|clip_mapper|effnet_mapper|pixels_mapper)\.", "a Stable Cascade model",
      _UNETS),
     (rf"^{_UNET}(?:adaln_single|caption_projection|t_block\.1)\b", "a PixArt model", _UNETS),
@@ -30,6 +29,7 @@ _KINDS = [
      "a Kandinsky or DeepFloyd model", _UNETS),
     # Files that work beside a release. A release may also carry them.
     (r"^control_model\.|^controlnet_(?:cond_embedding|down_blocks|mid_block)\.", "a ControlNet", _ADAPTER),
+    (r"motion_modules?\.", "an AnimateDiff motion module", _ADAPTER),
     (r"^(?:adapter\.)?body\.\d+\.(?:in_conv|block\d?|resnets)\.", "a T2I-Adapter", _ADAPTER),
     (r"^(?:image_proj|ip_adapter)\.", "an IP-Adapter", _ADAPTER),
     (r"^(?:emb_params|\*|clip_[lg]|string_to_(?:param|token)(?:\..*)?)$", "a textual-inversion embedding", _ADAPTER),

@@ -71,7 +71,7 @@ def read_prompt_file(path: str | Path) -> list[str]:
         UserError: the file is missing, has no prompt, or a line is wrong. The message names the line.
     """
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file of prompts")
+        raise UserError(f"{path}: no such file of prompts; give a text file with a prompt per line")
     lines = [(number, line) for number, line in read_lines(path) if not line.startswith("#")]
     for number, line in lines:
         parse_prompt(line, f"{path}, line {number}")
@@ -97,7 +97,7 @@ def parse_prompt(entry: Any, where: str) -> PreviewPrompt:
     else:
         raise UserError(f"{where}: {entry!r:.100} is no prompt; give text or a mapping with prompt")
     if "prompt" not in given:
-        raise UserError(f"{where}: has no prompt")
+        raise UserError(f"{where}: has no prompt; give one, and options after it")
     try:
         return PreviewPrompt(**given)
     except UserError as error:
@@ -112,7 +112,7 @@ def _options_of(line: str, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: --{option} is not an option of a preview; valid: {_USAGE}")
         name = _OPTIONS[option]
         if name in given:
-            raise UserError(f"{where}: --{option} is given twice")
+            raise UserError(f"{where}: --{option} is given twice; keep one")
         given[name] = text.strip() if name == "negative_prompt" else _number(text.strip(), name, f"{where}: --{option}")
     return given
 

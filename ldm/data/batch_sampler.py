@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -161,22 +161,26 @@ class EpochBatchSampler:
         }
 
     def never_seen(self) -> list[int]:
-        """Return the number of samples per group that no epoch has. With weights, other samples follow in each epoch.
+        """Return the number of samples per group that no epoch has.
 
-        With shuffling, these are only the groups that do not fill a step.
+        With shuffling or weights, these are only the groups that do not fill a step.
         """
-        drop_last, world = self.options.get("drop_last", False), self.options.get("world", 1)
+        changes = self.options.get("shuffle") or self.weights is not None
         missing = []
-        for group in self.groups if self.weights is None else ():
-            seen = sum(map(len, _steps(group, self.batch_size, world, drop_last)))
-            missing.append(0 if self.options.get("shuffle") and seen else len(group) - seen)
+        for group, sizes in zip(self.groups, self._step_sizes(), strict=True):
+            seen = sum(sizes)
+            missing.append(0 if changes and seen else len(group) - seen)
         return missing
 
     def largest_step(self, batches: int) -> int:
         """Return the number of images in the `batches` largest batches of an epoch, of all ranks together."""
+        return sum(sorted(chain.from_iterable(self._step_sizes()))[-batches:])
+
+    def _step_sizes(self) -> list[list[int]]:
+        """Return the number of images in each step of an epoch, by group. They are equal for all epochs."""
         drop_last, world = self.options.get("drop_last", False), self.options.get("world", 1)
-        sizes = [len(step) for group in self.groups for step in _steps(group, self.batch_size, world, drop_last)]
-        return sum(sorted(sizes)[-batches:])
+        groups = [group if self.weights is None else repeated(group, self.weights, 0, 0) for group in self.groups]
+        return [list(map(len, _steps(group, self.batch_size, world, drop_last))) for group in groups]
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, equal for all epochs and ranks."""

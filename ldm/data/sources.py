@@ -123,6 +123,7 @@ def find_images(
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
     items: list[ImageItem] = []
     seen: set[Path] = set()
+    caption = None if caption is None else " ".join(caption.split())  # a line would be a caption of its own
     single = SingleImages(caption, several)
     for entry in _without_captions(sources):
         found = _from_source(entry, single, pairs)

@@ -146,9 +146,8 @@ def preencode(
     repeated = {REPEATS: True} if any(item.repeats != 1 for item in items) else {}
     several = {SEVERAL_CAPTIONS: True} if any("\n" in (item.caption or "") for item in items) else {}
     settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **several, **kind.settings}
-    precision = str(encoder.dtype).removeprefix("torch.")
-    digests = {**encoder.whole_digests, **repeated}
-    made_from = {**settings, "precision": precision, **digests, "images": digest_images(items)}
+    precision = {"precision": str(encoder.dtype).removeprefix("torch.")}
+    made_from = {**settings, **precision, **encoder.whole_digests, **repeated, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
     jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())
@@ -161,9 +160,8 @@ def preencode(
         return {**nulls, **kind.blanks(encoder, found)}
 
     def describe(records: Sequence[Record]) -> dict[str, Any]:
-        report = Report.of(records).checked()
-        members = {MEMBERS: [*kind.members, *nulls]}
-        return {**report.counts(), **settings, **index_shapes(report.f8, nulls), **members, **encoder.described}
+        found, members = Report.of(records).checked(), {MEMBERS: [*kind.members, *nulls]}
+        return {**found.counts(), **settings, **index_shapes(found.f8, nulls), **members, **encoder.described}
 
     report = Report.of(writer.write(with_blanks, write_shards, describe))
     report.warn_of_cut_captions()

@@ -20,7 +20,7 @@ from ldm.evaluation.report import FORMAT_VERSION, Row, aligned
 from ldm.files import atomic_write
 
 
-class Strength(NamedTuple):
+class AtStrength(NamedTuple):
     """Results of all sets at one strength."""
 
     strength: float
@@ -42,7 +42,7 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
-def format_strengths(swept: Sequence[Strength], subjects: Sequence[str]) -> str:
+def format_strengths(swept: Sequence[AtStrength], subjects: Sequence[str]) -> str:
     """Return an aligned text table with one line per strength. A star marks the Pareto front."""
     names = [row.name for row in swept[0].rows]
     head = ["strength", *(f"{name}: loss / base" for name in names), *(f"{name}: drift" for name in names), "front"]
@@ -58,7 +58,7 @@ def format_strengths(swept: Sequence[Strength], subjects: Sequence[str]) -> str:
     return aligned([head, *lines])
 
 
-def write_strengths(swept: Sequence[Strength], subjects: Sequence[str], about: Mapping[str, Any], path: Path) -> None:
+def write_strengths(swept: Sequence[AtStrength], subjects: Sequence[str], about: Mapping[str, Any], path: Path) -> None:
     """Write the results to `path` as JSON: `about` (files and settings), and the statistics per strength and set."""
     content = {
         "format_version": FORMAT_VERSION,
@@ -80,7 +80,7 @@ def write_strengths(swept: Sequence[Strength], subjects: Sequence[str], about: M
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def draw_strengths(swept: Sequence[Strength], subjects: Sequence[str], title: str, path: Path) -> None:
+def draw_strengths(swept: Sequence[AtStrength], subjects: Sequence[str], title: str, path: Path) -> None:
     """Write the figure to `path` as a PNG: loss per set over the strength, and the subject's loss over the drift."""
     with rc_context({"text.parse_math": False}):  # a `$` in a name is a plain character
         figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
@@ -96,7 +96,7 @@ def draw_strengths(swept: Sequence[Strength], subjects: Sequence[str], title: st
             figure.savefig(temporary, format="png")
 
 
-def _draw_losses(axes: Axes, swept: Sequence[Strength]) -> None:
+def _draw_losses(axes: Axes, swept: Sequence[AtStrength]) -> None:
     axes.set(title="loss, relative to the base's", xlabel="strength", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own is a formula, which this text does not take
@@ -107,7 +107,7 @@ def _draw_losses(axes: Axes, swept: Sequence[Strength]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_plane(axes: Axes, swept: Sequence[Strength], subjects: Sequence[str]) -> None:
+def _draw_plane(axes: Axes, swept: Sequence[AtStrength], subjects: Sequence[str]) -> None:
     axes.set(
         title="Pareto front (filled)",
         xlabel=f"mean loss of {', '.join(subjects)}, relative to the base's",

@@ -18,6 +18,7 @@ from ldm.release.diffusers_writing import check_folder, write_folder
 from ldm.release.model_spec import described
 from ldm.release.opening import Release, check_not_replaced
 from ldm.release.recognition import find_family
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,16 @@ class Destination:
 
     @classmethod
     def of(cls, out: str | Path, config: Path | None = None) -> Destination:
-        """Return the destination that `out` names: a folder if it is one, or ends with a slash."""
+        """Return the destination that `out` names: a folder if it is one, or ends with a slash.
+
+        Raises:
+            UserError: a `config` is given for a file.
+        """
         path = Path(out)
-        return cls(path, path.is_dir() or str(out).endswith("/"), config)
+        is_folder = path.is_dir() or str(out).endswith("/")
+        if config is not None and not is_folder:
+            raise UserError(f"--config {config}: is for a folder of diffusers, and {out} is a file; leave it out")
+        return cls(path, is_folder, config)
 
     @contextmanager
     def locked(self, inputs: Iterable[Path]) -> Iterator[None]:

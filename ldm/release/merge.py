@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from ldm.checkpoint import (
     SCHEDULE_KEYS,
@@ -24,17 +25,9 @@ from ldm.checkpoint import (
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.diffusers_folder import stands_in
 from ldm.checkpoint.formats import can_hold, precise_dtype
-from ldm.checkpoint.keys import (
-    EMA,
-    EMA_COUNTERS,
-    FIRST_STAGE,
-    MODEL,
-    PREDICTION,
-    TEXT_ENCODERS,
-    has_part,
-)
+from ldm.checkpoint.keys import EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, PREDICTION, TEXT_ENCODERS, has_part
 from ldm.checkpoint.names import is_carried
-from ldm.config.load import load_config, plain
+from ldm.config.load import load_config
 from ldm.locks import run_of
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
@@ -284,7 +277,9 @@ def _settings(training: Mapping[str, Any], path: Path) -> dict[str, Any]:
     files = sorted(run.glob("configs/*-project.yaml")) + sorted(run.glob("configs/*-lightning.yaml")) if run else []
     if not files:
         log.info("%s: lies in no run folder, so only its step and its optimizer are embedded", path)
-    return training_settings(training, plain(load_config(files, trusted=True)) if files else None)
+    # Unresolved: a value of the environment stays a reference, which is no setting to embed.
+    config = OmegaConf.to_container(load_config(files, trusted=True)) if files else None
+    return training_settings(training, config)
 
 
 def _prediction(release: Release, trained: Weights, noted: Any) -> tuple[str, bool] | None:

@@ -162,10 +162,10 @@ def training_settings(checkpoint: Mapping[str, Any], config: Mapping[str, Any] |
 
 
 def _plain(value: Any) -> Any:
-    """Return a number, a switch, a short name or a list of numbers, and None for anything else, such as a path."""
+    """Return a number, a switch, a short name or a list of numbers; None for others, such as a path or a reference."""
     if isinstance(value, (bool, int, float)):
         return value
-    if isinstance(value, str) and len(value) <= _MOST_TEXT and not set(value) & set("/\\~ "):
+    if isinstance(value, str) and len(value) <= _MOST_TEXT and not set(value) & set("/\\~$ "):
         return value
     if isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value):
         return list(value)

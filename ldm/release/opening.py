@@ -47,7 +47,7 @@ class Release:
 
     @property
     def predicts(self) -> str | None:
-        """What the UNet predicts, as far as the file tells."""
+        """Prediction of the UNet, `eps` or `v`; None if the file does not tell it."""
         return marked_parameterization(self.named.carried, self.metadata)
 
 

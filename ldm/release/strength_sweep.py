@@ -12,7 +12,7 @@ import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, Pending, encoder_digests, in_memory
 from ldm.checkpoint.keys import EMA, has_part
-from ldm.evaluation.front import Strength
+from ldm.evaluation.front import AtStrength
 from ldm.evaluation.releases import Settings, evaluate_base, evaluate_tuned
 from ldm.evaluation.report import summarise_results
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -29,7 +29,7 @@ def sweep_strengths(
     settings: Settings,
     block: str | None = None,
     vae: Path | None = None,
-) -> Iterator[Strength]:
+) -> Iterator[AtStrength]:
     """Yield the results on `sets` at each of `strengths`. One model is in memory; the releases are memory-mapped.
 
     Args:
@@ -48,7 +48,7 @@ def sweep_strengths(
     results = evaluate_base(model, base, sets, settings, digests)
     for strength in strengths:
         set_strength(model, releases, strength, block)
-        yield Strength(strength, summarise_results(evaluate_tuned(model, tuned, results, settings)))
+        yield AtStrength(strength, summarise_results(evaluate_tuned(model, tuned, results, settings)))
 
 
 @torch.no_grad()

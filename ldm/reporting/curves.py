@@ -15,6 +15,11 @@ from ldm.reporting.metrics import Metrics, Series
 _LOSSES = ("train/loss_simple", "train/loss", "train/total_loss", "train/aeloss", "train/rec_loss")
 _BAND = re.compile(r"train/loss_t(\d+)_(\d+)")
 _MOST_HELD_OUT = 4  # curves
+# Starts of the names that `ldm.callbacks.block_norms` logs, titles, and labels of the axis.
+_NORMS = (
+    ("gradient_norm/", "Norm of the gradient by part of the model", "norm"),
+    ("update_ratio/", "Norm of a step, relative to the weights, by part of the model", "ratio"),
+)
 
 
 class DrawnFigure(NamedTuple):
@@ -48,11 +53,14 @@ def draw_run(metrics: Metrics, forecast: Mapping[str, float], prefix: str) -> li
     levels = [("predicted for the GPU", forecast["device"])] if "device" in forecast else []
     plans: list[tuple[str, list[Curve], str, dict]] = [
         ("Loss of training and of held-out images", losses, "loss", {}),
+        ("Held-out loss minus training loss, at equal timesteps", _curves(series, ["val/gap"]), "loss", {}),
         ("Loss of training by band of timesteps",
          [Curve(name.removeprefix("train/loss_"), *series[name], noisy=True) for _, name in bands], "loss", {}),
         *[(f"Watched sets: {what}", _curves(series, _watched(series, metric)), what, {"zero": metric == "drift"})
           for metric, what in (("loss", "loss"), ("loss_ratio", "loss / initial loss"), ("drift", "drift"))],
         ("Learning rate", [Curve(name, *series[name]) for name in rates], "learning rate", {}),
+        *[(title, [Curve(name.removeprefix(start), *series[name], noisy=True) for name in series
+                   if name.startswith(start)], label, {"zero": True}) for start, title, label in _NORMS],
         ("Seconds per step, mean of each epoch", _curves(series, ["device/step_seconds"], ""), "s", {"zero": True}),
         ("Peak memory of each epoch, and its forecast", _curves(series, ["device/peak_memory_gib"], ""), "GiB",
          {"zero": True, "levels": levels}),

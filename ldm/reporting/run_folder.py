@@ -16,7 +16,7 @@ from ldm.events import END, FAULT, FORECAST, START, STOP, read_events
 from ldm.locks import LOCK, is_held
 from ldm.reporting.evaluations import Evaluation, read_evaluations
 from ldm.reporting.metrics import Metrics, read_metrics
-from ldm.reporting.settings import Settings, read_settings
+from ldm.reporting.settings import RunSettings, read_settings
 from ldm.reporting.strips import Strip, read_strips
 from ldm.reporting.training_sets import Contents, TrainingSet, read_training_sets
 from ldm.training.arguments import parse_arguments
@@ -44,7 +44,7 @@ class RunRecord:
     folder: Path
     state: str
     metrics: Metrics
-    settings: Settings
+    settings: RunSettings
     events: list[dict[str, Any]]
     moments: list[Moment]
     strips: list[Strip]

@@ -25,7 +25,7 @@ class Difference(NamedTuple):
     values: list[str]
 
 
-class Settings(NamedTuple):
+class RunSettings(NamedTuple):
     """Merged config of a run, the shipped configs nearest to it, and the values `[shipped, run]` that differ."""
 
     config: dict[str, Any]
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     differences: list[Difference]
 
 
-def read_settings(configs: Sequence[Path], given: Sequence[str], problems: list[str]) -> Settings:
+def read_settings(configs: Sequence[Path], given: Sequence[str], problems: list[str]) -> RunSettings:
     """Merge the saved `configs` of a run, oldest first, and compare them with the shipped configs among `given`.
 
     If a name in `given`, the run's `--base`, is not that of a shipped config, the nearest shipped config is taken.
@@ -41,13 +41,13 @@ def read_settings(configs: Sequence[Path], given: Sequence[str], problems: list[
     """
     config = merged_config(configs, problems)
     if not config:
-        return Settings({}, [], [])
+        return RunSettings({}, [], [])
     base = [Path(name).name for name in given]
     is_shipped = base and all((_SHIPPED / name).is_file() for name in base)
     if not is_shipped:
         base = [name] if (name := _nearest(config)) else []
     shipped = merged_config([find_config(_SHIPPED / name) for name in base], problems)
-    return Settings(config, base, differences([{**_DEFAULTS, **flat(shipped)}, flat(config)]) if base else [])
+    return RunSettings(config, base, differences([{**_DEFAULTS, **flat(shipped)}, flat(config)]) if base else [])
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ldm.files import open_file
 from ldm.images.logged_names import PREVIEWS, parse_logged_name, spread_evenly
+from ldm.images.logged_png import read_logged_png
 from ldm.util import UserError
 
 _SIDE, _QUALITY = 1024, 82  # longest side in pixels, and quality of the images in the page
-_MOST_PIXELS = 1 << 26  # of a file
 _MOST_FRAMES = 24  # steps per strip
 
 
@@ -89,16 +88,7 @@ def show_file(path: Path, name: str) -> Shown:
     Raises:
         UserError: the file is not a readable PNG, or too large.
     """
-    try:
-        # Only PNG: for some formats, Pillow starts other programs.
-        with open_file(path) as file, Image.open(file, formats=("PNG",)) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels")
-            return show(image.convert("RGB"), name)
-    except Image.UnidentifiedImageError:
-        raise UserError("not a PNG") from None
-    except Exception as error:  # on damaged files, decoders raise OSError, SyntaxError, ...
-        raise UserError(f"{' '.join(str(error).split())[:200] or type(error).__name__}") from error
+    return show(read_logged_png(path), name)
 
 
 def show(image: Image.Image, name: str) -> Shown:

@@ -37,7 +37,7 @@ from ldm.shards.sample import (
     plain,
     with_caption,
 )
-from ldm.shards.table import Place, ShardTable
+from ldm.shards.table import MemberPlace, ShardTable
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
     return number, index - (int(ends[number - 1]) if number else 0)
 
 
-def _read_member(descriptor: int, table: ShardTable, member: Place, name: str) -> bytearray:
+def _read_member(descriptor: int, table: ShardTable, member: MemberPlace, name: str) -> bytearray:
     """Return the content of a member, after a check of the tar header before it."""
     if member.offset < BLOCKSIZE:
         raise _not_as_kept(table, name)

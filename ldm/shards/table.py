@@ -52,7 +52,7 @@ class Columns:
     has_sizes: np.ndarray
 
 
-class Place(NamedTuple):
+class MemberPlace(NamedTuple):
     """Place of a member in its tar, CRC-32 of its tar header, and number of its kind; -1 for none."""
 
     offset: int
@@ -92,11 +92,11 @@ class ShardTable:
         places = zip(self.extensions, self.columns.offsets[row].tolist(), self.columns.sizes[row].tolist(), strict=True)
         return TarSample(self.key(row), {extension: (offset, size) for extension, offset, size in places if size >= 0})
 
-    def members(self, row: int) -> list[Place]:
+    def members(self, row: int) -> list[MemberPlace]:
         """Return the members of a sample, by column."""
         columns = self.columns
         parts = columns.offsets, columns.sizes, columns.checksums, columns.arrays
-        return list(map(Place, *(part[row].tolist() for part in parts)))
+        return list(map(MemberPlace, *(part[row].tolist() for part in parts)))
 
     def column(self, extension: str) -> int | None:
         """Return the number of the column of a kind of member, or None."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ldm.moved_targets import LEARNT_WORD, LORA, SHORT_CAPTION
+
 _IMAGES = "images and captions are pre-encoded by tools/preencode.py --images, or read by train_from_images.yaml"
 _PRIOR = "images of the class go into a prior: tools/make_prior.py --prompt, and --base ... prior_images.yaml"
-_RELEASE = "give --finetune_from FILE.ckpt, a release in one file, or hack it with tools/hack_weights.py"
-_LORA = "all weights are trained here; tools/extract_lora.py makes a LoRA of the result"
-_TOKEN = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
+_RELEASE = "give --finetune_from RELEASE, a file or a folder of diffusers, or hack it with tools/hack_weights.py"
 _SCHEDULE = "describe a schedule of ldm.lr_scheduler in model.params.scheduler_config"
 _RATE = "set model.base_learning_rate=RATE, and --scale_lr False to take it as it is"
 _BATCH = "set data.params.batch_size=N"
@@ -21,7 +21,10 @@ _NOISE = "set model.params.noise_config, with a class of ldm.models.diffusion.no
 _LOGGER = "describe a logger in lightning.logger, with target and params"
 _CONFIG = "give a YAML config of this project with --base"
 _SIZE = "the size is that of the encoded images: tools/preencode.py --size N"
-_PREVIEWS = "run tools/txt2img.py on the merged release"
+_PREVIEWS = "give --previews FILE, a text file with a prompt per line"
+_INTERVAL = "set lightning.previews.every_n_train_steps=N"
+_TAGS = "tools/preencode.py has --tag-variants, --keep-tags and --tag-dropout"
+_REPEATS = "give a set a weight: data.params.training_urls=[{urls: SHARDS, weight: N}]"
 _V = "give --base ... finetune_stable_diffusion_v2_768_v.yaml"
 
 # Options of diffusers' scripts, kohya's sd-scripts, EveryDream and forks for DreamBooth, in alphabetical order.
@@ -31,6 +34,7 @@ _INSTEAD = {
     "batch_size": _BATCH,
     "caption_column": _IMAGES,
     "caption_extension": _IMAGES,
+    "caption_tag_dropout_rate": _TAGS,
     "center_crop": "tools/preencode.py crops images",
     "checkpointing_steps": _SAVE,
     "checkpoints_total_limit": "set lightning.modelcheckpoint.params.save_last_k=N",
@@ -43,6 +47,7 @@ _INSTEAD = {
     "config_file": _CONFIG,
     "dataset_config": _CONFIG,
     "dataset_name": "nothing is downloaded; " + _IMAGES,
+    "dataset_repeats": _REPEATS,
     "ema_decay": "set model.params.use_ema=True, whose decay is 0.9999",
     "enable_bucket": "tools/preencode.py has --buckets",
     "enable_xformers_memory_efficient_attention": _ATTENTION,
@@ -50,25 +55,26 @@ _INSTEAD = {
     "gradient_accumulation_steps": "give --accumulate_grad_batches N",
     "gradient_checkpointing": _CHECKPOINTED,
     "image_column": _IMAGES,
-    "initializer_token": _TOKEN,
+    "initializer_token": LEARNT_WORD,
     "instance_data_dir": _IMAGES,
     "instance_prompt": "a caption is a text file beside each image",
-    "learnable_property": _TOKEN,
+    "keep_tokens": _TAGS,
+    "learnable_property": LEARNT_WORD,
     "learning_rate": _RATE,
     "logging_dir": _FOLDER,
-    "lora_rank": _LORA,
+    "lora_rank": LORA,
     "lr": _RATE,
     "lr_scheduler": _SCHEDULE,
     "lr_warmup_steps": _SCHEDULE,
     "max_grad_norm": "give --gradient_clip_val N",
-    "max_token_length": "a caption has at most 77 ids here",
+    "max_token_length": SHORT_CAPTION,
     "max_train_epochs": _EPOCHS,
     "max_train_steps": _STEPS,
     "min_snr_gamma": "set model.params.min_snr_gamma=N",
     "mixed_precision": "give --precision bf16-mixed, or 16-mixed",
-    "network_alpha": _LORA,
-    "network_dim": _LORA,
-    "network_module": _LORA,
+    "network_alpha": LORA,
+    "network_dim": LORA,
+    "network_module": LORA,
     "noise_offset": _NOISE,
     "num_class_images": _PRIOR,
     "num_gpus": "give --gpus 0, or the numbers of several GPUs",
@@ -76,25 +82,28 @@ _INSTEAD = {
     "optimizer_type": "describe an optimizer in model.params.optimizer_config, with target and params",
     "output_dir": _FOLDER,
     "output_name": "give --name",
-    "placeholder_token": _TOKEN,
+    "placeholder_token": LEARNT_WORD,
     "pretrained_model_name_or_path": _RELEASE,
     "pretrained_vae_model_name_or_path": "set model.params.first_stage_config.params.ckpt_path",
     "prior_loss_weight": "set model.params.prior_loss_weight=N",
     "project_name": "give --name, or --project for Weights & Biases",
     "random_flip": "tools/preencode.py has --flip",
-    "rank": _LORA,
+    "rank": LORA,
     "reg_data_dir": _PRIOR,
     "reg_data_root": _PRIOR,
     "report_to": _LOGGER,
     "resolution": _SIZE,
     "resume_ckpt": _RELEASE,
+    "sample_every_n_epochs": _INTERVAL,
+    "sample_every_n_steps": _INTERVAL,
     "sample_prompts": _PREVIEWS,
     "save_every_n_epochs": "set lightning.modelcheckpoint.params.every_n_epochs=N",
     "save_every_n_steps": _SAVE,
     "save_model_as": "tools/merge_release.py writes what the name of --out says",
     "save_steps": _SAVE,
+    "shuffle_caption": _TAGS,
     "snr_gamma": "set model.params.min_snr_gamma=N",
-    "token": _TOKEN,
+    "token": LEARNT_WORD,
     "train_batch_size": _BATCH,
     "train_data_dir": _IMAGES,
     "train_text_encoder": "set model.params.cond_stage_trainable=True, and train from images",
@@ -105,6 +114,7 @@ _INSTEAD = {
     "v_parameterization": _V,
     "vae": "set model.params.first_stage_config.params.ckpt_path",
     "validation_prompt": _PREVIEWS,
+    "validation_steps": _INTERVAL,
     "with_prior_preservation": _PRIOR,
     "xformers": _ATTENTION,
 }

@@ -58,7 +58,7 @@ def build_previews(config: DictConfig) -> list[Previews]:
     parsed = [parse_prompt(entry, f"{WHERE}.prompts, entry {number}") for number, entry in enumerate(prompts, start=1)]
     for key in ("release", "config"):
         if not isinstance(given.get(key, ""), str):
-            raise UserError(f"{WHERE}.{key} {given[key]!r:.100}: give the path of a file")
+            raise UserError(f"{WHERE}.{key} {given[key]!r:.100}: give a path")
     check_number(f"{WHERE}.every_n_train_steps", given.get("every_n_train_steps"), least=1, optional=True)
     check_number(
         f"{WHERE}.train_time_interval", given.get("train_time_interval"), above=0, whole=False, optional=True,
@@ -99,11 +99,11 @@ class _Encoder:
         """Return the path of the release.
 
         Raises:
-            UserError: there is no such file.
+            UserError: there is no such file or folder.
         """
         if self.release is not None:
             if not Path(self.release).exists():
-                raise UserError(f"{WHERE}.release {self.release}: no such file or folder")
+                raise UserError(f"{WHERE}.release {self.release}: no such file or folder; name a release")
             return Path(self.release)
         candidates = [Path(noted)] if noted else []
         found = next((path for path in (*candidates, CONVENTIONAL_RELEASE) if path.exists()), None)

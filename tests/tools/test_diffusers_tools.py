@@ -42,6 +42,8 @@ def test_the_whole_way_through_folders(work: Path, run_tool: Callable, caplog: p
     assert run_tool(MERGE, "--train-ckpt", "trained.ckpt", "--release", "sd1", "--out", "tuned") is None
     assert run_tool(MIX, "sd1", "tuned", "--out", "mixed/") is None
     assert torch.allclose(load_state_dict(Path("mixed") / UNET)["conv_out.weight"], start + 0.05)
+    said = run_tool(MIX, "sd1", "tuned", "--out", "mixed.ckpt", "--config", "sd1.yaml")
+    assert said == "error: --config sd1.yaml: is for a folder of diffusers, and mixed.ckpt is a file; leave it out"
     options = "--rank", 4, "--all-layers", "--out", "lora.safetensors"
     assert run_tool(EXTRACT, "--base", "sd1", "--tuned", "tuned", *options) is None
     assert {key.partition(".")[0] for key in load_state_dict("lora.safetensors")} == {"lora_unet_conv_out"}

@@ -66,7 +66,7 @@ class StoredPrompts:
         """Read a file of `save`.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: the file is damaged, or a value is not finite.
         """
         opened = open_checkpoint(path)
         try:
@@ -75,6 +75,19 @@ class StoredPrompts:
             for key, part in weights_of(opened.content, path).items():
                 number, _, member = key.partition(".")
                 encodings[about["texts"][int(number)]][member] = part.clone()
-            return cls(encodings, about["release"], about["digests"])
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            stored = cls(encodings, about["release"], dict(about["digests"]))
+            stored._check()
+            return stored
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError) as error:
             raise UserError(f"{path}: not a file of encoded prompts, or damaged; remove it") from error
+
+    def _check(self) -> None:
+        """Raise `ValueError` unless texts are text, and all prompts have finite encodings of equal shapes."""
+        texts = [*self.encodings, self.release, *(digest for digest in self.digests.values() if digest is not None)]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a text is of another type")
+        shapes = [{member: part.shape for member, part in parts.items()} for parts in self.encodings.values()]
+        if not shapes or not shapes[0] or any(each != shapes[0] for each in shapes):
+            raise ValueError("its encodings differ in shape")
+        if not all(part.float().isfinite().all() for parts in self.encodings.values() for part in parts.values()):
+            raise ValueError("an encoding is not finite")

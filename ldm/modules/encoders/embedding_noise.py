@@ -74,6 +74,9 @@ def _read_stats(path: str) -> tuple[Tensor, Tensor]:
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise UserError(f"clip_stats_path {path!r}: not a pair of tensors, mean and deviation ({reason})") from error
-    if mean.shape != std.shape or not (std > 0).all():
-        raise UserError(f"clip_stats_path {path!r}: mean and deviation differ in shape, or a deviation is not above 0")
+    if mean.shape != std.shape or not ((std > 0) & std.isfinite() & mean.isfinite()).all():
+        raise UserError(
+            f"clip_stats_path {path!r}: mean and deviation differ in shape, are not finite, or a deviation is not "
+            "above 0; give the file of the release"
+        )
     return mean, std

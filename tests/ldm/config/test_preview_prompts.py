@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ldm.cli.options import add_sampling_options
 from ldm.config.preview_prompts import PreviewPrompt, parse_prompt, read_prompt_file
 from ldm.util import UserError
 
@@ -49,6 +51,13 @@ def test_parse_prompt(line: Any, expected: PreviewPrompt) -> None:
 def test_parse_prompt_refuses(entry: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_prompt(entry, "here")
+
+
+def test_the_defaults_of_a_preview_prompt_are_those_of_txt2img() -> None:
+    parser = argparse.ArgumentParser()
+    add_sampling_options(parser)
+    options, prompt = parser.parse_args([]), PreviewPrompt("a")
+    assert (prompt.seed, prompt.steps, prompt.scale) == (options.seed, options.steps, options.scale)
 
 
 def test_read_prompt_file_names_the_line(tmp_path: Path) -> None:

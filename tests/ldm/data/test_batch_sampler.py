@@ -138,3 +138,12 @@ def test_a_loader_continues_only_with_the_same_weights():
     for found, sampler, start in ((state, plain, 1), (older, plain, 1), (state, weighted, 0), (older, weighted, 0)):
         ResumableLoader(range(8), sampler).load_state_dict(found)
         assert sampler.start == start
+
+
+def test_steps_of_repeated_samples_are_counted_with_their_weights():
+    heavy = EpochBatchSampler([np.arange(6)], 16, (), np.full(6, 10.0), shuffle=True, seed=0)
+    assert sum(map(len, heavy)) == 60 and heavy.largest_step(4) == 60 and heavy.largest_step(2) == 32
+    groups, options = groups_of([8, 3]), {"shuffle": True, "drop_last": True, "seed": 0}
+    for weight, missing in ((0.5, [0, 3]), (1.0, [0, 3]), (1.4, [0, 0])):
+        weights = np.array([1.0] * 8 + [weight] * 3)
+        assert EpochBatchSampler(groups, 4, (), weights, **options).never_seen() == missing

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from ldm.images.logged_names import logged_name, spread_evenly
 from ldm.images.strip import write_strip
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"  # Pillow starts Ghostscript for it
 
 
 def test_write_strip_has_a_row_per_prompt_and_a_column_per_step(tmp_path: Path) -> None:
@@ -25,6 +29,21 @@ def test_write_strip_has_a_row_per_prompt_and_a_column_per_step(tmp_path: Path) 
 def test_write_strip_writes_nothing_without_images(tmp_path: Path) -> None:
     write_strip(tmp_path, tmp_path / "strip.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG", EPS], ids=["cut", "EPS"])
+def test_write_strip_leaves_out_what_is_no_png(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    (tmp_path / logged_name("a", 0, 0, 0)).write_bytes(data)
+    write_strip(tmp_path, tmp_path / "strip.png")
+    assert not (tmp_path / "strip.png").exists()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / logged_name("a", 5, 0, 0))
+    write_strip(tmp_path, tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.size == (2 + 2 * 10, 14 + 10) and strip.getpixel((2, 14)) == (0, 0, 0)
 
 
 def test_spread_evenly_keeps_both_ends() -> None:

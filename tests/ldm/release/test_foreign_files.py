@@ -106,7 +106,17 @@ def with_ema_and_control(plain: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**plain, "control_model.zero_convs.0.0.weight": torch.ones(1), "control_scales": torch.ones(1)}
 
 
-TAKEN = {"mixed dtypes": mixed_dtypes, "lightning": lightning, "ControlNet with its release": with_ema_and_control}
+def with_motion(plain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A release into which AnimateDiff's modules were put."""
+    return {**plain, f"{M}input_blocks.1.motion_modules.0.temporal_transformer.proj_in.weight": torch.ones(1)}
+
+
+TAKEN = {
+    "mixed dtypes": mixed_dtypes,
+    "lightning": lightning,
+    "ControlNet with its release": with_ema_and_control,
+    "AnimateDiff with its release": with_motion,
+}
 
 
 @pytest.mark.parametrize("kind", TAKEN)

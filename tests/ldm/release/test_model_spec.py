@@ -73,7 +73,12 @@ def test_merged_files_follow_the_specification(folder: Path, monkeypatch: pytest
     }
 
 
-def test_embedded_settings_name_no_path_and_no_person(folder: Path) -> None:
+def test_embedded_settings_name_no_path_no_person_and_no_value_of_the_environment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    noted = {"model": {"params": {"loss_type": "${oc.env:SECRET}"}}}
+    (folder / "logs/run/configs/2027-project.yaml").write_text(json.dumps(noted))
     training, options = folder / "logs/run/checkpoints/last.ckpt", {"embed_settings": True}
     for out in ("cats.safetensors", "cats.ckpt"):
         merge_files(training, folder / "base.safetensors", folder / out, None, False, **options)
@@ -89,7 +94,7 @@ def test_embedded_settings_name_no_path_and_no_person(folder: Path) -> None:
             "lightning.trainer.precision": "bf16",
             "lightning.trainer.max_steps": 100,
         }
-        assert not re.search("jane|doe|home|cats.tar", str(metadata))
+        assert not re.search("jane|doe|home|cats.tar|hunter2|oc.env", str(metadata))
     assert "modelspec.date" not in metadata  # a .ckpt keeps what the release tells, and no more
 
 

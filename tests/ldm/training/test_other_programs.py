@@ -26,6 +26,9 @@ from ldm.util import UserError
         ("config_file", "--base"),
         ("mixed_precision", "--precision"),
         ("output_dir", "--logdir"),
+        ("sample_prompts", "--previews FILE"),
+        ("shuffle_caption", "--tag-variants"),
+        ("dataset_repeats", "data.params.training_urls"),
     ],
 )
 def test_instead_of_names_what_to_give(option: str, use: str) -> None:

@@ -40,7 +40,17 @@ def test_missing_stats_build_but_embed_nothing(tmp_path: Path) -> None:
         stage(torch.zeros(1, 3))
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), (torch.zeros(3), torch.zeros(3)), {"a": 1}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        torch.zeros(3),
+        (torch.zeros(3), torch.zeros(3)),
+        (torch.full((3,), torch.nan), torch.ones(3)),
+        (torch.zeros(3), torch.full((3,), torch.inf)),
+        {"a": 1},
+    ],
+)
 def test_files_of_other_content_are_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.th")
     with pytest.raises(UserError, match=r"clip_stats_path '.*other.th': "):
