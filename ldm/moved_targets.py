@@ -162,6 +162,8 @@ def hint_for_target(path: str) -> str:
 
 def hint_for_missing_module(path: str) -> str:
     """Return a hint for a target whose module does not exist, else an empty string."""
+    if path.startswith("pytorch_optimizer."):
+        return "; install it: pip install -c constraints.txt '.[optimizers]'"
     data = path.startswith(("ldm.data.", "taming.data."))
     return hint_for_target(path) or (f"; it belongs to a fork; {_FOLDER}" if data else "")
 

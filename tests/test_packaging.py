@@ -70,7 +70,7 @@ def test_nothing_is_installed_for_users_that_only_tests_import():
 
 def test_tests_and_benchmarks_import_only_what_is_declared():
     assert imported("tests/**/*.py", "benchmarks/*.py") <= names(
-        RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["test"]
+        RUNTIME + EXTRAS["lean"] + EXTRAS["optimizers"] + EXTRAS["vq"] + EXTRAS["test"]
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.optim import Optimizer
 
 from ldm.util import UserError, takes
@@ -19,6 +19,8 @@ _RATES = ("lr", "initial_lr")  # of LearningRateOnResume
 _IMPLEMENTATION = ("capturable", "differentiable", "foreach", "fused")
 # Settings that need moments of their own, which a state made without them lacks.
 _NEED_MOMENTS = ("amsgrad", "centered", "momentum")
+# Classes that keep the second moments of a matrix as the means of its rows and of its columns.
+_FACTORED = ("Adafactor", "CAME")
 _KEEP = "keep the optimizer of the run, or start a new run from its weights with model.params.ckpt_path"
 
 Settings = list[dict[str, Any]]  # per group of parameters
@@ -65,22 +67,33 @@ def use_settings(optimizer: Optimizer, made: Settings) -> None:
 
 def check_state(optimizer: Optimizer) -> None:
     """Raise `UserError` unless the loaded moments of `optimizer` have the structure of new ones."""
-    kinds: Mapping[str, str] | None = None
+    is_factored = type(getattr(optimizer, "inner", optimizer)).__name__ in _FACTORED
+    kinds: dict[bool, Mapping[str, str]] = {}  # by whether the parameter's second moments are factored
     for parameter, moments in optimizer.state.items():
         found = {key: _kind(value) for key, value in moments.items()}
-        if found and kinds is None:
-            kinds = found
-        elif found and found != kinds:
+        if not found:
+            continue
+        expected = kinds.setdefault(is_factored and parameter.ndim > 1, found)
+        if found != expected:
             raise UserError(
-                f"the checkpoint's optimizer state holds {sorted(found)} for one parameter and {sorted(kinds)} for "
+                f"the checkpoint's optimizer state holds {sorted(found)} for one parameter and {sorted(expected)} for "
                 "another, or other types; the file may be damaged"
             )
+        shapes = {parameter.shape, *(_means(parameter.shape) if is_factored else ())}
         for key, value in moments.items():
-            if type(value) is Tensor and value.ndim and value.shape != parameter.shape and value.numel() > 1:
+            if type(value) is Tensor and value.ndim and value.shape not in shapes and value.numel() > 1:
                 raise UserError(
                     f"the checkpoint's optimizer state has {key} of shape {tuple(value.shape)} for a parameter of "
                     f"shape {tuple(parameter.shape)}; the file may be damaged"
                 )
+
+
+def _means(shape: Size) -> set[Size]:
+    """Return the shapes of the means of the rows and of the columns, with and without a dimension of 1."""
+    if len(shape) < 2:
+        return set()
+    *outer, rows, columns = shape
+    return {Size([*outer, *last]) for last in ([rows], [columns], [rows, 1], [1, columns])}
 
 
 def _check_kind(key: str, saved: Any, own: Any) -> None:

@@ -75,6 +75,11 @@ ALLOWED = (
         ("Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"),
         "low-bit optimizer: " + _COMPUTES,
     ),
+    Allowed(
+        "pytorch_optimizer",
+        ("CAME", "Lion", "Prodigy", "ScheduleFreeAdamW"),
+        "optimizer: " + _COMPUTES,
+    ),
     Allowed("transformers.optimization", ("Adafactor",), "optimizer: " + _COMPUTES),
     Allowed(
         "torchmetrics.image",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -11,6 +12,10 @@ from torch.optim import Optimizer
 
 from ldm.util import UserError, instantiate_from_config
 
+log = logging.getLogger(__name__)
+
+_PRODIGY_RATE = 0.01  # of Prodigy, below which `lr` was probably meant for another optimizer
+
 
 def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
     """Return the optimizer of `parameters` from `config`, a mapping of `target` and `params`.
@@ -18,7 +23,7 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
     An `lr` in `params` that is not null takes precedence over `lr`. `where` is the config key for messages.
 
     Raises:
-        UserError: the target does not exist or does not take its `params`, or a checkpoint cannot hold its state.
+        UserError: the target does not exist or does not take its `params`, or a run cannot use it.
     """
     try:
         if str(config.get("target")).startswith("torchao."):
@@ -28,11 +33,38 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
             )
         own_lr = (config.get("params") or {}).get("lr")
         rate = lr if own_lr is None else own_lr
+        if "defaults" in (config.get("params") or {}):  # of a base class, and some classes ignore it
+            raise UserError(f"unknown key 'defaults' in params of {config['target']}")
         optimizer = instantiate_from_config(config, params=list(parameters), lr=rate)
+        _check_kind(str(config["target"]), optimizer)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     optimizer.register_load_state_dict_pre_hook(_in_float32)
     return optimizer
+
+
+def _check_kind(target: str, optimizer: Optimizer) -> None:
+    """Refuse an `optimizer` of which a run would use wrong weights or rates, and warn about a rate that is too low.
+
+    Raises:
+        UserError: it has other weights in training than in use, or cannot have a learning rate for each group.
+    """
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise UserError(
+            f"{target}: it trains other weights than the averaged ones that images, validation and checkpoints need, "
+            "and changing between them rounds, so that no resumed run equals an uninterrupted one; "
+            "use torch.optim.AdamW with model.params.use_ema=True, which keeps an average"
+        )
+    if type(optimizer).__name__ == "Prodigy":
+        rates = {float(group["lr"]) for group in optimizer.param_groups}
+        if len(rates) > 1:
+            raise UserError(f"{target}: it has one learning rate for all parameters; give one instead of {len(rates)}")
+        if max(rates) < _PRODIGY_RATE:
+            log.warning(
+                "%s finds the learning rate itself and multiplies it by lr=%g, which almost stops the training; set "
+                "model.params.optimizer_config.params.lr=1",
+                target, max(rates),
+            )  # fmt: skip
 
 
 def _in_float32(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ldm.optim.building import build_optimizer
-from ldm.util import check_number
+from ldm.util import UserError, check_number
+
+# Optimizers whose step needs all gradients at once, each with what it makes of them.
+_NEEDS_ALL = {
+    "Prodigy": "its estimate of the learning rate is a sum over all parameters",
+    "LBFGS": "it takes all parameters as one vector",
+}
 
 
 class InBackward(Optimizer):
@@ -23,8 +29,8 @@ class InBackward(Optimizer):
     gradients.
 
     One inner optimizer holds all parameters. While a bucket is stepped, its groups hold the parameters of that bucket
-    alone. Each update, the parameter groups, the state and the `state_dict` are those of the inner optimizer, and a run
-    without this wrapper can resume from them. The gradients never exist all at once, so a method that scales them or
+    alone, and a count of steps that the groups keep is the one before this step. Each update, the parameter groups, the
+    state and the `state_dict` are those of the inner optimizer, and a run without this wrapper can resume from them. The gradients never exist all at once, so a method that scales them or
     needs their common norm cannot work (see `ldm.training.compatibility`).
 
     Args:
@@ -35,7 +41,7 @@ class InBackward(Optimizer):
         clip_each: L2 norm to which each parameter's gradient is scaled down before its step; None for no clipping.
 
     Raises:
-        UserError: a size or a norm is not positive, or the inner optimizer does not exist.
+        UserError: a size or a norm is not positive, or the inner optimizer does not exist or needs all gradients.
     """
 
     def __init__(
@@ -49,6 +55,12 @@ class InBackward(Optimizer):
         check_number("bucket_mb", bucket_mb, above=0, whole=False)
         check_number("clip_each", clip_each, above=0, whole=False, optional=True)
         self.inner = build_optimizer(optimizer, params, lr, "optimizer")
+        reason = _NEEDS_ALL.get(type(self.inner).__name__)
+        if reason:
+            raise UserError(
+                f"optimizer: {optimizer['target']} cannot step during backward, because {reason}; "
+                "make it the optimizer_config itself"
+            )
         self.bucket_bytes = int(bucket_mb * 2**20)
         self.clip_each = clip_each
         super().__init__(self.inner.param_groups, self.inner.defaults)
@@ -58,11 +70,16 @@ class InBackward(Optimizer):
         self._bucket: list[nn.Parameter] = []
         self._bucket_filled = 0  # bytes
         self._taken: set[nn.Parameter] = set()  # parameters of this step
+        self._counts = self._counted_steps()
         # Autograd delivers the gradients of each device, and of the host, in a thread of its own.
         self._one_at_a_time = Lock()
 
     def _share_inner_state(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def _counted_steps(self) -> list[int | None]:
+        """Return the steps so far of each group that counts them."""
+        return [group.get("step") for group in self.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state dict of the inner optimizer."""
@@ -80,6 +97,7 @@ class InBackward(Optimizer):
         """
         self._bucket, self._bucket_filled = [], 0
         self._taken.clear()
+        self._counts = self._counted_steps()
         result = None
         if closure is not None:
             trained = [parameter for parameter in self._group_of if parameter.requires_grad]
@@ -119,8 +137,12 @@ class InBackward(Optimizer):
             members[self._group_of[parameter]].append(parameter)
         everything = [group["params"] for group in groups]
         try:
-            for group, some in zip(groups, members, strict=True):
+            for group, some, count in zip(groups, members, self._counts, strict=True):
                 group["params"] = some
+                if count is None:
+                    group.pop("step", None)  # counted by the previous bucket
+                else:
+                    group["step"] = count
             self.inner.step()
         finally:
             for group, params in zip(groups, everything, strict=True):

@@ -19,6 +19,7 @@ from ldm.util import UserError
 
 # Further entries that a run takes up: of the distribution of timesteps, and of the scaler of float16 gradients.
 _TAKEN_UP = (TIMESTEP_STATE, "MixedPrecision", "ClippedMixedPrecision")
+_LIMIT = "growth_rate"  # a setting of Prodigy that is infinite by default
 _DATA_MODULES = ("WebDataNpyModuleFromConfig", "DataModuleFromConfig")
 
 
@@ -101,7 +102,8 @@ def _check_optimizers(optimizers: Any) -> None:
             _expect(is_list, f"{where}.param_groups", "not a list of parameter numbers")
             known |= {*params}
             _expect(_is_number(group.get("lr")), f"{where}.param_groups.lr", "not a finite number")
-            _check_finite(group, f"{where}.param_groups")
+            has_no_limit = type(group.get(_LIMIT)) is float and group[_LIMIT] == math.inf
+            _check_finite({**group, _LIMIT: None} if has_no_limit else group, f"{where}.param_groups")
         for index, moments in state.items():
             _expect(type(index) is int and index in known, f"{where}.state {index!r:.60}", "not a parameter number")
             _expect(isinstance(moments, dict), f"{where}.state.{index}", "not a dict of moments")

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from pytorch_optimizer import CAME, Prodigy
 from torch import nn
-from torch.optim import Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Adafactor, Adam, AdamW, Optimizer, RMSprop
 
 from ldm.callbacks.optimizer_settings import check_state, settings_of, use_settings
 from ldm.util import UserError
@@ -89,3 +90,26 @@ def test_values_that_an_optimizer_keeps_in_its_groups_stay_or_are_refused() -> N
     saved.param_groups[0]["seen"] = "five"
     with pytest.raises(UserError, match="has seen='five' but the config's has 0; the file may be damaged"):
         resumed(Counting, weight, saved)
+
+
+@pytest.mark.parametrize("cls", [Adafactor, CAME])
+def test_check_state_takes_factored_moments_of_matrices_and_whole_ones_of_vectors(cls) -> None:
+    weights = [nn.Parameter(torch.ones(shape)) for shape in ((3,), (3, 4), (2, 3, 4, 5))]
+    optimizer = cls(weights, lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    check_state(optimizer)
+    row = next(key for key, value in optimizer.state[weights[1]].items() if value.numel() == 3)
+    optimizer.state[weights[1]][row] = torch.ones(2)
+    with pytest.raises(UserError, match=rf"has {row} of shape \(2,\) for a parameter of shape \(3, 4\)"):
+        check_state(optimizer)
+
+
+def test_use_settings_keeps_the_rate_that_prodigy_estimated() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    saved = stepped(Prodigy, weight)
+    saved.param_groups[0]["d"] = 0.25
+    optimizer = resumed(Prodigy, weight, saved, weight_decay=0.5)
+    group = optimizer.param_groups[0]
+    assert (group["d"], group["step"], group["weight_decay"]) == (0.25, 2, 0.5)
