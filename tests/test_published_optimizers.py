@@ -16,6 +16,7 @@ from tests.training_runs import (  # noqa: F401
 
 OPTIMIZER = "model.params.optimizer_config."
 INNER = f"{OPTIMIZER}target=ldm.optim.InBackward {OPTIMIZER}params.optimizer."
+MINIMAL = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ INNER = f"{OPTIMIZER}target=ldm.optim.InBackward {OPTIMIZER}params.optimizer."
         f"{INNER}target=pytorch_optimizer.CAME",
         f"{INNER}target=torch.optim.Adafactor",
         f"{OPTIMIZER}target=pytorch_optimizer.Prodigy {OPTIMIZER}params.lr=1.0",
+        f"{OPTIMIZER}target=pytorch_optimizer.Prodigy {OPTIMIZER}params.lr=1.0 {MINIMAL}",
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, options):

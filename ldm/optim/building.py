@@ -59,9 +59,9 @@ def _check_kind(target: str, optimizer: Optimizer) -> None:
         rates = {float(group["lr"]) for group in optimizer.param_groups}
         if len(rates) > 1:
             raise UserError(f"{target}: it has one learning rate for all parameters; give one instead of {len(rates)}")
-        if max(rates) < _PRODIGY_RATE:
+        if 0 < max(rates) < _PRODIGY_RATE:
             log.warning(
-                "%s finds the learning rate itself and multiplies it by lr=%g, which almost stops the training; set "
+                "%s estimates the learning rate and multiplies it by lr=%g, which almost stops the training; set "
                 "model.params.optimizer_config.params.lr=1",
                 target, max(rates),
             )  # fmt: skip

@@ -30,8 +30,9 @@ class InBackward(Optimizer):
 
     One inner optimizer holds all parameters. While a bucket is stepped, its groups hold the parameters of that bucket
     alone, and a count of steps that the groups keep is the one before this step. Each update, the parameter groups, the
-    state and the `state_dict` are those of the inner optimizer, and a run without this wrapper can resume from them. The gradients never exist all at once, so a method that scales them or
-    needs their common norm cannot work (see `ldm.training.compatibility`).
+    state and the `state_dict` are those of the inner optimizer, and a run without this wrapper can resume from them.
+    The gradients never exist all at once, so a method that scales them or needs their common norm cannot work (see
+    `ldm.training.compatibility`).
 
     Args:
         params: parameters, or parameter groups.
