@@ -21,6 +21,8 @@ _IMPLEMENTATION = ("capturable", "differentiable", "foreach", "fused")
 _NEED_MOMENTS = ("amsgrad", "centered", "momentum")
 # Classes that keep the second moments of a matrix as the means of its rows and of its columns.
 _FACTORED = ("Adafactor", "CAME")
+# Settings by which a state of another class is told, where all settings of the present class are in it too.
+_OF_CLASSES = ("eps", "eps1")
 _KEEP = "keep the optimizer of the run, or start a new run from its weights with model.params.ckpt_path"
 
 Settings = list[dict[str, Any]]  # per group of parameters
@@ -61,6 +63,9 @@ def use_settings(optimizer: Optimizer, made: Settings) -> None:
                 if key not in _IMPLEMENTATION:
                     log.info("The optimizer's %s was %.60r in the checkpoint; it is %r now", key, saved, value)
                 group[key] = value
+        foreign = next((key for key in _OF_CLASSES if key in group and key not in own), None)
+        if foreign is not None:
+            raise UserError(f"the checkpoint's optimizer has {foreign}, which {cls.__name__} does not; {_KEEP}")
         if group.get("fused") or group.get("capturable"):
             _move_steps(optimizer, group["params"])
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from pytorch_optimizer import CAME, Prodigy
+from pytorch_optimizer import CAME, Lion, Prodigy
 from torch import nn
 from torch.optim import Adafactor, Adam, AdamW, Optimizer, RMSprop
 
@@ -113,3 +113,13 @@ def test_use_settings_keeps_the_rate_that_prodigy_estimated() -> None:
     optimizer = resumed(Prodigy, weight, saved, weight_decay=0.5)
     group = optimizer.param_groups[0]
     assert (group["d"], group["step"], group["weight_decay"]) == (0.25, 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [(AdamW, Lion, "eps"), (CAME, Lion, "eps1"), (Prodigy, Lion, "eps"), (Prodigy, CAME, "eps1")],
+)
+def test_use_settings_refuses_the_state_of_another_optimizer(before, now, key) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError, match=f"the checkpoint's optimizer has (no )?{key}, (which|as) {now.__name__} does"):
+        resumed(now, weight, stepped(before, weight))
