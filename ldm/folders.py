@@ -80,7 +80,9 @@ def check_replaceable(path: Path, marker: str) -> None:
     """Raise `UserError` unless `path` is missing, an empty folder, or a folder with the file `marker`."""
     if not path.exists() and not path.is_symlink():
         return
-    if not path.is_dir() or path.is_symlink():
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, and a folder is replaced as a whole; name the folder itself")
+    if not path.is_dir():
         raise UserError(f"{path}: is not a folder; name another one")
     if any(path.iterdir()) and not (path / marker).is_file():
         raise UserError(f"{path}: has other files (no {marker}), and would be replaced as a whole; name a new folder")

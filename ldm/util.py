@@ -111,6 +111,7 @@ def check_number(
     limits = {
         f"from {least} to {most}": least is not None and most is not None,
         f"of at least {least}": least is not None,
+        f"above {above}, up to {most}": above is not None and most is not None,
         f"above {above}": above is not None,
     }
     kind = "a whole number" if whole else "a number" if any(limits.values()) else "a finite number"

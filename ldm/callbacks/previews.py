@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -24,6 +25,7 @@ from ldm.distributed.dtensor import is_sharded
 from ldm.files import check_within
 from ldm.images.grid import save_png, to_images
 from ldm.images.logged_names import PREVIEWS, logged_name
+from ldm.images.logged_png import SETTINGS, read_settings
 from ldm.images.strip import write_strip
 from ldm.models.diffusion.conditioning import check_reads_captions, check_takes_encodings
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -50,7 +52,8 @@ class Previews(Callback):
 
     A preview is a PNG with its settings in the metadata. `strip.png` shows all prompts over time. The images go to the
     loggers too. Averaged weights are used, if there are any. Sampling does not change the training. If it fails, a
-    warning replaces the images.
+    warning replaces the images. A prompt whose settings differ from those of its images in the folder gets a new name,
+    so that the images of a name always differ by the training alone.
 
     A model that reads captions encodes the prompts itself, with its present text encoder. For other models, the first
     process encodes them once, before training, and keeps the result in `previews/prompts.safetensors`. With sharded
@@ -84,6 +87,7 @@ class Previews(Callback):
         self.every_n_train_steps, self.minutes = every_n_train_steps, train_time_interval
         self._noted: str | None = None  # release that the checkpoint notes
         self._stored: StoredPrompts | None = None
+        self._chosen: list[str] | None = None  # names of the prompts
         self._step = -1
         self._sampled_at = time.monotonic()
         self._tolerance, self._strip_tolerance = Tolerance("Previews"), Tolerance("The strip of previews")
@@ -166,7 +170,7 @@ class Previews(Callback):
         if self._step >= 0:
             return
         self._step = trainer.global_step
-        if not all(self._is_sampled(trainer, number) for number in range(len(self.prompts))):
+        if not all(any(self._images(trainer, name)) for name in self._names(trainer, pl_module)):
             self._try_to_sample(trainer, pl_module)
 
     def on_train_batch_end(
@@ -190,13 +194,29 @@ class Previews(Callback):
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / PREVIEWS
 
+    def _names(self, trainer: Trainer, model: LatentDiffusion) -> list[str]:
+        """Return the name of each prompt in files and loggers."""
+        if self._chosen is None:
+            self._chosen = [self._name(trainer, model, number) for number in range(len(self.prompts))]
+        return self._chosen
+
+    def _name(self, trainer: Trainer, model: LatentDiffusion, number: int) -> str:
+        """Return the first name of the prompt `number` that has no images of other settings, such as another seed."""
+        about = self._about(model, self.prompts[number])
+        for copy in itertools.count(1):
+            name = f"{self._key(number)}-{copy}" if copy > 1 else self._key(number)
+            found = (read_settings(path) for path in sorted(self._images(trainer, name), reverse=True))
+            last = next((settings for settings in found if settings is not None), about)
+            if {key: last.get(key) for key in about} == about:
+                break
+        return name
+
     def _key(self, number: int) -> str:
-        """Return the name of the prompt `number` in files and loggers."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompts[number].prompt.lower()).strip("-")[:_SLUG].rstrip("-")
         return f"{number + 1:02}-{words}".rstrip("-")
 
-    def _is_sampled(self, trainer: Trainer, number: int) -> bool:
-        return any(self._folder(trainer).glob(f"{self._key(number)}_gs-*.png"))
+    def _images(self, trainer: Trainer, name: str, step: str = "*") -> Iterator[Path]:
+        return self._folder(trainer).glob(f"{name}_gs-{step}_e-*.png")
 
     def _try_to_sample(self, trainer: Trainer, model: LatentDiffusion) -> None:
         if trainer.is_global_zero or is_sharded(model):
@@ -212,31 +232,40 @@ class Previews(Callback):
     def _sample_all(self, trainer: Trainer, model: LatentDiffusion) -> None:
         captions = None if self._stored is None else self._stored.encodings
         step, folder = trainer.global_step, self._folder(trainer)
-        for number, prompt in enumerate(self.prompts):
+        for key, prompt in zip(self._names(trainer, model), self.prompts, strict=True):
             with undisturbed(model):
-                image, about = self._sample(model, prompt, captions)
+                image = self._sample(model, prompt, captions)
             if not trainer.is_global_zero:  # this process takes part in sampling only
                 continue
-            name = logged_name(self._key(number), step, trainer.current_epoch, 0)
+            path = folder / logged_name(key, step, trainer.current_epoch, 0)
             with self._tolerance():
-                metadata = {"parameters": json.dumps({**about, "step": step})}
-                save_png(image, folder / name, metadata=metadata)
+                save_png(image, path, metadata={SETTINGS: json.dumps({**self._about(model, prompt), "step": step})})
+                for other in self._images(
+                    trainer, key, f"{step:06}"
+                ):  # sampled before a run resumed at an earlier step
+                    if other != path:
+                        other.unlink(missing_ok=True)
             for logger in trainer.loggers:
-                log_image(logger, f"{PREVIEWS}/{self._key(number)}", image, step)
+                log_image(logger, f"{PREVIEWS}/{key}", image, step)
         if trainer.is_global_zero:
             with self._strip_tolerance():
                 write_strip(folder, folder / "strip.png")
 
+    def _about(self, model: LatentDiffusion, prompt: PreviewPrompt) -> dict[str, Any]:
+        """Return what an image of `prompt` depends on, except for the weights."""
+        height, width = image_size(model, latent_shape(model, prompt.height, prompt.width))
+        request = Request(prompt.prompt, prompt.seed, prompt.negative_prompt)
+        settings = {"steps": prompt.steps, "scale": prompt.scale, "sampler": self.sampler}
+        return {**request._asdict(), **settings, "H": height, "W": width}
+
     def _sample(
         self, model: LatentDiffusion, prompt: PreviewPrompt, captions: dict[str, dict[str, torch.Tensor]] | None
-    ) -> tuple[Image.Image, dict[str, Any]]:
-        """Return the image and its settings."""
+    ) -> Image.Image:
         shape = latent_shape(model, prompt.height, prompt.width)
         request = Request(prompt.prompt, prompt.seed, prompt.negative_prompt)
         settings = {"steps": prompt.steps, "scale": prompt.scale, "sampler": self.sampler}
         [image] = text_to_image(model, [request], shape, **settings, verbose=False, captions=captions)
-        height, width = image_size(model, shape)
-        return to_images(image[None])[0], {**request._asdict(), **settings, "H": height, "W": width}
+        return to_images(image[None])[0]
 
 
 def _reads_captions(model: LatentDiffusion) -> bool:

@@ -23,7 +23,7 @@ def write_strip(folder: Path, path: Path) -> None:
     black.
     """
     found: dict[tuple[str, int], Path] = {}
-    for file in folder.glob("*.png"):
+    for file in sorted(folder.glob("*.png")):
         name = parse_logged_name(file.name)
         if name is not None:
             found[name] = file

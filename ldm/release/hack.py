@@ -22,9 +22,8 @@ from ldm.release.configs import Chosen, check_prediction
 from ldm.release.diffusers_config import check_settings
 from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.opening import Release, check_not_replaced, release_of, training_weights
+from ldm.release.opening import Release, check_not_replaced, digest_of, release_of, training_weights
 from ldm.release.recognition import check_same_family, log_family, shapes_of, warn_of_new_prediction
-from ldm.shards.verify import file_sha256, files_sha256
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -126,8 +125,7 @@ def _with_notes(content: dict, opened: Release, prediction: str | None, path: Pa
     """
     callbacks = {**content.get("callbacks", {}), "SameEncoders": encoder_digests(opened.weights)}
     noted = {} if prediction is None else {PREDICTION: prediction}
-    digest = file_sha256(path) if opened.folder is None else files_sha256(opened.folder.files, path)
-    return {**content, "callbacks": callbacks, **noted, RELEASE: {"name": str(path), "sha256": digest}}
+    return {**content, "callbacks": callbacks, **noted, RELEASE: {"name": str(path), "sha256": digest_of(opened, path)}}
 
 
 def _check_out(out: Path, release: Path) -> None:

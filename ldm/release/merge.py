@@ -35,7 +35,7 @@ from ldm.release.keys import check_release, check_training_checkpoint, has_step_
 from ldm.release.lora import Lora, with_loras
 from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
-from ldm.release.opening import Release, release_of, training_weights, written_dtype
+from ldm.release.opening import Release, release_of, training_weights, warn_of_other_release, written_dtype
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
 from ldm.util import UserError
 
@@ -252,6 +252,7 @@ def _merge_files(
     trained = training_weights(training.content, training_path)
     opened = release_of(release, release_path, vae, trained)
     check_same_family(opened.shapes, shapes_of(trained), release_path)
+    warn_of_other_release(training.content, opened, release_path)
     noted = training.content.get(PREDICTION)
     log_family(opened.shapes, release_path, opened.predicts or noted)
     if vae is not None:

@@ -14,13 +14,14 @@ from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_chec
 from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
 from ldm.checkpoint.diffusers_folder import DiffusersFolder, translated
 from ldm.checkpoint.diffusers_names import VAE_PART
-from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, has_part
+from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, RELEASE, has_part
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
 from ldm.checkpoint.other_models import other_architecture
 from ldm.files import is_within
 from ldm.release.recognition import Shapes, shapes_of
-from ldm.util import UserError
+from ldm.shards.verify import file_sha256, files_sha256
+from ldm.util import UserError, escaped
 
 log = logging.getLogger(__name__)
 
@@ -135,3 +136,24 @@ def _with_autoencoder(named: Renamed, vae: str | Path) -> Renamed:
 def _log_names(named: Renamed, path: Path) -> None:
     for line in named.summary():
         log.info("%s: %s", path, line)
+
+
+def digest_of(release: Release, path: Path) -> str:
+    """Return the SHA-256, in hex, of the file or the folder at `path`, which holds `release`."""
+    return file_sha256(path) if release.folder is None else files_sha256(release.folder.files, path)
+
+
+def warn_of_other_release(training: Mapping[str, Any], release: Release, path: Path) -> None:
+    """Warn if the checkpoint `training` notes that it started from another file than `release` at `path`.
+
+    Copies of one model in other formats or dtypes also differ as files, so that this is no error.
+    """
+    note = training.get(RELEASE)
+    name, digest = (note.get(key) for key in ("name", "sha256")) if isinstance(note, dict) else (None, None)
+    if isinstance(name, str) and isinstance(digest, str) and digest != digest_of(release, path):
+        log.warning(
+            "%s: differs from %.200s, which the training started from; if it is another model, not a copy in another "
+            "format, the result mixes both: give --release",
+            path,
+            escaped(name),
+        )

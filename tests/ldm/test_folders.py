@@ -69,6 +69,9 @@ def test_check_replaceable(tmp_path: Path) -> None:
     (tmp_path / "diary.txt").touch()
     with pytest.raises(UserError, match="has other files"):
         check_replaceable(tmp_path, "index")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is a link, and a folder is replaced as a whole; name the folder itself"):
+        check_replaceable(tmp_path / "link", "index")
     with pytest.raises(UserError, match="is not a folder"):
         check_replaceable(tmp_path / "diary.txt", "index")
     (tmp_path / "index").touch()

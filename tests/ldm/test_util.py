@@ -183,6 +183,7 @@ def test_escaped_keeps_what_it_is_told_to() -> None:
         (0, {"least": 1, "optional": True}, "x 0: give a whole number of at least 1, or null"),
         (0, {"above": 0, "whole": False}, "x 0: give a number above 0"),
         (float("inf"), {"above": 0, "whole": False}, "x inf: give a number above 0"),
+        (9, {"above": 0, "most": 1, "whole": False}, "x 9: give a number above 0, up to 1"),
         (float("nan"), {"whole": False}, "x nan: give a finite number"),
         (1.5, {"least": 0, "most": 1, "whole": False}, "x 1.5: give a number from 0 to 1"),
         (-1, {"least": 0, "whole": False, "unit": "minutes"}, "x -1: give a number of minutes of at least 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,3 +93,31 @@ def test_a_preview_that_cannot_be_written_gives_one_warning(
     (tmp_path / "previews").unlink()
     callback.on_train_batch_end(at(4, tmp_path), model, None, {}, 0)
     assert len(names(tmp_path)) == 2 and "Previews can be written again" in caplog.text
+
+
+def test_a_prompt_with_other_settings_gets_a_name_of_its_own(
+    callback: Previews, model: LatentDiffusion, tmp_path: Path
+) -> None:
+    def start(first: PreviewPrompt, step: int) -> None:
+        callback.prompts[0], callback._step, callback._chosen = first, -1, None
+        callback.on_train_batch_start(at(step, tmp_path), model, {}, 0)
+
+    start(PROMPTS[0], 0)
+    start(replace(PROMPTS[0], seed=7), 1)  # a resumed run
+    start(replace(PROMPTS[0], seed=7), 2)
+    start(PROMPTS[0], 3)
+    assert [name for name in names(tmp_path) if name.startswith("01")] == [
+        "01-ein-roter-apfel-gr-er-2_gs-000001",
+        "01-ein-roter-apfel-gr-er_gs-000000",
+    ]
+
+
+def test_a_preview_replaces_the_one_of_its_step_in_another_epoch(
+    callback: Previews, model: LatentDiffusion, tmp_path: Path
+) -> None:
+    for epoch in (1, 0):
+        callback.on_train_batch_end(
+            SimpleNamespace(**{**vars(at(2, tmp_path)), "current_epoch": epoch}), model, None, {}, 0
+        )
+        callback._step = -1
+    assert [path.name for path in tmp_path.glob("previews/02_*.png")] == ["02_gs-000002_e-000000_b-000000.png"]

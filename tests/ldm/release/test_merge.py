@@ -1,5 +1,7 @@
 """A merged release: trained weights from the training, every other bit from the release."""
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -401,3 +403,13 @@ def test_strength_is_the_share_of_the_trainings_change():
         unmoved = [key for key in start if not key.startswith(("model.", "model_ema."))]
         assert all(identical(found[key], start[key]) for key in unmoved)
         assert found["model_ema.decay"] == trained["model_ema.decay"]
+
+
+def test_merge_files_warns_of_another_release_than_the_trainings(files, tmp_path, caplog):
+    note = {"name": str(files[1]), "sha256": hashlib.sha256(files[1].read_bytes()).hexdigest()}
+    save_checkpoint({**load_checkpoint(files[0]), "release": note}, files[0])
+    save_state_dict(release(seed=9), tmp_path / "other.ckpt")
+    merge_files(*files, tmp_path / "merged.ckpt", None, False)
+    assert "started from" not in caplog.text
+    merge_files(files[0], tmp_path / "other.ckpt", tmp_path / "merged.ckpt", None, False, strength=0.5)
+    assert f"other.ckpt: differs from {files[1]}, which the training started from" in caplog.text
