@@ -18,6 +18,16 @@ from safetensors.torch import load_file
 _TESTS = Path(__file__).parent
 _SHARED = _TESTS.parents[1] / "shared" / "golden"
 
+# Lists of released keys, `<name>_keys.json`, by family.
+RELEASED = {
+    "sd1": "sd_v1",
+    "sd1_inpainting": "sd_v1_inpainting",
+    "instruct_pix2pix": "instruct_pix2pix",
+    "sd2_768_v": "sd_v2",
+    "sd2_base": "sd_v2",
+    "sdxl": "sdxl_base",
+}
+
 GOLDEN: Path = _SHARED if _SHARED.is_dir() else _TESTS / "golden"
 
 

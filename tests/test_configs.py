@@ -16,6 +16,7 @@ from ldm.release.families import FAMILIES
 from ldm.release.initialisation import without_initialisation
 from ldm.release.recognition import recognise
 from ldm.util import UserError, check_params, get_obj_from_str, instantiate_from_config
+from tests.golden_data import RELEASED
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -30,15 +31,6 @@ REFUSED = {
     (streamed, resident): "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers"
     for streamed in ("minimal.yaml", "smallest.yaml")
     for resident in ("fast.yaml", "lean.yaml")
-}
-# Lists of released keys, by family.
-RELEASED = {
-    "sd1": "sd_v1",
-    "sd1_inpainting": "sd_v1_inpainting",
-    "instruct_pix2pix": "instruct_pix2pix",
-    "sd2_768_v": "sd_v2",
-    "sd2_base": "sd_v2",
-    "sdxl": "sdxl_base",
 }
 # Families without a list: the one that theirs differs from in the first convolution, and a depth network's keys.
 SIBLINGS = {"sd2_inpainting": "sd_v2", "sd2_depth": "sd_v2", "sdxl_inpainting": "sdxl_base"}

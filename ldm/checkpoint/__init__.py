@@ -6,7 +6,7 @@ from ldm.checkpoint.keys import OPTIONAL_KEYS, SCHEDULE_KEYS, ema_key, is_option
 from ldm.checkpoint.loading import LoadReport, load_file_into, load_into
 from ldm.checkpoint.mapped import in_memory
 from ldm.checkpoint.reading import OpenCheckpoint, load_checkpoint, load_state_dict, open_checkpoint, weights_of
-from ldm.checkpoint.writing import Pending, cast, check_suffix, save_checkpoint, save_state_dict
+from ldm.checkpoint.writing import Pending, cast, check_suffix, computed, save_checkpoint, save_state_dict
 
 __all__ = [
     "OPTIONAL_KEYS",
@@ -17,6 +17,7 @@ __all__ = [
     "Pending",
     "cast",
     "check_suffix",
+    "computed",
     "converted",
     "ema_key",
     "encoder_digests",

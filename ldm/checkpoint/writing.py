@@ -41,6 +41,11 @@ class Pending:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def computed(value: torch.Tensor | Pending) -> torch.Tensor:
+    """Return the tensor of a `Pending`, or a tensor as `in_memory` does."""
+    return value.compute() if isinstance(value, Pending) else in_memory(value)
+
+
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Pending:
     """Return `tensor` if it has `dtype`, else a `Pending` that converts it when it is written."""
     if tensor.dtype == dtype:

@@ -6,7 +6,6 @@ the other sets.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ldm.evaluation.report import FORMAT_VERSION, Row, aligned
+from ldm.evaluation.report import FORMAT_VERSION, Row, aligned, summary_as_dict, write_content
 from ldm.files import atomic_write
 
 
@@ -42,6 +41,10 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
+def _on_front(swept: Sequence[AtStrength], subjects: Sequence[str]) -> list[bool]:
+    return front_of([at.point(subjects) for at in swept])
+
+
 def format_strengths(swept: Sequence[AtStrength], subjects: Sequence[str]) -> str:
     """Return an aligned text table with one line per strength. A star marks the Pareto front."""
     names = [row.name for row in swept[0].rows]
@@ -53,7 +56,7 @@ def format_strengths(swept: Sequence[AtStrength], subjects: Sequence[str]) -> st
             *(f"{row.overall.drift.value:.4g}" for row in at.rows),
             "*" if best else "",
         ]
-        for at, best in zip(swept, front_of([at.point(subjects) for at in swept]), strict=True)
+        for at, best in zip(swept, _on_front(swept, subjects), strict=True)
     ]
     return aligned([head, *lines])
 
@@ -68,16 +71,12 @@ def write_strengths(swept: Sequence[AtStrength], subjects: Sequence[str], about:
             {
                 "strength": at.strength,
                 "front": best,
-                "sets": {
-                    row.name: {name: interval._asdict() for name, interval in row.overall._asdict().items()}
-                    for row in at.rows
-                },
+                "sets": {row.name: summary_as_dict(row.overall) for row in at.rows},
             }
-            for at, best in zip(swept, front_of([at.point(subjects) for at in swept]), strict=True)
+            for at, best in zip(swept, _on_front(swept, subjects), strict=True)
         ],
     }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_content(content, path)
 
 
 def draw_strengths(swept: Sequence[AtStrength], subjects: Sequence[str], title: str, path: Path) -> None:

@@ -83,6 +83,11 @@ def write_json(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> Non
         },
         "sets": {row.name: _set(row) for row in rows},
     }
+    write_content(content, path)
+
+
+def write_content(content: Mapping[str, Any], path: Path) -> None:
+    """Write `content` to `path` as JSON, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -93,13 +98,16 @@ def _set(row: Row) -> dict[str, Any]:
         "shards": [str(path) for path in image_set.dataset.paths],
         "images": len(image_set),
         "keys": image_set.keys,
-        "overall": _summary(row.overall),
-        "timesteps": [{"t": t, **_summary(at)} for t, at in zip(row.result.timesteps, row.at_timesteps, strict=True)],
+        "overall": summary_as_dict(row.overall),
+        "timesteps": [
+            {"t": t, **summary_as_dict(at)} for t, at in zip(row.result.timesteps, row.at_timesteps, strict=True)
+        ],
         "samples": _samples(row),
     }
 
 
-def _summary(summary: Summary) -> dict[str, dict[str, float | None]]:
+def summary_as_dict(summary: Summary) -> dict[str, dict[str, float | None]]:
+    """Return the statistics by name, each as value, low and high."""
     return {name: interval._asdict() for name, interval in summary._asdict().items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import Pending, in_memory, is_optional, save_state_dict
+from ldm.checkpoint import Pending, computed, is_optional, save_state_dict
 from ldm.checkpoint.diffusers_files import CONFIG, read_json
 from ldm.checkpoint.diffusers_folder import INDEX, PARTS, SCHEDULER, DiffusersFolder
 from ldm.checkpoint.diffusers_names import (
@@ -138,7 +138,7 @@ def _piece(value: Value, origin: Origin, number: int, shape: tuple[int, ...]) ->
         return value
 
     def compute() -> torch.Tensor:
-        whole = value.compute() if isinstance(value, Pending) else in_memory(value)
+        whole = computed(value)
         if origin.is_transposed:
             return whole.T
         rows = len(whole) // len(origin.places)

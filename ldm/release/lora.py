@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import (
     Pending,
+    computed,
     converted,
     ema_key,
-    in_memory,
     is_finite,
     open_checkpoint,
 )
@@ -151,7 +151,7 @@ def with_loras(
 
 def _pending(key: str, weight: Tensor | Pending, changes: Sequence[Change], dtype: torch.dtype) -> Pending:
     def compute() -> Tensor:
-        return _sum(key, weight.compute() if isinstance(weight, Pending) else in_memory(weight), changes, dtype)
+        return _sum(key, computed(weight), changes, dtype)
 
     return Pending(tuple(weight.shape), dtype, compute)
 

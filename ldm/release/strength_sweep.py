@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint import SCHEDULE_KEYS, Pending, encoder_digests, in_memory
+from ldm.checkpoint import SCHEDULE_KEYS, computed, encoder_digests
 from ldm.checkpoint.keys import EMA, has_part
 from ldm.evaluation.front import AtStrength
 from ldm.evaluation.releases import Settings, evaluate_base, evaluate_tuned
@@ -58,7 +58,6 @@ def set_strength(model: LatentDiffusion, releases: Sequence[Release], strength: 
     mixed = mix(releases, recipe)
     for key, own in model.state_dict().items():
         if key in mixed and key not in SCHEDULE_KEYS:
-            value = mixed[key]
-            own.copy_(value.compute() if isinstance(value, Pending) else in_memory(value))
+            own.copy_(computed(mixed[key]))
     if model.use_ema and not has_part(mixed, EMA):
         model.restart_ema()

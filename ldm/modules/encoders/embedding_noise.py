@@ -5,7 +5,6 @@ B: batch. E: features of the embedding. L: features of the level of noise.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ldm.modules.diffusionmodules.layers import timestep_embedding
 from ldm.modules.diffusionmodules.upscaling import LowScaleModel
+from ldm.modules.torch_file import read_torch_file
 from ldm.util import UserError
 
 
@@ -67,13 +67,14 @@ class CLIPEmbeddingNoiseAugmentation(LowScaleModel):
         return noised * self.data_std + self.data_mean, timestep_embedding(noise_level, self.timestep_dim)
 
 
+def _flat_pair(content: Any) -> tuple[Tensor, Tensor]:
+    mean, std = content
+    return mean.detach().float().flatten(), std.detach().float().flatten()
+
+
 def _read_stats(path: str) -> tuple[Tensor, Tensor]:
-    try:
-        mean, std = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = mean.detach().float().flatten(), std.detach().float().flatten()
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise UserError(f"clip_stats_path {path!r}: not a pair of tensors, mean and deviation ({reason})") from error
+    fault = f"clip_stats_path {path!r}: not a pair of tensors, mean and deviation"
+    mean, std = read_torch_file(path, _flat_pair, fault)
     if mean.shape != std.shape or not ((std > 0) & std.isfinite() & mean.isfinite()).all():
         raise UserError(
             f"clip_stats_path {path!r}: mean and deviation differ in shape, are not finite, or a deviation is not "

@@ -6,7 +6,6 @@ The network is a residual one (arXiv:1801.07698) with squeeze and excitation (ar
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from ldm.modules.encoders.clip_image import FrozenCLIPImageEmbedder
 from ldm.modules.encoders.cond_stages import AbstractEncoder
-from ldm.util import UserError
+from ldm.modules.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +117,7 @@ class IDFeatures(nn.Module):
 
 
 def _load(network: FaceNetwork, path: str) -> None:
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise UserError(f"model_path {path!r}: not the weights of IR-SE50 ({reason})") from error
+    read_torch_file(path, network.load_state_dict, f"model_path {path!r}: not the weights of IR-SE50")
 
 
 class FrozenFaceEncoder(AbstractEncoder):

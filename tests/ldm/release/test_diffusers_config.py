@@ -15,21 +15,13 @@ from ldm.release.diffusers_writing import shapes_by_part
 from ldm.release.families import FAMILIES
 from ldm.release.opening import open_release
 from tests.conftest import ROOT
+from tests.golden_data import RELEASED
 from tests.sparse_files import write_sparse
-
-LISTS = {
-    "sd1": "sd_v1",
-    "sd1_inpainting": "sd_v1_inpainting",
-    "instruct_pix2pix": "instruct_pix2pix",
-    "sd2_768_v": "sd_v2",
-    "sd2_base": "sd_v2",
-    "sdxl": "sdxl_base",
-}
 
 
 def write_sparse_folder(key: str, folder: Path) -> Path:
     """Write a folder of full size that takes no room on the disk."""
-    keys = json.loads((ROOT / f"tests/golden/{LISTS[key]}_keys.json").read_text())["keys"]
+    keys = json.loads((ROOT / f"tests/golden/{RELEASED[key]}_keys.json").read_text())["keys"]
     shapes = shapes_by_part({name: torch.empty(shape, device="meta") for name, (shape, _) in keys.items()})
     family = FAMILIES[key]
     configs = folder_configs(load_config([family.config]), shapes, family.parameterization, family.zero_snr)
@@ -42,7 +34,7 @@ def write_sparse_folder(key: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("key", LISTS)
+@pytest.mark.parametrize("key", RELEASED)
 def test_a_folder_of_every_family_is_recognised(key: str, tmp_path: Path) -> None:
     folder, family = write_sparse_folder(key, tmp_path), FAMILIES[key]
     name, config = release_config(folder)
@@ -57,7 +49,7 @@ def test_a_folder_of_every_family_is_recognised(key: str, tmp_path: Path) -> Non
 
 def test_folder_configs_are_those_that_people_know() -> None:
     def configs(key: str) -> dict:
-        keys = json.loads((ROOT / f"tests/golden/{LISTS[key]}_keys.json").read_text())["keys"]
+        keys = json.loads((ROOT / f"tests/golden/{RELEASED[key]}_keys.json").read_text())["keys"]
         shapes = shapes_by_part({name: torch.empty(shape, device="meta") for name, (shape, _) in keys.items()})
         return folder_configs(load_config([FAMILIES[key].config]), shapes, "v", True)
 
