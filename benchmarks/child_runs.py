@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
+# Variables that a run leaves in its process. The fork server has them if a run came before it.
+_OF_OTHER_RUNS = ("LDM_RUN_FOLDER", "PL_GLOBAL_SEED")
 _PRELOADED = (
     "main",
     "tensorboard.summary.writer.event_file_writer",
@@ -67,7 +69,8 @@ def _main(words: list[str], folder: Path, output: Path, losses: Path, environmen
             os.dup2(file.fileno(), stream.fileno())
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a process that a user starts
     os.chdir(folder)
-    os.environ.pop("PL_GLOBAL_SEED", None)
+    for name in _OF_OTHER_RUNS:
+        os.environ.pop(name, None)
     os.environ.update(environment)
     sys.argv = ["main.py", *words]
 
