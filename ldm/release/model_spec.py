@@ -18,6 +18,7 @@ from ldm.checkpoint.keys import CONDITIONER, UNET, has_part
 from ldm.checkpoint.markers import PREDICTION_TYPE, STATED
 from ldm.checkpoint.writing import HASH
 from ldm.release.families import Family
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
@@ -182,4 +183,8 @@ def _kohya_version(family: Family) -> str:
 def _now() -> str:
     """Return the time in UTC, or that of SOURCE_DATE_EPOCH, which makes files reproducible."""
     given = os.environ.get("SOURCE_DATE_EPOCH", "")
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(given) if given.isdigit() else None))
+    try:
+        moment = time.gmtime(int(given) if given else None)
+    except (ValueError, OverflowError, OSError) as error:
+        raise UserError(f"SOURCE_DATE_EPOCH={given:.40} in the environment: give seconds since 1970") from error
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from ldm.events import EVENTS, read_events
+from ldm.models.diffusion.stored_prompts import StoredPrompts
 from ldm.release.lora_file import read_lora
 from ldm.reporting.evaluations import NAME, read_evaluations
 from ldm.reporting.metrics import read_metrics
@@ -136,3 +137,28 @@ def load_lora(data: bytes) -> Any:
     if weights or down.ndim != 2 or up.ndim != 2 or alpha.numel() != 1:
         raise ValueError("not one plain layer")
     return [float(alpha) / len(down) * (up.float() @ down.float())]
+
+
+def make_prompts(rng: random.Random) -> bytes:
+    weights = {f"{number}.t5": torch.arange(6.0).reshape(2, 3) + number for number in range(2)}
+    about = {"texts": ["a cat", "é"], "release": "a.ckpt", "digests": {"text": "ab", "other": None}}
+    if rng.random() < 0.4:
+        weights[rng.choice((*weights, "0.pooled", "2.t5", "-1.t5", "x.t5", "t5"))] = rng.choice(_STRANGE_TENSORS)
+    if rng.random() < 0.4:
+        about = strike(rng, about, _STRANGE)
+    return safetensors.torch.save(weights, {"prompts": json.dumps(about)})
+
+
+def read_prompts(folder: Path, data: bytes) -> Any:
+    stored = StoredPrompts.load(write_file(folder, "prompts.safetensors", data))
+    return [stored.encodings, stored.release, stored.digests]
+
+
+def load_prompts(data: bytes) -> Any:
+    size = int.from_bytes(data[:8], "little")
+    about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["prompts"])
+    encodings: dict[str, dict[str, torch.Tensor]] = {text: {} for text in about["texts"]}
+    for key, part in safetensors.torch.load(data).items():
+        number, member = key.split(".")
+        encodings[about["texts"][int(number)]][member] = part
+    return [encodings, about["release"], about["digests"]]

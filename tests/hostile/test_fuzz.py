@@ -9,7 +9,7 @@ from ldm.util import UserError
 from tests.hostile import fuzz
 from tests.hostile.fuzz import LOADERS, Loader
 
-INPUTS = 2000
+INPUTS = 2100
 
 
 def test_fuzz_finds_nothing():
@@ -17,7 +17,7 @@ def test_fuzz_finds_nothing():
     assert not result.failures, "\n".join(result.failures)
     assert sum((result.taken + result.compared + result.refused).values()) == INPUTS
     for name in LOADERS:  # else a loader that refuses everything, or whose other reader does, would pass
-        assert result.compared[name] >= 5, name
+        assert result.compared[name] >= 3, name
         assert result.refused[name] >= 5 or name == "kept table", name  # a damaged one is made again
 
 

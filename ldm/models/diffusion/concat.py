@@ -5,6 +5,7 @@ B: batch. H, W: height and width of an image. C, h, w: channels, height and widt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
+
+log = logging.getLogger(__name__)
 
 _DEPTH_SIDE, _DEPTH_MULTIPLE = 384, 32  # of the image that the depth network sees, in pixels
 
@@ -89,6 +92,12 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         if masked_image_key not in self.concat_keys:
             raise UserError(
                 f"masked_image_key {masked_image_key!r} is not one of concat_keys: {', '.join(self.concat_keys)}"
+            )
+        if masked_image_key != self.concat_keys[-1]:
+            log.warning(
+                "concat_keys %s: released inpainting models take the mask first, then %s; their weights fit only that",
+                ", ".join(self.concat_keys),
+                masked_image_key,
             )
 
     def check_batch_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -71,11 +71,12 @@ class StoredPrompts:
         opened = open_checkpoint(path)
         try:
             about: dict[str, Any] = json.loads(opened.metadata[_ABOUT])
+            texts = {str(number): text for number, text in enumerate(about["texts"])}
             encodings: dict[str, dict[str, Tensor]] = {text: {} for text in about["texts"]}
             for key, part in weights_of(opened.content, path).items():
                 number, _, member = key.partition(".")
-                encodings[about["texts"][int(number)]][member] = part.clone()
-            stored = cls(encodings, about["release"], dict(about["digests"]))
+                encodings[texts[number]][member] = part.clone()
+            stored = cls(encodings, about["release"], {**about["digests"]})
             stored._check()
             return stored
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError) as error:

@@ -17,6 +17,7 @@ from ldm.release.families import FAMILIES
 from ldm.release.merge import merge_files
 from ldm.release.mixture import Recipe, mix_files
 from ldm.release.model_spec import SETTINGS, architecture, described, training_settings
+from ldm.util import UserError
 
 KEY = f"{UNET}out.2.weight"
 TRAINING = {
@@ -50,6 +51,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     trainer = {"lightning": {"trainer": {"precision": "bf16", "max_steps": 100, "default_root_dir": str(folder)}}}
     (run / "configs" / "2026-lightning.yaml").write_text(json.dumps(trainer))
     return folder
+
+
+@pytest.mark.parametrize("seconds", ["9" * 30, "yesterday", "1.5"])
+def test_a_date_that_is_none_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)
+    training = folder / "logs/run/checkpoints/last.ckpt"
+    with pytest.raises(UserError, match=f"SOURCE_DATE_EPOCH={seconds} in the environment: give seconds since 1970$"):
+        merge_files(training, folder / "base.safetensors", folder / "cats.safetensors", None, False)
+    assert not (folder / "cats.safetensors").exists()
 
 
 def test_merged_files_follow_the_specification(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

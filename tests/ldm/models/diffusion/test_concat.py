@@ -41,6 +41,16 @@ def test_inpainting_without_its_masked_image() -> None:
         build_v2("inpaint_input", masked_image_key="hole")
 
 
+def test_another_order_of_the_inputs_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    build_v2("inpaint_input")
+    assert not caplog.messages
+    build_v2("inpaint_input", concat_keys=["masked_image", "mask"])
+    assert caplog.messages == [
+        "concat_keys masked_image, mask: released inpainting models take the mask first, then masked_image; "
+        "their weights fit only that"
+    ]
+
+
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_finetune_keys_start_new_channels_at_zero(use_ema: bool, tmp_path: Path) -> None:
     """The weights of a model of 4 channels go into one of 9, whose prediction is then the same."""
