@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.inputs import add_input_options, check_input_options, read_inputs
+from ldm.cli.input_options import add_input_options, check_input_options, read_inputs
 from ldm.cli.options import (
     SETTINGS,
     add_image_options,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli.inputs import InputFiles, add_input_options, check_input_options, read_inputs
+from ldm.cli.input_options import InputFiles, add_input_options, check_input_options, read_inputs
 from ldm.util import UserError
 
 
