@@ -44,7 +44,7 @@ class Samples(NamedTuple):
 class SampleDistances(NamedTuple):
     """Distances of `ldm.images.grid.image_distances`, one per sampled caption.
 
-    "image" is the image of the set that belongs to the caption, as the base's autoencoder decodes it.
+    "image" is the distance to the set's image of that caption, as the base's autoencoder decodes it.
     """
 
     base_to_tuned: list[float]

@@ -32,7 +32,7 @@ class DecodeLock:
             self._descriptor = None
 
     def take(self) -> None:
-        """Wait for the lock, unless this object holds it."""
+        """Wait for the lock. Return at once if this object holds it."""
         if self._descriptor is not None:
             return
         with suppress(OSError):

@@ -35,8 +35,11 @@ def warn_if_too_large(
 ) -> None:
     """Warn if a training step of `config` does not fit the free memory of a CUDA device, and name a setting that does.
 
-    The forecast assumes one device with all weights, so there is no warning if they are partitioned. `begun` is the
-    process of `begin_forecast`. The forecast is added to `events`.
+    The forecast assumes one device with all weights. With partitioned weights, nothing is checked.
+
+    Args:
+        begun: process that `begin_forecast` started.
+        events: record of the run that gets the forecast.
     """
     if strategy.root_device.type != "cuda" or isinstance(strategy, ShardedStrategy) or not is_first_process():
         return

@@ -78,7 +78,7 @@ def _tower(stage: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def check_settings(folder: DiffusersFolder, config: DictConfig) -> None:
-    """Raise `UserError` if a config of `folder` tells a network other than the one of `config`."""
+    """Raise `UserError` if a config in `folder` describes another network than `config`."""
     settings = settings_of(config)
     for part, expected in settings.items():
         stated = folder.configs.get(part)
