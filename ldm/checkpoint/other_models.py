@@ -45,7 +45,7 @@ def other_architecture(keys: Collection[str]) -> str | None:
 
 
 def other_model(keys: Collection[str]) -> str | None:
-    """Return what a file without a UNet is by its `keys`, and what to do, or None if it is unknown."""
+    """Return a phrase that names the kind of a file without a UNet, and the remedy. None if its `keys` are unknown."""
     return _found(keys, _PATTERNS)
 
 

@@ -162,9 +162,10 @@ def _differ(key: str, trained: torch.Tensor, released: torch.Tensor) -> bool:
 
 
 def _starts(released: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Yield `released` in the `dtype` of a training, and then as a tier of a narrower type has rounded it.
+    """Yield the values that an untrained weight of a training in `dtype` can have.
 
-    A training in float32 that continues one in bfloat16 has rounded weights, also where nothing is trained.
+    These are `released` in that dtype, and `released` rounded to a narrower dtype. A training in float32 has the
+    latter if it continues one in bfloat16.
     """
     yield converted(released, dtype)
     if dtype in (torch.float32, torch.float64) and released.is_floating_point():
