@@ -2,12 +2,13 @@
 
 import signal
 import sys
+import threading
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint import encoder_digests, save_state_dict
+from ldm.checkpoint import PickledCheckpoint, encoder_digests, save_state_dict
 from ldm.config.load import build_model
 from ldm.release.hack import hack_training
 from ldm.util import UserError
@@ -50,6 +51,33 @@ def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, l
     for stop in (*stops[1:], 0):
         assert train(f"--resume {resumed} {sending(stop, signal.SIGINT)}") == 0
     assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
+def test_checkpoints_written_in_the_background_resume_exactly(train, tmp_path, monkeypatch):
+    """One is written while the next steps change the weights; the run continues from it after it has lost the last."""
+    steps, copied, write = [], PickledCheckpoint.copied, PickledCheckpoint.write
+
+    def note_copy(self):
+        steps.append("copied")
+        return copied(self)
+
+    def write_late(self, path):
+        if threading.current_thread() is not threading.main_thread():
+            steps.append("written beside training")
+        write(self, path)
+
+    monkeypatch.setattr(PickledCheckpoint, "copied", note_copy)
+    monkeypatch.setattr(PickledCheckpoint, "write", write_late)
+    keep = "lightning.modelcheckpoint.params.every_n_train_steps=2 lightning.modelcheckpoint.params.save_last_k=3"
+    train(f"-l straight --max_steps 7 {keep} lightning.modelcheckpoint.params.in_background=false")
+    assert not steps
+    train(f"-l resumed --max_steps 7 {keep}")
+    assert sorted(steps) == ["copied"] * 3 + ["written beside training"] * 3
+    resumed = the_run(tmp_path / "resumed") / "checkpoints"
+    (resumed / "step=000000004.ckpt").replace(resumed / "last.ckpt")
+    assert state(resumed / "last.ckpt")["global_step"] == 4
+    train(f"--resume {resumed.parent} --max_steps 7")
+    assert_same_training(the_run(tmp_path / "straight"), resumed.parent)
 
 
 def test_a_fresh_run_resumes_with_shards_of_another_encoder(train, tmp_path, caplog):

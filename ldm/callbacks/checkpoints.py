@@ -13,11 +13,13 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
+from ldm.callbacks.background_writer import BackgroundWriter
 from ldm.callbacks.faults import NumericalFault
-from ldm.callbacks.saving import WritingTime, keep_numbered, try_save
+from ldm.callbacks.saving import WritingTime, keep_numbered, mark_newest, try_save, warn_not_saved
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
+from ldm.checkpoint import PickledCheckpoint
 from ldm.distributed.collectives import FailedTogether
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_choice, check_number
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ class LastCheckpoint(Checkpoint):
     `NumericalFault` and an error that only one of several processes has. Training continues when the disk is full,
     except at its end or after a signal to stop.
 
+    A single process writes the checkpoints at intervals in a thread, from a copy. Training waits for the others.
+
     Args:
         path: path of `last.ckpt`.
         requests: requests that signals have made.
@@ -42,6 +46,7 @@ class LastCheckpoint(Checkpoint):
             checkpoint.
         save_last_k: number of the newest checkpoints that are also kept as `step=<step>.ckpt`.
         periodic: write at intervals and at the end. If False, only signals save.
+        in_background: continue training while a checkpoint is written, if host memory has room for a copy.
 
     Raises:
         UserError: a value is not a number, or too small.
@@ -55,18 +60,22 @@ class LastCheckpoint(Checkpoint):
         train_time_interval: float | None = None,
         save_last_k: int = 0,
         periodic: bool = True,
+        in_background: bool = True,
     ) -> None:
         where = "lightning.modelcheckpoint.params"
         check_number(f"{where}.every_n_train_steps", every_n_train_steps, least=1, optional=True)
         interval = f"{where}.train_time_interval"
         check_number(interval, train_time_interval, least=0, most=10**7, whole=False, optional=True, unit="minutes")
         check_number(f"{where}.save_last_k", save_last_k, least=0)
+        check_choice(f"{where}.in_background", in_background, (True, False))
         self.path = path
         self.requests = requests
         self.every_n_train_steps = every_n_train_steps
         self.minutes = train_time_interval
         self.save_last_k = save_last_k
         self.periodic = periodic
+        self.in_background = in_background
+        self._background = BackgroundWriter()
         self._step = 0
         self._saved_step: int | None = None
         self._progress: dict[str, Any] = {}  # entries of the checkpoint that change between steps
@@ -95,6 +104,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._step:
             return  # gradients are still accumulating, and a checkpoint cannot hold them
         self._step = trainer.global_step
+        if not self._background.is_busy:
+            self._finish_writing()
         self._progress = {"epoch": trainer.current_epoch, "loops": {"fit_loop": trainer.fit_loop.state_dict()}}
         self._progress = copy.deepcopy(self._progress)
         asked, timely, self._stopping = self._agreed(trainer)
@@ -119,11 +130,14 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.requests.training = False
+        self._finish_writing()
         self._stopping = self._agree(trainer, self.requests.stop is not None)
         self._stop_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.requests.training = False
+        if not isinstance(exception, SystemExit):  # a second signal, to quit at once
+            self._finish_writing()
         if isinstance(exception, NumericalFault):
             return
         # Processes can only save together. Without a step since the start, there is nothing new.
@@ -172,9 +186,12 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, announce: bool, needed: bool = False) -> None:
         if trainer.fast_dev_run:
             return
+        self._finish_writing()
         if self._saved_step != trainer.global_step:
             began = time.monotonic()
-            written = try_save(trainer, lambda: self._write(trainer), needed=needed)
+            in_background = self.in_background and trainer.world_size == 1 and not (announce or needed)
+            write = self._start_writing if in_background else self._write
+            written = try_save(trainer, lambda: write(trainer), needed=needed)
             self._last_tried = time.monotonic()
             self.writing.add(since=began)
             if not written:
@@ -187,6 +204,27 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
         if self.save_last_k and trainer.is_global_zero:
             keep_numbered(self.path, trainer.global_step, self.save_last_k)
+
+    def _start_writing(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+
+        def write(checkpoint: PickledCheckpoint) -> None:
+            checkpoint.write(self.path)
+            mark_newest(self.path)
+            if self.save_last_k:
+                keep_numbered(self.path, step, self.save_last_k)
+
+        trainer.save_checkpoint(self.path, storage_options=lambda checkpoint: self._background.start(checkpoint, write))
+
+    def _finish_writing(self) -> None:
+        """Wait for the checkpoint that is being written; warn if the disk was full."""
+        began = time.monotonic()
+        try:
+            self._background.finish()
+        except OSError as error:
+            warn_not_saved(self._saved_step, error)
+            self._saved_step = None
+        self.writing.add(since=began)
 
     def _stop_if_asked(self) -> None:
         if self._stopping:

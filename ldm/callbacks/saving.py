@@ -68,11 +68,15 @@ def try_save(trainer: Trainer, save: Callable[[], None], *, needed: bool = False
     if needed:
         raise failure or UserError("the first process could not write the last checkpoint")
     if failure:
-        log.warning(
-            "\nNo checkpoint at step %d: %s: %s; training continues; free disk space for the next checkpoint",
-            trainer.global_step, failure.filename, failure.strerror or failure,
-        )  # fmt: skip
+        warn_not_saved(trainer.global_step, failure)
     return False
+
+
+def warn_not_saved(step: int, failure: OSError) -> None:
+    log.warning(
+        "\nNo checkpoint at step %d: %s: %s; training continues; free disk space for the next checkpoint",
+        step, failure.filename, failure.strerror or failure,
+    )  # fmt: skip
 
 
 def mark_newest(path: Path) -> None:

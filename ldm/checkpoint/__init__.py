@@ -6,7 +6,15 @@ from ldm.checkpoint.keys import OPTIONAL_KEYS, SCHEDULE_KEYS, ema_key, is_option
 from ldm.checkpoint.loading import LoadReport, load_file_into, load_into
 from ldm.checkpoint.mapped import in_memory
 from ldm.checkpoint.reading import OpenCheckpoint, load_checkpoint, load_state_dict, open_checkpoint, weights_of
-from ldm.checkpoint.writing import Pending, cast, check_suffix, computed, save_checkpoint, save_state_dict
+from ldm.checkpoint.writing import (
+    Pending,
+    PickledCheckpoint,
+    cast,
+    check_suffix,
+    computed,
+    save_checkpoint,
+    save_state_dict,
+)
 
 __all__ = [
     "OPTIONAL_KEYS",
@@ -15,6 +23,7 @@ __all__ = [
     "LoadReport",
     "OpenCheckpoint",
     "Pending",
+    "PickledCheckpoint",
     "cast",
     "check_suffix",
     "computed",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import mmap
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,16 +61,64 @@ def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     The archive has only the records `data.pkl`, `data/N` and `version`, as web UIs refuse other records. torch 1.13 and
     later can read it.
     """
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        pickled, tensors = _pickle(content)
-        archive = ZipWriter(file)
-        archive.add("data.pkl", pickled)
-        for key, tensor in enumerate(tensors):
-            archive.add(f"data/{key}", _bytes_of(tensor))
-        archive.add("version", b"3\n")
-        if sys.byteorder != "little":  # readers assume little-endian
-            archive.add("byteorder", sys.byteorder.encode())
-        archive.finish()
+    PickledCheckpoint.of(content).write(path)
+
+
+@dataclass(frozen=True, eq=False)
+class PickledCheckpoint:
+    """Content of a checkpoint that does not change any more, except for its tensors.
+
+    Args:
+        pickled: the content without its tensors' values, in the format of `torch.save`.
+        tensors: the tensors, in the order of their records.
+    """
+
+    pickled: bytes
+    tensors: Sequence[torch.Tensor | Pending]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> PickledCheckpoint:
+        buffer = io.BytesIO()
+        pickler = _Pickler(buffer)
+        pickler.dump(content)
+        return cls(buffer.getvalue(), pickler.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def copied(self) -> PickledCheckpoint:
+        """Return the same with a copy of each tensor in host memory, which later training steps do not change.
+
+        The copies lie in a memory map of their own, which the system takes back as soon as they are gone. An allocator
+        could keep their memory.
+        """
+        starts = list(itertools.accumulate((_aligned(tensor.nbytes) for tensor in self.tensors), initial=0))
+        memory = torch.frombuffer(mmap.mmap(-1, max(starts[-1], 1)), dtype=torch.uint8)
+        copies = []
+        for tensor, start in zip(self.tensors, starts, strict=False):
+            data = memory[start : start + tensor.nbytes]
+            copy = data.view(tensor.dtype).view(tuple(tensor.shape))
+            value = computed(tensor).detach()
+            if tensor.dtype in STORAGE_NAMES:
+                copy.copy_(value)
+            else:  # torch may be unable to copy such values
+                data.copy_(as_bytes(value))
+            copies.append(copy)
+        return PickledCheckpoint(self.pickled, copies)
+
+    def write(self, path: str | Path) -> None:
+        """Write the checkpoint to `path`, whole or not at all."""
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            archive = ZipWriter(file)
+            archive.add("data.pkl", self.pickled)
+            for key, tensor in enumerate(self.tensors):
+                archive.add(f"data/{key}", _bytes_of(tensor))
+            archive.add("version", b"3\n")
+            if sys.byteorder != "little":  # readers assume little-endian
+                archive.add("byteorder", sys.byteorder.encode())
+            archive.finish()
 
 
 def save_state_dict(
@@ -138,11 +188,8 @@ class _Pickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v3, args
 
 
-def _pickle(content: Any) -> tuple[bytes, list[torch.Tensor | Pending]]:
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
-    pickler.dump(content)
-    return buffer.getvalue(), pickler.tensors
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
 
 
 def _write_safetensors(

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 _ALIGNMENT = 64  # bytes, as torch.save aligns storages
 _WIDE = 0xFFFFFFFF  # marks a 32-bit field whose value is in the ZIP64 extra field
 _MANY = 0xFFFF  # the same mark for the number of records
+_LARGE = 1 << 20  # bytes from which a record's checksum is computed while its bytes are written
+_CHECKSUM = 14  # bytes before the checksum in a record's header
 _DATE = 0x21  # 1 January 1980, so that equal content gives equal files
 _UTF8 = 0x800  # flag: names are UTF-8
 
@@ -41,11 +44,25 @@ class ZipWriter:
         self.file = file
         self.root = root
         self._records: list[_Record] = []
+        self._summing = ThreadPoolExecutor(1)
 
     def add(self, name: str, data: bytes | memoryview) -> None:
         """Write the record `name`, with its bytes at a multiple of 64."""
+        if len(data) < _LARGE:
+            self._add(name, data, zlib.crc32(data))
+            return
+        checksum = self._summing.submit(zlib.crc32, data)  # it and `write` release the interpreter's lock
+        start = self.file.tell()
+        self._add(name, data, 0)
+        self._records[-1] = replace(self._records[-1], crc=checksum.result())
+        end = self.file.tell()
+        self.file.seek(start + _CHECKSUM)
+        self.file.write(struct.pack("<I", checksum.result()))
+        self.file.seek(end)
+
+    def _add(self, name: str, data: bytes | memoryview, crc: int) -> None:
         encoded = f"{self.root}/{name}".encode()
-        record = _Record(encoded, zlib.crc32(data), len(data), self.file.tell())
+        record = _Record(encoded, crc, len(data), self.file.tell())
         extra = struct.pack("<HHQQ", 1, 16, len(data), len(data)) if len(data) >= _WIDE else b""
         padding = -(record.offset + 30 + len(encoded) + len(extra) + 4) % _ALIGNMENT
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -56,6 +73,7 @@ class ZipWriter:
 
     def finish(self) -> None:
         """Write the directory of the records. No record can be added afterwards."""
+        self._summing.shutdown()
         start = self.file.tell()
         for record in self._records:
             wide = [value for value in (record.size, record.size, record.offset) if value >= _WIDE]

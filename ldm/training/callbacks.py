@@ -53,8 +53,8 @@ _TRAINSTEPS_PARAMS = {
     "save_weights_only": True,
 }
 # Parameters of modelcheckpoint that apply to last.ckpt, and those that do not apply to the kept checkpoints.
-_LAST_PARAMS = ("every_n_train_steps", "train_time_interval", "save_last_k")
-_NOT_FOR_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k")
+_LAST_PARAMS = ("every_n_train_steps", "train_time_interval", "save_last_k", "in_background")
+_NOT_FOR_KEPT = ("save_last", "dirpath", "train_time_interval", "save_last_k", "in_background")
 
 
 def build_callbacks(config: DictConfig, run: Run, requests: SignalRequests, seed: int) -> list[Callback]:

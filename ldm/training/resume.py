@@ -14,7 +14,14 @@ from pytorch_lightning import LightningModule, seed_everything
 
 from ldm.callbacks.rng import StepSeeds
 from ldm.callbacks.saving import mark_newest
-from ldm.checkpoint import OpenCheckpoint, load_checkpoint, load_into, open_checkpoint, save_checkpoint
+from ldm.checkpoint import (
+    OpenCheckpoint,
+    PickledCheckpoint,
+    load_checkpoint,
+    load_into,
+    open_checkpoint,
+    save_checkpoint,
+)
 from ldm.checkpoint.keys import EMA, PREDICTION, has_part
 from ldm.config.load import build_model
 from ldm.files import check_within
@@ -45,6 +52,8 @@ class TrainingCheckpoint:
 class AtomicCheckpointIO(CheckpointIO):
     """Checkpoint plugin that writes files whole or not at all, and executes no code when it reads one.
 
+    `save_checkpoint` with `storage_options`, a function, gives it the checkpoint to write instead.
+
     Args:
         folder: run folder. The plugin writes and removes nothing outside, even if a callback or its state asks for it.
         preloaded: checkpoint that was read before. It is returned for the first request of its path.
@@ -56,6 +65,9 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         check_within(self._folder, Path(path).parent, "checkpoint in")
+        if storage_options is not None:
+            storage_options(PickledCheckpoint.of(checkpoint))
+            return
         save_checkpoint(checkpoint, path)
         mark_newest(Path(path))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +16,12 @@ import pytest
 import torch
 
 from ldm.callbacks.checkpoints import LastCheckpoint
+from ldm.callbacks.faults import NumericalFault
 from ldm.callbacks.kept import KeptCheckpoints
 from ldm.callbacks.saving import keep_numbered, try_save
-from ldm.callbacks.signals import SignalRequests
+from ldm.callbacks.signals import SignalRequests, TrainingStopped
 from ldm.util import UserError
+from tests.waiting import LIMIT
 
 
 class Run:
@@ -51,13 +56,17 @@ class Run:
             callback.on_train_batch_end(trainer, None, None, None, 0)
         return self.saved
 
-    def save(self, path: Path, weights_only: bool) -> None:
+    def save(self, path: Path, weights_only: bool = False, storage_options: Callable[..., None] | None = None) -> None:
         self.now += self.seconds_to_write
-        if self.trainer.global_step in self.full:
+        write = functools.partial(self.write, self.trainer.global_step)
+        write(path) if storage_options is None else storage_options(SimpleNamespace(nbytes=8, write=write))
+
+    def write(self, step: int, path: Path) -> None:
+        if step in self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        self.saved.append(self.trainer.global_step)
+        self.saved.append(step)
         path.unlink(missing_ok=True)  # a new file, as a renamed one is
-        path.write_text(str(self.trainer.global_step))
+        path.write_text(str(step))
         os.utime(path, (self.now, self.now))
 
 
@@ -65,6 +74,7 @@ class Run:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     run = Run(tmp_path, monkeypatch)
     monkeypatch.setattr(SignalRequests, "install", lambda self: None)
+    monkeypatch.setattr("ldm.callbacks.background_writer.available_memory", lambda: 0)  # so that training waits
     return run
 
 
@@ -157,6 +167,60 @@ def test_all_processes_know_that_one_could_not_write(caplog) -> None:
         try_save(trainer, lambda: None, needed=True)
 
 
+@pytest.fixture
+def writer(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Return a run that has memory for copies, and a fake copy."""
+    monkeypatch.setattr("ldm.callbacks.background_writer.available_memory", lambda: 1 << 40)
+    save = run.save
+
+    def save_copied(path: Path, storage_options: Callable[..., None] | None = None, **_: object) -> None:
+        def give(checkpoint: SimpleNamespace) -> None:
+            checkpoint.copied = lambda: checkpoint
+            storage_options(checkpoint)
+
+        save(path, storage_options=give if storage_options else None)
+
+    run.save = save_copied
+    return run
+
+
+def test_a_disk_that_is_full_in_the_background_is_told_later(writer: Run, caplog) -> None:
+    writer.full = {2, 4, 8}
+    assert writer(every_n_train_steps=2) == [6, 10, 12]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [text.partition(": ")[0].split()[-1] for text in said] == ["2", "4", "8"]
+    assert f"{writer.path}: No space left on device; training continues" in said[0]
+
+
+def test_a_stop_at_a_step_that_is_being_written_waits_for_it(writer: Run) -> None:
+    writer.full = {12}
+    writer(every_n_train_steps=2)
+    writer.full, writer.callback.requests.stop = set(), signal.SIGINT
+    writer.trainer.sanity_checking = False
+    with pytest.raises(TrainingStopped):  # the one of step 12 failed, so it is written again
+        writer.callback.on_validation_batch_end(writer.trainer)
+    assert writer.saved == [2, 4, 6, 8, 10, 12] and writer.path.read_text() == "12"
+
+
+def test_an_error_of_training_waits_for_the_checkpoint(writer: Run) -> None:
+    started, go_on, write = threading.Event(), threading.Event(), writer.write
+
+    def write_slowly(step: int, path: Path) -> None:
+        if step == 12:
+            started.set()
+            assert go_on.wait(LIMIT)
+        write(step, path)
+
+    writer.write = write_slowly
+    writer(every_n_train_steps=2)
+    assert started.wait(LIMIT) and writer.callback._background.is_busy and writer.path.read_text() == "10"
+    writer.callback.on_exception(writer.trainer, None, SystemExit(130))  # a second signal: quits at once
+    assert writer.callback._background.is_busy
+    threading.Timer(0.01, go_on.set).start()
+    writer.callback.on_exception(writer.trainer, None, NumericalFault("not finite"))
+    assert not writer.callback._background.is_busy and writer.path.read_text() == "12"
+
+
 def test_slow_writing_gives_one_warning(run: Run, caplog) -> None:
     run.seconds_to_write = 30
     run(every_n_train_steps=2)
@@ -190,6 +254,7 @@ def test_slow_writing_includes_the_best_checkpoints(run: Run, tmp_path: Path, mo
         ({"train_time_interval": "00:30"}, "train_time_interval '00:30': give a number of minutes"),
         ({"train_time_interval": -1}, "train_time_interval -1: give a number of minutes from 0 to 10000000"),
         ({"save_last_k": True}, "save_last_k True: give a whole number of at least 0"),
+        ({"in_background": "no"}, "in_background 'no' is unknown"),
     ],
 )
 def test_invalid_numbers_are_refused(params: dict, message: str) -> None:

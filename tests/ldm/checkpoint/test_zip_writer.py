@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_state_dict, save_checkpoint
-from ldm.checkpoint.writing import _pickle
+from ldm.checkpoint.writing import PickledCheckpoint
 from ldm.checkpoint.zip_writer import ZipWriter
 
 GIB = 1 << 30
@@ -81,7 +81,7 @@ def save_with_hole(tmp_path, monkeypatch):
     """Return a function that saves content with a hole before its last records: a large file that takes no room."""
 
     def save(content, hole, records=1):
-        _, saved = _pickle(content)
+        saved = PickledCheckpoint.of(content).tensors
         names = [f"data/{key}" for key in range(len(saved))][-records:]
         add = ZipWriter.add
 
@@ -123,13 +123,14 @@ def test_ZipWriter_writes_a_record_beyond_4_gib(tmp_path, monkeypatch):
         """A file that leaves a hole where only zeros are written."""
 
         def __init__(self, file):
-            self.file, self.tell = file, file.tell
+            self.file, self.tell, self.seek = file, file.tell, file.seek
 
         def write(self, data):
             self.file.seek(len(data), 1) if len(data) > GIB else self.file.write(data)
 
     path = tmp_path / "large.ckpt"
-    pickled, _ = _pickle({"w": torch.empty(GIB + 16, device="meta"), "v": torch.empty(2, device="meta")})
+    content = {"w": torch.empty(GIB + 16, device="meta"), "v": torch.empty(2, device="meta")}
+    pickled = PickledCheckpoint.of(content).pickled
     with (
         hole.open("rb") as zeros,
         path.open("wb") as file,

@@ -1,0 +1,81 @@
+"""Tests of a checkpoint that is written in a thread, from a copy."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.callbacks import background_writer
+from ldm.callbacks.background_writer import BackgroundWriter, available_memory
+from ldm.checkpoint import PickledCheckpoint, load_checkpoint
+from ldm.util import UserError
+from tests.waiting import LIMIT
+
+
+def test_the_file_holds_the_values_of_the_moment(tmp_path: Path) -> None:
+    weights = {"a": torch.arange(3.0), "b": torch.ones(2, 3, dtype=torch.bfloat16).T, "c": torch.tensor(7)}
+    state = {"step": 1, "state_dict": weights, "empty": torch.zeros(0, 3), "odd": torch.ones(3).to(torch.float8_e5m2)}
+    expected = {key: value.clone() for key, value in weights.items()}
+    writer, go_on = BackgroundWriter(), threading.Event()
+
+    def write(checkpoint: PickledCheckpoint) -> None:
+        assert go_on.wait(LIMIT)
+        checkpoint.write(tmp_path / "last.ckpt")
+
+    writer.start(PickledCheckpoint.of(state), write)
+    assert writer.is_busy and not (tmp_path / "last.ckpt").exists()
+    state["step"] = 2  # training goes on
+    for weight in weights.values():
+        weight.mul_(2)
+    go_on.set()
+    writer.finish()
+    loaded = load_checkpoint(tmp_path / "last.ckpt")
+    assert loaded["step"] == 1 and loaded["empty"].shape == (0, 3)
+    assert all(torch.equal(loaded["state_dict"][key], value) for key, value in expected.items())
+    assert torch.equal(loaded["odd"].float(), torch.ones(3))
+
+
+def test_an_error_of_the_thread_is_raised_when_it_is_waited_for() -> None:
+    def fail(checkpoint: PickledCheckpoint) -> None:
+        raise UserError("x.ckpt: was truncated")
+
+    writer = BackgroundWriter()
+    writer.start(PickledCheckpoint.of({}), fail)
+    with pytest.raises(UserError, match="was truncated"):
+        writer.finish()
+    writer.finish()  # and only once
+
+
+def test_without_memory_for_a_copy_the_caller_waits(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(background_writer, "available_memory", lambda: 10**9)
+    writer, written = BackgroundWriter(), []
+    for _ in range(2):
+        writer.start(PickledCheckpoint.of({"a": torch.empty(10**8, device="meta")}), written.append)
+    assert [checkpoint.tensors[0].device.type for checkpoint in written] == ["meta", "meta"], "no copy was made"
+    (said,) = caplog.messages
+    assert "a copy takes 0.4 GB of host memory, and 1.0 GB are available" in said
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8 << 20),
+        ({"memory.max": "max\n", "memory.current": "5\n", "memory.stat": "inactive_file 3\n"}, 8 << 20),
+        ({"memory.max": "9000\n", "memory.current": "5000\n", "memory.stat": "anon 1\ninactive_file 300\n"}, 4300),
+        ({"memory.max": "9000\n"}, 8 << 20),
+    ],
+    ids=["a machine", "a container without a limit", "a container", "another container"],
+)
+def test_available_memory(files: dict[str, str], expected: int, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:       16384 kB\nMemAvailable:    8192 kB\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(background_writer, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(background_writer, "_GROUP", tmp_path)
+    assert available_memory() == expected
+    monkeypatch.setattr(background_writer, "_MEMORY", tmp_path / "missing")
+    assert available_memory() is None
