@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -31,6 +32,10 @@ SLOW = (
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 
 
+def pytest_configure() -> None:
+    os.environ.pop("LDM_RUN_FOLDER", None)  # of a run that started these tests
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the `SLOW` files."""
     for item in items:
@@ -40,9 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_run_folder_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the environment variable with which a run of an earlier test passed its folder to its processes."""
-    monkeypatch.delenv("LDM_RUN_FOLDER", raising=False)
+def environment_of_its_own() -> Iterator[None]:
+    """Restore the environment variables after each test. A run, for example, leaves its folder in `LDM_RUN_FOLDER`."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
