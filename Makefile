@@ -19,11 +19,11 @@ demo: $(INSTALLED)
 
 # Prints the 15 slowest tests. One thread per worker: workers that each start a thread per core only slow each other down.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --durations=15
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations=15
 
 # Under 90 s on two idle cores.
 check: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) -m "not slow" --durations=15
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --durations=15
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -1,11 +1,10 @@
-"""Child processes that run `main.py` from a fork server with all modules imported.
+"""Child processes that run `main.py` from the fork server, and note their losses.
 
 Such a process starts within a second or two, so a benchmark can kill and restart many of them.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Mapping
@@ -13,24 +12,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
 
-ROOT = Path(__file__).resolve().parents[1]
-_CONTEXT = multiprocessing.get_context("forkserver")
-# Variables that a run leaves in its process. The fork server has them if a run came before it.
+from benchmarks import fork_server
+
+# Variables that a run leaves in its process.
 _OF_OTHER_RUNS = ("LDM_RUN_FOLDER", "PL_GLOBAL_SEED")
-_PRELOADED = (
-    "main",
-    "tensorboard.summary.writer.event_file_writer",
-    "pytorch_lightning.loggers",
-    "ldm.callbacks.image_logger",
-    "ldm.data.datamodule",
-    "ldm.models.autoencoder",
-    "ldm.models.diffusion.ddpm",
-    "ldm.modules.diffusionmodules.openaimodel",
-    "ldm.modules.encoders.modules",
-    "ldm.training.fit",
-    "ldm.training.trainer",
-    "torch.optim",
-)
 
 
 def start(
@@ -39,19 +24,10 @@ def start(
     """Start `python main.py` with the words of `line` in `folder`, on one thread.
 
     The process appends its messages to `output`, and each training loss to `losses` as soon as it is computed.
-    `read_losses` reads that file.
+    `read_losses` reads that file. Its environment is that of the caller, with `environment`.
     """
-    _CONTEXT.set_forkserver_preload(list(_PRELOADED))
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)  # import path of the fork server, which the first process starts
-    try:
-        process = _CONTEXT.Process(target=_main, args=(line.split(), folder, output, losses, dict(environment or {})))
-        process.start()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-    return process
+    given = {name: value for name, value in os.environ.items() if name not in _OF_OTHER_RUNS} | dict(environment or {})
+    return fork_server.start(_main, line.split(), losses, folder=folder, output=output, environment=given)
 
 
 def read_losses(path: Path) -> dict[tuple[int, int], set[str]]:
@@ -63,23 +39,11 @@ def read_losses(path: Path) -> dict[tuple[int, int], set[str]]:
     return losses
 
 
-def _main(words: list[str], folder: Path, output: Path, losses: Path, environment: Mapping[str, str]) -> None:
-    with output.open("ab") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a process that a user starts
-    os.chdir(folder)
-    for name in _OF_OTHER_RUNS:
-        os.environ.pop(name, None)
-    os.environ.update(environment)
-    sys.argv = ["main.py", *words]
-
-    import torch
-
+def _main(words: list[str], losses: Path) -> None:
     import main
     from ldm.cli.run import run
 
-    torch.set_num_threads(1)
+    sys.argv = ["main.py", *words]
     with losses.open("ab", buffering=0) as file:
         _note_losses(file)
         run(main.main)

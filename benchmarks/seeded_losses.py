@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from child_runs import read_losses, start  # noqa: E402
-
+from benchmarks.child_runs import read_losses, start  # noqa: E402
 from ldm.cli.run import call, run  # noqa: E402
 from ldm.util import UserError  # noqa: E402
 

@@ -10,7 +10,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ _CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values for which nothing is built; the model handles them.
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
-
 # Control characters, line ends and marks of text direction; and surrogates, which represent undecodable bytes of file
 # names and cannot be printed.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -66,6 +66,15 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return escaped(super().__str__())
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Add the file, key or option `where`, and a colon, to the start of each `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,19 +13,24 @@ import diffusers
 import pytest
 import torch
 
+from benchmarks.fork_server import start_script
 from ldm.checkpoint import load_checkpoint, load_state_dict
 from ldm.release.load import load_release
 from tests.conftest import RELEASE_CONFIG, ROOT
 from tests.golden_data import relative_error, seeded_tensor
-from tests.waiting import LIMIT, wait_for
+from tests.waiting import join, wait_for
 
 TRAIN = ("--base", "demo_tiny.yaml", "-t", "--no-test", "--gpus", "0,", "data.params.training_urls=shards/*.tar")
 QUIET = ("data.params.batch_size=4", "lightning.callbacks.image_logger.params.disabled=True")
 
 
 @pytest.fixture
-def work(tmp_path: Path, tiny_release: Path, command: Callable) -> Callable:
-    """Return a function that runs commands in a folder with the release at its default path and shards of the cats."""
+def work(request: pytest.FixtureRequest, tmp_path: Path, tiny_release: Path) -> Callable:
+    """Return a function that runs commands in a folder with the release at its default path and shards of the cats.
+
+    The parameter is the name of the fixture that runs a command.
+    """
+    command = request.getfixturevalue(request.param)
 
     def call(script: str, *arguments: object) -> str:
         done = command(script, *arguments)
@@ -88,6 +91,7 @@ def check_diffusers(merged: Path, folder: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("work", ["fresh_command"], indirect=True)  # every command once as a user runs it
 def test_recipe_from_a_config(work: Callable, tmp_path: Path) -> None:
     release = tmp_path / "models/ldm/stable-diffusion-v1/model.ckpt"
     work("tools/hack_weights.py", "--base", "demo_tiny.yaml", "--out", "start.ckpt")
@@ -102,15 +106,14 @@ def test_recipe_from_a_config(work: Callable, tmp_path: Path) -> None:
     assert (tmp_path / "images/00000.png").is_file()
 
 
+@pytest.mark.parametrize("work", ["command"], indirect=True)
 def test_recipe_with_an_aborted_run(work: Callable, tmp_path: Path) -> None:
     """Follow the steps of 2022: start, stop with Ctrl-C, hack the checkpoint, resume, merge, with default arguments."""
-    line = [sys.executable, str(ROOT / "main.py"), *TRAIN, *QUIET, "--max_steps", "100000"]
     log = tmp_path / "aborted.log"
-    with log.open("w") as output:
-        run = subprocess.Popen(line, cwd=tmp_path, stdout=output, stderr=output)
-        wait_for(lambda: "loss=" in log.read_text(), run)
-        os.kill(run.pid, signal.SIGINT)
-        run.wait(timeout=LIMIT)
+    run = start_script([str(ROOT / "main.py"), *TRAIN, *QUIET, "--max_steps", "100000"], tmp_path, log)
+    wait_for(lambda: "loss=" in log.read_text(), run)
+    os.kill(run.pid, signal.SIGINT)
+    join(run)
     [last] = tmp_path.glob("logs/*/checkpoints/last.ckpt")
     aborted = load_checkpoint(last)["global_step"]
     assert aborted > 0, log.read_text()[-2000:]

@@ -9,15 +9,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from benchmarks import fork_server
 from benchmarks.child_runs import read_losses, start
+from ldm.training.arguments import parse_arguments
+from ldm.training.run import plan_run
 from tests.conftest import ROOT
 from tests.training_runs import assert_same_training, logged, state, the_run, write_inputs
-from tests.waiting import LIMIT, join, wait_for
+from tests.waiting import join, wait_for
 
 OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
 LOSS_AWARE = "model.params.timestep_config.target=ldm.models.diffusion.timesteps.LossAware" + " ".join(
@@ -89,10 +93,22 @@ def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
 
 
+# (name of the run, processes, batch of each, batches per step)
+DISTRIBUTIONS = (("two", 2, 2, 1), ("two-by-two", 2, 1, 2), ("four", 1, 1, 4))
+
+
 @pytest.mark.parametrize(
-    "data", ["", PRIOR, "-b weights.yaml data.params.num_workers=1"], ids=["plain", "prior", "weights-worker"]
+    ("data", "distributions", "launcher"),
+    [
+        ("", DISTRIBUTIONS, "torchrun"),
+        (PRIOR, DISTRIBUTIONS[1:2], "srun"),
+        ("-b weights.yaml data.params.num_workers=1", DISTRIBUTIONS[1:2], "torchrun"),
+    ],
+    ids=["plain", "prior-srun", "weights-worker"],
 )
-def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, data: str) -> None:
+def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(
+    runs: Runs, data: str, distributions: tuple[tuple[str, int, int, int], ...], launcher: str
+) -> None:
     (runs.folder / "weights.yaml").write_text(
         "data: {params: {training_urls: [{urls: shards/s-000000.tar, weight: 2.5}, "
         "{urls: shards/s-000001.tar, weight: 1.5}]}}"  # 24 samples, so that no step of an epoch is smaller
@@ -100,8 +116,10 @@ def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, dat
     whole = runs("whole", f"data.params.batch_size=4 {data}")
     expected = runs.losses("whole")
     assert list(expected) == [0, 1, 2, 3, 4]
-    for name, ranks, batch, accumulate in (("two", 2, 2, 1), ("two-by-two", 2, 1, 2), ("four", 1, 1, 4)):
-        run = runs(name, f"data.params.batch_size={batch} --accumulate_grad_batches {accumulate} {data}", ranks)
+    for name, ranks, batch, accumulate in distributions:
+        words = f"data.params.batch_size={batch} --accumulate_grad_batches {accumulate} {data}"
+        run = runs(name, words, ranks, launcher)
+        assert len(list(run.glob("csv/*"))) == 1
         assert runs.losses(name) == pytest.approx(expected, rel=1e-5)
         if accumulate == 1:  # what is logged is the mean over the processes
             mean = {step: float(value) for step, value in logged(run, "train/loss").items()}
@@ -110,10 +128,10 @@ def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, dat
     assert logged(whole, "train/loss")
 
 
-@pytest.mark.parametrize("options", ["", LOSS_AWARE], ids=["plain", "loss-aware"])
-def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs, options: str) -> None:
-    straight = runs("straight", f"--max_steps 5 {options}", ranks=2)
-    stopped = runs("stopped", f"--max_steps 2 --accumulate_grad_batches 1 {options}", ranks=2)
+def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs) -> None:
+    """Resume a run that has state of its own in each process; the test of signals resumes a plain one."""
+    straight = runs("straight", f"--max_steps 5 {LOSS_AWARE}", ranks=2)
+    stopped = runs("stopped", f"--max_steps 2 --accumulate_grad_batches 1 {LOSS_AWARE}", ranks=2)
     assert sorted(path.name for path in stopped.iterdir()) == [
         "checkpoints",
         "configs",
@@ -126,22 +144,26 @@ def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs, optio
     assert_same_training(straight, stopped)
 
 
+def _note_folder(rank: int) -> None:
+    """Write the run folder to a file, after 1.2 s per rank, and wait for the other process, which rank 0 serves."""
+    time.sleep(1.2 * rank)
+    run = plan_run(parse_arguments(["-b", "tiny.yaml", "-t"]))
+    Path(f"{rank}.part").write_text(str(run.folder))
+    Path(f"{rank}.part").rename(f"{rank}.folder")
+    wait_for(Path(f"{1 - rank}.folder").exists)
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_processes_that_start_seconds_apart_share_one_run_folder(tmp_path: Path, launcher: str) -> None:
-    code = (
-        "import sys, time; from ldm.training.arguments import parse_arguments; from ldm.training.run import plan_run; "
-        "time.sleep(1.2 * int(sys.argv[1])); run = plan_run(parse_arguments(['-b', 'tiny.yaml', '-t'])); "
-        "print(run.folder, flush=True); sys.stdin.read()"  # the first serves the other
-    )
-    port, pipe = free_port(), subprocess.PIPE
+    port, log = free_port(), tmp_path / "log"
     processes = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **_environment(launcher, rank, "2", port)}
-        line = [sys.executable, "-c", code, rank]
-        processes.append(subprocess.Popen(line, cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe, text=True))
-    first, second = [process.stdout.readline() for process in processes]
-    for process in processes:
-        process.communicate(timeout=LIMIT)
+    for rank in (0, 1):
+        environment = os.environ | _environment(launcher, str(rank), "2", port)
+        processes.append(fork_server.start(_note_folder, rank, folder=tmp_path, output=log, environment=environment))
+    wait_for((tmp_path / "0.folder").exists, processes[0])
+    wait_for((tmp_path / "1.folder").exists, processes[1])
+    assert join(*processes) == [0, 0], log.read_text()
+    first, second = ((tmp_path / f"{rank}.folder").read_text() for rank in (0, 1))
     assert first.startswith("logs/") and second == first
 
 
@@ -157,6 +179,8 @@ def test_a_signal_to_one_process_stops_both_and_loses_nothing(runs: Runs, signum
     stopped = the_run(runs.folder / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
     assert step == max(runs.losses("stopped")) + 1, "the last step begun was finished and saved"
+    if signum == signal.SIGINT:  # the same checkpoint as the other signal's
+        return
     runs("stopped", f"--resume {stopped} --max_steps {step + 2}", ranks=2)
     straight = runs("straight", f"--max_steps {step + 2}", ranks=2)
     assert_same_training(straight, stopped)
@@ -195,13 +219,6 @@ def test_a_process_that_was_killed_ends_the_other_in_one_line(runs: Runs) -> Non
     assert re.fullmatch(
         r"error: another process of the training has ended or .*resume the last checkpoint with --resume", last
     )
-
-
-def test_processes_that_srun_started_train_together(runs: Runs) -> None:
-    run = runs("two", "data.params.batch_size=2", ranks=2, launcher="srun")
-    runs("whole", "data.params.batch_size=4")
-    assert runs.losses("two") == pytest.approx(runs.losses("whole"), rel=1e-5)
-    assert len(list(run.glob("csv/*"))) == 1
 
 
 def test_torchrun_starts_the_given_number_of_processes(runs: Runs) -> None:

@@ -34,7 +34,7 @@ from ldm.models.diffusion.stored_prompts import StoredPrompts
 from ldm.models.diffusion.text_to_image import Request, image_size, latent_shape, text_to_image
 from ldm.shards.open import check_encoders
 from ldm.shards.reader import ShardDataset
-from ldm.util import UserError
+from ldm.util import UserError, located
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +100,8 @@ class Previews(Callback):
         except UserError as error:
             raise UserError(f"{WHERE}: {error}; set {WHERE}=null") from error
         for number, prompt in enumerate(self.prompts, start=1):
-            try:
+            with located(f"{WHERE}: prompt {number}, {prompt.prompt!r:.60}"):
                 latent_shape(pl_module, prompt.height, prompt.width, ("height", "width"))
-            except UserError as error:
-                raise UserError(f"{WHERE}: prompt {number}, {prompt.prompt!r:.60}: {error}") from error
         check_within(trainer.default_root_dir, self._folder(trainer), "previews in")
 
     @staticmethod
@@ -158,10 +156,8 @@ class Previews(Callback):
                 check_encoders(dataset, stored.digests, stored.release, _ADVICE)
         parts = next(iter(stored.encodings.values()))
         shapes = {member: tuple(part.shape) for member, part in parts.items()}
-        try:
+        with located(f"{WHERE}: {stored.release}"):
             model.check_batch_shapes(shapes)
-        except UserError as error:
-            raise UserError(f"{WHERE}: {stored.release}: {error}") from error
         if not is_usable:
             stored.save(path)
             log.info("Previews: %d prompts encoded with %s, kept as %s", len(self.prompts), stored.release, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import read_lines
-from ldm.util import UserError, check_keys, check_number
+from ldm.util import UserError, check_keys, check_number, located
 
 # Options of a line, as in the sample prompts of other trainers.
 _OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "scale"}
@@ -98,10 +98,8 @@ def parse_prompt(entry: Any, where: str) -> PreviewPrompt:
         raise UserError(f"{where}: {entry!r:.100} is no prompt; give text or a mapping with prompt")
     if "prompt" not in given:
         raise UserError(f"{where}: has no prompt; give one, and options after it")
-    try:
+    with located(where):
         return PreviewPrompt(**given)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def _options_of(line: str, where: str) -> dict[str, Any]:

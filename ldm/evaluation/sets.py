@@ -15,7 +15,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CAPTION, LATENT
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, located
 
 _CAPTIONED = ("crossattn", "crossattn-adm", "hybrid", "hybrid-adm")  # kinds of conditioning with captions
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -105,11 +105,9 @@ def open_set(
         raise UserError(f"set {name!r}: {urls!r} names no shards; give a pattern such as shards/cats-*.tar")
     check_number("limit", limit, least=1, optional=True)
     first, *others = conditioning_members(model)
-    try:
+    with located(f"set {name!r}"):
         dataset = open_shards(urls, LATENT, first, others, verify=verify)
         shapes = {key: next(iter(found)) for key, found in dataset.shapes.items() if found and key != LATENT}
         for latent in dataset.shapes[LATENT]:
             model.check_batch_shapes({**shapes, model.first_stage_key: latent})
-    except UserError as error:
-        raise UserError(f"set {name!r}: {error}") from error
     return EvaluationSet(name, dataset, spread(len(dataset), limit))

@@ -31,7 +31,7 @@ from ldm.modules.encoders.tokenizer import write_vocabulary
 from ldm.release.diffusers_config import folder_configs, stated_prediction
 from ldm.release.opening import Release
 from ldm.release.recognition import find_family
-from ldm.util import UserError
+from ldm.util import UserError, located
 
 log = logging.getLogger(__name__)
 
@@ -169,10 +169,8 @@ def _configs(
             "name the config of the release with --config, or write a .safetensors file"
         )
     shapes = {part: {key: tuple(value.shape) for key, value in found.items()} for part, found in parts.items()}
-    try:
+    with located(str(release.path)):
         return folder_configs(chosen, shapes, *(predicts or told))
-    except UserError as error:
-        raise UserError(f"{release.path}: {error}") from error
 
 
 def _changed_configs(

@@ -37,7 +37,7 @@ from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
 from ldm.release.opening import Release, release_of, training_weights, warn_of_other_release, written_dtype
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
-from ldm.util import UserError
+from ldm.util import UserError, located
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def _merge_files(
     log_family(opened.shapes, release_path, opened.predicts or noted)
     if vae is not None:
         trained = {key: value for key, value in trained.items() if not key.startswith(FIRST_STAGE)}
-    try:
+    with located(f"{training_path} into {release_path}"):
         merged = merge(trained, opened.weights, weights=weights, half=half, strength=strength)
         log.info("\n".join(merged.summary()))
         if strength != 1:
@@ -269,8 +269,6 @@ def _merge_files(
             lora.path.stem for lora in loras
         )
         save_release(opened, state_dict, to, About(_prediction(opened, trained, noted), mixed, settings))
-    except UserError as error:
-        raise UserError(f"{training_path} into {release_path}: {error}") from error
 
 
 def _settings(training: Mapping[str, Any], path: Path) -> dict[str, Any]:

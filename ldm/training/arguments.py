@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ldm.config.command_line_values import parse_value
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError
+from ldm.util import UserError, located
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,5 @@ def _typed(flag: str, text: str) -> Any:
     """Return `text` parsed by `parse_value`, except that the text `None` is None."""
     if text == "None":
         return None
-    try:
+    with located(flag):
         return parse_value(text)
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from error

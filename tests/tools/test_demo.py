@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from ldm.checkpoint import load_state_dict
@@ -14,19 +14,27 @@ from ldm.checkpoint import load_state_dict
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_demo_runs_the_recipe_and_writes_an_image(tmp_path):
+def test_the_demo_runs_the_recipe_and_writes_an_image(
+    command: Callable,
+    run_tool: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     out = tmp_path / "demo"
-    command = [sys.executable, ROOT / "tools" / "demo.py", "--out", out, "--steps", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)  # as the demo does
+    monkeypatch.setattr("ldm.cli.run.subprocess.run", lambda line: command(*line[1:], cwd=ROOT))
+    caplog.set_level("INFO")
+    assert run_tool(ROOT / "tools/demo.py", "--out", out, "--steps", 2) is None
+    said = "\n".join(caplog.messages)
 
-    commands = re.findall(r"^\$ python (\S+)", done.stdout, re.MULTILINE)
+    commands = re.findall(r"^\$ python (\S+)", said, re.MULTILINE)
     tuning = [None, "merge_release", "txt2img"]
     tools = ["preencode", "hack_weights", "txt2img", *tuning, "make_prior", *tuning]
     assert commands == [f"tools/{tool}.py" if tool else "main.py" for tool in tools]
 
     image = out / "before-and-after.png"
-    assert str(image) in done.stdout.splitlines()[-1]
+    assert str(image) in said.splitlines()[-1]
     assert len(Image.open(image).getcolors(1 << 20)) > 1000
 
     before = load_state_dict(ROOT / "data/base/emoji.safetensors")

@@ -2,13 +2,13 @@
 
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.fork_server import run_script
 from ldm.checkpoint import ema_key, load_checkpoint, load_into, load_state_dict, save_checkpoint, save_state_dict
 from ldm.checkpoint.keys import UNET
 from ldm.config.load import build_model, load_config
@@ -45,8 +45,7 @@ def work(prepared, tmp_path):
 
 
 def hack(folder, *arguments):
-    command = [sys.executable, TOOL, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return run_script([str(TOOL), *map(str, arguments)], folder)
 
 
 def run_here(monkeypatch, folder, *arguments):

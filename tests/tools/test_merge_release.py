@@ -2,13 +2,13 @@
 
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.fork_server import run_script
 from ldm.checkpoint import load_state_dict, save_checkpoint, save_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +30,7 @@ def work(tmp_path):
 
 
 def merge(folder, *arguments):
-    command = [sys.executable, TOOL, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return run_script([str(TOOL), *map(str, arguments)], folder)
 
 
 def run_here(monkeypatch, folder, *arguments):

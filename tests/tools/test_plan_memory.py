@@ -46,8 +46,10 @@ def plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
     return call
 
 
-def test_a_real_step_as_json(command) -> None:
-    done = command("tools/plan_memory.py", "--json", "--base", "demo_tiny.yaml", "lightning.trainer.precision=bf16")
+def test_a_real_step_as_json(fresh_command) -> None:
+    done = fresh_command(
+        "tools/plan_memory.py", "--json", "--base", "demo_tiny.yaml", "lightning.trainer.precision=bf16"
+    )
     assert done.returncode == 0, done.stderr
     sizes = json.loads(done.stdout)
     assert list(sizes) == [*CATEGORIES, "host", "peak", "card"]

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
+from benchmarks.fork_server import run_script, start_script
 from ldm.checkpoint import save_checkpoint
 from ldm.config.load import load_config
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
@@ -23,7 +22,7 @@ from ldm.release.load import load_release
 from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
 from ldm.util import instantiate_from_config
-from tests.waiting import LIMIT
+from tests.waiting import join
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/preencode.py"
@@ -61,10 +60,8 @@ def images(tmp_path):
 
 
 def preencode(*arguments):
-    """Run the command as a user does."""
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    """Run the command in a forked process."""
+    return run_script([str(TOOL), *map(str, arguments)], Path.cwd(), {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 
 @pytest.fixture
@@ -122,12 +119,15 @@ def test_from_images_to_batches(release, images, tmp_path):
 def test_two_processes_make_the_same_set_as_one(here, release, images, tmp_path):
     common = ("--ckpt", release, "--config", CONFIG, "--images", images, "--size", 64, "--num-workers", 0)
     common += ("--shard-size", 2, "--device", "cpu")
-    words = [str(word) for word in (sys.executable, TOOL, *common, "--out", tmp_path / "two" / "s-%d.tar")]
+    words = [str(word) for word in (TOOL, *common, "--out", tmp_path / "two" / "s-%d.tar")]
     ranks = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)]
-    environments = [{**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **rank} for rank in ranks]
-    processes = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
-    output = [process.communicate(timeout=LIMIT)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], output
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    processes = [
+        start_script(words, tmp_path, log, environment={**os.environ, **rank})
+        for log, rank in zip(logs, ranks, strict=True)
+    ]
+    codes, output = join(*processes), [log.read_text() for log in logs]
+    assert codes == [0, 0], output
     assert here(*common, "--out", tmp_path / "one" / "s-%d.tar") is None
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two

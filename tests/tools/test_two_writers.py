@@ -7,9 +7,9 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +17,35 @@ import pytest
 from PIL import Image
 
 from benchmarks.child_runs import read_losses, start
+from benchmarks.fork_server import start_script
 from ldm.checkpoint import load_checkpoint
 from ldm.locks import LOCK, locked
 from tests.conftest import RELEASE_CONFIG, ROOT
 from tests.terminal import Terminal
 from tests.training_runs import state, the_run, write_inputs
-from tests.waiting import LIMIT, join, wait_for
+from tests.waiting import join, wait_for
 
 HACK, MERGE, PREENCODE = (ROOT / "tools" / f"{name}.py" for name in ("hack_weights", "merge_release", "preencode"))
 
 
 @contextlib.contextmanager
-def stopped_at(lock: Path, tool: Path, *arguments: object) -> Iterator[subprocess.Popen]:
+def stopped_at(lock: Path, tool: Path, *arguments: object) -> Iterator[BaseProcess]:
     """Start `tool`, and stop it (as Ctrl-Z does) while it holds `lock`; it goes on and must succeed at the end."""
-    line = [sys.executable, str(tool), *map(str, arguments)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with tempfile.NamedTemporaryFile() as output:
+        process = start_script([str(tool), *map(str, arguments)], Path.cwd(), Path(output.name))
         wait_for(lambda: lock.exists() and lock.read_bytes().endswith(b"}"), process)
-        process.send_signal(signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGCONT)
-            said, _ = process.communicate(timeout=LIMIT)
-        assert process.returncode == 0, said
+            os.kill(process.pid, signal.SIGCONT)
+            codes = join(process)
+        assert codes == [0], output.read().decode()
     assert not lock.exists()
 
 
-def is_refused(error: object, process: subprocess.Popen | None = None, what: str = "") -> bool:
-    """Whether the one line `error` of the second command names the owner of `what`: host, process and lock file."""
+def is_refused(error: object, process: BaseProcess | None = None, what: str = "") -> bool:
+    """Return True if `error` is one line that names host and process of the owner of `what`."""
     owner = f"process {process.pid if process else os.getpid()} on {os.uname().nodename!r} is writing it"
     return isinstance(error, str) and re.fullmatch(f"error: {re.escape(what)}.*: {owner} .*", error) is not None
 

@@ -25,7 +25,7 @@ from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.timesteps import LossAware
 from ldm.modules.encoders.conditioner import GeneralConditioner
-from ldm.util import UserError, check_number, instantiate_from_config, refuse_if
+from ldm.util import UserError, check_number, instantiate_from_config, located, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +151,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
 
     def _add_cond_stage(self, config: Mapping[str, Any] | str) -> None:
         """Build the cond stage under the state-dict keys of its releases, and freeze it unless it is trainable."""
-        try:
+        with located("cond_stage_config"):
             stage = self.first_stage_model if config == "__is_first_stage__" else instantiate_from_config(config)
-        except UserError as error:
-            raise UserError(f"cond_stage_config: {error}") from error
         if isinstance(stage, GeneralConditioner):
             self.conditioner = stage
             object.__setattr__(self, "cond_stage_model", stage)  # not a submodule, so that it adds no keys

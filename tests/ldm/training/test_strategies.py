@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from tests.test_several_processes import Runs
 from tests.training_runs import (  # noqa: F401
     CONFIG,
     assert_equal,
-    assert_same_training,
     fixture_one_thread,
     fixture_train,
     logged,
@@ -40,9 +37,11 @@ from tests.training_runs import (  # noqa: F401
 from tests.waiting import collect, join, wait_for
 
 ALONE = "model.params.use_ema=False"
+CLIPPED = "--gradient_clip_val 0.1"  # by the norm of all gradients
 SHARDED = f"--strategy fsdp {ALONE}"
 OPTIMIZER = "model.params.optimizer_config"
 UNET = "model.params.unet_config.params"
+DEEP = f"{UNET}.transformer_depth=3 {UNET}.use_linear_in_transformer=True"
 CALLBACKS = "lightning.callbacks"
 
 
@@ -76,14 +75,12 @@ def described(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        # A step of SGD is proportional to the gradient, and would differ if gradients were summed; so would the norm.
-        (f"{OPTIMIZER}.target=torch.optim.SGD {OPTIMIZER}.params.lr=0.3 {OPTIMIZER}.params.momentum=0.9", 1e-5),
-        ("--gradient_clip_val 0.1", 1e-5),
-        (f"{UNET}.transformer_depth=3 {UNET}.use_linear_in_transformer=True", 1e-5),
+        # A step of SGD is proportional to the gradient, and would differ if gradients were summed.
+        (f"{OPTIMIZER}.target=torch.optim.SGD {OPTIMIZER}.params.lr=0.3 {DEEP}", 1e-5),
         (f"{UNET}.use_checkpoint=selective {UNET}.channels_last=True --precision bf16-mixed", 1e-3),
         ("--precision bf16-true", 1e-3),
     ],
-    ids=["sgd", "norm", "deep", "mixed", "bfloat16"],
+    ids=["sgd-deep", "mixed", "bfloat16"],
 )
 def test_losses_are_those_of_one_process(runs: Runs, options: str, tolerance: float) -> None:
     runs("two", f"{SHARDED} {options}", ranks=2)
@@ -93,8 +90,8 @@ def test_losses_are_those_of_one_process(runs: Runs, options: str, tolerance: fl
 
 def test_each_process_holds_its_half_also_of_what_accumulates(runs: Runs) -> None:
     note = f"{CALLBACKS}.note.target=tests.ldm.training.test_strategies.Holdings"
-    runs("two", f"{SHARDED} data.params.batch_size=1 --accumulate_grad_batches 2 {note}", ranks=2)
-    runs("one", f"{ALONE} data.params.batch_size=4")
+    runs("two", f"{SHARDED} data.params.batch_size=1 --accumulate_grad_batches 2 {CLIPPED} {note}", ranks=2)
+    runs("one", f"{ALONE} data.params.batch_size=4 {CLIPPED}")
     assert runs.losses("two") == pytest.approx(runs.losses("one"), rel=1e-5)
     for rank in range(2):
         held = json.loads((runs.folder / f"held-{rank}.json").read_text())
@@ -140,13 +137,13 @@ def test_checkpoints_are_those_of_one_process_and_go_both_ways(runs: Runs) -> No
     assert runs.losses("one") == pytest.approx(runs.losses("two"), rel=1e-5)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_or_killed_goes_on_exactly(runs: Runs, signum: int) -> None:
+def test_a_run_that_is_killed_goes_on_exactly(runs: Runs) -> None:
+    """Resume from a checkpoint written between steps; tests/test_several_processes.py stops a sharded run."""
     often = "lightning.modelcheckpoint.params.every_n_train_steps=1"
     processes = runs.start("stopped", f"{SHARDED} {often} --max_steps 100000", ranks=2)
     wait_for(lambda: len(read_losses(runs.folder / "stopped-1.losses")) >= 4, *processes)
-    for process in processes if signum == signal.SIGKILL else processes[1:]:
-        os.kill(process.pid, signum)
+    for process in processes:
+        process.kill()
     join(*processes)
     stopped = the_run(runs.folder / "stopped")
     step = state(stopped / "checkpoints" / "last.ckpt")["global_step"]
@@ -157,8 +154,6 @@ def test_a_run_that_is_stopped_or_killed_goes_on_exactly(runs: Runs, signum: int
     one, other = (state(run / "checkpoints" / "last.ckpt") for run in (straight, stopped))
     assert_equal(one["state_dict"], other["state_dict"])
     assert_equal(one["optimizer_states"][0], other["optimizer_states"][0])
-    if signum == signal.SIGTERM:  # a kill takes the lines with it that the loggers have not written yet
-        assert_same_training(straight, stopped)
 
 
 def test_what_looks_at_the_weights_sees_them_whole(runs: Runs) -> None:
