@@ -32,9 +32,9 @@ def main() -> None:
     options = parse_arguments()
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.release.configs import release_config
-    from ldm.release.extraction import Target, extract_files
     from ldm.release.load import pick_device
     from ldm.release.lora_evaluation import compare_with_tuned
+    from ldm.release.lora_extraction import Target, extract_files
 
     target = Target(options.rank or (None if options.energy else RANK), options.energy)
     device = pick_device(options.device)

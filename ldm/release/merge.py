@@ -32,7 +32,7 @@ from ldm.locks import run_of
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.lora import Lora, with_loras
+from ldm.release.lora_merging import Lora, with_loras
 from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
 from ldm.release.opening import Release, release_of, training_weights, warn_of_other_release, written_dtype
