@@ -23,6 +23,7 @@ OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dro
 LOSS_AWARE = "model.params.timestep_config.target=ldm.models.diffusion.timesteps.LossAware" + " ".join(
     f" model.params.timestep_config.params.{setting}" for setting in ("bins=2", "history=1")
 )
+LORA = "model.params.lora.rank=2 model.params.lora.targets=[attn2]"
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
 
 
@@ -110,7 +111,7 @@ def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(runs: Runs, dat
     assert logged(whole, "train/loss")
 
 
-@pytest.mark.parametrize("options", ["", LOSS_AWARE], ids=["plain", "loss-aware"])
+@pytest.mark.parametrize("options", ["", LOSS_AWARE, LORA], ids=["plain", "loss-aware", "lora"])
 def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs, options: str) -> None:
     straight = runs("straight", f"--max_steps 5 {options}", ranks=2)
     stopped = runs("stopped", f"--max_steps 2 --accumulate_grad_batches 1 {options}", ranks=2)
