@@ -54,6 +54,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
     prior: str | None = None  # a set of `forgetting_sets`
     configs: tuple[str, ...] = ("demo_tiny.yaml",)
+    extract: int | None = None  # rank of a LoRA that is extracted from the result, and judged in its place
 
     @property
     def slug(self) -> str:
@@ -82,6 +83,7 @@ INVERSION = (
     "data.params.batch_size=16",  # all cats in one batch, as in the other variants
     "model.base_learning_rate=6.25e-4",  # times batch_size: 0.01
 )
+LORA = ("model.base_learning_rate=3.0e-4",)  # ten times that of all weights
 VARIANTS = (
     Variant("plain"),
     Variant("prior: real images", prior="real"),
@@ -91,6 +93,8 @@ VARIANTS = (
     Variant("decay to start, 10", decay(10)),
     Variant("decay to start, 30", decay(30)),
     Variant("decay to start, 100", decay(100)),
+    Variant("LoRA, rank 16", LORA, configs=("demo_tiny.yaml", "lora.yaml")),
+    Variant("LoRA extracted from plain, rank 32", extract=32),
     Variant("textual inversion", INVERSION, configs=(CONFIG, "textual_inversion.yaml")),
 )
 
@@ -179,6 +183,11 @@ def train_and_judge(
     [checkpoint] = trained.glob(f"checkpoints/*step={step:09d}.ckpt")
     tuned, found = logs / "tuned.safetensors", logs / "evaluation"
     call("tools/merge_release.py", "--train-ckpt", checkpoint, "--release", RELEASE, "--out", tuned)
+    if variant.extract:
+        base, lora = ("--base", RELEASE, "--tuned", tuned), logs / "lora.safetensors"
+        call("tools/extract_lora.py", *base, "--rank", variant.extract, "--out", lora)
+        tuned = logs / "with-lora.safetensors"
+        call("tools/merge_release.py", "--release", RELEASE, "--lora", lora, "--out", tuned)
     sets = [word for name in MEASURED for word in ("--set", f"{name}={shards(options.folder, name)}")]
     sampling = ("--sample", SAMPLES, "--seed", 1000 * seed, *SAMPLING)
     call("tools/evaluate.py", "--base", RELEASE, "--ckpt", tuned, "--config", CONFIG, *sets, *sampling, "--out", found)

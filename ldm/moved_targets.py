@@ -31,7 +31,10 @@ _RENAMED = {
     "main.LearningRateMonitor": "pytorch_lightning.callbacks.LearningRateMonitor",
 }
 # Hints that `ldm.training.other_programs` has for options too.
-LORA = "all weights are trained here; tools/extract_lora.py makes a LoRA of the result"
+LORA = (
+    "lora.yaml, added to --base, trains a LoRA: model.params.lora has its rank, alpha and targets; "
+    "tools/extract_lora.py makes one of a full fine-tune"
+)
 SHORT_CAPTION = "a caption has at most 77 ids here"
 LEARNT_WORD = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"

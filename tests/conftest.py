@@ -24,10 +24,10 @@ SLOW = (
     "benchmarks/*", "ldm/training/test_strategies", "ldm/training/test_host_state", "ldm/encoding/test_set_writer",
     "ldm/images/test_large_images", "ldm/optim/test_host_step", "ldm/optim/test_low_bit", "ldm/planning/test_families",
     "ldm/planning/test_forecast", "ldm/planning/test_step", "ldm/models/diffusion/test_samplers",
-    "ldm/release/test_merge", "ldm/release/test_extraction", "ldm/release/test_destination", "test_craft",
+    "ldm/release/test_merge", "ldm/release/test_lora_extraction", "ldm/release/test_destination", "test_craft",
     "test_previews", "test_data_weights", "test_captions", "test_smallest", "test_mutated_checkpoints",
     "test_main_trust", "ldm/models/diffusion/test_stored_prompts", "ldm/data/test_parsed",
-    "test_published_optimizers",
+    "test_published_optimizers", "test_lora_training",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 

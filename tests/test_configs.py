@@ -24,7 +24,7 @@ INVERSION = "textual_inversion.yaml"
 # Each is laid over a config that trains; this last one over a release's.
 OVERLAYS = (
     *("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml", "prior_images.yaml", "prior_teacher.yaml"),
-    *("decay_to_start.yaml", "watch_forgetting.yaml", INVERSION),
+    *("lora.yaml", "decay_to_start.yaml", "watch_forgetting.yaml", INVERSION),
 )
 TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml")
 REFUSED = {
@@ -32,6 +32,7 @@ REFUSED = {
     for streamed in ("minimal.yaml", "smallest.yaml")
     for resident in ("fast.yaml", "lean.yaml")
 }
+REFUSED["lora.yaml", INVERSION] = "lora trains factors in place of weights, and unet_trainable: False selects weights"
 # Families without a list: the one that theirs differs from in the first convolution, and a depth network's keys.
 SIBLINGS = {"sd2_inpainting": "sd_v2", "sd2_depth": "sd_v2", "sdxl_inpainting": "sdxl_base"}
 FIRST, DEPTH = f"{UNET}input_blocks.0.0.weight", "depth_model."

@@ -27,6 +27,7 @@ OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dro
 LOSS_AWARE = "model.params.timestep_config.target=ldm.models.diffusion.timesteps.LossAware" + " ".join(
     f" model.params.timestep_config.params.{setting}" for setting in ("bins=2", "history=1")
 )
+LORA = "model.params.lora.rank=2 model.params.lora.targets=[attn2]"
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
 
 
@@ -128,10 +129,11 @@ def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(
     assert logged(whole, "train/loss")
 
 
-def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs) -> None:
+@pytest.mark.parametrize("options", [LOSS_AWARE, LORA], ids=["loss-aware", "lora"])
+def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs, options: str) -> None:
     """Resume a run that has state of its own in each process; the test of signals resumes a plain one."""
-    straight = runs("straight", f"--max_steps 5 {LOSS_AWARE}", ranks=2)
-    stopped = runs("stopped", f"--max_steps 2 --accumulate_grad_batches 1 {LOSS_AWARE}", ranks=2)
+    straight = runs("straight", f"--max_steps 5 {options}", ranks=2)
+    stopped = runs("stopped", f"--max_steps 2 --accumulate_grad_batches 1 {options}", ranks=2)
     assert sorted(path.name for path in stopped.iterdir()) == [
         "checkpoints",
         "configs",

@@ -26,7 +26,7 @@ from ldm.util import check_number, refuse_if
 def main() -> None:
     arguments = parse_arguments()
     from ldm.release.destination import Destination  # these import torch, which --help does not need
-    from ldm.release.lora import Lora, add_lora_files
+    from ldm.release.lora_merging import Lora, add_lora_files
     from ldm.release.merge import merge_files
 
     loras = [Lora(*lora) for lora in arguments.lora]

@@ -102,7 +102,7 @@ def main() -> None:
     from ldm.modules.encoders.caption_length import warn_of_cut
     from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device, pick_precision
-    from ldm.release.lora import Lora
+    from ldm.release.lora_merging import Lora
     from ldm.release.model_family import own_side
 
     chosen = options.config, options.parameterization, max(filter(None, (options.H, options.W)), default=None)

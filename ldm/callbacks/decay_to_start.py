@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
 from ldm.checkpoint.formats import precise_dtype
+from ldm.checkpoint.keys import is_factor
 from ldm.checkpoint.names import in_our_names
 from ldm.distributed.dtensor import local_tensor, shard_like
 from ldm.util import UserError, check_number
@@ -102,6 +103,11 @@ class DecayToStart(Callback):
         starts = {}
         for parameter in (parameter for group in groups for parameter in group["params"]):
             name, shape = names[parameter], tuple(parameter.shape)
+            if is_factor(name):
+                raise UserError(
+                    "decay_to_start: a LoRA starts without a change, so the optimizer's own weight_decay pulls to the "
+                    "start; leave this callback out"
+                )
             if name in weights and weights[name].shape == shape:
                 starts[parameter] = weights[name]
             elif name in weights or not is_optional(name):

@@ -7,7 +7,18 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, EMA, FIRST_STAGE, MODEL, TEXT_ENCODERS, UNET, has_part
+from ldm.checkpoint.keys import (
+    COND_STAGE,
+    CONDITIONER,
+    DOWN,
+    EMA,
+    FIRST_STAGE,
+    MODEL,
+    TEXT_ENCODERS,
+    UNET,
+    has_part,
+    is_factor,
+)
 from ldm.checkpoint.other_models import other_architecture, other_model
 
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
@@ -40,6 +51,7 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
         _file_kind(weights, own),
         _other_family(weights, own),
         _other_unet(weights, own),
+        _other_lora(weights, own),
     ):
         if found:
             return found
@@ -118,3 +130,15 @@ def _other_unet(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Ten
                 f"{own[key].shape[1]}; name the config of that model"
             )
     return None
+
+
+def _other_lora(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:
+    theirs, ours = ({key: each[key] for key in each if is_factor(key)} for each in (weights, own))
+    if not theirs:
+        return None
+    if not ours:
+        return "the file is of a LoRA training: add lora.yaml to --base, with the settings of its run"
+    if theirs.keys() != ours.keys():
+        return "its LoRA has other targets; give those of its run as model.params.lora.targets"
+    ranks = {len(value) for key, value in theirs.items() if key.endswith(DOWN) and value.ndim}
+    return f"its LoRA has the rank {ranks.pop()}; set model.params.lora.rank to it" if len(ranks) == 1 else None

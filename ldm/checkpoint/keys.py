@@ -41,6 +41,9 @@ SCHEDULE_KEYS = (
     SCALE_FACTOR,
     "cond_ids",
 )
+# Values of a LoRA in a training checkpoint, beside the weight of their layer; as shell patterns.
+FACTOR_ENDS = DOWN, UP, ALPHA = (".lora.down", ".lora.up", ".lora.alpha")
+FACTORS = tuple(f"*{end}" for end in FACTOR_ENDS)
 # Empty marker tensors in SDXL files, for v-prediction and for zero terminal SNR.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 PREDICTION_MARKERS = (V_PREDICTION, ZERO_SNR)
@@ -71,9 +74,21 @@ def is_optional(key: str, patterns: Sequence[str] = OPTIONAL_KEYS) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
+def is_factor(key: str) -> bool:
+    """Return True for the key of a value of a LoRA in a training checkpoint; see `ldm.modules.lora`."""
+    return key.endswith(FACTOR_ENDS)
+
+
 def ema_key(key: str) -> str:
     """Return the EMA key of the weight `key`, which begins with `model.`."""
     return EMA + shadow_name(key.removeprefix(MODEL))
+
+
+def without_factors(weights: Mapping[str, T]) -> dict[str, T]:
+    """Return `weights` without the values of a LoRA that is trained, and without the EMA of these."""
+    factors = {key for key in weights if is_factor(key)}
+    left_out = factors | {ema_key(key) for key in factors if key.startswith(MODEL)}
+    return {key: value for key, value in weights.items() if key not in left_out}
 
 
 def has_part(keys: Iterable[str], prefix: str) -> bool:

@@ -15,10 +15,12 @@ from ldm.checkpoint.formats import can_hold
 from ldm.checkpoint.keys import (
     DEPTH_STAGE,
     EMA,
+    FACTORS,
     MODEL,
     OPTIONAL_KEYS,
     TEXT_ENCODERS,
     has_part,
+    is_factor,
     is_optional,
     with_ema_as_weights,
 )
@@ -56,7 +58,7 @@ def load_into(
     Args:
         source: name of the weights in messages.
         optional: shell patterns of keys that may be missing or unexpected. Text encoders, `cond_stage_model.*` or
-            `conditioner.*`, may also be unexpected if the module has none.
+            `conditioner.*`, may also be unexpected if the module has none. All factors of a LoRA may be missing.
         assign: assign the tensors to the module. Otherwise they are copied, some megabytes at a time.
 
     Raises:
@@ -79,6 +81,7 @@ def load_into(
                 "save it as floating-point numbers (a quantised model: dequantise it)"
             )
     optional = list(optional)
+    optional += [] if any(map(is_factor, state_dict)) else FACTORS
     optional += [f"{part}*" for part in (*TEXT_ENCODERS, DEPTH_STAGE) if not has_part(own, part)]
     report = LoadReport([key for key in own if key not in state_dict], [key for key in state_dict if key not in own])
     for keys, what in zip(report, ("lacks", "has unexpected"), strict=True):

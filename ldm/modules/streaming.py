@@ -171,17 +171,20 @@ class _Transfer:
 
     def _sources(self, block: nn.Module, changed: bool) -> list[Tensor]:
         """Return the block's parameters in the dtype of the copies. Converted ones are in pinned memory."""
-        if all(parameter.dtype == self._dtype for parameter in block.parameters()):
-            return [parameter.detach() for parameter in block.parameters()]
+        others = [parameter for parameter in block.parameters() if parameter.dtype != self._dtype]
         if block not in self._pinned:
             self._pinned[block] = [
-                torch.empty(parameter.shape, dtype=self._dtype, pin_memory=True) for parameter in block.parameters()
+                torch.empty(parameter.shape, dtype=self._dtype, pin_memory=True) for parameter in others
             ]
             changed = True
         if changed:
-            for pinned, parameter in zip(self._pinned[block], block.parameters(), strict=True):
+            for pinned, parameter in zip(self._pinned[block], others, strict=True):
                 pinned.copy_(parameter)
-        return self._pinned[block]
+        converted = iter(self._pinned[block])
+        return [
+            parameter.detach() if parameter.dtype == self._dtype else next(converted)
+            for parameter in block.parameters()
+        ]
 
     def arrive(self, copies: Sequence[Tensor]) -> None:
         """Make the computation wait for `copies`."""

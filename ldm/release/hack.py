@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
-from ldm.checkpoint.keys import PREDICTION, RELEASE
+from ldm.checkpoint.keys import PREDICTION, RELEASE, without_factors
 from ldm.checkpoint.markers import check_markers
 from ldm.config.load import build_model
 from ldm.locks import locked_file
@@ -98,6 +98,7 @@ def hack_config(chosen: Chosen, release_path: Path, out: Path, vae: Path | None 
 
     # The release takes the place of the files that the config names.
     state_dict = state_dict_without_weights(lambda: build_model(chosen.config, with_files=False))
+    state_dict = without_factors(state_dict)  # a LoRA starts with the training
     log.info("model of the config %s", ", ".join(chosen.names))
     released = _released(release, release_path, vae, state_dict)
     warn_of_new_prediction(released.shapes, release_path, chosen.prediction)

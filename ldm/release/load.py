@@ -17,7 +17,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.processor import quick_dtype
 from ldm.release.diffusers_config import check_settings
 from ldm.release.initialisation import without_initialisation
-from ldm.release.lora import Lora, add_loras
+from ldm.release.lora_merging import Lora, add_loras
 from ldm.release.opening import release_of
 from ldm.util import UserError
 

@@ -11,7 +11,7 @@ from ldm.evaluation.report import aligned, format_interval, summarise_results
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.release.configs import release_config
 from ldm.release.load import load_release
-from ldm.release.lora import Lora
+from ldm.release.lora_merging import Lora
 from ldm.release.opening import open_release
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import converted, in_memory, open_checkpoint, weights_of
+from ldm.checkpoint import converted, in_memory, is_finite, open_checkpoint, weights_of
 from ldm.release.layer_names import PREFIXES, TEXT_1, TEXT_2, UNET_PART, flat
 from ldm.release.lycoris import DIFFERENCE, HADAMARD, KRONECKER, LycorisChange, is_lycoris, lycoris_change
 from ldm.util import UserError
@@ -118,9 +118,22 @@ def read_lora(path: str | Path) -> dict[Name, Factors | LycorisChange]:
         tensors[name][match.lastgroup] = value
     alphas = _Alphas(opened.metadata, path)
     return {
-        name: _factors(found, alphas.of(name[0], paths[name]), f"{path}: {paths[name]:.200}")
+        name: factors_from(found, alphas.of(name[0], paths[name]), f"{path}: {paths[name]:.200}")
         for name, found in tensors.items()
     }
+
+
+def kohya_tensors(name: str, down: Tensor, up: Tensor, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the entries of a file for the layer `name` with A `down` and B `up`, in `dtype`.
+
+    Raises:
+        UserError: a factor is too large for `dtype`.
+    """
+    factors = {"lora_down.weight": down.to(dtype), "lora_up.weight": up.to(dtype).contiguous()}
+    if not all(map(is_finite, factors.values())):
+        raise UserError(f"{name}: its change is too large for {dtype}; leave out --half")
+    values = {**factors, "alpha": torch.tensor(alpha, dtype=dtype)}
+    return {f"{name}.{key}": value.cpu() for key, value in values.items()}
 
 
 def _in_layer(match: re.Match) -> str:
@@ -135,7 +148,14 @@ def _part_of(key: str) -> tuple[str, str]:
     return UNET_PART, key
 
 
-def _factors(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> Factors | LycorisChange:
+def factors_from(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> Factors | LycorisChange:
+    """Return the change of a layer from its `tensors`, by the names `down`, `up`, `alpha` and so on.
+
+    `alpha` is α if the tensors have none, and None if it is the rank. `where` names the layer in messages.
+
+    Raises:
+        UserError: a tensor is missing, or has a shape that does not fit.
+    """
     if "alpha" in tensors:
         alpha = float(in_memory(tensors["alpha"]).reshape(-1)[0]) if tensors["alpha"].numel() == 1 else float("nan")
         if not math.isfinite(alpha):

@@ -32,7 +32,8 @@ from ldm.locks import run_of
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
-from ldm.release.lora import Lora, with_loras
+from ldm.release.lora_from_training import trained_loras
+from ldm.release.lora_merging import Lora, with_loras
 from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
 from ldm.release.opening import Release, release_of, training_weights, warn_of_other_release, written_dtype
@@ -259,11 +260,12 @@ def _merge_files(
     if vae is not None:
         trained = {key: value for key, value in trained.items() if not key.startswith(FIRST_STAGE)}
     with located(f"{training_path} into {release_path}"):
-        merged = merge(trained, opened.weights, weights=weights, half=half, strength=strength)
+        own = trained_loras(training.content, training_path, weights, strength)
+        merged = merge(trained, opened.weights, weights=None if own else weights, half=half, strength=strength)
         log.info("\n".join(merged.summary()))
         if strength != 1:
             log.info("strength %g: that share of the training's change of each weight", strength)
-        state_dict = with_loras(merged.state_dict, loras, release_path)
+        state_dict = with_loras(merged.state_dict, [*own, *loras], release_path)
         settings = _settings(training.content, training_path) if embed_settings else {}
         mixed = tuple(title_of(opened.metadata, release_path) for _ in loras[:1]) + tuple(
             lora.path.stem for lora in loras

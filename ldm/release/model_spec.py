@@ -56,6 +56,7 @@ _LORA = "/lora"
 _COPIED = {
     "model": ("base_learning_rate",),
     "model.params": ("parameterization", "use_ema", "rescale_betas_zero_snr", "loss_type"),
+    "model.params.lora": ("rank", "alpha", "dropout"),
     "data.params": ("batch_size", "null_cond_dropout"),
     "lightning.trainer": ("accumulate_grad_batches", "precision", "gradient_clip_val", "max_steps", "max_epochs"),
 }
@@ -120,9 +121,12 @@ def architecture(family: Family, predicts: str | None) -> str:
     return _ARCHITECTURES[key]
 
 
-def described_lora(out: Path, family: Family | None, rank: str) -> dict[str, str]:
-    """Return the metadata by which other programs tell the model of a LoRA. `rank` is that of all layers, or a word."""
-    about = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+def described_lora(out: Path, family: Family | None, rank: str, alpha: str | None = None) -> dict[str, str]:
+    """Return the metadata by which other programs tell the model of a LoRA.
+
+    `rank` is that of all layers, or a word. `alpha` is α if it is not the rank.
+    """
+    about = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha or rank}
     about |= {TITLE: out.stem, DATE: _now(), HASH: ""}
     if family is None:
         return about

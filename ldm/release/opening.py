@@ -14,7 +14,7 @@ from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_chec
 from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
 from ldm.checkpoint.diffusers_folder import DiffusersFolder, translated
 from ldm.checkpoint.diffusers_names import VAE_PART
-from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, RELEASE, has_part
+from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, RELEASE, has_part, is_factor, without_factors
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
 from ldm.checkpoint.other_models import other_architecture
@@ -66,11 +66,16 @@ def release_of(
     logged.
 
     Raises:
-        UserError: the file holds no UNet, or `vae` holds no matching autoencoder.
+        UserError: the file holds no UNet, or is a LoRA training, or `vae` holds no matching autoencoder.
     """
     named = in_our_names(weights_of(opened.content, path), own)
     if found := other_architecture(named.file):
         raise UserError(f"{path}: {found}")
+    if any(map(is_factor, named.file)):
+        raise UserError(
+            f"{path}: holds a LoRA in training beside the weights; tools/merge_release.py --train-ckpt makes a release "
+            "of it, and tools/extract_lora.py --train-ckpt a LoRA file"
+        )
     if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _log_names(named, Path(path))
@@ -91,8 +96,11 @@ def written_dtype(key: str, dtype: torch.dtype, half: bool) -> torch.dtype:
 
 
 def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a training checkpoint under this package's names, followed by its unused values."""
-    named = in_our_names(weights_of(content, path))
+    """Return the weights of a training checkpoint under this package's names, followed by its unused values.
+
+    The factors of a LoRA are left out; see `trained_loras`.
+    """
+    named = in_our_names(without_factors(weights_of(content, path)))
     _log_names(named, path)
     return named.with_carried()
 

@@ -15,6 +15,7 @@ from torch import optim
 from ldm.callbacks.faults import NumericalFaults
 from ldm.config.load import plain
 from ldm.modules.diffusionmodules.streamed import StreamedUNetModel
+from ldm.modules.lora import branches_of
 from ldm.moved_targets import changes_training, hint_for_key, without_unused_keys
 from ldm.optim import InBackward
 from ldm.training.strategies import ShardedStrategy, unet_of
@@ -107,6 +108,8 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
     unet = unet_of(model)
     if unet is None:
         raise UserError(f"strategy fsdp shards a UNetModel, but {type(model).__name__} has none; use --strategy ddp")
+    if branches_of(unet):
+        raise UserError("strategy fsdp cannot shard the factors of a LoRA, which are small; use --strategy ddp")
     if model.use_ema:
         raise UserError("strategy fsdp cannot shard the EMA; set model.params.use_ema=False")
     if unet.uses_cuda_graphs:
@@ -146,7 +149,8 @@ def check_rounding(model: LightningModule, trainer: Trainer) -> None:
             "precision=16-true trains float16 weights, which diverges; use --precision 16-mixed or bf16-mixed, or the "
             "lean tier: --base ... lean.yaml"
         )
-    if trainer.precision == "bf16-true" and not _rounds_stochastically(getattr(model, "optimizer_config", None)):
+    is_rounded = trainer.precision == "bf16-true" and not branches_of(model)  # factors of a LoRA are float32
+    if is_rounded and not _rounds_stochastically(getattr(model, "optimizer_config", None)):
         log.warning(
             "precision=bf16-true without stochastic rounding loses most updates at small learning rates; use the lean "
             "tier, --base ... lean.yaml, whose optimizer rounds stochastically, or --precision bf16-mixed"

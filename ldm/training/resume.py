@@ -22,10 +22,11 @@ from ldm.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from ldm.checkpoint.keys import EMA, PREDICTION, has_part
+from ldm.checkpoint.keys import EMA, PREDICTION, has_part, is_factor
 from ldm.config.load import build_model
 from ldm.files import check_within
 from ldm.locks import run_of
+from ldm.modules.lora import start_branches
 from ldm.release.initial_checkpoint import checkpoint_at_start
 from ldm.release.initialisation import without_initialisation
 from ldm.release.keys import check_training_checkpoint, has_step_counters
@@ -176,14 +177,17 @@ def _check_prediction(model: LightningModule, checkpoint: TrainingCheckpoint) ->
 
 
 def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:
-    """Load the weights into `model`; return the keys that the checkpoint lacks."""
+    """Load the weights into `model`; return the keys that the checkpoint lacks and that have no values yet."""
     _check_prediction(model, checkpoint)
     weights = checkpoint.content["state_dict"]
     report = load_into(model, weights, source=str(checkpoint.path))
+    if any(map(is_factor, report.missing)):
+        log.info("%s: has no LoRA; a new one starts, which changes nothing yet", checkpoint.path)
+        start_branches(model)
     if has_part(report.missing, EMA):
         log.info("%s: has no moving average; the moving average starts from the weights of this file", checkpoint.path)
         model.restart_ema()
-    return set(report.missing)
+    return {key for key in report.missing if not is_factor(key)}
 
 
 def _hand_over(model: LightningModule, checkpoint: TrainingCheckpoint, in_bfloat16: bool) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ldm.checkpoint import load_state_dict, save_state_dict
 from ldm.checkpoint.keys import UNET
-from ldm.release.extraction import Target, extract_files
 from ldm.release.families import FAMILIES
 from ldm.release.layer_names import layers_of
 from ldm.release.load import load_release
-from ldm.release.lora import Lora
+from ldm.release.lora_extraction import Target, extract_files
+from ldm.release.lora_merging import Lora
 from ldm.release.recognition import shapes_of
 from tests.golden_data import relative_error, seeded_tensor
 from tests.narrow_models import CONTEXT, OPEN_CLIP

@@ -65,6 +65,23 @@ def test_the_categories_of_a_step() -> None:
     assert peak["optimizer"] == pytest.approx(2 * parameters, rel=0.01)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_lora_has_gradients_and_optimizer_state_for_its_factors_alone(streamed: bool) -> None:
+    lora = ("model.params.use_ema=true", "model.params.lora.rank=8", "model.params.lora.targets=[attn1,attn2]")
+    if streamed:
+        lora += (f"{UNET}.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel",)
+    found, plain = tiny(*lora), tiny("model.params.use_ema=false", *lora[3:])
+    factors = (
+        4 * 8 * ((32 + 32) * 6 + (8 + 32) * 2) * 4 / GIB
+    )  # in four transformers, of 32 channels and a context of 8
+    if streamed:
+        assert found[HOST] < 0.6 * plain[HOST]
+        return
+    assert found["weights"] - plain["weights"] == pytest.approx(2 * factors, rel=0.2)  # with the EMA
+    assert found["optimizer"] == pytest.approx(2 * factors, rel=0.35)  # small tensors are rounded up to 512 bytes
+    assert found["gradients"] <= 1.2 * factors
+
+
 @cache
 def tiny(*overrides: str, **kwargs: int) -> dict[str, float]:
     config = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(overrides)))

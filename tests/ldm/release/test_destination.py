@@ -26,7 +26,7 @@ from ldm.release.destination import Destination, save_release
 from ldm.release.diffusers_config import check_settings
 from ldm.release.hack import hack_config
 from ldm.release.load import load_release
-from ldm.release.lora import add_lora_files
+from ldm.release.lora_merging import add_lora_files
 from ldm.release.merge import merge_files
 from ldm.release.mixture import Recipe, mix_files
 from ldm.release.opening import open_release, read_autoencoder

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_state_dict, open_checkpoint, save_state_dict
-from ldm.release.extraction import Extraction, Target, extract_files, factors_of
 from ldm.release.layer_names import kohya_names, layers_of
-from ldm.release.lora import Lora, add_lora_files
+from ldm.release.lora_extraction import Extraction, Target, extract_files, factors_of
+from ldm.release.lora_merging import Lora, add_lora_files
 from ldm.release.recognition import shapes_of
 from ldm.util import UserError
 from tests.golden_data import seeded_tensor

@@ -22,6 +22,7 @@ from ldm.checkpoint.keys import FIRST_STAGE
 from ldm.evaluation.report import aligned
 from ldm.locks import locked_file
 from ldm.release.layer_names import Layer, kohya_names, layers_of
+from ldm.release.lora_file import kohya_tensors
 from ldm.release.mixture import check_same_model
 from ldm.release.model_spec import described_lora
 from ldm.release.opening import Release, check_not_replaced, open_release
@@ -145,14 +146,10 @@ def extract(
         down, up = factors_of(change.flatten(1), target)
         down, up = down.reshape(-1, *change.shape[1:]).to(dtype), up.to(dtype)
         lost = _energy(change.flatten(1) - up.float() @ down.float().flatten(1))
-        if not (is_finite(down) and is_finite(up)):
-            raise UserError(f"{layer.key}: its change is too large for {dtype}; leave out --half")
         found.append(Extracted(layer, len(down), _energy(change), lost))
         if change.ndim == 4:
             up = up[:, :, None, None]
-        name = names[layer]
-        weights |= {f"{name}.lora_down.weight": down.cpu(), f"{name}.lora_up.weight": up.contiguous().cpu()}
-        weights[f"{name}.alpha"] = torch.tensor(float(len(down)), dtype=dtype)
+        weights |= kohya_tensors(names[layer], down, up, float(len(down)), dtype)
     if not found:
         raise UserError(f"{after.path}: has the weights of {before.path} in all layers that a LoRA holds")
     return weights, Extraction(found, *_others(layers, before, after))

@@ -24,7 +24,7 @@ from ldm.checkpoint.keys import MODEL, has_part
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.keys import check_release
 from ldm.release.layer_names import Layer, layers_of
-from ldm.release.lora_file import Factors, read_lora
+from ldm.release.lora_file import Factors, Name, read_lora
 from ldm.release.lycoris import LycorisChange
 from ldm.release.model_spec import title_of
 from ldm.release.opening import release_of, written_dtype
@@ -35,10 +35,14 @@ log = logging.getLogger(__name__)
 
 
 class Lora(NamedTuple):
-    """File of a LoRA, and the strength at which it is added."""
+    """File of a LoRA, and the strength at which it is added.
+
+    `factors` are those of the file at `path`, if they have been read.
+    """
 
     path: Path
     strength: float = 1.0
+    factors: Mapping[Name, Factors | LycorisChange] | None = None
 
 
 class Change(NamedTuple):
@@ -86,8 +90,8 @@ def changes_of(
     shapes = shapes_of(weights)
     names = {(layer.part, name): layer for layer in layers_of(shapes) for name in layer.flat_names}
     result: dict[str, list[Change]] = defaultdict(list)
-    for path, strength in loras:
-        factors = read_lora(path)
+    for path, strength, given in loras:
+        factors = read_lora(path) if given is None else given
         unmatched = [name for name in factors if name not in names]
         if unmatched:
             if not has_part(shapes, MODEL):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.checkpoint import ema_key, in_memory, load_state_dict, open_checkpoint, save_state_dict
 from ldm.checkpoint.formats import as_bytes
-from ldm.release.lora import Lora, add_lora_files, with_loras
+from ldm.release.lora_merging import Lora, add_lora_files, with_loras
 from ldm.util import UserError
 
 UNET = "model.diffusion_model."
