@@ -48,7 +48,7 @@ class TrainedParts:
         until_step: Mapping[str, Any] | None = None,
     ) -> None:
         self.train_only, self.frozen = train_only, freeze or ()
-        self.rate_factors, self.from_step, self.until_step = rate_factors or {}, from_step or {}, until_step or {}
+        self.rate_factors, self.from_step, self.until_step = map(_given, (rate_factors, from_step, until_step))
         for pattern, factor in self.rate_factors.items():
             check_number(f"{KEY}.rate_factors.{pattern}", factor, above=0, whole=False)
         for key, steps in (("from_step", self.from_step), ("until_step", self.until_step)):
@@ -56,7 +56,9 @@ class TrainedParts:
                 check_number(f"{KEY}.{key}.{pattern}", step, least=1)
         for pattern in (*(train_only or ()), *self.frozen, *self._settings()):
             if not isinstance(pattern, str) or not all(pattern.split(".")):
-                raise UserError(f"{KEY}: {pattern!r}: give parts of a parameter's name, such as attn2 or input_blocks.1")
+                raise UserError(
+                    f"{KEY}: {pattern!r}: give parts of a parameter's name, such as attn2 or input_blocks.1"
+                )
         self._spans: dict[str, range] = {}  # steps in which a parameter trains, if these are not all
         self._can_train: list[str] = []  # without this choice
         self._digest: str | None = None
@@ -182,6 +184,11 @@ def matches(pattern: str, name: str) -> bool:
     wanted, parts = pattern.split("."), name.split(".")
     starts = range(len(parts) - len(wanted) + 1)
     return any(all(fnmatchcase(parts[start + i], want) for i, want in enumerate(wanted)) for start in starts)
+
+
+def _given(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the settings that are not null."""
+    return {pattern: value for pattern, value in (settings or {}).items() if value is not None}
 
 
 def _any_matches(patterns: Iterable[str], name: str) -> bool:

@@ -168,6 +168,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
             self.cond_stage_model = stage
         if stage is not None:
             stage.requires_grad_(self.cond_stage_trainable)
+        if self.cond_stage_trainable and isinstance(stage, GeneralConditioner) and not stage.is_trainable:
+            raise UserError("cond_stage_trainable: true, but no embedder of cond_stage_config has is_trainable: true")
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set training mode. Frozen parts stay in evaluation mode."""
