@@ -19,11 +19,11 @@ class LambdaWarmUpCosineScheduler:
 
     def __init__(
         self,
-        warm_up_steps: int,
+        warm_up_steps: float,
         lr_min: float,
         lr_max: float,
         lr_start: float,
-        max_decay_steps: int,
+        max_decay_steps: float,
         verbosity_interval: int = 0,
     ) -> None:
         if max_decay_steps <= warm_up_steps:
@@ -34,8 +34,8 @@ class LambdaWarmUpCosineScheduler:
         self.lr_start = lr_start
         self.max_decay_steps = max_decay_steps
 
-    def schedule(self, n: int) -> float:
-        """Return the multiplier at step `n`."""
+    def schedule(self, n: float) -> float:
+        """Return the multiplier at step `n`, or after `n` epochs if the lengths are epochs."""
         if n < self.warm_up_steps:
             return self.lr_start + (self.lr_max - self.lr_start) / self.warm_up_steps * n
         progress = min((n - self.warm_up_steps) / (self.max_decay_steps - self.warm_up_steps), 1.0)
@@ -56,11 +56,11 @@ class LambdaWarmUpCosineScheduler2:
 
     def __init__(
         self,
-        warm_up_steps: Sequence[int],
+        warm_up_steps: Sequence[float],
         f_min: Sequence[float],
         f_max: Sequence[float],
         f_start: Sequence[float],
-        cycle_lengths: Sequence[int],
+        cycle_lengths: Sequence[float],
         verbosity_interval: int = 0,
     ) -> None:
         lengths = [len(values) for values in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)]
@@ -79,8 +79,8 @@ class LambdaWarmUpCosineScheduler2:
         self.f_start = f_start
         self.cycle_lengths = cycle_lengths
 
-    def schedule(self, n: int) -> float:
-        """Return the multiplier at step `n`."""
+    def schedule(self, n: float) -> float:
+        """Return the multiplier at step `n`, or after `n` epochs if the lengths are epochs."""
         cycle, last = 0, len(self.cycle_lengths) - 1
         # A step on the boundary belongs to the cycle that ends there.
         while cycle < last and n > self.cycle_lengths[cycle]:
@@ -92,7 +92,7 @@ class LambdaWarmUpCosineScheduler2:
             return start + (peak - start) / self.warm_up_steps[cycle] * n
         return self._decay(n, cycle)
 
-    def _decay(self, n: int, cycle: int) -> float:
+    def _decay(self, n: float, cycle: int) -> float:
         warm_up, length = self.warm_up_steps[cycle], self.cycle_lengths[cycle]
         progress = (n - warm_up) / (length - warm_up)
         low, high = self.f_min[cycle], self.f_max[cycle]
@@ -108,6 +108,6 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
     drops at the end of the warm-up: from 0.98 to 0.5 for `f_max` 1, `f_min` 0 and a warm-up of 50 of 100 steps.
     """
 
-    def _decay(self, n: int, cycle: int) -> float:
+    def _decay(self, n: float, cycle: int) -> float:
         low, high = self.f_min[cycle], self.f_max[cycle]
         return low + (high - low) * (self.cycle_lengths[cycle] - n) / self.cycle_lengths[cycle]

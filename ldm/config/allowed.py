@@ -80,6 +80,21 @@ ALLOWED = (
         ("CAME", "Lion", "Prodigy", "ScheduleFreeAdamW"),
         "optimizer: " + _COMPUTES,
     ),
+    Allowed(
+        "torch.optim.lr_scheduler",
+        (
+            *(
+                "ConstantLR",
+                "CosineAnnealingLR",
+                "CosineAnnealingWarmRestarts",
+                "CyclicLR",
+                "ExponentialLR",
+                "LinearLR",
+            ),
+            *("MultiStepLR", "OneCycleLR", "PolynomialLR", "StepLR"),
+        ),
+        "schedule: " + _COMPUTES,
+    ),
     Allowed("transformers.optimization", ("Adafactor",), "optimizer: " + _COMPUTES),
     Allowed(
         "torchmetrics.image",

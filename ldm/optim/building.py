@@ -1,9 +1,9 @@
-"""Optimizer and schedule built from their `target` and `params`."""
+"""Optimizer built from its `target` and `params`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -17,10 +17,17 @@ log = logging.getLogger(__name__)
 _PRODIGY_RATE = 0.01  # of Prodigy, below which `lr` was probably meant for another optimizer
 
 
-def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter], lr: float, where: str) -> Optimizer:
+def build_optimizer(
+    config: Mapping[str, Any],
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    where: str,
+    factors: Mapping[nn.Parameter, float] | None = None,
+) -> Optimizer:
     """Return the optimizer of `parameters` from `config`, a mapping of `target` and `params`.
 
-    An `lr` in `params` that is not null takes precedence over `lr`. `where` is the config key for messages.
+    An `lr` in `params` that is not null takes precedence over `lr`. `where` is the config key for messages. `factors`
+    are those of the learning rate, for parameters that have one. Each factor has a group in the optimizer.
 
     Raises:
         UserError: the target does not exist or does not take its `params`, or a run cannot use it.
@@ -35,12 +42,26 @@ def build_optimizer(config: Mapping[str, Any], parameters: Iterable[nn.Parameter
         rate = lr if own_lr is None else own_lr
         if "defaults" in (config.get("params") or {}):  # of a base class, and some classes ignore it
             raise UserError(f"unknown key 'defaults' in params of {config['target']}")
-        optimizer = instantiate_from_config(config, params=list(parameters), lr=rate)
+        groups = _by_factor(parameters, factors) if factors else {}
+        params = [{"params": members} for members in groups.values()] or list(parameters)
+        optimizer = instantiate_from_config(config, params=params, lr=rate)
+        for group, factor in zip(optimizer.param_groups, groups, strict=False):
+            group["lr"] = group["lr"] * factor  # not in place, since groups may share a tensor
         _check_kind(str(config["target"]), optimizer)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     optimizer.register_load_state_dict_pre_hook(_in_float32)
     return optimizer
+
+
+def _by_factor(
+    parameters: Iterable[nn.Parameter], factors: Mapping[nn.Parameter, float]
+) -> dict[float, list[nn.Parameter]]:
+    """Return the parameters by their factor of the learning rate, in the order of their first ones."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+    return groups
 
 
 def _check_kind(target: str, optimizer: Optimizer) -> None:
@@ -100,24 +121,3 @@ def _in_float32(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
 
 def _is_quantised(value: Any) -> bool:
     return isinstance(value, dict) and "codes" in value
-
-
-def build_schedule(config: Mapping[str, Any]) -> Callable[[int], float]:
-    """Build the multiplier of the learning rate, by step, that `config`, a `target` and `params`, describes.
-
-    Raises:
-        UserError: the target does not exist, does not take its `params`, or is no multiplier.
-    """
-    if str(config.get("target")).startswith("torch.optim.lr_scheduler."):
-        raise UserError(
-            f"scheduler_config: {config['target']} schedules an optimizer; name a class of ldm.lr_scheduler, such as "
-            "LambdaWarmUpCosineScheduler"
-        )
-    try:
-        multiplier = instantiate_from_config(config)
-    except UserError as error:
-        raise UserError(f"scheduler_config: {error}") from error
-    schedule = getattr(multiplier, "schedule", None)
-    if schedule is None:
-        raise UserError(f"scheduler_config: {config['target']} is no multiplier; name a class of ldm.lr_scheduler")
-    return schedule

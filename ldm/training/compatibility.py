@@ -117,6 +117,11 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
             f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must not move in memory, but strategy "
             "fsdp gathers them at each step; use compile_mode=default"
         )
+    if model.trained_parts.change_by_step:
+        raise UserError(
+            "strategy fsdp trains the same weights in each step, but trained_parts has from_step or until_step; leave "
+            "them out, or use --strategy ddp"
+        )
     if {*model.trained_parameters()} - {*unet.parameters()}:
         raise UserError(
             "strategy fsdp trains the UNet only; with cond_stage_trainable or learn_logvar, use --strategy ddp"

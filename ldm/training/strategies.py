@@ -151,7 +151,16 @@ def choose_strategy(arguments: Mapping[str, Any], model: LightningModule, descri
     """
     if streams_weights(model):
         return host_state_strategy(arguments, has_cuda)
-    return device_strategy({"strategy": described, **arguments})
+    return device_strategy({"strategy": described, **arguments}, _may_lack_gradients(model))
+
+
+def _may_lack_gradients(model: nn.Module) -> bool:
+    """Return True if some trained parameters may have no gradient in a step.
+
+    A text encoder computes all its layers, and the model may use the states before the last ones.
+    """
+    parts = getattr(model, "trained_parts", None)
+    return bool(getattr(model, "cond_stage_trainable", False) or (parts and parts.change_by_step))
 
 
 def streams_weights(model: nn.Module) -> bool:
@@ -193,8 +202,10 @@ def check_launch(arguments: Mapping[str, Any], launch: Launch) -> None:
         )
 
 
-def device_strategy(arguments: Mapping[str, Any]) -> Any:
+def device_strategy(arguments: Mapping[str, Any], may_lack_gradients: bool = False) -> Any:
     """Return the Trainer's argument `strategy`: the given one, or DistributedDataParallel for several processes.
+
+    With `may_lack_gradients`, the processes agree in each step on the parameters that have a gradient.
 
     `fsdp` is `ShardedStrategy`, not Lightning's. A single process has nothing to shard and gets `auto`.
 
@@ -215,5 +226,7 @@ def device_strategy(arguments: Mapping[str, Any]) -> Any:
         return given
     # Buffers, such as the EMA, follow from the weights. Sending them at each step would cost as much as the gradients.
     return DDPStrategy(
-        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=name not in ("auto", "ddp")
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=may_lack_gradients or name not in ("auto", "ddp"),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ldm.models.diffusion.timesteps import LossAware
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.modules.lora import adapt
+from ldm.optim.parts import parts_of
 from ldm.util import UserError, check_number, instantiate_from_config, located, refuse_if
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         unet_trainable: train the UNet: all of it for true or `all`, its attention to the context for `attn`, its first
             convolution for `conv_in`. If false, it is frozen, and only gradients pass through it to the cond stage.
         lora: settings of `adapt`: train a LoRA of the UNet in place of its weights.
+        trained_parts: choice among these parameters, and their learning rates; arguments of `TrainedParts`.
         concat_mode: default of `conditioning_key`: `concat` if true, else `crossattn`.
         cond_stage_forward: method of the cond stage to call in place of `encode` or `forward`.
         concat_keys: batch entries, channels first, that are concatenated to the input for `hybrid`.
@@ -76,6 +79,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         cond_stage_trainable: bool = False,
         unet_trainable: bool | str = True,
         lora: Mapping[str, Any] | None = None,
+        trained_parts: Mapping[str, Any] | None = None,
         concat_mode: bool = True,
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
@@ -110,6 +114,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         self._register_cond_ids()
         self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False)
         self._add_cond_stage(cond_stage_config)
+        self.trained_parts = parts_of(trained_parts)
+        self.trained_parts.freeze(self)
         self.train()
         if ckpt_path is not None:  # after both stages, so that their weights are loaded too
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
@@ -184,6 +190,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
             self.cond_stage_model = stage
         if stage is not None:
             stage.requires_grad_(self.cond_stage_trainable)
+        if self.cond_stage_trainable and isinstance(stage, GeneralConditioner) and not stage.is_trainable:
+            raise UserError("cond_stage_trainable: true, but no embedder of cond_stage_config has is_trainable: true")
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set training mode. Frozen parts stay in evaluation mode."""
@@ -197,8 +205,8 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         parts = [self.model, self.cond_stage_model] if self.cond_stage_trainable else [self.model]
-        trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-        return [*trained, *self.parameters(recurse=False)]
+        found = chain(*(part.parameters() for part in parts), self.parameters(recurse=False))
+        return [parameter for parameter in found if parameter.requires_grad]
 
     # Batches
 
@@ -260,9 +268,11 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         begin = getattr(self.cond_stage_model, "begin_training", None)
         if begin is not None and self.global_step == 0:
             begin()
+        super().on_train_start()
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.trained_parts.set_step(self, self.global_step)
         self._put_first_stage_away(batch)
         if self.scale_by_std and not self._scale_is_loaded and self.global_step == 0 and batch_idx == 0:
             self.scale_factor.fill_(1.0)

@@ -61,7 +61,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         v_posterior: see `diffusion_buffers`.
         conditioning_key: see `DiffusionWrapper`.
         parameterization: prediction of the UNet: `eps`, `x0` or `v`.
-        scheduler_config: `target` and `params` of a learning rate schedule from `ldm.lr_scheduler`.
+        scheduler_config: `target`, `params` and `interval` of a learning rate schedule; see `build_schedule`.
         optimizer_config: `target` and `params` of the optimizer. The default is fused AdamW.
         use_positional_encodings: accepted for old configs and ignored.
         loss_config: `target` and `params` of the loss weighting, a class of `ldm.models.diffusion.loss`.
@@ -146,13 +146,15 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
     # Training
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the parameterization, because the weights do not determine it, and the state of the timesteps."""
+        """Store what the weights do not determine: parameterization, trained parts, and the state of the timesteps."""
         checkpoint[PREDICTION] = self.parameterization
+        self.trained_parts.save(checkpoint)
         state = self.timestep_distribution.state(self)
         if state:
             checkpoint[TIMESTEP_STATE] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_parts.check(checkpoint, self)
         self.timestep_distribution.load_state(self, checkpoint.get(TIMESTEP_STATE, {}))
 
     def get_input(self, batch: Batch, k: str) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -13,7 +16,10 @@ from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.conditioning_dropout import Replacement, replaced
 from ldm.optim import build_optimizer, build_schedule
+from ldm.optim.parts import TrainedParts
 from ldm.util import UserError
+
+log = logging.getLogger(__name__)
 
 
 class TrainingSteps:
@@ -27,6 +33,7 @@ class TrainingSteps:
     optimizer_config: Mapping[str, Any] | None
     scheduler_config: Mapping[str, Any] | None
     replacements: Mapping[str, Replacement]
+    trained_parts = TrainedParts()  # all
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(replaced(batch, self.replacements, self.device))
@@ -87,8 +94,40 @@ class TrainingSteps:
         if self.learning_rate is None:
             raise UserError("no learning rate: set model.base_learning_rate in the config")
         config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
-        optimizer = build_optimizer(config, self.trained_parameters(), self.learning_rate, "optimizer_config")
+        rate, rates = self.learning_rate, self.trained_parts.rates(self)
+        optimizer = build_optimizer(config, self.trained_parameters(), rate, "optimizer_config", rates)
         if not self.scheduler_config:
             return optimizer
-        scheduler = LambdaLR(optimizer, lr_lambda=build_schedule(self.scheduler_config))
+        multiplier = build_schedule(self.scheduler_config, rate, self._steps_of_epoch, self._steps_of_run)
+        scheduler = LambdaLR(optimizer, lr_lambda=multiplier)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+
+    def on_train_start(self) -> None:
+        """Log what trains, and check that the schedule knows the lengths of an epoch and of the run that it needs."""
+        self.trained_parts.log(self, self.trainer.optimizers[0])
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.lr_lambdas[0](1)
+        if (self.scheduler_config or {}).get("interval") == "epoch":
+            steps = self._steps_of_epoch()
+            done = self.global_step / steps
+            log.info("The schedule counts epochs of %d optimizer steps; %.2f of them are done", steps, done)
+
+    def _steps_of_epoch(self) -> int:
+        """Return the number of optimizer steps in an epoch, after Lightning has made the data loader."""
+        batches = self.trainer.num_training_batches
+        if math.isinf(batches):
+            raise UserError("scheduler_config: streamed data have no known epoch; count in steps")
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
+            raise UserError(
+                "scheduler_config: GradientAccumulationScheduler changes the number of steps per epoch; count in steps"
+            )
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)  # the last step may have fewer batches
+
+    def _steps_of_run(self) -> int:
+        """Return the number of optimizer steps until `max_steps` or `max_epochs`."""
+        limits = [self.trainer.max_steps] if self.trainer.max_steps > 0 else []
+        if (self.trainer.max_epochs or -1) > 0:
+            limits.append(self.trainer.max_epochs * self._steps_of_epoch())
+        if not limits:
+            raise UserError("scheduler_config: the run has no last step; give --max_steps or --max_epochs")
+        return min(limits)

@@ -89,6 +89,11 @@ class GeneralConditioner(AbstractEncoder):
         """Tokenizer of the first embedder that reads captions, or None."""
         return next((self.embedders[number].tokenizer for number in self.caption_embedders), None)
 
+    @property
+    def is_trainable(self) -> bool:
+        """True if some embedders can be trained."""
+        return any(self._is_trainable)
+
     def requires_grad_(self, requires_grad: bool = True) -> GeneralConditioner:
         """Turn gradients of the trainable embedders on or off; the others stay frozen."""
         for embedder, is_trainable in zip(self.embedders, self._is_trainable, strict=True):
