@@ -20,14 +20,13 @@ from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.batch_mean import EQUAL, BatchMean
 from ldm.models.diffusion.conditioning import WithConditioning, check_reads_captions
 from ldm.models.diffusion.first_stage import WithFirstStage
+from ldm.models.diffusion.lora_training import train_lora
 from ldm.models.diffusion.pixel import DDPM
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.sampling import Conditioning
 from ldm.models.diffusion.timesteps import LossAware
-from ldm.modules.ema import LitEma
 from ldm.modules.encoders.conditioner import GeneralConditioner
-from ldm.modules.lora import adapt
 from ldm.optim.parts import parts_of
 from ldm.util import UserError, check_number, instantiate_from_config, located, refuse_if
 
@@ -58,7 +57,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         cond_stage_trainable: train the cond stage too.
         unet_trainable: train the UNet: all of it for true or `all`, its attention to the context for `attn`, its first
             convolution for `conv_in`. If false, it is frozen, and only gradients pass through it to the cond stage.
-        lora: settings of `adapt`: train a LoRA of the UNet in place of its weights.
+        lora: settings of `ldm.modules.lora.adapt`: train a LoRA of the UNet in place of its weights.
         trained_parts: choice among these parameters, and their learning rates; arguments of `TrainedParts`.
         concat_mode: default of `conditioning_key`: `concat` if true, else `crossattn`.
         cond_stage_forward: method of the cond stage to call in place of `encode` or `forward`.
@@ -109,7 +108,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         self._check_settings()
         self.model.train_only(unet_trainable)
         if lora is not None:
-            self._train_lora(lora)
+            train_lora(self, lora, trained_parts)
         self._register_scale(scale_factor, scale_by_std)
         self._register_cond_ids()
         self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False)
@@ -143,24 +142,6 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
             ),
             (not trains, "unet_trainable: false leaves nothing to train; set cond_stage_trainable: true"),
         )
-
-    def _train_lora(self, settings: Mapping[str, Any]) -> None:
-        """Train the factors of a LoRA with these `settings` in place of the UNet's weights."""
-        refuse_if(
-            (
-                self.unet_trainable not in (True, "all"),
-                f"lora trains factors in place of weights, and unet_trainable: {self.unet_trainable} selects weights; "
-                "leave unet_trainable out",
-            ),
-            (
-                self.cond_stage_trainable,
-                "lora trains factors of the UNet alone, and cond_stage_trainable: true the text encoder or a word, "
-                "which no LoRA file would hold; set cond_stage_trainable: false",
-            ),
-        )
-        adapt(self.model.diffusion_model, settings)
-        if self.use_ema:
-            self.model_ema = LitEma(self.model)  # of the factors alone
 
     def _register_scale(self, scale_factor: float, by_std: bool) -> None:
         """Set the factor of the latents: a number, or a buffer that the first batch sets."""
