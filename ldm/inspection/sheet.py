@@ -54,9 +54,8 @@ def _tinted(image: Image.Image, mask: np.ndarray | None) -> Image.Image:
     """Return `image` with a red tint where the loss mask (1, h, w) is 0."""
     if mask is None:
         return image
-    outside = Image.fromarray(np.uint8(_TINT * (1 - mask[0].astype(np.float32)))).resize(
-        image.size, Image.Resampling.NEAREST
-    )
+    opacity = Image.fromarray(np.uint8(_TINT * (1 - mask[0].astype(np.float32))))
+    outside = opacity.resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", image.size, _OUTSIDE), image, outside)
 
 

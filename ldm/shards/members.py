@@ -36,9 +36,7 @@ ABSENT = {CAPTION: "", ORIGIN: None}  # values of missing members
 _MOST = 1 << 24  # side in pixels; float32 is exact for integers up to this one
 _OF_FAMILIES = (POOLED, *MAPS, *SIZE_ENTRIES)  # members for certain model families
 _ENCODE_AGAIN = "encode the images again with the release that training starts from"
-NO_LOSS_MASKS = (
-    "no loss masks, which the masked loss needs; encode the images again with --loss-masks, or change loss_config"
-)
+NEEDS_LOSS_MASKS = "the masked loss needs it; encode the images again with --loss-masks, or change loss_config"
 
 
 def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
@@ -55,7 +53,7 @@ def find_member(key: str, members: Mapping[str, T], optional: Container[str], sa
         if plain(key) in _OF_FAMILIES:
             hint = f", which this model family needs; {_ENCODE_AGAIN}"
         if key == LOSS_MASK:
-            hint = f": {NO_LOSS_MASKS}"
+            hint = f"; {NEEDS_LOSS_MASKS}"
         raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
     return members.get(extension)
 
@@ -90,7 +88,7 @@ def decode_member(key: str, data: bytearray, name: str) -> Any:
     array = npy.decode(data, name, number_types(key))
     if not np.isfinite(array).all():
         raise UserError(f"{name}: has NaN or infinite values; encode it again")
-    if key == LOSS_MASK and (array.min(initial=0) < 0 or array.max(initial=1) > 1):
+    if key == LOSS_MASK and (array.min() < 0 or array.max() > 1):
         raise UserError(f"{name}: has values outside of 0 to 1; encode it again")
     return array
 

@@ -21,7 +21,7 @@ from ldm.shards.index import (
     check_against_index,
     read_index,
 )
-from ldm.shards.members import NO_LOSS_MASKS
+from ldm.shards.members import NEEDS_LOSS_MASKS
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CONTEXT, LATENT, LOSS_MASK, MAPS, POOLED, TEACHER_KEYS, TEXT_ENCODINGS, is_array, plain
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
@@ -89,7 +89,7 @@ def check_members(paths: Sequence[str | Path], keys: Sequence[str], *, for_train
         others = [member for member in members if member in (*MAPS, *([POOLED] if CONTEXT in keys else ()))]
         unread = next((member for member in others if member not in keys), None) if for_training else None
         if lacking == LOSS_MASK:
-            raise UserError(f"{folder / INDEX}: the samples have {NO_LOSS_MASKS}")
+            raise UserError(f"{folder / INDEX}: the samples have no {LOSS_MASK}; {NEEDS_LOSS_MASKS}")
         if lacking or unread:
             what = f"have no {lacking}, which the model reads" if lacking else f"have {unread}, which the model ignores"
             raise UserError(

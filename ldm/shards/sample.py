@@ -158,13 +158,11 @@ def with_variant(sample: dict[str, Any], latent: str, choose: Callable[[int], in
         latent: key of the latent.
 
     Raises:
-        UserError: there are no variants, or another number of crops. The message names `name`.
+        UserError: the sample has another number of crops than of variants. The message names `name`.
     """
     if sample[latent].ndim < 4:
         return sample
     count = len(sample[latent])
-    if not count:
-        raise UserError(f"{name}: has no variant of its image; encode the images again")
     crops = [key for key, entry in SIZE_ENTRIES.items() if entry == CROP and key in sample]
     for key in crops:
         if sample[key].shape != (count, 2):
