@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
@@ -22,6 +24,9 @@ from ldm.cli.options import add_config_options, add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
 from ldm.util import UserError, check_number
+
+if TYPE_CHECKING:
+    from ldm.images.find import ImageItem
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +64,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--flip", action="store_true", help="also encode the mirror image of every image")
     add("--masks", type=int, help="masks per sample, for an inpainting model (default: 4)")
-    add("--caption", help="one caption for all images, in place of their own captions")
-    add("--several-captions", action="store_true", help="each line of a caption file is a caption, and metadata.jsonl "
-        "may have lists; training chooses one per epoch")  # fmt: skip
-    add("--tag-variants", type=int, default=1, metavar="K", help="captions per image: its own, and others with the "
-        "tags between its commas in random order; training chooses one per epoch (default: 1)")  # fmt: skip
-    add("--keep-tags", type=int, metavar="N", help="first tags that keep their places in variants (default: 1)")
-    add("--tag-dropout", type=float, metavar="P", help="share of the other tags that a variant lacks (default: 0)")
+    add("--loss-masks", action="store_true", help="store masks for the masked loss: name.mask.png beside name.jpg, "
+        "white where the image is trained, or else the image's alpha channel")  # fmt: skip
+    _add_variant_options(parser)
+    _add_caption_options(parser)
     add("--no-repeats", action="store_true", help="do not repeat the images of folders such as 10_name in training")
     add("--num-workers", type=int, help="processes that decode images (default: at most 16)")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
@@ -74,32 +76,73 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     check_number("--keep-tags", arguments.keep_tags, least=0, optional=True)
     check_number("--tag-dropout", arguments.tag_dropout, least=0, most=1, whole=False, optional=True)
-    for name in ("batch_size", "shard_size", "tag_variants"):
+    check_number("--variant-area", arguments.variant_area, above=0, most=1, whole=False, optional=True)
+    check_number("--variant-jitter", arguments.variant_jitter, least=0, most=1, whole=False, optional=True)
+    for name in ("batch_size", "shard_size", "tag_variants", "variants"):
         check_number(f"--{name.replace('_', '-')}", getattr(arguments, name), least=1)
     for name in ("size", "masks"):
         check_number(f"--{name}", getattr(arguments, name), least=1, optional=True)
     check_number("--num-workers", arguments.num_workers, least=0, optional=True)
     if arguments.tag_variants > 1 and arguments.several_captions:
         raise UserError("--tag-variants and --several-captions: give one of them")
-    for name in ("keep_tags", "tag_dropout"):
-        if arguments.tag_variants == 1 and getattr(arguments, name) is not None:
-            option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
-            raise UserError(f"{option}: changes variants of tags only; give --tag-variants too, 2 or more")
+    _check_needed(arguments, "tag_variants", ("keep_tags", "tag_dropout"), "variants of tags")
+    _check_needed(arguments, "variants", ("variant_area", "variant_jitter"), "variants of images")
     return arguments
+
+
+def _add_variant_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--variants", type=int, default=1, metavar="K", help="variants per image: itself, and K - 1 random crops; "
+        "training chooses one per epoch (default: 1)")  # fmt: skip
+    add("--variant-area", type=float, metavar="A", help="least area of a random crop, as a share (default: 0.8)")
+    add("--variant-jitter", type=float, metavar="J", help="greatest change of brightness, contrast and saturation of a "
+        "variant; hues turn by up to a tenth of it (default: 0)")  # fmt: skip
+
+
+def _add_caption_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--caption", help="one caption for all images, in place of their own captions")
+    add("--several-captions", action="store_true", help="each line of a caption file is a caption, and metadata.jsonl "
+        "may have lists; training chooses one per epoch")  # fmt: skip
+    add("--tag-variants", type=int, default=1, metavar="K", help="captions per image: its own, and others with the "
+        "tags between its commas in random order; training chooses one per epoch (default: 1)")  # fmt: skip
+    add("--keep-tags", type=int, metavar="N", help="first tags that keep their places in variants (default: 1)")
+    add("--tag-dropout", type=float, metavar="P", help="share of the other tags that a variant lacks (default: 0)")
+
+
+def _check_needed(arguments: argparse.Namespace, count: str, names: Sequence[str], what: str) -> None:
+    """Raise `UserError` for one of the options `names` without more than one variant by the option `count`."""
+    for name in names:
+        if getattr(arguments, count) == 1 and getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+            raise UserError(f"{option}: changes {what} only; give --{count.replace('_', '-')} too, 2 or more")
+
+
+def _find_items(arguments: argparse.Namespace, pairs: bool) -> list[ImageItem]:
+    """Return the images to encode, or pairs of them, with their captions, masks and repeats."""
+    from ldm.data.sources import find_images
+    from ldm.images.repeats import with_folder_repeats
+    from ldm.images.tags import with_tag_variants
+
+    items = find_images(arguments.images, arguments.caption, pairs, arguments.several_captions, arguments.loss_masks)
+    if arguments.tag_variants > 1:
+        keep = 1 if arguments.keep_tags is None else arguments.keep_tags
+        items = with_tag_variants(items, arguments.tag_variants, keep, arguments.tag_dropout or 0.0)
+    items = items if arguments.no_repeats else with_folder_repeats(items)
+    logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
+    return items
 
 
 def main() -> None:
     arguments = parse_arguments()
     # Slow imports come after parsing, so that --help answers at once.
-    from ldm.data.sources import find_images
     from ldm.distributed.ranks import Ranks
     from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.kinds import takes_pairs
     from ldm.encoding.preencode import preencode
     from ldm.encoding.read import default_workers
     from ldm.encoding.shard_set import check_out
-    from ldm.images.repeats import with_folder_repeats
-    from ldm.images.tags import with_tag_variants
+    from ldm.encoding.variants import LEAST_AREA, Variants
     from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device, pick_precision
     from ldm.release.model_family import own_side
@@ -111,13 +154,9 @@ def main() -> None:
         check_out(arguments.out, arguments.overwrite)
     chosen = arguments.config, arguments.parameterization, arguments.size
     _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
-    pairs = takes_pairs(config)
-    items = find_images(arguments.images, arguments.caption, pairs, arguments.several_captions)
-    if arguments.tag_variants > 1:
-        keep = 1 if arguments.keep_tags is None else arguments.keep_tags
-        items = with_tag_variants(items, arguments.tag_variants, keep, arguments.tag_dropout or 0.0)
-    items = items if arguments.no_repeats else with_folder_repeats(items)
-    logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
+    items = _find_items(arguments, takes_pairs(config))
+    area = LEAST_AREA if arguments.variant_area is None else arguments.variant_area
+    variants = Variants(arguments.variants, area, arguments.variant_jitter or 0.0)
     device = pick_device(arguments.device, ranks.local)
     dtype = pick_precision(arguments.precision, device)
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
@@ -131,6 +170,8 @@ def main() -> None:
         shard_size=arguments.shard_size,
         flip=arguments.flip,
         masks=arguments.masks,
+        loss_masks=arguments.loss_masks,
+        variants=variants,
         workers=default_workers(ranks.local_world) if arguments.num_workers is None else arguments.num_workers,
         overwrite=arguments.overwrite,
         ranks=ranks,

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ldm.data.base_module import BaseDataModule
-from ldm.data.dropout import CaptionChoice, CaptionDropout, Change, EditDropout, EpochItems, InTurn, load_null
+from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, choices, load_null
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
-from ldm.shards.index import FAMILY, read_index
-from ldm.shards.open import check_members, family_name, open_shards, warn_of_scale
+from ldm.shards.open import check_members, describe_shapes, for_family, open_shards, say_unread_masks, warn_of_scale
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import (
     CONTEXT,
     EDIT,
     LATENT,
+    LOSS_MASK,
     MASK,
     MASKED_IMAGE,
     NUMBERED,
@@ -137,17 +136,24 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def _extra_keys(self) -> tuple[str, ...]:
         """Return the further members to read, in addition to `_keys`."""
         conditioning = getattr(self._model(), "conditioning_entries", ())
-        return tuple(dict.fromkeys([*conditioning, *self.extra_keys]))
+        of_loss = getattr(getattr(self._model(), "weighting", None), "entries", ())
+        return tuple(dict.fromkeys([*conditioning, *of_loss, *self.extra_keys]))
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
         if split != "prior" and any(map(is_stream, urls)):  # a prior needs random access
             return self._open_stream(split, urls)
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
-        extra = (*self._extra_keys(), *(TEACHER_KEYS if split == "prior" and self._has_teacher() else ()))
+        extra = self._extra_keys()
+        if split == "prior":  # trained as a whole
+            teacher = TEACHER_KEYS if self._has_teacher() else ()
+            extra = (*(key for key in extra if key != LOSS_MASK), *teacher)
         check_members(urls, [*self._keys(), *extra], for_training=self._model() is not None)
         dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
-        logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), _describe(dataset))
+        shapes = describe_shapes(dataset)
+        logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), shapes)
+        if split == "training" and LOSS_MASK not in extra:
+            say_unread_masks(dataset)
         if not getattr(self._model(), "scale_by_std", True):
             warn_of_scale(dataset, self._model().scale_factor)
         return dataset
@@ -159,21 +165,20 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         # Read the first sample for its shapes, and to find errors before training starts.
         if next(iter(dataset), None) is None:
             raise UserError(f"no samples in {dataset.urls[0]}")
-        logger.info("%s data: streamed from %d shards%s", split, len(urls), _describe(dataset))
+        logger.info("%s data: streamed from %d shards%s", split, len(urls), describe_shapes(dataset))
         return dataset
 
     def _change(
         self, dataset: ShardDataset | ShardStream, training: bool, dropout: CaptionDropout | None
     ) -> Change | None:
-        """Return the change of the samples of `dataset`: the choices of a caption and of a mask, then `dropout`."""
+        """Return the change of the samples of `dataset`: choices of variant, caption and mask, then `dropout`."""
         has_masks = set(NUMBERED) <= set(dataset.keys)
         if training and self.full_mask_share and not has_masks:
             raise UserError(
                 f"data.params.full_mask_share {self.full_mask_share}: the training samples have no masks; leave it out"
             )
         masks = self._mask_choice(dataset, training) if has_masks else None
-        captions = CaptionChoice(self.seed) if dataset.keeps_captions else None
-        changes = [change for change in (captions, masks, dropout) if change is not None]
+        changes = [*choices(dataset, self.seed), *(change for change in (masks, dropout) if change is not None)]
         return InTurn(changes) if changes else None
 
     def _mask_choice(self, dataset: ShardDataset | ShardStream, training: bool) -> MaskChoice:
@@ -234,13 +239,14 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             try:
                 check({**shapes, first: latent})
             except UserError as error:
-                raise UserError(f"{error}{_of_family(dataset)}") from error
+                raise UserError(f"{error}{for_family(dataset)}") from error
 
     def _loader(self, split: str, shuffle: bool, drop_last: bool = False) -> SampleLoader:
         dataset = self.datasets[split]
         training = split == "training"
         dropout = self._dropout(dataset) if training else None
         dataset.keeps_captions = training and dataset.has_several_captions
+        dataset.keeps_variants = training and dataset.has_several_variants
         change = self._change(dataset, training, dropout)
         if isinstance(dataset, ShardStream):
             dataset.seed, dataset.change = self.seed, change
@@ -271,24 +277,3 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
     def test_dataloader(self) -> SampleLoader | list[SampleLoader]:
         return self._loader("test", shuffle=False) if "test" in self.datasets else []
-
-
-def _of_family(dataset: ShardDataset | ShardStream) -> str:
-    """Return the end of a message that names the model family of a set, if its index has it."""
-    index = read_index(dataset.paths[0].parent) if isinstance(dataset, ShardDataset) else None
-    return f"; the set is for {family_name(index)}" if (index or {}).get(FAMILY) else ""
-
-
-def _describe(dataset: ShardDataset | ShardStream) -> str:
-    """Return the shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`.
-
-    Of a member that samples have several times, the number stands before: `"4 mask 1x64x64 float16"`.
-    """
-    counts = Counter(map(plain, dataset.keys))
-    parts = []
-    for key, shapes in dataset.shapes.items():
-        name = f"{counts[key]} {key}" if counts[key] > 1 else key
-        parts += [
-            f", {name} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in shapes.items() if plain(key) == key
-        ]
-    return "".join(parts)

@@ -14,7 +14,7 @@ from ldm.data.batch_sampler import Item, held_out_entries, sample_name, stream_n
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
-from ldm.shards.sample import CAPTION, EDIT, STREAM, with_caption
+from ldm.shards.sample import CAPTION, EDIT, STREAM, with_caption, with_variant
 from ldm.util import UserError
 
 # Function from a sample, the epoch, and the sample's number or name to the changed sample.
@@ -108,6 +108,25 @@ class CaptionChoice:
     def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
         stream = random.Random(f"{self.seed}/{epoch}/{number}/caption")
         return with_caption(sample, stream.randrange, f"sample {sample['__key__']}")
+
+
+class VariantChoice:
+    """Random choice of one of the variants of a sample's image, seeded by (seed, epoch, sample)."""
+
+    def __init__(self, latent: str, seed: int) -> None:
+        """Store the settings. `latent` is the key of the latent."""
+        self.latent = latent
+        self.seed = seed
+
+    def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
+        stream = random.Random(f"{self.seed}/{epoch}/{number}/variant")
+        return with_variant(sample, self.latent, stream.randrange, f"sample {sample['__key__']}")
+
+
+def choices(dataset: Any, seed: int) -> list[Change]:
+    """Return the choices of a variant and of a caption, if the samples of `dataset` keep several."""
+    variants = [VariantChoice(dataset.first_stage_key, seed)] if dataset.keeps_variants else []
+    return [*variants, *([CaptionChoice(seed)] if dataset.keeps_captions else [])]
 
 
 class InTurn:

@@ -18,7 +18,17 @@ from ldm.data.batch_sampler import EpochBatchSampler, Item, samples_digest, stre
 from ldm.data.dropout import Change, EpochItems
 from ldm.shards.index import read_index
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import IS_PRIOR, LEAST_LOGVAR, NOISE, PREDICTION, STREAM, TEACHER_KEYS, TIMESTEPS, plain
+from ldm.shards.sample import (
+    IS_PRIOR,
+    LEAST_LOGVAR,
+    LOSS_MASK,
+    NOISE,
+    PREDICTION,
+    STREAM,
+    TEACHER_KEYS,
+    TIMESTEPS,
+    plain,
+)
 from ldm.util import UserError
 
 # Settings that define a stored prediction: attributes of the model, and keys of index.json.
@@ -40,8 +50,8 @@ def check_prior(training: Any, prior: ShardDataset) -> None:
     if own != other and max(own, other) != 2 * min(own, other):
         raise UserError(f"{where}: {first} has {other} channels, but {own} in the training set")
     for key in filter(lambda key: plain(key) == key, training.keys):  # the sets may differ in their number of masks
-        ours, theirs = training.shapes[key].keys(), prior.shapes[key].keys()
-        if key != first and ours != theirs:
+        ours, theirs = training.shapes[key].keys(), prior.shapes.get(key, {}).keys()
+        if key not in (first, LOSS_MASK) and ours != theirs:
             raise UserError(
                 f"{where}: {key} has shape {next(iter(theirs))}, but {next(iter(ours))} in the training set"
             )
@@ -125,7 +135,8 @@ class WithPrior(Dataset):
 
     All samples have the same entries, dtypes and shapes. If one set has posteriors and the other latents, the latents
     become posteriors with zero variance. If the prior has predictions of a teacher, a prior sample has one of its K
-    predictions, the next one in each cycle, and training samples have zeros.
+    predictions, the next one in each cycle, and training samples have zeros. Prior samples are trained as a whole, with
+    loss masks of 1.
     """
 
     def __init__(self, training: EpochItems, prior: ShardDataset, change: Change | None, timesteps: int | None) -> None:
@@ -136,10 +147,11 @@ class WithPrior(Dataset):
         self.change = change
         self.timesteps = timesteps
         own, other = training.dataset[0], prior[0]
+        self._has_masks = LOSS_MASK in own
         self._types = {
             key: value.dtype for key, value in own.items() if isinstance(value, np.ndarray) and plain(key) == key
         }
-        self._channels = max(len(sample[prior.first_stage_key]) for sample in (own, other))
+        self._channels = max(sample[prior.first_stage_key].shape[-3] for sample in (own, other))
         nothing = {key: np.zeros_like(other[key][0]) for key in (NOISE, PREDICTION)} if self.has_teacher else {}
         self._untaught = {TIMESTEPS: 0, **nothing} if self.has_teacher else {}
 
@@ -156,6 +168,8 @@ class WithPrior(Dataset):
             sample = self.change(sample, turn, f"prior/{number}")
         if self.has_teacher:
             sample |= self._one_of(sample, turn + number)
+        if self._has_masks:
+            sample[LOSS_MASK] = np.ones((1, *sample[self.prior.first_stage_key].shape[1:]), self._types[LOSS_MASK])
         if self.training.seed is not None:
             sample[STREAM] = stream_name(self.training.seed, turn, f"prior/{number}")
         return self._alike({**sample, IS_PRIOR: True})

@@ -15,16 +15,18 @@ from ldm.identity import check_identity, identity_of_path
 from ldm.images.captions import CAPTION_SUFFIXES, METADATA, METADATA_FILES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS
 from ldm.images.find import ImageItem, SingleImages, from_folder, is_image, pair_up
+from ldm.images.mask_files import warn_of_masks, with_masks
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-_EDITED = [f"edited.{extension}" for extension in EXTENSIONS]  # members of a tar: the edited images of pairs
+# Members of a tar: the edited images of pairs, and loss masks.
+_EDITED, _MASKS = ([f"{kind}.{extension}" for extension in EXTENSIONS] for kind in ("edited", "mask"))
 
 
-def _from_tar(path: Path, fixed: str | None, pairs: bool, several: bool) -> list[ImageItem]:
+def _from_tar(path: Path, fixed: str | None, pairs: bool, several: bool, masks: bool) -> list[ImageItem]:
     items = []
     identity = identity_of_path(path)
     samples = index_tar(path)
@@ -46,16 +48,20 @@ def _from_tar(path: Path, fixed: str | None, pairs: bool, several: bool) -> list
                 other = None
                 if pairs and edited:
                     other = ImageItem(f"{name}.{edited}", path, sample.spans[edited], identity=identity)
-                items.append(ImageItem(f"{name}.{extension}", path, span, caption, error, other, identity))
+                item = ImageItem(f"{name}.{extension}", path, span, caption, error, other, identity)
+                mask = next((found for found in sample.spans if found in _MASKS), None) if masks else None
+                if mask:
+                    item = replace(item, mask=ImageItem(f"{name}.{mask}", path, sample.spans[mask], identity=identity))
+                items.append(item)
     return items
 
 
-def _from_source(source: str, single: SingleImages, pairs: bool) -> list[ImageItem]:
+def _from_source(source: str, single: SingleImages, pairs: bool, masks: bool) -> list[ImageItem]:
     path = Path(source)
     if os.path.lexists(path) and not path.is_dir() and is_image(path):
         return [single.item(path, path.name)]
     if path.is_dir():
-        items = from_folder(path, single.fixed, pairs, single.several)
+        items = from_folder(path, single.fixed, pairs, single.several, masks)
         if items or not any(path.glob("[!.]*.tar")):
             return items
     items = []
@@ -66,7 +72,7 @@ def _from_source(source: str, single: SingleImages, pairs: bool) -> list[ImageIt
         if is_image(path) and not path.is_dir():
             items.append(single.item(path, path.name))
         else:
-            items += _from_tar(path, single.fixed, pairs, single.several)
+            items += _from_tar(path, single.fixed, pairs, single.several, masks)
     return items
 
 
@@ -103,7 +109,11 @@ def _identity(item: ImageItem) -> tuple[Path, str, Path | None, str | None]:
 
 
 def find_images(
-    source: str | Path | Sequence[str | Path], caption: str | None = None, pairs: bool = False, several: bool = False
+    source: str | Path | Sequence[str | Path],
+    caption: str | None = None,
+    pairs: bool = False,
+    several: bool = False,
+    masks: bool = False,
 ) -> list[ImageItem]:
     """Return all images of `source`, sorted by name within a folder. `caption`, if given, is the caption of all.
 
@@ -116,9 +126,11 @@ def find_images(
     With `pairs`, return the images before an edit, each with the image after it. This is `name.edited.jpg` beside
     `name.jpg`, or the second image in an entry of `metadata.jsonl`.
 
+    With `masks`, images `name.mask.png` beside `name.jpg`, and members `mask.png` of tars, are loss masks.
+
     Raises:
-        UserError: there is no image (or pair), no caption or a repeated image; a folder has both images and tars; or
-            `metadata.jsonl` or a tar cannot be read.
+        UserError: there is no image (or pair, or mask), no caption or a repeated image; a folder has both images and
+            tars; or `metadata.jsonl` or a tar cannot be read.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(entry) for entry in source]
     items: list[ImageItem] = []
@@ -126,7 +138,7 @@ def find_images(
     caption = None if caption is None else " ".join(caption.split())  # a line would be a caption of its own
     single = SingleImages(caption, several)
     for entry in _without_captions(sources):
-        found = _from_source(entry, single, pairs)
+        found = _from_source(entry, single, pairs, masks)
         if not found:
             raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars with images")
         paths = {item.path.resolve() for item in found}
@@ -146,6 +158,10 @@ def find_images(
                 f"{where}: no image has an edited one; give name.edited.jpg beside name.jpg, or the columns "
                 f"input_image, edited_image and edit_prompt in {METADATA}"
             )
+    if masks:
+        items = with_masks(items)
+    else:
+        warn_of_masks(items)
     missing = [item.name for item in items if item.caption is None and item.error is None]
     if missing and all(item.caption is None for item in items):
         raise UserError(

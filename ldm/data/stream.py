@@ -16,13 +16,15 @@ from ldm.shards.sample import (
     CAPTION,
     CONTEXT,
     LATENT,
-    MAPS,
+    OF_LATENT_SIZE,
     TEXT_ENCODINGS,
     is_array,
     member_extension,
     one_caption,
+    one_variant,
     plain,
     with_caption,
+    with_variant,
 )
 from ldm.shards.tar import stream_tar
 from ldm.util import UserError
@@ -62,7 +64,8 @@ class ShardStream(IterableDataset):
         self.change = change
         # Possibly: the index of streamed shards is unknown.
         self.has_several_captions = cond_stage_key == CAPTION or any(key in TEXT_ENCODINGS for key in self.keys)
-        self.keeps_captions = False  # of several captions, a sample has the first, or all
+        self.has_several_variants = True
+        self.keeps_captions = self.keeps_variants = False  # of several, a sample has the first, or all
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {}  # shape → dtype, in the order of the samples
 
@@ -89,6 +92,8 @@ class ShardStream(IterableDataset):
             samples = webdataset.shuffle(self.shuffle_buffer, rng=rng)(samples)
         for url, sample, members in samples:
             decoded = self._decode(url, sample, members)
+            if not self.keeps_variants:
+                decoded = with_variant(decoded, self.first_stage_key, lambda count: 0, f"{url}: {sample}")
             if self.has_several_captions and not self.keeps_captions:
                 decoded = with_caption(decoded, lambda count: 0, f"{url}: {sample}")
             yield self.change(decoded, self.epoch, decoded["__key__"]) if self.change else decoded
@@ -116,9 +121,10 @@ class ShardStream(IterableDataset):
             result[key] = decode_member(key, bytearray(data), name)
             if is_array(key):
                 known = self.shapes.setdefault(key, {})
-                shape = one_caption(key, result[key].shape)
-                image = key == self.first_stage_key or plain(key) in MAPS
+                image = key == self.first_stage_key or plain(key) in OF_LATENT_SIZE
+                stored = result[key].shape
+                shape = one_variant(stored) if image else one_caption(key, stored)
                 check_shape(key, shape, next(iter(known), shape), image, name)
-                check_map(key, shape, result[self.first_stage_key].shape, name)
+                check_map(key, stored, result[self.first_stage_key].shape, name)
                 known[shape] = result[key].dtype.name
         return result

@@ -15,7 +15,7 @@ from ldm.encoding.encoder import CaptionEncoding
 from ldm.encoding.jobs import Record
 from ldm.encoding.read import FittedImage, Unreadable
 from ldm.shards.index import REPEATS
-from ldm.shards.sample import LATENT, encode_members
+from ldm.shards.sample import LATENT, LOSS_MASK, encode_members, one_variant
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 
@@ -36,6 +36,7 @@ class EncodedShard:
         self.failed: list[dict[str, str]] = []
         self.images = 0
         self.without_caption = 0
+        self.without_mask = 0
         self.sizes: Counter[str] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
         self._repeats: list[list[int]] = []  # pairs of repeats and the number of consecutive samples that have them
@@ -85,8 +86,9 @@ class EncodedShard:
             if context.cut_tokens:
                 self._cut[place] = {"name": image.item.name, "tokens": context.cut_tokens}
             self.without_caption += image.item.caption is None
+            self.without_mask += LOSS_MASK in views[0] and LOSS_MASK not in image.others
             self.sizes["{}x{}".format(*image.size)] += len(views)
-            self.shapes.add(views[0][LATENT].shape[1:])
+            self.shapes.add(one_variant(views[0][LATENT].shape[1:]))
         if self._shard is None:
             self.prepare()
             self._shard = Shard(self.path).__enter__()
@@ -110,6 +112,7 @@ class EncodedShard:
             **({REPEATS: self._repeats} if any(repeats != 1 for repeats, _ in self._repeats) else {}),
             "images": self.images,
             "without_caption": self.without_caption,
+            **({"without_mask": self.without_mask} if self.without_mask else {}),
             "failed": self.failed,
             "sizes": dict(sorted(self.sizes.items())),
             LATENT: sorted(self.shapes),

@@ -105,6 +105,7 @@ _OF_IMAGES = {"images", "without_caption", "failed", "sizes", LATENT}
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "images": is_whole,
     "without_caption": is_whole,
+    "without_mask": is_whole,
     "failed": is_failures,
     "sizes": _is_sizes,
     LATENT: _is_shapes,

@@ -11,11 +11,14 @@ therefore write shards in any order, also after an interruption, with the same r
     made_from           settings, and digests of the weights and of the list of images; they must be equal for an
                         unfinished set to be resumed
     images, without_caption, captions_cut   counts
+    without_mask        with --loss-masks, number of images without a mask
     failed              name and reason of each image that could not be read
     cut                 name and tokens of each caption that is longer than the text encoder's limit
     sizes               samples per image size (height x width)
     masks               number per sample, for inpainting
-    f8, t5, pooled      shapes of the stored arrays
+    f8, t5, pooled      shapes of the stored arrays, of one variant and caption
+    loss_masks          true if the samples have loss masks
+    variants, variant_area, variant_jitter  number per image, and settings of `ldm.encoding.variants`
 """
 
 from __future__ import annotations
@@ -31,9 +34,11 @@ import numpy as np
 from ldm.distributed.ranks import Ranks
 from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.jobs import Record, plan_shards
-from ldm.encoding.kinds import samples_for
+from ldm.encoding.kinds import ImageSamples, samples_for
+from ldm.encoding.loss_masks import LossMaskSamples
 from ldm.encoding.pipeline import encode_shards
 from ldm.encoding.set_writer import Job, SetWriter, indexed
+from ldm.encoding.variants import Variants, VariantSamples
 from ldm.images.buckets import bucket_sizes
 from ldm.images.find import ImageItem, digest_images
 from ldm.shards.index import INDEX, MEMBERS, REPEATS, SEVERAL_CAPTIONS
@@ -43,6 +48,7 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 _NAMED = 5  # images listed in a warning
+_PLAIN = Variants()
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Report:
     samples: int = 0
     images: int = 0
     without_caption: int = 0
+    without_mask: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)  # name and reason
     cut: list[dict[str, Any]] = field(default_factory=list)  # name and tokens of truncated captions
     sizes: Counter[str] = field(default_factory=Counter)  # samples per height x width
@@ -66,6 +73,7 @@ class Report:
             report.samples += record["samples"]
             report.images += record["images"]
             report.without_caption += record["without_caption"]
+            report.without_mask += record.get("without_mask", 0)
             report.failed += record["failed"]
             report.sizes += Counter(record["sizes"])
             report.cut += record.get("cut", [])
@@ -80,6 +88,7 @@ class Report:
             "samples": self.samples,
             "images": self.images,
             "without_caption": self.without_caption,
+            **({"without_mask": self.without_mask} if self.without_mask else {}),
             "captions_cut": len(self.cut),
             "failed": self.failed,
             "cut": self.cut,
@@ -92,8 +101,10 @@ class Report:
             raise UserError(f"none of {len(self.failed)} images can be read; the first: {self.failed[0]['reason']}")
         return self
 
-    def warn_of_cut_captions(self) -> None:
-        """Log the captions that are longer than the text encoder's limit, if there are any."""
+    def warn(self) -> None:
+        """Log images without a loss mask, and captions that are longer than the text encoder's limit, if any."""
+        if self.without_mask:
+            logger.warning("%d of %d images have no mask, and are trained as a whole", self.without_mask, self.images)
         if self.cut:
             shown = ", ".join(f"{entry['name']} ({entry['tokens']})" for entry in self.cut[:_NAMED])
             more = f" and {len(self.cut) - _NAMED} more, see {INDEX}" if len(self.cut) > _NAMED else ""
@@ -116,6 +127,8 @@ def preencode(
     shard_size: int = 1000,
     flip: bool = False,
     masks: int | None = None,
+    loss_masks: bool = False,
+    variants: Variants = _PLAIN,
     workers: int = 0,
     overwrite: bool = False,
     ranks: Ranks | None = None,
@@ -129,6 +142,8 @@ def preencode(
         size: side in pixels of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
         shard_size: samples per shard. An image and its mirror image share a shard.
         masks: masks per sample for an inpainting model. The default is `ldm.encoding.kinds.MASKS`.
+        loss_masks: store the loss masks of the images.
+        variants: variants of each image.
         workers: processes that decode images.
         overwrite: replace an existing set; for a single process only.
         ranks: this process and the number of processes; by default, a single process.
@@ -140,7 +155,7 @@ def preencode(
         UserError: the folder holds another set, or an unfinished set with other settings; no image can be read; a
             value does not fit in float16; or no kind of sample matches the model.
     """
-    kind = samples_for(encoder.model, masks, flip)
+    kind = _kind_of(encoder, masks, flip, loss_masks, variants)
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
     repeated = {REPEATS: True} if any(item.repeats != 1 for item in items) else {}
@@ -164,5 +179,14 @@ def preencode(
         return {**found.counts(), **settings, **index_shapes(found.f8, nulls), **members, **encoder.described}
 
     report = Report.of(writer.write(with_blanks, write_shards, describe))
-    report.warn_of_cut_captions()
+    report.warn()
     return report
+
+
+def _kind_of(
+    encoder: SampleEncoder, masks: int | None, flip: bool, loss_masks: bool, variants: Variants
+) -> ImageSamples:
+    kind = samples_for(encoder.model, masks, flip)
+    if variants.count > 1:
+        kind = VariantSamples(kind, variants)
+    return LossMaskSamples(kind, encoder.model.first_stage_model.downsampling) if loss_masks else kind

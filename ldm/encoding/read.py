@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.identity import Replaced
 from ldm.images.buckets import Size, nearest_size
 from ldm.images.find import ImageItem
-from ldm.images.transforms import centre_crop, fit
-from ldm.shards.sample import sizes_of
+from ldm.images.transforms import Crop, centre_crop, fit
+from ldm.shards.sample import CROP, VARIANTS, sizes_of
 from ldm.util import UserError
 
 Numbered = tuple[int, ImageItem]  # the number of an image in the input, and the image
 Reader = Callable[[int, ImageItem], "FittedImage"]
+Crops = Callable[[int, int, Size], Sequence[Crop]]  # from the height and width of an image, and the size to fit
 
 
 @dataclass
@@ -33,7 +34,14 @@ class FittedImage:
     pixels: np.ndarray  # uint8 (3, H, W)
     height: int  # of the original image
     width: int
-    others: dict[str, np.ndarray] = field(default_factory=dict)  # uint8 (n, H, W) by name, such as masks
+    crop: Crop  # in the original image
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # by name, such as masks, uint8 (n, H, W)
+    variants: Sequence[FittedImage] = ()  # further views of the same image
+
+    @property
+    def views(self) -> list[FittedImage]:
+        """Return the image itself, and its variants."""
+        return [self, *self.variants]
 
     @property
     def size(self) -> Size:
@@ -48,21 +56,23 @@ class FittedImage:
         return sample_key(self.number, self.item.name)
 
     def origin(self, flip: bool) -> dict[str, Any]:
-        """Return the sample's `json`: the source of the image, its size, crop and flip.
+        """Return the sample's `json`: the source of the image, its size, crop and flip, and the crops of variants.
 
         `crop` refers to the original image. With `flip`, the entries of `SIZES` refer to the mirror image.
         """
-        top, left, rows, columns = crop = centre_crop(self.height, self.width, *self.size)
-        seen = (top, self.width - left - columns, rows, columns) if flip else crop
-        return {
+        top, left, rows, columns = self.crop
+        seen = (top, self.width - left - columns, rows, columns) if flip else self.crop
+        described = {
             "source": self.item.name,
             "height": self.height,
             "width": self.width,
-            "crop": crop,  # top, left, height, width in the original
+            "crop": self.crop,  # top, left, height, width in the original
             "size": self.size,  # height, width
             "flip": flip,
             **sizes_of((self.height, self.width), seen, self.size),
         }
+        others = [{"crop": view.crop, CROP: view.origin(flip)[CROP]} for view in self.variants]
+        return described | ({VARIANTS: others} if others else {})
 
 
 @dataclass
@@ -87,8 +97,12 @@ def default_workers(encoders: int = 1) -> int:
     return max(0, min(16, (os.cpu_count() or 1) // encoders - 1))
 
 
-def read_fitted(number: int, item: ImageItem, sizes: Sequence[Size]) -> FittedImage:
-    """Return the image `item`, fitted to the nearest of `sizes`.
+def _centre(height: int, width: int, size: Size) -> list[Crop]:
+    return [centre_crop(height, width, *size)]
+
+
+def read_fitted(number: int, item: ImageItem, sizes: Sequence[Size], crops: Crops = _centre) -> FittedImage:
+    """Return the image `item`, fitted to the nearest of `sizes`. It has a variant for each of `crops` after the first.
 
     Raises:
         UserError: the image cannot be read.
@@ -96,9 +110,13 @@ def read_fitted(number: int, item: ImageItem, sizes: Sequence[Size]) -> FittedIm
 
     def fitted(pixels: np.ndarray) -> FittedImage:
         height, width = pixels.shape[:2]
-        result = fit(torch.from_numpy(pixels), *nearest_size(height, width, sizes))
-        # A numpy array, because a worker sends each torch tensor through an open file.
-        return FittedImage(number, item, result.numpy(), height, width)
+        size = nearest_size(height, width, sizes)
+        views = []
+        for crop in crops(height, width, size):
+            result = fit(torch.from_numpy(pixels), *size, crop)
+            # A numpy array, because a worker sends each torch tensor through an open file.
+            views.append(FittedImage(number, item, result.numpy(), height, width, crop))
+        return replace(views[0], variants=views[1:])
 
     return item.read(fitted)
 

@@ -46,7 +46,7 @@ def decode_image(data: bytes, name: str, lock: DecodeLock | None = None) -> np.n
     return _decoded(data, name, lock, lambda image: _pixels(image, name))
 
 
-def decode_grey(data: bytes, name: str) -> np.ndarray:
+def decode_grey(data: bytes, name: str, lock: DecodeLock | None = None) -> np.ndarray:
     """Return the brightness of an image that stands for numbers, float32 `(height, width)` from 0 to 1.
 
     16 bits are kept, and no colour profile is applied. Transparent pixels are white.
@@ -54,7 +54,16 @@ def decode_grey(data: bytes, name: str) -> np.ndarray:
     Raises:
         UserError: as `decode_image`.
     """
-    return _decoded(data, name, None, _brightness)
+    return _decoded(data, name, lock, _brightness)
+
+
+def decode_alpha(data: bytes, name: str, lock: DecodeLock | None = None) -> np.ndarray:
+    """Return the opacity of an image with an alpha channel, float32 `(height, width)` from 0 to 1.
+
+    Raises:
+        UserError: as `decode_image`.
+    """
+    return _decoded(data, name, lock, _opacity)
 
 
 def has_transparency(data: bytes) -> bool:
@@ -107,6 +116,10 @@ def _brightness(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         return (_sixteen_bits(image) / 0xFFFF).astype(np.float32)
     return np.asarray(_on_white(_to_eight_bits(image)).convert("L"), dtype=np.float32) / 255
+
+
+def _opacity(image: Image.Image) -> np.ndarray:
+    return np.asarray(_to_eight_bits(image).convert("RGBA").getchannel("A"), dtype=np.float32) / 255
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _NAMED = 5  # files listed in a warning
 _EDITED = ".edited"  # end of the stem of an edited image
+MASK_ENDING = ".mask"  # end of the stem of a loss mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class ImageItem:
     """Location of an image, and its caption or None. `error` is the reason if it cannot be read.
 
     In a pair, this is the image before the edit that the caption describes, and `edited` is the image after the edit.
+    `mask` is the image of a loss mask.
     """
 
     name: str  # path relative to the source
@@ -44,9 +46,14 @@ class ImageItem:
     edited: ImageItem | None = None
     identity: Identity | None = None  # of the tar that `span` is a place in
     repeats: int = 1  # number of times that an epoch of training has the image
+    mask: ImageItem | None = None
 
-    def read(self, then: Callable[[np.ndarray], T] = lambda pixels: pixels) -> T:
-        """Decode the image to uint8 (height, width, 3) and return `then(image)`, usually a smaller image.
+    def read(
+        self,
+        then: Callable[[np.ndarray], T] = lambda pixels: pixels,
+        decode: Callable[[bytes, str, DecodeLock], Any] = decode_image,
+    ) -> T:
+        """Decode the image, by default to uint8 (height, width, 3), and return `then(image)`, usually a smaller image.
 
         Only one process at a time decodes a large image and runs `then` on it.
 
@@ -63,7 +70,7 @@ class ImageItem:
                 data = retried(self._data, self.path)
             except OSError as error:
                 raise UserError(f"{self.name}: {error.strerror or error}") from error
-            return then(decode_image(bytes(data), self.name, lock))
+            return then(decode(bytes(data), self.name, lock))
 
     def _data(self) -> bytes | bytearray:
         if self.span is None:
@@ -117,13 +124,15 @@ def kind_error(path: Path) -> str | None:
     return f"images of this kind are not read; convert the image to one of {', '.join(FORMATS)}"
 
 
-def from_folder(folder: Path, fixed: str | None, pairs: bool = False, several: bool = False) -> list[ImageItem]:
+def from_folder(
+    folder: Path, fixed: str | None, pairs: bool = False, several: bool = False, masks: bool = False
+) -> list[ImageItem]:
     """Return the images of `folder` and its subfolders. An unreadable path gives an item with an error.
 
     A metadata file lists the images of its folder and subfolders, and other images there are skipped with a warning.
     Without a metadata file, the file that `CaptionFiles` finds beside an image has its caption. `fixed`, if given, is
     the caption of all images. With `pairs`, metadata files may name a second image per entry. Images `name.edited.jpg`
-    are separate items. `several` is that of `read_caption`.
+    are separate items, and with `masks` also `name.mask.png`. `several` is that of `read_caption`.
 
     Raises:
         UserError: the folder has both images and tars, or a metadata file cannot be read.
@@ -138,7 +147,7 @@ def from_folder(folder: Path, fixed: str | None, pairs: bool = False, several: b
     lists = {parent: metadata_file(parent) for parent in {path.parent for path in listed}}
     captions = CaptionFiles()
     used: set[Path] = set(lists.values())
-    items = _from_lists(folder, images, lists, captions, fixed, used, pairs, several)
+    items = _from_lists(folder, images, lists, captions, fixed, used, pairs, several, masks)
     for path in images:
         if not any(parent in lists for parent in path.parents):
             file = captions.of(path)
@@ -168,6 +177,7 @@ def _from_lists(
     used: set[Path],
     pairs: bool,
     several: bool,
+    masks: bool,
 ) -> list[ImageItem]:
     """Return the items of the metadata files in `lists`, by folder. Add the caption files that are read to `used`."""
     items: list[ImageItem] = []
@@ -188,7 +198,7 @@ def _from_lists(
         parent = next((parent for parent in path.parents if parent in lists), None)
         if parent is None or path in named:
             continue
-        if pairs and is_edited(path):
+        if (pairs and is_edited(path)) or (masks and is_mask(path)):
             items.append(ImageItem(path.relative_to(folder).as_posix(), path))
         else:
             unnamed.setdefault(parent, []).append(path)
@@ -208,6 +218,11 @@ def _spelled(path: Path, spelled: dict[str, Path]) -> Path:
 def is_edited(path: Path) -> bool:
     """Return True for an image with a name such as `name.edited.jpg`, the second image of a pair."""
     return path.stem.lower().endswith(_EDITED)
+
+
+def is_mask(path: Path) -> bool:
+    """Return True for an image with a name such as `name.mask.png`, a loss mask."""
+    return path.stem.lower().endswith(MASK_ENDING)
 
 
 def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
@@ -266,7 +281,7 @@ def digest_images(items: Iterable[ImageItem]) -> str:
     """Return the SHA-256, in hex, of names, captions and file sizes of `items`. The images are not opened."""
     hashed = hashlib.sha256()
     for item in items:
-        for image in filter(None, (item, item.edited)):
+        for image in filter(None, (item, item.edited, item.mask)):
             try:
                 size = image.span[1] if image.span else image.path.stat().st_size
             except OSError:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 _BAND = 1024  # rows
 
+Crop = tuple[int, int, int, int]  # top, left, height and width, in pixels
 
-def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
+
+def centre_crop(height: int, width: int, to_height: int, to_width: int) -> Crop:
     """Return top, left, height and width, in pixels, of the largest centre crop with the given aspect ratio.
 
     The aspect ratio is exact to the nearest pixel.
@@ -20,14 +22,14 @@ def centre_crop(height: int, width: int, to_height: int, to_width: int) -> tuple
     return (height - cropped[0]) // 2, (width - cropped[1]) // 2, *cropped
 
 
-def fit(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Crop the centre of a uint8 (H, W, 3) image to the aspect ratio, and scale it to uint8 (3, height, width).
+def fit(image: torch.Tensor, height: int, width: int, crop: Crop | None = None) -> torch.Tensor:
+    """Crop a uint8 (H, W, 3) image, and scale it to uint8 (3, height, width). The default is `centre_crop`.
 
     The crop comes first, so that an elongated image costs no more than a square one. The filter is torch's cubic,
     widened by the scale like Pillow's `BICUBIC`. The result of kornia's filter is 4 to 7 times farther from Pillow's.
     Columns are scaled in bands of rows, so that a large image is never completely in floating point.
     """
-    top, left, rows, columns = centre_crop(image.shape[0], image.shape[1], height, width)
+    top, left, rows, columns = crop or centre_crop(image.shape[0], image.shape[1], height, width)
     cropped = image[top : top + rows, left : left + columns].permute(2, 0, 1)[None]  # 1 3 rows columns
     bands = [_scaled(band.float(), band.shape[2], width) for band in cropped.split(_BAND, dim=2)]
     scaled = _scaled(torch.cat(bands, dim=2), height, width)

@@ -17,6 +17,7 @@ def format_inspection(found: Mapping[str, Any], index: Mapping[str, Any]) -> str
         [
             _counts(found, index),
             f"stored shapes\n{_bars(found['shapes'])}",
+            *([_masks(found["loss_masks"])] if found["loss_masks"] else []),
             _originals(found["originals"]),
             _captions(found["captions"]),
             _duplicates(found["duplicates"]),
@@ -48,7 +49,16 @@ _INDEX_FIELDS = (
     ("text_tower", "text tower"),
     ("text_tower_2", "second text tower"),
     ("scale_factor", "scale factor"),
+    ("variants", "variants per image, of which the first is inspected"),
 )
+
+
+def _masks(masks: Mapping[str, Any]) -> str:
+    head = (
+        f"loss masks by their white share; mean {masks['mean']:.0%}; "
+        f"{masks['white']} white, which train the whole image; {masks['black']} black"
+    )
+    return f"{head}\n{_bars(masks['areas'])}"
 
 
 def _originals(originals: Mapping[str, Any]) -> str:

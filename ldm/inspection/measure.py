@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,29 @@ from tqdm import tqdm
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.shards.index import read_index
+from ldm.shards.index import MEMBERS, read_index
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CAPTION, LATENT, ORIGIN
+from ldm.shards.sample import CAPTION, LATENT, LOSS_MASK, ORIGIN
+from ldm.shards.urls import expand_urls, is_stream
 
 _SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # lower bounds of the histogram of shorter sides, in pixels
 # Lower bounds of the histogram of caption lengths, in tokens. The last bin holds all lengths beyond CLIP's 77.
 _LENGTHS = (0, 10, 20, 30, 40, 50, 60, 70, 78)
+_SHARES = 4  # bins of the histogram of mask areas
 
 
 def open_to_inspect(urls: str | Sequence[str]) -> ShardDataset:
-    """Open the samples without their caption embeddings, which an inspection does not read.
+    """Open the samples with their loss masks, if the index has them, and without their caption embeddings.
 
     An unfinished set opens too, with the samples that it has.
 
     Raises:
         UserError: the shards are missing, damaged, streamed or empty; see `open_shards`.
     """
-    return open_shards(urls, LATENT, None, [ORIGIN], unfinished=True)
+    folders = {Path(path).parent for path in expand_urls(urls) if not is_stream(path)}
+    has_masks = all(LOSS_MASK in (read_index(folder) or {}).get(MEMBERS, ()) for folder in folders)
+    return open_shards(urls, LATENT, None, [ORIGIN, *([LOSS_MASK] if has_masks else [])], unfinished=True)
 
 
 def is_complete(dataset: ShardDataset) -> bool:
@@ -101,6 +106,7 @@ def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) ->
     sizes: Counter[str] = Counter()
     origins = _Origins()
     moments = Moments(channels)
+    areas: list[float] = []
     flipped = 0
     for number in tqdm(range(len(dataset)), unit="sample", desc="reading", leave=False):
         sample = dataset[number]
@@ -115,12 +121,15 @@ def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) ->
         )
         sizes["x".join(map(str, sample[LATENT].shape))] += 1
         moments.add(sample[LATENT])
+        if LOSS_MASK in sample:
+            areas.append(float(sample[LOSS_MASK].mean(dtype=np.float64)))
     return {
         "shards": len(dataset.paths),
         "samples": len(dataset),
         "mirrored": flipped,
         "bytes": sum(path.stat().st_size for path in dataset.paths),
         "shapes": dict(sizes.most_common()),
+        "loss_masks": _measure_areas(areas) if areas else None,
         "originals": origins.to_dict(),
         "captions": _measure_captions(captions),
         "duplicates": {
@@ -128,6 +137,18 @@ def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) ->
             "latents": [keys for keys in latents.values() if len(keys) > 1],
         },
         "latents": {**moments.to_dict(), "expected_std": 1 / scale_factor if scale_factor else None},
+    }
+
+
+def _measure_areas(areas: Sequence[float]) -> dict[str, Any]:
+    """Measure the white shares of loss masks."""
+    bins = Counter(min(int(area * _SHARES), _SHARES - 1) for area in areas)
+    ends = [100 * number // _SHARES for number in range(_SHARES + 1)]
+    return {
+        "mean": float(np.mean(areas)),
+        "white": areas.count(1.0),
+        "black": areas.count(0.0),
+        "areas": {f"{low}-{high} %": bins[number] for number, (low, high) in enumerate(pairwise(ends))},
     }
 
 

@@ -64,6 +64,7 @@ def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size:
         channels = 3 if isinstance(model, LatentDiffusion) else model.channels
         data = torch.empty(images, side * factor, side * factor, channels)
     batch = {model.first_stage_key: data, **_conditioning(model, images)}
+    batch |= {key: _stored(images, 1, side, side) for key in model.weighting.entries}  # loss masks
     if not isinstance(model, LatentDiffusion) or not model.model.takes_maps:
         return batch
     return batch | (_encoded_maps(model, images, side) if is_encoded else _image_maps(model, images, side * factor))

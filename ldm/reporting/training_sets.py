@@ -127,6 +127,8 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         f"Stored shapes: {shapes}. {found['mirrored']} mirror images.",
         f"Used more than once: {len(duplicates['captions'])} captions, {len(duplicates['latents'])} latents.",
     ]
+    if found["loss_masks"]:
+        lines.append(f"Loss masks: {found['loss_masks']['mean']:.0%} white, on average.")
     if originals["known"]:
         lines.append(f"Originals: {originals['enlarged']} of {originals['known']} were enlarged.")
     return lines

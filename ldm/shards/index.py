@@ -14,6 +14,7 @@ Format 2 has the keys
                               pairs of repeats and the number of consecutive samples that have them
     samples                   total number
     several_captions          true if each line of the text of a sample is a caption
+    variants                  variants of the image of each sample, if there are several
 
 and the keys of `ldm.encoding.preencode`. Format 1 has no digests, and its shards may lack bytes and sha256. Missing
 entries are not compared. The types of existing entries are checked, because users edit these files.
@@ -160,6 +161,8 @@ _ENTRIES: dict[str, Entry] = {
     MEMBERS: (_is_names, "not a list of names"),
     SEVERAL_CAPTIONS: (lambda value: isinstance(value, bool), "neither true nor false"),
     EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
+    "variants": WHOLE,
+    "without_mask": WHOLE,
     "failed": FAILURES,
     "made_from": (lambda value: isinstance(value, dict), "not a mapping of settings"),
 }

@@ -11,13 +11,17 @@ import numpy as np
 from ldm.shards import npy
 from ldm.shards.sample import (
     CAPTION,
+    CROP,
+    LOSS_MASK,
     MAPS,
     NUMBERED,
+    OF_LATENT_SIZE,
     ORIGIN,
     POOLED,
     SIZE_ENTRIES,
     TEACHER_KEYS,
     TEXT_KEYS,
+    VARIANTS,
     is_array,
     member_extension,
     number_types,
@@ -32,6 +36,7 @@ ABSENT = {CAPTION: "", ORIGIN: None}  # values of missing members
 _MOST = 1 << 24  # side in pixels; float32 is exact for integers up to this one
 _OF_FAMILIES = (POOLED, *MAPS, *SIZE_ENTRIES)  # members for certain model families
 _ENCODE_AGAIN = "encode the images again with the release that training starts from"
+NEEDS_LOSS_MASKS = "the masked loss needs it; encode the images again with --loss-masks, or change loss_config"
 
 
 def find_member(key: str, members: Mapping[str, T], optional: Container[str], sample: str, where: str) -> T | None:
@@ -49,6 +54,8 @@ def find_member(key: str, members: Mapping[str, T], optional: Container[str], sa
             hint = ", the caption, which this model encodes in training; encode the images again with captions"
         if plain(key) in _OF_FAMILIES:
             hint = f", which this model family needs; {_ENCODE_AGAIN}"
+        if key == LOSS_MASK:
+            hint = f"; {NEEDS_LOSS_MASKS}"
         raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
     return members.get(extension)
 
@@ -68,8 +75,10 @@ def numbered_keys(keys: Iterable[str], members: Mapping[str, Any]) -> list[str]:
 def decode_member(key: str, data: bytearray, name: str) -> Any:
     """Return the value of one member: an array, a string (`txt`), parsed JSON (`json`), or a size in it, float32 (2,).
 
+    The corner of the crop is float32 (K, 2) for K > 1 variants of the image.
+
     Raises:
-        UserError: the member cannot be decoded, or an array is not finite. The message names `name`.
+        UserError: the member cannot be decoded, or an array has a value out of range. The message names `name`.
     """
     if not is_array(key):
         try:
@@ -77,11 +86,23 @@ def decode_member(key: str, data: bytearray, name: str) -> Any:
             content = text if key == CAPTION else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: {error}") from error
-        return content if key in TEXT_KEYS else _size(content, SIZE_ENTRIES[key], name)
+        return content if key in TEXT_KEYS else _sizes(content, SIZE_ENTRIES[key], name)
     array = npy.decode(data, name, number_types(key))
     if not np.isfinite(array).all():
         raise UserError(f"{name}: has NaN or infinite values; encode it again")
+    if key == LOSS_MASK and (array.min() < 0 or array.max() > 1):
+        raise UserError(f"{name}: has values outside of 0 to 1; encode it again")
     return array
+
+
+def _sizes(content: Any, entry: str, name: str) -> np.ndarray:
+    """Return the `entry` of a sample's parsed `json`: float32 (2,), or (K, 2) for a crop of K > 1 variants."""
+    others = content.get(VARIANTS) if isinstance(content, dict) and entry == CROP else None
+    if not others:
+        return _size(content, entry, name)
+    if not isinstance(others, list):
+        raise UserError(f"{name}: {VARIANTS} is {others!r:.80}, not a list; {_ENCODE_AGAIN}")
+    return np.stack([_size(variant, entry, name) for variant in (content, *others)])
 
 
 def _size(content: Any, entry: str, name: str) -> np.ndarray:
@@ -94,9 +115,17 @@ def _size(content: Any, entry: str, name: str) -> np.ndarray:
 
 
 def check_map(key: str, shape: tuple[int, ...], latent: tuple[int, ...], name: str) -> None:
-    """Raise `UserError` unless `key` has the height and width of its sample's latent."""
-    if plain(key) in MAPS and shape[1:] != latent[1:]:
-        raise UserError(f"{name}: shape {shape}, but the latent has {latent}; height and width must be equal")
+    """Raise `UserError` unless `key` has the height, the width and the number of variants of its sample's latent."""
+    if plain(key) not in OF_LATENT_SIZE:
+        return
+    refuse_if(
+        (
+            shape[-2:] != latent[-2:],
+            f"{name}: shape {shape}, but the latent has {latent}; height and width must be equal",
+        ),
+        (shape[:-3] != latent[:-3], f"{name}: shape {shape}, but the latent has {latent}; variants must be equal"),
+        (key == LOSS_MASK and shape[-3] != 1, f"{name}: shape {shape}; a loss mask has one channel"),
+    )
 
 
 def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:

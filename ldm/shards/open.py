@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from ldm.shards.index import (
     check_against_index,
     read_index,
 )
+from ldm.shards.members import NEEDS_LOSS_MASKS
 from ldm.shards.reader import ShardDataset
-from ldm.shards.sample import CONTEXT, LATENT, MAPS, POOLED, TEACHER_KEYS, TEXT_ENCODINGS, is_array
+from ldm.shards.sample import CONTEXT, LATENT, LOSS_MASK, MAPS, POOLED, TEACHER_KEYS, TEXT_ENCODINGS, is_array, plain
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.shards.verify import verify_shards
 from ldm.util import UserError
@@ -86,11 +88,42 @@ def check_members(paths: Sequence[str | Path], keys: Sequence[str], *, for_train
         lacking = next((key for key in asked if key not in members), None)
         others = [member for member in members if member in (*MAPS, *([POOLED] if CONTEXT in keys else ()))]
         unread = next((member for member in others if member not in keys), None) if for_training else None
+        if lacking == LOSS_MASK:
+            raise UserError(f"{folder / INDEX}: the samples have no {LOSS_MASK}; {NEEDS_LOSS_MASKS}")
         if lacking or unread:
             what = f"have no {lacking}, which the model reads" if lacking else f"have {unread}, which the model ignores"
             raise UserError(
                 f"{folder / INDEX}: the set is for {family_name(index)}: its samples {what}; {_SAME_FAMILY}"
             )
+
+
+def say_unread_masks(dataset: ShardDataset) -> None:
+    """Log that a set, by its index, has loss masks, for a loss that does not read them."""
+    folders = dict.fromkeys(path.parent for path in dataset.paths)
+    folder = next((folder for folder in folders if LOSS_MASK in (read_index(folder) or {}).get(MEMBERS, ())), None)
+    if folder is not None:
+        logger.info("%s: the loss masks are not used; a loss_config with the class Masked would use them", folder)
+
+
+def describe_shapes(dataset: Any) -> str:
+    """Return shapes and dtypes for a log line, such as `", f8 8x64x64 float16, t5 77x768 float16"`.
+
+    Of a member that samples have several times, the number stands before: `"4 mask 1x64x64 float16"`.
+    """
+    counts = Counter(map(plain, dataset.keys))
+    parts = []
+    for key, found in dataset.shapes.items():
+        name = f"{counts[key]} {key}" if counts[key] > 1 else key
+        parts += [
+            f", {name} {'x'.join(map(str, shape))} {dtype}" for shape, dtype in found.items() if plain(key) == key
+        ]
+    return "".join(parts)
+
+
+def for_family(dataset: Any) -> str:
+    """Return the end of a message that names the model family of a set, if its index has it. A stream has no index."""
+    index = read_index(dataset.paths[0].parent) if isinstance(dataset, ShardDataset) else None
+    return f"; the set is for {family_name(index)}" if index and index.get(FAMILY) else ""
 
 
 def family_name(index: Mapping[str, Any]) -> str:

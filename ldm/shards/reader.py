@@ -26,7 +26,7 @@ from ldm.shards.sample import (
     CAPTION,
     CONTEXT,
     LATENT,
-    MAPS,
+    OF_LATENT_SIZE,
     SIZE_ENTRIES,
     SIZES,
     TEXT_KEYS,
@@ -34,8 +34,10 @@ from ldm.shards.sample import (
     member_extension,
     number_types,
     one_caption,
+    one_variant,
     plain,
     with_caption,
+    with_variant,
 )
 from ldm.shards.table import MemberPlace, ShardTable
 from ldm.util import UserError
@@ -48,8 +50,9 @@ class ShardDataset(Dataset):
 
     Arrays are numpy arrays, float16 or float32 as stored: `first_stage_key` (channels, h, w), and `cond_stage_key`,
     such as (77, 768), unless it is None. Of several captions, a sample has the first, or all if `keeps_captions` is
-    set. `extra` names further members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`, or `"json"`, which is None for a
-    sample without it. Of the `NUMBERED` members, those of the first sample are read.
+    set, and of several variants of the image the first, or all if `keeps_variants` is set. `extra` names further
+    members, such as `TEACHER_KEYS`, `MAPS`, `SIZE_ENTRIES`, or `"json"`, which is None for a sample without it. Of the
+    `NUMBERED` members, those of the first sample are read.
 
     Raises:
         UserError: a shard is damaged, a sample lacks a key, or the shapes of samples differ.
@@ -67,7 +70,8 @@ class ShardDataset(Dataset):
         keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
         self.keys = [key for key in dict.fromkeys(keys) if key is not None]
         self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
-        self.keeps_captions = False
+        self.keeps_captions = self.keeps_variants = False
+        self.has_several_variants = False
         self.has_several_captions = False  # `open_shards` sets it for a set of which only the texts are read
         self.optional = ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {
@@ -97,16 +101,17 @@ class ShardDataset(Dataset):
         """Check the members of all samples of a shard; return the numbers of their latents' shapes among all."""
         if not self._is_plain(table):
             self._check_one_by_one(table)
-        maps = [key for key in self.keys if plain(key) in MAPS]
+        maps = [key for key in self.keys if plain(key) in OF_LATENT_SIZE]
         places = {key: table.column(member_extension(key)) for key in self.keys if is_array(key)}
         for key, column in places.items():
             numbers, firsts = np.unique(table.columns.arrays[:, column], return_index=True)
             for number, row in sorted(zip(numbers.tolist(), firsts.tolist(), strict=True), key=lambda pair: pair[1]):
                 stored, dtype = table.kinds[number]
-                known, shape = self.shapes[key], one_caption(key, stored)
-                self.has_several_captions |= shape != stored
+                image = key == self.first_stage_key or key in maps
+                known, shape = self.shapes[key], one_variant(stored) if image else one_caption(key, stored)
+                self.has_several_captions |= not image and shape != stored
+                self.has_several_variants |= image and shape != stored
                 if shape not in known:
-                    image = key == self.first_stage_key or key in maps
                     check_shape(key, shape, next(iter(known), shape), image, self._name(table, row, key))
                     known[shape] = dtype
         latents = table.columns.arrays[:, places[self.first_stage_key]]
@@ -115,8 +120,9 @@ class ShardDataset(Dataset):
             for (number, latent), row in zip(*_unique_columns(pairs), strict=True):
                 check_map(key, table.kinds[number][0], table.kinds[latent][0], self._name(table, row, key))
         order = list(self.shapes[self.first_stage_key])
-        shapes = [order.index(shape) if shape in order else -1 for shape, _ in table.kinds]
-        return np.asarray(shapes, np.int32)[latents]
+        shapes = [one_variant(shape) for shape, _ in table.kinds]
+        numbers = [order.index(shape) if shape in order else -1 for shape in shapes]
+        return np.asarray(numbers, np.int32)[latents]
 
     def _is_plain(self, table: ShardTable) -> bool:
         """Return True if all samples of a shard have the keys, with arrays of numbers and valid sizes."""
@@ -182,9 +188,12 @@ class ShardDataset(Dataset):
                     raise _not_as_kept(table, name)
         finally:
             os.close(descriptor)
-        if self.keeps_captions or not self.has_several_captions:
-            return sample
-        return with_caption(sample, lambda count: 0, f"{table.path}: {sample['__key__']}")
+        name = f"{table.path}: {sample['__key__']}"
+        if self.has_several_variants and not self.keeps_variants:
+            sample = with_variant(sample, self.first_stage_key, lambda count: 0, name)
+        if self.has_several_captions and not self.keeps_captions:
+            sample = with_caption(sample, lambda count: 0, name)
+        return sample
 
     @property
     def shard_sizes(self) -> list[tuple[Path, int]]:

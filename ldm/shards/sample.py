@@ -2,8 +2,11 @@
 
 A sample `<key>` of a shard has the members `<key>.f8.npy`, `<key>.t5.npy`, `<key>.txt` and `<key>.json`. Model families
 add members: SDXL `pooled.npy`, and sizes in the `json`; inpainting `mask.npy` and `masked_image.npy` for each mask;
-InstructPix2Pix `edit.npy`; SD 2 depth `depth.npy`. A teacher adds its members. The files `null.<name>.npy` beside the
-shards hold the encodings of the empty caption and of a completely masked image.
+InstructPix2Pix `edit.npy`; SD 2 depth `depth.npy`. A teacher adds its members, and the masked loss `loss_mask.npy`. The
+files `null.<name>.npy` beside the shards hold the encodings of the empty caption and of a completely masked image.
+
+A sample with K variants of its image has a further, first dimension of size K in the latent, the loss mask and the
+depth. The list `VARIANTS` of its `json` then has `crop` and `crop_top_left` of the variants after the first.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ MASK = "mask"  # (1, h, w): 1 where the model paints, else 0
 MASKED_IMAGE = "masked_image"  # as `LATENT`, for the image with 0 where the mask is 1
 EDIT = "edit"  # latent of the image before the edit (C, h, w), the posterior's mode, unscaled
 DEPTH = "depth"  # (1, h, w): estimated depth, larger for nearer, as the depth network gives it
-MAPS = (MASK, MASKED_IMAGE, EDIT, DEPTH)  # members with the size of the latent
+MAPS = (MASK, MASKED_IMAGE, EDIT, DEPTH)  # members that condition a model, with the size of the latent
+LOSS_MASK = "loss_mask"  # (1, h, w), in [0, 1]: white share of each cell, 1 where the masked loss counts fully
+OF_LATENT_SIZE = (*MAPS, LOSS_MASK)
 # Members that a sample may have several times, with a number: `mask`, `mask.1`, `mask.2`.
 NUMBERED = (MASK, MASKED_IMAGE)
 STORED = np.float16  # dtype of stored latents and encodings
@@ -46,6 +51,7 @@ CAPTION, ORIGIN = TEXT_KEYS
 # Entries of `json` in pixels, [height, width] or [top, left]: size of the image, corner of the crop in the scaled
 # image, and size of the crop (arXiv:2307.01952, section 2.2).
 ORIGINAL_SIZE, CROP, TARGET_SIZE = SIZES = ("original_size", "crop_top_left", "target_size")
+VARIANTS = "variants"
 # Batch entries (B, 2) of sizes, by this package's names and those of SDXL's released config: the entry of `json`.
 SIZE_ENTRIES = {
     **{name: name for name in SIZES},
@@ -138,6 +144,33 @@ def with_caption(sample: dict[str, Any], choose: Callable[[int], int], name: str
         raise UserError(f"{name}: has {len(captions)} captions, but {found}; encode the images again")
     chosen = choose(len(captions))
     return {**sample, CAPTION: captions[chosen], **{key: sample[key][chosen] for key in keys}}
+
+
+def one_variant(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the `shape` of a latent or map without the dimension for several variants, if it has one."""
+    return shape[1:] if len(shape) == 4 else shape
+
+
+def with_variant(sample: dict[str, Any], latent: str, choose: Callable[[int], int], name: str) -> dict[str, Any]:
+    """Return `sample` with one of the variants of its image; `choose` maps their number to the chosen one.
+
+    Args:
+        latent: key of the latent.
+
+    Raises:
+        UserError: the sample has another number of crops than of variants. The message names `name`.
+    """
+    if sample[latent].ndim < 4:
+        return sample
+    count = len(sample[latent])
+    crops = [key for key, entry in SIZE_ENTRIES.items() if entry == CROP and key in sample]
+    for key in crops:
+        if sample[key].shape != (count, 2):
+            found = len(sample[key]) if sample[key].ndim == 2 else 1
+            raise UserError(f"{name}: has {count} variants, but crops of {found} in its json; encode the images again")
+    chosen = choose(count)
+    keys = [latent, *(key for key in sample if plain(key) in OF_LATENT_SIZE), *crops]
+    return {**sample, **{key: sample[key][chosen] for key in keys}}
 
 
 def encode_members(

@@ -24,6 +24,10 @@ class BatchMean:
         """Return the targets (B, …) of the predictions, given the usual ones."""
         return target
 
+    def of_elements(self, error: Tensor) -> Tensor:
+        """Return the mean error (B,) of each sample, from the errors (B, …) of its elements."""
+        return error.flatten(1).mean(1)
+
     def training_mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values` (B,) over the training samples."""
         return values.mean()

@@ -6,31 +6,19 @@ B: batch. T: timesteps of the schedule. error (B,): mean error of each sample. t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.batch_mean import Mean
+from ldm.models.diffusion.batch import Batch
+from ldm.models.diffusion.batch_mean import BatchMean, Mean
+from ldm.models.diffusion.weighted import Weighted
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, snr_weights
 from ldm.util import UserError, check_choice, check_number, instantiate_from_config
 
 # A factor and values (B,). The term is factor · mean(values).
 Term = tuple[float, Tensor]
-
-
-class Weighted(Protocol):
-    """Parts of a model that weightings read, or register in `attach`."""
-
-    parameterization: str
-    loss_type: str
-    num_timesteps: int
-    alphas_cumprod: Tensor  # (T,)
-    lvlb_weights: Tensor  # (T,)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None: ...
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None: ...
 
 
 class Unweighted:
@@ -39,8 +27,14 @@ class Unweighted:
     A subclass may wrap another weighting and change its terms.
     """
 
+    entries: tuple[str, ...] = ()  # batch entries that the weighting reads
+
     def attach(self, model: Weighted) -> None:
         """Register on `model` the buffers and parameters that the weighting needs."""
+
+    def samples(self, batch: Batch, samples: BatchMean) -> BatchMean:
+        """Return the averaging of the losses of a batch, from that of the model."""
+        return samples
 
     def error(self, model: Weighted, difference: Tensor, t: Tensor) -> Tensor:
         """Return the error of each element, from target − output (B, …): absolute for `l1`, and squared for `l2`."""
@@ -63,14 +57,21 @@ class Unweighted:
         return self.loss(model, error, t, lambda values: values)
 
 
-class _Wrapper(Unweighted):
+class Wrapper(Unweighted):
     """Base of weightings that change the terms of another weighting, by default `Unweighted`."""
 
     def __init__(self, weighting: Mapping[str, Any] | None = None) -> None:
         self.inner = _instantiate(weighting)
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return self.inner.entries
+
     def attach(self, model: Weighted) -> None:
         self.inner.attach(model)
+
+    def samples(self, batch: Batch, samples: BatchMean) -> BatchMean:
+        return self.inner.samples(batch, samples)
 
     def error(self, model: Weighted, difference: Tensor, t: Tensor) -> Tensor:
         return self.inner.error(model, difference, t)
@@ -82,7 +83,7 @@ class _Wrapper(Unweighted):
         return self.inner.logged(model, error, t, mean, split)
 
 
-class _SNRWeighting(_Wrapper):
+class _SNRWeighting(Wrapper):
     """Base of weightings by the signal-to-noise ratio, SNR = ᾱ / (1 − ᾱ)."""
 
     def attach(self, model: Weighted) -> None:
@@ -156,7 +157,7 @@ class P2(_SNRWeighting):
         return snr / (self.k + snr) ** self.gamma
 
 
-class Huber(_Wrapper):
+class Huber(Wrapper):
     """Pseudo-Huber error 2c (√(d² + c²) − c) of a difference d (arXiv:2403.16728).
 
     It is about d² for small d, and about 2c |d| for large d, so that outliers count less.
@@ -195,7 +196,7 @@ class Huber(_Wrapper):
         return 2 * c * ((difference.square() + c.square()).sqrt() - c)
 
 
-class LogVariance(_Wrapper):
+class LogVariance(Wrapper):
     """Weighting by a log-variance s per timestep: error / exp(s) + s, a Gaussian log-likelihood up to constants.
 
     Args:
@@ -228,7 +229,7 @@ class LogVariance(_Wrapper):
         return {**inner, f"{split}/loss_gamma": self.loss(model, error, t, mean), "logvar": model.logvar.mean()}
 
 
-class VariationalBound(_Wrapper):
+class VariationalBound(Wrapper):
     """Sum of a loss and the variational bound: `simple` · loss + `elbo` · bound (arXiv:2006.11239, eq. 12, 14).
 
     Args:

@@ -173,7 +173,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, weighted by `weighting` and `samples`, and the values to log."""
         error = self.weighting.error(self, target.float() - output.float(), t)
-        per_sample = error.flatten(1).mean(1)  # (B,)
+        per_sample = samples.of_elements(error)  # (B,)
         self.sample_losses = (t, per_sample.detach())
         split, mean, loss_mean = "train" if self.training else "val", samples.training_mean, samples.loss_mean
         if self.training:
@@ -223,7 +223,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         """Return the loss of a batch, and the values to log."""
         streams = RandomStreams.of(batch)
         x = self.diffused(batch, streams)
-        samples = self.samples_of(batch)
+        samples = self.weighting.samples(batch, self.samples_of(batch))
         return self(x, self.encode_conditioning(batch), samples, streams)
 
     # Methods of an unconditional model of pixels. `LatentDiffusion` overrides them.

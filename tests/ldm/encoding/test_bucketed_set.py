@@ -70,7 +70,7 @@ def test_no_image_waits_for_long(ahead):
     def arriving():
         for number, size in enumerate(sizes):
             seen.append(number)
-            yield FittedImage(number, None, pixels[size], 1, 1)
+            yield FittedImage(number, None, pixels[size], 1, 1, (0, 0, 1, 1))
 
     out = []
     for batch in batches(arriving(), 4, ahead):

@@ -65,4 +65,5 @@ def image(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
 def run(folder, out, model=None, caption=None, pairs=False, **options):
     model = model or Model()
     options = {"size": 16, "batch_size": 2, "shard_size": 3, **options}
-    return preencode(SampleEncoder(model), find_images(folder, caption, pairs), str(out), **options), model
+    items = find_images(folder, caption, pairs, masks=options.get("loss_masks", False))
+    return preencode(SampleEncoder(model), items, str(out), **options), model
