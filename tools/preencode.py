@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import add_config_options, add_vae_option
+from ldm.cli.options import add_caption_options, add_config_options, add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
+from ldm.modules.encoders.caption_settings import check_caption_options, set_caption_settings
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--flip", action="store_true", help="also encode the mirror image of every image")
     add("--masks", type=int, help="masks per sample, for an inpainting model (default: 4)")
+    add_caption_options(parser)
     add("--caption", help="one caption for all images, in place of their own captions")
     add("--several-captions", action="store_true", help="each line of a caption file is a caption, and metadata.jsonl "
         "may have lists; training chooses one per epoch")  # fmt: skip
@@ -72,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
+    check_caption_options(arguments.max_tokens, arguments.clip_skip)
     check_number("--keep-tags", arguments.keep_tags, least=0, optional=True)
     check_number("--tag-dropout", arguments.tag_dropout, least=0, most=1, whole=False, optional=True)
     for name in ("batch_size", "shard_size", "tag_variants"):
@@ -121,6 +124,7 @@ def main() -> None:
     device = pick_device(arguments.device, ranks.local)
     dtype = pick_precision(arguments.precision, device)
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
+    set_caption_settings(model.cond_stage_model, arguments.max_tokens, arguments.clip_skip)
     report = preencode(
         SampleEncoder(model, device, dtype),
         items,

@@ -15,7 +15,7 @@ from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
 from ldm.shards.index import FAMILY, read_index
-from ldm.shards.open import check_members, family_name, open_shards, warn_of_scale
+from ldm.shards.open import check_members, common_caption_settings, family_name, open_shards, warn_of_scale
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import (
     CONTEXT,
@@ -112,6 +112,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
                 self.datasets[split] = self._open(split)
             if split in self.datasets:
                 self._check_model(self.datasets[split])
+        common_caption_settings(self.datasets.values())  # all sets must agree
         if "training" in self.datasets:
             self._check_prior()
 

@@ -48,6 +48,8 @@ _INDEX_FIELDS = (
     ("text_tower", "text tower"),
     ("text_tower_2", "second text tower"),
     ("scale_factor", "scale factor"),
+    ("max_tokens", "tokens per caption"),
+    ("clip_skip", "clip skip"),
 )
 
 
