@@ -200,7 +200,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             return None
         key = self._keys()[1]
         if key in TEXT_KEYS:
-            return kind({key: ""}, share, self.seed)
+            return kind({key: kind.null_caption(self._model())}, share, self.seed)
         folder = self._null_folder(dataset, "null_cond_dropout")
         others = [other for other in TEXT_ENCODINGS if other in dataset.keys and other != key]
         paths = {key: Path(self.null_cond_path or null_path(folder, key))}

@@ -67,6 +67,21 @@ class CaptionDropout:
             sample[CAPTION] = ""
         return sample
 
+    @staticmethod
+    def null_caption(model: Any) -> str:
+        """Return the caption that stands for no caption in training, if `model` encodes captions itself.
+
+        Raises:
+            UserError: the model has zeros in place of the encoding of an empty caption.
+        """
+        stage = getattr(model, "cond_stage_model", None)
+        if getattr(stage, "caption_embedders", None) and stage.empties_to_zeros:
+            raise UserError(
+                "data.params.null_cond_dropout: this model has zeros for the encodings of empty captions; set it to 0, "
+                "and ucg_rate of the embedders in cond_stage_config"
+            )
+        return ""
+
 
 class EditDropout(CaptionDropout):
     """Random replacement of a sample's encodings by `nulls`, of its image before the edit by zeros, or of both.

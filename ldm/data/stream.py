@@ -60,7 +60,8 @@ class ShardStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.change = change
-        self.has_several_captions = any(key in TEXT_ENCODINGS for key in self.keys)  # possibly
+        # Possibly: the index of streamed shards is unknown.
+        self.has_several_captions = cond_stage_key == CAPTION or any(key in TEXT_ENCODINGS for key in self.keys)
         self.keeps_captions = False  # of several captions, a sample has the first, or all
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {}  # shape → dtype, in the order of the samples

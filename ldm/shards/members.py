@@ -45,6 +45,8 @@ def find_member(key: str, members: Mapping[str, T], optional: Container[str], sa
         hint = nearest(extension, list(members))
         if key in TEACHER_KEYS:
             hint = "; write the teacher's predictions with tools/make_prior.py --teacher, or set prior_target: data"
+        if key == CAPTION:
+            hint = ", the caption, which this model encodes in training; encode the images again with captions"
         if plain(key) in _OF_FAMILIES:
             hint = f", which this model family needs; {_ENCODE_AGAIN}"
         raise UserError(f"{where}: sample {sample!r} has no member {extension!r}{hint}")
