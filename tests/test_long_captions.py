@@ -22,6 +22,8 @@ from ldm.shards.open import open_shards
 from ldm.util import UserError
 from tests.conftest import ROOT
 from tests.golden_data import fill_seeded
+from tests.tiny_families import write_tiny
+from tests.tiny_training import finetune_config, write_config, write_images
 from tests.training_runs import (  # noqa: F401
     CONFIG,
     TEXT_TOWER,
@@ -291,3 +293,33 @@ def test_a_config_without_a_text_encoder_encodes_no_captions(train: Callable) ->
     message = "cond_stage_key txt: the cond stage, DummyEncoder, reads t5 and encodes no captions; name the config of"
     with pytest.raises(UserError, match=message):
         train("--max_steps 1 -b encode_captions.yaml data.params.training_urls=shards/*.tar")
+
+
+@pytest.mark.parametrize(("key", "width"), [("sd2_base", 24), ("sdxl", 40)])
+def test_other_families_read_long_captions_and_skip_nothing(
+    key: str, width: int, run_tool: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    release, config = write_tiny(key, tmp_path)
+    images = write_images(tmp_path / "images", key)
+    line = ("--ckpt", release, "--config", config, "--images", images, "--out", "long/%06d.tar", "--num-workers", 0)
+    said = run_tool(ROOT / "tools/preencode.py", *line, "--clip-skip", 2)
+    assert "--clip-skip 2: is for Stable Diffusion 1, not for the config's" in said and not Path("long").exists()
+    assert run_tool(ROOT / "tools/preencode.py", *line, "--max-tokens", 150) is None
+    null = np.load("long/null.t5.npy")
+    assert null.shape == (154, width) and null.any() == (key != "sdxl")
+    write_config(finetune_config(key, "long/*.tar", release), tmp_path / "f.yaml")
+    (tmp_path / "prompts.txt").write_text("a cat --s 1\n")
+    previews = f"--previews prompts.txt lightning.previews.release={release} lightning.previews.config={config}"
+    run_main(monkeypatch, f"-t --no-test -b f.yaml -l stored --max_steps 2 {previews}")
+    [stored] = the_run(tmp_path / "stored").glob("previews/prompts.safetensors")
+    assert StoredPrompts.load(stored).encodings["a cat"]["t5"].shape == (154, width)
+
+    fast = "data.params.num_workers=0 data.params.batch_size=2 lightning.callbacks.image_logger.params.disabled=True"
+    fresh = f"-t --no-test -b {config} encode_captions.yaml -l fresh --max_steps 1 {fast} lightning.report=False "
+    fresh += f"model.params.ckpt_path={release} data.params.training_urls=long/*.tar"
+    if key == "sdxl":
+        with pytest.raises(UserError, match="null_cond_dropout: this model has zeros for the encodings of empty cap"):
+            run_main(monkeypatch, fresh)
+        fresh += " data.params.null_cond_dropout=0"
+    run_main(monkeypatch, fresh)
