@@ -35,7 +35,6 @@ LORA = (
     "lora.yaml, added to --base, trains a LoRA: model.params.lora has its rank, alpha and targets; "
     "tools/extract_lora.py makes one of a full fine-tune"
 )
-SHORT_CAPTION = "a caption has at most 77 ids here"
 LEARNT_WORD = "a word is learned by textual_inversion.yaml, whose cond_stage_config names it as token and initial_token"
 _INVERSION = "train on a folder of images with ldm.data.datasets.ImageCaptionDataset, as textual_inversion.yaml does"
 _FOLDER = "use ldm.data.datasets.ImageCaptionDataset, which reads a folder of images and captions"
@@ -123,9 +122,8 @@ HINTS_FOR_KEYS = {
     "sd_locked": _CONTROL,
     "use_fp16": "--precision sets the type that the networks compute in",
     "use_lora": LORA,
-    "penultimate": "layer: hidden with layer_idx: -2 gives the states before the last block",
-    "extended_mode": SHORT_CAPTION,
-    "max_chunks": SHORT_CAPTION,
+    "penultimate": "clip_skip: 2 gives the states before the last block, normalised",
+    "extended_mode": "max_chunks: 3 reads captions of 225 tokens",
     "add_conv_in_front_of_unet": "no UNet here has a convolution in front; only false is taken",
 }
 _DIFFUSION = "ldm.models.diffusion"

@@ -51,7 +51,9 @@ def parse_arguments() -> argparse.Namespace:
 
     def given(*names: str) -> str:
         """Return the flags among `names` whose values are not the default."""
-        return " and ".join(f"--{name}" for name in names if getattr(options, name) != parser.get_default(name))
+        return " and ".join(
+            f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != parser.get_default(name)
+        )
 
     check_number("--shard-size", options.shard_size, least=1)
     check_number("--teacher", options.teacher, least=0, optional=True)
@@ -66,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
         )
     elif unused := given("n", *SETTINGS, "H", "W"):
         raise UserError(f"--shards {options.shards}: nothing is sampled; leave out {unused}")
+    elif unused := given("max_tokens", "clip_skip"):
+        raise UserError(f"--shards {options.shards}: its captions are encoded already; leave out {unused}")
     check_image_options(options, options.n * len(options.prompt))
     return options
 
@@ -136,6 +140,7 @@ def load_release_for_prior(
     """Return the model on its device, its encoder, and the digests of its UNet."""
     from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.prior import unet_digests
+    from ldm.modules.encoders.caption_settings import set_caption_settings
     from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device, pick_precision
 
@@ -144,6 +149,7 @@ def load_release_for_prior(
     device = pick_device(options.device, local_rank)
     dtype = pick_precision(options.precision, device)
     model = load_release(options.ckpt, config, vae=options.vae)
+    set_caption_settings(model.cond_stage_model, options.max_tokens, options.clip_skip)
     encoder = SampleEncoder(model, device, dtype)  # takes the digests of the weights in float32
     unet = unet_digests(model)
     model.model.to(dtype)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
-from ldm.cli.options import add_config_options, add_vae_option
+from ldm.cli.options import add_caption_options, add_config_options, add_vae_option
 from ldm.cli.run import run
 from ldm.config.trust import add_trust_option
+from ldm.modules.encoders.caption_settings import check_caption_options, set_caption_settings
 from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
@@ -66,14 +67,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--masks", type=int, help="masks per sample, for an inpainting model (default: 4)")
     add("--loss-masks", action="store_true", help="store masks for the masked loss: name.mask.png beside name.jpg, "
         "white where the image is trained, or else the image's alpha channel")  # fmt: skip
+    add_caption_options(parser)
     _add_variant_options(parser)
-    _add_caption_options(parser)
+    _add_caption_choice_options(parser)
     add("--no-repeats", action="store_true", help="do not repeat the images of folders such as 10_name in training")
     add("--num-workers", type=int, help="processes that decode images (default: at most 16)")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_vae_option(parser)
     add_trust_option(parser)
     arguments = parser.parse_args()
+    check_caption_options(arguments.max_tokens, arguments.clip_skip)
     check_number("--keep-tags", arguments.keep_tags, least=0, optional=True)
     check_number("--tag-dropout", arguments.tag_dropout, least=0, most=1, whole=False, optional=True)
     check_number("--variant-area", arguments.variant_area, above=0, most=1, whole=False, optional=True)
@@ -99,7 +102,7 @@ def _add_variant_options(parser: argparse.ArgumentParser) -> None:
         "variant; hues turn by up to a tenth of it (default: 0)")  # fmt: skip
 
 
-def _add_caption_options(parser: argparse.ArgumentParser) -> None:
+def _add_caption_choice_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--caption", help="one caption for all images, in place of their own captions")
     add("--several-captions", action="store_true", help="each line of a caption file is a caption, and metadata.jsonl "
@@ -160,6 +163,7 @@ def main() -> None:
     device = pick_device(arguments.device, ranks.local)
     dtype = pick_precision(arguments.precision, device)
     model = load_release(arguments.ckpt, config, vae=arguments.vae)
+    set_caption_settings(model.cond_stage_model, arguments.max_tokens, arguments.clip_skip)
     report = preencode(
         SampleEncoder(model, device, dtype),
         items,

@@ -100,6 +100,7 @@ def main() -> None:
     from ldm.models.diffusion.prompts import image_sizes
     from ldm.models.diffusion.text_to_image import SAMPLERS, Request, image_size, latent_shape, text_to_image
     from ldm.modules.encoders.caption_length import warn_of_cut
+    from ldm.modules.encoders.caption_settings import caption_settings, set_caption_settings
     from ldm.release.configs import release_config
     from ldm.release.load import load_release, pick_device, pick_precision
     from ldm.release.lora_merging import Lora
@@ -110,6 +111,7 @@ def main() -> None:
     device = pick_device(options.device)
     dtype = pick_precision(options.precision, device)
     model = load_release(options.ckpt, config, device, dtype, options.vae, [Lora(*lora) for lora in options.lora])
+    set_caption_settings(model.cond_stage_model, options.max_tokens, options.clip_skip)
     warn_of_cut(model.cond_stage_model, [*options.prompt, options.negative_prompt])
     side = own_side(model)
     shape = latent_shape(model, *(side if size is None else size for size in (options.H, options.W)))
@@ -128,6 +130,7 @@ def main() -> None:
         **files.settings(),
         **image_sizes(model, inputs.sizes, height, width),
         **{key: value and str(value) for key, value in made_from.items()},
+        **caption_settings(model.cond_stage_model).entries(),
         **({"lora": [f"{path}:{strength:g}" for path, strength in options.lora]} if options.lora else {}),
     }
     seeds = range(options.seed, options.seed + options.n)

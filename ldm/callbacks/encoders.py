@@ -8,8 +8,9 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.checkpoint import weights_digest
+from ldm.modules.encoders.caption_settings import CaptionSettings, caption_settings, reads_captions
 from ldm.shards.index import AUTOENCODER, ENCODERS, USED_TOWER
-from ldm.shards.open import check_encoders
+from ldm.shards.open import check_encoders, common_caption_settings
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
 
@@ -26,6 +27,9 @@ class SameEncoders(Callback):
     from the loaded weights. Text towers are compared only if training uses stored caption embeddings. Old shards or
     checkpoints without digests are not compared.
 
+    All sets whose caption embeddings are used must have been encoded with the same `CaptionSettings`. The state has
+    these settings too, or those of the model's own text encoder; `tools/merge_release.py` records them in the release.
+
     Args:
         is_loaded: True if the run's weights come from a file. Otherwise the autoencoder is random, as in a run whose
             checkpoint will be hacked, and a difference gives only a warning. The checkpoints of such a run are marked,
@@ -36,9 +40,11 @@ class SameEncoders(Callback):
         self.is_loaded = is_loaded
         self.towers: dict[str, str] = {}  # digests by the names of an index
         self.autoencoder: str | None = None
+        self.captions: CaptionSettings | None = None
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: digest for name, digest in self._digests().items() if digest is not None}
+        state |= self.captions._asdict() if self.captions else {}
         return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -47,6 +53,8 @@ class SameEncoders(Callback):
         if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, not hacked
             self.is_loaded = False
         self.autoencoder = state_dict.get(AUTOENCODER) or self.autoencoder
+        if all(type(state_dict.get(name)) is int for name in CaptionSettings._fields):
+            self.captions = CaptionSettings.from_entries(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compute the digest of the loaded autoencoder, before the precision plugin rounds its weights."""
@@ -57,13 +65,18 @@ class SameEncoders(Callback):
         """Compare the digests, after the states of the callbacks are loaded.
 
         Raises:
-            UserError: a set was made by another encoder. The message names its index.
+            UserError: a set was made by another encoder, or two sets with other settings. The message names its index.
         """
         trained = getattr(trainer.datamodule, "datasets", {}).values()
         watched = (dataset for callback in trainer.callbacks for dataset in getattr(callback, "shard_datasets", []))
-        for dataset in (*trained, *watched):
-            if isinstance(dataset, ShardDataset):
-                self._check(dataset)
+        datasets = [dataset for dataset in (*trained, *watched) if isinstance(dataset, ShardDataset)]
+        for dataset in datasets:
+            self._check(dataset)
+        stage = getattr(pl_module, "cond_stage_model", None)
+        captions = caption_settings(stage) if reads_captions(stage) else common_caption_settings(datasets)
+        if captions is not None and self.captions not in (None, captions):
+            log.warning("the checkpoint was trained on captions with %s; they now have %s", self.captions, captions)
+        self.captions = captions or self.captions
 
     def _digests(self) -> dict[str, str | None]:
         return {**self.towers, AUTOENCODER: self.autoencoder}

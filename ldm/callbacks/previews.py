@@ -32,7 +32,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampling import NotFiniteError
 from ldm.models.diffusion.stored_prompts import StoredPrompts
 from ldm.models.diffusion.text_to_image import Request, image_size, latent_shape, text_to_image
-from ldm.shards.open import check_encoders
+from ldm.modules.encoders.caption_settings import CaptionSettings, caption_settings
+from ldm.shards.open import check_encoders, common_caption_settings
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError, located
 
@@ -43,8 +44,9 @@ _ENCODINGS = "prompts.safetensors"
 _ADVICE = f"name the release that the images were encoded with: {WHERE}.release=FILE"
 _SLUG = 40  # maximum length of the part of a file name that comes from the prompt
 
-# Encodes texts with the text encoder of a release, whose path a checkpoint notes or not.
-Encode = Callable[[Sequence[str], str | None], StoredPrompts]
+# Encodes texts with the text encoder of a release, whose path a checkpoint notes or not, with the settings of the
+# training set, which may be unknown.
+Encode = Callable[[Sequence[str], str | None, CaptionSettings | None], StoredPrompts]
 
 
 class Previews(Callback):
@@ -148,16 +150,25 @@ class Previews(Callback):
     def _prepare(self, trainer: Trainer, model: LatentDiffusion, path: Path) -> None:
         texts = [text for prompt in self.prompts for text in prompt.texts]
         stored = StoredPrompts.load(path) if path.exists() else None
-        is_usable = stored is not None and self.release in (None, stored.release) and {*texts} <= {*stored.encodings}
+        datasets = getattr(trainer.datamodule, "datasets", {}).values()
+        captions = common_caption_settings(datasets)
+        is_usable = (
+            stored is not None
+            and self.release in (None, stored.release)
+            and captions in (None, stored.captions)
+            and {*texts} <= {*stored.encodings}
+        )
         if not is_usable:
-            stored = self.encode(texts, self._noted)
-        for dataset in getattr(trainer.datamodule, "datasets", {}).values():
+            stored = self.encode(texts, self._noted, captions)
+        for dataset in datasets:
             if isinstance(dataset, ShardDataset):
                 check_encoders(dataset, stored.digests, stored.release, _ADVICE)
         parts = next(iter(stored.encodings.values()))
         shapes = {member: tuple(part.shape) for member, part in parts.items()}
         with located(f"{WHERE}: {stored.release}"):
             model.check_batch_shapes(shapes)
+            for dataset in datasets:
+                stored.check_length(dataset.shapes, f"{WHERE}.config=CONFIG")
         if not is_usable:
             stored.save(path)
             log.info("Previews: %d prompts encoded with %s, kept as %s", len(self.prompts), stored.release, path)
@@ -252,7 +263,8 @@ class Previews(Callback):
         height, width = image_size(model, latent_shape(model, prompt.height, prompt.width))
         request = Request(prompt.prompt, prompt.seed, prompt.negative_prompt)
         settings = {"steps": prompt.steps, "scale": prompt.scale, "sampler": self.sampler}
-        return {**request._asdict(), **settings, "H": height, "W": width}
+        captions = caption_settings(model.cond_stage_model) if self._stored is None else self._stored.captions
+        return {**request._asdict(), **settings, "H": height, "W": width, **captions.entries()}
 
     def _sample(
         self, model: LatentDiffusion, prompt: PreviewPrompt, captions: dict[str, dict[str, torch.Tensor]] | None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm.cli.paths import check_release
 from ldm.files import read_lines
+from ldm.modules.encoders.caption_settings import check_caption_options
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import UserError, check_number
 
@@ -20,6 +21,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--ckpt", type=Path, default=CONVENTIONAL_RELEASE, help="release, a file or a folder of diffusers")
     add_config_options(parser)
     add_vae_option(parser)
+    add_caption_options(parser)
     add("--prompt", nargs="+", action="extend", default=[], help="one or more prompts")
     add("--from-file", type=Path, help="text file with one prompt per line")
     add("--n", type=int, default=1, help="samples per prompt")
@@ -52,6 +54,24 @@ def add_out_options(parser: argparse.ArgumentParser, default: str | None = None,
     )
     parser.add_argument(
         "--config", type=Path, help="config of the release, for a folder; default: that of the release's family"
+    )
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """Add the limit of captions, and the layer that encodes them."""
+    add = parser.add_argument
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="tokens per caption, read in chunks of 75: 75, 150, 225, ...; default: the release's, or else 75",
+    )
+    add(
+        "--clip-skip",
+        type=int,
+        metavar="N",
+        help="encode captions with the N-th last layer of Stable Diffusion 1's text encoder; default: the release's, "
+        "or else 1",
     )
 
 
@@ -164,6 +184,7 @@ def check_image_options(options: argparse.Namespace, seeds: int) -> None:
     check_release("--ckpt", options.ckpt)
     check_number("--n", options.n, least=1)
     check_number("--batch-size", options.batch_size, least=1)
+    check_caption_options(options.max_tokens, options.clip_skip)
     check_sampling_options(options, seeds)
     check_number("--eta", options.eta, least=0, most=1, whole=False)
 

@@ -13,7 +13,15 @@ from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teac
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
-from ldm.shards.open import check_members, describe_shapes, for_family, open_shards, say_unread_masks, warn_of_scale
+from ldm.shards.open import (
+    check_members,
+    common_caption_settings,
+    describe_shapes,
+    for_family,
+    open_shards,
+    say_unread_masks,
+    warn_of_scale,
+)
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import (
     CONTEXT,
@@ -111,6 +119,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
                 self.datasets[split] = self._open(split)
             if split in self.datasets:
                 self._check_model(self.datasets[split])
+        common_caption_settings(self.datasets.values())  # all sets must agree
         if "training" in self.datasets:
             self._check_prior()
 

@@ -18,12 +18,13 @@ from ldm.images.transforms import to_range
 from ldm.models.diffusion.concat import for_depth_network
 from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
 from ldm.modules.encoders.caption_length import cut_captions
+from ldm.modules.encoders.caption_settings import CaptionSettings, caption_settings, follow
 from ldm.release.model_family import family_of_model
 from ldm.shards.index import EMPTY_CAPTION, ENCODED, FAMILY, ZEROS
 from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR
 from ldm.util import UserError
 
-_CACHED_CAPTIONS = 2048  # 118 KB per caption at (77, 768) float16, 318 KB for SDXL
+_CACHED_CAPTIONS = 2048  # 118 KB per caption and chunk at (77, 768) float16, 318 KB for SDXL
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,17 @@ class SampleEncoder:
         return {name: digest for name, digest in self.digests.items() if name != USED_TOWER}
 
     @property
+    def caption_settings(self) -> CaptionSettings:
+        return caption_settings(self.model.cond_stage_model)
+
+    def follow(self, settings: CaptionSettings, whose: str) -> None:
+        """Encode captions as those of `whose` set; see `caption_settings.follow`."""
+        follow(self.model.cond_stage_model, settings, whose)
+        self.forget_captions()
+
+    @property
     def described(self) -> dict[str, Any]:
-        """Return the entries of an index for the model: family, digests of encoders, and kind of the empty caption."""
+        """Return the entries of an index for the model: family, encoders, and the encoding of captions."""
         family = family_of_model(self.model) if isinstance(self.model, LatentDiffusion) else None
         zeros = getattr(self.model.cond_stage_model, "empties_to_zeros", False)
         return {
@@ -96,6 +106,7 @@ class SampleEncoder:
             EMPTY_CAPTION: ZEROS if zeros else ENCODED,
             "scale_factor": float(self.model.scale_factor),
             **self.digests,
+            **self.caption_settings.entries(),
         }
 
     def check_sizes(self, sizes: Iterable[Size]) -> None:

@@ -34,7 +34,7 @@ from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.text_to_image import Request, sample_batches
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.shards.index import MEMBERS
-from ldm.shards.open import check_encoders, open_shards
+from ldm.shards.open import check_encoders, common_caption_settings, open_shards
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import (
     CAPTION,
@@ -133,6 +133,9 @@ def open_images(encoder: SampleEncoder, urls: str, out: str) -> ShardDataset:
     if replaced:
         raise UserError(f"--out {out}: would replace {replaced.pop()}, an input; choose another folder")
     check_encoders(dataset, encoder.digests, "--ckpt")
+    settings = common_caption_settings([dataset])
+    if settings is not None:
+        encoder.follow(settings, f"--shards {urls}: the")
     twice = next((key for key, count in Counter(dataset.sample_keys).items() if count > 1), None)
     if twice is not None:  # the keys of a shard are unique
         raise UserError(
@@ -250,7 +253,8 @@ def make_prior(
     nulls = encoder.captions([""])[0].arrays
     asked = {**made_from, **about, "shard_size": shard_size, "precision": str(encoder.dtype).removeprefix("torch.")}
     jobs = plan_shards(out, count, shard_size)
-    writer = SetWriter(out, {**asked, **encoder.whole_digests}, jobs, overwrite, ranks or Ranks())
+    encoders = {**encoder.whole_digests, **encoder.caption_settings.entries()}
+    writer = SetWriter(out, {**asked, **encoders}, jobs, overwrite, ranks or Ranks())
 
     def write_shards(missing: Sequence[Job]) -> None:
         parts = [list(_parts(numbers, batch_size)) for _, numbers in missing]

@@ -69,14 +69,14 @@ def can_resume(out: str, made_from: Mapping[str, Any]) -> bool:
     if index is None or index.get("complete", True):
         return False
     begun = index.get(RESUMABLE, {})
-    differing = [key for key in made_from if begun.get(key) != made_from[key]]
+    differing = [key for key in {**made_from, **begun} if begun.get(key) != made_from.get(key)]
     if not differing:
         return True
     if not existing_shards(out):
         return False
     key, how = differing[0], f"has no {RESUMABLE}"
-    if key in begun:
-        how = f"was begun with {key} {begun[key]}, this command has {made_from[key]}"
+    if begun:
+        how = f"was begun with {key} {begun.get(key, 'unset')}, this command has {made_from.get(key, 'it unset')}"
     raise UserError(
         f"{path}: the unfinished set {how}; give the same command to resume it, or --overwrite to start again"
     )

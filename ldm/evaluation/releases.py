@@ -25,7 +25,8 @@ from ldm.evaluation.samples import (
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latent import check_reads_captions
-from ldm.shards.open import check_encoders
+from ldm.modules.encoders.caption_settings import DEFAULT, caption_settings, reads_captions, set_caption_settings
+from ldm.shards.open import check_encoders, common_caption_settings
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def evaluate_base(
     for image_set in opened:
         for release, digests in encoders.items():
             check_encoders(image_set.dataset, digests, str(release))
+    _read_captions_as(opened, model, path)
     timesteps = midpoint_timesteps(model.num_timesteps, settings.timesteps)
     results = []
     for image_set in opened:
@@ -124,6 +126,7 @@ def evaluate_tuned(
     model: LatentDiffusion, path: Path, base_results: Sequence[BaseResult], settings: Settings
 ) -> list[SetResult]:
     """Compare `model`, whose weights are from `path`, with the results of the base."""
+    _read_captions_as([base.image_set for base in base_results], model, path)
     results = []
     for base in base_results:
         start, image_set, timesteps = time.monotonic(), base.image_set, base.timesteps
@@ -136,6 +139,22 @@ def evaluate_tuned(
         results.append(SetResult(image_set, timesteps, comparison, base.samples, samples, distances))
         _log_set(path, image_set, start)
     return results
+
+
+def _read_captions_as(sets: Sequence[EvaluationSet], model: LatentDiffusion, path: Path) -> None:
+    """Read captions with the settings that those of `sets` were encoded with, unless the model has some of its own.
+
+    Raises:
+        UserError: the sets differ, or the model cannot have their settings.
+    """
+    stage, datasets = model.cond_stage_model, [image_set.dataset for image_set in sets]
+    if not reads_captions(stage):
+        common_caption_settings(datasets)  # of the encodings in the sets
+    elif caption_settings(stage) == DEFAULT:
+        settings = common_caption_settings(datasets, read=False)
+        if settings not in (None, DEFAULT):
+            set_caption_settings(stage, *settings)
+            logger.info("%s: reads captions with %s, as the sets have them", path, settings)
 
 
 def _check_finite(loss: np.ndarray, path: Path, image_set: EvaluationSet, timesteps: Sequence[int]) -> None:

@@ -50,6 +50,8 @@ _INDEX_FIELDS = (
     ("text_tower_2", "second text tower"),
     ("scale_factor", "scale factor"),
     ("variants", "variants per image, of which the first is inspected"),
+    ("max_tokens", "tokens per caption"),
+    ("clip_skip", "clip skip"),
 )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.caption_settings import CHUNK, CaptionSettings
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.shards.index import MEMBERS, read_index
 from ldm.shards.open import open_shards
@@ -24,8 +25,8 @@ from ldm.shards.sample import CAPTION, LATENT, LOSS_MASK, ORIGIN
 from ldm.shards.urls import expand_urls, is_stream
 
 _SIDES = (0, 256, 512, 768, 1024, 1536, 2048)  # lower bounds of the histogram of shorter sides, in pixels
-# Lower bounds of the histogram of caption lengths, in tokens. The last bin holds all lengths beyond CLIP's 77.
-_LENGTHS = (0, 10, 20, 30, 40, 50, 60, 70, 78)
+# Lower bounds of the histogram of caption lengths, in tokens. The last ones are those of a further chunk.
+_LENGTHS = (0, 10, 20, 30, 40, 50, 60, 70, *(chunks * CHUNK + 1 for chunks in (1, 2, 3)))
 _SHARES = 4  # bins of the histogram of mask areas
 
 
@@ -131,7 +132,7 @@ def inspect(dataset: ShardDataset, channels: int, scale_factor: float | None) ->
         "shapes": dict(sizes.most_common()),
         "loss_masks": _measure_areas(areas) if areas else None,
         "originals": origins.to_dict(),
-        "captions": _measure_captions(captions),
+        "captions": _measure_captions(captions, CaptionSettings.from_entries(read_first_index(dataset)).max_tokens),
         "duplicates": {
             "captions": [{"caption": text, "samples": n} for text, n in captions.most_common() if n > 1],
             "latents": [keys for keys in latents.values() if len(keys) > 1],
@@ -176,10 +177,9 @@ class _Origins:
         return {"known": self.known, "shorter_side": histogram, "enlarged": self.enlarged}
 
 
-def _measure_captions(captions: Mapping[str, int]) -> dict[str, Any]:
-    """Measure caption lengths in tokens without start and end tokens, and count the captions that CLIP truncates."""
+def _measure_captions(captions: Mapping[str, int], limit: int) -> dict[str, Any]:
+    """Measure caption lengths in tokens without start and end tokens, and count the captions longer than `limit`."""
     tokenizer = ClipTokenizer()
-    limit = tokenizer.max_length - 2
     lengths: Counter[int] = Counter()
     longest = (-1, "")
     for text, count in captions.items():

@@ -73,11 +73,13 @@ class About:
         predicts: prediction of the UNet and zero SNR, if they differ from what the release tells.
         merged_from: titles of the files that were mixed.
         settings: those of the training.
+        captions: metadata of `record_of`; None keeps those of the release.
     """
 
     predicts: tuple[str, bool] | None = None
     merged_from: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    captions: Mapping[str, str] | None = None
 
 
 def save_release(
@@ -94,7 +96,7 @@ def save_release(
     predicts = about.predicts[0] if about.predicts else release.predicts
     family = find_family(release.shapes, parameterization=predicts)
     keys = release.weights
-    told = predicts, about.merged_from, about.settings, to.is_folder
+    told = predicts, about.merged_from, about.settings, to.is_folder, about.captions
     metadata = described(release.metadata, to.path, keys, family, *told)
     if to.is_folder:
         count = write_folder(release, weights, to.path, metadata, about.predicts, to.config)

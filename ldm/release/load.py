@@ -15,6 +15,7 @@ from ldm.checkpoint.markers import compare_markers
 from ldm.config.load import build_model, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.processor import quick_dtype
+from ldm.release.caption_record import apply_record
 from ldm.release.diffusers_config import check_settings
 from ldm.release.initialisation import without_initialisation
 from ldm.release.lora_merging import Lora, add_loras
@@ -61,6 +62,8 @@ def load_release(
         vae: a file whose autoencoder replaces that of the release.
         loras: added to the weights, in float32.
 
+    Captions are read with the settings that the metadata of the file records, see `apply_record`.
+
     A depth model whose file lacks the depth network has None in its place.
 
     Raises:
@@ -82,6 +85,7 @@ def load_release(
         model.depth_model = None
     if has_part(report.missing, EMA):
         model.restart_ema()
+    apply_record(model.cond_stage_model, release.metadata, ckpt)
     add_loras(model, loras, ckpt)
     for part in (model.model, model.first_stage_model, model.cond_stage_model):
         if part is not None:

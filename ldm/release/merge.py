@@ -29,6 +29,7 @@ from ldm.checkpoint.keys import EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, PREDICTIO
 from ldm.checkpoint.names import is_carried
 from ldm.config.load import load_config
 from ldm.locks import run_of
+from ldm.release.caption_record import record_of
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
@@ -270,7 +271,8 @@ def _merge_files(
         mixed = tuple(title_of(opened.metadata, release_path) for _ in loras[:1]) + tuple(
             lora.path.stem for lora in loras
         )
-        save_release(opened, state_dict, to, About(_prediction(opened, trained, noted), mixed, settings))
+        about = About(_prediction(opened, trained, noted), mixed, settings, record_of(training.content))
+        save_release(opened, state_dict, to, about)
 
 
 def _settings(training: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from ldm.checkpoint.keys import CONDITIONER, UNET, has_part
 from ldm.checkpoint.markers import PREDICTION_TYPE, STATED
 from ldm.checkpoint.writing import HASH
+from ldm.release.caption_record import KEYS
 from ldm.release.families import Family
 from ldm.util import UserError
 
@@ -80,6 +81,7 @@ def described(
     merged_from: Iterable[str] = (),
     settings: Mapping[str, Any] | None = None,
     is_folder: bool = False,
+    captions: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a release that is written to `out`.
 
@@ -92,6 +94,7 @@ def described(
         predicts: prediction of the UNet, `eps` or `v`; that of the family if None.
         merged_from: titles of the files that were mixed.
         settings: those of the training, see `training_settings`.
+        captions: those of `record_of`; None keeps those in `metadata`.
     """
     keys = list(keys)
     new = {} if TITLE in metadata else {TITLE: out.name if is_folder else out.stem}
@@ -110,7 +113,9 @@ def described(
     new |= {DATE: _now(), HASH: ""}
     if out.suffix == ".ckpt" and not is_folder:  # the specification is of .safetensors
         new = {key: text for key, text in new.items() if key in metadata or key == SETTINGS}
-    return {**lasting(metadata), **new}
+    if captions is not None:
+        metadata = {key: text for key, text in metadata.items() if key not in KEYS.values()}
+    return {**lasting(metadata), **new, **(captions or {})}
 
 
 def architecture(family: Family, predicts: str | None) -> str:

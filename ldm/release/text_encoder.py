@@ -10,7 +10,9 @@ from torch import nn
 from ldm.checkpoint import encoder_digests, load_into, open_checkpoint
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, TEXT_ENCODERS
 from ldm.config.load import plain
+from ldm.modules.encoders.caption_settings import CaptionSettings, follow
 from ldm.modules.encoders.conditioner import GeneralConditioner
+from ldm.release.caption_record import apply_record
 from ldm.release.initialisation import without_initialisation
 from ldm.release.opening import release_of
 from ldm.util import UserError, instantiate_from_config
@@ -18,11 +20,17 @@ from ldm.util import UserError, instantiate_from_config
 _WHERE = "model.params.cond_stage_config"
 
 
-def load_text_encoder(ckpt: str | Path, config: DictConfig) -> tuple[nn.Module, dict[str, str | None]]:
+def load_text_encoder(
+    ckpt: str | Path, config: DictConfig, captions: CaptionSettings | None = None
+) -> tuple[nn.Module, dict[str, str | None]]:
     """Return the cond stage of `config` with the weights of the release `ckpt`, and the digests of its text towers.
 
+    Args:
+        captions: settings that the captions of the training set were encoded with; None for those that the release
+            records.
+
     Raises:
-        UserError: a file is invalid, the config has no text encoder, or the weights do not match it.
+        UserError: a file is invalid, the config has no text encoder, or the weights or `captions` do not match it.
     """
     described = plain(OmegaConf.select(config, _WHERE))
     opened = open_checkpoint(ckpt)
@@ -43,5 +51,9 @@ def load_text_encoder(ckpt: str | Path, config: DictConfig) -> tuple[nn.Module, 
     if not weights:
         raise UserError(f"{ckpt}: holds no text encoder; name the release that the images were encoded with")
     load_into(holder, weights, source=str(ckpt))
+    if captions is None:
+        apply_record(stage, opened.metadata, ckpt)
+    else:
+        follow(stage, captions, "the training set's")
     digests = encoder_digests(holder.state_dict())
     return stage.eval().requires_grad_(False), {name: value for name, value in digests.items() if value is not None}

@@ -15,6 +15,8 @@ Format 2 has the keys
     samples                   total number
     several_captions          true if each line of the text of a sample is a caption
     variants                  variants of the image of each sample, if there are several
+    max_tokens, clip_skip     settings of the text encoder that differ from 75 and 1; see
+                              `ldm.modules.encoders.caption_settings`
 
 and the keys of `ldm.encoding.preencode`. Format 1 has no digests, and its shards may lack bytes and sha256. Missing
 entries are not compared. The types of existing entries are checked, because users edit these files.
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, check_file, read_at_most
+from ldm.modules.encoders.caption_settings import CHUNK
 from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if
 
@@ -44,6 +47,7 @@ TEXT_TOWER, USED_TOWER = "text_tower", "text_tower_used"
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
 REPEATS = "repeats"  # entry of a shard
 SEVERAL_CAPTIONS = "several_captions"
+MAX_TOKENS, CLIP_SKIP = "max_tokens", "clip_skip"
 ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 _MEND = f"restore the value, or {MAKE_AGAIN}"
@@ -160,6 +164,8 @@ _ENTRIES: dict[str, Entry] = {
     FAMILY: (_is_key, "not the key of a family of models"),
     MEMBERS: (_is_names, "not a list of names"),
     SEVERAL_CAPTIONS: (lambda value: isinstance(value, bool), "neither true nor false"),
+    MAX_TOKENS: (lambda value: is_whole(value) and value > 0 and value % CHUNK == 0, f"not a multiple of {CHUNK}"),
+    CLIP_SKIP: (lambda value: is_whole(value) and value > 0, "not a whole number of at least 1"),
     EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
     "variants": WHOLE,
     "without_mask": WHOLE,

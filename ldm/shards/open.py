@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.modules.encoders.caption_settings import CHUNK, CaptionSettings
 from ldm.shards.index import (
     AUTOENCODER,
     ENCODERS,
@@ -142,6 +143,37 @@ def warn_of_scale(dataset: ShardDataset, own: float) -> None:
                 "unless the model is trained from random weights",
                 folder / INDEX, family_name(index), made_for, own, made_for,
             )  # fmt: skip
+
+
+def common_caption_settings(datasets: Iterable[Any], read: bool = True) -> CaptionSettings | None:
+    """Return the settings that the captions of all local sets among `datasets` were encoded with, or None without one.
+
+    With `read`, sets whose encodings are not read are left out.
+
+    Raises:
+        UserError: two sets differ, or the samples of a set do not have the length in its index.
+    """
+    found: dict[Path, CaptionSettings] = {}
+    for dataset in datasets:
+        if not isinstance(dataset, ShardDataset) or (read and not dataset.reads_encodings):
+            continue
+        for folder in dict.fromkeys(path.parent for path in dataset.paths):
+            found[folder] = settings = CaptionSettings.from_entries(read_index(folder) or {})
+            tokens = settings.max_tokens // CHUNK * (CHUNK + 2)
+            for shape in dataset.shapes.get(CONTEXT, ()):
+                if settings.max_tokens != CHUNK and shape[0] != tokens:
+                    raise UserError(
+                        f"{folder / INDEX}: max_tokens is {settings.max_tokens}, but the samples have {CONTEXT} of the "
+                        f"shape {shape}; restore the file, or encode the images again"
+                    )
+    for folder, settings in found.items():
+        (first, ours), *_ = found.items()
+        if settings != ours:
+            raise UserError(
+                f"{folder / INDEX}: the captions were encoded with {settings}, but with {ours} in {first / INDEX}; "
+                "encode both sets with the same --max-tokens and --clip-skip of tools/preencode.py"
+            )
+    return next(iter(found.values()), None)
 
 
 def check_encoders(

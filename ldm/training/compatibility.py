@@ -18,6 +18,7 @@ from ldm.modules.diffusionmodules.streamed import StreamedUNetModel
 from ldm.modules.lora import branches_of
 from ldm.moved_targets import changes_training, hint_for_key, without_unused_keys
 from ldm.optim import InBackward
+from ldm.shards.sample import CAPTION
 from ldm.training.strategies import ShardedStrategy, unet_of
 from ldm.util import UserError, get_obj_from_str, takes
 
@@ -40,6 +41,21 @@ def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first combination of settings of `model` and `trainer` that cannot work."""
     for check in (check_in_backward, check_sharded, check_cuda_graphs, check_streaming, check_rounding):
         check(model, trainer)
+    check_caption_key(model)
+
+
+def check_caption_key(model: LightningModule) -> None:
+    """Raise `UserError` if `model` is to encode captions, but its cond stage takes stored encodings.
+
+    Caption dropout would replace the captions, and not the encodings that the model reads.
+    """
+    stage = getattr(model, "cond_stage_model", None)
+    key = getattr(stage, "key", None)
+    if getattr(model, "cond_stage_key", None) == CAPTION and key not in (None, CAPTION):
+        raise UserError(
+            f"model.params.cond_stage_key {CAPTION}: the cond stage, {type(stage).__name__}, reads {key} and encodes "
+            "no captions; name the config of a release with a text encoder, such as stable_diffusion_v1.yaml"
+        )
 
 
 def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:

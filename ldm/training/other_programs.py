@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.moved_targets import LEARNT_WORD, LORA, SHORT_CAPTION
+from ldm.moved_targets import LEARNT_WORD, LORA
 
 _IMAGES = "images and captions are pre-encoded by tools/preencode.py --images, or read by train_from_images.yaml"
 _PRIOR = "images of the class go into a prior: tools/make_prior.py --prompt, and --base ... prior_images.yaml"
@@ -25,6 +25,7 @@ _PREVIEWS = "give --previews FILE, a text file with a prompt per line"
 _INTERVAL = "set lightning.previews.every_n_train_steps=N"
 _TAGS = "tools/preencode.py has --tag-variants, --keep-tags and --tag-dropout"
 _REPEATS = "give a set a weight: data.params.training_urls=[{urls: SHARDS, weight: N}]"
+_CAPTIONS = "tools/preencode.py has --max-tokens and --clip-skip, and training follows the shards"
 _V = "give --base ... finetune_stable_diffusion_v2_768_v.yaml"
 
 # Options of diffusers' scripts, kohya's sd-scripts, EveryDream and forks for DreamBooth, in alphabetical order.
@@ -42,7 +43,7 @@ _INSTEAD = {
     "class_data_dir": _PRIOR,
     "class_prompt": _PRIOR,
     "class_word": _PRIOR,
-    "clip_skip": "set layer: hidden and layer_idx: -2 in the params of cond_stage_config, and pre-encode with it",
+    "clip_skip": _CAPTIONS,
     "config": _CONFIG,
     "config_file": _CONFIG,
     "dataset_config": _CONFIG,
@@ -67,7 +68,7 @@ _INSTEAD = {
     "lr_scheduler": _SCHEDULE,
     "lr_warmup_steps": _SCHEDULE,
     "max_grad_norm": "give --gradient_clip_val N",
-    "max_token_length": SHORT_CAPTION,
+    "max_token_length": _CAPTIONS,
     "max_train_epochs": _EPOCHS,
     "max_train_steps": _STEPS,
     "min_snr_gamma": "set model.params.min_snr_gamma=N",

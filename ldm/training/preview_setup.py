@@ -14,6 +14,7 @@ from ldm.config.preview_prompts import parse_prompt, read_prompt_file
 from ldm.models.diffusion.stored_prompts import StoredPrompts
 from ldm.models.diffusion.text_to_image import SAMPLERS
 from ldm.modules.encoders.caption_length import warn_of_cut
+from ldm.modules.encoders.caption_settings import CaptionSettings
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.release.configs import release_config
 from ldm.release.text_encoder import load_text_encoder
@@ -84,11 +85,11 @@ class _Encoder:
     def __init__(self, release: str | None, config: str | None) -> None:
         self.release, self.config = release, config
 
-    def __call__(self, texts: Sequence[str], noted: str | None) -> StoredPrompts:
+    def __call__(self, texts: Sequence[str], noted: str | None, captions: CaptionSettings | None) -> StoredPrompts:
         path = self._path(noted)
         try:
             name, config = release_config(path, self.config, option=f"{WHERE}.config=CONFIG")
-            stage, digests = load_text_encoder(path, config)
+            stage, digests = load_text_encoder(path, config, captions)
         except (UserError, OSError) as error:
             raise UserError(f"{WHERE}: {error}") from error
         log.info("Previews: text encoder of %s (%s)", path, name)

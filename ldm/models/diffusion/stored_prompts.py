@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import open_checkpoint, save_state_dict, weights_of
 from ldm.models.diffusion.conditioning import caption_encodings
+from ldm.modules.encoders.caption_settings import DEFAULT, CaptionSettings, caption_settings
+from ldm.shards.sample import CONTEXT
 from ldm.util import UserError
 
 _ABOUT = "prompts"  # metadata of the file, as JSON: texts, release and digests
@@ -26,11 +28,13 @@ class StoredPrompts:
         encodings: by prompt and by member of a sample: `t5` (77, D), and for SDXL `pooled` (E,). float32.
         release: path of the release whose text encoder made them.
         digests: digests of the text towers, by their names in an index.
+        captions: settings of the text encoder.
     """
 
     encodings: dict[str, dict[str, Tensor]]
     release: str
     digests: dict[str, str | None] = field(default_factory=dict)
+    captions: CaptionSettings = DEFAULT
 
     @classmethod
     @torch.no_grad()
@@ -48,7 +52,7 @@ class StoredPrompts:
             encodings[text] = {member: part[0].float().cpu() for member, part in parts.items()}
             if not all(part.isfinite().all() for part in encodings[text].values()):
                 raise UserError(f"{release}: its text encoder encodes {text!r:.100} to NaN or infinities")
-        return cls(encodings, release, dict(digests))
+        return cls(encodings, release, dict(digests), caption_settings(stage))
 
     def save(self, path: Path) -> None:
         """Write the encodings to `path`, a `.safetensors` file, whole or not at all."""
@@ -59,7 +63,22 @@ class StoredPrompts:
             for member, part in parts.items()
         }
         about = {"texts": list(self.encodings), "release": self.release, "digests": self.digests}
+        about |= self.captions.entries()
         save_state_dict(tensors, path, metadata={_ABOUT: json.dumps(about)})
+
+    def check_length(self, shapes: Mapping[str, Iterable[tuple[int, ...]]], option: str) -> None:
+        """Check that captions with encodings of these `shapes`, by member, have as many states as the prompts.
+
+        Raises:
+            UserError: the numbers differ. The message ends in `option`, which names another config.
+        """
+        own = next(iter(self.encodings.values())).get(CONTEXT)
+        other = next((shape for shape in shapes.get(CONTEXT, ()) if own is not None and len(shape) == own.ndim), None)
+        if own is not None and other is not None and other[0] != len(own):
+            raise UserError(
+                f"encodes a prompt to {len(own)} states, but the captions in the shards have {other[0]}; give a config "
+                f"with the max_chunks of the shards: {option}"
+            )
 
     @classmethod
     def load(cls, path: Path) -> StoredPrompts:
@@ -76,7 +95,7 @@ class StoredPrompts:
             for key, part in weights_of(opened.content, path).items():
                 number, _, member = key.partition(".")
                 encodings[texts[number]][member] = part.clone()
-            stored = cls(encodings, about["release"], {**about["digests"]})
+            stored = cls(encodings, about["release"], {**about["digests"]}, CaptionSettings.from_entries(about))
             stored._check()
             return stored
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError) as error:
@@ -87,6 +106,8 @@ class StoredPrompts:
         texts = [*self.encodings, self.release, *(digest for digest in self.digests.values() if digest is not None)]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a text is of another type")
+        if not all(type(value) is int for value in self.captions):
+            raise ValueError("a setting is no number")
         shapes = [{member: part.shape for member, part in parts.items()} for parts in self.encodings.values()]
         if not shapes or not shapes[0] or any(each != shapes[0] for each in shapes):
             raise ValueError("its encodings differ in shape")

@@ -1,6 +1,6 @@
 """CLIP's text tower (arXiv:2103.00020, section 2.4): captions to hidden states, and to one pooled vector.
 
-B batch, L ids per caption, D features.
+B batch, K chunks per caption, L ids per chunk, D features.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ldm.modules.encoders.caption_settings import check_chunks, joined_chunks, split_chunks
 from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.modules.encoders.tokenizer import ClipTokenizer
 from ldm.util import UserError, check_choice, check_keys, check_number, refuse_if
@@ -46,17 +47,19 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     Args:
         version: must be the name in the released configs.
         device: device of the module; None leaves it where it is built. Ids move to the parameters' device.
-        max_length: ids per caption, start and end included; at most `max_position_embeddings`.
+        max_length: ids per chunk, start and end included; at most `max_position_embeddings`.
         text_config: entries of transformers' `CLIPTextConfig` that differ from those of ViT-L/14.
         freeze: set evaluation mode and turn gradients off.
         layer: `last`; `pooled`, the last state at the end token, (B, 1, D); `hidden`, the output of `layer_idx` blocks
             without the final norm.
         layer_idx: number of blocks for `hidden`; -1 means all of them, -2 all except the last.
         always_return_pooled: also return the pooled state (B, D).
+        max_chunks: chunks per caption. Each is encoded alone; see `joined_chunks`. The pooled state is the first one's.
+        clip_skip: with the layer `last`, apply the final norm to the output of the n-th last block.
 
     Raises:
-        UserError: `version`, `layer` or a key of `text_config` is unknown, or `max_length`, `layer_idx` or the
-            vocabulary is out of range.
+        UserError: `version`, `layer` or a key of `text_config` is unknown, or `max_length`, `layer_idx`, `max_chunks`,
+            `clip_skip` or the vocabulary is out of range.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         layer: str = "last",
         layer_idx: int | None = None,
         always_return_pooled: bool = False,
+        max_chunks: int = 1,
+        clip_skip: int = 1,
     ) -> None:
         super().__init__()
         refuse_if(
@@ -81,8 +86,11 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.max_length = max_length
         self.layer = layer
         self.layer_idx = _checked_layer(layer, layer_idx, config["num_hidden_layers"])
+        self.blocks = config["num_hidden_layers"]
+        self.set_clip_skip(clip_skip)
         self.return_pooled = always_return_pooled
-        self.tokenizer = ClipTokenizer(max_length)
+        check_chunks(max_chunks, max_length)
+        self.tokenizer = ClipTokenizer(max_length, chunks=max_chunks)
         self.transformer = _TextTransformer(config)
         tower = self.transformer
         self.tokenizer.check_tower("max_position_embeddings", tower.positions, tower.vocabulary)
@@ -94,22 +102,41 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def set_clip_skip(self, clip_skip: int) -> None:
+        """Encode with the n-th last block.
+
+        Raises:
+            UserError: there are fewer blocks, or `layer` is not the last.
+        """
+        check_number("clip_skip", clip_skip, least=1, most=self.blocks)
+        if clip_skip != 1 and self.layer != "last":
+            raise UserError(f"clip_skip {clip_skip}: needs layer: last, not {self.layer}; leave one of them out")
+        self.clip_skip = clip_skip
+
     def tokenize(self, texts: Sequence[str] | str) -> torch.Tensor:
-        """Return the ids (B, max_length) of captions, on the CPU."""
+        """Return the ids (B, K · L) of captions, on the CPU."""
         return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, texts: Sequence[str] | str) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Encode captions to (B, max_length, hidden_size), or as `layer` and `always_return_pooled` select."""
+        """Encode captions to (B, K · L, hidden_size), or as `layer` and `always_return_pooled` select."""
         # A few kilobytes, copied asynchronously: nothing waits for the device.
         ids = self.tokenize(texts).to(self.device, non_blocking=True)
-        if self.layer == "last" and not self.return_pooled:
-            return self.transformer(ids)
+        chunks = self.tokenizer.chunks
+        ids = split_chunks(ids, chunks)  # (B · K, L)
+        if self.layer == "last" and self.clip_skip == 1 and not self.return_pooled:
+            return joined_chunks(self.transformer(ids), chunks)
         states = self.transformer.states(ids)
+        pooled = states.pooled[::chunks]  # of the first chunk: (B, D)
+        z = pooled[:, None] if self.layer == "pooled" else joined_chunks(self._chosen(states), chunks)
+        return (z, pooled) if self.return_pooled else z
+
+    def _chosen(self, states: _States) -> torch.Tensor:
+        """Return the states that `layer`, `layer_idx` and `clip_skip` select."""
         if self.layer == "hidden":
-            z = states.hidden[self.layer_idx]
-        else:
-            z = states.last if self.layer == "last" else states.pooled[:, None]
-        return (z, states.pooled) if self.return_pooled else z
+            return states.hidden[self.layer_idx]
+        if self.clip_skip == 1:
+            return states.last
+        return self.transformer.text_model.final_layer_norm(states.hidden[-self.clip_skip])
 
 
 def _checked_layer(layer: str, layer_idx: int | None, blocks: int) -> int | None:

@@ -1,6 +1,7 @@
 """OpenCLIP's text towers (arXiv:2212.07143), which encode captions for Stable Diffusion 2 and SDXL.
 
-B batch, L ids per caption, D features of the tower, E features of the embedding that captions share with images.
+B batch, K chunks per caption, L ids per chunk, D features of the tower, E features of the embedding that captions share
+with images.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.encoders.caption_settings import check_chunks, joined_chunks, split_chunks
 from ldm.modules.encoders.clip_blocks import ClipTransformer
 from ldm.modules.encoders.cond_stages import AbstractEncoder
 from ldm.modules.encoders.tokenizer import ClipTokenizer
@@ -104,7 +106,7 @@ def _drop_mask(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
 
 
 class FrozenOpenCLIPEmbedder(AbstractEncoder):
-    """OpenCLIP's text tower: captions -> hidden states (B, max_length, D), after the final layer norm.
+    """OpenCLIP's text tower: captions -> hidden states (B, K · L, D), after the final layer norm.
 
     The sizes follow from `arch`. The weights come with the checkpoint, and nothing is ever downloaded. State-dict keys
     are the released ones, `model.*`.
@@ -113,15 +115,16 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
         arch: name of an OpenCLIP model, such as `ViT-H-14` or `ViT-bigG-14`.
         version: name of the released weights. Only `openai` has an effect: it selects OpenAI's activation.
         device: device of the module; None leaves it where it is built. Ids move to the parameters' device.
-        max_length: ids per caption, start and end included; at most `context_length`.
+        max_length: ids per chunk, start and end included; at most `context_length`.
         freeze: set evaluation mode and turn gradients off.
         layer: `last`, or `penultimate`, the states before the last block.
         text_config: sizes that differ from those of `arch`: `width`, `heads`, `layers`, `embed_dim`, `vocab_size`,
             `context_length`, `quick_gelu`.
+        max_chunks: chunks per caption. Each is encoded alone; see `joined_chunks`.
 
     Raises:
-        UserError: `arch`, `layer` or a key of `text_config` is unknown, or `max_length` or the vocabulary is out of
-            range.
+        UserError: `arch`, `layer` or a key of `text_config` is unknown, or `max_length`, `max_chunks` or the vocabulary
+            is out of range.
     """
 
     def __init__(
@@ -133,13 +136,15 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
         freeze: bool = True,
         layer: str = "last",
         text_config: Mapping[str, Any] | None = None,
+        max_chunks: int = 1,
     ) -> None:
         super().__init__()
         check_choice("layer", layer, _LAYERS)
         config = text_config_of(arch, version, text_config)
         self.layer = layer
         self.max_length = max_length
-        self.tokenizer = ClipTokenizer(max_length, padding=0)
+        check_chunks(max_chunks, max_length)
+        self.tokenizer = ClipTokenizer(max_length, padding=0, chunks=max_chunks)
         self.tokenizer.check_tower("context_length", config["context_length"], config["vocab_size"])
         self.model = OpenClipText(**config)
         self.put_on(device)
@@ -151,15 +156,16 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
         return next(self.parameters()).device
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
-        """Return the ids (B, max_length) of captions, on the CPU, padded with 0."""
+        """Return the ids (B, K · L) of captions, on the CPU, padded with 0."""
         return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, texts: Sequence[str] | str) -> Tensor:
-        """Encode captions to (B, max_length, D)."""
-        return self.model.ln_final(self._states(self._ids(texts))[0])
+        """Encode captions to (B, K · L, D)."""
+        return joined_chunks(self.model.ln_final(self._states(self._ids(texts))[0]), self.tokenizer.chunks)
 
     def _ids(self, texts: Sequence[str] | str) -> Tensor:
-        return self.tokenize(texts).to(self.device, non_blocking=True)
+        """Return the ids (B · K, L) of the chunks, on the device."""
+        return split_chunks(self.tokenize(texts).to(self.device, non_blocking=True), self.tokenizer.chunks)
 
     def _states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states of `layer`, and the last ones."""
@@ -171,7 +177,7 @@ class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
     """OpenCLIP's text tower as in SDXL: without the final norm, and with a pooled vector.
 
     Args:
-        always_return_pooled: return (states (B, max_length, D), pooled (B, E)).
+        always_return_pooled: return (states (B, K · L, D), pooled (B, E)). The pooled vector is the first chunk's.
         legacy: apply the final norm to the states, as `FrozenOpenCLIPEmbedder` does. There is no pooled vector then.
         options: those of `FrozenOpenCLIPEmbedder`.
 
@@ -186,9 +192,10 @@ class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
         self.legacy = legacy
 
     def forward(self, texts: Sequence[str] | str) -> Tensor | tuple[Tensor, Tensor]:
-        """Encode captions to (B, max_length, D), and to (B, E) if `always_return_pooled`."""
+        """Encode captions to (B, K · L, D), and to (B, E) if `always_return_pooled`."""
         if self.legacy:
             return super().forward(texts)
-        ids = self._ids(texts)
-        z, last = self._states(ids)
-        return (z, self.model.pool(last, ids)) if self.return_pooled else z
+        ids, chunks = self._ids(texts), self.tokenizer.chunks
+        states, last = self._states(ids)
+        z = joined_chunks(states, chunks)
+        return (z, self.model.pool(last[::chunks], ids[::chunks])) if self.return_pooled else z

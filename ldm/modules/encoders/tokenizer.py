@@ -78,21 +78,30 @@ def clean(text: str) -> str:
 
 
 class ClipTokenizer(LimitedTokenizer):
-    """Tokenizer of captions to ids (B, max_length): start token, text cut to fit, end token, padding.
+    """Tokenizer of captions to ids (B, chunks · max_length): start token, text cut to fit, end token, padding.
+
+    With several `chunks`, the text continues after the end token in the next chunk, which has these tokens too. Chunks
+    behind the end of the text are those of the empty caption.
 
     Args:
-        padding: id that fills a row up to `max_length`; the end token by default. OpenCLIP uses 0.
+        padding: id that fills a chunk up to `max_length`; the end token by default. OpenCLIP uses 0.
+        chunks: chunks per caption.
 
     Raises:
         UserError: the vocabulary file is not installed.
     """
 
-    def __init__(self, max_length: int = 77, padding: int | None = None) -> None:
+    def __init__(self, max_length: int = 77, padding: int | None = None, chunks: int = 1) -> None:
         self.max_length = max_length
+        self.chunks = chunks
         self._backend = _backend()
         self.start, self.end = (self._backend.token_to_id(token) for token in (_START, _END))
         self.padding = self.end if padding is None else padding
-        self.room = max_length - 2
+
+    @property
+    def room(self) -> int:
+        """Tokens per caption besides those of start and end."""
+        return self.chunks * (self.max_length - 2)
 
     def __len__(self) -> int:
         """Return the number of entries in the vocabulary."""
@@ -115,8 +124,10 @@ class ClipTokenizer(LimitedTokenizer):
         return self._backend.encode(clean(text)).tokens
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        tokens = torch.full((len(texts), self.max_length), self.padding)
-        for row, fitting in zip(tokens, self.fitting(texts), strict=True):
-            ids = [self.start, *fitting, self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+        tokens = torch.full((len(texts), self.chunks, self.max_length), self.padding)
+        part = self.max_length - 2
+        for caption, fitting in zip(tokens, self.fitting(texts), strict=True):
+            for number, row in enumerate(caption):
+                ids = [self.start, *fitting[number * part : (number + 1) * part], self.end]
+                row[: len(ids)] = torch.tensor(ids)
+        return tokens.flatten(1)

@@ -44,7 +44,8 @@ def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by,
     made_by(autoencoder=autoencoder, text_tower="t" * 64)
     assert train(f"{resume} 2") == 0
     state = load_checkpoint(checkpoint)["callbacks"]["SameEncoders"]
-    assert state == {"text_tower": "t" * 64, "text_tower_2": "u" * 64, "autoencoder": autoencoder}
+    captions = {"max_tokens": 75, "clip_skip": 1}
+    assert state == {"text_tower": "t" * 64, "text_tower_2": "u" * 64, "autoencoder": autoencoder, **captions}
     made_by(autoencoder=None)  # as far as is known
     assert train(f"{resume} 3") == 0
 

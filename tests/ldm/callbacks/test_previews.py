@@ -32,7 +32,7 @@ def model() -> LatentDiffusion:
 
 @pytest.fixture
 def callback() -> Previews:
-    made = Previews(PROMPTS, lambda texts, noted: None, every_n_train_steps=2)
+    made = Previews(PROMPTS, lambda texts, noted, captions: None, every_n_train_steps=2)
     made._stored = StoredPrompts({text: {"t5": torch.ones(77, 8)} for p in PROMPTS for text in p.texts}, "release")
     return made
 

@@ -12,8 +12,10 @@ import torch
 from ldm.evaluation.releases import Settings, evaluate_releases
 from ldm.evaluation.samples import Sampling, sample_distances
 from ldm.models.diffusion.text_to_image import Request
+from ldm.shards.index import write_index
 from ldm.util import UserError
 from tests.ldm.evaluation.conftest import KEYS, constant
+from tests.training_runs import TEXT_TOWER
 
 BASE, TUNED = Path("base.ckpt"), Path("tuned.ckpt")
 
@@ -38,6 +40,23 @@ def test_one_model_is_in_memory_at_a_time(shard, reader):
     sampling = Sampling(count=1, steps=2, scale=1.0)
     evaluate_releases(load, BASE, TUNED, {"one": str(shard), "two": str(shard)}, Settings(2, sampling=sampling))
     assert load.alive == [0, 0]
+
+
+def test_captions_are_read_with_the_settings_of_the_sets(shard, reader, make_model):
+    long = {**TEXT_TOWER, "params": {**TEXT_TOWER["params"], "max_chunks": 2}}
+    double = make_model(use_ema=False, cond_stage_key="txt", cond_stage_config=long)
+
+    def loss(model, **options):
+        write_index(shard.parent, {"shards": [{"name": shard.name}], **options})
+        (result,) = evaluate_releases(Loader(base=model, tuned=model), BASE, TUNED, {"one": str(shard)}, Settings(1))
+        assert (result.comparison.base == result.comparison.tuned).all()
+        return result.comparison.base
+
+    expected = loss(double)  # a setting of its config, whatever the set has
+    assert (loss(reader, max_tokens=150) == expected).all() and (loss(double, max_tokens=225) == expected).all()
+    assert (loss(reader) != expected).any()
+    with pytest.raises(UserError, match="--max-tokens 825: give a whole number from 75 to 750"):
+        loss(reader, max_tokens=825)
 
 
 def test_a_model_compared_with_itself_has_no_drift(shard, reader):

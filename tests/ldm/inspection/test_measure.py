@@ -9,6 +9,7 @@ import pytest
 from ldm.inspection.data_report import format_inspection
 from ldm.inspection.measure import Moments, inspect, latent_channels, open_to_inspect
 from ldm.shards import npy
+from ldm.shards.index import write_index
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 
@@ -79,13 +80,22 @@ def test_captions_are_truncated_to_75_tokens(tmp_path):
     found = inspected(tmp_path, [(str(i), latent(i), text, None) for i, text in enumerate(captions)])["captions"]
     assert (found["truncated"], found["tokens_max"], found["longest"]) == (1, 76, captions[1])
     assert found["tokens_median"] == (12 + 75) / 2
-    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "10-19": 1, "70-77": 2}
+    counts = {name: count for name, count in found["tokens"].items() if count}
+    assert counts == {"0-9": 1, "10-19": 1, "70-75": 1, "76-150": 1}
 
 
-def test_captions_beyond_77_tokens_share_a_bin(tmp_path):
+def test_the_limit_is_that_of_the_set(tmp_path):
+    captions = [(str(n), latent(n), "cat " * n, None) for n in (5, 100, 150, 151)]
+    assert inspected(tmp_path, captions)["captions"]["truncated"] == 3
+    write_index(tmp_path, {"shards": [{"name": path.name} for path in tmp_path.glob("*.tar")], "max_tokens": 150})
+    found = inspect(open_to_inspect(str(tmp_path)), 4, 0.5)["captions"]
+    assert (found["truncated"], found["token_limit"]) == (1, 150)
+
+
+def test_captions_of_further_chunks_have_bins(tmp_path):
     found = inspected(tmp_path, [(str(n), latent(n), "cat " * n, None) for n in (5, 77, 78, 3000)])["captions"]
-    assert found["tokens_max"] == 3000 and len(found["tokens"]) == 9
-    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "70-77": 1, "78-": 2}
+    assert found["tokens_max"] == 3000 and len(found["tokens"]) == 11
+    assert {name: count for name, count in found["tokens"].items() if count} == {"0-9": 1, "76-150": 2, "226-": 1}
 
 
 def test_originals_and_enlarged_ones(tmp_path):

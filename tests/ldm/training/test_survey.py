@@ -47,8 +47,8 @@ def test_check_config_takes_public_configs(path):
             ["DDPM(personalization_config) is ignored: a word is", "DDPM(unfreeze_model) is ignored: the UNet"],
         ),
         (
-            "model: {target: ldm.modules.encoders.modules.FrozenCLIPEmbedder, params: {max_chunks: 3}}",
-            "fails", "-", ["FrozenCLIPEmbedder(max_chunks): a caption has at most 77 ids"],
+            "model: {target: ldm.modules.encoders.modules.FrozenCLIPEmbedder, params: {extended_mode: true}}",
+            "fails", "-", ["FrozenCLIPEmbedder(extended_mode): max_chunks: 3 reads captions of 225 tokens"],
         ),
         (
             "model: {target: ldm.models.autoencoder.Identity, params: {a: 1}}",

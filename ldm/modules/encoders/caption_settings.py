@@ -1,0 +1,138 @@
+"""Long captions and clip skip: how a text encoder of CLIP's kind reads captions beyond its 77 positions.
+
+A caption is split into chunks of 75 tokens. Each chunk gets tokens of start and end, is padded to 77, and is encoded
+alone. B batch, K chunks per caption, L ids per chunk, D features. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ldm.util import UserError, check_number, refuse_if
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CHUNK = 75  # tokens per chunk, without start and end
+MOST_CHUNKS = 10
+_LENGTH = CHUNK + 2
+
+
+class CaptionSettings(NamedTuple):
+    """Settings that the encoding of a caption depends on, besides the weights.
+
+    `max_tokens` is the limit per caption, without start and end: a multiple of 75. With `clip_skip` n, the states are
+    those of the n-th last layer.
+    """
+
+    max_tokens: int = CHUNK
+    clip_skip: int = 1
+
+    @classmethod
+    def from_entries(cls, entries: Mapping[str, Any]) -> CaptionSettings:
+        """Return the settings among `entries`. Missing ones have their defaults, as in sets of earlier versions."""
+        return cls(**{name: entries[name] for name in cls._fields if name in entries})
+
+    def entries(self) -> dict[str, int]:
+        """Return the settings by name that differ from their defaults."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+
+    def __str__(self) -> str:
+        return f"max_tokens {self.max_tokens} and clip_skip {self.clip_skip}"
+
+
+DEFAULT = CaptionSettings()
+
+
+def split_chunks(ids: Tensor, chunks: int) -> Tensor:
+    """Return the ids of each chunk: (B, K · L) → (B · K, L)."""
+    return ids.unflatten(1, (chunks, -1)).flatten(0, 1)
+
+
+def joined_chunks(states: Tensor, chunks: int) -> Tensor:
+    """Return the states of the chunks one after the other: (B · K, L, D) → (B, K · L, D)."""
+    return states.unflatten(0, (-1, chunks)).flatten(1, 2)
+
+
+def check_chunks(max_chunks: Any, max_length: int) -> None:
+    """Raise `UserError` unless captions of `max_chunks` chunks can be read by a tower of `max_length` ids."""
+    check_number("max_chunks", max_chunks, least=1, most=MOST_CHUNKS)
+    if max_chunks > 1 and max_length != _LENGTH:
+        raise UserError(f"max_chunks {max_chunks}: needs max_length {_LENGTH}, not {max_length}; leave max_length out")
+
+
+def check_caption_options(max_tokens: int | None, clip_skip: int | None) -> None:
+    """Raise `UserError` for a value of `--max-tokens` or `--clip-skip` that no text encoder takes."""
+    check_number("--max-tokens", max_tokens, least=CHUNK, most=MOST_CHUNKS * CHUNK, optional=True)
+    if max_tokens is not None and max_tokens % CHUNK:
+        raise UserError(f"--max-tokens {max_tokens}: must be a multiple of {CHUNK}, such as {2 * CHUNK} or {3 * CHUNK}")
+    check_number("--clip-skip", clip_skip, least=1, optional=True)
+
+
+def reads_captions(stage: nn.Module | None) -> bool:
+    """Return True if a cond stage has a text encoder with a tokenizer."""
+    return bool(_towers(stage))
+
+
+def caption_settings(stage: nn.Module | None) -> CaptionSettings:
+    """Return the settings of a cond stage; the defaults if it reads no captions, or none in chunks.
+
+    Raises:
+        UserError: its towers read different numbers of chunks.
+    """
+    towers = _towers(stage)
+    chunks = {getattr(tower.tokenizer, "chunks", 1) for tower in towers} or {1}
+    if len(chunks) > 1:
+        raise UserError(f"max_chunks: the text encoders differ ({', '.join(map(str, sorted(chunks)))}); give them one")
+    return CaptionSettings(CHUNK * chunks.pop(), max([getattr(tower, "clip_skip", 1) for tower in towers] or [1]))
+
+
+def set_caption_settings(stage: nn.Module, max_tokens: int | None = None, clip_skip: int | None = None) -> None:
+    """Change the settings of a cond stage. None leaves a setting as it is.
+
+    Raises:
+        UserError: the cond stage cannot have the setting. The message begins with the option.
+    """
+    check_caption_options(max_tokens, clip_skip)
+    towers, name = _towers(stage), type(stage).__name__
+    if max_tokens is not None and max_tokens != caption_settings(stage).max_tokens:
+        can = towers and all(hasattr(tower.tokenizer, "chunks") and tower.max_length == _LENGTH for tower in towers)
+        refuse_if(
+            (not can, f"--max-tokens {max_tokens}: the config's {name} reads no captions in chunks; leave it out")
+        )
+        for tower in towers:
+            tower.tokenizer.chunks = max_tokens // CHUNK
+    if clip_skip is not None and clip_skip != caption_settings(stage).clip_skip:
+        if not (len(towers) == 1 and towers[0] is stage and hasattr(stage, "clip_skip")):
+            raise UserError(
+                f"--clip-skip {clip_skip}: is for Stable Diffusion 1, not for the config's {name}; SD 2 and SDXL read "
+                "the layer before the last in any case; leave it out"
+            )
+        try:
+            stage.set_clip_skip(clip_skip)
+        except UserError as error:
+            raise UserError(f"--clip-skip {clip_skip}: {error}") from error
+
+
+def follow(stage: nn.Module, wanted: CaptionSettings, whose: str) -> None:
+    """Give `stage` the settings `wanted`, with which `whose` captions were encoded. A setting of its config must agree.
+
+    Raises:
+        UserError: the config has another setting, or the stage cannot have it.
+    """
+    own = caption_settings(stage)
+    for name, ours, asked, default in zip(wanted._fields, own, wanted, DEFAULT, strict=True):
+        if ours not in (asked, default):
+            raise UserError(f"{whose} captions have {name} {asked}, but cond_stage_config of the config has {ours}")
+    try:
+        set_caption_settings(stage, *wanted)
+    except UserError as error:
+        raise UserError(f"{whose} captions have {wanted}, but: {error}") from error
+
+
+def _towers(stage: Any) -> list[Any]:
+    """Return the text encoders of a cond stage that have a tokenizer."""
+    numbers = getattr(stage, "caption_embedders", None)
+    parts = [stage] if numbers is None else [stage.embedders[number] for number in numbers]
+    return [part for part in parts if hasattr(part, "tokenize") and hasattr(part, "tokenizer")]
