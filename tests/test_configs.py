@@ -32,7 +32,9 @@ REFUSED = {
     for streamed in ("minimal.yaml", "smallest.yaml")
     for resident in ("fast.yaml", "lean.yaml")
 }
-REFUSED["lora.yaml", "textual_inversion.yaml"] = "lora trains factors in place of weights, and unet_trainable: False selects weights"
+REFUSED["lora.yaml", "textual_inversion.yaml"] = (
+    "lora trains factors in place of weights, and unet_trainable: False selects weights"
+)
 # Families without a list: the one that theirs differs from in the first convolution, and a depth network's keys.
 SIBLINGS = {"sd2_inpainting": "sd_v2", "sd2_depth": "sd_v2", "sdxl_inpainting": "sdxl_base"}
 FIRST, DEPTH = f"{UNET}input_blocks.0.0.weight", "depth_model."
