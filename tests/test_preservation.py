@@ -15,6 +15,12 @@ PRIOR = "data.params.prior_urls=prior.tar data.params.prior_ratio=1.5"
 TEACHER = "data.params.prior_urls=taught.tar model.params.prior_target=teacher"
 _CALLBACK = "lightning.callbacks.decay"
 _PARAMS = {"start": "start.safetensors", "weight": 100, "every_n_steps": 2}
+PULL = " ".join(
+    f"lightning.callbacks.pull.{key}"
+    for key in (
+        "target=ldm.callbacks.pull_to_start.PullToStart", "params.start=start.safetensors", "params.weight=1000",
+    )
+)  # fmt: skip
 DECAY = f"{_CALLBACK}.target=ldm.callbacks.decay_to_start.DecayToStart " + " ".join(
     f"{_CALLBACK}.params.{key}={value}" for key, value in _PARAMS.items()
 )
@@ -45,6 +51,7 @@ def _inputs(train, tmp_path):
         (8, f"{TEACHER} data.params.num_workers=2"),  # within the second, each sample at its second answer
         (3, f"{DECAY}"),  # between two decays
         (4, f"{TEACHER} {DECAY} --accumulate_grad_batches 2"),
+        (3, f"{PULL} --gradient_clip_val 1"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, stop, options):
@@ -83,11 +90,12 @@ def distance(path, start):
     return sum((weights[key] - begun[key]).square().sum() for key in begun if key.startswith("model.")).sqrt()
 
 
-def test_decay_keeps_the_weights_near_their_start(train, tmp_path):
+@pytest.mark.parametrize("option", [DECAY, PULL])
+def test_the_weights_stay_near_their_start(train, tmp_path, option):
     start = tmp_path / "start.safetensors"
     options = f"--max_steps 12 --no-test model.params.ckpt_path={start}"
     train(f"-l free {options}")
-    train(f"-l held {options} {DECAY}")
+    train(f"-l held {options} {option}")
     free, held = (distance(the_run(tmp_path / name) / "checkpoints/last.ckpt", start) for name in ("free", "held"))
     assert 0 < held < 0.7 * free
 
@@ -102,6 +110,8 @@ def test_decay_keeps_the_weights_near_their_start(train, tmp_path):
         (f"{DECAY} lightning.callbacks.decay.params.start=prior.tar", r"prior\.tar: not a checkpoint"),
         (f"{DECAY} model.params.unet_config.params.num_res_blocks=2", r"start\.safetensors lacks model\."),
         (f"{DECAY} lightning.callbacks.decay.params.weight=1e4", "overshoots the start"),
+        (f"{PULL} lightning.callbacks.pull.params.weight=-1", "weight -1: give a number above 0"),
+        (f"{PULL} -b lean.yaml tiny.yaml", "adds to the gradients before a step"),
     ],
 )
 def test_mistakes_are_refused_in_one_line_and_write_nothing(train, tmp_path, line, message):
