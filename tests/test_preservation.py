@@ -15,6 +15,11 @@ PRIOR = "data.params.prior_urls=prior.tar data.params.prior_ratio=1.5"
 TEACHER = "data.params.prior_urls=taught.tar model.params.prior_target=teacher"
 _CALLBACK = "lightning.callbacks.decay"
 _PARAMS = {"start": "start.safetensors", "weight": 100, "every_n_steps": 2}
+CONSISTENCY = (
+    "data.params.training_urls=taught.tar data.params.null_cond_dropout=0 model.params.loss_config.target="
+    "ldm.models.diffusion.consistency.DirectConsistency"
+)
+SPLIT = "model.params.timestep_config.target=ldm.models.diffusion.timesteps.Split"
 PULL = " ".join(
     f"lightning.callbacks.pull.{key}"
     for key in (
@@ -51,7 +56,8 @@ def _inputs(train, tmp_path):
         (8, f"{TEACHER} data.params.num_workers=2"),  # within the second, each sample at its second answer
         (3, f"{DECAY}"),  # between two decays
         (4, f"{TEACHER} {DECAY} --accumulate_grad_batches 2"),
-        (3, f"{PULL} --gradient_clip_val 1"),
+        (3, f"{PULL} {PRIOR} {SPLIT} --gradient_clip_val 1"),
+        (4, f"{CONSISTENCY} {PRIOR}"),  # within an epoch of three batches
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, stop, options):
@@ -110,6 +116,8 @@ def test_the_weights_stay_near_their_start(train, tmp_path, option):
         (f"{DECAY} lightning.callbacks.decay.params.start=prior.tar", r"prior\.tar: not a checkpoint"),
         (f"{DECAY} model.params.unet_config.params.num_res_blocks=2", r"start\.safetensors lacks model\."),
         (f"{DECAY} lightning.callbacks.decay.params.weight=1e4", "overshoots the start"),
+        (CONSISTENCY.replace("taught", "prior"), r"no member 't\.npy'; write .*make_prior\.py --teacher"),
+        (f"{CONSISTENCY} {SPLIT}", "leave out timestep_config"),
         (f"{PULL} lightning.callbacks.pull.params.weight=-1", "weight -1: give a number above 0"),
         (f"{PULL} -b lean.yaml tiny.yaml", "adds to the gradients before a step"),
     ],

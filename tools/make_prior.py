@@ -44,6 +44,14 @@ def parse_arguments() -> argparse.Namespace:
         default=0.1,
         help="with --teacher: fraction of samples that get the empty caption, for guidance",
     )
+    add(
+        "--teacher-power",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with --teacher: more timesteps of low noise, with density (1 - t/T)^P; training then needs the "
+        "timestep_config Split with power P",
+    )
     add("--shard-size", type=int, default=1000, help="samples per shard")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_trust_option(parser)
@@ -51,13 +59,17 @@ def parse_arguments() -> argparse.Namespace:
 
     def given(*names: str) -> str:
         """Return the flags among `names` whose values are not the default."""
-        return " and ".join(f"--{name}" for name in names if getattr(options, name) != parser.get_default(name))
+        return " and ".join(
+            f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != parser.get_default(name)
+        )
 
     check_number("--shard-size", options.shard_size, least=1)
     check_number("--teacher", options.teacher, least=0, optional=True)
     check_number("--null-share", options.null_share, least=0, most=1, whole=False)
-    if not options.teacher and given("null_share"):
-        raise UserError("--null-share has no effect without --teacher; leave it out, or give both")
+    check_number("--teacher-power", options.teacher_power, least=0, whole=False)
+    for unused in (given("null_share"), given("teacher_power")):
+        if unused and not options.teacher:
+            raise UserError(f"{unused} has no effect without --teacher; leave it out, or give both")
     if options.shards is None:
         options.prompt = read_prompts(options.prompt, options.from_file)
     elif options.prompt or options.from_file or not options.teacher:
@@ -88,6 +100,7 @@ def main() -> None:
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
     from ldm.modules.encoders.caption_length import warn_of_cut
+    from ldm.shards.index import TEACHER_POWER
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and options.overwrite:
@@ -109,7 +122,8 @@ def main() -> None:
         source = sampled(encoder, requests, shape, about)
     if options.teacher:
         made_from["null_share"] = options.null_share
-        teacher = Teacher(model, options.teacher, options.seed)
+        about = {**about, TEACHER_POWER: options.teacher_power} if options.teacher_power else about
+        teacher = Teacher(model, options.teacher, options.seed, options.teacher_power)
         dropout = CaptionDropout(encoder.captions([""])[0].arrays, options.null_share, options.seed)
         source = with_teacher(source, teacher, dropout)
     shards = make_prior(
