@@ -108,7 +108,7 @@ VARIANTS = (
     Variant("decay to start, 30", decay(30)),
     Variant("pull, 600", pull(600)),
     Variant("pull, 1000", pull(1000)),
-    Variant("direct consistency", consistency(20), training="cats_taught"),
+    Variant("direct consistency", consistency(5), training="cats_taught"),
     Variant("prior: real images", prior="real"),
     Variant("prior: generated images", prior="generated"),
     Variant("teacher, real images", TEACHER, prior="real_taught"),

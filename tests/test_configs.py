@@ -24,7 +24,7 @@ INVERSION = "textual_inversion.yaml"
 # Each is laid over a config that trains; this last one over a release's.
 OVERLAYS = (
     *("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml", "prior_images.yaml", "prior_teacher.yaml"),
-    *("decay_to_start.yaml", "watch_forgetting.yaml", INVERSION),
+    *("decay_to_start.yaml", "pull_to_start.yaml", "keep.yaml", "watch_forgetting.yaml", INVERSION),
 )
 TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml")
 REFUSED = {

@@ -1,5 +1,8 @@
 """Tests of main.py with each kind of preservation: resuming, logged losses, and the preservation itself."""
 
+import shutil
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from ldm.config.load import build_model, load_config
 from ldm.shards import npy
 from ldm.shards.writer import ShardWriter
 from ldm.util import UserError
+from tests.conftest import ROOT
 from tests.training_runs import assert_same_training, fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 PRIOR = "data.params.prior_urls=prior.tar data.params.prior_ratio=1.5"
@@ -127,3 +131,29 @@ def test_mistakes_are_refused_in_one_line_and_write_nothing(train, tmp_path, lin
         train(f"--max_steps 2 {line}")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("logs/*"))
+
+
+def test_merge_keep_finds_a_strength_on_the_shards_of_the_run(train, tmp_path, run_tool):
+    release, generator = tmp_path / "release.safetensors", torch.Generator().manual_seed(1)
+    weights = {key: value for key, value in load_state_dict("start.safetensors").items() if "model_ema" not in key}
+    head = {key: torch.randn(value.shape, generator=generator) for key, value in weights.items() if ".out.2." in key}
+    save_state_dict({**weights, **{key: 0.05 * value for key, value in head.items()}}, release)
+    start = f"model.params.ckpt_path={release} data.params.null_cond_dropout=0"
+    train(f"--max_steps 30 {start} {PRIOR} data.params.batch_size=12 data.params.prior_ratio=0.2")
+    last = the_run(tmp_path / "logs") / "checkpoints/last.ckpt"
+    merge = partial(run_tool, ROOT / "tools/merge_release.py", "--train-ckpt", last, "--release", release)
+    assert merge("--out", "whole.safetensors") is None
+    assert merge("--keep", 0.5, "--out", "kept.safetensors") is None
+    assert not list(last.parent.glob(".keep*"))
+    key = "model.diffusion_model.out.2.weight"
+    base, whole, kept = (
+        load_state_dict(path)[key] for path in (release, tmp_path / "whole.safetensors", tmp_path / "kept.safetensors")
+    )
+    strength = ((kept - base).norm() / (whole - base).norm()).item()
+    assert 0.1 < strength < 0.95 and strength * 10 == pytest.approx(round(strength * 10), abs=1e-3)
+    assert "--keep finds the strength" in merge("--keep", "--strength", 0.5, "--out", "x.safetensors")
+    assert "--keep 2.0: give a number" in merge("--keep", 2, "--out", "x.safetensors")
+    shutil.copy(last, tmp_path / "alone.ckpt")
+    alone = run_tool(ROOT / "tools/merge_release.py", "--train-ckpt", "alone.ckpt", "--release", release, "--keep")
+    assert "alone.ckpt lies in no run folder" in alone
+    assert not (tmp_path / "x.safetensors").exists()

@@ -1,11 +1,14 @@
 #!/usr/bin/env python
 """Make the shards of a prior, which reduces forgetting, from samples of the model or from your own images.
 
+python tools/make_prior.py --keep cat
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
 python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/with_teacher/%06d.tar --teacher 8
 python tools/make_prior.py --shards 'data/class/*.tar' --out data/with_teacher/%06d.tar --teacher 8
 
-With --teacher, the shards also hold the model's predictions on the samples. An interrupted command continues when it is
+--keep CLASS makes the prior of keep.yaml for a subject of this class: prompts for the class, for its neighbours and of
+general things, with --teacher 8, in data/kept/. With --teacher, the shards also hold the model's predictions on the
+samples. An interrupted command continues when it is
 given again. Under torchrun or srun, each process makes its share of the shards.
 """
 
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from ldm.cli.options import SETTINGS, add_image_options, check_image_options, read_prompts
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
+from ldm.encoding.keep_prompts import keep_prompts
 from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
@@ -30,14 +34,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PROMPTS = Path(__file__).resolve().parents[1] / "data/prompts"
+KEPT = "data/kept/%06d.tar"  # the prior of keep.yaml
+GENERAL = 150
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_image_options(parser)
     add = parser.add_argument
+    add(
+        "--keep",
+        nargs="+",
+        metavar="CLASS",
+        help="class of the subject, such as cat, dog or woman, in place of prompts",
+    )
+    add("--general", type=int, default=GENERAL, help="with --keep: number of general prompts (default: %(default)s)")
     add("--shards", help="pre-encoded images in place of prompts, as in training_urls; needs --teacher")
-    add("--out", required=True, help="shards to write, such as data/prior/%%06d.tar")
-    add("--teacher", type=int, default=0, help="store the model's predictions at this number of timesteps per sample")
+    add("--out", help=f"shards to write, such as data/prior/%%06d.tar; default with --keep: {KEPT.replace('%', '%%')}")
+    add(
+        "--teacher",
+        type=int,
+        help="store the model's predictions at this number of timesteps per sample (default: none; with --keep: 8)",
+    )
     add(
         "--null-share",
         type=float,
@@ -63,14 +82,18 @@ def parse_arguments() -> argparse.Namespace:
             f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != parser.get_default(name)
         )
 
+    check_keep(options)
     check_number("--shard-size", options.shard_size, least=1)
-    check_number("--teacher", options.teacher, least=0, optional=True)
+    check_number("--teacher", options.teacher, least=0)
     check_number("--null-share", options.null_share, least=0, most=1, whole=False)
     check_number("--teacher-power", options.teacher_power, least=0, whole=False)
     for unused in (given("null_share"), given("teacher_power")):
         if unused and not options.teacher:
             raise UserError(f"{unused} has no effect without --teacher; leave it out, or give both")
-    if options.shards is None:
+    if options.keep:
+        lists = PROMPTS / "neighbours.txt", PROMPTS / "general.txt"
+        options.prompt += keep_prompts(options.keep, *lists, options.general)
+    elif options.shards is None:
         options.prompt = read_prompts(options.prompt, options.from_file)
     elif options.prompt or options.from_file or not options.teacher:
         raise UserError(
@@ -80,6 +103,20 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--shards {options.shards}: nothing is sampled; leave out {unused}")
     check_image_options(options, options.n * len(options.prompt))
     return options
+
+
+def check_keep(options: argparse.Namespace) -> None:
+    """Raise `UserError` for options that --keep cannot use or that need it, and set the defaults of both cases."""
+    if options.keep is None:
+        if options.general != GENERAL:
+            raise UserError(f"--general {options.general}: belongs to --keep; give that too, or leave it out")
+        if options.out is None:
+            raise UserError("--out: give the shards to write, such as data/prior/%06d.tar")
+    elif options.from_file or options.shards:
+        given = "--from-file" if options.from_file else "--shards"
+        raise UserError(f"--keep {' '.join(options.keep)}: has prompts of its own; leave out {given}")
+    options.out = options.out or KEPT
+    options.teacher = (8 if options.keep else 0) if options.teacher is None else options.teacher
 
 
 def main() -> None:
