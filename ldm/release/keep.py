@@ -84,7 +84,10 @@ def _run_config(training: Path) -> DictConfig:
         raise UserError(
             f"--keep: {training} lies in no run folder, whose config names the sets to measure; give --strength"
         )
-    return load_config(files)
+    try:
+        return load_config(files)
+    except UserError as error:  # such as a class that needs trust
+        raise UserError(f"--keep: cannot build the model of the run: {error}; or give --strength") from error
 
 
 def _sets(config: DictConfig, training: Path) -> dict[str, Any]:
