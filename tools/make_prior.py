@@ -8,8 +8,8 @@ python tools/make_prior.py --shards 'data/class/*.tar' --out data/with_teacher/%
 
 --keep CLASS makes the prior of keep.yaml for a subject of this class: prompts for the class, for its neighbours and of
 general things, with --teacher 8, in data/kept/. With --teacher, the shards also hold the model's predictions on the
-samples. An interrupted command continues when it is
-given again. Under torchrun or srun, each process makes its share of the shards.
+samples. An interrupted command continues when it is given again. Under torchrun or srun, each process makes its share
+of the shards.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ KEPT = "data/kept/%06d.tar"  # the prior of keep.yaml
 GENERAL = 150
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_image_options(parser)
+def add_prior_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this tool beside those for sampling images."""
     add = parser.add_argument
     add(
         "--keep",
@@ -74,6 +73,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--shard-size", type=int, default=1000, help="samples per shard")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_trust_option(parser)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_image_options(parser)
+    add_prior_options(parser)
     options = parser.parse_args()
 
     def given(*names: str) -> str:
