@@ -1,18 +1,21 @@
 #!/usr/bin/env python
 """Forgetting of the tiny base model while it learns a cat.
 
-The benchmark compares plain fine-tuning, each kind of preservation, and textual inversion. It measures the loss on the
-cat, and the drift of its neighbours and of other images.
+The benchmark compares plain fine-tuning, each kind of preservation and combinations, and textual inversion. It measures
+the loss on the cat, and loss and drift of its neighbours and of other images.
 
     python benchmarks/forgetting.py --folder forgetting
+    python benchmarks/forgetting.py --folder forgetting --seeds 0 --only plain "pull, 600"
 
-Training uses seven of the ten cats; the other three expressions are held out. Every second animal belongs to the prior.
-No variant trains on the remaining animals or on images of other things.
+Training uses seven of the ten cats; the other three expressions are held out. No training has real images of the
+neighbours or of the rest that are measured. The priors "animals" and "others" do not have their captions either.
 
-Variants are compared at equal learning. This is the first evaluated step where the loss on the trained cats is as low
-as that of plain fine-tuning, with the same seed, at step --reference. All commands run as a user would type them.
+Methods are compared at equal learning: the loss on the trained cats is as low as that of plain fine-tuning, with the
+same seed, at step --reference. After --steps steps, a method takes the lowest strength of a merge with that loss; if
+none has it, the first evaluated step. All commands run as a user would type them.
 
 Results of finished runs stay under --folder. A benchmark that was stopped continues with the runs that are missing.
+The tables and forgetting.json hold all finished runs.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -32,18 +36,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
-from forgetting_report import report
-from forgetting_sets import CONFIG, RELEASE, SAMPLING, shards, write_sets, write_text
+from forgetting_report import report, summary
+from forgetting_sets import CONFIG, RELEASE, count_samples, shards, write_sets, write_text
 
 from ldm.cli.run import call, run
-from ldm.util import UserError
+from ldm.util import UserError, check_choice
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ("cats", "new_cats", "near", "near_prior", "animals", "rest")
-WATCHED = ("cats", "new_cats", "near", "rest")  # these are measured during training too
-SAMPLES = 7  # sampled images per set
+MEASURED = ("cats", "new_cats", "near", "rest")
+LIMIT = 16  # images per set
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FAMILY = "cats"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Variant:
     name: str
     overrides: tuple[str, ...] = ()
     prior: str | None = None  # a set of `forgetting_sets`
+    ratio: float = 0.5  # prior samples per image of a batch of 16; the seven cats are one batch
+    training: str = "cats"  # the set that is learnt
     configs: tuple[str, ...] = ("demo_tiny.yaml",)
     extract: int | None = None  # rank of a LoRA that is extracted from the result, and judged in its place
 
@@ -76,7 +83,20 @@ def decay(weight: float) -> tuple[str, ...]:
     )
 
 
+def pull(weight: float) -> tuple[str, ...]:
+    """Return overrides that pull weights to the released ones, normalised per tensor, in the loss."""
+    return tuple(word.replace("decay_to_start.DecayToStart", "pull_to_start.PullToStart") for word in decay(weight))
+
+
+def consistency(beta: float) -> tuple[str, ...]:
+    """Return overrides for direct consistency on a training set with stored predictions."""
+    target = "ldm.models.diffusion.consistency.DirectConsistency"
+    loss = "model.params.loss_config"
+    return f"{loss}.target={target}", f"{loss}.params.beta={beta}", "data.params.null_cond_dropout=0"
+
+
 TEACHER = ("model.params.prior_target=teacher",)
+SPLIT = ("model.params.timestep_config.target=ldm.models.diffusion.timesteps.Split",)
 INVERSION = (
     "model.params.cond_stage_config.params.token=tom",
     "model.params.cond_stage_config.params.initial_token=tiger",  # the closest word that the base has learnt
@@ -84,17 +104,23 @@ INVERSION = (
     "model.base_learning_rate=6.25e-4",  # times batch_size: 0.01
 )
 LORA = ("model.base_learning_rate=3.0e-4",)  # ten times that of all weights
+# The first is the one that the others are compared with.
 VARIANTS = (
     Variant("plain"),
+    Variant("decay to start, 30", decay(30)),
+    Variant("pull, 600", pull(600)),
+    Variant("pull, 1000", pull(1000)),
+    Variant("direct consistency", consistency(5), training="cats_taught"),
     Variant("prior: real images", prior="real"),
     Variant("prior: generated images", prior="generated"),
     Variant("teacher, real images", TEACHER, prior="real_taught"),
     Variant("teacher, generated images", TEACHER, prior="generated_taught"),
-    Variant("decay to start, 10", decay(10)),
-    Variant("decay to start, 30", decay(30)),
-    Variant("decay to start, 100", decay(100)),
     Variant("LoRA, rank 16", LORA, configs=("demo_tiny.yaml", "lora.yaml")),
     Variant("LoRA extracted from plain, rank 32", extract=32),
+    Variant("teacher, others", TEACHER, prior="others_taught", ratio=1.0),
+    Variant("teacher, known", TEACHER, prior="known_taught", ratio=1.0),
+    Variant("teacher, known, split", (*TEACHER, *SPLIT), prior="known_falling", ratio=1.0),
+    Variant("teacher, known, pull 300", (*TEACHER, *pull(300)), prior="known_taught", ratio=1.0),
     Variant("textual inversion", INVERSION, configs=(CONFIG, "textual_inversion.yaml")),
 )
 
@@ -107,17 +133,17 @@ def main() -> None:
         if not variant.start(options.folder).exists():
             bases = ("--base", *variant.configs, "--out", variant.start(options.folder))
             call("tools/hack_weights.py", "--release", RELEASE, *bases)
-    results = []
     for seed in options.seeds:
-        plain = None
-        for variant in VARIANTS:
-            result = finished(variant, seed, options) or train_and_judge(variant, seed, plain, options)
-            plain = plain or result
-            results.append(result)
+        plain = finished(VARIANTS[0], seed, options) or train_and_judge(VARIANTS[0], seed, None, options)
+        for variant in VARIANTS[1:]:
+            if variant.name in (options.only or [variant.name]) and not finished(variant, seed, options):
+                train_and_judge(variant, seed, plain, options)
+    found = (finished(variant, seed, options) for variant in VARIANTS for seed in options.seeds)
+    results = [result for result in found if result is not None]
     text = report(results, options.reference, options.steps)
     write_text(text, options.folder / "table.md")
-    write_text(json.dumps(results, indent=1) + "\n", options.folder / "results.json")
-    log.info("\n%s\nwrote these tables and results.json to %s", text, options.folder)
+    write_text(json.dumps(summary(results, FAMILY), indent=1) + "\n", options.json)
+    log.info("\n%s\nwrote table.md to %s, and %s", text, options.folder, options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -125,10 +151,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--folder", type=lambda text: Path(text).resolve(), required=True, help="folder for all files; they are kept")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
-    add("--steps", type=int, default=300, help="optimizer steps per run (default: 300)")
+    add("--only", nargs="+", metavar="METHOD", help="methods to run, beside plain (default: all)")
+    add("--steps", type=int, default=200, help="optimizer steps per run (default: 200)")
     add("--every", type=int, default=25, help="steps between evaluations in a run (default: 25)")
     add("--reference", type=int, default=100, help="step of the plain run that sets the loss to reach (default: 100)")
+    default = ROOT / "benchmarks/forgetting.json"
+    add("--json", type=Path, default=default, help="file for the summary (default: benchmarks/forgetting.json)")
     options = parser.parse_args()
+    for name in options.only or []:
+        check_choice("--only", name, [variant.name for variant in VARIANTS])
     if options.every < 1 or not 0 < options.reference <= options.steps:
         raise UserError(f"--every {options.every} --reference {options.reference}: give 1 to {options.steps} (--steps)")
     if options.reference % options.every or options.steps % options.every:
@@ -145,7 +176,8 @@ def result_path(variant: Variant, seed: int, folder: Path) -> Path:
 def settings(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that a stored result must have to be used again."""
     numbers = {name: getattr(options, name) for name in ("steps", "every", "reference")}
-    return {"configs": list(variant.configs), "overrides": list(variant.overrides), "prior": variant.prior, **numbers}
+    own = {"configs": list(variant.configs), "overrides": list(variant.overrides), "training": variant.training}
+    return {**own, "prior": variant.prior, "ratio": variant.ratio, **numbers}
 
 
 def finished(variant: Variant, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -166,22 +198,19 @@ def finished(variant: Variant, seed: int, options: argparse.Namespace) -> dict[s
 def train_and_judge(
     variant: Variant, seed: int, plain: dict[str, Any] | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train, merge the checkpoint at equal learning, and evaluate the merged release.
+    """Train, merge, and evaluate the strengths of the merge. Store the result and return it.
 
-    `plain` is the result of the plain run of this seed; None if this run is the plain one.
+    `plain` is the result of the plain run of this seed; None if this run is the plain one, whose strengths are those
+    of the step --reference.
     """
     began = time.monotonic()
     logs = options.folder / "runs" / f"{variant.slug}-{seed}"
     shutil.rmtree(logs, ignore_errors=True)
     call(*training_command(variant, seed, logs, options))
     [trained] = logs.iterdir()
-    curve = read_curve(trained)
-    learning = {point["step"]: point["cats"]["loss_ratio"] for point in curve if point["step"]}
-    learnt = plain["learnt"] if plain else learning[options.reference]
-    reached = [step for step, ratio in learning.items() if ratio <= learnt]
-    step = min(reached, default=options.steps) if plain else options.reference
+    step = options.steps if plain else options.reference
     [checkpoint] = trained.glob(f"checkpoints/*step={step:09d}.ckpt")
-    tuned, found = logs / "tuned.safetensors", logs / "evaluation"
+    tuned, found = logs / "tuned.safetensors", logs / "strengths"
     call("tools/merge_release.py", "--train-ckpt", checkpoint, "--release", RELEASE, "--out", tuned)
     if variant.extract:
         base, lora = ("--base", RELEASE, "--tuned", tuned), logs / "lora.safetensors"
@@ -189,17 +218,23 @@ def train_and_judge(
         tuned = logs / "with-lora.safetensors"
         call("tools/merge_release.py", "--release", RELEASE, "--lora", lora, "--out", tuned)
     sets = [word for name in MEASURED for word in ("--set", f"{name}={shards(options.folder, name)}")]
-    sampling = ("--sample", SAMPLES, "--seed", 1000 * seed, *SAMPLING)
-    call("tools/evaluate.py", "--base", RELEASE, "--ckpt", tuned, "--config", CONFIG, *sets, *sampling, "--out", found)
+    sweep = ("--limit", LIMIT, "--batch-size", 16, "--sweep-strength", *STRENGTHS, "--subject", "cats", "new_cats")
+    call("tools/evaluate.py", "--base", RELEASE, "--ckpt", tuned, "--config", CONFIG, *sets, *sweep, "--out", found)
+    swept = json.loads((found / "strengths.json").read_text(encoding="utf-8"))["strengths"]
+    curve = read_curve(trained)
+    [reference] = [point for point in curve if point["step"] == options.reference]
     result = {
         "variant": variant.name,
         "seed": seed,
+        "commit": commit(),
         "settings": settings(variant, options),
-        "learnt": learnt,
-        "reached": bool(reached),
-        "step": step,
-        "sets": json.loads((found / "evaluation.json").read_text(encoding="utf-8"))["sets"],
+        "prior_samples": count_samples(options.folder, variant.prior) if variant.prior else 0,
+        "learnt": {name: (plain["learnt"] if plain else reference)[name] for name in MEASURED},
         "curve": curve,
+        "swept": [
+            {"step": step, "strength": at["strength"], **{name: values_of(at["sets"][name]) for name in MEASURED}}
+            for at in swept
+        ],
         "seconds": round(time.monotonic() - began),
     }
     write_text(json.dumps(result, indent=1) + "\n", result_path(variant, seed, options.folder))
@@ -207,38 +242,52 @@ def train_and_judge(
     return result
 
 
+def values_of(statistics: dict[str, Any]) -> dict[str, float]:
+    """Return loss ratio and drift of one set at one strength."""
+    return {key: statistics[key]["value"] for key in ("loss_ratio", "drift")}
+
+
+def commit() -> str:
+    """Return the commit of the checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def training_command(variant: Variant, seed: int, logs: Path, options: argparse.Namespace) -> list[object]:
     """Return the `main.py` command with an evaluation and a checkpoint every `--every` steps."""
     callback, kept = "lightning.callbacks.forgetting", "lightning.modelcheckpoint.params"
     overrides = [
-        f"data.params.training_urls={shards(options.folder, 'cats')}",
+        f"data.params.training_urls={shards(options.folder, variant.training)}",
         "data.params.num_workers=0",
         "lightning.callbacks.image_logger.params.disabled=true",
         f"{callback}.target=ldm.callbacks.forgetting.Forgetting",
         f"{callback}.params.every_n_train_steps={options.every}",
         f"{callback}.params.batch_size=16",
-        *(f"{callback}.params.sets.{name}={shards(options.folder, name)}" for name in WATCHED),
+        f"{callback}.params.limit={LIMIT}",
+        *(f"{callback}.params.sets.{name}={shards(options.folder, name)}" for name in MEASURED),
         f"{kept}.monitor=null",
         f"{kept}.save_top_k=-1",
         f"{kept}.every_n_train_steps={options.every}",
         *variant.overrides,
     ]
-    if variant.prior:  # about one prior image per cat
-        overrides += [f"data.params.prior_urls={shards(options.folder, variant.prior)}", "data.params.prior_ratio=0.5"]
+    if variant.prior:
+        prior = shards(options.folder, variant.prior)
+        overrides += [f"data.params.prior_urls={prior}", f"data.params.prior_ratio={variant.ratio}"]
     flags = ("-t", "--no-test", "-s", seed, "--logdir", logs, "--max_steps", options.steps)
     return ["main.py", "--resume", variant.start(options.folder), "--base", *variant.configs, *flags, *overrides]
 
 
 def read_curve(trained: Path) -> list[dict[str, Any]]:
-    """Return the logged metrics of the run in `trained`: per `step`, `loss_ratio` and `drift` of each watched set."""
+    """Return the logged metrics of the run in `trained`: per `step`, `loss_ratio` and `drift` of each set."""
     [path] = trained.glob("csv/*/metrics.csv")
     with path.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row[f"eval/{WATCHED[0]}/drift"]]
+        rows = [row for row in csv.DictReader(file) if row[f"eval/{MEASURED[0]}/drift"]]
     keys = ("loss_ratio", "drift")
     return [
         {
             "step": int(row["step"]),
-            **{name: {key: float(row[f"eval/{name}/{key}"]) for key in keys} for name in WATCHED},
+            "strength": 1.0,
+            **{name: {key: float(row[f"eval/{name}/{key}"]) for key in keys} for name in MEASURED},
         }
         for row in rows
     ]

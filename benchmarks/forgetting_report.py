@@ -1,4 +1,4 @@
-"""Tables of `forgetting.py`, made from the result dicts of its runs."""
+"""Tables and summary of `forgetting.py`, made from the result dicts of its runs."""
 
 from __future__ import annotations
 
@@ -7,70 +7,112 @@ from statistics import mean, stdev
 from typing import Any
 
 Result = Mapping[str, Any]
-Value = Callable[[Result], float]
+Point = Mapping[str, Any]  # step, strength, and loss ratio and drift per set
+Chosen = Callable[[Result], tuple[Point, bool]]
+Value = Callable[[Result, Point], float]
+
+
+def equal_on(subject: str) -> Chosen:
+    """Return a function that finds the point of a result where the loss of the set `subject` is that of plain training.
+
+    It is the lowest strength that has learnt as well, else the first step. If there is none, it is the last step.
+    """
+
+    def choose(result: Result) -> tuple[Point, bool]:
+        asked = result["learnt"][subject]["loss_ratio"] * (1 + 1e-9)  # digits differ between the two evaluations
+        after = [point for point in result["curve"] if point["step"]]
+        points = [*sorted(result["swept"], key=lambda point: point["strength"]), *after]
+        learnt = [point for point in points if point[subject]["loss_ratio"] <= asked]
+        return (learnt[0], True) if learnt else (after[-1], False)
+
+    return choose
 
 
 def report(results: Sequence[Result], reference: int, steps: int) -> str:
     """Return both tables with an explanation. The first of `results` must be a run of plain fine-tuning."""
-    variants: dict[str, list[Result]] = {}
-    for result in results:
-        variants.setdefault(result["variant"], []).append(result)
-    seeds = ", ".join(str(result["seed"]) for result in next(iter(variants.values())))
-    base = results[0]["sets"]["new_cats"]["samples"]["base_to_image"]["value"]
+    seeds = sorted({result["seed"] for result in results})
+    tables = [_markdown(_rows(_by_variant(results), equal_on(subject))) for subject in ("cats", "new_cats")]
     return f"""\
-Mean ± standard deviation over the seeds {seeds}. Losses are multiples of the base's losses. The drift is the one of
-tools/evaluate.py. The distance is measured between samples of the new cats' captions and their images
-(of the base's samples: {base:.3f}).
+Means over the seeds {", ".join(map(str, seeds))}, ± standard deviations where a method has several. Losses are
+multiples of the base's. The drift is the one of tools/evaluate.py.
 
-At equal learning: each run at the step where its loss on the trained cats is as low as that of plain fine-tuning after
-{reference} steps, or after {steps} steps if it never is:
+At the loss on the trained cats of plain fine-tuning after {reference} steps. The strength is the lowest with this loss
+after {steps} steps; if there is none, the step is the first with it at strength 1:
 
-{_markdown(_at_equal_learning(variants))}
+{tables[0]}
 
-After {steps} steps:
+At its loss on the new cats:
 
-{_markdown(_at_the_end(variants))}
+{tables[1]}
 """
 
 
-def _at_equal_learning(variants: Mapping[str, Sequence[Result]]) -> list[list[str]]:
-    plain = {result["seed"]: result for result in next(iter(variants.values()))}
+def summary(results: Sequence[Result], family: str) -> dict[str, Any]:
+    """Return the content of forgetting.json: per family and method, means and deviations at equal learning."""
+    methods = {name: _summary_of(runs, results) for name, runs in _by_variant(results).items()}
+    return {"commit": results[0]["commit"], "families": {family: methods}}
 
-    def overall(name: str, value: str) -> Value:
-        return lambda result: result["sets"][name]["overall"][value]["value"]
 
-    def sampled(name: str, value: str) -> Value:
-        return lambda result: result["sets"][name]["samples"][value]["value"]
-
-    drift = overall("near", "drift")
-    columns: dict[str, Value] = {
-        "step": lambda result: result["step"],
-        "trained cats: loss": overall("cats", "loss_ratio"),
-        "new cats: loss": overall("new_cats", "loss_ratio"),
-        "new cats: distance": sampled("new_cats", "tuned_to_image"),
-        "neighbours: drift": drift,
-        "× plain's": lambda result: drift(result) / drift(plain[result["seed"]]),
-        "neighbours: loss": overall("near", "loss_ratio"),
-        "neighbours: distance from the base": sampled("near", "base_to_tuned"),
-        "neighbours in the prior: drift": overall("near_prior", "drift"),
-        "other animals: drift": overall("animals", "drift"),
-        "rest: drift": overall("rest", "drift"),
-        "rest: loss": overall("rest", "loss_ratio"),
+def _summary_of(runs: Sequence[Result], results: Sequence[Result]) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "seeds": [run["seed"] for run in runs],
+        "prior_data": runs[0]["prior_samples"],
+        "commits": sorted({run["commit"] for run in runs}),
     }
-    rows = [["", "learnt as well", *columns]]
-    for name, results in variants.items():
-        reached = f"{sum(result['reached'] for result in results)} of {len(results)}"
-        rows.append([name, reached, *(_spread(map(value, results)) for value in columns.values())])
-    return rows
+    for name, subject in (("", "cats"), ("new_", "new_cats")):
+        chosen = equal_on(subject)
+        points = [chosen(run) for run in runs]
+        content[f"{name}learnt"] = all(reached for _, reached in points)
+        for key, value in _values(results).items():
+            found = [value(run, point) for run, (point, _) in zip(runs, points, strict=True)]
+            content[f"{name}{key}"] = mean(found)
+            content[f"{name}{key}_deviation"] = stdev(found) if len(found) > 1 else None
+    return content
 
 
-def _at_the_end(variants: Mapping[str, Sequence[Result]]) -> list[list[str]]:
-    sets = {"trained cats": "cats", "new cats": "new_cats", "neighbours": "near", "rest": "rest"}
-    keys = {"loss": "loss_ratio", "drift": "drift"}
-    rows = [["", *(f"{title}: {measure}" for title in sets for measure in keys)]]
-    for name, results in variants.items():
-        last = [result["curve"][-1] for result in results]
-        rows.append([name, *(_spread(point[s][key] for point in last) for s in sets.values() for key in keys.values())])
+def _values(results: Sequence[Result]) -> dict[str, Value]:
+    """Return the numbers of a result at a point, by name. Drift ratios are to the plain result of the same seed."""
+    plain = {run["seed"]: _reference(run) for run in next(iter(_by_variant(results).values()))}
+
+    def ratio(name: str) -> Value:
+        return lambda run, point: point[name]["drift"] / plain[run["seed"]][name]["drift"]
+
+    return {
+        "steps": lambda _, point: point["step"],
+        "strength": lambda _, point: point["strength"],
+        "trained_loss": lambda _, point: point["cats"]["loss_ratio"],
+        "new_loss": lambda _, point: point["new_cats"]["loss_ratio"],
+        "neighbours_drift": lambda _, point: point["near"]["drift"],
+        "neighbours_drift_ratio": ratio("near"),
+        "neighbours_loss": lambda _, point: point["near"]["loss_ratio"],
+        "rest_drift_ratio": ratio("rest"),
+        "rest_loss": lambda _, point: point["rest"]["loss_ratio"],
+    }
+
+
+def _reference(plain: Result) -> Point:
+    """Return plain fine-tuning at the step that sets the loss, at strength 1."""
+    return next(point for point in plain["swept"] if point["strength"] == 1)
+
+
+def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    variants: dict[str, list[Result]] = {}
+    for result in results:
+        variants.setdefault(result["variant"], []).append(result)
+    return variants
+
+
+def _rows(variants: Mapping[str, Sequence[Result]], chosen: Chosen) -> list[list[str]]:
+    values = _values([run for runs in variants.values() for run in runs])
+    rows = [["method", "seeds", "prior samples", "learnt as well", *(name.replace("_", " ") for name in values)]]
+    for name, runs in variants.items():
+        points = [chosen(run) for run in runs]
+        reached = f"{sum(reached for _, reached in points)} of {len(points)}"
+        spreads = (
+            _spread(value(run, point) for run, (point, _) in zip(runs, points, strict=True))
+            for value in values.values()
+        )
+        rows.append([name, str(len(runs)), str(runs[0]["prior_samples"]), reached, *spreads])
     return rows
 
 

@@ -15,7 +15,7 @@ from ldm.util import UserError
 RELEASE, CONFIG = Path("data/base/emoji.safetensors"), "demo_tiny_release.yaml"
 SAMPLING = ("--steps", 20, "--scale", 3, "--sampler", "dpm_solver", "--batch-size", 16)
 _REST = 40  # images without an animal, and the upper limit of animals outside the neighbours and the prior
-_SAMPLED = ("--n", 2, "--seed", 1000, *SAMPLING)  # per caption of the prior
+_SAMPLED = ("--seed", 1000, *SAMPLING)
 _TEACHER = ("--teacher", 16)  # timesteps per image
 
 
@@ -40,16 +40,56 @@ def write_sets(folder: Path) -> None:
             images = _copy_images(source, entries, folder / "images" / name)
             options = ("--size", 64, "--out", f"{folder}/shards/{name}/%06d.tar", "--overwrite", "--num-workers", 0)
             call("tools/preencode.py", *release, "--images", images, *options)
-    prompts = folder / "prompts.txt"
-    write_text("".join(entry["text"] + "\n" for entry in _image_sets()["real"][1]), prompts)
-    priors = {
-        "generated": ("--from-file", prompts, *_SAMPLED),
-        "generated_taught": ("--from-file", prompts, *_SAMPLED, *_TEACHER),
-        "real_taught": ("--shards", shards(folder, "real"), *_TEACHER),
-    }
-    for name, source in priors.items():
+    for name, captions in _prior_captions().items():
+        write_text("".join(caption + "\n" for caption in captions), folder / f"{name}.txt")
+    for name, source in _priors(folder).items():
         if not _is_whole(folder / "shards" / name):
             call("tools/make_prior.py", *release, *source, "--out", f"{folder}/shards/{name}/%06d.tar", "--overwrite")
+
+
+def _priors(folder: Path) -> dict[str, tuple[object, ...]]:
+    """Return the source and the teacher of each set that `make_prior.py` makes, in options."""
+    animals, others, known = (("--from-file", folder / f"{name}.txt") for name in _prior_captions())
+    return {
+        "generated": (*animals, "--n", 2, *_SAMPLED),
+        "generated_taught": (*animals, "--n", 2, *_SAMPLED, *_TEACHER),
+        "real_taught": ("--shards", shards(folder, "real"), *_TEACHER),
+        "others_taught": (*others, *_SAMPLED, *_TEACHER),
+        "known_taught": (*known, *_SAMPLED, *_TEACHER),
+        # whose captions are dropped already
+        "known_falling": (
+            "--shards",
+            shards(folder, "known_taught"),
+            *_TEACHER,
+            "--teacher-power",
+            1,
+            "--null-share",
+            0,
+        ),
+        "cats_taught": ("--shards", shards(folder, "cats"), "--teacher", 64),
+    }
+
+
+def _prior_captions() -> dict[str, list[str]]:
+    """Return the captions of each prior.
+
+    `animals` are those of the real prior. `others` are of every kind, and have none of an image that is measured.
+    `known` has the neighbours, measured ones included, as a user would ask for them, and captions of every kind.
+    """
+    sets, known = _image_sets(), _read_metadata(Path("data/emoji"))
+    measured = {entry["text"] for name in ("near", "animals", "rest") for entry in sets[name][1]}
+    free = [entry["text"] for entry in known if entry["text"] not in measured]
+    near = [entry["text"] for entry in known if entry.get("cat_neighbour")]
+    return {
+        "animals": [entry["text"] for entry in sets["real"][1]],
+        "others": free[::4],
+        "known": near + [caption for caption in free[1::4] if caption not in near],
+    }
+
+
+def count_samples(folder: Path, name: str) -> int:
+    """Return the number of samples of the set `name`."""
+    return json.loads((folder / "shards" / name / "index.json").read_text(encoding="utf-8"))["samples"]
 
 
 def _image_sets() -> dict[str, tuple[Path, list[dict[str, Any]]]]:

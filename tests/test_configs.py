@@ -24,7 +24,7 @@ OVER_RELEASE = ("encode_captions.yaml", "textual_inversion.yaml")
 # Each is laid over a config that trains; the last ones over a release's.
 OVERLAYS = (
     *("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml", "prior_images.yaml", "prior_teacher.yaml"),
-    *("lora.yaml", "decay_to_start.yaml", "watch_forgetting.yaml", *OVER_RELEASE),
+    *("lora.yaml", "decay_to_start.yaml", "pull_to_start.yaml", "keep.yaml", "watch_forgetting.yaml", *OVER_RELEASE),
 )
 TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml")
 REFUSED = {

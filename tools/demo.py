@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run the whole recipe on a tiny model, without and with a prior, and compare the samples in one image.
+"""Run the whole recipe on a tiny model, without and with keep.yaml, and compare the samples in one image.
 
 The steps are: pre-encode, hack, train, merge, sample.
 """
@@ -7,10 +7,12 @@ The steps are: pre-encode, hack, train, merge, sample.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
@@ -26,19 +28,43 @@ RELEASE_CONFIG = "demo_tiny_release.yaml"
 TRAINING_CONFIG = "demo_tiny.yaml"
 NEW_PROMPTS = ["tom the cat, grinning", "tom the cat, crying", "tom the cat, smiling with heart eyes"]
 NEIGHBOURS = ["bear", "mouse face", "dog face", "tiger face", "fox"]
-# Prompts of the prior of the second training, sampled from the released model: none of the animals above.
-PRIOR = ["panda", "koala", "wolf", "lion", "raccoon", "hamster", "rabbit face", "cow face", "pig face", "frog"]
 SAMPLES = 2  # per prompt
+KNOWN = Path("data/emoji/metadata.jsonl")  # what the tiny model was trained on
+OTHERS = 40  # captions of the prior, beside those of the animals that look like a cat
 
 
-def fine_tune(start: Path, out: Path, name: str, steps: int, *overrides: str) -> Path:
-    """Train from `start`, merge, sample into the folder `out`/`name`, and return this folder."""
+def fine_tune(start: Path, out: Path, name: str, steps: int, configs: Sequence[str], merging: Sequence[str]) -> Path:
+    """Train from `start`, merge, sample into the folder `out`/`name`, and return this folder.
+
+    `configs` are added to the training config, and `merging` to the command that merges.
+    """
     logs, tuned = out / f"logs-{name}", out / f"{name}.safetensors"
-    train = ("--base", TRAINING_CONFIG, "-t", "--no-test", "--max_steps", steps, "--logdir", logs)
-    call("main.py", "--resume", start, *train, f"data.params.training_urls={out}/shards/cats-000000.tar", *overrides)
-    merge = ("--train-ckpt", newest_checkpoint(logs), "--release", RELEASE, "--out", tuned)
-    call("tools/merge_release.py", *merge)
+    train = ("--base", TRAINING_CONFIG, *configs, "-t", "--no-test", "--max_steps", steps, "--logdir", logs)
+    shards = [f"data.params.training_urls={out}/shards/cats-000000.tar"]
+    if configs:
+        shards.append(f"data.params.prior_urls={out}/shards/kept/*.tar")
+    call("main.py", "--resume", start, *train, *shards)
+    call(
+        "tools/merge_release.py",
+        "--train-ckpt",
+        newest_checkpoint(logs),
+        "--release",
+        RELEASE,
+        *merging,
+        "--out",
+        tuned,
+    )
     return sample(tuned, out / name)
+
+
+def write_prompts(path: Path) -> Path:
+    """Write the captions of the prior to `path`, one per line, and return it: neighbours of a cat, and `OTHERS`."""
+    known = [json.loads(line) for line in KNOWN.read_text(encoding="utf-8").splitlines()]
+    near = [entry["text"] for entry in known if entry.get("cat_neighbour")]
+    others = [entry["text"] for entry in known if not entry.get("cat_neighbour")]
+    spread = [others[number * len(others) // OTHERS] for number in range(OTHERS)]
+    path.write_text("".join(f"{caption}\n" for caption in near + spread), encoding="utf-8")
+    return path
 
 
 def sample(ckpt: Path, folder: Path) -> Path:
@@ -82,13 +108,15 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
 
     start, release = out / "start.ckpt", ("--ckpt", RELEASE, "--config", RELEASE_CONFIG)
-    cats, prior = (f"{out}/shards/{name}-%06d.tar" for name in ("cats", "prior/animals"))
+    cats, kept = (f"{out}/shards/{name}-%06d.tar" for name in ("cats", "kept/known"))
     call("tools/preencode.py", *release, "--images", "data/cats", "--size", 64, "--out", cats)
     call("tools/hack_weights.py", "--release", RELEASE, "--base", TRAINING_CONFIG, "--out", start)
-    folders = {"before": sample(RELEASE, out / "before"), "fine-tuned": fine_tune(start, out, "tuned", options.steps)}
-    call("tools/make_prior.py", *release, "--prompt", *PRIOR, "--n", 4, *SAMPLER, "--out", prior)
-    with_prior = fine_tune(start, out, "with-prior", options.steps, f"data.params.prior_urls={prior % 0}")
-    draw_comparison({**folders, "with a prior": with_prior}, out / "before-and-after.png")
+    folders = {"before": sample(RELEASE, out / "before")}
+    folders["fine-tuned"] = fine_tune(start, out, "tuned", options.steps, [], [])
+    prompts = ("--from-file", write_prompts(out / "known.txt"), *SAMPLER, "--batch-size", 16)
+    call("tools/make_prior.py", *release, *prompts, "--teacher", 16, "--out", kept)
+    folders["with keep.yaml"] = fine_tune(start, out, "kept", options.steps, ["keep.yaml"], ["--keep"])
+    draw_comparison(folders, out / "before-and-after.png")
     logger.info(
         "\n%s: samples of the same prompts and seeds, before and after fine-tuning", out / "before-and-after.png"
     )

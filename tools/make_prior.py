@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """Make the shards of a prior, which reduces forgetting, from samples of the model or from your own images.
 
+python tools/make_prior.py --keep cat
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
 python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/with_teacher/%06d.tar --teacher 8
 python tools/make_prior.py --shards 'data/class/*.tar' --out data/with_teacher/%06d.tar --teacher 8
 
-With --teacher, the shards also hold the model's predictions on the samples. An interrupted command continues when it is
-given again. Under torchrun or srun, each process makes its share of the shards.
+--keep CLASS makes the prior of keep.yaml for a subject of this class: prompts for the class, for its neighbours and of
+general things, with --teacher 8, in data/kept/. With --teacher, the shards also hold the model's predictions on the
+samples. An interrupted command continues when it is given again. Under torchrun or srun, each process makes its share
+of the shards.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from ldm.cli.options import SETTINGS, add_image_options, check_image_options, read_prompts
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
+from ldm.encoding.keep_prompts import keep_prompts
 from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
@@ -30,23 +34,51 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PROMPTS = Path(__file__).resolve().parents[1] / "data/prompts"
+KEPT = "data/kept/%06d.tar"  # the prior of keep.yaml
+GENERAL = 150
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_image_options(parser)
+
+def add_prior_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this tool beside those for sampling images."""
     add = parser.add_argument
+    add(
+        "--keep",
+        nargs="+",
+        metavar="CLASS",
+        help="class of the subject, such as cat, dog or woman, in place of prompts",
+    )
+    add("--general", type=int, default=GENERAL, help="with --keep: number of general prompts (default: %(default)s)")
     add("--shards", help="pre-encoded images in place of prompts, as in training_urls; needs --teacher")
-    add("--out", required=True, help="shards to write, such as data/prior/%%06d.tar")
-    add("--teacher", type=int, default=0, help="store the model's predictions at this number of timesteps per sample")
+    add("--out", help=f"shards to write, such as data/prior/%%06d.tar; default with --keep: {KEPT.replace('%', '%%')}")
+    add(
+        "--teacher",
+        type=int,
+        help="store the model's predictions at this number of timesteps per sample (default: none; with --keep: 8)",
+    )
     add(
         "--null-share",
         type=float,
         default=0.1,
         help="with --teacher: fraction of samples that get the empty caption, for guidance",
     )
+    add(
+        "--teacher-power",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with --teacher: more timesteps of low noise, with density (1 - t/T)^P; training then needs the "
+        "timestep_config Split with power P",
+    )
     add("--shard-size", type=int, default=1000, help="samples per shard")
     add("--overwrite", action="store_true", help="replace existing shards of --out")
     add_trust_option(parser)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_image_options(parser)
+    add_prior_options(parser)
     options = parser.parse_args()
 
     def given(*names: str) -> str:
@@ -55,12 +87,18 @@ def parse_arguments() -> argparse.Namespace:
             f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != parser.get_default(name)
         )
 
+    check_keep(options)
     check_number("--shard-size", options.shard_size, least=1)
-    check_number("--teacher", options.teacher, least=0, optional=True)
+    check_number("--teacher", options.teacher, least=0)
     check_number("--null-share", options.null_share, least=0, most=1, whole=False)
-    if not options.teacher and given("null_share"):
-        raise UserError("--null-share has no effect without --teacher; leave it out, or give both")
-    if options.shards is None:
+    check_number("--teacher-power", options.teacher_power, least=0, whole=False)
+    for unused in (given("null_share"), given("teacher_power")):
+        if unused and not options.teacher:
+            raise UserError(f"{unused} has no effect without --teacher; leave it out, or give both")
+    if options.keep:
+        lists = PROMPTS / "neighbours.txt", PROMPTS / "general.txt"
+        options.prompt += keep_prompts(options.keep, *lists, options.general)
+    elif options.shards is None:
         options.prompt = read_prompts(options.prompt, options.from_file)
     elif options.prompt or options.from_file or not options.teacher:
         raise UserError(
@@ -72,6 +110,20 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--shards {options.shards}: its captions are encoded already; leave out {unused}")
     check_image_options(options, options.n * len(options.prompt))
     return options
+
+
+def check_keep(options: argparse.Namespace) -> None:
+    """Raise `UserError` for options that --keep cannot use or that need it, and set the defaults of both cases."""
+    if options.keep is None:
+        if options.general != GENERAL:
+            raise UserError(f"--general {options.general}: belongs to --keep; give that too, or leave it out")
+        if options.out is None:
+            raise UserError("--out: give the shards to write, such as data/prior/%06d.tar")
+    elif options.from_file or options.shards:
+        given = "--from-file" if options.from_file else "--shards"
+        raise UserError(f"--keep {' '.join(options.keep)}: has prompts of its own; leave out {given}")
+    options.out = options.out or KEPT
+    options.teacher = (8 if options.keep else 0) if options.teacher is None else options.teacher
 
 
 def main() -> None:
@@ -92,6 +144,7 @@ def main() -> None:
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
     from ldm.modules.encoders.caption_length import warn_of_cut
+    from ldm.shards.index import TEACHER_POWER
 
     ranks = Ranks.from_environment()
     if ranks.world > 1 and options.overwrite:
@@ -113,7 +166,8 @@ def main() -> None:
         source = sampled(encoder, requests, shape, about)
     if options.teacher:
         made_from["null_share"] = options.null_share
-        teacher = Teacher(model, options.teacher, options.seed)
+        about = {**about, TEACHER_POWER: options.teacher_power} if options.teacher_power else about
+        teacher = Teacher(model, options.teacher, options.seed, options.teacher_power)
         dropout = CaptionDropout(encoder.captions([""])[0].arrays, options.null_share, options.seed)
         source = with_teacher(source, teacher, dropout)
     shards = make_prior(

@@ -5,6 +5,7 @@ python tools/merge_release.py                        # the newest last.ckpt in l
 python tools/merge_release.py --train-ckpt logs/RUN/checkpoints/last.ckpt --out my-model.safetensors --half
 python tools/merge_release.py --out my-model/         # a folder in the layout of diffusers
 python tools/merge_release.py --strength 0.7 --out mine.ckpt  # 70 % of the way from the release to the training
+python tools/merge_release.py --keep --out mine.ckpt          # the lowest strength that keeps what was learnt
 python tools/merge_release.py --release R --lora style.safetensors:0.8 --out R-style.safetensors  # without a training
 """
 
@@ -20,7 +21,9 @@ from ldm.cli.options import add_lora_option, add_out_options, add_vae_option
 from ldm.cli.paths import check_release, newest_checkpoint
 from ldm.cli.run import run
 from ldm.release import CONVENTIONAL_RELEASE
-from ldm.util import check_number, refuse_if
+from ldm.util import UserError, check_number, refuse_if
+
+KEEP = 0.95  # default share of --keep
 
 
 def main() -> None:
@@ -37,6 +40,11 @@ def main() -> None:
     training = arguments.train_ckpt or newest_checkpoint()
     check_release("--release", arguments.release)
     out = Destination.of(arguments.out or training.with_name("merged.ckpt"), arguments.config)
+    if arguments.keep is not None:
+        from ldm.release.keep import keeping_strength
+
+        measured = training, arguments.release, arguments.keep, arguments.weights, arguments.vae
+        arguments.strength = keeping_strength(*measured)
     options = arguments.weights, arguments.half, arguments.vae, arguments.strength, loras, arguments.embed_settings
     merge_files(training, arguments.release, out, *options)
 
@@ -65,6 +73,15 @@ def parse_arguments() -> argparse.Namespace:
         help="share of the training's change: 0 is the release, 1 the training (default: 1)",
     )
     add(
+        "--keep",
+        type=float,
+        nargs="?",
+        const=KEEP,
+        metavar="SHARE",
+        help="find the lowest strength that keeps this share of what was learnt, on the shards of the run "
+        f"(default: {KEEP})",
+    )
+    add(
         "--embed-settings",
         action="store_true",
         help="tell step, optimizer and numbers of the training's config in the metadata; never paths or captions",
@@ -73,10 +90,14 @@ def parse_arguments() -> argparse.Namespace:
     add_lora_option(parser)
     arguments = parser.parse_args()
     check_number("--strength", arguments.strength, least=0, whole=False)
+    check_number("--keep", arguments.keep, above=0, most=1, whole=False, optional=True)
+    if arguments.keep is not None and arguments.strength != 1:
+        raise UserError(f"--keep finds the strength; leave out --strength {arguments.strength:g}")
     if arguments.lora and arguments.train_ckpt is None:
         refuse_if(
             (arguments.out is None, "--lora without --train-ckpt: give --out too, the release to write"),
             (arguments.embed_settings, "--embed-settings: beside --lora, needs --train-ckpt; leave it out"),
+            (arguments.keep is not None, "--keep: beside --lora, needs --train-ckpt; leave it out"),
             (arguments.weights, f"--weights {arguments.weights}: beside --lora, needs --train-ckpt; leave it out"),
             (
                 arguments.strength != 1,

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
+from ldm.callbacks.start_weights import Starts, read_starts, set_weight_decay, start_of
 from ldm.checkpoint.formats import precise_dtype
-from ldm.checkpoint.keys import is_factor
-from ldm.checkpoint.names import in_our_names
-from ldm.distributed.dtensor import local_tensor, shard_like
+from ldm.distributed.dtensor import local_tensor
 from ldm.util import UserError, check_number
-
-log = logging.getLogger(__name__)
 
 
 class DecayToStart(Callback):
@@ -61,14 +56,11 @@ class DecayToStart(Callback):
         Raises:
             UserError: the file cannot be read or does not hold the trained parameters, or the decay is too strong.
         """
-        opened = open_checkpoint(self.start)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        starts = read_starts(self.start, groups, pl_module, "decay_to_start")
         for group in groups:
-            if self.weight_decay is not None and "weight_decay" in group:
-                group["weight_decay"] = self.weight_decay
-            self._check_group(group)
-        names = [name for name, _ in pl_module.named_parameters()]
-        starts = self._starts(groups, pl_module, in_our_names(weights_of(opened.content, self.start), names).weights)
+            self._check_rate(group)
+            set_weight_decay(group, self.weight_decay, "decay_to_start")
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (trainer.global_step + 1) % self.every_n_steps == 0:  # the count increases after the hook
@@ -81,58 +73,27 @@ class DecayToStart(Callback):
             handle.remove()
         self._hooks = []
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def _check_rate(self, group: Mapping[str, Any]) -> None:
         rate = group.get("initial_lr", group["lr"])  # initial_lr: a schedule may begin at 0
         if self._share(rate) > 1:
             raise UserError(
                 f"decay_to_start: learning rate {float(rate):.3g} * weight {self.weight} * every_n_steps "
                 f"{self.every_n_steps} is {self._share(rate):.3g}, which overshoots the start; keep it below 1"
             )
-        if group.get("weight_decay"):
-            log.warning(
-                "decay_to_start: the optimizer's own weight_decay %s pulls to zero at the same time; "
-                "set it to 0 with lightning.callbacks.decay_to_start.params.weight_decay=0.0",
-                group["weight_decay"],
-            )
-
-    def _starts(
-        self, groups: Sequence[Mapping[str, Any]], module: nn.Module, weights: Mapping[str, Tensor]
-    ) -> dict[nn.Parameter, Tensor]:
-        """Return the initial value of each trained parameter, except optional ones that the file lacks."""
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        starts = {}
-        for parameter in (parameter for group in groups for parameter in group["params"]):
-            name, shape = names[parameter], tuple(parameter.shape)
-            if is_factor(name):
-                raise UserError(
-                    "decay_to_start: a LoRA starts without a change, so the optimizer's own weight_decay pulls to the "
-                    "start; leave this callback out"
-                )
-            if name in weights and weights[name].shape == shape:
-                starts[parameter] = weights[name]
-            elif name in weights or not is_optional(name):
-                found = f"has {tuple(weights[name].shape)} as" if name in weights else "lacks"
-                raise UserError(
-                    f"decay_to_start: {self.start} {found} {name} of shape {shape}, which is trained; "
-                    "name the weights that training began from"
-                )
-        return starts
 
     def _share(self, rate: float | Tensor) -> float:
         """Return the fraction of its distance that a weight moves back per pull, at the learning rate `rate`."""
         return float(rate) * self.weight * self.every_n_steps
 
     @torch.no_grad()
-    def _pull(self, optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor], seed: int) -> None:
+    def _pull(self, optimizer: Optimizer, starts: Starts, seed: int) -> None:
         generators: dict[torch.device, torch.Generator] = {}  # same numbers in all processes and after a resume
         for group in optimizer.param_groups:
             share = min(self._share(group["lr"]), 1.0)  # more would overshoot the start
             for parameter in group["params"]:
                 if parameter in starts:
                     dtype = precise_dtype(parameter.dtype)
-                    start = local_tensor(shard_like(in_memory(starts[parameter]), parameter)).to(
-                        parameter.device, dtype
-                    )
+                    start = start_of(starts, parameter, dtype)
                     own = local_tensor(parameter)
                     pulled = torch.lerp(own.to(dtype), start, share)
                     if own.dtype == torch.bfloat16:

@@ -9,7 +9,7 @@ from typing import Any
 from ldm.data.base_module import BaseDataModule
 from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, choices, load_null
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
-from ldm.data.prior import PriorBatchSampler, WithPrior, check_prior, check_teacher
+from ldm.data.prior import PriorBatchSampler, WithPredictions, WithPrior, check_prior, check_teacher
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
@@ -60,8 +60,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     For a model of edits, the model's `dropout` replaces `null_cond_dropout`. It drops captions and images before the
     edit.
 
-    With `prior_urls`, a training batch also has samples of this set after its own, and the entries of `WithPrior`. It
-    has predictions of a teacher if the model's `prior_target` needs them.
+    With `prior_urls`, a training batch also has samples of this set after its own, and the entries of `WithPrior`.
+    A batch has predictions of a teacher if the model's `prior_target` or `DirectConsistency` needs them.
     """
 
     def __init__(
@@ -126,13 +126,17 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def _check_prior(self) -> None:
         if "prior" in self.datasets:
             check_prior(self.datasets["training"], self.datasets["prior"])
-            if self._has_teacher():
-                check_teacher(self.datasets["prior"], self._model())
-        elif self._has_teacher():
+        elif self._is_taught("prior"):
             raise UserError("model.params.prior_target is teacher, but data.params.prior_urls names no shards")
+        for split in filter(self._is_taught, self.datasets):
+            check_teacher(self.datasets[split], self._model())
 
-    def _has_teacher(self) -> bool:
-        return getattr(self._model(), "prior_target", None) == "teacher"
+    def _is_taught(self, split: str) -> bool:
+        """Return True if the model reads the predictions of a teacher in a set."""
+        model = self._model()
+        if split == "training":
+            return getattr(getattr(model, "weighting", None), "reads_predictions", False)
+        return split == "prior" and getattr(model, "prior_target", None) == "teacher"
 
     def _model(self) -> Any:
         return self.trainer.lightning_module if self.trainer is not None else None
@@ -155,8 +159,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
         extra = self._extra_keys()
         if split == "prior":  # trained as a whole
-            teacher = TEACHER_KEYS if self._has_teacher() else ()
-            extra = (*(key for key in extra if key != LOSS_MASK), *teacher)
+            extra = tuple(key for key in extra if key != LOSS_MASK)
+        extra = (*extra, *(TEACHER_KEYS if self._is_taught(split) else ()))
         check_members(urls, [*self._keys(), *extra], for_training=self._model() is not None)
         dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
         shapes = describe_shapes(dataset)
@@ -253,10 +257,11 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     def _loader(self, split: str, shuffle: bool, drop_last: bool = False) -> SampleLoader:
         dataset = self.datasets[split]
         training = split == "training"
-        dropout = self._dropout(dataset) if training else None
+        # A teacher's prediction belongs to the sample's caption, which must not be dropped.
+        taught, dropout = self._is_taught(split), self._dropout(dataset) if training else None
         dataset.keeps_captions = training and dataset.has_several_captions
         dataset.keeps_variants = training and dataset.has_several_variants
-        change = self._change(dataset, training, dropout)
+        change = self._change(dataset, training, None if taught else dropout)
         if isinstance(dataset, ShardStream):
             dataset.seed, dataset.change = self.seed, change
             dataset.shuffle_buffer = self.shuffle_buffer if shuffle else 0
@@ -264,14 +269,15 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
                 dataset.set_epoch(self.trainer.current_epoch)  # Lightning sets the epoch after the first batch
             return StreamLoader(dataset, self.batch_size, num_workers=self.num_workers, drop_last=drop_last)
         weights = sample_weights(dataset, self.weights, self.folder_repeats) if training else None
-        options = {"weights": weights, "shuffle": shuffle, "drop_last": drop_last}
-        sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, **options)
+        order = {"weights": weights, "shuffle": shuffle, "drop_last": drop_last}
+        sampler = self._sampler(dataset.groups(), dataset.sample_keys, split, **order)
         items = EpochItems(dataset, change, self.run_seed if training else None, held_out=not training)
+        timesteps = getattr(self._model(), "num_timesteps", None)
+        items = WithPredictions(items, timesteps) if taught else items
         if training and "prior" in self.datasets:
             prior = self.datasets["prior"]
-            # A teacher's prediction belongs to the sample's caption, which must not be dropped.
             change = self._change(prior, training, None if TIMESTEPS in prior.keys else dropout)
-            items = WithPrior(items, prior, change, getattr(self._model(), "num_timesteps", None))
+            items = WithPrior(items, prior, change, timesteps)
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
         loader = ResumableLoader if training else SampleLoader
         return loader(items, batch_sampler=sampler, num_workers=self.num_workers, together=self._is_shared())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.batch_sampler import EpochBatchSampler, Item, samples_digest, stream_name
 from ldm.data.dropout import Change, EpochItems
-from ldm.shards.index import read_index
+from ldm.shards.index import TEACHER_POWER, read_index
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import (
     IS_PRIOR,
@@ -49,15 +50,23 @@ def check_prior(training: Any, prior: ShardDataset) -> None:
     (own, *_), (other, *_) = (next(iter(dataset.shapes[first])) for dataset in (training, prior))
     if own != other and max(own, other) != 2 * min(own, other):
         raise UserError(f"{where}: {first} has {other} channels, but {own} in the training set")
-    for key in filter(lambda key: plain(key) == key, training.keys):  # the sets may differ in their number of masks
+    for key in training.keys:
+        if plain(key) != key or key in TEACHER_KEYS:  # the sets may differ in their number of masks and predictions
+            continue
         ours, theirs = training.shapes[key].keys(), prior.shapes.get(key, {}).keys()
         if key not in (first, LOSS_MASK) and ours != theirs:
             raise UserError(
                 f"{where}: {key} has shape {next(iter(theirs))}, but {next(iter(ours))} in the training set"
             )
-    if TIMESTEPS not in prior.keys:
+    check_predictions(prior, where)
+
+
+def check_predictions(dataset: ShardDataset, where: str) -> None:
+    """Raise `UserError` if a teacher's members in `dataset`, named by `where`, have other shapes than its latents."""
+    if TIMESTEPS not in dataset.keys:
         return
-    shapes = {key: next(iter(prior.shapes[key])) for key in (first, *TEACHER_KEYS)}
+    first = dataset.first_stage_key
+    shapes = {key: next(iter(dataset.shapes[key])) for key in (first, *TEACHER_KEYS)}
     fitting = (shapes[TIMESTEPS][0], *shapes[first])
     if len(shapes[TIMESTEPS]) != 1 or not shapes[NOISE] == shapes[PREDICTION] == fitting:
         raise UserError(
@@ -66,10 +75,11 @@ def check_prior(training: Any, prior: ShardDataset) -> None:
 
 
 def check_teacher(prior: ShardDataset, model: Any) -> None:
-    """Raise `UserError` if the index of a set has other settings than `model` for stored predictions.
+    """Raise `UserError` if a set or its index does not fit `model` for stored predictions.
 
     Missing indexes and entries are not compared.
     """
+    check_predictions(prior, str(prior.paths[0]))
     for folder in dict.fromkeys(path.parent for path in prior.paths):
         index = read_index(folder) or {}
         for key in _MEANING:
@@ -82,6 +92,18 @@ def check_teacher(prior: ShardDataset, model: Any) -> None:
                     f"{folder}: the teacher's {key} is {asked}, the model's {ours}; "
                     "make the set anew with tools/make_prior.py, from the release that training begins from"
                 )
+        _check_timesteps(folder, float(index.get(TEACHER_POWER, 0)), model)
+
+
+def _check_timesteps(folder: Path, stored: float, model: Any) -> None:
+    """Raise `UserError` unless the density of `stored` timesteps is that of the model's prior samples."""
+    asked = float(getattr(getattr(model, "timestep_distribution", None), "power", 0))
+    if stored != asked:
+        given = f"--teacher-power {asked:g}" if asked else "no --teacher-power"
+        raise UserError(
+            f"{folder}: the teacher's timesteps have the power {stored:g}, but timestep_config has {asked:g}; make the "
+            f"set anew with {given}, or set model.params.timestep_config to match it"
+        )
 
 
 @lru_cache(maxsize=2)
@@ -130,6 +152,33 @@ class PriorBatchSampler(EpochBatchSampler):
         return [(turn, first + int(_order(seed, turn, self.samples)[place])) for turn, place in places]
 
 
+def one_prediction(sample: dict[str, Any], which: int, timesteps: int | None, dataset: ShardDataset) -> dict[str, Any]:
+    """Return timestep, noise and prediction number `which` modulo K of a sample of `dataset`.
+
+    Raises:
+        UserError: the timestep is not below `timesteps`.
+    """
+    asked = sample[TIMESTEPS].tolist()
+    which %= len(asked)
+    if asked[which] < 0 or (timesteps and asked[which] >= timesteps):
+        where = f"{dataset.paths[0].parent}: sample {sample['__key__']!r}"
+        most = f" to {timesteps - 1}" if timesteps else " or above"
+        raise UserError(f"{where}: {TIMESTEPS} is {asked[which]}; it must be a timestep of the model, 0{most}")
+    return {TIMESTEPS: asked[which], **{key: sample[key][which] for key in (NOISE, PREDICTION)}}
+
+
+class WithPredictions(EpochItems):
+    """Training samples with one of their K stored predictions of a teacher, the next one in each epoch."""
+
+    def __init__(self, items: EpochItems, timesteps: int | None) -> None:
+        super().__init__(items.dataset, items.change, items.seed, items.held_out)
+        self.timesteps = timesteps
+
+    def __getitem__(self, item: Item) -> dict[str, Any]:
+        sample, (epoch, number, *_) = super().__getitem__(item), item
+        return sample | one_prediction(sample, epoch + number, self.timesteps, self.dataset)
+
+
 class WithPrior(Dataset):
     """Dataset of the training samples, followed by the prior samples, with the entry `IS_PRIOR`.
 
@@ -149,11 +198,14 @@ class WithPrior(Dataset):
         own, other = training.dataset[0], prior[0]
         self._has_masks = LOSS_MASK in own
         self._types = {
-            key: value.dtype for key, value in own.items() if isinstance(value, np.ndarray) and plain(key) == key
+            key: value.dtype
+            for key, value in own.items()
+            if isinstance(value, np.ndarray) and plain(key) == key and key not in TEACHER_KEYS
         }
         self._channels = max(sample[prior.first_stage_key].shape[-3] for sample in (own, other))
-        nothing = {key: np.zeros_like(other[key][0]) for key in (NOISE, PREDICTION)} if self.has_teacher else {}
-        self._untaught = {TIMESTEPS: 0, **nothing} if self.has_teacher else {}
+        taught = other if self.has_teacher else own
+        nothing = {key: np.zeros_like(taught[key][0]) for key in (NOISE, PREDICTION) if key in taught}
+        self._untaught = {TIMESTEPS: 0, **nothing} if nothing else {}
 
     def __len__(self) -> int:
         return len(self.training) + len(self.prior)
@@ -161,28 +213,18 @@ class WithPrior(Dataset):
     def __getitem__(self, item: Item) -> dict[str, Any]:
         turn, number, *_ = item
         if number < len(self.training):
-            return self._alike({**self.training[item], **self._untaught, IS_PRIOR: False})
+            return self._alike({**self._untaught, **self.training[item], IS_PRIOR: False})
         number -= len(self.training)
         sample = self.prior[number]
         if self.change:
             sample = self.change(sample, turn, f"prior/{number}")
         if self.has_teacher:
-            sample |= self._one_of(sample, turn + number)
+            sample |= one_prediction(sample, turn + number, self.timesteps, self.prior)
         if self._has_masks:
             sample[LOSS_MASK] = np.ones((1, *sample[self.prior.first_stage_key].shape[1:]), self._types[LOSS_MASK])
         if self.training.seed is not None:
             sample[STREAM] = stream_name(self.training.seed, turn, f"prior/{number}")
-        return self._alike({**sample, IS_PRIOR: True})
-
-    def _one_of(self, sample: dict[str, Any], which: int) -> dict[str, Any]:
-        """Return timestep, noise and prediction number `which` modulo K."""
-        asked = sample[TIMESTEPS].tolist()
-        which %= len(asked)
-        if asked[which] < 0 or (self.timesteps and asked[which] >= self.timesteps):
-            where = f"{self.prior.paths[0].parent}: sample {sample['__key__']!r}"
-            most = f" to {self.timesteps - 1}" if self.timesteps else " or above"
-            raise UserError(f"{where}: {TIMESTEPS} is {asked[which]}; it must be a timestep of the model, 0{most}")
-        return {TIMESTEPS: asked[which], **{key: sample[key][which] for key in (NOISE, PREDICTION)}}
+        return self._alike({**self._untaught, **sample, IS_PRIOR: True})
 
     def _alike(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Return `sample` with the dtypes of the training set, and with a posterior if a set has posteriors."""

@@ -17,26 +17,34 @@ from ldm.shards.sample import NOISE, PREDICTION, STORED, TIMESTEPS
 from ldm.util import UserError
 
 
-def stratified_timesteps(random: np.random.Generator, count: int, timesteps: int) -> np.ndarray:
-    """Sample one timestep from each of `count` equal parts of the schedule. Return int32 (count,), ascending."""
-    return ((np.arange(count) + random.random(count)) * timesteps / count).astype(np.int32)
+def stratified_timesteps(random: np.random.Generator, count: int, timesteps: int, power: float = 0.0) -> np.ndarray:
+    """Sample one timestep from each of `count` equally probable parts of the schedule: int32 (count,), ascending.
+
+    The density of τ = t / T is (1 + p) (1 − τ)^p for the `power` p, that of the prior in
+    `ldm.models.diffusion.timesteps.Split`. 0 is uniform.
+    """
+    tau = (np.arange(count) + random.random(count)) / count
+    if power:
+        tau = 1 - (1 - tau) ** (1 / (1 + power))
+    return np.minimum(tau * timesteps, timesteps - 1).astype(np.int32)  # a large power may round τ to 1
 
 
 class Teacher:
     """Frozen `model` that makes `count` predictions per sample.
 
-    Timesteps and noises depend only on `seed` and the number of the sample.
+    Timesteps and noises depend only on `seed` and the number of the sample. `power` is that of `stratified_timesteps`.
 
     Raises:
         UserError: `count` is not from 1 to the model's timesteps.
     """
 
-    def __init__(self, model: LatentDiffusion, count: int, seed: int) -> None:
+    def __init__(self, model: LatentDiffusion, count: int, seed: int, power: float = 0.0) -> None:
         if not 1 <= count <= model.num_timesteps:
             raise UserError(f"--teacher {count}: must be 1 to {model.num_timesteps} timesteps per sample")
         self.model = model
         self.count = count
         self.seed = seed
+        self.power = power
 
     def answers(
         self, numbers: Sequence[int], latents: np.ndarray, conditions: Mapping[str, np.ndarray]
@@ -52,7 +60,8 @@ class Teacher:
             UserError: a prediction is not finite in float16.
         """
         generators = [np.random.default_rng([self.seed, number]) for number in numbers]
-        t = np.stack([stratified_timesteps(g, self.count, self.model.num_timesteps) for g in generators])  # B K
+        steps = self.model.num_timesteps
+        t = np.stack([stratified_timesteps(g, self.count, steps, self.power) for g in generators])  # B K
         shape = (self.count, *latents.shape[1:])
         noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]).astype(STORED)
         prediction = self._predict(latents, conditions, torch.from_numpy(t), torch.from_numpy(noise)).numpy()

@@ -13,6 +13,7 @@ Format 2 has the keys
     shards                    name, samples, bytes and sha256 of each shard; repeats, if the images' folders have any:
                               pairs of repeats and the number of consecutive samples that have them
     samples                   total number
+    teacher_power             power of the density of a teacher's timesteps; 0 if missing
     several_captions          true if each line of the text of a sample is a caption
     variants                  variants of the image of each sample, if there are several
     max_tokens, clip_skip     settings of the text encoder that differ from 75 and 1; see
@@ -48,6 +49,7 @@ FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
 REPEATS = "repeats"  # entry of a shard
 SEVERAL_CAPTIONS = "several_captions"
 MAX_TOKENS, CLIP_SKIP = "max_tokens", "clip_skip"
+TEACHER_POWER = "teacher_power"
 ZEROS, ENCODED = "zeros", "encoded"
 MAKE_AGAIN = "write the set again with --overwrite, by tools/preencode.py or tools/make_prior.py"
 _MEND = f"restore the value, or {MAKE_AGAIN}"
@@ -107,11 +109,11 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_scale(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
-        return math.isfinite(value) and value > 0
+        return math.isfinite(value)
     except OverflowError:  # an integer beyond the range of float
         return False
 
@@ -160,7 +162,8 @@ _ENTRIES: dict[str, Entry] = {
     "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
     "samples": WHOLE,
     **dict.fromkeys((*ENCODERS, USED_TOWER), (lambda value: value is None or is_digest(value), "not a digest")),
-    "scale_factor": (_is_scale, "not a finite number above 0"),
+    "scale_factor": (lambda value: _is_finite(value) and value > 0, "not a finite number above 0"),
+    TEACHER_POWER: (lambda value: _is_finite(value) and value >= 0, "not a finite number of at least 0"),
     FAMILY: (_is_key, "not the key of a family of models"),
     MEMBERS: (_is_names, "not a list of names"),
     SEVERAL_CAPTIONS: (lambda value: isinstance(value, bool), "neither true nor false"),

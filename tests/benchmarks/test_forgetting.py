@@ -10,8 +10,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-SETS = ("cats", "new_cats", "near", "near_prior", "animals", "rest")
-
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -36,36 +34,64 @@ def test_what_is_measured_is_not_trained_on(module: Any) -> None:
     assert sets["near_prior"] < sets["real"] and not sets["near"] & sets["animals"]
 
 
-def result(variant: str, seed: int, step: int, value: float, reached: bool = True) -> dict[str, Any]:
-    """Return a result whose numbers all are `value`, except the final drift of the neighbours: 10 × `value`."""
-    overall = {key: {"value": value} for key in ("loss_ratio", "drift")}
-    samples = {key: {"value": value} for key in ("base_to_tuned", "base_to_image", "tuned_to_image")}
-    points = {name: {"loss_ratio": value, "drift": value} for name in ("cats", "new_cats", "rest")}
-    return {
-        "variant": variant,
-        "seed": seed,
-        "step": step,
-        "reached": reached,
-        "sets": {name: {"overall": overall, "samples": samples} for name in SETS},
-        "curve": [{"near": {"loss_ratio": 9, "drift": 9}}, {**points, "near": {"loss_ratio": 1, "drift": 10 * value}}],
+def test_priors_have_no_caption_that_they_must_not(module: Any) -> None:
+    sets = module("forgetting_sets")
+    captions = {name: set(texts) for name, texts in sets._prior_captions().items()}
+    measured = {
+        name: {entry["text"] for entry in sets._image_sets()[name][1]} for name in ("near", "animals", "rest", "cats")
     }
+    assert not (captions["animals"] | captions["others"]) & set().union(*measured.values())
+    assert measured["near"] < captions["known"] and not captions["known"] & (measured["rest"] | measured["cats"])
+
+
+def point(step: int, strength: float, subject: float, value: float) -> dict[str, Any]:
+    """Return a point with the loss `subject` of trained and new cats, and `value` as loss and drift of the others."""
+    learnt = {name: {"loss_ratio": subject, "drift": 9.0} for name in ("cats", "new_cats")}
+    others = {name: {"loss_ratio": value, "drift": value} for name in ("near", "rest")}
+    return {"step": step, "strength": strength, **learnt, **others}
+
+
+def result(variant: str, seed: int, curve: list[Any], swept: list[Any], learnt: float = 0.1) -> dict[str, Any]:
+    """Return the result of a run."""
+    asked = {name: {"loss_ratio": learnt} for name in ("cats", "new_cats")}
+    start = point(0, 1.0, 1.0, 1.0)
+    own = {"curve": [start, *curve], "swept": swept, "learnt": asked}
+    return {"variant": variant, "seed": seed, "commit": "abc", "prior_samples": 5, **own}
+
+
+def runs() -> list[dict[str, Any]]:
+    """Return runs where plain drifts by 0.2 and 0.4, and the other by 0.1 each."""
+    lower, as_well = point(200, 0.7, 0.2, 0.05), point(200, 0.8, 0.1, 0.1)
+    return [
+        result("plain", 0, [point(100, 1.0, 0.1, 0.2)], [point(100, 0.9, 0.2, 0.1), point(100, 1.0, 0.1, 0.2)]),
+        result("plain", 1, [point(100, 1.0, 0.1, 0.4)], [point(100, 1.0, 0.1, 0.4)]),
+        result("other", 0, [point(150, 1.0, 0.3, 0.7)], [lower, as_well, point(200, 1.0, 0.05, 0.3)]),  # at 0.8
+        result("other", 1, [point(150, 1.0, 0.1, 0.1), point(200, 1.0, 0.2, 9.0)], [lower]),  # at step 150
+    ]
 
 
 def test_the_tables_by_hand(module: Any) -> None:
-    """Plain drifts by 0.2 and 0.4, the other by 0.1 each. The ratios are 0.5 and 0.25: 0.375 ± 0.18."""
-    runs = [
-        result("plain", 0, 100, 0.2),
-        result("other", 0, 150, 0.1),
-        result("plain", 1, 100, 0.4),
-        result("other", 1, 300, 0.1, reached=False),
-    ]
-    text = module("forgetting_report").report(runs, 100, 300)
+    """The ratios of the other are 0.5 and 0.25: 0.375 ± 0.18."""
+    text = module("forgetting_report").report(runs(), 100, 200)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    head, _, plain, other, _, _, _, other_at_the_end = ([c.strip() for c in line.split("|")[1:-1]] for line in lines)
+    head, _, plain, other, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     rows = [dict(zip(head, cells, strict=True)) for cells in (plain, other)]
-    assert [row["learnt as well"] for row in rows] == ["2 of 2", "1 of 2"]
-    assert [row["step"] for row in rows] == ["100 ± 0", "225 ± 100"]
-    assert [row["neighbours: drift"] for row in rows] == ["0.3 ± 0.1", "0.1 ± 0"]
-    assert [row["× plain's"] for row in rows] == ["1 ± 0", "0.375 ± 0.2"]
-    assert other_at_the_end[0] == "other" and other_at_the_end[6] == "1 ± 0"
-    assert "seeds 0, 1" in text and "(of the base's samples: 0.200)" in text
+    assert [row["learnt as well"] for row in rows] == ["2 of 2", "2 of 2"]
+    assert [row["steps"] for row in rows] == ["100 ± 0", "175 ± 40"]
+    assert [row["strength"] for row in rows] == ["1 ± 0", "0.9 ± 0.1"]
+    assert [row["neighbours drift"] for row in rows] == ["0.3 ± 0.1", "0.1 ± 0"]
+    assert [row["neighbours drift ratio"] for row in rows] == ["1 ± 0", "0.375 ± 0.2"]
+    assert "seeds 0, 1" in text
+
+
+def test_the_summary_by_hand(module: Any) -> None:
+    report = module("forgetting_report")
+    content = report.summary(runs(), "cats")
+    other = content["families"]["cats"]["other"]
+    assert content["commit"] == "abc" and other["seeds"] == [0, 1] and other["prior_data"] == 5
+    assert other["learnt"] is True and other["neighbours_drift_ratio"] == pytest.approx(0.375)
+    assert other["neighbours_drift_ratio_deviation"] == pytest.approx(0.1768, abs=1e-4)
+    never = result("never", 0, [point(200, 1.0, 0.3, 0.7)], [point(200, 1.0, 0.3, 0.6)])
+    of_never = report.summary([*runs(), never], "cats")["families"]["cats"]["never"]
+    assert of_never["learnt"] is False and of_never["neighbours_drift_ratio"] == pytest.approx(3.5)
+    assert of_never["neighbours_drift_ratio_deviation"] is None

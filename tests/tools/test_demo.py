@@ -38,7 +38,7 @@ def test_the_demo_runs_the_recipe_and_writes_an_image(
     assert len(Image.open(image).getcolors(1 << 20)) > 1000
 
     before = load_state_dict(ROOT / "data/base/emoji.safetensors")
-    for name in ("tuned", "with-prior"):
+    for name in ("tuned", "kept"):
         after = load_state_dict(out / f"{name}.safetensors")
         assert before.keys() == after.keys()
         assert {key.split(".")[0] for key in before if not before[key].equal(after[key])} == {"model"}

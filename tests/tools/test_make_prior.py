@@ -19,7 +19,7 @@ from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import TEACHER_KEYS
 from ldm.shards.writer import ShardWriter
-from tests.conftest import RELEASE_CONFIG
+from tests.conftest import RELEASE_CONFIG, ROOT
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/make_prior.py"
 FAST = ("--steps", 2, "--H", 32, "--W", 32, "--scale", 2)
@@ -112,6 +112,28 @@ def test_images_get_a_latent_seeded_by_key_and_predictions(make_prior, model, tm
     assert self_loss(model, tmp_path / "one/s.tar") < 1e-5
 
 
+def test_keep_samples_a_class_its_neighbours_and_general_prompts(make_prior, tmp_path):
+    assert make_prior("--keep", "clock", "--general", 1, "--steps", 1, "--batch-size", 16, "--null-share", 0) is None
+    index = json.loads((tmp_path / "data/kept/index.json").read_text())
+    assert (index["samples"], index["teacher"]) == (13, 8)
+    dataset = ShardDataset([tmp_path / "data/kept/000000.tar"], extra=TEACHER_KEYS)
+    captions = [dataset[number]["txt"] for number in range(13)]
+    assert captions[:4] == ["a photo of a clock", "a drawing of a clock", "a photo of a watch", "a drawing of a watch"]
+    assert captions[12] == (ROOT / "data/prompts/general.txt").read_text().splitlines()[0]
+
+
+def test_teacher_power_stores_low_noise_and_is_in_the_index(make_prior, tmp_path):
+    options = ("--teacher", 4, "--null-share", 0, "--steps", 2)
+    assert make_prior("--prompt", "red apple", "--n", 3, *options, "--teacher-power", 3, "--out", "s.tar") is None
+    assert json.loads((tmp_path / "index.json").read_text())["teacher_power"] == 3
+    dataset = ShardDataset([tmp_path / "s.tar"], extra=TEACHER_KEYS)
+    # the quarters of the cumulative distribution 1 − (1 − τ)⁴ end at τ = 1 − ⁴√(3/4), 1 − ⁴√(1/2), 1 − ⁴√(1/4)
+    ends = [0, 69, 159, 292, 999]
+    assert all(
+        low <= t <= high for n in range(3) for t, low, high in zip(dataset[n]["t"], ends, ends[1:], strict=False)
+    )
+
+
 def test_stored_latents_are_used_unchanged(make_prior, model, tmp_path):
     assert make_prior("--prompt", "red apple", "--n", 3, "--out", "sampled/s.tar") is None
     assert make_prior("--shards", "sampled", "--teacher", 2, "--out", "taught/s.tar") is None
@@ -197,6 +219,11 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
         (("--shards", "images"), "--shards images: has captions of its own; give --teacher"),
         (("--shards", "images", "--teacher", 1, "--prompt", "x"), "has captions of its own"),
         (("--prompt", "x", "--null-share", 0.5), "--null-share has no effect without --teacher"),
+        (("--prompt", "x", "--general", 5), "--general 5: belongs to --keep"),
+        (("--keep", "cat", "--shards", "images"), "--keep cat: has prompts of its own; leave out --shards"),
+        (("--keep", "qqq"), "--keep qqq: .*neighbours.txt has no such class"),
+        (("--prompt", "x", "--teacher-power", 1), "--teacher-power has no effect without --teacher"),
+        (("--prompt", "x", "--teacher", 1, "--teacher-power", -1), "--teacher-power -1.0: give a number of at least 0"),
         (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is sampled; leave out --n and --eta"),
         (("--shards", "images", "--teacher", 1, "--H", 64), "leave out --H$"),
         (("--shards", "pipe:cat x", "--teacher", 1), "pipe:cat x: is a stream; give local shards"),

@@ -19,13 +19,15 @@ from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.batch_mean import EQUAL, BatchMean
 from ldm.models.diffusion.conditioning import WithConditioning, check_reads_captions
+from ldm.models.diffusion.consistency import DirectConsistency
 from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.lora_training import train_lora
+from ldm.models.diffusion.noise import PLAIN_NOISE
 from ldm.models.diffusion.pixel import DDPM
 from ldm.models.diffusion.preservation import Prior, check_prior_settings
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.sampling import Conditioning
-from ldm.models.diffusion.timesteps import LossAware
+from ldm.models.diffusion.timesteps import LossAware, Split
 from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.optim.parts import parts_of
 from ldm.util import UserError, check_number, instantiate_from_config, located, refuse_if
@@ -137,6 +139,17 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
                 "timesteps; set prior_target: data or choose another distribution",
             ),
             (
+                isinstance(self.weighting, DirectConsistency)
+                and (steps > 1 or self.training_noise is not PLAIN_NOISE or not self.timestep_distribution.is_plain),
+                "loss_config: DirectConsistency has predictions at stored timesteps and noises, for clean captions; "
+                "leave out timestep_config, noise_config and num_timesteps_cond",
+            ),
+            (
+                steps > 1 and isinstance(self.timestep_distribution, Split),
+                f"timestep_config: Split gives prior samples other timesteps than num_timesteps_cond: {steps} adds "
+                "noise to captions for; set num_timesteps_cond: 1 or choose another distribution",
+            ),
+            (
                 self.use_ema and not self.unet_trainable,
                 "use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false",
             ),
@@ -233,7 +246,11 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         return self.get_first_stage_encoding(self.encode_batch(batch), streams)
 
     def samples_of(self, batch: Batch) -> BatchMean:
-        return Prior.of(batch, self.prior_loss_weight, self.prior_target) or EQUAL
+        of_prior = self.timestep_distribution.of_prior
+        samples = Prior.of(batch, self.prior_loss_weight, self.prior_target, of_prior) or EQUAL
+        if isinstance(self.weighting, DirectConsistency):
+            return self.weighting.averaging(batch, samples, self.training)
+        return samples
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -5,6 +5,7 @@ B: batch. C, h, w: channels, height and width of a latent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from ldm.shards.sample import IS_PRIOR, TEACHER_KEYS
 from ldm.util import check_choice, check_number
 
 TARGETS = ("data", "teacher")
+Timesteps = Callable[[Tensor], Tensor]  # from timesteps (B,) to timesteps (B,)
 
 
 def check_prior_settings(weight: float, target: str) -> None:
@@ -26,11 +28,21 @@ def check_prior_settings(weight: float, target: str) -> None:
 
 @dataclass(frozen=True)
 class StoredPredictions:
-    """Predictions of a frozen model on the prior samples of a batch. Other rows are arbitrary."""
+    """Predictions of a frozen model on samples of a batch. Rows of other samples are arbitrary."""
 
     t: Tensor  # (B,) timesteps
     noise: Tensor  # (B, C, h, w), float32
     prediction: Tensor  # (B, C, h, w), float32: the output at this t and noise
+
+    @classmethod
+    def of(cls, batch: Batch) -> StoredPredictions:
+        """Return the predictions in a batch.
+
+        Raises:
+            UserError: it has none.
+        """
+        t, noise, prediction = (batch_entry(batch, key) for key in TEACHER_KEYS)
+        return cls(t, noise.float(), prediction.float())
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,10 @@ class Prior(BatchMean):
     mask: Tensor  # (B,) bool
     weight: float  # λ
     teacher: StoredPredictions | None = None
+    timesteps: Timesteps | None = None  # of prior samples without a teacher, from the usual ones; None leaves those
 
     @classmethod
-    def of(cls, batch: Batch, weight: float, target: str) -> Prior | None:
+    def of(cls, batch: Batch, weight: float, target: str, timesteps: Timesteps | None = None) -> Prior | None:
         """Return the averaging for a batch with the entry `IS_PRIOR`, else None.
 
         Raises:
@@ -57,14 +70,13 @@ class Prior(BatchMean):
             return None
         teacher = None
         if target == "teacher":
-            t, noise, prediction = (batch_entry(batch, key) for key in TEACHER_KEYS)
-            teacher = StoredPredictions(t, noise.float(), prediction.float())
-        return cls(batch[IS_PRIOR], weight, teacher)
+            teacher = StoredPredictions.of(batch)
+        return cls(batch[IS_PRIOR], weight, teacher, timesteps)
 
     def timesteps_and_noise(self, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return timesteps (B,) and noise (B, C, h, w), with those of the teacher in the prior's rows."""
+        """Return timesteps (B,) and noise (B, C, h, w), with those of the prior and of the teacher in its rows."""
         if self.teacher is None:
-            return t, noise
+            return t if self.timesteps is None else torch.where(self.mask, self.timesteps(t), t), noise
         return torch.where(self.mask, self.teacher.t, t), torch.where(self._rows(), self.teacher.noise, noise)
 
     def target(self, target: Tensor) -> Tensor:

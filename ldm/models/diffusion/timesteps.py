@@ -68,9 +68,14 @@ class Uniform:
         """Return the probability of the timesteps below 0, 1, …, T: float64 (T + 1,), ascending from 0 to 1."""
         return np.linspace(0.0, 1.0, model.num_timesteps + 1)
 
+    @property
+    def is_plain(self) -> bool:
+        """True if the timesteps of a batch are independent and uniform."""
+        return type(self) is Uniform and not self.stratified
+
     def sample(self, model: Scheduled, x: Tensor, streams: RandomStreams) -> Tensor:
         """Return the timesteps (B,) of a batch."""
-        if type(self) is Uniform and not self.stratified:
+        if self.is_plain:
             return self.low + streams.integers("timestep", self.high + 1 - self.low, x)
         quantiles = streams.uniform("timestep", x)
         if self.stratified:
@@ -78,6 +83,10 @@ class Uniform:
             quantiles = (parts + quantiles) / len(x)
         # rounding may give the quantile 1
         return torch.searchsorted(model.timestep_cdf[1:], quantiles, right=True).clamp(self.low, self.high)
+
+    def of_prior(self, t: Tensor) -> Tensor:
+        """Return the timesteps (B,) of the samples of a batch if they are prior samples, given their usual `t`."""
+        return t
 
     def unbiased(self, model: Scheduled, mean: Mean, t: Tensor) -> Mean:
         """Return the mean of training losses at the sampled `t`."""
@@ -144,6 +153,30 @@ class Mode(Uniform):
         cdf = np.interp(np.linspace(0.0, 1.0, model.num_timesteps + 1), tau, 1 - u)
         cdf[[0, -1]] = 0.0, 1.0
         return cdf
+
+
+class Split(Uniform):
+    """Density (1 + p) τ^p for training samples and (1 + p) (1 − τ)^p for prior samples, with τ = t / T.
+
+    Training samples thus have high noise, where the new subject differs, and prior samples low noise, where a base is
+    general. Sampling by these densities has the same expectation as the loss weights of Diff-Tuning, which rise for
+    the adaptation and fall for the retention (arXiv:2406.00773, section 3).
+
+    Args:
+        power: p. 0 is uniform, 1 linear.
+        stratified: see `Uniform`.
+    """
+
+    def __init__(self, power: float = 1.0, stratified: bool = False) -> None:
+        check_number("power", power, least=0, whole=False)
+        super().__init__(stratified=stratified)
+        self.power = power
+
+    def cumulative(self, model: Scheduled) -> np.ndarray:
+        return super().cumulative(model) ** (1 + self.power)
+
+    def of_prior(self, t: Tensor) -> Tensor:
+        return self.low + self.high - t
 
 
 class LossAware(Uniform):
@@ -228,6 +261,6 @@ def distribution_of(config: Mapping[str, Any] | None) -> Uniform:
         return Uniform()
     distribution = instantiate_from_config(config)
     if not isinstance(distribution, Uniform):
-        names = ", ".join(kind.__name__ for kind in (Uniform, LogNormal, CosMap, Mode, LossAware))
+        names = ", ".join(kind.__name__ for kind in (Uniform, LogNormal, CosMap, Mode, Split, LossAware))
         raise UserError(f"timestep_config: {config['target']} is not a distribution; {__name__} has {names}")
     return distribution

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from ldm.callbacks import decay_to_start
+from ldm.callbacks import start_weights
 from ldm.callbacks.decay_to_start import DecayToStart
 from ldm.checkpoint import save_state_dict
 from ldm.modules.ema import LitEma
@@ -124,8 +124,8 @@ def test_a_second_fit_decays_once_per_step(start, tmp_path):
 
 def test_the_file_is_not_held_in_memory(start, tmp_path, monkeypatch):
     read = []
-    in_memory = decay_to_start.in_memory
-    monkeypatch.setattr(decay_to_start, "in_memory", lambda tensor: read.append(tensor) or in_memory(tensor))
+    in_memory = start_weights.in_memory
+    monkeypatch.setattr(start_weights, "in_memory", lambda tensor: read.append(tensor) or in_memory(tensor))
     fit(Pulled(), tmp_path, DecayToStart(str(start), 0.25), steps=3)
     assert len(read) == 3  # the one parameter that it holds, three times
     assert all(in_memory(tensor) is not tensor for tensor in read)  # each was read from the file

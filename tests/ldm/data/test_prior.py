@@ -253,6 +253,8 @@ def test_predictions_that_are_missing_or_do_not_fit(training, tmp_path, changes,
         ({"scale_factor": 0.182150006, "parameterization": "eps"}, None),  # a float32
         ({}, None),
         ({"scale_factor": 0.13025}, r"the teacher's scale_factor is 0\.13025, the model's 0\.18215; make the set anew"),
+        ({"teacher_power": 0}, None),
+        ({"teacher_power": 1.0}, "timesteps have the power 1, but timestep_config has 0; make .* no --teacher-power"),
         ({"parameterization": "v"}, "the teacher's parameterization is v, the model's eps"),
     ],
 )

@@ -35,6 +35,16 @@ def test_each_part_of_the_schedule_is_asked_about():
     assert stratified_timesteps(np.random.default_rng(0), 7, 7).tolist() == list(range(7))
 
 
+def test_stratified_timesteps_of_a_falling_density_by_hand():
+    """The cumulative distribution 1 − (1 − τ)² has its half at τ = 1 − √½ = 0.2929."""
+    for seed in range(20):
+        low, high = stratified_timesteps(np.random.default_rng(seed), 2, 1000, power=1.0)
+        uniform = np.random.default_rng(seed).random(2)
+        assert [low, high] == [int(1000 * (1 - (1 - (k + u) / 2) ** 0.5)) for k, u in enumerate(uniform)]
+        assert low <= 292 < 293 <= high + 1
+    assert stratified_timesteps(np.random.default_rng(0), 4, 10, power=1e9).max() <= 9
+
+
 @pytest.mark.slow
 def test_predictions_are_those_of_the_stored_values(model):
     latents, contexts, members = asked(model, [0, 1])

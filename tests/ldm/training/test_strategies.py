@@ -172,6 +172,8 @@ def test_what_looks_at_the_weights_sees_them_whole(runs: Runs) -> None:
             f"{CALLBACKS}.numerical_faults.params.grad_norm_factor=10 {CALLBACKS}.numerical_faults.params.window=2",
             f"{CALLBACKS}.decay.target=ldm.callbacks.decay_to_start.DecayToStart",
             f"{CALLBACKS}.decay.params.start={start} {CALLBACKS}.decay.params.weight=100",
+            f"{CALLBACKS}.pull.target=ldm.callbacks.pull_to_start.PullToStart",
+            f"{CALLBACKS}.pull.params.start={start} {CALLBACKS}.pull.params.weight=1000",
             f"{CALLBACKS}.forgetting.target=ldm.callbacks.forgetting.Forgetting",
             f"{CALLBACKS}.forgetting.params.sets.rest=shards/s-000001.tar",
             f"{CALLBACKS}.forgetting.params.every_n_train_steps=2",

@@ -12,7 +12,7 @@ import torch
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
-from ldm.models.diffusion.timesteps import CosMap, LogNormal, LossAware, Mode, Uniform
+from ldm.models.diffusion.timesteps import CosMap, LogNormal, LossAware, Mode, Split, Uniform
 from ldm.util import UserError
 from tests.ldm.models.diffusion.conftest import batch_of
 
@@ -52,6 +52,22 @@ def test_mode_by_hand() -> None:
     assert sum(upper) == pytest.approx(1 / 3, abs=1e-6)
     ends = probabilities(Mode(-1.0), schedule())
     assert ends[0] == pytest.approx(ends[3]) and ends[0] > 0.3
+
+
+def test_split_by_hand() -> None:
+    """The cumulative distribution of training samples is τ², with τ = 1/4, 1/2 and 3/4."""
+    rising = Split()
+    assert probabilities(rising, schedule()) == pytest.approx([1 / 16, 3 / 16, 5 / 16, 7 / 16])
+    assert rising.of_prior(torch.tensor([0, 1, 3])).tolist() == [3, 2, 0]
+    assert probabilities(Split(0.0), schedule()) == pytest.approx([0.25] * 4)
+
+
+def test_Split_gives_prior_samples_mirrored_timesteps(make_model: ModelFactory) -> None:
+    model = make_model(**config("Split", power=2))
+    batch = batch_of((2, 4, 8, 8)) | {"is_prior": torch.tensor([True, False])}
+    samples, t, noise = model.samples_of(batch), torch.tensor([1, 1]), torch.zeros(2, 4, 8, 8)
+    found, same = samples.timesteps_and_noise(t, noise)
+    assert found.tolist() == [model.num_timesteps - 2, 1] and same is noise
 
 
 def test_log_normal_by_hand() -> None:
@@ -155,6 +171,7 @@ def test_loss_aware_corrects_the_loss_of_the_model(make_model: ModelFactory) -> 
         (config("LogNormal", mean=-100), "timesteps 1 to 999 have probability 0"),
         (config("Mode", scale=2), "scale 2: give a number from -1"),
         (config("LossAware", bins=2000), "bins 2000"),
+        (config("Split") | {"num_timesteps_cond": 2}, "Split gives prior samples other timesteps"),
         (config("LossAware") | {"prior_target": "teacher"}, "LossAware chooses timesteps, but prior_target: teacher"),
         ({"timestep_config": {"target": "torch.nn.Identity"}}, "Identity is not a distribution; .* has Uniform"),
     ],
