@@ -9,7 +9,7 @@ from typing import Any
 from ldm.data.base_module import BaseDataModule
 from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, choices, load_null
 from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
-from ldm.data.prior import PriorBatchSampler, WithPredictions, WithPrior, check_prior, check_teacher
+from ldm.data.prior import PriorBatchSampler, WithPredictions, WithPrior, check_prior, check_taught, check_teacher
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
@@ -128,6 +128,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             check_prior(self.datasets["training"], self.datasets["prior"])
         elif self._is_taught("prior"):
             raise UserError("model.params.prior_target is teacher, but data.params.prior_urls names no shards")
+        if self._is_taught("training"):
+            check_taught(self.datasets["training"])
         for split in filter(self._is_taught, self.datasets):
             check_teacher(self.datasets[split], self._model())
 

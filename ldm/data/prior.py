@@ -74,6 +74,18 @@ def check_predictions(dataset: ShardDataset, where: str) -> None:
         )
 
 
+def check_taught(training: Any) -> None:
+    """Raise `UserError` unless each sample of a training set has one latent and one caption, which a teacher saw."""
+    if not isinstance(training, ShardDataset):
+        raise UserError("loss_config: DirectConsistency needs training shards in local files, not streams")
+    for several, what in (("captions", "has_several_captions"), ("variants of each image", "has_several_variants")):
+        if getattr(training, what):
+            raise UserError(
+                f"{training.paths[0].parent}: the set has several {several}, but a stored prediction is of the first; "
+                "encode a set with one for DirectConsistency"
+            )
+
+
 def check_teacher(prior: ShardDataset, model: Any) -> None:
     """Raise `UserError` if a set or its index does not fit `model` for stored predictions.
 

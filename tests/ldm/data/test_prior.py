@@ -8,9 +8,11 @@ import torch
 
 from ldm.data.batch_sampler import EpochBatchSampler
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.data.prior import PriorBatchSampler
+from ldm.data.prior import PriorBatchSampler, check_taught
+from ldm.data.stream import ShardStream
 from ldm.shards import npy
 from ldm.shards.index import write_index
+from ldm.shards.open import open_shards
 from ldm.util import UserError
 from tests.ldm.data.test_datamodule import Recorder, batches, fit
 from tests.ldm.shard_files import write_set, write_tar
@@ -227,6 +229,20 @@ def test_streams_to_train_on_are_refused(training, prior, tmp_path):
     stream = f"pipe:cat {tmp_path}/training/set-000.tar"
     with pytest.raises(UserError, match="prior_urls needs training shards in local files"):
         batches(WebDataNpyModuleFromConfig(4, stream, prior_urls=prior))
+
+
+@pytest.mark.parametrize("what", ["captions", "variants"])
+def test_training_on_predictions_needs_one_caption_and_one_latent(training, what):
+    dataset = open_shards(training)
+    check_taught(dataset)
+    setattr(dataset, f"has_several_{what}", True)
+    with pytest.raises(UserError, match=f"the set has several {what}.*a stored prediction is of the first"):
+        check_taught(dataset)
+
+
+def test_training_on_predictions_needs_local_files(training):
+    with pytest.raises(UserError, match="DirectConsistency needs training shards in local files, not streams"):
+        check_taught(ShardStream([f"pipe:cat {training}/set-000.tar"]))
 
 
 @pytest.mark.parametrize(
