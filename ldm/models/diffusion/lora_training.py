@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm.modules.ema import LitEma
 from ldm.modules.lora import adapt
 from ldm.util import refuse_if
 
-if TYPE_CHECKING:
-    from ldm.models.diffusion.latent import LatentDiffusion
 
-
-def train_lora(model: LatentDiffusion, settings: Mapping[str, Any], trained_parts: Mapping[str, Any] | None) -> None:
-    """Add the factors of a LoRA with these `settings` to the UNet of `model`, and freeze its weights.
+def train_lora(model: Any, settings: Mapping[str, Any], trained_parts: Mapping[str, Any] | None) -> None:
+    """Add the factors of a LoRA with these `settings` to the UNet of `model`, a `LatentDiffusion`, and freeze its weights.
 
     Raises:
         UserError: another setting of the model chooses weights to train, or `settings` are invalid; see `adapt`.
