@@ -93,7 +93,8 @@ VARIANTS = (
     Variant("decay to start, 10", decay(10)),
     Variant("decay to start, 30", decay(30)),
     Variant("decay to start, 100", decay(100)),
-    Variant("LoRA, rank 16", LORA, configs=("demo_tiny.yaml", "lora.yaml")),
+    Variant("LoRA, attention", LORA, configs=("demo_tiny.yaml", "lora.yaml")),
+    Variant("LoRA, all layers", (*LORA, "model.params.lora.targets=['*']"), configs=("demo_tiny.yaml", "lora.yaml")),
     Variant("LoRA extracted from plain, rank 32", extract=32),
     Variant("textual inversion", INVERSION, configs=(CONFIG, "textual_inversion.yaml")),
 )
