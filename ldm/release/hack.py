@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint
-from ldm.checkpoint.keys import PREDICTION, RELEASE, without_factors
+from ldm.checkpoint import OpenCheckpoint, encoder_digests, open_checkpoint, save_checkpoint, weights_of
+from ldm.checkpoint.keys import PREDICTION, RELEASE, is_factor, without_factors
 from ldm.checkpoint.markers import check_markers
 from ldm.config.load import build_model
 from ldm.locks import locked_file
@@ -62,6 +62,8 @@ def hack_training(
     release = open_checkpoint(release_path)
     log.info("training checkpoint: %s, at step %s", training_path, training.content["global_step"])
     state_dict = training_weights(training.content, training_path)
+    if any(map(is_factor, weights_of(training.content, training_path))):
+        log.info("LoRA of the training left out: it belongs to the replaced weights, and a new one starts")
     released = _released(release, release_path, vae, state_dict)
     predicts = parameterization or released.predicts
     noted = training.content.get(PREDICTION) or predicts

@@ -58,6 +58,8 @@ def _factors(weights: Mapping[str, Tensor], layer: str, averaged: bool, where: s
         if key not in weights:
             raise UserError(f"{where}: the checkpoint lacks {key}; it is damaged, use another one")
         tensors[name] = in_memory(weights[key])
+        if tensors[name].is_complex():
+            raise UserError(f"{where}: {key} has complex numbers; it is damaged, use another checkpoint")
         if not is_finite(tensors[name]):
             raise UserError(
                 f"{where}: its factors are not finite, because the training diverged; use an older checkpoint"

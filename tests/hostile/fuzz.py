@@ -82,6 +82,7 @@ LOADERS = {
     "config": Loader(samples.make_config, samples.read_config, samples.load_config, samples.YAML_TOKENS),
     "LoRA": Loader(runs.make_lora, runs.read_lora_file, runs.load_lora, whole=0.7),
     "prompts of a run": Loader(runs.make_prompts, runs.read_prompts, runs.load_prompts, samples.JSON, whole=0.7),
+    "LoRA training": Loader(runs.make_trained_lora, runs.read_trained_lora, runs.load_trained_lora, whole=0.7),
     "events of a run": Loader(runs.make_events, runs.read_run_events, runs.load_events, samples.JSON),
     "metrics of a run": Loader(runs.make_metrics, runs.read_run_metrics, runs.load_metrics, runs.CSV_TOKENS),
     "evaluation": Loader(runs.make_evaluation, runs.read_run_evaluation, runs.load_evaluation, samples.JSON, whole=0.5),

@@ -13,9 +13,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ldm.checkpoint import open_checkpoint
 from ldm.events import EVENTS, read_events
 from ldm.models.diffusion.stored_prompts import StoredPrompts
 from ldm.release.lora_file import read_lora
+from ldm.release.lora_from_training import trained_loras
 from ldm.reporting.evaluations import NAME, read_evaluations
 from ldm.reporting.metrics import read_metrics
 from ldm.util import UserError
@@ -162,3 +164,35 @@ def load_prompts(data: bytes) -> Any:
         number, member = key.split(".")
         encodings[about["texts"][int(number)]][member] = part
     return [encodings, about["release"], about["digests"]]
+
+
+_TRAINED = "model.diffusion_model.x"
+
+
+def make_trained_lora(rng: random.Random) -> bytes:
+    weights = {
+        f"{_TRAINED}.weight": torch.zeros(4, 3),
+        f"{_TRAINED}.lora.down": torch.arange(6.0).reshape(2, 3),
+        f"{_TRAINED}.lora.up": torch.arange(8.0).reshape(4, 2),
+        f"{_TRAINED}.lora.alpha": torch.tensor(rng.choice((1.0, 2.0, 8.0))),
+    }
+    if rng.random() < 0.6:
+        weights[rng.choice((*weights, "model_ema.diffusion_modelxloradown"))] = rng.choice(_STRANGE_TENSORS)
+    return safetensors.torch.save(weights)
+
+
+def read_trained_lora(folder: Path, data: bytes) -> Any:
+    path = write_file(folder, "last.safetensors", data)
+    loras = trained_loras(open_checkpoint(path).content, path, None)
+    if not loras:
+        raise UserError("no factors")
+    [lora] = loras
+    return [factors.change(torch.float32, torch.device("cpu")) for factors in lora.factors.values()]
+
+
+def load_trained_lora(data: bytes) -> Any:
+    weights = safetensors.torch.load(data)
+    down, up, alpha = (weights[f"{_TRAINED}.lora.{name}"] for name in ("down", "up", "alpha"))
+    if len(weights) > 4 or down.ndim != 2 or up.ndim != 2 or alpha.numel() != 1:
+        raise ValueError("not one plain layer")
+    return [float(alpha) / len(down) * (up.float() @ down.float())]

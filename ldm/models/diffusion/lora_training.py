@@ -11,7 +11,7 @@ from ldm.util import refuse_if
 
 
 def train_lora(model: Any, settings: Mapping[str, Any], trained_parts: Mapping[str, Any] | None) -> None:
-    """Add the factors of a LoRA with these `settings` to the UNet of `model`, a `LatentDiffusion`, and freeze its weights.
+    """Add the factors of a LoRA with these `settings` to the UNet of a `LatentDiffusion`, and freeze its weights.
 
     Raises:
         UserError: another setting of the model chooses weights to train, or `settings` are invalid; see `adapt`.

@@ -71,9 +71,7 @@ def test_a_lora_has_gradients_and_optimizer_state_for_its_factors_alone(streamed
     if streamed:
         lora += (f"{UNET}.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel",)
     found, plain = tiny(*lora), tiny("model.params.use_ema=false", *lora[3:])
-    factors = (
-        4 * 8 * ((32 + 32) * 6 + (8 + 32) * 2) * 4 / GIB
-    )  # in four transformers, of 32 channels and a context of 8
+    factors = 4 * 8 * ((32 + 32) * 6 + (8 + 32) * 2) * 4 / GIB  # 4 transformers, 32 channels, a context of 8
     if streamed:
         assert found[HOST] < 0.6 * plain[HOST]
         return

@@ -144,11 +144,11 @@ def test_factors_of_a_large_matrix_are_nearly_the_best_and_the_same_each_time(ta
 def test_extract_files_names_the_model_in_the_metadata_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, version: str, architecture: str
 ) -> None:
-    from ldm.release import extraction
+    from ldm.release import lora_extraction
     from ldm.release.families import FAMILIES
 
     monkeypatch.setattr(
-        extraction, "find_family", lambda shapes, **_: FAMILIES[family]
+        lora_extraction, "find_family", lambda shapes, **_: FAMILIES[family]
     )  # small widths are of no family
     extracted(tmp_path, tuned(LINEAR), Target(rank=4))
     metadata = open_checkpoint(tmp_path / "lora.safetensors").metadata
