@@ -79,7 +79,7 @@ _HINTS_FOR_TARGETS = {
 }
 # Hints for the keys of textual-inversion and DreamBooth forks.
 _PRIOR = "images of the class go into a prior, by prior_images.yaml"
-_RATE = "the learning rate is model.base_learning_rate, one for all weights"
+_RATE = "the learning rate is model.base_learning_rate; trained_parts has factors for parts of the model"
 _FILE = "the weights come with ckpt_path, a release in one file, or with --finetune_from"
 _CONTROL = "ControlNet is not here; train the model that it extends, without this key"
 _NOISE = "noise_config, with a class of ldm.models.diffusion.noise, has an offset"

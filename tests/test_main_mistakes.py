@@ -95,7 +95,7 @@ class FullDisk(Callback):
         ("lightning.modelcheckpoint.params.save_topk=1", "unknown key 'save_topk' .*; did you mean 'save_top_k'"),
         ("model.params.ckpt_path=None", "ckpt_path 'None': name a checkpoint, or write null for none"),
         ("model.params.cond_stage_config=null", "cond_stage_config: expected a mapping with the key 'target'"),
-        ("model.params.scheduler_config.target=torch.optim.lr_scheduler.StepLR", "name a class of ldm.lr_scheduler"),
+        ("model.params.scheduler_config.target=torch.optim.lr_scheduler.StepLR", "step_size"),
         ("data.params.batch_size=abc", "batch_size='abc' in params of main.WebDataNpy.*: give a whole number"),
         ("data.params.batch_size=2.5", "batch_size=2.5 in params of .*: give a whole number"),
         ("data.params.batch_size=null", "batch_size=None in params of .*: give a whole number"),

@@ -38,6 +38,8 @@ from tests.training_runs import (  # noqa: F401
 )
 
 PARTS = "model.params.trained_parts"
+SCHEDULE = "model.params.scheduler_config"
+TORCH, WARM_UP = "target=torch.optim.lr_scheduler.", "target=ldm.lr_scheduler.LambdaWarmUpCosineScheduler"
 STREAMED = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
 
 
@@ -73,16 +75,28 @@ def steps_by_group(run: Path) -> list[set[float]]:
 
 
 @pytest.mark.parametrize(
-    ("overlay", "options"),
+    ("overlay", "options", "schedule", "factors"),
     [
-        ("", "--accumulate_grad_batches 2 --gradient_clip_val 0.5 data.params.prior_urls=captioned.tar"),
-        ("lean.yaml", "data.params.batch_size=2"),
-        ("", f"{STREAMED} model.params.unet_config.params.stream_dtype=fp32"),
+        (  # three steps per epoch
+            "", "--accumulate_grad_batches 2 --gradient_clip_val 0.5 data.params.prior_urls=captioned.tar",
+            f"{WARM_UP} interval=epoch params.warm_up_steps=1 params.lr_start=0.0 params.lr_max=1.0 params.lr_min=0.0 "
+            "params.max_decay_steps=2",
+            (0, 1 / 3, 2 / 3, 1),
+        ),
+        ("lean.yaml", "data.params.batch_size=2", f"{TORCH}CosineAnnealingWarmRestarts params.T_0=2", (1, 0.5, 1, 0.5)),
+        (  # 1.25 steps up, and 6.75 steps down
+            "", f"{STREAMED} model.params.unet_config.params.stream_dtype=fp32",
+            f"{TORCH}OneCycleLR params.total_steps=9 params.pct_start=0.25 params.anneal_strategy=linear",
+            (0.04, 0.808, *(1 - (1 - 0.04 / 1e4) * (step - 1.25) / 6.75 for step in (2, 3))),
+        ),
     ],
-)
-def test_a_run_that_resumes_before_the_text_encoder_trains(train_captions, tmp_path, overlay, options):
+)  # fmt: skip
+def test_a_run_that_resumes_before_the_text_encoder_trains(
+    train_captions, tmp_path, overlay, options, schedule, factors
+):
     parts = f"{PARTS}.rate_factors.cond_stage_model=0.1 {PARTS}.rate_factors.out=2 {PARTS}.from_step.cond_stage_model=2"
-    line = f"{overlay} {options} {parts} {PARTS}.until_step.out=3"
+    described = " ".join(f"{SCHEDULE}.{each}" for each in schedule.split())
+    line = f"{overlay} {options} {parts} {PARTS}.until_step.out=3 {described} --scale_lr False"
     train_captions(f"{line} -l straight --max_steps 4")
     train_captions(f"{line} -l resumed --max_steps 1")
     resumed = the_run(tmp_path / "resumed")
@@ -90,11 +104,16 @@ def test_a_run_that_resumes_before_the_text_encoder_trains(train_captions, tmp_p
     train_captions(f"--resume {resumed} --max_steps 4")
     assert_same_training(the_run(tmp_path / "straight"), resumed)
     assert steps_by_group(resumed) == [{4}, {3}, {2}]  # the other parts of the UNet, its output, the text encoder
+    name = "lr-InBackward" if overlay else "lr-AdamW"
+    for group, own in enumerate((1, 2, 0.1), start=1):
+        rates = [float(rate) for rate in logged(resumed, f"{name}/pg{group}").values()]
+        assert rates == pytest.approx([1e-3 * own * factor for factor in factors])
 
 
 def test_parts_of_the_unet_train_alone(train, tmp_path, caplog):
     caplog.set_level("INFO")
-    train(f"-l runs --max_steps 1 {PARTS}.train_only=[attn2,out]")
+    schedule = f"{SCHEDULE}.{TORCH}CosineAnnealingLR {SCHEDULE}.params.T_max=4"
+    train(f"-l runs --max_steps 1 {PARTS}.train_only=[attn2,out] {schedule}")
     run = the_run(tmp_path / "runs")
     before = state(run / "checkpoints/last.ckpt")["state_dict"]
     train(f"--resume {run} --max_steps 3")
@@ -107,6 +126,8 @@ def test_parts_of_the_unet_train_alone(train, tmp_path, caplog):
     assert len(content["optimizer_states"][0]["state"]) == len(changed)
     count = sum(weights[key].numel() for key in changed)
     assert f"Training {count:,} of " in caplog.text and f"{count:,} at learning rate 2.000e-03" in caplog.text
+    rates = [float(rate) for rate in logged(run, "lr-AdamW").values()]
+    assert rates == pytest.approx([2e-3, 1e-3 * (1 + math.sqrt(0.5)), 1e-3])
     with pytest.raises(UserError, match="optimizer trained other parts"):
         train(f"--resume {run} --max_steps 4 {PARTS}.train_only=[attn1,out]")
 
@@ -115,11 +136,10 @@ def test_two_processes_train_like_one(tmp_path):
     runs = Runs(tmp_path)
     write_captioned(tmp_path)
     (tmp_path / "captions.yaml").rename(tmp_path / "tiny.yaml")
-    schedule = "model.params.scheduler_config"
     warm_up = {"warm_up_steps": 0.5, "lr_start": 0.0, "lr_max": 1.0, "lr_min": 0.0, "max_decay_steps": 2}
-    line = f"{PARTS}.from_step.cond_stage_model=2 {PARTS}.rate_factors.cond_stage_model=0.5 {schedule}.interval=epoch "
-    line += f"{schedule}.target=ldm.lr_scheduler.LambdaWarmUpCosineScheduler "
-    line += " ".join(f"{schedule}.params.{key}={value}" for key, value in warm_up.items())
+    line = f"{PARTS}.from_step.cond_stage_model=2 {PARTS}.rate_factors.cond_stage_model=0.5 {SCHEDULE}.interval=epoch "
+    line += f"{SCHEDULE}.{WARM_UP} "
+    line += " ".join(f"{SCHEDULE}.params.{key}={value}" for key, value in warm_up.items())
     one = runs("one", f"{line} data.params.batch_size=4")
     two = runs("two", f"{line} data.params.batch_size=1 --accumulate_grad_batches 2", ranks=2)
     assert list(runs.losses("two").values()) == pytest.approx(list(runs.losses("one").values()), rel=1e-4)
@@ -145,40 +165,8 @@ def test_mistakes(train_captions, line, said):
     assert said in str(refused.value)
 
 
-TORCH = "model.params.scheduler_config.target=torch.optim.lr_scheduler."
-WARM_UP = "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaWarmUpCosineScheduler"
-
-
-@pytest.mark.parametrize(
-    ("target", "params", "options", "factors"),
-    [
-        # A quarter of 9 steps up, to the step 1.25; the rest down.
-        (f"{TORCH}OneCycleLR", "total_steps=9 pct_start=0.25 anneal_strategy=linear", "",
-         (0.04, 0.808, 0.888887, 0.740741)),
-        (f"{TORCH}CosineAnnealingLR", "T_max=4 eta_min=0.0", "", (1, 0.853553, 0.5, 0.146447)),
-        (f"{TORCH}CosineAnnealingWarmRestarts", "T_0=2", "-b tiny.yaml lean.yaml data.params.batch_size=2",
-         (1, 0.5, 1, 0.5)),
-        # Three steps per epoch.
-        (WARM_UP, "warm_up_steps=1 lr_start=0.0 lr_max=1.0 lr_min=0.0 max_decay_steps=2",
-         "model.params.scheduler_config.interval=epoch --accumulate_grad_batches 2", (0, 1 / 3, 2 / 3, 1)),
-    ],
-)  # fmt: skip
-def test_a_schedule_resumes_exactly(train, tmp_path, target, params, options, factors):
-    given = " ".join(f"model.params.scheduler_config.params.{each}" for each in params.split())
-    line = f"{options} {target} {given} --scale_lr False"
-    train(f"-l straight --max_steps 4 {line}")
-    train(f"-l resumed --max_steps 2 {line}")
-    resumed = the_run(tmp_path / "resumed")
-    train(f"--resume {resumed} --max_steps 4")
-    assert_same_training(the_run(tmp_path / "straight"), resumed)
-    key = next(key for key in ("lr-AdamW", "lr-InBackward") if logged(resumed, key))
-    assert [float(rate) for rate in logged(resumed, key).values()] == pytest.approx([1e-3 * each for each in factors])
-
-
 def test_epochs_of_a_stream_are_unknown(train):
-    line = (
-        f"{TORCH}StepLR model.params.scheduler_config.params.step_size=1 model.params.scheduler_config.interval=epoch"
-    )
+    line = f"{SCHEDULE}.{TORCH}StepLR {SCHEDULE}.params.step_size=1 {SCHEDULE}.interval=epoch"
     urls = "data.params.training_urls=pipe:cat<shards/s-000000.tar --trust-config data.params.null_cond_dropout=0.0"
     with pytest.raises(UserError, match="streamed data have no known epoch"):
         train(f"--max_steps 2 {line} {urls}")
@@ -200,13 +188,12 @@ def test_the_recipe_with_the_text_encoder(key, tmp_path, monkeypatch, one_thread
             hack_config(training, release, Path("start.ckpt"))
         for embedder in described.model.params.cond_stage_config.params.emb_models[:2]:
             embedder.is_trainable = True
-        parts = {"rate_factors": {"cond_stage_model": None, "conditioner": 0.5}, "until_step": {"conditioner": 9}}
-        described.model.params.trained_parts = parts
         OmegaConf.save(described, "trainable.yaml")
-        base = ["train_text_encoder.yaml", "trainable.yaml"]
-        options = "data.params.null_cond_dropout=0.0"
+        parts = {"rate_factors": {"cond_stage_model": None, "conditioner": 0.5}}
+        OmegaConf.save({"model": {"params": {"trained_parts": parts}}}, "parts.yaml")
+        base, options = ["trainable.yaml", base[1], "parts.yaml"], "data.params.null_cond_dropout=0.0"
     hack_config(training_config(release, base), release, Path("start.ckpt"))
-    line = f"--resume start.ckpt --base {' '.join(base)} -t --no-test --max_steps 2 --scale_lr False "
+    line = f"--resume start.ckpt --base {' '.join(base)} -t --no-test --max_steps 1 --scale_lr False "
     line += "model.base_learning_rate=1e-3 data.params.num_workers=0 data.params.batch_size=2 lightning.report=False "
     run_main(monkeypatch, f"{line} lightning.callbacks.image_logger.params.disabled=True {options}")
     last = the_run(Path("logs")) / "checkpoints/last.ckpt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -169,7 +169,7 @@ def _second_step(
     step_category = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
     if isinstance(optimizer, InBackward):  # which steps in the middle of a batch
         optimizer.inner.step = _named(ledger, optimizer.inner.step, step_category)
-    _make_state(ledger, optimizer, trained, HOST if step_category == HOST else "optimizer")
+    _make_state(ledger, optimizer, trained, host)
     for parameter in trained:
         gradients = HOST if id(parameter) in host else "gradients"
         parameter.register_post_accumulate_grad_hook(lambda p, of=gradients: ledger.name([p.grad], of))
@@ -193,13 +193,14 @@ def _second_step(
     return began
 
 
-def _make_state(ledger: Ledger, optimizer: Optimizer, trained: Iterable[nn.Parameter], category: str) -> None:
-    """Let `optimizer` allocate its state, as a first step does."""
+def _make_state(ledger: Ledger, optimizer: Optimizer, trained: Iterable[nn.Parameter], host: Container[int]) -> None:
+    """Let `optimizer` allocate its state, as a first step does. `host` has the `id` of each parameter on the host."""
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    ledger.name(tree_leaves(list(optimizer.state.values())), category)
+    for parameter, state in optimizer.state.items():
+        ledger.name(tree_leaves(state), HOST if id(parameter) in host else "optimizer")
 
 
 def _named(ledger: Ledger, function: Callable[[], Any], category: str) -> Callable[[], Any]:

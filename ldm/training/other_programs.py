@@ -7,7 +7,7 @@ from ldm.moved_targets import LEARNT_WORD, LORA
 _IMAGES = "images and captions are pre-encoded by tools/preencode.py --images, or read by train_from_images.yaml"
 _PRIOR = "images of the class go into a prior: tools/make_prior.py --prompt, and --base ... prior_images.yaml"
 _RELEASE = "give --finetune_from RELEASE, a file or a folder of diffusers, or hack it with tools/hack_weights.py"
-_SCHEDULE = "describe a schedule of ldm.lr_scheduler in model.params.scheduler_config"
+_SCHEDULE = "describe a schedule of ldm.lr_scheduler or torch.optim.lr_scheduler in model.params.scheduler_config"
 _RATE = "set model.base_learning_rate=RATE, and --scale_lr False to take it as it is"
 _BATCH = "set data.params.batch_size=N"
 _STEPS = "give --max_steps N"
@@ -23,6 +23,9 @@ _CONFIG = "give a YAML config of this project with --base"
 _SIZE = "the size is that of the encoded images: tools/preencode.py --size N"
 _PREVIEWS = "give --previews FILE, a text file with a prompt per line"
 _INTERVAL = "set lightning.previews.every_n_train_steps=N"
+_ENCODER = "give --base ... train_text_encoder.yaml"
+_ENCODER_RATE = f"{_ENCODER}, and set model.params.trained_parts.rate_factors.cond_stage_model, a share of the rate"
+_ENCODER_STEPS = f"{_ENCODER}, and set model.params.trained_parts.until_step.cond_stage_model=STEPS"
 _TAGS = "tools/preencode.py has --tag-variants, --keep-tags and --tag-dropout"
 _REPEATS = "give a set a weight: data.params.training_urls=[{urls: SHARDS, weight: N}]"
 _CAPTIONS = "tools/preencode.py has --max-tokens and --clip-skip, and training follows the shards"
@@ -104,10 +107,13 @@ _INSTEAD = {
     "save_steps": _SAVE,
     "shuffle_caption": _TAGS,
     "snr_gamma": "set model.params.min_snr_gamma=N",
+    "stop_text_encoder_training": _ENCODER_STEPS,
+    "text_encoder_lr": _ENCODER_RATE,
     "token": LEARNT_WORD,
     "train_batch_size": _BATCH,
     "train_data_dir": _IMAGES,
-    "train_text_encoder": "set model.params.cond_stage_trainable=True, and train from images",
+    "train_text_encoder": _ENCODER,
+    "train_text_encoder_frac": _ENCODER_STEPS,
     "ucg": "set data.params.null_cond_dropout=SHARE",
     "use_8bit_adam": _EIGHT_BIT,
     "use_ema": "set model.params.use_ema=True",

@@ -138,6 +138,24 @@ def test_captions_go_through_a_text_tower() -> None:
     assert peak_of_step(config)["weights"] > vocabulary
 
 
+def test_frozen_parts_have_no_gradients_and_no_moments() -> None:
+    parts = predicted(RESIDENT, "model.params.trained_parts.train_only=[attn2]")
+    count = 4 * (2 * 640**2 + 640 + 2 * 768 * 640)  # to_q and to_out, its bias, to_k and to_v, of four blocks
+    assert parts["optimizer"] == pytest.approx(8 * count / GIB, rel=0.01)
+    assert parts["gradients"] <= 4 * count / GIB
+    assert on_device(parts) < on_device(predicted(RESIDENT)) - 0.8 * predicted(RESIDENT)["optimizer"]
+
+
+def test_moments_of_a_text_encoder_are_on_the_device_and_those_of_a_streamed_unet_are_not() -> None:
+    texts = ["model.params.cond_stage_config.target=ldm.modules.encoders.modules.FrozenCLIPEmbedder"]
+    texts += ["model.params.cond_stage_key=txt", "model.params.cond_stage_trainable=true"]
+    texts += ["model.params.trained_parts.freeze=[token_embedding]"]
+    alone, both = predicted("minimal.yaml"), predicted("minimal.yaml", *texts)
+    tower = 123_060_480 - 49_408 * 768
+    assert both["optimizer"] == pytest.approx(8 * tower / GIB, rel=0.01)
+    assert both[HOST] == pytest.approx(alone[HOST], rel=0.02)
+
+
 def test_a_forecast_leaves_random_state_and_tables_unchanged() -> None:
     from torchao.optim import subclass_8bit
 
