@@ -25,7 +25,7 @@ from ldm.evaluation.samples import (
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latent import check_reads_captions
-from ldm.modules.encoders.caption_settings import DEFAULT, caption_settings, reads_captions, set_caption_settings
+from ldm.modules.encoders.caption_settings import DEFAULT, caption_settings, follow, reads_captions
 from ldm.shards.open import check_encoders, common_caption_settings
 from ldm.util import UserError
 
@@ -153,7 +153,7 @@ def _read_captions_as(sets: Sequence[EvaluationSet], model: LatentDiffusion, pat
     elif caption_settings(stage) == DEFAULT:
         settings = common_caption_settings(datasets, read=False)
         if settings not in (None, DEFAULT):
-            set_caption_settings(stage, *settings)
+            follow(stage, settings, "the sets'")
             logger.info("%s: reads captions with %s, as the sets have them", path, settings)
 
 

@@ -6,6 +6,7 @@ Sampling takes them from there, because a release makes other images with other 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ _STATE = "SameEncoders"  # callback whose state in a training checkpoint has the
 
 def record_of(training: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the metadata for the settings that a training checkpoint notes, without defaults; None if it has none."""
-    state = (training.get("callbacks") or {}).get(_STATE)
+    callbacks = training.get("callbacks")
+    state = callbacks.get(_STATE) if isinstance(callbacks, Mapping) else None
     if not isinstance(state, Mapping) or not all(type(state.get(name)) is int for name in KEYS):
         return None
     return {KEYS[name]: str(value) for name, value in CaptionSettings.from_entries(state).entries().items()}
@@ -33,15 +35,15 @@ def record_of(training: Mapping[str, Any]) -> dict[str, str] | None:
 def apply_record(stage: nn.Module | None, metadata: Mapping[str, str], path: str | Path) -> None:
     """Give the cond stage of a release its settings in `metadata`. Settings of the config take precedence.
 
-    Raises:
-        UserError: a setting is no number, or none that the cond stage can have.
+    Settings that the cond stage cannot have are ignored, with a warning.
     """
     found = {name: metadata[key] for name, key in KEYS.items() if key in metadata}
     if stage is None or not found:
         return
-    wrong = next((name for name, text in found.items() if not (text.isascii() and text.isdigit())), None)
+    wrong = next((name for name, text in found.items() if not re.fullmatch("[1-9][0-9]{0,3}", text)), None)
     if wrong is not None:
-        raise UserError(f"{path}: {KEYS[wrong]} in its metadata is {found[wrong]!r:.40}, not a whole number")
+        log.warning("%s: %s in its metadata is ignored: %.40r is no such number", path, KEYS[wrong], found[wrong])
+        return
     own, recorded = caption_settings(stage), CaptionSettings(**{name: int(text) for name, text in found.items()})
     if own != DEFAULT:
         if own != recorded:
@@ -50,5 +52,6 @@ def apply_record(stage: nn.Module | None, metadata: Mapping[str, str], path: str
     try:
         set_caption_settings(stage, *recorded)
     except UserError as error:
-        raise UserError(f"{path}: was trained with {recorded} by its metadata; {error}") from error
+        log.warning("%s: %s in its metadata is ignored: %s", path, recorded, error)
+        return
     log.info("%s: reads captions with %s, as in its training", path, recorded)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, check_file, read_at_most
-from ldm.modules.encoders.caption_settings import CHUNK
+from ldm.modules.encoders.caption_settings import CHUNK, MOST_TOKENS
 from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if
 
@@ -167,7 +167,10 @@ _ENTRIES: dict[str, Entry] = {
     FAMILY: (_is_key, "not the key of a family of models"),
     MEMBERS: (_is_names, "not a list of names"),
     SEVERAL_CAPTIONS: (lambda value: isinstance(value, bool), "neither true nor false"),
-    MAX_TOKENS: (lambda value: is_whole(value) and value > 0 and value % CHUNK == 0, f"not a multiple of {CHUNK}"),
+    MAX_TOKENS: (
+        lambda value: is_whole(value) and 0 < value <= MOST_TOKENS and value % CHUNK == 0,
+        f"not a multiple of {CHUNK} up to {MOST_TOKENS}",
+    ),
     CLIP_SKIP: (lambda value: is_whole(value) and value > 0, "not a whole number of at least 1"),
     EMPTY_CAPTION: (lambda value: value in (ZEROS, ENCODED), f"neither {ZEROS} nor {ENCODED}"),
     "variants": WHOLE,

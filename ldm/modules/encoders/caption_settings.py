@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ldm.util import UserError, check_number, refuse_if
+from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHUNK = 75  # tokens per chunk, without start and end
 MOST_CHUNKS = 10
+MOST_TOKENS = MOST_CHUNKS * CHUNK
 _LENGTH = CHUNK + 2
 
 
@@ -64,7 +65,7 @@ def check_chunks(max_chunks: Any, max_length: int) -> None:
 
 def check_caption_options(max_tokens: int | None, clip_skip: int | None) -> None:
     """Raise `UserError` for a value of `--max-tokens` or `--clip-skip` that no text encoder takes."""
-    check_number("--max-tokens", max_tokens, least=CHUNK, most=MOST_CHUNKS * CHUNK, optional=True)
+    check_number("--max-tokens", max_tokens, least=CHUNK, most=MOST_TOKENS, optional=True)
     if max_tokens is not None and max_tokens % CHUNK:
         raise UserError(f"--max-tokens {max_tokens}: must be a multiple of {CHUNK}, such as {2 * CHUNK} or {3 * CHUNK}")
     check_number("--clip-skip", clip_skip, least=1, optional=True)
@@ -89,30 +90,18 @@ def caption_settings(stage: nn.Module | None) -> CaptionSettings:
 
 
 def set_caption_settings(stage: nn.Module, max_tokens: int | None = None, clip_skip: int | None = None) -> None:
-    """Change the settings of a cond stage. None leaves a setting as it is.
+    """Change the settings of a cond stage to the values of `--max-tokens` and `--clip-skip`. None keeps a setting.
 
     Raises:
-        UserError: the cond stage cannot have the setting. The message begins with the option.
+        UserError: the cond stage cannot have a value. The message begins with the option.
     """
     check_caption_options(max_tokens, clip_skip)
-    towers, name = _towers(stage), type(stage).__name__
-    if max_tokens is not None and max_tokens != caption_settings(stage).max_tokens:
-        can = towers and all(hasattr(tower.tokenizer, "chunks") and tower.max_length == _LENGTH for tower in towers)
-        refuse_if(
-            (not can, f"--max-tokens {max_tokens}: the config's {name} reads no captions in chunks; leave it out")
-        )
-        for tower in towers:
-            tower.tokenizer.chunks = max_tokens // CHUNK
-    if clip_skip is not None and clip_skip != caption_settings(stage).clip_skip:
-        if not (len(towers) == 1 and towers[0] is stage and hasattr(stage, "clip_skip")):
-            raise UserError(
-                f"--clip-skip {clip_skip}: is for Stable Diffusion 1, not for the config's {name}; SD 2 and SDXL read "
-                "the layer before the last in any case; leave it out"
-            )
-        try:
-            stage.set_clip_skip(clip_skip)
-        except UserError as error:
-            raise UserError(f"--clip-skip {clip_skip}: {error}") from error
+    own = caption_settings(stage)
+    wanted = CaptionSettings(max_tokens or own.max_tokens, clip_skip or own.clip_skip)
+    for name, reason in _refusals(stage, wanted).items():
+        option = f"--{name.replace('_', '-')} {getattr(wanted, name)}"
+        raise UserError(f"{option}: {reason}; leave it out")
+    _set(stage, wanted)
 
 
 def follow(stage: nn.Module, wanted: CaptionSettings, whose: str) -> None:
@@ -124,11 +113,44 @@ def follow(stage: nn.Module, wanted: CaptionSettings, whose: str) -> None:
     own = caption_settings(stage)
     for name, ours, asked, default in zip(wanted._fields, own, wanted, DEFAULT, strict=True):
         if ours not in (asked, default):
-            raise UserError(f"{whose} captions have {name} {asked}, but cond_stage_config of the config has {ours}")
-    try:
-        set_caption_settings(stage, *wanted)
-    except UserError as error:
-        raise UserError(f"{whose} captions have {wanted}, but: {error}") from error
+            raise UserError(
+                f"{whose} captions have {name} {asked}, but cond_stage_config of the config has {ours}; give a config "
+                "that agrees"
+            )
+    for name, reason in _refusals(stage, wanted).items():
+        raise UserError(
+            f"{whose} captions have {name} {getattr(wanted, name)}: {reason}; name the release that encoded them"
+        )
+    _set(stage, wanted)
+
+
+def _refusals(stage: nn.Module, wanted: CaptionSettings) -> dict[str, str]:
+    """Return the reasons, by name, why a cond stage cannot have the settings `wanted`."""
+    own, towers, kind = caption_settings(stage), _towers(stage), type(stage).__name__
+    reasons = {}
+    if wanted.max_tokens != own.max_tokens:
+        in_chunks = towers and all(hasattr(tower.tokenizer, "chunks") for tower in towers)
+        if not (in_chunks and all(tower.max_length == _LENGTH for tower in towers)):
+            reasons["max_tokens"] = f"the config's {kind} reads no captions in chunks"
+    if wanted.clip_skip != own.clip_skip:
+        if not hasattr(stage, "clip_skip"):
+            reasons["clip_skip"] = (
+                f"is for Stable Diffusion 1, not for the config's {kind}; SD 2 and SDXL read the layer before the last "
+                "in any case"
+            )
+        elif stage.layer != "last":
+            reasons["clip_skip"] = f"the config chooses the layer {stage.layer}"
+        elif wanted.clip_skip > stage.blocks:
+            reasons["clip_skip"] = f"the text encoder has no more layers than {stage.blocks}"
+    return reasons
+
+
+def _set(stage: nn.Module, wanted: CaptionSettings) -> None:
+    if wanted.max_tokens != caption_settings(stage).max_tokens:
+        for tower in _towers(stage):
+            tower.tokenizer.chunks = wanted.max_tokens // CHUNK
+    if wanted.clip_skip != caption_settings(stage).clip_skip:
+        stage.clip_skip = wanted.clip_skip
 
 
 def _towers(stage: Any) -> list[Any]:

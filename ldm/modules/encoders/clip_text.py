@@ -87,7 +87,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.layer = layer
         self.layer_idx = _checked_layer(layer, layer_idx, config["num_hidden_layers"])
         self.blocks = config["num_hidden_layers"]
-        self.set_clip_skip(clip_skip)
+        self.clip_skip = _checked_clip_skip(clip_skip, layer, self.blocks)
         self.return_pooled = always_return_pooled
         check_chunks(max_chunks, max_length)
         self.tokenizer = ClipTokenizer(max_length, chunks=max_chunks)
@@ -101,17 +101,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-    def set_clip_skip(self, clip_skip: int) -> None:
-        """Encode with the n-th last block.
-
-        Raises:
-            UserError: there are fewer blocks, or `layer` is not the last.
-        """
-        check_number("clip_skip", clip_skip, least=1, most=self.blocks)
-        if clip_skip != 1 and self.layer != "last":
-            raise UserError(f"clip_skip {clip_skip}: needs layer: last, not {self.layer}; leave one of them out")
-        self.clip_skip = clip_skip
 
     def tokenize(self, texts: Sequence[str] | str) -> torch.Tensor:
         """Return the ids (B, K · L) of captions, on the CPU."""
@@ -144,6 +133,13 @@ def _checked_layer(layer: str, layer_idx: int | None, blocks: int) -> int | None
     if layer == "hidden":
         check_number("layer_idx", layer_idx, least=-blocks - 1, most=blocks)
     return layer_idx
+
+
+def _checked_clip_skip(clip_skip: int, layer: str, blocks: int) -> int:
+    check_number("clip_skip", clip_skip, least=1, most=blocks)
+    if clip_skip != 1 and layer != "last":
+        raise UserError(f"clip_skip {clip_skip}: needs layer: last, not {layer}; leave one of them out")
+    return clip_skip
 
 
 class _States(NamedTuple):

@@ -52,6 +52,8 @@ ABOUT = {"texts": ["a", "b"], "release": "r", "digests": {}}
         ({"release": None}, {}),
         ({"digests": ["text_tower"]}, {}),
         ({"digests": {"text_tower": 5}}, {}),
+        ({"max_tokens": "150"}, {}),
+        ({"clip_skip": None}, {}),
         ({}, {"1.t5": torch.tensor([1.0, torch.nan])}),
         ({}, {"1.t5": torch.ones(3)}),
         ({}, {"1.pooled": ONE}),

@@ -164,7 +164,7 @@ def test_follow_keeps_what_agrees_with_the_config() -> None:
     with pytest.raises(UserError, match=r"the set's captions have clip_skip 1, but cond_stage_config .* has 2"):
         follow(stage, CaptionSettings(150, 1), "the set's")
     with pytest.raises(
-        UserError, match="the set's captions have max_tokens 75 and clip_skip 2, but: --clip-skip 2: is"
+        UserError, match=r"the set's captions have clip_skip 2: is for Stable Diffusion 1, .*; name the release"
     ):
         follow(open_clip(FrozenOpenCLIPEmbedder), CaptionSettings(75, 2), "the set's")
 
@@ -174,11 +174,11 @@ def test_follow_keeps_what_agrees_with_the_config() -> None:
     [
         (clip, (100, None), "--max-tokens 100: must be a multiple of 75, such as 150 or 225"),
         (clip, (825, None), "--max-tokens 825: give a whole number from 75 to 750"),
-        (clip, (None, 4), "--clip-skip 4: clip_skip 4: give a whole number from 1 to 3"),
+        (clip, (None, 4), "--clip-skip 4: the text encoder has no more layers than 3; leave it out"),
         (clip, (None, 0), "--clip-skip 0: give a whole number"),
         (lambda: clip(max_length=40), (150, None), "--max-tokens 150: the config's FrozenCLIPEmbedder reads no cap"),
         (nn.Identity, (150, None), "--max-tokens 150: the config's Identity reads no captions in chunks"),
-        (lambda: clip(layer="hidden", layer_idx=2), (None, 2), "--clip-skip 2: .*needs layer: last, not hidden"),
+        (lambda: clip(layer="hidden", layer_idx=2), (None, 2), "--clip-skip 2: the config chooses the layer hidden"),
         (lambda: open_clip(FrozenOpenCLIPEmbedder), (None, 2), "--clip-skip 2: is for Stable Diffusion 1, not for"),
         (conditioner, (None, 2), "--clip-skip 2: is for Stable Diffusion 1, .*GeneralConditioner"),
     ],
