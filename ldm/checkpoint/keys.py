@@ -41,7 +41,7 @@ SCHEDULE_KEYS = (
     SCALE_FACTOR,
     "cond_ids",
 )
-# Values of a LoRA in a training checkpoint, beside the weight of their layer; as shell patterns.
+# Ends of the keys of a LoRA in a training checkpoint, after the path of their layer; and these keys as shell patterns.
 FACTOR_ENDS = DOWN, UP, ALPHA = (".lora.down", ".lora.up", ".lora.alpha")
 FACTORS = tuple(f"*{end}" for end in FACTOR_ENDS)
 # Empty marker tensors in SDXL files, for v-prediction and for zero terminal SNR.
