@@ -158,6 +158,7 @@ def test_a_release_records_the_settings_for_sampling(
     assert own == sampled("mine.ckpt")[0]
     other, about = sampled("mine.safetensors", "--max-tokens", 75, "--clip-skip", 1)
     assert other != own and "max_tokens" not in about
+    assert "with max_tokens 75 and clip_skip 1, in place of max_tokens 150 and clip_skip 2 of the" in caplog.text
     # A later training with the text encoder's defaults takes the record away.
     train("-l later --max_steps 1")
     last = the_run(tmp_path / "later") / "checkpoints/last.ckpt"

@@ -6,6 +6,7 @@ alone. B batch, K chunks per caption, L ids per chunk, D features. Imports no to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,8 @@ from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 CHUNK = 75  # tokens per chunk, without start and end
 MOST_CHUNKS = 10
@@ -101,6 +104,8 @@ def set_caption_settings(stage: nn.Module, max_tokens: int | None = None, clip_s
     for name, reason in _refusals(stage, wanted).items():
         option = f"--{name.replace('_', '-')} {getattr(wanted, name)}"
         raise UserError(f"{option}: {reason}; leave it out")
+    if own not in (wanted, DEFAULT):
+        log.warning("captions are read with %s, in place of %s of the config or the release", wanted, own)
     _set(stage, wanted)
 
 
