@@ -43,11 +43,11 @@ def start(
     The process appends to the files `output` and `errors`, by default the same. Its environment is `environment`, by
     default that of the caller. `function` and `arguments` must be picklable.
     """
+    given = dict(os.environ if environment is None else environment)
     _CONTEXT.set_forkserver_preload([*_PRELOADED, *_modules()])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # import path of the server, which the first process starts
     try:
-        given = dict(os.environ if environment is None else environment)
         process = _CONTEXT.Process(target=_call, args=(folder, output, errors or output, given, function, arguments))
         process.start()
     finally:

@@ -25,7 +25,7 @@ TOWERS = {"FrozenCLIPEmbedder": CLIP, "FrozenOpenCLIPEmbedder": OPEN_CLIP, "Froz
 
 
 def narrow(name: str) -> dict[str, Any]:
-    """The content of the config `name`, with networks of all of its layers and a small width."""
+    """Return the content of the config `name`, with networks of all of its layers and a small width."""
     config = plain(load_config([name]))
     params = config["model"]["params"]
     unet = params["unet_config"]["params"]
@@ -56,7 +56,7 @@ def write_configs(family: Family, folder: Path) -> tuple[Path, Path]:
 
 
 def seeded_weights(config: Path) -> dict[str, Tensor]:
-    """The state dict of the model of `config`, with seeded weights."""
+    """Return the state dict of the model of `config`, with seeded weights."""
     model = build_model(load_config([config]))
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -16,12 +16,12 @@ ATTENTION = re.compile(r"(first_stage_model\.\w+\.mid\.attn_1)\.(q|k|v|proj_out|
 
 
 def without_text_model(plain: Weights) -> Weights:
-    """The NovelAI family, and transformers 5."""
+    """Return the keys as the NovelAI family and transformers 5 write them."""
     return {key.replace("transformer.text_model.", "transformer."): value for key, value in plain.items()}
 
 
 def whole_clip(plain: Weights) -> Weights:
-    """A CLIP of two towers where the text tower was."""
+    """Return a release that has a CLIP of two towers in place of its text tower."""
     extra = {
         **{f"{TOWER}vision_model.embeddings.class_embedding": torch.ones(4), f"{TOWER}logit_scale": torch.tensor(4.6)},
         **{f"{TOWER}text_projection.weight": torch.ones(4, 4), f"{TOWER}visual_projection.weight": torch.ones(4, 4)},
@@ -31,12 +31,12 @@ def whole_clip(plain: Weights) -> Weights:
 
 
 def flat_clip(plain: Weights) -> Weights:
-    """Both at once."""
+    """Apply `whole_clip` and `without_text_model`."""
     return without_text_model(whole_clip(plain))
 
 
 def linear_attention(plain: Weights, names: str = "to_q to_k to_v to_out.0 group_norm") -> Weights:
-    """The autoencoder's attention in the terms of diffusers, with linear layers."""
+    """Return a release whose autoencoder has attention in the names of diffusers, with linear layers."""
     theirs = dict(zip(("q", "k", "v", "proj_out", "norm"), names.split(), strict=True))
 
     def renamed(key: str, value: Tensor) -> tuple[str, Tensor]:
@@ -57,7 +57,7 @@ def linear_weights(plain: Weights) -> Weights:
 
 
 def extras(plain: Weights) -> Weights:
-    """Values of other programs, among them an average of the first stage and a network of its own."""
+    """Add values of other programs, such as an average of the first stage and a ControlNet."""
     extra = {
         "first_stage_model.model_ema.decay": torch.tensor(0.99),
         "first_stage_model.model_ema.decoderconv_inbias": torch.ones(3),
@@ -81,18 +81,18 @@ def wrapped(plain: Weights) -> Weights:
 
 
 def bare_unet(plain: Weights) -> Weights:
-    """A release whose UNet lacks the prefix."""
+    """Return a release whose UNet lacks the prefix."""
     return {key.removeprefix("model.diffusion_model."): value for key, value in plain.items()}
 
 
 def averages_alone(plain: Weights) -> Weights:
-    """EMA weights and no others for the UNet."""
+    """Replace the UNet's weights by EMA weights."""
     named = {ema_key(key) if key.startswith("model.") else key: value for key, value in plain.items()}
     return {**named, "model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
 
 
 def bfloat16_schedule(plain: Weights) -> Weights:
-    """The schedule as a saver writes it that casts all tensors."""
+    """Return a release whose schedule is bfloat16, as a program writes it that casts all tensors."""
     return {key: value.bfloat16() if "." not in key else value for key, value in plain.items()}
 
 

@@ -36,13 +36,13 @@ Encoded = Callable[[str], SimpleNamespace]
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
-    """What `encoded` has made: a release, its config, images and shards, by family."""
+    """Return the releases, configs, images and shards that `encoded` has made, by family."""
     return {"": SimpleNamespace(folder=tmp_path_factory.mktemp("families"))}
 
 
 @pytest.fixture
 def encoded(made: dict[str, SimpleNamespace], run_tool: Callable) -> Encoded:
-    """Encodes images for a family, once."""
+    """Return a function that encodes images for a family, once."""
 
     def call(key: str) -> SimpleNamespace:
         if key not in made:
@@ -60,7 +60,7 @@ def encoded(made: dict[str, SimpleNamespace], run_tool: Callable) -> Encoded:
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Callable[[str], int]:
-    """Trains in this process; returns the exit code."""
+    """Return a function that trains in this process, and returns the exit code."""
     monkeypatch.chdir(tmp_path)
 
     def call(line: str) -> int:
@@ -109,7 +109,7 @@ def model_for(config: dict[str, Any]) -> LatentDiffusion:
 
 
 def data_for(config: dict[str, Any], model: LatentDiffusion) -> WebDataNpyModuleFromConfig:
-    """The data module of `config`, as the trainer of `model` has it."""
+    """Return the data module of `config`, as the trainer of `model` has it."""
     data = WebDataNpyModuleFromConfig(**config["data"]["params"])
     facts = {"local_rank": 0, "global_rank": 0, "world_size": 1, "current_epoch": 0, "overfit_batches": 0}
     data.trainer = SimpleNamespace(lightning_module=model, **facts)
@@ -266,7 +266,7 @@ def test_a_prior_of_SDXL_with_a_teacher(
 
 @torch.no_grad()
 def check_predictions(released: LatentDiffusion, prior: ShardDataset) -> None:
-    """The teacher's predictions are those of the release under the sample's caption and sizes."""
+    """Assert that the teacher's predictions are those of the release for the sample's caption and sizes."""
     sample = prior[1]
     names = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
     sizes = {name: torch.from_numpy(sample[own])[None] for name, own in zip(names, SIZES, strict=True)}

@@ -23,7 +23,7 @@ _DEPTH_STAGE = {
 
 
 def tiny_config(key: str) -> dict[str, Any]:
-    """The release config of the family `key`, with small networks."""
+    """Return the release config of the family `key`, with small networks."""
     config = narrow(FAMILIES[key].config)
     params = config["model"]["params"]
     params["image_size"] = SIDE // 8

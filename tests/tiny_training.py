@@ -17,7 +17,7 @@ ENCODED = tuple(FAMILIES)
 
 
 def finetune_config(key: str, shards: Path | str, release: Path | None = None) -> dict[str, Any]:
-    """The config that fine-tunes the family `key`, for its tiny model from `release` on pre-encoded `shards`."""
+    """Return the config that fine-tunes the family `key`, for its tiny model from `release` on pre-encoded `shards`."""
     config, tiny = plain(load_config([FAMILIES[key].finetune_config])), tiny_config(key)["model"]["params"]
     config["model"]["base_learning_rate"] = 1e-3
     params = config["model"]["params"]

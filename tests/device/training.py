@@ -146,7 +146,7 @@ def streamed_weights() -> None:
 
 
 @check
-def pictures_and_captions() -> None:
+def images_and_captions() -> None:
     captions = build("model.params.cond_stage_trainable=true", cond_stage=TEXT_TOWER)
     train(captions, lambda: batch(f8=sent(3, 8, 8, 3, dtype=torch.float32)))
 
@@ -221,8 +221,8 @@ def autoencoder() -> None:
         model.manual_backward = lambda total: total.backward()
         model.toggle_optimizer = model.untoggle_optimizer = lambda _: None
         for _ in range(2):
-            pictures = {"image": sent(2, 32, 32, 3, dtype=torch.float32)}
+            images = {"image": sent(2, 32, 32, 3, dtype=torch.float32)}
             waits.places.clear()
-            model.training_step(pictures, 0)
+            model.training_step(images, 0)
         must_not_wait(waits)
-        assert set(model.log_images(pictures)) == {"inputs", "reconstructions", "samples"}
+        assert set(model.log_images(images)) == {"inputs", "reconstructions", "samples"}

@@ -39,7 +39,7 @@ def zip_of(
 
 
 def tensor_pickle(numel: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...], keys: int = 1) -> bytes:
-    """The pickle of `{"w0": tensor, ...}`, each in a storage of `numel` floats."""
+    """Return the pickle of `{"w0": tensor, ...}`, each in a storage of `numel` floats."""
 
     class Storage(str):
         pass

@@ -93,7 +93,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def untrusted(marker: Path) -> dict[str, dict[str, Any]]:
-    """What, laid over a good config, asks for trust: by name, each a config of its own.
+    """Return parts of configs by name, each of which makes a good config ask for trust.
 
     A payload that ran would make `marker`.
     """
@@ -165,7 +165,7 @@ def untrusted(marker: Path) -> dict[str, dict[str, Any]]:
 
 
 def placed_outside(outside: Path) -> dict[str, dict[str, Any]]:
-    """What, laid over the config of a training, would have it write into the folder `outside`."""
+    """Return parts of configs by name, each of which would make a training write into the folder `outside`."""
     lightning, up = "pytorch_lightning", f"../../../{outside.name}"
 
     def callback(target: str, **params: Any) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def placed_outside(outside: Path) -> dict[str, dict[str, Any]]:
 
 
 def placed_inside(outside: Path) -> dict[str, dict[str, Any]]:
-    """What names the folder `outside` where a run goes by its own: it trains, and writes nothing there."""
+    """Return parts of configs by name that name `outside` where a run uses its own folder, and writes nothing there."""
     return {
         "weights_save_path": _nested("lightning.trainer.weights_save_path", str(outside)),
         "dirpath": _nested("lightning.modelcheckpoint.params.dirpath", str(outside)),

@@ -1,4 +1,4 @@
-"""What happens to files of every kind, and what is of no kind at all."""
+"""Damage to files of every kind, and files of no kind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def damaged(whole: bytes, seed: str, count: int) -> Corpus:
 
 
 def mistaken() -> Corpus:
-    """What is not of any kind that was asked for."""
+    """Yield files that are of none of the expected kinds."""
     yield "empty", b""
     yield "null", bytes(4096)
     yield "noise", random.Random("noise").randbytes(4096)

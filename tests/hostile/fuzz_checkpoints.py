@@ -81,7 +81,7 @@ def _without_names(value: Any) -> Any:
 
 
 def make_sealed(rng: random.Random) -> bytes:
-    """The pickle alone: what hits it passes no checksum, so it is put into a whole archive afterwards."""
+    """Return the pickle alone. It is damaged before it is put into an archive, so that the checksums are right."""
     with zipfile.ZipFile(io.BytesIO(_saved(_sealed_content()))) as archive:
         return archive.read("archive/data.pkl")
 

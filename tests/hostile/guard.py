@@ -68,7 +68,7 @@ class Guard:
 
 
 def run_command(words: list[str]) -> dict[str, Any]:
-    """What the command exits with, None, a code or a line (`traceback: ...` where it breaks down), and what it says."""
+    """Run a command; return its output, `said`, and its `exit`: None, a code, a line or `traceback: ...`."""
     sys.argv = [str(ROOT / words[0]), *words[1:]]
     logging.root.handlers = []  # so that the command sets up its own
     said, code = io.StringIO(), None

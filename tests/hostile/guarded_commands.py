@@ -58,7 +58,7 @@ def write(config: Mapping[str, Any], path: Path) -> None:
 
 
 def write_good(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A release, shards of it, an image, and the good configs of a training and of the release, which it returns."""
+    """Write a release, its shards and an image; return the good configs of a training and of the release."""
     training = merged(CONFIG, {"data": {"params": {"training_urls": "plain"}}, "model": {"params": {"use_ema": False}}})
     release = {"model": copy.deepcopy(training["model"])}
     release["model"]["params"] |= {"cond_stage_key": "txt", "cond_stage_config": TEXT_TOWER}
@@ -79,7 +79,7 @@ def write_good(work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def words_of(command: str, stem: str = "") -> list[str]:
-    """The words of one of `COMMANDS`, with the configs whose names begin with `stem`."""
+    """Return the words of one of `COMMANDS`, with the configs whose names begin with `stem`."""
     return [f"{stem}{word}" if word in ("tiny.yaml", "release.yaml") else word for word in command.split()]
 
 
@@ -111,7 +111,7 @@ def link_out(work: str, outside: str, prepared: str, name: str) -> None:
 
 
 def resumed_commands(work: Path, outside: Path, training: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A run, and resumed ones of it whose state or folder was tampered with."""
+    """Yield commands that start runs, and resume them after tampering with their state or folders."""
     ranked = {"lightning": {"callbacks": {"ranked": RANKED}, "modelcheckpoint": {"params": RANKED["params"]}}}
     write(merged(training, ranked), work / "ranked-tiny.yaml")
     for name in ("state", "images", "tensorboard", "configs", "checkpoints", "csv/version_0/metrics.csv"):

@@ -89,7 +89,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", **pax: str)
 
 
 def claiming(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header alone, of a member that claims `size` bytes."""
+    """Return a lone header of a member that claims `size` bytes."""
     info = member(name, kind)
     info.size = size
     return info.tobuf(tarfile.GNU_FORMAT)

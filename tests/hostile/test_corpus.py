@@ -61,7 +61,7 @@ def plain_samples(samples: Any) -> list[dict[str, Any]]:
 
 
 def read_shard(folder: Path, data: bytes) -> Any:
-    """By offset and front to back; what both take must be the same samples."""
+    """Read samples by offset and front to back; assert that both are the same."""
     path = folder / "s.tar"
     path.write_bytes(data)
     dataset = ShardDataset([path])
@@ -132,7 +132,7 @@ def stop(signum: int, frame: FrameType | None) -> None:
 
 
 def verdict(read: Reader, folder: Path, data: bytes) -> tuple[str, Any]:
-    """What is wrong with how a file was read, or nothing; and what was read, or None where it was refused."""
+    """Read a file; return the fault found, or an empty text, and the content, or None if the file was refused."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return "", read(folder, data)
@@ -145,12 +145,12 @@ def verdict(read: Reader, folder: Path, data: bytes) -> tuple[str, Any]:
 
 
 def must_show(kind: str, name: str) -> bool:
-    """Whether damage of this kind cannot go unseen."""
+    """Return True if a reader must detect this damage."""
     return name.startswith(CHECKED) or ("cut-" in name and kind not in LINES)
 
 
 def read_all(kind: str, read: Reader, folder: Path, results: Any) -> None:
-    """In a process of its own: send each file's name before it is read, then what is wrong, and a mark at the end."""
+    """Read all files of a kind. Send each name before it is read, then the fault, and a mark at the end."""
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, own + MEMORY))
     signal.signal(signal.SIGPROF, stop)

@@ -34,7 +34,7 @@ from tests.hostile.guarded_commands import (
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folder in which all is done, and one outside that nothing may touch."""
+    """Return the folder of all commands, and one outside it that nothing may touch."""
     top = tmp_path_factory.mktemp("guarded")
     for name in ("work", "outside"):
         (top / name).mkdir()
@@ -45,7 +45,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def outcomes(places: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
-    """What each command did, by `kind: config: command`."""
+    """Run all commands; return their outcomes by `kind: config: command`."""
     work, outside = places
     training, release = write_good(work)
     write(training, work / "tiny.yaml")

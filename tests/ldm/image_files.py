@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def gradient(height: int, width: int) -> np.ndarray:
-    """A smooth uint8 image (height, width, 3) whose places and channels all differ."""
+    """Return a smooth uint8 image (height, width, 3) whose places and channels all differ."""
     rows, columns = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
     return np.stack([rows + 0 * columns, columns + 0 * rows, (rows + columns) / 2], -1).astype(np.uint8)
 

@@ -15,7 +15,7 @@ from ldm.shards import npy
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
-    """A plain tar of (name, data) members."""
+    """Write a plain tar of (name, data) members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members:
@@ -26,7 +26,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 
 
 def sample_members(number: int, f8_shape=(8, 4, 4), t5_shape=(7, 6)) -> list[tuple[str, bytes]]:
-    """The members of one sample, whose first values are its number."""
+    """Return the members of one sample, whose first values are its number."""
     f8, t5 = np.full(f8_shape, number, np.float16), np.full(t5_shape, number + 0.5, np.float16)
     key = f"{number:06d}"
     return [

@@ -26,7 +26,7 @@ def hold(path: Path, held, until) -> None:
 
 
 def holder(path: Path):
-    """A process that holds the lock, and the event that ends it."""
+    """Return a process that holds the lock, and the event that ends it."""
     held, until = fork.Event(), fork.Event()
     process = fork.Process(target=hold, args=(path, held, until))
     process.start()

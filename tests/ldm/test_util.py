@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from ldm.moved_targets import HINTS_FOR_KEYS
-from ldm.util import UserError, check_number, check_params, escaped, get_obj_from_str, instantiate_from_config, takes
+from ldm.util import (
+    UserError,
+    check_number,
+    check_params,
+    escaped,
+    get_obj_from_str,
+    instantiate_from_config,
+    located,
+    takes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -282,3 +291,10 @@ def test_keys_that_are_not_text_are_named() -> None:
         instantiate_from_config({"target": "torch.nn.Linear", "params": {1: 2}})
     with pytest.raises(UserError, match=r"params 'text' of torch\.nn\.Linear: give a mapping"):
         instantiate_from_config({"target": "torch.nn.Linear", "params": "text"})
+
+
+def test_located_adds_the_place_to_an_error_of_the_user_alone():
+    with pytest.raises(UserError, match=r"^set 'a': shards are missing$"), located("set 'a'"):
+        raise UserError("shards are missing")
+    with pytest.raises(ValueError, match="other"), located("set 'a'"):
+        raise ValueError("other")

@@ -130,7 +130,7 @@ def test_sampler_steps(model: LatentDiffusion, kind: str, steps: int) -> None:
 
 
 def fixed(sampler: Sampler, steps: int, spacing: str, times: torch.Tensor | None = None) -> Sampler:
-    """The sampler with the steps of a spacing, and other model times if given."""
+    """Return the sampler with the steps of a spacing, and other model times if given."""
     sampler.make_schedule(steps, spacing)
     if times is not None:
         sampler.timesteps = times.double().numpy()

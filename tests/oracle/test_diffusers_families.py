@@ -109,7 +109,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def merged_file(family: str, folder: Path) -> tuple[Path, Path]:
-    """The file that a training on a release is merged into, and the release config."""
+    """Return the file of a training merged into a release, and the release config."""
     config, finetune = write_configs(FAMILIES[family], folder)
     release, start, merged = folder / "release.safetensors", folder / "start.ckpt", folder / "merged.safetensors"
     write_release(config, release)
@@ -123,7 +123,7 @@ def merged_file(family: str, folder: Path) -> tuple[Path, Path]:
 
 
 def pipeline_of(kind: Kind, merged: Path, local: Path) -> diffusers.DiffusionPipeline:
-    """What diffusers makes of the file, by a folder of configs; tokenizers are left out, which only words need."""
+    """Return the pipeline that diffusers builds from the file and a folder of configs, without tokenizers."""
     parts = {"unet": (["diffusers", "UNet2DConditionModel"], kind.unet), "vae": (["diffusers", "AutoencoderKL"], VAE)}
     parts |= kind.texts
     for name, (_, config) in parts.items():

@@ -1,8 +1,9 @@
-"""Test of the demo with two training steps."""
+"""Test of the demo with two steps per training and per image."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,22 +11,20 @@ import pytest
 from PIL import Image
 
 from ldm.checkpoint import load_state_dict
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT
+from tools import demo
 
 
 def test_the_demo_runs_the_recipe_and_writes_an_image(
-    command: Callable,
-    run_tool: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "demo"
     monkeypatch.chdir(ROOT)  # as the demo does
     monkeypatch.setattr("ldm.cli.run.subprocess.run", lambda line: command(*line[1:], cwd=ROOT))
+    monkeypatch.setattr(demo, "SAMPLER", ("--steps", 2, *demo.SAMPLER[2:]))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), "--steps", "2"])
     caplog.set_level("INFO")
-    assert run_tool(ROOT / "tools/demo.py", "--out", out, "--steps", 2) is None
+    demo.main()
     said = "\n".join(caplog.messages)
 
     commands = re.findall(r"^\$ python (\S+)", said, re.MULTILINE)

@@ -27,7 +27,7 @@ Draw = Callable[..., list[np.ndarray]]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """Writes a tiny release of a family once, with its config."""
+    """Return a function that writes a tiny release of a family once, with its config."""
     folder, written = tmp_path_factory.mktemp("families"), {}
 
     def files(key: str) -> tuple[Path, Path]:
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with an image of the models' size, one of another, a mask that is white below row 16, and more."""
+    """Return a folder with an image of the models' size, one of another size, a mask of all rows from 16, and more."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (SIDE // 4, SIDE // 4, 3), np.uint8)

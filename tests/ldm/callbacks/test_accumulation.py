@@ -59,7 +59,7 @@ def test_mean_of_batches_averages_the_existing_batches(tmp_path, in_backward, da
 
 
 def fit_start(accumulate: int, batches: int = 5, loader: object = None, epochs: dict[int, int] | None = None) -> object:
-    """A trainer at the start of its first epoch, and with a schedule of accumulation if `epochs` are given."""
+    """Return a trainer at the start of its first epoch, and with a schedule of accumulation if `epochs` are given."""
     schedules = [GradientAccumulationScheduler(epochs)] if epochs else []
     return SimpleNamespace(
         is_global_zero=True, num_training_batches=batches, accumulate_grad_batches=accumulate, world_size=2,

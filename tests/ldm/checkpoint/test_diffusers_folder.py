@@ -78,7 +78,7 @@ def without_prefix(folder: Path) -> None:
 
 
 def links(folder: Path) -> None:
-    """The cache of huggingface_hub: files are links to blobs outside of the folder."""
+    """Replace files by links to blobs outside the folder, as in the cache of huggingface_hub."""
     blobs = folder.with_name("blobs")
     blobs.mkdir()
     for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):

@@ -1,4 +1,4 @@
-"""What is written loads everywhere, and is written whole or not at all."""
+"""Tests of writing checkpoints: other programs load them, and a file is written whole or not at all."""
 
 import subprocess
 import sys

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.cli.paths import newest_checkpoint
-from ldm.cli.run import NO_MEMORY, HelpFormatter, Lines, PrintableFormatter, run
+from ldm.cli.run import NO_MEMORY, HelpFormatter, Lines, PrintableFormatter, call, run
 from ldm.util import UserError
 from tests.conftest import ROOT
 from tests.waiting import LIMIT
@@ -171,3 +171,12 @@ def test_a_legacy_locale_prints_every_file_name(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=legacy)
     assert done.stdout == "K\\xe4se \\u732b\n"
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_call_runs_this_python_and_prints_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    call("-c", f"import sys; open({str(tmp_path / 'executable')!r}, 'w').write(sys.executable)")
+    assert (tmp_path / "executable").read_text() == sys.executable
+    assert caplog.messages[0].startswith("\n$ python -c 'import sys; ")
+    with pytest.raises(UserError, match="the command above failed with exit code 3"):
+        call("-c", "raise SystemExit(3)")

@@ -140,7 +140,7 @@ def test_importing_what_is_allowed_starts_no_process_and_asks_no_network():
 
 
 def only_reads(call: ast.Call) -> bool:
-    """Whether it is `path.open("rb")` or the like."""
+    """Return True for a call such as `path.open("rb")`."""
     modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
     return getattr(call.func, "attr", "") == "open" and modes in ([], ["r"], ["rb"])
 
@@ -162,7 +162,7 @@ def test_classes_of_own_rooms_write_nothing_when_they_are_built():
 
 
 def document_tables() -> dict[str, str]:
-    """The tables of `docs/security.md`, by the names of the comments around them."""
+    """Return the tables of `docs/security.md`, by the names of the comments around them."""
     rooms = [f"| `{room}` | {reason} |" for room, reason in OWN_PACKAGES.items()]
     listed = []
     for allowed in ALLOWED:
@@ -179,7 +179,7 @@ def document_tables() -> dict[str, str]:
 
 
 def written(text: str, tables: dict[str, str]) -> str:
-    """The document `text` with `tables` in their places."""
+    """Return the document `text` with `tables` in their places."""
     for name, table in tables.items():
         before, found, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->")

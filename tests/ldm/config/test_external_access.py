@@ -1,4 +1,4 @@
-"""What a text in a config does where it is opened: a command, a URL, or local files alone."""
+"""Tests that a text in a config is recognised as a command, a URL or local files."""
 
 import pytest
 

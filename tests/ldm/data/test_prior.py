@@ -29,7 +29,7 @@ class Remembering(Recorder):
 
 
 def write_taught(folder, count, k=3, latent=(4, 4, 4), **changes):
-    """A prior whose sample n was asked at t = 10 n + k, with noise n + k / 10 and prediction -(n + k / 10)."""
+    """Write a prior whose sample n has t = 10 n + k, noise n + k / 10 and prediction -(n + k / 10)."""
     members = []
     for n in range(count):
         values = (n + np.arange(k, dtype=np.float16) / 10).reshape(k, 1, 1, 1) * np.ones(latent, np.float16)

@@ -21,7 +21,7 @@ READ = ("mask", "masked_image")
 
 
 def stored(number: int, size: tuple[int, int] = (4, 4)) -> list[tuple[str, bytes]]:
-    """A sample with masks: the value of the masked image `k` of sample `n` is 10 n + k, the mask is its first row."""
+    """Return a sample with masks. The masked image `k` of sample `n` is 10 n + k; the mask is its first row."""
     members = sample_members(number, (8, *size))
     for k in range(MASKS):
         ending = f".{k}" if k else ""
@@ -56,7 +56,7 @@ def urls_of(urls: str) -> dict[str, str]:
 
 
 def chosen(loader, epoch: int = 0) -> dict[int, int]:
-    """The mask that each sample has in the epoch, -1 where the whole image is masked."""
+    """Return the mask that each sample has in the epoch, -1 where the whole image is masked."""
     own = loader.batch_sampler if hasattr(loader.batch_sampler, "set_epoch") else loader.sampler
     own.set_epoch(epoch)
     found = {}

@@ -28,7 +28,7 @@ def image(height, width):
 
 
 def both(height, width):
-    """The same image as Pillow's and as a tensor."""
+    """Return the same image as Pillow's and as a tensor."""
     pil = image(height, width)
     return pil, PILToTensor()(pil)
 

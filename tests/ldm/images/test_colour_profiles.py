@@ -26,7 +26,7 @@ def fixed(value):
 
 
 def icc(space, tags, kind=b"mntr"):
-    """An ICC profile, version 2, of `tags`."""
+    """Return an ICC profile, version 2, of `tags`."""
     body, table, offset = b"", struct.pack(">I", len(tags)), 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
         data += bytes(-len(data) % 4)
@@ -144,7 +144,7 @@ def test_to_srgb_says_once_what_it_ignores(caplog):
 
 
 def with_chunks(*chunks):
-    """The PNG of the pixels with chunks behind its header."""
+    """Return the PNG of the pixels with chunks behind its header."""
     data = encoded(Image.fromarray(PIXELS), "PNG")
     made = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
     return data[:33] + made + data[33:]

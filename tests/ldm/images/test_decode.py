@@ -90,7 +90,7 @@ def test_formats(kind):
 
 
 def bomb(side: int) -> bytes:
-    """A tiny PNG that claims `side` x `side` pixels."""
+    """Return a tiny PNG that claims `side` x `side` pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

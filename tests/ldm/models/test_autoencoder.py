@@ -45,7 +45,7 @@ def seeded_image(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.fixture
 def image_loader() -> DataLoader:
-    """Eight smooth pictures, channels last, in batches of four."""
+    """Return eight smooth images, channels last, in batches of four."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(8, 3, 4, 4, generator=generator)
     images = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear").movedim(1, -1) * 2 - 1
@@ -216,7 +216,7 @@ def test_training_with_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     assert torch.equal(model.loss.logvar, first["loss.logvar"])
 
 
-# Pictures
+# Images
 
 
 def test_log_images(image_loader: DataLoader) -> None:

@@ -22,7 +22,7 @@ LAYERS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 
 
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the keys and shapes of torchvision's VGG16, without the classifier's large layers."""
+    """Return a file with the keys and shapes of torchvision's VGG16, without the classifier's large layers."""
     weights = {}
     for number, (inputs, outputs) in LAYERS.items():
         weights[f"features.{number}.weight"] = seeded_tensor(

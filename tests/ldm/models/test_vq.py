@@ -136,5 +136,5 @@ def test_vqmodel_trains_both_players(use_ema: bool, tmp_path: Path) -> None:
         assert not torch.equal(before[part], after[part]), part
     generator, discriminator = model.trainer.optimizers
     assert generator.param_groups[0]["lr"] == 2 * discriminator.param_groups[0]["lr"] < 2e-3
-    pictures = model.log_images({"image": images[0]}, N=1)
-    assert set(pictures) == {"inputs", "reconstructions", *(["reconstructions_ema"] if use_ema else [])}
+    logged = model.log_images({"image": images[0]}, N=1)
+    assert set(logged) == {"inputs", "reconstructions", *(["reconstructions_ema"] if use_ema else [])}

@@ -1,4 +1,4 @@
-"""Which copies of weights exist when."""
+"""Tests of the copies of weights that exist at each moment."""
 
 from __future__ import annotations
 

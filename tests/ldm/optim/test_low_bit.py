@@ -29,7 +29,7 @@ def lean(module: nn.Module, bits: type) -> InBackward:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What a nested dict or list holds."""
+    """Yield the leaves of a nested dict or list."""
     if isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from leaves(part)

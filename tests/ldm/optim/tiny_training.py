@@ -11,14 +11,14 @@ from tests.training_runs import CONFIG
 
 
 def tiny_unet() -> nn.Module:
-    """A UNet of 200,000 parameters with seeded weights, which recomputes its activations in backward."""
+    """Return a UNet of 200,000 parameters with seeded weights, which recomputes its activations in backward."""
     config = CONFIG["model"]["params"]["unet_config"]
     params = {**config["params"], "use_checkpoint": True}
     return fill_seeded(instantiate_from_config({"target": config["target"], "params": params}))
 
 
 def tiny_loss(unet: nn.Module, number: int) -> Tensor:
-    """The loss of the seeded batch `number`."""
+    """Return the loss of the seeded batch `number`."""
     x, noise = (seeded_tensor(f"optim/{number}/{name}", (2, 4, 4, 4)) for name in ("x", "noise"))
     context = seeded_tensor(f"optim/{number}/context", (2, 5, 8))
     return (unet(x, torch.tensor([3, 30]), context).float() - noise).square().mean()

@@ -64,7 +64,7 @@ def test_the_batch_of_each_family_is_what_its_model_reads(key, tmp_path):
 
 
 def _filled(value):
-    """The entry with numbers in place of whatever its memory holds."""
+    """Return the entry with numbers in place of whatever its memory holds."""
     if isinstance(value, dict):
         return {name: _filled(part) for name, part in value.items()}
     return torch.full_like(value, 0.5) if isinstance(value, torch.Tensor) else value

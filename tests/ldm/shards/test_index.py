@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def count(urls):
-    """The number of samples that training would read of `urls`."""
+    """Return the number of samples that training would read of `urls`."""
     data = WebDataNpyModuleFromConfig(1, urls)
     data.setup("fit")
     return len(data.datasets["training"])

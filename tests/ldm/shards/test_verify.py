@@ -25,7 +25,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The names of the files that are read whole."""
+    """Record the names of the files that are read whole."""
     names = []
 
     def counted(path):

@@ -15,7 +15,7 @@ MOMENTS = {"step": torch.tensor(1.0), "exp_avg": torch.ones(1)}
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    """A checkpoint with one weight and its moments, and `changes`."""
+    """Return a checkpoint with one weight and its moments, and `changes`."""
     optimizer = {"state": {0: MOMENTS}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
     return {**checkpoint_at_start({}), "state_dict": {"a": torch.ones(1)}, "optimizer_states": [optimizer], **changes}
 

@@ -27,7 +27,7 @@ TEXT_TOWER = {
 
 
 def assemble(params: dict[str, Any], cond_stage: dict | str) -> LatentDiffusion:
-    """A LatentDiffusion of `params` over the tiny UNet, or one of the params `unet`, and the tiny autoencoder."""
+    """Return a LatentDiffusion of `params` with the tiny autoencoder, and the tiny UNet or that of `params['unet']`."""
     params = dict(params)
     unet = params.pop("unet", case("unet_sd_tiny")["params"])
     stages = {

@@ -13,7 +13,7 @@ from tests.golden_data import case, fill_seeded, seeded_tensor
 
 
 def build_v2(name: str, target: str | None = None, filled: bool = True, **changes: Any) -> LatentDiffusion:
-    """The model of the case `name`, with seeded weights if `filled`; keyword arguments change its params."""
+    """Return the model of the case `name`, with seeded weights if `filled`; keyword arguments change its params."""
     spec = case(name)
     params = {**spec["params"], **changes}
     dummy = {"target": "ldm.modules.encoders.modules.DummyEncoder", "params": {"key": params["cond_stage_key"]}}
@@ -33,12 +33,12 @@ def build_v2(name: str, target: str | None = None, filled: bool = True, **change
 
 
 def given(value: Any, name: str) -> Tensor:
-    """The numbers of a case, or the seeded tensor of the shape in it."""
+    """Return the numbers of a case, or the seeded tensor of the shape in it."""
     return seeded_tensor(name, value["shape"]) if isinstance(value, dict) else torch.tensor(value)
 
 
 def conditioning_of(name: str, prefix: str = "") -> dict[str, Any]:
-    """The conditioning of the case `name`; with the prefix `un`, what guidance moves away from."""
+    """Return the conditioning of the case `name`; with the prefix `un`, the unconditional one."""
     spec, cond = case(name)["cond"], {}
     if "c_crossattn" in spec:
         cond["c_crossattn"] = [seeded_tensor(f"{name}/{prefix}c_crossattn", spec["c_crossattn"])]
@@ -59,7 +59,7 @@ def dropped(cond: dict[str, Any], null: Tensor, text: list[bool], images: list[b
 
 
 def without_noise(model: LatentDiffusion) -> LatentDiffusion:
-    """The model, whose first stage's posterior has no variance."""
+    """Return the model, whose first stage's posterior has no variance."""
     conv = model.first_stage_model.quant_conv
     half = len(conv.bias) // 2
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where the first stage is while a latent diffusion model trains."""
+"""Tests of the first stage's device while a latent diffusion model trains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOST, DEVICE = torch.device("meta"), torch.device("cpu")
 
 
 def first_stage_moves(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Where the first stage is moved to, of which nothing comes but this list."""
+    """Record the devices that the first stage is moved to, without moving it."""
     places = [DEVICE]
     monkeypatch.setattr(first_stage, "_HOST", HOST)
     monkeypatch.setattr(first_stage, "_device", lambda module: places[-1])
@@ -23,7 +23,7 @@ def first_stage_moves(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -
     return places
 
 
-def test_the_first_stage_leaves_the_device_but_for_pictures(
+def test_the_first_stage_leaves_the_device_except_for_images(
     model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = first_stage_moves(model, monkeypatch)
@@ -36,9 +36,7 @@ def test_the_first_stage_leaves_the_device_but_for_pictures(
     assert places == [DEVICE, HOST, DEVICE, HOST]
 
 
-def test_the_first_stage_stays_for_training_on_pictures(
-    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_stage_stays_for_training_on_images(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     places = first_stage_moves(model, monkeypatch)
     batch = {**batch_of((2, 8, 8, 8)), "f8": seeded_tensor("latent/images", (2, 64, 64, 3), 0.5).clamp(-1, 1)}
     model.on_train_batch_start(batch, 0)

@@ -18,7 +18,7 @@ OUT = "diffusion_model.out.2.weight"
 
 @pytest.fixture
 def averaged(make_model: ModelFactory, tmp_path: Path) -> tuple[LatentDiffusion, str]:
-    """A model in training, whose average differs from its weights, and its file."""
+    """Return a model in training, whose average differs from its weights, and its file."""
     model = make_model(use_ema=True)
     model.model_ema.num_updates.fill_(7)
     save_state_dict(model.state_dict(), tmp_path / "trained.safetensors")

@@ -1,4 +1,4 @@
-"""What a latent diffusion model does with a batch: its stages, and which parameters train."""
+"""Tests of a latent diffusion model: its stages, its batches, and its trained parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures that are logged during training."""
+"""Tests of the images that are logged during training."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from tests.ldm.models.diffusion.conftest import TEXT_TOWER, batch_of, construct
 def test_log_images_keep_the_random_state_of_weights(make_model: Callable[..., LatentDiffusion]) -> None:
     model = make_model(use_ema=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    pictures = model.log_images(batch_of((2, 8, 8, 8)), N=2, ddim_steps=5, plot_diffusion_rows=True)
-    assert {"inputs", "reconstruction", "samples", "denoise_row", "diffusion_row"} == set(pictures)
-    assert pictures["samples"].shape == (2, 3, 64, 64)
-    assert pictures["denoise_row"].shape == (10, 3, 64, 64)
+    images = model.log_images(batch_of((2, 8, 8, 8)), N=2, ddim_steps=5, plot_diffusion_rows=True)
+    assert {"inputs", "reconstruction", "samples", "denoise_row", "diffusion_row"} == set(images)
+    assert images["samples"].shape == (2, 3, 64, 64)
+    assert images["denoise_row"].shape == (10, 3, 64, 64)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.slow
-def test_pictures_are_of_the_average(make_model: Callable[..., LatentDiffusion]) -> None:
+def test_images_are_of_the_average(make_model: Callable[..., LatentDiffusion]) -> None:
     batch = batch_of((2, 8, 8, 8))
-    pictures = []
+    images = []
     for use_ema in (False, True):  # the average is of the weights before they were filled
         torch.manual_seed(0)
         model = make_model(use_ema=use_ema)
         torch.manual_seed(0)
-        pictures.append(model.log_images(batch, ddim_steps=2, plot_denoise_rows=False)["samples"])
-    assert not torch.equal(*pictures)
+        images.append(model.log_images(batch, ddim_steps=2, plot_denoise_rows=False)["samples"])
+    assert not torch.equal(*images)
 
 
-def test_guided_pictures_of_captions() -> None:
+def test_guided_images_of_captions() -> None:
     model = construct(TEXT_TOWER, cond_stage_key="txt")
     fill_seeded(model)
     batch = {"f8": batch_of((2, 8, 8, 8))["f8"], "txt": ["a cat", "a mouse"]}
-    pictures = model.log_images(batch, ddim_steps=2, plot_denoise_rows=False, unconditional_guidance_scale=9.0)
-    assert not torch.allclose(pictures["samples_cfg_scale_9.00"], pictures["samples"], atol=0.01)
+    images = model.log_images(batch, ddim_steps=2, plot_denoise_rows=False, unconditional_guidance_scale=9.0)
+    assert not torch.allclose(images["samples_cfg_scale_9.00"], images["samples"], atol=0.01)
 
 
 @pytest.mark.parametrize("kwargs", [{"N": 2, "use_ema_scope": False, "inpaint": False, "plot_progressive_rows": False}])
-def test_picture_settings_of_2022(model: LatentDiffusion, kwargs: dict) -> None:
+def test_image_settings_of_2022(model: LatentDiffusion, kwargs: dict) -> None:
     batch = batch_of((4, 8, 8, 8))
     assert model.log_images(batch, ddim_steps=2, **kwargs)["samples"].shape == (2, 3, 64, 64)
 

@@ -1,4 +1,4 @@
-"""What diffusion of anything does: the loss, the weights to start from, optimizer, average and validation."""
+"""Tests of diffusion in pixel space: loss, initial weights, optimizer, average and validation."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_learned_logvar_is_logged_as_it_weighs(make_model: Callable[..., LatentD
 
 
 def validated(model: LatentDiffusion, batch: dict, batch_idx: int) -> dict[str, float]:
-    """What a validation step logs."""
+    """Return the values that a validation step logs."""
     logged: dict[str, float] = {}
     model.log_dict = lambda values, **_: logged.update({key: value.item() for key, value in values.items()})
     model.eval()

@@ -19,7 +19,7 @@ def batch_of(**entries: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def taught(model, t: list[int]) -> dict[str, torch.Tensor]:
-    """A batch with what `model` itself predicts of its prior samples."""
+    """Return a batch with the predictions of `model` for its prior samples."""
     batch, t = batch_of(is_prior=MASK), torch.tensor(t)
     noise = seeded_tensor("prior/noise", (4, 4, 8, 8)).half()
     with torch.no_grad():

@@ -47,7 +47,7 @@ def first_stage(ch_mult: list[int]) -> dict[str, Any]:
 
 
 def build(target: str, unet: dict[str, Any], cond_stage: dict[str, Any], **params: Any) -> LatentDiffusion:
-    """The model of a released config, as it stands there, without memory for its weights."""
+    """Return the model of a released config, as it stands there, without memory for its weights."""
     released = {
         "linear_start": 0.00085, "linear_end": 0.012, "num_timesteps_cond": 1, "log_every_t": 200, "timesteps": 1000,
         "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 64, "channels": 4,

@@ -52,9 +52,9 @@ def test_golden(name: str, sampler: str, model: LatentDiffusion) -> None:
 
 
 class Oracle:
-    """A denoiser for data that is one picture: its predictions are exact, in any parameterization.
+    """Denoiser for data that is one image. Its predictions are exact in each parameterization.
 
-    Under a conditioning `c` the picture is `target + c`.
+    Under a conditioning `c` the image is `target + c`.
     """
 
     num_timesteps = 1000
@@ -88,16 +88,16 @@ def run(sampler: type, model: Oracle, **settings: object) -> Tensor:
 
 
 def at_the_end(target: Tensor, noise: Tensor) -> Tensor:
-    """The least noisy level, where the samplers stop: what `noise` and the target are there."""
+    """Return the sample of `noise` and the target at the least noisy level, at which the samplers stop."""
     return ALPHA_BAR[0].sqrt() * target + (1 - ALPHA_BAR[0]).sqrt() * noise
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_exact_predictions_lead_to_the_picture(sampler: str, parameterization: str, target: Tensor) -> None:
+def test_exact_predictions_lead_to_the_image(sampler: str, parameterization: str, target: Tensor) -> None:
     x_T = seeded_tensor("sampler/x_T", (2, *SHAPE))
     samples = run(SAMPLERS[sampler], Oracle(target, parameterization), x_T=x_T)
-    # The deterministic path keeps the noise that it began with, since the predictions are those of one picture.
+    # The deterministic path keeps the noise that it began with, since the predictions are those of one image.
     first = {"ddim": 901, "plms": 901, "dpm_solver": 999}[sampler]
     noise = (x_T - ALPHA_BAR[first].sqrt() * target) / (1 - ALPHA_BAR[first]).sqrt()
     torch.testing.assert_close(samples, at_the_end(target, noise), atol=2e-3, rtol=1e-3)
@@ -309,8 +309,8 @@ def test_zero_terminal_snr_is_sampled(sampler: str, target: Tensor) -> None:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_spacing_leads_to_the_picture(sampler: str, spacing: str, target: Tensor) -> None:
-    """Exact predictions end at the picture, at the noise level that the spacing ends with."""
+def test_spacing_leads_to_the_image(sampler: str, spacing: str, target: Tensor) -> None:
+    """Exact predictions end at the image, at the noise level that the spacing ends with."""
     model = Oracle(target)
     if (sampler, spacing) == ("plms", "karras"):
         with pytest.raises(UserError, match="spacing karras: PLMS needs equal steps"):

@@ -1,4 +1,4 @@
-"""How the UNet is given its conditioning."""
+"""Tests of the conditioning that the UNet gets."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_the_product_is_the_convolution(kernel, padding, stride, dilation, bias)
 
 @pytest.fixture
 def products(monkeypatch):
-    """How often a convolution went as a product, from 100 weights a pixel."""
+    """Count the convolutions that run as matrix products, from 100 weights per pixel."""
     calls = []
     product = Conv2d._as_product
     monkeypatch.setattr(convolution, "_MANY_WEIGHTS", 100)

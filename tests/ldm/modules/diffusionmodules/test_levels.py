@@ -1,4 +1,4 @@
-"""Which layers stand at which level of a UNet."""
+"""Tests of the layers at each level of a UNet."""
 
 from __future__ import annotations
 

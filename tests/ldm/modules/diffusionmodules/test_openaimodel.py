@@ -193,7 +193,7 @@ def test_labels_must_fit() -> None:
 
 
 def plain(**changes: object) -> UNetModel:
-    """A small UNet with plain attention blocks."""
+    """Return a small UNet with plain attention blocks."""
     params = {
         "image_size": 8,
         "in_channels": 3,

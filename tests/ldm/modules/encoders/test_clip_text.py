@@ -88,7 +88,7 @@ def test_gradients_until_frozen() -> None:
 
 
 def of_layer(embedder: FrozenCLIPEmbedder, **options: Any) -> Any:
-    """What a tower with `options` and the fixture's weights makes of a caption."""
+    """Return the encoding of a caption by a tower with `options` and the fixture's weights."""
     other = FrozenCLIPEmbedder(text_config=TINY, **options).eval()
     other.load_state_dict(embedder.state_dict())
     with torch.no_grad():

@@ -21,7 +21,7 @@ SMALL = {
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[MiDaSInference]:
-    """A network with fewer and narrower layers."""
+    """Return a network with fewer and narrower layers."""
     monkeypatch.setattr(api, "_DPT_HYBRID", api._DPT_HYBRID | SMALL)
     return MiDaSInference("dpt_hybrid")
 
