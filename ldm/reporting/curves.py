@@ -13,7 +13,7 @@ from ldm.reporting.figures import Curve, draw_lines
 from ldm.reporting.metrics import Metrics, Series
 
 _LOSSES = ("train/loss_simple", "train/loss", "train/total_loss", "train/aeloss", "train/rec_loss")
-_BAND = re.compile(r"train/loss_t(\d+)_(\d+)")
+_BAND = re.compile(r"(train|val)/loss_(t(\d+)_\d+)")  # `ldm.callbacks.timestep_losses` logs these
 _MOST_HELD_OUT = 4  # curves
 # Starts of the names that `ldm.callbacks.block_norms` logs, titles, and labels of the axis.
 _NORMS = (
@@ -38,7 +38,9 @@ def training_loss(metrics: Metrics) -> str | None:
 def held_out_losses(metrics: Metrics) -> list[str]:
     """Return the names of the validation losses that compare with `training_loss`."""
     own = (training_loss(metrics) or "train/loss_simple").removeprefix("train/")
-    names = [name for name in metrics.series if name.startswith("val/") and "loss" in name]
+    names = [
+        name for name in metrics.series if name.startswith("val/") and "loss" in name and not _BAND.fullmatch(name)
+    ]
     alike = [name for name in names if name.removeprefix("val/").removesuffix("_ema") == own]
     return (alike or names)[:_MOST_HELD_OUT]
 
@@ -47,15 +49,13 @@ def draw_run(metrics: Metrics, forecast: Mapping[str, float], prefix: str) -> li
     """Return the figures of one run. `forecast` has the predicted memory in GiB."""
     series = metrics.series
     loss = training_loss(metrics)
-    bands = sorted((int(found[1]), name) for name in series if (found := _BAND.fullmatch(name)))
     rates = [name for name in series if name.startswith("lr-")]
     losses = [*([Curve(loss, *series[loss], noisy=True)] if loss else []), *_curves(series, held_out_losses(metrics))]
     levels = [("predicted for the GPU", forecast["device"])] if "device" in forecast else []
     plans: list[tuple[str, list[Curve], str, dict]] = [
         ("Loss of training and of held-out images", losses, "loss", {}),
         ("Held-out loss minus training loss, at equal timesteps", _curves(series, ["val/gap"]), "loss", {}),
-        ("Loss of training by band of timesteps",
-         [Curve(name.removeprefix("train/loss_"), *series[name], noisy=True) for _, name in bands], "loss", {}),
+        ("Loss by band of timesteps, of training and of held-out images", _bands(series), "loss", {}),
         *[(f"Watched sets: {what}", _curves(series, _watched(series, metric)), what, {"zero": metric == "drift"})
           for metric, what in (("loss", "loss"), ("loss_ratio", "loss / initial loss"), ("drift", "drift"))],
         ("Learning rate", [Curve(name, *series[name]) for name in rates], "learning rate", {}),
@@ -69,6 +69,18 @@ def draw_run(metrics: Metrics, forecast: Mapping[str, float], prefix: str) -> li
         DrawnFigure(title, draw_lines(f"{prefix}f{number}", curves, label, **options))
         for number, (title, curves, label, options) in enumerate(plans)
         if curves
+    ]
+
+
+def _bands(series: Mapping[str, Series]) -> list[Curve]:
+    """Return the curves of the bands by increasing timestep, held-out images dashed in the colour of training."""
+    found = sorted((int(band[3]), band[1], band[2], name) for name in series if (band := _BAND.fullmatch(name)))
+    colours = {first: number for number, first in enumerate(dict.fromkeys(first for first, *_ in found))}
+    return [
+        Curve(band, *series[name], noisy=True, colour=colours[first])
+        if split == "train"
+        else Curve(f"{band}, held out", *series[name], markers=True, dashed=True, colour=colours[first])
+        for first, split, band, name in found
     ]
 
 

@@ -27,13 +27,19 @@ _REFERENCE = re.compile(r'\bid="|url\(#|href="#')
 
 
 class Curve(NamedTuple):
-    """Values by step. The curve of a noisy metric is drawn pale under its running mean."""
+    """Values by step.
+
+    The curve of a noisy metric is drawn pale under its running mean. `colour` is the number of its colour, if it is not
+    that of its place among the curves.
+    """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
     noisy: bool = False
     markers: bool = False
+    dashed: bool = False
+    colour: int | None = None
 
 
 def draw_lines(
@@ -56,7 +62,7 @@ def draw_lines(
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
         for number, curve in enumerate(curves):
-            _draw(axes, curve, _COLOURS[number % len(_COLOURS)])
+            _draw(axes, curve, _COLOURS[(number if curve.colour is None else curve.colour) % len(_COLOURS)])
         for label, level in levels:
             axes.axhline(level, color=_INK, linestyle="--", linewidth=1, label=label)
         _decorate(axes, xlabel, ylabel, zero)
@@ -67,7 +73,9 @@ def draw_lines(
 
 def _draw(axes: Axes, curve: Curve, colour: str) -> None:
     steps, values = thinned(curve.steps, curve.values)
-    style = {"marker": "o", "markersize": 3} if curve.markers or len(steps) == 1 else {}
+    style = {"linestyle": "--" if curve.dashed else "-"}
+    if curve.markers or len(steps) == 1:
+        style |= {"marker": "o", "markersize": 3}
     if curve.noisy and len(steps) >= 2 * _WINDOW:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
         values = running_mean(values, _WINDOW)
