@@ -55,7 +55,7 @@ def draw_run(metrics: Metrics, forecast: Mapping[str, float], prefix: str) -> li
     plans: list[tuple[str, list[Curve], str, dict]] = [
         ("Loss of training and of held-out images", losses, "loss", {}),
         ("Held-out loss minus training loss, at equal timesteps", _curves(series, ["val/gap"]), "loss", {}),
-        ("Loss by band of timesteps, of training and of held-out images", _bands(series), "loss", {}),
+        ("Loss by band of timesteps, of training and (dashed) of held-out images", _bands(series), "loss", {}),
         *[(f"Watched sets: {what}", _curves(series, _watched(series, metric)), what, {"zero": metric == "drift"})
           for metric, what in (("loss", "loss"), ("loss_ratio", "loss / initial loss"), ("drift", "drift"))],
         ("Learning rate", [Curve(name, *series[name]) for name in rates], "learning rate", {}),
@@ -73,15 +73,18 @@ def draw_run(metrics: Metrics, forecast: Mapping[str, float], prefix: str) -> li
 
 
 def _bands(series: Mapping[str, Series]) -> list[Curve]:
-    """Return the curves of the bands by increasing timestep, held-out images dashed in the colour of training."""
+    """Return the curves of the bands by increasing timestep: of training, and dashed in its colour of held-out images.
+
+    Only the first curve of a band has a label.
+    """
     found = sorted((int(band[3]), band[1], band[2], name) for name in series if (band := _BAND.fullmatch(name)))
-    colours = {first: number for number, first in enumerate(dict.fromkeys(first for first, *_ in found))}
-    return [
-        Curve(band, *series[name], noisy=True, colour=colours[first])
-        if split == "train"
-        else Curve(f"{band}, held out", *series[name], markers=True, dashed=True, colour=colours[first])
-        for first, split, band, name in found
-    ]
+    curves: list[Curve] = []
+    colours: dict[str, int] = {}
+    for _, split, band, name in found:
+        held_out, label = split == "val", "" if band in colours else band
+        colour = colours.setdefault(band, len(colours))
+        curves.append(Curve(label, *series[name], not held_out, held_out, held_out, colour))
+    return curves
 
 
 def _watched(series: Mapping[str, Series], metric: str) -> list[str]:
@@ -113,19 +116,20 @@ def draw_comparison(runs: Sequence[tuple[str, Metrics]]) -> list[DrawnFigure]:
 
 def _comparison(runs: Sequence[tuple[str, Metrics]]) -> Iterator[DrawnFigure]:
     watched = sorted({name for _, metrics in runs for name in metrics.series if name.startswith("eval/")})
-    plans: list[tuple[str, Callable[[Metrics], str | None], bool]] = [
-        ("Loss of training", training_loss, True),
-        ("Loss of held-out images", lambda metrics: next(iter(held_out_losses(metrics)), None), False),
-        *[(name, lambda metrics, name=name: name, False) for name in watched],
-        ("Learning rate", lambda metrics: next((n for n in metrics.series if n.startswith("lr-")), None), False),
-        ("Seconds per step, mean of each epoch", lambda metrics: "device/step_seconds", False),
-        ("Peak memory of each epoch, GiB", lambda metrics: "device/peak_memory_gib", False),
-    ]
-    for number, (title, select, noisy) in enumerate(plans):
+    plans: list[tuple[str, str, Callable[[Metrics], str | None], bool]] = [
+        ("Loss of training", "loss", training_loss, True),
+        ("Loss of held-out images", "loss", lambda metrics: next(iter(held_out_losses(metrics)), None), False),
+        *[(name, name.rpartition("/")[2], lambda metrics, name=name: name, False) for name in watched],
+        ("Learning rate", "learning rate",
+         lambda metrics: next((n for n in metrics.series if n.startswith("lr-")), None), False),
+        ("Seconds per step, mean of each epoch", "s", lambda metrics: "device/step_seconds", False),
+        ("Peak memory of each epoch", "GiB", lambda metrics: "device/peak_memory_gib", False),
+    ]  # fmt: skip
+    for number, (title, label, select, noisy) in enumerate(plans):
         curves = [
-            Curve(label, *metrics.series[name], noisy=noisy)
-            for label, metrics in runs
+            Curve(run, *metrics.series[name], noisy=noisy)
+            for run, metrics in runs
             if (name := select(metrics)) in metrics.series
         ]
         if curves:
-            yield DrawnFigure(title, draw_lines(f"comparison{number}", curves, title.split(",")[0].lower()))
+            yield DrawnFigure(title, draw_lines(f"comparison{number}", curves, label))

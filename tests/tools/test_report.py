@@ -22,7 +22,7 @@ def test_report_of_a_training_with_its_samples(train, tmp_path: Path, run_tool) 
     }
     page = (run / "report.html").read_text()
     assert "finished" in page and "python main.py -b tiny.yaml -t --no-test --max_steps 3" in page
-    assert "t0_49, held out" in page
+    assert "Loss by band of timesteps" in page
     assert train(f"--resume {run} --max_steps 5 lightning.report=true") == 0
     assert run_tool(TOOL, run, "--samples", 2) is None
     page = (run / "report.html").read_text()

@@ -25,15 +25,13 @@ def test_draw_run_shows_held_out_bands_in_the_colours_of_training() -> None:
     metrics = Metrics({name: Series([0, 1], [0.1, 0.2]) for name in names})
     assert held_out_losses(metrics) == []
     losses, bands = draw_run(metrics, {}, "run")
-    assert "held out" not in losses.svg and bands.title.startswith("Loss by band of timesteps")
-    labels = re.findall(r">(t\d+_\d+[^<]*)<", bands.svg)
-    assert labels == ["t0_499", "t0_499, held out", "t500_999", "t500_999, held out"]
-    lines = re.findall(
-        r'd="M [^"]*L[^"]*"[^>]*style="fill: none; (stroke-dasharray[^;]*; )?[^"]*stroke: var\(--c(\d)\)', bands.svg
-    )
-    assert {(colour, bool(dashes)) for dashes, colour in lines} == {
-        ("0", False),
-        ("0", True),
-        ("1", False),
-        ("1", True),
-    }
+    assert bands.title.startswith("Loss by band of timesteps")
+    assert re.findall(r">(t\d+_\d+)<", bands.svg) == ["t0_499", "t500_999"]
+    assert lines_of(losses.svg) == {(0, False)}
+    assert lines_of(bands.svg) == {(0, False), (0, True), (1, False), (1, True)}
+
+
+def lines_of(svg: str) -> set[tuple[int, bool]]:
+    """Colour of each line in the figure, and whether it is dashed."""
+    styles = re.findall(r'style="(fill: none; [^"]*stroke: var\(--c\d\)[^"]*)"', svg)
+    return {(int(re.search(r"--c(\d)", style)[1]), "stroke-dasharray" in style) for style in styles}
