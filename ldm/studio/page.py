@@ -1,0 +1,52 @@
+"""The page: its tabs, and the names of its controls.
+
+Each control has a fixed `elem_id`:
+
+- `tabs`, with the tabs `images`, `plan`, `train`, `compare` and `release` (buttons `images-button` and so on)
+- images: `images-folder`, `images-open`, `images-summary`, `images-gallery`, `images-page`, `images-name`,
+  `images-caption`, `images-save`, `images-undo`, `images-find`, `images-replace`, `images-replace-all`, `images-tags`
+- plan: `plan-name`, `plan-release`, `plan-recognised`, `plan-config`, `plan-base`, `plan-predicts`, `plan-size`,
+  `plan-flip`, `plan-card`, `plan-ram`, `plan-minutes`, `plan-command`, `plan-compute`, `plan-status`, `plan-stop`,
+  `plan-table`, `plan-advice`, `plan-tier`, `plan-batch`, `plan-steps`, `plan-rate`, `plan-prompts`,
+  `plan-preview-steps`, `plan-write`, `plan-yaml`
+- train: `train-commands`, `train-overwrite`, `train-start`, `train-stop`, `train-save`, `train-run`, `train-refresh`,
+  `train-resume`, `train-resume-command`, `train-status`, `train-previews`, `train-figures`, `train-log`
+- release: `release-run`, `release-refresh`, `release-out`, `release-weights`, `release-half`, `release-strength`,
+  `release-merge-command`, `release-merge`, `release-status`, `release-stop`, `release-links`, `release-log`
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ldm.studio.images_tab import build_images
+from ldm.studio.plan_tab import build_plan
+from ldm.studio.release_tab import build_release
+from ldm.studio.studio import Page, Studio
+from ldm.studio.train_tab import build_train
+
+_FONTS = ["system-ui", "sans-serif"]
+_CODE_FONTS = ["ui-monospace", "monospace"]
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """Return the page of `studio`."""
+    page = Page(studio)
+    with gr.Blocks(analytics_enabled=False, title="latent-finetune studio", delete_cache=(3600, 86400)) as blocks:
+        gr.HTML("<h1>latent-finetune studio</h1>", elem_id="title")
+        with gr.Tabs(elem_id="tabs"):
+            for title, build in (("Images", build_images), ("Plan", build_plan), ("Train", build_train),
+                                 ("Release", build_release)):  # fmt: skip
+                with gr.Tab(title, id=title.lower(), elem_id=title.lower()):
+                    build(page)
+        page.fill(blocks)
+    return blocks
+
+
+def page_options() -> dict[str, Any]:
+    """Return the theme and the style sheet, with fonts of the system."""
+    theme = gr.themes.Default(font=_FONTS, font_mono=_CODE_FONTS)
+    return {"theme": theme, "css": Path(__file__).with_name("studio.css").read_text(encoding="utf-8")}
