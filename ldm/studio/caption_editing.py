@@ -8,24 +8,43 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, read_at_most
 from ldm.images.caption_writing import caption_files
+from ldm.images.captions import CaptionFiles, metadata_file
 from ldm.images.find import ImageItem, from_folder
+from ldm.studio.allowed_folders import AllowedFolders
 from ldm.util import UserError
 
 _MOST_BYTES = 1 << 30  # of a record of changes
 
 
-def read_images(folder: Path) -> list[ImageItem]:
+def read_images(folder: Path, allowed: AllowedFolders) -> list[ImageItem]:
     """Return the images of `folder` with their captions, as `tools/preencode.py` finds them.
+
+    An image that a link brings in from outside of the `allowed` folders, or whose caption comes from there, has an
+    error, and no caption.
 
     Raises:
         UserError: the folder or its metadata file cannot be read.
     """
-    return from_folder(folder, None)
+    files = CaptionFiles()
+
+    def checked(item: ImageItem) -> ImageItem:
+        read = [item.path, files.of(item.path), *map(metadata_file, _inside(item.path, folder))]
+        if all(allowed.has(path) for path in read if path is not None):
+            return item
+        return replace(item, caption=None, error="a link leads out of the folders that this studio may read")
+
+    return [checked(item) for item in from_folder(folder, None)]
+
+
+def _inside(image: Path, folder: Path) -> list[Path]:
+    """Return the folders that hold `image`, up to `folder`."""
+    return [parent for parent in image.parents if parent == folder or folder in parent.parents]
 
 
 def replace_text(items: Sequence[ImageItem], old: str, new: str) -> dict[str, str]:
@@ -54,13 +73,13 @@ class CaptionEdits:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, images: Path, captions: Mapping[str, str]) -> None:
-        """Write `captions` by name of the image. Each file is replaced at once; all are prepared first.
+    def write(self, images: Path, items: Sequence[ImageItem], captions: Mapping[str, str]) -> None:
+        """Write `captions` of `items`, by name. Each file is replaced at once; all are prepared first.
 
         Raises:
             UserError: an image is not in the folder, or a file cannot be changed.
         """
-        new = caption_files(images, read_images(images), captions)
+        new = caption_files(images, items, captions)
         old = {path: _read(path) for path in new}
         record = {
             "images": str(images.resolve()),

@@ -33,7 +33,7 @@ def shown(steps: Sequence[Step]) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """Values that determine a training, from images to `logs/<time>_<name>/`.
 
     `config` and `base` are the configs of the release and of its training. `overrides` are changes `a.b.c=value` to
@@ -110,7 +110,7 @@ def tool(name: str, *words: str) -> tuple[str, ...]:
     return (name if Path.cwd() == ROOT else str(ROOT / name), *words)
 
 
-def plan_words(recipe: Recipe, card: float, ram: float = 0) -> tuple[str, ...]:
+def plan_words(recipe: TrainingRecipe, card: float, ram: float = 0) -> tuple[str, ...]:
     """Return the command that tells which tiers fit a card of `card` GB."""
     return tool(
         "tools/plan_memory.py",
@@ -122,7 +122,7 @@ def plan_words(recipe: Recipe, card: float, ram: float = 0) -> tuple[str, ...]:
     )
 
 
-def preencode_words(recipe: Recipe) -> tuple[str, ...]:
+def preencode_words(recipe: TrainingRecipe) -> tuple[str, ...]:
     """Return the command that encodes the images of `recipe`."""
     return tool(
         "tools/preencode.py",
@@ -137,7 +137,7 @@ def preencode_words(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def hack_words(recipe: Recipe) -> tuple[str, ...]:
+def hack_words(recipe: TrainingRecipe) -> tuple[str, ...]:
     """Return the command that makes the checkpoint from which the training of `recipe` starts."""
     return tool(
         "tools/hack_weights.py",
@@ -148,7 +148,7 @@ def hack_words(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def train_words(recipe: Recipe) -> tuple[str, ...]:
+def train_words(recipe: TrainingRecipe) -> tuple[str, ...]:
     """Return the command that trains `recipe`."""
     configs = [path_word(name) for name in (recipe.base, recipe.tier, recipe.yaml) if name]
     return tool(
@@ -166,7 +166,7 @@ def resume_words(run: str | Path, gpu: bool = False) -> tuple[str, ...]:
     return tool("main.py", "--resume", path_word(run), "-t", "--no-test", *(("--gpus", "0,") if gpu else ()))
 
 
-def pipeline(recipe: Recipe) -> list[Step]:
+def pipeline(recipe: TrainingRecipe) -> list[Step]:
     """Return the commands from images to a trained run."""
     return [
         Step("Encode images and captions", preencode_words(recipe)),
@@ -175,7 +175,7 @@ def pipeline(recipe: Recipe) -> list[Step]:
     ]
 
 
-def recipe_values(recipe: Recipe) -> dict[str, Any]:
+def recipe_values(recipe: TrainingRecipe) -> dict[str, Any]:
     """Return the content of the config that `train_words` gives last."""
     values: dict[str, Any] = {"data": {"params": {"training_urls": f"{recipe.shards}/*.tar"}}}
     if recipe.rate:
@@ -217,3 +217,61 @@ def merge_words(
 def report_words(run: Path) -> tuple[str, ...]:
     """Return the command that writes the report of the run in the folder `run`."""
     return tool("tools/report.py", path_word(run))
+
+
+def inspect_words(images: str | Path, size: int, out: Path) -> tuple[str, ...]:
+    """Return the command that looks for problems of images, and writes them to the JSON file `out`."""
+    words = (path_word(images), *option("--size", size), *("--json", path_word(out)))
+    return tool("tools/inspect_images.py", *words)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the images that a comparison samples."""
+
+    prompts: tuple[str, ...]
+    seed: int
+    count: int  # images per prompt
+    steps: int
+    scale: float
+    sampler: str
+
+
+def sample_words(release: str | Path, config: str, predicts: str, sampling: Sampling, out: Path) -> tuple[str, ...]:
+    """Return the command that samples images from `release` into the folder `out`."""
+    has_dash = any(prompt.startswith("-") for prompt in sampling.prompts)
+    prompts = [f"--prompt={text}" for text in sampling.prompts] if has_dash else ["--prompt", *sampling.prompts]
+    return tool(
+        "tools/txt2img.py",
+        *("--ckpt", path_word(release)),
+        *option("--config", config and path_word(config)),
+        *option("--parameterization", predicts),
+        *prompts,
+        *("--n", str(sampling.count), "--seed", str(sampling.seed), "--steps", str(sampling.steps)),
+        *(f"--scale={sampling.scale:g}", "--sampler", sampling.sampler),
+        *("--out", path_word(out)),
+    )
+
+
+def evaluate_words(
+    base: str | Path, tuned: str | Path, config: str, predicts: str, sets: Sequence[str], out: Path
+) -> tuple[str, ...]:
+    """Return the command that measures what a training changed on `sets`, each `NAME=SHARDS`."""
+    return tool(
+        "tools/evaluate.py",
+        *("--base", path_word(base), "--ckpt", path_word(tuned)),
+        *option("--config", config and path_word(config)),
+        *option("--parameterization", predicts),
+        *(word for text in sets for word in option("--set", text)),
+        *("--out", path_word(out)),
+    )
+
+
+def lora_words(base: str | Path, tuned: str | Path, out: str, rank: int, half: bool) -> tuple[str, ...]:
+    """Return the command that extracts the difference of two releases as a LoRA."""
+    return tool(
+        "tools/extract_lora.py",
+        *("--base", path_word(base), "--tuned", path_word(tuned), "--out", path_word(out)),
+        *option("--rank", rank),
+        *option("--half", half),
+    )

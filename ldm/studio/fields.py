@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.release import CONVENTIONAL_RELEASE
-from ldm.studio.commands import ROOT, Recipe
-from ldm.studio.paths import AllowedFolders
+from ldm.studio.allowed_folders import AllowedFolders
+from ldm.studio.commands import ROOT, TrainingRecipe
 from ldm.util import UserError, check_number
 
 DEMO_RELEASE, DEMO_IMAGES = ROOT / "data/base/emoji.safetensors", ROOT / "data/cats"
@@ -20,22 +20,26 @@ _EMPTY = {
     "name": "my-run", "images": "", "release": "", "config": "", "base": "", "predicts": "", "size": 0, "flip": False,
     "overwrite": False, "tier": "", "batch": 0, "steps": 1000, "minutes": 0, "rate": 0, "prompts": "",
     "preview_steps": 0, "card": 24, "ram": 0, "sample_steps": 50, "scale": 7.5, "sampler": "ddim",
-    "out": "outputs/mine.safetensors",
+    "out": "outputs/mine.safetensors", "compare_base": "", "compare_tuned": "outputs/mine.safetensors",
+    "compare_prompts": "", "seed": 1, "count": 2, "sets": "", "lora_tuned": "outputs/mine.safetensors",
+    "lora": "outputs/mine-lora.safetensors",
 }  # fmt: skip
 _DEMO = {
     "name": "cats", "config": "demo_tiny_release.yaml", "base": "demo_tiny.yaml", "size": 64, "steps": 200,
     "prompts": "tom the cat, grinning\ndog face", "preview_steps": 100, "card": 1, "sample_steps": 25, "scale": 3,
-    "sampler": "dpm_solver",
+    "sampler": "dpm_solver", "compare_prompts": "tom the cat, grinning\ntom the cat, crying\ndog face\ntiger face",
+    "sets": "cats=outputs/studio/cats/shards/*.tar",
 }  # fmt: skip
 
 
 def default_fields(demo: bool) -> dict[str, Any]:
     """Return the first values of the fields: of the demo, if `demo` or if there is no release at the usual place."""
     if not demo and CONVENTIONAL_RELEASE.exists():
-        return {**_EMPTY, "release": str(CONVENTIONAL_RELEASE)}
+        return {**_EMPTY, "release": str(CONVENTIONAL_RELEASE), "compare_base": str(CONVENTIONAL_RELEASE)}
     if not (DEMO_RELEASE.exists() and DEMO_IMAGES.is_dir()):
         return dict(_EMPTY)
-    return {**_EMPTY, **_DEMO, "release": _from_here(DEMO_RELEASE), "images": _from_here(DEMO_IMAGES)}
+    release = _from_here(DEMO_RELEASE)
+    return {**_EMPTY, **_DEMO, "release": release, "compare_base": release, "images": _from_here(DEMO_IMAGES)}
 
 
 def _from_here(path: Path) -> str:
@@ -64,7 +68,7 @@ def recognise_release(release: Path, base: str, predicts: str, size: int) -> Rec
     return Recognised(chosen.names[0], tuple(chosen.overrides), f"{what}predicts {chosen.prediction}")
 
 
-def read_recipe(values: Mapping[str, Any], allowed: AllowedFolders, work: Path, gpu: bool) -> Recipe:
+def read_recipe(values: Mapping[str, Any], allowed: AllowedFolders, work: Path, gpu: bool) -> TrainingRecipe:
     """Return the recipe of the values of the fields `RECIPE`, with the release's own config where none is given.
 
     Raises:
@@ -75,13 +79,13 @@ def read_recipe(values: Mapping[str, Any], allowed: AllowedFolders, work: Path, 
     for name, what in (("config", "config of the release"), ("base", "config of the training")):
         if "/" in values[name]:
             allowed.check_existing(values[name], what)
-    numbers = {name: _whole(values[name], what) for name, what in (
+    numbers = {name: whole_number(values[name], what) for name, what in (
         ("size", "size"), ("batch", "batch"), ("steps", "steps"), ("preview_steps", "steps between previews"),
     )}  # fmt: skip
     for name, what in (("minutes", "time budget"), ("rate", "learning rate")):
         check_number(what, values[name] or 0, least=0, whole=False)
     found = recognise_release(release, values["base"], values["predicts"], numbers["size"])
-    return Recipe(
+    return TrainingRecipe(
         name=values["name"].strip(),
         images=images,
         release=str(release),
@@ -101,7 +105,7 @@ def read_recipe(values: Mapping[str, Any], allowed: AllowedFolders, work: Path, 
     )
 
 
-def _whole(value: Any, what: str) -> int:
+def whole_number(value: Any, what: str) -> int:
     """Return the number of a field, 0 if it is empty."""
     value = 0 if value is None else value
     if isinstance(value, float) and value.is_integer():

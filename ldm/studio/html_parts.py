@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlencode
 
 from markupsafe import Markup
 
-from ldm.studio.jobs import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Job, JobState
-from ldm.studio.progress import Progress, duration, elapsed
+from ldm.studio.job_progress import Progress, duration, elapsed
+from ldm.studio.job_store import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Job, JobState
 from ldm.util import escaped
 
 FILE_ROUTE = "/studio/file"  # of `ldm.studio.server`
@@ -64,3 +65,25 @@ def last_error(log: str) -> str:
     """Return the error line at the end of a command's log, or its last line."""
     lines = [line for line in log.strip().splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[object]], marked: Container[int] = ()) -> str:
+    """Return a table. The first cell of a row is its heading, numbers are aligned right, and `marked` rows coloured."""
+    columns = Markup("").join(Markup('<th scope="col">{}</th>').format(escaped(name)) for name in head)
+    lines = [
+        Markup("<tr{}>{}</tr>").format(
+            Markup(' class="studio-good"') if number in marked else "",
+            Markup("").join(_cell(value, is_first=place == 0) for place, value in enumerate(row)),
+        )
+        for number, row in enumerate(rows)
+    ]
+    table = '<div class="studio-scroll" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    return str(Markup(table).format(columns, Markup("").join(lines)))
+
+
+def _cell(value: object, is_first: bool) -> Markup:
+    if is_first:
+        return Markup('<th scope="row">{}</th>').format(escaped(str(value)))
+    if isinstance(value, (int, float)):
+        return Markup('<td class="number">{}</td>').format(value if isinstance(value, int) else f"{value:.2f}")
+    return Markup("<td>{}</td>").format(escaped(str(value)))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import gradio as gr
 
+from ldm.studio.controls import listen
 from ldm.studio.html_parts import job_status, last_error, note
-from ldm.studio.jobs import FAILED, Job, JobState, read_log
-from ldm.studio.progress import Progress, bar_progress
-from ldm.studio.studio import Studio, listen
+from ldm.studio.job_progress import Progress, bar_progress, elapsed
+from ldm.studio.job_store import FAILED, Job, JobState, read_log
+from ldm.studio.studio import Studio
 from ldm.util import UserError
 
 SECONDS = 1.5  # between two looks at the jobs
 
+Variant = Literal["primary", "secondary"]
 # Values of further outputs for the newest job.
-Results = Callable[[Job, JobState], list[Any]]
+Results = Callable[..., list[Any]]
 
 
 class JobPanel:
@@ -25,33 +27,38 @@ class JobPanel:
     Args:
         kind: kind of the jobs, and the beginning of the names of the controls.
         none: text if there is no job yet.
+        text, name, variant: text, `elem_id` and style of the button that starts a job.
     """
 
-    def __init__(self, studio: Studio, kind: str, none: str) -> None:
+    def __init__(
+        self, studio: Studio, kind: str, none: str, text: str, name: str, variant: Variant = "primary"
+    ) -> None:
         self.studio, self.kind, self.none = studio, kind, none
+        with gr.Row():
+            self.start = gr.Button(text, variant=variant, elem_id=name)
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{kind}-stop")
         self.status = gr.HTML(note(none), elem_id=f"{kind}-status")
-        self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{kind}-stop")
         with gr.Accordion("Output of the command", open=False, elem_id=f"{kind}-output"):
             self.log = gr.Textbox(show_label=False, lines=8, max_lines=16, elem_id=f"{kind}-log", interactive=False)
         self._seen = gr.State(None)
         listen(self.stop.click, self._stop)
 
-    def watch(self, outputs: list[Any], results: Results) -> None:
-        """Show the newest job from now on, and the `results` of its state in `outputs`."""
+    def watch(self, outputs: list[Any], results: Results, inputs: Sequence[Any] = ()) -> None:
+        """Show the newest job from now on, and the `results` of job, state and `inputs` in `outputs`."""
         every = gr.Timer(SECONDS)
 
-        def look(seen: Any) -> Any:
+        def look(seen: Any, *values: Any) -> Any:
             job = self.studio.jobs.newest(self.kind)
             if job is None:
                 return gr.skip()
             state = self.studio.jobs.state(job)
             log = read_log(job, state.step)
-            now = [job.name, state.status, state.step, len(log), log[-200:]]
+            now = [job.name, state.status, state.step, len(log), log[-200:], int(elapsed(state))]
             if now == seen:
                 return gr.skip()
-            return [now, *self.shown(job, state, log), *results(job, state)]
+            return [now, *self.shown(job, state, log), *results(job, state, *values)]
 
-        listen(every.tick, look, self._seen, [self._seen, self.status, self.stop, self.log, *outputs])
+        listen(every.tick, look, [self._seen, *inputs], [self._seen, self.status, self.stop, self.log, *outputs])
 
     def shown(self, job: Job, state: JobState, log: str, progress: Progress | None = None) -> list[Any]:
         """Return the values of status, stop button and log."""

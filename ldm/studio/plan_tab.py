@@ -9,18 +9,18 @@ from typing import Any
 import gradio as gr
 import yaml
 
+from ldm.cli.paths import LOGS
 from ldm.files import atomic_write
-from ldm.studio.commands import Recipe, Step, path_word, plan_words, recipe_values
+from ldm.studio.commands import Step, TrainingRecipe, path_word, plan_words, recipe_values
+from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.fields import RECIPE, read_recipe, recognise_release
 from ldm.studio.html_parts import note
 from ldm.studio.job_panel import JobPanel
-from ldm.studio.jobs import FINISHED, Job, JobState, read_log
-from ldm.studio.planned import advice, tier_rows, tiers_html
-from ldm.studio.studio import Page, listen
+from ldm.studio.job_store import FINISHED, Job, JobState, read_log
+from ldm.studio.planned import TIERS, advice, measured_speeds, tier_rows, tiers_html
 from ldm.util import UserError, check_number
 
-_TIERS = [("none: as the config says", ""), *((name, name) for name in ("fast.yaml", "lean.yaml", "minimal.yaml",
-                                                                           "smallest.yaml"))]  # fmt: skip
+_TIERS = [("none: as the config says", ""), *((name, name) for name in TIERS)]
 _KIND = "plan"
 
 
@@ -33,20 +33,18 @@ def build_plan(page: Page) -> None:
                                    minimum=0, elem_id="plan-card")  # fmt: skip
         fields["ram"] = gr.Number(label="Memory of this machine in GB; 0 for any amount", minimum=0, elem_id="plan-ram")
         fields["minutes"] = gr.Number(label="Time budget in minutes; 0 for none", minimum=0, elem_id="plan-minutes")
-    command = gr.Code(label="Command", language="shell", interactive=False, elem_id="plan-command", buttons=["copy"])
-    compute = gr.Button("What fits?", variant="primary", elem_id="plan-compute")
-    panel = JobPanel(studio, _KIND, "No plan yet.")
+    command = command_box("Command", "plan-command")
+    panel = JobPanel(studio, _KIND, "No plan yet.", "What fits?", "plan-compute")
     table = gr.HTML(elem_id="plan-table")
     add_training_fields(fields)
     write = gr.Button("Write the YAML", variant="primary", elem_id="plan-write")
-    written = gr.Code(label="Config of this training", language="yaml", interactive=False, elem_id="plan-yaml",
-                      buttons=["copy"])  # fmt: skip
+    written = command_box("Config of this training", "plan-yaml")
     names = (*RECIPE, "card", "ram")
     fields["overwrite"] = gr.Checkbox(label="Replace the shards of an earlier run of this name", render=False,
                                       elem_id="train-overwrite")  # fmt: skip
     inputs = [fields[name] for name in names]
 
-    def read(*values: Any) -> tuple[Recipe, dict[str, Any]]:
+    def read(*values: Any) -> tuple[TrainingRecipe, dict[str, Any]]:
         given = dict(zip(names, values, strict=True))
         check_number("memory of the card", given["card"], above=0, whole=False, unit="GB")
         return read_recipe(given, studio.allowed, studio.work, bool(studio.card)), given
@@ -64,7 +62,8 @@ def build_plan(page: Page) -> None:
         step = Step("Predict the memory", plan_words(recipe, given["card"], given["ram"] or 0))
         if studio.jobs.running(_KIND):
             raise UserError("a plan is being computed; wait for it, or stop it")
-        studio.jobs.start(_KIND, f"Plan for {given['card']:g} GB", [step], {"base": recipe.base})
+        about = {"base": recipe.base, "minutes": recipe.minutes}
+        studio.jobs.start(_KIND, f"Plan for {given['card']:g} GB", [step], about)
 
     def write_yaml(*values: Any) -> str:
         recipe, given = read(*values)
@@ -76,14 +75,13 @@ def build_plan(page: Page) -> None:
             return [""]
         with suppress(ValueError, KeyError, TypeError, IndexError):
             found = json.loads(read_log(job, 0).strip().splitlines()[-1])
-            rows = tier_rows(found, job.about.get("base", ""))
-            return [
-                tiers_html(rows, found["use"]) + note(advice(rows, found["use"]), "good" if found["use"] else "bad")
-            ]
+            rows = tier_rows(found, measured_speeds(LOGS, job.about["base"]))
+            text = advice(rows, found["use"], job.about["minutes"])
+            return [tiers_html(rows, found["use"]) + note(text, "good" if found["use"] else "bad")]
         return [note("the planner's answer cannot be read", "bad")]
 
     panel.watch([table], results)
-    listen(compute.click, start, inputs)
+    listen(panel.start.click, start, inputs)
     listen(write.click, write_yaml, inputs, written)
     page.keep_shown(inputs, show_command, command)
 
@@ -101,9 +99,7 @@ def add_model_fields(page: Page) -> None:
         fields["predicts"] = gr.Dropdown([("as the file says", ""), "eps", "v"], label="Prediction",
                                          elem_id="plan-predicts")  # fmt: skip
     with gr.Row():
-        fields["size"] = gr.Number(
-            label="Size in pixels; 0 for the model's", precision=0, minimum=0, elem_id="plan-size"
-        )
+        fields["size"].render()
         fields["flip"] = gr.Checkbox(label="Also train on mirror images", elem_id="plan-flip")
     asked = [fields[name] for name in ("release", "base", "predicts", "size")]
 
@@ -134,7 +130,7 @@ def add_training_fields(fields: dict[str, Any]) -> None:
                                             elem_id="plan-preview-steps")  # fmt: skip
 
 
-def write_recipe(recipe: Recipe) -> str:
+def write_recipe(recipe: TrainingRecipe) -> str:
     """Write the config of the training of `recipe`, and return its text."""
     text = yaml.safe_dump(recipe_values(recipe), sort_keys=False, allow_unicode=True)
     with atomic_write(recipe.yaml) as temporary:

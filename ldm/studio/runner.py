@@ -17,7 +17,7 @@ from typing import Any
 
 from ldm.files import atomic_write
 from ldm.locks import process_start
-from ldm.studio.jobs import STATE, STOP, read_job
+from ldm.studio.job_store import STATE, STOP, read_job
 
 
 def run_job(folder: Path) -> None:

@@ -13,7 +13,7 @@ from ldm.reporting.curves import draw_run
 from ldm.reporting.metrics import Metrics, read_metrics
 from ldm.reporting.run_folder import PARTS
 from ldm.studio.html_parts import note
-from ldm.studio.studio import Studio
+from ldm.studio.thumbnails import Thumbnails
 from ldm.util import UserError
 
 
@@ -29,7 +29,7 @@ def list_runs(logs: Path) -> list[str]:
 class RunView:
     """Metrics and newest images of the run in `folder`. `signature` changes with them."""
 
-    studio: Studio
+    thumbnails: Thumbnails
     folder: Path
     metrics: Metrics
     images: list[Path]
@@ -53,21 +53,19 @@ class RunView:
         for path in self.images:
             name = parse_logged_name(path.name)
             try:
-                found.append(
-                    (str(self.studio.thumbnails.of_png(path)), f"step {name.step}: {name.key}" if name else "")
-                )
+                found.append((str(self.thumbnails.of_png(path)), f"step {name.step}: {name.key}" if name else ""))
             except UserError:  # it is being written, or is damaged
                 continue
         return found
 
 
-def view_run(studio: Studio, folder: Path) -> RunView:
+def view_run(thumbnails: Thumbnails, folder: Path) -> RunView:
     """Return what there is to see of the run in `folder`: its previews, or else the samples of its image logger."""
     metrics = read_metrics(folder, [])
     places = (folder / PREVIEWS, folder / "images" / "train")
     images = next((found for place in places if (found := _newest(place))), [])
     return RunView(
-        studio, folder, metrics, images, [metrics.steps, len(metrics.series), [path.name for path in images]]
+        thumbnails, folder, metrics, images, [metrics.steps, len(metrics.series), [path.name for path in images]]
     )
 
 

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
 from ldm.studio.html_parts import FILE_ROUTE
-from ldm.studio.page import build_page, page_options
 from ldm.studio.studio import Studio
+from ldm.studio.tabs import build_page, page_options
 from ldm.util import UserError
 
 Scope = MutableMapping[str, Any]

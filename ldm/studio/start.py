@@ -9,9 +9,9 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ldm.studio.allowed_folders import AllowedFolders
 from ldm.studio.fields import default_fields
-from ldm.studio.jobs import PASSWORD
-from ldm.studio.paths import AllowedFolders
+from ldm.studio.job_store import PASSWORD
 from ldm.util import UserError
 
 _LEAST_LETTERS = 8  # of a password

@@ -11,16 +11,17 @@ from PIL import Image
 from ldm.files import atomic_write
 from ldm.images.find import ImageItem
 from ldm.images.logged_png import read_logged_png
+from ldm.studio.allowed_folders import AllowedFolders
 from ldm.util import UserError
 
 SIDE = 384  # longest side of a thumbnail in pixels
 
 
 class Thumbnails:
-    """Folder of copies, each with a name made from the path, size and time of its image."""
+    """Folder of copies, each with a name made from the path, size and time of its image, which must be `allowed`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+    def __init__(self, folder: Path, allowed: AllowedFolders) -> None:
+        self.folder, self.allowed = folder.absolute(), allowed
 
     def of_item(self, item: ImageItem) -> Path:
         """Return a reduced copy of an image of a data set.
@@ -55,6 +56,7 @@ class Thumbnails:
         return path
 
     def _place(self, source: Path, kind: str) -> Path:
+        self.allowed.check(source, "image")
         try:
             status = source.stat()
         except OSError as error:

@@ -8,15 +8,16 @@ from typing import Any
 import gradio as gr
 
 from ldm.cli.paths import LOGS
-from ldm.studio.commands import Recipe, Step, pipeline, resume_words, shown
+from ldm.studio.commands import Step, TrainingRecipe, pipeline, resume_words, shown
+from ldm.studio.controls import Page, command_box, gallery, listen
 from ldm.studio.fields import RECIPE, read_recipe
 from ldm.studio.html_parts import file_link, job_status, last_error, note
 from ldm.studio.job_panel import SECONDS
-from ldm.studio.jobs import FAILED, Job, JobState, read_log
+from ldm.studio.job_progress import Progress, bar_progress, elapsed, most_steps, run_folder, training_progress
+from ldm.studio.job_store import FAILED, Job, JobState, read_log
 from ldm.studio.plan_tab import write_recipe
-from ldm.studio.progress import Progress, bar_progress, most_steps, run_folder, training_progress
 from ldm.studio.runs import RunView, list_runs, view_run
-from ldm.studio.studio import Page, Studio, listen
+from ldm.studio.studio import Studio
 from ldm.util import UserError
 
 _KIND = "train"
@@ -26,28 +27,23 @@ _NONE = "No training yet."
 def build_train(page: Page) -> None:
     """Add the controls of this tab."""
     studio, fields = page.studio, page.fields
-    commands = gr.Code(label="Commands, in this order", language="shell", interactive=False, elem_id="train-commands",
-                       buttons=["copy"])  # fmt: skip
+    commands = command_box("Commands, in this order", "train-commands")
     fields["overwrite"].render()
     with gr.Row():
         start = gr.Button("Start", variant="primary", elem_id="train-start")
         stop = gr.Button("Save and stop", variant="stop", interactive=False, elem_id="train-stop")
         save = gr.Button("Save now", interactive=False, elem_id="train-save")
     status = gr.HTML(note(_NONE), elem_id="train-status")
-    gallery = gr.Gallery(label="Newest previews", columns=4, height="auto", elem_id="train-previews", interactive=False,
-                         buttons=[])  # fmt: skip
+    previews = gallery("Newest previews", "train-previews", columns=4, height=260)
     figures = gr.HTML(elem_id="train-figures")
     with gr.Accordion("Output of the command", open=False, elem_id="train-output"):
         log = gr.Textbox(show_label=False, lines=8, max_lines=16, elem_id="train-log", interactive=False)
-    with gr.Row():
-        run = gr.Dropdown([], label="Runs", elem_id="train-run", scale=3)
-        refresh = gr.Button("List runs again", elem_id="train-refresh")
-        resume = gr.Button("Resume this run", elem_id="train-resume")
-    resumed = gr.Code(label="Command to resume", language="shell", interactive=False, elem_id="train-resume-command",
-                      buttons=["copy"])  # fmt: skip
+    run = page.run_list("train-run", "train-refresh")
+    resume = gr.Button("Resume this run", elem_id="train-resume")
+    resumed = command_box("Command to resume", "train-resume-command")
     inputs = [fields[name] for name in RECIPE]
 
-    def read(values: tuple[Any, ...]) -> Recipe:
+    def read(values: tuple[Any, ...]) -> TrainingRecipe:
         return read_recipe(dict(zip(RECIPE, values, strict=True)), studio.allowed, studio.work, bool(studio.card))
 
     def show_commands(*values: Any) -> str:
@@ -78,10 +74,9 @@ def build_train(page: Page) -> None:
     listen(resume.click, begin_again, run)
     listen(stop.click, stop_it)
     listen(save.click, save_it)
-    listen(refresh.click, lambda: gr.update(choices=list_runs(LOGS)), None, run)
     listen(run.change, lambda which: str(_resume_step(studio, which)) if which else "", run, resumed)
     page.keep_shown(inputs, show_commands, commands)
-    _watch(studio, [status, start, stop, save, log, gallery, figures, run])
+    _watch(studio, [status, start, stop, save, log, previews, figures, run])
 
 
 def _check_none_runs(studio: Studio) -> None:
@@ -115,8 +110,9 @@ def _watch(studio: Studio, outputs: list[Any]) -> None:
         state = studio.jobs.state(job)
         text = read_log(job, state.step)
         folder = run_folder(job)
-        view = view_run(studio, folder) if folder is not None else None
-        now = [job.name, state.status, state.step, len(text), text[-200:], view.signature if view else None]
+        view = view_run(studio.thumbnails, folder) if folder is not None else None
+        seconds = int(elapsed(state))
+        now = [job.name, state.status, state.step, len(text), text[-200:], seconds, view.signature if view else None]
         if now == before:
             return gr.skip()
         drawn = gr.skip() if before and before[-1] == now[-1] and before[0] == now[0] else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.reporting.metrics import Metrics, Series
 from ldm.reporting.settings import merged_config
-from ldm.studio.jobs import Job, JobState
+from ldm.studio.job_store import Job, JobState
 from ldm.util import UserError
 
 _PERCENT = re.compile(r"(\d{1,3})%\|.*?\| (\d+)/(\d+) \[[\d:]+<([\d:?]+)")  # of tqdm

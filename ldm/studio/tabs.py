@@ -22,10 +22,12 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.studio.images_tab import build_images
+from ldm.studio.compare_tab import build_compare
+from ldm.studio.controls import Page
+from ldm.studio.images_tab import ImagesTab
 from ldm.studio.plan_tab import build_plan
 from ldm.studio.release_tab import build_release
-from ldm.studio.studio import Page, Studio
+from ldm.studio.studio import Studio
 from ldm.studio.train_tab import build_train
 
 _FONTS = ["system-ui", "sans-serif"]
@@ -36,10 +38,12 @@ def build_page(studio: Studio) -> gr.Blocks:
     """Return the page of `studio`."""
     page = Page(studio)
     with gr.Blocks(analytics_enabled=False, title="latent-finetune studio", delete_cache=(3600, 86400)) as blocks:
+        page.fields["size"] = gr.Number(label="Size in pixels; 0 for the model's", precision=0, minimum=0,
+                                        elem_id="plan-size", render=False)  # fmt: skip
         gr.HTML("<h1>latent-finetune studio</h1>", elem_id="title")
         with gr.Tabs(elem_id="tabs"):
-            for title, build in (("Images", build_images), ("Plan", build_plan), ("Train", build_train),
-                                 ("Release", build_release)):  # fmt: skip
+            for title, build in (("Images", ImagesTab), ("Plan", build_plan), ("Train", build_train),
+                                 ("Compare", build_compare), ("Release", build_release)):  # fmt: skip
                 with gr.Tab(title, id=title.lower(), elem_id=title.lower()):
                     build(page)
         page.fill(blocks)
@@ -48,5 +52,27 @@ def build_page(studio: Studio) -> gr.Blocks:
 
 def page_options() -> dict[str, Any]:
     """Return the theme and the style sheet, with fonts of the system."""
-    theme = gr.themes.Default(font=_FONTS, font_mono=_CODE_FONTS)
+    theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_CODE_FONTS).set(
+        # Shades with enough contrast, in both schemes.
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        button_cancel_background_fill="#b00020",
+        button_cancel_background_fill_hover="#8c0019",
+        button_cancel_background_fill_dark="#b00020",
+        button_cancel_background_fill_hover_dark="#8c0019",
+        button_cancel_text_color="white",
+        button_cancel_text_color_dark="white",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        slider_color="*primary_700",
+        slider_color_dark="*primary_400",
+    )
     return {"theme": theme, "css": Path(__file__).with_name("studio.css").read_text(encoding="utf-8")}

@@ -27,22 +27,26 @@ class AllowedFolders:
         self.folders = list(dict.fromkeys(folder.resolve() for folder in folders))
         self._further = [path.resolve() for path in further]
 
-    def check(self, text: str | Path, what: str = "path") -> Path:
+    def has(self, path: Path) -> bool:
+        """Return True if `path` lies in an allowed folder."""
+        return any(is_within(folder, path) for folder in (*self.folders, *self._further))
+
+    def check(self, text: str | Path | None, what: str = "path") -> Path:
         """Return the path `text` if it lies in an allowed folder. `what` names it in messages.
 
         Raises:
             UserError: it is empty, not a valid path, or lies outside of all of them.
         """
-        path = Path(text)
-        if not str(text).strip():
+        path = Path(text or "")
+        if text is None or not str(text).strip():
             raise UserError(f"{what}: is empty; give a path")
-        if any(is_within(folder, path) for folder in (*self.folders, *self._further)):
+        if self.has(path):
             return path
         named = ", ".join(map(str, self.folders))
         raise UserError(f"{what} {str(text)!r:.200}: lies outside of the folders that this studio may read ({named}); "
                         "start it with --folder to add one")  # fmt: skip
 
-    def check_existing(self, text: str | Path, what: str = "path") -> Path:
+    def check_existing(self, text: str | Path | None, what: str = "path") -> Path:
         """Return the path `text` as `check` does, if it exists.
 
         Raises:
@@ -53,7 +57,7 @@ class AllowedFolders:
             raise UserError(f"{what} {str(text)!r:.200}: no such file or folder")
         return path
 
-    def check_folder(self, text: str | Path, what: str = "folder") -> Path:
+    def check_folder(self, text: str | Path | None, what: str = "folder") -> Path:
         """Return the path `text` as `check` does, if it is a folder.
 
         Raises:
