@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.browser.watched import BLOCKED_HOSTS, Watch
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-MISSING = "tests/browser need Chromium, and none is in PATH. Debian: sudo apt-get install chromium"
+from tests.browser.chromium import start_chromium
+from tests.browser.watched import Watch
+from tests.waiting import LIMIT
 
 
 @pytest.fixture(scope="module")  # while it is open, asyncio takes this thread for one with a running loop
 def browser() -> Iterator[Browser]:
     """Start Chromium without a window. Fail if it is not installed."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.fail(MISSING)
+    expect.set_options(timeout=1000 * LIMIT)  # milliseconds
     with sync_playwright() as playwright:
-        # The sandbox does not start as root, and the pages are our own.
-        arguments = ["--no-sandbox", "--disable-dev-shm-usage", BLOCKED_HOSTS]
-        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        try:
+            browser = start_chromium(playwright)
+        except FileNotFoundError as error:
+            pytest.fail(str(error), pytrace=False)
         yield browser
         browser.close()
 
@@ -40,6 +37,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", offline=offline
         )
+        context.set_default_timeout(1000 * LIMIT)
         contexts.append(context)
         watch.follow(context)
         page = context.new_page()
