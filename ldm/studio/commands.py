@@ -226,7 +226,7 @@ def inspect_words(images: str | Path, size: int, out: Path) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleSettings:
     """Settings of the images that a comparison samples."""
 
     prompts: tuple[str, ...]
@@ -237,7 +237,9 @@ class Sampling:
     sampler: str
 
 
-def sample_words(release: str | Path, config: str, predicts: str, sampling: Sampling, out: Path) -> tuple[str, ...]:
+def sample_words(
+    release: str | Path, config: str, predicts: str, sampling: SampleSettings, out: Path
+) -> tuple[str, ...]:
     """Return the command that samples images from `release` into the folder `out`."""
     has_dash = any(prompt.startswith("-") for prompt in sampling.prompts)
     prompts = [f"--prompt={text}" for text in sampling.prompts] if has_dash else ["--prompt", *sampling.prompts]
