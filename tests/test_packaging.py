@@ -75,10 +75,9 @@ def test_tests_and_benchmarks_import_only_what_is_declared():
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    wanted = (
-        RUNTIME
-        + [part for extra in ("lean", "vq", "test", "augment", "docs", "studio", "dev") for part in EXTRAS[extra]]
-    )
+    wanted = RUNTIME + [
+        part for extra in ("lean", "vq", "test", "augment", "docs", "studio", "dev") for part in EXTRAS[extra]
+    ]
     assert names(wanted) - names(PINS) == {PROJECT["name"]}
     exact = {line for line in wanted if "==" in line}
     assert exact <= set(PINS)

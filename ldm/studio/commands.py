@@ -37,7 +37,8 @@ class TrainingRecipe:
     """Values that determine a training, from images to `logs/<time>_<name>/`.
 
     `config` and `base` are the configs of the release and of its training. `overrides` are changes `a.b.c=value` to
-    `base`. Empty texts, None and 0 stand for the default of the tools.
+    `base`, and `is_family` tells that both are those of the release's family. Empty texts, None and 0 stand for the
+    default of the tools.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TrainingRecipe:
     base: str
     config: str = ""
     overrides: tuple[str, ...] = ()
+    is_family: bool = False
     predicts: str = ""  # eps or v
     size: int = 0  # pixels
     flip: bool = False
@@ -142,9 +144,9 @@ def hack_words(recipe: TrainingRecipe) -> tuple[str, ...]:
     return tool(
         "tools/hack_weights.py",
         *("--release", path_word(recipe.release)),
-        *("--base", path_word(recipe.base)),
         *option("--parameterization", recipe.predicts),
         *("--out", path_word(recipe.start)),
+        *("--base", *(() if recipe.is_family else (path_word(recipe.base),))),
     )
 
 

@@ -166,8 +166,8 @@ def read_state(job: Job) -> JobState:
     child = child if child is not None and is_alive(*child) else None
     if content.get("ended") is True:
         failed = next((code for code in codes if code), 0)
-        done = len(codes) == len(job.steps) and not failed
-        status = FINISHED if done else STOPPED if is_stopped or failed in (130, -signal.SIGINT) else FAILED
+        # A training that was asked to stop ends with code 0.
+        status = STOPPED if is_stopped else FAILED if failed else FINISHED
         return JobState(status, step, codes, times)
     if child is not None or (runner is not None and is_alive(*runner)):
         return JobState(RUNNING, step, codes, times, child)

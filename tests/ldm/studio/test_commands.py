@@ -47,10 +47,18 @@ def test_pipeline_is_the_recipe_of_the_readme() -> None:
     assert lines == [
         "python tools/preencode.py --ckpt r.safetensors --config demo_tiny_release.yaml --images data/cats "
         f"--out {work}/shards/%06d.tar --size 64 --flip",
-        f"python tools/hack_weights.py --release r.safetensors --base demo_tiny.yaml --out {work}/start.ckpt",
+        f"python tools/hack_weights.py --release r.safetensors --out {work}/start.ckpt --base demo_tiny.yaml",
         f"python main.py --resume {work}/start.ckpt --base demo_tiny.yaml lean.yaml {work}/recipe.yaml -t --no-test "
         "--gpus 0, --name cats",
     ]
+
+
+def test_a_recognised_family_is_told_to_all_tools() -> None:
+    recipe = replace(RECIPE, config="", base="f.yaml", is_family=True, predicts="v", overrides=("model.params.a=1",))
+    preencode, hack, train = [str(step) for step in pipeline(recipe)]
+    assert "--parameterization v" in preencode and "--config" not in preencode
+    assert hack.endswith("--parameterization v --out outputs/studio/cats/start.ckpt --base")
+    assert train.endswith("--base f.yaml outputs/studio/cats/recipe.yaml -t --no-test --name cats model.params.a=1")
 
 
 def test_recipe_values_are_those_of_the_fields_alone() -> None:
