@@ -159,7 +159,7 @@ class ImagesTab:
         if place is None:
             raise UserError(f"{name}: is not in {path} any more; look for problems again")
         values = self.values(items, place // _ON_PAGE + 1, "")
-        values[1] = gr.update(value=values[1], selected_index=place % _ON_PAGE)
+        values[1] = {**values[1], "selected_index": place % _ON_PAGE}
         return [path, *self.chosen_values(items, name), *values, choice]
 
     def chosen_values(self, items: list[ImageItem], name: str) -> list[Any]:
