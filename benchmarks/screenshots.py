@@ -23,12 +23,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.browser.chromium import start_chromium
-from tests.browser.studio_process import StudioProcess, running_studio
-from tests.waiting import LIMIT
+from tests.browser.chromium import start_chromium  # noqa: E402
+from tests.browser.studio_process import StudioProcess, running_studio  # noqa: E402
+from tests.waiting import LIMIT  # noqa: E402
 
-COPIED = ("configs", "data/base", "data/cats", "data/emoji", "ldm", "tools", "main.py")
-HELD_OUT = ("cat-face", "grinning-cat", "pouting-cat", "crying-cat", "weary-cat", "kissing-cat")  # emoji of cats
+COPIED = ("configs", "data/base", "data/cats", "ldm", "tools", "main.py")
+HELD_OUT = ("tom-grinning", "tom-crying", "tom-kissing")
 RELEASE = "data/base/emoji.safetensors"
 ENCODE = ("tools/preencode.py", "--ckpt", RELEASE, "--config", "demo_tiny_release.yaml", "--size", "64")
 PROMPTS = "tom the cat, grinning --s 20 --l 3\ndog face --s 20 --l 3\nred heart --s 20 --l 3\n"
@@ -49,13 +49,14 @@ def run(folder: Path, *words: str) -> None:
 
 def train(folder: Path, steps: int) -> Path:
     """Train in the copy of the checkout at `folder`, and return the path of the report."""
-    others = folder / "others"
-    others.mkdir()
-    for path in sorted(folder.glob("data/emoji/*.png")):
-        if path.stem in HELD_OUT:
-            shutil.copy(path, others)
-            (others / f"{path.stem}.txt").write_text(path.stem.replace("-", " "))
-    run(folder, *ENCODE, "--images", "data/cats", "--out", "shards/cats/%06d.tar")
+    for name in ("cats", "others"):
+        (folder / name).mkdir()
+    for path in sorted(folder.glob("data/cats/*.png")):
+        place = folder / ("others" if path.stem in HELD_OUT else "cats")
+        shutil.copy(path, place)
+        caption = path.stem.replace("tom-", "tom the cat, ").replace("-", " ")
+        (place / f"{path.stem}.txt").write_text(caption)
+    run(folder, *ENCODE, "--images", "cats", "--out", "shards/cats/%06d.tar")
     run(folder, *ENCODE, "--images", "others", "--out", "shards/others/%06d.tar")
     run(folder, "tools/hack_weights.py", "--release", RELEASE, "--base", "demo_tiny.yaml", "--out", "start.ckpt")
     (folder / "prompts.txt").write_text(PROMPTS)

@@ -24,7 +24,7 @@ SLOW = (
     "ldm/release/test_merge", "ldm/release/test_extraction", "ldm/release/test_destination", "test_craft",
     "test_previews", "test_data_weights", "test_captions", "test_smallest", "test_mutated_checkpoints",
     "test_main_trust", "ldm/models/diffusion/test_stored_prompts", "ldm/data/test_parsed",
-    "test_published_optimizers", "browser/*",
+    "test_published_optimizers", "ldm/studio/test_job_store", "browser/*",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 

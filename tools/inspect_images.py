@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 from ldm.cli.run import run
 from ldm.files import atomic_write
-from ldm.util import check_number
+from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("images", nargs="+", help="folders of images, image files, or tars, as in tools/preencode.py")
+    add("folders", nargs="+", type=Path, help="folders of images, with captions as in tools/preencode.py")
     add("--size", type=int, help="side in pixels of the crop; smaller images are named (default: no check)")
     add("--json", type=Path, metavar="FILE", help="write the problems as JSON too")
     options = parser.parse_args()
@@ -38,10 +38,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     # Slow imports come after parsing, so that --help answers at once.
-    from ldm.data.sources import find_images
+    from ldm.images.find import from_folder
     from ldm.inspection.image_folder import find_problems, summarise_problems
 
-    items = find_images(options.images)
+    items = [item for folder in options.folders for item in from_folder(folder, None)]
+    if not items:
+        raise UserError(f"{', '.join(map(str, options.folders))}: no images")
     problems = find_problems(items, options.size)
     for problem in problems:
         logger.info("%s: %s: %s", problem.kind, problem.name, problem.text)

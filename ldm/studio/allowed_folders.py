@@ -27,6 +27,10 @@ class AllowedFolders:
         self.folders = list(dict.fromkeys(folder.resolve() for folder in folders))
         self._further = [path.resolve() for path in further]
 
+    def add(self, path: Path) -> None:
+        """Allow a further file or folder."""
+        self._further.append(path.resolve())
+
     def has(self, path: Path) -> bool:
         """Return True if `path` lies in an allowed folder."""
         return any(is_within(folder, path) for folder in (*self.folders, *self._further))

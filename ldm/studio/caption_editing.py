@@ -7,15 +7,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, read_at_most
 from ldm.images.caption_writing import caption_files
-from ldm.images.captions import CaptionFiles, metadata_file
+from ldm.images.captions import METADATA_FILES, CaptionFiles
 from ldm.images.find import ImageItem, from_folder
+from ldm.images.walk import walk
 from ldm.studio.allowed_folders import AllowedFolders
 from ldm.util import UserError
 
@@ -29,22 +29,19 @@ def read_images(folder: Path, allowed: AllowedFolders) -> list[ImageItem]:
     error, and no caption.
 
     Raises:
-        UserError: the folder or its metadata file cannot be read.
+        UserError: the folder or its metadata file cannot be read, or a link to a metadata file leads outside.
     """
+    for path in walk(folder).files:
+        if path.name in METADATA_FILES:
+            allowed.check(path, "metadata file")
     files = CaptionFiles()
 
     def checked(item: ImageItem) -> ImageItem:
-        read = [item.path, files.of(item.path), *map(metadata_file, _inside(item.path, folder))]
-        if all(allowed.has(path) for path in read if path is not None):
+        if all(path is None or allowed.has(path) for path in (item.path, files.of(item.path))):
             return item
         return replace(item, caption=None, error="a link leads out of the folders that this studio may read")
 
     return [checked(item) for item in from_folder(folder, None)]
-
-
-def _inside(image: Path, folder: Path) -> list[Path]:
-    """Return the folders that hold `image`, up to `folder`."""
-    return [parent for parent in image.parents if parent == folder or folder in parent.parents]
 
 
 def replace_text(items: Sequence[ImageItem], old: str, new: str) -> dict[str, str]:
@@ -98,11 +95,20 @@ class CaptionEdits:
             UserError: there is none, or a file has changed since.
         """
         for place in sorted(self.folder.glob("*.json"), reverse=True):
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                record = json.loads(read_at_most(place, _MOST_BYTES))
-                if record["images"] == str(images.resolve()):
-                    return _restore(place, record["files"])
+            files = _read_record(place, images)
+            if files is not None:
+                return _restore(place, files)
         raise UserError("undo: no change of this folder is left to undo")
+
+
+def _read_record(place: Path, images: Path) -> list[dict[str, Any]] | None:
+    """Return the files of the change recorded at `place`, None if it is damaged or of another folder than `images`."""
+    try:
+        record = json.loads(read_at_most(place, _MOST_BYTES))
+        files = [{key: file[key] for key in ("path", "before", "after")} for file in record["files"]]
+        return files if record["images"] == str(images.resolve()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _restore(place: Path, files: Sequence[Mapping[str, Any]]) -> int:

@@ -37,7 +37,8 @@ class TrainingRecipe:
     """Values that determine a training, from images to `logs/<time>_<name>/`.
 
     `config` and `base` are the configs of the release and of its training. `overrides` are changes `a.b.c=value` to
-    `base`. Empty texts, None and 0 stand for the default of the tools.
+    `base`, and `is_family` tells that both are those of the release's family. Empty texts, None and 0 stand for the
+    default of the tools.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TrainingRecipe:
     base: str
     config: str = ""
     overrides: tuple[str, ...] = ()
+    is_family: bool = False
     predicts: str = ""  # eps or v
     size: int = 0  # pixels
     flip: bool = False
@@ -142,9 +144,9 @@ def hack_words(recipe: TrainingRecipe) -> tuple[str, ...]:
     return tool(
         "tools/hack_weights.py",
         *("--release", path_word(recipe.release)),
-        *("--base", path_word(recipe.base)),
         *option("--parameterization", recipe.predicts),
         *("--out", path_word(recipe.start)),
+        *("--base", *(() if recipe.is_family else (path_word(recipe.base),))),
     )
 
 
@@ -226,7 +228,7 @@ def inspect_words(images: str | Path, size: int, out: Path) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleSettings:
     """Settings of the images that a comparison samples."""
 
     prompts: tuple[str, ...]
@@ -237,7 +239,9 @@ class Sampling:
     sampler: str
 
 
-def sample_words(release: str | Path, config: str, predicts: str, sampling: Sampling, out: Path) -> tuple[str, ...]:
+def sample_words(
+    release: str | Path, config: str, predicts: str, sampling: SampleSettings, out: Path
+) -> tuple[str, ...]:
     """Return the command that samples images from `release` into the folder `out`."""
     has_dash = any(prompt.startswith("-") for prompt in sampling.prompts)
     prompts = [f"--prompt={text}" for text in sampling.prompts] if has_dash else ["--prompt", *sampling.prompts]

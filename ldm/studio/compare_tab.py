@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.studio.commands import Sampling, Step, sample_words, shown
+from ldm.studio.commands import SampleSettings, Step, sample_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.evaluation_part import build_evaluation
 from ldm.studio.job_panel import JobPanel
@@ -54,7 +54,7 @@ def _build_sides(page: Page) -> None:
 
     def read(
         base: str, tuned: str, config: str, predicts: str, *values: Any
-    ) -> tuple[list[Step], Sampling, list[Path]]:
+    ) -> tuple[list[Step], SampleSettings, list[Path]]:
         paths = [studio.allowed.check_existing(path, what) for path, what in
                  ((base, "release on the left"), (tuned, "release on the right"))]  # fmt: skip
         sampling = read_sampling(*values)

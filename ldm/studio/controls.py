@@ -38,10 +38,10 @@ def listen(trigger: Any, function: Callable[..., Any], inputs: Any = None, outpu
     return trigger(handler(function), inputs, outputs, **options)
 
 
-def gallery(label: str, name: str, columns: int, height: int) -> gr.Gallery:
-    """Return a gallery that shows whole images, `height` pixels high."""
-    return gr.Gallery(label=label, elem_id=name, columns=columns, height=height, object_fit="contain",
-                      interactive=False, allow_preview=False, buttons=[])  # fmt: skip
+def gallery(label: str, name: str, height: int) -> gr.Gallery:
+    """Return a gallery that shows whole images, `height` pixels high. The style sheet sets the columns."""
+    return gr.Gallery(label=label, elem_id=name, elem_classes="studio-gallery", height=height, object_fit="contain",
+                      interactive=False, allow_preview=False, fit_columns=False, buttons=[])  # fmt: skip
 
 
 def newest_runs() -> Any:
@@ -53,7 +53,7 @@ def newest_runs() -> Any:
 def command_box(label: str, name: str) -> gr.Code:
     """Return a box that shows commands or a config, and copies them."""
     # Without colours, which lack contrast.
-    return gr.Code("# ", label=label, language=None, interactive=False, elem_id=name, lines=1, max_lines=20,
+    return gr.Code("# ", label=label, language=None, interactive=False, elem_id=name, lines=1, max_lines=None,
                    wrap_lines=True, show_line_numbers=False, buttons=["copy"])  # fmt: skip
 
 

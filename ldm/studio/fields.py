@@ -52,6 +52,7 @@ class Recognised:
 
     base: str
     overrides: tuple[str, ...]
+    prediction: str  # eps or v
     text: str
 
 
@@ -65,7 +66,9 @@ def recognise_release(release: Path, base: str, predicts: str, size: int) -> Rec
 
     chosen = training_config(release, [base] if base else (), predicts or None, size=size or None)
     what = "" if base else f"{Path(chosen.names[0]).stem.removeprefix('finetune_').replace('_', ' ')}, "
-    return Recognised(chosen.names[0], tuple(chosen.overrides), f"{what}predicts {chosen.prediction}")
+    return Recognised(
+        chosen.names[0], tuple(chosen.overrides), chosen.prediction, f"{what}predicts {chosen.prediction}"
+    )
 
 
 def read_recipe(values: Mapping[str, Any], allowed: AllowedFolders, work: Path, gpu: bool) -> TrainingRecipe:
@@ -92,7 +95,9 @@ def read_recipe(values: Mapping[str, Any], allowed: AllowedFolders, work: Path, 
         base=found.base,
         config=values["config"],
         overrides=found.overrides,
-        predicts=values["predicts"],
+        is_family=not values["base"],
+        # Told to every tool, so that all recognise the same family.
+        predicts=values["predicts"] or ("" if values["base"] else found.prediction),
         flip=bool(values["flip"]),
         overwrite=bool(values["overwrite"]),
         tier=values["tier"],

@@ -39,7 +39,7 @@ class ImagesTab:
         self.opened, self.chosen, self.names = gr.State(""), gr.State(""), gr.State([])
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                self.gallery = gallery("Images", "images-gallery", columns=5, height=480)
+                self.gallery = gallery("Images", "images-gallery", height=480)
                 self.number = gr.Number(1, label="Page", minimum=1, precision=0, elem_id="images-page")
             with gr.Column(scale=2, min_width=300):
                 self._add_editing()
@@ -159,7 +159,7 @@ class ImagesTab:
         if place is None:
             raise UserError(f"{name}: is not in {path} any more; look for problems again")
         values = self.values(items, place // _ON_PAGE + 1, "")
-        values[1] = gr.update(value=values[1], selected_index=place % _ON_PAGE)
+        values[1] = {**values[1], "selected_index": place % _ON_PAGE}
         return [path, *self.chosen_values(items, name), *values, choice]
 
     def chosen_values(self, items: list[ImageItem], name: str) -> list[Any]:

@@ -56,7 +56,11 @@ class JobPanel:
             now = [job.name, state.status, state.step, len(log), log[-200:], int(elapsed(state))]
             if now == seen:
                 return gr.skip()
-            return [now, *self.shown(job, state, log), *results(job, state, *values)]
+            try:
+                found = results(job, state, *values)
+            except (OSError, LookupError, TypeError, ValueError):  # of another version, or files are gone
+                found = [gr.skip() for _ in outputs]
+            return [now, *self.shown(job, state, log), *found]
 
         listen(every.tick, look, [self._seen, *inputs], [self._seen, self.status, self.stop, self.log, *outputs])
 

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write, read_at_most
-from ldm.locks import is_running
+from ldm.locks import is_running, process_start
 from ldm.studio.commands import ROOT, Step
 from ldm.util import UserError
 
-JOB, STATE, STOP = "job.json", "state.json", "stop"
+JOB, STATE, STOP, RUNNER = "job.json", "state.json", "stop", "runner.json"
 RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
 PASSWORD = "LDM_STUDIO_PASSWORD"  # environment variable that no command gets
 _MOST_BYTES = 1 << 20  # size limit of a JSON file
+_SECONDS_TO_START = 10.0  # in which a studio notes the runner that it has started
 _TAIL = 1 << 16  # bytes at the end of a log that are read
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -89,9 +90,11 @@ class JobStore:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
         line = [sys.executable, "-m", "ldm.studio.runner", str(job.folder.absolute())]
         with (job.folder / "runner.txt").open("ab") as log:
-            self._runners.append(subprocess.Popen(
+            runner = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            ))  # fmt: skip
+            )
+        self._runners.append(runner)
+        _write_json(job.folder / RUNNER, {"process": [runner.pid, process_start(runner.pid)]})
         return job
 
     def list(self, kind: str | None = None) -> list[Job]:
@@ -158,18 +161,25 @@ def read_state(job: Job) -> JobState:
         runner, child = _process(content["runner"]), _process(content["child"])
         step, codes, times = int(content["step"]), list(map(int, content["codes"])), list(map(float, content["times"]))
     except (OSError, ValueError, KeyError, TypeError):
-        begins = time.time() - job.started < 30  # the runner has not written yet
-        return JobState(RUNNING if begins else KILLED, 0, [], [])
+        return JobState(RUNNING if _begins(job) else KILLED, 0, [], [])
     is_stopped = (job.folder / STOP).exists()
     child = child if child is not None and is_alive(*child) else None
     if content.get("ended") is True:
         failed = next((code for code in codes if code), 0)
-        done = len(codes) == len(job.steps) and not failed
-        status = FINISHED if done else STOPPED if is_stopped or failed in (130, -signal.SIGINT) else FAILED
+        # A training that was asked to stop ends with code 0.
+        status = STOPPED if is_stopped else FAILED if failed else FINISHED
         return JobState(status, step, codes, times)
     if child is not None or (runner is not None and is_alive(*runner)):
         return JobState(RUNNING, step, codes, times, child)
     return JobState(KILLED, step, codes, times)
+
+
+def _begins(job: Job) -> bool:
+    """Return True if the runner of `job` runs, and has written no state yet."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        runner = _process(json.loads(read_at_most(job.folder / RUNNER, _MOST_BYTES))["process"])
+        return runner is not None and is_alive(*runner)
+    return time.time() - job.started < _SECONDS_TO_START
 
 
 def _process(value: Any) -> tuple[int, int | None] | None:

@@ -70,20 +70,22 @@ def build_plan(page: Page) -> None:
         studio.save(given)
         return write_recipe(recipe)
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        if state.status != FINISHED:
-            return [""]
-        with suppress(ValueError, KeyError, TypeError, IndexError):
-            found = json.loads(read_log(job, 0).strip().splitlines()[-1])
-            rows = tier_rows(found, measured_speeds(LOGS, job.about["base"]))
-            text = advice(rows, found["use"], job.about["minutes"])
-            return [tiers_html(rows, found["use"]) + note(text, "good" if found["use"] else "bad")]
-        return [note("the planner's answer cannot be read", "bad")]
-
-    panel.watch([table], results)
+    panel.watch([table], plan_results)
     listen(panel.start.click, start, inputs)
     listen(write.click, write_yaml, inputs, written)
     page.keep_shown(inputs, show_command, command)
+
+
+def plan_results(job: Job, state: JobState) -> list[Any]:
+    """Return the table of a plan that is finished, and what to choose."""
+    if state.status != FINISHED:
+        return [""]
+    with suppress(ValueError, KeyError, TypeError, IndexError):
+        found = json.loads(read_log(job, 0).strip().splitlines()[-1])
+        rows = tier_rows(found, measured_speeds(LOGS, job.about["base"]))
+        text = advice(rows, found["use"], job.about["minutes"])
+        return [tiers_html(rows, found["use"]) + note(text, "good" if found["use"] else "bad")]
+    return [note("the planner's answer cannot be read", "bad")]
 
 
 def add_model_fields(page: Page) -> None:

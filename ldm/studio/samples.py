@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.studio.commands import Sampling
+from ldm.studio.commands import SampleSettings
 from ldm.studio.fields import whole_number
 from ldm.util import UserError, check_number
 
@@ -15,7 +15,7 @@ SAMPLERS = ("ddim", "plms", "dpm_solver")
 _MOST_IMAGES = 200
 
 
-def read_sampling(prompts: str, seed: Any, count: Any, steps: Any, scale: Any, sampler: str) -> Sampling:
+def read_sampling(prompts: str, seed: Any, count: Any, steps: Any, scale: Any, sampler: str) -> SampleSettings:
     """Return the settings of the fields.
 
     Raises:
@@ -28,7 +28,7 @@ def read_sampling(prompts: str, seed: Any, count: Any, steps: Any, scale: Any, s
     number, images = whole_number(seed, "seed"), whole_number(count, "images per prompt") or 1
     if len(lines) * images > _MOST_IMAGES:
         raise UserError(f"{len(lines)} prompts with {images} images each: more than {_MOST_IMAGES} images; give fewer")
-    return Sampling(lines, number, images, whole_number(steps, "steps of sampling") or 50, scale, sampler)
+    return SampleSettings(lines, number, images, whole_number(steps, "steps of sampling") or 50, scale, sampler)
 
 
 def new_folder(parent: Path) -> Path:
@@ -46,7 +46,7 @@ def sampled_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.png"))
 
 
-def about_samples(sampling: Sampling, folders: Mapping[str, Path]) -> dict[str, Any]:
+def about_samples(sampling: SampleSettings, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Return what a job notes about its samples, which lie in `folders` by name."""
     return {
         "labels": labels(sampling.prompts, sampling.seed, sampling.count),

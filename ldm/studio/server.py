@@ -124,6 +124,7 @@ def listen_at(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: not available ({error.strerror}); give another --port"

@@ -40,18 +40,20 @@ def start_studio(
         raise UserError(f"{PASSWORD}: has fewer than {_LEAST_LETTERS} letters; choose a longer password")
     if _SPECIAL.search(str(work)):
         raise UserError(f"--work {work}: has a letter with a meaning in names of shards, one of %{{}}*?[]:")
+    values = default_fields(demo)
+    # The first values may lie elsewhere: the data of the demo, and a link to the release at its usual place.
+    given = [Path(values[name]) for name in ("images", "release") if values[name]]
+    allowed = AllowedFolders([Path.cwd(), *folders], given)
+    card, memory = detect_card()
     work.mkdir(parents=True, exist_ok=True)
+    allowed.add(work)
     without_network(work / "gradio")
 
     from ldm.studio.server import serve
     from ldm.studio.studio import Studio
 
-    card, memory = detect_card()
-    values = {**default_fields(demo), **({"card": memory} if card else {})}
-    # The first values may lie elsewhere: the data of the demo, and a link to the release at its usual place.
-    given = [Path(values[name]) for name in ("images", "release") if values[name]]
-    allowed = AllowedFolders([Path.cwd(), *folders, work], given)
-    serve(Studio(allowed, work, values, card), host, port, password, lambda address: say("studio: %s", address))
+    studio = Studio(allowed, work, {**values, **({"card": memory} if card else {})}, card)
+    serve(studio, host, port, password, lambda address: say("studio: %s", address))
 
 
 def is_loopback(host: str) -> bool:

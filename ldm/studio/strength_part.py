@@ -29,7 +29,7 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
     panel = JobPanel(studio, _KIND, "No strengths yet.", "Sample at five strengths", "strength-start", "secondary")
     strength = gr.Slider(0, 1, 1, step=0.25, label="Strength: 0 is the release, 1 the training",
                          elem_id="strength-slider")  # fmt: skip
-    images = gallery("Images at this strength", "strength-images", columns=4, height=320)
+    images = gallery("Images at this strength", "strength-images", height=320)
     inputs = [run, fields["release"], fields["config"], fields["predicts"], *sampling]
 
     def read(which: str | None, release: str, config: str, predicts: str, *values: Any) -> tuple[list[Step], dict]:

@@ -39,10 +39,14 @@ class Studio:
         with suppress(OSError, ValueError):
             content = json.loads(read_at_most(self.work / _SETTINGS, _MOST_BYTES))
             found = content if isinstance(content, dict) else {}
-        alike = {key: value for key, value in found.items() if type(value) is type(self.defaults.get(key))}
+        alike = {key: value for key, value in found.items() if _kind(value) is _kind(self.defaults.get(key))}
         return {**self.defaults, **alike}
 
     def save(self, values: Mapping[str, Any]) -> None:
         """Keep `values` of fields for a page that is opened later."""
         with atomic_write(self.work / _SETTINGS) as temporary:
             temporary.write_text(json.dumps({**self.saved(), **values}, indent=1), encoding="utf-8")
+
+
+def _kind(value: Any) -> type:
+    return float if type(value) is int else type(value)

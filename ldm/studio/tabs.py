@@ -1,18 +1,27 @@
 """The page: its tabs, and the names of its controls.
 
-Each control has a fixed `elem_id`:
+Each control has a fixed `elem_id`. A part that runs commands has four more: `KIND-status`, whose element with
+`data-state` tells the state of the newest job (`running`, `finished`, `stopped`, `failed`, `killed`), `KIND-stop`,
+`KIND-output` and, in it, `KIND-log`.
 
-- `tabs`, with the tabs `images`, `plan`, `train`, `compare` and `release` (buttons `images-button` and so on)
+- `tabs`, with the tabs `images`, `plan`, `train`, `compare` and `release`
 - images: `images-folder`, `images-open`, `images-summary`, `images-gallery`, `images-page`, `images-name`,
-  `images-caption`, `images-save`, `images-undo`, `images-find`, `images-replace`, `images-replace-all`, `images-tags`
+  `images-caption`, `images-save`, `images-undo`, `images-find`, `images-replace`, `images-replace-all`,
+  `images-tags-part`, `images-tags`, `images-problems`, `images-check-command`, `images-check` (also a kind),
+  `images-problem`
 - plan: `plan-name`, `plan-release`, `plan-recognised`, `plan-config`, `plan-base`, `plan-predicts`, `plan-size`,
-  `plan-flip`, `plan-card`, `plan-ram`, `plan-minutes`, `plan-command`, `plan-compute`, `plan-status`, `plan-stop`,
-  `plan-table`, `plan-advice`, `plan-tier`, `plan-batch`, `plan-steps`, `plan-rate`, `plan-prompts`,
-  `plan-preview-steps`, `plan-write`, `plan-yaml`
-- train: `train-commands`, `train-overwrite`, `train-start`, `train-stop`, `train-save`, `train-run`, `train-refresh`,
-  `train-resume`, `train-resume-command`, `train-status`, `train-previews`, `train-figures`, `train-log`
+  `plan-flip`, `plan-card`, `plan-ram`, `plan-minutes`, `plan-command`, `plan-compute`, kind `plan`, `plan-table`,
+  `plan-tier`, `plan-batch`, `plan-steps`, `plan-rate`, `plan-prompts`, `plan-preview-steps`, `plan-write`, `plan-yaml`
+- train: `train-commands`, `train-overwrite`, `train-start`, `train-save`, kind `train`, `train-previews`,
+  `train-figures`, `train-run`, `train-refresh`, `train-resume`, `train-resume-command`
+- compare: `compare-base`, `compare-tuned`, `compare-prompts`, `compare-seed`, `compare-n`, `compare-steps`,
+  `compare-scale`, `compare-sampler`, `compare-command`, `compare-start`, kind `compare`, `compare-pair`,
+  `compare-slider`; `strength-run`, `strength-refresh`, `strength-command`, `strength-start`, kind `strength`,
+  `strength-slider`, `strength-images`; `evaluate-sets`, `evaluate-command`, `evaluate-start`, kind `evaluate`,
+  `evaluate-table`, `evaluate-figure`
 - release: `release-run`, `release-refresh`, `release-out`, `release-weights`, `release-half`, `release-strength`,
-  `release-merge-command`, `release-merge`, `release-status`, `release-stop`, `release-links`, `release-log`
+  `release-merge-command`, `release-merge`, kind `release`, `release-links`; `lora-part`, `lora-tuned`, `lora-out`,
+  `lora-rank`, `lora-half`, `lora-command`, `lora-start`, kind `lora`, `lora-links`
 """
 
 from __future__ import annotations
@@ -51,7 +60,7 @@ def build_page(studio: Studio) -> gr.Blocks:
 
 
 def page_options() -> dict[str, Any]:
-    """Return the theme and the style sheet, with fonts of the system."""
+    """Return the theme, with fonts of the system, the style sheet and the script."""
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_CODE_FONTS).set(
         # Shades with enough contrast, in both schemes.
         button_primary_background_fill="*primary_700",
@@ -75,4 +84,5 @@ def page_options() -> dict[str, Any]:
         slider_color="*primary_700",
         slider_color_dark="*primary_400",
     )
-    return {"theme": theme, "css": Path(__file__).with_name("studio.css").read_text(encoding="utf-8")}
+    css, js = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("studio.css", "studio.js"))
+    return {"theme": theme, "css": css, "js": js}

@@ -34,7 +34,7 @@ def build_train(page: Page) -> None:
         stop = gr.Button("Save and stop", variant="stop", interactive=False, elem_id="train-stop")
         save = gr.Button("Save now", interactive=False, elem_id="train-save")
     status = gr.HTML(note(_NONE), elem_id="train-status")
-    previews = gallery("Newest previews", "train-previews", columns=4, height=260)
+    previews = gallery("Newest previews", "train-previews", height=260)
     figures = gr.HTML(elem_id="train-figures")
     with gr.Accordion("Output of the command", open=False, elem_id="train-output"):
         log = gr.Textbox(show_label=False, lines=8, max_lines=16, elem_id="train-log", interactive=False)

@@ -79,7 +79,9 @@ def running_studio(folder: Path, *options: str, root: Path = ROOT) -> Iterator[S
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     log = folder / "studio.log"
     with log.open("w") as output:
-        process = subprocess.Popen(line, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            line, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
 
     def address() -> str:
         lines = [line for line in log.read_text().splitlines() if line.startswith("studio: http")]

@@ -130,10 +130,10 @@ def test_captions_are_edited_by_keys(studio: StudioProcess, open_studio) -> None
     page.locator("#images-open").press("Enter")
     thumbnail(page, "crying").press("Enter")
     expect(field(page, "images-caption")).to_have_value("tom the cat, crying")
-    field(page, "images-caption").fill("tom the cat, in \"tears\" & more\n")
+    field(page, "images-caption").fill('tom the cat, in "tears" & more\n')
     page.locator("#images-save").press("Enter")
     expect(page.locator("#images-summary")).to_contain_text("saved the caption")
-    assert caption.read_text().strip() == "tom the cat, in \"tears\" & more"
+    assert caption.read_text().strip() == 'tom the cat, in "tears" & more'
     page.locator("#images-undo").press("Space")
     expect(field(page, "images-caption")).to_have_value("tom the cat, crying")
     assert caption.read_text() == "tom the cat, crying"
