@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.browser.chromium import start_chromium  # noqa: E402
+from tests.browser.chromium import MISSING, find_chromium, start_chromium  # noqa: E402
 from tests.browser.studio_process import StudioProcess, running_studio  # noqa: E402
 from tests.waiting import LIMIT  # noqa: E402
 
@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="training steps of the report's run")
     parser.add_argument("--only", choices=("report", "studio"), help="make these screenshots alone")
     options = parser.parse_args()
+    if find_chromium() is None:
+        raise SystemExit(f"error: {MISSING}")
     with tempfile.TemporaryDirectory(prefix="latent-finetune-") as name, sync_playwright() as playwright:
         folder, browser = Path(name), start_chromium(playwright)
         for part in COPIED:

@@ -6,6 +6,7 @@ import shutil
 
 from playwright.sync_api import Browser, Playwright
 
+MISSING = "no Chromium in PATH; install it, on Debian with: sudo apt-get install chromium"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Chromium resolves no other name, whoever asks: pages, workers, sockets, or the browser itself.
 _BLOCKED_HOSTS = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost, EXCLUDE ::1"
@@ -13,13 +14,11 @@ _BLOCKED_HOSTS = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCL
 _ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage", _BLOCKED_HOSTS]
 
 
-def start_chromium(playwright: Playwright) -> Browser:
-    """Start Chromium.
+def find_chromium() -> str | None:
+    """Return the path of Chromium, or None if it is not installed."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
 
-    Raises:
-        FileNotFoundError: it is not installed.
-    """
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        raise FileNotFoundError("no Chromium in PATH; install it, on Debian with: sudo apt-get install chromium")
-    return playwright.chromium.launch(executable_path=path, args=_ARGUMENTS)
+
+def start_chromium(playwright: Playwright) -> Browser:
+    """Start Chromium, which is installed."""
+    return playwright.chromium.launch(executable_path=find_chromium(), args=_ARGUMENTS)

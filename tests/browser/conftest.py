@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.browser.chromium import start_chromium
+from tests.browser.chromium import MISSING, find_chromium, start_chromium
 from tests.browser.watched import Watch
 from tests.waiting import LIMIT
 
@@ -15,12 +15,11 @@ from tests.waiting import LIMIT
 @pytest.fixture(scope="module")  # while it is open, asyncio takes this thread for one with a running loop
 def browser() -> Iterator[Browser]:
     """Start Chromium without a window. Fail if it is not installed."""
+    if find_chromium() is None:
+        pytest.fail(MISSING, pytrace=False)
     expect.set_options(timeout=1000 * LIMIT)  # milliseconds
     with sync_playwright() as playwright:
-        try:
-            browser = start_chromium(playwright)
-        except FileNotFoundError as error:
-            pytest.fail(str(error), pytrace=False)
+        browser = start_chromium(playwright)
         yield browser
         browser.close()
 
