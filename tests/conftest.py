@@ -28,7 +28,7 @@ SLOW = (
     "test_previews", "test_data_weights", "test_captions", "test_smallest", "test_mutated_checkpoints",
     "test_main_trust", "ldm/models/diffusion/test_stored_prompts", "ldm/data/test_parsed",
     "test_published_optimizers", "test_lora_training", "test_masks_and_variants", "test_long_captions",
-    "test_trained_parts",
+    "test_trained_parts", "ldm/studio/test_job_store", "browser/*",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "main",
     "tools",
+    "ldm.studio",
     "ldm.cli",
     "ldm.reporting",
     "ldm.planning",

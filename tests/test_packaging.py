@@ -59,7 +59,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_the_library_and_the_tools_import_only_what_is_declared():
     assert imported("main.py", "ldm/**/*.py", "tools/*.py", "data/*.py") <= names(
-        RUNTIME + EXTRAS["augment"] + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["wandb"]
+        RUNTIME + EXTRAS["augment"] + EXTRAS["lean"] + EXTRAS["studio"] + EXTRAS["vq"] + EXTRAS["wandb"]
     )
 
 
@@ -70,14 +70,14 @@ def test_nothing_is_installed_for_users_that_only_tests_import():
 
 def test_tests_and_benchmarks_import_only_what_is_declared():
     assert imported("tests/**/*.py", "benchmarks/*.py") <= names(
-        RUNTIME + EXTRAS["lean"] + EXTRAS["optimizers"] + EXTRAS["vq"] + EXTRAS["test"]
+        RUNTIME + EXTRAS["lean"] + EXTRAS["optimizers"] + EXTRAS["studio"] + EXTRAS["vq"] + EXTRAS["test"]
     )
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    wanted = (
-        RUNTIME + EXTRAS["lean"] + EXTRAS["vq"] + EXTRAS["test"] + EXTRAS["augment"] + EXTRAS["docs"] + EXTRAS["dev"]
-    )
+    wanted = RUNTIME + [
+        part for extra in ("lean", "vq", "test", "augment", "docs", "studio", "dev") for part in EXTRAS[extra]
+    ]
     assert names(wanted) - names(PINS) == {PROJECT["name"]}
     exact = {line for line in wanted if "==" in line}
     assert exact <= set(PINS)

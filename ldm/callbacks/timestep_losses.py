@@ -1,4 +1,4 @@
-"""Callback that logs the loss of training by band of timesteps."""
+"""Callback that logs the losses of training and of held-out images by band of timesteps."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ldm.distributed.collectives import mean_over_processes
 from ldm.util import check_number
 
 
 class TimestepLosses(Callback):
-    """Callback that logs `train/loss_t<first>_<last>`, the mean loss of the samples in each band of timesteps.
+    """Callback that logs `train/loss_t<first>_<last>` and `val/loss_t<first>_<last>`, mean losses by band of timesteps.
 
     The loss depends much more on the timestep than on the model, so a band shows progress that the whole loss hides.
-    The mean is over the samples of the first process since the previous log, every `log_every_n_steps`. A band without
-    samples is left out. Losses are summed on the device, so that no other step waits for them.
+    The mean of training is over the samples of the first process since the previous log, every `log_every_n_steps`.
+    That of validation is over all held-out samples, with the weights and not their average; it needs no further pass
+    through the model. A band without samples is left out. Losses are summed on the device, so that no other step waits
+    for them.
 
     Args:
         bands: number of bands of equal width.
@@ -28,7 +31,8 @@ class TimestepLosses(Callback):
     def __init__(self, bands: int = 4) -> None:
         check_number("bands", bands, least=1)
         self.bands = bands
-        self._sums: Tensor | None = None  # (2, bands): sum of the losses, and number of samples
+        self._training: Tensor | None = None  # (2, bands): sum of the losses, and number of samples
+        self._held_out: Tensor | None = None
         self._logged = 0  # step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,28 +41,47 @@ class TimestepLosses(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        samples = getattr(pl_module, "sample_losses", None)
-        if samples is None or not trainer.is_global_zero or not trainer.loggers:
+        if not trainer.is_global_zero or not trainer.loggers:
             return
-        count = pl_module.num_timesteps
-        timesteps, losses = samples  # (B,), (B,)
-        if self._sums is None:
-            self._sums = torch.zeros(2, self.bands, device=losses.device)
-        place = (timesteps * self.bands).div(count, rounding_mode="floor").long()
-        self._sums.index_add_(1, place, torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)]))
+        self._training = self._added(self._training, pl_module)
         every, step = trainer.log_every_n_steps, trainer.global_step
-        if every and step % every == 0 and step != self._logged:
+        if self._training is not None and every and step % every == 0 and step != self._logged:
             self._logged = step
-            self._log(trainer, count)
+            values = self._means(self._training, pl_module, "train")
+            self._training.zero_()
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step - 1)  # Lightning's step of this batch
 
-    def _log(self, trainer: Trainer, count: int) -> None:
-        sums, numbers = self._sums.tolist()
-        self._sums.zero_()
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._held_out = None
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if not trainer.sanity_checking:
+            self._held_out = self._added(self._held_out, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and self._held_out is not None:
+            sums = mean_over_processes(self._held_out)
+            pl_module.log_dict(self._means(sums, pl_module, "val"), batch_size=1)
+
+    def _added(self, sums: Tensor | None, model: LightningModule) -> Tensor | None:
+        """Return `sums` with the losses of the last batch."""
+        samples = getattr(model, "sample_losses", None)
+        if samples is None:
+            return sums
+        timesteps, losses = samples  # (B,), (B,)
+        sums = torch.zeros(2, self.bands, device=losses.device) if sums is None else sums
+        place = (timesteps * self.bands).div(model.num_timesteps, rounding_mode="floor").long()
+        return sums.index_add_(1, place, torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)]))
+
+    def _means(self, sums: Tensor, model: LightningModule, split: str) -> dict[str, float]:
+        """Return the mean loss of each band that has samples, by the name of its metric."""
+        count = model.num_timesteps
         edges = [-(-band * count // self.bands) for band in range(self.bands + 1)]  # the first timestep of each band
-        values = {
-            f"train/loss_t{edges[band]}_{edges[band + 1] - 1}": sums[band] / number
-            for band, number in enumerate(numbers)
+        return {
+            f"{split}/loss_t{edges[band]}_{edges[band + 1] - 1}": total / number
+            for band, (total, number) in enumerate(zip(*sums.tolist(), strict=True))
             if number
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step - 1)  # Lightning's step of this batch

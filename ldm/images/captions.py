@@ -161,7 +161,7 @@ def from_metadata(
     found: list[Entry] = []
     unread: dict[str, None] = {}
     for where, entry in _READERS[path.suffix](text, path, pairs):
-        keys = _keys_of(entry, pairs)
+        keys = keys_of(entry, pairs)
         keys = (keys[0], keys[1] if text_key is None else text_key, keys[2])
         name, caption, edited = (entry.get(key) for key in keys)
         if not isinstance(name, str):
@@ -192,7 +192,7 @@ def from_metadata(
     return found
 
 
-def _keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | None, str | None]:
+def keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | None, str | None]:
     """Return the keys of an entry's file name, its caption and, of `pairs`, its edited image; None for none."""
     file_key = next((key for key in _FILE_KEYS if _is_given(entry.get(key))), None)
     text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
@@ -245,7 +245,7 @@ def _csv_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapp
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in reader.fieldnames or ()]
-        if _keys_of(dict.fromkeys(names, "a value"), pairs)[0] is None:
+        if keys_of(dict.fromkeys(names, "a value"), pairs)[0] is None:
             raise UserError(f"{path}, line 1: expected the columns file_name and text, got {', '.join(names):.80}")
         reader.fieldnames = names
         for entry in reader:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -180,7 +181,9 @@ def _coded_space(primaries: int, curve: int) -> tuple[float | None, Sequence[flo
 def _is_adobe_rgb(exif: Image.Exif) -> bool:
     """Return True if EXIF declares Adobe RGB: by its number, or by the number for uncalibrated and the index R03."""
     space = exif.get_ifd(_EXIF_IFD).get(_COLOUR_SPACE)
-    index = exif.get_ifd(_INTEROPERABILITY_IFD).get(1, "")
+    index = ""
+    with suppress(KeyError):  # Pillow 12.3 raises it if the tag is missing
+        index = exif.get_ifd(_INTEROPERABILITY_IFD).get(1, "")
     index = index.decode("ascii", "replace") if isinstance(index, bytes) else str(index)
     return space == 2 or (space == 0xFFFF and index.rstrip("\0 ") == "R03")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from omegaconf import DictConfig
 
 from ldm.config.load import find_config, load_config
 from ldm.config.merge import merge_configs
-from ldm.planning.ledger import HOST
+from ldm.planning.ledger import CATEGORIES, HOST
 from ldm.planning.step import on_device, peak_of_step
 from ldm.util import UserError
 
@@ -29,13 +29,15 @@ class Fit:
     """Largest batch of a tier that fits a card.
 
     `images` is 0 if not even one image fits. `peak` and `host` are the sizes of the tensors on the device and on the
-    host, in bytes, at the peak of a step with this batch; for `images` = 0, with one image.
+    host, in bytes, at the peak of a step with this batch; for `images` = 0, with one image. `parts` has those on the
+    device by category.
     """
 
     tier: str
     images: int
     peak: int
     host: int = 0
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 def needed_bytes(peak: int) -> int:
@@ -83,7 +85,8 @@ def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
 
         largest = largest_batch(takes, card)
         peak = peaks[max(largest, 1)]
-        found.append(Fit(tier, largest, on_device(peak), peak.get(HOST, 0)))
+        parts = {name: peak[name] for name in CATEGORIES if name in peak}
+        found.append(Fit(tier, largest, on_device(peak), peak.get(HOST, 0), parts))
     return found
 
 

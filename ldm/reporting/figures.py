@@ -20,20 +20,29 @@ _COLOURS = tuple(f"#01030{number}" for number in range(8))
 _VARIABLES = {_INK: "var(--ink)", _LINE: "var(--line)"} | {
     colour: f"var(--c{number})" for number, colour in enumerate(_COLOURS)
 }
-_SIZE = (7.2, 3.0)  # inches
+_SIZE = (5.0, 2.8)  # inches; the letters are as large as those of the page on a phone
+_FONT = 10  # points
+_LETTER, _HANDLE = 0.08, 0.5  # inches: width of a letter of a legend, and of a line with its margins
+_MOST_LETTERS = 48  # of a label
 _POINTS = 600  # of a curve; more are averaged
 _WINDOW = 25  # points of the running mean of a noisy curve
 _REFERENCE = re.compile(r'\bid="|url\(#|href="#')
 
 
 class Curve(NamedTuple):
-    """Values by step. The curve of a noisy metric is drawn pale under its running mean."""
+    """Values by step.
+
+    The curve of a noisy metric is drawn pale under its running mean. `colour` is the number of its colour, if it is not
+    that of its place among the curves.
+    """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
     noisy: bool = False
     markers: bool = False
+    dashed: bool = False
+    colour: int | None = None
 
 
 def draw_lines(
@@ -52,11 +61,11 @@ def draw_lines(
         zero: let the y axis begin at 0.
     """
     settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.family": "sans-serif"}
-    with rc_context({**settings, "text.color": _INK, "axes.labelcolor": _INK, "font.size": 9}):
+    with rc_context({**settings, "text.color": _INK, "axes.labelcolor": _INK, "font.size": _FONT}):
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
         for number, curve in enumerate(curves):
-            _draw(axes, curve, _COLOURS[number % len(_COLOURS)])
+            _draw(axes, curve, _COLOURS[(number if curve.colour is None else curve.colour) % len(_COLOURS)])
         for label, level in levels:
             axes.axhline(level, color=_INK, linestyle="--", linewidth=1, label=label)
         _decorate(axes, xlabel, ylabel, zero)
@@ -67,11 +76,18 @@ def draw_lines(
 
 def _draw(axes: Axes, curve: Curve, colour: str) -> None:
     steps, values = thinned(curve.steps, curve.values)
-    style = {"marker": "o", "markersize": 3} if curve.markers or len(steps) == 1 else {}
+    style = {"linestyle": "--" if curve.dashed else "-"}
+    if curve.markers or len(steps) == 1:
+        style |= {"marker": "o", "markersize": 3}
     if curve.noisy and len(steps) >= 2 * _WINDOW:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
         values = running_mean(values, _WINDOW)
-    axes.plot(steps, values, color=colour, linewidth=1.6, label=curve.label, **style)
+    axes.plot(steps, values, color=colour, linewidth=1.4, label=_shortened(curve.label), **style)
+
+
+def _shortened(label: str) -> str:
+    half = _MOST_LETTERS // 2
+    return label if len(label) <= _MOST_LETTERS else f"{label[:half]}…{label[-half:]}"
 
 
 def _decorate(axes: Axes, xlabel: str, ylabel: str, zero: bool) -> None:
@@ -87,7 +103,9 @@ def _decorate(axes: Axes, xlabel: str, ylabel: str, zero: bool) -> None:
         axes.set_ylim(bottom=0)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
+        columns = int(_SIZE[0] / (_HANDLE + _LETTER * max(map(len, labels)))) or 1
+        style = {"frameon": False, "labelcolor": _INK, "fontsize": _FONT - 1, "handlelength": 1.5, "columnspacing": 1.0}
+        axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, **style)
 
 
 def _as_markup(figure: Figure, name: str) -> Markup:

@@ -15,6 +15,7 @@ from ldm.util import UserError
 
 _MOST_BYTES = 1 << 29  # size limit of a CSV file
 _VERSION = re.compile(r"version_(\d+)")
+_TRAINING = "train/"
 _MOST_STEP, _MOST_VALUE = 1 << 53, 1e100  # figures cannot show larger numbers
 
 
@@ -40,7 +41,7 @@ class Metrics:
 
     series: dict[str, Series] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
-    steps: int = 0  # the last logged step
+    steps: int = 0  # finished ones, as far as they are logged
 
 
 def read_metrics(folder: Path, problems: list[str]) -> Metrics:
@@ -57,7 +58,9 @@ def read_metrics(folder: Path, problems: list[str]) -> Metrics:
         for step, row in rows:
             for name, value in row.items():
                 values.setdefault(name, {})[step] = value
-    metrics = Metrics(steps=max((step for found in values.values() for step in found), default=0))
+    # Losses of training have the number of their step, from 0. All others have at most the number of finished steps.
+    ends = (max(found) + name.startswith(_TRAINING) for name, found in values.items() if found)
+    metrics = Metrics(steps=max(ends, default=0))
     for name in sorted(values):
         found = sorted(values[name].items())
         finite = [(step, value) for step, value in found if _is_finite(value)]

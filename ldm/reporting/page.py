@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -78,7 +79,7 @@ def _about(run: RunRecord) -> dict[str, str]:
     rows = {
         "run": str(run.folder),
         "state": run.state,
-        "steps": str(run.metrics.steps + 1) if run.metrics.series else None,
+        "steps": str(run.metrics.steps) if run.metrics.series else None,
         "release": run.release.get("name"),
         "release, SHA-256": run.release.get("sha256"),
         "started from": start.get("resume"),
@@ -90,8 +91,8 @@ def _about(run: RunRecord) -> dict[str, str]:
         "device": start.get("device"),
         "processes": start.get("processes"),
         "images per step": images,
-        "images per second, last epoch": f"{images / seconds.last[1]:.3g}"
-        if images is not None and seconds and seconds.last[1] > 0
+        "images per second, median of epochs": f"{images / median(seconds.values):.3g}"
+        if images is not None and seconds and median(seconds.values) > 0
         else None,
         "peak memory, measured": f"{max(memory.values):.2f} GiB" if memory else None,
         **{f"peak memory of the {place}, forecast": f"{size:.2f} GiB" for place, size in run.forecast.items()},
@@ -161,16 +162,17 @@ def _compare(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the values of the template for the comparison of `runs`."""
     labels = [f"{number}: {run.name}" for number, run in enumerate(runs, start=1)]
     metrics = [run.metrics for run in runs]
-    rows = [
+    losses = [
         ("training loss", *(_last(run, training_loss(run.metrics)) for run in runs)),
         ("held-out loss", *(_last(run, next(iter(held_out_losses(run.metrics)), None)) for run in runs)),
-        *((name, *(_last(run, name) for run in runs)) for name in sorted({n for m in metrics for n in m.series})),
     ]
+    names = sorted({name for one in metrics for name in one.series})
     return {
         "names": labels,
-        "runs": [(label, run.state, str(run.metrics.steps + 1)) for label, run in zip(labels, runs, strict=True)],
+        "runs": [(label, run.state, str(run.metrics.steps)) for label, run in zip(labels, runs, strict=True)],
         "figures": draw_comparison(list(zip(labels, metrics, strict=True))),
-        "metrics": [row for row in rows if any(row[1:])],
+        "losses": [row for row in losses if any(row[1:])],
+        "metrics": [(name, *(_last(run, name) for run in runs)) for name in names],
         "columns": list(range(1, len(runs) + 1)),
         "settings": [(row.key, *row.values) for row in differences([flat(run.settings.config) for run in runs])],
     }

@@ -8,22 +8,27 @@ import pytest
 from ldm.reporting.run_folder import PARTS
 from tests.conftest import ROOT
 from tests.run_folders import write_run
-from tests.training_runs import fixture_one_thread, fixture_train, the_run  # noqa: F401
+from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 TOOL = ROOT / "tools/report.py"
 
 
 def test_report_of_a_training_with_its_samples(train, tmp_path: Path, run_tool) -> None:
-    assert train("--max_steps 3 lightning.report=true") == 0
+    one_band = "data.params.val_urls=shards/s-000001.tar lightning.callbacks.timestep_losses.params.bands=1"
+    assert train(f"--max_steps 3 --val_check_interval 3 lightning.report=true {one_band}") == 0
     run = the_run(tmp_path / "logs")
+    assert {2: pytest.approx(float(logged(run, "val/loss_simple")[2]), rel=1e-5)} == {
+        step: float(loss) for step, loss in logged(run, "val/loss_t0_49").items()
+    }
     page = (run / "report.html").read_text()
     assert "finished" in page and "python main.py -b tiny.yaml -t --no-test --max_steps 3" in page
+    assert "Loss by band of timesteps" in page
     assert train(f"--resume {run} --max_steps 5 lightning.report=true") == 0
     assert run_tool(TOOL, run, "--samples", 2) is None
     page = (run / "report.html").read_text()
     assert page.count("<td>start</td>") == page.count("<td>end</td>") == 2
     assert page.count('alt=""') == 2  # the decoded samples
-    assert "Loss of training by band of timesteps" in page and "Captions: median" in page
+    assert "Loss by band of timesteps" in page and "Captions: median" in page
     assert (run / "report.html").stat().st_size < 1 << 20
 
 

@@ -33,6 +33,21 @@ def test_timestep_losses_logs_the_mean_of_each_band_since_the_last_log() -> None
     ]
 
 
+def test_timestep_losses_logs_the_mean_of_each_band_over_a_validation() -> None:
+    logged: list[dict[str, float]] = []
+    trainer = SimpleNamespace(sanity_checking=False)
+    model = SimpleNamespace(num_timesteps=10, sample_losses=None, log_dict=lambda values, **_: logged.append(values))
+    callback = TimestepLosses(bands=3)
+    for losses in ([1.0, 3.0, 5.0], [2.0, 2.0, 4.0]):
+        callback.on_validation_epoch_start(trainer, model)
+        model.sample_losses = torch.tensor([0, 9]), torch.tensor(losses[:2])
+        callback.on_validation_batch_end(trainer, model, None, None, 0)
+        model.sample_losses = torch.tensor([7]), torch.tensor(losses[2:])
+        callback.on_validation_batch_end(trainer, model, None, None, 1)
+        callback.on_validation_epoch_end(trainer, model)
+    assert logged == [{"val/loss_t0_3": 1.0, "val/loss_t7_9": 4.0}, {"val/loss_t0_3": 2.0, "val/loss_t7_9": 3.0}]
+
+
 def test_timestep_losses_refuses_no_bands() -> None:
     with pytest.raises(UserError, match="bands"):
         TimestepLosses(bands=0)

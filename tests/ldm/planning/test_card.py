@@ -42,9 +42,11 @@ def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(card, "peak_of_step", peak_of_step)
     found = {fit.tier: fit for fit in fits(load_config(["finetune_stable_diffusion.yaml"]), 8 * GIB, 512)}
-    assert found["as given"] == Fit("as given", 0, 13 * GIB + GIB // 4)
+    assert found["as given"] == Fit(
+        "as given", 0, 13 * GIB + GIB // 4, parts={"weights": 13 * GIB, "activations": GIB // 4}
+    )
     assert found["fast.yaml"].images == 0
-    assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB)
+    assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB, parts={"weights": 3 * GIB, "activations": 4 * GIB})
     assert (found["minimal.yaml"].images, found["minimal.yaml"].host) == (28, 15 * GIB)
     assert (found["smallest.yaml"].images, found["smallest.yaml"].host) == (28, 3 * GIB)
     decaying = load_config(["finetune_stable_diffusion.yaml", "decay_to_start.yaml"])

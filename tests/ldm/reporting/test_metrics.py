@@ -15,7 +15,7 @@ def test_read_metrics_returns_the_values_of_the_csv(tmp_path: Path) -> None:
     assert metrics.series["train/loss_simple"] == ([0, 1, 2], [0.75, 0.5, 0.4321])
     assert metrics.series["val/loss_simple"] == ([0, 2], [0.9, 0.8125])
     assert metrics.series["val/loss_simple"].last == (2, 0.8125)
-    assert (metrics.steps, problems) == (2, [])
+    assert (metrics.steps, problems) == (3, [])
 
 
 def test_read_metrics_replaces_steps_that_a_resumed_run_repeated(tmp_path: Path) -> None:

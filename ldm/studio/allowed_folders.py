@@ -1,0 +1,73 @@
+"""Paths that the page may read: those in the folders named at the start. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.files import is_within
+from ldm.util import UserError
+
+
+class AllowedFolders:
+    """Folders whose content may be read, at any depth, after links and `..` are followed.
+
+    Args:
+        folders: the folders, which must exist.
+        further: other files and folders.
+
+    Raises:
+        UserError: one of them is not a folder.
+    """
+
+    def __init__(self, folders: Sequence[Path], further: Sequence[Path] = ()) -> None:
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"--folder {folder}: no such folder")
+        self.folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+        self._further = [path.resolve() for path in further]
+
+    def add(self, path: Path) -> None:
+        """Allow a further file or folder."""
+        self._further.append(path.resolve())
+
+    def has(self, path: Path) -> bool:
+        """Return True if `path` lies in an allowed folder."""
+        return any(is_within(folder, path) for folder in (*self.folders, *self._further))
+
+    def check(self, text: str | Path | None, what: str = "path") -> Path:
+        """Return the path `text` if it lies in an allowed folder. `what` names it in messages.
+
+        Raises:
+            UserError: it is empty, not a valid path, or lies outside of all of them.
+        """
+        path = Path(text or "")
+        if text is None or not str(text).strip():
+            raise UserError(f"{what}: is empty; give a path")
+        if self.has(path):
+            return path
+        named = ", ".join(map(str, self.folders))
+        raise UserError(f"{what} {str(text)!r:.200}: lies outside of the folders that this studio may read ({named}); "
+                        "start it with --folder to add one")  # fmt: skip
+
+    def check_existing(self, text: str | Path | None, what: str = "path") -> Path:
+        """Return the path `text` as `check` does, if it exists.
+
+        Raises:
+            UserError: as `check`, or there is no such file or folder.
+        """
+        path = self.check(text, what)
+        if not path.exists():
+            raise UserError(f"{what} {str(text)!r:.200}: no such file or folder")
+        return path
+
+    def check_folder(self, text: str | Path | None, what: str = "folder") -> Path:
+        """Return the path `text` as `check` does, if it is a folder.
+
+        Raises:
+            UserError: as `check`, or there is no such folder.
+        """
+        path = self.check_existing(text, what)
+        if not path.is_dir():
+            raise UserError(f"{what} {str(text)!r:.200}: is not a folder")
+        return path

@@ -1,0 +1,99 @@
+"""Part of a tab: loss and drift of a tuned release and its base on sets of shards."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ldm.reporting.evaluations import NAME, read_evaluations
+from ldm.shards.urls import expand_urls, is_stream
+from ldm.studio.allowed_folders import AllowedFolders
+from ldm.studio.commands import Step, evaluate_words
+from ldm.studio.controls import Page, command_box, listen
+from ldm.studio.html_parts import html_table, note
+from ldm.studio.job_panel import JobPanel
+from ldm.studio.job_store import FINISHED, Job, JobState
+from ldm.studio.samples import new_folder
+from ldm.util import UserError
+
+_KIND = "evaluate"
+
+
+def build_evaluation(page: Page) -> None:
+    """Add the controls of this part."""
+    studio, fields = page.studio, page.fields
+    fields["sets"] = gr.Textbox(label="Sets of shards, NAME=SHARDS, one per line", lines=2, elem_id="evaluate-sets")
+    command = command_box("Command", "evaluate-command")
+    text = "Evaluate the right release against the left"
+    panel = JobPanel(studio, _KIND, "No evaluation yet.", text, "evaluate-start", "secondary")
+    table = gr.HTML(elem_id="evaluate-table")
+    figure = gr.Image(label="Evaluation", interactive=False, elem_id="evaluate-figure", type="filepath", buttons=[])
+    names = ("compare_base", "compare_tuned", "config", "predicts", "sets")
+    inputs = [fields[name] for name in names]
+
+    def read(base: str, tuned: str, config: str, predicts: str, sets: str) -> tuple[Step, Path]:
+        paths = [studio.allowed.check_existing(path, what) for path, what in
+                 ((base, "release on the left"), (tuned, "release on the right"))]  # fmt: skip
+        chosen = read_sets(sets, studio.allowed)
+        out = new_folder(studio.work / "evaluation")
+        return Step("Evaluate", evaluate_words(*paths, config, predicts, chosen, out)), out
+
+    def show_command(*values: str) -> str:
+        try:
+            return str(read(*values)[0])
+        except UserError as error:
+            return f"# {error}"
+
+    def begin(*values: str) -> None:
+        step, out = read(*values)
+        if studio.jobs.running(_KIND):
+            raise UserError("an evaluation is running; wait for the end, or stop it")
+        studio.save(dict(zip(names, values, strict=True)))
+        studio.jobs.start(_KIND, "Evaluation", [step], {"out": str(out)})
+
+    def results(job: Job, state: JobState) -> list[Any]:
+        if state.status != FINISHED:
+            return ["", None]
+        folder, image = Path(job.about["out"]), None
+        with suppress(UserError):
+            image = str(studio.thumbnails.of_png((folder / NAME).with_suffix(".png")))
+        return [evaluation_html(folder), image]
+
+    listen(panel.start.click, begin, inputs)
+    panel.watch([table, figure], results)
+    page.keep_shown(inputs, show_command, command)
+
+
+def read_sets(text: str, allowed: AllowedFolders) -> list[str]:
+    """Return the sets of a field, each `NAME=SHARDS`, whose shards lie in the allowed folders.
+
+    Raises:
+        UserError: a line has no name, or names shards that are missing or elsewhere.
+    """
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    if not lines:
+        raise UserError("sets of shards: are empty; give NAME=SHARDS, one per line")
+    for line in lines:
+        name, equals, shards = line.partition("=")
+        if not (name and equals and shards):
+            raise UserError(f"set {line!r:.100}: give NAME=SHARDS, such as cats=outputs/studio/cats/shards/*.tar")
+        if is_stream(shards):
+            raise UserError(f"set {line!r:.100}: names a stream; give files")
+        for path in expand_urls(shards):
+            allowed.check_existing(path, "shard")
+    return lines
+
+
+def evaluation_html(folder: Path) -> str:
+    """Return the table of the evaluation in `folder`."""
+    problems: list[str] = []
+    found = next((part for part in read_evaluations(folder, problems) if Path(part.path).parent == folder), None)
+    if found is None:
+        return note(problems[0] if problems else f"{folder}: has no evaluation", "bad")
+    head = ["set", "images", "loss of the left", "loss of the right", "right / left", "drift"]
+    rows = [[part.name, part.images, f"{part.loss_base:.5f}", f"{part.loss_tuned:.5f}", part.ratio, part.drift]
+            for part in found.sets]  # fmt: skip
+    return html_table(head, rows)

@@ -1,0 +1,126 @@
+"""Tab of the release: merging of a run, and links to the result and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from markupsafe import escape
+
+from ldm.cli.paths import LOGS
+from ldm.studio.commands import Step, lora_words, merge_words, report_words, shown
+from ldm.studio.controls import Page, command_box, listen
+from ldm.studio.fields import whole_number
+from ldm.studio.html_parts import file_link, note
+from ldm.studio.job_panel import JobPanel
+from ldm.studio.job_store import FINISHED, Job, JobState
+from ldm.studio.studio import Studio
+from ldm.util import UserError
+
+_KIND, _LORA = "release", "lora"
+
+
+def build_release(page: Page) -> None:
+    """Add the controls of this tab."""
+    studio, fields = page.studio, page.fields
+    run = page.run_list("release-run", "release-refresh")
+    fields["out"] = gr.Textbox(label="File to write, .safetensors or .ckpt; or a folder with / at its end",
+                               elem_id="release-out")  # fmt: skip
+    with gr.Row():
+        weights = gr.Dropdown([("averaged if there are any", ""), ("averaged", "ema"), ("raw", "raw")], value="",
+                              label="Weights", elem_id="release-weights")  # fmt: skip
+        half = gr.Checkbox(label="Half precision (float16)", elem_id="release-half")
+        strength = gr.Slider(0, 1, 1, step=0.05, label="Strength: share of the training's change",
+                             elem_id="release-strength")  # fmt: skip
+    command = command_box("Commands", "release-merge-command")
+    panel = JobPanel(studio, _KIND, "No release yet.", "Merge", "release-merge")
+    links = gr.HTML(elem_id="release-links")
+    with gr.Accordion("Extract a LoRA", open=False, elem_id="lora-part"):
+        build_lora(page)
+    inputs = [run, fields["release"], fields["config"], fields["out"], weights, half, strength]
+
+    def read(which: str | None, release: str, config: str, out: str, *options: Any) -> tuple[list[Step], str, str]:
+        if not which:
+            raise UserError("no run is chosen; choose one in the list")
+        folder = studio.allowed.check_folder(LOGS / which, "run")
+        start = studio.allowed.check_existing(release, "release")
+        studio.allowed.check(out, "file to write")
+        steps = [Step("Merge", merge_words(folder, start, out, config, *options)), Step("Report", report_words(folder))]
+        return steps, str(folder), out
+
+    def show_command(*values: Any) -> str:
+        try:
+            return shown(read(*values)[0])
+        except UserError as error:
+            return f"# {error}"
+
+    def start(*values: Any) -> None:
+        steps, folder, out = read(*values)
+        if studio.jobs.running(_KIND):
+            raise UserError("a release is being written; wait for it, or stop it")
+        studio.save({"out": out})
+        studio.jobs.start(_KIND, f"Release {out}", steps, {"out": out, "report": f"{folder}/report.html"})
+
+    def results(job: Job, state: JobState) -> list[Any]:
+        if state.status != FINISHED:
+            return [""]
+        return [_links(studio, job)]
+
+    listen(panel.start.click, start, inputs)
+    panel.watch([links], results)
+    page.keep_shown(inputs, show_command, command)
+
+
+def build_lora(page: Page) -> None:
+    """Add the controls that extract the difference of two releases as a LoRA."""
+    studio, fields = page.studio, page.fields
+    with gr.Row():
+        fields["lora_tuned"] = gr.Textbox(label="Tuned release", elem_id="lora-tuned")
+        fields["lora"] = gr.Textbox(label="File to write, .safetensors", elem_id="lora-out")
+    with gr.Row():
+        rank = gr.Number(0, label="Rank; 0 for the tool's", precision=0, minimum=0, elem_id="lora-rank")
+        half = gr.Checkbox(label="Half precision (float16)", elem_id="lora-half")
+    command = command_box("Command", "lora-command")
+    panel = JobPanel(studio, _LORA, "No LoRA yet.", "Extract", "lora-start", "secondary")
+    links = gr.HTML(elem_id="lora-links")
+    inputs = [fields["release"], fields["lora_tuned"], fields["lora"], rank, half]
+
+    def read(base: str, tuned: str, out: str, size: float, is_half: bool) -> Step:
+        paths = [studio.allowed.check_existing(path, what) for path, what in
+                 ((base, "release"), (tuned, "tuned release"))]  # fmt: skip
+        studio.allowed.check(out, "file to write")
+        return Step("Extract a LoRA", lora_words(*paths, out, whole_number(size, "rank"), is_half))
+
+    def show_command(*values: Any) -> str:
+        try:
+            return str(read(*values))
+        except UserError as error:
+            return f"# {error}"
+
+    def start(*values: Any) -> None:
+        step = read(*values)
+        if studio.jobs.running(_LORA):
+            raise UserError("a LoRA is being extracted; wait for it, or stop it")
+        studio.save({"lora_tuned": values[1], "lora": values[2]})
+        studio.jobs.start(_LORA, f"LoRA {values[2]}", [step], {"out": values[2]})
+
+    def results(job: Job, state: JobState) -> list[Any]:
+        return [_links(studio, job) if state.status == FINISHED else ""]
+
+    listen(panel.start.click, start, inputs)
+    panel.watch([links], results)
+    page.keep_shown(inputs, show_command, command)
+
+
+def _links(studio: Studio, job: Job) -> str:
+    """Return links to the files that a job has written."""
+    lines = []
+    for key, text in (("out", "Download"), ("report", "Open the report")):
+        if key not in job.about:
+            continue
+        path = studio.allowed.check(job.about[key], "file")
+        if path.is_file():
+            lines.append(f"<p>{file_link(path, text)} {escape(path)} ({path.stat().st_size / 1e6:.1f} MB)</p>")
+        else:
+            lines.append(note(f"{path}"))
+    return "".join(lines)

@@ -1,0 +1,76 @@
+"""Runs under `logs/`: their list, and what the page shows of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ldm.images.logged_names import PREVIEWS, parse_logged_name
+from ldm.reporting.curves import draw_run
+from ldm.reporting.metrics import Metrics, read_metrics
+from ldm.reporting.run_folder import PARTS
+from ldm.studio.html_parts import note
+from ldm.studio.thumbnails import Thumbnails
+from ldm.util import UserError
+
+
+def list_runs(logs: Path) -> list[str]:
+    """Return the names of the runs in the folder `logs`, the newest first."""
+    if not logs.is_dir():
+        return []
+    runs = [path for path in logs.iterdir() if any((path / part).is_dir() for part in PARTS)]
+    return [path.name for path in sorted(runs, reverse=True)]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """Metrics and newest images of the run in `folder`. `signature` changes with them."""
+
+    thumbnails: Thumbnails
+    folder: Path
+    metrics: Metrics
+    images: list[Path]
+    signature: list[Any]
+
+    @property
+    def memory(self) -> str:
+        """Line with the newest peak memory, empty if it is unknown."""
+        series = self.metrics.series.get("device/peak_memory_gib")
+        return note(f"peak memory of the last epoch: {series.last[1]:.2f} GiB") if series else ""
+
+    def figures(self) -> str:
+        """Return the figures of the metrics as HTML."""
+        drawn = draw_run(self.metrics, {}, "live")
+        parts = [Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(*figure) for figure in drawn]
+        return str(Markup('<div class="studio-figures">{}</div>').format(Markup("").join(parts)))
+
+    def previews(self) -> list[tuple[str, str]]:
+        """Return copies of the newest images, with their prompts and steps."""
+        found = []
+        for path in self.images:
+            name = parse_logged_name(path.name)
+            try:
+                found.append((str(self.thumbnails.of_png(path)), f"step {name.step}: {name.key}" if name else ""))
+            except UserError:  # it is being written, or is damaged
+                continue
+        return found
+
+
+def view_run(thumbnails: Thumbnails, folder: Path) -> RunView:
+    """Return what there is to see of the run in `folder`: its previews, or else the samples of its image logger."""
+    metrics = read_metrics(folder, [])
+    places = (folder / PREVIEWS, folder / "images" / "train")
+    images = next((found for place in places if (found := _newest(place))), [])
+    return RunView(
+        thumbnails, folder, metrics, images, [metrics.steps, len(metrics.series), [path.name for path in images]]
+    )
+
+
+def _newest(place: Path) -> list[Path]:
+    """Return the images of the last step in a folder of logged images."""
+    named = [(name.step, path) for path in sorted(place.glob("*.png")) if (name := parse_logged_name(path.name))]
+    last = max((step for step, _ in named), default=0)
+    return [path for step, path in named if step == last]
