@@ -79,6 +79,7 @@ LOADERS = {
     "metadata": Loader(samples.make_metadata, samples.read_metadata, samples.load_metadata, samples.JSON),
     "pairs": Loader(samples.make_pairs, samples.read_pairs, samples.load_pairs, samples.JSON),
     "sizes": Loader(samples.make_sizes, samples.read_sizes, samples.load_sizes, samples.JSON),
+    "crops": Loader(samples.make_sizes, samples.read_crops, samples.load_crops, samples.JSON),
     "config": Loader(samples.make_config, samples.read_config, samples.load_config, samples.YAML_TOKENS),
     "LoRA": Loader(runs.make_lora, runs.read_lora_file, runs.load_lora, whole=0.7),
     "prompts of a run": Loader(runs.make_prompts, runs.read_prompts, runs.load_prompts, samples.JSON, whole=0.7),

@@ -117,6 +117,7 @@ def make_index(rng: random.Random) -> bytes:
     content = {"format": 2, "out": "s-{0..9}.tar", "complete": True, "autoencoder": "a" * 64, "text_tower": None}
     content |= {"scale_factor": 0.18215, "shards": [shard, {**shard, "name": "s-1.tar"}], "samples": 6}
     content |= {"failed": [{"name": "a.png", "reason": "x"}], "made_from": {"images": "cats"}}
+    content |= {"variants": 3, "without_mask": 1}
     if rng.random() < 0.5:
         content = strike(rng, content, _STRANGE)
     return json.dumps(content, indent=rng.choice((None, 1))).encode()
@@ -134,6 +135,7 @@ def load_json(data: bytes) -> Any:
 def make_record(rng: random.Random) -> bytes:
     content = {"name": "s-0.tar", "samples": 3, "bytes": 512, "sha256": "ab" * 32, "images": 4, "without_caption": 0}
     content |= {"failed": [{"name": "a.png", "reason": "x"}], "sizes": {"64x64": 3}, "f8": [[8, 8, 8]]}
+    content |= {"without_mask": 1}
     return json.dumps(strike(rng, content, _STRANGE) if rng.random() < 0.5 else content).encode()
 
 
@@ -192,6 +194,7 @@ def load_pairs(data: bytes) -> Any:
 
 def make_sizes(rng: random.Random) -> bytes:
     content = {"source": "a.png", "original_size": [480, 640], "crop_top_left": [0, 9], "target_size": [64, 64]}
+    content |= {"variants": [{"crop_top_left": [3, 1]}, {"crop": [0, 0, 9, 9], "crop_top_left": [0, 2]}]}
     return json.dumps(strike(rng, content, _STRANGE) if rng.random() < 0.5 else content).encode()
 
 
@@ -201,6 +204,16 @@ def read_sizes(folder: Path, data: bytes) -> Any:
 
 def load_sizes(data: bytes) -> Any:
     return [float(side) for side in json.loads(data)["original_size"]]
+
+
+def read_crops(folder: Path, data: bytes) -> Any:
+    return decode_member("crop_top_left", bytearray(data), "a.json").tolist()
+
+
+def load_crops(data: bytes) -> Any:
+    content = json.loads(data)
+    found = [[float(side) for side in view["crop_top_left"]] for view in (content, *(content.get("variants") or ()))]
+    return found if len(found) > 1 else found[0]
 
 
 # Configs.
