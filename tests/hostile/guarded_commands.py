@@ -29,7 +29,6 @@ COMMANDS = {
     "main": TRAIN,
     "evaluate": f"tools/evaluate.py --base tiny.safetensors {RELEASE} --timesteps 1 --out out --set new=good",
     "make_prior": f"tools/make_prior.py {RELEASE} --prompt x --steps 1 --out prior/%d.tar --overwrite",
-    "inspect_images": "tools/inspect_images.py images --size 64 --json out/problems.json",
     "inspect_shards": f"tools/inspect_shards.py {RELEASE} --sheet out/sheet.png good",
     "txt2img": f"tools/txt2img.py {RELEASE} --prompt x --steps 1 --out out",
     "preencode": f"tools/preencode.py {RELEASE} --images images --size 64 --num-workers 0 --out set/%d.tar --overwrite",
