@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ldm.studio.commands import (
     TrainingRecipe,
     evaluate_words,
     hack_words,
+    inspect_words,
     lora_words,
     merge_words,
     option,
@@ -25,11 +27,13 @@ from ldm.studio.commands import (
     plan_words,
     preencode_words,
     recipe_values,
+    report_words,
     resume_words,
     sample_words,
     shown,
     train_words,
 )
+from ldm.training.arguments import parse_arguments
 from ldm.util import UserError
 
 RECIPE = TrainingRecipe("cats", "data/cats", "r.safetensors", "demo_tiny.yaml", config="demo_tiny_release.yaml")
@@ -135,3 +139,37 @@ def test_shown_commands_can_be_pasted() -> None:
     steps = [Step("First", ("-c", "print('a b')")), Step("Second", ("-c", "print(2)"))]
     text = shown(steps).replace("python ", f"{shlex.quote(sys.executable)} ")
     assert os.popen(text).read() == "a b\n2\n"
+
+
+TOOL_WORDS = [
+    inspect_words(AWKWARD, 64, Path("out.json")),
+    plan_words(replace(RECIPE, overrides=("model.params.a=1",), size=64), 8, 16),
+    preencode_words(replace(RECIPE, images=AWKWARD, release=AWKWARD, predicts="v", size=64, flip=True, overwrite=True)),
+    hack_words(replace(RECIPE, predicts="v")),
+    hack_words(replace(RECIPE, is_family=True)),
+    merge_words(Path(AWKWARD), AWKWARD, f"{AWKWARD}/", "-c.yaml", "ema", True, 0.5),
+    sample_words(AWKWARD, "-c.yaml", "eps", SampleSettings(("-x", "b"), 1, 2, 3, -1.5, "plms"), Path("out")),
+    evaluate_words(AWKWARD, AWKWARD, "", "", ["-x=1.tar"], Path("out")),
+    lora_words(AWKWARD, AWKWARD, f"{AWKWARD}.safetensors", 4, True),
+    report_words(Path(AWKWARD)),
+]
+
+
+@pytest.mark.parametrize("words", TOOL_WORDS, ids=lambda words: Path(words[0]).stem)
+def test_each_tool_takes_its_words(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", list(words))
+    options = vars(runpy.run_path(str(ROOT / words[0]))["parse_arguments"]())
+    values = [part for value in options.values() for part in (value if isinstance(value, list) else [value])]
+    given = any("touch" in word for word in words)
+    assert any(AWKWARD in str(value) for value in values) == given
+
+
+def test_main_takes_its_words() -> None:
+    recipe = replace(RECIPE, tier="lean.yaml", gpu=True, overrides=("model.params.a=1",))
+    options = parse_arguments(train_words(recipe)[1:])
+    assert options.base == ["demo_tiny.yaml", "lean.yaml", "outputs/studio/cats/recipe.yaml"]
+    assert (options.name, options.train, options.no_test, options.resume) == (
+        "cats", True, True, "outputs/studio/cats/start.ckpt",
+    )  # fmt: skip
+    assert options.overrides == ["model.params.a=1"]
+    assert parse_arguments(resume_words("logs/a")[1:]).resume == "logs/a"
