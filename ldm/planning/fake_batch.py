@@ -18,7 +18,7 @@ from ldm.modules.encoders.modules import (
     DummyEncoder,
     GeneralConditioner,
 )
-from ldm.shards.sample import CONTEXT, DEPTH, EDIT, MASK, MASKED_IMAGE, SIZE_ENTRIES
+from ldm.shards.sample import CONTEXT, DEPTH, EDIT, MASK, MASKED_IMAGE, NOISE, PREDICTION, SIZE_ENTRIES, TIMESTEPS
 from ldm.util import UserError, get_obj_from_str
 
 _TEXT_TOKENS = 77
@@ -63,11 +63,19 @@ def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size:
     else:
         channels = 3 if isinstance(model, LatentDiffusion) else model.channels
         data = torch.empty(images, side * factor, side * factor, channels)
-    batch = {model.first_stage_key: data, **_conditioning(model, images)}
+    batch = {model.first_stage_key: data, **_conditioning(model, images), **_predictions(model, images, side)}
     batch |= {key: _stored(images, 1, side, side) for key in model.weighting.entries}  # loss masks
     if not isinstance(model, LatentDiffusion) or not model.model.takes_maps:
         return batch
     return batch | (_encoded_maps(model, images, side) if is_encoded else _image_maps(model, images, side * factor))
+
+
+def _predictions(model: DDPM, images: int, side: int) -> Mapping[str, Tensor]:
+    """Return a teacher's members, if the loss reads them from every sample."""
+    if not getattr(model.weighting, "reads_predictions", False):
+        return {}
+    latents = {key: _stored(images, model.channels, side, side) for key in (NOISE, PREDICTION)}
+    return {TIMESTEPS: torch.zeros(images, dtype=torch.long), **latents}
 
 
 def _stored(*shape: int) -> Tensor:

@@ -68,3 +68,13 @@ def _filled(value):
     if isinstance(value, dict):
         return {name: _filled(part) for name, part in value.items()}
     return torch.full_like(value, 0.5) if isinstance(value, torch.Tensor) else value
+
+
+def test_the_batch_of_direct_consistency_has_predictions():
+    config = OmegaConf.create(CONFIG)
+    config.model.params.loss_config = {"target": "ldm.models.diffusion.consistency.DirectConsistency"}
+    model = build_model(config)
+    batch = make_batch(model, config)
+    assert batch["prediction"].shape == batch["noise"].shape == (2, 4, 4, 4)
+    loss, logged = model.shared_step({key: torch.zeros_like(value) for key, value in batch.items()})
+    assert loss.isfinite() and "train/consistency" in logged
