@@ -91,25 +91,23 @@ def show_report(browser: Browser, report: Path, out: Path) -> None:
 
 
 def show_studio(browser: Browser, studio: StudioProcess, out: Path) -> None:
-    pages = [open_page(browser, studio.address, size, dark) for *size, dark in WIDTHS]
-    first = pages[0]
-    first.locator("#plan-button, [role=tab]").filter(has_text="Plan").first.click()
-    first.locator("#plan-compute").click()
-    studio.wait_for_state(first, "plan", "finished")
-    first.get_by_role("tab", name="Train").click()
-    first.locator("#train-start").click()
-    studio.wait_for_state(first, "train", "running", "step ")
-    studio.wait(first.locator("#train-figures svg"))
-    for (width, *_), page in zip(WIDTHS, pages, strict=True):
-        for tab, awaited in (("Images", "#images-gallery img"), ("Plan", "#plan-table td"),
-                             ("Train", "#train-previews img")):  # fmt: skip
-            page.get_by_role("tab", name=tab).click()
-            if tab == "Images":
-                page.locator("#images-open").click()
-            studio.wait(page.locator(awaited))
-            page.wait_for_function("[...document.images].every(image => image.complete || !image.checkVisibility())")
-            page.evaluate("scrollTo(0, 0)")
-            save(page, out / f"studio-{tab.lower()}-{width}.webp")
+    pages = {size[0]: open_page(browser, studio.address, size, dark) for *size, dark in WIDTHS}
+    for width, page in pages.items():
+        page.locator("#images-open").click()
+        studio.wait(page.locator("#images-gallery img"))
+        save_tab(page, out / f"studio-images-{width}.webp")
+        page.get_by_role("tab", name="Train").click()
+    page.locator("#train-start").click()
+    for width, page in pages.items():
+        studio.wait_for_state(page, "train", "running", "step ")
+        studio.wait(page.locator("#train-previews img"))
+        save_tab(page, out / f"studio-train-{width}.webp")
+
+
+def save_tab(page: Page, path: Path) -> None:
+    page.wait_for_function("[...document.images].every(image => image.complete || !image.checkVisibility())")
+    page.evaluate("scrollTo(0, 0)")
+    save(page, path)
 
 
 def main() -> None:

@@ -46,4 +46,4 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield open_
     for context in contexts:
         context.close()
-    assert watch.faults == []
+    assert not watch.faults, "\n".join(watch.faults)

@@ -9,7 +9,8 @@ from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Request, R
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ABORTED = "net::ERR_ABORTED"  # the page went away while it loaded something
-_CLOSED = "AbortError: signal is aborted without reason"  # Gradio closes its stream of events when the page goes away
+# Gradio closes its stream of events when the page goes away. A server that is gone also gives failed requests.
+_CLOSED = ("AbortError: signal is aborted without reason", "Unexpected error Connection errored out.")
 _SEVERE = ("serious", "critical")
 _RULES = {"resultTypes": ["violations"], "rules": {"color-contrast": {"enabled": True}}}
 
