@@ -13,6 +13,6 @@ def test_data_of_users_is_ignored_and_ours_is_not(tmp_path):
     theirs = ["data/train/set-000.tar", "data/shards/null.t5.npy", "data/tom.png"]
     theirs += ["logs/run/last.ckpt", ".mine.ckpt.lock"]
     ours = ["data/README.md", "data/render_emoji.py", "data/LICENSE-NotoEmoji.txt"]
-    ours += [f"data/{folder}/new.png" for folder in ("base", "cats", "emoji")]
+    ours += [f"data/{folder}/new.png" for folder in ("base", "cats", "emoji", "prompts")]
     command = ["git", "-C", tmp_path, "check-ignore", "--no-index", *theirs, *ours]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == theirs

@@ -15,7 +15,7 @@ from tests.diffusers_folders import write_tiny_folder
 def encode(noted: str | None, **given: str):
     section = {"prompts": ["a cat"], "config": "sd1.yaml", **given}
     [previews] = build_previews(OmegaConf.create({"lightning": {"previews": section}}))
-    return previews.encode(["a cat", ""], noted)
+    return previews.encode(["a cat", ""], noted, None)
 
 
 def test_build_previews_encodes_with_a_file_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
