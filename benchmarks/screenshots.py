@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Screenshots of the report and of the studio for the documentation, after a training of the demo's model.
+"""Screenshots of the report for the documentation, after a training of the demo's model.
 
     python benchmarks/screenshots.py --out docs/screenshots
 
@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.browser.chromium import MISSING, find_chromium, start_chromium  # noqa: E402
-from tests.browser.studio_process import StudioProcess, running_studio  # noqa: E402
 from tests.waiting import LIMIT  # noqa: E402
 
 COPIED = ("configs", "data/base", "data/cats", "ldm", "tools", "main.py")
@@ -90,31 +89,10 @@ def show_report(browser: Browser, report: Path, out: Path) -> None:
             save(page, out / f"report-{name.lower()}-{width}.webp")
 
 
-def show_studio(browser: Browser, studio: StudioProcess, out: Path) -> None:
-    pages = {size[0]: open_page(browser, studio.address, size, dark) for *size, dark in WIDTHS}
-    for width, page in pages.items():
-        page.locator("#images-open").click()
-        studio.wait(page.locator("#images-gallery img"))
-        save_tab(page, out / f"studio-images-{width}.webp")
-        page.get_by_role("tab", name="Train").click()
-    page.locator("#train-start").click()
-    for width, page in pages.items():
-        studio.wait_for_state(page, "train", "running", "step ")
-        studio.wait(page.locator("#train-previews img"))
-        save_tab(page, out / f"studio-train-{width}.webp")
-
-
-def save_tab(page: Page, path: Path) -> None:
-    page.wait_for_function("[...document.images].every(image => image.complete || !image.checkVisibility())")
-    page.evaluate("scrollTo(0, 0)")
-    save(page, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/screenshots", help="folder of the images")
     parser.add_argument("--steps", type=int, default=150, help="training steps of the report's run")
-    parser.add_argument("--only", choices=("report", "studio"), help="make these screenshots alone")
     options = parser.parse_args()
     if find_chromium() is None:
         raise SystemExit(f"error: {MISSING}")
@@ -124,11 +102,7 @@ def main() -> None:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / part, folder / part)
-        if options.only != "studio":
-            show_report(browser, train(folder, options.steps), options.out)
-        if options.only != "report":
-            with running_studio(folder, "--demo", root=folder) as studio:
-                show_studio(browser, studio, options.out)
+        show_report(browser, train(folder, options.steps), options.out)
 
 
 if __name__ == "__main__":
