@@ -6,6 +6,7 @@ the weights stay on the host, tensors in host memory.
 
     python benchmarks/memory_table.py
     python benchmarks/memory_table.py --families sdxl --tiers lean.yaml smallest.yaml
+    python benchmarks/memory_table.py --families sd1 --tiers lora.yaml 'lean.yaml lora.yaml' 'smallest.yaml lora.yaml'
 
 The whole table takes minutes of a processor.
 """
@@ -34,11 +35,17 @@ TIERS: dict[str, list[str]] = {
     "minimal.yaml": ["minimal.yaml"],
     "smallest.yaml": ["smallest.yaml"],
 }
+# Columns of the table of LoRA trainings.
+LORA_TIERS = {
+    "lora.yaml": ["lora.yaml"],
+    "lean.yaml lora.yaml": ["lean.yaml", "lora.yaml"],
+    "smallest.yaml lora.yaml": ["smallest.yaml", "lora.yaml"],
+}
 
 
 def predicted(family: Family, tier: str) -> dict[str, int]:
     """Return `peak_of_step` for one image of the family's size under a column of the table."""
-    words = [family.finetune_config, *TIERS[tier]]
+    words = [family.finetune_config, *(TIERS | LORA_TIERS)[tier]]
     overrides = [word for word in words if "=" in word]
     return peak_of_step(load_config([word for word in words if "=" not in word], overrides), images=1)
 
@@ -51,7 +58,7 @@ def cell(peak: dict[str, int], is_streamed: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
-    parser.add_argument("--tiers", nargs="+", choices=list(TIERS), default=list(TIERS), metavar="TIER")
+    parser.add_argument("--tiers", nargs="+", choices=[*TIERS, *LORA_TIERS], default=[*TIERS], metavar="TIER")
     options = parser.parse_args()
     print("| family | config | size |", " | ".join(options.tiers), "|")
     print("|---" * (3 + len(options.tiers)) + "|")
@@ -59,7 +66,7 @@ def main() -> None:
         family = FAMILIES[key]
         print(f"| {family.name} | `{family.finetune_config}` | {family.size}", end="", flush=True)
         for tier in options.tiers:
-            is_streamed = tier in ("minimal.yaml", "smallest.yaml")
+            is_streamed = tier.startswith(("minimal.yaml", "smallest.yaml"))
             print(" |", cell(predicted(family, tier), is_streamed), end="", flush=True)
         print(" |")
 

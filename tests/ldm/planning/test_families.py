@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from benchmarks.memory_table import TIERS, predicted
+from benchmarks.memory_table import LORA_TIERS, TIERS, predicted
 from ldm.planning.card import GIB
 from ldm.planning.ledger import HOST
 from ldm.planning.step import on_device
@@ -35,29 +35,33 @@ CHECKED = [
     *(("sd1", tier) for tier in TIERS),
     *(key for key in AIMS if key[0] != "sd1"),
     *((key, "lean.yaml") for key in FAMILIES if key not in ("sd1", "sdxl", *SAME_UNET)),
+    *(("sd1", tier) for tier in LORA_TIERS),
 ]
 
 
 @cache
 def table() -> dict[tuple[str, str], tuple[float, float | None]]:
-    """Return the cells of docs/memory.md by family and tier: GiB of the device and, where it has any, of the host."""
+    """Return the cells of docs/memory.md by family and column: GiB of the device and, where it has any, of the host."""
     page = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     rows = [re.split(r" *\| *", line.strip("| \n")) for line in page.splitlines() if line.startswith("| ")]
     names = {family.name: key for key, family in FAMILIES.items()}
-    found = {}
+    found, tiers = {}, []
     for row in rows:
+        if row[:3] == ["family", "config", "size"]:
+            tiers = [name.replace("`", "") for name in row[3:]]
         if row[0] not in names:
             continue
         family = FAMILIES[names[row[0]]]
         assert row[1:3] == [f"`{family.finetune_config}`", str(family.size)]
-        for tier, cell in zip(TIERS, row[3:], strict=True):
+        for tier, cell in zip(tiers, row[3:], strict=True):
             device, _, host = cell.partition(", host ")
             found[family.key, tier] = float(device), float(host) if host else None
     return found
 
 
 def test_the_table_has_every_family_and_tier() -> None:
-    assert table().keys() == {(key, tier) for key in FAMILIES for tier in TIERS}
+    of_loras = {(key, tier) for key in ("sd1", "sdxl") for tier in LORA_TIERS}
+    assert table().keys() == {(key, tier) for key in FAMILIES for tier in TIERS} | of_loras
 
 
 @pytest.mark.parametrize("key", SAME_UNET)
@@ -76,7 +80,7 @@ def test_the_predicted_memory_is_that_of_the_table_and_within_the_aims(key: str,
     assert on_device(peak) == pytest.approx(device, rel=0.02)
     assert most_on_device is None or on_device(peak) <= most_on_device
     if host is not None:
-        assert peak[HOST] == pytest.approx(host, rel=0.02)
+        assert peak[HOST] == pytest.approx(host, rel=0.02, abs=0.05)  # one digit after the point
     assert most_on_host is None or peak[HOST] <= most_on_host
 
 
