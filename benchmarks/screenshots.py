@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Screenshots of the report for the documentation, after a training of the demo's model.
+"""Screenshots of the report and the studio for the documentation, after a training of the demo's model.
 
     python benchmarks/screenshots.py --out docs/screenshots
 
@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.browser.chromium import MISSING, find_chromium, start_chromium  # noqa: E402
+from tests.browser.studio_process import running_studio  # noqa: E402
 from tests.waiting import LIMIT  # noqa: E402
 
 COPIED = ("configs", "data/base", "data/cats", "ldm", "tools", "main.py")
@@ -40,6 +41,7 @@ TRAIN = (
 )
 WIDTHS = ((1280, 860, False), (390, 844, True))  # width and height in pixels, and whether the scheme is dark
 QUALITY = 82
+LOADED = "[...document.querySelectorAll('#images-gallery img')].every(image => image.complete && image.naturalWidth)"
 
 
 def run(folder: Path, *words: str) -> None:
@@ -77,7 +79,7 @@ def open_page(browser: Browser, url: str, size: Sequence[int], dark: bool) -> Pa
 def save(page: Page, path: Path) -> None:
     """Save what the window shows as a WebP file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(io.BytesIO(page.screenshot())).save(path, quality=QUALITY, method=6)
+    Image.open(io.BytesIO(page.screenshot(animations="disabled"))).save(path, quality=QUALITY, method=6)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -87,6 +89,21 @@ def show_report(browser: Browser, report: Path, out: Path) -> None:
         for name in ("Curves", "Images"):
             page.get_by_role("heading", name=name, exact=True).evaluate("part => part.scrollIntoView()")
             save(page, out / f"report-{name.lower()}-{width}.webp")
+
+
+def show_studio(browser: Browser, folder: Path, out: Path) -> None:
+    """Save the images and the plan of the demo, in a studio that serves the copy of the checkout at `folder`."""
+    with running_studio(folder, "--demo", checkout=folder) as studio:
+        for width, height, dark in WIDTHS:
+            page = open_page(browser, studio.address, (width, height), dark)
+            expect(page.locator("#images-folder textarea, #images-folder input").first).not_to_have_value("")
+            page.locator("#images-open").click()
+            page.locator("#images-gallery button img").nth(9).wait_for()
+            page.wait_for_function(LOADED)
+            save(page, out / f"studio-images-{width}.webp")
+            page.get_by_role("tab", name="Plan", exact=True).click()
+            expect(page.locator("#plan-command")).to_contain_text("plan_memory.py")
+            save(page, out / f"studio-plan-{width}.webp")
 
 
 def main() -> None:
@@ -102,7 +119,9 @@ def main() -> None:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / part, folder / part)
-        show_report(browser, train(folder, options.steps), options.out)
+        report = train(folder, options.steps)
+        show_report(browser, report, options.out)
+        show_studio(browser, folder, options.out)
 
 
 if __name__ == "__main__":

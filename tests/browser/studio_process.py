@@ -73,9 +73,9 @@ class StudioProcess:
 
 
 @contextmanager
-def running_studio(folder: Path, *options: str) -> Iterator[StudioProcess]:
-    """Run `tools/studio.py` with `options` in `folder`, at a free port."""
-    line = [sys.executable, ROOT / "tools/studio.py", "--port", "0", *options]
+def running_studio(folder: Path, *options: str, checkout: Path = ROOT) -> Iterator[StudioProcess]:
+    """Run `tools/studio.py` of a `checkout` with `options` in `folder`, at a free port."""
+    line = [sys.executable, checkout / "tools/studio.py", "--port", "0", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     log = folder / "studio.log"
     with log.open("w") as output:
