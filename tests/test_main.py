@@ -64,8 +64,10 @@ def test_the_best_checkpoints_are_ranked_by_the_validation_of_their_step(train, 
         "ldm.training.resume.save_checkpoint",
         lambda content, path: saved.append((content["global_step"], Path(path).name)),
     )
-    options = "lightning.modelcheckpoint.params.every_n_train_steps=1 data.params.val_urls=shards/s-000000.tar"
-    assert train(f"--max_steps 5 --val_check_interval 2 {options}") == 0
+    every = (
+        "lightning.modelcheckpoint.params.every_n_train_steps=1 lightning.modelcheckpoint.params.in_background=false"
+    )
+    assert train(f"--max_steps 5 --val_check_interval 2 {every} data.params.val_urls=shards/s-000000.tar") == 0
     assert [step for step, name in saved if name != "last.ckpt"] == [2, 4]
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5]
 

@@ -191,6 +191,12 @@ def test_a_mistake_found_while_training_loses_nothing(train, tmp_path, step, opt
     assert_same_training(the_run(tmp_path / "straight"), failed)
 
 
+# Training waits for each checkpoint, so that the disk is full for those of the steps that are meant.
+EVERY_SECOND = " ".join(
+    f"lightning.modelcheckpoint.params.{setting}" for setting in ("every_n_train_steps=2", "in_background=false")
+)
+
+
 def full_from(first, last):
     """Return the overrides with which the disk is full for checkpoints from one step to another."""
     full = "lightning.callbacks.full"
@@ -198,7 +204,7 @@ def full_from(first, last):
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(train, tmp_path, caplog):
-    every = "lightning.modelcheckpoint.params.every_n_train_steps=2 lightning.modelcheckpoint.params.save_top_k=1"
+    every = f"{EVERY_SECOND} lightning.modelcheckpoint.params.save_top_k=1"
     options = f"--max_steps 7 {every} data.params.val_urls=shards/s-000000.tar --val_check_interval 2"
     train(f"-l straight {options}")
     assert train(f"-l full {options} {full_from(3, 6)}") == 0
@@ -213,12 +219,11 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(train, tmp_path, caplog):
 
 
 def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_last_checkpoint_intact(train, tmp_path):
-    every = "lightning.modelcheckpoint.params.every_n_train_steps=2"
     with pytest.raises(OSError, match="File too large"):
-        train(f"--max_steps 5 {every} {full_from(3, 9)}")
+        train(f"--max_steps 5 {EVERY_SECOND} {full_from(3, 9)}")
     run = the_run(tmp_path / "logs")
     assert state(run / "checkpoints" / "last.ckpt")["global_step"] == 2
-    train(f"-l straight --max_steps 5 {every}")
+    train(f"-l straight --max_steps 5 {EVERY_SECOND}")
     full = "lightning.callbacks.full.params"
     assert train(f"--resume {run} --trust-config {full}.first=9") == 0
     assert_same_training(the_run(tmp_path / "straight"), run)

@@ -111,7 +111,7 @@ def test_recipe_with_an_aborted_run(work: Callable, tmp_path: Path) -> None:
     """Follow the steps of 2022: start, stop with Ctrl-C, hack the checkpoint, resume, merge, with default arguments."""
     log = tmp_path / "aborted.log"
     run = start_script([str(ROOT / "main.py"), *TRAIN, *QUIET, "--max_steps", "100000"], tmp_path, log)
-    wait_for(lambda: "loss=" in log.read_text(), run)
+    wait_for(lambda: log.exists() and "loss=" in log.read_text(), run)
     os.kill(run.pid, signal.SIGINT)
     join(run)
     [last] = tmp_path.glob("logs/*/checkpoints/last.ckpt")
