@@ -165,6 +165,12 @@ def test_mistakes(train_captions, line, said):
     assert said in str(refused.value)
 
 
+def test_fsdp_refuses_parts(train):
+    sharded = "--devices 2 --accelerator cpu --strategy fsdp model.params.use_ema=false"
+    with pytest.raises(UserError, match="strategy fsdp trains the whole UNet at one learning rate"):
+        train(f"--max_steps 1 {sharded} {PARTS}.train_only=[attn2]")
+
+
 def test_epochs_of_a_stream_are_unknown(train):
     line = f"{SCHEDULE}.{TORCH}StepLR {SCHEDULE}.params.step_size=1 {SCHEDULE}.interval=epoch"
     urls = "data.params.training_urls=pipe:cat<shards/s-000000.tar --trust-config data.params.null_cond_dropout=0.0"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.encoding.encoder import SampleEncoder
-from ldm.encoding.kinds import EditSamples, ImageSamples
+from ldm.encoding.kinds import EditSamples, ImageSamples, MaskedSamples
 from ldm.encoding.read import FittedImage
 from ldm.images.buckets import Size
 from ldm.images.find import ImageItem
@@ -27,10 +27,12 @@ class LossMaskSamples(ImageSamples):
         factor: pixels per side of a latent's cell.
 
     Raises:
-        UserError: `inner` are pairs of images.
+        UserError: `inner` are samples for inpainting, or pairs of images.
     """
 
     def __init__(self, inner: ImageSamples, factor: int) -> None:
+        if isinstance(inner, MaskedSamples):
+            raise UserError("--loss-masks: not for inpainting, which trains with masks of its own; leave it out")
         if isinstance(inner, EditSamples):
             raise UserError(
                 "--loss-masks: not for pairs of images, which train on the whole edited image; leave it out"

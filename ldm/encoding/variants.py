@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.data.loader import seeded
 from ldm.encoding.encoder import SampleEncoder
-from ldm.encoding.kinds import EditSamples, ImageSamples, MaskedSamples
+from ldm.encoding.kinds import DepthSamples, EditSamples, ImageSamples, MaskedSamples
 from ldm.encoding.read import FittedImage, read_fitted
 from ldm.images.buckets import Size
 from ldm.images.colours import ColorJitter
@@ -65,13 +65,15 @@ class VariantSamples(ImageSamples):
     """Samples of the kind `inner`, whose arrays (B, K, ...) hold the K variants of each image.
 
     Raises:
-        UserError: `inner` are samples for inpainting, or pairs of images.
+        UserError: `inner` are samples for inpainting or with depth maps, or pairs of images.
     """
 
     def __init__(self, inner: ImageSamples, variants: Variants) -> None:
         option = f"--variants {variants.count}"
         if isinstance(inner, MaskedSamples):
             raise UserError(f"{option}: not for inpainting, which has masks of its own; give --masks for more variety")
+        if isinstance(inner, DepthSamples):
+            raise UserError(f"{option}: not for depth models, whose maps are of the plain image; leave it out")
         if isinstance(inner, EditSamples):
             raise UserError(
                 f"{option}: not for pairs of images, which would need equal crops and colours; leave it out"

@@ -69,6 +69,11 @@ class TrainedParts:
         return [*self.rate_factors, *self.from_step, *self.until_step]
 
     @property
+    def choose(self) -> bool:
+        """True if any setting is given."""
+        return self.train_only is not None or bool(self.frozen) or bool(self._settings())
+
+    @property
     def change_by_step(self) -> bool:
         """True if some parameters train in a part of the steps only."""
         return bool(self.from_step or self.until_step)
@@ -79,7 +84,7 @@ class TrainedParts:
         Raises:
             UserError: a pattern matches no parameter that can train, or nothing trains in some step.
         """
-        if self.train_only is None and not self.frozen and not self._settings():
+        if not self.choose:
             return
         self._can_train = can_train = _names_of(module)
         self._check([*(self.train_only or ()), *self.frozen], can_train, module)

@@ -133,10 +133,10 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
             f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must not move in memory, but strategy "
             "fsdp gathers them at each step; use compile_mode=default"
         )
-    if model.trained_parts.change_by_step:
+    if model.trained_parts.choose:
         raise UserError(
-            "strategy fsdp trains the same weights in each step, but trained_parts has from_step or until_step; leave "
-            "them out, or use --strategy ddp"
+            "strategy fsdp trains the whole UNet at one learning rate, but trained_parts chooses parts of it; leave it "
+            "out, or use --strategy ddp"
         )
     if {*model.trained_parameters()} - {*unet.parameters()}:
         raise UserError(

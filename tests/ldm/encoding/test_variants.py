@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.encoding.kinds import EditSamples, ImageSamples, MaskedSamples
+from ldm.encoding.kinds import DepthSamples, EditSamples, ImageSamples, MaskedSamples
 from ldm.encoding.loss_masks import LossMaskSamples
 from ldm.encoding.variants import Variants, VariantSamples
 from ldm.shards.index import read_index
@@ -119,6 +119,8 @@ def test_variant_crops_by_hand() -> None:
         (lambda: VariantSamples(MaskedSamples(4, False), Variants(2)), "--variants 2: not for inpainting"),
         (lambda: VariantSamples(EditSamples(), Variants(2)), "--variants 2: not for pairs of images"),
         (lambda: LossMaskSamples(EditSamples(), 8), "--loss-masks: not for pairs of images"),
+        (lambda: LossMaskSamples(MaskedSamples(4, False), 8), "--loss-masks: not for inpainting"),
+        (lambda: VariantSamples(DepthSamples(), Variants(2)), "--variants 2: not for depth models"),
     ],
 )
 def test_kinds_that_are_refused(kind, said: str) -> None:
