@@ -1,9 +1,8 @@
 """Jobs: commands that run one after the other, apart from the studio, with a log file. Imports no torch.
 
 A job has a folder with `job.json` (its commands), `state.json` (written by its runner, see `ldm.studio.runner`) and a
-log per command. Everything that the studio knows about a job is read from there, so that a new studio finds
-the jobs of an
-earlier one. A process is known by its id and its start time.
+log per command. Everything that the studio knows about a job is read from there, so that a new studio finds the jobs
+of an earlier one. A process is known by its id and its start time.
 """
 
 from __future__ import annotations
