@@ -72,7 +72,7 @@ def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size:
 
 def _predictions(model: DDPM, images: int, side: int) -> Mapping[str, Tensor]:
     """Return a teacher's members, if the loss reads them from every sample."""
-    if not getattr(model.weighting, "reads_predictions", False):
+    if not model.weighting.reads_predictions:
         return {}
     latents = {key: _stored(images, model.channels, side, side) for key in (NOISE, PREDICTION)}
     return {TIMESTEPS: torch.zeros(images, dtype=torch.long), **latents}

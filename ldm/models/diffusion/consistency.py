@@ -29,7 +29,7 @@ class DirectConsistency(Unweighted):
         beta: β. Small values learn more: a sample with β · (error − base's error) = −5 is as good as learnt.
     """
 
-    reads_predictions = True  # the data module then reads a teacher's members of the training set
+    reads_predictions = True
 
     def __init__(self, beta: float = 1000.0) -> None:
         check_number("beta", beta, above=0, whole=False)
@@ -47,7 +47,7 @@ class DirectConsistency(Unweighted):
             ),
         )
 
-    def averaging(self, batch: Batch, samples: BatchMean, training: bool) -> BatchMean:
+    def samples(self, batch: Batch, samples: BatchMean, training: bool = True) -> BatchMean:
         """Return the averaging for a batch of the training, and `samples` for validation.
 
         Raises:

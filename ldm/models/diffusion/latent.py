@@ -19,7 +19,6 @@ from ldm.distributed.collectives import mean_over_processes
 from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.batch_mean import EQUAL, BatchMean
 from ldm.models.diffusion.conditioning import WithConditioning, check_reads_captions
-from ldm.models.diffusion.consistency import DirectConsistency
 from ldm.models.diffusion.first_stage import WithFirstStage
 from ldm.models.diffusion.lora_training import train_lora
 from ldm.models.diffusion.noise import PLAIN_NOISE
@@ -139,7 +138,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
                 "timesteps; set prior_target: data or choose another distribution",
             ),
             (
-                isinstance(self.weighting, DirectConsistency)
+                self.weighting.reads_predictions
                 and (steps > 1 or self.training_noise is not PLAIN_NOISE or not self.timestep_distribution.is_plain),
                 "loss_config: DirectConsistency has predictions at stored timesteps and noises, for clean captions; "
                 "leave out timestep_config, noise_config and num_timesteps_cond",
@@ -247,10 +246,7 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
 
     def samples_of(self, batch: Batch) -> BatchMean:
         of_prior = self.timestep_distribution.of_prior
-        samples = Prior.of(batch, self.prior_loss_weight, self.prior_target, of_prior) or EQUAL
-        if isinstance(self.weighting, DirectConsistency):
-            return self.weighting.averaging(batch, samples, self.training)
-        return samples
+        return Prior.of(batch, self.prior_loss_weight, self.prior_target, of_prior) or EQUAL
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -28,12 +28,13 @@ class Unweighted:
     """
 
     entries: tuple[str, ...] = ()  # batch entries that the weighting reads
+    reads_predictions = False  # whether it reads a teacher's predictions of the training set
 
     def attach(self, model: Weighted) -> None:
         """Register on `model` the buffers and parameters that the weighting needs."""
 
-    def samples(self, batch: Batch, samples: BatchMean) -> BatchMean:
-        """Return the averaging of the losses of a batch, from that of the model."""
+    def samples(self, batch: Batch, samples: BatchMean, training: bool = True) -> BatchMean:
+        """Return the averaging of the losses of a batch of the training or of validation, from that of the model."""
         return samples
 
     def error(self, model: Weighted, difference: Tensor, t: Tensor) -> Tensor:
@@ -58,10 +59,16 @@ class Unweighted:
 
 
 class Wrapper(Unweighted):
-    """Base of weightings that change the terms of another weighting, by default `Unweighted`."""
+    """Base of weightings that change the terms of another weighting, by default `Unweighted`.
+
+    Raises:
+        UserError: the other weighting reads predictions, which are of the plain error.
+    """
 
     def __init__(self, weighting: Mapping[str, Any] | None = None) -> None:
-        self.inner = _instantiate(weighting)
+        self.inner = instantiate_weighting(weighting)
+        if self.inner.reads_predictions:
+            raise UserError(f"weighting: {type(self.inner).__name__} weights no other loss; name it as loss_config")
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -70,8 +77,8 @@ class Wrapper(Unweighted):
     def attach(self, model: Weighted) -> None:
         self.inner.attach(model)
 
-    def samples(self, batch: Batch, samples: BatchMean) -> BatchMean:
-        return self.inner.samples(batch, samples)
+    def samples(self, batch: Batch, samples: BatchMean, training: bool = True) -> BatchMean:
+        return self.inner.samples(batch, samples, training)
 
     def error(self, model: Weighted, difference: Tensor, t: Tensor) -> Tensor:
         return self.inner.error(model, difference, t)
@@ -248,46 +255,12 @@ class VariationalBound(Wrapper):
         return [*simple, (self.elbo, model.lvlb_weights[t] * error)]
 
 
-def weighting_of(
-    loss_config: Mapping[str, Any] | None,
-    min_snr_gamma: float | None = None,
-    learn_logvar: bool = False,
-    logvar_init: float = 0.0,
-    original_elbo_weight: float = 0.0,
-    l_simple_weight: float = 1.0,
-) -> Unweighted:
-    """Return the weighting of `loss_config`, or of the model's older keys.
+def instantiate_weighting(config: Mapping[str, Any] | None) -> Unweighted:
+    """Return the weighting of `config`, `target` and `params`, or `Unweighted` without one.
 
     Raises:
-        UserError: both are given, or `loss_config` does not name a loss weighting.
+        UserError: the target is not a loss weighting.
     """
-    older: dict[str, Any] = {
-        "min_snr_gamma": (min_snr_gamma, None),
-        "learn_logvar": (learn_logvar, False),
-        "logvar_init": (logvar_init, 0.0),
-        "original_elbo_weight": (original_elbo_weight, 0.0),
-        "l_simple_weight": (l_simple_weight, 1.0),
-    }
-    given = [key for key, (value, default) in older.items() if value != default]
-    if loss_config:
-        if given:
-            raise UserError(f"{given[0]} and loss_config both set the loss weighting; leave {given[0]} out")
-        return _instantiate(loss_config)
-    config = None
-    if min_snr_gamma is not None:
-        config = _config(MinSNR, config, gamma=min_snr_gamma)
-    if learn_logvar or logvar_init:
-        config = _config(LogVariance, config, init=logvar_init, learn=learn_logvar)
-    if original_elbo_weight or l_simple_weight != 1.0:
-        config = _config(VariationalBound, config, elbo=original_elbo_weight, simple=l_simple_weight)
-    return _instantiate(config)
-
-
-def _config(target: type[Unweighted], weighting: Mapping[str, Any] | None, **params: Any) -> dict[str, Any]:
-    return {"target": f"{__name__}.{target.__name__}", "params": {**params, "weighting": weighting}}
-
-
-def _instantiate(config: Mapping[str, Any] | None) -> Unweighted:
     if not config:
         return Unweighted()
     weighting = instantiate_from_config(config)

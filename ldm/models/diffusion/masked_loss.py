@@ -42,10 +42,10 @@ class Masked(Wrapper):
     def entries(self) -> tuple[str, ...]:
         return (*super().entries, LOSS_MASK)
 
-    def samples(self, batch: Batch, samples: BatchMean) -> BatchMean:
+    def samples(self, batch: Batch, samples: BatchMean, training: bool = True) -> BatchMean:
         mask = batch_entry(batch, LOSS_MASK).float()
         weights = mask + self.outside * (1 - mask)
-        return MaskedMean(super().samples(batch, samples), weights, self.by_area)
+        return MaskedMean(super().samples(batch, samples, training), weights, self.by_area)
 
 
 class MaskedMean(BatchMean):

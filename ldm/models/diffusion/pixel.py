@@ -22,7 +22,7 @@ from ldm.models.diffusion.conditioning_dropout import replacements_of
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.initial_weights import InitialWeights
 from ldm.models.diffusion.log_images import log_images
-from ldm.models.diffusion.loss import weighting_of
+from ldm.models.diffusion.loss_keys import weighting_of
 from ldm.models.diffusion.noise import PLAIN_NOISE, noise_of
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.timesteps import STATE as TIMESTEP_STATE
@@ -223,7 +223,7 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         """Return the loss of a batch, and the values to log."""
         streams = RandomStreams.of(batch)
         x = self.diffused(batch, streams)
-        samples = self.weighting.samples(batch, self.samples_of(batch))
+        samples = self.weighting.samples(batch, self.samples_of(batch), self.training)
         return self(x, self.encode_conditioning(batch), samples, streams)
 
     # Methods of an unconditional model of pixels. `LatentDiffusion` overrides them.

@@ -68,6 +68,15 @@ def test_the_base_has_the_loss_of_no_difference(make_model: ModelFactory) -> Non
 @pytest.mark.parametrize(
     ("params", "message"),
     [
+        (
+            {
+                "loss_config": {
+                    "target": "ldm.models.diffusion.loss.MinSNR",
+                    "params": {"weighting": CONFIG["loss_config"]},
+                }
+            },
+            "DirectConsistency weights no other loss; name it as loss_config",
+        ),
         ({"loss_type": "l1"}, "loss_type l1: DirectConsistency compares squared errors"),
         ({"num_timesteps_cond": 2}, "has predictions at stored timesteps and noises"),
         ({"timestep_config": {"target": "ldm.models.diffusion.timesteps.Split"}}, "leave out timestep_config"),
@@ -76,4 +85,4 @@ def test_the_base_has_the_loss_of_no_difference(make_model: ModelFactory) -> Non
 )
 def test_what_cannot_be_combined_is_refused(make_model: ModelFactory, params: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_model(**CONFIG, **params)
+        make_model(**CONFIG | params)
