@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
+from ldm.host_memory import keep_freed_memory
 from ldm.modules.diffusionmodules.convolution import Conv2d
-from ldm.training.host_memory import keep_freed_memory
 
 # batch, channels in, channels out, height and width in pixels, kernel, stride
 SHAPES = (

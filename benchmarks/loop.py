@@ -193,9 +193,9 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from ldm.config.load import build_model
+    from ldm.host_memory import keep_freed_memory
     from ldm.planning.fake_batch import make_batch
     from ldm.training.fit import use_tensor_cores
-    from ldm.training.host_memory import keep_freed_memory
 
     config = config_of(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

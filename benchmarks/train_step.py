@@ -105,9 +105,9 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from ldm.callbacks.device import peak_memory
+    from ldm.host_memory import keep_freed_memory
     from ldm.optim import build_optimizer
     from ldm.training.fit import use_tensor_cores
-    from ldm.training.host_memory import keep_freed_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.keep_memory or (device.type == "cpu" and options.side in OURS):

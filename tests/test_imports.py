@@ -38,6 +38,7 @@ ROOMS = (
     "ldm.modules",
     "ldm.processor",
     "ldm.host_copy",
+    "ldm.host_memory",
     "ldm.events",
     "ldm.folders",
     "ldm.files",

@@ -114,7 +114,7 @@ import torch
 from ldm.config.load import build_model, load_config
 from ldm.planning.fake_batch import make_batch
 from ldm.release.initialisation import without_initialisation
-from ldm.training.host_memory import keep_freed_memory
+from ldm.host_memory import keep_freed_memory
 
 def memory(key):  # MiB
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,13 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ldm.host_memory import return_freed_memory
+
 # Pixels and bytes from which an image needs the lock. Decoding takes about 8 bytes per pixel: 16 processes take 4 GB
 # for smaller images, and one process takes 1.5 GB for a large image.
 LARGE, LARGE_FILE = 32_000_000, 1 << 26
 
 
 class DecodeLock:
-    """Context manager whose `take` acquires the lock. Leaving the context releases it.
+    """Context manager whose `take` acquires the lock. Leaving the context returns the image's memory, then the lock.
 
     The operating system releases the lock of a process that dies. If no lock file can be created, there is no lock.
     """
@@ -28,6 +30,7 @@ class DecodeLock:
 
     def __exit__(self, *exception: Any) -> None:
         if self._descriptor is not None:
+            return_freed_memory()
             os.close(self._descriptor)  # releases the lock
             self._descriptor = None
 

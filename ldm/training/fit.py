@@ -22,8 +22,8 @@ from torch.distributed import DistError
 
 from ldm.callbacks.signals import TrainingStopped
 from ldm.config.load import needs_trust
+from ldm.host_memory import keep_freed_memory
 from ldm.training.compatibility import check_compatibility
-from ldm.training.host_memory import keep_freed_memory
 from ldm.training.run import Run
 from ldm.training.strategies import HostStateStrategy
 from ldm.util import UserError

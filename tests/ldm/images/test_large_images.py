@@ -3,6 +3,8 @@
 import fcntl
 import multiprocessing
 import os
+import subprocess
+import sys
 from contextlib import suppress
 
 import psutil
@@ -44,6 +46,36 @@ def test_read_of_a_large_image_holds_it_once(tmp_path, mode):
     process.start()
     assert wait_for(ours.poll, process) and ours.recv() < 50_000_000 * 10
     join(process)
+
+
+# Pillow's blocks of 16 MB lie on the heap once a larger block was freed, and a later block keeps them there.
+FRAGMENTED = """
+from pathlib import Path
+
+import psutil
+from PIL import Image
+
+from ldm.images import decode_lock
+
+decode_lock.lock_path = lambda: Path("lock")
+held = psutil.Process().memory_full_info
+bytes(20 << 20)
+before = held().uss
+with decode_lock.DecodeLock() as lock:
+    lock.take()
+    image = Image.new("RGB", (6_000, 6_000), "red")
+    kept = [bytes(100_000) for _ in range(3)]
+    del image
+    print(held().uss - before)
+print(held().uss - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
+def test_leaving_the_decode_lock_returns_the_memory_of_a_large_image(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FRAGMENTED], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    inside, after = (int(line) for line in done.stdout.split())
+    assert inside > 100_000_000 and after < 10_000_000
 
 
 def test_read_images_holds_one_large_image_in_all_workers_together(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 ALLOCATE_AGAIN_AND_AGAIN = """
 import resource, torch
-from ldm.training.host_memory import keep_freed_memory
+from ldm.host_memory import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 for _ in range(16):
