@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ldm.callbacks.timestep_sums import add_losses
 from ldm.distributed.collectives import mean_over_processes
 from ldm.shards.sample import IS_PRIOR
 from ldm.util import check_number
@@ -54,7 +55,8 @@ class HeldOutGap(Callback):
             prior = batch.get(IS_PRIOR) if isinstance(batch, dict) else None
             if self._training is not None:
                 self._training *= self.kept
-            self._training = self._added(self._training, pl_module, None if prior is None else ~prior)
+            counted = None if prior is None else ~prior
+            self._training = add_losses(self._training, pl_module, self.bins, counted, finite=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._held_out = None
@@ -63,7 +65,7 @@ class HeldOutGap(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if not trainer.sanity_checking:
-            self._held_out = self._added(self._held_out, pl_module)
+            self._held_out = add_losses(self._held_out, pl_module, self.bins, finite=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self._held_out is None or self._training is None:
@@ -75,16 +77,3 @@ class HeldOutGap(Callback):
             means = (training[0] / training[1])[known]
             gap = (held_out[0][known] - held_out[1][known] * means).sum() / held_out[1][known].sum()
             pl_module.log("val/gap", gap, batch_size=1)
-
-    def _added(self, sums: Tensor | None, model: LightningModule, counted: Tensor | None = None) -> Tensor | None:
-        """Return `sums` with the losses of the last batch, those of the samples `counted` (B,) or of all."""
-        samples = getattr(model, "sample_losses", None)
-        if samples is None:
-            return sums
-        timesteps, losses = samples  # (B,), (B,)
-        losses = losses.float()
-        number = losses.isfinite() if counted is None else losses.isfinite() & counted.to(losses.device)
-        added = torch.stack([torch.where(number, losses, 0.0), number.float()])
-        sums = torch.zeros(2, self.bins, device=losses.device) if sums is None else sums.to(losses.device)
-        place = (timesteps * self.bins).div(model.num_timesteps, rounding_mode="floor").long()
-        return sums.index_add_(1, place, added)

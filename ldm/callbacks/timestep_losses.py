@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ldm.callbacks.timestep_sums import add_losses
 from ldm.distributed.collectives import mean_over_processes
 from ldm.util import check_number
 
@@ -43,7 +43,7 @@ class TimestepLosses(Callback):
     ) -> None:
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        self._training = self._added(self._training, pl_module)
+        self._training = add_losses(self._training, pl_module, self.bands)
         every, step = trainer.log_every_n_steps, trainer.global_step
         if self._training is not None and every and step % every == 0 and step != self._logged:
             self._logged = step
@@ -59,22 +59,12 @@ class TimestepLosses(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if not trainer.sanity_checking:
-            self._held_out = self._added(self._held_out, pl_module)
+            self._held_out = add_losses(self._held_out, pl_module, self.bands)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and self._held_out is not None:
             sums = mean_over_processes(self._held_out)
             pl_module.log_dict(self._means(sums, pl_module, "val"), batch_size=1)
-
-    def _added(self, sums: Tensor | None, model: LightningModule) -> Tensor | None:
-        """Return `sums` with the losses of the last batch."""
-        samples = getattr(model, "sample_losses", None)
-        if samples is None:
-            return sums
-        timesteps, losses = samples  # (B,), (B,)
-        sums = torch.zeros(2, self.bands, device=losses.device) if sums is None else sums
-        place = (timesteps * self.bands).div(model.num_timesteps, rounding_mode="floor").long()
-        return sums.index_add_(1, place, torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)]))
 
     def _means(self, sums: Tensor, model: LightningModule, split: str) -> dict[str, float]:
         """Return the mean loss of each band that has samples, by the name of its metric."""
