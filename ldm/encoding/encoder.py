@@ -83,9 +83,10 @@ class SampleEncoder:
         self._captions: OrderedDict[str, _Caption] = OrderedDict()
 
     @property
-    def whole_digests(self) -> dict[str, str | None]:
-        """Return the digests of whole encoders, which must be equal for an unfinished set to be resumed."""
-        return {name: digest for name, digest in self.digests.items() if name != USED_TOWER}
+    def encoding_identity(self) -> dict[str, Any]:
+        """Digests of the whole encoders, and settings of captions. Equal ones encode equally, to resume a set."""
+        whole = {name: digest for name, digest in self.digests.items() if name != USED_TOWER}
+        return {**whole, **self.caption_settings.entries()}
 
     @property
     def caption_settings(self) -> CaptionSettings:

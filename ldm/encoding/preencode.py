@@ -162,8 +162,7 @@ def preencode(
     several = {SEVERAL_CAPTIONS: True} if any("\n" in (item.caption or "") for item in items) else {}
     settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **several, **kind.settings}
     precision = {"precision": str(encoder.dtype).removeprefix("torch.")}
-    encoders = {**encoder.whole_digests, **encoder.caption_settings.entries()}
-    made_from = {**settings, **precision, **encoders, **repeated, "images": digest_images(items)}
+    made_from = {**settings, **precision, **encoder.encoding_identity, **repeated, "images": digest_images(items)}
     nulls = encoder.captions([""])[0].arrays
     jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
     writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())

@@ -253,8 +253,7 @@ def make_prior(
     nulls = encoder.captions([""])[0].arrays
     asked = {**made_from, **about, "shard_size": shard_size, "precision": str(encoder.dtype).removeprefix("torch.")}
     jobs = plan_shards(out, count, shard_size)
-    encoders = {**encoder.whole_digests, **encoder.caption_settings.entries()}
-    writer = SetWriter(out, {**asked, **encoders}, jobs, overwrite, ranks or Ranks())
+    writer = SetWriter(out, {**asked, **encoder.encoding_identity}, jobs, overwrite, ranks or Ranks())
 
     def write_shards(missing: Sequence[Job]) -> None:
         parts = [list(_parts(numbers, batch_size)) for _, numbers in missing]
