@@ -7,6 +7,12 @@ from collections.abc import Sequence
 
 from ldm.util import UserError
 
+# Classes of torch.optim.lr_scheduler whose rates follow from the step and from numbers alone.
+TORCH_SCHEDULES = (
+    *("ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "ExponentialLR", "LinearLR"),
+    *("MultiStepLR", "OneCycleLR", "PolynomialLR", "StepLR"),
+)
+
 
 class LambdaWarmUpCosineScheduler:
     """Linear warm-up from `lr_start` to `lr_max`, then half a cosine down to `lr_min` at `max_decay_steps`.

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm.lr_scheduler import TORCH_SCHEDULES
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -80,21 +82,7 @@ ALLOWED = (
         ("CAME", "Lion", "Prodigy", "ScheduleFreeAdamW"),
         "optimizer: " + _COMPUTES,
     ),
-    Allowed(
-        "torch.optim.lr_scheduler",
-        (
-            *(
-                "ConstantLR",
-                "CosineAnnealingLR",
-                "CosineAnnealingWarmRestarts",
-                "CyclicLR",
-                "ExponentialLR",
-                "LinearLR",
-            ),
-            *("MultiStepLR", "OneCycleLR", "PolynomialLR", "StepLR"),
-        ),
-        "schedule: " + _COMPUTES,
-    ),
+    Allowed("torch.optim.lr_scheduler", TORCH_SCHEDULES, "schedule: " + _COMPUTES),
     Allowed("transformers.optimization", ("Adafactor",), "optimizer: " + _COMPUTES),
     Allowed(
         "torchmetrics.image",

@@ -9,15 +9,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldm.util import UserError, check_choice, check_keys, get_obj_from_str, instantiate_from_config, takes
+from ldm.lr_scheduler import TORCH_SCHEDULES
+from ldm.util import UserError, check_choice, check_keys, get_obj_from_str, instantiate_from_config, located, takes
 
 _WHERE = "scheduler_config"
 _TORCH = "torch.optim.lr_scheduler."
-# Those whose rates follow from the step and from numbers alone.
-TORCH_SCHEDULES = (
-    *("ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR", "ExponentialLR", "LinearLR"),
-    *("MultiStepLR", "OneCycleLR", "PolynomialLR", "StepLR"),
-)
 # Argument that is the length of the run by default, by class.
 _LENGTHS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}
 _ANY_LENGTH = 1000  # before the first step, at which no schedule depends on its length
@@ -52,13 +48,11 @@ def build_schedule(
             f"{_WHERE}: this model has several rates; name a class of ldm.lr_scheduler, with interval: step"
         )
     described = {key: value for key, value in config.items() if key != "interval"}
-    try:
+    with located(_WHERE):
         if is_torch:
             schedule = TorchSchedule(described, rate, lambda: -(-run() // epoch()) if in_epochs else run()).schedule
             return (lambda n: schedule(n // epoch() if n else 0)) if in_epochs else schedule
         multiplier = instantiate_from_config(described)
-    except UserError as error:
-        raise UserError(f"{_WHERE}: {error}") from error
     schedule = getattr(multiplier, "schedule", None)
     if schedule is None:
         raise UserError(f"{_WHERE}: {config['target']} is no multiplier; name a class of ldm.lr_scheduler")

@@ -12,7 +12,7 @@ from ldm.files import atomic_write
 from ldm.images.find import ImageItem
 from ldm.images.logged_png import read_logged_png
 from ldm.studio.allowed_folders import AllowedFolders
-from ldm.util import UserError
+from ldm.util import UserError, located
 
 SIDE = 384  # longest side of a thumbnail in pixels
 
@@ -42,10 +42,8 @@ class Thumbnails:
         """
         path = self._place(source, "png")
         if not path.exists():
-            try:
+            with located(str(source)):
                 _save(read_logged_png(source), path)
-            except UserError as error:
-                raise UserError(f"{source}: {error}") from error
         return path
 
     def placeholder(self) -> Path:
