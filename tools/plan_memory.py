@@ -122,7 +122,8 @@ def print_step(config: DictConfig, arguments: argparse.Namespace) -> None:
 
 
 def print_fits(config: DictConfig, arguments: argparse.Namespace) -> None:
-    from ldm.planning.card import ALLOWANCE, AS_GIVEN, FRAGMENTATION, GIB, fits, needed_host_bytes
+    from ldm.planning import AS_GIVEN
+    from ldm.planning.card import ALLOWANCE, FRAGMENTATION, GIB, fits, needed_host_bytes
 
     found = fits(config, int(arguments.card * GIB), arguments.size)
     most = None if arguments.ram is None else arguments.ram * GIB

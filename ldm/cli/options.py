@@ -12,6 +12,8 @@ from ldm.modules.encoders.caption_settings import check_caption_options
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.util import UserError, check_number
 
+# The keys of `ldm.models.diffusion.text_to_image.SAMPLERS`, which imports torch.
+SAMPLERS = ("ddim", "plms", "dpm_solver")
 SETTINGS = ("steps", "scale", "sampler", "eta")  # options passed to `sample_latents` unchanged
 
 
@@ -131,7 +133,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="sampling steps; ddim and plms take more if the number does not divide the model's 1000 timesteps",
     )
     add("--scale", type=float, default=7.5, help="scale of classifier-free guidance; 1 turns it off")
-    add("--sampler", choices=["ddim", "plms", "dpm_solver"], default="ddim", help="sampler")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="sampler")
 
 
 def add_spacing_options(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ldm.config.load import find_config, load_config
 from ldm.config.merge import merge_configs
+from ldm.planning import AS_GIVEN, TIERS
 from ldm.planning.ledger import CATEGORIES, HOST
 from ldm.planning.step import on_device, peak_of_step
 from ldm.util import UserError
@@ -19,9 +20,6 @@ ALLOWANCE = int(0.6 * GIB)
 FRAGMENTATION = 0.03
 # Host memory of a run besides its tensors: Python, libraries, the CUDA driver's share, and the data loader.
 HOST_ALLOWANCE = int(1.5 * GIB)
-AS_GIVEN = "as given"
-# Overlays that lower memory, the fastest first.
-_TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml")
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,12 @@ def needed_host_bytes(peak: int) -> int:
 
 def tiers() -> list[str]:
     """Return the names of the tier configs that exist, the fastest first."""
-    return [name for name in _TIERS if _exists(name)]
+    return [name for name in TIERS if _exists(name)]
 
 
 def is_tier(name: str) -> bool:
     """Return True if the config `name` is a tier."""
-    return name.rpartition("/")[2] in _TIERS
+    return name.rpartition("/")[2] in TIERS
 
 
 def with_tier(config: DictConfig, tier: str) -> DictConfig:

@@ -12,7 +12,8 @@ from pytorch_lightning.strategies import Strategy
 
 from ldm.distributed.ranks import is_first_process
 from ldm.events import FORECAST, EventLog
-from ldm.planning.card import AS_GIVEN, GIB, needed_bytes, needed_host_bytes, tiers, with_tier
+from ldm.planning import AS_GIVEN
+from ldm.planning.card import GIB, needed_bytes, needed_host_bytes, tiers, with_tier
 from ldm.planning.forecast import forecast, start_forecast
 from ldm.planning.ledger import HOST
 from ldm.planning.step import on_device

@@ -28,7 +28,9 @@ class Step:
 
 
 def shown(steps: Sequence[Step]) -> str:
-    """Return the commands of `steps` for a shell, each after its title as a comment."""
+    """Return the commands of `steps` for a shell. If there are several, each has its title before it as a comment."""
+    if len(steps) == 1:
+        return str(steps[0])
     return "\n\n".join(f"# {step.title}\n{step}" for step in steps)
 
 

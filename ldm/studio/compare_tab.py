@@ -8,12 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.studio.commands import SampleSettings, Step, sample_words, shown
+from ldm.cli.options import SAMPLERS
+from ldm.studio.commands import SampleSettings, Step, sample_words
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.evaluation_part import build_evaluation
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import Job, JobState
-from ldm.studio.samples import SAMPLERS, about_samples, new_folder, read_sampling, sampled_files
+from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
 from ldm.studio.strength_part import build_strength
 from ldm.studio.studio import Studio
 from ldm.util import UserError
@@ -64,16 +65,9 @@ def _build_sides(page: Page) -> None:
                  for path, out in zip(paths, outs, strict=True)]  # fmt: skip
         return steps, sampling, outs
 
-    def show_command(*values: Any) -> str:
-        try:
-            return shown(read(*values)[0])
-        except UserError as error:
-            return f"# {error}"
-
     def begin(*values: Any) -> None:
         steps, sampling, outs = read(*values)
-        if studio.jobs.running(_KIND):
-            raise UserError("images are being sampled; wait for the end, or stop it")
+        studio.jobs.check_none_runs(_KIND)
         names = ("compare_base", "compare_tuned", "config", "predicts", *SAMPLING)
         studio.save(dict(zip(names, values, strict=True)))
         about = about_samples(sampling, dict(zip(("left", "right"), outs, strict=True)))
@@ -86,7 +80,7 @@ def _build_sides(page: Page) -> None:
     listen(panel.start.click, begin, inputs)
     listen(pair.input, lambda name: side_by_side(studio, name), pair, slider)
     panel.watch([pair, slider], results)
-    page.keep_shown(inputs, show_command, command)
+    page.keep_command(inputs, lambda *values: read(*values)[0], command)
 
 
 def side_by_side(studio: Studio, label: str | None) -> Any:

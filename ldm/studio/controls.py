@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
 from ldm.cli.paths import LOGS
+from ldm.studio.commands import Step, shown
 from ldm.studio.runs import list_runs
 from ldm.studio.studio import Studio
 from ldm.util import UserError
@@ -71,6 +72,17 @@ class Page:
         self._shown.append((function, inputs, output))
         for part in inputs:
             listen(_completed(part), function, inputs, output, trigger_mode="always_last")
+
+    def keep_command(self, inputs: list[Any], read: Callable[..., Sequence[Step]], output: Any) -> None:
+        """Show the commands that `read` returns for `inputs`, or why there are none, as `keep_shown` does."""
+
+        def show(*values: Any) -> str:
+            try:
+                return shown(read(*values))
+            except UserError as error:
+                return f"# {error}"
+
+        self.keep_shown(inputs, show, output)
 
     def run_list(self, name: str, button: str) -> gr.Dropdown:
         """Return a list of the runs under `logs/`, with a button that reads it again and chooses the newest."""

@@ -16,7 +16,7 @@ from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.html_parts import html_table, note
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import FINISHED, Job, JobState
-from ldm.studio.samples import new_folder
+from ldm.studio.sampled_images import new_folder
 from ldm.util import UserError
 
 _KIND = "evaluate"
@@ -34,25 +34,18 @@ def build_evaluation(page: Page) -> None:
     names = ("compare_base", "compare_tuned", "config", "predicts", "sets")
     inputs = [fields[name] for name in names]
 
-    def read(base: str, tuned: str, config: str, predicts: str, sets: str) -> tuple[Step, Path]:
+    def read(base: str, tuned: str, config: str, predicts: str, sets: str) -> tuple[list[Step], Path]:
         paths = [studio.allowed.check_existing(path, what) for path, what in
                  ((base, "release on the left"), (tuned, "release on the right"))]  # fmt: skip
         chosen = read_sets(sets, studio.allowed)
         out = new_folder(studio.work / "evaluation")
-        return Step("Evaluate", evaluate_words(*paths, config, predicts, chosen, out)), out
-
-    def show_command(*values: str) -> str:
-        try:
-            return str(read(*values)[0])
-        except UserError as error:
-            return f"# {error}"
+        return [Step("Evaluate", evaluate_words(*paths, config, predicts, chosen, out))], out
 
     def begin(*values: str) -> None:
-        step, out = read(*values)
-        if studio.jobs.running(_KIND):
-            raise UserError("an evaluation is running; wait for the end, or stop it")
+        steps, out = read(*values)
+        studio.jobs.check_none_runs(_KIND)
         studio.save(dict(zip(names, values, strict=True)))
-        studio.jobs.start(_KIND, "Evaluation", [step], {"out": str(out)})
+        studio.jobs.start(_KIND, "Evaluation", steps, {"out": str(out)})
 
     def results(job: Job, state: JobState) -> list[Any]:
         if state.status != FINISHED:
@@ -64,7 +57,7 @@ def build_evaluation(page: Page) -> None:
 
     listen(panel.start.click, begin, inputs)
     panel.watch([table, figure], results)
-    page.keep_shown(inputs, show_command, command)
+    page.keep_command(inputs, lambda *values: read(*values)[0], command)
 
 
 def read_sets(text: str, allowed: AllowedFolders) -> list[str]:

@@ -68,7 +68,7 @@ class ImagesTab:
         )
         self.problem = gr.Radio([], label="Problems; choose one to see its image", elem_id="images-problem")
         self.size = page.fields["size"]
-        page.keep_shown([self.folder, self.size], self.show_command, command)
+        page.keep_command([self.folder, self.size], self.check_steps, command)
 
     def _connect(self) -> None:
         first = [self.opened, self.chosen, self.name, self.caption, *self.shown]
@@ -120,22 +120,15 @@ class ImagesTab:
         caption = self.chosen_values(items, name)[2]
         return [caption, *self.values(items, int(page or 1), f"undone: {count} files are as before")]
 
-    def check_step(self, path: str, size: float) -> Step:
+    def check_steps(self, path: str, size: float) -> list[Step]:
         folder = self.studio.allowed.check_folder(path, "folder of images")
-        return Step("Look for problems", inspect_words(folder, int(size or 0), self.studio.work / "problems.json"))
-
-    def show_command(self, path: str, size: float) -> str:
-        try:
-            return str(self.check_step(path, size))
-        except UserError as error:
-            return f"# {error}"
+        return [Step("Look for problems", inspect_words(folder, int(size or 0), self.studio.work / "problems.json"))]
 
     def start_check(self, path: str, size: float) -> None:
-        step = self.check_step(path, size)
-        if self.studio.jobs.running(_CHECK):
-            raise UserError("images are being looked at; wait for the end, or stop it")
+        steps = self.check_steps(path, size)
+        self.studio.jobs.check_none_runs(_CHECK)
         self.studio.save({"images": path})
-        self.studio.jobs.start(_CHECK, f"Problems in {path}", [step], {"folder": path})
+        self.studio.jobs.start(_CHECK, f"Problems in {path}", steps, {"folder": path})
 
     def problems(self, job: Job, state: JobState) -> list[Any]:
         """Return the list of problems that a job has found. A choice is the folder and the name of the image."""

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ldm.studio.controls import listen
 from ldm.studio.html_parts import job_status, last_error, note
-from ldm.studio.job_progress import Progress, bar_progress, elapsed
+from ldm.studio.job_progress import bar_progress, elapsed
 from ldm.studio.job_store import FAILED, Job, JobState, read_log
 from ldm.studio.studio import Studio
 from ldm.util import UserError
@@ -60,13 +60,13 @@ class JobPanel:
                 found = results(job, state, *values)
             except (OSError, LookupError, TypeError, ValueError):  # of another version, or files are gone
                 found = [gr.skip() for _ in outputs]
-            return [now, *self.shown(job, state, log), *found]
+            return [now, *self._shown(job, state, log), *found]
 
         listen(every.tick, look, [self._seen, *inputs], [self._seen, self.status, self.stop, self.log, *outputs])
 
-    def shown(self, job: Job, state: JobState, log: str, progress: Progress | None = None) -> list[Any]:
+    def _shown(self, job: Job, state: JobState, log: str) -> list[Any]:
         """Return the values of status, stop button and log."""
-        status = job_status(job, state, progress or bar_progress(log), self.none)
+        status = job_status(job, state, bar_progress(log), self.none)
         if state.status == FAILED:
             status += note(last_error(log), "bad")
         return [status, gr.update(interactive=state.is_running), f"$ {job.steps[state.step]}\n{log}"]

@@ -78,7 +78,12 @@ class JobStore:
         self._runners: list[subprocess.Popen[bytes]] = []
 
     def start(self, kind: str, title: str, steps: Sequence[Step], about: Mapping[str, Any] | None = None) -> Job:
-        """Start the commands `steps`, detached from this process, and return the job."""
+        """Start the commands `steps`, detached from this process, and return the job.
+
+        Raises:
+            UserError: a job of this kind is running.
+        """
+        self.check_none_runs(kind)
         started = time.time()
         name = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}-{kind}-{secrets.token_hex(2)}"
         job = Job(self.folder / name, kind, title, list(steps), started, about or {})
@@ -113,6 +118,12 @@ class JobStore:
     def running(self, kind: str) -> Job | None:
         """Return the newest running job of `kind`, or None."""
         return next((job for job in self.list(kind) if self.state(job).is_running), None)
+
+    def check_none_runs(self, kind: str) -> None:
+        """Raise `UserError` if a job of `kind` is running."""
+        job = self.running(kind)
+        if job is not None:
+            raise UserError(f"{job.title}: is running; wait for its end, or stop it")
 
     def state(self, job: Job) -> JobState:
         """Return the present state of `job`."""

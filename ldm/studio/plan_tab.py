@@ -11,13 +11,14 @@ import yaml
 
 from ldm.cli.paths import LOGS
 from ldm.files import atomic_write
+from ldm.planning import TIERS
 from ldm.studio.commands import Step, TrainingRecipe, path_word, plan_words, recipe_values
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.fields import RECIPE, read_recipe, recognise_release
 from ldm.studio.html_parts import note
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import FINISHED, Job, JobState, read_log
-from ldm.studio.planned import TIERS, advice, measured_speeds, tier_rows, tiers_html
+from ldm.studio.planned import advice, measured_speeds, tier_rows, tiers_html
 from ldm.util import UserError, check_number
 
 _TIERS = [("none: as the config says", ""), *((name, name) for name in TIERS)]
@@ -49,21 +50,14 @@ def build_plan(page: Page) -> None:
         check_number("memory of the card", given["card"], above=0, whole=False, unit="GB")
         return read_recipe(given, studio.allowed, studio.work, bool(studio.card)), given
 
-    def show_command(*values: Any) -> str:
-        try:
-            recipe, given = read(*values)
-        except UserError as error:
-            return f"# {error}"
-        return str(Step("", plan_words(recipe, given["card"], given["ram"] or 0)))
+    def steps_of(recipe: TrainingRecipe, given: dict[str, Any]) -> list[Step]:
+        return [Step("Predict the memory", plan_words(recipe, given["card"], given["ram"] or 0))]
 
     def start(*values: Any) -> None:
         recipe, given = read(*values)
         studio.save(given)
-        step = Step("Predict the memory", plan_words(recipe, given["card"], given["ram"] or 0))
-        if studio.jobs.running(_KIND):
-            raise UserError("a plan is being computed; wait for it, or stop it")
         about = {"base": recipe.base, "minutes": recipe.minutes}
-        studio.jobs.start(_KIND, f"Plan for {given['card']:g} GB", [step], about)
+        studio.jobs.start(_KIND, f"Plan for {given['card']:g} GB", steps_of(recipe, given), about)
 
     def write_yaml(*values: Any) -> str:
         recipe, given = read(*values)
@@ -73,7 +67,7 @@ def build_plan(page: Page) -> None:
     panel.watch([table], plan_results)
     listen(panel.start.click, start, inputs)
     listen(write.click, write_yaml, inputs, written)
-    page.keep_shown(inputs, show_command, command)
+    page.keep_command(inputs, lambda *values: steps_of(*read(*values)), command)
 
 
 def plan_results(job: Job, state: JobState) -> list[Any]:

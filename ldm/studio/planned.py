@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.events import START, read_events
+from ldm.planning import AS_GIVEN, TIERS
 from ldm.reporting.metrics import read_metrics
 from ldm.reporting.run_folder import count_of
 from ldm.studio.html_parts import html_table
@@ -17,8 +18,6 @@ from ldm.studio.runs import list_runs
 from ldm.util import UserError
 
 _GIB = 2**30
-AS_GIVEN = "as given"  # in the planner's answer: the configs without a tier
-TIERS = ("fast.yaml", "lean.yaml", "minimal.yaml", "smallest.yaml")
 
 
 @dataclass(frozen=True)

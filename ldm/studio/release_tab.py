@@ -7,15 +7,13 @@ from typing import Any
 import gradio as gr
 from markupsafe import escape
 
-from ldm.cli.paths import LOGS
-from ldm.studio.commands import Step, lora_words, merge_words, report_words, shown
+from ldm.studio.commands import Step, lora_words, merge_words, report_words
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.fields import whole_number
 from ldm.studio.html_parts import file_link, note
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import FINISHED, Job, JobState
 from ldm.studio.studio import Studio
-from ldm.util import UserError
 
 _KIND, _LORA = "release", "lora"
 
@@ -40,24 +38,15 @@ def build_release(page: Page) -> None:
     inputs = [run, fields["release"], fields["config"], fields["out"], weights, half, strength]
 
     def read(which: str | None, release: str, config: str, out: str, *options: Any) -> tuple[list[Step], str, str]:
-        if not which:
-            raise UserError("no run is chosen; choose one in the list")
-        folder = studio.allowed.check_folder(LOGS / which, "run")
+        folder = studio.run_folder(which)
         start = studio.allowed.check_existing(release, "release")
         studio.allowed.check(out, "file to write")
         steps = [Step("Merge", merge_words(folder, start, out, config, *options)), Step("Report", report_words(folder))]
         return steps, str(folder), out
 
-    def show_command(*values: Any) -> str:
-        try:
-            return shown(read(*values)[0])
-        except UserError as error:
-            return f"# {error}"
-
     def start(*values: Any) -> None:
         steps, folder, out = read(*values)
-        if studio.jobs.running(_KIND):
-            raise UserError("a release is being written; wait for it, or stop it")
+        studio.jobs.check_none_runs(_KIND)
         studio.save({"out": out})
         studio.jobs.start(_KIND, f"Release {out}", steps, {"out": out, "report": f"{folder}/report.html"})
 
@@ -68,7 +57,7 @@ def build_release(page: Page) -> None:
 
     listen(panel.start.click, start, inputs)
     panel.watch([links], results)
-    page.keep_shown(inputs, show_command, command)
+    page.keep_command(inputs, lambda *values: read(*values)[0], command)
 
 
 def build_lora(page: Page) -> None:
@@ -85,31 +74,24 @@ def build_lora(page: Page) -> None:
     links = gr.HTML(elem_id="lora-links")
     inputs = [fields["release"], fields["lora_tuned"], fields["lora"], rank, half]
 
-    def read(base: str, tuned: str, out: str, size: float, is_half: bool) -> Step:
+    def read(base: str, tuned: str, out: str, size: float, is_half: bool) -> list[Step]:
         paths = [studio.allowed.check_existing(path, what) for path, what in
                  ((base, "release"), (tuned, "tuned release"))]  # fmt: skip
         studio.allowed.check(out, "file to write")
-        return Step("Extract a LoRA", lora_words(*paths, out, whole_number(size, "rank"), is_half))
-
-    def show_command(*values: Any) -> str:
-        try:
-            return str(read(*values))
-        except UserError as error:
-            return f"# {error}"
+        return [Step("Extract a LoRA", lora_words(*paths, out, whole_number(size, "rank"), is_half))]
 
     def start(*values: Any) -> None:
-        step = read(*values)
-        if studio.jobs.running(_LORA):
-            raise UserError("a LoRA is being extracted; wait for it, or stop it")
+        steps = read(*values)
+        studio.jobs.check_none_runs(_LORA)
         studio.save({"lora_tuned": values[1], "lora": values[2]})
-        studio.jobs.start(_LORA, f"LoRA {values[2]}", [step], {"out": values[2]})
+        studio.jobs.start(_LORA, f"LoRA {values[2]}", steps, {"out": values[2]})
 
     def results(job: Job, state: JobState) -> list[Any]:
         return [_links(studio, job) if state.status == FINISHED else ""]
 
     listen(panel.start.click, start, inputs)
     panel.watch([links], results)
-    page.keep_shown(inputs, show_command, command)
+    page.keep_command(inputs, read, command)
 
 
 def _links(studio: Studio, job: Job) -> str:

@@ -8,12 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.cli.paths import LOGS
-from ldm.studio.commands import Step, merge_words, sample_words, shown
+from ldm.studio.commands import Step, merge_words, sample_words
 from ldm.studio.controls import Page, command_box, gallery, listen
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import Job, JobState
-from ldm.studio.samples import about_samples, new_folder, read_sampling, sampled_files
+from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
 from ldm.studio.studio import Studio
 from ldm.util import UserError
 
@@ -33,9 +32,7 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
     inputs = [run, fields["release"], fields["config"], fields["predicts"], *sampling]
 
     def read(which: str | None, release: str, config: str, predicts: str, *values: Any) -> tuple[list[Step], dict]:
-        if not which:
-            raise UserError("no run is chosen; choose one in the list")
-        folder = studio.allowed.check_folder(LOGS / which, "run")
+        folder = studio.run_folder(which)
         base = studio.allowed.check_existing(release, "release")
         settings = read_sampling(*values)
         out = new_folder(studio.work / "strength")
@@ -51,16 +48,8 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
             steps.append(Step(f"Sample at strength {value:g}", words))
         return steps, about_samples(settings, folders)
 
-    def show_command(*values: Any) -> str:
-        try:
-            return shown(read(*values)[0])
-        except UserError as error:
-            return f"# {error}"
-
     def begin(*values: Any) -> None:
         steps, about = read(*values)
-        if studio.jobs.running(_KIND):
-            raise UserError("strengths are being sampled; wait for the end, or stop it")
         studio.jobs.start(_KIND, f"Strengths of {values[0]}", steps, about)
 
     def results(job: Job, state: JobState, value: float) -> list[Any]:
@@ -69,7 +58,7 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
     listen(panel.start.click, begin, inputs)
     listen(strength.change, lambda value: at_strength(studio, value), strength, images, trigger_mode="always_last")
     panel.watch([images], results, [strength])
-    page.keep_shown(inputs, show_command, command)
+    page.keep_command(inputs, lambda *values: read(*values)[0], command)
 
 
 def at_strength(studio: Studio, value: float) -> list[tuple[str, str]]:

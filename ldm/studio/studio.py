@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.paths import LOGS
 from ldm.files import atomic_write, read_at_most
 from ldm.studio.allowed_folders import AllowedFolders
 from ldm.studio.job_store import JobStore
 from ldm.studio.thumbnails import Thumbnails
+from ldm.util import UserError
 
 _SETTINGS = "settings.json"  # values of the fields of the page
 _MOST_BYTES = 1 << 20
@@ -32,6 +34,16 @@ class Studio:
     def __post_init__(self) -> None:
         self.jobs = JobStore(self.work / "jobs")
         self.thumbnails = Thumbnails(self.work / "thumbnails", self.allowed)
+
+    def run_folder(self, run: str | None) -> Path:
+        """Return the folder of a run that was chosen in a list.
+
+        Raises:
+            UserError: none is chosen, or the run is gone.
+        """
+        if not run:
+            raise UserError("no run is chosen; choose one in the list")
+        return self.allowed.check_folder(LOGS / run, "run")
 
     def saved(self) -> dict[str, Any]:
         """Return the values that the fields had when a command was last started, over the defaults."""

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.cli.paths import LOGS
-from ldm.studio.commands import Step, TrainingRecipe, pipeline, resume_words, shown
+from ldm.studio.commands import Step, TrainingRecipe, pipeline, resume_words
 from ldm.studio.controls import Page, command_box, gallery, listen
 from ldm.studio.fields import RECIPE, read_recipe
 from ldm.studio.html_parts import file_link, job_status, last_error, note
@@ -46,21 +46,15 @@ def build_train(page: Page) -> None:
     def read(values: tuple[Any, ...]) -> TrainingRecipe:
         return read_recipe(dict(zip(RECIPE, values, strict=True)), studio.allowed, studio.work, bool(studio.card))
 
-    def show_commands(*values: Any) -> str:
-        try:
-            return shown(pipeline(read(values)))
-        except UserError as error:
-            return f"# {error}"
-
     def begin(*values: Any) -> None:
         recipe = read(values)
-        _check_none_runs(studio)
+        studio.jobs.check_none_runs(_KIND)
         studio.save(dict(zip(RECIPE, values, strict=True)))
         write_recipe(recipe)
         studio.jobs.start(_KIND, f"Train {recipe.name}", pipeline(recipe), {"name": recipe.name})
 
     def begin_again(which: str | None) -> None:
-        _check_none_runs(studio)
+        studio.jobs.check_none_runs(_KIND)
         studio.jobs.start(_KIND, f"Resume {which}", [_resume_step(studio, which)])
 
     def stop_it() -> None:
@@ -75,14 +69,8 @@ def build_train(page: Page) -> None:
     listen(stop.click, stop_it)
     listen(save.click, save_it)
     listen(run.change, lambda which: str(_resume_step(studio, which)) if which else "", run, resumed)
-    page.keep_shown(inputs, show_commands, commands)
+    page.keep_command(inputs, lambda *values: pipeline(read(values)), commands)
     _watch(studio, [status, start, stop, save, log, previews, figures, run])
-
-
-def _check_none_runs(studio: Studio) -> None:
-    job = studio.jobs.running(_KIND)
-    if job is not None:
-        raise UserError(f"{job.title}: is running; wait for its end, or stop it")
 
 
 def _running(studio: Studio) -> Job:
@@ -93,10 +81,7 @@ def _running(studio: Studio) -> Job:
 
 
 def _resume_step(studio: Studio, run: str | None) -> Step:
-    if not run:
-        raise UserError("no run is chosen; choose one in the list")
-    path = studio.allowed.check_folder(LOGS / run, "run")
-    return Step("Continue the training", resume_words(path, bool(studio.card)))
+    return Step("Continue the training", resume_words(studio.run_folder(run), bool(studio.card)))
 
 
 def _watch(studio: Studio, outputs: list[Any]) -> None:

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli.options import add_sampling_options, add_spacing_options, parse_lora, read_prompts
+from ldm.cli.options import SAMPLERS, add_sampling_options, add_spacing_options, parse_lora, read_prompts
+
+
+def test_samplers_are_those_of_text_to_image():
+    from ldm.models.diffusion import text_to_image
+
+    assert tuple(text_to_image.SAMPLERS) == SAMPLERS
 
 
 def test_read_prompts_splits_at_line_ends_only(tmp_path):

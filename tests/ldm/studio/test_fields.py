@@ -10,7 +10,7 @@ import pytest
 from ldm.studio.allowed_folders import AllowedFolders
 from ldm.studio.commands import ROOT
 from ldm.studio.fields import RECIPE, default_fields, read_recipe, whole_number
-from ldm.studio.samples import labels, new_folder, read_sampling
+from ldm.studio.sampled_images import labels, new_folder, read_sampling
 from ldm.util import UserError
 
 

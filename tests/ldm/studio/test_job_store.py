@@ -98,12 +98,14 @@ def test_stop_before_the_first_command_is_kept(store: JobStore) -> None:
     assert wait(store, job).status == STOPPED
 
 
-def test_save_now_signals_only_a_command_that_takes_it(store: JobStore) -> None:
+def test_start_refuses_a_second_job_and_save_now_signals_only_a_command_that_takes_it(store: JobStore) -> None:
     handled = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: print('saved', flush=True))\n"
     job = store.start("test", "A title", [step(WAITS)])
     wait(store, job, "here")
     with pytest.raises(UserError, match="has not begun yet"):
         store.save_now(job)
+    with pytest.raises(UserError, match="A title: is running; wait for its end, or stop it"):
+        store.start("test", "Another", [step(WAITS)])
     store.stop(job)
     wait(store, job)
     job = store.start("test", "A title", [step(f"{handled}{WAITS}")])

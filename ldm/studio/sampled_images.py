@@ -11,7 +11,6 @@ from ldm.studio.commands import SampleSettings
 from ldm.studio.fields import whole_number
 from ldm.util import UserError, check_number
 
-SAMPLERS = ("ddim", "plms", "dpm_solver")
 _MOST_IMAGES = 200
 
 
