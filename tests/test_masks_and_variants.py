@@ -20,7 +20,7 @@ from ldm.shards import npy
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG, ROOT
-from tests.ldm.shard_files import write_tar
+from tests.ldm.shard_files import write_masked_set, write_tar
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
     fixture_one_thread,
@@ -31,25 +31,6 @@ from tests.training_runs import (  # noqa: F401
 
 MASKED = "model.params.loss_config.target=ldm.models.diffusion.masked_loss.Masked"
 MINIMAL = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
-
-
-def write_set(folder: Path, variants: int = 3, white: bool = False, crops: int | None = None) -> str:
-    """Write six samples with different variants. The mask of variant k is k / 8 in its right half, or white."""
-    random, members = np.random.default_rng(1), []
-    for number in range(6):
-        latents = random.standard_normal((variants, 8, 4, 4)).astype(np.float16)
-        mask = np.ones((variants, 1, 4, 4), np.float16)
-        if not white:
-            mask[:, :, :, 2:] = np.arange(variants)[:, None, None, None] / 8
-        arrays = {"f8": latents, "t5": np.full((77, 8), number, np.float16), "loss_mask": mask}
-        sizes = {"original_size": [8, 8], "crop_top_left": [0, 0], "target_size": [4, 4]}
-        views = [{"crop_top_left": [place, 0]} for place in range(1, variants if crops is None else crops)]
-        for key, array in arrays.items():
-            members.append((f"{number:03}.{key}.npy", npy.encode(array if variants > 1 or key == "t5" else array[0])))
-        members.append((f"{number:03}.json", json.dumps({**sizes, "variants": views}).encode()))
-    write_tar(folder / "s.tar", members)
-    np.save(folder / "null.t5.npy", np.ones((77, 8), np.float16))
-    return str(folder / "s.tar")
 
 
 def module(shards: str, rank: int = 0, world: int = 1, **options: Any) -> WebDataNpyModuleFromConfig:
@@ -80,7 +61,7 @@ def chosen(data: WebDataNpyModuleFromConfig, epoch: int) -> dict[str, int]:
 
 
 def test_training_chooses_a_variant_per_epoch_whatever_the_processes(tmp_path: Path) -> None:
-    shards = write_set(tmp_path)
+    shards = write_masked_set(tmp_path)
     epochs = [chosen(module(shards), epoch) for epoch in range(20)]
     assert {epoch["003"] for epoch in epochs} == {0, 1, 2} and len({tuple(epoch.values()) for epoch in epochs}) > 10
     assert chosen(module(shards, 0, 2), 3) | chosen(module(shards, 1, 2), 3) == epochs[3]
@@ -101,7 +82,7 @@ def chosen_of_stream(url: str, epoch: int) -> dict[str, int]:
 
 
 def test_validation_evaluation_and_prior_have_the_plain_image(tmp_path: Path) -> None:
-    shards = write_set(tmp_path)
+    shards = write_masked_set(tmp_path)
     data = module(shards, val_urls=shards, prior_urls=shards)
     plain = ShardDataset([tmp_path / "s.tar"])
     assert plain[2]["f8"].shape == (8, 4, 4) and plain[2]["f8"].tobytes() == open_shards(shards)[2]["f8"].tobytes()
@@ -120,7 +101,7 @@ def test_validation_evaluation_and_prior_have_the_plain_image(tmp_path: Path) ->
 
 
 def test_wrong_variants_and_masks_are_refused(tmp_path: Path) -> None:
-    write_set(tmp_path, crops=2)
+    write_masked_set(tmp_path, crops=2)
     with pytest.raises(UserError, match=r"s.tar: 000: has 3 variants, but crops of 2 in its json; encode"):
         _ = ShardDataset([tmp_path / "s.tar"], extra=["crop_top_left"])[0]
     for latent, mask, said in (
@@ -141,7 +122,7 @@ def test_wrong_variants_and_masks_are_refused(tmp_path: Path) -> None:
 
 
 def test_inspection_shows_masks(tmp_path: Path) -> None:
-    shards = write_set(tmp_path, variants=1)
+    shards = write_masked_set(tmp_path, variants=1)
     (tmp_path / "index.json").write_text(json.dumps(
         {"shards": [{"name": "s.tar"}], "members": ["f8", "t5", "loss_mask"], "format": 1, "variants": 1}
     ))  # fmt: skip
@@ -158,7 +139,7 @@ def test_inspection_shows_masks(tmp_path: Path) -> None:
     ids=["lean with a prior", "minimal"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable, tmp_path: Path, options: str) -> None:
-    write_set(tmp_path / "inputs")
+    write_masked_set(tmp_path / "inputs")
     line = f"data.params.training_urls=inputs/s.tar {MASKED} {options}"
     train(f"-l straight --max_steps 5 {line}")
     train(f"-l resumed --max_steps 4 {line}")  # within the second epoch of three steps
@@ -169,7 +150,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable, tmp_path: Pa
 
 
 def test_white_masks_train_as_without_masks(train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_set(tmp_path / "inputs", variants=1, white=True)
+    write_masked_set(tmp_path / "inputs", variants=1, white=True)
     line = "--max_steps 3 data.params.training_urls=inputs/s.tar data.params.val_urls=inputs/s.tar"
     train(f"-l plain {line}")
     train(f"-l masked {line} {MASKED}")

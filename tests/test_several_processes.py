@@ -20,6 +20,7 @@ from benchmarks.child_runs import read_losses, start
 from ldm.training.arguments import parse_arguments
 from ldm.training.run import plan_run
 from tests.conftest import ROOT
+from tests.ldm.shard_files import write_masked_set
 from tests.training_runs import assert_same_training, logged, state, the_run, write_inputs
 from tests.waiting import join, wait_for
 
@@ -28,6 +29,9 @@ LOSS_AWARE = "model.params.timestep_config.target=ldm.models.diffusion.timesteps
     f" model.params.timestep_config.params.{setting}" for setting in ("bins=2", "history=1")
 )
 LORA = "model.params.lora.rank=2 model.params.lora.targets=[attn2]"
+MASKED = "model.params.loss_config.target=ldm.models.diffusion.masked_loss.Masked" + " ".join(
+    f" model.params.loss_config.params.{setting}" for setting in ("by_area=true", "outside=0.2")
+)
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
 
 
@@ -104,8 +108,9 @@ DISTRIBUTIONS = (("two", 2, 2, 1), ("two-by-two", 2, 1, 2), ("four", 1, 1, 4))
         ("", DISTRIBUTIONS, "torchrun"),
         (PRIOR, DISTRIBUTIONS[1:2], "srun"),
         ("-b weights.yaml data.params.num_workers=1", DISTRIBUTIONS[1:2], "torchrun"),
+        (f"-b masks.yaml {MASKED}", DISTRIBUTIONS[1:2], "torchrun"),
     ],
-    ids=["plain", "prior-srun", "weights-worker"],
+    ids=["plain", "prior-srun", "weights-worker", "masks"],
 )
 def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(
     runs: Runs, data: str, distributions: tuple[tuple[str, int, int, int], ...], launcher: str
@@ -114,6 +119,8 @@ def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(
         "data: {params: {training_urls: [{urls: shards/s-000000.tar, weight: 2.5}, "
         "{urls: shards/s-000001.tar, weight: 1.5}]}}"  # 24 samples, so that no step of an epoch is smaller
     )
+    masked = write_masked_set(runs.folder / "masked")
+    (runs.folder / "masks.yaml").write_text(f"data: {{params: {{training_urls: [{{urls: {masked}, weight: 4}}]}}}}")
     whole = runs("whole", f"data.params.batch_size=4 {data}")
     expected = runs.losses("whole")
     assert list(expected) == [0, 1, 2, 3, 4]

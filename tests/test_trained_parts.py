@@ -44,7 +44,7 @@ STREAMED = "model.params.unet_config.target=ldm.modules.diffusionmodules.streame
 
 
 def write_captioned(folder: Path, count: int = 12) -> None:
-    """Write `captions.yaml`, which trains the text encoder too, and its shard, without stored encodings."""
+    """Write `captions.yaml`, which trains the text encoder too, and its shard: two captions per image, no encodings."""
     config = deepcopy(CONFIG)
     text = {"cond_stage_config": TEXT_TOWER, "cond_stage_key": "txt", "cond_stage_trainable": True}
     config["model"]["params"] |= text
@@ -55,7 +55,10 @@ def write_captioned(folder: Path, count: int = 12) -> None:
         for number in range(count):
             posterior = io.BytesIO()
             np.save(posterior, rng.standard_normal((8, 4, 4)).astype(np.float16))
-            writer.write(f"{number:02}", {"f8.npy": posterior.getvalue(), "txt": f"cat number {number}".encode()})
+            writer.write(
+                f"{number:02}",
+                {"f8.npy": posterior.getvalue(), "txt": f"cat number {number}\na cat, {number}".encode()},
+            )
 
 
 @pytest.fixture
@@ -84,6 +87,7 @@ def steps_by_group(run: Path) -> list[set[float]]:
             (0, 1 / 3, 2 / 3, 1),
         ),
         ("lean.yaml", "data.params.batch_size=2", f"{TORCH}CosineAnnealingWarmRestarts params.T_0=2", (1, 0.5, 1, 0.5)),
+        ("smallest.yaml", "data.params.batch_size=2", f"{TORCH}StepLR params.step_size=2", (1, 1, 0.1, 0.1)),
         (  # 1.25 steps up, and 6.75 steps down
             "", f"{STREAMED} model.params.unet_config.params.stream_dtype=fp32",
             f"{TORCH}OneCycleLR params.total_steps=9 params.pct_start=0.25 params.anneal_strategy=linear",

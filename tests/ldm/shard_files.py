@@ -52,3 +52,22 @@ def png(array: np.ndarray, mode: str | None = None) -> bytes:
     file = io.BytesIO()
     Image.fromarray(array).convert(mode or Image.fromarray(array).mode).save(file, "PNG")
     return file.getvalue()
+
+
+def write_masked_set(folder: Path, variants: int = 3, white: bool = False, crops: int | None = None) -> str:
+    """Write six samples with different variants. The mask of variant k is k / 8 in its right half, or white."""
+    random, members = np.random.default_rng(1), []
+    for number in range(6):
+        latents = random.standard_normal((variants, 8, 4, 4)).astype(np.float16)
+        mask = np.ones((variants, 1, 4, 4), np.float16)
+        if not white:
+            mask[:, :, :, 2:] = np.arange(variants)[:, None, None, None] / 8
+        arrays = {"f8": latents, "t5": np.full((77, 8), number, np.float16), "loss_mask": mask}
+        sizes = {"original_size": [8, 8], "crop_top_left": [0, 0], "target_size": [4, 4]}
+        views = [{"crop_top_left": [place, 0]} for place in range(1, variants if crops is None else crops)]
+        for key, array in arrays.items():
+            members.append((f"{number:03}.{key}.npy", npy.encode(array if variants > 1 or key == "t5" else array[0])))
+        members.append((f"{number:03}.json", json.dumps({**sizes, "variants": views}).encode()))
+    write_tar(folder / "s.tar", members)
+    np.save(folder / "null.t5.npy", np.ones((77, 8), np.float16))
+    return str(folder / "s.tar")
