@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.modules.diffusionmodules.layers import KeepsTypes
+from ldm.modules.name_patterns import matches
 from ldm.util import UserError, check_keys, check_number, nearest, refuse_if
 
 _WHERE = "model.params.lora"
@@ -98,8 +98,8 @@ _ADAPTED: dict[type, type] = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConvol
 def adapt(network: nn.Module, settings: Mapping[str, Any]) -> None:
     """Freeze `network`, and add a branch to each linear layer and convolution that `settings` name.
 
-    The settings are `rank`, `targets`, and optionally `alpha` (default: the rank) and `dropout` (default: 0). A target
-    is one or more consecutive parts of a layer's path, with shell wildcards: `attn2`, `attn2.to_k`, `output_blocks.*`.
+    The settings are `rank`, `targets`, and optionally `alpha` (default: the rank) and `dropout` (default: 0). Targets
+    are patterns of layer names, as in `ldm.modules.name_patterns`: `attn2`, `attn2.to_k`, `output_blocks.*`.
 
     Raises:
         UserError: a setting is unknown, missing or out of range, or a target matches no layer.
@@ -140,7 +140,7 @@ def _matching(network: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
     layers = {path: module for path, module in network.named_modules() if _can_adapt(module)}
     chosen: dict[str, nn.Module] = {}
     for target in targets:
-        found = [path for path in layers if fnmatchcase(f".{path}.", f"*.{target}.*")]
+        found = [path for path in layers if matches(target, path)]
         if not found:
             parts = {part for path in layers for part in path.split(".") if not part.isdecimal()}
             raise UserError(f"{_WHERE}.targets {target!r}: matches no layer of the UNet{nearest(target, parts)}")

@@ -7,12 +7,12 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ldm.modules.name_patterns import matches
 from ldm.util import UserError, check_number, check_params, nearest, refuse_if
 
 log = logging.getLogger(__name__)
@@ -24,9 +24,8 @@ _IS_FROZEN = "names frozen parameters only; see train_only, freeze, unet_trainab
 class TrainedParts:
     """Choice of the trained parameters and of their learning rates, by patterns of parameter names.
 
-    A pattern is one or more consecutive parts of a name. `attn2` and `input_blocks.1` both match
-    `model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight`. `*`, `?` and `[0-5]` stand for
-    characters within a part. A parameter that does not train has no gradient and no optimizer state.
+    Patterns are as in `ldm.modules.name_patterns`. A parameter that does not train has no gradient and no optimizer
+    state.
 
     Args:
         train_only: patterns of the parameters to train; null for all that can train.
@@ -182,13 +181,6 @@ def parts_of(config: Mapping[str, Any] | None) -> TrainedParts:
     """
     check_params(f"model.params.{KEY}", TrainedParts, config or {})
     return TrainedParts(**(config or {}))
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Return True if consecutive parts of `name`, which dots separate, match the parts of `pattern`."""
-    wanted, parts = pattern.split("."), name.split(".")
-    starts = range(len(parts) - len(wanted) + 1)
-    return any(all(fnmatchcase(parts[start + i], want) for i, want in enumerate(wanted)) for start in starts)
 
 
 def _given(settings: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm.optim import InBackward, build_optimizer
-from ldm.optim.parts import matches, parts_of
+from ldm.optim.parts import parts_of
 from ldm.util import UserError
 
 ADAMW = {"target": "torch.optim.AdamW"}
@@ -39,24 +39,6 @@ def chosen(**config: Any) -> tuple[Module, Any]:
     module, parts = Module(), parts_of(config)
     parts.freeze(module)
     return module, parts
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name", "is_match"),
-    [
-        ("attn2", "a.1.attn2.to_k.weight", True),
-        ("attn", "a.1.attn2.to_k.weight", False),  # whole parts
-        ("attn?", "a.1.attn2.to_k.weight", True),
-        ("blocks.1", "unet.blocks.1.weight", True),
-        ("blocks.1", "unet.blocks.11.weight", False),
-        ("blocks.[2-4]", "unet.blocks.3.weight", True),
-        ("unet.weight", "unet.blocks.1.weight", False),  # consecutive parts
-        ("unet.*.1", "unet.blocks.1.weight", True),
-        ("a.b.c", "a.b", False),
-    ],
-)
-def test_matches(pattern: str, name: str, is_match: bool) -> None:
-    assert matches(pattern, name) is is_match
 
 
 @pytest.mark.parametrize(
