@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from ldm.config.load import find_config, load_config
 from ldm.config.merge import merge_configs
 from ldm.planning import AS_GIVEN, TIERS
 from ldm.planning.ledger import CATEGORIES, HOST
-from ldm.planning.step import on_device, peak_of_step
+from ldm.planning.step import StepMemory, memory_of_step, on_device
 from ldm.util import UserError
 
 GIB = 2**30
@@ -20,6 +21,7 @@ ALLOWANCE = int(0.6 * GIB)
 FRAGMENTATION = 0.03
 # Host memory of a run besides its tensors: Python, libraries, the CUDA driver's share, and the data loader.
 HOST_ALLOWANCE = int(1.5 * GIB)
+_MOST_IMAGES = 1 << 20  # of an extrapolation
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,51 @@ def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
     `size` is the side of an image in pixels.
 
     Raises:
-        UserError: see `peak_of_step`.
+        UserError: see `memory_of_step`.
     """
     found = []
     for tier in (AS_GIVEN, *tiers()):
-        described = with_tier(config, tier)
-        peaks: dict[int, dict[str, int]] = {}
-
-        def takes(images: int, described: DictConfig = described, peaks: dict[int, dict[str, int]] = peaks) -> int:
-            if images not in peaks:
-                peaks[images] = peak_of_step(described, images, size)
-            return needed_bytes(on_device(peaks[images]))
-
-        largest = largest_batch(takes, card)
-        peak = peaks[max(largest, 1)]
+        steps = _Steps(with_tier(config, tier), size)
+        largest = _extrapolated(steps, card) or largest_batch(steps.needed, card)
+        peak = steps[max(largest, 1)].peak()
         parts = {name: peak[name] for name in CATEGORIES if name in peak}
         found.append(Fit(tier, largest, on_device(peak), peak.get(HOST, 0), parts))
     return found
+
+
+class _Steps(dict[int, StepMemory]):
+    """Memory of the step of a config by batch size, each simulated once."""
+
+    def __init__(self, config: DictConfig, size: int | None) -> None:
+        super().__init__()
+        self.config, self.size = config, size
+
+    def __missing__(self, images: int) -> StepMemory:
+        self[images] = memory_of_step(self.config, images, self.size)
+        return self[images]
+
+    def needed(self, images: int) -> int:
+        return _needed(self[images])
+
+
+def _needed(step: StepMemory) -> int:
+    return needed_bytes(on_device(step.peak()))
+
+
+def _extrapolated(steps: _Steps, limit: int) -> int | None:
+    """Return the largest batch that fits `limit` bytes, from two small ones; None if that cannot be told.
+
+    The size of each storage is linear in the batch size, from a batch of two on. The result is simulated too, and is
+    returned only if its memory is as expected.
+    """
+    if steps.needed(2) > limit or steps[2].extended(steps[3], 1) is None:
+        return None
+
+    def expected(images: int) -> int:
+        return _needed(steps[2].extended(steps[3], images - 2))
+
+    largest = bisect_right(range(_MOST_IMAGES), limit, lo=2, key=expected) - 1
+    return largest if steps.needed(largest) == expected(largest) else None
 
 
 def largest_batch(takes: Callable[[int], int], limit: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,55 @@ HOST = "host"  # category of storages in host memory
 
 # Bytes to whose multiples an allocator rounds sizes up: CUDA's caching allocator, and torch's on the host.
 _BLOCK, _HOST_BLOCK = 512, 64
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Storages in the order in which they are allocated and freed.
+
+    Args:
+        entries: pairs of the number of a storage and its bytes, negative when it is freed.
+        categories: category of each storage.
+        since: number of the first entry that counts for a peak.
+    """
+
+    entries: Sequence[tuple[int, int]]
+    categories: Sequence[str]
+    since: int = 0
+
+    def peak(self) -> dict[str, int]:
+        """Return the bytes on the device per category, at the time when their sum is largest."""
+        return self._peak(CATEGORIES, _BLOCK)
+
+    def host_peak(self) -> int:
+        """Return the largest number of bytes in host memory."""
+        return self._peak((HOST,), _HOST_BLOCK)[HOST]
+
+    def extended(self, other: Timeline, times: int) -> Timeline | None:
+        """Return this timeline with `times` the difference of `other` added to each size.
+
+        If this is of a batch of two and `other` of three, the result is of a batch of 2 + `times`, as far as each size
+        is linear in the batch. Return None if the two differ in more than sizes.
+        """
+        same = [storage for storage, _ in self.entries] == [storage for storage, _ in other.entries]
+        if not same or self.categories != other.categories or self.since != other.since:
+            return None
+        pairs = zip(self.entries, other.entries, strict=True)
+        return replace(self, entries=[(storage, size + times * (more - size)) for (storage, size), (_, more) in pairs])
+
+    def _peak(self, counted: Sequence[str], block: int) -> dict[str, int]:
+        held = dict.fromkeys(counted, 0)
+        total = most = 0
+        at_peak = dict(held)
+        for moment, (storage, size) in enumerate(self.entries):
+            category = self.categories[storage]
+            if category in held:
+                taken = _rounded(size, block)
+                held[category] += taken
+                total += taken
+            if moment >= self.since and total > most:
+                most, at_peak = total, dict(held)
+        return at_peak
 
 
 class Ledger(TorchDispatchMode):
@@ -74,27 +124,9 @@ class Ledger(TorchDispatchMode):
             if storage in made and self._categories[storage] == TEMPORARIES:
                 self._categories[storage] = category
 
-    def peak(self, since: int = 0) -> dict[str, int]:
-        """Return the bytes on the device per category, at the time after `since` when their sum is largest."""
-        return self._peak(CATEGORIES, since, _BLOCK)
-
-    def host_peak(self, since: int = 0) -> int:
-        """Return the largest number of bytes in host memory after `since`."""
-        return self._peak((HOST,), since, _HOST_BLOCK)[HOST]
-
-    def _peak(self, counted: Sequence[str], since: int, block: int) -> dict[str, int]:
-        held = dict.fromkeys(counted, 0)
-        total = most = 0
-        at_peak = dict(held)
-        for moment, (storage, size) in enumerate(self._entries):
-            category = self._categories[storage]
-            if category in held:
-                taken = _rounded(size, block)
-                held[category] += taken
-                total += taken
-            if moment >= since and total > most:
-                most, at_peak = total, dict(held)
-        return at_peak
+    def timeline(self, since: int = 0) -> Timeline:
+        """Return all entries so far. Those after `since` count for a peak."""
+        return Timeline(list(self._entries), list(self._categories), since)
 
     def _record(self, tensor: Tensor) -> list[int]:
         """Return the storages of `tensor`, and record new ones."""

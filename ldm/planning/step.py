@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ldm.modules.cpu import as_on_cuda
 from ldm.modules.diffusionmodules.layers import KeepsTypes, StaysOnHost
 from ldm.optim import InBackward, build_optimizer
 from ldm.planning.fake_batch import has_image_data, make_batch
-from ldm.planning.ledger import HOST, TEMPORARIES, Ledger
+from ldm.planning.ledger import HOST, TEMPORARIES, Ledger, Timeline
 from ldm.release.initialisation import without_initialisation
 from ldm.util import UserError, nearest
 
@@ -38,13 +39,35 @@ _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 _SHORT_PRECISIONS = {"None": "32-true", "64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
-def peak_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, int]:
-    """Return the bytes per category of `ledger.CATEGORIES` at the peak of a training step of `config`, on one device.
+@dataclass(frozen=True)
+class StepMemory:
+    """Memory of a training step: what it allocates and frees, and bytes of `pinned` host memory besides."""
 
-    Under `ledger.HOST` the result has the peak of host memory: weights, gradients, optimizer state and first stage that
-    stay there, and pinned memory. The step is the second one, because the first allocates the optimizer's state. Only
-    tensors are counted. The CUDA context, library workspaces, temporaries inside a kernel and fragmentation are not;
-    nor, on the host, are Python, the libraries and the data loader.
+    timeline: Timeline
+    pinned: int
+
+    def peak(self) -> dict[str, int]:
+        """Return the bytes per category of `ledger.CATEGORIES` at the peak, and under `ledger.HOST` the host's peak."""
+        return {**self.timeline.peak(), HOST: self.timeline.host_peak() + self.pinned}
+
+    def extended(self, other: StepMemory, times: int) -> StepMemory | None:
+        """Return an estimate for a larger batch; see `Timeline.extended`."""
+        timeline = self.timeline.extended(other.timeline, times)
+        return None if timeline is None else replace(self, timeline=timeline)
+
+
+def peak_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, int]:
+    """Return the peak of `memory_of_step`."""
+    return memory_of_step(config, images, size).peak()
+
+
+def memory_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> StepMemory:
+    """Return the memory of a training step of `config` on one device.
+
+    Host memory has weights, gradients, optimizer state and first stage that stay there, and pinned memory. The step is
+    the second one, because the first allocates the optimizer's state. Only tensors are counted. The CUDA context,
+    library workspaces, temporaries inside a kernel and fragmentation are not; nor, on the host, are Python, the
+    libraries and the data loader.
 
     Args:
         images: batch size; `data.params.batch_size` by default.
@@ -62,8 +85,7 @@ def peak_of_step(config: DictConfig, images: int | None = None, size: int | None
         with Ledger() as ledger:
             _name_weights(ledger, model, first_stage_on_host=not has_image_data(model, config))
             began = _second_step(ledger, model, batch, autocast, trainer.get("accumulate_grad_batches") or 1)
-            host = ledger.host_peak(began) + getattr(model.model.diffusion_model, "pinned_bytes", 0)
-            return {**ledger.peak(began), HOST: host}
+            return StepMemory(ledger.timeline(began), getattr(model.model.diffusion_model, "pinned_bytes", 0))
 
 
 def on_device(peak: Mapping[str, int]) -> int:

@@ -15,6 +15,7 @@ from ldm.release.families import FAMILIES
 from ldm.util import UserError
 from tests.conftest import ROOT
 from tests.sparse_files import write_sparse
+from tests.step_of_peak import StepOfPeak
 
 CATEGORIES = ["weights", "gradients", "optimizer", "activations", "temporaries"]
 
@@ -34,7 +35,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
         return dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "activations": images * GIB, "host": host}
 
     monkeypatch.setattr("ldm.planning.step.peak_of_step", peak_of_step)
-    monkeypatch.setattr("ldm.planning.card.peak_of_step", peak_of_step)
+    monkeypatch.setattr("ldm.planning.card.memory_of_step", lambda *step: StepOfPeak(peak_of_step(*step)))
     caplog.set_level(logging.INFO)
 
     def call(line: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from ldm.config.load import load_config
 from ldm.planning import card
 from ldm.planning.card import GIB, Fit, fits, largest_batch, needed_bytes, needed_host_bytes
+from tests.step_of_peak import StepOfPeak
 
 # Bytes as functions of the batch size, of the shape of a real step: the maximum of functions that are linear in it.
 STEPS: list[Callable[[int], int]] = [
@@ -32,7 +33,10 @@ def test_needed_bytes_adds_fragmentation_and_context() -> None:
     assert needed_host_bytes(10 * GIB) == int(11.5 * GIB)
 
 
-def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("extends", [True, False])
+def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch, extends: bool) -> None:
+    simulated = []
+
     def peak_of_step(config, images, size):
         lean = config.model.params.get("optimizer_config", {}).get("target") == "ldm.optim.InBackward"
         streamed = config.model.params.unet_config.target.endswith("StreamedUNetModel")
@@ -40,7 +44,11 @@ def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch
         host = (3 if lean else 15) * GIB if streamed else 0
         return {"weights": fixed, "activations": images * GIB // 4 * (size // 512) ** 2, "host": host}
 
-    monkeypatch.setattr(card, "peak_of_step", peak_of_step)
+    def memory_of_step(*step):
+        simulated.append(step[1])
+        return StepOfPeak(peak_of_step(*step), extends)
+
+    monkeypatch.setattr(card, "memory_of_step", memory_of_step)
     found = {fit.tier: fit for fit in fits(load_config(["finetune_stable_diffusion.yaml"]), 8 * GIB, 512)}
     assert found["as given"] == Fit(
         "as given", 0, 13 * GIB + GIB // 4, parts={"weights": 13 * GIB, "activations": GIB // 4}
@@ -49,5 +57,7 @@ def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch
     assert found["lean.yaml"] == Fit("lean.yaml", 16, 7 * GIB, parts={"weights": 3 * GIB, "activations": 4 * GIB})
     assert (found["minimal.yaml"].images, found["minimal.yaml"].host) == (28, 15 * GIB)
     assert (found["smallest.yaml"].images, found["smallest.yaml"].host) == (28, 3 * GIB)
+    if extends:  # the largest batch is found with one further simulation
+        assert simulated == [2, 1, 2, 1, 2, 3, 16, 2, 3, 28, 2, 3, 28]
     decaying = load_config(["finetune_stable_diffusion.yaml", "decay_to_start.yaml"])
     assert {fit.tier: fit for fit in fits(decaying, 8 * GIB, 512)} == found
