@@ -271,7 +271,8 @@ def _merge_files(
         mixed = tuple(title_of(opened.metadata, release_path) for _ in loras[:1]) + tuple(
             lora.path.stem for lora in loras
         )
-        about = About(_prediction(opened, trained, noted), mixed, settings, record_of(training.content))
+        known = noted if noted in PARAMETERIZATIONS else None
+        about = About(_prediction(opened, trained, noted), known, mixed, settings, record_of(training.content))
         save_release(opened, state_dict, to, about)
 
 
