@@ -133,6 +133,9 @@ def read_lora(path: str | Path) -> dict[Name, Factors | LycorisChange]:
         rank = len(found["down"]) if "down" in found and found["down"].ndim else None
         alpha = None if "alpha" in found else alphas.of(name[0], paths[name], rank)
         result[name] = factors_from(found, alpha, f"{path}: {paths[name]:.200}")
+    without = sum(change.scale == 0 for change in result.values())
+    if without:
+        log.warning("%s: alpha is 0 in %d of %d layers, which therefore change nothing", path, without, len(result))
     return result
 
 

@@ -75,6 +75,11 @@ def test_read_lora_scales_by_alpha_over_rank(tmp_path: Path) -> None:
     assert factors.scale == 0.5
 
 
+def test_read_lora_warns_of_alpha_0(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (factors,) = read_lora(write(tmp_path, kohya(alpha=torch.tensor(0.0)))).values()
+    assert factors.scale == 0 and "alpha is 0 in 1 of 1 layers, which therefore change nothing" in caplog.text
+
+
 def test_read_lora_takes_alpha_from_diffusers_metadata(tmp_path: Path) -> None:
     keys = {
         f"unet.{path}.lora_{letter}.weight": value
