@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_checkpoint, weights_of
-from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
+from ldm.checkpoint.causes import NO_UNET, diffusers_layout, is_lora, other_kind
 from ldm.checkpoint.diffusers_folder import INDEX, DiffusersFolder, translated
 from ldm.checkpoint.diffusers_names import VAE_PART
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, RELEASE, has_part, is_factor, without_factors
@@ -76,7 +76,7 @@ def release_of(
             f"{path}: holds a LoRA in training beside the weights; tools/merge_release.py --train-ckpt makes a release "
             "of it, and tools/extract_lora.py --train-ckpt a LoRA file"
         )
-    if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
+    if is_lora(named.file) or not (has_part(named.weights, MODEL) or has_part(named.weights, EMA)):
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _log_names(named, Path(path))
     named = named if vae is None else _with_autoencoder(named, vae)
