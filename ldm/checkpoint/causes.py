@@ -31,7 +31,10 @@ _SCALES = re.compile(
     rf"^(?!{re.escape(EMA)})(?:.*[._])?"
     r"(?:scale_weight|weight_scale|scale_input|scaled_fp8|absmax|quant_map|qweight|qzeros|scales|SCB)$"
 )
-_LORA = re.compile(r"lora_|^lycoris_|\.(?:hada|lokr)_w|\.oft_(?:blocks|diag)")
+_LORA = re.compile(
+    r"lora_|^lycoris_|[._]lora\.(?:down|up)\.|\.(?:hada|lokr)_[wt]\d|\.(?:b?oft|ia3|vera|glora)_|\.(?:dora_scale|diff|diff_b)$"
+)
+_FIRST = ("input_blocks.0.0.weight", "input_blocks00weight")  # ends of the UNet's first weight, and of its EMA's
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 NO_UNET = "the file holds no UNet; name a whole release"
 _DIFFUSERS = (
@@ -83,10 +86,10 @@ def _file_kind(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
 
 def other_kind(weights: Collection[str]) -> str | None:
     """Return the kind of a file without a UNet, by its keys, or None if unknown."""
+    if is_lora(weights):
+        return "the file is a LoRA: give it by --lora FILE, and a release beside it"
     if has_part(weights, MODEL) or has_part(weights, EMA):
         return None
-    if any(_LORA.search(key) for key in weights):
-        return "the file is a LoRA: give it by --lora FILE, and a release beside it"
     if found := other_model(weights):
         return found
     if diffusers_layout(weights):
@@ -96,6 +99,11 @@ def other_kind(weights: Collection[str]) -> str | None:
     if has_part(weights, "text_model."):
         return "the file is a text encoder alone; name a whole release"
     return None
+
+
+def is_lora(keys: Collection[str]) -> bool:
+    """Return True if `keys` are those of a LoRA, which may begin as those of a UNet do. A release may carry a LoRA."""
+    return any(_LORA.search(key) for key in keys) and not any(key.endswith(_FIRST) for key in keys)
 
 
 def _other_family(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str | None:

@@ -27,12 +27,14 @@ _KINDS = [
      "fine-tune the model that it was distilled from, and add its LCM LoRA to the result"),
     (rf"^{_UNET}(?:add_embedding\.(?:image|pool|norm1)|encoder_hid_proj\.|add_embedding\.image_proj\.)",
      "a Kandinsky or DeepFloyd model", _UNETS),
+    (rf"^{_UNET}(?:blocks|layers|double_layers|transformer_blocks)\.\d+\.", "a diffusion transformer", _UNETS),
     # Files that work beside a release. A release may also carry them.
     (r"^control_model\.|^controlnet_(?:cond_embedding|down_blocks|mid_block)\.", "a ControlNet", _ADAPTER),
     (r"motion_modules?\.", "an AnimateDiff motion module", _ADAPTER),
     (r"^(?:adapter\.)?body\.\d+\.(?:in_conv|block\d?|resnets)\.", "a T2I-Adapter", _ADAPTER),
     (r"^(?:image_proj|ip_adapter)\.", "an IP-Adapter", _ADAPTER),
     (r"^(?:emb_params|\*|clip_[lg]|string_to_(?:param|token)(?:\..*)?)$", "a textual-inversion embedding", _ADAPTER),
+    (r"^layer_structure$", "a hypernetwork", _ADAPTER),
     (r"^<[^<>]+>$", "a textual-inversion embedding of diffusers", _ADAPTER),
 ]  # fmt: skip
 _PATTERNS = [(re.compile(pattern), name, remedy) for pattern, name, remedy in _KINDS]

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 _FORMAT = "format"  # metadata of the framework that wrote a file
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
+_MOST_NESTED = 3  # levels of dicts above the weights
+# Entries of embeddings and hypernetworks.
+_OF_BESIDE = {"string_to_param", "string_to_token", "layer_structure"}
+
 # Other files that users name as a checkpoint: first bytes, and message.
 _MISTAKEN = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download it"),
@@ -138,14 +142,23 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a loaded checkpoint by key. `path` is for messages.
 
-    The tensors are in `state_dict`, at the top level, or in the only dict of tensors of the file.
+    The tensors are in `state_dict`, at the top level, or in the only dict of tensors of the file, which may lie in the
+    only dict of a level above it.
     """
-    if "string_to_param" in content or "string_to_token" in content:  # of any program, whatever it names the rest
-        raise UserError(f"{path}: {other_model(content)}")
+    if _OF_BESIDE.intersection(content):  # of any program, whatever it names the rest
+        raise UserError(f"{path}: {other_model([key for key in content if isinstance(key, str)])}")
+    if "param_groups" in content and "state_dict" not in content:
+        raise UserError(f"{path}: the state of an optimizer, without weights; name the file of the model beside it")
     nested = content.get("state_dict", content)
-    if isinstance(nested, dict) and not any(isinstance(value, torch.Tensor) for value in nested.values()):
-        inner = [value for value in nested.values() if _is_weights(value)]
-        nested = inner[0] if len(inner) == 1 else nested
+    for _ in range(_MOST_NESTED):
+        if not isinstance(nested, dict) or any(isinstance(value, torch.Tensor) for value in nested.values()):
+            break
+        inner = {name: value for name, value in nested.items() if _is_weights(value)}
+        if len(inner) > 1:
+            names = ", ".join(f"{name!s:.40}" for name in inner)
+            raise UserError(f"{path}: has several dicts of weights ({names}); save one of them as state_dict")
+        inner = inner or {name: value for name, value in nested.items() if isinstance(value, dict)}
+        nested = next(iter(inner.values())) if len(inner) == 1 else nested
     if not isinstance(nested, dict):
         raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
     weights = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}

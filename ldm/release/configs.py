@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ldm.checkpoint import open_checkpoint, weights_of
-from ldm.checkpoint.causes import other_kind
+from ldm.checkpoint.causes import is_lora, other_kind
 from ldm.checkpoint.keys import EMA, MODEL, ZERO_SNR, has_part
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import in_our_names
@@ -141,6 +141,7 @@ def _read(ckpt: str | Path) -> tuple[Shapes, str | None]:
     named = in_our_names(weights_of(opened.content, ckpt))
     shapes = shapes_of(named.with_carried())
     has_unet = has_part(named.weights, MODEL) or has_part(named.weights, EMA)
+    has_unet = has_unet and not is_lora(named.file)
     found = other_architecture(named.file) or (None if has_unet else other_kind(named.file))
     if found:  # no config would help
         raise UserError(f"{ckpt}: {found}")

@@ -71,12 +71,14 @@ class About:
 
     Args:
         predicts: prediction of the UNet and zero SNR, if they differ from what the release tells.
+        noted: prediction of the UNet that the training notes, for a release that tells none.
         merged_from: titles of the files that were mixed.
         settings: those of the training.
         captions: metadata of `record_of`; None keeps those of the release.
     """
 
     predicts: tuple[str, bool] | None = None
+    noted: str | None = None
     merged_from: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     captions: Mapping[str, str] | None = None
@@ -93,13 +95,13 @@ def save_release(
         UserError: a value cannot be computed, or the destination cannot hold the release. Nothing is written then.
     """
     about = about or About()
-    predicts = about.predicts[0] if about.predicts else release.predicts
-    family = find_family(release.shapes, parameterization=predicts)
+    predicts = about.predicts[0] if about.predicts else release.predicts or about.noted
+    family = find_family(release.shapes, parameterization=predicts, certain=True)
     keys = release.weights
     told = predicts, about.merged_from, about.settings, to.is_folder, about.captions
     metadata = described(release.metadata, to.path, keys, family, *told)
     if to.is_folder:
-        count = write_folder(release, weights, to.path, metadata, about.predicts, to.config)
+        count = write_folder(release, weights, to.path, metadata, family, about.predicts, to.config)
         size = sum(path.stat().st_size for path in to.path.rglob("*") if path.is_file())
     else:
         content = release.named.restored(weights)

@@ -29,6 +29,7 @@ from ldm.config.load import load_config
 from ldm.folders import atomic_folder, check_replaceable
 from ldm.modules.encoders.tokenizer import write_vocabulary
 from ldm.release.diffusers_config import folder_configs, stated_prediction
+from ldm.release.families import Family
 from ldm.release.opening import Release
 from ldm.release.recognition import find_family
 from ldm.util import UserError, located
@@ -53,13 +54,14 @@ def write_folder(
     weights: Mapping[str, Value],
     path: Path,
     metadata: Mapping[str, str],
+    family: Family | None,
     predicts: tuple[str, bool] | None = None,
     config: str | Path | None = None,
 ) -> int:
     """Write `weights` of the model of `release` to the folder `path`, and return the number of values.
 
     Configs, tokenizers and other parts are those of the release if it is a folder. Otherwise they follow from `config`,
-    by default the config of its family.
+    by default the config of `family`, which is None if unknown.
 
     Args:
         metadata: of the file with the UNet.
@@ -75,7 +77,7 @@ def write_folder(
     parts: dict[str, dict[str, Value]] = defaultdict(dict)
     for place, value in values.items():
         parts[place.part][place.key] = value
-    configs = _configs(release, parts, predicts, config)
+    configs = _configs(release, parts, family, predicts, config)
     left_out = [key for key in weights if key not in origins]
     lost = next((key for key in left_out if _is_needed(key)), None)
     if lost is not None:
@@ -150,19 +152,24 @@ def _piece(value: Value, origin: Origin, number: int, shape: tuple[int, ...]) ->
 def _configs(
     release: Release,
     parts: Mapping[str, Mapping[str, Value]],
+    family: Family | None,
     predicts: tuple[str, bool] | None,
     config: str | Path | None,
 ) -> dict[str, Mapping[str, Any]]:
     """Return the JSON files to write, by name."""
     if release.folder is not None:
         return _changed_configs(release.folder, parts, predicts)
-    family = find_family(release.shapes, parameterization=release.predicts)
     if config is not None:
         chosen = load_config([config])
         stated = chosen.model.params.get("parameterization", release.predicts or "eps")
         told = stated, bool(chosen.model.params.get("rescale_betas_zero_snr", False))
     elif family is not None:
         chosen, told = load_config([family.config]), (family.parameterization, family.zero_snr)
+    elif find_family(release.shapes) is not None:
+        raise UserError(
+            f"{release.path}: SD 2 predicts eps or v, which the keys do not tell, and a folder does; name "
+            "--config stable_diffusion_v2_base.yaml or stable_diffusion_v2_768_v.yaml, or write a .safetensors file"
+        )
     else:
         raise UserError(
             f"{release.path}: is of no family of full size, and a folder's configs need the number of attention heads; "

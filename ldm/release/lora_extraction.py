@@ -125,11 +125,8 @@ def extract_files(
         check_same_model(before, after)
         weights, found = extract(before, after, target, torch.float16 if half else torch.float32, all_layers, device)
         rank = str(target.rank) if target.energy is None else "Dynamic"  # as kohya's tools write for several ranks
-        save_state_dict(
-            weights,
-            out,
-            metadata=described_lora(out, find_family(before.shapes, parameterization=before.predicts), rank),
-        )
+        family = find_family(before.shapes, parameterization=before.predicts or after.predicts, certain=True)
+        save_state_dict(weights, out, metadata=described_lora(out, family, rank))
     log.info("wrote %s (%.1f MB, %d layers)", out, out.stat().st_size / 1e6, len(found.layers))
     return found
 

@@ -7,29 +7,30 @@ has its kernel and B is 1×1, or a core lies between both. DoRA adds the magnitu
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoint import converted, in_memory, is_finite, open_checkpoint, weights_of
 from ldm.release.layer_names import PREFIXES, TEXT_1, TEXT_2, UNET_PART, flat
+from ldm.release.lora_alpha import PEFT, Alphas
 from ldm.release.lycoris import DIFFERENCE, HADAMARD, KRONECKER, LycorisChange, is_lycoris, lycoris_change
 from ldm.util import UserError
+
+log = logging.getLogger(__name__)
 
 Name = tuple[str, str]  # part of the release, and path of the layer with underscores for dots
 
 # Starts of keys with dotted paths, by part, longest first.
 _DOTTED = {f"{TEXT_2}.": TEXT_2, f"{TEXT_1}.": TEXT_1, f"{UNET_PART}.": UNET_PART, "diffusion_model.": UNET_PART}
 _DOTTED["lycoris_"] = UNET_PART  # of LyCORIS beside other trainers
-_PEFT = "base_model.model."
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")  # of diffusers until 0.26
 _TENSORS = {
     "down": r"lora_down\.weight|lora_A(?:\.default)?\.weight|lora(?:_linear_layer)?\.down\.weight",
@@ -41,13 +42,18 @@ _TENSORS = {
     **{name: name for name in (*HADAMARD, *KRONECKER, *DIFFERENCE)},
 }
 _KEY = re.compile(r"(.+?)\.(?:" + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _TENSORS.items()) + ")")
-_OTHER_KINDS = {
-    **{"oft_": "OFT", "on_input": "IA3", "glora_": "GLoRA", "diff_b": "the change of a bias"},
-    **{"w_norm": "the change of a norm", "b_norm": "the change of a norm", "set_weight": "a whole weight"},
-}
+# Ends of keys of other kinds.
+_OTHER_KINDS = (
+    (r"\.b?oft_\w+(?:\.weight)?", "OFT"),
+    (r"\.(?:on_input|ia3_\w+)", "IA3"),
+    (r"\.(?:glora_\w+|[ab]m?[12]\.weight)", "GLoRA"),
+    (r"\.vera_\w+", "VeRA"),
+    (r"\.(?:diff_b|lora_B(?:\.default)?\.bias)", "the change of a bias"),
+    (r"\.[wb]_norm", "the change of a norm"),
+    (r"\.set_weight", "a whole weight"),
+)
+_EMBEDDING = "bundle_emb."  # embeddings that trainers put beside the factors
 _TAKEN = "this program adds LoRA, LoCon, DoRA, LoHa, LoKr and differences of weights; save it as one of these"
-_MOST_ALPHA = 1e9
-_METADATA = "lora_adapter_metadata"  # of diffusers
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,17 @@ def read_lora(path: str | Path) -> dict[Name, Factors | LycorisChange]:
     opened = open_checkpoint(path)
     tensors: dict[Name, dict[str, Tensor]] = defaultdict(dict)
     paths: dict[Name, str] = {}
-    for key, value in weights_of(opened.content, path).items():
-        part, dotted = _part_of(_PROCESSOR.sub(_in_layer, key).removeprefix(_PEFT))
+    weights = weights_of(opened.content, path)
+    embeddings = [key for key in weights if key.startswith(_EMBEDDING)]
+    if embeddings:
+        log.warning("%s: textual-inversion embeddings left out: %s", path, ", ".join(embeddings)[:200])
+    for key, value in weights.items():
+        if key in embeddings:
+            continue
+        part, dotted = _part_of(_PROCESSOR.sub(_in_layer, key).removeprefix(PEFT))
         match = _KEY.fullmatch(dotted)
         if match is None:
-            last = key.rpartition(".")[2]
-            other = next((name for mark, name in _OTHER_KINDS.items() if last.startswith(mark)), None)
+            other = next((name for end, name in _OTHER_KINDS if re.search(f"{end}$", key)), None)
             what = f"is {other}" if other else "is not the name of a LoRA's weight"
             raise UserError(f"{path}: {key:.200} {what}; {_TAKEN}")
         name = part, flat(match[1])
@@ -116,11 +127,16 @@ def read_lora(path: str | Path) -> dict[Name, Factors | LycorisChange]:
         if value.is_complex():
             raise UserError(f"{path}: {key:.200} has complex numbers; this program reads real factors")
         tensors[name][match.lastgroup] = value
-    alphas = _Alphas(opened.metadata, path)
-    return {
-        name: factors_from(found, alphas.of(name[0], paths[name]), f"{path}: {paths[name]:.200}")
-        for name, found in tensors.items()
-    }
+    alphas = Alphas(opened.metadata, path, any(key.startswith(PEFT) for key in weights))
+    result = {}
+    for name, found in tensors.items():
+        rank = len(found["down"]) if "down" in found and found["down"].ndim else None
+        alpha = None if "alpha" in found else alphas.of(name[0], paths[name], rank)
+        result[name] = factors_from(found, alpha, f"{path}: {paths[name]:.200}")
+    without = sum(change.scale == 0 for change in result.values())
+    if without:
+        log.warning("%s: alpha is 0 in %d of %d layers, which therefore change nothing", path, without, len(result))
+    return result
 
 
 def kohya_tensors(name: str, down: Tensor, up: Tensor, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -145,7 +161,7 @@ def _part_of(key: str) -> tuple[str, str]:
     for start, part in (*PREFIXES.items(), *_DOTTED.items()):
         if key.startswith(start):
             return part, key.removeprefix(start)
-    return UNET_PART, key
+    return (TEXT_1 if key.startswith("text_model.") else UNET_PART), key
 
 
 def factors_from(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> Factors | LycorisChange:
@@ -181,34 +197,3 @@ def _magnitude(tensors: Mapping[str, Tensor]) -> Tensor | None:
     if magnitude is not None:  # (out, 1, …), or (1, in, …)
         return in_memory(magnitude).flatten(1) if magnitude.ndim > 1 else in_memory(magnitude).reshape(-1, 1)
     return in_memory(tensors["magnitude"]).reshape(-1, 1) if "magnitude" in tensors else None
-
-
-class _Alphas:
-    """α in the metadata of diffusers' files, which hold none beside the weights."""
-
-    def __init__(self, metadata: Mapping[str, str], path: str | Path) -> None:
-        try:
-            values = json.loads(metadata.get(_METADATA, "{}"))
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: its metadata {_METADATA} is damaged; save the file again without it")
-        self.values: dict[str, Any] = values
-        self.path = path
-
-    def of(self, part: str, layer: str) -> float | None:
-        """Return α of the layer with the dotted path `layer`, or None if it is the rank."""
-        alpha = self.values.get(f"{part}.lora_alpha")
-        others = self.values.get(f"{part}.alpha_pattern") or {}
-        if self.values.get(f"{part}.use_rslora"):
-            raise UserError(f"{self.path}: has a rank-stabilised scale (use_rslora), which is not supported; fuse it")
-        if not isinstance(others, dict):
-            raise UserError(f"{self.path}: alpha_pattern {others!r:.40} in its metadata is no dict; save it again")
-        for name, other in others.items():
-            if not re.fullmatch(r"[\w.]+", name):
-                raise UserError(f"{self.path}: alpha_pattern {name!r:.80} is not the name of a layer; fuse the file")
-            if f".{layer}".endswith(f".{name}"):
-                alpha = other
-        if alpha is not None and not (isinstance(alpha, (int, float)) and abs(alpha) < _MOST_ALPHA):
-            raise UserError(f"{self.path}: lora_alpha {alpha!r:.40} in its metadata is not a number; save it again")
-        return alpha

@@ -90,7 +90,7 @@ def write_trained_lora(training: Path, out: Path, kind: str | None = None, half:
         factors = loras[0].factors or {}
         shapes = shapes_of(training_weights(content, training))
         tensors = _named(factors, shapes, torch.float16 if half else torch.float32, training)
-        family = find_family(shapes, parameterization=content.get(PREDICTION))
+        family = find_family(shapes, parameterization=content.get(PREDICTION), certain=True)
         first = next(iter(factors.values()))
         rank = len(first.down)
         save_state_dict(tensors, out, metadata=described_lora(out, family, str(rank), f"{first.scale * rank:g}"))

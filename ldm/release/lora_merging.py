@@ -104,7 +104,7 @@ def changes_of(
             layer = names[name]
             _check_shape(found, layer, f"{path}: {name[1]}", source)
             for key in (layer.key, ema_key(layer.key) if layer.key.startswith(MODEL) else ""):
-                if key in shapes:
+                if key in shapes and strength:  # the sum with 0 would turn -0 to 0
                     result[key].append(Change(layer, found, strength))
         log.info("%s: %d layers, added with strength %g", path, len(factors), strength)
     return result

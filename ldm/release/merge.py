@@ -268,10 +268,9 @@ def _merge_files(
             log.info("strength %g: that share of the training's change of each weight", strength)
         state_dict = with_loras(merged.state_dict, [*own, *loras], release_path)
         settings = _settings(training.content, training_path) if embed_settings else {}
-        mixed = tuple(title_of(opened.metadata, release_path) for _ in loras[:1]) + tuple(
-            lora.path.stem for lora in loras
-        )
-        about = About(_prediction(opened, trained, noted), mixed, settings, record_of(training.content))
+        mixed = (title_of(opened.metadata, release_path), *(lora.path.stem for lora in loras)) if loras else ()
+        known = noted if noted in PARAMETERIZATIONS else None
+        about = About(_prediction(opened, trained, noted), known, mixed, settings, record_of(training.content))
         save_release(opened, state_dict, to, about)
 
 

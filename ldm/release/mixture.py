@@ -115,7 +115,8 @@ def mix_files(paths: Sequence[Path], out: str | Path | Destination, recipe: Reci
         for other in releases[1:]:
             check_same_model(first, other)
         mixed = tuple(title_of(release.metadata, release.path) for release in releases)
-        save_release(first, mix(releases, recipe), to, About(merged_from=mixed))
+        noted = next((release.predicts for release in releases if release.predicts is not None), None)
+        save_release(first, mix(releases, recipe), to, About(noted=noted, merged_from=mixed))
 
 
 def mix(releases: Sequence[Release], recipe: Recipe) -> dict[str, Tensor | Pending]:
@@ -160,6 +161,11 @@ def check_same_model(first: Release, other: Release) -> None:
             elif value.shape != two.weights[key].shape and key not in SCHEDULE_KEYS:
                 shapes = f"{tuple(two.weights[key].shape)}, but {tuple(value.shape)} in {one.path}"
                 raise UserError(f"{two.path}: {key} has shape {shapes}; {cause}")
+        if None not in (one.predicts, two.predicts) and one.predicts != two.predicts:
+            raise UserError(
+                f"{two.path}: predicts {two.predicts}, and {one.path} {one.predicts}; take releases with the same "
+                "prediction"
+            )
         for marker in PREDICTION_MARKERS:
             if marker in one.named.file and marker not in two.named.file:
                 raise UserError(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_checkpoint, weights_of
-from ldm.checkpoint.causes import NO_UNET, diffusers_layout, other_kind
-from ldm.checkpoint.diffusers_folder import DiffusersFolder, translated
+from ldm.checkpoint.causes import NO_UNET, diffusers_layout, is_lora, other_kind
+from ldm.checkpoint.diffusers_folder import INDEX, DiffusersFolder, translated
 from ldm.checkpoint.diffusers_names import VAE_PART
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, RELEASE, has_part, is_factor, without_factors
 from ldm.checkpoint.markers import marked_parameterization
@@ -76,7 +76,7 @@ def release_of(
             f"{path}: holds a LoRA in training beside the weights; tools/merge_release.py --train-ckpt makes a release "
             "of it, and tools/extract_lora.py --train-ckpt a LoRA file"
         )
-    if not has_part(named.weights, MODEL) and not has_part(named.weights, EMA):
+    if is_lora(named.file) or not (has_part(named.weights, MODEL) or has_part(named.weights, EMA)):
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _log_names(named, Path(path))
     named = named if vae is None else _with_autoencoder(named, vae)
@@ -84,10 +84,21 @@ def release_of(
 
 
 def check_not_replaced(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise `UserError` if writing `out` would replace one of the `inputs`, which may lie in a folder `out`."""
+    """Raise `UserError` if writing `out` would replace one of the `inputs`, or a file of one that is a folder.
+
+    A file beside the parts of a folder of diffusers is none of its files.
+    """
     for path in inputs:
-        if out.exists() and path.exists() and (out.samefile(path) or (out.is_dir() and is_within(out, path))):
+        if not (out.exists() and path.exists()):
+            continue
+        is_beside = (path / INDEX).is_file() and path.samefile(out.parent)
+        if out.samefile(path) or _holds(out, path) or (_holds(path, out) and not is_beside):
             raise UserError(f"{out}: would replace one of the files that are read; choose another --out")
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Return True if `path`, or the file that it links to, lies in `folder`."""
+    return folder.is_dir() and (is_within(folder, path.parent) or is_within(folder, path))
 
 
 def written_dtype(key: str, dtype: torch.dtype, half: bool) -> torch.dtype:

@@ -61,7 +61,12 @@ def recognise(
 
 
 def find_family(
-    shapes: Shapes, *, source: str = "the checkpoint", parameterization: str | None = None, size: int | None = None
+    shapes: Shapes,
+    *,
+    source: str = "the checkpoint",
+    parameterization: str | None = None,
+    size: int | None = None,
+    certain: bool = False,
 ) -> Family | None:
     """Return the family of a checkpoint whose keys have these `shapes`, or None.
 
@@ -76,6 +81,7 @@ def find_family(
         source: name of the checkpoint in messages.
         parameterization: prediction of the UNet, `eps` or `v`.
         size: side in pixels of the images to sample or to train on.
+        certain: return None if several families have these keys and nothing tells the prediction.
 
     Raises:
         UserError: `parameterization` is neither `eps` nor `v`, or a marker stands for another kind of noise schedule.
@@ -89,6 +95,8 @@ def find_family(
     wanted = parameterization or marked_parameterization(shapes)
     if wanted is not None:
         chosen = next((family for family in matching if family.parameterization == wanted), matching[0])
+    elif certain and len(matching) > 1:
+        return None
     else:
         chosen = matching[0] if size is None else min(matching, key=lambda family: abs(family.size - size))
         wanted = chosen.parameterization

@@ -216,9 +216,9 @@ def test_load_state_dict_takes_files_of_one_part(part, nested, tmp_path):
 def test_load_state_dict_takes_the_only_weights_of_a_file(name, tmp_path):
     weights = {"model.diffusion_model.out.0.w": torch.ones(2)}
     other = {"optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 3, "args": {"lr": 1e-5}, "empty": {}}
-    for content in ({name: weights, **other}, {"state_dict": {"state_dict": weights}}):
+    for content in ({name: weights, **other}, {"state_dict": {"state_dict": weights}}, {name: {"net": weights}}):
         torch.save(content, tmp_path / "model.pt")
         assert load_state_dict(tmp_path / "model.pt").keys() == weights.keys()
     torch.save({name: weights, "other": weights}, tmp_path / "two.pt")
-    with pytest.raises(UserError, match=r"two\.pt: has no weights \(keys: .*'other'\); name a file with a state_dict"):
+    with pytest.raises(UserError, match=rf"two\.pt: has several dicts of weights \({name}, other\); save one"):
         load_state_dict(tmp_path / "two.pt")

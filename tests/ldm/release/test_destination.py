@@ -232,6 +232,22 @@ def test_a_training_inside_of_the_folder_is_kept(made: tuple[Path, Path], traini
         merge_files(inside, made[0], f"{folder}/", None, False)
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_file_of_the_folder_is_kept(made: tuple[Path, Path], is_link: bool, tmp_path: Path) -> None:
+    folder = copied(made[0], tmp_path / "model")
+    unet = folder / UNET
+    if is_link:  # as in the cache of a hub
+        unet.rename(tmp_path / "blob")
+        unet.symlink_to(tmp_path / "blob")
+    before = unet.read_bytes()
+    for release in (folder, unet.parent):
+        with pytest.raises(UserError, match="would replace one of the files that are read"):
+            mix_files([made[0], release], unet, Recipe("sum", [0.5]))
+    assert unet.read_bytes() == before and unet.is_symlink() == is_link
+    for _ in range(2):  # a file beside the parts is none of them
+        mix_files([made[0], folder], folder / "mixed.safetensors", Recipe("sum", [0.5]))
+
+
 def test_a_folder_of_no_family_needs_a_config(made: tuple[Path, Path], training: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is of no family of full size.*--config"):
         merge_files(training, made[0].with_suffix(".safetensors"), f"{tmp_path}/merged/", None, False)

@@ -49,6 +49,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "LoRA, kohya": (["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"], "a LoRA: give it by --lora FILE"),
     "LoHa": (["lora_unet_mid_block_resnets_0_conv1.hada_w1_a"], "a LoRA: give it by --lora FILE"),
     "LyCORIS": (["lycoris_mid_block_resnets_0_conv1.lokr_w1"], "a LoRA: give it by --lora FILE"),
+    "LoRA, old diffusers": (["unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight"],
+                            "a LoRA: give it by --lora FILE"),
+    "LoRA, diffusers 0.20": (["unet.mid_block.attentions.0.proj_in.lora.down.weight"], "a LoRA: give it by --lora"),
+    "LoRA, ComfyUI": (["diffusion_model.input_blocks.1.1.proj_in.lora_up.weight"], "a LoRA: give it by --lora FILE"),
+    "LoHa, ComfyUI": (["diffusion_model.input_blocks.1.1.proj_in.hada_w1_a"], "a LoRA: give it by --lora FILE"),
+    "OFT, PEFT": (["base_model.model.mid_block.attentions.0.proj_in.oft_R.weight"], "a LoRA: give it by --lora FILE"),
+    "Wan": ([f"{M}blocks.0.self_attn.q.weight", f"{M}patch_embedding.weight"], f"a diffusion transformer: {UNETS}"),
+    "AuraFlow": (["double_layers.0.attn.w1q.weight"], f"a diffusion transformer: {UNETS}"),
     "autoencoder": (["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.bias"], "an autoencoder alone"),
     "text encoder": (["text_model.embeddings.token_embedding.weight"], "a text encoder alone"),
     "UNet, diffusers": (["conv_in.weight", "down_blocks.0.resnets.0.norm1.bias"], "name the folder of the whole model"),
@@ -87,6 +95,28 @@ def test_pickled_embeddings_are_refused(content: dict, tmp_path: Path) -> None:
         open_release(tmp_path / "cat.pt")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {768: [{"linear.0.weight": torch.ones(1)}], "layer_structure": [1, 2, 1]},
+            "the file is a hypernetwork:",
+        ),
+        (
+            {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"lr": 1.0}]},
+            "the state of an optimizer,",
+        ),
+        ({"model": {"x": torch.ones(1)}, "ema": {"x": torch.ones(1)}}, r"has several dicts of weights \(model, ema\);"),
+        ({"shadow_params": [torch.ones(1)], "decay": 0.9}, "has no weights .keys: 'shadow_params', 'decay'"),
+    ],
+)
+def test_pickles_without_weights_are_refused(content: dict, message: str, tmp_path: Path) -> None:
+    save_checkpoint(content, tmp_path / "file.pt")
+    with pytest.raises(UserError, match=rf"file\.pt: {message}") as caught:
+        open_release(tmp_path / "file.pt")
+    assert "\n" not in str(caught.value)
+
+
 def mixed_dtypes(plain: dict[str, Tensor]) -> dict[str, Tensor]:
     """A merge of AUTOMATIC1111 with a baked autoencoder of another dtype, and text positions that were cast."""
     halves = {key: value.half() if value.is_floating_point() else value for key, value in plain.items()}
@@ -99,6 +129,12 @@ def lightning(plain: dict[str, Tensor]) -> dict:
     """EveryDream and other trainers of 2022: a state dict beside the step, the callbacks and the version."""
     return {"state_dict": plain, "global_step": 470_000, "epoch": 3, "pytorch-lightning_version": "1.4.2",
             "callbacks": {}, "lr_schedulers": []}  # fmt: skip
+
+
+def nested(plain: dict[str, Tensor]) -> dict:
+    """A training loop of one's own: the weights of a wrapped model below two names, beside an optimizer's state."""
+    named = {f"module._orig_mod.{key}": value for key, value in plain.items()}
+    return {"model": {"state_dict": named}, "step": 7, "optimizer": [{"lr": 1.0}]}
 
 
 def with_ema_and_control(plain: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,6 +150,7 @@ def with_motion(plain: dict[str, Tensor]) -> dict[str, Tensor]:
 TAKEN = {
     "mixed dtypes": mixed_dtypes,
     "lightning": lightning,
+    "nested": nested,
     "ControlNet with its release": with_ema_and_control,
     "AnimateDiff with its release": with_motion,
 }

@@ -38,6 +38,11 @@ def write(folder: Path, weights: dict[str, Tensor], metadata: dict[str, str] | N
             "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight",
             NAME,
         ),
+        (
+            f"base_model.model.{TOWER}.lora_A.weight",
+            f"base_model.model.{TOWER}.lora_B.weight",
+            ("text_encoder", TOWER.replace(".", "_")),
+        ),
         ("diffusion_model.out.2.lora_A.weight", "diffusion_model.out.2.lora_B.weight", ("unet", "out_2")),
         (
             f"text_encoder_2.{TOWER}.lora_linear_layer.down.weight",
@@ -70,6 +75,11 @@ def test_read_lora_scales_by_alpha_over_rank(tmp_path: Path) -> None:
     assert factors.scale == 0.5
 
 
+def test_read_lora_warns_of_alpha_0(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (factors,) = read_lora(write(tmp_path, kohya(alpha=torch.tensor(0.0)))).values()
+    assert factors.scale == 0 and "alpha is 0 in 1 of 1 layers, which therefore change nothing" in caplog.text
+
+
 def test_read_lora_takes_alpha_from_diffusers_metadata(tmp_path: Path) -> None:
     keys = {
         f"unet.{path}.lora_{letter}.weight": value
@@ -79,6 +89,44 @@ def test_read_lora_takes_alpha_from_diffusers_metadata(tmp_path: Path) -> None:
     values = {"unet.lora_alpha": 8, "unet.r": 2, "unet.alpha_pattern": {"b.to_q": 1}}
     found = read_lora(write(tmp_path, keys, {"lora_adapter_metadata": json.dumps(values)}))
     assert [factors.scale for factors in found.values()] == [4.0, 0.5]
+
+
+def test_read_lora_takes_alpha_from_the_config_beside_peft_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {
+        f"base_model.model.{path}.lora_{letter}.weight": value
+        for path in ("a.to_q", "b.to_q")
+        for letter, value in (("A", DOWN), ("B", UP))
+    }
+    lora, config = write(tmp_path, keys), tmp_path / "adapter_config.json"
+    assert [factors.scale for factors in read_lora(lora).values()] == [1.0, 1.0]
+    assert "no adapter_config.json beside it tells alpha, and the scale is taken for 1" in caplog.text
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "alpha_pattern": {"b.to_q": 1}, "use_rslora": False}
+    config.write_text(json.dumps(values))
+    assert [factors.scale for factors in read_lora(lora).values()] == [4.0, 0.5]
+    config.write_text(json.dumps({**values, "use_rslora": True}))
+    assert [factors.scale for factors in read_lora(lora).values()] == pytest.approx([8 / 2**0.5, 1 / 2**0.5])
+    config.write_text(json.dumps({**values, "lora_alpha": "x"}))
+    with pytest.raises(UserError, match=r"lora_alpha 'x' in adapter_config\.json is not a number"):
+        read_lora(lora)
+    config.write_text(json.dumps({"peft_type": "LOHA", "r": 2, "alpha": 4}))
+    names = {"w1_a": UP, "w1_b": DOWN, "w2_a": UP, "w2_b": DOWN}
+    weights = {f"base_model.model.x.hada_{name}": value for name, value in names.items()}
+    (loha,) = read_lora(write(tmp_path, weights)).values()
+    assert loha.scale == 2.0
+
+
+def test_read_lora_takes_a_rank_stabilised_scale_of_diffusers(tmp_path: Path) -> None:
+    keys = {"unet.x.lora_A.weight": DOWN, "unet.x.lora_B.weight": UP}
+    values = {"unet.lora_alpha": 8, "unet.r": 2, "unet.use_rslora": True}
+    (factors,) = read_lora(write(tmp_path, keys, {"lora_adapter_metadata": json.dumps(values)})).values()
+    assert factors.scale == pytest.approx(8 / 2**0.5)
+
+
+def test_read_lora_leaves_embeddings_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert list(read_lora(write(tmp_path, {**kohya(), "bundle_emb.cat.string_to_param.*": UP}))) == [("unet", "x")]
+    assert "embeddings left out: bundle_emb.cat.string_to_param.*" in caplog.text
 
 
 def test_read_lora_of_convolutions(tmp_path: Path) -> None:
@@ -106,6 +154,11 @@ def test_read_lora_of_convolutions(tmp_path: Path) -> None:
         ({"lora_unet_x.on_input": DOWN}, "lora_unet_x.on_input is IA3"),
         ({"lora_unet_x.diff": DOWN, "lora_unet_x.diff_b": DOWN}, "lora_unet_x.diff_b is the change of a bias"),
         ({"lora_unet_x.w_norm": DOWN}, "lora_unet_x.w_norm is the change of a norm"),
+        ({"base_model.model.x.oft_R.weight": DOWN}, "base_model.model.x.oft_R.weight is OFT"),
+        ({"base_model.model.x.ia3_l": DOWN}, "base_model.model.x.ia3_l is IA3"),
+        ({"base_model.model.x.vera_lambda_b": DOWN}, "base_model.model.x.vera_lambda_b is VeRA"),
+        ({"lycoris_x.a1.weight": DOWN}, "lycoris_x.a1.weight is GLoRA"),
+        ({"base_model.model.x.lora_B.bias": DOWN}, "x.lora_B.bias is the change of a bias"),
         ({"lora_unet_x.hada_w1_a": DOWN}, r"x: lacks a tensor, .* \(hada_w1_a \(2, 3\)\); download"),
         ({"lora_unet_x.lokr_w1": DOWN}, "x: lacks a tensor, or has some that do not fit"),
         ({"lora_unet_x.diff": torch.ones(3)}, "x: lacks a tensor, or has some that do not fit"),
@@ -134,7 +187,6 @@ def test_read_lora_refuses_in_one_line(tmp_path: Path, weights: dict[str, Tensor
     ("metadata", "message"),
     [
         ("{", "its metadata lora_adapter_metadata is damaged"),
-        ('{"unet.use_rslora": true}', "use_rslora"),
         ('{"unet.lora_alpha": "x", "unet.r": 2}', "lora_alpha 'x' in its metadata is not a number"),
         ('{"unet.lora_alpha": 1e400, "unet.r": 2}', "lora_alpha inf in its metadata is not a number"),
         ('{"unet.alpha_pattern": [1]}', "alpha_pattern .* in its metadata is no dict"),

@@ -69,6 +69,12 @@ def test_with_loras_adds_the_change_and_keeps_the_rest_bit_for_bit(tmp_path: Pat
     assert all(torch.equal(as_bytes(found[other]), as_bytes(release()[other])) for other in others)
 
 
+def test_with_loras_at_strength_0_is_the_release_bit_for_bit(tmp_path: Path) -> None:
+    start = {**release(), LINEAR: torch.full((4, 3), -0.0)}
+    found = added(tmp_path, (factors(LINEAR), 0.0), start=start)
+    assert all(torch.equal(as_bytes(found[key]), as_bytes(start[key])) for key in start)
+
+
 def test_with_loras_changes_ema_weights_too(tmp_path: Path) -> None:
     """Sampling takes those, so a LoRA on the weights alone would have no effect."""
     weights = factors(LINEAR)

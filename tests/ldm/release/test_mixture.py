@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ldm.checkpoint import ema_key, load_state_dict, open_checkpoint, save_state_dict
 from ldm.checkpoint.formats import as_bytes
+from ldm.release import recognition
+from ldm.release.families import FAMILIES
 from ldm.release.mixture import METHODS, Recipe, added_difference, mix_files, slerp, weighted_sum
 from ldm.util import UserError
+from tests.tiny_families import write_tiny
 
 UNET = "model.diffusion_model."
 IN, MIDDLE, VAE = f"{UNET}input_blocks.1.0.weight", f"{UNET}middle_block.0.weight", "first_stage_model.conv.weight"
@@ -151,6 +154,32 @@ def test_mix_files_refuses_other_models_in_one_line(tmp_path: Path) -> None:
             mixed(tmp_path, Recipe("sum", [0.5]), plain, other)
         assert "\n" not in str(caught.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+
+
+def test_mix_files_refuses_another_prediction(tmp_path: Path) -> None:
+    """SD 2 base and 768-v have the same keys, and their metadata or a folder's scheduler tells the prediction."""
+    paths = [tmp_path / f"{stated}.safetensors" for stated in ("epsilon", "v")]
+    for path in paths:
+        save_state_dict(weights(1), path, metadata={"modelspec.prediction_type": path.stem})
+    with pytest.raises(UserError, match=r"v\.safetensors: predicts v, and .*epsilon\.safetensors eps; take releases"):
+        mix_files(paths, tmp_path / "out.safetensors", Recipe("sum", [0.5]))
+
+
+def test_mix_files_states_no_prediction_that_it_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recognition, "_matching", lambda _: [FAMILIES["sd2_768_v"], FAMILIES["sd2_base"]])
+    release, _ = write_tiny("sd2_base", tmp_path)
+    out = tmp_path / "out.safetensors"
+    mix_files([release, release], out, Recipe("sum", [0.5]))
+    assert "modelspec.prediction_type" not in open_checkpoint(out).metadata
+    assert "modelspec.architecture" not in open_checkpoint(out).metadata
+    with pytest.raises(UserError, match=r"sd2_base\.safetensors: SD 2 predicts eps or v, which the keys do not tell"):
+        mix_files([release, release], f"{tmp_path}/folder/", Recipe("sum", [0.5]))
+    told = tmp_path / "told.safetensors"
+    save_state_dict(load_state_dict(release), told, metadata={"modelspec.prediction_type": "epsilon"})
+    mix_files([release, told], out, Recipe("sum", [0.5]))
+    metadata = open_checkpoint(out).metadata
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v2-512"
 
 
 def test_mix_files_refuses_unknown_blocks_and_its_own_inputs(tmp_path: Path) -> None:
