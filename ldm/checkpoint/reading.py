@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -217,6 +216,5 @@ def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise UserError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not supported")
         dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
-        flat = file.tensor(dtype, 8 + length + entry["data_offsets"][0], math.prod(shape))
-        weights[key] = flat.reshape(shape)
+        weights[key] = file.shaped(dtype, 8 + length + entry["data_offsets"][0], shape)
     return {"state_dict": weights, "metadata": metadata}
