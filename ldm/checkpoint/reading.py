@@ -106,7 +106,8 @@ def _open_folder(path: Path, mmap: bool) -> OpenCheckpoint:
     def open_weights(file: Path) -> dict[str, torch.Tensor]:
         opened = open_checkpoint(file, mmap)
         files.append(file)
-        metadata.update({key: text for key, text in opened.metadata.items() if key != _FORMAT})
+        for key, text in opened.metadata.items():  # those of the UNet, which is the first part, take precedence
+            metadata.update({} if key == _FORMAT or key in metadata else {key: text})
         return weights_of(opened.content, file)
 
     folder, weights, (predicts, zero_snr) = read_folder(path, open_weights)
