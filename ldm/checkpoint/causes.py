@@ -62,7 +62,10 @@ def likely_cause(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
         return NO_UNET
     lacks = [part for part in (FIRST_STAGE, *TEXT_ENCODERS) if has_part(own, part) and not has_part(weights, part)]
     if len(lacks) == 2:
-        return f"the file holds a UNet alone; {_NO_VAE}, but no option gives a text encoder: name a whole release"
+        return (
+            f"the file holds a UNet alone; {_NO_VAE}, but no option gives a text encoder: name a whole release, or put "
+            "the unet/ of a training of diffusers into a copy of the base's folder"
+        )
     if not lacks:
         return default
     return _NO_VAE if lacks == [FIRST_STAGE] else _NO_TEXT

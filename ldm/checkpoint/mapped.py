@@ -8,6 +8,7 @@ from the file and touches no page of the map.
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import os
 import weakref
@@ -117,9 +118,49 @@ class MappedFile:
             return torch.frombuffer(self.map, dtype=dtype, count=numel, offset=offset)
         return _read(self.source, offset, size).view(dtype)
 
+    def shaped(self, dtype: torch.dtype, offset: int, shape: Sequence[int]) -> torch.Tensor:
+        """Return the tensor of `shape` at byte `offset`. One that is not aligned there is read when it is used."""
+        numel = math.prod(shape)
+        if not self.mapped or offset % dtype.itemsize == 0 or not 0 < numel * dtype.itemsize <= len(self) - offset:
+            return self.tensor(dtype, offset, numel).reshape(shape)
+        return Unaligned(self, dtype, offset, shape)
 
-class Joined(torch.Tensor):
-    """Tensor whose rows are those of several mapped `parts`. Each operation reads the parts and joins them."""
+
+class Unread(torch.Tensor):
+    """Tensor without memory of its own. Each operation reads its values."""
+
+    def read(self) -> torch.Tensor:
+        """Return the values in memory."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], Unread):  # the change would be lost
+            raise TypeError(f"{func}: a tensor that lies on the disk cannot be changed in place; change in_memory(it)")
+        args, kwargs = tree_map_only(Unread, in_memory, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Unaligned(Unread):
+    """Tensor of `file` at the byte `offset`, which is no multiple of the size of an element."""
+
+    file: MappedFile
+    offset: int
+
+    @staticmethod
+    def __new__(cls, file: MappedFile, dtype: torch.dtype, offset: int, shape: Sequence[int]) -> Unaligned:
+        tensor = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype)
+        tensor.file, tensor.offset = file, offset
+        return tensor
+
+    def read(self) -> torch.Tensor:
+        return _read(self.file.source, self.offset, self.nbytes).view(self.dtype).reshape(self.shape)
+
+
+class Joined(Unread):
+    """Tensor whose rows are those of several mapped `parts`, which each operation joins."""
 
     parts: Sequence[torch.Tensor]
 
@@ -130,12 +171,8 @@ class Joined(torch.Tensor):
         joined.parts = parts
         return joined
 
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map_only(Joined, in_memory, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    def read(self) -> torch.Tensor:
+        return torch.cat([in_memory(part) for part in self.parts])
 
 
 class BoundedReader(io.BufferedReader):
@@ -152,15 +189,15 @@ class BoundedReader(io.BufferedReader):
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a memory-mapped or joined `tensor`, read from its files. Return any other tensor unchanged.
+    """Return a copy of a memory-mapped or unread `tensor`, read from its files. Return any other tensor unchanged.
 
     A mapped tensor that may have been written to is also returned unchanged.
 
     Raises:
         UserError: the file was truncated or changed after it was opened.
     """
-    if isinstance(tensor, Joined):
-        return torch.cat([in_memory(part) for part in tensor.parts])
+    if isinstance(tensor, Unread):
+        return tensor.read()
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
         return tensor
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,7 +106,8 @@ def _open_folder(path: Path, mmap: bool) -> OpenCheckpoint:
     def open_weights(file: Path) -> dict[str, torch.Tensor]:
         opened = open_checkpoint(file, mmap)
         files.append(file)
-        metadata.update({key: text for key, text in opened.metadata.items() if key != _FORMAT})
+        for key, text in opened.metadata.items():  # those of the UNet, which is the first part, take precedence
+            metadata.update({} if key == _FORMAT or key in metadata else {key: text})
         return weights_of(opened.content, file)
 
     folder, weights, (predicts, zero_snr) = read_folder(path, open_weights)
@@ -217,6 +217,5 @@ def _load_safetensors(path: Path, file: MappedFile) -> dict[str, Any]:
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise UserError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not supported")
         dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
-        flat = file.tensor(dtype, 8 + length + entry["data_offsets"][0], math.prod(shape))
-        weights[key] = flat.reshape(shape)
+        weights[key] = file.shaped(dtype, 8 + length + entry["data_offsets"][0], shape)
     return {"state_dict": weights, "metadata": metadata}

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm.checkpoint.formats import SAFETENSORS_NAMES, STORAGE_NAMES, as_bytes, converted
-from ldm.checkpoint.mapped import Joined, in_memory
+from ldm.checkpoint.mapped import Unread, in_memory
 from ldm.checkpoint.zip_writer import ZipWriter
 from ldm.files import atomic_write
 from ldm.util import UserError
@@ -173,7 +173,7 @@ class _Pickler(pickle.Pickler):
         return ("storage", value.kind, value.key, "cpu", value.numel) if isinstance(value, _Storage) else None
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) not in (torch.Tensor, torch.nn.Parameter, Joined, Pending):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter, Pending) and not isinstance(value, Unread):
             return NotImplemented  # a tensor subclass is pickled as a class and plain tensors
         if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_nested):
             raise UserError("a quantised, sparse or nested tensor cannot be saved; save a dense tensor instead")

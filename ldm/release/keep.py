@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import tempfile
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from ldm.config.load import load_config, plain
 from ldm.evaluation.front import AtStrength
 from ldm.evaluation.releases import Settings
+from ldm.files import remove_leftovers_once, temporary_path
 from ldm.locks import run_of
 from ldm.release.load import load_release, pick_device
 from ldm.release.merge import merge_files
@@ -35,7 +36,8 @@ def keeping_strength(
 
     What was learnt is 1 − loss / loss of the release, on at most 16 images of the run's `val_urls`, or of its
     `training_urls` if it has none. The run's config names the model and the sets. The merge at strength 1 is written to
-    a temporary file, in the folder of checkpoints.
+    a temporary file, in the folder of checkpoints. It is not mixed with the release for the result, because its dtype
+    is that of the release: the result comes from the training, with one rounding.
 
     Args:
         weights, vae: as in `merge_files`.
@@ -46,10 +48,15 @@ def keeping_strength(
     config = _run_config(training)
     sets = _sets(config, training)
     load = partial(load_release, config=config, device=pick_device("auto"), vae=vae)
-    with tempfile.TemporaryDirectory(prefix=".keep-", dir=training.parent) as folder:
-        tuned = Path(folder) / "tuned.safetensors"
+    remove_leftovers_once(training.parent)
+    folder = temporary_path(training.parent / "keep")  # if this process is killed, a later one removes it
+    folder.mkdir()
+    try:
+        tuned = folder / "tuned.safetensors"
         merge_files(training, release, tuned, weights, half=False, vae=vae)
         swept = list(sweep_strengths(release, tuned, load, STRENGTHS, sets, _SETTINGS, vae=vae))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return chosen_strength(swept, share, str(sets[SUBJECT]))
 
 

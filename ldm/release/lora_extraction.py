@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.checkpoint import converted, in_memory, is_finite, is_optional, save_state_dict
 from ldm.checkpoint.diffusers_folder import stands_in
-from ldm.checkpoint.keys import FIRST_STAGE
+from ldm.checkpoint.keys import FIRST_STAGE, MODEL, has_part
 from ldm.evaluation.report import aligned
 from ldm.locks import locked_file
 from ldm.release.layer_names import Layer, kohya_names, layers_of
@@ -123,6 +123,8 @@ def extract_files(
     with locked_file(out):
         before, after = open_release(base), open_release(tuned)
         check_same_model(before, after)
+        if not has_part(before.weights, MODEL):
+            raise UserError(f"{base}: has only EMA weights; a LoRA needs the weights themselves")
         weights, found = extract(before, after, target, torch.float16 if half else torch.float32, all_layers, device)
         rank = str(target.rank) if target.energy is None else "Dynamic"  # as kohya's tools write for several ranks
         family = find_family(before.shapes, parameterization=before.predicts or after.predicts, certain=True)
@@ -198,8 +200,16 @@ def _changes(
 
 
 def _difference(key: str, before: Release, after: Release) -> Tensor:
-    old, new = (converted(in_memory(release.weights[key]), torch.float32) for release in (before, after))
-    return torch.zeros_like(old) if stands_in(key, old) or stands_in(key, new) else new - old
+    """Return the change of a weight in float32. The rounding of the release of the coarser dtype is none."""
+    values = [in_memory(release.weights[key]) for release in (before, after)]
+    old, new = (converted(value, torch.float32) for value in values)
+    if stands_in(key, old) or stands_in(key, new):
+        return torch.zeros_like(old)
+    if values[0].dtype == values[1].dtype:
+        return new - old
+    coarse = max((value.dtype for value in values), key=lambda dtype: torch.finfo(dtype).eps)
+    rounded = [converted(converted(value, coarse), torch.float32) for value in values]
+    return torch.where(rounded[0] == rounded[1], 0, new - old)
 
 
 def _energy(change: Tensor) -> float:

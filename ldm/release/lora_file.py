@@ -158,10 +158,12 @@ def _in_layer(match: re.Match) -> str:
 
 def _part_of(key: str) -> tuple[str, str]:
     """Return the part of the release that `key` belongs to, and the key below it."""
-    for start, part in (*PREFIXES.items(), *_DOTTED.items()):
-        if key.startswith(start):
-            return part, key.removeprefix(start)
-    return (TEXT_1 if key.startswith("text_model.") else UNET_PART), key
+    starts = ((start, part) for start, part in (*PREFIXES.items(), *_DOTTED.items()) if key.startswith(start))
+    start, part = next(starts, ("", TEXT_1 if key.startswith(("text_model.", "encoder.layers.")) else UNET_PART))
+    below = key.removeprefix(start)
+    if part != UNET_PART and below.startswith(("encoder.", "encoder_")):  # of transformers 5
+        below = f"text_model{below[len('encoder')]}{below}"
+    return part, below
 
 
 def factors_from(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> Factors | LycorisChange:

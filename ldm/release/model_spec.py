@@ -36,6 +36,11 @@ _PRIVATE = re.compile(
     r"ss_(?:dataset_dirs|reg_dataset_dirs|datasets|tag_frequency|sd_model_name|vae_name|network_args|training_comment)"
     r"|ot_config|ot_.*_path|prompt|workflow|parameters|invokeai_.*"
 )
+# Folders of a person's machine, in any other entry.
+_FOLDER = re.compile(
+    r"(?:^|[\s\"'=:,;(\[{])"
+    r"(?:~?/(?:home|Users|root|mnt|media|tmp|workspace|content|data|opt|var|srv|volumes?|kaggle)/|[A-Za-z]:(?:\\|/(?!/)))",
+)
 _ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd1_inpainting": "stable-diffusion-v1-inpainting",
@@ -66,7 +71,7 @@ _MOST_TEXT = 64
 
 def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the entries of a release's `metadata` that stay true if its weights change, and tell nothing private."""
-    private = [key for key in metadata if _PRIVATE.fullmatch(key)]
+    private = [key for key, text in metadata.items() if _PRIVATE.fullmatch(key) or _FOLDER.search(text)]
     if private:
         log.info("metadata left out, which may tell folders, captions or prompts: %s", ", ".join(private))
     return {key: text for key, text in metadata.items() if key not in (*_DIGESTS, *private)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import in_memory, load_state_dict, open_checkpoint
+from ldm.checkpoint import in_memory, load_state_dict, open_checkpoint, save_state_dict
 from ldm.checkpoint.formats import same_values
 from ldm.checkpoint.keys import COND_STAGE
 from ldm.checkpoint.mapped import Joined
@@ -120,6 +120,15 @@ def test_weights_are_those_of_the_release_and_stay_on_disk(sd2: Path) -> None:
 def test_the_scheduler_tells_the_prediction(folder: Path, stated: str, predicts: str) -> None:
     edit_json(folder / "scheduler/scheduler_config.json", prediction_type=stated)
     assert open_checkpoint(folder).metadata["modelspec.prediction_type"] == predicts
+
+
+def test_the_metadata_are_those_of_the_unet_first(folder: Path) -> None:
+    for place, title in ((UNET, "Cats"), (VAE, "An autoencoder")):
+        weights = {key: in_memory(value) for key, value in load_state_dict(folder / place).items()}
+        (folder / place).unlink()
+        save_state_dict(weights, folder / place, metadata={"modelspec.title": title, title: "1"})
+    metadata = open_checkpoint(folder).metadata
+    assert metadata["modelspec.title"] == "Cats" and metadata["An autoencoder"] == "1"
 
 
 def test_zero_terminal_snr_becomes_markers(folder: Path) -> None:

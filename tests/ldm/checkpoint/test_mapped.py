@@ -1,5 +1,6 @@
 """Loaded tensors: their values are those of the file, and what is written to them stays."""
 
+import json
 import os
 import struct
 import subprocess
@@ -19,7 +20,8 @@ from ldm.checkpoint import (
     save_state_dict,
     weights_digest,
 )
-from ldm.checkpoint.mapped import Joined, MappedFile
+from ldm.checkpoint.formats import SAFETENSORS_NAMES, as_bytes
+from ldm.checkpoint.mapped import Joined, MappedFile, Unaligned
 from ldm.util import UserError
 from tests.ldm.checkpoint.sample_tensors import same, tensors
 
@@ -186,6 +188,32 @@ def test_descriptors_and_maps_are_closed_with_the_last_tensor(path):
     assert torch.equal(in_memory(part), torch.arange(10.0, 20.0)) and in_memory(part) is not part
     del part
     assert count() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_unaligned_is_read_when_it_is_used_and_written_as_it_is(dtype, tmp_path):
+    """Writers of safetensors before 0.3 did not pad the header, so that the values begin at any byte."""
+    path, expected = tmp_path / "old.safetensors", torch.arange(600.0).reshape(20, 30).to(dtype)
+    header = {"w": {"dtype": SAFETENSORS_NAMES[dtype], "shape": [20, 30], "data_offsets": [0, expected.nbytes]}}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (1 - len(encoded) % 2)  # of odd length
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + as_bytes(expected).numpy().tobytes())
+    found = load_state_dict(path)["w"]
+    assert isinstance(found, Unaligned) and (found.shape, found.dtype) == (expected.shape, dtype)
+    assert torch.equal(in_memory(found), expected) and torch.equal(found[3] + 0, expected[3])
+    assert torch.equal(found.T, expected.T) and torch.equal(found.to(torch.float32), expected.float())
+    with pytest.raises(TypeError, match="cannot be changed in place"):
+        found.add_(1)
+    linear = torch.nn.Linear(30, 20, bias=False, dtype=dtype)
+    load_into(linear, {"weight": found})
+    assert torch.equal(linear.weight, expected)
+    for name in ("again.ckpt", "again.safetensors"):
+        save_state_dict({"weight": found}, tmp_path / name)
+        assert torch.equal(load_state_dict(tmp_path / name)["weight"], expected)
+    assert torch.equal(load_state_dict(path)["w"], expected)  # the file outlives its content's dict
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"old\.safetensors: was changed while it was read"):
+        in_memory(found)
 
 
 def test_joined_is_read_when_it_is_used_and_written_as_one(path, tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ldm.evaluation.front import AtStrength
+from ldm.release import keep
 from ldm.release.keep import chosen_strength
 from ldm.util import UserError
 
@@ -28,6 +32,24 @@ def test_the_lowest_strength_that_keeps_the_share() -> None:
     assert chosen_strength(results, 0.95, "x") == 0.8
     assert chosen_strength(results, 0.9, "x") == 0.6
     assert chosen_strength(results, 1.0, "x") == 1.0
+
+
+def test_keeping_strength_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process knows the temporary folder of a killed one by its name."""
+    monkeypatch.setattr(keep, "_run_config", lambda _: {})
+    monkeypatch.setattr(keep, "_sets", lambda *_: {})
+    made = []
+
+    def fail(training: Path, release: Path, out: Path, *_: Any, **__: Any) -> None:
+        made.append(out.parent.name)
+        out.write_text("half")
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(keep, "merge_files", fail)
+    with pytest.raises(UserError, match="the disk is full"):
+        keep.keeping_strength(tmp_path / "last.ckpt", tmp_path / "r.ckpt", 0.9)
+    assert list(tmp_path.iterdir()) == []
+    assert re.fullmatch(rf"\.keep\.{re.escape(os.uname().nodename)}\.{os.getpid()}-\w+-\w+\.\w+\.tmp", made[0])
 
 
 def test_a_lower_strength_may_have_learnt_more() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import load_state_dict, open_checkpoint, save_state_dict
+from ldm.checkpoint import ema_key, load_state_dict, open_checkpoint, save_state_dict
 from ldm.release.layer_names import kohya_names, layers_of
 from ldm.release.lora_extraction import Extraction, Target, extract_files, factors_of
 from ldm.release.lora_merging import Lora, add_lora_files
@@ -69,6 +69,18 @@ def test_extract_files_leaves_out_layers_that_are_equal(tmp_path: Path) -> None:
     assert weights[f"{name}.alpha"] == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extract_files_takes_no_rounding_for_a_change(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Such as a float32 base, and a tuned release of `merge_release.py --half`: its text encoder was not trained."""
+    for before, after in ((base(), {key: value.to(dtype) for key, value in tuned(LINEAR).items()}),
+                          ({key: value.to(dtype) for key, value in base().items()}, tuned(LINEAR))):  # fmt: skip
+        for name, weights in (("base.ckpt", before), ("tuned.safetensors", after)):
+            save_state_dict(weights, tmp_path / name)
+        paths = tmp_path / "base.ckpt", tmp_path / "tuned.safetensors", tmp_path / "lora.safetensors"
+        found = extract_files(*paths, Target(rank=4))
+        assert [each.layer.key for each in found.layers] == [LINEAR] and found.left_out() == []
+
+
 def test_extract_files_keeps_the_energy_that_it_tells(tmp_path: Path) -> None:
     after = tuned(LINEAR, CONV)
     found, again = extracted(tmp_path, after, Target(energy=0.6), half=True)
@@ -110,6 +122,10 @@ def test_extract_files_refuses_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             extracted(tmp_path, after, Target(rank=4))
         assert "\n" not in str(caught.value) and not (tmp_path / "lora.safetensors").exists()
+    shadows = {ema_key(key): value for key, value in base().items() if key.startswith("model.")}
+    save_state_dict(shadows, tmp_path / "ema.ckpt")
+    with pytest.raises(UserError, match=r"ema.ckpt: has only EMA weights; a LoRA needs the weights themselves"):
+        extract_files(tmp_path / "ema.ckpt", tmp_path / "ema.ckpt", tmp_path / "lora.safetensors", Target(rank=4))
     with pytest.raises(UserError, match=r"must end in .safetensors"):
         extract_files(tmp_path / "base.ckpt", tmp_path / "base.ckpt", tmp_path / "lora.ckpt", Target(rank=4))
 

@@ -43,6 +43,16 @@ def write(folder: Path, weights: dict[str, Tensor], metadata: dict[str, str] | N
             f"base_model.model.{TOWER}.lora_B.weight",
             ("text_encoder", TOWER.replace(".", "_")),
         ),
+        *(
+            (f"{start}encoder.layers.0.mlp.fc1.lora_A.weight", f"{start}encoder.layers.0.mlp.fc1.lora_B.weight",
+             ("text_encoder", TOWER.replace(".", "_")))
+            for start in ("text_encoder.", "base_model.model.")
+        ),
+        (
+            "lora_te2_encoder_layers_0_mlp_fc1.lora_down.weight",
+            "lora_te2_encoder_layers_0_mlp_fc1.lora_up.weight",
+            ("text_encoder_2", TOWER.replace(".", "_")),
+        ),
         ("diffusion_model.out.2.lora_A.weight", "diffusion_model.out.2.lora_B.weight", ("unet", "out_2")),
         (
             f"text_encoder_2.{TOWER}.lora_linear_layer.down.weight",

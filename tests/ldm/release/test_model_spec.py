@@ -139,10 +139,14 @@ def test_described_leaves_out_what_other_trainers_and_uis_tell_of_a_person() -> 
         "ss_dataset_dirs": '{"/home/jane/cats": {"n_repeats": 10}}',
         "ss_tag_frequency": '{"cats": {"jane\'s cat": 3}}',
         "ss_sd_model_name": "C:\\\\Users\\\\jane\\\\model.ckpt",
+        "ss_optimizer_args": "state=/home/jane/state.pt",
+        "note": "made from D:/jane/cats and others",
+        "recipe": '["C:\\\\jane\\\\a.ckpt"]',
         "ot_config": '{"workspace_dir": "/home/jane"}',
         "workflow": "{}",
         "prompt": '{"6": {"inputs": {"text": "jane\'s cat"}}}',
     }
-    kept = {"ss_steps": "3", "modelspec.title": "Cats", "modelspec.description": "trained on cats"}
+    kept = {"ss_steps": "3", "modelspec.title": "Cats", "modelspec.thumbnail": "data:image/jpeg;base64,/9j/data/home/"}
+    kept["modelspec.description"] = "trained on cats at 512/768, see https://example.com/home/data/"
     found = described({**private, **kept}, Path("b.safetensors"), [KEY], None)
     assert "jane" not in str(found) and kept.items() <= found.items() and not private.keys() & found.keys()
