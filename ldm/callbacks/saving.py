@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -73,10 +74,14 @@ def try_save(trainer: Trainer, save: Callable[[], None], *, needed: bool = False
 
 
 def warn_not_saved(step: int, failure: OSError) -> None:
+    is_full = failure.errno in (errno.ENOSPC, errno.EDQUOT)
     log.warning(
-        "\nNo checkpoint at step %d: %s: %s; training continues; free disk space for the next checkpoint",
-        step, failure.filename, failure.strerror or failure,
-    )  # fmt: skip
+        "\nNo checkpoint at step %d: %s%s; training continues; %s",
+        step,
+        f"{failure.filename}: " if failure.filename else "",
+        failure.strerror or failure,
+        "free disk space for the next checkpoint" if is_full else "mend this before the next checkpoint",
+    )
 
 
 def mark_newest(path: Path) -> None:

@@ -18,13 +18,14 @@ _SCENES = ("a photo of {}", "a drawing of {}")
 def keep_prompts(subjects: Sequence[str], table: Path, general: Path, count: int) -> list[str]:
     """Return prompts for the classes `subjects`, for their neighbours in `table`, and `count` lines of `general`.
 
-    The lines are spread over the file.
+    The lines are spread over the file. Capitals and further spaces in a class do not matter.
 
     Raises:
         UserError: a class is in no group of `table`, or `general` has fewer lines.
     """
     lines = [line for _, line in read_lines(general)]
     check_number("--general", count, least=0, most=len(lines))
+    subjects = [" ".join(subject.lower().split()) for subject in subjects]
     classes = [name for subject in subjects for name in (subject, *neighbours_of(subject, table))]
     near = [scene.format(_with_article(name)) for name in dict.fromkeys(classes) for scene in _SCENES]
     return [*near, *(lines[number * len(lines) // count] for number in range(count))]
@@ -44,8 +45,11 @@ def neighbours_of(subject: str, table: Path) -> list[str]:
     if not found:
         known = sorted({name for group in groups for name in group})
         near = difflib.get_close_matches(subject, known, n=1)
-        hint = f"take {near[0]!r}," if near else f"take one of its {len(known)},"
-        raise UserError(f"--keep {subject}: {table} has no such class; {hint} or give prompts with --prompt")
+        hint = f"{near[0]!r}" if near else f"the most similar of its {len(known)}"
+        raise UserError(
+            f"--keep {subject!r}: {table} has no such class; take {hint}, and give prompts of your own class with "
+            "--prompt in addition"
+        )
     return [name for group in found for name in group if name != subject]
 
 

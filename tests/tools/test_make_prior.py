@@ -221,7 +221,7 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
         (("--prompt", "x", "--null-share", 0.5), "--null-share has no effect without --teacher"),
         (("--prompt", "x", "--general", 5), "--general 5: belongs to --keep"),
         (("--keep", "cat", "--shards", "images"), "--keep cat: has prompts of its own; leave out --shards"),
-        (("--keep", "qqq"), "--keep qqq: .*neighbours.txt has no such class"),
+        (("--keep", "qqq"), "--keep 'qqq': .*neighbours.txt has no such class"),
         (("--prompt", "x", "--teacher-power", 1), "--teacher-power has no effect without --teacher"),
         (("--prompt", "x", "--teacher", 1, "--teacher-power", -1), "--teacher-power -1.0: give a number of at least 0"),
         (("--shards", "images", "--teacher", 1, "--n", 2, "--eta", 1), "nothing is sampled; leave out --n and --eta"),

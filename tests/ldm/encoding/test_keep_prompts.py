@@ -31,6 +31,11 @@ def test_the_prompts_by_hand(lists: tuple[Path, Path]) -> None:
     assert keep_prompts(["cat", "owl"], *lists, 0)[-2:] == ["a photo of an eagle", "a drawing of an eagle"]
 
 
+def test_capitals_and_spaces_of_a_class_do_not_matter(lists: tuple[Path, Path]) -> None:
+    assert keep_prompts(["  CAT "], *lists, 1) == keep_prompts(["cat"], *lists, 1)
+    assert keep_prompts(["Red  Panda"], *SHIPPED, 0)[0] == "a photo of a red panda"
+
+
 def test_a_class_takes_the_groups_that_it_begins(lists: tuple[Path, Path]) -> None:
     assert neighbours_of("owl", lists[0]) == ["eagle", "cat"]
     assert neighbours_of("ant", lists[0]) == ["dog", "cat"]
@@ -39,8 +44,14 @@ def test_a_class_takes_the_groups_that_it_begins(lists: tuple[Path, Path]) -> No
 @pytest.mark.parametrize(
     ("subject", "count", "message"),
     [
-        ("catt", 1, "--keep catt: .*neighbours.txt has no such class; take 'cat', or give prompts with --prompt"),
-        ("xyz", 1, "--keep xyz: .*take one of its 5, or give"),
+        (
+            "catt",
+            1,
+            "--keep 'catt': .*neighbours.txt has no such class; take 'cat', and give prompts of your own class",
+        ),
+        ("Cats", 1, "--keep 'cats': .*take 'cat', and give"),
+        ("xyz", 1, "--keep 'xyz': .*take the most similar of its 5, and give"),
+        ("", 1, "--keep '': .*take the most similar of its 5"),
         ("cat", 11, "--general 11: give a whole number of at most 10|--general 11"),
     ],
 )
