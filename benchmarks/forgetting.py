@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""Forgetting of the tiny base model while it learns a cat.
+"""Forgetting of the tiny base model while it learns a subject that it has never seen: cats, and clock faces.
 
 The benchmark compares plain fine-tuning, each kind of preservation and combinations, and textual inversion. It measures
-the loss on the cat, and loss and drift of its neighbours and of other images.
+the loss on the subject, and loss and drift of its neighbours and of other images.
 
     python benchmarks/forgetting.py --folder forgetting
-    python benchmarks/forgetting.py --folder forgetting --seeds 0 --only plain "pull, 600"
+    python benchmarks/forgetting.py --folder forgetting --families clocks --seeds 0 --only "pull, 600"
 
-Training uses seven of the ten cats; the other three expressions are held out. No training has real images of the
-neighbours or of the rest that are measured. The priors "animals" and "others" do not have their captions either.
+Training uses seven of the ten cats, or eight of the twelve clock faces; the others are held out. No training has real
+images of the neighbours or of the rest that are measured. The priors "kin" and "others" do not have their captions
+either. The settings were chosen on the cats.
 
-Methods are compared at equal learning: the loss on the trained cats is as low as that of plain fine-tuning, with the
+Methods are compared at equal learning: the loss on the trained images is as low as that of plain fine-tuning, with the
 same seed, at step --reference. After --steps steps, a method takes the lowest strength of a merge with that loss; if
 none has it, the first evaluated step. All commands run as a user would type them.
 
@@ -25,19 +26,19 @@ import csv
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
+from forgetting_methods import VARIANTS, Variant
 from forgetting_report import report, summary
-from forgetting_sets import CONFIG, RELEASE, count_samples, shards, write_sets, write_text
+from forgetting_sets import CONFIG, FAMILIES, RELEASE, count_samples, shards, write_sets, write_text
 
 from ldm.cli.run import call, run
 from ldm.util import UserError, check_choice
@@ -45,112 +46,51 @@ from ldm.util import UserError, check_choice
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ("cats", "new_cats", "near", "rest")
+MEASURED = ("subject", "new", "near", "rest")
 LIMIT = 16  # images per set
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-FAMILY = "cats"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to train, one row of the tables, given by its additions to the common command."""
-
-    name: str
-    overrides: tuple[str, ...] = ()
-    prior: str | None = None  # a set of `forgetting_sets`
-    ratio: float = 0.5  # prior samples per image of a batch of 16; the seven cats are one batch
-    training: str = "cats"  # the set that is learnt
-    configs: tuple[str, ...] = ("demo_tiny.yaml",)
-    extract: int | None = None  # rank of a LoRA that is extracted from the result, and judged in its place
-
-    @property
-    def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower())
-
-    def start(self, folder: Path) -> Path:
-        """Return the checkpoint to resume."""
-        return folder / f"{Path(self.configs[-1]).stem}.ckpt"
-
-
-def decay(weight: float) -> tuple[str, ...]:
-    """Return overrides that decay weights to the released ones, and switch the optimizer's decay to zero off."""
-    return (
-        "lightning.callbacks.decay.target=ldm.callbacks.decay_to_start.DecayToStart",
-        f"lightning.callbacks.decay.params.start={RELEASE}",
-        f"lightning.callbacks.decay.params.weight={weight}",
-        "model.params.optimizer_config.target=torch.optim.AdamW",
-        "model.params.optimizer_config.params.weight_decay=0.0",
-    )
-
-
-def pull(weight: float) -> tuple[str, ...]:
-    """Return overrides that pull weights to the released ones, normalised per tensor, in the loss."""
-    return tuple(word.replace("decay_to_start.DecayToStart", "pull_to_start.PullToStart") for word in decay(weight))
-
-
-def consistency(beta: float) -> tuple[str, ...]:
-    """Return overrides for direct consistency on a training set with stored predictions."""
-    target = "ldm.models.diffusion.consistency.DirectConsistency"
-    loss = "model.params.loss_config"
-    return f"{loss}.target={target}", f"{loss}.params.beta={beta}", "data.params.null_cond_dropout=0"
-
-
-TEACHER = ("model.params.prior_target=teacher",)
-SPLIT = ("model.params.timestep_config.target=ldm.models.diffusion.timesteps.Split",)
-INVERSION = (
-    "model.params.cond_stage_config.params.token=tom",
-    "model.params.cond_stage_config.params.initial_token=tiger",  # the closest word that the base has learnt
-    "data.params.batch_size=16",  # all cats in one batch, as in the other variants
-    "model.base_learning_rate=6.25e-4",  # times batch_size: 0.01
-)
-LORA = ("model.base_learning_rate=3.0e-4",)  # ten times that of all weights
-# The first is the one that the others are compared with.
-VARIANTS = (
-    Variant("plain"),
-    Variant("decay to start, 30", decay(30)),
-    Variant("pull, 600", pull(600)),
-    Variant("pull, 1000", pull(1000)),
-    Variant("direct consistency", consistency(5), training="cats_taught"),
-    Variant("prior: real images", prior="real"),
-    Variant("prior: generated images", prior="generated"),
-    Variant("teacher, real images", TEACHER, prior="real_taught"),
-    Variant("teacher, generated images", TEACHER, prior="generated_taught"),
-    Variant("LoRA, attention", LORA, configs=("demo_tiny.yaml", "lora.yaml")),
-    Variant("LoRA, all layers", (*LORA, "model.params.lora.targets=['*']"), configs=("demo_tiny.yaml", "lora.yaml")),
-    Variant("LoRA extracted from plain, rank 32", extract=32),
-    Variant("teacher, others", TEACHER, prior="others_taught", ratio=1.0),
-    Variant("teacher, known", TEACHER, prior="known_taught", ratio=1.0),
-    Variant("teacher, known, split", (*TEACHER, *SPLIT), prior="known_falling", ratio=1.0),
-    Variant("teacher, known, pull 300", (*TEACHER, *pull(300)), prior="known_taught", ratio=1.0),
-    Variant("textual inversion", INVERSION, configs=(CONFIG, "textual_inversion.yaml")),
-)
 
 
 def main() -> None:
     options = parse_arguments()
     os.chdir(ROOT)
-    write_sets(options.folder)
-    for variant in VARIANTS:
+    of_family = {name: argparse.Namespace(**vars(options) | {"folder": options.folder / name}) for name in FAMILIES}
+    for name in options.families:
+        write_sets(of_family[name].folder, FAMILIES[name])
+        train_and_judge_all([variant for variant in VARIANTS if name in variant.families], of_family[name])
+    families = {name: stored_results(of_family[name]) for name in FAMILIES}
+    families = {name: results for name, results in families.items() if results}
+    text = "\n".join(report(name, results, options.reference, options.steps) for name, results in families.items())
+    write_text(text, options.folder / "table.md")
+    write_text(json.dumps(summary(families), indent=1) + "\n", options.json)
+    log.info("\n%s\nwrote table.md to %s, and %s", text, options.folder, options.json)
+
+
+def train_and_judge_all(variants: Sequence[Variant], options: argparse.Namespace) -> None:
+    """Run the variants that `options` asks for, and the first one, unless their results are stored."""
+    for variant in variants:
         if not variant.start(options.folder).exists():
             bases = ("--base", *variant.configs, "--out", variant.start(options.folder))
             call("tools/hack_weights.py", "--release", RELEASE, *bases)
     for seed in options.seeds:
-        plain = finished(VARIANTS[0], seed, options) or train_and_judge(VARIANTS[0], seed, None, options)
-        for variant in VARIANTS[1:]:
+        plain = finished(variants[0], seed, options) or train_and_judge(variants[0], seed, None, options)
+        for variant in variants[1:]:
             if variant.name in (options.only or [variant.name]) and not finished(variant, seed, options):
                 train_and_judge(variant, seed, plain, options)
+
+
+def stored_results(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the results of this and earlier starts for the seeds of `options`."""
     found = (finished(variant, seed, options) for variant in VARIANTS for seed in options.seeds)
-    results = [result for result in found if result is not None]
-    text = report(results, options.reference, options.steps)
-    write_text(text, options.folder / "table.md")
-    write_text(json.dumps(summary(results, FAMILY), indent=1) + "\n", options.json)
-    log.info("\n%s\nwrote table.md to %s, and %s", text, options.folder, options.json)
+    return [result for result in found if result is not None]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--folder", type=lambda text: Path(text).resolve(), required=True, help="folder for all files; they are kept")
+    families = list(FAMILIES)
+    add("--families", nargs="+", choices=families, default=families, help="subjects to learn (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
     add("--only", nargs="+", metavar="METHOD", help="methods to run, beside plain (default: all)")
     add("--steps", type=int, default=200, help="optimizer steps per run (default: 200)")
@@ -219,7 +159,7 @@ def train_and_judge(
         tuned = logs / "with-lora.safetensors"
         call("tools/merge_release.py", "--release", RELEASE, "--lora", lora, "--out", tuned)
     sets = [word for name in MEASURED for word in ("--set", f"{name}={shards(options.folder, name)}")]
-    sweep = ("--limit", LIMIT, "--batch-size", 16, "--sweep-strength", *STRENGTHS, "--subject", "cats", "new_cats")
+    sweep = ("--limit", LIMIT, "--batch-size", 16, "--sweep-strength", *STRENGTHS, "--subject", "subject", "new")
     call("tools/evaluate.py", "--base", RELEASE, "--ckpt", tuned, "--config", CONFIG, *sets, *sweep, "--out", found)
     swept = json.loads((found / "strengths.json").read_text(encoding="utf-8"))["strengths"]
     curve = read_curve(trained)

@@ -28,29 +28,35 @@ def equal_on(subject: str) -> Chosen:
     return choose
 
 
-def report(results: Sequence[Result], reference: int, steps: int) -> str:
-    """Return both tables with an explanation. The first of `results` must be a run of plain fine-tuning."""
+def report(family: str, results: Sequence[Result], reference: int, steps: int) -> str:
+    """Return both tables of a family, with an explanation. The first of `results` must be a plain run."""
     seeds = sorted({result["seed"] for result in results})
-    tables = [_markdown(_rows(_by_variant(results), equal_on(subject))) for subject in ("cats", "new_cats")]
+    tables = [_markdown(_rows(_by_variant(results), equal_on(subject))) for subject in ("subject", "new")]
     return f"""\
+### {family}
+
 Means over the seeds {", ".join(map(str, seeds))}, ± standard deviations where a method has several. Losses are
 multiples of the base's. The drift is the one of tools/evaluate.py.
 
-At the loss on the trained cats of plain fine-tuning after {reference} steps. The strength is the lowest with this loss
-after {steps} steps; if there is none, the step is the first with it at strength 1:
+At the loss on the trained images of plain fine-tuning after {reference} steps. The strength is the lowest with this
+loss after {steps} steps; if there is none, the step is the first with it at strength 1:
 
 {tables[0]}
 
-At its loss on the new cats:
+At its loss on the new images:
 
 {tables[1]}
 """
 
 
-def summary(results: Sequence[Result], family: str) -> dict[str, Any]:
+def summary(families: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     """Return the content of forgetting.json: per family and method, means and deviations at equal learning."""
-    methods = {name: _summary_of(runs, results) for name, runs in _by_variant(results).items()}
-    return {"commit": results[0]["commit"], "families": {family: methods}}
+    methods = {
+        family: {name: _summary_of(runs, results) for name, runs in _by_variant(results).items()}
+        for family, results in families.items()
+    }
+    first = next(result for results in families.values() for result in results)
+    return {"commit": first["commit"], "families": methods}
 
 
 def _summary_of(runs: Sequence[Result], results: Sequence[Result]) -> dict[str, Any]:
@@ -59,7 +65,7 @@ def _summary_of(runs: Sequence[Result], results: Sequence[Result]) -> dict[str, 
         "prior_data": runs[0]["prior_samples"],
         "commits": sorted({run["commit"] for run in runs}),
     }
-    for name, subject in (("", "cats"), ("new_", "new_cats")):
+    for name, subject in (("", "subject"), ("new_", "new")):
         chosen = equal_on(subject)
         points = [chosen(run) for run in runs]
         content[f"{name}learnt"] = all(reached for _, reached in points)
@@ -80,8 +86,8 @@ def _values(results: Sequence[Result]) -> dict[str, Value]:
     return {
         "steps": lambda _, point: point["step"],
         "strength": lambda _, point: point["strength"],
-        "trained_loss": lambda _, point: point["cats"]["loss_ratio"],
-        "new_loss": lambda _, point: point["new_cats"]["loss_ratio"],
+        "trained_loss": lambda _, point: point["subject"]["loss_ratio"],
+        "new_loss": lambda _, point: point["new"]["loss_ratio"],
         "neighbours_drift": lambda _, point: point["near"]["drift"],
         "neighbours_drift_ratio": ratio("near"),
         "neighbours_loss": lambda _, point: point["near"]["loss_ratio"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,30 @@ from ldm.util import UserError
 
 RELEASE, CONFIG = Path("data/base/emoji.safetensors"), "demo_tiny_release.yaml"
 SAMPLING = ("--steps", 20, "--scale", 3, "--sampler", "dpm_solver", "--batch-size", 16)
-_REST = 40  # images without an animal, and the upper limit of animals outside the neighbours and the prior
+_REST = 40  # images outside the neighbours' group, and the upper limit of those in it that no prior has
 _SAMPLED = ("--seed", 1000, *SAMPLING)
 _TEACHER = ("--teacher", 16)  # timesteps per image
+
+
+@dataclass(frozen=True)
+class Family:
+    """Subject that the base does not know, and what the base knows near it.
+
+    Args:
+        name: the folder of the subject's images, in `data`.
+        neighbours: key of the neighbours in `data/emoji/metadata.jsonl`.
+        group: the group of that file that most neighbours belong to.
+    """
+
+    name: str
+    neighbours: str
+    group: str
+
+
+FAMILIES = {
+    "cats": Family("cats", "cat_neighbour", "animals"),
+    "clocks": Family("clocks", "clock_neighbour", "things"),
+}
 
 
 def shards(folder: Path, name: str) -> str:
@@ -24,8 +46,8 @@ def shards(folder: Path, name: str) -> str:
     return f"{folder}/shards/{name}/*.tar"
 
 
-def write_sets(folder: Path) -> None:
-    """Pre-encode the image sets and make the priors that are not in `folder` yet.
+def write_sets(folder: Path, family: Family) -> None:
+    """Pre-encode the image sets of a family and make the priors that are not in `folder` yet.
 
     Raises:
         UserError: the existing sets were made with another base.
@@ -35,24 +57,24 @@ def write_sets(folder: Path) -> None:
         raise UserError(f"{folder}: made with another {RELEASE}; give another --folder")
     write_text(digest, made_with)
     release = ("--ckpt", RELEASE, "--config", CONFIG)
-    for name, (source, entries) in _image_sets().items():
+    for name, (source, entries) in _image_sets(family).items():
         if not _is_whole(folder / "shards" / name):
             images = _copy_images(source, entries, folder / "images" / name)
             options = ("--size", 64, "--out", f"{folder}/shards/{name}/%06d.tar", "--overwrite", "--num-workers", 0)
             call("tools/preencode.py", *release, "--images", images, *options)
-    for name, captions in _prior_captions().items():
+    for name, captions in _prior_captions(family).items():
         write_text("".join(caption + "\n" for caption in captions), folder / f"{name}.txt")
-    for name, source in _priors(folder).items():
+    for name, source in _priors(folder, family).items():
         if not _is_whole(folder / "shards" / name):
             call("tools/make_prior.py", *release, *source, "--out", f"{folder}/shards/{name}/%06d.tar", "--overwrite")
 
 
-def _priors(folder: Path) -> dict[str, tuple[object, ...]]:
+def _priors(folder: Path, family: Family) -> dict[str, tuple[object, ...]]:
     """Return the source and the teacher of each set that `make_prior.py` makes, in options."""
-    animals, others, known = (("--from-file", folder / f"{name}.txt") for name in _prior_captions())
+    kin, others, known = (("--from-file", folder / f"{name}.txt") for name in _prior_captions(family))
     return {
-        "generated": (*animals, "--n", 2, *_SAMPLED),
-        "generated_taught": (*animals, "--n", 2, *_SAMPLED, *_TEACHER),
+        "generated": (*kin, "--n", 2, *_SAMPLED),
+        "generated_taught": (*kin, "--n", 2, *_SAMPLED, *_TEACHER),
         "real_taught": ("--shards", shards(folder, "real"), *_TEACHER),
         "others_taught": (*others, *_SAMPLED, *_TEACHER),
         "known_taught": (*known, *_SAMPLED, *_TEACHER),
@@ -66,22 +88,22 @@ def _priors(folder: Path) -> dict[str, tuple[object, ...]]:
             "--null-share",
             0,
         ),
-        "cats_taught": ("--shards", shards(folder, "cats"), "--teacher", 64),
+        "subject_taught": ("--shards", shards(folder, "subject"), "--teacher", 64),
     }
 
 
-def _prior_captions() -> dict[str, list[str]]:
+def _prior_captions(family: Family) -> dict[str, list[str]]:
     """Return the captions of each prior.
 
-    `animals` are those of the real prior. `others` are of every kind, and have none of an image that is measured.
+    `kin` are those of the real prior. `others` are of every kind, and have none of an image that is measured.
     `known` has the neighbours, measured ones included, as a user would ask for them, and captions of every kind.
     """
-    sets, known = _image_sets(), _read_metadata(Path("data/emoji"))
-    measured = {entry["text"] for name in ("near", "animals", "rest") for entry in sets[name][1]}
+    sets, known = _image_sets(family), _read_metadata(Path("data/emoji"))
+    measured = {entry["text"] for name in ("near", "kin", "rest") for entry in sets[name][1]}
     free = [entry["text"] for entry in known if entry["text"] not in measured]
-    near = [entry["text"] for entry in known if entry.get("cat_neighbour")]
+    near = [entry["text"] for entry in known if entry.get(family.neighbours)]
     return {
-        "animals": [entry["text"] for entry in sets["real"][1]],
+        "kin": [entry["text"] for entry in sets["real"][1]],
         "others": free[::4],
         "known": near + [caption for caption in free[1::4] if caption not in near],
     }
@@ -92,22 +114,26 @@ def count_samples(folder: Path, name: str) -> int:
     return json.loads((folder / "shards" / name / "index.json").read_text(encoding="utf-8"))["samples"]
 
 
-def _image_sets() -> dict[str, tuple[Path, list[dict[str, Any]]]]:
-    """Return folder and `metadata.jsonl` entries per set. `real` is a prior and contains `near_prior`."""
-    cats, emoji = Path("data/cats"), Path("data/emoji")
-    subject, known = _read_metadata(cats), _read_metadata(emoji)
-    near = [entry for entry in known if entry.get("cat_neighbour")]
-    animals = [entry for entry in known if entry["group"] == "animals" and not entry.get("cat_neighbour")]
-    others = [entry for entry in known if entry["group"] != "animals"]
+def _image_sets(family: Family) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    """Return folder and `metadata.jsonl` entries per set. `real` is a prior and contains `near_prior`.
+
+    `kin` is of the neighbours' group without neighbours, and `rest` of the other groups.
+    """
+    images, emoji = Path("data") / family.name, Path("data/emoji")
+    subject, known = _read_metadata(images), _read_metadata(emoji)
+    near = [entry for entry in known if entry.get(family.neighbours)]
+    distant = [entry for entry in known if not entry.get(family.neighbours)]
+    kin = [entry for entry in distant if entry["group"] == family.group]
+    others = [entry for entry in distant if entry["group"] != family.group]
     new = subject[2::3]
     return {
-        "cats": (cats, [entry for entry in subject if entry not in new]),
-        "new_cats": (cats, new),
+        "subject": (images, [entry for entry in subject if entry not in new]),
+        "new": (images, new),
         "near": (emoji, near[1::2]),
         "near_prior": (emoji, near[::2]),
-        "animals": (emoji, animals[1::2][:_REST]),
+        "kin": (emoji, kin[1::2][:_REST]),
         "rest": (emoji, others[:: len(others) // _REST][:_REST]),
-        "real": (emoji, near[::2] + animals[::2]),
+        "real": (emoji, near[::2] + kin[::2]),
     }
 
 

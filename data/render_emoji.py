@@ -1,6 +1,6 @@
 """Renderer of the emoji that `metadata.jsonl` lists: 64x64 RGB PNGs on white, written next to that file.
 
-    python data/render_emoji.py data/emoji data/cats
+    python data/render_emoji.py data/emoji data/cats data/clocks
 
 The font is version 2.042 of Noto Color Emoji, from the Debian package fonts-noto-color-emoji. With this font and the
 Pillow version in constraints.txt, the output equals the committed files byte for byte.

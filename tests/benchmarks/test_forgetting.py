@@ -23,37 +23,40 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-def test_what_is_measured_is_not_trained_on(module: Any) -> None:
-    described = module("forgetting_sets")._image_sets()
-    sets = {name: {entry["file_name"] for entry in entries} for name, (_, entries) in described.items()}
-    assert (len(sets["cats"]), len(sets["new_cats"])) == (7, 3)
-    assert all(len(sets[name]) >= 10 for name in ("near", "near_prior", "animals", "rest", "real"))
-    for trained in ("cats", "real"):
-        for measured in ("new_cats", "near", "animals", "rest"):
-            assert not sets[trained] & sets[measured], (trained, measured)
-    assert sets["near_prior"] < sets["real"] and not sets["near"] & sets["animals"]
-
-
-def test_priors_have_no_caption_that_they_must_not(module: Any) -> None:
+@pytest.mark.parametrize(("name", "trained", "new"), [("cats", 7, 3), ("clocks", 8, 4)])
+def test_what_is_measured_is_not_trained_on(module: Any, name: str, trained: int, new: int) -> None:
     sets = module("forgetting_sets")
-    captions = {name: set(texts) for name, texts in sets._prior_captions().items()}
-    measured = {
-        name: {entry["text"] for entry in sets._image_sets()[name][1]} for name in ("near", "animals", "rest", "cats")
-    }
-    assert not (captions["animals"] | captions["others"]) & set().union(*measured.values())
-    assert measured["near"] < captions["known"] and not captions["known"] & (measured["rest"] | measured["cats"])
+    described = sets._image_sets(sets.FAMILIES[name])
+    sets = {name: {entry["file_name"] for entry in entries} for name, (_, entries) in described.items()}
+    assert (len(sets["subject"]), len(sets["new"])) == (trained, new)
+    assert all(len(sets[name]) >= 10 for name in ("near", "near_prior", "kin", "rest", "real"))
+    for trained_on in ("subject", "real"):
+        for measured in ("new", "near", "kin", "rest"):
+            assert not sets[trained_on] & sets[measured], (trained_on, measured)
+    assert sets["near_prior"] < sets["real"] and not sets["near"] & sets["kin"]
+
+
+@pytest.mark.parametrize("name", ["cats", "clocks"])
+def test_priors_have_no_caption_that_they_must_not(module: Any, name: str) -> None:
+    sets = module("forgetting_sets")
+    family = sets.FAMILIES[name]
+    captions = {name: set(texts) for name, texts in sets._prior_captions(family).items()}
+    images = sets._image_sets(family)
+    measured = {name: {entry["text"] for entry in images[name][1]} for name in ("near", "kin", "rest", "subject")}
+    assert not (captions["kin"] | captions["others"]) & set().union(*measured.values())
+    assert measured["near"] < captions["known"] and not captions["known"] & (measured["rest"] | measured["subject"])
 
 
 def point(step: int, strength: float, subject: float, value: float) -> dict[str, Any]:
-    """Return a point with the loss `subject` of trained and new cats, and `value` as loss and drift of the others."""
-    learnt = {name: {"loss_ratio": subject, "drift": 9.0} for name in ("cats", "new_cats")}
+    """Return a point with the loss `subject` of trained and new images, and `value` as loss and drift of the others."""
+    learnt = {name: {"loss_ratio": subject, "drift": 9.0} for name in ("subject", "new")}
     others = {name: {"loss_ratio": value, "drift": value} for name in ("near", "rest")}
     return {"step": step, "strength": strength, **learnt, **others}
 
 
 def result(variant: str, seed: int, curve: list[Any], swept: list[Any], learnt: float = 0.1) -> dict[str, Any]:
     """Return the result of a run."""
-    asked = {name: {"loss_ratio": learnt} for name in ("cats", "new_cats")}
+    asked = {name: {"loss_ratio": learnt} for name in ("subject", "new")}
     start = point(0, 1.0, 1.0, 1.0)
     own = {"curve": [start, *curve], "swept": swept, "learnt": asked}
     return {"variant": variant, "seed": seed, "commit": "abc", "prior_samples": 5, **own}
@@ -72,7 +75,7 @@ def runs() -> list[dict[str, Any]]:
 
 def test_the_tables_by_hand(module: Any) -> None:
     """The ratios of the other are 0.5 and 0.25: 0.375 ± 0.18."""
-    text = module("forgetting_report").report(runs(), 100, 200)
+    text = module("forgetting_report").report("cats", runs(), 100, 200)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     head, _, plain, other, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     rows = [dict(zip(head, cells, strict=True)) for cells in (plain, other)]
@@ -86,12 +89,12 @@ def test_the_tables_by_hand(module: Any) -> None:
 
 def test_the_summary_by_hand(module: Any) -> None:
     report = module("forgetting_report")
-    content = report.summary(runs(), "cats")
+    content = report.summary({"cats": runs()})
     other = content["families"]["cats"]["other"]
     assert content["commit"] == "abc" and other["seeds"] == [0, 1] and other["prior_data"] == 5
     assert other["learnt"] is True and other["neighbours_drift_ratio"] == pytest.approx(0.375)
     assert other["neighbours_drift_ratio_deviation"] == pytest.approx(0.1768, abs=1e-4)
     never = result("never", 0, [point(200, 1.0, 0.3, 0.7)], [point(200, 1.0, 0.3, 0.6)])
-    of_never = report.summary([*runs(), never], "cats")["families"]["cats"]["never"]
+    of_never = report.summary({"cats": [*runs(), never]})["families"]["cats"]["never"]
     assert of_never["learnt"] is False and of_never["neighbours_drift_ratio"] == pytest.approx(3.5)
     assert of_never["neighbours_drift_ratio_deviation"] is None

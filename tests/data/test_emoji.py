@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 DATA = Path(__file__).parents[2] / "data"
-FOLDERS = ["emoji", "cats"]
+FOLDERS = ["emoji", "cats", "clocks"]
 
 
 def read(folder: str) -> list[dict]:
@@ -43,7 +43,7 @@ def test_metadata_and_images_match(folder):
 
 
 def test_captions_are_unique_plain_lower_case():
-    everything = captions("emoji") + captions("cats")
+    everything = [caption for folder in FOLDERS for caption in captions(folder)]
     assert [caption for caption, count in Counter(everything).items() if count > 1] == []
     assert [caption for caption in everything if caption != " ".join(caption.lower().split())] == []
 
@@ -67,6 +67,14 @@ def test_the_training_set_has_no_cat():
     assert [row["text"] for row in read("emoji") if cats & set(row["codepoints"].split())] == []
     assert [caption for caption in captions("emoji") if {"cat", "kitten", "tom", "kitty"} & set(caption.split())] == []
     assert {row["codepoints"] for row in read("cats")} == cats - {"1F408"}
+
+
+def test_the_training_set_has_no_clock_face():
+    clocks = {f"{point:X}" for point in range(0x1F550, 0x1F568)}
+    assert [row["text"] for row in read("emoji") if clocks & set(row["codepoints"].split())] == []
+    assert [row["codepoints"] for row in read("clocks")] == [f"{point:X}" for point in range(0x1F550, 0x1F55C)]
+    neighbours = {row["text"] for row in read("emoji") if row.get("clock_neighbour")}
+    assert len(neighbours) == 20 and {"alarm clock", "wristwatch", "stopwatch"} < neighbours
 
 
 def test_images_are_filled_and_differ():
