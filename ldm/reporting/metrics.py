@@ -47,19 +47,19 @@ class Metrics:
 def read_metrics(folder: Path, problems: list[str]) -> Metrics:
     """Return the metrics of the run in `folder`, and add a line to `problems` for each damaged file.
 
-    A later start of the run replaces the values of earlier ones from its first step on.
+    A later start of the run replaces the values of earlier ones from its first value on. A start without values, such
+    as one that has just begun, replaces none.
     """
     values: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("csv/*/metrics.csv"), key=_order):
         rows = _read_rows(path, path.relative_to(folder), problems)
-        first = min((step for step, _ in rows), default=0)
-        for name in values:
-            values[name] = {step: value for step, value in values[name].items() if step < first}
+        first = min((_finished(name, step) for step, row in rows for name in row), default=None)
+        for name, found in values.items() if first is not None else ():
+            values[name] = {step: value for step, value in found.items() if _finished(name, step) < first}
         for step, row in rows:
             for name, value in row.items():
                 values.setdefault(name, {})[step] = value
-    # Losses of training have the number of their step, from 0. All others have at most the number of finished steps.
-    ends = (max(found) + name.startswith(_TRAINING) for name, found in values.items() if found)
+    ends = (_finished(name, max(found)) for name, found in values.items() if found)
     metrics = Metrics(steps=max(ends, default=0))
     for name in sorted(values):
         found = sorted(values[name].items())
@@ -69,6 +69,11 @@ def read_metrics(folder: Path, problems: list[str]) -> Metrics:
         if len(finite) < len(found):
             metrics.not_finite[name] = [step for step, value in found if not _is_finite(value)]
     return metrics
+
+
+def _finished(name: str, step: int) -> int:
+    """Return the finished steps at a value. Losses of training have the number of their step, from 0 on."""
+    return step + name.startswith(_TRAINING)
 
 
 def _order(path: Path) -> tuple[int, str]:

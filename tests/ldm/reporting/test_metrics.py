@@ -24,6 +24,24 @@ def test_read_metrics_replaces_steps_that_a_resumed_run_repeated(tmp_path: Path)
     assert read_metrics(tmp_path, []).series["train/loss_simple"] == ([0, 5], [1.0, 4.0])
 
 
+def test_read_metrics_keeps_the_values_if_the_last_start_has_none(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 0, METRICS)
+    before = read_metrics(tmp_path, [])
+    for version, text in ((1, ""), (2, "epoch,step,train/loss_simple\n"), (3, "epoch,step\n0,0\n")):
+        path = write_metrics(tmp_path, version, {})
+        path.write_text(text)
+        assert read_metrics(tmp_path, []) == before
+
+
+def test_read_metrics_keeps_the_validation_before_a_resume(tmp_path: Path) -> None:
+    """Validation after 2 steps comes before the loss of the step with the number 2."""
+    write_metrics(tmp_path, 0, {1: (1.0, None), 2: (9.0, 0.5), 3: (9.0, None)})
+    write_metrics(tmp_path, 1, {2: (3.0, None), 4: (4.0, 0.25)})
+    series = read_metrics(tmp_path, []).series
+    assert series["train/loss_simple"] == ([1, 2, 4], [1.0, 3.0, 4.0])
+    assert series["val/loss_simple"] == ([2, 4], [0.5, 0.25])
+
+
 def test_read_metrics_leaves_out_damaged_lines(tmp_path: Path) -> None:
     path = write_metrics(tmp_path, 0, METRICS)
     path.write_text(path.read_text() + "0,x,0.1,\n0,3,0.\0,\n0,4")
