@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.util import UserError
+from ldm.util import UserError, escaped
 
 ROOT = Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"\w[\w.-]{0,79}", re.ASCII)
@@ -31,7 +31,7 @@ def shown(steps: Sequence[Step]) -> str:
     """Return the commands of `steps` for a shell. If there are several, each has its title before it as a comment."""
     if len(steps) == 1:
         return str(steps[0])
-    return "\n\n".join(f"# {step.title}\n{step}" for step in steps)
+    return "\n\n".join(f"# {escaped(step.title)}\n{step}" for step in steps)
 
 
 @dataclass(frozen=True)

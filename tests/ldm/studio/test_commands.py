@@ -141,6 +141,11 @@ def test_shown_commands_can_be_pasted() -> None:
     assert os.popen(text).read() == "a b\n2\n"
 
 
+def test_shown_titles_are_comments_of_one_line() -> None:
+    steps = [Step("Sample from a\necho run; echo .ckpt", ("-c", "print(1)"))] * 2
+    assert [line[0] for line in shown(steps).splitlines() if line] == ["#", "p", "#", "p"]
+
+
 TOOL_WORDS = [
     inspect_words(AWKWARD, 64, Path("out.json")),
     plan_words(replace(RECIPE, overrides=("model.params.a=1",), size=64), 8, 16),
