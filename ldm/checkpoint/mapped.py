@@ -203,7 +203,8 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():
         return tensor
     address = tensor.data_ptr()
-    source = next((s for s in _SOURCES.values() if s.start <= address < s.start + s.state[0]), None)
+    sources = tuple(_SOURCES.values())  # a thread that writes a checkpoint reads them while others open files
+    source = next((s for s in sources if s.start <= address < s.start + s.state[0]), None)
     if source is None:
         return tensor
     last = sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -15,6 +15,7 @@ from ldm.checkpoint import (
     in_memory,
     load_into,
     load_state_dict,
+    mapped,
     open_checkpoint,
     save_checkpoint,
     save_state_dict,
@@ -231,3 +232,21 @@ def test_joined_is_read_when_it_is_used_and_written_as_one(path, tmp_path):
         save_state_dict({"weight": joined}, tmp_path / name)
         assert torch.equal(load_state_dict(tmp_path / name)["weight"], expected)
     assert weights_digest({"weight": joined}) == weights_digest({"weight": expected})
+
+
+def test_in_memory_while_another_thread_opens_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is written in a thread while callbacks open releases."""
+    sources: dict[int, object] = {}
+
+    class Opening:
+        state = (0, 0)
+
+        @property
+        def start(self) -> int:
+            sources[len(sources)] = self
+            return 0
+
+    sources[0] = Opening()
+    monkeypatch.setattr(mapped, "_SOURCES", sources)
+    tensor = torch.ones(3)
+    assert in_memory(tensor) is tensor
