@@ -176,10 +176,12 @@ class DDPM(TrainingSteps, InitialWeights, GaussianDiffusion, KeepsTypes, pl.Ligh
         per_sample = samples.of_elements(error)  # (B,)
         self.sample_losses = (t, per_sample.detach())
         split, mean, loss_mean = "train" if self.training else "val", samples.training_mean, samples.loss_mean
+        unbiased = per_sample
         if self.training:
             mean, loss_mean = (self.timestep_distribution.unbiased(self, each, t) for each in (mean, loss_mean))
+            unbiased = self.timestep_distribution.unbiased(self, lambda values: values, t)(per_sample)
             self.timestep_distribution.observe(self, self.weighting.of_samples(self, per_sample, t), t)
-        logged = {f"{split}/loss_simple": mean(per_sample), **samples.logged(per_sample, split)}
+        logged = {f"{split}/loss_simple": mean(per_sample), **samples.logged(unbiased, split)}
         logged |= self.weighting.logged(self, per_sample, t, mean, split)
         logged[f"{split}/loss_vlb"] = mean(self.lvlb_weights[t] * per_sample)
         logged[f"{split}/loss"] = loss = self.weighting.loss(self, per_sample, t, loss_mean)

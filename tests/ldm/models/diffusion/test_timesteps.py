@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.preservation import Prior
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.models.diffusion.timesteps import CosMap, LogNormal, LossAware, Mode, Split, Uniform
 from ldm.util import UserError
@@ -160,6 +161,12 @@ def test_loss_aware_corrects_the_loss_of_the_model(make_model: ModelFactory) -> 
     assert loss.item() == logged["train/loss_simple"].item() == pytest.approx(2.0)
     assert model.timestep_losses[:2, 0].tolist() == pytest.approx([2.9, 1.1])
     assert not [key for key in model.state_dict() if "timestep" in key]
+    model.timestep_losses[:2, 0] = torch.tensor([3.0, 1.0])  # densities 1.45 and 0.55
+    prior = Prior(torch.tensor([False, True]), weight=0.5)
+    zeros = torch.zeros(2, 4, 8, 8)
+    loss, logged = model.training_loss(errors[:, None, None, None].expand(2, 4, 8, 8), zeros, t, prior)
+    assert logged["train/loss_prior"].item() == pytest.approx(2.0)
+    assert loss.item() == pytest.approx(2.0 + 0.5 * 2.0)
 
 
 @pytest.mark.parametrize(
