@@ -80,6 +80,34 @@ def test_checkpoints_written_in_the_background_resume_exactly(train, tmp_path, m
     assert_same_training(the_run(tmp_path / "straight"), resumed.parent)
 
 
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ("", 6),  # at the end of an epoch
+        ("data.params.val_urls=shards/s-000000.tar --val_check_interval 4", 4),  # within it
+        ("--accumulate_grad_batches 2 data.params.val_urls=shards/s-000000.tar --val_check_interval 3", 1),
+    ],
+    ids=["at an epoch's end", "within an epoch", "between the batches of a step"],
+)
+def test_a_run_that_ends_early_saves_its_last_step(train, tmp_path, options, step):
+    """At `max_time`, by early stopping: the run ends between two checkpoints. It resumes exactly."""
+    rare = f"lightning.modelcheckpoint.params.every_n_train_steps=1000 {options}"
+    early = " ".join(
+        f"lightning.callbacks.early.{setting}"
+        for setting in (
+            "target=pytorch_lightning.callbacks.EarlyStopping",
+            f"params.monitor={'val' if 'val_urls' in options else 'train'}/loss_simple",
+            "params.stopping_threshold=1e9",
+        )
+    )
+    train(f"-l straight --max_steps 8 {rare}")
+    train(f"-l resumed --max_steps 8 {rare} {early}")
+    resumed = the_run(tmp_path / "resumed")
+    assert state(resumed / "checkpoints" / "last.ckpt")["global_step"] == step
+    train(f"--resume {resumed} --max_steps 8 lightning.callbacks.early=null")
+    assert_same_training(the_run(tmp_path / "straight"), resumed)
+
+
 def test_a_fresh_run_resumes_with_shards_of_another_encoder(train, tmp_path, caplog):
     write_index(tmp_path / "shards", autoencoder="0" * 64)
     assert train(f"--max_steps 4 {sending(2, signal.SIGINT)}") == 0

@@ -130,6 +130,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.requests.training = False
+        # `_is_end` knows the last step of `max_steps` and `max_epochs`, but not that of `max_time` or early stopping.
+        if self.periodic and self._progress:
+            self._save_last_step(trainer, needed=True)
         self._finish_writing()
         self._stopping = self._agree(trainer, self.requests.stop is not None)
         self._stop_if_asked()
@@ -143,13 +146,18 @@ class LastCheckpoint(Checkpoint):
         # Processes can only save together. Without a step since the start, there is nothing new.
         together = trainer.world_size == 1 or isinstance(exception, FailedTogether)
         if isinstance(exception, UserError) and together and self.periodic and self._progress:
-            self._is_late = True
-            self._save(trainer, announce=True)
+            self._save_last_step(trainer, announce=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._is_late:
             checkpoint["epoch"] = self._progress["epoch"]
             checkpoint["loops"] |= self._progress["loops"]
+
+    def _save_last_step(self, trainer: Trainer, announce: bool = False, needed: bool = False) -> None:
+        """Save the state of the last step, after which other hooks and batches have come."""
+        self._is_late = True
+        self._save(trainer, announce, needed)
+        self._is_late = False
 
     @staticmethod
     def _is_end(trainer: Trainer) -> bool:

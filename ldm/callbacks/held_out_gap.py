@@ -9,9 +9,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ldm.callbacks.timestep_sums import add_losses
+from ldm.callbacks.timestep_sums import add_losses, training_samples
 from ldm.distributed.collectives import mean_over_processes
-from ldm.shards.sample import IS_PRIOR
 from ldm.util import check_number
 
 
@@ -52,10 +51,9 @@ class HeldOutGap(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.enable_validation:
-            prior = batch.get(IS_PRIOR) if isinstance(batch, dict) else None
             if self._training is not None:
                 self._training *= self.kept
-            counted = None if prior is None else ~prior
+            counted = training_samples(batch)
             self._training = add_losses(self._training, pl_module, self.bins, counted, finite=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ldm.callbacks.timestep_sums import add_losses
+from ldm.callbacks.timestep_sums import add_losses, training_samples
 from ldm.distributed.collectives import mean_over_processes
 from ldm.util import check_number
 
@@ -16,7 +16,8 @@ class TimestepLosses(Callback):
     """Callback that logs `train/loss_t<first>_<last>` and `val/loss_t<first>_<last>`, mean losses by band of timesteps.
 
     The loss depends much more on the timestep than on the model, so a band shows progress that the whole loss hides.
-    The mean of training is over the samples of the first process since the previous log, every `log_every_n_steps`.
+    The mean of training is over the samples of the first process since the previous log, every `log_every_n_steps`,
+    without those of a prior.
     That of validation is over all held-out samples, with the weights and not their average; it needs no further pass
     through the model. A band without samples is left out. Losses are summed on the device, so that no other step waits
     for them.
@@ -43,7 +44,7 @@ class TimestepLosses(Callback):
     ) -> None:
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        self._training = add_losses(self._training, pl_module, self.bands)
+        self._training = add_losses(self._training, pl_module, self.bands, training_samples(batch))
         every, step = trainer.log_every_n_steps, trainer.global_step
         if self._training is not None and every and step % every == 0 and step != self._logged:
             self._logged = step

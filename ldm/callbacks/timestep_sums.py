@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
+
+from ldm.shards.sample import IS_PRIOR
+
+
+def training_samples(batch: Any) -> Tensor | None:
+    """Return True for the samples of a training `batch` that are not of a prior, bool (B,), or None for all."""
+    prior = batch.get(IS_PRIOR) if isinstance(batch, dict) else None
+    return None if prior is None else ~prior
 
 
 def add_losses(

@@ -48,6 +48,15 @@ def test_timestep_losses_logs_the_mean_of_each_band_over_a_validation() -> None:
     assert logged == [{"val/loss_t0_3": 1.0, "val/loss_t7_9": 4.0}, {"val/loss_t0_3": 2.0, "val/loss_t7_9": 3.0}]
 
 
+def test_timestep_losses_leaves_out_samples_of_a_prior() -> None:
+    logger = Logger()
+    trainer = SimpleNamespace(global_step=1, is_global_zero=True, loggers=[logger], log_every_n_steps=1)
+    model = SimpleNamespace(num_timesteps=10, sample_losses=(torch.tensor([0, 1, 9]), torch.tensor([1.0, 5.0, 7.0])))
+    batch = {"is_prior": torch.tensor([False, True, True])}
+    TimestepLosses(bands=2).on_train_batch_end(trainer, model, None, batch, 0)
+    assert logger.logged == [(0, {"train/loss_t0_4": 1.0})]
+
+
 def test_timestep_losses_refuses_no_bands() -> None:
     with pytest.raises(UserError, match="bands"):
         TimestepLosses(bands=0)
