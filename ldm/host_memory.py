@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
 
 
-def return_freed_memory() -> bool:
-    """Return freed memory of this process to the system. Return False if the C library is not glibc.
+def return_freed_memory() -> None:
+    """Return freed memory of this process to the system, if the C library is glibc.
 
     Otherwise, glibc may keep blocks of up to 32 MiB, such as those of Pillow's images, until the blocks allocated after
     them are freed.
@@ -31,7 +31,6 @@ def return_freed_memory() -> bool:
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
-    return malloc_trim is not None
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

@@ -17,10 +17,9 @@ class TimestepLosses(Callback):
 
     The loss depends much more on the timestep than on the model, so a band shows progress that the whole loss hides.
     The mean of training is over the samples of the first process since the previous log, every `log_every_n_steps`,
-    without those of a prior.
-    That of validation is over all held-out samples, with the weights and not their average; it needs no further pass
-    through the model. A band without samples is left out. Losses are summed on the device, so that no other step waits
-    for them.
+    without those of a prior. That of validation is over all held-out samples, with the weights and not their average;
+    it needs no further pass through the model. A band without samples is left out. Losses are summed on the device, so
+    that no other step waits for them.
 
     Args:
         bands: number of bands of equal width.

@@ -140,8 +140,7 @@ def _read(ckpt: str | Path) -> tuple[Shapes, str | None]:
     opened = open_checkpoint(ckpt)
     named = in_our_names(weights_of(opened.content, ckpt))
     shapes = shapes_of(named.with_carried())
-    has_unet = has_part(named.weights, MODEL) or has_part(named.weights, EMA)
-    has_unet = has_unet and not is_lora(named.file)
+    has_unet = any(has_part(named.weights, part) for part in (MODEL, EMA)) and not is_lora(named.file)
     found = other_architecture(named.file) or (None if has_unet else other_kind(named.file))
     if found:  # no config would help
         raise UserError(f"{ckpt}: {found}")
