@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import open_file
+from ldm.printable import redacted
 from ldm.util import UserError
 
 EVENTS = "events.jsonl"  # in the run folder
@@ -38,7 +39,7 @@ class EventLog:
         self._warnings = 0
 
     def add(self, kind: str, **values: Any) -> None:
-        """Add an event of the present time and step. Texts and lists are shortened."""
+        """Add an event of the present time and step. Texts and lists are shortened, and secrets are hidden."""
         content = {"time": datetime.now().isoformat(timespec="seconds"), "kind": kind, "step": self.step}
         self._waiting.append(json.dumps(content | {key: _short(value) for key, value in values.items()}))
         self.flush()
@@ -85,7 +86,7 @@ def _short(value: Any) -> Any:
         return {str(key)[:_MOST_LETTERS]: _short(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_short(part) for part in value[:_MOST_WORDS]]
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)[:_MOST_LETTERS]
+    return value if value is None or isinstance(value, (bool, int, float)) else redacted(str(value))[:_MOST_LETTERS]
 
 
 class _Handler(logging.Handler):

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm.locks import is_running, process_namespace, process_start, short_name
-from ldm.util import UserError, escaped
+from ldm.printable import escaped
+from ldm.util import UserError
 
 # Size limit of a member of a sample, in bytes. A sparse file can claim terabytes.
 MOST_IN_MEMBER = 1 << 30

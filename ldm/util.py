@@ -7,7 +7,6 @@ import importlib
 import inspect
 import logging
 import math
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.moved_targets import current_path, hint_for_key, hint_for_missing_module, hint_for_target, without_unused_keys
+from ldm.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -44,28 +44,16 @@ _CONFIG_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 # Config values for which nothing is built; the model handles them.
 _MARKERS = ("__is_first_stage__", "__is_unconditional__")
 
-# Control characters, line ends and marks of text direction; and surrogates, which represent undecodable bytes of file
-# names and cannot be printed.
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-
-
-def escaped(text: str, keep: str = "") -> str:
-    """Return `text` with control characters escaped, such as `\\x1b`, except for those in `keep`."""
-
-    def written(found: re.Match[str]) -> str:
-        return found[0] if found[0] in keep else repr(found[0])[1:-1]
-
-    return _UNPRINTABLE.sub(written, text)
-
 
 class UserError(ValueError):
     """Error in user input. The message is one line that names the file, key or value and the remedy.
 
-    The message may contain unescaped names from files. `str` escapes control characters and line ends.
+    The message may contain unescaped names from files, and secrets. `str` escapes control characters and line ends, and
+    hides the secrets.
     """
 
     def __str__(self) -> str:
-        return escaped(super().__str__())
+        return printable(super().__str__())
 
 
 @contextmanager

@@ -46,6 +46,7 @@ ROOMS = (
     "ldm.locks",
     "ldm.util",
     "ldm.moved_targets",
+    "ldm.printable",
 )
 # Libraries that a room does without.
 FORBIDDEN = {

@@ -54,6 +54,19 @@ def test_a_run_keeps_no_value_of_the_environment(train, tmp_path, secret, typed)
     assert sorted(logged(run, "train/loss")) == [0, 1, 2] and holding(run, SECRET) == []
 
 
+def test_a_run_keeps_no_password_that_is_typed(train, tmp_path):
+    shards = f"data.params.training_urls=pipe:cat {tmp_path}/shards/s-000000.tar && : --user me:{SECRET}"
+    line = "--max_steps 2 lightning.callbacks.image_logger.params.disabled=False"
+    line += f" data.params.null_cond_path={tmp_path}/shards/null.t5.npy"
+    assert train([*line.split(), shards]) == 0
+    run = the_run(tmp_path / "logs")
+    assert holding(run, SECRET) == []
+    with pytest.raises(UserError, match=r"^data\.params\.training_urls: the run has not saved its password; type "):
+        train(f"--resume {run} --max_steps 3 --trust-config")
+    assert train([*f"--resume {run} --max_steps 3".split(), shards]) == 0
+    assert sorted(logged(run, "train/loss")) == [0, 1, 2] and holding(run, SECRET) == []
+
+
 def test_the_command_to_resume_names_trust_config_if_needed(train, tmp_path, secret, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     begin = StepSeeds.on_train_batch_start

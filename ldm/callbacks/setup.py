@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.callbacks.tolerance import Tolerance
 from ldm.files import atomic_write
+from ldm.printable import without_secrets
+
+log = logging.getLogger(__name__)
 
 
 class SetupCallback(Callback):
     """Callback that makes `logdir`, `ckptdir` and `cfgdir`, and saves the configs in `cfgdir`.
 
     `<now>-project.yaml` holds model and data, `<now>-lightning.yaml` the section `lightning`. `--resume` merges both.
-    Values from the environment are saved as `${oc.env:NAME}`. The configs are saved after the first step, so that a
-    config that cannot train does not block a later resume.
+    Values from the environment are saved as `${oc.env:NAME}`, and typed secrets as `<hidden>`: a resume needs them
+    again. The configs are saved after the first step, so that a config that cannot train does not block a later resume.
     """
 
     def __init__(
@@ -51,5 +55,9 @@ class SetupCallback(Callback):
             self._saved = True
 
     def _save(self, name: str, config: DictConfig) -> None:
+        written = OmegaConf.to_container(config)
+        saved = without_secrets(written)
+        if saved != written:
+            log.info("Passwords and keys in configs are not saved; to resume, type them again or use ${oc.env:NAME}.")
         with atomic_write(self.cfgdir / f"{self.now}-{name}.yaml") as path:
-            OmegaConf.save(config, path)
+            OmegaConf.save(OmegaConf.create(saved), path)

@@ -18,7 +18,8 @@ from types import FrameType
 
 from ldm.cli.streams import tolerant_streams
 from ldm.files import exit_on_bus_error, leave_closed_terminal
-from ldm.util import UserError, escaped
+from ldm.printable import escaped, printable
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def _run(main: Callable[[], None]) -> None:
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(escaped(f"error: {where}{error.strerror or error}"))
+        sys.exit(printable(f"error: {where}{error.strerror or error}"))
     except MemoryError:
         sys.exit(f"error: {NO_MEMORY}")
     except UnicodeError as error:
@@ -102,7 +103,7 @@ class Lines(str):
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formatter that prints the message alone, with control characters escaped.
+    """Formatter that prints the message alone, without secrets and with control characters escaped.
 
     Text from files and configs thus cannot move the cursor or begin a line. Line ends are kept in the format string and
     in arguments of type `Lines`.
@@ -114,7 +115,7 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple):
             record = logging.makeLogRecord({**vars(record), "args": tuple(map(_one_line, record.args))})
-        return escaped(super().format(record), keep="\n\t")
+        return printable(super().format(record), keep="\n\t")
 
 
 def _one_line(argument: object) -> object:

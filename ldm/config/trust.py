@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.config.allowed import nearest_allowed, reason_for
 from ldm.config.external_access import external_access
 from ldm.moved_targets import current_path, hint_for_missing_module, hint_for_target, without_unused_keys
+from ldm.printable import redacted
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def check_trust(config: Any, source: str, typed: Collection[Path] = ()) -> None:
         if effect is None and path[:2] == _LOGGER and "$" in text:
             effect = "refers to an environment variable, whose value loggers insert"
         if effect is not None:
-            raise UserError(f"{source}: {text!r:.100} {effect}; {_HINT}")
+            raise UserError(f"{source}: {redacted(text)!r:.100} {effect}; {_HINT}")
 
 
 def may_look_up(target: Any, trusted: bool) -> bool:

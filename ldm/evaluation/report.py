@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ldm.evaluation.releases import SetResult
 from ldm.evaluation.statistics import CONFIDENCE, RESAMPLES, SEED, Interval, Summary, summarise
 from ldm.files import atomic_write
-from ldm.util import escaped
+from ldm.printable import escaped
 
 FORMAT_VERSION = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.util import escaped
+from ldm.printable import escaped
 
 _BAR, _WIDTH = 40, 100  # characters: longest bar, longest caption
 _SHOWN = 5  # entries per list

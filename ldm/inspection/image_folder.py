@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ldm.images.find import ImageItem
 from ldm.modules.encoders.tokenizer import ClipTokenizer
-from ldm.util import UserError, escaped
+from ldm.printable import escaped
+from ldm.util import UserError
 
 # Kinds of problems, the worst first, and their plural for a summary.
 KINDS = {

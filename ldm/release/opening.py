@@ -19,9 +19,10 @@ from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
 from ldm.checkpoint.other_models import other_architecture
 from ldm.files import is_within
+from ldm.printable import escaped
 from ldm.release.recognition import Shapes, shapes_of
 from ldm.shards.verify import file_sha256, files_sha256
-from ldm.util import UserError, escaped
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 

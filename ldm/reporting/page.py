@@ -13,12 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ldm.files import atomic_write
+from ldm.printable import escaped
 from ldm.reporting.curves import draw_comparison, draw_evaluation, draw_run, held_out_losses, training_loss
 from ldm.reporting.evaluations import Evaluation
 from ldm.reporting.run_folder import RunRecord, count_of
 from ldm.reporting.settings import differences, flat, params_of
 from ldm.reporting.training_sets import TrainingSet
-from ldm.util import escaped
 
 _HERE = Path(__file__).parent
 _MOST_MOMENTS = 300

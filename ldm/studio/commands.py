@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.util import UserError, escaped
+from ldm.printable import escaped
+from ldm.util import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"\w[\w.-]{0,79}", re.ASCII)

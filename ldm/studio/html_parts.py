@@ -8,9 +8,9 @@ from urllib.parse import urlencode
 
 from markupsafe import Markup
 
+from ldm.printable import escaped
 from ldm.studio.job_progress import Progress, duration, elapsed
 from ldm.studio.job_store import FAILED, FINISHED, KILLED, RUNNING, STOPPED, Job, JobState
-from ldm.util import escaped
 
 FILE_ROUTE = "/studio/file"  # of `ldm.studio.server`
 _WORDS = {

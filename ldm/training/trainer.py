@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -19,6 +19,7 @@ from ldm.callbacks.validation import ValidationAcrossEpochs
 from ldm.config.load import load_config, plain
 from ldm.data.base_module import BaseDataModule
 from ldm.distributed.ranks import launched
+from ldm.printable import hidden_keys
 from ldm.processor import quick_dtype
 from ldm.training.arguments import Arguments
 from ldm.training.compatibility import check_trains_as_written
@@ -66,6 +67,8 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     config = load_config([*run.saved_configs, *arguments.base], arguments.overrides, arguments.trust_config)
     if config.get("lightning") is None:  # `setdefault` of a DictConfig returns a plain default that it does not store
         config["lightning"] = {}
+    for key in hidden_keys(OmegaConf.to_container(config)):
+        raise UserError(f"{key}: the run has not saved its password; type {key}=... again, or use ${{oc.env:NAME}}")
     section = config.lightning
     for key in section:
         if key not in _LIGHTNING_KEYS:

@@ -15,7 +15,6 @@ from ldm.util import (
     UserError,
     check_number,
     check_params,
-    escaped,
     get_obj_from_str,
     instantiate_from_config,
     located,
@@ -159,26 +158,6 @@ def test_values_that_fit_are_taken() -> None:
         "levels": [3],
     }
     assert isinstance(instantiate_from_config({"target": f"{__name__}.Strict", "params": params}), Strict)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a\nb", r"a\nb"),
-        ("\x1b[2J\x07", r"\x1b[2J\x07"),
-        ("a\x85b\x9b", r"a\x85b\x9b"),
-        ("a\u2028b\u202eb\u2066", r"a\u2028b\u202eb\u2066"),
-        ("a\udcff", r"a\udcff"),
-        ("tom 🐱 – ünï\u200d \\n", "tom 🐱 – ünï\u200d \\n"),
-    ],
-)
-def test_escaped_leaves_what_a_terminal_only_shows(text: str, expected: str) -> None:
-    assert escaped(text) == expected
-    assert str(UserError(text)) == expected and UserError(text).args == (text,)
-
-
-def test_escaped_keeps_what_it_is_told_to() -> None:
-    assert escaped("a\n\tb\r", keep="\n\t") == "a\n\tb" + r"\r"
 
 
 @pytest.mark.parametrize(
