@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,34 +100,27 @@ class EditDropout(CaptionDropout):
         return sample
 
 
-class CaptionChoice:
-    """Random choice of one of a sample's captions, seeded by (seed, epoch, sample)."""
+class RandomChoice:
+    """Random choice of one of several parts of a sample, seeded by (seed, epoch, sample).
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    Args:
+        what: name of the parts in the random stream.
+        choose: `with_caption`, or `with_variant` of a latent.
+    """
 
-    def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
-        stream = random.Random(f"{self.seed}/{epoch}/{number}/caption")
-        return with_caption(sample, stream.randrange, f"sample {sample['__key__']}")
-
-
-class VariantChoice:
-    """Random choice of one of the variants of a sample's image, seeded by (seed, epoch, sample)."""
-
-    def __init__(self, latent: str, seed: int) -> None:
-        """Store the settings. `latent` is the key of the latent."""
-        self.latent = latent
-        self.seed = seed
+    def __init__(self, what: str, choose: Callable[..., dict[str, Any]], seed: int) -> None:
+        self.what, self.choose, self.seed = what, choose, seed
 
     def __call__(self, sample: dict[str, Any], epoch: int, number: int | str) -> dict[str, Any]:
-        stream = random.Random(f"{self.seed}/{epoch}/{number}/variant")
-        return with_variant(sample, self.latent, stream.randrange, f"sample {sample['__key__']}")
+        stream = random.Random(f"{self.seed}/{epoch}/{number}/{self.what}")
+        return self.choose(sample, choose=stream.randrange, name=f"sample {sample['__key__']}")
 
 
 def choices(dataset: Any, seed: int) -> list[Change]:
     """Return the choices of a variant and of a caption, if the samples of `dataset` keep several."""
-    variants = [VariantChoice(dataset.first_stage_key, seed)] if dataset.keeps_variants else []
-    return [*variants, *([CaptionChoice(seed)] if dataset.keeps_captions else [])]
+    of_variants = partial(with_variant, latent=dataset.first_stage_key)
+    variants = [RandomChoice("variant", of_variants, seed)] if dataset.keeps_variants else []
+    return [*variants, *([RandomChoice("caption", with_caption, seed)] if dataset.keeps_captions else [])]
 
 
 class InTurn:
