@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -66,31 +67,47 @@ def decode_alpha(data: bytes, name: str, lock: DecodeLock | None = None) -> np.n
     return _decoded(data, name, lock, _opacity)
 
 
-def has_transparency(data: bytes) -> bool:
-    """Return True if the image, which can be decoded, has transparent pixels."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def has_transparency(data: bytes, name: str, lock: DecodeLock | None = None) -> bool:
+    """Return True if the image has transparent pixels. An image without an alpha channel is not decoded.
+
+    Raises:
+        UserError: as `decode_image`.
+    """
+    with _opened(data, name) as image:
         if image.mode.startswith("I") or not ("A" in image.getbands() or "transparency" in image.info):
             return False
+        _load(image, lock)
         return image.convert("RGBA").getextrema()[3][0] < 255
 
 
 def _decoded(data: bytes, name: str, lock: DecodeLock | None, then: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    with _opened(data, name) as image:
+        _load(image, lock)
+        if image.format == "PNG":
+            image.info |= coding_of_png(data)
+        ImageOps.exif_transpose(image, in_place=True)
+        return then(image)
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Read the header of an image, and check the size. Errors in the block become `UserError`."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads only the header
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, data)
-            if lock is not None and image.width * image.height > LARGE:
-                lock.take()
-            image.load()
-            if image.format == "PNG":
-                image.info |= coding_of_png(data)
-            ImageOps.exif_transpose(image, in_place=True)
-            return then(image)
+            yield image
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image ({', '.join(FORMATS)})") from error
     except MemoryError as error:
         raise UserError(f"{name}: this machine has too little memory left to decode it") from error
     except Exception as error:  # on damaged files, decoders raise OSError, SyntaxError, ...
         raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _load(image: Image.Image, lock: DecodeLock | None) -> None:
+    if lock is not None and image.width * image.height > LARGE:
+        lock.take()
+    image.load()
 
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:

@@ -33,7 +33,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: no pixel of the mask is white; paint white what is to be repainted")
     mask[mask < _NEAR] = 0
     mask[mask > 1 - _NEAR] = 1
-    if mask.min() == 1 and has_transparency(data):
+    if mask.min() == 1 and has_transparency(data, str(path)):
         raise UserError(
             f"{path}: transparent pixels count as white, so that all is repainted; paint black what is kept"
         )

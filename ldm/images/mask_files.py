@@ -116,17 +116,17 @@ def _masks_in(folder: Path) -> dict[str, Path]:
 
 def _decode_mask(data: bytes, name: str, lock: DecodeLock) -> np.ndarray:
     mask = decode_grey(data, name, lock)
-    if has_transparency(data):
+    if has_transparency(data, name, lock):
         raise UserError(f"{name}: a mask with transparent pixels; save it in black, grey and white alone")
     return mask
 
 
 def _decode_alpha(data: bytes, name: str, lock: DecodeLock) -> np.ndarray | None:
-    return decode_alpha(data, name, lock) if has_transparency(data) else None
+    return decode_alpha(data, name, lock) if has_transparency(data, name, lock) else None
 
 
 def _is_transparent(item: ImageItem) -> bool:
     try:
-        return item.read(decode=lambda data, name, lock: has_transparency(data))
+        return item.read(decode=has_transparency)
     except Exception:  # a damaged image, reported when it is encoded
         return False

@@ -32,6 +32,7 @@ import torch
 
 from ldm.util import UserError
 from tests.hostile import fuzz_checkpoints as checkpoints
+from tests.hostile import fuzz_images as images
 from tests.hostile import fuzz_runs as runs
 from tests.hostile import fuzz_samples as samples
 from tests.hostile import fuzz_tables as tables
@@ -81,6 +82,7 @@ LOADERS = {
     "sizes": Loader(samples.make_sizes, samples.read_sizes, samples.load_sizes, samples.JSON),
     "crops": Loader(samples.make_sizes, samples.read_crops, samples.load_crops, samples.JSON),
     "config": Loader(samples.make_config, samples.read_config, samples.load_config, samples.YAML_TOKENS),
+    "loss mask": Loader(images.make_mask, images.read_mask, images.load_mask),
     "LoRA": Loader(runs.make_lora, runs.read_lora_file, runs.load_lora, whole=0.7),
     "prompts of a run": Loader(runs.make_prompts, runs.read_prompts, runs.load_prompts, samples.JSON, whole=0.7),
     "LoRA training": Loader(runs.make_trained_lora, runs.read_trained_lora, runs.load_trained_lora, whole=0.7),

@@ -4,9 +4,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from ldm.images.decode import decode_image
+from ldm.images.decode import decode_alpha, decode_image, has_transparency
+from ldm.images.decode_lock import DecodeLock
 from ldm.util import UserError
 
 
@@ -120,6 +121,28 @@ def test_what_is_not_a_whole_image_is_refused_in_one_line(data, message):
     with pytest.raises(UserError, match=message) as caught:
         decode_image(data, "folder/x.jpg")
     assert str(caught.value).startswith("folder/x.jpg: ") and "\n" not in str(caught.value)
+
+
+def test_has_transparency_refuses_a_tiff_whose_tiles_would_fill_the_memory():
+    image = Image.fromarray(np.zeros((32, 32, 4), np.uint8))
+    ifd = TiffImagePlugin.ImageFileDirectory_v2()
+    ifd[65000] = ifd[65001] = 1 << 20
+    data = encoded(image, "TIFF", tiffinfo=ifd)
+    for tag, name in ((65000, 322), (65001, 323)):  # width and length of a tile, which Pillow does not write
+        data = data.replace(struct.pack("<H", tag), struct.pack("<H", name))
+    for read in (has_transparency, decode_alpha):
+        with pytest.raises(UserError, match=r"^x\.tif: a TIFF with tiles of 1048576x1048576 pixels"):
+            read(data, "x.tif")
+
+
+def test_has_transparency_takes_the_lock_of_a_large_image_alone(monkeypatch):
+    taken = []
+    monkeypatch.setattr(DecodeLock, "take", lambda self: taken.append(self))
+    monkeypatch.setattr("ldm.images.decode.LARGE", 20)
+    for side in (4, 8):
+        with DecodeLock() as lock:
+            assert has_transparency(encoded(Image.new("RGBA", (side, side)), "PNG"), "x", lock)
+    assert taken == [lock]
 
 
 def test_a_lack_of_memory_is_said(monkeypatch):
