@@ -16,11 +16,13 @@ from PIL import Image
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.sources import find_images
+from ldm.data.stream import ShardStream
 from ldm.shards import npy
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG, ROOT
+from tests.ldm.shard_files import sample_members, write_tar
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
     fixture_one_thread,
@@ -135,6 +137,20 @@ def test_preencode_stores_all_captions(run_tool: Callable, tmp_path: Path, tiny_
     np.testing.assert_array_equal(second["t5"][2:], third["t5"])
     texts = open_shards(str(shards), cond_stage_key="txt")
     assert texts.has_several_captions and texts[1]["txt"] == "a dog"
+    (shards / "index.json").unlink()
+    assert open_shards(str(shards), cond_stage_key="txt")[1]["txt"] == "a dog"
+    streamed = ShardStream([f"pipe:cat {shards}/000000.tar"], cond_stage_key="txt")
+    assert [sample["txt"] for sample in streamed] == ["a red apple", "a dog", "a cat"]
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_lines_of_one_caption_are_not_several(tmp_path: Path, encoded: bool) -> None:
+    latent, encoding, (name, _), _ = sample_members(0)
+    write_tar(tmp_path / "0.tar", [latent, *([encoding] if encoded else []), (name, b"a\nb")])
+    local = open_shards(str(tmp_path / "0.tar"), cond_stage_key="txt")
+    assert not local.has_several_captions and local[0]["txt"] == "a\nb"
+    (streamed,) = ShardStream([f"pipe:cat {tmp_path}/0.tar"], cond_stage_key="txt")
+    assert streamed["txt"] == "a b"
 
 
 def test_preencode_stores_variants_of_tags(run_tool: Callable, tmp_path: Path, tiny_release: Path) -> None:

@@ -11,6 +11,7 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import Change
+from ldm.shards import npy
 from ldm.shards.members import check_map, check_shape, decode_member, find_member, numbered_keys
 from ldm.shards.sample import (
     CAPTION,
@@ -18,6 +19,7 @@ from ldm.shards.sample import (
     LATENT,
     OF_LATENT_SIZE,
     TEXT_ENCODINGS,
+    caption_count,
     is_array,
     member_extension,
     one_caption,
@@ -63,7 +65,8 @@ class ShardStream(IterableDataset):
         self.seed = seed
         self.change = change
         # Possibly: the index of streamed shards is unknown.
-        self.has_several_captions = cond_stage_key == CAPTION or any(key in TEXT_ENCODINGS for key in self.keys)
+        self.reads_encodings = any(key in TEXT_ENCODINGS for key in self.keys)
+        self.has_several_captions = cond_stage_key == CAPTION or self.reads_encodings
         self.has_several_variants = True
         self.keeps_captions = self.keeps_variants = False  # of several, a sample has the first, or all
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
@@ -127,4 +130,16 @@ class ShardStream(IterableDataset):
                 check_shape(key, shape, next(iter(known), shape), image, name)
                 check_map(key, stored, result[self.first_stage_key].shape, name)
                 known[shape] = result[key].dtype.name
+        if not self.reads_encodings and not _has_several_captions(members, f"{url}: {sample}"):
+            result[CAPTION] = " ".join(result[CAPTION].split("\n"))  # the same tokens, and not one caption per line
         return result
+
+
+def _has_several_captions(members: dict[str, bytes], name: str) -> bool:
+    """Return True if a sample's stored encodings are of several captions."""
+    extension = member_extension(CONTEXT)
+    data = members.get(extension)
+    if data is None:
+        return False
+    header = npy.read_header(data[: npy.HEADER_BYTES], len(data), f"{name}.{extension}")
+    return caption_count(CONTEXT, header.shape) is not None

@@ -67,7 +67,7 @@ def open_shards(
     dataset = ShardDataset(paths, first_stage_key, cond_stage_key, extra)
     if not any(key in TEXT_ENCODINGS for key in dataset.keys):
         folders = {Path(path).parent for path in paths}
-        dataset.has_several_captions = any((read_index(folder) or {}).get(SEVERAL_CAPTIONS) for folder in folders)
+        dataset.has_several_captions |= any((read_index(folder) or {}).get(SEVERAL_CAPTIONS) for folder in folders)
     return dataset
 
 

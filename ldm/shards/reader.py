@@ -30,6 +30,7 @@ from ldm.shards.sample import (
     SIZE_ENTRIES,
     SIZES,
     TEXT_KEYS,
+    caption_count,
     is_array,
     member_extension,
     number_types,
@@ -72,7 +73,7 @@ class ShardDataset(Dataset):
         self.reads_encodings = cond_stage_key is not None and cond_stage_key not in TEXT_KEYS  # of captions
         self.keeps_captions = self.keeps_variants = False
         self.has_several_variants = False
-        self.has_several_captions = False  # `open_shards` sets it for a set of which only the texts are read
+        self.has_several_captions = False  # `open_shards` also reads it in the index
         self.optional = ABSENT.keys() - {first_stage_key, cond_stage_key}
         self.shapes: dict[str, dict[tuple[int, ...], str]] = {
             key: {} for key in self.keys
@@ -101,6 +102,8 @@ class ShardDataset(Dataset):
         """Check the members of all samples of a shard; return the numbers of their latents' shapes among all."""
         if not self._is_plain(table):
             self._check_one_by_one(table)
+        if not self.reads_encodings:  # their shape says whether the text has several captions
+            self.has_several_captions |= any(caption_count(CONTEXT, shape) for shape in _shapes(table, CONTEXT))
         maps = [key for key in self.keys if plain(key) in OF_LATENT_SIZE]
         places = {key: table.column(member_extension(key)) for key in self.keys if is_array(key)}
         for key, column in places.items():
@@ -222,6 +225,13 @@ class SampleKeys(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         for table in self._tables:
             yield from table.keys()
+
+
+def _shapes(table: ShardTable, key: str) -> list[tuple[int, ...]]:
+    """Return the shapes of the arrays `key` in a shard, even if the data set does not read them."""
+    column = table.column(member_extension(key))
+    kinds = [] if column is None else np.unique(table.columns.arrays[:, column]).tolist()
+    return [table.kinds[kind][0] for kind in kinds if kind >= 0]
 
 
 def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ B: batch. T: timesteps of the schedule. error (B,): mean error of each sample. t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from ldm.models.diffusion.batch_mean import BatchMean, Mean
 from ldm.models.diffusion.weighted import Weighted
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, snr_weights
 from ldm.util import UserError, check_choice, check_number, instantiate_from_config
+
+log = logging.getLogger(__name__)
 
 # A factor and values (B,). The term is factor · mean(values).
 Term = tuple[float, Tensor]
@@ -101,6 +104,10 @@ class _SNRWeighting(Wrapper):
         weights = snr_weights(model.alphas_cumprod, self.of_x0, model.parameterization)
         if not weights.isfinite().all():
             raise UserError(f"loss_config: {name} is infinite for eps at zero terminal SNR; set parameterization: v")
+        if weights[-1] == 0:
+            log.warning(
+                "loss_config: %s gives the last timestep, which is pure noise, weight 0: it is not trained", name
+            )
         model.register_buffer("snr_weights", weights, persistent=False)
 
     def of_x0(self, snr: Tensor) -> Tensor:

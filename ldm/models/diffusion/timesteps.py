@@ -61,6 +61,11 @@ class Uniform:
         edges = self.cumulative(model)
         inside = edges[self.high + 1] - edges[self.low]
         refuse_if((not inside > 0, f"timestep_config: timesteps {self.low} to {self.high} have probability 0"))
+        if edges[self.high + 1] == edges[self.high] and model.alphas_cumprod[self.high] == 0:
+            kind = type(self).__name__
+            logger.warning(
+                "timestep_config: %s never samples the last timestep, which is pure noise: it is not trained", kind
+            )
         cdf = ((edges - edges[self.low]) / inside).clip(0.0, 1.0)
         model.register_buffer("timestep_cdf", torch.tensor(cdf, dtype=torch.float32), persistent=False)
 

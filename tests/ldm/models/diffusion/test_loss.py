@@ -141,6 +141,16 @@ def test_losses_that_cannot_be(make_model: ModelFactory, params: dict, said: str
         make_model(**params)
 
 
+@pytest.mark.parametrize("zero_snr", [True, False])
+def test_weights_of_0_at_the_last_timestep_are_said(
+    make_model: ModelFactory, caplog: pytest.LogCaptureFixture, zero_snr: bool
+) -> None:
+    for name in ("MinSNR", "SoftMinSNR", "Debiased", "P2"):
+        caplog.clear()
+        model = make_model(loss_config=weighting(name), rescale_betas_zero_snr=zero_snr, parameterization="v")
+        assert (model.snr_weights[-1].item() == 0) == zero_snr == ("pure noise, weight 0" in caplog.text)
+
+
 def test_l1_is_the_mean_absolute_error(make_model: ModelFactory) -> None:
     model = make_model(loss_type="l1", loss_config=weighting("MinSNR", gamma=5))
     loss, logged = model.training_loss(torch.full((4, 4, 8, 8), -3.0), torch.zeros(4, 4, 8, 8), T)

@@ -71,13 +71,15 @@ def test_Split_gives_prior_samples_mirrored_timesteps(make_model: ModelFactory) 
     assert found.tolist() == [model.num_timesteps - 2, 1] and same is noise
 
 
-def test_log_normal_by_hand() -> None:
+def test_log_normal_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     """σ = e⁻², 1 and e² have the edges ln σ = −1 and 1 between them, one standard deviation from 0."""
     sigma = torch.tensor([-2.0, 0.0, 2.0]).double().exp()
     model = schedule(3, 1 / (1 + sigma**2))
     assert probabilities(LogNormal(0.0, 1.0), model) == pytest.approx([0.158655, 0.682689, 0.158655], abs=1e-5)
     zero_snr = schedule(3, torch.tensor([0.9, 0.5, 0.0]))
+    assert "pure noise" not in caplog.text
     assert probabilities(LogNormal(0.0, 1.0), zero_snr)[2] == 0
+    assert "LogNormal never samples the last timestep, which is pure noise" in caplog.text
 
 
 @pytest.mark.parametrize(
