@@ -30,12 +30,14 @@ SAME_UNET = {
     "sd2_depth": "sd2_base",
     "sdxl_inpainting": "sdxl",
 }
-# A prediction takes seconds of a processor: one family has every tier, and each other UNet one at least.
+# A prediction takes 20 s of a processor; benchmarks/memory_table.py makes all.
 CHECKED = [
-    *(("sd1", tier) for tier in TIERS),
-    *(key for key in AIMS if key[0] != "sd1"),
-    *((key, "lean.yaml") for key in FAMILIES if key not in ("sd1", "sdxl", *SAME_UNET)),
-    *(("sd1", tier) for tier in LORA_TIERS),
+    ("sd1", "no tier"),
+    ("sd1", "smallest.yaml"),
+    ("sd1", "lean.yaml lora.yaml"),
+    ("sd2_base", "lean.yaml"),
+    ("sdxl", "lean.yaml"),
+    ("sdxl", "minimal.yaml"),
 ]
 
 
@@ -72,16 +74,20 @@ def test_families_of_one_unet_need_the_same_memory(key: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "tier"), CHECKED)
-def test_the_predicted_memory_is_that_of_the_table_and_within_the_aims(key: str, tier: str) -> None:
+def test_the_predicted_memory_is_that_of_the_table(key: str, tier: str) -> None:
     """Allocated, batch 1 at the size of the family."""
     device, host = table()[key, tier]
     peak = {category: size / GIB for category, size in predicted(FAMILIES[key], tier).items()}
-    most_on_device, most_on_host = AIMS.get((key, tier), (None, None))
     assert on_device(peak) == pytest.approx(device, rel=0.02)
-    assert most_on_device is None or on_device(peak) <= most_on_device
-    if host is not None:
-        assert peak[HOST] == pytest.approx(host, rel=0.02, abs=0.05)  # one digit after the point
-    assert most_on_host is None or peak[HOST] <= most_on_host
+    assert host is None or peak[HOST] == pytest.approx(host, rel=0.02, abs=0.05)  # one digit after the point
+
+
+@pytest.mark.parametrize(("key", "tier"), AIMS)
+def test_the_table_is_within_the_aims(key: str, tier: str) -> None:
+    device, host = table()[key, tier]
+    most_on_device, most_on_host = AIMS[key, tier]
+    assert most_on_device is None or device <= most_on_device
+    assert most_on_host is None or host <= most_on_host
 
 
 def test_the_aims_of_sdxl_are_at_1024_pixels() -> None:
