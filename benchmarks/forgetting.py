@@ -56,8 +56,9 @@ def main() -> None:
     os.chdir(ROOT)
     of_family = {name: argparse.Namespace(**vars(options) | {"folder": options.folder / name}) for name in FAMILIES}
     for name in options.families:
-        write_sets(of_family[name].folder, FAMILIES[name])
-        train_and_judge_all([variant for variant in VARIANTS if name in variant.families], of_family[name])
+        variants = [variant for variant in VARIANTS if name in variant.families and is_chosen(variant, options)]
+        write_sets(of_family[name].folder, FAMILIES[name], {variant.prior or variant.training for variant in variants})
+        train_and_judge_all(variants, of_family[name])
     families = {name: stored_results(of_family[name]) for name in FAMILIES}
     families = {name: results for name, results in families.items() if results}
     text = "\n".join(report(name, results, options.reference, options.steps) for name, results in families.items())
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def train_and_judge_all(variants: Sequence[Variant], options: argparse.Namespace) -> None:
-    """Run the variants that `options` asks for, and the first one, unless their results are stored."""
+    """Run `variants`, of which the first is plain fine-tuning, unless their results are stored."""
     for variant in variants:
         if not variant.start(options.folder).exists():
             bases = ("--base", *variant.configs, "--out", variant.start(options.folder))
@@ -75,8 +76,13 @@ def train_and_judge_all(variants: Sequence[Variant], options: argparse.Namespace
     for seed in options.seeds:
         plain = finished(variants[0], seed, options) or train_and_judge(variants[0], seed, None, options)
         for variant in variants[1:]:
-            if variant.name in (options.only or [variant.name]) and not finished(variant, seed, options):
+            if not finished(variant, seed, options):
                 train_and_judge(variant, seed, plain, options)
+
+
+def is_chosen(variant: Variant, options: argparse.Namespace) -> bool:
+    """Return True if `options` ask for a method. Plain fine-tuning is always run, for comparison."""
+    return variant is VARIANTS[0] or not options.only or variant.name in options.only
 
 
 def stored_results(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def shards(folder: Path, name: str) -> str:
     return f"{folder}/shards/{name}/*.tar"
 
 
-def write_sets(folder: Path, family: Family) -> None:
-    """Pre-encode the image sets of a family and make the priors that are not in `folder` yet.
+def write_sets(folder: Path, family: Family, needed: Collection[str]) -> None:
+    """Pre-encode the image sets of a family and make the priors `needed`, if they are not in `folder` yet.
 
     Raises:
         UserError: the existing sets were made with another base.
@@ -64,8 +65,10 @@ def write_sets(folder: Path, family: Family) -> None:
             call("tools/preencode.py", *release, "--images", images, *options)
     for name, captions in _prior_captions(family).items():
         write_text("".join(caption + "\n" for caption in captions), folder / f"{name}.txt")
+    made_from = {"known_falling": "known_taught"}
     for name, source in _priors(folder, family).items():
-        if not _is_whole(folder / "shards" / name):
+        is_needed = name in needed or name in (made_from.get(other) for other in needed)
+        if is_needed and not _is_whole(folder / "shards" / name):
             call("tools/make_prior.py", *release, *source, "--out", f"{folder}/shards/{name}/%06d.tar", "--overwrite")
 
 
