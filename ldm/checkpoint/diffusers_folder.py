@@ -233,7 +233,7 @@ def _block_after(keys: set[str]) -> list[str]:
 
 
 def stands_in(key: str, value: torch.Tensor) -> bool:
-    """Return True if `value` is zeros in place of something that folders lack, because SD 2 does not use it."""
+    """Return True if `value` holds zeros for weights that folders lack, because SD 2 does not use them."""
     if not key.startswith(RESBLOCKS_OF_SD2) and not is_optional(key, UNUSED_BY_TOWERS):
         return False
     return not bool(in_memory(value).any())

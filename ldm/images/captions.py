@@ -193,7 +193,7 @@ def from_metadata(
 
 
 def keys_of(entry: Mapping[str, Any], pairs: bool) -> tuple[str | None, str | None, str | None]:
-    """Return the keys of an entry's file name, its caption and, of `pairs`, its edited image; None for none."""
+    """Return the keys of file name, caption and, with `pairs`, edited image in `entry`. A missing key is None."""
     file_key = next((key for key in _FILE_KEYS if _is_given(entry.get(key))), None)
     text_key = next((key for key in _TEXT_KEYS if entry.get(key) is not None), None)
     if not pairs:

@@ -94,11 +94,12 @@ def dequantised(saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
 
 @cache
 def _tables(bits: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values of the codes; and, by the upper half of a number, the lower of its two codes and the least
-    number that has the higher one.
+    """Return three tables: values by code; and, by upper half, lower codes and thresholds.
 
-    The halves count from −2¹⁵. A number between two values gets the code of the higher one if its distance to the lower
-    one, rounded to float32, is at least half of theirs. Two such limits never share an upper half.
+    The upper half of a number is its upper 16 bits, counted from −2¹⁵. Numbers with the same upper half have one of two
+    codes. The second table holds the lower of these, and the third the least number that has the higher one. A number
+    between two values has the higher code if its distance to the lower value, rounded to float32, is at least half of
+    the distance of the values.
     """
     module = _MODULES[bits]
     values = np.array(module.get_qmap_signed() if signed else module.get_qmap_unsigned(), np.float32)

@@ -173,7 +173,7 @@ def _sum(key: str, weight: Tensor, changes: Sequence[Change], dtype: torch.dtype
 def add_lora_files(
     release: Path, out: str | Path | Destination, loras: Sequence[Lora], half: bool = False, vae: Path | None = None
 ) -> None:
-    """Write the release with `loras` added to `out`, a file or a folder, with the names and metadata of the release.
+    """Add `loras` to a release, and write the result to `out`, with the names and metadata of the release.
 
     The file `vae`, if given, replaces its autoencoder.
 

@@ -119,7 +119,7 @@ def log_family(shapes: Shapes, source: str | Path, parameterization: str | None)
 
 
 def warn_of_new_prediction(shapes: Shapes, source: str | Path, parameterization: str | None) -> None:
-    """Warn if a training of v starts from a checkpoint, of these `shapes`, whose families all predict ε."""
+    """Warn if v is to be trained from a checkpoint that predicts ε in every family with these `shapes`."""
     families = _matching(shapes)
     predicts_eps = families and {family.parameterization for family in families} == {"eps"}
     if parameterization == "v" and predicts_eps and marked_parameterization(shapes) != "v":

@@ -73,7 +73,7 @@ def draw_run(metrics: Metrics, forecast: Mapping[str, float], prefix: str) -> li
 
 
 def _bands(series: Mapping[str, Series]) -> list[Curve]:
-    """Return the curves of the bands by increasing timestep: of training, and dashed in its colour of held-out images.
+    """Return the curves of the bands by increasing timestep. Those of held-out images are dashed.
 
     Only the first curve of a band has a label.
     """

@@ -103,7 +103,7 @@ class TrainingSteps:
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
     def on_train_start(self) -> None:
-        """Log what trains, and check that the schedule knows the lengths of an epoch and of the run that it needs."""
+        """Log the parts that train, and check that the schedule gets the lengths of epoch and run that it needs."""
         self.trained_parts.log(self, self.trainer.optimizers[0])
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.lr_lambdas[0](1)
