@@ -139,7 +139,7 @@ def in_our_names(weights: Weights, own: Collection[str] = ()) -> Renamed:
 
 
 def _extras_beside(own: set[str], names: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that tells if a name is of another program, within the parts that both `own` and `names` have."""
+    """Return a test for names of other programs, within the parts that both `own` and `names` have."""
     shared = own.intersection(names)
     parts = tuple(part for part in _PARTS if part != EMA and has_part(shared, part))
     words = {word for key in own for word in _WORD.findall(key)}
