@@ -11,7 +11,7 @@ import gradio as gr
 from ldm.reporting.evaluations import NAME, read_evaluations
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.studio.allowed_folders import AllowedFolders
-from ldm.studio.commands import Step, evaluate_words
+from ldm.studio.commands import Step, evaluate_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.html_parts import html_table, note
 from ldm.studio.job_panel import JobPanel
@@ -41,11 +41,12 @@ def build_evaluation(page: Page) -> None:
         out = new_folder(studio.work / "evaluation")
         return [Step("Evaluate", evaluate_words(*paths, config, predicts, chosen, out))], out
 
-    def begin(*values: str) -> None:
+    def begin(*values: str) -> str:
         steps, out = read(*values)
         studio.jobs.check_none_runs(_KIND)
         studio.save(dict(zip(names, values, strict=True)))
         studio.jobs.start(_KIND, "Evaluation", steps, {"out": str(out)})
+        return shown(steps)
 
     def results(job: Job, state: JobState) -> list[Any]:
         if state.status != FINISHED:
@@ -55,7 +56,7 @@ def build_evaluation(page: Page) -> None:
             image = str(studio.thumbnails.of_png((folder / NAME).with_suffix(".png")))
         return [evaluation_html(folder), image]
 
-    listen(panel.start.click, begin, inputs)
+    listen(panel.start.click, begin, inputs, command)
     panel.watch([table, figure], results)
     page.keep_command(inputs, lambda *values: read(*values)[0], command)
 

@@ -113,7 +113,7 @@ def add_model_fields(page: Page) -> None:
 def add_training_fields(fields: dict[str, Any]) -> None:
     """Add the fields of the training and its previews."""
     with gr.Row():
-        fields["tier"] = gr.Dropdown(_TIERS, label="Tier", elem_id="plan-tier")
+        fields["tier"] = gr.Dropdown(_TIERS, label="Tier", elem_id="plan-tier", min_width=260)
         fields["batch"] = gr.Number(label="Images per step; 0 for the config's", precision=0, minimum=0,
                                     elem_id="plan-batch")  # fmt: skip
         fields["steps"] = gr.Number(label="Steps; 0 for the config's", precision=0, minimum=0, elem_id="plan-steps")

@@ -26,7 +26,7 @@ def build_release(page: Page) -> None:
                                elem_id="release-out")  # fmt: skip
     with gr.Row():
         weights = gr.Dropdown([("averaged if there are any", ""), ("averaged", "ema"), ("raw", "raw")], value="",
-                              label="Weights", elem_id="release-weights")  # fmt: skip
+                              label="Weights", elem_id="release-weights", min_width=260)  # fmt: skip
         half = gr.Checkbox(label="Half precision (float16)", elem_id="release-half")
         strength = gr.Slider(0, 1, 1, step=0.05, label="Strength: share of the training's change",
                              elem_id="release-strength")  # fmt: skip

@@ -68,8 +68,8 @@ def build_train(page: Page) -> None:
     listen(resume.click, begin_again, run)
     listen(stop.click, stop_it)
     listen(save.click, save_it)
-    listen(run.change, lambda which: str(_resume_step(studio, which)) if which else "", run, resumed)
     page.keep_command(inputs, lambda *values: pipeline(read(values)), commands)
+    page.keep_command([run], lambda which: [_resume_step(studio, which)], resumed)
     _watch(studio, [status, start, stop, save, log, previews, figures, run])
 
 
