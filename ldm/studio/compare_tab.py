@@ -12,6 +12,7 @@ from ldm.cli.options import SAMPLERS
 from ldm.studio.commands import SampleSettings, Step, sample_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.evaluation_part import build_evaluation
+from ldm.studio.fields import RELEASE_CONFIG
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import Job, JobState
 from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
@@ -58,6 +59,7 @@ def _build_sides(page: Page) -> None:
     ) -> tuple[list[Step], SampleSettings, list[Path]]:
         paths = [studio.allowed.check_existing(path, what) for path, what in
                  ((base, "release on the left"), (tuned, "release on the right"))]  # fmt: skip
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         sampling = read_sampling(*values)
         folder = new_folder(studio.work / "compare")
         outs = [folder / side for side in ("left", "right")]

@@ -13,6 +13,7 @@ from ldm.shards.urls import expand_urls, is_stream
 from ldm.studio.allowed_folders import AllowedFolders
 from ldm.studio.commands import Step, evaluate_words, shown
 from ldm.studio.controls import Page, command_box, listen
+from ldm.studio.fields import RELEASE_CONFIG
 from ldm.studio.html_parts import html_table, note
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import FINISHED, Job, JobState
@@ -37,6 +38,7 @@ def build_evaluation(page: Page) -> None:
     def read(base: str, tuned: str, config: str, predicts: str, sets: str) -> tuple[list[Step], Path]:
         paths = [studio.allowed.check_existing(path, what) for path, what in
                  ((base, "release on the left"), (tuned, "release on the right"))]  # fmt: skip
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         chosen = read_sets(sets, studio.allowed)
         out = new_folder(studio.work / "evaluation")
         return [Step("Evaluate", evaluate_words(*paths, config, predicts, chosen, out))], out

@@ -14,7 +14,7 @@ from ldm.files import atomic_write
 from ldm.planning import TIERS
 from ldm.studio.commands import Step, TrainingRecipe, path_word, plan_words, recipe_values
 from ldm.studio.controls import Page, command_box, listen
-from ldm.studio.fields import RECIPE, read_recipe, recognise_release
+from ldm.studio.fields import BASE_CONFIG, RECIPE, read_recipe, recognise_release
 from ldm.studio.html_parts import note
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import FINISHED, Job, JobState, read_log
@@ -102,6 +102,7 @@ def add_model_fields(page: Page) -> None:
     def recognise(release: str, base: str, predicts: str, size: float) -> str:
         try:
             path = studio.allowed.check_existing(release, "release")
+            studio.allowed.check_config(base, BASE_CONFIG)
             found = recognise_release(path, base, predicts, int(size or 0))
         except UserError as error:
             return note(str(error), "bad")

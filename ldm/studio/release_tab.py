@@ -9,7 +9,7 @@ from markupsafe import escape
 
 from ldm.studio.commands import Step, lora_words, merge_words, report_words
 from ldm.studio.controls import Page, command_box, listen
-from ldm.studio.fields import whole_number
+from ldm.studio.fields import RELEASE_CONFIG, whole_number
 from ldm.studio.html_parts import file_link, note
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import FINISHED, Job, JobState
@@ -40,6 +40,7 @@ def build_release(page: Page) -> None:
     def read(which: str | None, release: str, config: str, out: str, *options: Any) -> tuple[list[Step], str, str]:
         folder = studio.run_folder(which)
         start = studio.allowed.check_existing(release, "release")
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         studio.allowed.check(out, "file to write")
         steps = [Step("Merge", merge_words(folder, start, out, config, *options)), Step("Report", report_words(folder))]
         return steps, str(folder), out

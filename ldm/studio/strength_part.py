@@ -10,6 +10,7 @@ import gradio as gr
 
 from ldm.studio.commands import Step, merge_words, sample_words, shown
 from ldm.studio.controls import Page, command_box, gallery, listen
+from ldm.studio.fields import RELEASE_CONFIG
 from ldm.studio.job_panel import JobPanel
 from ldm.studio.job_store import Job, JobState
 from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
@@ -34,6 +35,7 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
     def read(which: str | None, release: str, config: str, predicts: str, *values: Any) -> tuple[list[Step], dict]:
         folder = studio.run_folder(which)
         base = studio.allowed.check_existing(release, "release")
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         settings = read_sampling(*values)
         out = new_folder(studio.work / "strength")
         merged = studio.work / "strength" / "merged.safetensors"
