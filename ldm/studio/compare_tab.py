@@ -13,8 +13,7 @@ from ldm.studio.commands import SampleSettings, Step, sample_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.evaluation_part import build_evaluation
 from ldm.studio.fields import RELEASE_CONFIG
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import Job, JobState
+from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
 from ldm.studio.strength_part import build_strength
 from ldm.studio.studio import Studio
@@ -76,8 +75,8 @@ def _build_sides(page: Page) -> None:
         studio.jobs.start(_KIND, "Compare", steps, about)
         return shown(steps)  # the folder may be another than when the fields changed
 
-    def results(job: Job, state: JobState, chosen: str | None) -> list[Any]:
-        names = job.about["labels"]
+    def results(view: JobView, chosen: str | None) -> list[Any]:
+        names = view.job.about["labels"]
         name = chosen if chosen in names else names[0]
         return [gr.update(choices=names, value=name), side_by_side(studio, name)]
 

@@ -15,8 +15,8 @@ from ldm.studio.commands import Step, evaluate_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.fields import RELEASE_CONFIG
 from ldm.studio.html_parts import html_table, note
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import FINISHED, Job, JobState
+from ldm.studio.job_panel import JobPanel, JobView
+from ldm.studio.job_store import FINISHED
 from ldm.studio.sampled_images import new_folder
 from ldm.util import UserError
 
@@ -50,10 +50,10 @@ def build_evaluation(page: Page) -> None:
         studio.jobs.start(_KIND, "Evaluation", steps, {"out": str(out)})
         return shown(steps)
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        if state.status != FINISHED:
+    def results(view: JobView) -> list[Any]:
+        if view.state.status != FINISHED:
             return ["", None]
-        folder, image = Path(job.about["out"]), None
+        folder, image = Path(view.job.about["out"]), None
         with suppress(UserError):
             image = str(studio.thumbnails.of_png((folder / NAME).with_suffix(".png")))
         return [evaluation_html(folder), image]

@@ -11,8 +11,8 @@ from ldm.studio.commands import Step, lora_words, merge_words, report_words
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.fields import RELEASE_CONFIG, whole_number
 from ldm.studio.html_parts import file_link, note
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import FINISHED, Job, JobState
+from ldm.studio.job_panel import JobPanel, JobView
+from ldm.studio.job_store import FINISHED, Job
 from ldm.studio.studio import Studio
 
 _KIND, _LORA = "release", "lora"
@@ -51,10 +51,8 @@ def build_release(page: Page) -> None:
         studio.save({"out": out})
         studio.jobs.start(_KIND, f"Release {out}", steps, {"out": out, "report": f"{folder}/report.html"})
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        if state.status != FINISHED:
-            return [""]
-        return [_links(studio, job)]
+    def results(view: JobView) -> list[Any]:
+        return [_links(studio, view.job) if view.state.status == FINISHED else ""]
 
     listen(panel.start.click, start, inputs)
     panel.watch([links], results)
@@ -87,8 +85,8 @@ def build_lora(page: Page) -> None:
         studio.save({"lora_tuned": values[1], "lora": values[2]})
         studio.jobs.start(_LORA, f"LoRA {values[2]}", steps, {"out": values[2]})
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        return [_links(studio, job) if state.status == FINISHED else ""]
+    def results(view: JobView) -> list[Any]:
+        return [_links(studio, view.job) if view.state.status == FINISHED else ""]
 
     listen(panel.start.click, start, inputs)
     panel.watch([links], results)

@@ -11,8 +11,7 @@ import gradio as gr
 from ldm.studio.commands import Step, merge_words, sample_words, shown
 from ldm.studio.controls import Page, command_box, gallery, listen
 from ldm.studio.fields import RELEASE_CONFIG
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import Job, JobState
+from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
 from ldm.studio.studio import Studio
 from ldm.util import UserError
@@ -55,7 +54,7 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
         studio.jobs.start(_KIND, f"Strengths of {values[0]}", steps, about)
         return shown(steps)
 
-    def results(job: Job, state: JobState, value: float) -> list[Any]:
+    def results(view: JobView, value: float) -> list[Any]:
         return [at_strength(studio, value)]
 
     listen(panel.start.click, begin, inputs, command)
