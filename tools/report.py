@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 
 from ldm.cli.run import run
+from ldm.reporting import SAMPLES
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="file to write (default: report.html in the run folder, or comparison.html beside the first of several)",
     )
-    add("--samples", type=int, default=12, help="samples of the training set with captions; 0 for none (default: 12)")
+    add("--samples", type=int, default=SAMPLES, help="samples of the training set with captions; 0 for none "
+        "(default: %(default)s)")  # fmt: skip
     options = parser.parse_args()
     check_number("--samples", options.samples, least=0)
     if options.out is not None and options.out.suffix != ".html":
@@ -48,9 +50,10 @@ def main() -> None:
     options = parse_arguments()
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.reporting.report_file import report_path, write_report
+    from ldm.reporting.training_sets import SampleLimits
 
     out = options.out or report_path(options.runs)
-    write_report(options.runs, out, options.samples)
+    write_report(options.runs, out, SampleLimits(options.samples))
     logger.info("wrote %s (%.1f MB)", out, out.stat().st_size / 1e6)
 
 

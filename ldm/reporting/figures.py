@@ -100,7 +100,7 @@ def _decorate(axes: Axes, xlabel: str, ylabel: str, zero: bool) -> None:
     axes.spines[["left", "bottom"]].set_color(_LINE)
     axes.patch.set_visible(False)
     if zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * max(axes.dataLim.y1, 0) or None)  # with room above a curve that is nearly level
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = int(_SIZE[0] / (_HANDLE + _LETTER * max(map(len, labels)))) or 1

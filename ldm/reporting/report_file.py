@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.callbacks.background_writer import available_memory
 from ldm.callbacks.signals import TrainingStopped
 from ldm.distributed.ranks import is_first_process
 from ldm.events import END, FAULT, STOP
+from ldm.reporting import SAMPLES
 from ldm.reporting.run_folder import RunRecord, read_run
 from ldm.reporting.settings import merged_config, params_of
-from ldm.reporting.training_sets import load_first_stage, read_contents
+from ldm.reporting.training_sets import NO_SAMPLES, SampleLimits, load_first_stage, read_contents
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -24,6 +27,7 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.html"  # in the run folder
 _IMAGE_BUDGET = 5 << 20  # bytes of logged images in a page
+_SECONDS_AT_END = 20.0  # in which the report at the end of a run decodes samples
 
 
 def report_path(folders: Sequence[Path]) -> Path:
@@ -31,8 +35,8 @@ def report_path(folders: Sequence[Path]) -> Path:
     return folders[0] / REPORT if len(folders) == 1 else folders[0].parent / "comparison.html"
 
 
-def write_report(folders: Sequence[Path], out: Path, samples: int = 0) -> None:
-    """Write a report about the runs in `folders` to `out`, with up to `samples` samples of each training set.
+def write_report(folders: Sequence[Path], out: Path, limits: SampleLimits = NO_SAMPLES) -> None:
+    """Write a report about the runs in `folders` to `out`, with samples of each training set within `limits`.
 
     Raises:
         UserError: a folder is missing, or not of a run.
@@ -41,14 +45,14 @@ def write_report(folders: Sequence[Path], out: Path, samples: int = 0) -> None:
 
     runs = [read_run(folder, _IMAGE_BUDGET // len(folders)) for folder in folders]
     for run in runs:
-        _add_contents(run, samples)
+        _add_contents(run, limits)
     write_page(runs, out)
 
 
-def _add_contents(run: RunRecord, samples: int) -> None:
+def _add_contents(run: RunRecord, limits: SampleLimits) -> None:
     """Add the samples of the training set to `run`, if the set and the autoencoder can be read."""
     urls = params_of(run.settings.config, "data").get("training_urls")
-    if not samples or not any(part.name == "training" and part.size for part in run.sets):
+    if not limits.count or not any(part.name == "training" and part.size for part in run.sets):
         return
     first_stage: nn.Module | None = None
     try:
@@ -56,7 +60,7 @@ def _add_contents(run: RunRecord, samples: int) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         run.problems.append(f"the autoencoder cannot be read: {_first_line(error)}")
     try:
-        run.contents = read_contents(urls, first_stage, samples)
+        read_contents(run.contents, urls, first_stage, limits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         run.problems.append(f"data.params.training_urls: no samples are shown ({_first_line(error)})")
 
@@ -96,7 +100,8 @@ def _write_tolerantly(run: Run) -> None:
     try:
         section = merged_config(run.saved_configs, []).get("lightning", {})
         if section.get("report") is not False:
-            write_report([run.folder], run.folder / REPORT)
+            limits = SampleLimits(SAMPLES, _SECONDS_AT_END, available_memory() or math.inf)
+            write_report([run.folder], run.folder / REPORT, limits)
             log.info("Report: %s", run.folder / REPORT)
     except Exception as error:  # a report that fails must not change how the run ends
         log.warning("\nNo report: %s", _first_line(error))

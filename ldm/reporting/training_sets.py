@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,10 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ldm.reporting.settings import params_of
 from ldm.reporting.strips import Shown, show
 from ldm.shards.index import FAMILY, read_index
+from ldm.shards.sample import CAPTION, LATENT
 from ldm.shards.urls import expand_urls, is_stream, without_weights
 from ldm.util import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
     from torch import nn
 
 log = logging.getLogger(__name__)
@@ -21,6 +26,7 @@ log = logging.getLogger(__name__)
 _URLS = "_urls"  # ending of the keys of sets in data.params
 _MOST_INSPECTED = 5000  # samples of a set whose captions are counted
 _MOST_LETTERS = 2000  # of a caption in a page
+_BYTES_PER_PIXEL = 1 << 12  # of memory, which Stable Diffusion's autoencoder takes to decode an image
 
 
 class TrainingSet(NamedTuple):
@@ -41,6 +47,21 @@ class Contents(NamedTuple):
 
     images: list[Shown]  # their names are the captions
     lines: list[str]
+
+
+class SampleLimits(NamedTuple):
+    """Largest number of decoded samples per run, and the time and the memory that their decoding may take."""
+
+    count: int
+    seconds: float = math.inf
+    memory: float = math.inf  # bytes
+
+    @property
+    def are_open(self) -> bool:
+        return math.isinf(self.seconds) and math.isinf(self.memory)
+
+
+NO_SAMPLES = SampleLimits(0)
 
 
 def read_training_sets(config: Mapping[str, Any], problems: list[str]) -> list[TrainingSet]:
@@ -88,34 +109,63 @@ def _shown(entry: Any) -> str:
     return f"{entry.get('urls')} ({entry.get('weight', 1):g} times)" if isinstance(entry, dict) else str(entry)
 
 
-def read_contents(urls: Any, first_stage: nn.Module | None, count: int) -> Contents:
-    """Return `count` samples of the shards at `urls`, decoded by the autoencoder `first_stage` if there is one.
+def read_contents(contents: Contents, urls: Any, first_stage: nn.Module | None, limits: SampleLimits) -> None:
+    """Add lines about the shards at `urls` to `contents`, and then samples if there is an autoencoder `first_stage`.
 
     Raises:
         UserError: the shards are missing, streamed or damaged.
     """
-    import torch
-
     from ldm.evaluation.protocol import spread
-    from ldm.images.grid import to_images
     from ldm.inspection.measure import inspect, latent_channels, open_to_inspect
-    from ldm.shards.sample import CAPTION, LATENT
 
     dataset = open_to_inspect(without_weights(urls))
     channels = latent_channels(dataset)
-    lines = _lines(inspect(dataset, channels, None)) if len(dataset) <= _MOST_INSPECTED else []
-    parameter = next(first_stage.parameters(), None) if first_stage is not None else None
-    if first_stage is None or parameter is None:
-        return Contents([], lines)
-    images = []
+    if len(dataset) <= _MOST_INSPECTED:
+        contents.lines.extend(_lines(inspect(dataset, channels, None)))
+    else:
+        contents.lines.append(f"Captions are not counted in a set of more than {_MOST_INSPECTED} samples; "
+                              "tools/inspect_shards.py counts them.")  # fmt: skip
+    if first_stage is None or next(first_stage.parameters(), None) is None:
+        return
+    count = limits.count if limits.are_open else _fitting(first_stage, dataset[0], channels, limits)
+    if not count:
+        contents.lines.append("No samples are shown: their decoding would take too long, or too much memory, at the "
+                              "end of a run. tools/report.py shows them.")  # fmt: skip
     for number in spread(len(dataset), count).tolist():
-        sample = dataset[number]
-        latent = torch.from_numpy(sample[LATENT])[None, :channels]  # (1, C, h, w): the mean of a posterior
-        with torch.no_grad():
-            [image] = to_images(first_stage.decode(latent.to(parameter)))
-        image.thumbnail((256, 256))
-        images.append(show(image, sample[CAPTION][:_MOST_LETTERS]))
-    return Contents(images, lines)
+        contents.images.append(_show_sample(first_stage, dataset[number], channels))
+
+
+def _fitting(first_stage: nn.Module, sample: Mapping[str, Any], channels: int, limits: SampleLimits) -> int:
+    """Return how many samples can be decoded within `limits`, judged by a sixteenth of `sample`."""
+    height, width = sample[LATENT].shape[1:]
+    part = sample[LATENT][:, : max(height // 4, 2), : max(width // 4, 2)]
+    times = height * width / part[0].size
+    image = _decode(first_stage, part, channels)  # the first call takes longer
+    start = time.monotonic()
+    _decode(first_stage, part, channels)
+    seconds = (time.monotonic() - start) * times
+    if image.width * image.height * times * _BYTES_PER_PIXEL > limits.memory:
+        return 0
+    return int(min(limits.count, limits.seconds / max(seconds, 1e-6)))
+
+
+def _show_sample(first_stage: nn.Module, sample: Mapping[str, Any], channels: int) -> Shown:
+    """Return a thumbnail of a decoded sample. Its name is the caption."""
+    image = _decode(first_stage, sample[LATENT], channels)
+    image.thumbnail((256, 256))
+    return show(image, sample[CAPTION][:_MOST_LETTERS])
+
+
+def _decode(first_stage: nn.Module, stored: np.ndarray, channels: int) -> Image.Image:
+    """Decode the parameters (2C, h, w) of a posterior, or a latent (C, h, w)."""
+    import torch
+
+    from ldm.images.grid import to_images
+
+    latent = torch.from_numpy(stored)[None, :channels]  # (1, C, h, w): the mean of a posterior
+    with torch.no_grad():
+        [image] = to_images(first_stage.decode(latent.to(next(first_stage.parameters()))))
+    return image
 
 
 def _lines(found: Mapping[str, Any]) -> list[str]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.config.load import find_config
 from ldm.files import is_within
+from ldm.studio.commands import ROOT
 from ldm.util import UserError
+
+_SHIPPED = ROOT / "configs"
 
 
 class AllowedFolders:
@@ -60,6 +64,23 @@ class AllowedFolders:
         if not path.exists():
             raise UserError(f"{what} {str(text)!r:.200}: no such file or folder")
         return path
+
+    def check_config(self, name: str, what: str) -> None:
+        """Check the file that the tools read as the config `name`, unless that is empty.
+
+        Raises:
+            UserError: there is no such file, or it lies neither in this repository's configs nor in an allowed folder.
+        """
+        if not name:
+            return
+        if "/" in name:
+            self._check_own(Path(name), what)  # before a look at the file
+        self._check_own(find_config(name), what)
+
+    def _check_own(self, path: Path, what: str) -> None:
+        """Check `path` as `check` does, unless it is one of the shipped configs."""
+        if not is_within(_SHIPPED, path):
+            self.check(path, what)
 
     def check_folder(self, text: str | Path | None, what: str = "folder") -> Path:
         """Return the path `text` as `check` does, if it is a folder.

@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 from ldm.cli.options import SAMPLERS
-from ldm.studio.commands import SampleSettings, Step, sample_words
+from ldm.studio.commands import SampleSettings, Step, sample_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.evaluation_part import build_evaluation
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import Job, JobState
+from ldm.studio.fields import RELEASE_CONFIG
+from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
 from ldm.studio.strength_part import build_strength
 from ldm.studio.studio import Studio
@@ -58,6 +58,7 @@ def _build_sides(page: Page) -> None:
     ) -> tuple[list[Step], SampleSettings, list[Path]]:
         paths = [studio.allowed.check_existing(path, what) for path, what in
                  ((base, "release on the left"), (tuned, "release on the right"))]  # fmt: skip
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         sampling = read_sampling(*values)
         folder = new_folder(studio.work / "compare")
         outs = [folder / side for side in ("left", "right")]
@@ -65,21 +66,23 @@ def _build_sides(page: Page) -> None:
                  for path, out in zip(paths, outs, strict=True)]  # fmt: skip
         return steps, sampling, outs
 
-    def begin(*values: Any) -> None:
+    def begin(*values: Any) -> str:
         steps, sampling, outs = read(*values)
         studio.jobs.check_none_runs(_KIND)
         names = ("compare_base", "compare_tuned", "config", "predicts", *SAMPLING)
         studio.save(dict(zip(names, values, strict=True)))
         about = about_samples(sampling, dict(zip(("left", "right"), outs, strict=True)))
         studio.jobs.start(_KIND, "Compare", steps, about)
+        return shown(steps)  # the folder may be another than when the fields changed
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        names = job.about["labels"]
-        return [gr.update(choices=names, value=names[0]), side_by_side(studio, names[0])]
+    def results(view: JobView, chosen: str | None) -> list[Any]:
+        names = view.job.about["labels"]
+        name = chosen if chosen in names else names[0]
+        return [gr.update(choices=names, value=name), side_by_side(studio, name)]
 
-    listen(panel.start.click, begin, inputs)
+    listen(panel.start.click, begin, inputs, command)
     listen(pair.input, lambda name: side_by_side(studio, name), pair, slider)
-    panel.watch([pair, slider], results)
+    panel.watch([pair, slider], results, [pair])
     page.keep_command(inputs, lambda *values: read(*values)[0], command)
 
 

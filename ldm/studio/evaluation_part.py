@@ -11,11 +11,12 @@ import gradio as gr
 from ldm.reporting.evaluations import NAME, read_evaluations
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.studio.allowed_folders import AllowedFolders
-from ldm.studio.commands import Step, evaluate_words
+from ldm.studio.commands import Step, evaluate_words, shown
 from ldm.studio.controls import Page, command_box, listen
+from ldm.studio.fields import RELEASE_CONFIG
 from ldm.studio.html_parts import html_table, note
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import FINISHED, Job, JobState
+from ldm.studio.job_panel import JobPanel, JobView
+from ldm.studio.job_store import FINISHED
 from ldm.studio.sampled_images import new_folder
 from ldm.util import UserError
 
@@ -37,25 +38,27 @@ def build_evaluation(page: Page) -> None:
     def read(base: str, tuned: str, config: str, predicts: str, sets: str) -> tuple[list[Step], Path]:
         paths = [studio.allowed.check_existing(path, what) for path, what in
                  ((base, "release on the left"), (tuned, "release on the right"))]  # fmt: skip
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         chosen = read_sets(sets, studio.allowed)
         out = new_folder(studio.work / "evaluation")
         return [Step("Evaluate", evaluate_words(*paths, config, predicts, chosen, out))], out
 
-    def begin(*values: str) -> None:
+    def begin(*values: str) -> str:
         steps, out = read(*values)
         studio.jobs.check_none_runs(_KIND)
         studio.save(dict(zip(names, values, strict=True)))
         studio.jobs.start(_KIND, "Evaluation", steps, {"out": str(out)})
+        return shown(steps)
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        if state.status != FINISHED:
+    def results(view: JobView) -> list[Any]:
+        if view.state.status != FINISHED:
             return ["", None]
-        folder, image = Path(job.about["out"]), None
+        folder, image = Path(view.job.about["out"]), None
         with suppress(UserError):
             image = str(studio.thumbnails.of_png((folder / NAME).with_suffix(".png")))
         return [evaluation_html(folder), image]
 
-    listen(panel.start.click, begin, inputs)
+    listen(panel.start.click, begin, inputs, command)
     panel.watch([table, figure], results)
     page.keep_command(inputs, lambda *values: read(*values)[0], command)
 

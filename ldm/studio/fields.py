@@ -16,6 +16,7 @@ DEMO_RELEASE, DEMO_IMAGES = ROOT / "data/base/emoji.safetensors", ROOT / "data/c
 # Fields of a recipe, in the order in which the page passes them.
 RECIPE = ("name", "images", "release", "config", "base", "predicts", "size", "flip", "overwrite", "tier", "batch",
           "steps", "minutes", "rate", "prompts", "preview_steps")  # fmt: skip
+RELEASE_CONFIG, BASE_CONFIG = "config of the release", "config of the training"  # in messages
 _EMPTY = {
     "name": "my-run", "images": "", "release": "", "config": "", "base": "", "predicts": "", "size": 0, "flip": False,
     "overwrite": False, "tier": "", "batch": 0, "steps": 1000, "minutes": 0, "rate": 0, "prompts": "",
@@ -79,9 +80,8 @@ def read_recipe(values: Mapping[str, Any], allowed: AllowedFolders, work: Path, 
     """
     images = str(allowed.check_folder(values["images"], "folder of images"))
     release = allowed.check_existing(values["release"], "release")
-    for name, what in (("config", "config of the release"), ("base", "config of the training")):
-        if "/" in values[name]:
-            allowed.check_existing(values[name], what)
+    for name, what in (("config", RELEASE_CONFIG), ("base", BASE_CONFIG), ("tier", "tier")):
+        allowed.check_config(values[name], what)
     numbers = {name: whole_number(values[name], what) for name, what in (
         ("size", "size"), ("batch", "batch"), ("steps", "steps"), ("preview_steps", "steps between previews"),
     )}  # fmt: skip

@@ -46,8 +46,9 @@ def job_status(job: Job | None, state: JobState | None, progress: Progress | Non
         bar = Markup('<progress max="1"{} aria-label="progress"></progress><p>{}</p>').format(
             value, escaped(progress.text)
         )
+    word = "stopping" if state.is_stopping else _WORDS[state.status]
     head = Markup('<p class="studio-state studio-{}" data-state="{}"><b>{}</b>: {}, {}</p>').format(
-        state.status, state.status, escaped(job.title), _WORDS[state.status], duration(elapsed(state))
+        state.status, state.status, escaped(job.title), word, duration(elapsed(state))
     )
     return str(head + Markup("<ol>{}</ol>").format(Markup("").join(lines)) + bar)
 

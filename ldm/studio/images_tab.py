@@ -14,8 +14,8 @@ from ldm.studio.caption_editing import CaptionEdits, read_images, replace_text, 
 from ldm.studio.commands import Step, inspect_words
 from ldm.studio.controls import Page, command_box, gallery, listen
 from ldm.studio.html_parts import html_table, note
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import FINISHED, Job, JobState
+from ldm.studio.job_panel import JobPanel, JobView
+from ldm.studio.job_store import FINISHED
 from ldm.util import UserError
 
 _ON_PAGE = 60  # images
@@ -130,15 +130,16 @@ class ImagesTab:
         self.studio.save({"images": path})
         self.studio.jobs.start(_CHECK, f"Problems in {path}", steps, {"folder": path})
 
-    def problems(self, job: Job, state: JobState) -> list[Any]:
+    def problems(self, view: JobView) -> list[Any]:
         """Return the list of problems that a job has found. A choice is the folder and the name of the image."""
-        if state.status != FINISHED:
+        if view.state.status != FINISHED:
             return [gr.update(choices=[], value=None)]
+        folder = view.job.about.get("folder")
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(read_at_most(self.studio.work / "problems.json", _MOST_BYTES))
-            found = [(f"{entry['name']}: {entry['text']}", json.dumps([job.about["folder"], entry["name"], number]))
+            found = [(f"{entry['name']}: {entry['text']}", json.dumps([folder, entry["name"], number]))
                      for number, entry in enumerate(content["problems"][:_MOST_PROBLEMS])]  # fmt: skip
-            label = f"{len(content['problems'])} problems in {job.about['folder']}; choose one to see its image"
+            label = f"{len(content['problems'])} problems in {folder}; choose one to see its image"
             return [gr.update(choices=found, value=None, label=label)]
         return [gr.update(choices=[], value=None)]
 

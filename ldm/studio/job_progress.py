@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ldm.reporting.metrics import Metrics, Series
@@ -18,7 +20,8 @@ _PERCENT = re.compile(r"(\d{1,3})%\|.*?\| (\d+)/(\d+) \[[\d:]+<([\d:?]+)")  # of
 _STEP = re.compile(r"^Epoch \d+, step (\d+): (.*)$", re.MULTILINE)
 _RUN = re.compile(r"^Run folder: (.+)$", re.MULTILINE)
 _HEAD = 1 << 16  # bytes at the beginning of a log that name the run folder
-_MEAN_OF = 20  # newest epochs whose step time is averaged
+_SPEED = re.compile(r"\bimg/s=([\d.]+)")
+_MEAN_OF = 20  # newest log lines or epochs whose speed is averaged
 
 
 @dataclass(frozen=True)
@@ -39,23 +42,34 @@ def bar_progress(log: str) -> Progress:
     return Progress(int(found[1]) / 100, f"{found[2]} of {found[3]}{left}")
 
 
-def training_progress(log: str, most: int | None, metrics: Metrics | None) -> Progress:
-    """Return the progress of a training with `most` optimizer steps, from its log and its metrics."""
+def training_progress(log: str, most: int | None, metrics: Metrics | None, images: int | None) -> Progress:
+    """Return the progress of a training with `most` optimizer steps of `images`, from its log and its metrics."""
     found = list(_STEP.finditer(log))
     step = max([int(match[1]) for match in found] + ([metrics.steps] if metrics else []), default=0)
     if not step:
         lines = log.strip().splitlines()
         return Progress(None, lines[-1] if lines else "")
     text = f"step {step}" + (f" of {most}" if most else "") + (f": {found[-1][2]}" if found else "")
-    seconds = _step_seconds(metrics.series.get("device/step_seconds") if metrics else None)
+    epochs = metrics.series.get("device/step_seconds") if metrics else None
+    seconds = _logged_seconds([match[2] for match in found], images) or _epoch_seconds(epochs)
     if most and seconds and step < most:
         text += f"; about {duration((most - step) * seconds)} left"
     return Progress(min(step / most, 1.0) if most else None, text)
 
 
-def _step_seconds(series: Series | None) -> float | None:
-    values = series.values[-_MEAN_OF:] if series else []
-    return sum(values) / len(values) if values else None
+def _logged_seconds(lines: Sequence[str], images: int | None) -> float | None:
+    """Return the seconds of a step of `images` by the speeds in log lines, which are at equal distances of time.
+
+    The first line has the time of the warm-up.
+    """
+    speeds = [float(match[1]) for line in lines if (match := _SPEED.search(line))]
+    newest = (speeds[1:] or speeds)[-_MEAN_OF:]
+    return images * len(newest) / sum(newest) if images and sum(newest) else None
+
+
+def _epoch_seconds(series: Series | None) -> float | None:
+    """Return the typical seconds of a step by the means of epochs."""
+    return median(series.values[-_MEAN_OF:]) if series else None
 
 
 def duration(seconds: float) -> str:

@@ -64,6 +64,7 @@ class JobState:
     codes: list[int]
     times: list[float]  # start of each step so far, and the end of the last, in seconds since the epoch
     child: tuple[int, int | None] | None = None  # id and start time of the running command
+    is_stopping: bool = False  # it was asked to stop, and still runs
 
     @property
     def is_running(self) -> bool:
@@ -180,7 +181,7 @@ def read_state(job: Job) -> JobState:
         status = STOPPED if is_stopped else FAILED if failed else FINISHED
         return JobState(status, step, codes, times)
     if child is not None or (runner is not None and is_alive(*runner)):
-        return JobState(RUNNING, step, codes, times, child)
+        return JobState(RUNNING, step, codes, times, child, is_stopped)
     return JobState(KILLED, step, codes, times)
 
 

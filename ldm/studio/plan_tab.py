@@ -14,10 +14,10 @@ from ldm.files import atomic_write
 from ldm.planning import TIERS
 from ldm.studio.commands import Step, TrainingRecipe, path_word, plan_words, recipe_values
 from ldm.studio.controls import Page, command_box, listen
-from ldm.studio.fields import RECIPE, read_recipe, recognise_release
+from ldm.studio.fields import BASE_CONFIG, RECIPE, read_recipe, recognise_release
 from ldm.studio.html_parts import note
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import FINISHED, Job, JobState, read_log
+from ldm.studio.job_panel import JobPanel, JobView
+from ldm.studio.job_store import FINISHED
 from ldm.studio.planned import advice, measured_speeds, tier_rows, tiers_html
 from ldm.util import UserError, check_number
 
@@ -70,14 +70,14 @@ def build_plan(page: Page) -> None:
     page.keep_command(inputs, lambda *values: steps_of(*read(*values)), command)
 
 
-def plan_results(job: Job, state: JobState) -> list[Any]:
+def plan_results(view: JobView) -> list[Any]:
     """Return the table of a plan that is finished, and what to choose."""
-    if state.status != FINISHED:
+    if view.state.status != FINISHED:
         return [""]
     with suppress(ValueError, KeyError, TypeError, IndexError):
-        found = json.loads(read_log(job, 0).strip().splitlines()[-1])
-        rows = tier_rows(found, measured_speeds(LOGS, job.about["base"]))
-        text = advice(rows, found["use"], job.about["minutes"])
+        found = json.loads(view.log.strip().splitlines()[-1])
+        rows = tier_rows(found, measured_speeds(LOGS, view.job.about["base"]))
+        text = advice(rows, found["use"], view.job.about["minutes"])
         return [tiers_html(rows, found["use"]) + note(text, "good" if found["use"] else "bad")]
     return [note("the planner's answer cannot be read", "bad")]
 
@@ -102,6 +102,7 @@ def add_model_fields(page: Page) -> None:
     def recognise(release: str, base: str, predicts: str, size: float) -> str:
         try:
             path = studio.allowed.check_existing(release, "release")
+            studio.allowed.check_config(base, BASE_CONFIG)
             found = recognise_release(path, base, predicts, int(size or 0))
         except UserError as error:
             return note(str(error), "bad")
@@ -113,7 +114,7 @@ def add_model_fields(page: Page) -> None:
 def add_training_fields(fields: dict[str, Any]) -> None:
     """Add the fields of the training and its previews."""
     with gr.Row():
-        fields["tier"] = gr.Dropdown(_TIERS, label="Tier", elem_id="plan-tier")
+        fields["tier"] = gr.Dropdown(_TIERS, label="Tier", elem_id="plan-tier", min_width=260)
         fields["batch"] = gr.Number(label="Images per step; 0 for the config's", precision=0, minimum=0,
                                     elem_id="plan-batch")  # fmt: skip
         fields["steps"] = gr.Number(label="Steps; 0 for the config's", precision=0, minimum=0, elem_id="plan-steps")

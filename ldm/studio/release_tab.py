@@ -9,10 +9,10 @@ from markupsafe import escape
 
 from ldm.studio.commands import Step, lora_words, merge_words, report_words
 from ldm.studio.controls import Page, command_box, listen
-from ldm.studio.fields import whole_number
+from ldm.studio.fields import RELEASE_CONFIG, whole_number
 from ldm.studio.html_parts import file_link, note
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import FINISHED, Job, JobState
+from ldm.studio.job_panel import JobPanel, JobView
+from ldm.studio.job_store import FINISHED, Job
 from ldm.studio.studio import Studio
 
 _KIND, _LORA = "release", "lora"
@@ -26,7 +26,7 @@ def build_release(page: Page) -> None:
                                elem_id="release-out")  # fmt: skip
     with gr.Row():
         weights = gr.Dropdown([("averaged if there are any", ""), ("averaged", "ema"), ("raw", "raw")], value="",
-                              label="Weights", elem_id="release-weights")  # fmt: skip
+                              label="Weights", elem_id="release-weights", min_width=260)  # fmt: skip
         half = gr.Checkbox(label="Half precision (float16)", elem_id="release-half")
         strength = gr.Slider(0, 1, 1, step=0.05, label="Strength: share of the training's change",
                              elem_id="release-strength")  # fmt: skip
@@ -40,6 +40,7 @@ def build_release(page: Page) -> None:
     def read(which: str | None, release: str, config: str, out: str, *options: Any) -> tuple[list[Step], str, str]:
         folder = studio.run_folder(which)
         start = studio.allowed.check_existing(release, "release")
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         studio.allowed.check(out, "file to write")
         steps = [Step("Merge", merge_words(folder, start, out, config, *options)), Step("Report", report_words(folder))]
         return steps, str(folder), out
@@ -50,10 +51,8 @@ def build_release(page: Page) -> None:
         studio.save({"out": out})
         studio.jobs.start(_KIND, f"Release {out}", steps, {"out": out, "report": f"{folder}/report.html"})
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        if state.status != FINISHED:
-            return [""]
-        return [_links(studio, job)]
+    def results(view: JobView) -> list[Any]:
+        return [_links(studio, view.job) if view.state.status == FINISHED else ""]
 
     listen(panel.start.click, start, inputs)
     panel.watch([links], results)
@@ -86,8 +85,8 @@ def build_lora(page: Page) -> None:
         studio.save({"lora_tuned": values[1], "lora": values[2]})
         studio.jobs.start(_LORA, f"LoRA {values[2]}", steps, {"out": values[2]})
 
-    def results(job: Job, state: JobState) -> list[Any]:
-        return [_links(studio, job) if state.status == FINISHED else ""]
+    def results(view: JobView) -> list[Any]:
+        return [_links(studio, view.job) if view.state.status == FINISHED else ""]
 
     listen(panel.start.click, start, inputs)
     panel.watch([links], results)

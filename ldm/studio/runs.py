@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from ldm.events import START, read_events
 from ldm.images.logged_names import PREVIEWS, parse_logged_name
 from ldm.reporting.curves import draw_run
 from ldm.reporting.metrics import Metrics, read_metrics
-from ldm.reporting.run_folder import PARTS
-from ldm.studio.html_parts import note
+from ldm.reporting.run_folder import PARTS, count_of
+from ldm.studio.html_parts import file_link, note
+from ldm.studio.job_progress import Progress, most_steps, training_progress
 from ldm.studio.thumbnails import Thumbnails
 from ldm.util import UserError
 
@@ -35,16 +38,26 @@ class RunView:
     images: list[Path]
     signature: list[Any]
 
+    def progress(self, log: str) -> Progress:
+        """Return the progress of the training with this `log`."""
+        return training_progress(log, most_steps(self.folder), self.metrics, _images_per_step(self.folder))
+
     @property
-    def memory(self) -> str:
-        """Line with the newest peak memory, empty if it is unknown."""
-        series = self.metrics.series.get("device/peak_memory_gib")
-        return note(f"peak memory of the last epoch: {series.last[1]:.2f} GiB") if series else ""
+    def about(self) -> str:
+        """Lines with the folder, the newest peak memory and a link to the report, as far as they are known."""
+        series, report = self.metrics.series.get("device/peak_memory_gib"), self.folder / "report.html"
+        lines = [note(f"run folder: {self.folder}")]
+        if series:
+            lines.append(note(f"peak memory of the last epoch: {series.last[1]:.2f} GiB"))
+        if report.is_file():
+            lines.append(f"<p>{file_link(report, 'Open the report')}</p>")
+        return "".join(lines)
 
     def figures(self) -> str:
         """Return the figures of the metrics as HTML."""
         drawn = draw_run(self.metrics, {}, "live")
-        parts = [Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(*figure) for figure in drawn]
+        figure = Markup('<figure tabindex="0"><figcaption>{}</figcaption>{}</figure>')  # scrolls on a phone
+        parts = [figure.format(*one) for one in drawn]
         return str(Markup('<div class="studio-figures">{}</div>').format(Markup("").join(parts)))
 
     def previews(self) -> list[tuple[str, str]]:
@@ -67,6 +80,15 @@ def view_run(thumbnails: Thumbnails, folder: Path) -> RunView:
     return RunView(
         thumbnails, folder, metrics, images, [metrics.steps, len(metrics.series), [path.name for path in images]]
     )
+
+
+def _images_per_step(folder: Path) -> int | None:
+    """Return the images per step of the newest start of a run, None if they are unknown."""
+    with suppress(UserError):
+        events, _ = read_events(folder)
+        start = next((event for event in reversed(events) if event["kind"] == START), {})
+        return count_of(start, "images_per_step")
+    return None
 
 
 def _newest(place: Path) -> list[Path]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.studio.commands import Step, merge_words, sample_words
+from ldm.studio.commands import Step, merge_words, sample_words, shown
 from ldm.studio.controls import Page, command_box, gallery, listen
-from ldm.studio.job_panel import JobPanel
-from ldm.studio.job_store import Job, JobState
+from ldm.studio.fields import RELEASE_CONFIG
+from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
 from ldm.studio.studio import Studio
 from ldm.util import UserError
@@ -34,6 +34,7 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
     def read(which: str | None, release: str, config: str, predicts: str, *values: Any) -> tuple[list[Step], dict]:
         folder = studio.run_folder(which)
         base = studio.allowed.check_existing(release, "release")
+        studio.allowed.check_config(config, RELEASE_CONFIG)
         settings = read_sampling(*values)
         out = new_folder(studio.work / "strength")
         merged = studio.work / "strength" / "merged.safetensors"
@@ -48,14 +49,15 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
             steps.append(Step(f"Sample at strength {value:g}", words))
         return steps, about_samples(settings, folders)
 
-    def begin(*values: Any) -> None:
+    def begin(*values: Any) -> str:
         steps, about = read(*values)
         studio.jobs.start(_KIND, f"Strengths of {values[0]}", steps, about)
+        return shown(steps)
 
-    def results(job: Job, state: JobState, value: float) -> list[Any]:
+    def results(view: JobView, value: float) -> list[Any]:
         return [at_strength(studio, value)]
 
-    listen(panel.start.click, begin, inputs)
+    listen(panel.start.click, begin, inputs, command)
     listen(strength.change, lambda value: at_strength(studio, value), strength, images, trigger_mode="always_last")
     panel.watch([images], results, [strength])
     page.keep_command(inputs, lambda *values: read(*values)[0], command)

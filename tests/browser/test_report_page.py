@@ -16,6 +16,7 @@ from playwright.sync_api import Page, expect
 from ldm.events import END, EVENTS
 from ldm.locks import LOCK, locked
 from ldm.reporting.report_file import write_report
+from ldm.reporting.training_sets import SampleLimits
 from tests.browser.watched import check
 from tests.run_folders import write_evaluation, write_run
 from tests.training_runs import run_main, the_run, write_inputs, write_release
@@ -62,7 +63,7 @@ def look(open_page: Callable[..., Page], path: Path) -> Page:
 
 def test_the_report_of_a_run_is_drawn(trained: Path, tmp_path: Path, open_page) -> None:
     out = tmp_path / "report.html"
-    write_report([trained], out, samples=3)
+    write_report([trained], out, SampleLimits(3))
     for width, dark in ((1280, True), (390, False)):
         check(open_page(out.as_uri(), width, dark=dark, offline=True))
     page = look(open_page, out)
@@ -129,7 +130,7 @@ def test_reports_of_a_run_under_way_and_of_a_killed_one(trained: Path, tmp_path:
 def test_the_report_of_a_folder_with_nothing_but_a_checkpoint(tmp_path: Path, open_page) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/last.ckpt").write_bytes(b"damaged")
-    write_report([tmp_path / "run"], tmp_path / "report.html", samples=3)
+    write_report([tmp_path / "run"], tmp_path / "report.html", SampleLimits(3))
     expect(look(open_page, tmp_path / "report.html").get_by_text("tools/merge_release.py")).to_be_visible()
 
 

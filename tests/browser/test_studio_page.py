@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from ldm.checkpoint import load_state_dict
+from ldm.planning import TIERS
 from tests.browser.studio_process import WORK, StudioProcess, running_studio
 from tests.browser.watched import check, overflow
 from tests.conftest import ROOT
@@ -155,11 +156,10 @@ def test_the_recipe_by_clicks(studio: StudioProcess, open_studio) -> None:
     fill(page, "plan-steps", ENDLESS)
     fill(page, "plan-prompts", "")
     page.locator("#plan-compute").click()
-    studio.wait_for_state(page, "plan", "running")
-    page.locator("#plan-stop").click()  # the forecast of all tiers takes a minute
-    studio.wait_for_state(page, "plan", "stopped")
+    studio.wait_for_state(page, "plan", "running")  # it ends during the training
     page.locator("#plan-write").click()
     go_to(page, "Train")
+    expect(page.locator("#train-resume-command")).to_contain_text("no run is chosen")
     page.locator("#train-start").click()
     studio.wait_for_state(page, "train", "running")
     page.reload()  # nothing stops
@@ -198,3 +198,23 @@ def test_the_recipe_by_clicks(studio: StudioProcess, open_studio) -> None:
     with page.expect_download() as download:
         page.locator("#release-links").get_by_role("link", name="Download").click()
     assert Path(download.value.path()).stat().st_size == (studio.folder / "mine.safetensors").stat().st_size
+
+    go_to(page, "Plan")
+    studio.wait_for_state(page, "plan", "finished")
+    table = page.locator("#plan-table")
+    for tier in ("as given", *TIERS):
+        expect(table.get_by_role("row", name=tier)).not_to_contain_text("does not fit")
+    expect(table).to_contain_text("Choose no tier, with up to")
+
+
+def test_the_command_is_that_of_the_job(studio: StudioProcess, open_studio) -> None:
+    page, command = open_studio(), "#compare-command"
+    go_to(page, "Compare")
+    fill(page, "compare-tuned", str(RELEASE))
+    expect(page.locator(command)).to_contain_text("compare/1/right")
+    (studio.folder / WORK / "compare/1").mkdir(parents=True)  # as by a job from another window
+    page.locator("#compare-start").click()
+    expect(page.locator(command)).to_contain_text("compare/2/right")
+    assert "compare/2/right" in str(studio.jobs.newest("compare").steps[1])
+    page.locator("#compare-stop").click()
+    studio.wait_for_state(page, "compare", "stopped")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -8,12 +9,18 @@ import pytest
 from ldm.reporting.run_folder import PARTS
 from tests.conftest import ROOT
 from tests.run_folders import write_run
-from tests.training_runs import fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
+from tests.training_runs import SAMPLES, fixture_one_thread, fixture_train, logged, the_run  # noqa: F401
 
 TOOL = ROOT / "tools/report.py"
 
 
-def test_report_of_a_training_with_its_samples(train, tmp_path: Path, run_tool) -> None:
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the report at the end of a run take any time, so that its samples depend on no machine."""
+    monkeypatch.setattr("ldm.reporting.report_file._SECONDS_AT_END", math.inf)
+
+
+def test_report_of_a_training_with_its_samples(train, tmp_path: Path, run_tool, endless: None) -> None:
     one_band = "data.params.val_urls=shards/s-000001.tar lightning.callbacks.timestep_losses.params.bands=1"
     assert train(f"--max_steps 3 --val_check_interval 3 lightning.report=true {one_band}") == 0
     run = the_run(tmp_path / "logs")
@@ -23,6 +30,7 @@ def test_report_of_a_training_with_its_samples(train, tmp_path: Path, run_tool) 
     page = (run / "report.html").read_text()
     assert "finished" in page and "python main.py -b tiny.yaml -t --no-test --max_steps 3" in page
     assert "Loss by band of timesteps" in page
+    assert page.count('alt=""') == SAMPLES and "Captions: median" in page
     assert train(f"--resume {run} --max_steps 5 lightning.report=true") == 0
     assert run_tool(TOOL, run, "--samples", 2) is None
     page = (run / "report.html").read_text()
@@ -30,6 +38,13 @@ def test_report_of_a_training_with_its_samples(train, tmp_path: Path, run_tool) 
     assert page.count('alt=""') == 2  # the decoded samples
     assert "Loss by band of timesteps" in page and "Captions: median" in page
     assert (run / "report.html").stat().st_size < 1 << 20
+
+
+def test_report_at_the_end_leaves_out_samples_that_take_too_long(train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ldm.reporting.report_file._SECONDS_AT_END", 0.0)
+    assert train("--max_steps 1 lightning.report=true") == 0
+    page = (the_run(tmp_path / "logs") / "report.html").read_text()
+    assert "Captions: median" in page and "No samples are shown" in page and 'alt=""' not in page
 
 
 def test_no_report_if_it_is_turned_off(train, tmp_path: Path) -> None:

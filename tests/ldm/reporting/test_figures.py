@@ -4,8 +4,10 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 
-from ldm.reporting.figures import Curve, draw_lines, running_mean, thinned
+from ldm.reporting.figures import Curve, _decorate, draw_lines, running_mean, thinned
 
 
 def test_draw_lines_writes_svg_with_own_ids_and_colours_of_the_page() -> None:
@@ -33,3 +35,12 @@ def test_thinned_keeps_the_mean() -> None:
 
 def test_running_mean_begins_with_the_first_value() -> None:
     np.testing.assert_allclose(running_mean(np.array([1.0, 3.0, 5.0]), 2), [1, 2, 4])
+
+
+@pytest.mark.parametrize(("values", "top"), [([0.58, 0.59], 0.59), ([0.0, 0.0], 0.0)])
+def test_an_axis_from_zero_has_room_above_the_curve(values: list[float], top: float) -> None:
+    axes = Figure().subplots()
+    axes.plot([0, 1], values)
+    _decorate(axes, "step", "GiB", zero=True)
+    low, high = axes.get_ylim()
+    assert low == 0 and high > top

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm.studio.allowed_folders import AllowedFolders
+from ldm.studio.commands import ROOT
 from ldm.util import UserError
 
 
@@ -59,6 +60,24 @@ def test_further_files_are_allowed_alone(tmp_path: Path) -> None:
     allowed = AllowedFolders([tmp_path / "in"], [tmp_path / "in/link.ckpt"])
     assert allowed.has(tmp_path / "in/link.ckpt") and allowed.has(tmp_path / "model.ckpt")
     assert not allowed.has(tmp_path / "other.ckpt")
+
+
+def test_check_config_follows_a_name_without_a_folder(
+    allowed: AllowedFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "in")
+    (tmp_path / "secret.yaml").write_text("a: b")
+    Path("own.yaml").write_text("a: b")
+    for place in ("link.yaml", "configs/latent-diffusion/lean.yaml"):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).symlink_to(tmp_path / "secret.yaml")
+    for name in ("", "own.yaml", "./own.yaml", "demo_tiny.yaml", str(ROOT / "configs/latent-diffusion/lean.yaml")):
+        allowed.check_config(name, "config")
+    for name in ("link.yaml", "lean.yaml", "../secret.yaml", "/etc/none.yaml"):
+        with pytest.raises(UserError, match=r"config '.*': lies outside"):
+            allowed.check_config(name, "config")
+    with pytest.raises(UserError, match=r"config 'demo_tin.yaml' not found"):
+        allowed.check_config("demo_tin.yaml", "config")
 
 
 def test_missing_folders_are_refused(allowed: AllowedFolders, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def test_job_status_marks_each_command() -> None:
     text = job_status(job, JobState(FAILED, 1, [0, 1], [0.0, 5.0, 65.0]), None, "")
     assert 'data-state="failed"' in text and "1 min 5 s" in text
     assert [mark for mark in text if mark in "✓✗▶·"] == ["✓", "✗", "·"]
+    stopping = JobState(RUNNING, 1, [0], [0.0, 5.0], is_stopping=True)
+    assert 'data-state="running"><b>A title</b>: stopping, ' in job_status(job, stopping, None, "")
     assert job_status(None, None, None, "nothing") == note("nothing")
 
 

@@ -23,11 +23,23 @@ def test_bar_progress_reads_the_last_bar() -> None:
 
 def test_training_progress_counts_steps_and_time_left() -> None:
     metrics = Metrics({"device/step_seconds": Series([1, 2], [9.0, 11.0])}, {}, 6)
-    found = training_progress(STEPS, 10, metrics)
+    found = training_progress(STEPS, 10, metrics, None)
     assert found == Progress(0.6, "step 6 of 10: loss=0.5, img/s=4; about 40 s left")
-    assert training_progress(STEPS, None, None) == Progress(None, "step 5: loss=0.5, img/s=4")
-    assert training_progress(STEPS, 5, None) == Progress(1.0, "step 5 of 5: loss=0.5, img/s=4")
-    assert training_progress("loading\n", 5, None) == Progress(None, "loading")
+    assert training_progress(STEPS, None, None, 2) == Progress(None, "step 5: loss=0.5, img/s=4")
+    assert training_progress(STEPS, 5, None, 2) == Progress(1.0, "step 5 of 5: loss=0.5, img/s=4")
+    assert training_progress("loading\n", 5, None, 2) == Progress(None, "loading")
+
+
+@pytest.mark.parametrize(("speeds", "left"), [
+    ((0.1,), "4 min 10 s"),  # the warm-up alone
+    ((0.1, 2.0, 3.0), "10 s"),
+    ((0.1, *[0.1] * 30, *[2.5] * 20), "10 s"),  # the newest lines
+    ((0.0, 0.0), "50 s"),
+])  # fmt: skip
+def test_time_left_is_that_of_the_speed_in_the_log(speeds: tuple[float, ...], left: str) -> None:
+    metrics = Metrics({"device/step_seconds": Series([1, 2, 3], [99.0, 10.0, 10.0])}, {}, 0)
+    log = "".join(f"Epoch 0, step 5: loss=0.5, img/s={speed}, mem=1GiB\n" for speed in speeds)
+    assert training_progress(log, 10, metrics, 5).text.endswith(f"; about {left} left")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (65, "1 min 5 s"), (7260, "2 h 1 min"), (-1, "0 s")])

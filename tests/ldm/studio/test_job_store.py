@@ -92,6 +92,18 @@ def test_stop_interrupts_as_ctrl_c_does_and_starts_nothing_further(store: JobSto
     assert store.running("test") is None
 
 
+def test_a_command_that_takes_its_time_to_stop_is_stopping(store: JobStore) -> None:
+    code = f"try:\n    {WAITS}\nexcept KeyboardInterrupt:\n    print('saves', flush=True); time.sleep(1000)"
+    job = store.start("test", "A title", [step(code)])
+    assert not wait(store, job, "here").is_stopping
+    store.stop(job)
+    state = wait(store, job, "saves")
+    assert (state.status, state.is_stopping) == (RUNNING, True)
+    store.stop(job)
+    state = wait(store, job)
+    assert (state.status, state.is_stopping) == (STOPPED, False)
+
+
 def test_stop_before_the_first_command_is_kept(store: JobStore) -> None:
     job = store.start("test", "A title", [step(WAITS)])
     store.stop(job)
