@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from ldm.checkpoint import PickledCheckpoint
+from ldm.host_memory import available_memory
 
 log = logging.getLogger(__name__)
 
 _SPARE = 2 << 30  # bytes of host memory that a copy leaves free
-_MEMORY, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 class BackgroundWriter:
@@ -70,21 +69,3 @@ class BackgroundWriter:
         error, self._thread, self._error = self._error, None, None
         if error is not None:
             raise error
-
-
-def available_memory() -> int | None:
-    """Return the bytes of host memory that this process can still take; None where the system does not tell.
-
-    This is the smaller of the machine's (proc(5), MemAvailable) and of the container's (cgroup v2).
-    """
-    try:
-        lines = dict(line.split(":") for line in _MEMORY.read_text().splitlines())
-        available = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        used = int((_GROUP / "memory.current").read_text())
-        cache = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())["inactive_file"]
-        return min(available, int((_GROUP / "memory.max").read_text()) - used + int(cache))
-    except (OSError, KeyError, ValueError):  # no container, or one without a limit, "max"
-        return available

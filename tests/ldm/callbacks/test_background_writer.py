@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.callbacks import background_writer
-from ldm.callbacks.background_writer import BackgroundWriter, available_memory
+from ldm.callbacks.background_writer import BackgroundWriter
 from ldm.checkpoint import PickledCheckpoint, load_checkpoint
 from ldm.util import UserError
 from tests.waiting import LIMIT
@@ -58,24 +58,3 @@ def test_without_memory_for_a_copy_the_caller_waits(monkeypatch: pytest.MonkeyPa
     assert [checkpoint.tensors[0].device.type for checkpoint in written] == ["meta", "meta"], "no copy was made"
     (said,) = caplog.messages
     assert "a copy takes 0.4 GB of host memory, and 1.0 GB are available" in said
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 8 << 20),
-        ({"memory.max": "max\n", "memory.current": "5\n", "memory.stat": "inactive_file 3\n"}, 8 << 20),
-        ({"memory.max": "9000\n", "memory.current": "5000\n", "memory.stat": "anon 1\ninactive_file 300\n"}, 4300),
-        ({"memory.max": "9000\n"}, 8 << 20),
-    ],
-    ids=["a machine", "a container without a limit", "a container", "another container"],
-)
-def test_available_memory(files: dict[str, str], expected: int, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal:       16384 kB\nMemAvailable:    8192 kB\n")
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(background_writer, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(background_writer, "_GROUP", tmp_path)
-    assert available_memory() == expected
-    monkeypatch.setattr(background_writer, "_MEMORY", tmp_path / "missing")
-    assert available_memory() is None
