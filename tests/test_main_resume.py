@@ -57,9 +57,9 @@ def test_checkpoints_written_in_the_background_resume_exactly(train, tmp_path, m
     """One is written while the next steps change the weights; the run continues from it after it has lost the last."""
     steps, copied, write = [], PickledCheckpoint.copied, PickledCheckpoint.write
 
-    def note_copy(self):
+    def note_copy(self, memory):
         steps.append("copied")
-        return copied(self)
+        return copied(self, memory)
 
     def write_late(self, path):
         if threading.current_thread() is not threading.main_thread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 from collections.abc import Callable
 
@@ -36,21 +37,36 @@ class BackgroundWriter:
             OSError, UserError: memory was short, so `write` was called at once, and failed.
         """
         assert self._thread is None
-        available = available_memory()
-        if available is None or available < checkpoint.nbytes + _SPARE:
-            if available is not None and not self._has_told:
-                self._has_told = True
-                log.info(
-                    "\nTraining waits while a checkpoint is written: a copy takes %.1f GB of host memory, and %.1f GB "
-                    "are available",
-                    checkpoint.nbytes / 1e9,
-                    available / 1e9,
-                )
+        memory = self._memory_for(checkpoint)
+        if memory is None:
             write(checkpoint)
             return
         # A process that quits at once does not wait for a daemon. The unfinished file is removed at the next start.
-        self._thread = threading.Thread(target=self._run, args=(write, checkpoint.copied()), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(write, checkpoint.copied(memory)), daemon=True)
         self._thread.start()
+
+    def _memory_for(self, checkpoint: PickledCheckpoint) -> mmap.mmap | None:
+        """Return memory for a copy; None if the machine has too little, or does not tell how much it has."""
+        available = available_memory()
+        if available is None:
+            return None
+        if available >= checkpoint.nbytes + _SPARE:
+            try:
+                return checkpoint.memory_for_copy()
+            except OSError as error:  # a limit of the process, such as that of `ulimit -v`
+                self._tell(checkpoint, f"the system refuses it: {error.strerror}")
+                return None
+        self._tell(checkpoint, f"{available / 1e9:.1f} GB are available")
+        return None
+
+    def _tell(self, checkpoint: PickledCheckpoint, reason: str) -> None:
+        if not self._has_told:
+            self._has_told = True
+            log.info(
+                "\nTraining waits while a checkpoint is written: a copy takes %.1f GB of host memory, and %s",
+                checkpoint.nbytes / 1e9,
+                reason,
+            )
 
     def _run(self, write: Callable[[PickledCheckpoint], None], checkpoint: PickledCheckpoint) -> None:
         try:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import multiprocessing
+import os
+import sys
 import threading
 from pathlib import Path
 
@@ -11,8 +16,9 @@ import torch
 from ldm.callbacks import background_writer
 from ldm.callbacks.background_writer import BackgroundWriter
 from ldm.checkpoint import PickledCheckpoint, load_checkpoint
+from ldm.checkpoint import writing as writing_module
 from ldm.util import UserError
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, join
 
 
 def test_the_file_holds_the_values_of_the_moment(tmp_path: Path) -> None:
@@ -58,3 +64,49 @@ def test_without_memory_for_a_copy_the_caller_waits(monkeypatch: pytest.MonkeyPa
     assert [checkpoint.tensors[0].device.type for checkpoint in written] == ["meta", "meta"], "no copy was made"
     (said,) = caplog.messages
     assert "a copy takes 0.4 GB of host memory, and 1.0 GB are available" in said
+
+
+def test_without_address_space_for_a_copy_the_caller_waits(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr("mmap.mmap", refuse)
+    writer, written = BackgroundWriter(), []
+    writer.start(PickledCheckpoint.of({"a": torch.ones(3)}), written.append)
+    assert not writer.is_busy and len(written) == 1
+    assert "of host memory, and the system refuses it: Cannot allocate memory" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and memory is wiped by Linux alone")
+def test_a_worker_forked_meanwhile_keeps_neither_the_copy_nor_the_file(tmp_path: Path, monkeypatch) -> None:
+    """Data workers live as long as training. They would keep the memory, and the disk space of a replaced file."""
+    writing, go_on, as_bytes = threading.Event(), threading.Event(), writing_module._bytes_of
+    addresses = []
+
+    def wait(tensor: torch.Tensor) -> memoryview:
+        addresses.append(tensor.data_ptr())
+        writing.set()
+        assert go_on.wait(LIMIT)
+        return as_bytes(tensor)
+
+    def look(results: multiprocessing.SimpleQueue) -> None:
+        values = ctypes.string_at(addresses[0], 1 << 26)
+        results.put((any(values), [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]))
+
+    monkeypatch.setattr(writing_module, "_bytes_of", wait)
+    writer = BackgroundWriter()
+    checkpoint = PickledCheckpoint.of({"a": torch.ones(1 << 26, dtype=torch.uint8)})
+    writer.start(checkpoint, lambda copy: copy.write(tmp_path / "last.ckpt"))
+    assert writing.wait(LIMIT)
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    worker = context.Process(target=look, args=(results,))
+    worker.start()
+    has_copy, files = results.get()
+    assert join(worker) == [0]
+    go_on.set()
+    writer.finish()
+    assert not has_copy
+    assert not [path for path in files if path.startswith(str(tmp_path))]
+    assert torch.equal(load_checkpoint(tmp_path / "last.ckpt")["a"], checkpoint.tensors[0])

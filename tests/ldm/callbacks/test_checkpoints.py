@@ -175,7 +175,7 @@ def writer(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]
 
     def save_copied(path: Path, storage_options: Callable[..., None] | None = None, **_: object) -> None:
         def give(checkpoint: SimpleNamespace) -> None:
-            checkpoint.copied = lambda: checkpoint
+            checkpoint.memory_for_copy, checkpoint.copied = lambda: object(), lambda memory: checkpoint
             storage_options(checkpoint)
 
         save(path, storage_options=give if storage_options else None)
