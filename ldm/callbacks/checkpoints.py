@@ -225,13 +225,20 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, storage_options=lambda checkpoint: self._background.start(checkpoint, write))
 
     def _finish_writing(self) -> None:
-        """Wait for the checkpoint that is being written; warn if the disk was full."""
+        """Wait for the checkpoint that is being written; warn if it could not be written.
+
+        Raises:
+            UserError: it could not be written for another reason than an error of the system.
+        """
         began = time.monotonic()
         try:
             self._background.finish()
         except OSError as error:
             warn_not_saved(self._saved_step, error)
             self._saved_step = None
+        except BaseException:
+            self._saved_step = None
+            raise
         self.writing.add(since=began)
 
     def _stop_if_asked(self) -> None:

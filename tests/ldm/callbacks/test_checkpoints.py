@@ -192,6 +192,22 @@ def test_a_disk_that_is_full_in_the_background_is_told_later(writer: Run, caplog
     assert f"{writer.path}: No space left on device; training continues" in said[0]
 
 
+def test_an_error_in_the_background_is_no_saved_checkpoint(writer: Run, caplog) -> None:
+    caplog.set_level("INFO")
+    writer(every_n_train_steps=2)
+
+    def refuse(step: int, path: Path) -> None:
+        raise UserError(f"{path}: a folder")
+
+    writer.write = refuse
+    writer.trainer.global_step, writer.trainer.sanity_checking = 13, False
+    writer.callback._save(writer.trainer, announce=False)
+    for _ in range(2):  # of the thread, and of writing again
+        with pytest.raises(UserError, match="a folder"):
+            writer.callback._save(writer.trainer, announce=True)
+    assert "Saved step" not in caplog.text
+
+
 def test_a_stop_at_a_step_that_is_being_written_waits_for_it(writer: Run) -> None:
     writer.full = {12}
     writer(every_n_train_steps=2)
