@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ldm.checkpoint import PickledCheckpoint
+import torch
+
+from ldm.checkpoint import Pending, PickledCheckpoint, copy_value
 from ldm.host_memory import available_memory
 
 log = logging.getLogger(__name__)
 
 _SPARE = 2 << 30  # bytes of host memory that a copy leaves free
+_LARGE = 1 << 20  # bytes from which a tensor on the host may be copied by the thread
+
+Write = Callable[[PickledCheckpoint], None]
+Pair = tuple[torch.Tensor, torch.Tensor | Pending]  # the place of a copy, and what is copied
 
 
 class BackgroundWriter:
@@ -21,17 +28,21 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._copied = threading.Event()
         self._has_told = False
+        self._copies_at_once = False
 
     @property
     def is_busy(self) -> bool:
         """True while a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, checkpoint: PickledCheckpoint, write: Callable[[PickledCheckpoint], None]) -> None:
+    def start(self, checkpoint: PickledCheckpoint, write: Write, copy_later: bool = False) -> None:
         """Copy the tensors of `checkpoint`, and call `write` with the copy in a thread.
 
-        Call `finish` before the next `start`.
+        Call `finish` before the next `start`. With `copy_later`, the thread also copies the large tensors on the host:
+        call `wait_for_copy` before they change. If they change earlier, nothing is written, `finish` raises, and later
+        checkpoints are copied at once.
 
         Raises:
             OSError, UserError: memory was short, so `write` was called at once, and failed.
@@ -41,8 +52,17 @@ class BackgroundWriter:
         if memory is None:
             write(checkpoint)
             return
+        copy = checkpoint.placed_in(memory)
+        later: list[Pair] = []
+        for place, tensor in zip(copy.tensors, checkpoint.tensors, strict=True):
+            if copy_later and not self._copies_at_once and _can_wait(tensor):
+                later.append((place, tensor))
+            else:
+                copy_value(place, tensor)
+        self._copied.clear()
+        arguments = (write, copy, later, _versions(later))
         # A process that quits at once does not wait for a daemon. The unfinished file is removed at the next start.
-        self._thread = threading.Thread(target=self._run, args=(write, checkpoint.copied(memory)), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
 
     def _memory_for(self, checkpoint: PickledCheckpoint) -> mmap.mmap | None:
@@ -68,11 +88,29 @@ class BackgroundWriter:
                 reason,
             )
 
-    def _run(self, write: Callable[[PickledCheckpoint], None], checkpoint: PickledCheckpoint) -> None:
+    def _run(self, write: Write, copy: PickledCheckpoint, later: list[Pair], versions: list[int]) -> None:
         try:
-            write(checkpoint)
+            try:
+                self._copy(later, versions)
+            finally:
+                later.clear()  # the tensors need not stay as long as the writing
+                self._copied.set()
+            write(copy)
         except BaseException as error:
             self._error = error
+
+    def _copy(self, later: Sequence[Pair], versions: Sequence[int]) -> None:
+        for place, tensor in later:
+            copy_value(place, tensor)
+        if _versions(later) != versions:
+            self._copies_at_once = True
+            reason = "weights changed while they were copied; from now on, training waits for the copy"
+            raise OSError(errno.EBUSY, reason)
+
+    def wait_for_copy(self) -> None:
+        """Wait until all tensors of the checkpoint are copied."""
+        if self._thread is not None:
+            self._copied.wait()
 
     def finish(self) -> None:
         """Wait until the checkpoint is written, if there is one.
@@ -85,3 +123,14 @@ class BackgroundWriter:
         error, self._thread, self._error = self._error, None, None
         if error is not None:
             raise error
+
+
+def _can_wait(tensor: torch.Tensor | Pending) -> bool:
+    """Return True for a large tensor on the host whose changes torch counts."""
+    is_on_host = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+    return is_on_host and tensor.nbytes >= _LARGE and not tensor.is_inference()
+
+
+def _versions(pairs: Sequence[Pair]) -> list[int]:
+    """Return torch's count of the changes in place of each tensor, which views share."""
+    return [tensor._version for _, tensor in pairs]

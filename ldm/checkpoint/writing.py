@@ -91,7 +91,7 @@ class PickledCheckpoint:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def memory_for_copy(self) -> mmap.mmap:
-        """Return host memory for `copied`. The system takes it back as soon as no copy is left.
+        """Return host memory for `placed_in`. The system takes it back as soon as no copy is left.
 
         An allocator could keep it, and so could data workers that are forked while it exists. They see zeros in its
         place, which take no memory.
@@ -105,21 +105,15 @@ class PickledCheckpoint:
             memory.madvise(_WIPE_ON_FORK)
         return memory
 
-    def copied(self, memory: mmap.mmap) -> PickledCheckpoint:
-        """Return the same with a copy of each tensor in `memory`, which later training steps do not change."""
+    def placed_in(self, memory: mmap.mmap) -> PickledCheckpoint:
+        """Return the same with tensors in `memory`, without values. `copy_value` sets them."""
         starts = itertools.accumulate((_aligned(tensor.nbytes) for tensor in self.tensors), initial=0)
         room = torch.frombuffer(memory, dtype=torch.uint8)
-        copies = []
-        for tensor, start in zip(self.tensors, starts, strict=False):
-            data = room[start : start + tensor.nbytes]
-            copy = data.view(tensor.dtype).view(tuple(tensor.shape))
-            value = computed(tensor).detach()
-            if tensor.dtype in STORAGE_NAMES:
-                copy.copy_(value)
-            else:  # torch may be unable to copy such values
-                data.copy_(as_bytes(value))
-            copies.append(copy)
-        return PickledCheckpoint(self.pickled, copies)
+        places = [
+            room[start : start + tensor.nbytes].view(tensor.dtype).view(tuple(tensor.shape))
+            for tensor, start in zip(self.tensors, starts, strict=False)
+        ]
+        return PickledCheckpoint(self.pickled, places)
 
     def write(self, path: str | Path) -> None:
         """Write the checkpoint to `path`, whole or not at all."""
@@ -132,6 +126,15 @@ class PickledCheckpoint:
             if sys.byteorder != "little":  # readers assume little-endian
                 archive.add("byteorder", sys.byteorder.encode())
             archive.finish()
+
+
+def copy_value(place: torch.Tensor, tensor: torch.Tensor | Pending) -> None:
+    """Copy `tensor`, of any device or layout, to `place`, a contiguous one of its shape and dtype on the host."""
+    value = computed(tensor).detach()
+    if tensor.dtype in STORAGE_NAMES:
+        place.copy_(value)
+    else:  # torch may be unable to copy such values
+        as_bytes(place).copy_(as_bytes(value))
 
 
 def save_state_dict(

@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm.callbacks import background_writer
-from ldm.callbacks.background_writer import BackgroundWriter
+from ldm.callbacks.background_writer import BackgroundWriter, Pair
 from ldm.checkpoint import PickledCheckpoint, load_checkpoint
 from ldm.checkpoint import writing as writing_module
 from ldm.util import UserError
@@ -110,3 +111,53 @@ def test_a_worker_forked_meanwhile_keeps_neither_the_copy_nor_the_file(tmp_path:
     assert not has_copy
     assert not [path for path in files if path.startswith(str(tmp_path))]
     assert torch.equal(load_checkpoint(tmp_path / "last.ckpt")["a"], checkpoint.tensors[0])
+
+
+def hold_copy(monkeypatch: pytest.MonkeyPatch, until: threading.Event) -> list[int]:
+    """Let the thread copy after `until`. Return the number of tensors that it copies, of each checkpoint."""
+    counts, copy = [], BackgroundWriter._copy
+
+    def copy_late(self: BackgroundWriter, later: Sequence[Pair], versions: Sequence[int]) -> None:
+        counts.append(len(later))
+        assert until.wait(LIMIT)
+        copy(self, later, versions)
+
+    monkeypatch.setattr(BackgroundWriter, "_copy", copy_late)
+    return counts
+
+
+def test_tensors_that_are_copied_later_may_change_after_the_copy(tmp_path: Path, monkeypatch) -> None:
+    forward, written = threading.Event(), threading.Event()
+    counts = hold_copy(monkeypatch, forward)
+
+    def write(checkpoint: PickledCheckpoint) -> None:
+        assert written.wait(LIMIT)
+        checkpoint.write(tmp_path / "last.ckpt")
+
+    weight, counter = torch.ones(1 << 18), torch.tensor(5)
+    writer = BackgroundWriter()
+    writer.start(PickledCheckpoint.of({"weight": weight.detach(), "counter": counter}), write, copy_later=True)
+    counter += 1  # small ones may change at once
+    forward.set()
+    writer.wait_for_copy()
+    weight.mul_(3)
+    written.set()
+    writer.finish()
+    loaded = load_checkpoint(tmp_path / "last.ckpt")
+    assert counts == [1] and loaded["counter"] == 5 and torch.equal(loaded["weight"], torch.ones(1 << 18))
+
+
+def test_weights_that_change_before_they_are_copied_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, written, writer = threading.Event(), [], BackgroundWriter()
+    counts = hold_copy(monkeypatch, changed)
+    weight = torch.ones(1 << 18)
+    checkpoint = PickledCheckpoint.of({"weight": weight.view(2, -1)})
+    writer.start(checkpoint, written.append, copy_later=True)
+    weight[0] = 2  # through another view
+    changed.set()
+    with pytest.raises(OSError, match="weights changed while they were copied; from now on, training waits"):
+        writer.finish()
+    assert not written
+    writer.start(checkpoint, written.append, copy_later=True)
+    writer.finish()
+    assert len(written) == 1 and counts == [1, 0]
