@@ -3,9 +3,10 @@
 
     python benchmarks/checkpoint_stall.py --folder /somewhere/on/the/disk --gib 2
 
-The benchmark times four actions:
+The benchmark times five actions:
 
 - the copy after which training continues, while a thread writes it;
+- the start of a copy that is made beside the next forward and backward pass, as of weights that stay on the host;
 - a checkpoint written as training writes it, with checksums, a sync to the disk and a rename;
 - a plain write of the same bytes with a sync;
 - the checksums alone.
@@ -30,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
+from ldm.callbacks.background_writer import BackgroundWriter
 from ldm.checkpoint import PickledCheckpoint, save_checkpoint
 from ldm.cli.run import run
 
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 FULL_SIZE = 10.6e9  # bytes
 SHARE = 0.05  # of the training time; above this share, training logs a warning
 COPY, WRITE = "a copy in host memory", "a checkpoint as training writes it"
+START = "the start of a copy beside the next step"
 STEP_SECONDS = (0.2, 1.0, 5.0)
 
 
@@ -64,15 +67,21 @@ def main() -> None:
             zlib.crc32(tensor.numpy())
 
     content = {"state_dict": dict(enumerate(tensors))}
+    writer = BackgroundWriter()
+
+    def copy(later: bool) -> None:
+        writer.start(PickledCheckpoint.of(content), lambda _: None, copy_later=later)
+
     actions: dict[str, Callable[[], None]] = {
-        COPY: lambda: PickledCheckpoint.of(content).copied(),
+        COPY: lambda: copy(later=False),
+        START: lambda: copy(later=True),
         WRITE: lambda: save_checkpoint(content, path),
         "a plain write of the same bytes, synced": write_bare,
         "the checksums alone": sum_up,
     }
     for name, action in actions.items():
-        seconds = statistics.median(_seconds(action) for _ in range(options.repeats))
-        log.info("%-40s %6.2f s, %.2f GB/s", name, seconds, size / 1e9 / seconds)
+        seconds = statistics.median(_seconds(action, writer) for _ in range(options.repeats))
+        log.info("%-41s %6.2f s, %.2f GB/s", name, seconds, size / 1e9 / seconds)
         stalls[name] = seconds * FULL_SIZE / size
     path.unlink()
     for name, step in itertools.product((COPY, WRITE), STEP_SECONDS):
@@ -81,10 +90,13 @@ def main() -> None:
                  round(stalls[name] * (1 / SHARE - 1) / step))  # fmt: skip
 
 
-def _seconds(action: Callable[[], None]) -> float:
+def _seconds(action: Callable[[], None], writer: BackgroundWriter) -> float:
+    """Return the seconds of `action`, without those of the thread that it may start."""
     began = time.perf_counter()
     action()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    writer.finish()
+    return seconds
 
 
 if __name__ == "__main__":

@@ -210,6 +210,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.close(folder)
 
 
+def _leave_unfinished() -> None:
+    """Replace the files of unfinished `atomic_write`s by the null device, in a forked process.
+
+    A data worker that is forked while a thread writes a checkpoint would keep its disk space after it is replaced.
+    """
+    unfinished = set()
+    for temporary in _WRITING:
+        with suppress(OSError):
+            found = temporary.stat()
+            unfinished.add((found.st_dev, found.st_ino))
+    if not unfinished or not os.path.isdir("/proc/self/fd"):  # noqa: PTH112
+        return
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        with suppress(OSError):  # the descriptor of the listing
+            found = os.fstat(descriptor)
+            if (found.st_dev, found.st_ino) in unfinished:
+                os.dup2(null, descriptor)
+    os.close(null)
+
+
+os.register_at_fork(after_in_child=_leave_unfinished)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders of ended processes of this machine from `folder`.
 

@@ -55,18 +55,18 @@ def test_a_run_may_stop_at_the_end_of_one_epoch_after_another(train, tmp_path, l
 
 def test_checkpoints_written_in_the_background_resume_exactly(train, tmp_path, monkeypatch):
     """One is written while the next steps change the weights; the run continues from it after it has lost the last."""
-    steps, copied, write = [], PickledCheckpoint.copied, PickledCheckpoint.write
+    steps, place, write = [], PickledCheckpoint.placed_in, PickledCheckpoint.write
 
-    def note_copy(self):
+    def note_copy(self, memory):
         steps.append("copied")
-        return copied(self)
+        return place(self, memory)
 
     def write_late(self, path):
         if threading.current_thread() is not threading.main_thread():
             steps.append("written beside training")
         write(self, path)
 
-    monkeypatch.setattr(PickledCheckpoint, "copied", note_copy)
+    monkeypatch.setattr(PickledCheckpoint, "placed_in", note_copy)
     monkeypatch.setattr(PickledCheckpoint, "write", write_late)
     keep = "lightning.modelcheckpoint.params.every_n_train_steps=2 lightning.modelcheckpoint.params.save_last_k=3"
     train(f"-l straight --max_steps 7 {keep} lightning.modelcheckpoint.params.in_background=false")

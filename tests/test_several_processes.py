@@ -21,7 +21,7 @@ from ldm.training.arguments import parse_arguments
 from ldm.training.run import plan_run
 from tests.conftest import ROOT
 from tests.ldm.shard_files import write_masked_set
-from tests.training_runs import assert_same_training, logged, state, the_run, write_inputs
+from tests.training_runs import assert_equal, assert_same_training, logged, state, the_run, write_inputs
 from tests.waiting import join, wait_for
 
 OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
@@ -151,6 +151,20 @@ def test_two_processes_share_one_run_folder_and_resume_exactly(runs: Runs, optio
     assert len(list(stopped.glob("csv/*"))) == len(list(stopped.glob("tensorboard/events*"))) == 1
     runs("stopped", f"--resume {stopped} --max_steps 5", ranks=2)
     assert_same_training(straight, stopped)
+
+
+def test_checkpoints_of_two_processes_are_the_same_from_a_thread(runs: Runs) -> None:
+    """The first process writes them from a copy while both go on."""
+    often = " ".join(
+        f"lightning.modelcheckpoint.params.{setting}" for setting in ("every_n_train_steps=1", "save_last_k=9")
+    )
+    waiting = runs("waiting", f"{often} lightning.modelcheckpoint.params.in_background=false", ranks=2)
+    threaded = runs("threaded", often, ranks=2)
+    for step in range(1, 6):
+        one, other = (state(run / f"checkpoints/step={step:09}.ckpt") for run in (waiting, threaded))
+        assert one["global_step"] == step
+        for part in ("state_dict", "optimizer_states", "loops", "epoch", "global_step"):
+            assert_equal(one[part], other[part])
 
 
 def _note_folder(rank: int) -> None:

@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from ldm.modules.encoders.caption_settings import check_caption_options, set_cap
 from ldm.util import UserError, check_number
 
 if TYPE_CHECKING:
+    from ldm.encoding.image_stream import ImageStream
     from ldm.images.find import ImageItem
 
 logger = logging.getLogger(__name__)
@@ -121,17 +123,32 @@ def _check_needed(arguments: argparse.Namespace, count: str, names: Sequence[str
             raise UserError(f"{option}: changes {what} only; give --{count.replace('_', '-')} too, 2 or more")
 
 
-def _find_items(arguments: argparse.Namespace, pairs: bool) -> list[ImageItem]:
+def _open_images(arguments: argparse.Namespace, pairs: bool) -> Sequence[ImageItem] | ImageStream:
     """Return the images to encode, or pairs of them, with their captions, masks and repeats."""
     from ldm.data.sources import find_images
-    from ldm.images.repeats import with_folder_repeats
+    from ldm.encoding.image_stream import open_images
+    from ldm.images.repeats import FolderRepeats
     from ldm.images.tags import with_tag_variants
+    from ldm.shards.writer import is_unlimited
 
-    items = find_images(arguments.images, arguments.caption, pairs, arguments.several_captions, arguments.loss_masks)
+    changes = []
     if arguments.tag_variants > 1:
         keep = 1 if arguments.keep_tags is None else arguments.keep_tags
-        items = with_tag_variants(items, arguments.tag_variants, keep, arguments.tag_dropout or 0.0)
-    items = items if arguments.no_repeats else with_folder_repeats(items)
+        tags = {"count": arguments.tag_variants, "keep": keep, "dropout": arguments.tag_dropout or 0.0}
+        changes.append(partial(with_tag_variants, **tags))
+    repeats = None if arguments.no_repeats else FolderRepeats()
+    chosen = arguments.images, arguments.caption, pairs, arguments.several_captions, arguments.loss_masks
+    if is_unlimited(arguments.out):
+        may_have_several = arguments.several_captions or arguments.tag_variants > 1
+        stream = open_images(*chosen, changes, repeats, may_have_several)
+        if stream is not None:
+            logger.info("%s in %s, read while they are encoded", stream.count, stream.where)
+            return stream
+    items = find_images(*chosen)
+    for change in [*changes, *([repeats.of] if repeats else [])]:
+        items = [change(item) for item in items]
+    if repeats:
+        repeats.log()
     logger.info("%d %s in %s", len(items), "pairs of images" if pairs else "images", ", ".join(arguments.images))
     return items
 
@@ -157,7 +174,7 @@ def main() -> None:
         check_out(arguments.out, arguments.overwrite)
     chosen = arguments.config, arguments.parameterization, arguments.size
     _, config = release_config(arguments.ckpt, *chosen, arguments.trust_config)
-    items = _find_items(arguments, takes_pairs(config))
+    items = _open_images(arguments, takes_pairs(config))
     area = LEAST_AREA if arguments.variant_area is None else arguments.variant_area
     variants = Variants(arguments.variants, area, arguments.variant_jitter or 0.0)
     device = pick_device(arguments.device, ranks.local)

@@ -19,6 +19,8 @@ from ldm.callbacks.saving import WritingTime, keep_numbered, mark_newest, try_sa
 from ldm.callbacks.signals import SignalRequests, TrainingStopped
 from ldm.checkpoint import PickledCheckpoint
 from ldm.distributed.collectives import FailedTogether
+from ldm.modules.diffusionmodules.layers import StaysOnHost
+from ldm.optim import InBackward
 from ldm.util import UserError, check_choice, check_number
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ class LastCheckpoint(Checkpoint):
     `NumericalFault` and an error that only one of several processes has. Training continues when the disk is full,
     except at its end or after a signal to stop.
 
-    A single process writes the checkpoints at intervals in a thread, from a copy. Training waits for the others.
+    The first process writes the checkpoints at intervals in a thread, from a copy. Training waits for the others. While
+    weights that stay on the host are copied, the next forward and backward pass run, and the next step waits.
 
     Args:
         path: path of `last.ckpt`.
@@ -78,6 +81,7 @@ class LastCheckpoint(Checkpoint):
         self._background = BackgroundWriter()
         self._step = 0
         self._saved_step: int | None = None
+        self._copies_later = False
         self._progress: dict[str, Any] = {}  # entries of the checkpoint that change between steps
         self._is_late = False
         self._stopping = False
@@ -92,6 +96,11 @@ class LastCheckpoint(Checkpoint):
         self._agreed_step = self._step
         self.requests.install()
         self.requests.training = True
+        parts = () if pl_module is None else pl_module.modules()
+        self._copies_later = any(isinstance(part, StaysOnHost) and part.stays_on_host for part in parts)
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, InBackward):  # steps before `on_after_backward`
+                optimizer.inner.register_step_pre_hook(lambda *_: self._wait_for_copy())
         loop = trainer.fit_loop
         if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
             # The checkpoint is of an epoch's last step. Lightning has ended that epoch, but assumes that the next has
@@ -114,6 +123,14 @@ class LastCheckpoint(Checkpoint):
             self.requests.save = False
             self._save(trainer, announce=asked or self._stopping, needed=is_end or self._stopping)
 
+    # Weights change in a step, and when validation puts the average in their place.
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait_for_copy()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait_for_copy()
+
     # Training stops at the next hook, because Lightning has logged the metrics of the step only then.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -121,6 +138,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_asked()
+        self._wait_for_copy()
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self.requests.stop and trainer.world_size == 1 and not trainer.sanity_checking:
@@ -188,18 +206,20 @@ class LastCheckpoint(Checkpoint):
         return tuple(map(bool, agreed))
 
     @staticmethod
-    def _agree(trainer: Trainer, asked: bool) -> bool:
-        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+    def _agree(trainer: Trainer, own: bool, by_all: bool = False) -> bool:
+        """Return True if `own` is true in one of the processes, or in all of them."""
+        return trainer.strategy.reduce_boolean_decision(own, all=by_all) if trainer.world_size > 1 else own
 
     def _save(self, trainer: Trainer, announce: bool, needed: bool = False) -> None:
         if trainer.fast_dev_run:
             return
         self._finish_writing()
-        if self._saved_step != trainer.global_step:
+        # The first process alone knows that its thread failed.
+        saved = self._agree(trainer, self._saved_step == trainer.global_step, by_all=True)
+        if not saved:
             began = time.monotonic()
-            in_background = self.in_background and trainer.world_size == 1 and not (announce or needed)
-            write = self._start_writing if in_background else self._write
-            written = try_save(trainer, lambda: write(trainer), needed=needed)
+            in_background = self.in_background and not (announce or needed)
+            written = try_save(trainer, lambda: self._write(trainer, in_background), needed=needed)
             self._last_tried = time.monotonic()
             self.writing.add(since=began)
             if not written:
@@ -208,12 +228,7 @@ class LastCheckpoint(Checkpoint):
         if announce:
             log.info("\nSaved step %d to %s", trainer.global_step, self.path)
 
-    def _write(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)
-        if self.save_last_k and trainer.is_global_zero:
-            keep_numbered(self.path, trainer.global_step, self.save_last_k)
-
-    def _start_writing(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, in_background: bool) -> None:
         step = trainer.global_step
 
         def write(checkpoint: PickledCheckpoint) -> None:
@@ -222,16 +237,31 @@ class LastCheckpoint(Checkpoint):
             if self.save_last_k:
                 keep_numbered(self.path, step, self.save_last_k)
 
-        trainer.save_checkpoint(self.path, storage_options=lambda checkpoint: self._background.start(checkpoint, write))
+        def start(checkpoint: PickledCheckpoint) -> None:
+            self._background.start(checkpoint, write, self._copies_later)
+
+        trainer.save_checkpoint(self.path, storage_options=start if in_background else write)
+
+    def _wait_for_copy(self) -> None:
+        began = time.monotonic()
+        self._background.wait_for_copy()
+        self.writing.add(since=began)
 
     def _finish_writing(self) -> None:
-        """Wait for the checkpoint that is being written; warn if the disk was full."""
+        """Wait for the checkpoint that is being written; warn if it could not be written.
+
+        Raises:
+            UserError: it could not be written for another reason than an error of the system.
+        """
         began = time.monotonic()
         try:
             self._background.finish()
         except OSError as error:
             warn_not_saved(self._saved_step, error)
             self._saved_step = None
+        except BaseException:
+            self._saved_step = None
+            raise
         self.writing.add(since=began)
 
     def _stop_if_asked(self) -> None:

@@ -12,6 +12,7 @@ from ldm.checkpoint.writing import (
     cast,
     check_suffix,
     computed,
+    copy_value,
     save_checkpoint,
     save_state_dict,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "check_suffix",
     "computed",
     "converted",
+    "copy_value",
     "ema_key",
     "encoder_digests",
     "in_memory",

@@ -15,6 +15,7 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ from ldm.checkpoint.zip_writer import ZipWriter
 from ldm.files import atomic_write
 from ldm.util import UserError
 
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK of madvise(2), which Python does not name
 HASH = "modelspec.hash_sha256"  # metadata: the SHA-256 of the tensors of a `.safetensors` (ModelSpec 1.0)
 
 
@@ -88,25 +90,30 @@ class PickledCheckpoint:
         """Size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def copied(self) -> PickledCheckpoint:
-        """Return the same with a copy of each tensor in host memory, which later training steps do not change.
+    def memory_for_copy(self) -> mmap.mmap:
+        """Return host memory for `placed_in`. The system takes it back as soon as no copy is left.
 
-        The copies lie in a memory map of their own, which the system takes back as soon as they are gone. An allocator
-        could keep their memory.
+        An allocator could keep it, and so could data workers that are forked while it exists. They see zeros in its
+        place, which take no memory.
+
+        Raises:
+            OSError: the system refuses the memory.
         """
-        starts = list(itertools.accumulate((_aligned(tensor.nbytes) for tensor in self.tensors), initial=0))
-        memory = torch.frombuffer(mmap.mmap(-1, max(starts[-1], 1)), dtype=torch.uint8)
-        copies = []
-        for tensor, start in zip(self.tensors, starts, strict=False):
-            data = memory[start : start + tensor.nbytes]
-            copy = data.view(tensor.dtype).view(tuple(tensor.shape))
-            value = computed(tensor).detach()
-            if tensor.dtype in STORAGE_NAMES:
-                copy.copy_(value)
-            else:  # torch may be unable to copy such values
-                data.copy_(as_bytes(value))
-            copies.append(copy)
-        return PickledCheckpoint(self.pickled, copies)
+        size = max(sum(_aligned(tensor.nbytes) for tensor in self.tensors), 1)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # another system, or Linux before 4.14
+            memory.madvise(_WIPE_ON_FORK)
+        return memory
+
+    def placed_in(self, memory: mmap.mmap) -> PickledCheckpoint:
+        """Return the same with tensors in `memory`, without values. `copy_value` sets them."""
+        starts = itertools.accumulate((_aligned(tensor.nbytes) for tensor in self.tensors), initial=0)
+        room = torch.frombuffer(memory, dtype=torch.uint8)
+        places = [
+            room[start : start + tensor.nbytes].view(tensor.dtype).view(tuple(tensor.shape))
+            for tensor, start in zip(self.tensors, starts, strict=False)
+        ]
+        return PickledCheckpoint(self.pickled, places)
 
     def write(self, path: str | Path) -> None:
         """Write the checkpoint to `path`, whole or not at all."""
@@ -119,6 +126,15 @@ class PickledCheckpoint:
             if sys.byteorder != "little":  # readers assume little-endian
                 archive.add("byteorder", sys.byteorder.encode())
             archive.finish()
+
+
+def copy_value(place: torch.Tensor, tensor: torch.Tensor | Pending) -> None:
+    """Copy `tensor`, of any device or layout, to `place`, a contiguous one of its shape and dtype on the host."""
+    value = computed(tensor).detach()
+    if tensor.dtype in STORAGE_NAMES:
+        place.copy_(value)
+    else:  # torch may be unable to copy such values
+        as_bytes(place).copy_(as_bytes(value))
 
 
 def save_state_dict(

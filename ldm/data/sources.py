@@ -13,8 +13,8 @@ from pathlib import Path
 from ldm.files import open_file, read_span
 from ldm.identity import check_identity, identity_of_path
 from ldm.images.captions import CAPTION_SUFFIXES, METADATA, METADATA_FILES, decode_caption, same_name
-from ldm.images.decode import EXTENSIONS
-from ldm.images.find import ImageItem, SingleImages, from_folder, is_image, pair_up
+from ldm.images.decode import EXTENSIONS, is_image
+from ldm.images.find import ImageItem, SingleImages, from_folder, pair_up
 from ldm.images.mask_files import warn_of_masks, with_masks
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
@@ -22,11 +22,14 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
+NAMED = 5  # images listed in a warning
+
 # Members of a tar: the edited images of pairs, and loss masks.
 _EDITED, _MASKS = ([f"{kind}.{extension}" for extension in EXTENSIONS] for kind in ("edited", "mask"))
 
 
-def _from_tar(path: Path, fixed: str | None, pairs: bool, several: bool, masks: bool) -> list[ImageItem]:
+def from_tar(path: Path, fixed: str | None, pairs: bool, several: bool, masks: bool) -> list[ImageItem]:
+    """Return the images of the tar at `path`, with the options of `find_images`; `fixed` is its `caption`."""
     items = []
     identity = identity_of_path(path)
     samples = index_tar(path)
@@ -72,7 +75,7 @@ def _from_source(source: str, single: SingleImages, pairs: bool, masks: bool) ->
         if is_image(path) and not path.is_dir():
             items.append(single.item(path, path.name))
         else:
-            items += _from_tar(path, single.fixed, pairs, single.several, masks)
+            items += from_tar(path, single.fixed, pairs, single.several, masks)
     return items
 
 
@@ -140,12 +143,12 @@ def find_images(
     for entry in _without_captions(sources):
         found = _from_source(entry, single, pairs, masks)
         if not found:
-            raise UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars with images")
+            raise no_images(entry)
         paths = {item.path.resolve() for item in found}
         counts = Counter(map(_identity, found))
         twice = seen & paths | {path for (path, *_), count in counts.items() if count > 1}
         if twice:
-            raise UserError(f"{min(twice)}: occurs twice among the images")
+            raise occurs_twice(min(twice))
         seen |= paths
         if len(sources) > 1 and Path(entry).is_dir():  # avoids equal names in several folders
             found = [replace(item, name=f"{Path(entry).name}/{item.name}") for item in found]
@@ -154,20 +157,45 @@ def find_images(
     if pairs:
         items = pair_up(items)
         if not any(item.edited for item in items):
-            raise UserError(
-                f"{where}: no image has an edited one; give name.edited.jpg beside name.jpg, or the columns "
-                f"input_image, edited_image and edit_prompt in {METADATA}"
-            )
+            raise no_pairs(where)
     if masks:
         items = with_masks(items)
     else:
         warn_of_masks(items)
     missing = [item.name for item in items if item.caption is None and item.error is None]
     if missing and all(item.caption is None for item in items):
-        raise UserError(
-            f"{where}: no image has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
-        )
-    if missing:
-        names = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        logger.warning("%s: %d images have no caption and get the empty one: %s", where, len(missing), names)
+        raise no_captions(where)
+    warn_of_missing(where, len(missing), missing[:NAMED])
     return items
+
+
+def occurs_twice(path: Path) -> UserError:
+    """Return the error of an image or tar that two sources have."""
+    return UserError(f"{path}: occurs twice among the images")
+
+
+def no_images(entry: str) -> UserError:
+    """Return the error of a source without images."""
+    return UserError(f"{entry}: no images ({', '.join(EXTENSIONS)}) and no tars with images")
+
+
+def no_pairs(where: str) -> UserError:
+    """Return the error of sources in which no image has an edited one."""
+    return UserError(
+        f"{where}: no image has an edited one; give name.edited.jpg beside name.jpg, or the columns "
+        f"input_image, edited_image and edit_prompt in {METADATA}"
+    )
+
+
+def no_captions(where: str) -> UserError:
+    """Return the error of sources without captions."""
+    return UserError(
+        f"{where}: no image has a caption; give name.txt beside name.jpg, or {METADATA}, or one caption for all"
+    )
+
+
+def warn_of_missing(where: str, count: int, names: Sequence[str]) -> None:
+    """Log a warning if `count` images, the first of them `names`, have no caption."""
+    if count:
+        shown = ", ".join(names) + (" ..." if count > len(names) else "")
+        logger.warning("%s: %d images have no caption and get the empty one: %s", where, count, shown)

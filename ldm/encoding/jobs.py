@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.encoding.shard_set import PARTS, POLL
 from ldm.files import atomic_write, read_at_most
+from ldm.images.find import ImageItem
 from ldm.shards.index import REPEATS, is_digest, is_failures, is_repeats, is_whole
 from ldm.shards.sample import LATENT
 from ldm.shards.verify import file_sha256
@@ -21,6 +22,7 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+MADE_FROM = "made_from"  # entry of a record: digest of the images of the shard, if they are read as a stream
 _MOST_BYTES = 1 << 28  # size limit of a record's file
 
 
@@ -38,6 +40,32 @@ def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range
             f"--out {out}: {len(paths)} shards of {size} cannot hold {count}; name more shards, such as %06d.tar"
         )
     return list(zip(paths, parts, strict=True))
+
+
+class ImageJob(NamedTuple):
+    """Shard, with the numbers and the images that it is made from."""
+
+    path: Path
+    numbers: range
+    items: Sequence[ImageItem]
+
+
+def jobs_of(out: str, items: Sequence[ImageItem], shard_size: int) -> list[ImageJob]:
+    """Return the jobs of `plan_shards` with their images."""
+    return [
+        ImageJob(path, part, items[part.start : part.stop]) for path, part in plan_shards(out, len(items), shard_size)
+    ]
+
+
+def stream_jobs(out: str, items: Iterable[ImageItem], shard_size: int) -> Iterator[ImageJob]:
+    """Yield the jobs of `jobs_of` for an unlimited pattern `out`, as `items` arrive."""
+    arriving, first = iter(items), 0
+    for path in shard_paths(out):
+        part = list(islice(arriving, shard_size))
+        if not part:
+            return
+        yield ImageJob(path, range(first, first + len(part)), part)
+        first += len(part)
 
 
 def _record_path(shard: Path) -> Path:
@@ -111,6 +139,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     LATENT: _is_shapes,
     "cut": _is_cut,
     REPEATS: is_repeats,
+    MADE_FROM: is_digest,
 }
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.encoding.encoded_shard import EncodedShard
 from ldm.encoding.encoder import CaptionEncoding, SampleEncoder
-from ldm.encoding.jobs import Record
+from ldm.encoding.jobs import ImageJob, Record
 from ldm.encoding.kinds import ImageSamples
 from ldm.encoding.read import FittedImage, batches, read_images
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
-from ldm.images.find import ImageItem
 
 _READ = 2  # batches decoded ahead of the device
 _AHEAD = 16  # batches after which an image no longer waits for others of its size
@@ -57,8 +56,8 @@ class _WriterThread:
 def encode_shards(
     encoder: SampleEncoder,
     kind: ImageSamples,
-    items: Sequence[ImageItem],
-    shards: Sequence[tuple[Path, range]],
+    jobs: Iterable[ImageJob],
+    several: bool,
     sizes: Sequence[Size],
     batch_size: int,
     flip: bool,
@@ -66,24 +65,25 @@ def encode_shards(
     prepare: Callable[[], None],
     keep: Callable[[Path, Record], None],
 ) -> None:
-    """Encode `items`, fitted to `sizes`, into `shards`: the path of each shard and the numbers of its items.
+    """Encode the images of `jobs`, fitted to `sizes`, into their shards.
 
     While the device encodes a batch, `workers` processes decode the next images and a thread writes the previous ones.
-    Memory holds a few batches at a time.
+    Memory holds a few batches at a time, and the jobs that are being read and written.
 
     Args:
         kind: kind of the samples.
+        several: images may have several captions.
         prepare: called in the thread before each file is opened.
         keep: called in the thread with the path and the record of each finished shard.
     """
-    numbered = ((number, items[number]) for _, numbers in shards for number in numbers)
+    count = sum(len(job.numbers) for job in jobs) if isinstance(jobs, Sequence) else None
+    jobs, ahead = tee(jobs)
+    numbered = (numbered for job in ahead for numbered in zip(job.numbers, job.items, strict=True))
     results = read_images(numbered, partial(kind.read, sizes=sizes), workers, _READ * batch_size)
-    count = sum(len(numbers) for _, numbers in shards)
-    several = any("\n" in (item.caption or "") for item in items)
     open_shards: list[EncodedShard] = []
     try:
         with logging_redirect_tqdm(), tqdm(total=count, unit="img", desc="encoding") as bar, _WriterThread() as thread:
-            for path, numbers in shards:
+            for path, numbers, _ in jobs:
                 shard = EncodedShard(path, prepare, several)
                 open_shards = [*open_shards[-1:], shard]  # the previous shard may not be written yet
                 encoder.forget_captions()

@@ -9,7 +9,7 @@ therefore write shards in any order, also after an interruption, with the same r
 `ldm.shards.index`, and
 
     made_from           settings, and digests of the weights and of the list of images; they must be equal for an
-                        unfinished set to be resumed
+                        unfinished set to be resumed. Images that are read as a stream are compared shard by shard
     images, without_caption, captions_cut   counts
     without_mask        with --loss-masks, number of images without a mask
     failed              name and reason of each image that could not be read
@@ -27,21 +27,24 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.distributed.ranks import Ranks
 from ldm.encoding.encoder import SampleEncoder
-from ldm.encoding.jobs import Record, plan_shards
+from ldm.encoding.image_stream import ImageStream
+from ldm.encoding.jobs import Record
 from ldm.encoding.kinds import ImageSamples, samples_for
 from ldm.encoding.loss_masks import LossMaskSamples
 from ldm.encoding.pipeline import encode_shards
+from ldm.encoding.plans import ListedPlan, StreamedPlan
 from ldm.encoding.set_writer import Job, SetWriter, indexed
 from ldm.encoding.variants import Variants, VariantSamples
 from ldm.images.buckets import bucket_sizes
-from ldm.images.find import ImageItem, digest_images
-from ldm.shards.index import INDEX, MEMBERS, REPEATS, SEVERAL_CAPTIONS
+from ldm.images.find import ImageItem
+from ldm.shards.index import INDEX, MEMBERS, SEVERAL_CAPTIONS
 from ldm.shards.sample import LATENT, index_shapes
 from ldm.util import UserError
 
@@ -118,7 +121,7 @@ class Report:
 
 def preencode(
     encoder: SampleEncoder,
-    items: Sequence[ImageItem],
+    items: Sequence[ImageItem] | ImageStream,
     out: str,
     *,
     size: int = 512,
@@ -139,6 +142,7 @@ def preencode(
     processes, each writes its share of the shards. Rank 0 waits for all of them and then writes the index.
 
     Args:
+        items: the images. A stream is read once, while its shards are written; `out` must be an unlimited pattern.
         size: side in pixels of the square that images are cropped to; with `buckets`, see `bucket_sizes`.
         shard_size: samples per shard. An image and its mirror image share a shard.
         masks: masks per sample for an inpainting model. The default is `ldm.encoding.kinds.MASKS`.
@@ -158,17 +162,23 @@ def preencode(
     kind = _kind_of(encoder, masks, flip, loss_masks, variants)
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     encoder.check_sizes(sizes)
-    repeated = {REPEATS: True} if any(item.repeats != 1 for item in items) else {}
-    several = {SEVERAL_CAPTIONS: True} if any("\n" in (item.caption or "") for item in items) else {}
-    settings = {"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size, **several, **kind.settings}
+    several = items.has_several if isinstance(items, ImageStream) else any("\n" in (i.caption or "") for i in items)
+    settings = {
+        **{"size": size, "buckets": buckets, "flip": flip, "shard_size": shard_size},
+        **({SEVERAL_CAPTIONS: True} if several else {}),
+        **kind.settings,
+    }
     precision = {"precision": str(encoder.dtype).removeprefix("torch.")}
-    made_from = {**settings, **precision, **encoder.encoding_identity, **repeated, "images": digest_images(items)}
+    planned = _plan(items, out, max(1, shard_size // (2 if flip else 1)))
+    made_from = {**settings, **precision, **encoder.encoding_identity, **planned.known()}
     nulls = encoder.captions([""])[0].arrays
-    jobs = plan_shards(out, len(items), max(1, shard_size // (2 if flip else 1)))
-    writer = SetWriter(out, made_from, jobs, overwrite, ranks or Ranks())
+    writer = SetWriter(out, made_from, planned.jobs, overwrite, ranks or Ranks(), planned.check)
 
-    def write_shards(missing: Sequence[Job]) -> None:
-        encode_shards(encoder, kind, items, missing, sizes, batch_size, flip, workers, writer.prepare, writer.keep)
+    def keep(path: Path, record: Record) -> None:
+        writer.keep(path, planned.noted(path, record))
+
+    def write_shards(missing: Iterable[Job]) -> None:
+        encode_shards(encoder, kind, missing, several, sizes, batch_size, flip, workers, writer.prepare, keep)
 
     def with_blanks(records: Sequence[Record]) -> dict[str, np.ndarray]:
         found = (tuple(map(int, name.split("x"))) for name in sorted(Report.of(records).sizes))
@@ -178,9 +188,15 @@ def preencode(
         found, members = Report.of(records).checked(), {MEMBERS: [*kind.members, *nulls]}
         return {**found.counts(), **settings, **index_shapes(found.f8, nulls), **members, **encoder.described}
 
-    report = Report.of(writer.write(with_blanks, write_shards, describe))
+    report = Report.of(writer.write(with_blanks, write_shards, describe, planned.found))
     report.warn()
     return report
+
+
+def _plan(items: Sequence[ImageItem] | ImageStream, out: str, shard_size: int) -> ListedPlan | StreamedPlan:
+    return (
+        StreamedPlan(items, out, shard_size) if isinstance(items, ImageStream) else ListedPlan(items, out, shard_size)
+    )
 
 
 def _kind_of(

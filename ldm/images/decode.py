@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,6 +31,16 @@ _SCAN_ENDS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the next marker outside
 _ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length field
 _SCAN, _END = 0xDA, 0xD9
 _TILE_TAGS, _ROWS_PER_STRIP = (322, 323), 278  # tags of a TIFF
+
+
+def extension_of(path: Path) -> str:
+    """Return the extension of `path` in lower case without the dot."""
+    return path.suffix.lower().lstrip(".")
+
+
+def is_image(path: Path) -> bool:
+    """Return True if `path` has the extension of a supported or unsupported image."""
+    return extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)
 
 
 def decode_image(data: bytes, name: str, lock: DecodeLock | None = None) -> np.ndarray:

@@ -16,9 +16,10 @@ import numpy as np
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
 from ldm.identity import Identity, check_identity, retried
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
-from ldm.images.decode import EXTENSIONS, FORMATS, UNREAD_EXTENSIONS, decode_image
+from ldm.images.decode import FORMATS, UNREAD_EXTENSIONS, decode_image, extension_of, is_image
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
-from ldm.images.walk import Found, walk
+from ldm.images.left_out import LeftOut, say_hidden
+from ldm.images.walk import walk
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -79,16 +80,6 @@ class ImageItem:
             if self.identity is not None:
                 check_identity(file.fileno(), self.path, self.identity)
             return read_span(file.fileno(), *self.span, self.name)
-
-
-def extension_of(path: Path) -> str:
-    """Return the extension of `path` in lower case without the dot."""
-    return path.suffix.lower().lstrip(".")
-
-
-def is_image(path: Path) -> bool:
-    """Return True if `path` has the extension of a supported or unsupported image."""
-    return extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)
 
 
 class SingleImages:
@@ -158,8 +149,10 @@ def from_folder(
     for path, reason in found.unreadable.items():
         if is_image(path) or reason.startswith("the folder"):
             items.append(ImageItem(path.relative_to(folder).as_posix(), path, error=reason))
-    _say_hidden(folder, found)
-    _say_left_out(folder, set(found.files) - set(images) - set(tars) - used, images)
+    say_hidden(folder, found.hidden, found.unreadable)
+    left_out = LeftOut(folder)
+    left_out.add(set(found.files) - set(images) - set(tars) - used, images)
+    left_out.log()
     return sorted(items, key=lambda item: folder / item.name) if not _is_one_list(folder, lists) else items
 
 
@@ -252,39 +245,21 @@ def _is_alone(item: ImageItem) -> bool:
     return item.edited is None and item.span is None and is_edited(item.path)
 
 
-def _say_hidden(folder: Path, found: Found) -> None:
-    """Log a warning for hidden images and folders, and for links that may lead to folders of images."""
-    hidden = [path for path in found.hidden if path.is_dir() or (is_image(path) and not path.name.startswith("._"))]
-    links = [path for path in found.unreadable if path.is_symlink() and not path.suffix]
-    for paths, what in ((hidden, "hidden images and folders skipped"), (links, "links to nothing skipped")):
-        if paths:
-            names = sorted(path.relative_to(folder).as_posix() for path in paths)
-            shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-            logger.warning("%s: %d %s: %s", folder, len(names), what, shown)
-
-
-def _say_left_out(folder: Path, others: set[Path], images: Sequence[Path]) -> None:
-    """Log a warning for files that are neither images nor caption files in use."""
-    stems = {path.with_suffix("") for path in images}
-    beside = {path for path in others if path.suffix.lower() == ".json" and path.with_suffix("") in stems}
-    texts = {path for path in others - beside if path.suffix.lower() in (".txt", ".json", ".jsonl", ".csv")}
-    kinds = {path.suffix or path.name for path in others - beside - texts}
-    if kinds:
-        logger.warning("%s: files of other types skipped: %s", folder, ", ".join(sorted(kinds)))
-    if texts:
-        names = sorted(path.relative_to(folder).as_posix() for path in texts)
-        shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-        logger.warning("%s: %d caption files without an image: %s", folder, len(names), shown)
-
-
 def digest_images(items: Iterable[ImageItem]) -> str:
     """Return the SHA-256, in hex, of names, captions and file sizes of `items`. The images are not opened."""
     hashed = hashlib.sha256()
     for item in items:
-        for image in filter(None, (item, item.edited, item.mask)):
-            try:
-                size = image.span[1] if image.span else image.path.stat().st_size
-            except OSError:
-                size = None
-            hashed.update(json.dumps([image.name, image.caption, image.error, size]).encode() + b"\n")
+        hashed.update(described(item))
     return hashed.hexdigest()
+
+
+def described(item: ImageItem) -> bytes:
+    """Return what `digest_images` takes from `item`, and from its edited image and mask."""
+    lines = []
+    for image in filter(None, (item, item.edited, item.mask)):
+        try:
+            size = image.span[1] if image.span else image.path.stat().st_size
+        except OSError:
+            size = None
+        lines.append(json.dumps([image.name, image.caption, image.error, size]).encode() + b"\n")
+    return b"".join(lines)

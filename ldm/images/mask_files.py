@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ldm.images.captions import same_name
-from ldm.images.decode import decode_alpha, decode_grey, has_transparency
+from ldm.images.decode import decode_alpha, decode_grey, has_transparency, is_image
 from ldm.images.decode_lock import DecodeLock
-from ldm.images.find import MASK_ENDING, ImageItem, is_image, is_mask, kind_error
+from ldm.images.find import MASK_ENDING, ImageItem, is_mask, kind_error
 from ldm.images.transforms import Crop
 from ldm.util import UserError
 
@@ -44,21 +44,30 @@ def with_masks(items: Sequence[ImageItem]) -> list[ImageItem]:
     alone = [item.name for item in items if item.span is None and is_mask(item.path) and item.path not in used]
     if alone:
         logger.warning("%d masks skipped, because no image is beside them, such as %s", len(alone), alone[0])
-    if not any(item.mask for item in found) and not any(map(_is_transparent, found)):
-        raise UserError(
-            "--loss-masks: no image has a mask; give name.mask.png beside name.jpg, white where the image is trained, "
-            "or images with transparent pixels"
-        )
+    if not any(item.mask for item in found) and not any(map(is_transparent, found)):
+        raise no_masks()
     return found
+
+
+def no_masks() -> UserError:
+    """Return the error of images without masks."""
+    return UserError(
+        "--loss-masks: no image has a mask; give name.mask.png beside name.jpg, white where the image is trained, "
+        "or images with transparent pixels"
+    )
 
 
 def warn_of_masks(items: Sequence[ImageItem]) -> None:
     """Log a warning if `items` have images named like masks."""
-    named = [item.name for item in items if item.span is None and is_mask(item.path)]
-    if named:
+    warn_of_mask_names([item.name for item in items if item.span is None and is_mask(item.path)])
+
+
+def warn_of_mask_names(names: Sequence[str]) -> None:
+    """Log a warning if images have `names` like those of masks."""
+    if names:
         logger.warning(
             "%d images are named like loss masks, such as %s, but are encoded as images; give --loss-masks",
-            len(named), named[0],
+            len(names), names[0],
         )  # fmt: skip
 
 
@@ -125,7 +134,8 @@ def _decode_alpha(data: bytes, name: str, lock: DecodeLock) -> np.ndarray | None
     return decode_alpha(data, name, lock) if has_transparency(data, name, lock) else None
 
 
-def _is_transparent(item: ImageItem) -> bool:
+def is_transparent(item: ImageItem) -> bool:
+    """Return True if the image can be read and has transparent pixels."""
     try:
         return item.read(decode=has_transparency)
     except Exception:  # a damaged image, reported when it is encoded

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -16,16 +15,26 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(\d{1,3})_.")
 
 
-def with_folder_repeats(items: Sequence[ImageItem]) -> list[ImageItem]:
-    """Return `items` with the repeats of their folders. Log the folders, if there are any repeats."""
-    named = [(item, *_folder_of(item)) for item in items]
-    found = Counter((folder, repeats) for _, folder, repeats in named if repeats != 1)
-    for (folder, repeats), count in sorted(found.items()):
-        logger.info(
-            "%s: %d image%s, each %d times per epoch of training, as the name says (--no-repeats: once)",
-            folder, count, "s" * (count > 1), repeats,
-        )  # fmt: skip
-    return [replace(item, repeats=repeats) for item, _, repeats in named] if found else list(items)
+class FolderRepeats:
+    """Repeats of images by their folders, and counts of the images that have them."""
+
+    def __init__(self) -> None:
+        self._found: Counter[tuple[str, int]] = Counter()
+
+    def of(self, item: ImageItem) -> ImageItem:
+        """Return `item` with the repeats of its folder."""
+        folder, repeats = _folder_of(item)
+        if repeats != 1:
+            self._found[folder, repeats] += 1
+        return item if repeats == item.repeats else replace(item, repeats=repeats)
+
+    def log(self) -> None:
+        """Log the folders, if there are any repeats."""
+        for (folder, repeats), count in sorted(self._found.items()):
+            logger.info(
+                "%s: %d image%s, each %d times per epoch of training, as the name says (--no-repeats: once)",
+                folder, count, "s" * (count > 1), repeats,
+            )  # fmt: skip
 
 
 def _folder_of(item: ImageItem) -> tuple[str, int]:

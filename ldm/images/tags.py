@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 from ldm.images.find import ImageItem
 
 
-def with_tag_variants(items: Sequence[ImageItem], count: int, keep: int = 0, dropout: float = 0.0) -> list[ImageItem]:
-    """Return `items` with up to `count` captions each, one per line: the caption itself, and variants of its tags.
+def with_tag_variants(item: ImageItem, count: int, keep: int = 0, dropout: float = 0.0) -> ImageItem:
+    """Return `item` with up to `count` captions, one per line: the caption itself, and variants of its tags.
 
     Tags are separated by commas. A variant has the first `keep` tags in their places, and the others in random order,
     each left out with the probability `dropout`. Variants depend on the name of the image alone. Equal ones are stored
     once, so that a caption without commas has none.
     """
-    return [replace(item, caption=item.caption and _variants(item, count, keep, dropout)) for item in items]
+    return replace(item, caption=item.caption and _variants(item, count, keep, dropout))
 
 
 def _variants(item: ImageItem, count: int, keep: int, dropout: float) -> str:

@@ -53,20 +53,39 @@ def _walk(folder: Path, found: Found, links: list[Path], seen: dict[tuple[int, i
             with os.scandir(current) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            found.unreadable[current] = f"the folder cannot be read: {error.strerror}"
+            found.unreadable[current] = folder_fault(error)
             continue
         for entry in entries:
             path = Path(entry.path)
             if entry.name.startswith("."):
                 found.hidden.append(path)
                 continue
-            try:
-                if entry.is_dir():
-                    (links if entry.is_symlink() else waiting).append(path)
-                elif entry.is_file():
-                    found.files.append(path)
-                else:
-                    what = "a link to a file that is not there" if entry.is_symlink() else "not a plain file"
-                    found.unreadable[path] = f"is {what}"
-            except OSError as error:
-                found.unreadable[path] = f"cannot be read: {error.strerror}"
+            if is_folder(entry):
+                (links if entry.is_symlink() else waiting).append(path)
+            elif (reason := fault_of(entry)) is None:
+                found.files.append(path)
+            else:
+                found.unreadable[path] = reason
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder, or a link to one that can be followed."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a circular link, whose fault `fault_of` tells
+        return False
+
+
+def fault_of(entry: os.DirEntry[str]) -> str | None:
+    """Return the reason why `entry`, which is no folder, cannot be read; None for a plain file."""
+    try:
+        if entry.is_file():
+            return None
+        return f"is {'a link to a file that is not there' if entry.is_symlink() else 'not a plain file'}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def folder_fault(error: OSError) -> str:
+    """Return the reason why a folder cannot be read."""
+    return f"the folder cannot be read: {error.strerror}"

@@ -77,6 +77,11 @@ def is_spread(pattern: str) -> bool:
     return (bool(_NUMBER.search(path.name)) or "{" in path.name) and not path.exists()
 
 
+def is_unlimited(pattern: str) -> bool:
+    """Return True if `pattern` has names for any number of shards."""
+    return is_spread(pattern) and bool(_NUMBER.search(Path(pattern).name))
+
+
 def existing_shards(pattern: str) -> list[Path]:
     """Return the existing files among `shard_paths(pattern)`."""
     path = Path(pattern)

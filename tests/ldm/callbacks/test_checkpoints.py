@@ -43,6 +43,7 @@ class Run:
             is_global_zero=True,
             fast_dev_run=False,
             global_step=0,
+            optimizers=[],
             fit_loop=SimpleNamespace(state_dict=dict, restarted_mid_epoch=False),
             save_checkpoint=self.save,
             strategy=SimpleNamespace(barrier=lambda name: None),
@@ -56,10 +57,11 @@ class Run:
             callback.on_train_batch_end(trainer, None, None, None, 0)
         return self.saved
 
-    def save(self, path: Path, weights_only: bool = False, storage_options: Callable[..., None] | None = None) -> None:
+    def save(self, path: Path, storage_options: Callable[..., None]) -> None:
         self.now += self.seconds_to_write
-        write = functools.partial(self.write, self.trainer.global_step)
-        write(path) if storage_options is None else storage_options(SimpleNamespace(nbytes=8, write=write))
+        storage_options(
+            SimpleNamespace(nbytes=8, tensors=[], write=functools.partial(self.write, self.trainer.global_step))
+        )
 
     def write(self, step: int, path: Path) -> None:
         if step in self.full:
@@ -173,12 +175,12 @@ def writer(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]
     monkeypatch.setattr("ldm.callbacks.background_writer.available_memory", lambda: 1 << 40)
     save = run.save
 
-    def save_copied(path: Path, storage_options: Callable[..., None] | None = None, **_: object) -> None:
+    def save_copied(path: Path, storage_options: Callable[..., None], **_: object) -> None:
         def give(checkpoint: SimpleNamespace) -> None:
-            checkpoint.copied = lambda: checkpoint
+            checkpoint.memory_for_copy, checkpoint.placed_in = object, lambda memory: checkpoint
             storage_options(checkpoint)
 
-        save(path, storage_options=give if storage_options else None)
+        save(path, storage_options=give)
 
     run.save = save_copied
     return run
@@ -190,6 +192,59 @@ def test_a_disk_that_is_full_in_the_background_is_told_later(writer: Run, caplog
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [text.partition(": ")[0].split()[-1] for text in said] == ["2", "4", "8"]
     assert f"{writer.path}: No space left on device; training continues" in said[0]
+
+
+def test_an_error_in_the_background_is_no_saved_checkpoint(writer: Run, caplog) -> None:
+    caplog.set_level("INFO")
+    writer(every_n_train_steps=2)
+
+    def refuse(step: int, path: Path) -> None:
+        raise UserError(f"{path}: a folder")
+
+    writer.write = refuse
+    writer.trainer.global_step, writer.trainer.sanity_checking = 13, False
+    writer.callback._save(writer.trainer, announce=False)
+    for _ in range(2):  # of the thread, and of writing again
+        with pytest.raises(UserError, match="a folder"):
+            writer.callback._save(writer.trainer, announce=True)
+    assert "Saved step" not in caplog.text
+
+
+def test_the_first_of_several_processes_writes_in_a_thread(writer: Run) -> None:
+    threads, write = [], writer.write
+
+    def note(step: int, path: Path) -> None:
+        threads.append(threading.current_thread() is not threading.main_thread())
+        write(step, path)
+
+    writer.write = note
+    writer(every_n_train_steps=1000)
+    writer.trainer.world_size = 2
+    writer.trainer.strategy.reduce_boolean_decision = lambda own, all=True: own
+    writer.callback._save(writer.trainer, announce=False)
+    writer.callback._finish_writing()
+    writer.trainer.global_step += 1
+    writer.callback._save(writer.trainer, announce=True)
+    assert threads == [True, False]
+
+
+def test_a_thread_that_failed_in_the_first_process_makes_all_write_again(writer: Run) -> None:
+    """The others know nothing of it. Here they believe that the step is saved, whatever this process says."""
+    heard: list[bool] = []
+
+    def reduce(own: bool, all: bool = True) -> bool:
+        heard.append(own)
+        return own if all else False
+
+    writer.full = {12}
+    writer(every_n_train_steps=4)
+    writer.callback._finish_writing()
+    writer.full, writer.trainer.world_size = set(), 2
+    writer.trainer.strategy.reduce_boolean_decision = reduce
+    writer.callback._save(writer.trainer, announce=True)
+    assert heard == [False, True] and writer.saved == [4, 8, 12]
+    writer.callback._save(writer.trainer, announce=True)
+    assert heard == [False, True, True] and writer.saved == [4, 8, 12]
 
 
 def test_a_stop_at_a_step_that_is_being_written_waits_for_it(writer: Run) -> None:

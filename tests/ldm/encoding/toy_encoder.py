@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm.data.sources import find_images
 from ldm.encoding.encoder import SampleEncoder
+from ldm.encoding.image_stream import open_images
 from ldm.encoding.preencode import preencode
 
 
@@ -62,8 +63,9 @@ def image(path, size=(20, 16), colour=(255, 0, 0), caption="a cat"):
         path.with_suffix(".txt").write_text(caption)
 
 
-def run(folder, out, model=None, caption=None, pairs=False, **options):
+def run(folder, out, model=None, caption=None, pairs=False, stream=False, **options):
     model = model or Model()
     options = {"size": 16, "batch_size": 2, "shard_size": 3, **options}
-    items = find_images(folder, caption, pairs, masks=options.get("loss_masks", False))
+    chosen = [folder] if stream else folder, caption, pairs, False, options.get("loss_masks", False)
+    items = open_images(list(map(str, chosen[0])), *chosen[1:]) if stream else find_images(*chosen)
     return preencode(SampleEncoder(model), items, str(out), **options), model

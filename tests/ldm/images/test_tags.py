@@ -7,7 +7,7 @@ from ldm.images.tags import with_tag_variants
 
 
 def variants(caption: str | None, *options: float, name: str = "a.png") -> list[str | None]:
-    [item] = with_tag_variants([ImageItem(name, Path(name), caption=caption)], *options)
+    item = with_tag_variants(ImageItem(name, Path(name), caption=caption), *options)
     return [None] if item.caption is None else item.caption.split("\n")
 
 
