@@ -7,7 +7,6 @@ of workers, a set may have fewer samples than workers, and wrong samples are fou
 from __future__ import annotations
 
 import logging
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.files import open_file, read_span
-from ldm.identity import check_identity, with_retries
+from ldm.identity import with_retries
 from ldm.shards import npy
 from ldm.shards.kept_tables import TABLES, open_tables
 from ldm.shards.members import ABSENT, check_map, check_shape, decode_member, find_member, numbered_keys
@@ -39,6 +37,7 @@ from ldm.shards.sample import (
     with_caption,
     with_variant,
 )
+from ldm.shards.spans import Read, open_spans
 from ldm.shards.table import MemberPlace, ShardTable
 from ldm.util import UserError
 
@@ -141,8 +140,7 @@ class ShardDataset(Dataset):
 
     def _check_one_by_one(self, table: ShardTable) -> None:
         """Raise `UserError` for the first sample that lacks a key, or has a wrong array or size."""
-        with open_file(table.path) as file:
-            check_identity(file.fileno(), table.path, table.identity)
+        with open_spans(table.path, table.identity) as read:
             for row in range(len(table)):
                 sample = table.sample(row)
                 for key in self.keys:
@@ -151,12 +149,12 @@ class ShardDataset(Dataset):
                         continue
                     name, (offset, size) = self._name(table, row, key), span
                     if is_array(key):
-                        start = read_span(file.fileno(), offset, min(size, npy.HEADER_BYTES), name)
+                        start = read(offset, min(size, npy.HEADER_BYTES), name)
                         npy.read_header(start, size, name, number_types(key))
                         if table.columns.arrays[row, table.column(member_extension(key))] < 0:
                             raise _not_as_kept(table, name)
                     else:
-                        decode_member(key, read_span(file.fileno(), offset, size, name), name)
+                        decode_member(key, read(offset, size, name), name)
 
     def _name(self, table: ShardTable, row: int, key: str) -> str:
         return f"{table.path}: {table.key(row)}.{member_extension(key)}"
@@ -173,21 +171,16 @@ class ShardDataset(Dataset):
         sample: dict[str, Any] = {"__key__": table.key(row)}
         members = table.members(row)
         # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
-        # A named pipe in its place would block without O_NONBLOCK.
-        descriptor = os.open(table.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            check_identity(descriptor, table.path, table.identity)
+        with open_spans(table.path, table.identity) as read:
             for key, column in places:
                 member = None if column is None else members[column]
                 if member is None or member.size < 0:
                     sample[key] = ABSENT[key]
                     continue
                 name = f"{table.path}: {sample['__key__']}.{member_extension(key)}"
-                sample[key] = value = decode_member(key, _read_member(descriptor, table, member, name), name)
+                sample[key] = value = decode_member(key, _read_member(read, table, member, name), name)
                 if is_array(key) and value.shape != table.kinds[member.kind][0]:
                     raise _not_as_kept(table, name)
-        finally:
-            os.close(descriptor)
         name = f"{table.path}: {sample['__key__']}"
         if self.has_several_variants and not self.keeps_variants:
             sample = with_variant(sample, self.first_stage_key, lambda count: 0, name)
@@ -234,11 +227,11 @@ def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
     return number, index - (int(ends[number - 1]) if number else 0)
 
 
-def _read_member(descriptor: int, table: ShardTable, member: MemberPlace, name: str) -> bytearray:
+def _read_member(read: Read, table: ShardTable, member: MemberPlace, name: str) -> bytearray:
     """Return the content of a member, after a check of the tar header before it."""
     if member.offset < BLOCKSIZE:
         raise _not_as_kept(table, name)
-    data = read_span(descriptor, member.offset - BLOCKSIZE, member.size + BLOCKSIZE, name)
+    data = read(member.offset - BLOCKSIZE, member.size + BLOCKSIZE, name)
     if zlib.crc32(data[:BLOCKSIZE]) != member.checksum:
         raise _not_as_kept(table, name)
     del data[:BLOCKSIZE]
