@@ -16,14 +16,17 @@ are read.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE, RECORDSIZE
 from typing import NamedTuple
 
 import numpy as np
 
 from ldm.identity import Identity, identity_of_path
+from ldm.remote.path import ShardPath
 from ldm.shards import npy
 from ldm.shards.members import decode_member
 from ldm.shards.sample import ORIGIN, SIZES, TEXT_KEYS, number_types
@@ -60,12 +63,17 @@ class MemberPlace(NamedTuple):
     checksum: int
     kind: int
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Offsets of the tar header, and of the end of the content."""
+        return max(0, self.offset - BLOCKSIZE), self.offset + self.size
+
 
 @dataclass(frozen=True)
 class ShardTable:
     """Table of the shard at `path`, of the file `identity`."""
 
-    path: Path
+    path: ShardPath
     identity: Identity
     extensions: list[str]
     kinds: list[Kind]
@@ -101,6 +109,27 @@ class ShardTable:
     def column(self, extension: str) -> int | None:
         """Return the number of the column of a kind of member, or None."""
         return self.extensions.index(extension) if extension in self.extensions else None
+
+
+def fills(table: ShardTable, head: bytes) -> bool:
+    """Return True if the members of a table fill its tar, from the first header `head` to the end mark.
+
+    Nothing but the end mark and zeros, up to a full record, may follow them, as `tarfile` writes it.
+    """
+    is_there = table.columns.sizes >= 0
+    starts = table.columns.offsets[is_there] - BLOCKSIZE
+    if not starts.size:
+        return False
+    order = np.argsort(starts)
+    blocks = -(-table.columns.sizes[is_there].astype(np.int64) // BLOCKSIZE)
+    starts, ends = starts[order], (starts + BLOCKSIZE * (1 + blocks))[order]
+    records = -(-(int(ends[-1]) + 2 * BLOCKSIZE) // RECORDSIZE)
+    first = int(table.columns.checksums[is_there][order[0]])
+    return (
+        bool(starts[0] == 0 and (starts[1:] == ends[:-1]).all())
+        and records * RECORDSIZE == table.identity[0]
+        and zlib.crc32(head) == first
+    )
 
 
 def build_table(path: Path) -> ShardTable:
