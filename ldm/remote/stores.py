@@ -48,9 +48,13 @@ class StoreServer:
     def save(self, file: BinaryIO) -> Identity:
         file.seek(0)
         file.truncate()
-        with self._one_line(), self.files.open(self.path.url, "rb") as source:
+        with self._one_line(), self.open() as source:
             shutil.copyfileobj(source, file, 1 << 20)
         return self._identity()
+
+    def open(self) -> BinaryIO:
+        """Open the whole file, to be read from front to back."""
+        return self.files.open(self.path.url, "rb")
 
     def _read(self, offset: int, size: int) -> bytes:
         with self._one_line():
