@@ -87,7 +87,7 @@ class HttpServer:
         if answer.status == HTTPStatus.PARTIAL_CONTENT:
             start = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
             if start != str(offset):
-                raise UserError(f"{self.path}: the server gave another part than byte {offset}; copy the set from it")
+                raise UserError(f"{self.path}: the server gave another part than byte {offset}; copy the set")
             if len(data) < min(size, self._identity(answer)[0] - offset):
                 raise Momentary(f"the connection was cut after {len(data)} of {size} bytes")
         return answer._replace(data=bytes(data[:size]))
@@ -113,6 +113,8 @@ class HttpServer:
         """Raise an error unless the answer has the file or a part of it."""
         status = answer.status
         if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise UserError(f"{self.path}: the server compresses the file; turn this off there, or copy the set")
             return
         name = f"HTTP {status} ({HTTPStatus(status).phrase})" if status in set(HTTPStatus) else f"HTTP {status}"
         if status in _PASSING:
@@ -127,7 +129,7 @@ class HttpServer:
         is_part = answer.status == HTTPStatus.PARTIAL_CONTENT
         size = headers.get("Content-Range", "").rpartition("/")[2] if is_part else headers.get("Content-Length", "")
         if not size.isdecimal():
-            raise UserError(f"{self.path}: the server does not tell the size of the file; copy the set from it")
+            raise UserError(f"{self.path}: the server does not tell the size of the file; copy the set")
         return identity_from(int(size), headers.get("ETag") or headers.get("Last-Modified") or "")
 
 

@@ -141,8 +141,14 @@ def _place(path: RemotePath, identity: Identity) -> Path:
 @contextmanager
 def _one_at_a_time(copy: Path) -> Iterator[None]:
     """Let one process at a time make a copy. The few lock files remain."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with (copy.parent / f".{copy.name[:2]}.lock").open("a") as file:
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        opened = (copy.parent / f".{copy.name[:2]}.lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"{copy.parent}: cannot keep copies of files there: {error.strerror}; set {FOLDER} to another folder"
+        ) from error
+    with opened as file:
         with suppress(OSError):  # a file system without locks: copies are made twice
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -176,11 +182,16 @@ def _make_room(path: RemotePath, size: int) -> None:
 def _download(path: RemotePath, identity: Identity, copy: Path) -> None:
     """Write the copy, and compare its identity and checksum."""
     server = _server_of(path)
-    with atomic_write(copy) as temporary, temporary.open("w+b") as file:
-        found = with_retries(lambda: server.save(file), path)
-        _check_identity(path, found, identity)
-        if path.sha256 is not None and _sha256(file) != path.sha256:
-            raise UserError(f"{path}: was changed: its SHA-256 is not that of its index; copy the set there again")
+    try:
+        with atomic_write(copy) as temporary, temporary.open("w+b") as file:
+            found = with_retries(lambda: server.save(file), path)
+            _check_identity(path, found, identity)
+            if path.sha256 is not None and _sha256(file) != path.sha256:
+                raise UserError(f"{path}: was changed: its SHA-256 is not that of its index; copy the set there again")
+    except OSError as error:
+        raise UserError(
+            f"{copy.parent}: cannot keep a copy of {path}: {error.strerror}; set {FOLDER} to another folder, or {LIMIT}"
+        ) from error
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -36,7 +36,7 @@ from ldm.files import atomic_write, check_file, read_at_most
 from ldm.modules.encoders.caption_settings import CHUNK, MOST_TOKENS
 from ldm.remote.faults import NotServed
 from ldm.remote.path import RemotePath, ShardPath, as_path
-from ldm.remote.reading import look_at, state_of
+from ldm.remote.reading import LIMIT, cache_limit, look_at, state_of
 from ldm.shards.spans import beside_shards
 from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if
@@ -248,6 +248,12 @@ def _check_on_server(folder: RemotePath, shards: Sequence[RemotePath], entries: 
                 f"{MAKE_AGAIN}"
             )
         path.sha256 = entry.get("sha256")
+    whole = sum(state_of(path).identity[0] for path in shards if not state_of(path).has_parts)
+    if whole > cache_limit():
+        logger.warning(
+            "%s: the server gives whole files only (no Range), %.1f GB in all, more than the cache holds: each is "
+            "downloaded again and again; set %s, or copy the set", folder, whole / 1e9, LIMIT,
+        )  # fmt: skip
 
 
 def _check_shard(path: Path, known: Mapping[str, int | None]) -> None:
