@@ -7,12 +7,12 @@ from typing import Any
 
 from ldm.data.base_module import BaseDataModule
 from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, choices, load_null
-from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
+from ldm.data.loader import ReadTogether, ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPredictions, WithPrior, check_prior, check_taught, check_teacher
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
-from ldm.remote.path import ShardPath, as_path
+from ldm.remote.path import RemotePath, ShardPath, as_path
 from ldm.shards.open import (
     check_members,
     common_caption_settings,
@@ -282,6 +282,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             change = self._change(prior, training, None if TIMESTEPS in prior.keys else dropout)
             items = WithPrior(items, prior, change, timesteps)
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
+        items = ReadTogether(items) if any(isinstance(path, RemotePath) for path in dataset.paths) else items
         loader = ResumableLoader if training else SampleLoader
         return loader(items, batch_sampler=sampler, num_workers=self.num_workers, together=self._is_shared())
 
