@@ -41,6 +41,7 @@ ROOMS = (
     "ldm.host_memory",
     "ldm.events",
     "ldm.folders",
+    "ldm.remote",
     "ldm.files",
     "ldm.identity",
     "ldm.locks",

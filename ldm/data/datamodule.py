@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from ldm.data.base_module import BaseDataModule
 from ldm.data.dropout import CaptionDropout, Change, EditDropout, EpochItems, InTurn, choices, load_null
-from ldm.data.loader import ResumableLoader, SampleLoader, StreamLoader
+from ldm.data.loader import ReadTogether, ResumableLoader, SampleLoader, StreamLoader
 from ldm.data.prior import PriorBatchSampler, WithPredictions, WithPrior, check_prior, check_taught, check_teacher
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
+from ldm.remote.path import RemotePath, ShardPath, as_path
 from ldm.shards.open import (
     check_members,
     common_caption_settings,
@@ -20,6 +20,7 @@ from ldm.shards.open import (
     for_family,
     open_shards,
     say_unread_masks,
+    streamed,
     warn_of_scale,
 )
 from ldm.shards.reader import ShardDataset
@@ -38,7 +39,7 @@ from ldm.shards.sample import (
     null_path,
     plain,
 )
-from ldm.shards.urls import expand_urls, is_stream, shard_weights, without_weights
+from ldm.shards.urls import expand_urls, shard_weights, without_weights
 from ldm.util import UserError, check_number
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
 
     def _open(self, split: str) -> ShardDataset | ShardStream:
         urls = expand_urls(self.urls[split])
-        if split != "prior" and any(map(is_stream, urls)):  # a prior needs random access
+        if split != "prior" and streamed(urls) is not None:  # a prior needs random access
             return self._open_stream(split, urls)
         verify = self.verify_shards and (self.trainer is None or self.trainer.local_rank == 0)
         extra = self._extra_keys()
@@ -164,7 +165,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             extra = tuple(key for key in extra if key != LOSS_MASK)
         extra = (*extra, *(TEACHER_KEYS if self._is_taught(split) else ()))
         check_members(urls, [*self._keys(), *extra], for_training=self._model() is not None)
-        dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify)
+        dataset = open_shards(self.urls[split], *self._keys(), extra, verify=verify, remote=True)
         shapes = describe_shapes(dataset)
         logger.info("%s data: %d samples in %d shards%s", split, len(dataset), len(dataset.paths), shapes)
         if split == "training" and LOSS_MASK not in extra:
@@ -222,7 +223,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             return kind({key: kind.null_caption(self._model())}, share, self.seed)
         folder = self._null_folder(dataset, "null_cond_dropout")
         others = [other for other in TEXT_ENCODINGS if other in dataset.keys and other != key]
-        paths = {key: Path(self.null_cond_path or null_path(folder, key))}
+        paths = {key: as_path(self.null_cond_path or null_path(folder, key))}
         paths |= {other: null_path(folder, other) for other in others}
         nulls = {name: load_null(path) for name, path in paths.items()}
         for name, null in nulls.items():
@@ -231,10 +232,10 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
                 raise UserError(f"{paths[name]}: shape {null.shape}, but {name} in the shards has {first}")
         return kind(nulls, share, self.seed)
 
-    def _null_folder(self, dataset: ShardDataset | ShardStream, setting: str) -> Path:
+    def _null_folder(self, dataset: ShardDataset | ShardStream, setting: str) -> ShardPath:
         """Return the folder of the files `null.*.npy`: that of `null_cond_path`, or of the shards."""
         if self.null_cond_path is not None:
-            return Path(self.null_cond_path).parent
+            return as_path(self.null_cond_path).parent
         if isinstance(dataset, ShardStream):
             raise UserError(f"{setting} with streamed shards needs null_cond_path, a local file")
         return dataset.paths[0].parent
@@ -281,6 +282,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             change = self._change(prior, training, None if TIMESTEPS in prior.keys else dropout)
             items = WithPrior(items, prior, change, timesteps)
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
+        items = ReadTogether(items) if any(isinstance(path, RemotePath) for path in dataset.paths) else items
         loader = ResumableLoader if training else SampleLoader
         return loader(items, batch_sampler=sampler, num_workers=self.num_workers, together=self._is_shared())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,19 @@ from torch.utils.data import Dataset
 
 from ldm.data.batch_sampler import Item, held_out_entries, sample_name, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
+from ldm.remote.faults import NotServed
+from ldm.remote.path import ShardPath
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
 from ldm.shards.sample import CAPTION, EDIT, STREAM, with_caption, with_variant
+from ldm.shards.spans import beside_shards
 from ldm.util import UserError
 
 # Function from a sample, the epoch, and the sample's number or name to the changed sample.
 Change = Callable[[dict[str, Any], int, int | str], dict[str, Any]]
 
 
-def load_null(path: Path) -> np.ndarray:
+def load_null(path: ShardPath) -> np.ndarray:
     """Return the stored encoding of the empty caption.
 
     Raises:
@@ -39,16 +41,20 @@ def load_null(path: Path) -> np.ndarray:
     return null
 
 
-def read_array(path: Path, needed: str) -> np.ndarray:
+def read_array(path: ShardPath, needed: str) -> np.ndarray:
     """Return the array in a file beside the shards. `needed` explains it in the message for a missing file.
 
     Raises:
         UserError: the file is missing or damaged, or its values are not finite.
     """
-    check_file(path)
-    if not path.exists():
+    try:
+        file = beside_shards(path)
+    except NotServed as error:
+        raise UserError(f"{error}; {needed}") from error
+    check_file(file)
+    if not file.exists():
         raise UserError(f"{path}: not found, and {needed}")
-    array = npy.decode(bytearray(read_at_most(path, MOST_IN_MEMBER)), str(path))
+    array = npy.decode(bytearray(read_at_most(file, MOST_IN_MEMBER)), str(path))
     if not np.isfinite(array).all():
         raise UserError(f"{path}: has NaN or infinite values; restore the file")
     return array

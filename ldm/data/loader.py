@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +64,33 @@ class SeededDataset(Dataset):
         if self.stream_seed is None:
             return {**sample, **held_out_entries(number)}
         return {**sample, STREAM: stream_name(self.stream_seed, epoch, number)}
+
+
+_TOGETHER = 16  # samples that a process reads at a time from a server
+_POOLS: dict[int, ThreadPoolExecutor] = {}  # by process; threads do not survive a fork
+
+
+class ReadTogether(Dataset):
+    """Dataset whose samples of a batch are read at the same time, so that a distant server is not waited for in turn.
+
+    The samples of `dataset` must not depend on those that were read before.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: Item) -> Any:
+        return self.dataset[item]
+
+    def __getitems__(self, items: Sequence[Item]) -> list[Any]:
+        """Return the samples of a batch, in the order of `items`. torch's loader calls this."""
+        process = os.getpid()
+        if process not in _POOLS:
+            _POOLS[process] = ThreadPoolExecutor(_TOGETHER)
+        return list(_POOLS[process].map(self.dataset.__getitem__, items))
 
 
 # torch's messages for samples of unequal sizes, in this process and in a worker.

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.data.dropout import read_array
+from ldm.remote.path import ShardPath
 from ldm.shards.sample import MASK, MASKED_IMAGE, NUMBERED, blank_key, null_path, numbered, plain
 from ldm.util import UserError
 
@@ -55,7 +55,7 @@ class MaskChoice:
         return {**{key: value for key, value in sample.items() if plain(key) not in NUMBERED}, **chosen}
 
 
-def load_blanks(folder: Path, shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:
+def load_blanks(folder: ShardPath, shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:
     """Return the stored completely masked images for masked images of `shapes`, by height and width.
 
     Raises:

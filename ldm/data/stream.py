@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.dropout import Change
+from ldm.remote.path import as_path
 from ldm.shards import npy
 from ldm.shards.members import check_map, check_shape, decode_member, find_member, numbered_keys
 from ldm.shards.sample import (
@@ -105,7 +106,7 @@ class ShardStream(IterableDataset):
     def _read(url: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
         """Yield URL, key and members of each sample of a shard."""
         try:
-            with webdataset.gopen(url) as file:
+            with _open(url) as file:
                 for key, members in stream_tar(file, url):
                     yield url, key, members
         except (UserError, GeneratorExit):
@@ -143,3 +144,11 @@ def _has_several_captions(members: dict[str, bytes], name: str) -> bool:
         return False
     header = npy.read_header(data[: npy.HEADER_BYTES], len(data), f"{name}.{extension}")
     return caption_count(CONTEXT, header.shape) is not None
+
+
+def _open(url: str) -> BinaryIO:
+    if not url.startswith("s3://"):
+        return webdataset.gopen(url)
+    from ldm.remote.stores import StoreServer  # WebDataset does not read these
+
+    return StoreServer(as_path(url)).open()

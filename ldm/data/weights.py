@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
+from ldm.remote.path import ShardPath, as_path
 from ldm.shards.index import INDEX, MAKE_AGAIN, REPEATS, read_index
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
@@ -28,6 +28,7 @@ def sample_weights(dataset: ShardDataset, by_shard: Mapping[str, float], folder_
     repeats = _repeats(dataset) if folder_repeats else {}
     if not repeats and all(weight == 1 for weight in by_shard.values()):
         return None
+    weight_of = {as_path(name): weight for name, weight in by_shard.items()}
     parts = []
     for path, count in dataset.shard_sizes:
         runs = repeats.get(path) or [[1, count]]
@@ -36,7 +37,7 @@ def sample_weights(dataset: ShardDataset, by_shard: Mapping[str, float], folder_
                 f"{path.parent / INDEX}: has {REPEATS} for {sum(samples for _, samples in runs)} samples of "
                 f"{path.name}, which holds {count}; {MAKE_AGAIN}"
             )
-        parts.append(by_shard.get(str(path), 1.0) * np.repeat(*np.array(runs).T))
+        parts.append(weight_of.get(path, 1.0) * np.repeat(*np.array(runs).T))
     weights = np.concatenate(parts)
     if (weights == 1).all():
         return None
@@ -46,7 +47,7 @@ def sample_weights(dataset: ShardDataset, by_shard: Mapping[str, float], folder_
     return weights
 
 
-def _repeats(dataset: ShardDataset) -> dict[Path, list[list[int]]]:
+def _repeats(dataset: ShardDataset) -> dict[ShardPath, list[list[int]]]:
     """Return the repeats of the samples of each shard for which an index has them."""
     folders = dict.fromkeys(path.parent for path in dataset.paths)
     return {

@@ -34,6 +34,10 @@ from typing import Any
 
 from ldm.files import atomic_write, check_file, read_at_most
 from ldm.modules.encoders.caption_settings import CHUNK, MOST_TOKENS
+from ldm.remote.faults import NotServed
+from ldm.remote.path import RemotePath, ShardPath, as_path
+from ldm.remote.reading import LIMIT, cache_limit, look_at, state_of
+from ldm.shards.spans import beside_shards
 from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if
 
@@ -62,7 +66,7 @@ def write_index(folder: Path, content: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def read_index(folder: Path) -> dict[str, Any] | None:
+def read_index(folder: ShardPath) -> dict[str, Any] | None:
     """Return the index of the set in `folder`, or None if there is no index.
 
     Raises:
@@ -70,8 +74,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / INDEX
     try:
-        index = json.loads(read_at_most(path, _MOST_BYTES))
-    except FileNotFoundError:
+        index = json.loads(read_at_most(beside_shards(path), _MOST_BYTES))
+    except (FileNotFoundError, NotServed):
         return None
     except UserError:
         raise
@@ -187,8 +191,10 @@ SHARD_ENTRIES: dict[str, Entry] = {
 }
 
 
-def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished: bool = False) -> None:
+def check_against_index(paths: Sequence[str | ShardPath], *, whole: bool, unfinished: bool = False) -> None:
     """Compare shards with the index of their folder, by name and size. Without an index, nothing is checked.
+
+    Paths of shards on a server get the checksums in the index.
 
     Args:
         whole: all shards of the index must exist, because the user named a folder or a glob.
@@ -197,8 +203,9 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished:
     Raises:
         UserError: a set is unfinished, or a shard is missing or differs from its entry.
     """
-    folders: dict[Path, list[Path]] = {}
-    for path in map(Path, paths):
+    folders: dict[ShardPath, list[ShardPath]] = {}
+    look_at([path for path in map(as_path, paths) if isinstance(path, RemotePath)])
+    for path in map(as_path, paths):
         folders.setdefault(path.parent, []).append(path)
     for folder, shards in folders.items():
         index = read_index(folder)
@@ -213,6 +220,9 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished:
             logger.warning("%s", message)
             continue
         known = {shard["name"]: shard.get("bytes") for shard in index["shards"]}
+        if isinstance(folder, RemotePath):
+            _check_on_server(folder, shards, index["shards"])
+            continue
         for path in shards:
             _check_shard(path, known)
         asked = known if whole else {path.name for path in shards}
@@ -223,6 +233,27 @@ def check_against_index(paths: Sequence[str | Path], *, whole: bool, unfinished:
                 f"{folder / gone}: missing ({len(missing)} of {len(known)} shards in {INDEX}); "
                 f"copy it again, name only existing shards, or {MAKE_AGAIN}"
             )
+
+
+def _check_on_server(folder: RemotePath, shards: Sequence[RemotePath], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the sizes of shards on a server with the index, and note its checksums in their paths."""
+    known = {entry["name"]: entry for entry in entries}
+    for path in shards:
+        entry, size = known.get(path.name), state_of(path).identity[0]
+        if entry is None:
+            raise UserError(f"{path}: not in {folder / INDEX}; move it to a folder of its own, or {MAKE_AGAIN}")
+        if entry.get("bytes", size) != size:
+            raise UserError(
+                f"{path}: has {size} bytes, but {entry['bytes']} in {folder / INDEX}; copy it there again, or "
+                f"{MAKE_AGAIN}"
+            )
+        path.sha256 = entry.get("sha256")
+    whole = sum(state_of(path).identity[0] for path in shards if not state_of(path).has_parts)
+    if whole > cache_limit():
+        logger.warning(
+            "%s: the server gives whole files only (no Range), %.1f GB in all, more than the cache holds: each is "
+            "downloaded again and again; set %s, or copy the set", folder, whole / 1e9, LIMIT,
+        )  # fmt: skip
 
 
 def _check_shard(path: Path, known: Mapping[str, int | None]) -> None:

@@ -4,6 +4,10 @@ Building a table walks the headers of the tar, 0.2 ms per sample. Data workers s
 remains the authority: a table is used only while the size and modification time of its shard are the same, and the
 reader compares the tar header of each member that it reads.
 
+For shards on a server, the file that the writer of the set left beside them is copied, and its tables are used if they
+fill the tar without a gap; the reader then compares the names of members too. Tables of other shards are built once,
+from whole copies, and kept in the cache.
+
 The file `.members.safetensors` holds the columns of the shards in order, and in its metadata, as JSON, `extensions`
 (M), `kinds` (shape and dtype), `shards` (name, bytes, modification time in ns, number of samples), and `crc32` of all
 that. A wrong key or extension would be a wrong caption, which the tar headers do not tell.
@@ -16,7 +20,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
 
@@ -25,9 +29,13 @@ import torch
 
 from ldm.checkpoint import open_checkpoint, save_state_dict
 from ldm.files import MOST_IN_MEMBER
-from ldm.identity import identity_of_path
+from ldm.identity import Identity
+from ldm.remote.faults import NotServed
+from ldm.remote.path import RemotePath, ShardPath
+from ldm.remote.reading import cache_folder, local_copy, state_of
 from ldm.shards.sample import SIZES
-from ldm.shards.table import MOST_MEMBERS, Columns, Kind, ShardTable, build_table
+from ldm.shards.spans import beside_shards, identity_of_shard
+from ldm.shards.table import MOST_MEMBERS, Columns, Kind, ShardTable, build_table, fills
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,20 +47,21 @@ _DESCRIBED = ("version", "extensions", "kinds", "shards")  # keys of the metadat
 _TYPES = ("uint8", "int64", "int64", "int32", "uint32", "int32", "uint8")  # of the columns, in order
 
 
-def open_tables(paths: Sequence[Path]) -> Iterator[ShardTable]:
+def open_tables(paths: Sequence[ShardPath]) -> Iterator[ShardTable]:
     """Yield the tables of `paths`, in order. They are built where none is kept, and kept for the next time.
 
     Raises:
         UserError: a shard is missing or damaged; see `index_tar`.
     """
-    kept = {folder: _read_tables(folder) for folder in dict.fromkeys(path.parent for path in paths)}
-    built: dict[Path, list[ShardTable]] = {folder: [] for folder in kept}
+    kept = {folder: _kept_tables(folder) for folder in dict.fromkeys(path.parent for path in paths)}
+    built: dict[ShardPath, list[ShardTable]] = {folder: [] for folder in kept}
     for path in paths:
-        identity = identity_of_path(path)
+        identity = identity_of_shard(path)
         table = kept[path.parent].get(path.name)
-        if table is None or table.identity[:2] != identity[:2]:
-            table = build_table(path)
-            if len(table) >= LEAST_SAMPLES:
+        if table is None or not _is_of(table, path, identity):
+            is_remote = isinstance(path, RemotePath)
+            table = _build_from_copy(path, identity) if is_remote else build_table(path)
+            if len(table) >= LEAST_SAMPLES or is_remote:
                 built[path.parent].append(table)
         yield ShardTable(path, identity, table.extensions, table.kinds, table.columns)
     for folder, tables in built.items():
@@ -69,10 +78,52 @@ def keep_tables(paths: Sequence[Path]) -> None:
 
 
 def _is_current(table: ShardTable) -> bool:
-    return identity_of_path(table.path)[:2] == table.identity[:2]
+    # Of a shard on a server, this is asked when the table is used.
+    return isinstance(table.path, RemotePath) or identity_of_shard(table.path)[:2] == table.identity[:2]
 
 
-def _write_tables(folder: Path, tables: Sequence[ShardTable]) -> None:
+def _is_of(table: ShardTable, path: ShardPath, identity: Identity) -> bool:
+    """Return True if a kept table may be used for the shard at `path`.
+
+    A server does not keep modification times. Of a table that another machine left there, the size must be equal, and
+    the content of the tar must be what it lists.
+    """
+    if table.identity[:2] == identity[:2]:
+        return True
+    return isinstance(path, RemotePath) and table.identity[0] == identity[0] and fills(table, state_of(path).head)
+
+
+def _build_from_copy(path: RemotePath, identity: Identity) -> ShardTable:
+    """Return the table of a shard on a server, from a whole copy."""
+    logger.info("%s: is read completely once, for the places of its samples", path)
+    copy = local_copy(path, identity)
+    try:
+        return replace(build_table(copy), path=path, identity=identity)
+    except UserError as error:
+        raise UserError(str(error).replace(str(copy), str(path))) from error
+
+
+def _place(folder: ShardPath) -> Path:
+    """Return the path of the file with the kept tables of the shards in `folder`."""
+    return (cache_folder() / f"{folder.digest}-tables" if isinstance(folder, RemotePath) else folder) / TABLES
+
+
+def tables_of(path: ShardPath) -> str:
+    """Return the file with the table of a shard for messages; for one on a server, both places of such a file."""
+    beside = str(path.parent / TABLES)
+    return f"{beside}, or {_place(path.parent)}," if isinstance(path, RemotePath) else beside
+
+
+def _kept_tables(folder: ShardPath) -> dict[str, ShardTable]:
+    """Return the tables kept for the shards in `folder`, by the name of the shard."""
+    tables = _read_tables(_place(folder), folder)
+    if isinstance(folder, RemotePath):
+        with suppress(NotServed):
+            tables = {**_read_tables(beside_shards(folder / TABLES), folder), **tables}
+    return tables
+
+
+def _write_tables(folder: ShardPath, tables: Sequence[ShardTable]) -> None:
     """Keep `tables` in their folder. A folder that cannot be written to keeps none."""
     extensions = list(dict.fromkeys(extension for table in tables for extension in table.extensions))
     kinds = list(dict.fromkeys(kind for table in tables for kind in table.kinds))
@@ -88,8 +139,9 @@ def _write_tables(folder: Path, tables: Sequence[ShardTable]) -> None:
     metadata = {key: json.dumps(value) for key, value in described.items()}
     metadata["crc32"] = str(checksum_of({name: tensor.numpy() for name, tensor in tensors.items()}, metadata))
     with suppress(OSError):
-        save_state_dict(tensors, folder / TABLES, metadata=metadata)
-        logger.info("wrote %s: the places of %d samples, for a quick start", folder / TABLES, len(tensors["offsets"]))
+        place = _place(folder)
+        save_state_dict(tensors, place, metadata=metadata)
+        logger.info("wrote %s: the places of %d samples, for a quick start", place, len(tensors["offsets"]))
 
 
 def _aligned(table: ShardTable, extensions: Sequence[str], kinds: Sequence[Kind]) -> Columns:
@@ -116,9 +168,8 @@ def _aligned(table: ShardTable, extensions: Sequence[str], kinds: Sequence[Kind]
     )
 
 
-def _read_tables(folder: Path) -> dict[str, ShardTable]:
-    """Return the tables kept in `folder`, by the name of the shard. A damaged file counts as none."""
-    path = folder / TABLES
+def _read_tables(path: Path, folder: ShardPath) -> dict[str, ShardTable]:
+    """Return the tables in the file `path`, by the name of the shard in `folder`. A damaged file counts as none."""
     if not path.is_file():
         return {}
     try:
@@ -129,7 +180,9 @@ def _read_tables(folder: Path) -> dict[str, ShardTable]:
         return {}
 
 
-def _tables_in(folder: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, ShardTable]:
+def _tables_in(
+    folder: ShardPath, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> dict[str, ShardTable]:
     about = {key: json.loads(metadata[key]) for key in _DESCRIBED}
     if about["version"] != _VERSION:
         return {}

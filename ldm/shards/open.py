@@ -1,4 +1,4 @@
-"""Opening of a set of local pre-encoded shards, with all checks."""
+"""Opening of a set of pre-encoded shards that can be read in any order, with all checks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.modules.encoders.caption_settings import CHUNK, CaptionSettings
+from ldm.remote.path import ShardPath, as_path, is_remote
 from ldm.shards.index import (
     AUTOENCODER,
     ENCODERS,
@@ -43,6 +44,7 @@ def open_shards(
     *,
     verify: bool = True,
     unfinished: bool = False,
+    remote: bool = False,
 ) -> ShardDataset:
     """Return the samples of the shards at `urls` (see `expand_urls`). The keys are as for `ShardDataset`.
 
@@ -51,27 +53,52 @@ def open_shards(
     Args:
         verify: compare the checksum of each new shard with the index. This reads the whole shard once.
         unfinished: open an unfinished set with a warning, for inspection.
+        remote: open sets on servers too, if they have an index. The caller has checked that their URLs are trusted.
 
     Raises:
         UserError: nothing matches; a shard is streamed, missing, damaged or not that of the index; the set is
             unfinished; or its samples have different shapes or keys.
     """
-    paths = expand_urls(urls)
-    stream = next(filter(is_stream, paths), None)
+    names = expand_urls(urls)
+    stream = next((name for name in names if is_stream(name) and not (remote and is_remote(name))), None)
     if stream is not None:
         raise UserError(f"{stream}: is a stream; give local shards, which can be read in any order")
+    paths = list(map(as_path, names))
+    unlisted = streamed(names)
+    if unlisted is not None:
+        raise UserError(f"{unlisted}: has no {INDEX} beside it, without which it cannot be read in any order; copy it")
     check_against_index(paths, whole=names_all_there(urls), unfinished=unfinished)
     check_members(paths, [key for key in (first_stage_key, cond_stage_key, *extra) if key is not None])
     if verify:
         verify_shards(paths)
     dataset = ShardDataset(paths, first_stage_key, cond_stage_key, extra)
     if not any(key in TEXT_ENCODINGS for key in dataset.keys):
-        folders = {Path(path).parent for path in paths}
+        folders = {path.parent for path in paths}
         dataset.has_several_captions |= any((read_index(folder) or {}).get(SEVERAL_CAPTIONS) for folder in folders)
     return dataset
 
 
-def check_members(paths: Sequence[str | Path], keys: Sequence[str], *, for_training: bool = False) -> None:
+def streamed(names: Iterable[str]) -> str | None:
+    """Return the first of the shards `names` that can only be streamed, or None.
+
+    These are shards at URLs, except for sets on servers that have an index. Log a warning for one that has none.
+    """
+    indexed: dict[ShardPath, bool] = {}
+    for name in filter(is_stream, names):
+        if not is_remote(name):
+            return name
+        folder = as_path(name).parent
+        if folder not in indexed:
+            indexed[folder] = read_index(folder) is not None
+        if not indexed[folder]:
+            logger.warning(
+                "%s: there is no index of the set; it is streamed, and a resumed run restarts its epoch", folder / INDEX
+            )
+            return name
+    return None
+
+
+def check_members(paths: Sequence[str | ShardPath], keys: Sequence[str], *, for_training: bool = False) -> None:
     """Check that the samples of a set, by its index, have the members `keys`.
 
     With `for_training`, the set must also have no members of another model family: `MAPS`, and `POOLED` if stored
@@ -80,7 +107,7 @@ def check_members(paths: Sequence[str | Path], keys: Sequence[str], *, for_train
     Raises:
         UserError: a member is missing or superfluous. The message names the index, the family and the member.
     """
-    for folder in dict.fromkeys(Path(path).parent for path in paths):
+    for folder in dict.fromkeys(as_path(path).parent for path in paths):
         index = read_index(folder) or {}
         members = index.get(MEMBERS)
         if members is None:

@@ -1,4 +1,4 @@
-"""Reader of pre-encoded samples in local tar shards, with random access by offset.
+"""Reader of pre-encoded samples in tar shards, with random access by offset.
 
 The headers of each shard are read once. This has three effects: an epoch is a permutation of all samples for any number
 of workers, a set may have fewer samples than workers, and wrong samples are found before training starts.
@@ -7,20 +7,18 @@ of workers, a set may have fewer samples than workers, and wrong samples are fou
 from __future__ import annotations
 
 import logging
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.files import open_file, read_span
-from ldm.identity import check_identity, with_retries
+from ldm.identity import with_retries
+from ldm.remote.path import RemotePath, ShardPath, as_path
 from ldm.shards import npy
-from ldm.shards.kept_tables import TABLES, open_tables
+from ldm.shards.kept_tables import open_tables, tables_of
 from ldm.shards.members import ABSENT, check_map, check_shape, decode_member, find_member, numbered_keys
 from ldm.shards.sample import (
     CAPTION,
@@ -40,14 +38,18 @@ from ldm.shards.sample import (
     with_caption,
     with_variant,
 )
+from ldm.shards.spans import Read, open_spans
 from ldm.shards.table import MemberPlace, ShardTable
+from ldm.shards.tar import names_sample
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 
 class ShardDataset(Dataset):
-    """Data set of local shards. A sample is a dict with the `keys`, `"txt"` (the caption) and `"__key__"`.
+    """Data set of shards, local or on a server.
+
+    A sample is a dict with the `keys`, `"txt"` (the caption) and `"__key__"`.
 
     Arrays are numpy arrays, float16 or float32 as stored: `first_stage_key` (channels, h, w), and `cond_stage_key`,
     such as (77, 768), unless it is None. Of several captions, a sample has the first, or all if `keeps_captions` is
@@ -61,12 +63,12 @@ class ShardDataset(Dataset):
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        paths: Sequence[str | ShardPath],
         first_stage_key: str = LATENT,
         cond_stage_key: str | None = CONTEXT,
         extra: Sequence[str] = (),
     ) -> None:
-        self.paths = [Path(path) for path in paths]
+        self.paths = [as_path(path) for path in paths]
         self.first_stage_key = first_stage_key
         keys = [first_stage_key, cond_stage_key, CAPTION, *extra]
         self.keys = [key for key in dict.fromkeys(keys) if key is not None]
@@ -144,8 +146,7 @@ class ShardDataset(Dataset):
 
     def _check_one_by_one(self, table: ShardTable) -> None:
         """Raise `UserError` for the first sample that lacks a key, or has a wrong array or size."""
-        with open_file(table.path) as file:
-            check_identity(file.fileno(), table.path, table.identity)
+        with open_spans(table.path, table.identity) as read:
             for row in range(len(table)):
                 sample = table.sample(row)
                 for key in self.keys:
@@ -154,12 +155,12 @@ class ShardDataset(Dataset):
                         continue
                     name, (offset, size) = self._name(table, row, key), span
                     if is_array(key):
-                        start = read_span(file.fileno(), offset, min(size, npy.HEADER_BYTES), name)
+                        start = read(offset, min(size, npy.HEADER_BYTES), name)
                         npy.read_header(start, size, name, number_types(key))
                         if table.columns.arrays[row, table.column(member_extension(key))] < 0:
                             raise _not_as_kept(table, name)
                     else:
-                        decode_member(key, read_span(file.fileno(), offset, size, name), name)
+                        decode_member(key, read(offset, size, name), name)
 
     def _name(self, table: ShardTable, row: int, key: str) -> str:
         return f"{table.path}: {table.key(row)}.{member_extension(key)}"
@@ -176,21 +177,17 @@ class ShardDataset(Dataset):
         sample: dict[str, Any] = {"__key__": table.key(row)}
         members = table.members(row)
         # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
-        # A named pipe in its place would block without O_NONBLOCK.
-        descriptor = os.open(table.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            check_identity(descriptor, table.path, table.identity)
+        parts = [members[column].part for _, column in places if column is not None and members[column].size >= 0]
+        with open_spans(table.path, table.identity, parts) as read:
             for key, column in places:
                 member = None if column is None else members[column]
                 if member is None or member.size < 0:
                     sample[key] = ABSENT[key]
                     continue
-                name = f"{table.path}: {sample['__key__']}.{member_extension(key)}"
-                sample[key] = value = decode_member(key, _read_member(descriptor, table, member, name), name)
+                name, data = _read_member(read, table, member, sample["__key__"], member_extension(key))
+                sample[key] = value = decode_member(key, data, name)
                 if is_array(key) and value.shape != table.kinds[member.kind][0]:
                     raise _not_as_kept(table, name)
-        finally:
-            os.close(descriptor)
         name = f"{table.path}: {sample['__key__']}"
         if self.has_several_variants and not self.keeps_variants:
             sample = with_variant(sample, self.first_stage_key, lambda count: 0, name)
@@ -199,7 +196,7 @@ class ShardDataset(Dataset):
         return sample
 
     @property
-    def shard_sizes(self) -> list[tuple[Path, int]]:
+    def shard_sizes(self) -> list[tuple[ShardPath, int]]:
         """Shards that hold samples, in order, with their number."""
         return [(table.path, len(table)) for table in self._tables]
 
@@ -244,19 +241,24 @@ def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
     return number, index - (int(ends[number - 1]) if number else 0)
 
 
-def _read_member(descriptor: int, table: ShardTable, member: MemberPlace, name: str) -> bytearray:
-    """Return the content of a member, after a check of the tar header before it."""
+def _read_member(
+    read: Read, table: ShardTable, member: MemberPlace, sample: str, extension: str
+) -> tuple[str, bytearray]:
+    """Return the name of a member for messages, and its content, after a check of the tar header before it."""
+    name = f"{table.path}: {sample}.{extension}"
     if member.offset < BLOCKSIZE:
         raise _not_as_kept(table, name)
-    data = read_span(descriptor, member.offset - BLOCKSIZE, member.size + BLOCKSIZE, name)
-    if zlib.crc32(data[:BLOCKSIZE]) != member.checksum:
+    data = read(member.offset - BLOCKSIZE, member.size + BLOCKSIZE, name)
+    header = data[:BLOCKSIZE]
+    is_named = not isinstance(table.path, RemotePath) or names_sample(header, sample, extension)
+    if zlib.crc32(header) != member.checksum or not is_named:
         raise _not_as_kept(table, name)
     del data[:BLOCKSIZE]
-    return data
+    return name, data
 
 
 def _not_as_kept(table: ShardTable, name: str) -> UserError:
-    return UserError(f"{name}: is not as {table.path.parent / TABLES} describes it; remove that file, and start again")
+    return UserError(f"{name}: is not as {tables_of(table.path)} describes it; remove that file, and start again")
 
 
 def _unique_columns(pairs: np.ndarray) -> tuple[list[list[int]], list[int]]:

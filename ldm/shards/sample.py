@@ -14,12 +14,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ldm.remote.path import RemotePath
 from ldm.shards import npy
 from ldm.util import UserError
+
+Folder = TypeVar("Folder", Path, RemotePath)
 
 LATENT = "f8"  # mean and log-variance of a posterior (2C, h, w), or a latent (C, h, w), unscaled
 CONTEXT = "t5"  # hidden states of the text encoder (77, D)
@@ -92,7 +95,7 @@ def number_types(key: str) -> tuple[str, ...]:
     return npy.INTEGERS if key == TIMESTEPS else npy.FLOATS
 
 
-def null_path(folder: Path, key: str = CONTEXT) -> Path:
+def null_path(folder: Folder, key: str = CONTEXT) -> Folder:
     """Return the path of the encoding `key` of the empty caption, for the shards in `folder`."""
     return folder / f"null.{member_extension(key)}"
 

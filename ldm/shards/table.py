@@ -16,18 +16,21 @@ are read.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE, RECORDSIZE
 from typing import NamedTuple
 
 import numpy as np
 
-from ldm.files import open_file, read_span
-from ldm.identity import Identity, check_identity, identity_of_path
+from ldm.identity import Identity, identity_of_path
+from ldm.remote.path import ShardPath
 from ldm.shards import npy
 from ldm.shards.members import decode_member
 from ldm.shards.sample import ORIGIN, SIZES, TEXT_KEYS, number_types
+from ldm.shards.spans import Read, open_spans
 from ldm.shards.tar import TarSample, index_tar
 from ldm.util import UserError
 
@@ -60,12 +63,17 @@ class MemberPlace(NamedTuple):
     checksum: int
     kind: int
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Offsets of the tar header, and of the end of the content."""
+        return max(0, self.offset - BLOCKSIZE), self.offset + self.size
+
 
 @dataclass(frozen=True)
 class ShardTable:
     """Table of the shard at `path`, of the file `identity`."""
 
-    path: Path
+    path: ShardPath
     identity: Identity
     extensions: list[str]
     kinds: list[Kind]
@@ -103,6 +111,27 @@ class ShardTable:
         return self.extensions.index(extension) if extension in self.extensions else None
 
 
+def fills(table: ShardTable, head: bytes) -> bool:
+    """Return True if the members of a table fill its tar, from the first header `head` to the end mark.
+
+    Nothing but the end mark and zeros, up to a full record, may follow them, as `tarfile` writes it.
+    """
+    is_there = table.columns.sizes >= 0
+    starts = table.columns.offsets[is_there] - BLOCKSIZE
+    if not starts.size:
+        return False
+    order = np.argsort(starts)
+    blocks = -(-table.columns.sizes[is_there].astype(np.int64) // BLOCKSIZE)
+    starts, ends = starts[order], (starts + BLOCKSIZE * (1 + blocks))[order]
+    records = -(-(int(ends[-1]) + 2 * BLOCKSIZE) // RECORDSIZE)
+    first = int(table.columns.checksums[is_there][order[0]])
+    return (
+        bool(starts[0] == 0 and (starts[1:] == ends[:-1]).all())
+        and records * RECORDSIZE == table.identity[0]
+        and zlib.crc32(head) == first
+    )
+
+
 def build_table(path: Path) -> ShardTable:
     """Return the table of the shard at `path`, from the headers of its tar and of its arrays."""
     identity = identity_of_path(path)
@@ -116,8 +145,7 @@ def build_table(path: Path) -> ShardTable:
     checksums, arrays = np.zeros(shape, np.uint32), np.full(shape, -1, np.int32)
     has_sizes = np.zeros((len(samples), len(SIZES)), np.uint8)
     kinds: dict[Kind, int] = {}
-    with open_file(path) as file:
-        check_identity(file.fileno(), path, identity)
+    with open_spans(path, identity) as read:
         for row, sample in enumerate(samples):
             for extension, column in numbers.items():
                 if extension not in sample.spans:
@@ -125,32 +153,32 @@ def build_table(path: Path) -> ShardTable:
                 offset, size = sample.spans[extension]
                 offsets[row, column], sizes[row, column] = offset, size
                 checksums[row, column] = sample.checksums[extension]
-                kind = _kind(file.fileno(), extension, offset, size)
+                kind = _kind(read, extension, offset, size)
                 if kind is not None:
                     arrays[row, column] = kinds.setdefault(kind, len(kinds))
             if ORIGIN in sample.spans:
-                has_sizes[row] = _entries(file.fileno(), *sample.spans[ORIGIN])
+                has_sizes[row] = _entries(read, *sample.spans[ORIGIN])
     keys = [sample.key.encode("utf-8", "surrogateescape") for sample in samples]
     ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
     columns = Columns(np.frombuffer(b"".join(keys), np.uint8), ends, offsets, sizes, checksums, arrays, has_sizes)
     return ShardTable(path, identity, extensions, list(kinds), columns)
 
 
-def _kind(descriptor: int, extension: str, offset: int, size: int) -> Kind | None:
+def _kind(read: Read, extension: str, offset: int, size: int) -> Kind | None:
     """Return shape and dtype of a member, or None if it is not an array of numbers."""
     if not extension.endswith(_ARRAY):
         return None
     try:
-        start = read_span(descriptor, offset, min(size, npy.HEADER_BYTES), "")
+        start = read(offset, min(size, npy.HEADER_BYTES), "")
         header = npy.read_header(start, size, "", number_types(extension.removesuffix(_ARRAY)))
     except UserError:  # raised again, with the name of the member, where the member is read
         return None
     return header.shape, header.dtype.name
 
 
-def _entries(descriptor: int, offset: int, size: int) -> list[bool]:
+def _entries(read: Read, offset: int, size: int) -> list[bool]:
     """Return, per entry of `SIZES`, True if the sample's `json` has a valid one."""
-    data = read_span(descriptor, offset, size, "")
+    data = read(offset, size, "")
     if not any(entry.encode() in data for entry in SIZES):  # as in sets of families without sizes
         return [False] * len(SIZES)
     found = []

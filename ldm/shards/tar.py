@@ -59,6 +59,15 @@ def check_name(name: str, where: str) -> None:
         raise UserError(f"{where}: refused: its member {name!r} points outside the tar")
 
 
+def names_sample(header: bytes, key: str, extension: str) -> bool:
+    """Return True if a tar header names the member `extension` of the sample `key`."""
+    try:
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return member.isreg() and split_name(member.name.removeprefix("./")) == (key, extension)
+
+
 class Member(tarfile.TarInfo):
     """Tar header that raises an error if it is damaged. `tarfile` takes a damaged header for the end of the tar.
 

@@ -68,9 +68,13 @@ def names_all_there(urls: str | Path | Iterable[str | Path]) -> bool:
             path = _without_scheme(pattern)
             if _is_there(path) and _local(path).is_dir():
                 return True
-            if not _is_there(path) and glob.has_magic(path[len(existing_folder(path)) :]):
+            if not _is_url(path) and not _is_there(path) and glob.has_magic(path[len(existing_folder(path)) :]):
                 return True
     return False
+
+
+def _is_url(name: str) -> bool:
+    return is_stream(name) and existing_folder(name) in ("", "/")  # a folder that is there may have a colon
 
 
 def existing_folder(pattern: str) -> str:
@@ -142,7 +146,7 @@ def _expand(pattern: str) -> Iterator[str]:
     else:
         names = expand_braces(pattern)
     for name in names:
-        if is_stream(name) and existing_folder(name) in ("", "/"):  # a folder that is there may have a colon
+        if _is_url(name):
             yield name
         else:
             yield from _expand_local(name, existing_folder(name))

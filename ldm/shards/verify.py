@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ldm.files import atomic_write, open_file, read_at_most
+from ldm.remote.path import RemotePath, ShardPath, as_path
 from ldm.shards.index import MAKE_AGAIN, read_index
 from ldm.util import UserError
 
@@ -37,16 +38,19 @@ def files_sha256(paths: Sequence[Path], folder: Path) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def verify_shards(paths: Sequence[str | Path]) -> None:
+def verify_shards(paths: Sequence[str | ShardPath]) -> None:
     """Compare the shards at `paths` with the checksums in the index of their folder, if there is one.
 
-    Each file is read completely. The result is stored in `.verified.json` beside it, so that it is read only once.
+    Each file is read completely. The result is stored in `.verified.json` beside it, so that it is read only once. Of
+    shards on a server, only whole copies are compared, when they are made.
 
     Raises:
         UserError: a shard has another checksum.
     """
     folders: dict[Path, list[Path]] = {}
-    for path in map(Path, paths):
+    for path in map(as_path, paths):
+        if isinstance(path, RemotePath):
+            continue
         folders.setdefault(path.parent, []).append(path)
     for folder, shards in folders.items():
         index = read_index(folder) or {"shards": []}

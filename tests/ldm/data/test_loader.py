@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.data.batch_sampler import EpochBatchSampler
-from ldm.data.loader import ResumableLoader, SeededDataset
+from ldm.data.loader import ReadTogether, ResumableLoader, SeededDataset
 from ldm.util import UserError
 
 
@@ -128,3 +128,20 @@ def test_a_state_without_a_position_starts_the_epoch_again():
 def test_an_error_in_a_worker_is_one_line(num_workers):
     with pytest.raises(UserError, match=r"^a\.tar: sample \d+ is broken$"):
         next(iter(loader(num_workers, Broken())))
+
+
+def test_read_together_keeps_order_and_errors():
+    class Numbers(Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, number):
+            if number == 33:
+                raise UserError("33 cannot be read")
+            return number
+
+    together = ReadTogether(Numbers())
+    assert len(together) == 40 and together[5] == 5
+    assert together.__getitems__(list(range(32, -1, -1))) == list(range(32, -1, -1))
+    with pytest.raises(UserError, match="33 cannot be read"):
+        together.__getitems__(list(range(40)))

@@ -90,3 +90,9 @@ def test_expand_urls_takes_what_exists_literally(tmp_path, monkeypatch, folder):
 )
 def test_expand_braces_keeps_backslashes_that_escape_nothing(pattern, names):
     assert list(expand_braces(pattern)) == names
+
+
+def test_a_query_of_a_url_is_no_glob():
+    url = "https://host/set/000.tar?signature=[a]*"
+    assert not names_all_there(url) and not names_all_there([f"{url}::s3://bucket/0.tar?x=1"])
+    assert expand_urls("https://host/{0..1}.tar?x=1") == ["https://host/0.tar?x=1", "https://host/1.tar?x=1"]
