@@ -12,7 +12,7 @@ from ldm.data.prior import PriorBatchSampler, WithPredictions, WithPrior, check_
 from ldm.data.stored_masks import MaskChoice, load_blanks
 from ldm.data.stream import ShardStream
 from ldm.data.weights import sample_weights
-from ldm.remote.path import RemotePath, ShardPath, as_path
+from ldm.remote.path import ShardPath, as_path
 from ldm.shards.open import (
     check_members,
     common_caption_settings,
@@ -282,7 +282,8 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
             change = self._change(prior, training, None if TIMESTEPS in prior.keys else dropout)
             items = WithPrior(items, prior, change, timesteps)
             sampler = PriorBatchSampler(sampler, len(prior), self.prior_ratio, prior.sample_keys)
-        items = ReadTogether(items) if any(isinstance(path, RemotePath) for path in dataset.paths) else items
+        if dataset.is_remote or self.datasets.get("prior", dataset).is_remote:
+            items = ReadTogether(items)
         loader = ResumableLoader if training else SampleLoader
         return loader(items, batch_sampler=sampler, num_workers=self.num_workers, together=self._is_shared())
 

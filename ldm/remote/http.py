@@ -95,10 +95,10 @@ class HttpServer:
     def _send(self, headers: Mapping[str, str], keep: Callable[[int, bytes], bool]) -> _Answer:
         """Return the answer, with its data passed to `keep` block by block, until that returns False."""
         files = _files()
-        try:
+        try:  # the errors of aiohttp name the URL with its secrets, so they are not chained
             return sync(files.loop, _get, files, self.path.url, headers, keep)
         except _FOR_GOOD as error:
-            raise UserError(f"{self.path}: cannot be read: {type(error).__name__}; check the URL") from error
+            raise UserError(f"{self.path}: cannot be read: {type(error).__name__}; check the URL") from None
         except (TimeoutError, asyncio.TimeoutError):  # two classes in Python 3.10
             raise Momentary("no answer in time") from None
         except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError):
@@ -106,8 +106,8 @@ class HttpServer:
         except (aiohttp.ClientError, OSError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise Momentary(f"the connection failed ({reason})") from None
-        except ValueError as error:
-            raise UserError(f"{self.path}: not a valid URL") from error
+        except ValueError:
+            raise UserError(f"{self.path}: not a valid URL") from None
 
     def _check(self, answer: _Answer) -> None:
         """Raise an error unless the answer has the file or a part of it."""

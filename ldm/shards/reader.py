@@ -196,6 +196,11 @@ class ShardDataset(Dataset):
         return sample
 
     @property
+    def is_remote(self) -> bool:
+        """True if a shard is on a server."""
+        return any(isinstance(path, RemotePath) for path in self.paths)
+
+    @property
     def shard_sizes(self) -> list[tuple[ShardPath, int]]:
         """Shards that hold samples, in order, with their number."""
         return [(table.path, len(table)) for table in self._tables]

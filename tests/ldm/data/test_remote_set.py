@@ -210,8 +210,9 @@ def test_a_set_without_an_index_is_streamed(server: SetServer, caplog):
 
 
 def test_weights_and_further_sets_work_as_with_local_ones(server: SetServer):
-    def weighted(folder: str) -> list[dict]:
-        return [{"urls": f"{folder}/000.tar", "weight": 2.5}, {"urls": f"{folder}/{{001..003}}.tar"}]
+    def weighted(folder: str) -> list:
+        weighted = [{"urls": f"{folder}/000.tar", "weight": 2.5}, {"urls": f"{folder}/00{{1,3}}.tar"}]
+        return [*weighted, f"{server.folder}/002.tar"]  # a local one among them
 
     ours, theirs = (
         opened(weighted(folder), prior_urls=f"{folder}/003.tar", val_urls=f"{folder}/002.tar")
