@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ UNREAD_EXTENSIONS = (
     "heic", "heif", "avif", "jxl", "jp2", "j2k", "jpx", "psd", "xcf", "svg", "eps", "ico", "tga", "dds", "exr", "hdr",
     "ppm", "pgm", "pbm", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
 )  # fmt: skip
+_KNOWN = frozenset((*EXTENSIONS, *UNREAD_EXTENSIONS))
 
 _BAND = 256  # rows per conversion, so that a large image is in memory only as decoded and as RGB
 # Limits for JPEG. Each scan processes all pixels, and programs write about ten scans.
@@ -33,14 +35,17 @@ _SCAN, _END = 0xDA, 0xD9
 _TILE_TAGS, _ROWS_PER_STRIP = (322, 323), 278  # tags of a TIFF
 
 
-def extension_of(path: Path) -> str:
+def extension_of(path: Path | str) -> str:
     """Return the extension of `path` in lower case without the dot."""
-    return path.suffix.lower().lstrip(".")
+    text = os.fspath(path)  # not by a `Path` of each name, of which folders may have millions
+    name = text[text.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    return name[dot + 1 :].lower() if 0 < dot < len(name) - 1 else ""
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: Path | str) -> bool:
     """Return True if `path` has the extension of a supported or unsupported image."""
-    return extension_of(path) in (*EXTENSIONS, *UNREAD_EXTENSIONS)
+    return extension_of(path) in _KNOWN
 
 
 def decode_image(data: bytes, name: str, lock: DecodeLock | None = None) -> np.ndarray:

@@ -63,7 +63,6 @@ class FolderStream:
     def _takes(self, listing: Iterator[os.DirEntry[str]], waiting: list[str | Path]) -> bool:
         """Count the entries of a folder, and add its subfolders to `waiting`. Return False if `survey` returns None."""
         for entry in listing:
-            path = Path(entry.name)
             if entry.name.startswith("."):
                 if is_hidden_input(Path(entry.path)):
                     self.hidden.append(Path(entry.path))
@@ -71,10 +70,10 @@ class FolderStream:
                 if entry.is_symlink():
                     return False
                 waiting.append(entry.path)
-            elif entry.name in METADATA_FILES or path.suffix == ".tar":
+            elif entry.name in METADATA_FILES or entry.name.endswith(".tar"):
                 return False
             else:
-                self.count += is_image(path)
+                self.count += is_image(entry.name)
                 if fault_of(entry) is not None:
                     self.unreadable.append(Path(entry.path))
         return True
@@ -99,13 +98,13 @@ class FolderStream:
             path = folder / name
             if is_parent:
                 yield from self._items(path, left_out)
-            elif is_image(path):
+            elif is_image(name):
                 item, file = self._item(path, fault, captions)
                 used.add(file and file.name)
                 yield item
         files = [name for name, is_parent, fault in found if not is_parent and fault is None]
-        others = [folder / name for name in files if name not in used and not is_image(Path(name))]
-        left_out.add(others, (folder / name for name in files if is_image(Path(name))))
+        others = [folder / name for name in files if name not in used and not is_image(name)]
+        left_out.add(others, (folder / name for name in files if is_image(name)))
 
     def _item(self, path: Path, fault: str | None, captions: CaptionFiles) -> tuple[ImageItem, Path | None]:
         """Return the item of an image, and its caption file."""
