@@ -21,7 +21,6 @@ from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG, ROOT
 from tests.ldm.shard_files import write_masked_set, write_tar
-from tests.test_several_processes import Runs
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
     fixture_one_thread,
@@ -148,17 +147,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable, tmp_path: Pa
     train(f"--resume {resumed} --max_steps 5")
     assert_same_training(the_run(tmp_path / "straight"), resumed)
     assert len(logged(resumed, "train/loss")) == 5
-
-
-def test_two_processes_mask_like_one(tmp_path: Path) -> None:
-    runs = Runs(tmp_path)
-    write_masked_set(tmp_path / "inputs", variants=2)
-    line = f"data.params.training_urls=inputs/s.tar {MASKED} model.params.loss_config.params.by_area=true"
-    runs("one", f"{line} data.params.batch_size=2")
-    runs("two", f"{line} data.params.batch_size=1", ranks=2)
-    runs("whole", "data.params.training_urls=inputs/s.tar data.params.batch_size=2")
-    assert runs.losses("two") == pytest.approx(runs.losses("one"), rel=1e-5)
-    assert runs.losses("one")[0] != pytest.approx(runs.losses("whole")[0], rel=1e-3)
 
 
 def test_white_masks_train_as_without_masks(train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.reporting.strips import read_strips
 from ldm.util import UserError
+from tests.test_several_processes import Runs
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
     fixture_one_thread,
@@ -76,6 +78,22 @@ def test_what_watches_a_training_changes_neither_it_nor_a_resumed_one(
         assert strip.size == (2 + 3 * 18, 14 + 10 + 10)
     [shown] = [strip for strip in read_strips(run, 1 << 20, []) if strip.name == "previews"]
     assert [frame.step for frame in shown.frames] == [0, 2, 4] and len(shown.frames[0].images) == 2
+
+
+@pytest.mark.parametrize("options", ["", "--strategy fsdp model.params.use_ema=False"], ids=["ddp", "fsdp"])
+def test_two_processes_show_what_one_shows(tmp_path: Path, options: str) -> None:
+    (tmp_path / "runs").mkdir()
+    runs = Runs(tmp_path / "runs")
+    write_release(runs.folder)
+    (runs.folder / "prompts.txt").write_text(PROMPTS)
+    for name, ranks in (("one", 1), ("two", 2)):
+        line = f"--max_steps 2 data.params.batch_size={4 // ranks} --previews prompts.txt {OPTIONS}"
+        runs(name, f"{line} {options if ranks > 1 else ''}", ranks=ranks)
+    one, two = (the_run(runs.folder / name) for name in ("one", "two"))
+    assert drawn(two) == drawn(one) and len(drawn(two)) == 4
+    for path in (two / "previews").glob("*_gs-*.png"):
+        with Image.open(path) as shown, Image.open(one / "previews" / path.name) as expected:
+            assert np.abs(np.asarray(shown, int) - np.asarray(expected, int)).max() <= 1, path.name
 
 
 def test_other_prompts_are_encoded_and_shown_at_once(train: Callable, tmp_path: Path) -> None:
