@@ -39,7 +39,7 @@ class Tars:
     prefix: str = ""
 
 
-class TarImages:
+class TarSource:
     """Images of tars in the order of `find_images`, with its options."""
 
     def __init__(self, groups: Sequence[Tars], fixed: str | None, pairs: bool, several: bool, masks: bool) -> None:
@@ -154,7 +154,7 @@ def open_images(
     if groups is None:
         return None
     count = f"images of {sum(len(group.paths) for group in groups)} tars"
-    return ImageStream(where, count, TarImages(groups, fixed, pairs, several, masks), changes, repeats, **flags)
+    return ImageStream(where, count, TarSource(groups, fixed, pairs, several, masks), changes, repeats, **flags)
 
 
 def _tars(sources: Sequence[str], fixed: str | None, pairs: bool, several: bool, masks: bool) -> list[Tars] | None:

@@ -18,7 +18,7 @@ from ldm.identity import Identity, check_identity, retried
 from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
 from ldm.images.decode import FORMATS, UNREAD_EXTENSIONS, decode_image, extension_of, is_image
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
-from ldm.images.left_out import LeftOut, say_hidden
+from ldm.images.skipped_files import SkippedFiles, say_hidden
 from ldm.images.walk import walk
 from ldm.util import UserError
 
@@ -150,9 +150,9 @@ def from_folder(
         if is_image(path) or reason.startswith("the folder"):
             items.append(ImageItem(path.relative_to(folder).as_posix(), path, error=reason))
     say_hidden(folder, found.hidden, found.unreadable)
-    left_out = LeftOut(folder)
-    left_out.add(set(found.files) - set(images) - set(tars) - used, images)
-    left_out.log()
+    skipped = SkippedFiles(folder)
+    skipped.add(set(found.files) - set(images) - set(tars) - used, images)
+    skipped.log()
     return sorted(items, key=lambda item: folder / item.name) if not _is_one_list(folder, lists) else items
 
 

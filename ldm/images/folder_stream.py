@@ -14,7 +14,7 @@ from pathlib import Path
 from ldm.images.captions import METADATA_FILES, CaptionFiles, read_caption
 from ldm.images.decode import is_image
 from ldm.images.find import ImageItem, kind_error
-from ldm.images.left_out import LeftOut, is_hidden_input, say_hidden
+from ldm.images.skipped_files import SkippedFiles, is_hidden_input, say_hidden
 from ldm.images.walk import fault_of, folder_fault, is_folder
 
 
@@ -80,11 +80,11 @@ class FolderStream:
 
     def __iter__(self) -> Iterator[ImageItem]:
         """Yield the images, then log what was left out."""
-        left_out = LeftOut(self.folder)
-        yield from self._items(self.folder, left_out)
-        left_out.log()
+        skipped = SkippedFiles(self.folder)
+        yield from self._items(self.folder, skipped)
+        skipped.log()
 
-    def _items(self, folder: Path, left_out: LeftOut) -> Iterator[ImageItem]:
+    def _items(self, folder: Path, skipped: SkippedFiles) -> Iterator[ImageItem]:
         try:
             with os.scandir(folder) as listing:
                 found = sorted(
@@ -97,14 +97,14 @@ class FolderStream:
         for name, is_parent, fault in found:
             path = folder / name
             if is_parent:
-                yield from self._items(path, left_out)
+                yield from self._items(path, skipped)
             elif is_image(name):
                 item, file = self._item(path, fault, captions)
                 used.add(file and file.name)
                 yield item
         files = [name for name, is_parent, fault in found if not is_parent and fault is None]
         others = [folder / name for name in files if name not in used and not is_image(name)]
-        left_out.add(others, (folder / name for name in files if is_image(name)))
+        skipped.add(others, (folder / name for name in files if is_image(name)))
 
     def _item(self, path: Path, fault: str | None, captions: CaptionFiles) -> tuple[ImageItem, Path | None]:
         """Return the item of an image, and its caption file."""

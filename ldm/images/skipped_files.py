@@ -15,7 +15,7 @@ _NAMED = 5  # files listed in a warning
 _TEXTS = (".txt", ".json", ".jsonl", ".csv")
 
 
-class LeftOut:
+class SkippedFiles:
     """Files of `folder` that are neither images nor caption files in use."""
 
     def __init__(self, folder: Path) -> None:
