@@ -13,6 +13,7 @@ from ldm.studio.commands import SampleSettings, Step, sample_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.evaluation_part import build_evaluation
 from ldm.studio.fields import RELEASE_CONFIG
+from ldm.studio.html_parts import image_slider
 from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.sampled_images import about_samples, new_folder, read_sampling, sampled_files
 from ldm.studio.strength_part import build_strength
@@ -49,8 +50,7 @@ def _build_sides(page: Page) -> None:
     command = command_box("Commands", "compare-command")
     panel = JobPanel(studio, _KIND, "No comparison yet.", "Sample from both", "compare-start")
     pair = gr.Dropdown([], label="Prompt and seed", elem_id="compare-pair")
-    slider = gr.ImageSlider(label="Left and right release", interactive=False, elem_id="compare-slider", height=420,
-                            buttons=[])  # fmt: skip
+    slider = gr.HTML(elem_id="compare-slider")
     inputs = [fields[name] for name in ("compare_base", "compare_tuned", "config", "predicts", *SAMPLING)]
 
     def read(
@@ -86,17 +86,17 @@ def _build_sides(page: Page) -> None:
     page.keep_command(inputs, lambda *values: read(*values)[0], command)
 
 
-def side_by_side(studio: Studio, label: str | None) -> Any:
-    """Return the two samples of the newest comparison with this label, as far as they are there."""
+def side_by_side(studio: Studio, label: str | None) -> str:
+    """Return the two samples of the newest comparison with this label under a slider, empty until both are there."""
     job = studio.jobs.newest(_KIND)
     if job is None or label not in job.about["labels"]:
-        return None
+        return ""
     number = job.about["labels"].index(label)
     pair = []
     for side in ("left", "right"):
         files = sampled_files(Path(job.about["folders"][side]))
         if number >= len(files):
-            return None
+            return ""
         with suppress(UserError):
-            pair.append(str(studio.thumbnails.of_png(files[number])))
-    return tuple(pair) if len(pair) == 2 else None
+            pair.append(studio.thumbnails.of_png(files[number]))
+    return image_slider(*pair, label) if len(pair) == 2 else ""

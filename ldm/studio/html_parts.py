@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from markupsafe import Markup
 
@@ -32,6 +32,16 @@ def file_link(path: Path, text: str) -> Markup:
     return Markup('<a href="{}?{}" target="_blank" rel="noopener">{}</a>').format(
         FILE_ROUTE, urlencode({"path": str(path)}), escaped(text)
     )
+
+
+def image_slider(left: Path, right: Path, text: str) -> str:
+    """Return two copies of images, which the page may show, one over the other. A slider moves the border of both."""
+    images = Markup("").join(
+        Markup('<img src="/gradio_api/file={}" alt="{}: {}">').format(quote(str(path)), side, escaped(text))
+        for side, path in (("left", left), ("right", right))
+    )
+    slider = '<input type="range" value="50" aria-label="Border between the left and the right image, in percent">'
+    return str(Markup('<div class="studio-slider">{}{}</div>').format(images, Markup(slider)))
 
 
 def job_status(job: Job | None, state: JobState | None, progress: Progress | None, none: str) -> str:

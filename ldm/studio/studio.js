@@ -5,6 +5,10 @@
     document.querySelectorAll(".image-container button:not([aria-label])").forEach((part) =>
       part.setAttribute("aria-label", "Image"));
   };
+  document.addEventListener("input", (event) => {
+    const slider = event.target.closest(".studio-slider");
+    if (slider) slider.style.setProperty("--at", event.target.value + "%");
+  });
   new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
   name();
 }

@@ -134,7 +134,7 @@ def test_the_report_of_a_folder_with_nothing_but_a_checkpoint(tmp_path: Path, op
     expect(look(open_page, tmp_path / "report.html").get_by_text("tools/merge_release.py")).to_be_visible()
 
 
-def test_a_comparison_with_a_run_of_many_large_images(trained: Path, tmp_path: Path, open_page) -> None:
+def test_a_comparison_of_three_runs_one_with_many_large_images(trained: Path, tmp_path: Path, open_page) -> None:
     other = write_run(tmp_path / "a-run-with-a-long-name_" / ("x" * 60))
     noise = np.random.default_rng(0).integers(0, 256, (24, 512, 512, 3), dtype=np.uint8)
     (other / "previews").mkdir()
@@ -142,8 +142,11 @@ def test_a_comparison_with_a_run_of_many_large_images(trained: Path, tmp_path: P
         image = Image.fromarray(pixels)
         image.save(other / f"previews/01-noise_gs-{step:06}_e-000000_b-000000.png", compress_level=1)
     out = tmp_path / "comparison.html"
-    write_report([trained, other], out)
+    killed = write_run(tmp_path / "killed")
+    (killed / "images").rename(tmp_path / "images")
+    write_report([trained, other, killed], out)
     page = look(open_page, out)
+    expect(page.get_by_role("heading", name="Comparison of 3 runs")).to_be_visible()
     assert 2 <= page.get_by_alt_text("01-noise").count() < len(noise)  # thinned to the size of the page
     expect(page.get_by_role("img", name="Loss of training", exact=True)).to_be_visible()
     page.get_by_role("navigation").get_by_role("link", name="2: x").click()

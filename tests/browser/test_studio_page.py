@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from ldm.checkpoint import load_state_dict
 from ldm.planning import TIERS
+from ldm.studio.job_store import JobStore
+from ldm.studio.strength_part import STRENGTHS
 from tests.browser.studio_process import WORK, StudioProcess, running_studio
 from tests.browser.watched import check, overflow
 from tests.conftest import ROOT
+from tests.run_folders import write_evaluation
 
 RELEASE = ROOT / "data/base/emoji.safetensors"
 NAMES = ("tom-face", "tom-crying", "tom-weary")
+AWKWARD = '-it\'s "a"\nline.png'
 TABS = ("Images", "Plan", "Train", "Compare", "Release")
 ENDLESS = "1000000"  # steps of a training that is stopped by a click
 
@@ -30,6 +39,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioProcess]:
         for image in NAMES:
             shutil.copy(ROOT / f"data/cats/{image}.png", folder / name)
             (folder / name / f"{image}.txt").write_text(f"tom the cat, {image.removeprefix('tom-')}")
+    shutil.copy(folder / "odd/tom-face.png", folder / "odd" / AWKWARD)
+    (folder / "odd" / AWKWARD).with_suffix(".txt").write_text("an awkward name")
     (folder / "odd/broken <b>.png").write_bytes((folder / "odd/tom-face.png").read_bytes()[:300])
     (folder / "broken.safetensors").write_bytes(RELEASE.read_bytes()[:100_000])
     with running_studio(folder, "--demo") as process:
@@ -102,15 +113,21 @@ def test_each_tab_is_accessible_and_fits(open_studio) -> None:
             assert overflow(page) == 0
 
 
-def test_broken_images_and_other_folders_are_told(open_studio) -> None:
+def test_broken_images_and_other_folders_are_told(studio: StudioProcess, open_studio) -> None:
     page = open_studio()
     summary = page.locator("#images-summary")
     fill(page, "images-folder", "odd")
     page.locator("#images-open").click()
-    expect(summary).to_contain_text("4 images, 1 without a caption")
+    expect(summary).to_contain_text("5 images, 1 without a caption")
     expect(summary).to_contain_text("1 on this page cannot be read")
     thumbnail(page, "cannot be read: broken <b>.png").click()
     expect(page.locator("#images-name")).to_contain_text("broken <b>.png")
+    thumbnail(page, "an awkward name").click()
+    expect(field(page, "images-caption")).to_have_value("an awkward name")
+    fill(page, "images-caption", "a new caption")
+    page.locator("#images-save").click()
+    expect(summary).to_contain_text('saved the caption of -it\'s "a"\\nline.png')
+    assert (studio.folder / "odd" / AWKWARD).with_suffix(".txt").read_text().strip() == "a new caption"
     for folder, message in (("nowhere", "no such file or folder"), ("/etc", "lies outside of the folders")):
         fill(page, "images-folder", folder)
         page.locator("#images-open").click()
@@ -145,6 +162,29 @@ def test_captions_are_edited_by_keys(studio: StudioProcess, open_studio) -> None
     page.locator("#images-undo").press("Space")
     expect(field(page, "images-caption")).to_have_value("tom the cat, crying")
     assert caption.read_text() == "tom the cat, crying"
+
+    fill(page, "images-find", "tom")
+    fill(page, "images-replace", "ann & co")
+    page.locator("#images-replace-all").press("Enter")
+    expect(page.locator("#images-summary")).to_contain_text("changed 3 captions")
+    assert caption.read_text().strip() == "ann & co the cat, crying"
+    page.get_by_role("button", name="Tags").press("Enter")
+    expect(page.locator("#images-tags").get_by_role("row", name="ann & co the cat 3")).to_be_visible()
+    page.locator("#images-undo").press("Enter")
+    expect(page.locator("#images-summary")).to_contain_text("undone: 3 files")
+    assert caption.read_text() == "tom the cat, crying"
+
+
+def test_a_problem_leads_to_its_image(studio: StudioProcess, open_studio) -> None:
+    problems = [{"name": "broken <b>.png", "text": "cannot be read"}, {"name": AWKWARD, "text": "a <i> problem"}]
+    (studio.folder / WORK / "problems.json").write_text(json.dumps({"problems": problems}))
+    write_job(studio.jobs, "images-check", {"folder": "odd"})
+    page = open_studio()
+    page.get_by_role("radio", name="a <i> problem").check()
+    expect(page.locator("#images-name")).to_contain_text("line.png")
+    expect(page.locator("#images-gallery button[aria-label='Thumbnail 1 of 5']")).to_have_class(re.compile("selected"))
+    page.get_by_role("radio", name="cannot be read").check()
+    expect(page.locator("#images-name")).to_contain_text("broken <b>.png")
 
 
 def test_the_recipe_by_clicks(studio: StudioProcess, open_studio) -> None:
@@ -218,3 +258,107 @@ def test_the_command_is_that_of_the_job(studio: StudioProcess, open_studio) -> N
     assert "compare/2/right" in str(studio.jobs.newest("compare").steps[1])
     page.locator("#compare-stop").click()
     studio.wait_for_state(page, "compare", "stopped")
+
+
+def write_job(store: JobStore, kind: str, about: dict[str, Any], log: str = "", code: int = 0) -> None:
+    """Write a job that has ended, and that is newer than all others of its kind."""
+    folder = store.folder / f"9999-{kind}"
+    folder.mkdir(parents=True)
+    steps = [{"title": "A step", "words": ["tool.py"]}]
+    job = {"kind": kind, "title": f"The {kind}", "steps": steps, "started": 0, "about": about}
+    state = {"runner": [1, 1], "child": None, "step": 0, "codes": [code], "times": [0, 65], "ended": True}
+    for name, content in (("job.json", job), ("state.json", state)):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "log-0.txt").write_text(log)
+
+
+def sampled(folder: Path, *colours: str) -> str:
+    """Write an image of each colour into a folder of samples, and return the folder's path in the studio."""
+    folder.mkdir(parents=True)
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{number:05}.png")
+    return str(folder)
+
+
+def colour_at(page: Page, name: str, part: float) -> tuple[int, ...]:
+    """Return the colour in the middle of an element's height, at this part of its width."""
+    image = Image.open(io.BytesIO(page.locator(name).screenshot()))
+    return image.convert("RGB").getpixel((int(part * image.width), image.height // 3))
+
+
+RED, LIME, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def test_results_are_looked_at_by_keys(studio: StudioProcess, open_studio) -> None:
+    outputs = studio.folder / WORK / "shown"
+    sides = {side: sampled(outputs / side, *colours) for side, colours in
+             (("left", ("red", "blue")), ("right", ("lime", "black")))}  # fmt: skip
+    write_job(studio.jobs, "compare", {"labels": ["a <b> (seed 1)", "b (seed 1)"], "folders": sides})
+    strengths = {f"{value:g}": sampled(outputs / f"{value:g}", colour) for value, colour in
+                 zip(STRENGTHS, ("red", "lime", "blue", "black", "white"), strict=True)}  # fmt: skip
+    write_job(studio.jobs, "strength", {"labels": ["a (seed 1)"], "folders": strengths})
+    write_evaluation(outputs / "evaluation/evaluation.json", "cats <i>")
+    Image.new("RGB", (300, 200), "blue").save(outputs / "evaluation/evaluation.png")
+    write_job(studio.jobs, "evaluate", {"out": str(outputs / "evaluation")})
+
+    page = open_studio(390, dark=True)
+    go_to(page, "Compare")
+    slider = page.locator("#compare-slider").get_by_role("slider")
+    expect(slider).to_have_value("50")
+    expect(page.get_by_alt_text("right: a <b> (seed 1)")).to_be_visible()
+    check(page)
+    for key, part, colour in (("Home", 0.05, LIME), ("End", 0.95, RED), ("PageDown", 0.95, LIME)):
+        slider.press(key)
+        assert colour_at(page, "#compare-slider .studio-slider", part) == colour
+    choose(page, "compare-pair", 1)
+    expect(page.get_by_alt_text("left: b (seed 1)")).to_be_visible()
+
+    shown = page.locator("#strength-images img")
+    expect(shown).to_have_count(1)
+    first = shown.get_attribute("src")
+    page.get_by_role("slider", name="range slider for Strength").press("Home")
+    expect(shown).not_to_have_attribute("src", first)
+    expect(page.locator("#evaluate-table").get_by_role("row", name="cats <i>")).to_contain_text("0.12500")
+    expect(page.locator("#evaluate-figure img")).to_be_visible()
+    check(page)
+
+
+def test_written_files_and_failures_are_told(studio: StudioProcess, open_studio) -> None:
+    (studio.folder / "folder").mkdir()
+    lora = studio.folder / 'it\'s a "lora".safetensors'
+    lora.write_bytes(b"x" * 1000)
+    write_job(studio.jobs, "release", {"out": "folder/", "report": "none.html"})
+    write_job(studio.jobs, "lora", {"out": lora.name})
+    write_job(studio.jobs, "plan", {}, "a line\nerror: broken <b>.ckpt: damaged\n", code=1)
+    page = open_studio()
+    go_to(page, "Release")
+    expect(page.locator("#release-links")).to_contain_text("folder")
+    page.get_by_role("button", name="Extract a LoRA").click()
+    with page.expect_download() as download:
+        page.locator("#lora-links").get_by_role("link", name="Download").click()
+    assert Path(download.value.path()).read_bytes() == lora.read_bytes()
+    go_to(page, "Plan")
+    expect(page.locator("#plan-status .studio-bad").last).to_have_text("error: broken <b>.ckpt: damaged")
+    expect(page.locator("#plan-status")).to_contain_text("failed, 1 min 5 s")
+
+
+USABLE = """() => {
+    const parts = [...document.querySelectorAll("button, input, textarea, a[href], [tabindex]")];
+    window.usable = parts.filter(part => part.checkVisibility({visibilityProperty: true}) && !part.disabled
+        && part.tabIndex >= 0 && !part.closest("[inert]"));
+    window.reached = new Set();
+    document.addEventListener("focusin", event => window.reached.add(window.usable.indexOf(event.target)));
+    return window.usable.map(part => part.outerHTML.slice(0, 200));
+}"""
+
+
+def test_tab_reaches_all_that_can_be_used(open_studio) -> None:
+    page = open_studio()
+    for tab in TABS:
+        go_to(page, tab)
+        wanted = page.evaluate(USABLE)
+        for _ in range(len(wanted) + 5):  # some are reached twice, and so is the window
+            page.keyboard.press("Tab")
+        reached = page.evaluate("[...window.reached]")
+        assert [part for number, part in enumerate(wanted) if number not in reached] == []
+        assert len(wanted) > 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm.studio.commands import Step
-from ldm.studio.html_parts import file_link, html_table, job_status, last_error, note
+from ldm.studio.html_parts import file_link, html_table, image_slider, job_status, last_error, note
 from ldm.studio.job_progress import Progress
 from ldm.studio.job_store import FAILED, RUNNING, Job, JobState
 
@@ -17,9 +17,9 @@ def test_texts_of_others_are_escaped() -> None:
     state = JobState(RUNNING, 0, [], [0.0])
     pieces = [
         note(EVIL), file_link(Path(EVIL), EVIL), html_table([EVIL], [[EVIL, EVIL]]),
-        job_status(job, state, Progress(0.5, EVIL), ""),
+        job_status(job, state, Progress(0.5, EVIL), ""), image_slider(Path(EVIL), Path(EVIL), EVIL),
     ]  # fmt: skip
-    assert not [piece for piece in pieces if "<img" in piece or "alert(1)>" in piece]
+    assert not [piece for piece in pieces if "<img src=x" in piece or "alert(1)>" in piece]
 
 
 def test_job_status_marks_each_command() -> None:
