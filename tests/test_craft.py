@@ -28,9 +28,9 @@ MINIMAL = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed
     ("overlay", "options"),
     [
         ("", f"{LOSS_AWARE} {LOSS}Huber --accumulate_grad_batches 2"),
-        ("lean.yaml", f"{LOSS_AWARE} {LOSS}SoftMinSNR data.params.batch_size=2"),
-        ("", NOISE),
-        ("", f"{TIMESTEPS}CosMap model.params.timestep_config.params.stratified=True {LOSS}P2 {MINIMAL}"),
+        ("lean.yaml", f"{LOSS_AWARE} {LOSS}SoftMinSNR {NOISE} data.params.batch_size=2"),
+        ("", f"{NOISE} data.params.prior_urls=shards/s-000001.tar"),
+        ("", f"{TIMESTEPS}CosMap model.params.timestep_config.params.stratified=True {LOSS}P2 {NOISE} {MINIMAL}"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, overlay, options):

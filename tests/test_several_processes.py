@@ -32,6 +32,9 @@ LORA = "model.params.lora.rank=2 model.params.lora.targets=[attn2]"
 MASKED = "model.params.loss_config.target=ldm.models.diffusion.masked_loss.Masked" + " ".join(
     f" model.params.loss_config.params.{setting}" for setting in ("by_area=true", "outside=0.2")
 )
+NOISE = "model.params.noise_config.target=ldm.models.diffusion.noise.TrainingNoise" + " ".join(
+    f" model.params.noise_config.params.{setting}" for setting in ("offset=0.1", "pyramid=0.3", "perturbation=0.1")
+)
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
 
 
@@ -107,10 +110,10 @@ DISTRIBUTIONS = (("two", 2, 2, 1), ("two-by-two", 2, 1, 2), ("four", 1, 1, 4))
     [
         ("", DISTRIBUTIONS, "torchrun"),
         (PRIOR, DISTRIBUTIONS[1:2], "srun"),
-        ("-b weights.yaml data.params.num_workers=1", DISTRIBUTIONS[1:2], "torchrun"),
+        (f"-b weights.yaml {NOISE} data.params.num_workers=1", DISTRIBUTIONS[1:2], "torchrun"),
         (f"-b masks.yaml {MASKED}", DISTRIBUTIONS[1:2], "torchrun"),
     ],
-    ids=["plain", "prior-srun", "weights-worker", "masks"],
+    ids=["plain", "prior-srun", "weights-noise-worker", "masks"],
 )
 def test_the_losses_do_not_depend_on_the_distribution_of_a_batch(
     runs: Runs, data: str, distributions: tuple[tuple[str, int, int, int], ...], launcher: str
