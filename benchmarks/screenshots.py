@@ -76,6 +76,13 @@ def open_page(browser: Browser, url: str, size: Sequence[int], dark: bool) -> Pa
     return page
 
 
+def open_studio(browser: Browser, url: str, size: Sequence[int], dark: bool) -> Page:
+    """Open the studio, and wait until its fields are filled."""
+    page = open_page(browser, url, size, dark)
+    expect(page.locator("#images-folder textarea, #images-folder input").first).not_to_have_value("")
+    return page
+
+
 def save(page: Page, path: Path) -> None:
     """Save what the window shows as a WebP file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +99,10 @@ def show_report(browser: Browser, report: Path, out: Path) -> None:
 
 
 def show_studio(browser: Browser, folder: Path, out: Path) -> None:
-    """Save the images and the plan of the demo, in a studio that serves the copy of the checkout at `folder`."""
+    """Save images, plan and training of the demo, in a studio that serves the copy of the checkout at `folder`."""
     with running_studio(folder, "--demo", checkout=folder) as studio:
         for width, height, dark in WIDTHS:
-            page = open_page(browser, studio.address, (width, height), dark)
-            expect(page.locator("#images-folder textarea, #images-folder input").first).not_to_have_value("")
+            page = open_studio(browser, studio.address, (width, height), dark)
             page.locator("#images-open").click()
             page.locator("#images-gallery button img").nth(9).wait_for()
             page.wait_for_function(LOADED)
@@ -104,6 +110,15 @@ def show_studio(browser: Browser, folder: Path, out: Path) -> None:
             page.get_by_role("tab", name="Plan", exact=True).click()
             expect(page.locator("#plan-command")).to_contain_text("plan_memory.py")
             save(page, out / f"studio-plan-{width}.webp")
+        for number, (width, height, dark) in enumerate(WIDTHS):
+            page = open_studio(browser, studio.address, (width, height), dark)
+            page.get_by_role("tab", name="Train", exact=True).click()
+            if not number:
+                page.locator("#train-start").click()
+            page.get_by_text("Loss by band of timesteps").wait_for()
+            page.locator("#train-status").evaluate("part => part.scrollIntoView()")
+            page.wait_for_function(LOADED.replace("images-gallery", "train-previews"))
+            save(page, out / f"studio-train-{width}.webp")
 
 
 def main() -> None:
@@ -113,6 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     if find_chromium() is None:
         raise SystemExit(f"error: {MISSING}")
+    expect.set_options(timeout=1000 * LIMIT)  # milliseconds
     with tempfile.TemporaryDirectory(prefix="latent-finetune-") as name, sync_playwright() as playwright:
         folder, browser = Path(name), start_chromium(playwright)
         for part in COPIED:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,21 +104,23 @@ class JobStore:
 
     def list(self, kind: str | None = None) -> list[Job]:
         """Return the jobs, of one `kind` if it is given, the newest first. Damaged ones are left out."""
-        found = []
-        for path in sorted(self.folder.glob(f"*/{JOB}"), reverse=True):
+        return list(self._read(kind))
+
+    def _read(self, kind: str | None) -> Iterator[Job]:
+        """Yield what `list` returns. The page asks for the newest again and again, so no file more is read."""
+        for path in sorted(self.folder.glob(f"*-{kind}-*/{JOB}" if kind else f"*/{JOB}"), reverse=True):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 job = read_job(path.parent)
                 if kind in (None, job.kind):
-                    found.append(job)
-        return found
+                    yield job
 
     def newest(self, kind: str) -> Job | None:
         """Return the newest job of `kind`, or None."""
-        return next(iter(self.list(kind)), None)
+        return next(self._read(kind), None)
 
     def running(self, kind: str) -> Job | None:
         """Return the newest running job of `kind`, or None."""
-        return next((job for job in self.list(kind) if self.state(job).is_running), None)
+        return next((job for job in self._read(kind) if self.state(job).is_running), None)
 
     def check_none_runs(self, kind: str) -> None:
         """Raise `UserError` if a job of `kind` is running."""

@@ -262,7 +262,7 @@ def test_the_command_is_that_of_the_job(studio: StudioProcess, open_studio) -> N
 
 def write_job(store: JobStore, kind: str, about: dict[str, Any], log: str = "", code: int = 0) -> None:
     """Write a job that has ended, and that is newer than all others of its kind."""
-    folder = store.folder / f"9999-{kind}"
+    folder = store.folder / f"9999-{kind}-0"
     folder.mkdir(parents=True)
     steps = [{"title": "A step", "words": ["tool.py"]}]
     job = {"kind": kind, "title": f"The {kind}", "steps": steps, "started": 0, "about": about}

@@ -24,6 +24,7 @@ from ldm.studio.job_store import (
     JobState,
     JobStore,
     is_alive,
+    read_job,
     read_log,
     takes_signal,
 )
@@ -141,11 +142,23 @@ def test_a_killed_runner_leaves_a_command_that_can_be_stopped(store: JobStore) -
     assert wait(store, job).status == KILLED
 
 
+def test_newest_reads_no_other_job(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("1-test-0", "2-test-0", "3-other-0"):
+        content = {"kind": name[2:-2], "title": "", "steps": [], "started": 0, "about": {}}
+        (store.folder / name).mkdir(parents=True)
+        (store.folder / name / "job.json").write_text(json.dumps(content))
+    read: list[str] = []
+    monkeypatch.setattr("ldm.studio.job_store.read_job", lambda folder: read.append(folder.name) or read_job(folder))
+    assert store.newest("test").name == "2-test-0"
+    assert read == ["2-test-0"]
+    assert [job.name for job in store.list()] == ["3-other-0", "2-test-0", "1-test-0"]
+
+
 def test_damaged_jobs_are_left_out(store: JobStore) -> None:
-    for name, content in (("a", "{"), ("b", "[]"), ("c", '{"kind": "test"}')):
+    for name, content in (("a-test-0", "{"), ("b-test-0", "[]"), ("c-test-0", '{"kind": "test"}')):
         (store.folder / name).mkdir(parents=True)
         (store.folder / name / "job.json").write_text(content)
-    assert store.list() == []
+    assert store.list() == [] and store.newest("test") is None
 
 
 def test_is_alive_tells_a_reused_id() -> None:
