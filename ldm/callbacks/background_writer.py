@@ -62,8 +62,9 @@ class BackgroundWriter:
         self._copied.clear()
         arguments = (write, copy, later, _versions(later))
         # A process that quits at once does not wait for a daemon. The unfinished file is removed at the next start.
-        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=arguments, daemon=True)
+        thread.start()
+        self._thread = thread  # one that the system refuses is not waited for
 
     def _memory_for(self, checkpoint: PickledCheckpoint) -> mmap.mmap | None:
         """Return memory for a copy; None if the machine has too little, or does not tell how much it has."""

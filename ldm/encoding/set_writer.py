@@ -116,7 +116,7 @@ class SetWriter:
     def _open(self) -> bool:
         """Begin or resume the set. Return False if rank 0 has already finished it."""
         if self.ranks.rank > 0:
-            self.begun = wait_for_begin(self.out, self.made_from)
+            self.begun = wait_for_begin(self.out, self.made_from, isinstance(self.jobs, Sequence))
             return self.begun
         check_out(self.out, self.overwrite)
         self.begun = not self.overwrite and can_resume(self.out, self.made_from)

@@ -82,8 +82,10 @@ def can_resume(out: str, made_from: Mapping[str, Any]) -> bool:
     )
 
 
-def wait_for_begin(out: str, made_from: Mapping[str, Any]) -> bool:
+def wait_for_begin(out: str, made_from: Mapping[str, Any], is_whole: bool = True) -> bool:
     """Wait until rank 0 has begun the set. Return False if the set is already finished.
+
+    Unless `made_from` `is_whole`, the index of the finished set has further settings.
 
     Raises:
         UserError: the unfinished set has other settings.
@@ -91,8 +93,10 @@ def wait_for_begin(out: str, made_from: Mapping[str, Any]) -> bool:
     folder, told = Path(out).parent, False
     while not can_resume(out, made_from):
         index = read_index(folder)
-        if index is not None and index.get("complete") and index.get(RESUMABLE) == made_from:
-            return False
+        if index is not None and index.get("complete"):
+            finished = index.get(RESUMABLE, {})
+            if finished == made_from or (not is_whole and {**finished, **made_from} == finished):
+                return False
         if not told:
             logger.info("waiting for rank 0 to begin the set in %s", folder)
         told = True

@@ -161,3 +161,17 @@ def test_weights_that_change_before_they_are_copied_are_not_written(monkeypatch:
     writer.start(checkpoint, written.append, copy_later=True)
     writer.finish()
     assert len(written) == 1 and counts == [1, 0]
+
+
+def test_a_thread_that_the_system_refuses_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    writer = BackgroundWriter()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            writer.start(PickledCheckpoint.of({"a": torch.ones(3)}), lambda copy: None, copy_later=True)
+    writer.wait_for_copy()
+    writer.finish()
+    assert not writer.is_busy

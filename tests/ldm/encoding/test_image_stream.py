@@ -7,6 +7,7 @@ import logging
 import signal
 import tarfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,16 @@ from ldm.data.sources import find_images
 from ldm.distributed.ranks import Ranks
 from ldm.encoding import image_stream
 from ldm.encoding import set_writer as module
+from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.image_stream import open_images
+from ldm.encoding.preencode import preencode
+from ldm.images.repeats import FolderRepeats
+from ldm.images.tags import with_tag_variants
 from ldm.shards.index import read_index
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 from tests.ldm.encoding.test_set_writer import contents, contents_without_leftovers, in_a_process, kill_at
-from tests.ldm.encoding.toy_encoder import image, run
+from tests.ldm.encoding.toy_encoder import Model, image, run
 from tests.waiting import join
 
 OPTIONS = {"shard_size": 4, "batch_size": 2, "flip": True, "stream": True}  # two images per shard
@@ -225,6 +230,8 @@ def test_several_processes_make_the_same_set_of_a_stream(inputs: Path, whole, tm
     report, _ = run(inputs, out, **OPTIONS, ranks=Ranks(0, world))
     assert join(*others) == [0] * len(others)
     assert contents(out.parent) == whole and report.samples == read_index(out.parent)["samples"]
+    report, model = run(inputs, out, **OPTIONS, ranks=Ranks(1, world))  # started after all was done
+    assert report.samples == 0 and model.first_stage_model.calls == []
 
 
 def test_later_tars_are_read_after_the_first_shard(tmp_path: Path) -> None:
@@ -246,3 +253,18 @@ def test_the_first_image_is_there_when_one_tar_is_read(tmp_path: Path, monkeypat
     monkeypatch.setattr(image_stream, "from_tar", lambda path, *rest: names.append(path.name) or read(path, *rest))
     next(iter(open_images([str(write_tars(tmp_path))])))
     assert names == ["00000.tar"]
+
+
+def test_repeats_and_variants_of_tags_make_the_same_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    inputs, tags = write_tree(tmp_path / "inputs"), partial(with_tag_variants, count=3)
+    (inputs / "a.b/x.png.txt").write_text("tom, cat, red, sofa")
+    repeats = FolderRepeats()
+    items = [repeats.of(tags(item)) for item in find_images([str(inputs)], several=True)]
+    stream = open_images([str(inputs)], None, False, True, False, [tags], FolderRepeats(), may_have_several=True)
+    assert stream.has_several
+    for images, out in ((items, "listed"), (stream, "streamed")):
+        preencode(SampleEncoder(Model()), images, str(tmp_path / out / "%d.tar"), size=16, batch_size=2, shard_size=3)
+    assert contents(tmp_path / "listed") == contents(tmp_path / "streamed")
+    assert read_index(tmp_path / "streamed")["made_from"]["repeats"] is True
+    assert caplog.text.count("3_c: 1 image, each 3 times per epoch") == 1
