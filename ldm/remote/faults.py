@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -24,6 +25,11 @@ class Momentary(Exception):
     def __init__(self, reason: str, wait: float = 0) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Return True for an error of the disk to which an answer is written."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class NotServed(UserError):

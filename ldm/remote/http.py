@@ -18,7 +18,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from yarl import URL
 
 from ldm.identity import Identity
-from ldm.remote.faults import Momentary, NotServed
+from ldm.remote.faults import Momentary, NotServed, is_of_disk
 from ldm.remote.path import RemotePath
 from ldm.remote.server import HEAD, State, identity_from
 from ldm.util import UserError
@@ -104,6 +104,8 @@ class HttpServer:
         except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError):
             raise Momentary("the connection was cut") from None
         except (aiohttp.ClientError, OSError) as error:
+            if isinstance(error, OSError) and is_of_disk(error):
+                raise
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise Momentary(f"the connection failed ({reason})") from None
         except ValueError:

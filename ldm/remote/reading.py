@@ -1,7 +1,8 @@
 """Reading of files on servers: their state, parts of them, and copies in a local cache.
 
 The cache has a size limit, and the copies that were not used for the longest time are removed. Its processes share it.
-The name of a copy has the file's identity, so a copy is never of another version.
+The name of a copy has the file's identity, so a copy is never of another version. If the server tells no versions, the
+copies of earlier runs are not used.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from ldm.files import atomic_write, open_file
 from ldm.identity import Identity, Replaced
 from ldm.remote.faults import with_retries
 from ldm.remote.path import RemotePath
-from ldm.remote.server import Server, State
+from ldm.remote.server import Server, State, is_versioned
 from ldm.util import UserError
 
 FOLDER, LIMIT = "LATENT_FINETUNE_CACHE", "LATENT_FINETUNE_CACHE_GB"  # environment variables
 _DEFAULT_LIMIT = 20.0  # GB
 _TOGETHER = 16  # states that are asked for at a time
 _TRIES = 10  # to open a copy that other processes may remove
+_made: set[Path] = set()  # copies of this process
 _states: dict[RemotePath, State] = {}  # as they were when the set was opened
 
 
@@ -82,19 +84,22 @@ def local_copy(path: RemotePath, identity: Identity | None = None) -> Path:
     """Return the path of a local copy of a file; see `open_copy`. Another process may remove the copy."""
     identity = identity or state_of(path, again=True).identity
     copy = _place(path, identity)
-    with suppress(OSError):
-        os.utime(copy)  # the time of its last use
+    if has_copy(path, identity):
+        with suppress(OSError):
+            os.utime(copy)  # the time of its last use
         return copy
     with _one_at_a_time(copy):
-        if not copy.exists():  # another process may have made it
+        if not has_copy(path, identity):  # another process may have made it
             _make_room(path, identity[0])
             _download(path, identity, copy)
+            _made.add(copy)
     return copy
 
 
 def has_copy(path: RemotePath, identity: Identity) -> bool:
-    """Return True if there is a local copy of a file."""
-    return _place(path, identity).exists()
+    """Return True if there is a local copy of a file that is surely of the present version."""
+    copy = _place(path, identity)
+    return copy.exists() and (is_versioned(identity) or copy in _made)
 
 
 def cache_folder() -> Path:

@@ -32,6 +32,11 @@ class Server(Protocol):
         ...
 
 
+def is_versioned(identity: Identity) -> bool:
+    """Return False if the server told no version, so that only the size tells versions apart."""
+    return identity[1] != identity_from(0, "")[1]
+
+
 def identity_from(size: int, version: str) -> Identity:
     """Return the identity of a file by its size and by what its server calls its version, such as an `ETag`.
 

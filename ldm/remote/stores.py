@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from ldm.identity import Identity
-from ldm.remote.faults import Momentary, NotServed
+from ldm.remote.faults import Momentary, NotServed, is_of_disk
 from ldm.remote.path import RemotePath
 from ldm.remote.server import HEAD, State, identity_from
 from ldm.util import UserError
@@ -76,6 +76,8 @@ class StoreServer:
             what = "no such file" if isinstance(error, FileNotFoundError) else "no right to read it"
             raise NotServed(f"{self.path}: {what}; check the URL and the credentials") from error
         except OSError as error:
+            if is_of_disk(error):
+                raise
             raise Momentary(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
         except Exception as error:
             raise UserError(f"{self.path}: cannot be read: {' '.join(str(error).split())[:200]}") from error

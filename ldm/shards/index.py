@@ -36,7 +36,7 @@ from ldm.files import atomic_write, check_file, read_at_most
 from ldm.modules.encoders.caption_settings import CHUNK, MOST_TOKENS
 from ldm.remote.faults import NotServed
 from ldm.remote.path import RemotePath, ShardPath, as_path
-from ldm.remote.reading import LIMIT, cache_limit, look_at, state_of
+from ldm.remote.reading import look_at, state_of
 from ldm.shards.spans import beside_shards
 from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if
@@ -60,6 +60,10 @@ _MEND = f"restore the value, or {MAKE_AGAIN}"
 _MOST_BYTES = 1 << 28  # size limit of the file, enough for six million shards
 
 
+class NotAnIndex(UserError):
+    """A file with the name of an index is something else."""
+
+
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the index of the set in `folder`."""
     with atomic_write(folder / INDEX) as path:
@@ -80,9 +84,9 @@ def read_index(folder: ShardPath) -> dict[str, Any] | None:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}; {MAKE_AGAIN}") from error
+        raise NotAnIndex(f"{path}: not JSON: {error}; {MAKE_AGAIN}") from error
     if not isinstance(index, dict) or "shards" not in index:
-        raise UserError(f"{path}: lists no shards; {MAKE_AGAIN}, or remove the file if it is not the index of a set")
+        raise NotAnIndex(f"{path}: lists no shards; {MAKE_AGAIN}, or remove the file if it is not the index of a set")
     version = index.get("format", 1)
     if not (is_whole(version) and 1 <= version <= FORMAT_VERSION):
         raise UserError(
@@ -248,12 +252,6 @@ def _check_on_server(folder: RemotePath, shards: Sequence[RemotePath], entries: 
                 f"{MAKE_AGAIN}"
             )
         path.sha256 = entry.get("sha256")
-    whole = sum(state_of(path).identity[0] for path in shards if not state_of(path).has_parts)
-    if whole > cache_limit():
-        logger.warning(
-            "%s: the server gives whole files only (no Range), %.1f GB in all, more than the cache holds: each is "
-            "downloaded again and again; set %s, or copy the set", folder, whole / 1e9, LIMIT,
-        )  # fmt: skip
 
 
 def _check_shard(path: Path, known: Mapping[str, int | None]) -> None:

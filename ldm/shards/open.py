@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm.modules.encoders.caption_settings import CHUNK, CaptionSettings
 from ldm.remote.path import ShardPath, as_path, is_remote
+from ldm.remote.reading import LIMIT, cache_limit, state_of
 from ldm.shards.index import (
     AUTOENCODER,
     ENCODERS,
@@ -20,6 +21,7 @@ from ldm.shards.index import (
     SEVERAL_CAPTIONS,
     TEXT_TOWER,
     USED_TOWER,
+    NotAnIndex,
     check_against_index,
     read_index,
 )
@@ -64,9 +66,8 @@ def open_shards(
     if stream is not None:
         raise UserError(f"{stream}: is a stream; give local shards, which can be read in any order")
     paths = list(map(as_path, names))
-    unlisted = streamed(names)
-    if unlisted is not None:
-        raise UserError(f"{unlisted}: has no {INDEX} beside it, without which it cannot be read in any order; copy it")
+    if streamed(names) is not None:
+        raise UserError(f"{paths[0].parent}: cannot be read in any order, which is needed here; copy the set")
     check_against_index(paths, whole=names_all_there(urls), unfinished=unfinished)
     check_members(paths, [key for key in (first_stage_key, cond_stage_key, *extra) if key is not None])
     if verify:
@@ -79,22 +80,39 @@ def open_shards(
 
 
 def streamed(names: Iterable[str]) -> str | None:
-    """Return the first of the shards `names` that can only be streamed, or None.
+    """Return the first of the shards `names` that can only be streamed, or None. Log a warning for a set on a server.
 
-    These are shards at URLs, except for sets on servers that have an index. Log a warning for one that has none.
+    Sets on servers can be read in any order if they have an index, and the server gives parts of files or the cache
+    holds the set.
     """
-    indexed: dict[ShardPath, bool] = {}
+    folders: dict[ShardPath, list[str]] = {}
     for name in filter(is_stream, names):
         if not is_remote(name):
             return name
-        folder = as_path(name).parent
-        if folder not in indexed:
-            indexed[folder] = read_index(folder) is not None
-        if not indexed[folder]:
-            logger.warning(
-                "%s: there is no index of the set; it is streamed, and a resumed run restarts its epoch", folder / INDEX
-            )
-            return name
+        folders.setdefault(as_path(name).parent, []).append(name)
+    for folder, shards in folders.items():
+        reason = _why_streamed(folder, shards)
+        if reason is not None:
+            logger.warning("%s: %s; the set is streamed, and a resumed run restarts its epoch", folder, reason)
+            return shards[0]
+    return None
+
+
+def _why_streamed(folder: ShardPath, shards: Sequence[str]) -> str | None:
+    try:
+        index = read_index(folder)
+    except NotAnIndex:  # some servers have a page for every name
+        return f"its {INDEX} is not the index of a set"
+    if index is None:
+        return f"has no {INDEX}"
+    paths = list(map(as_path, shards))
+    sizes = {entry["name"]: entry.get("bytes", 0) for entry in index["shards"]}
+    size, limit = sum(sizes.get(path.name, 0) for path in paths), cache_limit()
+    if size > limit and not state_of(paths[0], again=True).has_parts:
+        return (
+            f"the server gives whole files only (no Range), {size / 1e9:.1f} GB in all, more than the cache holds; set "
+            f"{LIMIT} above that to read them in any order"
+        )
     return None
 
 

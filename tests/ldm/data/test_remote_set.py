@@ -14,6 +14,7 @@ from ldm.data.stream import ShardStream
 from ldm.remote import faults
 from ldm.shards import kept_tables
 from ldm.shards.index import INDEX, write_index
+from ldm.shards.reader import ShardDataset
 from ldm.shards.writer import ShardWriter
 from ldm.util import UserError
 from tests.ldm.set_server import SetServer, serving
@@ -203,9 +204,9 @@ def test_a_set_without_an_index_is_streamed(server: SetServer, caplog):
     urls = f"{server.url}/{PATTERN}"
     with caplog.at_level(logging.WARNING):
         data = opened(urls, null_cond_path=str(server.folder / "null.t5.npy"))
-    assert "index.json: there is no index of the set; it is streamed" in caplog.text
+    assert f"{server.url}: has no index.json; the set is streamed" in caplog.text
     assert isinstance(data.datasets["training"], ShardStream)
-    with pytest.raises(UserError, match=r"000\.tar: has no index\.json beside it"):
+    with pytest.raises(UserError, match="cannot be read in any order, which is needed here"):
         opened(str(server.folder / PATTERN), prior_urls=urls)
 
 
@@ -220,3 +221,17 @@ def test_weights_and_further_sets_work_as_with_local_ones(server: SetServer):
     )
     assert are_equal(batches(ours), batches(theirs))
     assert len(list(ours.val_dataloader())) == 3
+
+
+def test_what_a_server_cannot_give_in_any_order_is_streamed(server: SetServer, monkeypatch, caplog):
+    null = str(server.folder / "null.t5.npy")
+    monkeypatch.setenv("LATENT_FINETUNE_CACHE_GB", "0.00005")
+    assert isinstance(opened(f"{server.url}/{PATTERN}").datasets["training"], ShardDataset)
+    server.has_ranges = False
+    data = opened(f"{server.url}/{PATTERN}", null_cond_path=null)
+    assert isinstance(data.datasets["training"], ShardStream)
+    assert "no Range" in caplog.text and "set LATENT_FINETUNE_CACHE_GB above that" in caplog.text
+    (server.folder / INDEX).write_text("<html>every name has this page</html>")
+    data = opened(f"{server.url}/{PATTERN}", null_cond_path=null)
+    assert isinstance(data.datasets["training"], ShardStream)
+    assert "its index.json is not the index of a set" in caplog.text

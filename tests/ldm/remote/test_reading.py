@@ -1,5 +1,6 @@
 """Cache of copies: its size limit, which copies it removes, and processes that share it."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -104,3 +105,23 @@ def test_processes_share_one_copy(server):
         process.stdin.flush()
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert server.requests["0.tar"] == 1
+
+
+def test_copies_without_a_version_are_of_this_run_alone(server, monkeypatch):
+    server.headers = {"ETag": None}
+    copy_of(server, 0)
+    assert is_kept(server, 0) and copy_of(server, 0)
+    monkeypatch.setattr("ldm.remote.reading._made", set())  # as in a new process
+    (server.folder / "0.tar").write_bytes(bytes([7]) * 1000)
+    path = RemotePath(f"{server.url}/0.tar")
+    assert open_copy(path).read() == bytes([7]) * 1000
+
+
+def test_a_full_disk_is_no_fault_of_the_server(server, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ldm.remote.http.sync", full)
+    path = RemotePath(f"{server.url}/0.tar")
+    with pytest.raises(UserError, match=r"cache: cannot keep a copy of http.*0\.tar: No space left on device; set"):
+        open_copy(path, (1000, 1, 0))
