@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
@@ -262,7 +263,7 @@ def test_the_command_is_that_of_the_job(studio: StudioProcess, open_studio) -> N
 
 def write_job(store: JobStore, kind: str, about: dict[str, Any], log: str = "", code: int = 0) -> None:
     """Write a job that has ended, and that is newer than all others of its kind."""
-    folder = store.folder / f"9999-{kind}-0"
+    folder = store.folder / f"9999-{kind}-{len(store.list(kind)):02}"
     folder.mkdir(parents=True)
     steps = [{"title": "A step", "words": ["tool.py"]}]
     job = {"kind": kind, "title": f"The {kind}", "steps": steps, "started": 0, "about": about}
@@ -321,6 +322,36 @@ def test_results_are_looked_at_by_keys(studio: StudioProcess, open_studio) -> No
     expect(page.locator("#evaluate-table").get_by_role("row", name="cats <i>")).to_contain_text("0.12500")
     expect(page.locator("#evaluate-figure img")).to_be_visible()
     check(page)
+
+
+def test_a_plan_is_chosen_and_written(studio: StudioProcess, open_studio) -> None:
+    fits = [{"tier": tier, "images": images, "peak": images << 28, "host": 1 << 30, "parts": {"weights": 1 << 30}}
+            for tier, images in (("as given", 0), ("fast.yaml", 0), ("lean.yaml", 6))]  # fmt: skip
+    answer = json.dumps({"tiers": fits, "use": "lean.yaml"})
+    write_job(studio.jobs, "plan", {"base": "demo_tiny.yaml", "minutes": 0}, f"a line\n{answer}\n")
+    page = open_studio()
+    go_to(page, "Plan")
+    table = page.locator("#plan-table")
+    expect(table.get_by_role("row", name="lean.yaml 6 1.50 1.00 1.00")).to_have_class("studio-good")
+    expect(table.get_by_role("row", name="fast.yaml")).to_contain_text("does not fit")
+    expect(table).to_contain_text("Choose the tier lean.yaml, with up to 6 images per step")
+    choose(page, "plan-tier", 2)
+    for name, text in (("name", "planned"), ("batch", "6"), ("steps", "7"), ("minutes", "90"), ("rate", "0.5"),
+                       ("prompts", "a \"cat\"\n: b"), ("preview-steps", "3")):  # fmt: skip
+        fill(page, f"plan-{name}", text)
+    page.locator("#plan-write").click()
+    expect(page.locator("#plan-yaml")).to_contain_text("max_steps: 7")
+    assert yaml.safe_load((studio.folder / WORK / "planned/recipe.yaml").read_text()) == {
+        "model": {"base_learning_rate": 0.5},
+        "data": {"params": {"training_urls": f"{WORK}/planned/shards/*.tar", "batch_size": 6}},
+        "lightning": {
+            "trainer": {"max_steps": 7, "max_time": "00:01:30:00"},
+            "previews": {"prompts": ['a "cat"', ": b"], "every_n_train_steps": 3, "config": "demo_tiny_release.yaml"},
+        },
+    }
+    go_to(page, "Train")
+    files = f"--base demo_tiny.yaml lean.yaml {WORK}/planned/recipe.yaml"
+    expect(page.locator("#train-commands")).to_contain_text(files)
 
 
 def test_written_files_and_failures_are_told(studio: StudioProcess, open_studio) -> None:
