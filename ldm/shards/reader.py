@@ -177,7 +177,9 @@ class ShardDataset(Dataset):
         sample: dict[str, Any] = {"__key__": table.key(row)}
         members = table.members(row)
         # Opened for each sample, because a set may have more shards than a process may open. Opening takes 10 µs.
-        parts = [members[column].part for _, column in places if column is not None and members[column].size >= 0]
+        parts = None
+        if isinstance(table.path, RemotePath):
+            parts = [members[column].part for _, column in places if column is not None and members[column].size >= 0]
         with open_spans(table.path, table.identity, parts) as read:
             for key, column in places:
                 member = None if column is None else members[column]
