@@ -45,7 +45,7 @@ def main() -> None:
     from ldm.training.trainer import build_trainer, merge_config, set_learning_rate
 
     plan = plan_run(arguments)
-    with hold_run(plan), report_at_end(plan), SignalRequests() as requests, _debugger_on_error(arguments.debug):
+    with hold_run(plan), SignalRequests() as requests, report_at_end(plan), _debugger_on_error(arguments.debug):
         config = merge_config(arguments, plan)
         forecast = begin_forecast(config) if arguments.train else None  # in parallel with reading weights and data
         checkpoint = read_training_checkpoint(plan.resume)

@@ -67,6 +67,18 @@ def test_sigusr1_saves_and_continues(train, tmp_path, monkeypatch):
     assert saved == [(2, "last.ckpt"), (5, "last.ckpt")]
 
 
+def test_a_signal_during_the_last_report_harms_nothing(train, tmp_path, monkeypatch):
+    reports = []
+
+    def report(folders, *_):
+        signal.raise_signal(signal.SIGUSR1)
+        reports.append(folders)
+
+    monkeypatch.setattr("ldm.reporting.report_file.write_report", report)
+    assert train("--max_steps 1 lightning.report=true") == 0
+    assert reports == [[the_run(tmp_path / "logs").relative_to(tmp_path)]]
+
+
 def test_ctrl_c_in_a_terminal_reaches_workers_and_the_run_resumes_exactly(train, tmp_path):
     """The signal goes to the whole process group, as from a terminal, at whatever moment it is."""
     line = [sys.executable, str(ROOT / "main.py"), "-b", "tiny.yaml", "-t", "--no-test", "-l", "stopped"]
