@@ -62,4 +62,6 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # A shell script starts a background process with SIGINT ignored, and commands would inherit this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_job(Path(sys.argv[1]))

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,9 +81,15 @@ def test_a_failed_command_is_the_last(store: JobStore) -> None:
     assert not job.log(1).exists()
 
 
-def test_stop_interrupts_as_ctrl_c_does_and_starts_nothing_further(store: JobStore) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def test_stop_interrupts_as_ctrl_c_does_and_starts_nothing_further(store: JobStore, handler: Any) -> None:
+    """Also in a studio that a script started in the background, where Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, handler)
     code = f"try:\n    {WAITS}\nexcept KeyboardInterrupt:\n    print('saved')"
-    job = store.start("test", "A title", [step(code), step("print(2)")])
+    try:
+        job = store.start("test", "A title", [step(code), step("print(2)")])
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait(store, job, "here")
     other = JobStore(store.folder)
     assert other.running("test") == job
