@@ -40,7 +40,7 @@ from forgetting_methods import VARIANTS, Variant
 from forgetting_report import report, summary
 from forgetting_sets import CONFIG, FAMILIES, RELEASE, count_samples, shards, write_sets, write_text
 
-from ldm.cli.run import call, run
+from ldm.cli.run import Lines, call, run
 from ldm.util import UserError, check_choice
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def main() -> None:
     text = "\n".join(report(name, results, options.reference, options.steps) for name, results in families.items())
     write_text(text, options.folder / "table.md")
     write_text(json.dumps(summary(families), indent=1) + "\n", options.json)
-    log.info("\n%s\nwrote table.md to %s, and %s", text, options.folder, options.json)
+    log.info("\n%s\nwrote table.md to %s, and %s", Lines(text), options.folder, options.json)
 
 
 def train_and_judge_all(variants: Sequence[Variant], options: argparse.Namespace) -> None:
