@@ -13,18 +13,18 @@ HIDDEN = "<hidden>"
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 _END = r"\s'\"<>"  # characters that end a URL in a text
-_USER = re.compile(rf"(?<=://)[^/?#{_END}]+(?=@)")
-_QUERY = re.compile(rf"(://[^?#{_END}]*\?)([^#{_END}]+)")
-_VALUE = re.compile(r"[^&;=]{6,}=*(?=[&;]|$)")  # shorter ones, such as true, hide nothing
+_WORD = re.compile(rf"[^{_END}]+")
+_PARAMETER = re.compile(r"[^&;]+")  # of the query of a URL
+_SHORT = 6  # letters below which a parameter, such as true, hides nothing
 _SECRET_NAME = r"(?:api_?key|api_?token|auth_?token|access_?key|access_?token|passw(?:or)?d|secret|credential)s?"
-_SETTING = re.compile(rf"(?i)\b((?:[\w.]*[._])?{_SECRET_NAME}=)(?!\$\{{)[^{_END}]+")
+_SETTING = re.compile(rf"(?i)((?<![a-z0-9]){_SECRET_NAME}=)(?!\$\{{)[^{_END}]+")
 _KEY = re.compile(rf"(?i)(?:.*_)?{_SECRET_NAME}")
 # In the command of a `pipe:` also headers, and the option of curl and wget for user and password.
 _PIPE = re.compile(r"pipe\s*:.*", re.IGNORECASE | re.DOTALL)
 _IN_COMMAND = (
-    re.compile(r"(?i)((?:authorization|cookie|x-[\w-]+)\s*:\s*)(?!\$\{)[^'\"]+"),
+    re.compile(r"(?i)((?:authorization|cookie|x-[\w-]{1,40})\s*:\s*)(?!\$\{)[^'\"]+"),
     re.compile(r"((?:^|\s)(?:-u|--user|--password|--http-password)[\s=]*)(?!\$\{)[^\s'\"]+"),
-    re.compile(r"(?i)(\b\w*(?:key|token|secret|passw(?:or)?d)\w*\s*=\s*)(?!\$\{)[^\s'\"]+"),
+    re.compile(r"(?i)((?:key|token|secret|passw(?:or)?d)\w{0,40}\s*=\s*)(?!\$\{)[^\s'\"]+"),
 )
 
 
@@ -41,13 +41,13 @@ def redacted(text: str) -> str:
     """Return `text` with `<hidden>` in place of secrets.
 
     Secrets are user and password of a URL, values of six or more letters in its query, settings such as `api_key=`,
-    and headers and passwords in the command of a `pipe:`. References such as `${oc.env:NAME}` stay.
+    and headers and passwords in the command of a `pipe:`. References such as `${oc.env:NAME}` stay. The time is linear
+    in the length of `text`, which may be from a hostile file.
     """
     if "pipe" in text.casefold():
         text = _PIPE.sub(_redacted_command, text)
     if "://" in text:
-        text = _QUERY.sub(lambda found: found[1] + _VALUE.sub(_hidden, found[2]), text)
-        text = _USER.sub(_hidden, text)
+        text = _WORD.sub(lambda found: _redacted_urls(found[0]), text)
     return _SETTING.sub(rf"\1{HIDDEN}", text) if "=" in text else text
 
 
@@ -77,8 +77,23 @@ def hidden_keys(config: Any, key: str = "") -> list[str]:
     return found + [name for part, value in parts for name in hidden_keys(value, f"{key}.{part}".lstrip("."))]
 
 
-def _hidden(found: re.Match[str]) -> str:
-    return _hidden_text(found[0])
+def _redacted_urls(word: str) -> str:
+    """Return a `word` without spaces, in which each `://` begins the address of a URL."""
+    scheme, *addresses = word.split("://")
+    return "://".join([scheme, *map(_redacted_address, addresses)])
+
+
+def _redacted_address(address: str) -> str:
+    place, mark, query = address.partition("?")
+    host, slash, path = place.partition("/")
+    user, at, host = host.rpartition("@")
+    query = _PARAMETER.sub(lambda found: _redacted_parameter(found[0]), query)
+    return f"{_hidden_text(user) if user else ''}{at}{host}{slash}{path}{mark}{query}"
+
+
+def _redacted_parameter(parameter: str) -> str:
+    name, mark, value = parameter.partition("=") if "=" in parameter else ("", "", parameter)
+    return f"{name}{mark}{value if len(value) < _SHORT else _hidden_text(value)}"
 
 
 def _hidden_text(text: str) -> str:
