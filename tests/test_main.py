@@ -13,6 +13,7 @@ import main
 from ldm.checkpoint import load_state_dict, save_state_dict
 from ldm.config.load import load_config
 from ldm.release.merge import merge_files
+from ldm.training.resume import AtomicCheckpointIO
 from ldm.util import get_obj_from_str
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
@@ -60,10 +61,11 @@ def test_a_run_folder_holds_checkpoints_configs_logs_and_images(train, tmp_path,
 
 def test_the_best_checkpoints_are_ranked_by_the_validation_of_their_step(train, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(
-        "ldm.training.resume.save_checkpoint",
-        lambda content, path: saved.append((content["global_step"], Path(path).name)),
-    )
+
+    def note(self, content, path, storage_options=None):
+        saved.append((content["global_step"], Path(path).name))
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", note)
     every = (
         "lightning.modelcheckpoint.params.every_n_train_steps=1 lightning.modelcheckpoint.params.in_background=false"
     )

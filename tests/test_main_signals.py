@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ldm.training.resume import AtomicCheckpointIO
 from tests.conftest import ROOT
 from tests.sent_signals import sending
 from tests.terminal import Terminal
@@ -60,9 +61,11 @@ def test_a_second_ctrl_c_quits_at_once(train, tmp_path):
 
 def test_sigusr1_saves_and_continues(train, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(
-        "ldm.training.resume.save_checkpoint", lambda content, path: saved.append((content["global_step"], path.name))
-    )
+
+    def note(self, content, path, storage_options=None):
+        saved.append((content["global_step"], path.name))
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", note)
     assert train(f"--max_steps 5 {sending(2, signal.SIGUSR1)}") == 0
     assert saved == [(2, "last.ckpt"), (5, "last.ckpt")]
 

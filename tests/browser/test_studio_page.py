@@ -107,11 +107,13 @@ def test_each_tab_is_accessible_and_fits(open_studio) -> None:
         for tab in visible_tabs(page):
             go_to(page, tab)
             check(page)
+        page.context.close()  # an open page goes on asking the studio
     for width, dark in ((1280, True), (390, False)):
         page = open_studio(width, dark=dark)
         for tab in visible_tabs(page):
             go_to(page, tab)
             assert overflow(page) == 0
+        page.context.close()
 
 
 def test_broken_images_and_other_folders_are_told(studio: StudioProcess, open_studio) -> None:
