@@ -65,10 +65,10 @@ def write_sets(folder: Path, family: Family, needed: Collection[str]) -> None:
             call("tools/preencode.py", *release, "--images", images, *options)
     for name, captions in _prior_captions(family).items():
         write_text("".join(caption + "\n" for caption in captions), folder / f"{name}.txt")
-    made_from = {"known_falling": "known_taught"}
+    if "known_falling" in needed:  # is made from it
+        needed = {*needed, "known_taught"}
     for name, source in _priors(folder, family).items():
-        is_needed = name in needed or name in (made_from.get(other) for other in needed)
-        if is_needed and not _is_whole(folder / "shards" / name):
+        if name in needed and not _is_whole(folder / "shards" / name):
             call("tools/make_prior.py", *release, *source, "--out", f"{folder}/shards/{name}/%06d.tar", "--overwrite")
 
 

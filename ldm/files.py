@@ -215,18 +215,17 @@ def _leave_unfinished() -> None:
 
     A data worker that is forked while a thread writes a checkpoint would keep its disk space after it is replaced.
     """
-    unfinished = set()
+    unfinished: list[os.stat_result] = []
     for temporary in _WRITING:
         with suppress(OSError):
-            found = temporary.stat()
-            unfinished.add((found.st_dev, found.st_ino))
+            unfinished.append(temporary.stat())
     if not unfinished or not os.path.isdir("/proc/self/fd"):  # noqa: PTH112
         return
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
         with suppress(OSError):  # the descriptor of the listing
-            found = os.fstat(descriptor)
-            if (found.st_dev, found.st_ino) in unfinished:
+            state = os.fstat(descriptor)
+            if any(os.path.samestat(state, found) for found in unfinished):
                 os.dup2(null, descriptor)
     os.close(null)
 

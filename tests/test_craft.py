@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.training_runs import (  # noqa: F401
+    NOISE,
     assert_same_training,
     fixture_one_thread,
     fixture_train,
@@ -17,9 +18,6 @@ TIMESTEPS = "model.params.timestep_config.target=ldm.models.diffusion.timesteps.
 LOSS = "model.params.loss_config.target=ldm.models.diffusion.loss."
 LOSS_AWARE = f"{TIMESTEPS}LossAware " + " ".join(
     f"model.params.timestep_config.params.{setting}" for setting in ("bins=2", "history=1", "stratified=True")
-)
-NOISE = "model.params.noise_config.target=ldm.models.diffusion.noise.TrainingNoise " + " ".join(
-    f"model.params.noise_config.params.{setting}" for setting in ("offset=0.1", "pyramid=0.3", "perturbation=0.1")
 )
 MINIMAL = "model.params.unet_config.target=ldm.modules.diffusionmodules.streamed.StreamedUNetModel"
 

@@ -4,10 +4,9 @@ import signal
 
 import pytest
 
-from ldm.remote import faults
-from ldm.shards import kept_tables
+from ldm.remote import retries
 from ldm.util import UserError
-from tests.ldm.set_server import serving
+from tests.ldm.set_server import serving_with_tables
 from tests.sent_signals import sending
 from tests.training_runs import (  # noqa: F401
     assert_same_training,
@@ -23,12 +22,9 @@ NAMES = "s-{000000..000001}.tar?token=abcdefgh"
 @pytest.fixture
 def server(train, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENT_FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(faults, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(retries, "PAUSES", (0.01, 0.01, 0.01))
     write_index(tmp_path / "shards")
-    with monkeypatch.context() as patched:
-        patched.setattr(kept_tables, "LEAST_SAMPLES", 1)
-        kept_tables.keep_tables(sorted((tmp_path / "shards").glob("*.tar")))
-    with serving(tmp_path / "shards") as server:
+    with serving_with_tables(tmp_path / "shards", monkeypatch) as server:
         yield server
 
 

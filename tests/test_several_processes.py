@@ -21,7 +21,7 @@ from ldm.training.arguments import parse_arguments
 from ldm.training.run import plan_run
 from tests.conftest import ROOT
 from tests.ldm.shard_files import write_masked_set
-from tests.training_runs import assert_equal, assert_same_training, logged, state, the_run, write_inputs
+from tests.training_runs import NOISE, assert_equal, assert_same_training, logged, state, the_run, write_inputs
 from tests.waiting import join, wait_for
 
 OPTIONS = "-t --no-test --max_steps 5 --scale_lr False data.params.null_cond_dropout=0.3"
@@ -31,9 +31,6 @@ LOSS_AWARE = "model.params.timestep_config.target=ldm.models.diffusion.timesteps
 LORA = "model.params.lora.rank=2 model.params.lora.targets=[attn2]"
 MASKED = "model.params.loss_config.target=ldm.models.diffusion.masked_loss.Masked" + " ".join(
     f" model.params.loss_config.params.{setting}" for setting in ("by_area=true", "outside=0.2")
-)
-NOISE = "model.params.noise_config.target=ldm.models.diffusion.noise.TrainingNoise" + " ".join(
-    f" model.params.noise_config.params.{setting}" for setting in ("offset=0.1", "pyramid=0.3", "perturbation=0.1")
 )
 PRIOR = "data.params.prior_urls=shards/s-000001.tar"
 

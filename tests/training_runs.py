@@ -23,6 +23,10 @@ from ldm.shards.verify import file_sha256
 from tests.golden_data import fill_seeded
 
 SAMPLES = 12
+# Options for noise in training that differs from plain noise in each way.
+NOISE = "model.params.noise_config.target=ldm.models.diffusion.noise.TrainingNoise " + " ".join(
+    f"model.params.noise_config.params.{setting}" for setting in ("offset=0.1", "pyramid=0.3", "perturbation=0.1")
+)
 CONFIG = {
     "model": {
         "base_learning_rate": 1e-3,

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from ldm.data.batch_sampler import Item, held_out_entries, sample_name, stream_name
 from ldm.files import MOST_IN_MEMBER, check_file, read_at_most
-from ldm.remote.faults import NotServed
 from ldm.remote.path import ShardPath
+from ldm.remote.retries import NotServed
 from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
 from ldm.shards.sample import CAPTION, EDIT, STREAM, with_caption, with_variant

@@ -18,9 +18,9 @@ from fsspec.asyn import AsyncFileSystem, sync
 from yarl import URL
 
 from ldm.identity import Identity
-from ldm.remote.faults import Momentary, NotServed, is_of_disk
+from ldm.remote.file_server import HEAD, State, identity_from
 from ldm.remote.path import RemotePath
-from ldm.remote.server import HEAD, State, identity_from
+from ldm.remote.retries import Momentary, NotServed, is_of_disk
 from ldm.util import UserError
 
 CONNECT_SECONDS, SILENT_SECONDS = 20.0, 60.0  # limits of a connection's start, and of a pause within an answer

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 import fsspec
 
 from ldm.identity import Identity
-from ldm.remote.faults import Momentary, NotServed, is_of_disk
+from ldm.remote.file_server import HEAD, State, identity_from
 from ldm.remote.path import RemotePath
-from ldm.remote.server import HEAD, State, identity_from
+from ldm.remote.retries import Momentary, NotServed, is_of_disk
 from ldm.util import UserError
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}

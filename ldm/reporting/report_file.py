@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.callbacks.background_writer import available_memory
 from ldm.callbacks.signals import TrainingStopped
 from ldm.distributed.ranks import is_first_process
 from ldm.events import END, FAULT, STOP
+from ldm.host_memory import available_memory
 from ldm.reporting import SAMPLES
 from ldm.reporting.run_folder import RunRecord, read_run
 from ldm.reporting.settings import merged_config, params_of

@@ -34,9 +34,9 @@ from typing import Any
 
 from ldm.files import atomic_write, check_file, read_at_most
 from ldm.modules.encoders.caption_settings import CHUNK, MOST_TOKENS
-from ldm.remote.faults import NotServed
+from ldm.remote.copies import look_at, state_of
 from ldm.remote.path import RemotePath, ShardPath, as_path
-from ldm.remote.reading import look_at, state_of
+from ldm.remote.retries import NotServed
 from ldm.shards.spans import beside_shards
 from ldm.shards.urls import MOST_REPEATS
 from ldm.util import UserError, refuse_if

@@ -30,9 +30,9 @@ import torch
 from ldm.checkpoint import open_checkpoint, save_state_dict
 from ldm.files import MOST_IN_MEMBER
 from ldm.identity import Identity
-from ldm.remote.faults import NotServed
+from ldm.remote.copies import cache_folder, local_copy, state_of
 from ldm.remote.path import RemotePath, ShardPath
-from ldm.remote.reading import cache_folder, local_copy, state_of
+from ldm.remote.retries import NotServed
 from ldm.shards.sample import SIZES
 from ldm.shards.spans import beside_shards, identity_of_shard
 from ldm.shards.table import MOST_MEMBERS, Columns, Kind, ShardTable, build_table, fills

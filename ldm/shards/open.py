@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.modules.encoders.caption_settings import CHUNK, CaptionSettings
+from ldm.remote.copies import LIMIT, cache_limit, state_of
 from ldm.remote.path import ShardPath, as_path, is_remote
-from ldm.remote.reading import LIMIT, cache_limit, state_of
 from ldm.shards.index import (
     AUTOENCODER,
     ENCODERS,

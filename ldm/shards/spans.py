@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ldm.files import read_span
 from ldm.identity import Identity, check_identity, identity_of_path
+from ldm.remote.copies import has_copy, local_copy, open_copy, read_part, state_of
 from ldm.remote.path import RemotePath, ShardPath
-from ldm.remote.reading import has_copy, local_copy, open_copy, read_part, state_of
 from ldm.util import UserError
 
 Read = Callable[[int, int, str], bytearray]  # function of offset, size and a name for messages

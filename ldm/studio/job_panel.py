@@ -23,7 +23,7 @@ Variant = Literal["primary", "secondary"]
 
 @dataclass(frozen=True)
 class JobView:
-    """What there is to see of a job: its state, the end of the log of its present command, and its run, if any."""
+    """View of a job: its state, the end of the log of its present command, and its run, if any."""
 
     job: Job
     state: JobState

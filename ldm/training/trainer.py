@@ -67,7 +67,8 @@ def merge_config(arguments: Arguments, run: Run) -> DictConfig:
     config = load_config([*run.saved_configs, *arguments.base], arguments.overrides, arguments.trust_config)
     if config.get("lightning") is None:  # `setdefault` of a DictConfig returns a plain default that it does not store
         config["lightning"] = {}
-    for key in hidden_keys(OmegaConf.to_container(config)):
+    if hidden := hidden_keys(OmegaConf.to_container(config)):
+        key = hidden[0]
         raise UserError(f"{key}: the run has not saved its password; type {key}=... again, or use ${{oc.env:NAME}}")
     section = config.lightning
     for key in section:

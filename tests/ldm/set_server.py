@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+from ldm.shards import kept_tables
+
 
 class SetServer(ThreadingHTTPServer):
     """Server of the files in `folder`.
@@ -115,3 +119,13 @@ def serving(folder: Path) -> Iterator[SetServer]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def serving_with_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetServer]:
+    """Serve the set in `folder`, with the tables of its members, which a writer leaves beside larger sets alone."""
+    with monkeypatch.context() as patched:
+        patched.setattr(kept_tables, "LEAST_SAMPLES", 1)
+        kept_tables.keep_tables(sorted(folder.glob("*.tar")))
+    with serving(folder) as server:
+        yield server

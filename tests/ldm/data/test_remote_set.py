@@ -11,13 +11,13 @@ import pytest
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
 from ldm.data.stream import ShardStream
-from ldm.remote import faults
+from ldm.remote import retries
 from ldm.shards import kept_tables
 from ldm.shards.index import INDEX, write_index
 from ldm.shards.reader import ShardDataset
 from ldm.shards.writer import ShardWriter
 from ldm.util import UserError
-from tests.ldm.set_server import SetServer, serving
+from tests.ldm.set_server import SetServer, serving_with_tables
 from tests.ldm.shard_files import sample_members, write_set
 
 PATTERN = "{000..003}.tar"
@@ -39,17 +39,14 @@ def write_indexed(folder: Path, samples: int = 40, per_shard: int = 10) -> None:
 def quick(tmp_path, monkeypatch):
     """Keep copies in a folder of the test, and wait little."""
     monkeypatch.setenv("LATENT_FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(faults, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(retries, "PAUSES", (0.01, 0.01, 0.01))
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serve a set of 40 samples in four shards, with the tables of its members."""
     write_indexed(tmp_path / "set")
-    with monkeypatch.context() as patched:
-        patched.setattr(kept_tables, "LEAST_SAMPLES", 1)
-        kept_tables.keep_tables(sorted((tmp_path / "set").glob("*.tar")))
-    with serving(tmp_path / "set") as server:
+    with serving_with_tables(tmp_path / "set", monkeypatch) as server:
         yield server
 
 

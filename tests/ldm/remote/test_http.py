@@ -6,10 +6,10 @@ import time
 import pytest
 
 from ldm.identity import Replaced
-from ldm.remote import faults, http
-from ldm.remote.faults import NotServed
+from ldm.remote import http, retries
+from ldm.remote.copies import look_at, read_part, state_of
 from ldm.remote.path import RemotePath
-from ldm.remote.reading import look_at, read_part, state_of
+from ldm.remote.retries import NotServed
 from ldm.util import UserError
 from tests.ldm.set_server import serving
 
@@ -18,7 +18,7 @@ from tests.ldm.set_server import serving
 def server(tmp_path, monkeypatch):
     """Serve a file of 3000 bytes."""
     monkeypatch.setenv("LATENT_FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(faults, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(retries, "PAUSES", (0.01, 0.01))
     (tmp_path / "served").mkdir()
     (tmp_path / "served/a.tar").write_bytes(bytes(range(250)) * 12)
     with serving(tmp_path / "served") as server:
@@ -90,7 +90,7 @@ def test_headers_decide_on_identity_and_wait(server, monkeypatch):
     with pytest.raises(UserError, match="gave another part than byte 0"):
         look_at([RemotePath(f"{server.url}/a.tar")])
     waits = []
-    monkeypatch.setattr(faults.time, "sleep", waits.append)
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
     server.headers = {"Retry-After": "7"}
     server.fault = lambda name, number: 503
     with pytest.raises(UserError, match="503"):

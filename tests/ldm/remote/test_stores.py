@@ -10,10 +10,10 @@ from fsspec.registry import _registry
 
 from ldm.data.stream import ShardStream
 from ldm.identity import Replaced
-from ldm.remote import faults
-from ldm.remote.faults import NotServed
+from ldm.remote import retries
+from ldm.remote.copies import look_at, open_copy, read_part, state_of
 from ldm.remote.path import RemotePath
-from ldm.remote.reading import look_at, open_copy, read_part, state_of
+from ldm.remote.retries import NotServed
 from ldm.util import UserError
 from tests.ldm.shard_files import sample_members, write_tar
 
@@ -36,7 +36,7 @@ class FakeStore(MemoryFileSystem):
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("LATENT_FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(faults, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(retries, "PAUSES", (0.01, 0.01))
     monkeypatch.setitem(_registry, "s3", FakeStore)
     files = fsspec.filesystem("s3")
     files.pipe(PATH.url, bytes(range(250)) * 4)

@@ -1,4 +1,4 @@
-"""What is asked of a server: the state of a file, a part of it, and all of it."""
+"""Interface to the server of a file: its state, parts of it, and all of it."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from ldm.identity import Replaced
-from ldm.remote import faults
+from ldm.remote import retries
+from ldm.remote.copies import cache_folder, has_copy, local_copy, look_at, open_copy, read_part, state_of
 from ldm.remote.path import RemotePath
-from ldm.remote.reading import cache_folder, has_copy, local_copy, look_at, open_copy, read_part, state_of
 from ldm.util import UserError
 from tests.ldm.set_server import serving
 
@@ -20,7 +20,7 @@ def server(tmp_path, monkeypatch):
     """Serve five files of 1000 bytes, and let the cache hold three and a half."""
     monkeypatch.setenv("LATENT_FINETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LATENT_FINETUNE_CACHE_GB", "0.0000035")
-    monkeypatch.setattr(faults, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(retries, "PAUSES", (0.01, 0.01))
     (tmp_path / "served").mkdir()
     for number in range(5):
         (tmp_path / f"served/{number}.tar").write_bytes(bytes([number]) * 1000)
@@ -88,7 +88,7 @@ def test_a_copy_is_whole_and_of_the_version_that_was_seen(server):
 def test_processes_share_one_copy(server):
     path = RemotePath(f"{server.url}/0.tar")
     code = (
-        "from ldm.remote.path import RemotePath; from ldm.remote.reading import *; import sys\n"
+        "from ldm.remote.path import RemotePath; from ldm.remote.copies import *; import sys\n"
         f"path = RemotePath({path.url!r})\n"
         "identity = state_of(path).identity\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
@@ -111,7 +111,7 @@ def test_copies_without_a_version_are_of_this_run_alone(server, monkeypatch):
     server.headers = {"ETag": None}
     copy_of(server, 0)
     assert is_kept(server, 0) and copy_of(server, 0)
-    monkeypatch.setattr("ldm.remote.reading._made", set())  # as in a new process
+    monkeypatch.setattr("ldm.remote.copies._made", set())  # as in a new process
     (server.folder / "0.tar").write_bytes(bytes([7]) * 1000)
     path = RemotePath(f"{server.url}/0.tar")
     assert open_copy(path).read() == bytes([7]) * 1000

@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 from ldm.files import atomic_write, open_file
 from ldm.identity import Identity, Replaced
-from ldm.remote.faults import with_retries
+from ldm.remote.file_server import Server, State, is_versioned
 from ldm.remote.path import RemotePath
-from ldm.remote.server import Server, State, is_versioned
+from ldm.remote.retries import with_retries
 from ldm.util import UserError
 
 FOLDER, LIMIT = "LATENT_FINETUNE_CACHE", "LATENT_FINETUNE_CACHE_GB"  # environment variables
