@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from ldm.locks import is_running, process_namespace, process_start, short_name
 from ldm.printable import escaped
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # Size limit of a member of a sample, in bytes. A sparse file can claim terabytes.
 MOST_IN_MEMBER = 1 << 30
@@ -48,8 +48,7 @@ def open_file(path: str | Path) -> BinaryIO:
         OSError: the file is missing or not readable.
     """
     path = Path(path)
-    if "\0" in str(path):
-        raise UserError(f"{str(path)!r}: not a valid file name")
+    refuse_if("\0" in str(path), f"{str(path)!r}: not a valid file name")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -72,8 +71,7 @@ def check_file(path: str | Path) -> None:
 
 def _check_mode(path: str | Path, mode: int) -> None:
     for is_kind, what in _KINDS:
-        if is_kind(mode):
-            raise UserError(f"{path}: {what}")
+        refuse_if(is_kind(mode), f"{path}: {what}")
 
 
 def read_at_most(path: str | Path, most: int) -> bytes:
@@ -85,8 +83,7 @@ def read_at_most(path: str | Path, most: int) -> bytes:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(most, size) + 1)
-    if len(data) > most:
-        raise UserError(f"{path}: has {size} bytes, but the limit for such a file is {most}")
+    refuse_if(len(data) > most, f"{path}: has {size} bytes, but the limit for such a file is {most}")
     return data
 
 
@@ -128,11 +125,11 @@ def is_within(folder: str | Path, path: str | Path) -> bool:
 
 def check_within(folder: str | Path, path: str | Path, what: str) -> None:
     """Raise `UserError` unless `path` lies in the run folder `folder`. `what` names the path in the message."""
-    if not is_within(folder, path):
-        raise UserError(
-            f"{what} {str(path)!r:.200}: lies outside {folder}, and a run writes in its own folder alone; leave it "
-            "out, or give a place in that folder"
-        )
+    refuse_if(
+        not is_within(folder, path),
+        f"{what} {str(path)!r:.200}: lies outside {folder}, and a run writes in its own folder alone; leave it "
+        "out, or give a place in that folder",
+    )
 
 
 def note_mapped(path: str | Path, descriptor: int, size: int) -> None:
@@ -282,8 +279,7 @@ def claim_file(candidates: Iterable[Path]) -> Path:
 def read_span(descriptor: int, offset: int, size: int, name: str) -> bytearray:
     """Return `size` bytes at `offset` of an open file. Raise `UserError` with `name` if the file is too short."""
     data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise UserError(f"{name}: the file is truncated; it changed after it was indexed")
+    refuse_if(len(data) != size, f"{name}: the file is truncated; it changed after it was indexed")
     return bytearray(data)  # writable, so that tensors can share its memory
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ldm.files import remove_leftovers_once, temporary_path
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
@@ -80,9 +80,9 @@ def check_replaceable(path: Path, marker: str) -> None:
     """Raise `UserError` unless `path` is missing, an empty folder, or a folder with the file `marker`."""
     if not path.exists() and not path.is_symlink():
         return
-    if path.is_symlink():
-        raise UserError(f"{path}: is a link, and a folder is replaced as a whole; name the folder itself")
-    if not path.is_dir():
-        raise UserError(f"{path}: is not a folder; name another one")
-    if any(path.iterdir()) and not (path / marker).is_file():
-        raise UserError(f"{path}: has other files (no {marker}), and would be replaced as a whole; name a new folder")
+    refuse_if(path.is_symlink(), f"{path}: is a link, and a folder is replaced as a whole; name the folder itself")
+    refuse_if(not path.is_dir(), f"{path}: is not a folder; name another one")
+    refuse_if(
+        any(path.iterdir()) and not (path / marker).is_file(),
+        f"{path}: has other files (no {marker}), and would be replaced as a whole; name a new folder",
+    )

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 LOCK = ".lock"  # lock file in the folder of a run or a set of shards
 _MOST_BYTES = 4096  # size limit of a lock file
@@ -221,8 +221,10 @@ def _check_kind(descriptor: int, path: Path) -> None:
     """Raise `UserError` unless the open file looks like a lock file, whose content may be overwritten."""
     found = os.fstat(descriptor)
     is_lock = stat.S_ISREG(found.st_mode) and found.st_size <= _MOST_BYTES and found.st_nlink <= 1
-    if not is_lock or os.pread(descriptor, 1, 0) not in (b"", b"{"):
-        raise UserError(f"{path}: not a lock file, but has the path of one; move it away")
+    refuse_if(
+        not is_lock or os.pread(descriptor, 1, 0) not in (b"", b"{"),
+        f"{path}: not a lock file, but has the path of one; move it away",
+    )
 
 
 def _flock(descriptor: int, path: Path, what: str) -> bool:

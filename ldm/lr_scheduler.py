@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 # Classes of torch.optim.lr_scheduler whose rates follow from the step and from numbers alone.
 TORCH_SCHEDULES = (
@@ -32,8 +32,10 @@ class LambdaWarmUpCosineScheduler:
         max_decay_steps: float,
         verbosity_interval: int = 0,
     ) -> None:
-        if max_decay_steps <= warm_up_steps:
-            raise UserError(f"max_decay_steps {max_decay_steps} must be greater than warm_up_steps {warm_up_steps}")
+        refuse_if(
+            max_decay_steps <= warm_up_steps,
+            f"max_decay_steps {max_decay_steps} must be greater than warm_up_steps {warm_up_steps}",
+        )
         self.warm_up_steps = warm_up_steps
         self.lr_min = lr_min
         self.lr_max = lr_max
@@ -70,15 +72,15 @@ class LambdaWarmUpCosineScheduler2:
         verbosity_interval: int = 0,
     ) -> None:
         lengths = [len(values) for values in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)]
-        if len(set(lengths)) != 1:
-            raise UserError(
-                f"warm_up_steps, f_min, f_max, f_start and cycle_lengths have {lengths} entries; "
-                "give one entry per cycle to each"
-            )
-        if not lengths[0] or any(a >= b for a, b in zip(warm_up_steps, cycle_lengths, strict=True)):
-            raise UserError(
-                f"warm_up_steps {warm_up_steps} must be less than cycle_lengths {cycle_lengths}, cycle by cycle"
-            )
+        refuse_if(
+            len(set(lengths)) != 1,
+            f"warm_up_steps, f_min, f_max, f_start and cycle_lengths have {lengths} entries; "
+            "give one entry per cycle to each",
+        )
+        refuse_if(
+            not lengths[0] or any(a >= b for a, b in zip(warm_up_steps, cycle_lengths, strict=True)),
+            f"warm_up_steps {warm_up_steps} must be less than cycle_lengths {cycle_lengths}, cycle by cycle",
+        )
         self.warm_up_steps = warm_up_steps
         self.f_min = f_min
         self.f_max = f_max

@@ -57,11 +57,14 @@ class UserError(ValueError):
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
-    """Add the file, key or option `where`, and a colon, to the start of each `UserError`."""
+def located(where: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Add the file, key or option `where`, and a colon, to the start of each `UserError`.
+
+    Exceptions of `kinds` become such a `UserError` too.
+    """
     try:
         yield
-    except UserError as error:
+    except (UserError, *kinds) as error:
         raise UserError(f"{where}: {error}") from error
 
 
@@ -131,10 +134,9 @@ def check_keys(name: str, given: Iterable[str], valid: Iterable[str]) -> None:
         raise UserError(f"unknown key {unknown!r} in {name}{nearest(unknown, valid)}")
 
 
-def refuse_if(*faults: tuple[Any, str]) -> None:
-    """Raise `UserError` with the message of the first of `faults` whose condition is true."""
-    message = next((message for condition, message in faults if condition), None)
-    if message is not None:
+def refuse_if(condition: Any, message: str) -> None:
+    """Raise `UserError` with `message` if `condition` is true. `message` is formatted in either case: keep it cheap."""
+    if condition:
         raise UserError(message)
 
 

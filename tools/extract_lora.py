@@ -92,10 +92,8 @@ def parse_arguments() -> argparse.Namespace:
 def _check_inputs(options: argparse.Namespace) -> None:
     """Raise `UserError` unless the options are for two releases, or for the checkpoint of a training."""
     if options.train_ckpt is None:
-        refuse_if(
-            (options.base is None or options.tuned is None, "give --base and --tuned, or --train-ckpt"),
-            (options.weights, f"--weights {options.weights}: is for --train-ckpt; leave it out"),
-        )
+        refuse_if(options.base is None or options.tuned is None, "give --base and --tuned, or --train-ckpt")
+        refuse_if(options.weights, f"--weights {options.weights}: is for --train-ckpt; leave it out")
         return
     for name in ("base", "tuned", "rank", "energy", "all_layers", "check", "config", "parameterization"):
         if getattr(options, name):

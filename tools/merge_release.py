@@ -94,15 +94,13 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.keep is not None and arguments.strength != 1:
         raise UserError(f"--keep finds the strength; leave out --strength {arguments.strength:g}")
     if arguments.lora and arguments.train_ckpt is None:
+        refuse_if(arguments.out is None, "--lora without --train-ckpt: give --out too, the release to write")
+        refuse_if(arguments.embed_settings, "--embed-settings: beside --lora, needs --train-ckpt; leave it out")
+        refuse_if(arguments.keep is not None, "--keep: beside --lora, needs --train-ckpt; leave it out")
+        refuse_if(arguments.weights, f"--weights {arguments.weights}: beside --lora, needs --train-ckpt; leave it out")
         refuse_if(
-            (arguments.out is None, "--lora without --train-ckpt: give --out too, the release to write"),
-            (arguments.embed_settings, "--embed-settings: beside --lora, needs --train-ckpt; leave it out"),
-            (arguments.keep is not None, "--keep: beside --lora, needs --train-ckpt; leave it out"),
-            (arguments.weights, f"--weights {arguments.weights}: beside --lora, needs --train-ckpt; leave it out"),
-            (
-                arguments.strength != 1,
-                "--strength: needs --train-ckpt; give the strength of a LoRA after its name, --lora FILE:0.8",
-            ),
+            arguments.strength != 1,
+            "--strength: needs --train-ckpt; give the strength of a LoRA after its name, --lora FILE:0.8",
         )
     return arguments
 

@@ -58,16 +58,14 @@ def parse_arguments() -> argparse.Namespace:
     check_input_options(options)
     is_guided = options.scale != 1 or options.image_scale not in (None, 1)
     refuse_if(
-        (
-            options.negative_prompt and not is_guided,
-            "--negative-prompt needs guidance, which --scale 1 turns off; give a larger --scale",
-        ),
-        (
-            options.guidance_rescale and not is_guided,
-            f"--guidance-rescale {options.guidance_rescale}: needs guidance, which --scale 1 turns off; leave it out",
-        ),
-        (options.out.exists() and not options.out.is_dir(), f"--out {options.out}: is a file; name a folder"),
+        options.negative_prompt and not is_guided,
+        "--negative-prompt needs guidance, which --scale 1 turns off; give a larger --scale",
     )
+    refuse_if(
+        options.guidance_rescale and not is_guided,
+        f"--guidance-rescale {options.guidance_rescale}: needs guidance, which --scale 1 turns off; leave it out",
+    )
+    refuse_if(options.out.exists() and not options.out.is_dir(), f"--out {options.out}: is a file; name a folder")
     return options
 
 

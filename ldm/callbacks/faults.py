@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ldm.checkpoint.formats import reducible
 from ldm.distributed.dtensor import full_tensor, local_tensor
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ class NumericalFaults(Callback):
         window: int = 100,
         most_skips: int = 10,
     ) -> None:
-        if on_fault not in ("stop", "skip"):
-            raise UserError(f"on_fault {on_fault!r}: give stop or skip")
+        refuse_if(on_fault not in ("stop", "skip"), f"on_fault {on_fault!r}: give stop or skip")
         counts = {"every_n_batches": every_n_batches, "window": window, "most_skips": most_skips}
         for name, count in counts.items():
             check_number(name, count, least=1)

@@ -18,7 +18,7 @@ from ldm.evaluation.protocol import midpoint_timesteps
 from ldm.evaluation.sets import EvaluationSet, open_set
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.reader import ShardDataset
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,13 @@ class Forgetting(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(pl_module, LatentDiffusion):
-            raise UserError(f"Forgetting needs a LatentDiffusion, not a {type(pl_module).__name__}")
-        if pl_module.scale_by_std:
-            raise UserError("Forgetting needs a fixed scale of the latents: set scale_factor, not scale_by_std")
+        refuse_if(
+            not isinstance(pl_module, LatentDiffusion),
+            f"Forgetting needs a LatentDiffusion, not a {type(pl_module).__name__}",
+        )
+        refuse_if(
+            pl_module.scale_by_std, "Forgetting needs a fixed scale of the latents: set scale_factor, not scale_by_std"
+        )
         self._timesteps = midpoint_timesteps(pl_module.num_timesteps, self.timestep_count)
         verify = self.verify_shards and trainer.local_rank == 0
         self._sets = [open_set(name, urls, pl_module, self.limit, verify) for name, urls in self.urls.items()]

@@ -21,7 +21,7 @@ from ldm.distributed.dtensor import is_sharded
 from ldm.files import check_within
 from ldm.images.grid import image_grid, save_png
 from ldm.images.logged_names import logged_name, parse_logged_name
-from ldm.util import UserError, check_number, check_params
+from ldm.util import check_number, check_params, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,10 @@ class ImageLogger(Callback):
         max_images = min(max_images, most)
         if keep_last is not None:
             check_number("keep_last", keep_last, least=1)
-        if event_file_gb is not None and not event_file_gb >= 0:
-            raise UserError(f"event_file_gb {event_file_gb}: give a number of at least 0, or null for no limit")
+        refuse_if(
+            event_file_gb is not None and not event_file_gb >= 0,
+            f"event_file_gb {event_file_gb}: give a number of at least 0, or null for no limit",
+        )
         self.keep_last = keep_last
         self.event_file_gb = event_file_gb
         self._images, self._is_full = Tolerance("Training images"), False
@@ -105,8 +107,7 @@ class ImageLogger(Callback):
             return
         where = "the image logger's log_images_kwargs"
         for name in ("batch", "split"):
-            if name in self.log_images_kwargs:
-                raise UserError(f"{where}: the image logger sets {name} itself; leave it out")
+            refuse_if(name in self.log_images_kwargs, f"{where}: the image logger sets {name} itself; leave it out")
         check_params(where, pl_module.log_images, self.log_images_kwargs)
         for name in ("n_row", "ddim_steps"):
             check_number(f"{where}: {name}", self.log_images_kwargs.get(name, 1), least=1)

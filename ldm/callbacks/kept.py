@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.callbacks.saving import WritingTime, try_save
 from ldm.checkpoint import load_checkpoint
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,10 @@ class KeptCheckpoints(ModelCheckpoint):
             raise UserError(
                 f"filename {self.filename!r}: not a template such as '{{epoch}}-{{step}}' ({error})"
             ) from error
-        if "/" in name or name in ("", ".", "..", "last"):
-            raise UserError(f"filename {self.filename!r}: give a file name without folders, other than last")
+        refuse_if(
+            "/" in name or name in ("", ".", "..", "last"),
+            f"filename {self.filename!r}: give a file name without folders, other than last",
+        )
 
     def _format_checkpoint_name(self, filename: str | None, metrics: Any, *args: Any, **kwargs: Any) -> str:
         """Format a name as Lightning does, with `_` for `/` in a metric's name, which would make folders."""

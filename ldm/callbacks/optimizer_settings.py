@@ -10,7 +10,7 @@ from typing import Any
 from torch import Size, Tensor
 from torch.optim import Optimizer
 
-from ldm.util import UserError, takes
+from ldm.util import UserError, refuse_if, takes
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +53,24 @@ def use_settings(optimizer: Optimizer, made: Settings) -> None:
             if key in _RATES:
                 continue
             saved = group.get(key)
-            if key not in group and value is not None and not isinstance(value, bool):
-                raise UserError(f"the checkpoint's optimizer has no {key}, as {cls.__name__} does; {_KEEP}")
+            refuse_if(
+                key not in group and value is not None and not isinstance(value, bool),
+                f"the checkpoint's optimizer has no {key}, as {cls.__name__} does; {_KEEP}",
+            )
             if not takes(cls, key):
                 _check_kind(key, saved, value)
             elif _plain(saved) != _plain(value):
-                if key in _NEED_MOMENTS and not saved:
-                    raise UserError(f"the checkpoint's optimizer has {key}={saved!r:.60}, not {value!r}; {_KEEP}")
+                refuse_if(
+                    key in _NEED_MOMENTS and not saved,
+                    f"the checkpoint's optimizer has {key}={saved!r:.60}, not {value!r}; {_KEEP}",
+                )
                 if key not in _IMPLEMENTATION:
                     log.info("The optimizer's %s was %.60r in the checkpoint; it is %r now", key, saved, value)
                 group[key] = value
         foreign = next((key for key in _OF_CLASSES if key in group and key not in own), None)
-        if foreign is not None:
-            raise UserError(f"the checkpoint's optimizer has {foreign}, which {cls.__name__} does not; {_KEEP}")
+        refuse_if(
+            foreign is not None, f"the checkpoint's optimizer has {foreign}, which {cls.__name__} does not; {_KEEP}"
+        )
         if group.get("fused") or group.get("capturable"):
             _move_steps(optimizer, group["params"])
 
@@ -104,10 +109,10 @@ def _means(shape: Size) -> set[Size]:
 def _check_kind(key: str, saved: Any, own: Any) -> None:
     """Raise `UserError` unless `saved`, which the optimizer keeps in a group, has the type of a new one."""
     saved = number(saved)
-    if type(saved) is not type(own) and not (_is_number(saved) and _is_number(own)):
-        raise UserError(
-            f"the checkpoint's optimizer has {key}={saved!r:.60} but the config's has {own!r}; the file may be damaged"
-        )
+    refuse_if(
+        type(saved) is not type(own) and not (_is_number(saved) and _is_number(own)),
+        f"the checkpoint's optimizer has {key}={saved!r:.60} but the config's has {own!r}; the file may be damaged",
+    )
 
 
 def _move_steps(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:

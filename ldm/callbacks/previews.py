@@ -35,7 +35,7 @@ from ldm.models.diffusion.text_to_image import Request, image_size, latent_shape
 from ldm.modules.encoders.caption_settings import CaptionSettings, caption_settings
 from ldm.shards.open import check_encoders, common_caption_settings
 from ldm.shards.reader import ShardDataset
-from ldm.util import UserError, located
+from ldm.util import UserError, located, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ class Previews(Callback):
         train_time_interval: float | None = None,
         sampler: str = "ddim",
     ) -> None:
-        if not callable(encode):
-            raise UserError(f"Previews: give {WHERE}.prompts in place of this callback")
+        refuse_if(not callable(encode), f"Previews: give {WHERE}.prompts in place of this callback")
         self.prompts = list(prompts)
         self.encode, self.release, self.sampler = encode, release, sampler
         self.every_n_train_steps, self.minutes = every_n_train_steps, train_time_interval
@@ -109,14 +108,12 @@ class Previews(Callback):
     @staticmethod
     def _check(model: LightningModule) -> None:
         """Raise `UserError` unless `model` samples images from prompts alone."""
-        if not isinstance(model, LatentDiffusion):
-            raise UserError(f"a {type(model).__name__} samples no images from prompts")
+        refuse_if(not isinstance(model, LatentDiffusion), f"a {type(model).__name__} samples no images from prompts")
         if model.model.takes_maps or model.model.conditioning_key is None:
             raise UserError(
                 f"conditioning_key {model.model.conditioning_key!r}: this model does not sample from prompts alone"
             )
-        if model.scale_by_std:
-            raise UserError("the scale of the latents is not known before the first batch (scale_by_std)")
+        refuse_if(model.scale_by_std, "the scale of the latents is not known before the first batch (scale_by_std)")
         if not hasattr(model.first_stage_model, "decode") or not hasattr(model.first_stage_model, "downsampling"):
             raise UserError(f"{type(model.first_stage_model).__name__} decodes no images")
         if not _reads_captions(model):

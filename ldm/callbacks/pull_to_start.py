@@ -13,7 +13,7 @@ from ldm.callbacks.start_weights import Starts, read_starts, set_weight_decay, s
 from ldm.checkpoint.formats import precise_dtype
 from ldm.distributed.dtensor import is_sharded, local_tensor
 from ldm.optim import InBackward
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, refuse_if
 
 
 class PullToStart(Callback):
@@ -47,11 +47,11 @@ class PullToStart(Callback):
             UserError: the file cannot be read or does not hold the trained parameters, or gradients cannot be changed
                 before the step.
         """
-        if any(isinstance(optimizer, InBackward) for optimizer in trainer.optimizers):
-            raise UserError(
-                "pull_to_start: adds to the gradients before a step, and ldm.optim.InBackward steps during backward; "
-                "use decay_to_start.yaml, or the inner optimizer as optimizer_config"
-            )
+        refuse_if(
+            any(isinstance(optimizer, InBackward) for optimizer in trainer.optimizers),
+            "pull_to_start: adds to the gradients before a step, and ldm.optim.InBackward steps during backward; "
+            "use decay_to_start.yaml, or the inner optimizer as optimizer_config",
+        )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise UserError(
                 f"pull_to_start: precision={trainer.precision} scales the gradients; use --precision bf16-mixed"

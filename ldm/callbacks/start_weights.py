@@ -14,7 +14,7 @@ from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
 from ldm.checkpoint.keys import is_factor
 from ldm.checkpoint.names import in_our_names
 from ldm.distributed.dtensor import local_tensor, shard_like
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ def read_starts(path: Path, groups: Groups, module: nn.Module, callback: str) ->
     starts = {}
     for parameter in (parameter for group in groups for parameter in group["params"]):
         name, shape = names[parameter], tuple(parameter.shape)
-        if is_factor(name):
-            raise UserError(
-                f"{callback}: a LoRA starts without a change, so the optimizer's own weight_decay pulls to the start; "
-                "leave this callback out"
-            )
+        refuse_if(
+            is_factor(name),
+            f"{callback}: a LoRA starts without a change, so the optimizer's own weight_decay pulls to the start; "
+            "leave this callback out",
+        )
         if name in weights and weights[name].shape == shape:
             starts[parameter] = weights[name]
         elif name in weights or not is_optional(name):

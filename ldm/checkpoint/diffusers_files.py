@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm.files import read_at_most
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 Weights = dict[str, torch.Tensor]
 
@@ -38,8 +38,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; copy it from the model's folder") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error!s:.80}); download or copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds {type(content).__name__}, not a JSON object; download or copy it again")
+    refuse_if(
+        not isinstance(content, dict),
+        f"{path}: holds {type(content).__name__}, not a JSON object; download or copy it again",
+    )
     return content
 
 
@@ -60,13 +62,15 @@ def weights_file(folder: Path) -> Path:
                 found[place] = path
     variants = sorted({variant for variant, _ in found})
     shard = next((path.name for path in sorted(folder.iterdir()) if re.search(_SHARD, path.name)), None)
-    if not variants and shard is not None:
-        raise UserError(f"{folder}: has {shard}, and no index of its files, such as model.safetensors.index.json")
-    if not variants:
-        raise UserError(f"{folder}: holds no weights of diffusers, such as diffusion_pytorch_model.safetensors")
+    refuse_if(
+        not variants and shard is not None,
+        f"{folder}: has {shard}, and no index of its files, such as model.safetensors.index.json",
+    )
+    refuse_if(not variants, f"{folder}: holds no weights of diffusers, such as diffusion_pytorch_model.safetensors")
     variant = next((name for name in ("", _HALF) if name in variants), variants[0] if len(variants) == 1 else None)
-    if variant is None:
-        raise UserError(f"{folder}: holds the variants {', '.join(variants)}; rename one to a name without variant")
+    refuse_if(
+        variant is None, f"{folder}: holds the variants {', '.join(variants)}; rename one to a name without variant"
+    )
     return next(found[variant, kind] for kind in _FORMATS if (variant, kind) in found)
 
 
@@ -79,8 +83,10 @@ def read_weights(path: Path, open_weights: Callable[[Path], Weights]) -> Weights
     if path.suffix != ".json":
         return open_weights(path)
     places = read_json(path).get("weight_map")
-    if not isinstance(places, Mapping) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{path}: has no weight_map; download or copy it again")
+    refuse_if(
+        not isinstance(places, Mapping) or not all(isinstance(name, str) for name in places.values()),
+        f"{path}: has no weight_map; download or copy it again",
+    )
     shards = {name: _open_shard(path, name, open_weights) for name in dict.fromkeys(places.values())}
     for key, name in places.items():
         if key not in shards[name]:
@@ -89,8 +95,12 @@ def read_weights(path: Path, open_weights: Callable[[Path], Weights]) -> Weights
 
 
 def _open_shard(index: Path, name: str, open_weights: Callable[[Path], Weights]) -> Weights:
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{index}: names the file {name!r:.100}, which is not in its folder; download the index again")
-    if not (index.parent / name).exists():
-        raise UserError(f"{index.parent / name}: no such file, but {index.name} names it; download it too")
+    refuse_if(
+        Path(name).name != name or name in ("", ".", ".."),
+        f"{index}: names the file {name!r:.100}, which is not in its folder; download the index again",
+    )
+    refuse_if(
+        not (index.parent / name).exists(),
+        f"{index.parent / name}: no such file, but {index.name} names it; download it too",
+    )
     return open_weights(index.parent / name)

@@ -32,7 +32,7 @@ from ldm.checkpoint.diffusers_schedule import check_schedule, prediction_of
 from ldm.checkpoint.diffusers_sizes import check_sizes
 from ldm.checkpoint.keys import COND_STAGE, FIRST_STAGE, TOWERS, UNET, UNUSED_BY_TOWERS, is_optional
 from ldm.checkpoint.mapped import Joined, in_memory
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler"
@@ -130,8 +130,10 @@ def _part_folders(path: Path) -> dict[str, Path]:
                 "UNets of Stable Diffusion 1, 2 and XL"
             )
         for part in PARTS:
-            if _names_class(index.get(part)) and not (path / part).is_dir():
-                raise UserError(f"{path / part}: no such folder, but {INDEX} names it; download it too")
+            refuse_if(
+                _names_class(index.get(part)) and not (path / part).is_dir(),
+                f"{path / part}: no such folder, but {INDEX} names it; download it too",
+            )
     found = {part: path / part for part in PARTS if (path / part).is_dir()}
     if found:
         return found
@@ -168,11 +170,11 @@ def _prefix(part: str, is_xl: bool) -> str:
 def _kind(config: Mapping[str, Any], folder: Path) -> str:
     config = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     activation = config.get("hidden_act", "quick_gelu")  # the default of transformers
-    if not isinstance(activation, str) or activation not in _KINDS:
-        raise UserError(
-            f"{folder / CONFIG}: hidden_act {activation!r:.40} is not of CLIP or OpenCLIP; "
-            f"this program takes {' or '.join(_KINDS)}"
-        )
+    refuse_if(
+        not isinstance(activation, str) or activation not in _KINDS,
+        f"{folder / CONFIG}: hidden_act {activation!r:.40} is not of CLIP or OpenCLIP; "
+        f"this program takes {' or '.join(_KINDS)}",
+    )
     return _KINDS[activation]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,10 @@ def prediction_of(config: Mapping[str, Any], path: Path) -> tuple[str | None, bo
     if not config:
         return None, False
     name = config.get("prediction_type", "epsilon")
-    if not isinstance(name, str) or name not in PREDICTIONS:
-        raise UserError(f"{path}: prediction_type {name!r:.40}: this program takes {' or '.join(PREDICTIONS)}")
+    refuse_if(
+        not isinstance(name, str) or name not in PREDICTIONS,
+        f"{path}: prediction_type {name!r:.40}: this program takes {' or '.join(PREDICTIONS)}",
+    )
     return PREDICTIONS[name], config.get("rescale_betas_zero_snr") is True
 
 

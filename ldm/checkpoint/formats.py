@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # Typed storages of torch.save. Other dtypes are saved as an UntypedStorage of bytes.
 STORAGE_NAMES = {
@@ -104,8 +104,10 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if tensor.dtype == dtype:
         return tensor
-    if tensor.is_complex() and not dtype.is_complex:
-        raise UserError(f"a weight is {tensor.dtype}, which {dtype} cannot hold; save it in another dtype")
+    refuse_if(
+        tensor.is_complex() and not dtype.is_complex,
+        f"a weight is {tensor.dtype}, which {dtype} cannot hold; save it in another dtype",
+    )
     try:
         return tensor.to(dtype)
     except RuntimeError as error:

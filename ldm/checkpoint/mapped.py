@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ldm.files import forget_mapped, note_mapped, open_file
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 # Bits of an entry in /proc/self/pagemap (Linux, admin-guide/mm/pagemap).
 _PRESENT, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61
@@ -51,14 +51,15 @@ class _Source:
             except OSError as error:  # a disk error
                 error.filename = str(self.path)
                 raise
-            if not count:
-                raise UserError(f"{self.path}: was truncated while it was read; start again with the complete file")
+            refuse_if(not count, f"{self.path}: was truncated while it was read; start again with the complete file")
             done += count
         self.check()
 
     def check(self) -> None:
-        if _state(self.descriptor) != self.state:
-            raise UserError(f"{self.path}: was changed while it was read; start again with an unchanging file")
+        refuse_if(
+            _state(self.descriptor) != self.state,
+            f"{self.path}: was changed while it was read; start again with an unchanging file",
+        )
 
 
 _SOURCES: dict[int, _Source] = {}  # sources of the existing maps, by address
@@ -102,10 +103,10 @@ class MappedFile:
             now = self.source.path.stat()
         except FileNotFoundError:
             now = None
-        if now is None or not os.path.samestat(now, self._identity):
-            raise UserError(
-                f"{self.source.path}: was replaced while it was opened; start again with an unchanging file"
-            )
+        refuse_if(
+            now is None or not os.path.samestat(now, self._identity),
+            f"{self.source.path}: was replaced while it was opened; start again with an unchanging file",
+        )
 
     def tensor(self, dtype: torch.dtype, offset: int, numel: int) -> torch.Tensor:
         """Return the tensor (numel,) at byte `offset`, as a copy if it is not aligned in the file."""

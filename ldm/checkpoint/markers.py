@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.keys import EDM_MARKERS, V_PREDICTION, ZERO_SNR
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ def marked_parameterization(keys: Collection[str], metadata: Mapping[str, str] |
 def check_markers(keys: Collection[str], source: str) -> None:
     """Raise `UserError` if `keys`, read from `source`, has a marker of a noise schedule that no model here has."""
     marker = next((key for key in EDM_MARKERS if key in keys), None)
-    if marker is not None:
-        raise UserError(
-            f"{source}: holds {marker}, the marker of an EDM noise schedule (arXiv:2206.00364); no model here has it, "
-            "use another release"
-        )
+    refuse_if(
+        marker is not None,
+        f"{source}: holds {marker}, the marker of an EDM noise schedule (arXiv:2206.00364); no model here has it, "
+        "use another release",
+    )
 
 
 def compare_markers(

@@ -23,7 +23,7 @@ from ldm.checkpoint.markers import PREDICTION_TYPE, STATED, with_markers
 from ldm.checkpoint.other_models import other_model
 from ldm.checkpoint.pickled import without_left_out
 from ldm.files import open_file
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +147,10 @@ def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Ten
     """
     if _OF_BESIDE.intersection(content):  # of any program, whatever it names the rest
         raise UserError(f"{path}: {other_model([key for key in content if isinstance(key, str)])}")
-    if "param_groups" in content and "state_dict" not in content:
-        raise UserError(f"{path}: the state of an optimizer, without weights; name the file of the model beside it")
+    refuse_if(
+        "param_groups" in content and "state_dict" not in content,
+        f"{path}: the state of an optimizer, without weights; name the file of the model beside it",
+    )
     nested = content.get("state_dict", content)
     for _ in range(_MOST_NESTED):
         if not isinstance(nested, dict) or any(isinstance(value, torch.Tensor) for value in nested.values()):
@@ -159,8 +161,7 @@ def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Ten
             raise UserError(f"{path}: has several dicts of weights ({names}); save one of them as state_dict")
         inner = inner or {name: value for name, value in nested.items() if isinstance(value, dict)}
         nested = next(iter(inner.values())) if len(inner) == 1 else nested
-    if not isinstance(nested, dict):
-        raise UserError(f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
+    refuse_if(not isinstance(nested, dict), f"{path}: its state_dict is {type(nested).__name__}, not a dict of tensors")
     weights = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not weights:
         keys = ", ".join(f"{key!r:.40}" for key in list(nested)[:5])
@@ -181,18 +182,15 @@ def _head(path: Path) -> bytes:
     Raises:
         UserError: the file is missing or empty, or its first bytes are those of another kind of file.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, and none of diffusers; name the .ckpt or .safetensors file in it")
+    refuse_if(path.is_dir(), f"{path}: a folder, and none of diffusers; name the .ckpt or .safetensors file in it")
     try:
         with open_file(path) as file:
             head = file.read(512)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file") from error
-    if not head:
-        raise UserError(f"{path}: empty file; download or copy it again")
+    refuse_if(not head, f"{path}: empty file; download or copy it again")
     for beginning, meaning in _MISTAKEN:
-        if head.lstrip().startswith(beginning) and not _is_safetensors(head):
-            raise UserError(f"{path}: {meaning}")
+        refuse_if(head.lstrip().startswith(beginning) and not _is_safetensors(head), f"{path}: {meaning}")
     return head
 
 

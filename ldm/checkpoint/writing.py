@@ -26,7 +26,7 @@ from ldm.checkpoint.formats import SAFETENSORS_NAMES, STORAGE_NAMES, as_bytes, c
 from ldm.checkpoint.mapped import Unread, in_memory
 from ldm.checkpoint.zip_writer import ZipWriter
 from ldm.files import atomic_write
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK of madvise(2), which Python does not name
 HASH = "modelspec.hash_sha256"  # metadata: the SHA-256 of the tensors of a `.safetensors` (ModelSpec 1.0)
@@ -160,11 +160,11 @@ def save_state_dict(
 
 def check_suffix(path: str | Path) -> None:
     """Raise `UserError` unless `path` has a suffix of a format for weights."""
-    if Path(path).suffix not in (".ckpt", ".safetensors"):
-        raise UserError(
-            f"{path}: the name must end in .ckpt or .safetensors, which selects the format, or in / for a folder of "
-            "diffusers"
-        )
+    refuse_if(
+        Path(path).suffix not in (".ckpt", ".safetensors"),
+        f"{path}: the name must end in .ckpt or .safetensors, which selects the format, or in / for a folder of "
+        "diffusers",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +191,11 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) not in (torch.Tensor, torch.nn.Parameter, Pending) and not isinstance(value, Unread):
             return NotImplemented  # a tensor subclass is pickled as a class and plain tensors
-        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_nested):
-            raise UserError("a quantised, sparse or nested tensor cannot be saved; save a dense tensor instead")
+        refuse_if(
+            isinstance(value, torch.Tensor)
+            and (value.layout != torch.strided or value.is_quantized or value.is_nested),
+            "a quantised, sparse or nested tensor cannot be saved; save a dense tensor instead",
+        )
         key, size = str(len(self.tensors)), torch.Size(value.shape)
         self.tensors.append(value)
         stride = torch.empty(size, device="meta").stride()
@@ -220,8 +223,10 @@ def _write_safetensors(
     end = 0
     for name in names:
         tensor = state_dict[name]
-        if tensor.dtype not in SAFETENSORS_NAMES:
-            raise UserError(f"{name} has dtype {tensor.dtype}, which .safetensors cannot hold; write a .ckpt")
+        refuse_if(
+            tensor.dtype not in SAFETENSORS_NAMES,
+            f"{name} has dtype {tensor.dtype}, which .safetensors cannot hold; write a .ckpt",
+        )
         start, end = end, end + tensor.nbytes
         dtype = SAFETENSORS_NAMES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}

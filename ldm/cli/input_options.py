@@ -47,21 +47,18 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 def check_input_options(options: argparse.Namespace) -> None:
     """Raise `UserError` for the first option of `add_input_options` that is out of range or lacks another."""
     strength = options.strength
-    if strength is not None and not 0 < strength <= 1:
-        raise UserError(f"--strength {strength}: give a number above 0, up to 1")
+    refuse_if(strength is not None and not 0 < strength <= 1, f"--strength {strength}: give a number above 0, up to 1")
     check_number("--image-scale", options.image_scale, whole=False, optional=True)
     for option in _SIZES:
         for value in getattr(options, option) or ():
             check_number(f"--{option.replace('_', '-')}", value, least=0 if option == "crop" else 1)
     refuse_if(
-        (
-            strength is not None and options.init_image is None,
-            f"--strength {strength}: give --init-image too, the image to start from",
-        ),
-        (
-            options.mask is not None and options.image is None,
-            f"--mask {options.mask}: give --image too, the image to repaint",
-        ),
+        strength is not None and options.init_image is None,
+        f"--strength {strength}: give --init-image too, the image to start from",
+    )
+    refuse_if(
+        options.mask is not None and options.image is None,
+        f"--mask {options.mask}: give --image too, the image to repaint",
     )
 
 

@@ -10,7 +10,7 @@ from ldm.cli.paths import check_release
 from ldm.files import read_lines
 from ldm.modules.encoders.caption_settings import check_caption_options
 from ldm.release import CONVENTIONAL_RELEASE
-from ldm.util import UserError, check_number
+from ldm.util import check_number, refuse_if
 
 # The keys of `ldm.models.diffusion.text_to_image.SAMPLERS`, which imports torch.
 SAMPLERS = ("ddim", "plms", "dpm_solver")
@@ -173,8 +173,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """
     if file is not None:
         prompts = prompts + [line for _, line in read_lines(file)]
-    if not prompts:
-        raise UserError("no prompt: give --prompt or --from-file")
+    refuse_if(not prompts, "no prompt: give --prompt or --from-file")
     return prompts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ldm.release import CONVENTIONAL_RELEASE
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 LOGS = Path("logs")  # folder of the runs
 
@@ -24,15 +24,18 @@ def newest_checkpoint(logs: Path = LOGS, *, required: bool = True) -> Path | Non
     found = [path for folder in _run_folders(logs) if (path := folder / "checkpoints" / "last.ckpt").is_file()]
     if not found and not required:
         return None
-    if not found:
-        raise UserError(f"no run with checkpoints/last.ckpt in {logs}/; name the training checkpoint with --train-ckpt")
+    refuse_if(
+        not found, f"no run with checkpoints/last.ckpt in {logs}/; name the training checkpoint with --train-ckpt"
+    )
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.relative_to(logs).parts))
 
 
 def check_release(option: str, path: Path) -> None:
     """Raise `UserError` if `path` is the default of `option`, and missing."""
-    if path == CONVENTIONAL_RELEASE and not path.exists():
-        raise UserError(f"{path}: no such file; it is the default of {option}, so name your release with {option} FILE")
+    refuse_if(
+        path == CONVENTIONAL_RELEASE and not path.exists(),
+        f"{path}: no such file; it is the default of {option}, so name your release with {option} FILE",
+    )
 
 
 def _run_folders(logs: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from types import FrameType
 from ldm.cli.streams import tolerant_streams
 from ldm.files import exit_on_bus_error, leave_closed_terminal
 from ldm.printable import escaped, printable
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +192,5 @@ def call(*words: object) -> None:
     logger.info("\n$ %s", shlex.join(["python", *command]))
     started = time.monotonic()
     status = subprocess.run([sys.executable, *command]).returncode
-    if status:
-        raise UserError(f"the command above failed with exit code {status}")
+    refuse_if(status, f"the command above failed with exit code {status}")
     logger.info("(%.0f s)", time.monotonic() - started)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # Numbers, booleans and null. Unlike in YAML 1.1, `on`, `010`, `1_000` and `12:30:00` are text.
 _NULL = ("null", "~", "")
@@ -58,8 +58,10 @@ def parse_value(text: str) -> Any:
     """
     ends = text[:1] + text[-1:] if len(text) > 1 else ""
     for opening, closing in ("[]", "{}"):
-        if text.startswith(opening) and closing not in text:
-            raise UserError(f"{text!r:.100}: the value is not valid YAML (it lacks {closing!r})")
+        refuse_if(
+            text.startswith(opening) and closing not in text,
+            f"{text!r:.100}: the value is not valid YAML (it lacks {closing!r})",
+        )
     if not _SCALAR.fullmatch(text) and ends not in ("[]", "{}", "''", '""'):
         return text
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # References to a value of the config: `${model.params.x}`, `${.x}`, `${a[0]}`.
 _REFERENCE = re.compile(r"\$\{(\.*)([^${}:\s]+)\}")
@@ -30,8 +30,10 @@ def check_interpolations(config: Any, source: str, typed: Collection[Path] = ())
     Values at the paths `typed` come from the command line and are not checked. `source` names the config in messages.
     Missing and circular references are errors of the resolution, not of this check.
     """
-    if _Sizes(config, source, typed).of(()) > _MOST:
-        raise UserError(f"{source}: its ${{...}} expand to too many values; write the values out")
+    refuse_if(
+        _Sizes(config, source, typed).of(()) > _MOST,
+        f"{source}: its ${{...}} expand to too many values; write the values out",
+    )
 
 
 def typed_paths(parts: Collection[Any]) -> set[Path]:
@@ -121,11 +123,11 @@ class _Sizes:
             return sum(self.of((*path, str(number))) for number in range(len(value)))
         if not isinstance(value, str):
             return 0
-        if "${" in _REFERENCE.sub("", value) and path not in self.typed:
-            raise UserError(
-                f"{self.source}: {value!r:.100}: an untrusted config may only use ${{path.to.a.value}}; "
-                "write the value out, or give --trust-config if you trust the author of the config"
-            )
+        refuse_if(
+            "${" in _REFERENCE.sub("", value) and path not in self.typed,
+            f"{self.source}: {value!r:.100}: an untrusted config may only use ${{path.to.a.value}}; "
+            "write the value out, or give --trust-config if you trust the author of the config",
+        )
         return len(value) + sum(self.of(_target(path, *found)) for found in _REFERENCE.findall(value))
 
 

@@ -18,7 +18,7 @@ from ldm.config.interpolations import check_interpolations, resolve_references, 
 from ldm.config.merge import merge_configs
 from ldm.config.trust import check_trust
 from ldm.files import check_file, decode_text, read_at_most
-from ldm.util import UserError, instantiate_from_config, nearest
+from ldm.util import UserError, instantiate_from_config, nearest, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ def _without_empty(config: DictConfig) -> DictConfig:
 def _drop_other_sections(config: DictConfig, source: str) -> None:
     """Remove the sections of other programs. Interpolations must be resolved first."""
     others = [section for section in config if section not in SECTIONS]
-    if "previews" in others:
-        raise UserError(f"{source}: previews is a part of lightning; write it as lightning.previews")
+    refuse_if("previews" in others, f"{source}: previews is a part of lightning; write it as lightning.previews")
     for section in others:
         del config[section]
     if others:
@@ -131,8 +130,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         UserError: the file does not exist.
     """
-    if not str(name).strip():
-        raise UserError(f"--base {str(name)!r}: names no file; give a YAML config")
+    refuse_if(not str(name).strip(), f"--base {str(name)!r}: names no file; give a YAML config")
     for path in (Path(name), *(folder / name for folder in _CONFIG_FOLDERS)):
         if path.is_file():
             return path
@@ -174,8 +172,7 @@ def build_data(config: DictConfig) -> Any:
 
 
 def _build(config: DictConfig, section: str) -> Any:
-    if not config.get(section):
-        raise UserError(f"the config has no {section!r} section; give one with --base")
+    refuse_if(not config.get(section), f"the config has no {section!r} section; give one with --base")
     return instantiate_from_config(plain(config[section]))
 
 
@@ -207,8 +204,10 @@ def read_config(path: Path) -> DictConfig:
         raise UserError(f"{path}: not a YAML mapping with the sections {', '.join(SECTIONS)}") from error
     except Exception as error:  # invalid values, such as `!!int x`, raise various exceptions in PyYAML
         raise UserError(f"{path}: not a readable config ({_first_line(error)})") from error
-    if not isinstance(part, DictConfig):
-        raise UserError(f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, found a list")
+    refuse_if(
+        not isinstance(part, DictConfig),
+        f"{path}: expected a mapping with the sections {', '.join(SECTIONS)}, found a list",
+    )
     sections = OmegaConf.to_container(part)
     if sections and all(value is None and key not in SECTIONS for key, value in sections.items()):  # a text
         raise UserError(f"{path}: not a YAML mapping with the sections {', '.join(SECTIONS)}")
@@ -217,8 +216,7 @@ def read_config(path: Path) -> DictConfig:
 
 def _parse_override(override: str) -> DictConfig:
     key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"{override!r} is not an override of the form a.b.c=value")
+    refuse_if(not equals or not all(key.split(".")), f"{override!r} is not an override of the form a.b.c=value")
     try:
         part = OmegaConf.create()
         OmegaConf.update(part, key, parse_value(text))

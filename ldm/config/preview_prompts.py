@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import read_lines
-from ldm.util import UserError, check_keys, check_number, located
+from ldm.util import UserError, check_keys, check_number, located, refuse_if
 
 # Options of a line, as in the sample prompts of other trainers.
 _OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "scale"}
@@ -43,17 +43,17 @@ class PreviewPrompt:
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
-            if not isinstance(text, str):
-                raise UserError(f"{name} {text!r:.100}: give text, in quotes if it is a number")
-            if "${" in text:
-                raise UserError(f"{name} {text!r:.100}: ${{ has a meaning in configs; leave it out")
+            refuse_if(not isinstance(text, str), f"{name} {text!r:.100}: give text, in quotes if it is a number")
+            refuse_if("${" in text, f"{name} {text!r:.100}: ${{ has a meaning in configs; leave it out")
         for name in ("width", "height"):
             check_number(name, getattr(self, name), least=1, optional=True)
         check_number("seed", self.seed, least=0, most=2**63 - 1)
         check_number("steps", self.steps, least=1)
         check_number("scale", self.scale, whole=False)
-        if self.negative_prompt and self.scale == 1:
-            raise UserError("the negative prompt needs guidance, which a scale of 1 turns off; give a larger scale")
+        refuse_if(
+            self.negative_prompt and self.scale == 1,
+            "the negative prompt needs guidance, which a scale of 1 turns off; give a larger scale",
+        )
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -70,13 +70,11 @@ def read_prompt_file(path: str | Path) -> list[str]:
     Raises:
         UserError: the file is missing, has no prompt, or a line is wrong. The message names the line.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file of prompts; give a text file with a prompt per line")
+    refuse_if(not Path(path).exists(), f"{path}: no such file of prompts; give a text file with a prompt per line")
     lines = [(number, line) for number, line in read_lines(path) if not line.startswith("#")]
     for number, line in lines:
         parse_prompt(line, f"{path}, line {number}")
-    if not lines:
-        raise UserError(f"{path}: has no prompt; give one per line, such as: a red apple --w 512 --h 512 --d 42")
+    refuse_if(not lines, f"{path}: has no prompt; give one per line, such as: a red apple --w 512 --h 512 --d 42")
     return [line for _, line in lines]
 
 
@@ -96,8 +94,7 @@ def parse_prompt(entry: Any, where: str) -> PreviewPrompt:
         given = _options_of(entry, where)
     else:
         raise UserError(f"{where}: {entry!r:.100} is no prompt; give text or a mapping with prompt")
-    if "prompt" not in given:
-        raise UserError(f"{where}: has no prompt; give one, and options after it")
+    refuse_if("prompt" not in given, f"{where}: has no prompt; give one, and options after it")
     with located(where):
         return PreviewPrompt(**given)
 
@@ -106,11 +103,9 @@ def _options_of(line: str, where: str) -> dict[str, Any]:
     prompt, *rest = _OPTION.split(line)
     given: dict[str, Any] = {"prompt": prompt.strip()}
     for option, text in zip(rest[::2], rest[1::2], strict=True):
-        if option not in _OPTIONS:
-            raise UserError(f"{where}: --{option} is not an option of a preview; valid: {_USAGE}")
+        refuse_if(option not in _OPTIONS, f"{where}: --{option} is not an option of a preview; valid: {_USAGE}")
         name = _OPTIONS[option]
-        if name in given:
-            raise UserError(f"{where}: --{option} is given twice; keep one")
+        refuse_if(name in given, f"{where}: --{option} is given twice; keep one")
         given[name] = text.strip() if name == "negative_prompt" else _number(text.strip(), name, f"{where}: --{option}")
     return given
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,10 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
         """
         if self.valid_ids is None:
             return
-        if len(self.valid_ids) < world:
-            raise UserError(f"{type(self).__name__}: {len(self.valid_ids)} ids are too few for {world} processes")
+        refuse_if(
+            len(self.valid_ids) < world,
+            f"{type(self).__name__}: {len(self.valid_ids)} ids are too few for {world} processes",
+        )
         self._world = world
         self.sample_ids = part_of(self.valid_ids, rank, world)
 

@@ -16,7 +16,7 @@ from ldm.data.base_module import MOST_WORKERS, BaseDataModule
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
 from ldm.data.sizes import check_sizes
 from ldm.shards.sample import STREAM
-from ldm.util import UserError, check_number, instantiate_from_config
+from ldm.util import check_number, instantiate_from_config, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +116,16 @@ class DataModuleFromConfig(BaseDataModule):
         """Augment the images of a training batch on their device."""
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
-        if not isinstance(batch, dict) or self.image_key not in batch or STREAM not in batch:
-            raise UserError(f"data.params.augment: training samples have no entry {self.image_key!r}; set image_key")
+        refuse_if(
+            not isinstance(batch, dict) or self.image_key not in batch or STREAM not in batch,
+            f"data.params.augment: training samples have no entry {self.image_key!r}; set image_key",
+        )
         return {**batch, self.image_key: self.augmentation(batch[self.image_key], batch[STREAM])}
 
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        if "train" not in self.datasets:
-            raise UserError("data.params.train is missing: give the training dataset by target and params")
+        refuse_if(
+            "train" not in self.datasets, "data.params.train is missing: give the training dataset by target and params"
+        )
         return self._loader("train")
 
     def val_dataloader(self) -> SampleLoader | list[SampleLoader]:

@@ -40,7 +40,7 @@ from ldm.shards.sample import (
     plain,
 )
 from ldm.shards.urls import expand_urls, shard_weights, without_weights
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -189,10 +189,10 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
     ) -> Change | None:
         """Return the change of the samples of `dataset`: choices of variant, caption and mask, then `dropout`."""
         has_masks = set(NUMBERED) <= set(dataset.keys)
-        if training and self.full_mask_share and not has_masks:
-            raise UserError(
-                f"data.params.full_mask_share {self.full_mask_share}: the training samples have no masks; leave it out"
-            )
+        refuse_if(
+            training and self.full_mask_share and not has_masks,
+            f"data.params.full_mask_share {self.full_mask_share}: the training samples have no masks; leave it out",
+        )
         masks = self._mask_choice(dataset, training) if has_masks else None
         changes = [*choices(dataset, self.seed), *(change for change in (masks, dropout) if change is not None)]
         return InTurn(changes) if changes else None
@@ -211,11 +211,11 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         kind, share, of_edits = CaptionDropout, self.null_cond_dropout, getattr(self._model(), "dropout", None)
         if EDIT in dataset.keys and of_edits is not None:
             kind, share = EditDropout, of_edits
-            if self.null_cond_dropout:
-                raise UserError(
-                    f"data.params.null_cond_dropout {self.null_cond_dropout}: captions and images of edits are dropped "
-                    f"by model.params.dropout, which is {share}; leave it out"
-                )
+            refuse_if(
+                self.null_cond_dropout,
+                f"data.params.null_cond_dropout {self.null_cond_dropout}: captions and images of edits are dropped "
+                f"by model.params.dropout, which is {share}; leave it out",
+            )
         if not share:
             return None
         key = self._keys()[1]
@@ -236,8 +236,9 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         """Return the folder of the files `null.*.npy`: that of `null_cond_path`, or of the shards."""
         if self.null_cond_path is not None:
             return as_path(self.null_cond_path).parent
-        if isinstance(dataset, ShardStream):
-            raise UserError(f"{setting} with streamed shards needs null_cond_path, a local file")
+        refuse_if(
+            isinstance(dataset, ShardStream), f"{setting} with streamed shards needs null_cond_path, a local file"
+        )
         return dataset.paths[0].parent
 
     def _check_model(self, dataset: ShardDataset | ShardStream) -> None:
@@ -288,8 +289,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         return loader(items, batch_sampler=sampler, num_workers=self.num_workers, together=self._is_shared())
 
     def train_dataloader(self) -> SampleLoader:
-        if "training" not in self.datasets:
-            raise UserError("data.params.training_urls is missing: give the training shards")
+        refuse_if("training" not in self.datasets, "data.params.training_urls is missing: give the training shards")
         return self._loader("training", self._shuffle_training(self.shuffle), self.drop_last)
 
     def val_dataloader(self) -> SampleLoader | list[SampleLoader]:

@@ -18,7 +18,7 @@ from ldm.shards import npy
 from ldm.shards.index import EMPTY_CAPTION, ZEROS, read_index
 from ldm.shards.sample import CAPTION, EDIT, STREAM, with_caption, with_variant
 from ldm.shards.spans import beside_shards
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # Function from a sample, the epoch, and the sample's number or name to the changed sample.
 Change = Callable[[dict[str, Any], int, int | str], dict[str, Any]]
@@ -36,8 +36,10 @@ def load_null(path: ShardPath) -> np.ndarray:
         "null_cond_dropout needs it: the text encoder's output for the empty caption; tools/preencode.py writes it "
         "beside the shards, null_cond_path names another place",
     )
-    if not null.any() and (read_index(path.parent) or {}).get(EMPTY_CAPTION) != ZEROS:
-        raise UserError(f"{path}: is not the encoding of an empty caption: it is all zeros")
+    refuse_if(
+        not null.any() and (read_index(path.parent) or {}).get(EMPTY_CAPTION) != ZEROS,
+        f"{path}: is not the encoding of an empty caption: it is all zeros",
+    )
     return null
 
 
@@ -52,11 +54,9 @@ def read_array(path: ShardPath, needed: str) -> np.ndarray:
     except NotServed as error:
         raise UserError(f"{error}; {needed}") from error
     check_file(file)
-    if not file.exists():
-        raise UserError(f"{path}: not found, and {needed}")
+    refuse_if(not file.exists(), f"{path}: not found, and {needed}")
     array = npy.decode(bytearray(read_at_most(file, MOST_IN_MEMBER)), str(path))
-    if not np.isfinite(array).all():
-        raise UserError(f"{path}: has NaN or infinite values; restore the file")
+    refuse_if(not np.isfinite(array).all(), f"{path}: has NaN or infinite values; restore the file")
     return array
 
 
@@ -82,11 +82,11 @@ class CaptionDropout:
             UserError: the model has zeros in place of the encoding of an empty caption.
         """
         stage = getattr(model, "cond_stage_model", None)
-        if getattr(stage, "caption_embedders", None) and stage.empties_to_zeros:
-            raise UserError(
-                "data.params.null_cond_dropout: this model has zeros for the encodings of empty captions; set it to 0, "
-                "and ucg_rate of the embedders in cond_stage_config"
-            )
+        refuse_if(
+            getattr(stage, "caption_embedders", None) and stage.empties_to_zeros,
+            "data.params.null_cond_dropout: this model has zeros for the encodings of empty captions; set it to 0, "
+            "and ucg_rate of the embedders in cond_stage_config",
+        )
         return ""
 
 

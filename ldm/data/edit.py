@@ -50,15 +50,13 @@ class EditDataset(Dataset):
     ) -> None:
         check_choice("split", split, tuple(_SPLITS))
         refuse_if(
-            (
-                len(splits) != len(_SPLITS) or not math.isclose(sum(splits), 1),
-                f"splits {list(splits)}: give three shares that sum to 1",
-            ),
-            (
-                not crop_res <= min_resize_res <= max_resize_res,
-                f"crop_res {crop_res}, min_resize_res {min_resize_res}, max_resize_res {max_resize_res}: "
-                "must be in ascending order",
-            ),
+            len(splits) != len(_SPLITS) or not math.isclose(sum(splits), 1),
+            f"splits {list(splits)}: give three shares that sum to 1",
+        )
+        refuse_if(
+            not crop_res <= min_resize_res <= max_resize_res,
+            f"crop_res {crop_res}, min_resize_res {min_resize_res}, max_resize_res {max_resize_res}: "
+            "must be in ascending order",
         )
         self.path = existing_folder(path, "seeds.json and the folders of image pairs")
         seeds = self._read_seeds()
@@ -76,8 +74,10 @@ class EditDataset(Dataset):
         """Return the folder of each pair, relative to `path`, and the seeds of its images."""
         found = read_json(self.path / "seeds.json", "seeds")
         for entry in found if isinstance(found, list) else [None]:
-            if not (isinstance(entry, list) and list(map(type, entry)) == [str, list] and entry[1]):
-                raise UserError(f"{self.path / 'seeds.json'}: expected a list of [name, [seed, ...]]")
+            refuse_if(
+                not (isinstance(entry, list) and list(map(type, entry)) == [str, list] and entry[1]),
+                f"{self.path / 'seeds.json'}: expected a list of [name, [seed, ...]]",
+            )
         return [(relative_name(name, self.path, "seeds.json: a pair"), own) for name, own in found]
 
     def __len__(self) -> int:
@@ -89,8 +89,7 @@ class EditDataset(Dataset):
         seed = str(seeds[random_below(len(seeds))])
         described = read_json(folder / "prompt.json", "prompt")
         prompt = described.get("edit") if isinstance(described, dict) else None
-        if not isinstance(prompt, str):
-            raise UserError(f"{folder / 'prompt.json'}: has no instruction 'edit'")
+        refuse_if(not isinstance(prompt, str), f"{folder / 'prompt.json'}: has no instruction 'edit'")
         low, high = self.resize_res
         side = low + random_below(high - low + 1)
         pair = torch.cat([self._load(f"{name}/{seed}_{which}.jpg", side) for which in (0, 1)])  # 6 side side

@@ -16,7 +16,7 @@ from ldm.data.listed import ListedImages, folder_images, read_list, scaled_and_c
 from ldm.data.parsed import read_yaml
 from ldm.data.superresolution import PairedImages
 from ldm.images.find import ImageItem
-from ldm.util import UserError, nearest
+from ldm.util import UserError, nearest, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,10 @@ def class_numbers(root: Path, found: list[str]) -> dict[str, int]:
     file = root.parent / _NUMBERS
     if file.is_file():
         listed = read_yaml(file, "numbers of classes")
-        if not isinstance(listed, dict) or not all(type(number) is int for number in listed):
-            raise UserError(f"{file}: expected lines such as '0: n01440764'")
+        refuse_if(
+            not isinstance(listed, dict) or not all(type(number) is int for number in listed),
+            f"{file}: expected lines such as '0: n01440764'",
+        )
         return {str(name): number for number, name in listed.items()}
     training = root.parent.parent / "ILSVRC2012_train" / root.name
     names = {path.name for path in training.iterdir() if path.is_dir()} if training.is_dir() else set()
@@ -90,8 +92,7 @@ class ImageNetBase(ListedImages):
                 raise UserError(f"unknown key {key!r} in the config of ImageNet{nearest(str(key), list(_CONFIG_KEYS))}")
         root = Path(data_root).expanduser() if data_root else default_root(self.PART)
         items = [item for item in folder_images(root, "ImageNet, one folder per class") if "/" in item.name]
-        if not items:
-            raise UserError(f"{root}: has no class folders such as n01440764/")
+        refuse_if(not items, f"{root}: has no class folders such as n01440764/")
         numbers = class_numbers(root, [_class_of(item) for item in items])
         unknown = [item for item in items if _class_of(item) not in numbers]
         if unknown:

@@ -13,7 +13,7 @@ from ldm.data.conditions import AddEdge, AddLR, AddMask
 from ldm.data.config_module import DataModuleFromConfig
 from ldm.data.tar_images import Filter, TarImages, read_words
 from ldm.shards.urls import expand_urls, is_stream
-from ldm.util import UserError, check_keys, check_number
+from ldm.util import check_keys, check_number, refuse_if
 
 __all__ = ["AddEdge", "AddLR", "AddMask", "WebDataModuleFromConfig"]
 
@@ -83,19 +83,17 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
         return TarImages(paths, **given, keep=keep if keep else None)
 
     def _paths(self, split: str, shards: str | Sequence[str] | None) -> list[Path]:
-        if not shards:
-            raise UserError(f"data.params.{split}.shards is missing: give the tars")
-        if self.tar_base and self.tar_base.startswith("__"):
-            raise UserError(
-                f"data.params.tar_base {self.tar_base!r} stands for a set on its authors' servers; "
-                f"give the folder of your tars"
-            )
+        refuse_if(not shards, f"data.params.{split}.shards is missing: give the tars")
+        refuse_if(
+            self.tar_base and self.tar_base.startswith("__"),
+            f"data.params.tar_base {self.tar_base!r} stands for a set on its authors' servers; "
+            f"give the folder of your tars",
+        )
         names = [shards] if isinstance(shards, str) else list(shards)
         names = [name.strip().removesuffix(" -") for name in names]  # the end of a shell command in old configs
         if self.tar_base:
             names = [f"{self.tar_base.rstrip('/')}/{name}" for name in names]
         paths = expand_urls(names)
         stream = next(filter(is_stream, paths), None)
-        if stream is not None:
-            raise UserError(f"{stream}: is not a local tar; download it first, and set data.params.tar_base")
+        refuse_if(stream is not None, f"{stream}: is not a local tar; download it first, and set data.params.tar_base")
         return [Path(path) for path in paths]

@@ -17,7 +17,7 @@ from ldm.files import MOST_IN_MEMBER, read_at_most
 from ldm.images.captions import spelled
 from ldm.images.find import ImageItem
 from ldm.images.pixels import crop, image_size, random_below, resize
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 LABELS = 182  # number of labels in COCO-Stuff
 
@@ -47,8 +47,7 @@ class SegmentedImages(Dataset):
         segmentation_root: str | Path,
         random_crop: bool,
     ) -> None:
-        if crop_size > size:
-            raise UserError(f"crop_size {crop_size}: must be at most size, {size}")
+        refuse_if(crop_size > size, f"crop_size {crop_size}: must be at most size, {size}")
         self.items = listed_images(data_root, read_list(txt_file, "the images"), "the landscapes")
         self.segmentations = existing_folder(segmentation_root, "the segmentations")
         self.sample_keys = [item.name for item in self.items]
@@ -63,8 +62,7 @@ class SegmentedImages(Dataset):
         image = read_image(item)
         name = str(Path(item.name).with_suffix(".png"))
         labels = read_labels(ImageItem(name, self.segmentations / name, caption=""))
-        if labels.size != image.size:
-            raise UserError(f"{name}: has {labels.size} pixels, but the image has {image.size}")
+        refuse_if(labels.size != image.size, f"{name}: has {labels.size} pixels, but the image has {image.size}")
         scale = self.size / min(image.size)
         height, width = (max(self.size, round(side * scale)) for side in image_size(image))
         room = (height - self.crop_size, width - self.crop_size)
@@ -86,8 +84,7 @@ def read_labels(item: ImageItem) -> Image.Image:
                 labels = opened if opened.mode in ("L", "P") else None
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{item.path}: {getattr(error, 'strerror', None) or error}") from error
-        if labels is None:
-            raise UserError(f"{item.path}: not a grey or indexed PNG of labels")
+        refuse_if(labels is None, f"{item.path}: not a grey or indexed PNG of labels")
         values = np.asarray(labels)
         if values.max() >= LABELS:
             raise UserError(f"{item.path}: label {values.max()} is not below {LABELS}")

@@ -20,7 +20,7 @@ from ldm.files import decode_text, read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.images.captions import relative_name, spelled
 from ldm.images.find import ImageItem
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 T = TypeVar("T")
 
@@ -54,8 +54,7 @@ def read_list(path: str | Path, what: str) -> list[str]:
     except OSError as error:
         raise UserError(f"no list {str(file.absolute())!r} ({error.strerror}): give {what}, one per line") from error
     lines = [line.strip() for line in re.split("[\r\n]", text) if line.strip()]  # `splitlines` also splits at "\u2028"
-    if not lines:
-        raise UserError(f"{file}: is empty; give {what}, one per line")
+    refuse_if(not lines, f"{file}: is empty; give {what}, one per line")
     return lines
 
 
@@ -95,8 +94,10 @@ def read_image(item: ImageItem, then: Callable[[Image.Image], T] = lambda image:
     array = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
     if array.ndim == 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(f"{item.name}: {given}, not uint8 (3, height, width)")
+    refuse_if(
+        array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3,
+        f"{item.name}: {given}, not uint8 (3, height, width)",
+    )
     return then(Image.fromarray(np.ascontiguousarray(array)))
 
 
@@ -127,8 +128,7 @@ def scaled_and_cropped(size: int | None, crop_size: int | None = None, random_cr
     crop = RandomCrop if random_crop else CenterCrop
     if not size:
         return Compose([crop(crop_size)] if crop_size else [])
-    if crop_size and crop_size > size:
-        raise UserError(f"crop_size {crop_size}: must be at most size, {size}")
+    refuse_if(crop_size and crop_size > size, f"crop_size {crop_size}: must be at most size, {size}")
     return Compose([Resize(size), crop(crop_size or size)])
 
 

@@ -30,7 +30,7 @@ from ldm.shards.sample import (
     TIMESTEPS,
     plain,
 )
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # Settings that define a stored prediction: attributes of the model, and keys of index.json.
 _MEANING = ("scale_factor", "parameterization")
@@ -38,8 +38,10 @@ _MEANING = ("scale_factor", "parameterization")
 
 def check_prior(training: Any, prior: ShardDataset) -> None:
     """Raise `UserError` unless samples of both sets can share a batch and the teacher members have matching shapes."""
-    if not isinstance(training, ShardDataset):
-        raise UserError("data.params.prior_urls needs training shards in local files, but training_urls are streams")
+    refuse_if(
+        not isinstance(training, ShardDataset),
+        "data.params.prior_urls needs training shards in local files, but training_urls are streams",
+    )
     first, where = training.first_stage_key, f"prior_urls, such as {prior.paths[0]}"
     sizes, others = ({shape[1:] for shape in dataset.shapes[first]} for dataset in (training, prior))
     if len(sizes) > 1 or sizes != others:
@@ -48,8 +50,10 @@ def check_prior(training: Any, prior: ShardDataset) -> None:
             f"{where}: {first} has sizes {named[0]}, but {named[1]} in the training set; both must have one size"
         )
     (own, *_), (other, *_) = (next(iter(dataset.shapes[first])) for dataset in (training, prior))
-    if own != other and max(own, other) != 2 * min(own, other):
-        raise UserError(f"{where}: {first} has {other} channels, but {own} in the training set")
+    refuse_if(
+        own != other and max(own, other) != 2 * min(own, other),
+        f"{where}: {first} has {other} channels, but {own} in the training set",
+    )
     for key in training.keys:
         if plain(key) != key or key in TEACHER_KEYS:  # the sets may differ in their number of masks and predictions
             continue
@@ -68,16 +72,18 @@ def check_predictions(dataset: ShardDataset, where: str) -> None:
     first = dataset.first_stage_key
     shapes = {key: next(iter(dataset.shapes[key])) for key in (first, *TEACHER_KEYS)}
     fitting = (shapes[TIMESTEPS][0], *shapes[first])
-    if len(shapes[TIMESTEPS]) != 1 or not shapes[NOISE] == shapes[PREDICTION] == fitting:
-        raise UserError(
-            f"{where}: shapes of the teacher do not match: {shapes}; write the set again with tools/make_prior.py"
-        )
+    refuse_if(
+        len(shapes[TIMESTEPS]) != 1 or not shapes[NOISE] == shapes[PREDICTION] == fitting,
+        f"{where}: shapes of the teacher do not match: {shapes}; write the set again with tools/make_prior.py",
+    )
 
 
 def check_taught(training: Any) -> None:
     """Raise `UserError` unless each sample of a training set has one latent and one caption, which a teacher saw."""
-    if not isinstance(training, ShardDataset):
-        raise UserError("loss_config: DirectConsistency needs training shards in local files, not streams")
+    refuse_if(
+        not isinstance(training, ShardDataset),
+        "loss_config: DirectConsistency needs training shards in local files, not streams",
+    )
     for several, what in (("captions", "has_several_captions"), ("variants of each image", "has_several_variants")):
         if getattr(training, what):
             raise UserError(
@@ -99,11 +105,11 @@ def check_teacher(prior: ShardDataset, model: Any) -> None:
             if asked is None or not isinstance(ours, (int, float, str)):
                 continue  # a scale from the first batch is a tensor, and not known yet
             both_numbers = isinstance(asked, (int, float)) and isinstance(ours, (int, float))
-            if not (math.isclose(asked, ours, rel_tol=1e-4) if both_numbers else asked == ours):
-                raise UserError(
-                    f"{folder}: the teacher's {key} is {asked}, the model's {ours}; "
-                    "make the set anew with tools/make_prior.py, from the release that training begins from"
-                )
+            refuse_if(
+                not (math.isclose(asked, ours, rel_tol=1e-4) if both_numbers else asked == ours),
+                f"{folder}: the teacher's {key} is {asked}, the model's {ours}; "
+                "make the set anew with tools/make_prior.py, from the release that training begins from",
+            )
         _check_timesteps(folder, float(index.get(TEACHER_POWER, 0)), model)
 
 
@@ -142,10 +148,10 @@ class PriorBatchSampler(EpochBatchSampler):
         self.samples = samples
         self.prior_data = samples_digest([np.arange(samples)], keys)
         self.count = round(self.batch_size * ratio)
-        if self.count < 1:
-            raise UserError(
-                f"data.params.prior_ratio {ratio}: gives no prior sample for batch_size {self.batch_size}; raise it"
-            )
+        refuse_if(
+            self.count < 1,
+            f"data.params.prior_ratio {ratio}: gives no prior sample for batch_size {self.batch_size}; raise it",
+        )
 
     def described(self) -> dict[str, int | bool | str]:
         own = {"prior_samples": self.samples, "prior_batch_size": self.count, "prior_data": self.prior_data}

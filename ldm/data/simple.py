@@ -19,7 +19,7 @@ from ldm.images.augmentations import build_transform
 from ldm.images.captions import from_metadata, metadata_file, relative_name
 from ldm.images.find import ImageItem
 from ldm.images.pixels import random_below
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, refuse_if
 
 _TEXT_COLUMN = "text"
 
@@ -33,8 +33,7 @@ def _listed(file: Path, folder: Path, text_key: str | None = None) -> list[Image
     if not file.is_file():
         raise UserError(f"no captions {str(file.absolute())!r}: no such file")
     entries = from_metadata(file, folder=folder, text_key=text_key)
-    if not entries:
-        raise UserError(f"{file}: has no captions")
+    refuse_if(not entries, f"{file}: has no captions")
     return [ImageItem(entry.name, folder / entry.name, caption=entry.caption) for entry in entries]
 
 
@@ -118,8 +117,10 @@ class IdRetreivalDataset(FolderData):
         super().__init__(*args, **kwargs)
         self.matches = read_json(ret_file, "ret_file")
         lists = self.matches.values() if isinstance(self.matches, dict) else [None]
-        if not all(isinstance(names, list) and names and all(isinstance(n, str) for n in names) for names in lists):
-            raise UserError(f"{ret_file}: expected lists of file names by file name")
+        refuse_if(
+            not all(isinstance(names, list) and names and all(isinstance(n, str) for n in names) for names in lists),
+            f"{ret_file}: expected lists of file names by file name",
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
@@ -146,8 +147,7 @@ class TextOnly(Dataset):
         n_gpus: int = 1,
     ) -> None:
         listed = read_list(captions, "captions") if isinstance(captions, (str, Path)) else list(captions)
-        if not listed or n_gpus < 1:
-            raise UserError(f"captions {listed}, n_gpus {n_gpus}: give at least one of each")
+        refuse_if(not listed or n_gpus < 1, f"captions {listed}, n_gpus {n_gpus}: give at least one of each")
         self.captions = [caption for caption in listed for _ in range(n_gpus)]
         self.output_size = output_size
         self.image_key, self.caption_key = image_key, caption_key

@@ -18,7 +18,7 @@ from ldm.images.find import ImageItem, SingleImages, from_folder, pair_up
 from ldm.images.mask_files import warn_of_masks, with_masks
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ def _from_source(source: str, single: SingleImages, pairs: bool, masks: bool) ->
             return items
     items = []
     for url in _without_captions(expand_urls(source)):
-        if is_stream(url):
-            raise UserError(f"{url}: is not a folder or a local tar; download it first")
+        refuse_if(is_stream(url), f"{url}: is not a folder or a local tar; download it first")
         path = Path(url)
         if is_image(path) and not path.is_dir():
             items.append(single.item(path, path.name))

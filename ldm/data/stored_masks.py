@@ -14,7 +14,7 @@ import numpy as np
 from ldm.data.dropout import read_array
 from ldm.remote.path import ShardPath
 from ldm.shards.sample import MASK, MASKED_IMAGE, NUMBERED, blank_key, null_path, numbered, plain
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _NEEDED = (
     "full_mask_share needs it: the encoding of a completely masked image; tools/preencode.py writes it beside the "
@@ -65,10 +65,10 @@ def load_blanks(folder: ShardPath, shapes: Iterable[tuple[int, ...]]) -> dict[tu
     for shape in shapes:
         path = null_path(folder, blank_key(*shape[1:]))
         blank = read_array(path, _NEEDED)
-        if blank.shape != shape:
-            raise UserError(
-                f"{path}: shape {blank.shape}, but {MASKED_IMAGE} in the shards has {shape}; encode the set again with "
-                "tools/preencode.py --overwrite"
-            )
+        refuse_if(
+            blank.shape != shape,
+            f"{path}: shape {blank.shape}, but {MASKED_IMAGE} in the shards has {shape}; encode the set again with "
+            "tools/preencode.py --overwrite",
+        )
         blanks[shape[1:]] = blank
     return blanks

@@ -30,7 +30,7 @@ from ldm.shards.sample import (
     with_variant,
 )
 from ldm.shards.tar import stream_tar
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 
 class ShardStream(IterableDataset):
@@ -57,8 +57,7 @@ class ShardStream(IterableDataset):
         change: Change | None = None,
     ) -> None:
         self.urls = list(urls)[rank::world]
-        if not self.urls:
-            raise UserError(f"{len(urls)} streamed shards are too few for {world} ranks")
+        refuse_if(not self.urls, f"{len(urls)} streamed shards are too few for {world} ranks")
         self.first_stage_key = first_stage_key
         self.keys = list(dict.fromkeys([first_stage_key, cond_stage_key, CAPTION, *extra]))
         self.optional = {CAPTION} - {first_stage_key, cond_stage_key}

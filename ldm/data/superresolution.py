@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ldm.data.listed import ListedImages, read_image, to_minus_one_one
 from ldm.images.degradations import degradation
 from ldm.images.pixels import crop, random_below, random_between, resize
-from ldm.util import UserError, check_number, refuse_if
+from ldm.util import check_number, refuse_if
 
 
 class PairedImages(Dataset):
@@ -40,12 +40,10 @@ class PairedImages(Dataset):
     ) -> None:
         check_number("size", size, least=1, unit="pixels")
         check_number("downscale_f", downscale_f, least=1)
+        refuse_if(size % downscale_f, f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}")
         refuse_if(
-            (size % downscale_f, f"downscale_f {downscale_f!r}: give a whole number that divides the size, {size}"),
-            (
-                not 0 < min_crop_f <= max_crop_f <= 1,
-                f"min_crop_f {min_crop_f} and max_crop_f {max_crop_f}: give 0 < min <= max <= 1",
-            ),
+            not 0 < min_crop_f <= max_crop_f <= 1,
+            f"min_crop_f {min_crop_f} and max_crop_f {max_crop_f}: give 0 < min <= max <= 1",
         )
         self.images = images
         self.sample_keys = images.sample_keys
@@ -77,6 +75,5 @@ class PairedImages(Dataset):
 
 
 def _named(name: str | None, factor: int) -> Any:
-    if name is None:
-        raise UserError("degradation is missing: give one, such as bsrgan or pil_bicubic")
+    refuse_if(name is None, "degradation is missing: give one, such as bsrgan or pil_bicubic")
     return degradation(name, factor)

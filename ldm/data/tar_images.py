@@ -21,7 +21,7 @@ from ldm.images.captions import decode_caption
 from ldm.images.decode import EXTENSIONS
 from ldm.images.find import ImageItem
 from ldm.shards.tar import TarSample, index_tar
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ def read_words(file: str | Path | None) -> list[str]:
         return []
     found = read_yaml(file, "filter_word_list")
     lists = list(found.values()) if isinstance(found, dict) else [found]
-    if not all(isinstance(words, list) for words in lists):
-        raise UserError(f"filter_word_list {file}: expected a list of words")
+    refuse_if(not all(isinstance(words, list) for words in lists), f"filter_word_list {file}: expected a list of words")
     return [str(word) for words in lists for word in words]
 
 
@@ -96,8 +95,9 @@ class TarImages(Dataset):
         postprocess: Any = None,
         keep: Filter | None = None,
     ) -> None:
-        if image_key not in EXTENSIONS:
-            raise UserError(f"image_key {image_key!r}: give a file extension of images, such as jpg or png")
+        refuse_if(
+            image_key not in EXTENSIONS, f"image_key {image_key!r}: give a file extension of images, such as jpg or png"
+        )
         self.image_key = image_key
         self.samples: list[tuple[Path, TarSample]] = []
         found = 0
@@ -148,6 +148,5 @@ def _described(descriptor: int, sample: TarSample, metadata: bool = True) -> tup
             raise UserError(f"{sample.key}.json: not JSON: {error}") from error
     if "txt" in sample.spans:
         caption, error = decode_caption(read_span(descriptor, *sample.spans["txt"], f"{sample.key}.txt"))
-        if error:
-            raise UserError(f"{sample.key}: {error}")
+        refuse_if(error, f"{sample.key}: {error}")
     return described if isinstance(described, dict) else {}, caption or ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 T = TypeVar("T")
 
@@ -43,8 +43,9 @@ class Ranks:
             machines = max(_number("SLURM_STEP_NUM_NODES", 1), 1)
             return cls(_number("SLURM_PROCID", 0), world, _number("SLURM_LOCALID", 0), max(world // machines, 1))
         ranks = cls(*(_number(name, default) for name, default in _TORCHRUN.items()))
-        if ranks.rank >= ranks.world:
-            raise UserError(f"RANK={ranks.rank} in the environment: must be below WORLD_SIZE={ranks.world}")
+        refuse_if(
+            ranks.rank >= ranks.world, f"RANK={ranks.rank} in the environment: must be below WORLD_SIZE={ranks.world}"
+        )
         return ranks
 
     def share(self, everything: Sequence[T]) -> Sequence[T]:
@@ -54,8 +55,7 @@ class Ranks:
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name}={text} in the environment: give a whole number of at least 0")
+    refuse_if(not text.isdecimal(), f"{name}={text} in the environment: give a whole number of at least 0")
     return int(text)
 
 

@@ -17,7 +17,7 @@ from ldm.encoding.read import FittedImage, Unreadable
 from ldm.shards.index import REPEATS
 from ldm.shards.sample import LATENT, LOSS_MASK, encode_members, one_variant
 from ldm.shards.writer import Shard
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,9 @@ def _sample(
     image: FittedImage, arrays: dict[str, np.ndarray], context: CaptionEncoding, flip: bool
 ) -> tuple[str, dict[str, bytes]]:
     """Return key and members of the sample of the image, or with `flip` of its mirror image."""
-    if not all(np.isfinite(values).all() for values in arrays.values()):
-        raise UserError(f"{image.item.name}: encodes to NaN or infinity; try --precision fp32")
+    refuse_if(
+        not all(np.isfinite(values).all() for values in arrays.values()),
+        f"{image.item.name}: encodes to NaN or infinity; try --precision fp32",
+    )
     members = encode_members(arrays.pop(LATENT), context.arrays, "\n".join(image.captions), image.origin(flip), arrays)
     return image.key + ("_flip" if flip else ""), members

@@ -22,7 +22,7 @@ from ldm.modules.encoders.caption_settings import CaptionSettings, caption_setti
 from ldm.release.model_family import family_of_model
 from ldm.shards.index import EMPTY_CAPTION, ENCODED, FAMILY, ZEROS
 from ldm.shards.sample import LEAST_LOGVAR, MOST_LOGVAR
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _CACHED_CAPTIONS = 2048  # 118 KB per caption and chunk at (77, 768) float16, 318 KB for SDXL
 
@@ -52,8 +52,10 @@ class _Caption:
             arrays = {key: part.get()[index].numpy().copy() for key, part in batch.items()}
             self._encoding = CaptionEncoding(arrays, self._cut_tokens)
             self._copy = None
-            if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise UserError(f"caption {self._text!r}: encodes to NaN or infinity; try --precision fp32")
+            refuse_if(
+                not all(np.isfinite(array).all() for array in arrays.values()),
+                f"caption {self._text!r}: encodes to NaN or infinity; try --precision fp32",
+            )
         return self._encoding
 
 

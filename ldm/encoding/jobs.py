@@ -17,7 +17,7 @@ from ldm.shards.index import REPEATS, is_digest, is_failures, is_repeats, is_who
 from ldm.shards.sample import LATENT
 from ldm.shards.verify import file_sha256
 from ldm.shards.writer import is_spread, shard_paths
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ def plan_shards(out: str, count: int, shard_size: int) -> list[tuple[Path, range
     size = shard_size if is_spread(out) else count
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     paths = list(islice(shard_paths(out), len(parts)))
-    if len(paths) < len(parts):
-        raise UserError(
-            f"--out {out}: {len(paths)} shards of {size} cannot hold {count}; name more shards, such as %06d.tar"
-        )
+    refuse_if(
+        len(paths) < len(parts),
+        f"--out {out}: {len(paths)} shards of {size} cannot hold {count}; name more shards, such as %06d.tar",
+    )
     return list(zip(paths, parts, strict=True))
 
 
@@ -95,8 +95,7 @@ def read_record(shard: Path) -> Record | None:
     except (ValueError, RecursionError) as error:  # includes UserError
         raise UserError(f"{path}: damaged: {error!s:.200}; remove it, and its shard is written again") from error
     wrong = _wrong_entry(record, shard.name)
-    if wrong is not None:
-        raise UserError(f"{path}: damaged: {wrong}; remove it, and its shard is written again")
+    refuse_if(wrong is not None, f"{path}: damaged: {wrong}; remove it, and its shard is written again")
     return record
 
 

@@ -19,7 +19,7 @@ from ldm.images.masks import random_mask, style_of
 from ldm.models.diffusion import ddpm_edit
 from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentInpaintDiffusion
 from ldm.shards.sample import DEPTH, EDIT, LATENT, MASK, MASKED_IMAGE, blank_key, numbered
-from ldm.util import UserError, check_number, get_obj_from_str
+from ldm.util import UserError, check_number, get_obj_from_str, refuse_if
 
 MASKS = 4  # default number of masks per sample
 _STYLE = "512train"
@@ -139,22 +139,21 @@ def samples_for(model: Any, masks: int | None = None, flip: bool = False) -> Ima
     if isinstance(model, LatentInpaintDiffusion):
         check_number("--masks", masks, least=1, optional=True)
         return MaskedSamples(masks or MASKS, flip)
-    if masks is not None:
-        raise UserError(f"--masks {masks}: this is not an inpainting model; leave it out")
+    refuse_if(masks is not None, f"--masks {masks}: this is not an inpainting model; leave it out")
     if isinstance(model, ddpm_edit.LatentDiffusion):
         return EditSamples()
     if isinstance(model, LatentDepth2ImageDiffusion):
-        if model.depth_model is None:
-            raise UserError(
-                "the model has no depth network, which estimates the depth of images; name a whole release, such as "
-                "512-depth-ema.ckpt, and no config without depth_stage_config"
-            )
-        return DepthSamples()
-    if getattr(model.model, "takes_maps", False):
-        raise UserError(
-            f"the config's model, {type(model).__name__}, is conditioned on {', '.join(model.concat_keys)}, which "
-            "shards do not hold; train it straight from images"
+        refuse_if(
+            model.depth_model is None,
+            "the model has no depth network, which estimates the depth of images; name a whole release, such as "
+            "512-depth-ema.ckpt, and no config without depth_stage_config",
         )
+        return DepthSamples()
+    refuse_if(
+        getattr(model.model, "takes_maps", False),
+        f"the config's model, {type(model).__name__}, is conditioned on {', '.join(model.concat_keys)}, which "
+        "shards do not hold; train it straight from images",
+    )
     return ImageSamples()
 
 

@@ -17,7 +17,7 @@ from ldm.images.buckets import Size
 from ldm.images.find import ImageItem
 from ldm.images.mask_files import read_loss_masks
 from ldm.shards.sample import LATENT, LOSS_MASK
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 
 class LossMaskSamples(ImageSamples):
@@ -31,12 +31,14 @@ class LossMaskSamples(ImageSamples):
     """
 
     def __init__(self, inner: ImageSamples, factor: int) -> None:
-        if isinstance(inner, MaskedSamples):
-            raise UserError("--loss-masks: not for inpainting, which trains with masks of its own; leave it out")
-        if isinstance(inner, EditSamples):
-            raise UserError(
-                "--loss-masks: not for pairs of images, which train on the whole edited image; leave it out"
-            )
+        refuse_if(
+            isinstance(inner, MaskedSamples),
+            "--loss-masks: not for inpainting, which trains with masks of its own; leave it out",
+        )
+        refuse_if(
+            isinstance(inner, EditSamples),
+            "--loss-masks: not for pairs of images, which train on the whole edited image; leave it out",
+        )
         self.inner, self.factor = inner, factor
         self.members = (*inner.members, LOSS_MASK)
 

@@ -15,7 +15,7 @@ from ldm.encoding.image_stream import ImageStream
 from ldm.encoding.jobs import MADE_FROM, ImageJob, Record, jobs_of, stream_jobs
 from ldm.images.find import ImageItem, described, digest_images
 from ldm.shards.index import REPEATS
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _IMAGES = "images"
 
@@ -74,8 +74,8 @@ class StreamedPlan:
         return {**record, MADE_FROM: self._digests[path]}
 
     def check(self, path: Path, record: Record) -> None:
-        if record.get(MADE_FROM) != self._digests[path]:
-            raise UserError(
-                f"{path}: the unfinished set was begun with other images or captions; give the same command to resume "
-                "it, or --overwrite to start again"
-            )
+        refuse_if(
+            record.get(MADE_FROM) != self._digests[path],
+            f"{path}: the unfinished set was begun with other images or captions; give the same command to resume "
+            "it, or --overwrite to start again",
+        )

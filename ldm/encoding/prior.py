@@ -49,7 +49,7 @@ from ldm.shards.sample import (
     sizes_of,
 )
 from ldm.shards.writer import Shard, existing_shards
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 
 @dataclass
@@ -143,11 +143,11 @@ def open_images(encoder: SampleEncoder, urls: str, out: str) -> ShardDataset:
             "prior_urls"
         )
     latents, (context, *_) = list(dataset.shapes[LATENT]), dataset.shapes[CONTEXT]
-    if len(latents) > 1:
-        raise UserError(
-            f"--shards {urls}: has images of {len(latents)} sizes; give shards with images of one size, that of the "
-            "training set"
-        )
+    refuse_if(
+        len(latents) > 1,
+        f"--shards {urls}: has images of {len(latents)} sizes; give shards with images of one size, that of the "
+        "training set",
+    )
     model.check_batch_shapes({model.first_stage_key: latents[0], model.cond_stage_key: context})
     return dataset
 

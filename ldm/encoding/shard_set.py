@@ -22,7 +22,7 @@ from ldm.shards import npy
 from ldm.shards.index import FORMAT_VERSION, INDEX, read_index, write_index
 from ldm.shards.sample import null_path, null_paths
 from ldm.shards.writer import existing_shards, shard_paths
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ def check_out(out: str, overwrite: bool) -> None:
     folder = Path(out).parent
     index, there = read_index(folder), existing_shards(out)
     unfinished = index is not None and not index.get("complete", True) and index.get("out") == Path(out).name
-    if index is not None and not there and not unfinished:
-        raise UserError(
-            f"{folder / INDEX}: this folder holds another set, and its index would be lost; choose another folder"
-        )
+    refuse_if(
+        index is not None and not there and not unfinished,
+        f"{folder / INDEX}: this folder holds another set, and its index would be lost; choose another folder",
+    )
     if there and not overwrite and not unfinished:
         raise UserError(f"{there[0]} exists; choose another folder, or give --overwrite to replace {len(there)} shards")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.shards.sample import NOISE, PREDICTION, STORED, TIMESTEPS
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 
 def stratified_timesteps(random: np.random.Generator, count: int, timesteps: int, power: float = 0.0) -> np.ndarray:
@@ -39,8 +39,10 @@ class Teacher:
     """
 
     def __init__(self, model: LatentDiffusion, count: int, seed: int, power: float = 0.0) -> None:
-        if not 1 <= count <= model.num_timesteps:
-            raise UserError(f"--teacher {count}: must be 1 to {model.num_timesteps} timesteps per sample")
+        refuse_if(
+            not 1 <= count <= model.num_timesteps,
+            f"--teacher {count}: must be 1 to {model.num_timesteps} timesteps per sample",
+        )
         self.model = model
         self.count = count
         self.seed = seed
@@ -65,8 +67,7 @@ class Teacher:
         shape = (self.count, *latents.shape[1:])
         noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]).astype(STORED)
         prediction = self._predict(latents, conditions, torch.from_numpy(t), torch.from_numpy(noise)).numpy()
-        if not np.isfinite(prediction).all():
-            raise UserError("the model predicts NaN or infinity; try --precision fp32")
+        refuse_if(not np.isfinite(prediction).all(), "the model predicts NaN or infinity; try --precision fp32")
         arrays = {TIMESTEPS: t, NOISE: noise, PREDICTION: prediction}
         return [{key: values[i] for key, values in arrays.items()} for i in range(len(numbers))]
 

@@ -21,7 +21,7 @@ from ldm.images.buckets import Size
 from ldm.images.colours import ColorJitter
 from ldm.images.find import ImageItem
 from ldm.images.transforms import Crop, centre_crop
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 LEAST_AREA = 0.8  # default of `Variants.area`
 _HUE = 0.1  # of the jitter of the other properties, which hues exceed in effect
@@ -70,14 +70,18 @@ class VariantSamples(ImageSamples):
 
     def __init__(self, inner: ImageSamples, variants: Variants) -> None:
         option = f"--variants {variants.count}"
-        if isinstance(inner, MaskedSamples):
-            raise UserError(f"{option}: not for inpainting, which has masks of its own; give --masks for more variety")
-        if isinstance(inner, DepthSamples):
-            raise UserError(f"{option}: not for depth models, whose maps are of the plain image; leave it out")
-        if isinstance(inner, EditSamples):
-            raise UserError(
-                f"{option}: not for pairs of images, which would need equal crops and colours; leave it out"
-            )
+        refuse_if(
+            isinstance(inner, MaskedSamples),
+            f"{option}: not for inpainting, which has masks of its own; give --masks for more variety",
+        )
+        refuse_if(
+            isinstance(inner, DepthSamples),
+            f"{option}: not for depth models, whose maps are of the plain image; leave it out",
+        )
+        refuse_if(
+            isinstance(inner, EditSamples),
+            f"{option}: not for pairs of images, which would need equal crops and colours; leave it out",
+        )
         self.inner, self.variants = inner, variants
         self.members = inner.members
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.checkpoint import in_memory, is_finite, load_state_dict, save_state_dict
 from ldm.evaluation.denoising import Record
 from ldm.evaluation.sets import EvaluationSet
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 
 def save_start(path: Path, sets: Sequence[EvaluationSet], records: Sequence[Record], timesteps: Sequence[int]) -> None:
@@ -40,26 +40,28 @@ def load_start(path: Path, sets: Sequence[EvaluationSet], timesteps: Sequence[in
 
 def _record(path: Path, tensors: Mapping[str, Tensor], image_set: EvaluationSet, timesteps: Sequence[int]) -> Record:
     digest = tensors.get(f"{image_set.name}.digest")
-    if digest is None or not torch.equal(digest, _digest(image_set, timesteps)):
-        raise UserError(
-            f"{path}: made with other images or timesteps of the set {image_set.name!r}; restore those, "
-            "or remove the file to compare with the present weights from now on"
-        )
+    refuse_if(
+        digest is None or not torch.equal(digest, _digest(image_set, timesteps)),
+        f"{path}: made with other images or timesteps of the set {image_set.name!r}; restore those, "
+        "or remove the file to compare with the present weights from now on",
+    )
     names = [f"{image_set.name}.loss", *(_eps_key(image_set, position) for position in range(len(image_set)))]
     missing = next((name for name in names if name not in tensors), None)
-    if missing is not None:
-        raise UserError(f"{path}: lacks {missing}; remove the file to compare with the present weights from now on")
+    refuse_if(
+        missing is not None, f"{path}: lacks {missing}; remove the file to compare with the present weights from now on"
+    )
     loss, *eps = (tensors[name] for name in names)
     shapes = {(*prediction.shape[:1], prediction.ndim) for prediction in eps}
-    if (loss.dtype, loss.shape) != (torch.float64, (len(image_set), len(timesteps))) or shapes != {(len(timesteps), 4)}:
-        raise UserError(
-            f"{path}: damaged, it holds tensors of wrong shapes; "
-            "remove the file to compare with the present weights from now on"
-        )
-    if not all(is_finite(in_memory(tensor)) for tensor in (loss, *eps)):
-        raise UserError(
-            f"{path}: has values that are not finite; remove the file to compare with the present weights from now on"
-        )
+    refuse_if(
+        (loss.dtype, loss.shape) != (torch.float64, (len(image_set), len(timesteps)))
+        or shapes != {(len(timesteps), 4)},
+        f"{path}: damaged, it holds tensors of wrong shapes; "
+        "remove the file to compare with the present weights from now on",
+    )
+    refuse_if(
+        not all(is_finite(in_memory(tensor)) for tensor in (loss, *eps)),
+        f"{path}: has values that are not finite; remove the file to compare with the present weights from now on",
+    )
     return Record(loss.numpy(), eps)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 
 def midpoint_timesteps(num_timesteps: int, count: int) -> list[int]:
@@ -18,8 +18,10 @@ def midpoint_timesteps(num_timesteps: int, count: int) -> list[int]:
     Raises:
         UserError: `count` is below 1 or above `num_timesteps`.
     """
-    if not 1 <= count <= num_timesteps:
-        raise UserError(f"{count} timesteps for the evaluation: choose 1 to {num_timesteps}, the model's number")
+    refuse_if(
+        not 1 <= count <= num_timesteps,
+        f"{count} timesteps for the evaluation: choose 1 to {num_timesteps}, the model's number",
+    )
     return [(2 * stratum + 1) * num_timesteps // (2 * count) for stratum in range(count)]
 
 

@@ -27,7 +27,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latent import check_reads_captions
 from ldm.modules.encoders.caption_settings import DEFAULT, caption_settings, follow, reads_captions
 from ldm.shards.open import check_encoders, common_caption_settings
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,10 @@ def evaluate_base(
         samples = sample_captions(model, image_set, sampling, settings.batch_size) if sampling else None
         of_base = record(model, image_set, timesteps, settings.batch_size, f"base, {image_set.name}")
         _check_finite(of_base.loss, path, image_set, timesteps)
-        if not all(eps.any() for eps in of_base.eps):
-            raise UserError(f"{path}: predicts zero, as an untrained model does; name the base with --base")
+        refuse_if(
+            not all(eps.any() for eps in of_base.eps),
+            f"{path}: predicts zero, as an untrained model does; name the base with --base",
+        )
         originals = decode_originals(model, image_set, sampling) if sampling else []
         results.append(BaseResult(image_set, timesteps, of_base, samples, originals))
         _log_set(path, image_set, start)

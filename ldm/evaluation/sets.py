@@ -15,7 +15,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.shards.open import open_shards
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CAPTION, LATENT
-from ldm.util import UserError, check_number, located
+from ldm.util import UserError, check_number, located, refuse_if
 
 _CAPTIONED = ("crossattn", "crossattn-adm", "hybrid", "hybrid-adm")  # kinds of conditioning with captions
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -30,10 +30,11 @@ def parse_sets(entries: Iterable[str]) -> dict[str, str]:
     sets: dict[str, str] = {}
     for entry in entries:
         name, equals, pattern = entry.partition("=")
-        if not (equals and pattern and _NAME.fullmatch(name)):
-            raise UserError(f"--set {entry}: give NAME=SHARDS, such as new=shards/cats-000000.tar")
-        if name in sets:
-            raise UserError(f"--set {entry}: the name {name!r} is given twice")
+        refuse_if(
+            not (equals and pattern and _NAME.fullmatch(name)),
+            f"--set {entry}: give NAME=SHARDS, such as new=shards/cats-000000.tar",
+        )
+        refuse_if(name in sets, f"--set {entry}: the name {name!r} is given twice")
         sets[name] = pattern
     return sets
 
@@ -48,8 +49,10 @@ def conditioning_members(model: LatentDiffusion) -> list[str]:
         UserError: the model is not conditioned on text.
     """
     kind, stage = model.model.conditioning_key, model.cond_stage_model
-    if kind not in _CAPTIONED or stage is None:
-        raise UserError(f"conditioning_key {kind!r}: only models conditioned on captions can be evaluated")
+    refuse_if(
+        kind not in _CAPTIONED or stage is None,
+        f"conditioning_key {kind!r}: only models conditioned on captions can be evaluated",
+    )
     maps = model.concat_keys if model.model.takes_maps else ()
     readers = getattr(stage, "caption_embedders", None)
     if readers or (readers is None and getattr(stage, "key", None) is None):
@@ -99,8 +102,10 @@ def open_set(
         UserError: the shards are missing, damaged, streamed or empty, or do not fit the model. The message names the
             set.
     """
-    if not (isinstance(name, str) and _NAME.fullmatch(name)):
-        raise UserError(f"set {name!r}: a name consists of letters, digits, _ and -; put quotes around a number")
+    refuse_if(
+        not (isinstance(name, str) and _NAME.fullmatch(name)),
+        f"set {name!r}: a name consists of letters, digits, _ and -; put quotes around a number",
+    )
     if not isinstance(urls, (str, Sequence)):
         raise UserError(f"set {name!r}: {urls!r} names no shards; give a pattern such as shards/cats-*.tar")
     check_number("limit", limit, least=1, optional=True)

@@ -28,7 +28,7 @@ from ldm.images.pixels import (
     resize,
 )
 from ldm.images.tensors import ConvertImageDtype, Normalize, PILToTensor, ToPILImage, ToTensor
-from ldm.util import UserError, check_choice, check_number, instantiate_from_config
+from ldm.util import UserError, check_choice, check_number, instantiate_from_config, refuse_if
 
 __all__ = [
     "CenterCrop",
@@ -67,8 +67,10 @@ def build_transform(described: Any) -> Callable[[Any], Any]:
 def _pair(size: Any, what: str = "size") -> tuple[int, int]:
     """Return height and width of a size: a whole number, a list of one, or a pair."""
     values = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size]
-    if len(values) not in (1, 2) or not all(type(value) is int and value > 0 for value in values):
-        raise UserError(f"{what} {size!r}: give a whole number of pixels, or [height, width]")
+    refuse_if(
+        len(values) not in (1, 2) or not all(type(value) is int and value > 0 for value in values),
+        f"{what} {size!r}: give a whole number of pixels, or [height, width]",
+    )
     return values[0], values[-1]
 
 
@@ -111,8 +113,10 @@ class Resize:
         height, width = _pair(size)
         self.exact = isinstance(size, Sequence) and len(size) == 2
         self.size = (height, width)
-        if max_size is not None and (self.exact or max_size <= height):
-            raise UserError(f"max_size {max_size}: needs a single size below it, not {size}")
+        refuse_if(
+            max_size is not None and (self.exact or max_size <= height),
+            f"max_size {max_size}: needs a single size below it, not {size}",
+        )
         self.max_size = max_size
         self.filter = filter_of(interpolation)
         self.antialias = antialias is not False
@@ -179,11 +183,11 @@ class RandomCrop:
             across, over = max(columns - width, 0), max(rows - height, 0)
             image = pad(image, across, over, across, over, self.fill, self.padding_mode)
             height, width = image_size(image)
-        if height < rows or width < columns:
-            raise UserError(
-                f"RandomCrop of {rows}x{columns} from an image of {height}x{width}: "
-                f"put a Resize before it, or set pad_if_needed"
-            )
+        refuse_if(
+            height < rows or width < columns,
+            f"RandomCrop of {rows}x{columns} from an image of {height}x{width}: "
+            f"put a Resize before it, or set pad_if_needed",
+        )
         if (height, width) == (rows, columns):
             return image
         top, left = random_below(height - rows + 1), random_below(width - columns + 1)
@@ -262,8 +266,10 @@ class Pad:
 
     def __init__(self, padding: Any, fill: Any = 0, padding_mode: str = "constant") -> None:
         values = list(padding) if isinstance(padding, Sequence) else [padding]
-        if len(values) not in (1, 2, 4) or not all(type(value) is int and value >= 0 for value in values):
-            raise UserError(f"padding {padding!r}: give one, two or four whole numbers")
+        refuse_if(
+            len(values) not in (1, 2, 4) or not all(type(value) is int and value >= 0 for value in values),
+            f"padding {padding!r}: give one, two or four whole numbers",
+        )
         check_choice("padding_mode", padding_mode, PADDING_MODES)
         self.sides = (values * 4)[:4]  # left, top, right, bottom
         self.fill, self.padding_mode = fill, padding_mode

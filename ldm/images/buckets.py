@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 STEP = 64  # divisor of all sides, in pixels
 
@@ -21,8 +21,7 @@ def bucket_sizes(size: int) -> list[Size]:
     Raises:
         UserError: `size` is not a multiple of 64.
     """
-    if size % STEP:
-        raise UserError(f"--size {size}: with --buckets, give a multiple of {STEP}")
+    refuse_if(size % STEP, f"--size {size}: with --buckets, give a multiple of {STEP}")
     least = -(-size // (2 * STEP)) * STEP
     found = set()
     for width in range(least, size + 1, STEP):

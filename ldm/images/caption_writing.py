@@ -11,7 +11,7 @@ from pathlib import Path
 from ldm.files import decode_text, read_at_most
 from ldm.images.captions import CaptionFiles, from_metadata, keys_of, metadata_file, relative_name, same_name
 from ldm.images.find import ImageItem
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _MOST_BYTES = 1 << 30
 
@@ -36,8 +36,7 @@ def caption_files(folder: Path, items: Sequence[ImageItem], captions: Mapping[st
     in_lists: dict[Path, dict[str, str]] = {}
     found: dict[Path, str] = {}
     for name, caption in captions.items():
-        if name not in by_name:
-            raise UserError(f"{name}: is not in {folder} any more; open the folder again")
+        refuse_if(name not in by_name, f"{name}: is not in {folder} any more; open the folder again")
         item, caption = by_name[name], " ".join(caption.split())
         place = listed.place(item.path)
         if place is not None:

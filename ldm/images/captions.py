@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ldm.files import decode_text, read_at_most
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,7 @@ def from_metadata(
         raise UserError(f"{path}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    if path.suffix not in _READERS:
-        raise UserError(f"{path}: captions by file name are read from {', '.join(_READERS)}")
+    refuse_if(path.suffix not in _READERS, f"{path}: captions by file name are read from {', '.join(_READERS)}")
     found: list[Entry] = []
     unread: dict[str, None] = {}
     for where, entry in _READERS[path.suffix](text, path, pairs):
@@ -250,8 +249,7 @@ def _csv_entries(text: str, path: Path, pairs: bool) -> Iterator[tuple[str, Mapp
         reader.fieldnames = names
         for entry in reader:
             where = f"{path}, line {reader.line_num}"
-            if None in entry:
-                raise UserError(f"{where}: has more values than the {len(names)} columns; quote texts with commas")
+            refuse_if(None in entry, f"{where}: has more values than the {len(names)} columns; quote texts with commas")
             yield where, {key: value for key, value in entry.items() if value}
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
@@ -273,6 +271,8 @@ def relative_name(name: str, folder: Path, where: str) -> str:
         roots = (folder.absolute(), folder.resolve())
         inside = next((root for root in roots if path.is_relative_to(root)), None)
         path = path.relative_to(inside) if inside is not None else path
-    if "\0" in name or path.is_absolute() or ".." in path.parts or not path.parts:
-        raise UserError(f"{where} {name!r:.200} is outside the folder")
+    refuse_if(
+        "\0" in name or path.is_absolute() or ".." in path.parts or not path.parts,
+        f"{where} {name!r:.200} is outside the folder",
+    )
     return path.as_posix()

@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ldm.images.pixels import ImageLike
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, refuse_if
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601
 
@@ -128,8 +128,7 @@ class Grayscale:
     """Conversion to luma, in one channel or in three equal channels."""
 
     def __init__(self, num_output_channels: int = 1) -> None:
-        if num_output_channels not in (1, 3):
-            raise UserError(f"num_output_channels {num_output_channels!r}: give 1 or 3")
+        refuse_if(num_output_channels not in (1, 3), f"num_output_channels {num_output_channels!r}: give 1 or 3")
         self.channels = num_output_channels
 
     def __call__(self, image: ImageLike) -> ImageLike:

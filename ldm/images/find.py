@@ -20,7 +20,7 @@ from ldm.images.decode import FORMATS, UNREAD_EXTENSIONS, decode_image, extensio
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
 from ldm.images.skipped_files import SkippedFiles, say_hidden
 from ldm.images.walk import walk
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ class ImageItem:
             Replaced: the tar was replaced after the image was found in it.
             UserError: the image or its caption cannot be read. The message names the image.
         """
-        if self.error is not None:
-            raise UserError(f"{self.name}: {self.error}")
+        refuse_if(self.error is not None, f"{self.name}: {self.error}")
         with DecodeLock() as lock:
             try:
                 if (self.span[1] if self.span else self.path.stat().st_size) > LARGE_FILE:

@@ -13,7 +13,7 @@ from ldm.files import MOST_IN_MEMBER, read_at_most
 from ldm.images.decode import decode_grey, has_transparency
 from ldm.images.pixels import resize
 from ldm.images.transforms import centre_crop
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _NEAR = 0.05
 
@@ -29,14 +29,13 @@ def read_mask(path: str | Path) -> np.ndarray:
     """
     data = read_at_most(path, MOST_IN_MEMBER)
     mask = decode_grey(data, str(path))
-    if mask.max() < 0.5:
-        raise UserError(f"{path}: no pixel of the mask is white; paint white what is to be repainted")
+    refuse_if(mask.max() < 0.5, f"{path}: no pixel of the mask is white; paint white what is to be repainted")
     mask[mask < _NEAR] = 0
     mask[mask > 1 - _NEAR] = 1
-    if mask.min() == 1 and has_transparency(data, str(path)):
-        raise UserError(
-            f"{path}: transparent pixels count as white, so that all is repainted; paint black what is kept"
-        )
+    refuse_if(
+        mask.min() == 1 and has_transparency(data, str(path)),
+        f"{path}: transparent pixels count as white, so that all is repainted; paint black what is kept",
+    )
     return mask
 
 
@@ -48,8 +47,9 @@ def read_depth(path: str | Path) -> np.ndarray:
     """
     data = read_at_most(path, MOST_IN_MEMBER)
     depth = _array(data, path) if data.startswith(b"\x93NUMPY") else decode_grey(data, str(path))
-    if not np.isfinite(depth).all():
-        raise UserError(f"{path}: the depth map has NaN or infinities; replace them with a far distance")
+    refuse_if(
+        not np.isfinite(depth).all(), f"{path}: the depth map has NaN or infinities; replace them with a far distance"
+    )
     if depth.min() == depth.max():
         raise UserError(f"{path}: all values of the depth map are {depth.min():g}; give one that varies")
     return depth
@@ -61,8 +61,13 @@ def _array(data: bytes, path: str | Path) -> np.ndarray:
         numbers = array.astype(np.float32) if array.dtype.kind in "fiu" else None
     except Exception as error:  # numpy raises ValueError, EOFError, MemoryError and others
         raise UserError(f"{path}: not an array that can be read ({' '.join(str(error).split())})") from error
-    if numbers is None or numbers.ndim < 2 or numbers.size != numbers.shape[-1] * numbers.shape[-2] or not numbers.size:
-        raise UserError(f"{path}: has {array.dtype} of shape {array.shape}; a depth map is numbers of shape (H, W)")
+    refuse_if(
+        numbers is None
+        or numbers.ndim < 2
+        or numbers.size != numbers.shape[-1] * numbers.shape[-2]
+        or not numbers.size,
+        f"{path}: has {array.dtype} of shape {array.shape}; a depth map is numbers of shape (H, W)",
+    )
     return numbers.reshape(numbers.shape[-2:])
 
 

@@ -14,7 +14,7 @@ from ldm.images.decode import decode_alpha, decode_grey, has_transparency, is_im
 from ldm.images.decode_lock import DecodeLock
 from ldm.images.find import MASK_ENDING, ImageItem, is_mask, kind_error
 from ldm.images.transforms import Crop
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,10 @@ def _masks_in(folder: Path) -> dict[str, Path]:
 
 def _decode_mask(data: bytes, name: str, lock: DecodeLock) -> np.ndarray:
     mask = decode_grey(data, name, lock)
-    if has_transparency(data, name, lock):
-        raise UserError(f"{name}: a mask with transparent pixels; save it in black, grey and white alone")
+    refuse_if(
+        has_transparency(data, name, lock),
+        f"{name}: a mask with transparent pixels; save it in black, grey and white alone",
+    )
     return mask
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 ImageLike = Image.Image | Tensor
 # Filters by name: the number in Pillow, and the mode for tensors if there is one.
@@ -51,8 +51,7 @@ def resize(
     number, mode = _FILTERS[filter_name]
     if not isinstance(image, Tensor):
         return image.resize((width, height), number)
-    if mode is None:
-        raise UserError(f"interpolation {filter_name}: tensors are scaled with nearest, bilinear or bicubic")
+    refuse_if(mode is None, f"interpolation {filter_name}: tensors are scaled with nearest, bilinear or bicubic")
     if image_size(image) == (height, width):
         return image
     smooth = {"align_corners": False, "antialias": antialias} if mode in ("bilinear", "bicubic") else {}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 
 class PILToTensor:
@@ -51,8 +51,10 @@ class ConvertImageDtype:
 
     def __init__(self, dtype: torch.dtype | str = torch.float32) -> None:
         named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-        if named not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise UserError(f"dtype {dtype!r}: give uint8 or a floating-point type such as float32")
+        refuse_if(
+            named not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+            f"dtype {dtype!r}: give uint8 or a floating-point type such as float32",
+        )
         self.dtype = named
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -74,7 +76,9 @@ class Normalize:
         self.mean, self.std, self.inplace = torch.tensor(mean), torch.tensor(std), inplace
 
     def __call__(self, image: Tensor) -> Tensor:
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            raise UserError("Normalize takes a floating-point tensor: put ToTensor before it")
+        refuse_if(
+            not isinstance(image, Tensor) or not image.is_floating_point(),
+            "Normalize takes a floating-point tensor: put ToTensor before it",
+        )
         mean, std = (value.to(image.dtype)[:, None, None] for value in (self.mean, self.std))
         return (image if self.inplace else image.clone()).sub_(mean).div_(std)

@@ -30,12 +30,10 @@ def build_coders(ddconfig: Mapping[str, Any], double_z: bool) -> tuple[Encoder, 
     parameters = (*signature(Encoder).parameters.values(), *signature(Decoder).parameters.values())
     required = [parameter.name for parameter in parameters if parameter.default is Parameter.empty]
     missing = next((name for name in required if name not in ddconfig), None)
+    refuse_if(missing, f"ddconfig lacks the key {missing!r}")
     refuse_if(
-        (missing, f"ddconfig lacks the key {missing!r}"),
-        (
-            ddconfig.get("double_z", True) is not double_z,
-            f"ddconfig: double_z must be {str(double_z).lower()} for this kind of autoencoder",
-        ),
+        ddconfig.get("double_z", True) is not double_z,
+        f"ddconfig: double_z must be {str(double_z).lower()} for this kind of autoencoder",
     )
     return Encoder(**ddconfig), Decoder(**ddconfig)
 
@@ -94,11 +92,11 @@ class TrainedAutoencoder(pl.LightningModule):
         return self.get_input(batch, self.image_key)
 
     def setup(self, stage: str) -> None:
-        if isinstance(self.loss, nn.Identity):
-            raise UserError(
-                f"lossconfig.target is {type(self.loss).__name__}, which is for a frozen autoencoder; "
-                "to train it, set lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator"
-            )
+        refuse_if(
+            isinstance(self.loss, nn.Identity),
+            f"lossconfig.target is {type(self.loss).__name__}, which is for a frozen autoencoder; "
+            "to train it, set lossconfig.target to ldm.modules.losses.LPIPSWithDiscriminator",
+        )
         check = getattr(self.loss, "check_trainable", None)
         if check is not None:
             check()
@@ -151,8 +149,7 @@ class TrainedAutoencoder(pl.LightningModule):
         return self.learning_rate, self.learning_rate
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        if self.learning_rate is None:
-            raise UserError("no learning rate: set model.base_learning_rate in the config")
+        refuse_if(self.learning_rate is None, "no learning rate: set model.base_learning_rate in the config")
         players = [[parameter for part in self.trained_modules() for parameter in part.parameters()]]
         if self.adversarial:
             players.append(list(self.loss.discriminator.parameters()))

@@ -111,10 +111,8 @@ def adapt(network: nn.Module, settings: Mapping[str, Any]) -> None:
     check_number(f"{_WHERE}.alpha", alpha, above=0, whole=False, optional=True)
     check_number(f"{_WHERE}.dropout", dropout, least=0, most=1, whole=False)
     is_list = isinstance(targets, Sequence) and not isinstance(targets, str)
-    refuse_if(
-        (dropout == 1, f"{_WHERE}.dropout {dropout!r}: drops all inputs; give less than 1"),
-        (not is_list or not targets, f"{_WHERE}.targets {targets!r}: give a list of names, such as [attn1, attn2]"),
-    )
+    refuse_if(dropout == 1, f"{_WHERE}.dropout {dropout!r}: drops all inputs; give less than 1")
+    refuse_if(not is_list or not targets, f"{_WHERE}.targets {targets!r}: give a list of names, such as [attn1, attn2]")
     chosen = _matching(network, list(map(str, targets)))
     network.requires_grad_(False)
     for layer in chosen:

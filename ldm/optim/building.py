@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, located, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ def build_optimizer(
     Raises:
         UserError: the target does not exist or does not take its `params`, or a run cannot use it.
     """
-    try:
-        if str(config.get("target")).startswith("torchao."):
-            raise UserError(
-                f"{config['target']}: a checkpoint cannot hold its state; use ldm.optim.low_bit.AdamW8bit or "
-                "AdamW4bit instead"
-            )
+    with located(where):
+        refuse_if(
+            str(config.get("target")).startswith("torchao."),
+            f"{config.get('target')}: a checkpoint cannot hold its state; use ldm.optim.low_bit.AdamW8bit or "
+            "AdamW4bit instead",
+        )
         own_lr = (config.get("params") or {}).get("lr")
         rate = lr if own_lr is None else own_lr
         if "defaults" in (config.get("params") or {}):  # of a base class, and some classes ignore it
@@ -48,8 +48,6 @@ def build_optimizer(
         for group, factor in zip(optimizer.param_groups, groups, strict=False):
             group["lr"] = group["lr"] * factor  # not in place, since groups may share a tensor
         _check_kind(str(config["target"]), optimizer)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
     optimizer.register_load_state_dict_pre_hook(_in_float32)
     return optimizer
 
@@ -70,16 +68,17 @@ def _check_kind(target: str, optimizer: Optimizer) -> None:
     Raises:
         UserError: it has other weights in training than in use, or cannot have a learning rate for each group.
     """
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-        raise UserError(
-            f"{target}: it trains other weights than the averaged ones that images, validation and checkpoints need, "
-            "and changing between them rounds, so that no resumed run equals an uninterrupted one; "
-            "use torch.optim.AdamW with model.params.use_ema=True, which keeps an average"
-        )
+    refuse_if(
+        callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)),
+        f"{target}: it trains other weights than the averaged ones that images, validation and checkpoints need, "
+        "and changing between them rounds, so that no resumed run equals an uninterrupted one; "
+        "use torch.optim.AdamW with model.params.use_ema=True, which keeps an average",
+    )
     if type(optimizer).__name__ == "Prodigy":
         rates = {float(group["lr"]) for group in optimizer.param_groups}
-        if len(rates) > 1:
-            raise UserError(f"{target}: it has one learning rate for all parameters; give one instead of {len(rates)}")
+        refuse_if(
+            len(rates) > 1, f"{target}: it has one learning rate for all parameters; give one instead of {len(rates)}"
+        )
         if 0 < max(rates) < _PRODIGY_RATE:
             log.warning(
                 "%s estimates the learning rate and multiplies it by lr=%g, which almost stops the training; set "

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ldm.optim.building import build_optimizer
-from ldm.util import UserError, check_number
+from ldm.util import check_number, refuse_if
 
 # Optimizers whose step needs all gradients at once, each with what it makes of them.
 _NEEDS_ALL = {
@@ -57,11 +57,11 @@ class InBackward(Optimizer):
         check_number("clip_each", clip_each, above=0, whole=False, optional=True)
         self.inner = build_optimizer(optimizer, params, lr, "optimizer")
         reason = _NEEDS_ALL.get(type(self.inner).__name__)
-        if reason:
-            raise UserError(
-                f"optimizer: {optimizer['target']} cannot step during backward, because {reason}; "
-                "make it the optimizer_config itself"
-            )
+        refuse_if(
+            reason,
+            f"optimizer: {optimizer['target']} cannot step during backward, because {reason}; "
+            "make it the optimizer_config itself",
+        )
         self.bucket_bytes = int(bucket_mb * 2**20)
         self.clip_each = clip_each
         super().__init__(self.inner.param_groups, self.inner.defaults)

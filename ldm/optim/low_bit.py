@@ -59,7 +59,7 @@ class _LowBit:
         keyed_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
-        refuse_if((kwargs.get("amsgrad"), "amsgrad: leave it out; torchao cannot quantise its third moment"))
+        refuse_if(kwargs.get("amsgrad"), "amsgrad: leave it out; torchao cannot quantise its third moment")
         self.keyed_rounding = keyed_rounding
         self._positions: dict[nn.Parameter, int] = {}
         super().__init__(params, lr, bf16_stochastic_round=bf16_stochastic_round, **kwargs)

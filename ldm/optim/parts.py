@@ -54,10 +54,10 @@ class TrainedParts:
             for pattern, step in steps.items():
                 check_number(f"{KEY}.{key}.{pattern}", step, least=1)
         for pattern in (*(train_only or ()), *self.frozen, *self._settings()):
-            if not isinstance(pattern, str) or not all(pattern.split(".")):
-                raise UserError(
-                    f"{KEY}: {pattern!r}: give parts of a parameter's name, such as attn2 or input_blocks.1"
-                )
+            refuse_if(
+                not isinstance(pattern, str) or not all(pattern.split(".")),
+                f"{KEY}: {pattern!r}: give parts of a parameter's name, such as attn2 or input_blocks.1",
+            )
         self._spans: dict[str, range] = {}  # steps in which a parameter trains, if these are not all
         self._can_train: list[str] = []  # without this choice
         self._digest: str | None = None
@@ -92,7 +92,7 @@ class TrainedParts:
             is_chosen = self.train_only is None or _any_matches(self.train_only, name)
             parameters[name].requires_grad_(is_chosen and not _any_matches(self.frozen, name))
         trained = _names_of(module)
-        refuse_if((not trained, f"{KEY}: train_only and freeze leave nothing to train"))
+        refuse_if(not trained, f"{KEY}: train_only and freeze leave nothing to train")
         self._check(self._settings(), trained, module)
         self._spans = {name: span for name in trained if (span := self._span(name)) is not None}
         self._check_each_step(trained)
@@ -102,21 +102,26 @@ class TrainedParts:
         for pattern in patterns:
             if any(matches(pattern, name) for name in names):
                 continue
-            if any(matches(pattern, name) for name, _ in module.named_parameters()):
-                raise UserError(f"{KEY}: {pattern!r} {_IS_FROZEN}")
+            refuse_if(
+                any(matches(pattern, name) for name, _ in module.named_parameters()), f"{KEY}: {pattern!r} {_IS_FROZEN}"
+            )
             valid = {part for name in names for part in name.split(".") if not part.isdigit()}
             raise UserError(f"{KEY}: {pattern!r} matches no parameter{nearest(pattern, valid)}")
 
     def _span(self, name: str) -> range | None:
         first, last = (_last_match(steps, name, None) for steps in (self.from_step, self.until_step))
-        if None not in (first, last) and first >= last:
-            raise UserError(f"{KEY}: {name} would train from step {first} until step {last}; give a later until_step")
+        refuse_if(
+            None not in (first, last) and first >= last,
+            f"{KEY}: {name} would train from step {first} until step {last}; give a later until_step",
+        )
         return None if first is last is None else range(first or 0, last or sys.maxsize)
 
     def _check_each_step(self, trained: Sequence[str]) -> None:
         for step in (0, *self.from_step.values(), *self.until_step.values()):
-            if not any(step in self._spans.get(name, (step,)) for name in trained):
-                raise UserError(f"{KEY}: from_step and until_step leave nothing to train after {step} steps")
+            refuse_if(
+                not any(step in self._spans.get(name, (step,)) for name in trained),
+                f"{KEY}: from_step and until_step leave nothing to train after {step} steps",
+            )
 
     def rates(self, module: nn.Module) -> dict[nn.Parameter, float]:
         """Return the factor of the learning rate of each parameter that has one other than 1."""
@@ -158,11 +163,9 @@ class TrainedParts:
             return
         whole = _digest([self._can_train or _names_of(module)])
         refuse_if(
-            (
-                (self._digest or whole) != (saved if isinstance(saved, str) else whole),
-                f"the checkpoint's optimizer trained other parts; keep model.params.{KEY} of its run, or start a new "
-                "run from its weights with model.params.ckpt_path",
-            )
+            (self._digest or whole) != (saved if isinstance(saved, str) else whole),
+            f"the checkpoint's optimizer trained other parts; keep model.params.{KEY} of its run, or start a new "
+            "run from its weights with model.params.ckpt_path",
         )
 
     def _groups(self, names: Iterable[str]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.lr_scheduler import TORCH_SCHEDULES
-from ldm.util import UserError, check_choice, check_keys, get_obj_from_str, instantiate_from_config, located, takes
+from ldm.util import check_choice, check_keys, get_obj_from_str, instantiate_from_config, located, refuse_if, takes
 
 _WHERE = "scheduler_config"
 _TORCH = "torch.optim.lr_scheduler."
@@ -43,10 +43,10 @@ def build_schedule(
         check_keys(_WHERE, config, ("target", "params", "interval"))
         check_choice(f"{_WHERE}.interval", config.get("interval") or "step", ("step", "epoch"))
     in_epochs, is_torch = config.get("interval") == "epoch", str(config.get("target")).startswith(_TORCH)
-    if rate is None and (in_epochs or is_torch):
-        raise UserError(
-            f"{_WHERE}: this model has several rates; name a class of ldm.lr_scheduler, with interval: step"
-        )
+    refuse_if(
+        rate is None and (in_epochs or is_torch),
+        f"{_WHERE}: this model has several rates; name a class of ldm.lr_scheduler, with interval: step",
+    )
     described = {key: value for key, value in config.items() if key != "interval"}
     with located(_WHERE):
         if is_torch:
@@ -54,8 +54,7 @@ def build_schedule(
             return (lambda n: schedule(n // epoch() if n else 0)) if in_epochs else schedule
         multiplier = instantiate_from_config(described)
     schedule = getattr(multiplier, "schedule", None)
-    if schedule is None:
-        raise UserError(f"{_WHERE}: {config['target']} is no multiplier; name a class of ldm.lr_scheduler")
+    refuse_if(schedule is None, f"{_WHERE}: {config['target']} is no multiplier; name a class of ldm.lr_scheduler")
     return (lambda n: schedule(n / epoch() if n else 0)) if in_epochs else schedule
 
 
@@ -78,14 +77,16 @@ class TorchSchedule:
     def __init__(self, config: Mapping[str, Any], rate: float, length: Count) -> None:
         target = config["target"]
         name = target.removeprefix(_TORCH)
-        if name not in TORCH_SCHEDULES:
-            raise UserError(
-                f"{target}: needs other schedules, functions or metrics; name a class of ldm.lr_scheduler, or one of "
-                f"{', '.join(TORCH_SCHEDULES)} of torch"
-            )
+        refuse_if(
+            name not in TORCH_SCHEDULES,
+            f"{target}: needs other schedules, functions or metrics; name a class of ldm.lr_scheduler, or one of "
+            f"{', '.join(TORCH_SCHEDULES)} of torch",
+        )
         params = {key: value for key, value in (config.get("params") or {}).items() if value is not None}
-        if takes(get_obj_from_str(target), "cycle_momentum") and params.setdefault("cycle_momentum", False):
-            raise UserError(f"{target}: cycle_momentum changes the optimizer's betas; set it to false")
+        refuse_if(
+            takes(get_obj_from_str(target), "cycle_momentum") and params.setdefault("cycle_momentum", False),
+            f"{target}: cycle_momentum changes the optimizer's betas; set it to false",
+        )
         if name == "OneCycleLR":
             params.setdefault("max_lr", rate)
         self._missing = None if {"epochs", "total_steps", "T_max"} & params.keys() else _LENGTHS.get(name)

@@ -19,7 +19,7 @@ from ldm.modules.encoders.modules import (
     GeneralConditioner,
 )
 from ldm.shards.sample import CONTEXT, DEPTH, EDIT, MASK, MASKED_IMAGE, NOISE, PREDICTION, SIZE_ENTRIES, TIMESTEPS
-from ldm.util import UserError, get_obj_from_str
+from ldm.util import UserError, get_obj_from_str, refuse_if
 
 _TEXT_TOKENS = 77
 _CAPTION = "an image"
@@ -46,8 +46,10 @@ def make_batch(model: DDPM, config: DictConfig, images: int | None = None, size:
     """
     params = (config.get("data") or {}).get("params") or {}
     images = images or params.get("batch_size")
-    if not isinstance(images, int) or images < 1:
-        raise UserError(f"batch size {images}: give a whole number from 1, as in data.params.batch_size=4")
+    refuse_if(
+        not isinstance(images, int) or images < 1,
+        f"batch size {images}: give a whole number from 1, as in data.params.batch_size=4",
+    )
     if params.get("prior_urls"):
         images += round(images * params.get("prior_ratio", 1.0))
     factor = model.first_stage_model.downsampling if isinstance(model, LatentDiffusion) else 1

@@ -25,7 +25,7 @@ from ldm.optim import InBackward, build_optimizer
 from ldm.planning.fake_batch import has_image_data, make_batch
 from ldm.planning.ledger import HOST, TEMPORARIES, Ledger, Timeline
 from ldm.release.initialisation import without_initialisation
-from ldm.util import UserError, nearest
+from ldm.util import UserError, nearest, refuse_if
 
 # Lightning's `precision` → dtype of the weights, dtype of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -153,8 +153,10 @@ def _build(config: DictConfig, dtype: torch.dtype) -> DDPM:
     """Build the model without loading weights, with parameters of `dtype`."""
     with without_initialisation(), _NoValues():
         model = build_model(config, with_files=False)
-    if not isinstance(model, DDPM):
-        raise UserError(f"{config.model.target}: the memory of a step can be predicted for diffusion models only")
+    refuse_if(
+        not isinstance(model, DDPM),
+        f"{config.model.target}: the memory of a step can be predicted for diffusion models only",
+    )
     # Module.to() fails: fake tensors cannot be swapped in place.
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -19,7 +19,7 @@ from ldm.config.load import load_config
 from ldm.config.merge import merge_configs
 from ldm.release.families import Family
 from ldm.release.recognition import Shapes, log_family, recognise, shapes_of
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _PARAMETERIZATION, _ZERO_SNR = "parameterization", "rescale_betas_zero_snr"  # in model.params
 
@@ -107,11 +107,11 @@ def training_config(
 
 def check_prediction(trained: str | None, released: str | None, release: str | Path) -> None:
     """Raise `UserError` if a training does not predict what the file `release` does, as far as both are known."""
-    if None not in (trained, released) and trained != released:
-        raise UserError(
-            f"{release}: predicts {released}, but the training's parameterization is {trained}; train with "
-            f"model.params.parameterization={released}, or give --parameterization {trained} to train it so nonetheless"
-        )
+    refuse_if(
+        None not in (trained, released) and trained != released,
+        f"{release}: predicts {released}, but the training's parameterization is {trained}; train with "
+        f"model.params.parameterization={released}, or give --parameterization {trained} to train it so nonetheless",
+    )
 
 
 def _marked(

@@ -18,7 +18,7 @@ from ldm.release.diffusers_writing import check_folder, write_folder
 from ldm.release.model_spec import described
 from ldm.release.opening import Release, check_not_replaced
 from ldm.release.recognition import find_family
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,10 @@ class Destination:
         """
         path = Path(out)
         is_folder = path.is_dir() or str(out).endswith("/")
-        if config is not None and not is_folder:
-            raise UserError(f"--config {config}: is for a folder of diffusers, and {out} is a file; leave it out")
+        refuse_if(
+            config is not None and not is_folder,
+            f"--config {config}: is for a folder of diffusers, and {out} is a file; leave it out",
+        )
         return cls(path, is_folder, config)
 
     @contextmanager

@@ -14,7 +14,7 @@ from ldm.checkpoint.diffusers_sizes import CONSTANTS, sizes_of
 from ldm.config.load import plain
 from ldm.modules.encoders.clip_text import clip_text_config
 from ldm.modules.encoders.open_clip import text_config_of
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _HEADS = "attention_head_dim"  # diffusers' name; it is the number of heads
 _DIFFUSERS_VERSION = "0.30.0"  # that all versions since then read
@@ -159,8 +159,10 @@ def _scheduler(predicts: str, zero_snr: bool) -> dict[str, Any]:
 def stated_prediction(predicts: str) -> str:
     """Return the `prediction_type` of a scheduler for a prediction in the terms of the config."""
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    if predicts not in names:
-        raise UserError(f"parameterization {predicts}: diffusers' folders hold {' or '.join(names)}; write a file")
+    refuse_if(
+        predicts not in names,
+        f"parameterization {predicts}: diffusers' folders hold {' or '.join(names)}; write a file",
+    )
     return names[predicts]
 
 

@@ -32,7 +32,7 @@ from ldm.release.diffusers_config import folder_configs, stated_prediction
 from ldm.release.families import Family
 from ldm.release.opening import Release
 from ldm.release.recognition import find_family
-from ldm.util import UserError, located
+from ldm.util import UserError, located, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ def write_folder(
     configs = _configs(release, parts, family, predicts, config)
     left_out = [key for key in weights if key not in origins]
     lost = next((key for key in left_out if _is_needed(key)), None)
-    if lost is not None:
-        raise UserError(f"{path}: the folder has no place for {lost}; write a .safetensors file instead")
+    refuse_if(lost is not None, f"{path}: the folder has no place for {lost}; write a .safetensors file instead")
     if left_out and folder is None:
         log.info("%d values left out, which folders of diffusers do not hold, such as %s", len(left_out), left_out[0])
     with atomic_folder(path) as temporary:
@@ -198,8 +197,10 @@ def _changed_configs(
 
 def _copy_others(source: Path, target: Path) -> None:
     """Copy the folder's index, and those of the parts that it names that hold no weights of this package."""
-    if not (source / INDEX).is_file():
-        raise UserError(f"{source}: has no {INDEX}, which a whole folder needs; copy it from the base model")
+    refuse_if(
+        not (source / INDEX).is_file(),
+        f"{source}: has no {INDEX}, which a whole folder needs; copy it from the base model",
+    )
     shutil.copyfile(source / INDEX, target / INDEX)
     named = [name for name, entry in read_json(source / INDEX).items() if isinstance(entry, list)]
     for name in named:

@@ -26,7 +26,7 @@ from ldm.checkpoint.keys import (
     with_ema_as_weights,
 )
 from ldm.checkpoint.names import is_carried
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -90,11 +90,11 @@ def graft(state_dict: Weights, release: Weights, source: str | Path) -> Graft:
         if value.shape != own.shape:
             shapes = f"{tuple(value.shape)}, but {tuple(own.shape)} in the training"
             raise UserError(f"{source}: {origin} has shape {shapes}; {likely_cause(release, state_dict, cause)}")
-        if not can_hold(own.dtype, value.dtype):
-            raise UserError(
-                f"{source}: {origin} is {value.dtype}, but {own.dtype} in the training; dequantise it and save "
-                "it as floating-point numbers"
-            )
+        refuse_if(
+            not can_hold(own.dtype, value.dtype),
+            f"{source}: {origin} is {value.dtype}, but {own.dtype} in the training; dequantise it and save "
+            "it as floating-point numbers",
+        )
         (result.averaged if key in origins else result.released).append(key)
         result.state_dict[key] = cast(value, own.dtype)
     if EMA_UPDATES in state_dict and not origins.keys() <= release.keys():

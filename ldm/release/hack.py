@@ -24,7 +24,7 @@ from ldm.release.graft import graft, grafted_checkpoint
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.opening import Release, check_not_replaced, digest_of, release_of, training_weights
 from ldm.release.recognition import check_same_family, log_family, shapes_of, warn_of_new_prediction
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,10 @@ def hack_training(
         UserError: a file is missing, damaged or of another model, or the release predicts something else than the
             training. Nothing is written in this case.
     """
-    if training_path.exists() and release_path.exists() and training_path.samefile(release_path):
-        raise UserError(f"{training_path}: given both as release and as training checkpoint; name two different files")
+    refuse_if(
+        training_path.exists() and release_path.exists() and training_path.samefile(release_path),
+        f"{training_path}: given both as release and as training checkpoint; name two different files",
+    )
     _check_out(out, release_path)
     training = open_checkpoint(training_path)
     check_training_checkpoint(training.content, training_path)
@@ -132,8 +134,7 @@ def _with_notes(content: dict, opened: Release, prediction: str | None, path: Pa
 
 
 def _check_out(out: Path, release: Path) -> None:
-    if out.suffix != ".ckpt":
-        raise UserError(f"{out}: the name of a training checkpoint must end in .ckpt; rename it")
+    refuse_if(out.suffix != ".ckpt", f"{out}: the name of a training checkpoint must end in .ckpt; rename it")
     check_not_replaced(out, [release])
 
 

@@ -20,7 +20,7 @@ from ldm.release.load import load_release, pick_device
 from ldm.release.merge import merge_files
 from ldm.release.strength_sweep import sweep_strengths
 from ldm.shards.urls import without_weights
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,9 @@ def _run_config(training: Path) -> DictConfig:
     """Return the config of the run that `training` belongs to."""
     run = run_of(training)
     files = sorted(run.glob("configs/*-project.yaml")) if run else []
-    if not files:
-        raise UserError(
-            f"--keep: {training} lies in no run folder, whose config names the sets to measure; give --strength"
-        )
+    refuse_if(
+        not files, f"--keep: {training} lies in no run folder, whose config names the sets to measure; give --strength"
+    )
     try:
         return load_config(files)
     except UserError as error:  # such as a class that needs trust
@@ -101,7 +100,6 @@ def _sets(config: DictConfig, training: Path) -> dict[str, Any]:
     """Return the shards to measure, by name: of the subject, and of the prior if the run has one."""
     params = plain(config.get("data") or {}).get("params") or {}
     subject = params.get("val_urls") or without_weights(params.get("training_urls"))
-    if not subject:
-        raise UserError(f"--keep: the config of {training} names no shards in data.params; give --strength")
+    refuse_if(not subject, f"--keep: the config of {training} names no shards in data.params; give --strength")
     prior = params.get("prior_urls")
     return {SUBJECT: subject, **({KEPT: prior} if prior else {})}

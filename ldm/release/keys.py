@@ -21,7 +21,7 @@ from ldm.checkpoint.keys import (
     has_part,
     is_optional,
 )
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,11 @@ def check_release(content: Mapping[str, Any], path: str | Path) -> None:
 
     The optimizer states distinguish the two. Releases of 2022 may hold the step, the callbacks and the loops.
     """
-    if "optimizer_states" in content:
-        raise UserError(
-            f"{path}: a training checkpoint (it holds optimizer_states), not a release; give the released weights "
-            "that training began from, such as sd-v1-4.ckpt, or make a release with tools/merge_release.py"
-        )
+    refuse_if(
+        "optimizer_states" in content,
+        f"{path}: a training checkpoint (it holds optimizer_states), not a release; give the released weights "
+        "that training began from, such as sd-v1-4.ckpt, or make a release with tools/merge_release.py",
+    )
 
 
 def check_training_checkpoint(content: Mapping[str, Any], path: str | Path, weights_alone: bool = False) -> None:
@@ -74,11 +74,15 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path, weig
             f"{path}: not a training checkpoint (it lacks {', '.join(missing)}); name a run's last.ckpt, "
             "make one from weights with tools/hack_weights.py, or start from them with model.params.ckpt_path"
         )
-    if not isinstance(content["global_step"], int):
-        raise UserError(f"{path}: not a training checkpoint (its global_step is not an integer)")
+    refuse_if(
+        not isinstance(content["global_step"], int),
+        f"{path}: not a training checkpoint (its global_step is not an integer)",
+    )
     optimizers = content.get("optimizer_states", [])
-    if not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)):
-        raise UserError(f"{path}: not a training checkpoint (its optimizer_states are not a list of dicts)")
+    refuse_if(
+        not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)),
+        f"{path}: not a training checkpoint (its optimizer_states are not a list of dicts)",
+    )
 
 
 def has_step_counters(content: Mapping[str, Any], path: str | Path) -> bool:

@@ -20,7 +20,7 @@ from ldm.release.diffusers_config import check_settings
 from ldm.release.initialisation import without_initialisation
 from ldm.release.lora_merging import Lora, add_loras
 from ldm.release.opening import release_of
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,8 +74,10 @@ def load_release(
     opened = open_checkpoint(ckpt)
     with without_initialisation():
         model = build_model(config)
-    if not isinstance(model, LatentDiffusion):
-        raise UserError(f"model.target is a {type(model).__name__}; a release needs a LatentDiffusion")
+    refuse_if(
+        not isinstance(model, LatentDiffusion),
+        f"model.target is a {type(model).__name__}; a release needs a LatentDiffusion",
+    )
     release = release_of(opened, ckpt, vae, model.state_dict())
     compare_markers(release.named.carried, model.parameterization, str(ckpt), release.metadata)
     report = load_into(model, release.weights, source=str(ckpt), optional=(*OPTIONAL_KEYS, f"{DEPTH_STAGE}*"))

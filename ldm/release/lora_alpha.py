@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.diffusers_files import read_json
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,15 @@ class Alphas:
         if not isinstance(others, dict):
             raise UserError(f"{self.path}: alpha_pattern {others!r:.40} in {self.place} is no dict; save it again")
         for name in others:
-            if not re.fullmatch(r"[\w.]+", name):
-                raise UserError(f"{self.path}: alpha_pattern {name!r:.80} is not the name of a layer; fuse the file")
+            refuse_if(
+                not re.fullmatch(r"[\w.]+", name),
+                f"{self.path}: alpha_pattern {name!r:.80} is not the name of a layer; fuse the file",
+            )
         alpha = next((other for name, other in others.items() if f".{layer}".endswith(f".{name}")), alpha)
-        if alpha is not None and not (isinstance(alpha, (int, float)) and abs(alpha) < _MOST_ALPHA):
-            raise UserError(f"{self.path}: lora_alpha {alpha!r:.40} in {self.place} is not a number; save it again")
+        refuse_if(
+            alpha is not None and not (isinstance(alpha, (int, float)) and abs(alpha) < _MOST_ALPHA),
+            f"{self.path}: lora_alpha {alpha!r:.40} in {self.place} is not a number; save it again",
+        )
         if alpha is not None and rank and self._value(part, "use_rslora"):
             return alpha * math.sqrt(rank)
         return alpha
@@ -71,6 +75,7 @@ def _parsed(text: str, path: str | Path) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError):
         values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: its metadata {_METADATA} is damaged; save the file again without it")
+    refuse_if(
+        not isinstance(values, dict), f"{path}: its metadata {_METADATA} is damaged; save the file again without it"
+    )
     return values

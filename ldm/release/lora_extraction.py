@@ -27,7 +27,7 @@ from ldm.release.mixture import check_same_model
 from ldm.release.model_spec import described_lora
 from ldm.release.opening import Release, check_not_replaced, open_release
 from ldm.release.recognition import find_family
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +117,14 @@ def extract_files(
         UserError: a file cannot be read, the releases are not of one model, or no layer differs. Nothing is written in
             this case.
     """
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out}: the name must end in .safetensors, the format of LoRA files")
+    refuse_if(out.suffix != ".safetensors", f"{out}: the name must end in .safetensors, the format of LoRA files")
     check_not_replaced(out, (base, tuned))
     with locked_file(out):
         before, after = open_release(base), open_release(tuned)
         check_same_model(before, after)
-        if not has_part(before.weights, MODEL):
-            raise UserError(f"{base}: has only EMA weights; a LoRA needs the weights themselves")
+        refuse_if(
+            not has_part(before.weights, MODEL), f"{base}: has only EMA weights; a LoRA needs the weights themselves"
+        )
         weights, found = extract(before, after, target, torch.float16 if half else torch.float32, all_layers, device)
         rank = str(target.rank) if target.energy is None else "Dynamic"  # as kohya's tools write for several ranks
         family = find_family(before.shapes, parameterization=before.predicts or after.predicts, certain=True)
@@ -149,8 +149,7 @@ def extract(
         if change.ndim == 4:
             up = up[:, :, None, None]
         weights |= kohya_tensors(names[layer], down, up, float(len(down)), dtype)
-    if not found:
-        raise UserError(f"{after.path}: has the weights of {before.path} in all layers that a LoRA holds")
+    refuse_if(not found, f"{after.path}: has the weights of {before.path} in all layers that a LoRA holds")
     return weights, Extraction(found, *_others(layers, before, after))
 
 
@@ -193,8 +192,10 @@ def _changes(
         change = _difference(layer.key, before, after)
         if layer.rows:
             change = change[slice(*layer.rows)]
-        if not is_finite(change):
-            raise UserError(f"{layer.key}: differs by values that are not finite; is {after.path} damaged or diverged?")
+        refuse_if(
+            not is_finite(change),
+            f"{layer.key}: differs by values that are not finite; is {after.path} damaged or diverged?",
+        )
         if change.any():
             yield layer, change.to(device)
 

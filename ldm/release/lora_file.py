@@ -22,7 +22,7 @@ from ldm.checkpoint import converted, in_memory, is_finite, open_checkpoint, wei
 from ldm.release.layer_names import PREFIXES, TEXT_1, TEXT_2, UNET_PART, flat
 from ldm.release.lora_alpha import PEFT, Alphas
 from ldm.release.lycoris import DIFFERENCE, HADAMARD, KRONECKER, LycorisChange, is_lycoris, lycoris_change
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +146,9 @@ def kohya_tensors(name: str, down: Tensor, up: Tensor, alpha: float, dtype: torc
         UserError: a factor is too large for `dtype`.
     """
     factors = {"lora_down.weight": down.to(dtype), "lora_up.weight": up.to(dtype).contiguous()}
-    if not all(map(is_finite, factors.values())):
-        raise UserError(f"{name}: its change is too large for {dtype}; leave out --half")
+    refuse_if(
+        not all(map(is_finite, factors.values())), f"{name}: its change is too large for {dtype}; leave out --half"
+    )
     values = {**factors, "alpha": torch.tensor(alpha, dtype=dtype)}
     return {f"{name}.{key}": value.cpu() for key, value in values.items()}
 
@@ -176,13 +177,14 @@ def factors_from(tensors: Mapping[str, Tensor], alpha: float | None, where: str)
     """
     if "alpha" in tensors:
         alpha = float(in_memory(tensors["alpha"]).reshape(-1)[0]) if tensors["alpha"].numel() == 1 else float("nan")
-        if not math.isfinite(alpha):
-            raise UserError(f"{where}: its alpha is not a finite number")
+        refuse_if(not math.isfinite(alpha), f"{where}: its alpha is not a finite number")
     magnitude = _magnitude(tensors)
     if is_lycoris(tensors):
         return lycoris_change(tensors, alpha, magnitude, where)
-    if "down" not in tensors or "up" not in tensors:
-        raise UserError(f"{where}: lacks one of its two factors; the file is incomplete, download it again")
+    refuse_if(
+        "down" not in tensors or "up" not in tensors,
+        f"{where}: lacks one of its two factors; the file is incomplete, download it again",
+    )
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
     rank = down.shape[0] if down.ndim else 0
     fits = min(down.ndim, up.ndim) >= 2 and rank and up.shape[1:].numel() == rank

@@ -20,7 +20,7 @@ from ldm.release.lora_merging import Lora
 from ldm.release.model_spec import described_lora
 from ldm.release.opening import check_not_replaced, training_weights
 from ldm.release.recognition import find_family, shapes_of
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ def trained_loras(content: dict[str, Any], path: Path, kind: str | None, strengt
     if not ends:
         return []
     has_ema = ema_key(ends[0]) in weights
-    if kind == "ema" and not has_ema:
-        raise UserError(f"{path}: has no moving average of its LoRA (use_ema: False); use --weights raw")
+    refuse_if(
+        kind == "ema" and not has_ema, f"{path}: has no moving average of its LoRA (use_ema: False); use --weights raw"
+    )
     averaged = has_ema and kind != "raw"
     log.info("%s: factors of its LoRA, %s", path, "moving average (ema)" if averaged else "raw weights")
     factors = {}
@@ -55,15 +56,15 @@ def _factors(weights: Mapping[str, Tensor], layer: str, averaged: bool, where: s
     for name, end in (("down", DOWN), ("up", UP), ("alpha", ALPHA)):
         key = layer + end
         key = ema_key(key) if averaged and name != "alpha" else key
-        if key not in weights:
-            raise UserError(f"{where}: the checkpoint lacks {key}; it is damaged, use another one")
+        refuse_if(key not in weights, f"{where}: the checkpoint lacks {key}; it is damaged, use another one")
         tensors[name] = in_memory(weights[key])
-        if tensors[name].is_complex():
-            raise UserError(f"{where}: {key} has complex numbers; it is damaged, use another checkpoint")
-        if not is_finite(tensors[name]):
-            raise UserError(
-                f"{where}: its factors are not finite, because the training diverged; use an older checkpoint"
-            )
+        refuse_if(
+            tensors[name].is_complex(), f"{where}: {key} has complex numbers; it is damaged, use another checkpoint"
+        )
+        refuse_if(
+            not is_finite(tensors[name]),
+            f"{where}: its factors are not finite, because the training diverged; use an older checkpoint",
+        )
     return factors_from(tensors, None, where)
 
 
@@ -75,18 +76,17 @@ def write_trained_lora(training: Path, out: Path, kind: str | None = None, half:
     Raises:
         UserError: the file cannot be read, or is no training of a LoRA. Nothing is written in this case.
     """
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out}: the name must end in .safetensors, the format of LoRA files")
+    refuse_if(out.suffix != ".safetensors", f"{out}: the name must end in .safetensors, the format of LoRA files")
     check_not_replaced(out, (training,))
     with locked_file(out):
         content = open_checkpoint(training).content
         check_training_checkpoint(content, training, weights_alone=True)
         loras = trained_loras(content, training, kind)
-        if not loras:
-            raise UserError(
-                f"{training}: trains weights, and no LoRA; make a release of it with tools/merge_release.py, and give "
-                "that as --tuned, beside --base"
-            )
+        refuse_if(
+            not loras,
+            f"{training}: trains weights, and no LoRA; make a release of it with tools/merge_release.py, and give "
+            "that as --tuned, beside --base",
+        )
         factors = loras[0].factors or {}
         shapes = shapes_of(training_weights(content, training))
         tensors = _named(factors, shapes, torch.float16 if half else torch.float32, training)

@@ -29,7 +29,7 @@ from ldm.release.lycoris import LycorisChange
 from ldm.release.model_spec import title_of
 from ldm.release.opening import release_of, written_dtype
 from ldm.release.recognition import log_family, shapes_of
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,9 @@ def changes_of(
         factors = read_lora(path) if given is None else given
         unmatched = [name for name in factors if name not in names]
         if unmatched:
-            if not has_part(shapes, MODEL):
-                raise UserError(f"{source}: has only EMA weights; a LoRA needs the weights themselves")
+            refuse_if(
+                not has_part(shapes, MODEL), f"{source}: has only EMA weights; a LoRA needs the weights themselves"
+            )
             raise UserError(
                 f"{path}: {len(unmatched)} of {len(factors)} layers match nothing in {source}, the first is "
                 f"{unmatched[0][1]} of the {unmatched[0][0]}; is it a LoRA of another family?"
@@ -165,8 +166,10 @@ def _sum(key: str, weight: Tensor, changes: Sequence[Change], dtype: torch.dtype
     for change in changes:
         wide = change.of(wide)
     result = converted(wide, dtype)
-    if not is_finite(result) and is_finite(weight):
-        raise UserError(f"{key} has values too large for {dtype}, or not finite; use a lower strength, or another file")
+    refuse_if(
+        not is_finite(result) and is_finite(weight),
+        f"{key} has values too large for {dtype}, or not finite; use a lower strength, or another file",
+    )
     return result
 
 

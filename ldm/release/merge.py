@@ -39,7 +39,7 @@ from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
 from ldm.release.opening import Release, release_of, training_weights, warn_of_other_release, written_dtype
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
-from ldm.util import UserError, located
+from ldm.util import UserError, located, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,10 @@ def merge(
     """
     shadows = {key: ema_key(key) for key in training if key.startswith(MODEL)}
     has_ema = any(shadow in training for shadow in shadows.values())
-    if weights == "ema" and not has_ema:
-        raise UserError("the training checkpoint has no moving average (use_ema: False); use --weights raw")
+    refuse_if(
+        weights == "ema" and not has_ema,
+        "the training checkpoint has no moving average (use_ema: False); use --weights raw",
+    )
     left_out = [part for part in _OPTIONAL_PARTS if has_part(training, part) and not has_part(release, part)]
     training = {key: value for key, value in training.items() if not key.startswith(tuple(left_out))}
     check_same_architecture(training, release)
@@ -190,12 +192,13 @@ def _converted(
             old = in_memory(start)
             new = torch.where(value == converted(old, value.dtype), converted(old, dtype), new)
         if not is_finite(new):
-            if is_finite(value):
-                raise UserError(f"{key} has values too large for {dtype}; merge into a release of a wider dtype")
-            if start is not None:
-                raise UserError(
-                    f"{key} has values that are not finite, because the training diverged; use an older checkpoint"
-                )
+            refuse_if(
+                is_finite(value), f"{key} has values too large for {dtype}; merge into a release of a wider dtype"
+            )
+            refuse_if(
+                start is not None,
+                f"{key} has values that are not finite, because the training diverged; use an older checkpoint",
+            )
         return new
 
     return Pending(tuple(tensor.shape), dtype, compute)

@@ -25,7 +25,7 @@ from ldm.checkpoint.keys import EMA, EMA_COUNTERS, MODEL, PREDICTION_MARKERS, UN
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.model_spec import title_of
 from ldm.release.opening import Release, open_release
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -151,27 +151,26 @@ def check_same_model(first: Release, other: Release) -> None:
     cause = "are they releases of one model?"
     for one, two in ((first, other), (other, first)):
         for key, value in one.weights.items():
-            if not (value.is_floating_point() or is_optional(key)):
-                raise UserError(
-                    f"{one.path}: {key} is {value.dtype}; dequantise it and save it as floating-point numbers"
-                )
+            refuse_if(
+                not (value.is_floating_point() or is_optional(key)),
+                f"{one.path}: {key} is {value.dtype}; dequantise it and save it as floating-point numbers",
+            )
             if key not in two.weights:
-                if not is_optional(key):
-                    raise UserError(f"{two.path}: lacks {key}, which {one.path} has; {cause}")
+                refuse_if(not is_optional(key), f"{two.path}: lacks {key}, which {one.path} has; {cause}")
             elif value.shape != two.weights[key].shape and key not in SCHEDULE_KEYS:
                 shapes = f"{tuple(two.weights[key].shape)}, but {tuple(value.shape)} in {one.path}"
                 raise UserError(f"{two.path}: {key} has shape {shapes}; {cause}")
-        if None not in (one.predicts, two.predicts) and one.predicts != two.predicts:
-            raise UserError(
-                f"{two.path}: predicts {two.predicts}, and {one.path} {one.predicts}; take releases with the same "
-                "prediction"
-            )
+        refuse_if(
+            None not in (one.predicts, two.predicts) and one.predicts != two.predicts,
+            f"{two.path}: predicts {two.predicts}, and {one.path} {one.predicts}; take releases with the same "
+            "prediction",
+        )
         for marker in PREDICTION_MARKERS:
-            if marker in one.named.file and marker not in two.named.file:
-                raise UserError(
-                    f"{two.path}: lacks the marker {marker}, which {one.path} has: one predicts v or has zero terminal "
-                    "SNR, the other does not; take releases with the same prediction"
-                )
+            refuse_if(
+                marker in one.named.file and marker not in two.named.file,
+                f"{two.path}: lacks the marker {marker}, which {one.path} has: one predicts v or has zero terminal "
+                "SNR, the other does not; take releases with the same prediction",
+            )
 
 
 def _mixed(key: str, values: Sequence[Tensor], method: str, alphas: Sequence[float]) -> Pending:
@@ -186,8 +185,10 @@ def _mixed(key: str, values: Sequence[Tensor], method: str, alphas: Sequence[flo
         if not any(alphas) or all(same_values(value, differing[0]) for value in differing[1:]):
             return unchanged
         result = converted(METHODS[method].mix(read, alphas), first.dtype)
-        if not is_finite(result):
-            raise UserError(f"{key}: the mixture is not finite in {first.dtype}; use smaller weights, or other files")
+        refuse_if(
+            not is_finite(result),
+            f"{key}: the mixture is not finite in {first.dtype}; use smaller weights, or other files",
+        )
         return result
 
     return Pending(tuple(first.shape), first.dtype, compute)
@@ -199,8 +200,8 @@ def _begins(key: str, name: str) -> bool:
 
 def _check_blocks(recipe: Recipe, keys: Sequence[str]) -> None:
     for name in recipe.blocks:
-        if not any(_begins(key, name) for key in keys):
-            raise UserError(
-                f"--block {name}: no weight begins with it; name a part such as input_blocks.4, middle_block or "
-                "first_stage_model"
-            )
+        refuse_if(
+            not any(_begins(key, name) for key in keys),
+            f"--block {name}: no weight begins with it; name a part such as input_blocks.4, middle_block or "
+            "first_stage_model",
+        )

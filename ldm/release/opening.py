@@ -22,7 +22,7 @@ from ldm.files import is_within
 from ldm.printable import escaped
 from ldm.release.recognition import Shapes, shapes_of
 from ldm.shards.verify import file_sha256, files_sha256
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,12 @@ def release_of(
         UserError: the file holds no UNet, or is a LoRA training, or `vae` holds no matching autoencoder.
     """
     named = in_our_names(weights_of(opened.content, path), own)
-    if found := other_architecture(named.file):
-        raise UserError(f"{path}: {found}")
-    if any(map(is_factor, named.file)):
-        raise UserError(
-            f"{path}: holds a LoRA in training beside the weights; tools/merge_release.py --train-ckpt makes a release "
-            "of it, and tools/extract_lora.py --train-ckpt a LoRA file"
-        )
+    refuse_if((found := other_architecture(named.file)), f"{path}: {found}")
+    refuse_if(
+        any(map(is_factor, named.file)),
+        f"{path}: holds a LoRA in training beside the weights; tools/merge_release.py --train-ckpt makes a release "
+        "of it, and tools/extract_lora.py --train-ckpt a LoRA file",
+    )
     if is_lora(named.file) or not (has_part(named.weights, MODEL) or has_part(named.weights, EMA)):
         raise UserError(f"{path}: {other_kind(named.file) or NO_UNET}")
     _log_names(named, Path(path))
@@ -93,8 +92,10 @@ def check_not_replaced(out: Path, inputs: Iterable[Path]) -> None:
         if not (out.exists() and path.exists()):
             continue
         is_beside = (path / INDEX).is_file() and path.samefile(out.parent)
-        if out.samefile(path) or _holds(out, path) or (_holds(path, out) and not is_beside):
-            raise UserError(f"{out}: would replace one of the files that are read; choose another --out")
+        refuse_if(
+            out.samefile(path) or _holds(out, path) or (_holds(path, out) and not is_beside),
+            f"{out}: would replace one of the files that are read; choose another --out",
+        )
 
 
 def _holds(folder: Path, path: Path) -> bool:
@@ -135,8 +136,10 @@ def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:
         weights = {FIRST_STAGE + key: value for key, value in weights.items()}
     named = in_our_names(weights).weights
     found = {key: value for key, value in named.items() if key.startswith(FIRST_STAGE) and not is_optional(key)}
-    if not all(FIRST_STAGE + end in found for end in _ENDS):
-        raise UserError(f"--vae {path}: holds no autoencoder; name a .safetensors or .ckpt file with one")
+    refuse_if(
+        not all(FIRST_STAGE + end in found for end in _ENDS),
+        f"--vae {path}: holds no autoencoder; name a .safetensors or .ckpt file with one",
+    )
     return found
 
 
@@ -144,8 +147,9 @@ def _with_autoencoder(named: Renamed, vae: str | Path) -> Renamed:
     given = read_autoencoder(vae)
     replaced = [key for key in named.weights if key.startswith(FIRST_STAGE) and not is_optional(key)]
     for key in replaced:
-        if key not in given:
-            raise UserError(f"--vae {vae}: lacks {key}, which the release has; is it another kind of autoencoder?")
+        refuse_if(
+            key not in given, f"--vae {vae}: lacks {key}, which the release has; is it another kind of autoencoder?"
+        )
         if given[key].shape != named.weights[key].shape:
             shapes = f"{tuple(given[key].shape)}, but {tuple(named.weights[key].shape)} in the release"
             raise UserError(f"--vae {vae}: {key} has shape {shapes}; is it another kind of autoencoder?")

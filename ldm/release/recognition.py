@@ -12,7 +12,7 @@ from ldm.checkpoint.causes import other_kind
 from ldm.checkpoint.keys import TEXT_ENCODERS, UNET, ZERO_SNR, has_part, with_ema_as_weights
 from ldm.checkpoint.markers import check_markers, marked_parameterization
 from ldm.release.families import DISTINGUISHING, FAMILIES, FIRST, PARAMETERIZATIONS, Family, Shape
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,7 @@ def recognise(
     family = find_family(shapes, source=source, parameterization=parameterization, size=size)
     if family is None:
         kind = other_kind(shapes)
-        if kind is not None:
-            raise UserError(f"{source}: {kind}")
+        refuse_if(kind is not None, f"{source}: {kind}")
         differing = _differences(_by_whole_keys(shapes))
         nearest = min(FAMILIES.values(), key=lambda other: _distance(differing[other.key]))
         raise UserError(
@@ -86,8 +85,10 @@ def find_family(
     Raises:
         UserError: `parameterization` is neither `eps` nor `v`, or a marker stands for another kind of noise schedule.
     """
-    if parameterization not in (None, *PARAMETERIZATIONS):
-        raise UserError(f"parameterization {parameterization!r}: choose {' or '.join(PARAMETERIZATIONS)}")
+    refuse_if(
+        parameterization not in (None, *PARAMETERIZATIONS),
+        f"parameterization {parameterization!r}: choose {' or '.join(PARAMETERIZATIONS)}",
+    )
     check_markers(shapes, source)
     matching = _matching(shapes)
     if not matching:

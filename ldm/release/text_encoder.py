@@ -15,7 +15,7 @@ from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.release.caption_record import apply_record
 from ldm.release.initialisation import without_initialisation
 from ldm.release.opening import release_of
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, refuse_if
 
 _WHERE = "model.params.cond_stage_config"
 
@@ -38,18 +38,17 @@ def load_text_encoder(
         raise UserError(f"{_WHERE} {described!r}: names no text encoder; give the config of the release")
     with without_initialisation():
         stage = instantiate_from_config(described)
-    if not (getattr(stage, "caption_embedders", None) or hasattr(stage, "tokenize")):
-        raise UserError(
-            f"{_WHERE}: {type(stage).__name__} reads no captions; give the config of the release, such as "
-            "stable_diffusion_v1.yaml"
-        )
+    refuse_if(
+        not (getattr(stage, "caption_embedders", None) or hasattr(stage, "tokenize")),
+        f"{_WHERE}: {type(stage).__name__} reads no captions; give the config of the release, such as "
+        "stable_diffusion_v1.yaml",
+    )
     prefix = CONDITIONER if isinstance(stage, GeneralConditioner) else COND_STAGE
     holder = nn.Module()
     holder.add_module(prefix.removesuffix("."), stage)
     weights = release_of(opened, ckpt, own=holder.state_dict()).weights
     weights = {key: value for key, value in weights.items() if key.startswith(TEXT_ENCODERS)}
-    if not weights:
-        raise UserError(f"{ckpt}: holds no text encoder; name the release that the images were encoded with")
+    refuse_if(not weights, f"{ckpt}: holds no text encoder; name the release that the images were encoded with")
     load_into(holder, weights, source=str(ckpt))
     if captions is None:
         apply_record(stage, opened.metadata, ckpt)

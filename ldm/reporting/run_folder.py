@@ -20,7 +20,7 @@ from ldm.reporting.settings import RunSettings, read_settings
 from ldm.reporting.strips import Strip, read_strips
 from ldm.reporting.training_sets import Contents, TrainingSet, read_training_sets
 from ldm.training.arguments import parse_arguments
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 PARTS = ("configs", "csv", "checkpoints", "images")  # a run folder has one of these
 _ENDS = {END: "finished", STOP: "stopped", FAULT: "ended by an error"}
@@ -89,10 +89,11 @@ def read_run(folder: Path, budget: int) -> RunRecord:
     Raises:
         UserError: the folder is missing, or not of a run.
     """
-    if not folder.exists():
-        raise UserError(f"{folder}: no such run folder")
-    if not folder.is_dir() or not any((folder / part).is_dir() for part in PARTS):
-        raise UserError(f"{folder}: not a run folder, which has {', '.join(PARTS)}; give logs/<time>_<name>")
+    refuse_if(not folder.exists(), f"{folder}: no such run folder")
+    refuse_if(
+        not folder.is_dir() or not any((folder / part).is_dir() for part in PARTS),
+        f"{folder}: not a run folder, which has {', '.join(PARTS)}; give logs/<time>_<name>",
+    )
     problems: list[str] = []
     events = _read_events(folder, problems)
     metrics = read_metrics(folder, problems)

@@ -88,20 +88,18 @@ def read_index(folder: ShardPath) -> dict[str, Any] | None:
     if not isinstance(index, dict) or "shards" not in index:
         raise NotAnIndex(f"{path}: lists no shards; {MAKE_AGAIN}, or remove the file if it is not the index of a set")
     version = index.get("format", 1)
-    if not (is_whole(version) and 1 <= version <= FORMAT_VERSION):
-        raise UserError(
-            f"{path}: has format {version!r:.80}, but this program reads 1 to {FORMAT_VERSION}; {MAKE_AGAIN}"
-        )
+    refuse_if(
+        not (is_whole(version) and 1 <= version <= FORMAT_VERSION),
+        f"{path}: has format {version!r:.80}, but this program reads 1 to {FORMAT_VERSION}; {MAKE_AGAIN}",
+    )
     check_entries(f"{path}: ", index, _ENTRIES)
     for number, shard in enumerate(index["shards"]):
         where = f"{path}: shards[{number}]"
         is_entry = isinstance(shard, dict)
         needed = ("name",) if version == 1 else ("name", "bytes", "sha256")
         missing = next((key for key in needed if is_entry and key not in shard), None)
-        refuse_if(
-            (not is_entry, f"{where} is {shard!r:.80}, not the name, bytes and sha256 of a shard; {_MEND}"),
-            (missing is not None, f"{where} has no {missing}; {_MEND}"),
-        )
+        refuse_if(not is_entry, f"{where} is {shard!r:.80}, not the name, bytes and sha256 of a shard; {_MEND}")
+        refuse_if(missing is not None, f"{where} has no {missing}; {_MEND}")
         check_entries(f"{where}: its ", shard, SHARD_ENTRIES)
     return index
 
@@ -220,7 +218,7 @@ def check_against_index(paths: Sequence[str | ShardPath], *, whole: bool, unfini
                 f"{folder / INDEX}: the set is unfinished, because writing it was interrupted; give the same command "
                 f"of tools/preencode.py again to resume it, or {MAKE_AGAIN}"
             )
-            refuse_if((not unfinished, message))
+            refuse_if(not unfinished, message)
             logger.warning("%s", message)
             continue
         known = {shard["name"]: shard.get("bytes") for shard in index["shards"]}
@@ -244,8 +242,7 @@ def _check_on_server(folder: RemotePath, shards: Sequence[RemotePath], entries: 
     known = {entry["name"]: entry for entry in entries}
     for path in shards:
         entry, size = known.get(path.name), state_of(path).identity[0]
-        if entry is None:
-            raise UserError(f"{path}: not in {folder / INDEX}; move it to a folder of its own, or {MAKE_AGAIN}")
+        refuse_if(entry is None, f"{path}: not in {folder / INDEX}; move it to a folder of its own, or {MAKE_AGAIN}")
         if entry.get("bytes", size) != size:
             raise UserError(
                 f"{path}: has {size} bytes, but {entry['bytes']} in {folder / INDEX}; copy it there again, or "
@@ -259,11 +256,9 @@ def _check_shard(path: Path, known: Mapping[str, int | None]) -> None:
     check_file(path)
     index, exists, expected = path.parent / INDEX, path.exists(), known.get(path.name)
     size = path.stat().st_size if exists else None
+    refuse_if(not exists and path.name not in known, f"{path}: no such file")
+    refuse_if(path.name not in known, f"{path}: not in {index}; move it to a folder of its own, or {MAKE_AGAIN}")
     refuse_if(
-        (not exists and path.name not in known, f"{path}: no such file"),
-        (path.name not in known, f"{path}: not in {index}; move it to a folder of its own, or {MAKE_AGAIN}"),
-        (
-            exists and expected is not None and size != expected,
-            f"{path}: has {size} bytes, but {expected} in {index}; copy it again, or {MAKE_AGAIN}",
-        ),
+        exists and expected is not None and size != expected,
+        f"{path}: has {size} bytes, but {expected} in {index}; copy it again, or {MAKE_AGAIN}",
     )

@@ -119,13 +119,10 @@ def check_map(key: str, shape: tuple[int, ...], latent: tuple[int, ...], name: s
     if plain(key) not in OF_LATENT_SIZE:
         return
     refuse_if(
-        (
-            shape[-2:] != latent[-2:],
-            f"{name}: shape {shape}, but the latent has {latent}; height and width must be equal",
-        ),
-        (shape[:-3] != latent[:-3], f"{name}: shape {shape}, but the latent has {latent}; variants must be equal"),
-        (key == LOSS_MASK and shape[-3] != 1, f"{name}: shape {shape}; a loss mask has one channel"),
+        shape[-2:] != latent[-2:], f"{name}: shape {shape}, but the latent has {latent}; height and width must be equal"
     )
+    refuse_if(shape[:-3] != latent[:-3], f"{name}: shape {shape}, but the latent has {latent}; variants must be equal")
+    refuse_if(key == LOSS_MASK and shape[-3] != 1, f"{name}: shape {shape}; a loss mask has one channel")
 
 
 def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image: bool, name: str) -> None:
@@ -134,10 +131,8 @@ def check_shape(key: str, shape: tuple[int, ...], first: tuple[int, ...], image:
     Images, (channels, height, width), may differ in height and width. All other arrays must have equal shapes, except
     for the number of captions, which `shape` lacks.
     """
+    refuse_if(image and len(shape) != 3, f"{name}: shape {shape} is not (channels, height, width)")
     refuse_if(
-        (image and len(shape) != 3, f"{name}: shape {shape} is not (channels, height, width)"),
-        (
-            (shape[0] != first[0]) if image else (shape != first),
-            f"{name}: shape {shape}, but {key} of the first sample has shape {first}",
-        ),
+        (shape[0] != first[0]) if image else (shape != first),
+        f"{name}: shape {shape}, but {key} of the first sample has shape {first}",
     )

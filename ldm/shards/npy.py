@@ -37,13 +37,11 @@ def _parse(header: bytes, types: tuple[str, ...]) -> NpyHeader:
     if version not in readers:
         raise ValueError(f"npy format version {version} is not supported")
     shape, is_fortran, dtype = readers[version](file)
-    refuse_if(
-        (dtype.newbyteorder("=").name not in types, f"its type is {dtype}, not one of {', '.join(types)}"),
-        # A bool passes as an int in numpy.
-        (not all(type(side) is int for side in shape), f"its shape {shape} is not made of whole numbers"),
-        (not shape, "it is a single number, not an array"),
-        (any(side < 1 for side in shape), f"its shape {shape} is empty"),
-    )
+    refuse_if(dtype.newbyteorder("=").name not in types, f"its type is {dtype}, not one of {', '.join(types)}")
+    # A bool passes as an int in numpy.
+    refuse_if(not all(type(side) is int for side in shape), f"its shape {shape} is not made of whole numbers")
+    refuse_if(not shape, "it is a single number, not an array")
+    refuse_if(any(side < 1 for side in shape), f"its shape {shape} is empty")
     return NpyHeader(file.tell(), shape, dtype, "F" if is_fortran else "C")
 
 

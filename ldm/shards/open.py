@@ -30,7 +30,7 @@ from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import CONTEXT, LATENT, LOSS_MASK, MAPS, POOLED, TEACHER_KEYS, TEXT_ENCODINGS, is_array, plain
 from ldm.shards.urls import expand_urls, is_stream, names_all_there
 from ldm.shards.verify import verify_shards
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ def open_shards(
     """
     names = expand_urls(urls)
     stream = next((name for name in names if is_stream(name) and not (remote and is_remote(name))), None)
-    if stream is not None:
-        raise UserError(f"{stream}: is a stream; give local shards, which can be read in any order")
+    refuse_if(stream is not None, f"{stream}: is a stream; give local shards, which can be read in any order")
     paths = list(map(as_path, names))
     if streamed(names) is not None:
         raise UserError(f"{paths[0].parent}: cannot be read in any order, which is needed here; copy the set")
@@ -134,8 +133,7 @@ def check_members(paths: Sequence[str | ShardPath], keys: Sequence[str], *, for_
         lacking = next((key for key in asked if key not in members), None)
         others = [member for member in members if member in (*MAPS, *([POOLED] if CONTEXT in keys else ()))]
         unread = next((member for member in others if member not in keys), None) if for_training else None
-        if lacking == LOSS_MASK:
-            raise UserError(f"{folder / INDEX}: the samples have no {LOSS_MASK}; {NEEDS_LOSS_MASKS}")
+        refuse_if(lacking == LOSS_MASK, f"{folder / INDEX}: the samples have no {LOSS_MASK}; {NEEDS_LOSS_MASKS}")
         if lacking or unread:
             what = f"have no {lacking}, which the model reads" if lacking else f"have {unread}, which the model ignores"
             raise UserError(
@@ -206,18 +204,18 @@ def common_caption_settings(datasets: Iterable[Any], read: bool = True) -> Capti
             found[folder] = settings = CaptionSettings.from_entries(read_index(folder) or {})
             tokens = settings.max_tokens // CHUNK * (CHUNK + 2)
             for shape in dataset.shapes.get(CONTEXT, ()):
-                if settings.max_tokens != CHUNK and shape[0] != tokens:
-                    raise UserError(
-                        f"{folder / INDEX}: max_tokens is {settings.max_tokens}, but the samples have {CONTEXT} of the "
-                        f"shape {shape}; restore the file, or encode the images again"
-                    )
+                refuse_if(
+                    settings.max_tokens != CHUNK and shape[0] != tokens,
+                    f"{folder / INDEX}: max_tokens is {settings.max_tokens}, but the samples have {CONTEXT} of the "
+                    f"shape {shape}; restore the file, or encode the images again",
+                )
     for folder, settings in found.items():
         (first, ours), *_ = found.items()
-        if settings != ours:
-            raise UserError(
-                f"{folder / INDEX}: the captions were encoded with {settings}, but with {ours} in {first / INDEX}; "
-                "encode both sets with the same --max-tokens and --clip-skip of tools/preencode.py"
-            )
+        refuse_if(
+            settings != ours,
+            f"{folder / INDEX}: the captions were encoded with {settings}, but with {ours} in {first / INDEX}; "
+            "encode both sets with the same --max-tokens and --clip-skip of tools/preencode.py",
+        )
     return next(iter(found.values()), None)
 
 

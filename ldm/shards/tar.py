@@ -102,18 +102,19 @@ def check_member(member: tarfile.TarInfo, where: str) -> bool:
         return False
     name = f"{where}: its member {member.name!r:.200}"
     is_plain = member.isreg() and member.sparse is None
-    refuse_if((not is_plain, f"{name} is not a plain file but a link, a device or sparse"))
+    refuse_if(not is_plain, f"{name} is not a plain file but a link, a device or sparse")
     check_name(member.name, where)
     is_too_large = not 0 <= member.size <= MOST_IN_MEMBER
-    refuse_if((is_too_large, f"{name} has {member.size} bytes, too many for a sample"))
+    refuse_if(is_too_large, f"{name} has {member.size} bytes, too many for a sample")
     return True
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int, int]]:
     """Yield name, offset, size and header's CRC-32 of each plain file in the tar. Raise `UserError` for any damage."""
     with open_file(path) as file:
-        if file.read(2) == _GZIP:
-            raise UserError(f"{path}: is compressed; unpack it with gunzip, or name it as 'pipe:gzip -dc {path}'")
+        refuse_if(
+            file.read(2) == _GZIP, f"{path}: is compressed; unpack it with gunzip, or name it as 'pipe:gzip -dc {path}'"
+        )
         file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
@@ -130,8 +131,10 @@ def _members(path: Path) -> Iterator[tuple[str, int, int, int]]:
                 rest = file.read(tarfile.BLOCKSIZE)
                 while rest and not rest.strip(b"\0"):
                     rest = file.read(1 << 20)
-                if rest or file.tell() < tar.offset + tarfile.BLOCKSIZE:
-                    raise UserError(f"{path}: truncated or damaged tar: no end mark at byte {tar.offset}")
+                refuse_if(
+                    rest or file.tell() < tar.offset + tarfile.BLOCKSIZE,
+                    f"{path}: truncated or damaged tar: no end mark at byte {tar.offset}",
+                )
         except (UserError, GeneratorExit):
             raise
         except Exception as error:  # on damaged input, tarfile raises ValueError, OverflowError, ...
@@ -147,8 +150,7 @@ def index_tar(path: Path) -> list[TarSample]:
     """
     samples: dict[str, TarSample] = {}
     check_file(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    refuse_if(not path.exists(), f"{path}: no such file")
     for name, offset, size, checksum in _members(path):
         key, extension = split_name(name.removeprefix("./"))
         if not is_sample(key, extension):
@@ -186,7 +188,6 @@ def stream_tar(file: BinaryIO, url: str) -> Iterator[tuple[str, dict[str, bytes]
             current = key
             members[extension] = tar.extractfile(member).read()
         for _ in range(_MOST_IN_TAIL // tarfile.RECORDSIZE):  # a bounded number of reads, for endless streams
-            if tar.fileobj.read(tarfile.RECORDSIZE).strip(b"\0"):
-                raise UserError(f"{url}: damaged tar: data after its end mark")
+            refuse_if(tar.fileobj.read(tarfile.RECORDSIZE).strip(b"\0"), f"{url}: damaged tar: data after its end mark")
     if members:
         yield current, members

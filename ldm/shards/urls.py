@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.braces import expand_braces
-from ldm.util import UserError, check_keys, check_number
+from ldm.util import UserError, check_keys, check_number, located, refuse_if
 
 MOST_REPEATS = 999  # maximum number of times that an epoch has a sample
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
@@ -90,10 +90,8 @@ def _local(pattern: str) -> Path:
     path = Path(pattern)
     if not path.parts or os.path.lexists(path.parts[0]):  # an existing folder named ~x
         return path
-    try:
+    with located(f"{pattern:.100}", RuntimeError):  # an unknown user
         return path.expanduser()
-    except RuntimeError as error:  # an unknown user
-        raise UserError(f"{pattern:.100}: {error}") from error
 
 
 def _without_scheme(pattern: str) -> str:
@@ -125,14 +123,12 @@ def _expand_local(pattern: str, folder: str) -> list[str]:
     path = _local(pattern)
     if _is_there(pattern) and path.is_dir():
         found = sorted(str(tar) for tar in path.glob("[!.]*.tar"))  # a hidden file is still being written
-        if not found:
-            raise UserError(f"{pattern}: the folder has no .tar")
+        refuse_if(not found, f"{pattern}: the folder has no .tar")
         return found
     if not _is_there(pattern) and glob.has_magic(pattern[len(folder) :]):
         start = glob.escape(str(_local(folder) / "_")[:-1]) if folder else ""
         found = sorted(glob.glob(start + pattern[len(folder) :]))  # noqa: PTH207  (the pattern may begin at the root)
-        if not found:
-            raise UserError(f"{pattern}: no file matches")
+        refuse_if(not found, f"{pattern}: no file matches")
         return found
     return [str(path)]
 
@@ -164,11 +160,9 @@ def expand_urls(urls: str | Path | Sequence[str | Path]) -> list[str]:
     if not isinstance(urls, (list, tuple)) or not all(isinstance(entry, (str, Path)) for entry in urls):
         raise UserError(f"shards {urls!r:.100}: give a path, a pattern or a list of these")
     found = [url for entry in urls for pattern in _split(str(entry)) for url in _expand(pattern)]
-    if not found:
-        raise UserError(f"{urls!r} names no shards")
+    refuse_if(not found, f"{urls!r} names no shards")
     seen: set[str] = set()
     for url in found:
-        if url in seen:
-            raise UserError(f"{url}: occurs twice among the shards")
+        refuse_if(url in seen, f"{url}: occurs twice among the shards")
         seen.add(url)
     return found

@@ -28,15 +28,15 @@ def shard_paths(pattern: str) -> Iterator[Path]:
     Raises:
         UserError: `pattern` does not end in `.tar`, names several folders, has several numbers, or has an open brace.
     """
-    if not pattern.endswith(".tar"):
-        raise UserError(f"--out {pattern}: name shards such as shards/toms-%06d.tar, or a single .tar")
+    refuse_if(
+        not pattern.endswith(".tar"), f"--out {pattern}: name shards such as shards/toms-%06d.tar, or a single .tar"
+    )
     path = Path(pattern)
     _check_folder(path)
     if not is_spread(pattern):
         return iter([path])
     numbers = _NUMBER.findall(path.name)
-    if len(numbers) > 1:
-        raise UserError(f"--out {pattern}: has {len(numbers)} numbers; give one")
+    refuse_if(len(numbers) > 1, f"--out {pattern}: has {len(numbers)} numbers; give one")
     if numbers:
         return (path.with_name(path.name.replace(numbers[0], numbers[0] % number)) for number in itertools.count())
     try:
@@ -55,20 +55,18 @@ def _check_folder(path: Path) -> None:
     is_pattern = _NUMBER.search(folder) is not None
     with suppress(UserError):  # an open brace is an ordinary character
         is_pattern = is_pattern or len(list(expand_braces(folder))) > 1
-    if is_pattern:
-        raise UserError(
-            f"--out {path}: a set needs one folder, but {folder} stands for several; put the pattern into the file "
-            "name, or create this folder first if its name is not a pattern"
-        )
+    refuse_if(
+        is_pattern,
+        f"--out {path}: a set needs one folder, but {folder} stands for several; put the pattern into the file "
+        "name, or create this folder first if its name is not a pattern",
+    )
 
 
 def _check_names(pattern: str, names: Sequence[str]) -> None:
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     other = next((name for name in names if "/" in name or not name.endswith(".tar")), None)
-    refuse_if(
-        (twice is not None, f"--out {pattern}: names {twice} twice"),
-        (other is not None, f"--out {pattern}: names {other}, which is not a shard such as toms-000.tar"),
-    )
+    refuse_if(twice is not None, f"--out {pattern}: names {twice} twice")
+    refuse_if(other is not None, f"--out {pattern}: names {other}, which is not a shard such as toms-000.tar")
 
 
 def is_spread(pattern: str) -> bool:
@@ -181,10 +179,10 @@ class ShardWriter:
             self._close(None, None, None)
         if self._shard is None:
             path = next(self._paths, None)
-            if path is None:
-                raise UserError(
-                    f"--out {self.pattern}: {len(self.shards)} shards of {self.shard_size} samples are too few"
-                )
+            refuse_if(
+                path is None,
+                f"--out {self.pattern}: {len(self.shards)} shards of {self.shard_size} samples are too few",
+            )
             self._shard = Shard(path).__enter__()
         self._shard.write(key, members)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm.config.load import find_config
 from ldm.files import is_within
 from ldm.studio.commands import ROOT
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _SHIPPED = ROOT / "configs"
 
@@ -26,8 +26,7 @@ class AllowedFolders:
 
     def __init__(self, folders: Sequence[Path], further: Sequence[Path] = ()) -> None:
         for folder in folders:
-            if not folder.is_dir():
-                raise UserError(f"--folder {folder}: no such folder")
+            refuse_if(not folder.is_dir(), f"--folder {folder}: no such folder")
         self.folders = list(dict.fromkeys(folder.resolve() for folder in folders))
         self._further = [path.resolve() for path in further]
 
@@ -46,8 +45,7 @@ class AllowedFolders:
             UserError: it is empty, not a valid path, or lies outside of all of them.
         """
         path = Path(text or "")
-        if text is None or not str(text).strip():
-            raise UserError(f"{what}: is empty; give a path")
+        refuse_if(text is None or not str(text).strip(), f"{what}: is empty; give a path")
         if self.has(path):
             return path
         named = ", ".join(map(str, self.folders))
@@ -61,8 +59,7 @@ class AllowedFolders:
             UserError: as `check`, or there is no such file or folder.
         """
         path = self.check(text, what)
-        if not path.exists():
-            raise UserError(f"{what} {str(text)!r:.200}: no such file or folder")
+        refuse_if(not path.exists(), f"{what} {str(text)!r:.200}: no such file or folder")
         return path
 
     def check_config(self, name: str, what: str) -> None:
@@ -89,6 +86,5 @@ class AllowedFolders:
             UserError: as `check`, or there is no such folder.
         """
         path = self.check_existing(text, what)
-        if not path.is_dir():
-            raise UserError(f"{what} {str(text)!r:.200}: is not a folder")
+        refuse_if(not path.is_dir(), f"{what} {str(text)!r:.200}: is not a folder")
         return path

@@ -17,7 +17,7 @@ from ldm.images.captions import METADATA_FILES, CaptionFiles
 from ldm.images.find import ImageItem, from_folder
 from ldm.images.walk import walk
 from ldm.studio.allowed_folders import AllowedFolders
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _MOST_BYTES = 1 << 30  # of a record of changes
 
@@ -50,11 +50,9 @@ def replace_text(items: Sequence[ImageItem], old: str, new: str) -> dict[str, st
     Raises:
         UserError: `old` is empty, or no caption contains it.
     """
-    if not old:
-        raise UserError("find: is empty; give the text to replace")
+    refuse_if(not old, "find: is empty; give the text to replace")
     changed = {item.name: item.caption.replace(old, new) for item in items if item.caption and old in item.caption}
-    if not changed:
-        raise UserError(f"find {old!r:.100}: no caption contains it")
+    refuse_if(not changed, f"find {old!r:.100}: no caption contains it")
     return changed
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.printable import escaped
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 ROOT = Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"\w[\w.-]{0,79}", re.ASCII)
@@ -88,10 +88,10 @@ class TrainingRecipe:
 
 def check_name(what: str, name: str) -> None:
     """Raise `UserError` unless `name` is a plain file name. `what` names it in the message."""
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            f"{what} {name!r:.100}: use up to 80 letters, digits, _, . and -, beginning with a letter or digit"
-        )
+    refuse_if(
+        not _NAME.fullmatch(name),
+        f"{what} {name!r:.100}: use up to 80 letters, digits, _, . and -, beginning with a letter or digit",
+    )
 
 
 def path_word(path: str | Path) -> str:

@@ -18,7 +18,7 @@ from ldm.studio.html_parts import html_table, note
 from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.job_store import FINISHED
 from ldm.studio.sampled_images import new_folder
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _KIND = "evaluate"
 
@@ -70,14 +70,14 @@ def read_sets(text: str, allowed: AllowedFolders) -> list[str]:
         UserError: a line has no name, or names shards that are missing or elsewhere.
     """
     lines = [line for line in map(str.strip, text.splitlines()) if line]
-    if not lines:
-        raise UserError("sets of shards: are empty; give NAME=SHARDS, one per line")
+    refuse_if(not lines, "sets of shards: are empty; give NAME=SHARDS, one per line")
     for line in lines:
         name, equals, shards = line.partition("=")
-        if not (name and equals and shards):
-            raise UserError(f"set {line!r:.100}: give NAME=SHARDS, such as cats=outputs/studio/cats/shards/*.tar")
-        if is_stream(shards):
-            raise UserError(f"set {line!r:.100}: names a stream; give files")
+        refuse_if(
+            not (name and equals and shards),
+            f"set {line!r:.100}: give NAME=SHARDS, such as cats=outputs/studio/cats/shards/*.tar",
+        )
+        refuse_if(is_stream(shards), f"set {line!r:.100}: names a stream; give files")
         for path in expand_urls(shards):
             allowed.check_existing(path, "shard")
     return lines

@@ -16,7 +16,7 @@ from ldm.studio.controls import Page, command_box, gallery, listen
 from ldm.studio.html_parts import html_table, note
 from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.job_store import FINISHED
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _ON_PAGE = 60  # images
 _MOST_TAGS, _MOST_PROBLEMS = 200, 300
@@ -87,8 +87,7 @@ class ImagesTab:
         self.panel.watch([self.problem], self.problems)
 
     def items(self, path: str) -> list[ImageItem]:
-        if not path:
-            raise UserError("no folder is open; give a folder of images and open it")
+        refuse_if(not path, "no folder is open; give a folder of images and open it")
         return read_images(self.studio.allowed.check_folder(path, "folder of images"), self.studio.allowed)
 
     def show(self, path: str, page: float, text: str = "") -> list[Any]:
@@ -101,8 +100,7 @@ class ImagesTab:
         return self.chosen_values(self.items(path), names[event.index])
 
     def save_caption(self, path: str, page: float, name: str, text: str) -> list[Any]:
-        if not name:
-            raise UserError("no image is chosen; choose one in the gallery")
+        refuse_if(not name, "no image is chosen; choose one in the gallery")
         self.edits.write(self.studio.allowed.check_folder(path), self.items(path), {name: text})
         return self.show(path, page, f"saved the caption of {name}")
 
@@ -113,8 +111,7 @@ class ImagesTab:
         return self.show(path, page, f"changed {len(changed)} captions")
 
     def undo_last(self, path: str, page: float, name: str) -> list[Any]:
-        if not path:
-            raise UserError("no folder is open; give a folder of images and open it")
+        refuse_if(not path, "no folder is open; give a folder of images and open it")
         count = self.edits.undo(self.studio.allowed.check_folder(path))
         items = self.items(path)
         caption = self.chosen_values(items, name)[2]
@@ -150,8 +147,7 @@ class ImagesTab:
         path, name, _ = json.loads(choice)
         items = self.items(path)
         place = next((number for number, item in enumerate(items) if item.name == name), None)
-        if place is None:
-            raise UserError(f"{name}: is not in {path} any more; look for problems again")
+        refuse_if(place is None, f"{name}: is not in {path} any more; look for problems again")
         values = self.values(items, place // _ON_PAGE + 1, "")
         values[1] = {**values[1], "selected_index": place % _ON_PAGE}
         return [path, *self.chosen_values(items, name), *values, choice]

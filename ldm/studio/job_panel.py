@@ -14,7 +14,7 @@ from ldm.studio.job_progress import bar_progress, elapsed, run_folder
 from ldm.studio.job_store import FAILED, Job, JobState, read_log
 from ldm.studio.runs import RunView, view_run
 from ldm.studio.studio import Studio
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 SECONDS = 1.5  # between two looks at the jobs
 
@@ -115,6 +115,5 @@ class JobPanel:
 
     def _stop(self) -> None:
         job = self.studio.jobs.running(self.kind)
-        if job is None:
-            raise UserError("stop: nothing runs here")
+        refuse_if(job is None, "stop: nothing runs here")
         self.studio.jobs.stop(job)

@@ -24,7 +24,7 @@ from typing import Any
 from ldm.files import atomic_write, read_at_most
 from ldm.locks import is_running, process_start
 from ldm.studio.commands import ROOT, Step
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 JOB, STATE, STOP, RUNNER = "job.json", "state.json", "stop", "runner.json"
 RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
@@ -146,8 +146,10 @@ class JobStore:
             UserError: no command runs, or it does not take the signal yet, which would end it.
         """
         state = self.state(job)
-        if state.child is None or not takes_signal(state.child[0], signal.SIGUSR1):
-            raise UserError("save now: the training has not begun yet; wait for its first step")
+        refuse_if(
+            state.child is None or not takes_signal(state.child[0], signal.SIGUSR1),
+            "save now: the training has not begun yet; wait for its first step",
+        )
         self._signal(job, signal.SIGUSR1)
 
     def _signal(self, job: Job, number: signal.Signals) -> None:

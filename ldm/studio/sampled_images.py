@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.studio.commands import SampleSettings
 from ldm.studio.fields import whole_number
-from ldm.util import UserError, check_number
+from ldm.util import check_number, refuse_if
 
 _MOST_IMAGES = 200
 
@@ -21,12 +21,13 @@ def read_sampling(prompts: str, seed: Any, count: Any, steps: Any, scale: Any, s
         UserError: there is no prompt, or a number is out of range.
     """
     lines = tuple(filter(None, map(str.strip, prompts.splitlines())))
-    if not lines:
-        raise UserError("prompts: are empty; give one per line")
+    refuse_if(not lines, "prompts: are empty; give one per line")
     check_number("scale of guidance", scale, whole=False)
     number, images = whole_number(seed, "seed"), whole_number(count, "images per prompt") or 1
-    if len(lines) * images > _MOST_IMAGES:
-        raise UserError(f"{len(lines)} prompts with {images} images each: more than {_MOST_IMAGES} images; give fewer")
+    refuse_if(
+        len(lines) * images > _MOST_IMAGES,
+        f"{len(lines)} prompts with {images} images each: more than {_MOST_IMAGES} images; give fewer",
+    )
     return SampleSettings(lines, number, images, whole_number(steps, "steps of sampling") or 50, scale, sampler)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ldm.studio.allowed_folders import AllowedFolders
 from ldm.studio.fields import default_fields
 from ldm.studio.job_store import PASSWORD
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _LEAST_LETTERS = 8  # of a password
 _SPECIAL = re.compile(r"[%{}*?\[\]:]")  # have a meaning in names of shards
@@ -36,10 +36,13 @@ def start_studio(
     if not is_loopback(host) and not password:
         raise UserError(f"--host {host}: other machines could run commands here; set a password in the environment "
                         f"variable {PASSWORD}")  # fmt: skip
-    if password is not None and len(password) < _LEAST_LETTERS:
-        raise UserError(f"{PASSWORD}: has fewer than {_LEAST_LETTERS} letters; choose a longer password")
-    if _SPECIAL.search(str(work)):
-        raise UserError(f"--work {work}: has a letter with a meaning in names of shards, one of %{{}}*?[]:")
+    refuse_if(
+        password is not None and len(password) < _LEAST_LETTERS,
+        f"{PASSWORD}: has fewer than {_LEAST_LETTERS} letters; choose a longer password",
+    )
+    refuse_if(
+        _SPECIAL.search(str(work)), f"--work {work}: has a letter with a meaning in names of shards, one of %{{}}*?[]:"
+    )
     values = default_fields(demo)
     # The first values may lie elsewhere: the data of the demo, and a link to the release at its usual place.
     given = [Path(values[name]) for name in ("images", "release") if values[name]]

@@ -14,7 +14,7 @@ from ldm.files import atomic_write, read_at_most
 from ldm.studio.allowed_folders import AllowedFolders
 from ldm.studio.job_store import JobStore
 from ldm.studio.thumbnails import Thumbnails
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _SETTINGS = "settings.json"  # values of the fields of the page
 _MOST_BYTES = 1 << 20
@@ -41,8 +41,7 @@ class Studio:
         Raises:
             UserError: none is chosen, or the run is gone.
         """
-        if not run:
-            raise UserError("no run is chosen; choose one in the list")
+        refuse_if(not run, "no run is chosen; choose one in the list")
         return self.allowed.check_folder(LOGS / run, "run")
 
     def saved(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.plan_tab import write_recipe
 from ldm.studio.runs import list_runs
 from ldm.studio.studio import Studio
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _KIND = "train"
 
@@ -50,8 +50,7 @@ def build_train(page: Page) -> None:
 
     def save_it() -> None:
         job = studio.jobs.running(_KIND)
-        if job is None:
-            raise UserError("save now: no training is running")
+        refuse_if(job is None, "save now: no training is running")
         studio.jobs.save_now(job)
         gr.Info("The training writes its checkpoint after this step.")
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ldm.config.command_line_values import parse_value
 from ldm.config.trust import add_trust_option
-from ldm.util import UserError, located
+from ldm.util import UserError, located, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if arguments.resume is not None:
         arguments.resume = _in_home(arguments.resume)
     old = trainer.pop("resume_from_checkpoint", None)  # the name in Lightning 1
-    if old is not None and arguments.resume not in (None, str(old)):
-        raise UserError(f"--resume {arguments.resume} and --resume_from_checkpoint {old} differ; give one of them")
+    refuse_if(
+        old is not None and arguments.resume not in (None, str(old)),
+        f"--resume {arguments.resume} and --resume_from_checkpoint {old} differ; give one of them",
+    )
     if old is not None:
         arguments.resume = str(old)
     for name in _WEIGHTS:
@@ -91,10 +93,14 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             f"{' and '.join(unsupported)}: not an option here; for textual inversion give textual_inversion.yaml "
             "with --base, set token and initial_token in its cond_stage_config, and pre-encode the images"
         )
-    if not arguments.base and not arguments.resume:
-        raise UserError("nothing to do: give a config with --base, or a run with --resume (see --help)")
-    if arguments.no_test and not arguments.train:
-        raise UserError("nothing to do: --no-test without --train; give -t to train (see --help)")
+    refuse_if(
+        not arguments.base and not arguments.resume,
+        "nothing to do: give a config with --base, or a run with --resume (see --help)",
+    )
+    refuse_if(
+        arguments.no_test and not arguments.train,
+        "nothing to do: --no-test without --train; give -t to train (see --help)",
+    )
     if not arguments.train:
         log.info("Without -t there is no training; only the test set is evaluated, if there is one")
     return arguments

@@ -20,7 +20,7 @@ from ldm.moved_targets import changes_training, hint_for_key, without_unused_key
 from ldm.optim import InBackward
 from ldm.shards.sample import CAPTION
 from ldm.training.strategies import ShardedStrategy, unet_of
-from ldm.util import UserError, get_obj_from_str, takes
+from ldm.util import UserError, get_obj_from_str, refuse_if, takes
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +51,11 @@ def check_caption_key(model: LightningModule) -> None:
     """
     stage = getattr(model, "cond_stage_model", None)
     key = getattr(stage, "key", None)
-    if getattr(model, "cond_stage_key", None) == CAPTION and key not in (None, CAPTION):
-        raise UserError(
-            f"model.params.cond_stage_key {CAPTION}: the cond stage, {type(stage).__name__}, reads {key} and encodes "
-            "no captions; name the config of a release with a text encoder, such as stable_diffusion_v1.yaml"
-        )
+    refuse_if(
+        getattr(model, "cond_stage_key", None) == CAPTION and key not in (None, CAPTION),
+        f"model.params.cond_stage_key {CAPTION}: the cond stage, {type(stage).__name__}, reads {key} and encodes "
+        "no captions; name the config of a release with a text encoder, such as stable_diffusion_v1.yaml",
+    )
 
 
 def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
@@ -64,22 +64,22 @@ def check_cuda_graphs(model: LightningModule, trainer: Trainer) -> None:
     The gradients lie in the memory of the graphs. The forward pass of the next batch overwrites it.
     """
     unet = unet_of(model)
-    if unet is not None and unet.uses_cuda_graphs and trainer.accumulate_grad_batches > 1:
-        raise UserError(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} accumulates gradients, but CUDA graphs "
-            "overwrite them; "
-            "leave it out, or set model.params.unet_config.params.compile_mode=default"
-        )
+    refuse_if(
+        unet is not None and unet.uses_cuda_graphs and trainer.accumulate_grad_batches > 1,
+        f"accumulate_grad_batches={trainer.accumulate_grad_batches} accumulates gradients, but CUDA graphs "
+        "overwrite them; "
+        "leave it out, or set model.params.unet_config.params.compile_mode=default",
+    )
 
 
 def check_streaming(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` if a streamed UNet would compute in float16 with bfloat16 copies of its weights."""
     unet = unet_of(model)
-    if isinstance(unet, StreamedUNetModel) and unet.dtype == torch.bfloat16 and trainer.precision == "16-mixed":
-        raise UserError(
-            "precision=16-mixed computes in float16, and StreamedUNetModel with stream_dtype bf16 in bfloat16; "
-            "use --precision bf16-mixed, or leave out the precision"
-        )
+    refuse_if(
+        isinstance(unet, StreamedUNetModel) and unet.dtype == torch.bfloat16 and trainer.precision == "16-mixed",
+        "precision=16-mixed computes in float16, and StreamedUNetModel with stream_dtype bf16 in bfloat16; "
+        "use --precision bf16-mixed, or leave out the precision",
+    )
 
 
 def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
@@ -122,38 +122,38 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
     if not isinstance(trainer.strategy, ShardedStrategy):
         return
     unet = unet_of(model)
-    if unet is None:
-        raise UserError(f"strategy fsdp shards a UNetModel, but {type(model).__name__} has none; use --strategy ddp")
-    if branches_of(unet):
-        raise UserError("strategy fsdp cannot shard the factors of a LoRA, which are small; use --strategy ddp")
-    if model.use_ema:
-        raise UserError("strategy fsdp cannot shard the EMA; set model.params.use_ema=False")
+    refuse_if(
+        unet is None, f"strategy fsdp shards a UNetModel, but {type(model).__name__} has none; use --strategy ddp"
+    )
+    refuse_if(
+        branches_of(unet), "strategy fsdp cannot shard the factors of a LoRA, which are small; use --strategy ddp"
+    )
+    refuse_if(model.use_ema, "strategy fsdp cannot shard the EMA; set model.params.use_ema=False")
     if unet.uses_cuda_graphs:
         raise UserError(
             f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must not move in memory, but strategy "
             "fsdp gathers them at each step; use compile_mode=default"
         )
-    if model.trained_parts.choose:
-        raise UserError(
-            "strategy fsdp trains the whole UNet at one learning rate, but trained_parts chooses parts of it; leave it "
-            "out, or use --strategy ddp"
-        )
-    if {*model.trained_parameters()} - {*unet.parameters()}:
-        raise UserError(
-            "strategy fsdp trains the UNet only; with cond_stage_trainable or learn_logvar, use --strategy ddp"
-        )
+    refuse_if(
+        model.trained_parts.choose,
+        "strategy fsdp trains the whole UNet at one learning rate, but trained_parts chooses parts of it; leave it "
+        "out, or use --strategy ddp",
+    )
+    refuse_if(
+        {*model.trained_parameters()} - {*unet.parameters()},
+        "strategy fsdp trains the UNet only; with cond_stage_trainable or learn_logvar, use --strategy ddp",
+    )
     target = (model.optimizer_config or {}).get("target", "torch.optim.AdamW")
     optimizer = get_obj_from_str(target)
-    if not (isinstance(optimizer, type) and issubclass(optimizer, _ELEMENT_BY_ELEMENT)):
-        raise UserError(
-            f"optimizer_config: {target} cannot update weights sharded by strategy fsdp; "
-            "use torch.optim.AdamW, or use --strategy ddp"
-        )
-    if trainer.precision not in _SHARDED_PRECISIONS:
-        raise UserError(
-            f"precision={trainer.precision} does not work with strategy fsdp; "
-            f"use one of {', '.join(_SHARDED_PRECISIONS)}"
-        )
+    refuse_if(
+        not (isinstance(optimizer, type) and issubclass(optimizer, _ELEMENT_BY_ELEMENT)),
+        f"optimizer_config: {target} cannot update weights sharded by strategy fsdp; "
+        "use torch.optim.AdamW, or use --strategy ddp",
+    )
+    refuse_if(
+        trainer.precision not in _SHARDED_PRECISIONS,
+        f"precision={trainer.precision} does not work with strategy fsdp; use one of {', '.join(_SHARDED_PRECISIONS)}",
+    )
 
 
 def check_rounding(model: LightningModule, trainer: Trainer) -> None:
@@ -165,11 +165,11 @@ def check_rounding(model: LightningModule, trainer: Trainer) -> None:
     Raises:
         UserError: the weights would be float16.
     """
-    if trainer.precision == "16-true":
-        raise UserError(
-            "precision=16-true trains float16 weights, which diverges; use --precision 16-mixed or bf16-mixed, or the "
-            "lean tier: --base ... lean.yaml"
-        )
+    refuse_if(
+        trainer.precision == "16-true",
+        "precision=16-true trains float16 weights, which diverges; use --precision 16-mixed or bf16-mixed, or the "
+        "lean tier: --base ... lean.yaml",
+    )
     is_rounded = trainer.precision == "bf16-true" and not branches_of(model)  # factors of a LoRA are float32
     if is_rounded and not _rounds_stochastically(getattr(model, "optimizer_config", None)):
         log.warning(

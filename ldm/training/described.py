@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.files import check_within, is_within
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, located
 
 # Replacements of classes: those of 2022 that Lightning no longer has, and its ModelCheckpoint, which ranks checkpoints
 # by scores of weights that no longer exist.
@@ -75,9 +75,8 @@ def instantiate_described(described: Mapping[str, Any], where: str) -> Any:
     """Call `instantiate_from_config` with the replacements of `MOVED`, and name `where` in its errors."""
     target = described.get("target")
     try:
-        return instantiate_from_config({**described, "target": moved(target)} if target else described)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        with located(where):
+            return instantiate_from_config({**described, "target": moved(target)} if target else described)
     except MisconfigurationException as error:
         values = ", ".join(f"{key}={value!r:.100}" for key, value in (described.get("params") or {}).items())
         raise UserError(f"{where}: {' '.join(str(error).split())} (given: {values})") from error

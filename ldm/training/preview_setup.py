@@ -18,7 +18,7 @@ from ldm.modules.encoders.caption_settings import CaptionSettings
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.release.configs import release_config
 from ldm.release.text_encoder import load_text_encoder
-from ldm.util import UserError, check_choice, check_keys, check_number
+from ldm.util import UserError, check_choice, check_keys, check_number, located, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +87,9 @@ class _Encoder:
 
     def __call__(self, texts: Sequence[str], noted: str | None, captions: CaptionSettings | None) -> StoredPrompts:
         path = self._path(noted)
-        try:
+        with located(WHERE, OSError):
             name, config = release_config(path, self.config, option=f"{WHERE}.config=CONFIG")
             stage, digests = load_text_encoder(path, config, captions)
-        except (UserError, OSError) as error:
-            raise UserError(f"{WHERE}: {error}") from error
         log.info("Previews: text encoder of %s (%s)", path, name)
         warn_of_cut(stage, [text for text in texts if text])
         return StoredPrompts.encoded(stage, texts, str(path), digests)
@@ -103,8 +101,10 @@ class _Encoder:
             UserError: there is no such file or folder.
         """
         if self.release is not None:
-            if not Path(self.release).exists():
-                raise UserError(f"{WHERE}.release {self.release}: no such file or folder; name a release")
+            refuse_if(
+                not Path(self.release).exists(),
+                f"{WHERE}.release {self.release}: no such file or folder; name a release",
+            )
             return Path(self.release)
         candidates = [Path(noted)] if noted else []
         found = next((path for path in (*candidates, CONVENTIONAL_RELEASE) if path.exists()), None)

@@ -33,7 +33,7 @@ from ldm.release.keys import check_training_checkpoint, has_step_counters
 from ldm.training.arguments import DEFAULT_SEED
 from ldm.training.run import LAST
 from ldm.training.structure import check_structure
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -169,11 +169,11 @@ def build_from(config: DictConfig, checkpoint: TrainingCheckpoint | None) -> Lig
 def _check_prediction(model: LightningModule, checkpoint: TrainingCheckpoint) -> None:
     """Raise `UserError` if the checkpoint names another parameterization than the config's. The weights would load."""
     noted, own = checkpoint.content.get(PREDICTION), getattr(model, "parameterization", None)
-    if None not in (noted, own) and noted != own:
-        raise UserError(
-            f"{checkpoint.path}: its UNet predicts {noted}, the config's parameterization is {own}; give "
-            f"model.params.parameterization={noted}"
-        )
+    refuse_if(
+        None not in (noted, own) and noted != own,
+        f"{checkpoint.path}: its UNet predicts {noted}, the config's parameterization is {own}; give "
+        f"model.params.parameterization={noted}",
+    )
 
 
 def _load_weights(model: LightningModule, checkpoint: TrainingCheckpoint) -> set[str]:

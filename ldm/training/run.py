@@ -24,7 +24,7 @@ from ldm.events import EventLog
 from ldm.files import check_within, remove_leftovers
 from ldm.locks import LOCK, check_not_written, locked, make_folders, remove_empty, run_of
 from ldm.training.arguments import Arguments
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # Environment variable that passes the run folder to the processes that Lightning starts for the other devices.
 _SHARED_FOLDER = "LDM_RUN_FOLDER"
@@ -77,8 +77,9 @@ def plan_run(arguments: Arguments) -> Run:
             raise UserError(f"--name {arguments.name!r} is for a new run; leave it out to resume {own}")
         _check_links(own)
         return Run(own, _after_saved_configs(own / "configs", started), resume)
-    if not arguments.base:
-        raise UserError(f"{resume}: not in a run folder, so its config is unknown; give the config with --base")
+    refuse_if(
+        not arguments.base, f"{resume}: not in a run folder, so its config is unknown; give the config with --base"
+    )
     folder, made = _new_folder(arguments, started)
     return Run(folder, started, resume, made)
 
@@ -106,8 +107,10 @@ def _literal(path: Path) -> Path:
     """
     if str(path).startswith("~"):
         path = path.absolute() if os.path.lexists(path.parts[0]) else path.expanduser()
-    if os.path.expandvars(path) != str(path):
-        raise UserError(f"{path}: Lightning would replace the variable in this path; rename the folder")
+    refuse_if(
+        os.path.expandvars(path) != str(path),
+        f"{path}: Lightning would replace the variable in this path; rename the folder",
+    )
     return path
 
 
@@ -140,8 +143,10 @@ def _check_links(folder: Path) -> None:
 
 def _check_part(option: str, text: str) -> None:
     """Raise `UserError` unless `text`, the value of `option`, can be a part of a folder name."""
-    if Path(text).name != text or not text.isprintable() or "\\" in text:
-        raise UserError(f"{option} {text!r}: becomes part of a folder name; leave out slashes and control characters")
+    refuse_if(
+        Path(text).name != text or not text.isprintable() or "\\" in text,
+        f"{option} {text!r}: becomes part of a folder name; leave out slashes and control characters",
+    )
 
 
 def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, ...]]:
@@ -167,8 +172,7 @@ def _new_folder(arguments: Arguments, started: str) -> tuple[Path, tuple[Path, .
 def _claim_folder(first: Path) -> tuple[Path, tuple[Path, ...]]:
     """Make the folder `first`; if it exists, `first`-2, `first`-3 and so on. Runs may start in the same second."""
     above = next((place for place in first.parents if place.exists()), None)
-    if above is not None and not above.is_dir():
-        raise UserError(f"--logdir {first.parent}: {above} is a file; name a folder")
+    refuse_if(above is not None and not above.is_dir(), f"--logdir {first.parent}: {above} is a file; name a folder")
     outer = make_folders(first.parent)
     for number in itertools.count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")

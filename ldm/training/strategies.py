@@ -23,7 +23,7 @@ from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.layers import StaysOnHost
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training.trainer_2022 import is_single
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 
 class ShardedStrategy(DDPStrategy):
@@ -194,12 +194,12 @@ def check_launch(arguments: Mapping[str, Any], launch: Launch) -> None:
     """Raise `UserError` unless the Trainer's `arguments` match the devices and machines of `launch`."""
     devices, machines = arguments["devices"], arguments["num_nodes"]
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else devices
-    if (count, int(machines)) != (launch.processes, launch.machines) and count not in (-1, "-1", "auto"):
-        raise UserError(
-            f"{launch.launcher.name} started {launch.processes} processes on each of {launch.machines} machines, but "
-            f"--devices (or --gpus) and --num_nodes ask for {count} devices on {machines} machines; "
-            "leave these options out, and each process takes one device"
-        )
+    refuse_if(
+        (count, int(machines)) != (launch.processes, launch.machines) and count not in (-1, "-1", "auto"),
+        f"{launch.launcher.name} started {launch.processes} processes on each of {launch.machines} machines, but "
+        f"--devices (or --gpus) and --num_nodes ask for {count} devices on {machines} machines; "
+        "leave these options out, and each process takes one device",
+    )
 
 
 def device_strategy(arguments: Mapping[str, Any], may_lack_gradients: bool = False) -> Any:
@@ -215,10 +215,10 @@ def device_strategy(arguments: Mapping[str, Any], may_lack_gradients: bool = Fal
     given = arguments.get("strategy", "auto")
     name = given if isinstance(given, str) else type(given).__name__
     if "fsdp" in name.lower():
-        if name != "fsdp":
-            raise UserError(
-                f"strategy {name}: writes checkpoints of another format; give --strategy fsdp without settings"
-            )
+        refuse_if(
+            name != "fsdp",
+            f"strategy {name}: writes checkpoints of another format; give --strategy fsdp without settings",
+        )
         if is_single(arguments):
             return "auto"
         return ShardedStrategy()

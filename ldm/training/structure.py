@@ -15,7 +15,7 @@ from ldm.checkpoint.keys import PREDICTION, SCALE_FACTOR
 from ldm.models.diffusion.timesteps import STATE as TIMESTEP_STATE
 from ldm.modules.diffusionmodules.schedule import PARAMETERIZATIONS
 from ldm.release.initial_checkpoint import loops_at_start
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 # Further entries that a run takes up: of the distribution of timesteps, and of the scaler of float16 gradients.
 _TAKEN_UP = (TIMESTEP_STATE, "MixedPrecision", "ClippedMixedPrecision")
@@ -51,8 +51,7 @@ def check_structure(content: Mapping[str, Any]) -> None:
 
 
 def _expect(is_so: Any, key: str, problem: str) -> None:
-    if not is_so:
-        raise UserError(f"{key}: {problem}")
+    refuse_if(not is_so, f"{key}: {problem}")
 
 
 def _is_version(value: Any) -> bool:

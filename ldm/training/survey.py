@@ -17,7 +17,7 @@ from ldm.config.interpolations import check_interpolations
 from ldm.config.load import read_config
 from ldm.config.trust import check_trust
 from ldm.moved_targets import hint_for_key, without_unused_keys
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config, takes
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config, located, refuse_if, takes
 
 _WEIGHTS = ("ckpt_path", "ckpt_dir")  # keys of checkpoint files, which are not read
 _EXTENSIONS = (".yaml", ".yml")
@@ -47,8 +47,7 @@ def find_configs(places: Sequence[str | Path]) -> list[Path]:
     for place in map(Path, places):
         if place.is_dir():
             files = sorted(path for path in place.rglob("*") if path.suffix in _EXTENSIONS and path.is_file())
-            if not files:
-                raise UserError(f"{place}: no {' or '.join(_EXTENSIONS)} file in this folder")
+            refuse_if(not files, f"{place}: no {' or '.join(_EXTENSIONS)} file in this folder")
             found += files
         elif place.is_file():
             found.append(place)
@@ -163,10 +162,8 @@ def _build_model(section: dict[str, Any]) -> None:
 def _build_data(section: dict[str, Any]) -> None:
     for entry in iterate_targets(section):
         target, params = get_obj_from_str(entry["target"]), entry.get("params") or {}
-        try:
+        with located(entry["target"], TypeError):
             inspect.signature(target).bind(**params)
-        except TypeError as error:
-            raise UserError(f"{entry['target']}: {error}") from error
     if issubclass(get_obj_from_str(section["target"]), LightningDataModule):
         instantiate_from_config({key: section[key] for key in ("target", "params") if key in section})
 

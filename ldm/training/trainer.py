@@ -32,7 +32,7 @@ from ldm.training.run import Run
 from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
 from ldm.training.trainer_2022 import check_names, is_single, merge_arguments, move_old_keys, translate_arguments
 from ldm.training.trainer_values import check_values, without_nulls
-from ldm.util import UserError, nearest
+from ldm.util import UserError, nearest, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -158,10 +158,10 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         UserError: the config has no base learning rate, or no batch size to scale it by.
     """
     base = config.model.get("base_learning_rate")
-    if not isinstance(base, (int, float)) or not 0 <= base < math.inf:
-        raise UserError(
-            f"model.base_learning_rate {base!r}: give a number of at least 0, such as model.base_learning_rate=1e-5"
-        )
+    refuse_if(
+        not isinstance(base, (int, float)) or not 0 <= base < math.inf,
+        f"model.base_learning_rate {base!r}: give a number of at least 0, such as model.base_learning_rate=1e-5",
+    )
     own = _own_rate(getattr(model, "optimizer_config", None))
     if own is not None:
         model.learning_rate = own
@@ -172,10 +172,10 @@ def set_learning_rate(model: LightningModule, config: DictConfig, trainer: Train
         log.info("Learning rate %.3e (not scaled)", base)
         return
     batch_size = ((config.get("data") or {}).get("params") or {}).get("batch_size")
-    if batch_size is None:
-        raise UserError(
-            "data.params.batch_size is missing, which scales the learning rate; give it, or --scale_lr False"
-        )
+    refuse_if(
+        batch_size is None,
+        "data.params.batch_size is missing, which scales the learning rate; give it, or --scale_lr False",
+    )
     accumulate, devices = accumulation_at_start(trainer), trainer.world_size
     model.learning_rate = accumulate * devices * batch_size * base
     log.info(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm.training.other_programs import instead_of
-from ldm.util import UserError, nearest
+from ldm.util import UserError, nearest, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,10 @@ def move_old_keys(section: Any) -> None:
     trainer = section.get("trainer") or {}
     if "resume_from_checkpoint" in trainer:
         checkpoint = trainer.pop("resume_from_checkpoint")
-        if checkpoint not in _NOTHING:
-            raise UserError(f"lightning.trainer.resume_from_checkpoint {checkpoint!r}: give --resume {checkpoint}")
+        refuse_if(
+            checkpoint not in _NOTHING,
+            f"lightning.trainer.resume_from_checkpoint {checkpoint!r}: give --resume {checkpoint}",
+        )
     if "find_unused_parameters" in trainer:
         section.setdefault("find_unused_parameters", trainer["find_unused_parameters"])
         del trainer["find_unused_parameters"]
@@ -97,8 +99,10 @@ def merge_arguments(config: Mapping[str, Any], typed: Mapping[str, Any]) -> dict
     today = RENAMED | _TRANSLATED
     for given, where in ((config, "lightning.trainer."), (typed, "--")):
         for old, new in RENAMED.items():
-            if given.get(old) is not None and given.get(new) is not None:
-                raise UserError(f"{where}{old} and {where}{new} are two names of one argument; give one of them")
+            refuse_if(
+                given.get(old) is not None and given.get(new) is not None,
+                f"{where}{old} and {where}{new} are two names of one argument; give one of them",
+            )
     replaced = {today.get(name, name) for name in typed}
     return {name: value for name, value in config.items() if today.get(name, name) not in replaced} | dict(typed)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ldm.training.trainer_2022 import RENAMED, STRATEGIES
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 # Arguments that have another place → advice.
 _ELSEWHERE = {
@@ -129,11 +129,12 @@ def check_values(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name in _ELSEWHERE:
             raise UserError(f"lightning.trainer.{name} {value!r}: {_ELSEWHERE[name]}")
-        if type(value) is int and abs(value) >= _TOO_LARGE:
-            raise UserError(f"lightning.trainer.{name} {value}: too large; give a number below 2^63")
+        refuse_if(
+            type(value) is int and abs(value) >= _TOO_LARGE,
+            f"lightning.trainer.{name} {value}: too large; give a number below 2^63",
+        )
         now = RENAMED.get(name, name)
         if value is None or now not in _CHECKS:
             continue
         is_right, expected = _CHECKS[now]
-        if not is_right(value):
-            raise UserError(f"lightning.trainer.{name} {value!r}: give {expected}")
+        refuse_if(not is_right(value), f"lightning.trainer.{name} {value!r}: give {expected}")

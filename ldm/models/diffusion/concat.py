@@ -20,7 +20,7 @@ from ldm.models.diffusion.initial_weights import FIRST_CONVOLUTION_KEYS
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.random_streams import GLOBAL_STREAM, RandomStreams
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, instantiate_from_config, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +89,10 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
     def __init__(self, masked_image_key: str = "masked_image", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.masked_image_key = masked_image_key
-        if masked_image_key not in self.concat_keys:
-            raise UserError(
-                f"masked_image_key {masked_image_key!r} is not one of concat_keys: {', '.join(self.concat_keys)}"
-            )
+        refuse_if(
+            masked_image_key not in self.concat_keys,
+            f"masked_image_key {masked_image_key!r} is not one of concat_keys: {', '.join(self.concat_keys)}",
+        )
         if masked_image_key != self.concat_keys[-1]:
             log.warning(
                 "concat_keys %s: released inpainting models take the mask first, then %s; their weights fit only that",
@@ -256,6 +256,8 @@ class Layout2ImgDiffusion(LatentDiffusion):
     """
 
     def __init__(self, cond_stage_key: str = "coordinates_bbox", **kwargs: Any) -> None:
-        if cond_stage_key != "coordinates_bbox":
-            raise UserError(f"cond_stage_key {cond_stage_key!r}: must be 'coordinates_bbox' for Layout2ImgDiffusion")
+        refuse_if(
+            cond_stage_key != "coordinates_bbox",
+            f"cond_stage_key {cond_stage_key!r}: must be 'coordinates_bbox' for Layout2ImgDiffusion",
+        )
         super().__init__(cond_stage_key=cond_stage_key, **kwargs)

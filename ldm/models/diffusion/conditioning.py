@@ -32,16 +32,14 @@ def check_reads_captions(model: Any) -> None:
     name = "none" if stage is None else type(stage).__name__
     takes_sizes = isinstance(stage, GeneralConditioner) and set(stage.other_keys) <= SIZE_ENTRIES.keys()
     refuse_if(
-        (
-            stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None,
-            f"the config's cond_stage_config, {name}, reads no captions; "
-            "name a config with a text encoder, such as stable_diffusion_v1.yaml",
-        ),
-        (
-            hasattr(stage, "input_keys") and not (takes_sizes and stage.caption_embedders),
-            f"the config's cond_stage_config, {name}, takes {', '.join(getattr(stage, 'input_keys', ()))}, which this "
-            "command does not have; train with main.py on data that has them, or name the config of another model",
-        ),
+        stage is None or stage is model.first_stage_model or getattr(stage, "key", None) is not None,
+        f"the config's cond_stage_config, {name}, reads no captions; "
+        "name a config with a text encoder, such as stable_diffusion_v1.yaml",
+    )
+    refuse_if(
+        hasattr(stage, "input_keys") and not (takes_sizes and stage.caption_embedders),
+        f"the config's cond_stage_config, {name}, takes {', '.join(getattr(stage, 'input_keys', ()))}, which this "
+        "command does not have; train with main.py on data that has them, or name the config of another model",
     )
 
 
@@ -127,8 +125,9 @@ class WithConditioning:
         stage, kind = self.cond_stage_model, getattr(self.model.diffusion_model, "num_classes", None)
         if kind is None or not isinstance(stage, GeneralConditioner) or stage.caption_embedders:
             return
-        if kind != "sequential":
-            raise UserError(f"num_classes {kind!r}: a GeneralConditioner gives a vector, which sequential takes")
+        refuse_if(
+            kind != "sequential", f"num_classes {kind!r}: a GeneralConditioner gives a vector, which sequential takes"
+        )
         width = self.model.diffusion_model.adm_in_channels
         shapes = {**shapes, **dict.fromkeys(SIZE_ENTRIES, (2,))}
         if not all(key in shapes for key in stage.input_keys):

@@ -14,7 +14,7 @@ from ldm.models.diffusion.batch_mean import EQUAL, BatchMean
 from ldm.models.diffusion.loss import Unweighted, Weighted
 from ldm.models.diffusion.preservation import Prior, StoredPredictions
 from ldm.shards.sample import TEACHER_KEYS
-from ldm.util import UserError, check_number, refuse_if
+from ldm.util import check_number, refuse_if
 
 
 class DirectConsistency(Unweighted):
@@ -37,14 +37,12 @@ class DirectConsistency(Unweighted):
 
     def attach(self, model: Weighted) -> None:
         refuse_if(
-            (
-                model.loss_type != "l2",
-                f"loss_type {model.loss_type}: DirectConsistency compares squared errors; leave it out",
-            ),
-            (
-                not hasattr(model, "get_first_stage_encoding"),
-                f"loss_config: DirectConsistency needs stored latents, and {type(model).__name__} has none",
-            ),
+            model.loss_type != "l2",
+            f"loss_type {model.loss_type}: DirectConsistency compares squared errors; leave it out",
+        )
+        refuse_if(
+            not hasattr(model, "get_first_stage_encoding"),
+            f"loss_config: DirectConsistency needs stored latents, and {type(model).__name__} has none",
         )
 
     def samples(self, batch: Batch, samples: BatchMean, training: bool = True) -> BatchMean:
@@ -55,11 +53,11 @@ class DirectConsistency(Unweighted):
         """
         if not training:
             return samples
-        if not set(TEACHER_KEYS) <= set(batch):
-            raise UserError(
-                "loss_config: DirectConsistency needs training samples with the base's predictions; make the set with "
-                "tools/make_prior.py --shards TRAINING --teacher K, and name it in data.params.training_urls"
-            )
+        refuse_if(
+            not set(TEACHER_KEYS) <= set(batch),
+            "loss_config: DirectConsistency needs training samples with the base's predictions; make the set with "
+            "tools/make_prior.py --shards TRAINING --teacher K, and name it in data.params.training_urls",
+        )
         return Consistency(StoredPredictions.of(batch), self.beta, samples)
 
 

@@ -15,7 +15,7 @@ from ldm.models.diffusion.batch import Batch, batch_entry
 from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.random_streams import RandomStreams
-from ldm.util import UserError, check_number, instantiate_from_config
+from ldm.util import UserError, check_number, instantiate_from_config, refuse_if
 
 
 class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
@@ -44,10 +44,11 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         **kwargs: Any,
     ) -> None:
         check_number("embedding_dropout", embedding_dropout, least=0, most=1, whole=False)
-        if not freeze_embedder:
-            raise UserError("freeze_embedder false: the image tower is not trained here; set it to true")
-        if conditioning_key != "crossattn-adm":
-            raise UserError(f"conditioning_key {conditioning_key!r}: must be 'crossattn-adm' for {type(self).__name__}")
+        refuse_if(not freeze_embedder, "freeze_embedder false: the image tower is not trained here; set it to true")
+        refuse_if(
+            conditioning_key != "crossattn-adm",
+            f"conditioning_key {conditioning_key!r}: must be 'crossattn-adm' for {type(self).__name__}",
+        )
         super().__init__(conditioning_key=conditioning_key, **kwargs)
         self.embedding_key, self.embedding_dropout = embedding_key, embedding_dropout
         self.embedder = instantiate_from_config(embedder_config).requires_grad_(False).eval()

@@ -101,8 +101,7 @@ def image_scale_of(model: LatentDiffusion, given: float | None) -> float | None:
     """
     if isinstance(model, ddpm_edit.LatentDiffusion):
         return IMAGE_SCALE if given is None else given
-    if given is not None:
-        raise UserError(f"--image-scale {given}: this model does not edit images; leave it out")
+    refuse_if(given is not None, f"--image-scale {given}: this model does not edit images; leave it out")
     return None
 
 
@@ -119,29 +118,26 @@ def _check(model: LatentDiffusion, inputs: Inputs, maps: Maps | None) -> None:
     uses_depth = isinstance(model, LatentDepth2ImageDiffusion)
     has_image = inputs.image is not None
     refuse_if(
-        (
-            isinstance(model, LatentUpscaleDiffusion),
-            "this is an upscaler, which txt2img does not sample from; name a model that makes images from prompts",
-        ),
-        (
-            isinstance(model, ImageEmbeddingConditionedLatentDiffusion),
-            "this model makes variations of images, which txt2img does not sample from; name a model that makes images "
-            "from prompts",
-        ),
-        (
-            model.model.takes_maps and maps is None,
-            f"this model needs {', '.join(model.concat_keys) or 'maps'} beside prompts, which txt2img cannot give",
-        ),
-        (inputs.mask is not None and not has_image, "--mask: give --image too, the image to repaint"),
-        (repaints and inputs.mask is None, "this model repaints a part of an image; give --image and --mask"),
-        (edits and not has_image, "this model edits an image; give --image"),
-        (
-            has_image and inputs.mask is None and maps is None,
-            "--image: this model repaints only under a mask; give --mask too, or start from the image with "
-            "--init-image",
-        ),
-        (inputs.depth is not None and not uses_depth, "--depth: this model does not use a depth map; leave it out"),
+        isinstance(model, LatentUpscaleDiffusion),
+        "this is an upscaler, which txt2img does not sample from; name a model that makes images from prompts",
     )
+    refuse_if(
+        isinstance(model, ImageEmbeddingConditionedLatentDiffusion),
+        "this model makes variations of images, which txt2img does not sample from; name a model that makes images "
+        "from prompts",
+    )
+    refuse_if(
+        model.model.takes_maps and maps is None,
+        f"this model needs {', '.join(model.concat_keys) or 'maps'} beside prompts, which txt2img cannot give",
+    )
+    refuse_if(inputs.mask is not None and not has_image, "--mask: give --image too, the image to repaint")
+    refuse_if(repaints and inputs.mask is None, "this model repaints a part of an image; give --image and --mask")
+    refuse_if(edits and not has_image, "this model edits an image; give --image")
+    refuse_if(
+        has_image and inputs.mask is None and maps is None,
+        "--image: this model repaints only under a mask; give --mask too, or start from the image with --init-image",
+    )
+    refuse_if(inputs.depth is not None and not uses_depth, "--depth: this model does not use a depth map; leave it out")
 
 
 def _latent(model: LatentDiffusion, image: Tensor) -> Tensor:

@@ -127,33 +127,31 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         check_prior_settings(self.prior_loss_weight, self.prior_target)
         trains = self.unet_trainable or self.cond_stage_trainable or list(self.parameters(recurse=False))
         refuse_if(
-            (
-                self.prior_target == "teacher" and steps > 1,
-                f"prior_target: teacher has predictions for clean captions, but num_timesteps_cond: {steps} adds noise "
-                "to captions; set num_timesteps_cond: 1 or prior_target: data",
-            ),
-            (
-                self.prior_target == "teacher" and isinstance(self.timestep_distribution, LossAware),
-                "timestep_config: LossAware chooses timesteps, but prior_target: teacher has predictions at other "
-                "timesteps; set prior_target: data or choose another distribution",
-            ),
-            (
-                self.weighting.reads_predictions
-                and (steps > 1 or self.training_noise is not PLAIN_NOISE or not self.timestep_distribution.is_plain),
-                "loss_config: DirectConsistency has predictions at stored timesteps and noises, for clean captions; "
-                "leave out timestep_config, noise_config and num_timesteps_cond",
-            ),
-            (
-                steps > 1 and isinstance(self.timestep_distribution, Split),
-                f"timestep_config: Split gives prior samples other timesteps than num_timesteps_cond: {steps} adds "
-                "noise to captions for; set num_timesteps_cond: 1 or choose another distribution",
-            ),
-            (
-                self.use_ema and not self.unet_trainable,
-                "use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false",
-            ),
-            (not trains, "unet_trainable: false leaves nothing to train; set cond_stage_trainable: true"),
+            self.prior_target == "teacher" and steps > 1,
+            f"prior_target: teacher has predictions for clean captions, but num_timesteps_cond: {steps} adds noise "
+            "to captions; set num_timesteps_cond: 1 or prior_target: data",
         )
+        refuse_if(
+            self.prior_target == "teacher" and isinstance(self.timestep_distribution, LossAware),
+            "timestep_config: LossAware chooses timesteps, but prior_target: teacher has predictions at other "
+            "timesteps; set prior_target: data or choose another distribution",
+        )
+        refuse_if(
+            self.weighting.reads_predictions
+            and (steps > 1 or self.training_noise is not PLAIN_NOISE or not self.timestep_distribution.is_plain),
+            "loss_config: DirectConsistency has predictions at stored timesteps and noises, for clean captions; "
+            "leave out timestep_config, noise_config and num_timesteps_cond",
+        )
+        refuse_if(
+            steps > 1 and isinstance(self.timestep_distribution, Split),
+            f"timestep_config: Split gives prior samples other timesteps than num_timesteps_cond: {steps} adds "
+            "noise to captions for; set num_timesteps_cond: 1 or choose another distribution",
+        )
+        refuse_if(
+            self.use_ema and not self.unet_trainable,
+            "use_ema: true averages the UNet, which unet_trainable: false freezes; set use_ema: false",
+        )
+        refuse_if(not trains, "unet_trainable: false leaves nothing to train; set cond_stage_trainable: true")
 
     def _register_scale(self, scale_factor: float, by_std: bool) -> None:
         """Set the factor of the latents: a number, or a buffer that the first batch sets."""
@@ -183,8 +181,10 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
             self.cond_stage_model = stage
         if stage is not None:
             stage.requires_grad_(self.cond_stage_trainable)
-        if self.cond_stage_trainable and isinstance(stage, GeneralConditioner) and not stage.is_trainable:
-            raise UserError("cond_stage_trainable: true, but no embedder of cond_stage_config has is_trainable: true")
+        refuse_if(
+            self.cond_stage_trainable and isinstance(stage, GeneralConditioner) and not stage.is_trainable,
+            "cond_stage_trainable: true, but no embedder of cond_stage_config has is_trainable: true",
+        )
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set training mode. Frozen parts stay in evaluation mode."""
@@ -213,11 +213,11 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         if latent is not None:
             self._check_latent_shape(tuple(latent))
         context, width = shapes.get(self.cond_stage_key), getattr(self.model.diffusion_model, "context_dim", None)
-        if context is not None and width is not None and self.model.conditioning_key is None:
-            raise UserError(
-                f"the UNet has a context_dim of {width}, but cond_stage_config: __is_unconditional__ gives it no "
-                "context; leave unet_config.params.context_dim out, or name a cond_stage_config"
-            )
+        refuse_if(
+            context is not None and width is not None and self.model.conditioning_key is None,
+            f"the UNet has a context_dim of {width}, but cond_stage_config: __is_unconditional__ gives it no "
+            "context; leave unet_config.params.context_dim out, or name a cond_stage_config",
+        )
         if context is not None and width is not None and (len(context) != 2 or context[1] != width):
             raise UserError(
                 f"{self.cond_stage_key} has shape {tuple(context)}, but the UNet's context_dim is {width}; "
@@ -230,13 +230,11 @@ class LatentDiffusion(WithFirstStage, WithConditioning, DDPM):
         factor = getattr(self.model.diffusion_model, "downsampling", 1)
         name = f"{self.first_stage_key} has shape {shape}"
         refuse_if(
-            (
-                len(shape) != 3 or shape[0] not in (self.channels, 2 * self.channels),
-                f"{name}; the model takes a posterior's mean and log variance, ({2 * self.channels}, h, w), or a "
-                f"latent, ({self.channels}, h, w)",
-            ),
-            (any(size % factor for size in shape[1:]), f"{name}; h and w must be multiples of {factor}"),
+            len(shape) != 3 or shape[0] not in (self.channels, 2 * self.channels),
+            f"{name}; the model takes a posterior's mean and log variance, ({2 * self.channels}, h, w), or a "
+            f"latent, ({self.channels}, h, w)",
         )
+        refuse_if(any(size % factor for size in shape[1:]), f"{name}; h and w must be multiples of {factor}")
 
     # Training
 

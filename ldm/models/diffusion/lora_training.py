@@ -17,20 +17,18 @@ def train_lora(model: Any, settings: Mapping[str, Any], trained_parts: Mapping[s
         UserError: another setting of the model chooses weights to train, or `settings` are invalid; see `adapt`.
     """
     refuse_if(
-        (
-            model.unet_trainable not in (True, "all"),
-            f"lora trains factors in place of weights, and unet_trainable: {model.unet_trainable} selects weights; "
-            "leave unet_trainable out",
-        ),
-        (
-            model.cond_stage_trainable,
-            "lora trains factors of the UNet alone, and cond_stage_trainable: true the text encoder or a word, "
-            "which no LoRA file would hold; set cond_stage_trainable: false",
-        ),
-        (
-            trained_parts is not None,
-            "lora trains factors in place of weights, and trained_parts chooses weights; leave one of them out",
-        ),
+        model.unet_trainable not in (True, "all"),
+        f"lora trains factors in place of weights, and unet_trainable: {model.unet_trainable} selects weights; "
+        "leave unet_trainable out",
+    )
+    refuse_if(
+        model.cond_stage_trainable,
+        "lora trains factors of the UNet alone, and cond_stage_trainable: true the text encoder or a word, "
+        "which no LoRA file would hold; set cond_stage_trainable: false",
+    )
+    refuse_if(
+        trained_parts is not None,
+        "lora trains factors in place of weights, and trained_parts chooses weights; leave one of them out",
     )
     adapt(model.model.diffusion_model, settings)
     if model.use_ema:

@@ -16,7 +16,7 @@ from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.batch_mean import BatchMean, Mean
 from ldm.models.diffusion.weighted import Weighted
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, snr_weights
-from ldm.util import UserError, check_choice, check_number, instantiate_from_config
+from ldm.util import UserError, check_choice, check_number, instantiate_from_config, refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,10 @@ class Wrapper(Unweighted):
 
     def __init__(self, weighting: Mapping[str, Any] | None = None) -> None:
         self.inner = instantiate_weighting(weighting)
-        if self.inner.reads_predictions:
-            raise UserError(f"weighting: {type(self.inner).__name__} weights no other loss; name it as loss_config")
+        refuse_if(
+            self.inner.reads_predictions,
+            f"weighting: {type(self.inner).__name__} weights no other loss; name it as loss_config",
+        )
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -99,11 +101,14 @@ class _SNRWeighting(Wrapper):
     def attach(self, model: Weighted) -> None:
         super().attach(model)
         name = type(self).__name__
-        if hasattr(model, "snr_weights"):
-            raise UserError(f"loss_config: {name} wraps another weighting by SNR; choose one of them")
+        refuse_if(
+            hasattr(model, "snr_weights"), f"loss_config: {name} wraps another weighting by SNR; choose one of them"
+        )
         weights = snr_weights(model.alphas_cumprod, self.of_x0, model.parameterization)
-        if not weights.isfinite().all():
-            raise UserError(f"loss_config: {name} is infinite for eps at zero terminal SNR; set parameterization: v")
+        refuse_if(
+            not weights.isfinite().all(),
+            f"loss_config: {name} is infinite for eps at zero terminal SNR; set parameterization: v",
+        )
         if weights[-1] == 0:
             log.warning(
                 "loss_config: %s gives the last timestep, which is pure noise, weight 0: it is not trained", name
@@ -130,8 +135,7 @@ class MinSNR(_SNRWeighting):
     """
 
     def __init__(self, gamma: float = 5.0, weighting: Mapping[str, Any] | None = None) -> None:
-        if not gamma > 0:
-            raise UserError(f"min_snr_gamma {gamma!r}: give a number above 0, or leave it out")
+        refuse_if(not gamma > 0, f"min_snr_gamma {gamma!r}: give a number above 0, or leave it out")
         super().__init__(weighting)
         self.gamma = gamma
 
@@ -194,8 +198,10 @@ class Huber(Wrapper):
 
     def attach(self, model: Weighted) -> None:
         super().attach(model)
-        if model.loss_type != "l2":
-            raise UserError(f"loss_type {model.loss_type} and loss_config: Huber both choose the error; leave one out")
+        refuse_if(
+            model.loss_type != "l2",
+            f"loss_type {model.loss_type} and loss_config: Huber both choose the error; leave one out",
+        )
         t = torch.arange(model.num_timesteps)
         snr = model.alphas_cumprod.double() / (1 - model.alphas_cumprod.double())
         values = {

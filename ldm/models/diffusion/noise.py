@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.diffusion.random_streams import RandomStreams
-from ldm.util import UserError, check_number, instantiate_from_config
+from ldm.util import check_number, instantiate_from_config, refuse_if
 
 
 class TrainingNoise:
@@ -71,6 +71,8 @@ def noise_of(config: Mapping[str, Any] | None) -> TrainingNoise:
     if not config:
         return PLAIN_NOISE
     noise = instantiate_from_config(config)
-    if not isinstance(noise, TrainingNoise):
-        raise UserError(f"noise_config: {config['target']} is not a kind of noise; {__name__} has TrainingNoise")
+    refuse_if(
+        not isinstance(noise, TrainingNoise),
+        f"noise_config: {config['target']} is not a kind of noise; {__name__} has TrainingNoise",
+    )
     return noise

@@ -15,7 +15,7 @@ from ldm.models.diffusion.conditioning import check_reads_captions
 from ldm.models.diffusion.guidance import Conditioning, concatenate
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.shards.sample import CROP, ORIGINAL_SIZE, SIZE_ENTRIES, TARGET_SIZE
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 
 class PromptConditioning:
@@ -86,10 +86,9 @@ def image_sizes(model: LatentDiffusion, given: Mapping[str, Sequence[int]], heig
     """
     entries = getattr(model.cond_stage_model, "other_keys", ())
     if not any(entry in SIZE_ENTRIES for entry in entries):
-        if given:
-            raise UserError(
-                "--original-size, --crop and --target-size: this model is not conditioned on sizes; leave them out"
-            )
+        refuse_if(
+            given, "--original-size, --crop and --target-size: this model is not conditioned on sizes; leave them out"
+        )
         return {}
     defaults = {ORIGINAL_SIZE: (height, width), CROP: (0, 0), TARGET_SIZE: (height, width)}
     return {name: tuple(given.get(name, default)) for name, default in defaults.items()}

@@ -89,16 +89,20 @@ class Sampler:
         del verbose
         self.eta = ddim_eta
         spacing = ddim_discretize or self.own_spacing
-        if ddim_eta != 0 and self.is_deterministic:
-            raise UserError(f"eta={ddim_eta}: {self.title} is deterministic; leave eta at 0, or use the ddim sampler")
-        if spacing == "karras" and self.has_equal_steps:
-            raise UserError(f"spacing karras: {self.title} needs equal steps; use another spacing or sampler")
+        refuse_if(
+            ddim_eta != 0 and self.is_deterministic,
+            f"eta={ddim_eta}: {self.title} is deterministic; leave eta at 0, or use the ddim sampler",
+        )
+        refuse_if(
+            spacing == "karras" and self.has_equal_steps,
+            f"spacing karras: {self.title} needs equal steps; use another spacing or sampler",
+        )
         self.timesteps, self.alphas, self.alphas_prev = steps_at(spacing, ddim_num_steps, self.alphas_cumprod)
-        if self.alphas[0] == 0 and self.parameterization == "eps":
-            raise UserError(
-                f"spacing {spacing}: it starts at zero SNR, where the predicted noise does not determine the image; "
-                "use the spacing leading, or set parameterization to v if the model predicts v"
-            )
+        refuse_if(
+            self.alphas[0] == 0 and self.parameterization == "eps",
+            f"spacing {spacing}: it starts at zero SNR, where the predicted noise does not determine the image; "
+            "use the spacing leading, or set parameterization to v if the model predicts v",
+        )
         self.ddim_timesteps = np.rint(self.timesteps[::-1]).astype(int)
 
     def start(self) -> None:
@@ -261,7 +265,5 @@ class Sampler:
 
 def _check_start(mask: Tensor | None, x0: Tensor | None, strength: float) -> None:
     """Raise `UserError` for a mask without `x0`, or a strength out of range."""
-    refuse_if(
-        (mask is not None and x0 is None, "mask: give x0 too, the latents that it keeps"),
-        (not 0 < strength <= 1, f"strength {strength}: give a number above 0, up to 1"),
-    )
+    refuse_if(mask is not None and x0 is None, "mask: give x0 too, the latents that it keeps")
+    refuse_if(not 0 < strength <= 1, f"strength {strength}: give a number above 0, up to 1")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps
-from ldm.util import UserError, check_choice, check_number
+from ldm.util import check_choice, check_number, refuse_if
 
 SPACINGS = ("leading", "linspace", "trailing", "karras")
 # Spacings of `make_ddim_timesteps`, and its names for them, which are valid too.
@@ -58,8 +58,9 @@ def steps_at(spacing: str, count: int, alphas_cumprod: np.ndarray) -> Steps:
 
 
 def _karras(count: int, alphas_cumprod: np.ndarray) -> Steps:
-    if alphas_cumprod[-1] == 0:
-        raise UserError("spacing karras: this model has zero terminal SNR, and so no highest σ; use trailing")
+    refuse_if(
+        alphas_cumprod[-1] == 0, "spacing karras: this model has zero terminal SNR, and so no highest σ; use trailing"
+    )
     least, most = (((1 - alpha_bar) / alpha_bar) ** (0.5 / _RHO) for alpha_bar in alphas_cumprod[[0, -1]])
     sigmas = np.linspace(most, least, count) ** _RHO
     alphas = 1 / (1 + sigmas**2)

@@ -15,7 +15,7 @@ from ldm.checkpoint import open_checkpoint, save_state_dict, weights_of
 from ldm.models.diffusion.conditioning import caption_encodings
 from ldm.modules.encoders.caption_settings import DEFAULT, CaptionSettings, caption_settings
 from ldm.shards.sample import CONTEXT
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _ABOUT = "prompts"  # metadata of the file, as JSON: texts, release and digests
 
@@ -50,8 +50,10 @@ class StoredPrompts:
         for text in dict.fromkeys(texts):
             parts = caption_encodings(stage, [text])
             encodings[text] = {member: part[0].float().cpu() for member, part in parts.items()}
-            if not all(part.isfinite().all() for part in encodings[text].values()):
-                raise UserError(f"{release}: its text encoder encodes {text!r:.100} to NaN or infinities")
+            refuse_if(
+                not all(part.isfinite().all() for part in encodings[text].values()),
+                f"{release}: its text encoder encodes {text!r:.100} to NaN or infinities",
+            )
         return cls(encodings, release, dict(digests), caption_settings(stage))
 
     def save(self, path: Path) -> None:

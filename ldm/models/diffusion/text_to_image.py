@@ -17,7 +17,7 @@ from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.prompts import PromptConditioning, image_sizes
 from ldm.models.diffusion.sampling import NotFiniteError, Sampler
-from ldm.util import UserError, check_choice
+from ldm.util import check_choice, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ def latent_shape(
     sizes = []
     for name, size in zip(options, (height, width), strict=True):
         size = pixels * model.image_size if size is None else size
-        if size < multiple or size % multiple:
-            raise UserError(f"{name} {size}: must be a multiple of {multiple} pixels for this model")
+        refuse_if(
+            size < multiple or size % multiple, f"{name} {size}: must be a multiple of {multiple} pixels for this model"
+        )
         sizes.append(size // pixels)
     return model.channels, *sizes
 

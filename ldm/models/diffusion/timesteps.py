@@ -60,7 +60,7 @@ class Uniform:
         check_number("max_timestep", self.high, least=self.low, most=last)
         edges = self.cumulative(model)
         inside = edges[self.high + 1] - edges[self.low]
-        refuse_if((not inside > 0, f"timestep_config: timesteps {self.low} to {self.high} have probability 0"))
+        refuse_if(not inside > 0, f"timestep_config: timesteps {self.low} to {self.high} have probability 0")
         if edges[self.high + 1] == edges[self.high] and model.alphas_cumprod[self.high] == 0:
             kind = type(self).__name__
             logger.warning(

@@ -17,7 +17,7 @@ from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.conditioning_dropout import Replacement, replaced
 from ldm.optim import build_optimizer, build_schedule
 from ldm.optim.parts import TrainedParts
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,7 @@ class TrainingSteps:
         Raises:
             UserError: the learning rate is missing, or the optimizer does not take its `params`.
         """
-        if self.learning_rate is None:
-            raise UserError("no learning rate: set model.base_learning_rate in the config")
+        refuse_if(self.learning_rate is None, "no learning rate: set model.base_learning_rate in the config")
         config = self.optimizer_config or {"target": "torch.optim.AdamW", "params": {"fused": True}}
         rate, rates = self.learning_rate, self.trained_parts.rates(self)
         optimizer = build_optimizer(config, self.trained_parameters(), rate, "optimizer_config", rates)
@@ -115,12 +114,11 @@ class TrainingSteps:
     def _steps_of_epoch(self) -> int:
         """Return the number of optimizer steps in an epoch, after Lightning has made the data loader."""
         batches = self.trainer.num_training_batches
-        if math.isinf(batches):
-            raise UserError("scheduler_config: streamed data have no known epoch; count in steps")
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
-            raise UserError(
-                "scheduler_config: GradientAccumulationScheduler changes the number of steps per epoch; count in steps"
-            )
+        refuse_if(math.isinf(batches), "scheduler_config: streamed data have no known epoch; count in steps")
+        refuse_if(
+            any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks),
+            "scheduler_config: GradientAccumulationScheduler changes the number of steps per epoch; count in steps",
+        )
         return math.ceil(batches / self.trainer.accumulate_grad_batches)  # the last step may have fewer batches
 
     def _steps_of_run(self) -> int:
@@ -128,6 +126,5 @@ class TrainingSteps:
         limits = [self.trainer.max_steps] if self.trainer.max_steps > 0 else []
         if (self.trainer.max_epochs or -1) > 0:
             limits.append(self.trainer.max_epochs * self._steps_of_epoch())
-        if not limits:
-            raise UserError("scheduler_config: the run has no last step; give --max_steps or --max_epochs")
+        refuse_if(not limits, "scheduler_config: the run has no last step; give --max_steps or --max_epochs")
         return min(limits)

@@ -62,16 +62,14 @@ class DiffusionWrapper(nn.Module):
         """Raise `UserError` unless the key gives labels to a UNet with classes, and to no other."""
         key, has_labels = self.conditioning_key, _PLACES[self.conditioning_key][2] is not None
         refuse_if(
-            (
-                has_labels and num_classes is None,
-                f"conditioning_key {key!r} needs labels, but unet_config has no num_classes; name a key without "
-                "adm, or set num_classes",
-            ),
-            (
-                num_classes is not None and not has_labels,
-                f"num_classes {num_classes!r}: conditioning_key {key!r} gives the UNet no labels; name one of "
-                f"{', '.join(name for name, place in _PLACES.items() if place[2])}, or leave num_classes out",
-            ),
+            has_labels and num_classes is None,
+            f"conditioning_key {key!r} needs labels, but unet_config has no num_classes; name a key without "
+            "adm, or set num_classes",
+        )
+        refuse_if(
+            num_classes is not None and not has_labels,
+            f"num_classes {num_classes!r}: conditioning_key {key!r} gives the UNet no labels; name one of "
+            f"{', '.join(name for name, place in _PLACES.items() if place[2])}, or leave num_classes out",
         )
 
     @property
@@ -93,8 +91,10 @@ class DiffusionWrapper(nn.Module):
             chosen = [block.attn2 for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
         else:
             chosen = [unet.input_blocks[0]] if part == "conv_in" else []
-        if part == "attn" and not chosen:
-            raise UserError("unet_trainable 'attn': the UNet has no attention to a context; set it to true")
+        refuse_if(
+            part == "attn" and not chosen,
+            "unet_trainable 'attn': the UNet has no attention to a context; set it to true",
+        )
         for module in chosen:
             module.requires_grad_(True)
 
@@ -164,6 +164,5 @@ def _without_order(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the UNet's config without `sequential_crossattn`, a key beside `target` in some published configs."""
     if not isinstance(config, Mapping) or "sequential_crossattn" not in config:
         return config
-    if config["sequential_crossattn"]:
-        raise UserError("sequential_crossattn: true is not supported; set it to false")
+    refuse_if(config["sequential_crossattn"], "sequential_crossattn: true is not supported; set it to false")
     return {key: value for key, value in config.items() if key != "sequential_crossattn"}

@@ -82,7 +82,7 @@ class EncoderUNetModel(UNetTrunk):
     ) -> None:
         super().__init__()
         check_choice("pool", pool, _POOLS)
-        refuse_if((pool == "attention" and num_head_channels == -1, "pool 'attention' needs num_head_channels"))
+        refuse_if(pool == "attention" and num_head_channels == -1, "pool 'attention' needs num_head_channels")
         note_precision(use_fp16=use_fp16)
         levels = plan_levels(model_channels, channel_mult, num_res_blocks, attention_resolutions)
         blocks = conv_resample, resblock_updown, use_scale_shift_norm, use_checkpoint

@@ -64,7 +64,7 @@ def plan_levels(
     if num_attention_blocks is not None:
         attention = _per_level("num_attention_blocks", num_attention_blocks, channel_mult)
         exceeds = any(count > limit for count, limit in zip(attention, blocks, strict=True))
-        refuse_if((exceeds, f"num_attention_blocks {attention} exceeds num_res_blocks {blocks} in a level; lower it"))
+        refuse_if(exceeds, f"num_attention_blocks {attention} exceeds num_res_blocks {blocks} in a level; lower it")
     return [
         Level(mult * model_channels, blocks[i], attention[i] if 2**i in attention_resolutions else 0, *both)
         for i, (mult, *both) in enumerate(zip(channel_mult, depths, disabled, strict=True))
@@ -74,12 +74,10 @@ def plan_levels(
 def _per_level(name: str, given: Any, channel_mult: Sequence[int], is_switch: bool = False) -> list[int]:
     values = [given] * len(channel_mult) if isinstance(given, int) else list(given)
     right = all(isinstance(value, int) and isinstance(value, bool) is is_switch and value >= 0 for value in values)
+    refuse_if(not right, f"{name} {given!r}: give {'true or false' if is_switch else 'whole numbers from 0'}")
     refuse_if(
-        (not right, f"{name} {given!r}: give {'true or false' if is_switch else 'whole numbers from 0'}"),
-        (
-            len(values) != len(channel_mult),
-            f"{name} {values} needs one entry per level of channel_mult {list(channel_mult)}",
-        ),
+        len(values) != len(channel_mult),
+        f"{name} {values} needs one entry per level of channel_mult {list(channel_mult)}",
     )
     return values
 
@@ -149,11 +147,11 @@ class LayerMaker:
             heads = self.num_heads
         else:
             heads = plain_heads
-        if not 1 <= heads <= channels or (not self.use_spatial_transformer and channels % heads):
-            raise UserError(
-                f"{channels} channels do not divide into heads: num_heads={self.num_heads}, "
-                f"num_head_channels={self.num_head_channels}"
-            )
+        refuse_if(
+            not 1 <= heads <= channels or (not self.use_spatial_transformer and channels % heads),
+            f"{channels} channels do not divide into heads: num_heads={self.num_heads}, "
+            f"num_head_channels={self.num_head_channels}",
+        )
         return heads
 
 

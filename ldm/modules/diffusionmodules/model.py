@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 _NORM_GROUPS = 32
 
@@ -25,8 +25,10 @@ def normalize(channels: int) -> nn.GroupNorm:
     Raises:
         UserError: `channels` is not a multiple of the 32 groups.
     """
-    if channels % _NORM_GROUPS:
-        raise UserError(f"ddconfig: {channels} channels do not divide into {_NORM_GROUPS} groups; use a multiple as ch")
+    refuse_if(
+        channels % _NORM_GROUPS,
+        f"ddconfig: {channels} channels do not divide into {_NORM_GROUPS} groups; use a multiple as ch",
+    )
     return nn.GroupNorm(_NORM_GROUPS, channels, eps=1e-6)
 
 
@@ -148,11 +150,11 @@ _ATTENTION = ("vanilla", "vanilla-xformers")  # names of one network; forks comp
 
 
 def _has_attention(attn_type: str, use_linear_attn: bool) -> bool:
-    if use_linear_attn or attn_type not in (*_ATTENTION, "none"):
-        raise UserError(
-            f"ddconfig: attn_type {attn_type!r} with use_linear_attn {use_linear_attn} is not available; "
-            "use attn_type 'vanilla' or 'none', and use_linear_attn false"
-        )
+    refuse_if(
+        use_linear_attn or attn_type not in (*_ATTENTION, "none"),
+        f"ddconfig: attn_type {attn_type!r} with use_linear_attn {use_linear_attn} is not available; "
+        "use attn_type 'vanilla' or 'none', and use_linear_attn false",
+    )
     return attn_type in _ATTENTION
 
 

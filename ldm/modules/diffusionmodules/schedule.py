@@ -200,12 +200,10 @@ class GaussianDiffusion:
         else:
             betas = np.asarray(given_betas, dtype=np.float64)
         in_range = len(betas) > 0 and ((betas > 0) & (betas < 1)).all()
+        refuse_if(not in_range, f"{len(betas)} betas: give at least one, each between 0 and 1 (timesteps, given_betas)")
         refuse_if(
-            (not in_range, f"{len(betas)} betas: give at least one, each between 0 and 1 (timesteps, given_betas)"),
-            (
-                rescale_betas_zero_snr and len(betas) == 1,
-                "rescale_betas_zero_snr: the schedule has one timestep; give at least 2",
-            ),
+            rescale_betas_zero_snr and len(betas) == 1,
+            "rescale_betas_zero_snr: the schedule has one timestep; give at least 2",
         )
         if rescale_betas_zero_snr:
             betas = rescale_to_zero_snr(betas)

@@ -38,15 +38,12 @@ class StreamedUNetModel(StaysOnHost, UNetModel):
         super().__init__(**kwargs)
         check_choice("stream_dtype", stream_dtype, tuple(_DTYPES))
         refuse_if(
-            (
-                kwargs.get("use_checkpoint"),
-                "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers (put minimal.yaml or "
-                "smallest.yaml last among several tiers)",
-            ),
-            (
-                kwargs.get("compile_mode"),
-                "compile_mode: leave it out; the layers of StreamedUNetModel are not compiled",
-            ),
+            kwargs.get("use_checkpoint"),
+            "use_checkpoint: set it to false; StreamedUNetModel checkpoints whole layers (put minimal.yaml or "
+            "smallest.yaml last among several tiers)",
+        )
+        refuse_if(
+            kwargs.get("compile_mode"), "compile_mode: leave it out; the layers of StreamedUNetModel are not compiled"
         )
         self._ends: dict[nn.Module, tuple[_Part, _Part]] = {}  # layers before and after the transformer blocks
         embedding = [self.time_embed, *([self.label_emb] if self.num_classes is not None else [])]

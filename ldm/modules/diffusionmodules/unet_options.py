@@ -31,13 +31,11 @@ def one_width(context_dim: int | Sequence[int] | None) -> int | None:
 def check_heads(use_spatial_transformer: bool, context_dim: int | None, num_heads: int, num_head_channels: int) -> None:
     """Raise `UserError` for options of the attention that contradict each other."""
     refuse_if(
-        (
-            use_spatial_transformer != (context_dim is not None),
-            f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} go together: "
-            "set both, or neither",
-        ),
-        (num_heads == -1 and num_head_channels == -1, "UNetModel needs num_heads or num_head_channels"),
+        use_spatial_transformer != (context_dim is not None),
+        f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} go together: "
+        "set both, or neither",
     )
+    refuse_if(num_heads == -1 and num_head_channels == -1, "UNetModel needs num_heads or num_head_channels")
 
 
 def check_kernels(
@@ -46,11 +44,11 @@ def check_kernels(
     """Raise `UserError` for an unknown kernel, checkpointing or memory layout."""
     check_choice("spatial_transformer_attn_type", attention_type, _ATTENTION_TYPES)
     refuse_if(
-        (channels_last and dims != 2, f"channels_last needs two spatial dimensions, but dims is {dims}; leave it out"),
-        (
-            use_checkpoint not in (True, False, "selective"),
-            f"use_checkpoint {use_checkpoint!r} is unknown; valid: true, false, selective",
-        ),
+        channels_last and dims != 2, f"channels_last needs two spatial dimensions, but dims is {dims}; leave it out"
+    )
+    refuse_if(
+        use_checkpoint not in (True, False, "selective"),
+        f"use_checkpoint {use_checkpoint!r} is unknown; valid: true, false, selective",
     )
     if compile_mode is not None:
         check_choice("compile_mode", compile_mode, _COMPILE_MODES)

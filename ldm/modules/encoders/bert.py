@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ldm.files import read_at_most
 from ldm.modules.encoders.caption_length import LimitedTokenizer
 from ldm.modules.encoders.cond_stages import AbstractEncoder
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 _HEADS, _HEAD_FEATURES = 8, 64
 _RELEASED = ("google-bert/bert-base-uncased", "bert-base-uncased")  # new and old name of one vocabulary
@@ -100,11 +100,11 @@ class BERTEmbedder(TransformerEmbedder):
         """
         if self.tokenizer is None:
             self.tokenizer = WordPieces(vocabulary_path(self.vocab), self.max_seq_len)
-            if len(self.tokenizer) > self.vocab_size:
-                raise UserError(
-                    f"the vocabulary {self.tokenizer.path} has {len(self.tokenizer)} entries; "
-                    f"vocab_size of BERTEmbedder is {self.vocab_size}"
-                )
+            refuse_if(
+                len(self.tokenizer) > self.vocab_size,
+                f"the vocabulary {self.tokenizer.path} has {len(self.tokenizer)} entries; "
+                f"vocab_size of BERTEmbedder is {self.vocab_size}",
+            )
         return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, text: Sequence[str] | str | Tensor) -> Tensor:
@@ -120,8 +120,10 @@ def vocabulary_path(given: str | None) -> Path:
         UserError: the file does not exist.
     """
     if given is not None:
-        if not Path(given).is_file():
-            raise UserError(f"vocab {given!r} of BERTEmbedder: no such file; give vocab.txt of bert-base-uncased")
+        refuse_if(
+            not Path(given).is_file(),
+            f"vocab {given!r} of BERTEmbedder: no such file; give vocab.txt of bert-base-uncased",
+        )
         return Path(given)
     from transformers.utils import cached_file  # takes seconds; only captions need it
 
@@ -155,8 +157,10 @@ class WordPieces(LimitedTokenizer):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"vocab {path}: cannot be read as text ({error})") from error
         ids = {piece: number for number, piece in enumerate(pieces)}
-        if not all(piece in ids for piece in _SPECIAL):
-            raise UserError(f"vocab {path}: no vocabulary of BERT; it lacks one of {', '.join(_SPECIAL)}")
+        refuse_if(
+            not all(piece in ids for piece in _SPECIAL),
+            f"vocab {path}: no vocabulary of BERT; it lacks one of {', '.join(_SPECIAL)}",
+        )
         self.path = path
         self._backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
         self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, refuse_if
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,8 +62,10 @@ def joined_chunks(states: Tensor, chunks: int) -> Tensor:
 def check_chunks(max_chunks: Any, max_length: int) -> None:
     """Raise `UserError` unless captions of `max_chunks` chunks can be read by a tower of `max_length` ids."""
     check_number("max_chunks", max_chunks, least=1, most=MOST_CHUNKS)
-    if max_chunks > 1 and max_length != _LENGTH:
-        raise UserError(f"max_chunks {max_chunks}: needs max_length {_LENGTH}, not {max_length}; leave max_length out")
+    refuse_if(
+        max_chunks > 1 and max_length != _LENGTH,
+        f"max_chunks {max_chunks}: needs max_length {_LENGTH}, not {max_length}; leave max_length out",
+    )
 
 
 def check_caption_options(max_tokens: int | None, clip_skip: int | None) -> None:
@@ -117,11 +119,11 @@ def follow(stage: nn.Module, wanted: CaptionSettings, whose: str) -> None:
     """
     own = caption_settings(stage)
     for name, ours, asked, default in zip(wanted._fields, own, wanted, DEFAULT, strict=True):
-        if ours not in (asked, default):
-            raise UserError(
-                f"{whose} captions have {name} {asked}, but cond_stage_config of the config has {ours}; give a config "
-                "that agrees"
-            )
+        refuse_if(
+            ours not in (asked, default),
+            f"{whose} captions have {name} {asked}, but cond_stage_config of the config has {ours}; give a config "
+            "that agrees",
+        )
     for name, reason in _refusals(stage, wanted).items():
         raise UserError(
             f"{whose} captions have {name} {getattr(wanted, name)}: {reason}; name the release that encoded them"

@@ -115,7 +115,7 @@ class FrozenClipImageEmbedder(_ImageEmbedder):
         super().__init__(antialias)
         arch = model.replace("/", "-")
         check_choice("model", arch, tuple(_ARCHS))
-        refuse_if((jit, "jit: true would load a compiled file; leave it out"))
+        refuse_if(jit, "jit: true would load a compiled file; leave it out")
         self._build(arch)
         self.put_on(device)
 

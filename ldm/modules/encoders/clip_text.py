@@ -77,10 +77,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     ) -> None:
         super().__init__()
         refuse_if(
-            (
-                version != _CLIP_L14,
-                f"version {version!r} is unknown; use {_CLIP_L14!r}, and text_config for another size",
-            )
+            version != _CLIP_L14, f"version {version!r} is unknown; use {_CLIP_L14!r}, and text_config for another size"
         )
         config = clip_text_config(text_config)
         self.max_length = max_length
@@ -137,8 +134,10 @@ def _checked_layer(layer: str, layer_idx: int | None, blocks: int) -> int | None
 
 def _checked_clip_skip(clip_skip: int, layer: str, blocks: int) -> int:
     check_number("clip_skip", clip_skip, least=1, most=blocks)
-    if clip_skip != 1 and layer != "last":
-        raise UserError(f"clip_skip {clip_skip}: needs layer: last, not {layer}; leave one of them out")
+    refuse_if(
+        clip_skip != 1 and layer != "last",
+        f"clip_skip {clip_skip}: needs layer: last, not {layer}; leave one of them out",
+    )
     return clip_skip
 
 
@@ -218,10 +217,10 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
     ) -> None:
         super().__init__()
         clip = _import_clip()
-        if Path(version).is_file():
-            raise UserError(
-                f"version {version!r} is a file, which the package clip would unpickle; give the name of a model"
-            )
+        refuse_if(
+            Path(version).is_file(),
+            f"version {version!r} is a file, which the package clip would unpickle; give the name of a model",
+        )
         self.model, _ = clip.load(version, jit=False, device="cpu")
         self._tokenize = clip.tokenize
         self.max_length = max_length

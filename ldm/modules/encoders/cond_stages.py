@@ -61,7 +61,7 @@ class ClassEmbedder(AbstractEncoder):
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
         super().__init__()
-        refuse_if((not 0 <= ucg_rate < 1, f"ucg_rate {ucg_rate}: give a number from 0 to below 1"))
+        refuse_if(not 0 <= ucg_rate < 1, f"ucg_rate {ucg_rate}: give a number from 0 to below 1")
         self.key = key
         self.n_classes = n_classes
         self.ucg_rate = ucg_rate

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.layers import timestep_embedding
 from ldm.modules.encoders.cond_stages import AbstractEncoder
-from ldm.util import UserError, check_keys, check_number, entry_of, instantiate_from_config
+from ldm.util import UserError, check_keys, check_number, entry_of, instantiate_from_config, refuse_if
 
 # Number of dimensions of an embedder's output → its key, and the dimension along which outputs are joined.
 _OUTPUTS = {2: ("vector", 1), 3: ("crossattn", 2), 4: ("concat", 1), 5: ("concat", 1)}
@@ -140,8 +140,7 @@ class GeneralConditioner(AbstractEncoder):
             UserError: embedders of captions do not come first, so that their outputs are not the first features.
         """
         readers = self.caption_embedders
-        if readers != list(range(len(readers))):
-            raise UserError("emb_models: embedders of captions must come before the others")
+        refuse_if(readers != list(range(len(readers))), "emb_models: embedders of captions must come before the others")
         empty = torch.tensor([not caption for caption in captions])
         parts = []
         for number in readers:
@@ -221,6 +220,8 @@ def _some_replaced(entry: Any, value: Any, rate: float) -> Any:
 
 def _inputs_of(number: int, config: Mapping[str, Any]) -> list[str]:
     check_keys(f"embedder {number} of emb_models", config, _EMBEDDER_KEYS)
-    if ("input_key" in config) == ("input_keys" in config):
-        raise UserError(f"emb_models: embedder {number} needs either input_key, its batch entry, or input_keys")
+    refuse_if(
+        ("input_key" in config) == ("input_keys" in config),
+        f"emb_models: embedder {number} needs either input_key, its batch entry, or input_keys",
+    )
     return [config["input_key"]] if "input_key" in config else list(config["input_keys"])

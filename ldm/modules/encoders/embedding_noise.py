@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.modules.diffusionmodules.layers import timestep_embedding
 from ldm.modules.diffusionmodules.upscaling import LowScaleModel
 from ldm.modules.torch_file import read_torch_file
-from ldm.util import UserError
+from ldm.util import UserError, refuse_if
 
 
 class CLIPEmbeddingNoiseAugmentation(LowScaleModel):
@@ -75,9 +75,9 @@ def _flat_pair(content: Any) -> tuple[Tensor, Tensor]:
 def _read_stats(path: str) -> tuple[Tensor, Tensor]:
     fault = f"clip_stats_path {path!r}: not a pair of tensors, mean and deviation"
     mean, std = read_torch_file(path, _flat_pair, fault)
-    if mean.shape != std.shape or not ((std > 0) & std.isfinite() & mean.isfinite()).all():
-        raise UserError(
-            f"clip_stats_path {path!r}: mean and deviation differ in shape, are not finite, or a deviation is not "
-            "above 0; give the file of the release"
-        )
+    refuse_if(
+        mean.shape != std.shape or not ((std > 0) & std.isfinite() & mean.isfinite()).all(),
+        f"clip_stats_path {path!r}: mean and deviation differ in shape, are not finite, or a deviation is not "
+        "above 0; give the file of the release",
+    )
     return mean, std

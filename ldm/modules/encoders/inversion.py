@@ -52,15 +52,13 @@ class TextualInversionEmbedder(FrozenCLIPEmbedder):
         pieces = self.tokenizer.pieces(word)
         ids = self.tokenizer.encode([word])[0]
         refuse_if(
-            (
-                len(pieces) != 1,
-                f"{option} {word!r} is {len(pieces)} pieces in CLIP's vocabulary ({', '.join(pieces)}); "
-                "choose a word that is one piece, such as 'sks'",
-            ),
-            (
-                {self.tokenizer.start, self.tokenizer.end} & set(ids),
-                f"{option} {word!r} is in every caption; choose a rare word, such as 'sks'",
-            ),
+            len(pieces) != 1,
+            f"{option} {word!r} is {len(pieces)} pieces in CLIP's vocabulary ({', '.join(pieces)}); "
+            "choose a word that is one piece, such as 'sks'",
+        )
+        refuse_if(
+            {self.tokenizer.start, self.tokenizer.end} & set(ids),
+            f"{option} {word!r} is in every caption; choose a rare word, such as 'sks'",
         )
         return ids[0]
 

@@ -186,7 +186,7 @@ class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
     """
 
     def __init__(self, always_return_pooled: bool = False, legacy: bool = True, **options: Any) -> None:
-        refuse_if((always_return_pooled and legacy, "always_return_pooled: true needs legacy: false"))
+        refuse_if(always_return_pooled and legacy, "always_return_pooled: true needs legacy: false")
         super().__init__(**options)
         self.return_pooled = always_return_pooled
         self.legacy = legacy

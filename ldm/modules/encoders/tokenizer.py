@@ -110,9 +110,9 @@ class ClipTokenizer(LimitedTokenizer):
     def check_tower(self, name: str, positions: int, vocabulary: int) -> None:
         """Raise `UserError` if a text tower has too few `positions` (its setting `name`) or `vocabulary` entries."""
         refuse_if(
-            (self.max_length > positions, f"max_length {self.max_length} exceeds {name} {positions} of the text tower"),
-            (vocabulary < len(self), f"vocab_size {vocabulary} must be at least {len(self)}, as CLIP's"),
+            self.max_length > positions, f"max_length {self.max_length} exceeds {name} {positions} of the text tower"
         )
+        refuse_if(vocabulary < len(self), f"vocab_size {vocabulary} must be at least {len(self)}, as CLIP's")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return all ids of each text, without start and end tokens."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.modules.losses.discriminator import PatchDiscriminator, hinge_loss, vanilla_loss
 from ldm.modules.losses.lpips import LPIPS
-from ldm.util import UserError, check_choice, check_number
+from ldm.util import UserError, check_choice, check_number, refuse_if
 
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
 
@@ -73,11 +73,11 @@ class AdversarialLoss(nn.Module):
 
     def check_trainable(self) -> None:
         """Raise `UserError` if the weights of the perceptual term are missing."""
-        if self.perceptual_weight > 0 and not self.perceptual_is_filled:
-            raise UserError(
-                f"perceptual_weight {self.perceptual_weight} needs the weights of VGG16 and LPIPS; give the file in "
-                "lossconfig.params.perceptual_ckpt, or set perceptual_weight to 0 there"
-            )
+        refuse_if(
+            self.perceptual_weight > 0 and not self.perceptual_is_filled,
+            f"perceptual_weight {self.perceptual_weight} needs the weights of VGG16 and LPIPS; give the file in "
+            "lossconfig.params.perceptual_ckpt, or set perceptual_weight to 0 there",
+        )
 
     def error(self, inputs: Tensor, reconstructions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the error of each value, (B, C, H, W), and the values to log."""

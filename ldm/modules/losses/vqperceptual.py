@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.modules.losses.adversarial import DISCRIMINATOR, AdversarialLoss, detached
 from ldm.modules.losses.contperceptual import DummyLoss
-from ldm.util import UserError
+from ldm.util import refuse_if
 
 __all__ = ["DummyLoss", "Quantized", "VQLPIPSWithDiscriminator"]
 
@@ -40,8 +40,10 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         pixel_loss: str = "l1",
         **kwargs: Any,
     ) -> None:
-        if (perceptual_loss, pixel_loss) != ("lpips", "l1"):
-            raise UserError(f"perceptual_loss {perceptual_loss!r}, pixel_loss {pixel_loss!r}: give 'lpips' and 'l1'")
+        refuse_if(
+            (perceptual_loss, pixel_loss) != ("lpips", "l1"),
+            f"perceptual_loss {perceptual_loss!r}, pixel_loss {pixel_loss!r}: give 'lpips' and 'l1'",
+        )
         super().__init__(disc_start, **kwargs)
         self.codebook_weight = codebook_weight
         self.n_classes = n_classes
