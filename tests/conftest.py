@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import subprocess
@@ -35,6 +36,12 @@ RELEASE_CONFIG = "demo_tiny_release.yaml"
 
 def pytest_configure() -> None:
     os.environ.pop("LDM_RUN_FOLDER", None)  # of a run that started these tests
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of the garbage collector's searches, which took 7 % of the processor time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -105,8 +105,9 @@ def _check_params(value: Any, where: str = "") -> None:
 
 def _without_empty(config: DictConfig) -> DictConfig:
     """Return `config` without sections that are null, as `lightning:` is with all lines below it commented out."""
-    sections = [section for section, part in OmegaConf.to_container(config).items() if part is not None]
-    return OmegaConf.masked_copy(config, sections)
+    parts = OmegaConf.to_container(config)
+    sections = [section for section, part in parts.items() if part is not None]
+    return config if len(sections) == len(parts) else OmegaConf.masked_copy(config, sections)
 
 
 def _drop_other_sections(config: DictConfig, source: str) -> None:

@@ -56,12 +56,14 @@ def outcomes(places: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     (jinaai / "config.json").write_text('{"model_type": "clip", "auto_map": {"AutoModel": "evil.Thing"}}')
     (jinaai / "evil.py").write_text((work / "evil.py").read_text())
     guarded = []
+    # One function reads the configs of all tools: each config goes to main.py and two tools, each tool gets many.
+    others = [tool for tool in COMMANDS if tool != "main"]
     for number, (name, part) in enumerate(untrusted(outside / "marker").items()):
         write(merged(training, part), work / f"{number}-tiny.yaml")
         write(merged(release, part), work / f"{number}-release.yaml")
         guarded += [
-            {"name": f"untrusted: {name}: {tool}", "words": words_of(command, f"{number}-")}
-            for tool, command in COMMANDS.items()
+            {"name": f"untrusted: {name}: {tool}", "words": words_of(COMMANDS[tool], f"{number}-")}
+            for tool in ("main", *(others[(2 * number + step) % len(others)] for step in range(2)))
         ]
     for kind, parts in (("outside", placed_outside(outside)), ("inside", placed_inside(outside))):
         for number, (name, part) in enumerate(parts.items()):
