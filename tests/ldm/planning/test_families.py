@@ -36,7 +36,6 @@ CHECKED = [
     ("sd1", "smallest.yaml"),
     ("sd1", "lean.yaml lora.yaml"),
     ("sd2_base", "lean.yaml"),
-    ("sdxl", "lean.yaml"),
     ("sdxl", "minimal.yaml"),
 ]
 
