@@ -149,11 +149,11 @@ def samples_for(model: Any, masks: int | None = None, flip: bool = False) -> Ima
             "512-depth-ema.ckpt, and no config without depth_stage_config",
         )
         return DepthSamples()
-    refuse_if(
-        getattr(model.model, "takes_maps", False),
-        f"the config's model, {type(model).__name__}, is conditioned on {', '.join(model.concat_keys)}, which "
-        "shards do not hold; train it straight from images",
-    )
+    if getattr(model.model, "takes_maps", False):
+        raise UserError(
+            f"the config's model, {type(model).__name__}, is conditioned on {', '.join(model.concat_keys)}, which "
+            "shards do not hold; train it straight from images"
+        )
     return ImageSamples()
 
 
