@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -15,9 +16,10 @@ import numpy as np
 
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
 from ldm.identity import Identity, check_identity, retried
-from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
+from ldm.images.captions import CaptionFiles, read_caption, same_name
 from ldm.images.decode import FORMATS, UNREAD_EXTENSIONS, decode_image, extension_of, is_image
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
+from ldm.images.metadata import METADATA_FILES, Entry, from_metadata, metadata_file
 from ldm.images.skipped_files import SkippedFiles, say_hidden
 from ldm.images.walk import walk
 from ldm.util import UserError, refuse_if
@@ -176,14 +178,10 @@ def _from_lists(
     spelled = {same_name(path.as_posix()): path for path in images}
     for parent in sorted(lists):
         for entry in from_metadata(lists[parent], pairs, several=several):
-            path, edited = (name and _spelled(parent / name, spelled) for name in (entry.name, entry.edited))
-            caption, error = entry.caption if fixed is None else fixed, None
-            if caption is None:
-                file = captions.of(path)
-                used |= {file} if file else set()
-                caption, error = read_caption(file, several)
-            other = edited and ImageItem(edited.relative_to(folder).as_posix(), edited)
-            items.append(ImageItem(path.relative_to(folder).as_posix(), path, None, caption, error, other))
+            found = partial(_spelled, spelled=spelled)
+            item, file = listed_item(folder, parent, entry, found, captions, fixed, several)
+            used |= {file} if file else set()
+            items.append(item)
     named = {item.path for item in items} | {item.edited.path for item in items if item.edited}
     unnamed: dict[Path, list[Path]] = {}
     for path in images:
@@ -195,11 +193,43 @@ def _from_lists(
         else:
             unnamed.setdefault(parent, []).append(path)
     for parent, paths in unnamed.items():
-        example, file = paths[0].relative_to(folder), lists[parent].relative_to(folder)
-        logger.warning(
-            "%s: %d images skipped, such as %s, because they are not in %s", folder, len(paths), example, file
-        )
+        warn_of_unlisted(folder, len(paths), paths[0], lists[parent])
     return items
+
+
+def listed_item(
+    folder: Path,
+    parent: Path,
+    entry: Entry,
+    found: Callable[[Path], Path],
+    captions: CaptionFiles,
+    fixed: str | None,
+    several: bool,
+) -> tuple[ImageItem, Path | None]:
+    """Return the item of an entry in the metadata file of the folder `parent`, and its caption file, if it is read.
+
+    `found` returns the path of an image whose name has another spelling. The others are as in `from_folder`.
+    """
+    path, edited = (name and found(parent / name) for name in (entry.name, entry.edited))
+    caption, error, file = entry.caption if fixed is None else fixed, None, None
+    if caption is None:
+        file = captions.of(path)
+        caption, error = read_caption(file, several)
+    other = edited and ImageItem(edited.relative_to(folder).as_posix(), edited)
+    return ImageItem(path.relative_to(folder).as_posix(), path, None, caption, error, other), file
+
+
+def warn_of_unlisted(folder: Path, count: int, example: Path, file: Path) -> None:
+    """Log a warning of `count` images in `folder`, such as `example`, which the metadata `file` does not list."""
+    logger.warning(
+        "%s: %d images skipped, such as %s, because they are not in %s",
+        folder, count, example.relative_to(folder), file.relative_to(folder),
+    )  # fmt: skip
+
+
+def occurs_twice(path: Path) -> UserError:
+    """Return the error of an image or tar that occurs twice."""
+    return UserError(f"{path}: occurs twice among the images")
 
 
 def _spelled(path: Path, spelled: dict[str, Path]) -> Path:

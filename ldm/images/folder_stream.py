@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldm.images.captions import METADATA_FILES, CaptionFiles, read_caption
+from ldm.images.captions import CaptionFiles, read_caption
 from ldm.images.decode import is_image
 from ldm.images.find import ImageItem, kind_error
+from ldm.images.metadata import METADATA_FILES
 from ldm.images.skipped_files import SkippedFiles, is_hidden_input, say_hidden
 from ldm.images.walk import fault_of, folder_fault, is_folder
 
