@@ -1,7 +1,7 @@
 """Images of a folder in the order of `from_folder`, listed one folder at a time.
 
 Memory holds the names of the files in one folder and in those above it, so it does not grow with the number of images
-if they are spread over folders.
+if they are spread over folders. Images that a metadata file lists are read in its order.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 from ldm.images.captions import CaptionFiles, read_caption
 from ldm.images.decode import is_image
 from ldm.images.find import ImageItem, kind_error
+from ldm.images.list_stream import ListedFolder
 from ldm.images.metadata import METADATA_FILES
 from ldm.images.skipped_files import SkippedFiles, is_hidden_input, say_hidden
-from ldm.images.walk import fault_of, folder_fault, is_folder
+from ldm.images.walk import fault_of, folder_fault, is_folder, warn_of_link
 
 
 @dataclass
@@ -33,51 +34,32 @@ class FolderStream:
     count: int = 0  # images
     hidden: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
+    listed: dict[Path, ListedFolder] = field(default_factory=dict)  # folders with metadata files
+    repeated: dict[Path, Path] = field(default_factory=dict)  # folders that are skipped, and where they lead to
+    has_links: bool = False
 
     @classmethod
     def survey(cls, folder: Path, fixed: str | None = None, several: bool = False) -> FolderStream | None:
-        """Return the stream of `folder`, and log hidden images. Return None if `from_folder` must read or refuse it.
+        """Return the stream of `folder`. Return None if `from_folder` must read or refuse it.
 
-        Such a folder has no images, or has metadata files, tars, or links to folders.
+        Such a folder has no images, or has tars, or a metadata file with unreadable paths, links to folders or further
+        metadata files below it.
+
+        Raises:
+            UserError: a metadata file cannot be read, or lists an image twice.
         """
-        stream, seen, waiting = cls(folder, fixed, several), set(), [folder]
-        while waiting:
-            current = waiting.pop()
-            try:
-                state = Path(current).stat()
-                if (state.st_dev, state.st_ino) in seen:
-                    return None
-                seen.add((state.st_dev, state.st_ino))
-                with os.scandir(current) as listing:
-                    if not stream._takes(listing, waiting):
-                        return None
-            except OSError:
-                if current == folder:
-                    return None
-                stream.count += 1  # an item with an error
-                stream.unreadable.append(Path(current))
-        if not stream.count:
+        stream = cls(folder, fixed, several)
+        if not _Survey(stream).is_read():
             return None
-        say_hidden(folder, stream.hidden, stream.unreadable)
-        return stream
+        return stream if stream.count else None
 
-    def _takes(self, listing: Iterator[os.DirEntry[str]], waiting: list[str | Path]) -> bool:
-        """Count the entries of a folder, and add its subfolders to `waiting`. Return False if `survey` returns None."""
-        for entry in listing:
-            if entry.name.startswith("."):
-                if is_hidden_input(Path(entry.path)):
-                    self.hidden.append(Path(entry.path))
-            elif is_folder(entry):
-                if entry.is_symlink():
-                    return False
-                waiting.append(entry.path)
-            elif entry.name in METADATA_FILES or entry.name.endswith(".tar"):
-                return False
-            else:
-                self.count += is_image(entry.name)
-                if fault_of(entry) is not None:
-                    self.unreadable.append(Path(entry.path))
-        return True
+    def announce(self) -> None:
+        """Log warnings of what the survey found."""
+        for link, first in self.repeated.items():
+            warn_of_link(link, first)
+        say_hidden(self.folder, self.hidden, self.unreadable)
+        for listed in self.listed.values():
+            listed.announce()
 
     def __iter__(self) -> Iterator[ImageItem]:
         """Yield the images, then log what was left out."""
@@ -86,6 +68,9 @@ class FolderStream:
         skipped.log()
 
     def _items(self, folder: Path, skipped: SkippedFiles) -> Iterator[ImageItem]:
+        if folder in self.listed:
+            yield from self.listed[folder].items(skipped)
+            return
         try:
             with os.scandir(folder) as listing:
                 found = sorted(
@@ -98,7 +83,8 @@ class FolderStream:
         for name, is_parent, fault in found:
             path = folder / name
             if is_parent:
-                yield from self._items(path, skipped)
+                if path not in self.repeated:
+                    yield from self._items(path, skipped)
             elif is_image(name):
                 item, file = self._item(path, fault, captions)
                 used.add(file and file.name)
@@ -117,3 +103,78 @@ class FolderStream:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
+
+
+class _Survey:
+    """Walk through a folder in the order of `walk`, which notes in its `stream` what is there."""
+
+    def __init__(self, stream: FolderStream) -> None:
+        self.stream = stream
+        self._links: list[Path] = []  # to folders
+        self._seen: dict[tuple[int, int], Path] = {}
+
+    def is_read(self) -> bool:
+        """Survey the folder. Return False if its stream cannot be read."""
+        stream = self.stream
+        if not self._walk(stream.folder):
+            return False
+        for link in self._links:  # grows in the loop, as in `walk`
+            if not self._walk(link):
+                return False
+        stream.has_links |= bool(self._links)
+        if stream.listed and (stream.unreadable or self._links or stream.repeated):
+            return False
+        stream.listed = {
+            folder: ListedFolder(stream.folder, folder, stream.fixed, stream.several) for folder in stream.listed
+        }
+        stream.count += sum(listed.count for listed in stream.listed.values())
+        return True
+
+    def _walk(self, start: Path) -> bool:
+        stream, waiting = self.stream, [(start, False)]
+        while waiting:
+            folder, is_listed = waiting.pop()
+            try:
+                state = folder.stat()
+                first = self._seen.setdefault((state.st_dev, state.st_ino), folder)
+                if first != folder:
+                    stream.repeated[folder] = first
+                    continue
+                with os.scandir(folder) as listing:
+                    found = self._look(folder, listing)
+            except OSError:
+                if folder == stream.folder:
+                    return False
+                stream.count += 1  # an item with an error
+                stream.unreadable.append(folder)
+                continue
+            if found is None:
+                return False
+            images, has_list, folders = found
+            if has_list and is_listed:
+                return False
+            if has_list:
+                stream.listed[folder] = None
+            stream.count += 0 if is_listed or has_list else images
+            waiting += [(folder / name, is_listed or has_list) for name in sorted(folders)]
+        return True
+
+    def _look(self, folder: Path, listing: Iterator[os.DirEntry[str]]) -> tuple[int, bool, list[str]] | None:
+        """Return the number of images in `folder`, if it has a metadata file, and its folders; None if it has tars."""
+        stream, images, has_list, folders, links = self.stream, 0, False, [], []
+        for entry in listing:
+            if entry.name.startswith("."):
+                if is_hidden_input(Path(entry.path)):
+                    stream.hidden.append(Path(entry.path))
+            elif is_folder(entry):
+                (links if entry.is_symlink() else folders).append(entry.name)
+            elif entry.name.endswith(".tar"):
+                return None
+            else:
+                has_list |= entry.name in METADATA_FILES
+                images += is_image(entry.name)
+                stream.has_links |= entry.is_symlink()
+                if fault_of(entry) is not None:
+                    stream.unreadable.append(Path(entry.path))
+        self._links += [folder / name for name in sorted(links)]
+        return images, has_list, folders

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import signal
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -143,31 +145,158 @@ def test_a_tar_in_two_sources_is_refused(tmp_path: Path) -> None:
         open_images([str(tmp_path), str(tmp_path / "00001.tar")])
 
 
-def _list_of_captions(folder: Path) -> None:
-    (folder / "metadata.jsonl").write_text("{}")
+def write_list(folder: Path) -> Path:
+    """Write a tree whose metadata file lists images in an order of its own, and not all of them."""
+    write_tree(folder)
+    for path in ("gone.png", "loop", "link.png"):
+        (folder / path).unlink()
+    for name in ("b/IMG.PNG", "b/unlisted.png", "other.png", "c/none.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(png("blue"))
+    names = ["b/IMG.png", "b.png", "a/e\u0301.png", "missing.png", ".git/hidden.png", "z.gif", "a/x.png", "b/c/a.jpg"]
+    captions = [None, "b", "e", "m", "h", None, " a  x ", "c"]
+    (folder / "b/IMG.txt").write_text("a text file")
+    (folder / ".git/hidden.png").write_bytes(png())
+    entries = [{"file_name": name, "text": text, "odd": 1} for name, text in zip(names, captions, strict=True)]
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
+    (folder / "metadata.csv").write_text("file_name,text\n")
+    return folder
 
 
-def _link_to_a_folder(folder: Path) -> None:
-    (folder / "link").symlink_to(folder / "b")
+def write_lists(folder: Path) -> Path:
+    """Write folders of which two have a metadata file and one has none."""
+    write_list(folder / "m")
+    write_tree(folder / "a")
+    (folder / "z").mkdir()
+    for name in ("2", "10", "1"):
+        (folder / f"z/{name}.png").write_bytes(png())
+    lines = ["file,caption", "2.png,two", "10.png,", '1.png,"one, and']
+    (folder / "z/metadata.csv").write_text("\r\n".join(lines) + '\r\nonly"\r\n')
+    for path in folder.glob("a/*"):
+        if path.is_symlink() and not path.exists():
+            path.unlink()
+    (folder / "a/loop").unlink(missing_ok=True)
+    return folder
+
+
+def write_links(folder: Path) -> Path:
+    """Write a tree with links to folders, of which some lead to the same one, or around."""
+    write_tree(folder)
+    outside = folder.with_name(f"{folder.name}-outside")
+    for name in ("one/x.png", "one/deep/y.png", "two/v.png"):
+        image(outside / name, caption=name)
+    (outside / "one/further").symlink_to(outside / "two")
+    (outside / "one/back").symlink_to(folder)
+    for name in ("z-one", "a-one", "b/also-one"):
+        (folder / name).symlink_to(outside / "one")
+    (folder / "again").symlink_to(folder / "b")
+    (folder / "b/two").symlink_to(outside / "two")
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"caption": "a  cat"}, {"several": True}], ids=str)
+@pytest.mark.parametrize("write", [write_list, write_lists, write_links])
+def test_folders_with_lists_or_links_give_the_same_images_and_warnings(tmp_path: Path, caplog, write, options) -> None:
+    expected = {write_list: 8, write_lists: 22, write_links: 15}
+    assert compare(caplog, [write(tmp_path / "in")], **options) == expected[write]
+    assert open_images([str(tmp_path / "in")]).count == f"{expected[write]} images"
+
+
+def test_a_list_in_utf_16_and_one_with_lists_of_captions_give_the_same_images(tmp_path: Path, caplog) -> None:
+    (tmp_path / "é.png").write_bytes(png())
+    entries = [{"file_name": "é.png", "text": ["one", "two"]}, {"file_name": "missing.png", "text": "a\u2028b"}]
+    text = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    for encoding in ("utf-16", "utf-8-sig", "utf-8"):
+        (tmp_path / "metadata.jsonl").write_text(text, encoding=encoding)
+        assert compare(caplog, [tmp_path], several=True) == 2
+
+
+def test_several_folders_and_tars_give_the_same_images_and_warnings(tmp_path: Path, caplog) -> None:
+    sources = [write_lists(tmp_path / "lists"), write_tars(tmp_path / "tars"), write_list(tmp_path / "list")]
+    (tmp_path / "lists/a/link.png").unlink()
+    assert compare(caplog, sources) == 21 + 9 + 8
+    assert compare(caplog, [*sources[1:], tmp_path / "lists/a/b"], caption="a") == 9 + 8 + 2
+    assert open_images(list(map(str, sources))).count == "29 images and images of 3 tars"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "a/x.png", "text": "again"}',
+        '{"file_name": "./b//IMG.PNG"}',
+        '{"file_name": "../x.png"}',
+        '{"file_name": "a.png", "text": 3}',
+        "[]",
+        "{",
+        "\udcff",
+    ],
+)
+def test_wrong_lists_are_refused_before_the_first_shard(tmp_path: Path, line: str) -> None:
+    with (write_list(tmp_path) / "metadata.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line)
+    with pytest.raises(UserError) as expected:
+        find_images([str(tmp_path)])
+    with pytest.raises(UserError) as found:
+        open_images([str(tmp_path)])
+    assert str(found.value) == str(expected.value)
+
+
+def peak_of_listing(folder: Path, count: int) -> int:
+    """Return the peak of memory in bytes while a stream of `count` listed images is read."""
+    folder.mkdir()
+    (folder / "0.png").write_bytes(png())
+    lines = (f'{{"file_name": "{number}.png", "text": "{"x" * 200}"}}\n' for number in range(count))
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in open_images([str(folder)])) == count
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_stream_of_listed_images_takes_a_few_bytes_for_each(tmp_path: Path) -> None:
+    few, many = (peak_of_listing(tmp_path / str(count), count) for count in (500, 5500))
+    assert (many - few) / 5000 < 64
 
 
 def _tar(folder: Path) -> None:
-    write_tar(folder / "b/c/x.tar", {"a.png": png()})
+    write_tar(write_tree(folder) / "b/c/x.tar", {"a.png": png()})
 
 
-@pytest.mark.parametrize("change", [_list_of_captions, _link_to_a_folder, _tar])
-def test_other_folders_are_read_as_a_whole(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    change(write_tree(tmp_path))
+def _list_in_a_list(folder: Path) -> None:
+    (write_list(folder) / "b/c/metadata.csv").write_text("file_name,text\n")
+
+
+def _list_and_link(folder: Path) -> None:
+    (write_list(folder) / "link").symlink_to(folder / "b")
+
+
+def _list_and_unreadable_image(folder: Path) -> None:
+    (write_list(folder) / "gone.png").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("write", [_tar, _list_in_a_list, _list_and_link, _list_and_unreadable_image])
+def test_other_folders_are_read_as_a_whole(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path)
     assert open_images([str(tmp_path)]) is None
 
 
 def test_masks_and_pairs_of_folders_and_single_images_are_read_as_a_whole(tmp_path: Path) -> None:
     folder = str(write_tree(tmp_path))
     assert open_images([folder], masks=True) is None and open_images([folder], pairs=True) is None
-    assert open_images([f"{folder}/b.png"]) is None and open_images([folder, f"{folder}/a"]) is None
+    assert open_images([f"{folder}/b.png"]) is None
 
 
-@pytest.fixture(params=[write_tars, write_tree])
+def test_folders_that_may_have_an_image_in_common_are_read_as_a_whole(tmp_path: Path) -> None:
+    folder, other = write_list(tmp_path / "one"), write_list(tmp_path / "two")
+    assert open_images([str(folder), f"{folder}/a"]) is None and open_images([str(folder)] * 2) is None
+    assert open_images([str(folder), str(other)]) is not None
+    (other / "link.png").symlink_to(folder / "b.png")
+    assert open_images([str(other)]) is not None and open_images([str(folder), str(other)]) is None
+
+
+@pytest.fixture(params=[write_tars, write_tree, write_lists, write_links])
 def inputs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return request.param(tmp_path / "inputs")
 
