@@ -14,9 +14,10 @@ from ldm.files import open_file, read_span
 from ldm.identity import check_identity, identity_of_path
 from ldm.images.captions import CAPTION_SUFFIXES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS, is_image
-from ldm.images.find import ImageItem, SingleImages, from_folder, occurs_twice, pair_up
+from ldm.images.find import ImageItem, SingleImages, from_folder, occurs_twice
 from ldm.images.mask_files import warn_of_masks, with_masks
 from ldm.images.metadata import METADATA, METADATA_FILES
+from ldm.images.pairs import pair_up
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError, refuse_if

@@ -20,9 +20,11 @@ from ldm.data.sources import (
     no_pairs,
     warn_of_missing,
 )
-from ldm.images.find import ImageItem, from_folder, is_mask, occurs_twice, pair_up
+from ldm.images.find import ImageItem, from_folder, is_mask, occurs_twice
 from ldm.images.folder_stream import FolderStream
-from ldm.images.mask_files import is_transparent, no_masks, warn_of_mask_names
+from ldm.images.mask_files import has_masks, no_masks, warn_of_mask_names
+from ldm.images.mask_stream import MaskedImages
+from ldm.images.pairs import pair_up
 from ldm.images.repeats import FolderRepeats
 from ldm.shards.urls import expand_urls, is_stream
 
@@ -118,7 +120,7 @@ class ImageStream:
         self._source, self._changes, self._repeats = source, changes, repeats
         if pairs and not any(item.edited for item in source):
             raise no_pairs(where)
-        if masks and not any(item.mask or is_transparent(item) for item in source):
+        if masks and not has_masks(source):
             raise no_masks()
         if not fixed and all(item.caption is None for item in source) and any(item.error is None for item in source):
             raise no_captions(where)
@@ -159,7 +161,7 @@ def open_images(
 ) -> ImageStream | None:
     """Return the images of `find_images` as a stream; None for sources that must be read as a whole first.
 
-    Streams are tars, and folders of `FolderStream` without pairs and masks. Several folders must have no links.
+    Streams are tars, and folders of `FolderStream`. Several folders must have no links, and no pairs and masks.
 
     Raises:
         UserError: as `find_images`.
@@ -187,8 +189,8 @@ def _sources(
     found: list[FolderStream | Tars] = []
     for source in sources:
         folder = None
-        if Path(source).is_dir() and not pairs and not masks:
-            folder = FolderStream.survey(Path(source), fixed, several)
+        if Path(source).is_dir() and (len(sources) == 1 or not (pairs or masks)):
+            folder = FolderStream.survey(Path(source), fixed, several, pairs, masks)
         part = folder or _tars(source, fixed, pairs, several, masks)
         if part is None:
             return None
@@ -230,6 +232,7 @@ def _may_overlap(sources: Sequence[FolderStream | Tars]) -> bool:
 def _named(source: FolderStream | Tars, options: TarOptions, is_one_of_several: bool) -> Named:
     """Return the images of `source`, and the name of its folder if it is one of several."""
     if isinstance(source, FolderStream):
-        return Named(source, source.folder.name if is_one_of_several else "")
+        images = MaskedImages(source) if options[-1] else source
+        return Named(images, source.folder.name if is_one_of_several else "")
     is_folder = Path(source.source).is_dir()
     return Named(TarSource(source, options), Path(source.source).name if is_one_of_several and is_folder else "")

@@ -7,9 +7,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NAMED = 5  # files listed in a warning
-_EDITED = ".edited"  # end of the stem of an edited image
+EDITED = ".edited"  # end of the stem of an edited image
 MASK_ENDING = ".mask"  # end of the stem of a loss mask
 
 
@@ -239,39 +238,12 @@ def _spelled(path: Path, spelled: dict[str, Path]) -> Path:
 
 def is_edited(path: Path) -> bool:
     """Return True for an image with a name such as `name.edited.jpg`, the second image of a pair."""
-    return path.stem.lower().endswith(_EDITED)
+    return path.stem.lower().endswith(EDITED)
 
 
 def is_mask(path: Path) -> bool:
     """Return True for an image with a name such as `name.mask.png`, a loss mask."""
     return path.stem.lower().endswith(MASK_ENDING)
-
-
-def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
-    """Return the images before an edit. Each has its `edited` image: the one that it has already, or the one beside it.
-
-    An image without an edited image gets an error. A warning names the edited images without an original.
-    """
-    edited = {(item.path.parent, same_name(item.path.stem[: -len(_EDITED)])): item for item in items if _is_alone(item)}
-    found = []
-    for item in items:
-        if _is_alone(item):
-            continue
-        other = item.edited or edited.pop((item.path.parent, same_name(item.path.stem)), None)
-        name = PurePosixPath(item.name)
-        error = f"has no edited image such as {name.stem}{_EDITED}{name.suffix} beside it" if other is None else None
-        error = item.error or (other.error if other else error)
-        found.append(replace(item, edited=other, error=error))
-    if edited:
-        more = " ..." if len(edited) > _NAMED else ""
-        names = ", ".join(item.name for item in list(edited.values())[:_NAMED]) + more
-        logger.warning("%d edited images skipped, because no original is beside them: %s", len(edited), names)
-    return found
-
-
-def _is_alone(item: ImageItem) -> bool:
-    """Return True for the second image of a pair, before it is joined to the first."""
-    return item.edited is None and item.span is None and is_edited(item.path)
 
 
 def digest_images(items: Iterable[ImageItem]) -> str:

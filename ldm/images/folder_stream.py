@@ -7,15 +7,16 @@ if they are spread over folders. Images that a metadata file lists are read in i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ldm.images.captions import CaptionFiles, read_caption
+from ldm.images.captions import CaptionFiles, read_caption, same_name
 from ldm.images.decode import is_image
-from ldm.images.find import ImageItem, kind_error
+from ldm.images.find import ImageItem, is_edited, kind_error
 from ldm.images.list_stream import ListedFolder
 from ldm.images.metadata import METADATA_FILES
+from ldm.images.pairs import NAMED, name_of_original, pair_of, warn_of_edited
 from ldm.images.skipped_files import SkippedFiles, is_hidden_input, say_hidden
 from ldm.images.walk import fault_of, folder_fault, is_folder, warn_of_link
 
@@ -26,11 +27,13 @@ class FolderStream:
 
     Args:
         fixed, several: those of `from_folder`.
+        pairs: yield pairs of images; see `pair_up`.
     """
 
     folder: Path
     fixed: str | None = None
     several: bool = False
+    pairs: bool = False
     count: int = 0  # images
     hidden: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
@@ -39,19 +42,26 @@ class FolderStream:
     has_links: bool = False
 
     @classmethod
-    def survey(cls, folder: Path, fixed: str | None = None, several: bool = False) -> FolderStream | None:
+    def survey(
+        cls,
+        folder: Path,
+        fixed: str | None = None,
+        several: bool = False,
+        pairs: bool = False,
+        masks: bool = False,
+    ) -> FolderStream | None:
         """Return the stream of `folder`. Return None if `from_folder` must read or refuse it.
 
         Such a folder has no images, or has tars, or a metadata file with unreadable paths, links to folders or further
-        metadata files below it.
+        metadata files below it. With `pairs`, it has unreadable paths, and with `pairs` or `masks`, a metadata file.
 
         Raises:
             UserError: a metadata file cannot be read, or lists an image twice.
         """
-        stream = cls(folder, fixed, several)
-        if not _Survey(stream).is_read():
+        stream = cls(folder, fixed, several, pairs)
+        if not _Survey(stream, no_lists=pairs or masks).is_read():
             return None
-        return stream if stream.count else None
+        return stream if stream.count and not (pairs and stream.unreadable) else None
 
     def announce(self) -> None:
         """Log warnings of what the survey found."""
@@ -63,13 +73,14 @@ class FolderStream:
 
     def __iter__(self) -> Iterator[ImageItem]:
         """Yield the images, then log what was left out."""
-        skipped = SkippedFiles(self.folder)
-        yield from self._items(self.folder, skipped)
-        skipped.log()
+        left_out = _LeftOut(SkippedFiles(self.folder))
+        yield from self._items(self.folder, left_out)
+        left_out.files.log()
+        warn_of_edited(left_out.edited, left_out.count)
 
-    def _items(self, folder: Path, skipped: SkippedFiles) -> Iterator[ImageItem]:
+    def _items(self, folder: Path, left_out: _LeftOut) -> Iterator[ImageItem]:
         if folder in self.listed:
-            yield from self.listed[folder].items(skipped)
+            yield from self.listed[folder].items(left_out.files)
             return
         try:
             with os.scandir(folder) as listing:
@@ -80,18 +91,27 @@ class FolderStream:
             yield ImageItem(self._name(folder), folder, error=folder_fault(error))
             return
         captions, used = CaptionFiles(), set()
+        edited = {}  # names of the edited images without an original so far, by its name
+        if self.pairs:
+            names = (Path(name) for name, is_parent, _ in found if not is_parent and is_image(name))
+            edited = {name_of_original(name): name.name for name in names if is_edited(name)}
         for name, is_parent, fault in found:
             path = folder / name
             if is_parent:
                 if path not in self.repeated:
-                    yield from self._items(path, skipped)
+                    yield from self._items(path, left_out)
             elif is_image(name):
                 item, file = self._item(path, fault, captions)
                 used.add(file and file.name)
-                yield item
+                if not self.pairs:
+                    yield item
+                elif not is_edited(path):
+                    other = edited.pop(same_name(path.stem), None)
+                    yield pair_of(item, other and self._item(folder / other, None, captions)[0])
+        left_out.add_edited([self._name(folder / name) for name in edited.values()])
         files = [name for name, is_parent, fault in found if not is_parent and fault is None]
         others = [folder / name for name in files if name not in used and not is_image(name)]
-        skipped.add(others, (folder / name for name in files if is_image(name)))
+        left_out.files.add(others, (folder / name for name in files if is_image(name)))
 
     def _item(self, path: Path, fault: str | None, captions: CaptionFiles) -> tuple[ImageItem, Path | None]:
         """Return the item of an image, and its caption file."""
@@ -105,11 +125,24 @@ class FolderStream:
         return path.relative_to(self.folder).as_posix()
 
 
+@dataclass
+class _LeftOut:
+    """Files that are not read, and edited images without an original: how many, and the names of the first."""
+
+    files: SkippedFiles
+    edited: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add_edited(self, names: Sequence[str]) -> None:
+        self.count += len(names)
+        self.edited = sorted([*self.edited, *names], key=PurePosixPath)[:NAMED]
+
+
 class _Survey:
     """Walk through a folder in the order of `walk`, which notes in its `stream` what is there."""
 
-    def __init__(self, stream: FolderStream) -> None:
-        self.stream = stream
+    def __init__(self, stream: FolderStream, no_lists: bool) -> None:
+        self.stream, self._no_lists = stream, no_lists
         self._links: list[Path] = []  # to folders
         self._seen: dict[tuple[int, int], Path] = {}
 
@@ -151,7 +184,7 @@ class _Survey:
             if found is None:
                 return False
             images, has_list, folders = found
-            if has_list and is_listed:
+            if has_list and (is_listed or self._no_lists):
                 return False
             if has_list:
                 stream.listed[folder] = None

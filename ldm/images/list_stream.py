@@ -22,7 +22,7 @@ from ldm.images.skipped_files import SkippedFiles
 from ldm.images.walk import fault_of, is_folder
 
 
-class Names:
+class NameHashes:
     """Set of names that takes 8 bytes for each. It has a wrong one once in 10^12 times."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class ListedFolder:
         self.file = metadata_file(folder)
         self.unread: dict[str, None] = {}
         self._other_spellings: dict[str, Path] | None = None
-        names = Names()
+        names = NameHashes()
         for entry in self._entries(self.unread):
             names.add(_folded(entry.name))
         self.count = len(names)
@@ -100,7 +100,7 @@ class ListedFolder:
 
     def items(self, skipped: SkippedFiles) -> Iterator[ImageItem]:
         """Yield the images, then add the files that are not read to `skipped`, and log a warning of unlisted images."""
-        named, used, captions = Names(), Names(), CaptionFiles()
+        named, used, captions = NameHashes(), NameHashes(), CaptionFiles()
         used.add(self.file.name)
 
         def arriving() -> Iterator[ImageItem]:
@@ -115,7 +115,7 @@ class ListedFolder:
         yield from arriving() if one_list else sorted(arriving(), key=lambda item: self.root / item.name)
         self._add_rest(named, used, skipped)
 
-    def _add_rest(self, named: Names, used: Names, skipped: SkippedFiles) -> None:
+    def _add_rest(self, named: NameHashes, used: NameHashes, skipped: SkippedFiles) -> None:
         """Add the files that are neither `used` nor images, and count the images that are not `named`."""
         unlisted, example = 0, None
         for folder, names in self._files():

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import signal
-import tarfile
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from ldm.data.sources import find_images
 from ldm.distributed.ranks import Ranks
@@ -27,73 +24,22 @@ from ldm.images.tags import with_tag_variants
 from ldm.shards.index import read_index
 from ldm.shards.writer import Shard
 from ldm.util import UserError
+from tests.ldm.encoding.image_trees import (
+    compare,
+    png,
+    write_links,
+    write_list,
+    write_lists,
+    write_pairs_and_masks,
+    write_tar,
+    write_tars,
+    write_tree,
+)
 from tests.ldm.encoding.test_set_writer import contents, contents_without_leftovers, in_a_process, kill_at
 from tests.ldm.encoding.toy_encoder import Model, image, run
 from tests.waiting import join
 
 OPTIONS = {"shard_size": 4, "batch_size": 2, "flip": True, "stream": True}  # two images per shard
-
-
-def png(colour: str = "red", mode: str = "RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (20, 16), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def write_tars(folder: Path, count: int = 3, each: int = 3) -> Path:
-    """Write tars as img2dataset does, of which one image is damaged and one has no caption."""
-    for tar in range(count):
-        members = {}
-        for number in range(tar * each, (tar + 1) * each):
-            members[f"{number:04d}.png"] = b"?" if number == 1 else png()
-            members |= {} if number == 2 else {f"{number:04d}.txt": b"x" * number + b" "}
-            members[f"{number:04d}.json"] = b"{}"
-        write_tar(folder / f"{tar:05d}.tar", members)
-    (folder / "00000.parquet").write_bytes(b"")
-    return folder
-
-
-def write_tree(folder: Path) -> Path:
-    """Write folders of images with all that a folder may have, except for what is read as a whole."""
-    for name in ("b/a.png", "b.png", "b/c/a.JPG", "a.b/x.png", "a/x.png", "a/é.png", "3_c/y.webp", "z.gif", "z.heic"):
-        image(folder / "tmp.png", caption=None)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "tmp.png").rename(folder / name)
-    for name in ("b/a.txt", "b.caption", "a.b/x.png.txt", "3_c/y.txt", "a/e\u0301.txt", "alone.txt", "b/alone2.txt"):
-        (folder / name).write_text(f"caption of {name}")
-    (folder / "z.txt").write_bytes(b"\xff\xff")
-    (folder / "b.json").write_text("{}")
-    (folder / "b/c/notes.doc").write_text("x")
-    (folder / "a.mask.png").write_bytes(png())
-    (folder / ".hidden.png").write_bytes(png())
-    (folder / ".git").mkdir()
-    (folder / "gone.png").symlink_to("nowhere")
-    (folder / "link.png").symlink_to("b.png")
-    (folder / "loop").symlink_to("loop")
-    return folder
-
-
-def compare(caplog: pytest.LogCaptureFixture, sources: list[Path], **options: object) -> int:
-    """Assert that a stream has the items and warnings of a list. Return the number of images."""
-    caplog.set_level(logging.WARNING)
-    names = list(map(str, sources))
-    caplog.clear()
-    expected = find_images(names, **options)
-    said = sorted(caplog.messages)
-    caplog.clear()
-    stream = open_images(names, **options)
-    assert stream is not None and list(stream) == expected and sorted(caplog.messages) == said
-    assert list(stream) == expected, "another iteration reads them again"
-    return len(expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"caption": "a  cat"}, {"several": True}], ids=str)
@@ -143,55 +89,6 @@ def test_a_tar_in_two_sources_is_refused(tmp_path: Path) -> None:
     write_tars(tmp_path)
     with pytest.raises(UserError, match=r"00001\.tar: occurs twice among the images"):
         open_images([str(tmp_path), str(tmp_path / "00001.tar")])
-
-
-def write_list(folder: Path) -> Path:
-    """Write a tree whose metadata file lists images in an order of its own, and not all of them."""
-    write_tree(folder)
-    for path in ("gone.png", "loop", "link.png"):
-        (folder / path).unlink()
-    for name in ("b/IMG.PNG", "b/unlisted.png", "other.png", "c/none.png"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(png("blue"))
-    names = ["b/IMG.png", "b.png", "a/e\u0301.png", "missing.png", ".git/hidden.png", "z.gif", "a/x.png", "b/c/a.jpg"]
-    captions = [None, "b", "e", "m", "h", None, " a  x ", "c"]
-    (folder / "b/IMG.txt").write_text("a text file")
-    (folder / ".git/hidden.png").write_bytes(png())
-    entries = [{"file_name": name, "text": text, "odd": 1} for name, text in zip(names, captions, strict=True)]
-    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
-    (folder / "metadata.csv").write_text("file_name,text\n")
-    return folder
-
-
-def write_lists(folder: Path) -> Path:
-    """Write folders of which two have a metadata file and one has none."""
-    write_list(folder / "m")
-    write_tree(folder / "a")
-    (folder / "z").mkdir()
-    for name in ("2", "10", "1"):
-        (folder / f"z/{name}.png").write_bytes(png())
-    lines = ["file,caption", "2.png,two", "10.png,", '1.png,"one, and']
-    (folder / "z/metadata.csv").write_text("\r\n".join(lines) + '\r\nonly"\r\n')
-    for path in folder.glob("a/*"):
-        if path.is_symlink() and not path.exists():
-            path.unlink()
-    (folder / "a/loop").unlink(missing_ok=True)
-    return folder
-
-
-def write_links(folder: Path) -> Path:
-    """Write a tree with links to folders, of which some lead to the same one, or around."""
-    write_tree(folder)
-    outside = folder.with_name(f"{folder.name}-outside")
-    for name in ("one/x.png", "one/deep/y.png", "two/v.png"):
-        image(outside / name, caption=name)
-    (outside / "one/further").symlink_to(outside / "two")
-    (outside / "one/back").symlink_to(folder)
-    for name in ("z-one", "a-one", "b/also-one"):
-        (folder / name).symlink_to(outside / "one")
-    (folder / "again").symlink_to(folder / "b")
-    (folder / "b/two").symlink_to(outside / "two")
-    return folder
 
 
 @pytest.mark.parametrize("options", [{}, {"caption": "a  cat"}, {"several": True}], ids=str)
@@ -282,10 +179,44 @@ def test_other_folders_are_read_as_a_whole(tmp_path: Path, write: Callable[[Path
     assert open_images([str(tmp_path)]) is None
 
 
-def test_masks_and_pairs_of_folders_and_single_images_are_read_as_a_whole(tmp_path: Path) -> None:
-    folder = str(write_tree(tmp_path))
-    assert open_images([folder], masks=True) is None and open_images([folder], pairs=True) is None
-    assert open_images([f"{folder}/b.png"]) is None
+def test_masks_and_pairs_of_lists_or_several_folders_and_single_images_are_read_as_a_whole(tmp_path: Path) -> None:
+    one, other = str(write_tree(tmp_path / "one")), str(write_list(tmp_path / "other"))
+    for options in ({"pairs": True}, {"masks": True}):
+        for sources in ([other], [one, f"{other}/a"], [f"{one}/b.png"]):
+            assert open_images(sources, **options) is None
+    assert open_images([one], pairs=True) is None and open_images([f"{one}/b.png"]) is None
+
+
+@pytest.mark.parametrize("options", [{"pairs": True}, {"masks": True}, {"pairs": True, "masks": True}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"caption": "a cat"}], ids=str)
+def test_pairs_and_masks_of_a_folder_give_the_same_images_and_warnings(tmp_path: Path, caplog, options, more) -> None:
+    assert compare(caplog, [write_pairs_and_masks(tmp_path)], **options, **more) > 8
+
+
+def test_masks_of_a_folder_with_links_and_unreadable_images_give_the_same_images(tmp_path: Path, caplog) -> None:
+    folder = write_links(tmp_path / "in")
+    (folder / "gone.mask.png").symlink_to("nowhere")
+    assert compare(caplog, [folder], masks=True) == 14
+
+
+def test_masks_of_a_folder_make_the_same_set(tmp_path: Path) -> None:
+    folder, options = write_pairs_and_masks(tmp_path / "in"), {**OPTIONS, "loss_masks": True}
+    run(folder, tmp_path / "whole" / "s-%d.tar", **{**options, "stream": False})
+    run(folder, tmp_path / "out" / "s-%d.tar", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [{"pairs": True}, {"masks": True}], ids=str)
+def test_folders_without_pairs_or_masks_are_refused_before_the_first_shard(tmp_path: Path, options: dict) -> None:
+    image(tmp_path / "a.png")
+    for count in (1, 150):
+        for number in range(1, count):
+            (tmp_path / f"{number}.png").hardlink_to(tmp_path / "a.png")
+        with pytest.raises(UserError) as expected:
+            find_images([str(tmp_path)], **options)
+        with pytest.raises(UserError) as found:
+            open_images([str(tmp_path)], **options)
+        assert str(found.value) == str(expected.value)
 
 
 def test_folders_that_may_have_an_image_in_common_are_read_as_a_whole(tmp_path: Path) -> None:
