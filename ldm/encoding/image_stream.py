@@ -70,10 +70,10 @@ class TarSource:
 
 
 class Named(NamedTuple):
-    """Images of one source, and a `prefix` of their names, or none."""
+    """Images of one source, and a `prefix` of their names, or None."""
 
     images: Iterable[ImageItem]
-    prefix: str
+    prefix: str | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class JoinedSources:
     def __iter__(self) -> Iterator[ImageItem]:
         for images, prefix in self.sources:
             for item in images:
-                yield replace(item, name=f"{prefix}/{item.name}") if prefix else item
+                yield item if prefix is None else replace(item, name=f"{prefix}/{item.name}")
 
 
 class ImageStream:
@@ -134,18 +134,19 @@ class ImageStream:
 
     def __iter__(self) -> Iterator[ImageItem]:
         missing: list[str] = []
-        named: list[str] = []
-        count = 0
+        named: list[str] = []  # the first image that is named like a mask
+        count = masks = 0
         for item in self._changed():
             if item.caption is None and item.error is None:
                 count += 1
                 missing += [item.name] if len(missing) < NAMED else []
             if not self._masks and item.span is None and is_mask(item.path):
-                named.append(item.name)
+                masks += 1
+                named = named or [item.name]
             yield self._repeats.of(item) if self._repeats else item
         if self._repeats:
             self._repeats.log()
-        warn_of_mask_names(named)
+        warn_of_mask_names(masks, *named)
         warn_of_missing(self.where, count, missing)
 
 
@@ -231,8 +232,9 @@ def _may_overlap(sources: Sequence[FolderStream | Tars]) -> bool:
 
 def _named(source: FolderStream | Tars, options: TarOptions, is_one_of_several: bool) -> Named:
     """Return the images of `source`, and the name of its folder if it is one of several."""
-    if isinstance(source, FolderStream):
-        images = MaskedImages(source) if options[-1] else source
-        return Named(images, source.folder.name if is_one_of_several else "")
-    is_folder = Path(source.source).is_dir()
-    return Named(TarSource(source, options), Path(source.source).name if is_one_of_several and is_folder else "")
+    is_tars = isinstance(source, Tars)
+    folder = Path(source.source) if is_tars else source.folder
+    prefix = folder.name if is_one_of_several and folder.is_dir() else None
+    if is_tars:
+        return Named(TarSource(source, options), prefix)
+    return Named(MaskedImages(source) if options[-1] else source, prefix)

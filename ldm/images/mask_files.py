@@ -78,15 +78,16 @@ def no_masks() -> UserError:
 
 def warn_of_masks(items: Sequence[ImageItem]) -> None:
     """Log a warning if `items` have images named like masks."""
-    warn_of_mask_names([item.name for item in items if item.span is None and is_mask(item.path)])
+    names = [item.name for item in items if item.span is None and is_mask(item.path)]
+    warn_of_mask_names(len(names), *names[:1])
 
 
-def warn_of_mask_names(names: Sequence[str]) -> None:
-    """Log a warning if images have `names` like those of masks."""
-    if names:
+def warn_of_mask_names(count: int, example: str = "") -> None:
+    """Log a warning of `count` images with names like those of masks, such as `example`, if there are any."""
+    if count:
         logger.warning(
             "%d images are named like loss masks, such as %s, but are encoded as images; give --loss-masks",
-            len(names), names[0],
+            count, example,
         )  # fmt: skip
 
 

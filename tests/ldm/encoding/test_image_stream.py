@@ -108,11 +108,13 @@ def test_a_list_in_utf_16_and_one_with_lists_of_captions_give_the_same_images(tm
         assert compare(caplog, [tmp_path], several=True) == 2
 
 
-def test_several_folders_and_tars_give_the_same_images_and_warnings(tmp_path: Path, caplog) -> None:
+def test_several_folders_and_tars_give_the_same_images_and_warnings(tmp_path: Path, caplog, monkeypatch) -> None:
     sources = [write_lists(tmp_path / "lists"), write_tars(tmp_path / "tars"), write_list(tmp_path / "list")]
     (tmp_path / "lists/a/link.png").unlink()
     assert compare(caplog, sources) == 21 + 9 + 8
     assert compare(caplog, [*sources[1:], tmp_path / "lists/a/b"], caption="a") == 9 + 8 + 2
+    monkeypatch.chdir(tmp_path / "list")
+    assert compare(caplog, [Path(), sources[1]]) == 8 + 9  # "." has no name
     assert open_images(list(map(str, sources))).count == "29 images and images of 3 tars"
 
 
