@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import ctypes
 import errno
 import os
@@ -34,7 +33,6 @@ _KINDS = (
     (stat.S_ISCHR, "a device, not a file"),
     (stat.S_ISBLK, "a device, not a file"),
 )
-_MOST_TEXT = 1 << 28  # maximum size of a text file in bytes
 _MAPPED: dict[int, tuple[str, int]] = {}  # by descriptor of a memory-mapped file: path and size at opening
 _WRITING: dict[Path, int] = {}  # by temporary file: the process that writes it
 _KEPT: list[object] = []  # the handler of SIGBUS, kept for the life of the process
@@ -85,30 +83,6 @@ def read_at_most(path: str | Path, most: int) -> bytes:
         data = file.read(min(most, size) + 1)
     refuse_if(len(data) > most, f"{path}: has {size} bytes, but the limit for such a file is {most}")
     return data
-
-
-def decode_text(data: bytes | bytearray) -> str:
-    """Return the text of a file: UTF-8, or UTF-16 with a byte order mark, as shells of Windows write it.
-
-    Raises:
-        UnicodeDecodeError: it is neither.
-    """
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not data.startswith(codecs.BOM_UTF32_LE)
-    return bytes(data).decode("utf-16" if is_utf16 else "utf-8-sig")
-
-
-def read_lines(path: str | Path) -> list[tuple[int, str]]:
-    """Return the lines of a text file that are not empty, without outer spaces, each with its number from 1 on.
-
-    Raises:
-        UserError: the file is too large, or is not UTF-8 text.
-    """
-    try:
-        text = decode_text(read_at_most(path, _MOST_TEXT))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def is_within(folder: str | Path, path: str | Path) -> bool:

@@ -42,6 +42,7 @@ ROOMS = (
     "ldm.events",
     "ldm.folders",
     "ldm.remote",
+    "ldm.text_files",
     "ldm.files",
     "ldm.identity",
     "ldm.locks",

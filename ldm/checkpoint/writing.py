@@ -14,7 +14,7 @@ import mmap
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,19 @@ class Pending:
     shape: tuple[int, ...]
     dtype: torch.dtype
     compute: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class InParts:
+    """Tensor of known shape and dtype for a `.safetensors`. `parts` yields its values, one part after the other."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Callable[[], Iterable[torch.Tensor]]
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +151,10 @@ def copy_value(place: torch.Tensor, tensor: torch.Tensor | Pending) -> None:
 
 
 def save_state_dict(
-    state_dict: Mapping[str, torch.Tensor | Pending], path: str | Path, *, metadata: Mapping[str, str] | None = None
+    state_dict: Mapping[str, torch.Tensor | Pending | InParts],
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights as `.safetensors`, or as a `.ckpt` with `{"state_dict": ...}`, by the suffix of `path`.
 
@@ -212,7 +228,7 @@ def _aligned(size: int) -> int:
 
 
 def _write_safetensors(
-    state_dict: Mapping[str, torch.Tensor | Pending], file: BinaryIO, metadata: Mapping[str, str]
+    state_dict: Mapping[str, torch.Tensor | Pending | InParts], file: BinaryIO, metadata: Mapping[str, str]
 ) -> None:
     # Wide dtypes first, like the reference writer, so that each tensor is aligned to its dtype.
     names = sorted(state_dict, key=lambda key: (-state_dict[key].dtype.itemsize, key))
@@ -235,13 +251,25 @@ def _write_safetensors(
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     hashed = hashlib.sha256()
     for name in names:
-        data = _bytes_of(state_dict[name])
-        if HASH in metadata:
-            hashed.update(data)
-        file.write(data)
+        for data in _parts_of(state_dict[name]):
+            if HASH in metadata:
+                hashed.update(data)
+            file.write(data)
     if HASH in metadata:
         file.seek(8)
         file.write(encoded.replace(metadata[HASH].encode(), f"0x{hashed.hexdigest()}".encode(), 1))
+
+
+def _parts_of(tensor: torch.Tensor | Pending | InParts) -> Iterator[memoryview]:
+    if not isinstance(tensor, InParts):
+        yield _bytes_of(tensor)
+        return
+    size = 0
+    for part in tensor.parts():
+        assert part.dtype == tensor.dtype
+        size += part.nbytes
+        yield _bytes_of(part)
+    assert size == tensor.nbytes
 
 
 def _bytes_of(tensor: torch.Tensor | Pending) -> memoryview:

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 from ldm.cli.paths import check_release
-from ldm.files import read_lines
 from ldm.modules.encoders.caption_settings import check_caption_options
 from ldm.release import CONVENTIONAL_RELEASE
+from ldm.text_files import read_lines
 from ldm.util import check_number, refuse_if
 
 # The keys of `ldm.models.diffusion.text_to_image.SAMPLERS`, which imports torch.

@@ -17,7 +17,8 @@ from ldm.config.command_line_values import parse_value
 from ldm.config.interpolations import check_interpolations, resolve_references, typed_paths
 from ldm.config.merge import merge_configs
 from ldm.config.trust import check_trust
-from ldm.files import check_file, decode_text, read_at_most
+from ldm.files import check_file, read_at_most
+from ldm.text_files import decode_text
 from ldm.util import UserError, instantiate_from_config, nearest, refuse_if
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ldm.files import read_lines
+from ldm.text_files import read_lines
 from ldm.util import UserError, check_keys, check_number, located, refuse_if
 
 # Options of a line, as in the sample prompts of other trainers.

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from ldm.data.listed import existing_folder, naming, read_image, to_minus_one_one
 from ldm.data.parsed import read_json
 from ldm.images.augmentations import RandomHorizontalFlip
-from ldm.images.captions import relative_name
 from ldm.images.find import ImageItem
+from ldm.images.metadata import relative_name
 from ldm.images.pixels import crop, random_below, resize
 from ldm.util import UserError, check_choice, refuse_if
 

@@ -16,10 +16,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.sources import find_images
-from ldm.files import decode_text, read_at_most
+from ldm.files import read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
-from ldm.images.captions import relative_name, spelled
+from ldm.images.captions import spelled
 from ldm.images.find import ImageItem
+from ldm.images.metadata import relative_name
+from ldm.text_files import decode_text
 from ldm.util import UserError, refuse_if
 
 T = TypeVar("T")

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ldm.files import decode_text, read_at_most
+from ldm.files import read_at_most
+from ldm.text_files import decode_text
 from ldm.util import UserError
 
 _MOST_IN_JSON, _MOST_IN_YAML = 1 << 30, 1 << 24  # bytes

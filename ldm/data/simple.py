@@ -16,8 +16,8 @@ from ldm.data.listed import existing_folder, folder_images, naming, read_image, 
 from ldm.data.parsed import read_json
 from ldm.data.sources import find_images
 from ldm.images.augmentations import build_transform
-from ldm.images.captions import from_metadata, metadata_file, relative_name
 from ldm.images.find import ImageItem
+from ldm.images.metadata import from_metadata, metadata_file, relative_name
 from ldm.images.pixels import random_below
 from ldm.util import UserError, instantiate_from_config, refuse_if
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from ldm.files import open_file, read_span
 from ldm.identity import check_identity, identity_of_path
-from ldm.images.captions import CAPTION_SUFFIXES, METADATA, METADATA_FILES, decode_caption, same_name
+from ldm.images.captions import CAPTION_SUFFIXES, decode_caption, same_name
 from ldm.images.decode import EXTENSIONS, is_image
-from ldm.images.find import ImageItem, SingleImages, from_folder, pair_up
+from ldm.images.find import ImageItem, SingleImages, from_folder, occurs_twice
 from ldm.images.mask_files import warn_of_masks, with_masks
+from ldm.images.metadata import METADATA, METADATA_FILES
+from ldm.images.pairs import pair_up
 from ldm.shards.tar import index_tar
 from ldm.shards.urls import expand_urls, is_stream
 from ldm.util import UserError, refuse_if
@@ -166,11 +168,6 @@ def find_images(
         raise no_captions(where)
     warn_of_missing(where, len(missing), missing[:NAMED])
     return items
-
-
-def occurs_twice(path: Path) -> UserError:
-    """Return the error of an image or tar that two sources have."""
-    return UserError(f"{path}: occurs twice among the images")
 
 
 def no_images(entry: str) -> UserError:

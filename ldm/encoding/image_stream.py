@@ -1,6 +1,6 @@
 """Images of tars and folders that are read while they are encoded, so that encoding begins at once.
 
-Memory does not grow with the number of images: one tar, or the names of one folder, are known at a time.
+Memory hardly grows with the number of images: one tar, or the names of one folder, are known at a time.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
+from typing import NamedTuple
 
 from ldm.data.sources import (
     NAMED,
@@ -16,12 +18,13 @@ from ldm.data.sources import (
     no_captions,
     no_images,
     no_pairs,
-    occurs_twice,
     warn_of_missing,
 )
-from ldm.images.find import ImageItem, from_folder, is_mask, pair_up
+from ldm.images.find import ImageItem, from_folder, is_mask, occurs_twice
 from ldm.images.folder_stream import FolderStream
-from ldm.images.mask_files import is_transparent, no_masks, warn_of_mask_names
+from ldm.images.mask_files import has_masks, no_masks, warn_of_mask_names
+from ldm.images.mask_stream import MaskedImages
+from ldm.images.pairs import pair_up
 from ldm.images.repeats import FolderRepeats
 from ldm.shards.urls import expand_urls, is_stream
 
@@ -30,31 +33,32 @@ logger = logging.getLogger(__name__)
 Change = Callable[[ImageItem], ImageItem]
 
 
+TarOptions = tuple[str | None, bool, bool, bool]  # fixed, pairs, several, masks: those of `from_tar`
+
+
 @dataclass(frozen=True)
 class Tars:
-    """Tars of one source. `prefix` is that of their images' names, among several sources."""
+    """Tars of one source."""
 
     source: str
     paths: Sequence[Path]
-    prefix: str = ""
 
 
 class TarSource:
-    """Images of tars in the order of `find_images`, with its options."""
+    """Images of tars in the order of `find_images`."""
 
-    def __init__(self, groups: Sequence[Tars], fixed: str | None, pairs: bool, several: bool, masks: bool) -> None:
-        self.groups, self.options = groups, (fixed, pairs, several, masks)
+    def __init__(self, tars: Tars, options: TarOptions) -> None:
+        self.tars, self.options = tars, options
         self._newest: tuple[Path | None, list[ImageItem]] = None, []
 
     def __iter__(self) -> Iterator[ImageItem]:
-        for group in self.groups:
-            is_empty = True
-            for path in group.paths:
-                for item in self._of(path):
-                    is_empty = False
-                    yield replace(item, name=f"{group.prefix}/{item.name}") if group.prefix else item
-            if is_empty:
-                raise no_images(group.source)
+        is_empty = True
+        for path in self.tars.paths:
+            for item in self._of(path):
+                is_empty = False
+                yield item
+        if is_empty:
+            raise no_images(self.tars.source)
 
     def _of(self, path: Path) -> list[ImageItem]:
         """Return the images of a tar; those of the newest one are kept, for a second look."""
@@ -63,6 +67,25 @@ class TarSource:
             items = from_tar(path, fixed, pairs, several, masks)
             self._newest = path, pair_up(items) if pairs else items
         return self._newest[1]
+
+
+class Named(NamedTuple):
+    """Images of one source, and a `prefix` of their names, or None."""
+
+    images: Iterable[ImageItem]
+    prefix: str | None
+
+
+@dataclass(frozen=True)
+class JoinedSources:
+    """Images of several sources, one after the other."""
+
+    sources: Sequence[Named]
+
+    def __iter__(self) -> Iterator[ImageItem]:
+        for images, prefix in self.sources:
+            for item in images:
+                yield item if prefix is None else replace(item, name=f"{prefix}/{item.name}")
 
 
 class ImageStream:
@@ -97,7 +120,7 @@ class ImageStream:
         self._source, self._changes, self._repeats = source, changes, repeats
         if pairs and not any(item.edited for item in source):
             raise no_pairs(where)
-        if masks and not any(item.mask or is_transparent(item) for item in source):
+        if masks and not has_masks(source):
             raise no_masks()
         if not fixed and all(item.caption is None for item in source) and any(item.error is None for item in source):
             raise no_captions(where)
@@ -111,18 +134,19 @@ class ImageStream:
 
     def __iter__(self) -> Iterator[ImageItem]:
         missing: list[str] = []
-        named: list[str] = []
-        count = 0
+        named: list[str] = []  # the first image that is named like a mask
+        count = masks = 0
         for item in self._changed():
             if item.caption is None and item.error is None:
                 count += 1
                 missing += [item.name] if len(missing) < NAMED else []
             if not self._masks and item.span is None and is_mask(item.path):
-                named.append(item.name)
+                masks += 1
+                named = named or [item.name]
             yield self._repeats.of(item) if self._repeats else item
         if self._repeats:
             self._repeats.log()
-        warn_of_mask_names(named)
+        warn_of_mask_names(masks, *named)
         warn_of_missing(self.where, count, missing)
 
 
@@ -138,41 +162,79 @@ def open_images(
 ) -> ImageStream | None:
     """Return the images of `find_images` as a stream; None for sources that must be read as a whole first.
 
-    Streams are tars, and a single folder without metadata files, pairs, masks and links to folders.
+    Streams are tars, and folders of `FolderStream`. Several folders must have no links, and no pairs and masks.
 
     Raises:
         UserError: as `find_images`.
     """
     fixed = None if caption is None else " ".join(caption.split())
-    flags = {"fixed": fixed is not None, "pairs": pairs, "masks": masks, "may_have_several": may_have_several}
-    where = ", ".join(sources)
-    if len(sources) == 1 and not pairs and not masks and Path(sources[0]).is_dir():
-        folder = FolderStream.survey(Path(sources[0]), fixed, several)
-        if folder is not None:
-            return ImageStream(where, f"{folder.count} images", folder, changes, repeats, **flags)
-    groups = _tars(sources, fixed, pairs, several, masks)
-    if groups is None:
+    found = _sources(sources, fixed, pairs, several, masks)
+    if found is None or _may_overlap(found):
         return None
-    count = f"images of {sum(len(group.paths) for group in groups)} tars"
-    return ImageStream(where, count, TarSource(groups, fixed, pairs, several, masks), changes, repeats, **flags)
+    folders = [source for source in found if isinstance(source, FolderStream)]
+    tars = sum(len(source.paths) for source in found if isinstance(source, Tars))
+    for folder in folders:
+        folder.announce()
+    counts = [f"{sum(folder.count for folder in folders)} images"] if folders else []
+    counts += [f"images of {tars} tars"] if tars else []
+    options = fixed, pairs, several, masks
+    joined = JoinedSources([_named(source, options, len(found) > 1) for source in found])
+    flags = {"fixed": fixed is not None, "pairs": pairs, "masks": masks, "may_have_several": may_have_several}
+    return ImageStream(", ".join(sources), " and ".join(counts), joined, changes, repeats, **flags)
 
 
-def _tars(sources: Sequence[str], fixed: str | None, pairs: bool, several: bool, masks: bool) -> list[Tars] | None:
-    """Return the tars of `sources`; None if they have anything else."""
-    groups, seen = [], set()
+def _sources(
+    sources: Sequence[str], fixed: str | None, pairs: bool, several: bool, masks: bool
+) -> list[FolderStream | Tars] | None:
+    """Return the streams of `sources`; None if one of them must be read as a whole."""
+    found: list[FolderStream | Tars] = []
     for source in sources:
-        path = Path(source)
-        if path.is_dir() and (not any(path.glob("[!.]*.tar")) or from_folder(path, fixed, pairs, several, masks)):
+        folder = None
+        if Path(source).is_dir() and (len(sources) == 1 or not (pairs or masks)):
+            folder = FolderStream.survey(Path(source), fixed, several, pairs, masks)
+        part = folder or _tars(source, fixed, pairs, several, masks)
+        if part is None:
             return None
-        if not path.is_dir() and not source.endswith(".tar"):
-            return None
-        urls = expand_urls(source)
-        if any(is_stream(url) or not url.endswith(".tar") for url in urls):
-            return None
-        paths = [Path(url) for url in urls]
-        places = {path.resolve() for path in paths}
+        found.append(part)
+    return found
+
+
+def _tars(source: str, fixed: str | None, pairs: bool, several: bool, masks: bool) -> Tars | None:
+    """Return the tars of `source`; None if it has anything else."""
+    path = Path(source)
+    if path.is_dir() and (not any(path.glob("[!.]*.tar")) or from_folder(path, fixed, pairs, several, masks)):
+        return None
+    if not path.is_dir() and not source.endswith(".tar"):
+        return None
+    urls = expand_urls(source)
+    if any(is_stream(url) or not url.endswith(".tar") for url in urls):
+        return None
+    return Tars(source, [Path(url) for url in urls])
+
+
+def _may_overlap(sources: Sequence[FolderStream | Tars]) -> bool:
+    """Return True if two folders may have an image in common.
+
+    Raises:
+        UserError: two sources have a tar in common.
+    """
+    seen: set[Path] = set()
+    for tars in (source for source in sources if isinstance(source, Tars)):
+        places = {path.resolve() for path in tars.paths}
         if seen & places:
             raise occurs_twice(min(seen & places))
         seen |= places
-        groups.append(Tars(source, paths, path.name if len(sources) > 1 and path.is_dir() else ""))
-    return groups
+    folders = [source for source in sources if isinstance(source, FolderStream)]
+    roots = [folder.folder.resolve() for folder in folders]
+    is_nested = any(one.is_relative_to(other) for one, other in permutations(roots, 2))
+    return len(folders) > 1 and (is_nested or any(folder.has_links for folder in folders))
+
+
+def _named(source: FolderStream | Tars, options: TarOptions, is_one_of_several: bool) -> Named:
+    """Return the images of `source`, and the name of its folder if it is one of several."""
+    is_tars = isinstance(source, Tars)
+    folder = Path(source.source) if is_tars else source.folder
+    prefix = folder.name if is_one_of_several and folder.is_dir() else None
+    if is_tars:
+        return Named(TarSource(source, options), prefix)
+    return Named(MaskedImages(source) if options[-1] else source, prefix)

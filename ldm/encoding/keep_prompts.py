@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.files import read_lines
+from ldm.text_files import read_lines
 from ldm.util import UserError, check_number
 
 _SCENES = ("a photo of {}", "a drawing of {}")

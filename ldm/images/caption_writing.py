@@ -8,9 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.files import decode_text, read_at_most
-from ldm.images.captions import CaptionFiles, from_metadata, keys_of, metadata_file, relative_name, same_name
+from ldm.files import read_at_most
+from ldm.images.captions import CaptionFiles, same_name
 from ldm.images.find import ImageItem
+from ldm.images.metadata import from_metadata, keys_of, metadata_file, relative_name
+from ldm.text_files import decode_text
 from ldm.util import refuse_if
 
 _MOST_BYTES = 1 << 30

@@ -7,17 +7,19 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ldm.files import MOST_IN_MEMBER, open_file, read_at_most, read_span
 from ldm.identity import Identity, check_identity, retried
-from ldm.images.captions import METADATA_FILES, CaptionFiles, from_metadata, metadata_file, read_caption, same_name
+from ldm.images.captions import CaptionFiles, read_caption, same_name
 from ldm.images.decode import FORMATS, UNREAD_EXTENSIONS, decode_image, extension_of, is_image
 from ldm.images.decode_lock import LARGE_FILE, DecodeLock
+from ldm.images.metadata import METADATA_FILES, Entry, from_metadata, metadata_file
 from ldm.images.skipped_files import SkippedFiles, say_hidden
 from ldm.images.walk import walk
 from ldm.util import UserError, refuse_if
@@ -26,8 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NAMED = 5  # files listed in a warning
-_EDITED = ".edited"  # end of the stem of an edited image
+EDITED = ".edited"  # end of the stem of an edited image
 MASK_ENDING = ".mask"  # end of the stem of a loss mask
 
 
@@ -176,14 +177,10 @@ def _from_lists(
     spelled = {same_name(path.as_posix()): path for path in images}
     for parent in sorted(lists):
         for entry in from_metadata(lists[parent], pairs, several=several):
-            path, edited = (name and _spelled(parent / name, spelled) for name in (entry.name, entry.edited))
-            caption, error = entry.caption if fixed is None else fixed, None
-            if caption is None:
-                file = captions.of(path)
-                used |= {file} if file else set()
-                caption, error = read_caption(file, several)
-            other = edited and ImageItem(edited.relative_to(folder).as_posix(), edited)
-            items.append(ImageItem(path.relative_to(folder).as_posix(), path, None, caption, error, other))
+            found = partial(_spelled, spelled=spelled)
+            item, file = listed_item(folder, parent, entry, found, captions, fixed, several)
+            used |= {file} if file else set()
+            items.append(item)
     named = {item.path for item in items} | {item.edited.path for item in items if item.edited}
     unnamed: dict[Path, list[Path]] = {}
     for path in images:
@@ -195,11 +192,43 @@ def _from_lists(
         else:
             unnamed.setdefault(parent, []).append(path)
     for parent, paths in unnamed.items():
-        example, file = paths[0].relative_to(folder), lists[parent].relative_to(folder)
-        logger.warning(
-            "%s: %d images skipped, such as %s, because they are not in %s", folder, len(paths), example, file
-        )
+        warn_of_unlisted(folder, len(paths), paths[0], lists[parent])
     return items
+
+
+def listed_item(
+    folder: Path,
+    parent: Path,
+    entry: Entry,
+    found: Callable[[Path], Path],
+    captions: CaptionFiles,
+    fixed: str | None,
+    several: bool,
+) -> tuple[ImageItem, Path | None]:
+    """Return the item of an entry in the metadata file of the folder `parent`, and its caption file, if it is read.
+
+    `found` returns the path of an image whose name has another spelling. The others are as in `from_folder`.
+    """
+    path, edited = (name and found(parent / name) for name in (entry.name, entry.edited))
+    caption, error, file = entry.caption if fixed is None else fixed, None, None
+    if caption is None:
+        file = captions.of(path)
+        caption, error = read_caption(file, several)
+    other = edited and ImageItem(edited.relative_to(folder).as_posix(), edited)
+    return ImageItem(path.relative_to(folder).as_posix(), path, None, caption, error, other), file
+
+
+def warn_of_unlisted(folder: Path, count: int, example: Path, file: Path) -> None:
+    """Log a warning of `count` images in `folder`, such as `example`, which the metadata `file` does not list."""
+    logger.warning(
+        "%s: %d images skipped, such as %s, because they are not in %s",
+        folder, count, example.relative_to(folder), file.relative_to(folder),
+    )  # fmt: skip
+
+
+def occurs_twice(path: Path) -> UserError:
+    """Return the error of an image or tar that occurs twice."""
+    return UserError(f"{path}: occurs twice among the images")
 
 
 def _spelled(path: Path, spelled: dict[str, Path]) -> Path:
@@ -209,39 +238,12 @@ def _spelled(path: Path, spelled: dict[str, Path]) -> Path:
 
 def is_edited(path: Path) -> bool:
     """Return True for an image with a name such as `name.edited.jpg`, the second image of a pair."""
-    return path.stem.lower().endswith(_EDITED)
+    return path.stem.lower().endswith(EDITED)
 
 
 def is_mask(path: Path) -> bool:
     """Return True for an image with a name such as `name.mask.png`, a loss mask."""
     return path.stem.lower().endswith(MASK_ENDING)
-
-
-def pair_up(items: Sequence[ImageItem]) -> list[ImageItem]:
-    """Return the images before an edit. Each has its `edited` image: the one that it has already, or the one beside it.
-
-    An image without an edited image gets an error. A warning names the edited images without an original.
-    """
-    edited = {(item.path.parent, same_name(item.path.stem[: -len(_EDITED)])): item for item in items if _is_alone(item)}
-    found = []
-    for item in items:
-        if _is_alone(item):
-            continue
-        other = item.edited or edited.pop((item.path.parent, same_name(item.path.stem)), None)
-        name = PurePosixPath(item.name)
-        error = f"has no edited image such as {name.stem}{_EDITED}{name.suffix} beside it" if other is None else None
-        error = item.error or (other.error if other else error)
-        found.append(replace(item, edited=other, error=error))
-    if edited:
-        more = " ..." if len(edited) > _NAMED else ""
-        names = ", ".join(item.name for item in list(edited.values())[:_NAMED]) + more
-        logger.warning("%d edited images skipped, because no original is beside them: %s", len(edited), names)
-    return found
-
-
-def _is_alone(item: ImageItem) -> bool:
-    """Return True for the second image of a pair, before it is joined to the first."""
-    return item.edited is None and item.span is None and is_edited(item.path)
 
 
 def digest_images(items: Iterable[ImageItem]) -> str:

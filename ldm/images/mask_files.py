@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,6 +19,7 @@ from ldm.util import UserError, refuse_if
 
 logger = logging.getLogger(__name__)
 
+_FIRST = 100  # images whose pixels are looked at before the names of all
 _PROPORTIONS = 0.02  # tolerance for the aspect ratios of an image and its mask
 
 
@@ -34,19 +36,36 @@ def with_masks(items: Sequence[ImageItem]) -> list[ImageItem]:
             continue
         folder = item.path.parent
         if item.span is None and folder not in folders:
-            folders[folder] = _masks_in(folder)
-        path = folders[folder].get(same_name(item.path.stem)) if item.span is None else None
-        if path is not None:
-            name = PurePosixPath(item.name).with_name(path.name)
-            item = replace(item, mask=ImageItem(str(name), path, error=kind_error(path)))
-        found.append(item)
+            folders[folder] = masks_in(folder)
+        found.append(with_mask(item, folders[folder]) if item.span is None else item)
     used = {item.mask.path for item in found if item.mask}
     alone = [item.name for item in items if item.span is None and is_mask(item.path) and item.path not in used]
-    if alone:
-        logger.warning("%d masks skipped, because no image is beside them, such as %s", len(alone), alone[0])
+    warn_of_alone(len(alone), *alone[:1])
     if not any(item.mask for item in found) and not any(map(is_transparent, found)):
         raise no_masks()
     return found
+
+
+def with_mask(item: ImageItem, masks: Mapping[str, Path]) -> ImageItem:
+    """Return `item` with that of the `masks` in its folder that it has, if any."""
+    path = masks.get(same_name(item.path.stem))
+    if path is None:
+        return item
+    name = PurePosixPath(item.name).with_name(path.name)
+    return replace(item, mask=ImageItem(str(name), path, error=kind_error(path)))
+
+
+def warn_of_alone(count: int, example: str = "") -> None:
+    """Log a warning of `count` masks without an image, such as `example`, if there are any."""
+    if count:
+        logger.warning("%d masks skipped, because no image is beside them, such as %s", count, example)
+
+
+def has_masks(images: Iterable[ImageItem]) -> bool:
+    """Return True if one of `images`, which are read up to three times, has a mask or transparent pixels."""
+    if any(item.mask or is_transparent(item) for item in islice(images, _FIRST)):
+        return True
+    return any(item.mask for item in images) or any(map(is_transparent, images))
 
 
 def no_masks() -> UserError:
@@ -59,15 +78,16 @@ def no_masks() -> UserError:
 
 def warn_of_masks(items: Sequence[ImageItem]) -> None:
     """Log a warning if `items` have images named like masks."""
-    warn_of_mask_names([item.name for item in items if item.span is None and is_mask(item.path)])
+    names = [item.name for item in items if item.span is None and is_mask(item.path)]
+    warn_of_mask_names(len(names), *names[:1])
 
 
-def warn_of_mask_names(names: Sequence[str]) -> None:
-    """Log a warning if images have `names` like those of masks."""
-    if names:
+def warn_of_mask_names(count: int, example: str = "") -> None:
+    """Log a warning of `count` images with names like those of masks, such as `example`, if there are any."""
+    if count:
         logger.warning(
             "%d images are named like loss masks, such as %s, but are encoded as images; give --loss-masks",
-            len(names), names[0],
+            count, example,
         )  # fmt: skip
 
 
@@ -113,7 +133,7 @@ def _shares(start: float, length: float, cells: int, pixels: int) -> np.ndarray:
     return (covered.clip(0, None) * cells / length).astype(np.float32)
 
 
-def _masks_in(folder: Path) -> dict[str, Path]:
+def masks_in(folder: Path) -> dict[str, Path]:
     """Return the masks in `folder` by the name of their image without its extension."""
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))

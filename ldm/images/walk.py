@@ -48,7 +48,7 @@ def _walk(folder: Path, found: Found, links: list[Path], seen: dict[tuple[int, i
         try:
             state = current.stat()
             if (first := seen.setdefault((state.st_dev, state.st_ino), current)) != current:
-                logger.warning("%s: skipped, because this link leads to %s, which is read already", current, first)
+                warn_of_link(current, first)
                 continue
             with os.scandir(current) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
@@ -66,6 +66,11 @@ def _walk(folder: Path, found: Found, links: list[Path], seen: dict[tuple[int, i
                 found.files.append(path)
             else:
                 found.unreadable[path] = reason
+
+
+def warn_of_link(link: Path, first: Path) -> None:
+    """Log a warning of a link to a folder that is read by the path `first`."""
+    logger.warning("%s: skipped, because this link leads to %s, which is read already", link, first)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

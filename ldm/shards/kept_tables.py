@@ -18,16 +18,17 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import fields, replace
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ldm.checkpoint import open_checkpoint, save_state_dict
+from ldm.checkpoint.writing import InParts
 from ldm.files import MOST_IN_MEMBER
 from ldm.identity import Identity
 from ldm.remote.copies import cache_folder, local_copy, state_of
@@ -35,7 +36,8 @@ from ldm.remote.path import RemotePath, ShardPath
 from ldm.remote.retries import NotServed
 from ldm.shards.sample import SIZES
 from ldm.shards.spans import beside_shards, identity_of_shard
-from ldm.shards.table import MOST_MEMBERS, Columns, Kind, ShardTable, build_table, fills
+from ldm.shards.table import MOST_MEMBERS, Columns, ShardTable, build_table, fills
+from ldm.shards.table_spool import COLUMNS, JoinedTables, StoredTable, TableSpool
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,21 +56,18 @@ def open_tables(paths: Sequence[ShardPath]) -> Iterator[ShardTable]:
         UserError: a shard is missing or damaged; see `index_tar`.
     """
     kept = {folder: _kept_tables(folder) for folder in dict.fromkeys(path.parent for path in paths)}
-    built: dict[ShardPath, list[ShardTable]] = {folder: [] for folder in kept}
-    for path in paths:
-        identity = identity_of_shard(path)
-        table = kept[path.parent].get(path.name)
-        if table is None or not _is_of(table, path, identity):
-            is_remote = isinstance(path, RemotePath)
-            table = _build_from_copy(path, identity) if is_remote else build_table(path)
-            if len(table) >= LEAST_SAMPLES or is_remote:
-                built[path.parent].append(table)
-        yield ShardTable(path, identity, table.extensions, table.kinds, table.columns)
-    for folder, tables in built.items():
-        if tables:
-            names = {table.path.name for table in tables}
-            lasting = [table for name, table in kept[folder].items() if name not in names and _is_current(table)]
-            _write_tables(folder, [*lasting, *tables])
+    with closing(_NewTables()) as built:
+        for path in paths:
+            identity = identity_of_shard(path)
+            table = kept[path.parent].get(path.name)
+            if table is None or not _is_of(table, path, identity):
+                is_remote = isinstance(path, RemotePath)
+                table = _build_from_copy(path, identity) if is_remote else build_table(path)
+                if len(table) >= LEAST_SAMPLES or is_remote:
+                    built.add(table)
+            yield ShardTable(path, identity, table.extensions, table.kinds, table.columns)
+        for folder in kept:
+            built.write(folder, kept[folder])
 
 
 def keep_tables(paths: Sequence[Path]) -> None:
@@ -123,49 +122,66 @@ def _kept_tables(folder: ShardPath) -> dict[str, ShardTable]:
     return tables
 
 
-def _write_tables(folder: ShardPath, tables: Sequence[ShardTable]) -> None:
-    """Keep `tables` in their folder. A folder that cannot be written to keeps none."""
-    extensions = list(dict.fromkeys(extension for table in tables for extension in table.extensions))
-    kinds = list(dict.fromkeys(kind for table in tables for kind in table.kinds))
-    if len(extensions) > MOST_MEMBERS:  # shards of several sets
+class _NewTables:
+    """Tables to keep, by folder. Memory does not hold them. A folder that cannot be written to keeps none."""
+
+    def __init__(self) -> None:
+        self._spools: dict[ShardPath, TableSpool | None] = {}
+
+    def add(self, table: ShardTable) -> None:
+        """Add a table that was built."""
+        folder = table.path.parent
+        try:
+            if folder not in self._spools:
+                self._spools[folder] = TableSpool(_place(folder).parent)
+            if self._spools[folder] is not None:
+                self._spools[folder].add(table)
+        except OSError:
+            self._forget(folder)
+
+    def write(self, folder: ShardPath, kept: Mapping[str, ShardTable]) -> None:
+        """Write the tables of the shards in `folder` to their file, after those of `kept` that are still valid."""
+        spool = self._spools.get(folder)
+        if spool is None:
+            return
+        names = {table.path.name for table in spool.tables}
+        lasting = [table for name, table in kept.items() if name not in names and _is_current(table)]
+        with suppress(OSError):
+            _write_tables(folder, [*map(StoredTable.of, lasting), *spool.finish()])
+        self._forget(folder)
+
+    def _forget(self, folder: ShardPath) -> None:
+        """Keep no further tables of `folder`."""
+        spool, self._spools[folder] = self._spools.get(folder), None
+        if spool is not None:
+            spool.close()
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        for folder in self._spools:
+            self._forget(folder)
+
+
+def _write_tables(folder: ShardPath, tables: Sequence[StoredTable]) -> None:
+    """Keep `tables` in their folder."""
+    joined = JoinedTables.of(tables)
+    if len(joined.extensions) > MOST_MEMBERS:  # shards of several sets
         return
-    aligned = [_aligned(table, extensions, kinds) for table in tables]
-    starts = np.cumsum([0, *(len(columns.keys) for columns in aligned)])
-    parts = {field.name: [np.asarray(getattr(columns, field.name)) for columns in aligned] for field in fields(Columns)}
-    parts["key_ends"] = [ends + start for ends, start in zip(parts["key_ends"], starts, strict=False)]
-    tensors = {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()}
-    shards = [[table.path.name, *table.identity[:2], len(table)] for table in tables]
-    described = {"version": _VERSION, "extensions": extensions, "kinds": kinds, "shards": shards}
+    shards = [[table.path.name, *table.identity[:2], table.samples] for table in tables]
+    described = {"version": _VERSION, "extensions": joined.extensions, "kinds": joined.kinds, "shards": shards}
     metadata = {key: json.dumps(value) for key, value in described.items()}
-    metadata["crc32"] = str(checksum_of({name: tensor.numpy() for name, tensor in tensors.items()}, metadata))
-    with suppress(OSError):
-        place = _place(folder)
-        save_state_dict(tensors, place, metadata=metadata)
-        logger.info("wrote %s: the places of %d samples, for a quick start", place, len(tensors["offsets"]))
+    metadata["crc32"] = str(_checksum(joined.parts, metadata))
+    tensors = {
+        name: InParts(joined.shape(name), getattr(torch, dtype), partial(_tensors, joined, name))
+        for name, dtype in zip(COLUMNS, _TYPES, strict=True)
+    }
+    place = _place(folder)
+    save_state_dict(tensors, place, metadata=metadata)
+    logger.info("wrote %s: the places of %d samples, for a quick start", place, sum(table.samples for table in tables))
 
 
-def _aligned(table: ShardTable, extensions: Sequence[str], kinds: Sequence[Kind]) -> Columns:
-    """Return the columns of `table` in the order of `extensions`, with the numbers of `kinds`."""
-    columns = table.columns
-    order = [table.column(extension) for extension in extensions]
-    numbers = np.array([*(kinds.index(kind) for kind in table.kinds), -1], np.int32)  # the last one for -1
-
-    def moved(values: np.ndarray, missing: int) -> np.ndarray:
-        result = np.full((len(table), len(extensions)), missing, values.dtype)
-        for new, old in enumerate(order):
-            if old is not None:
-                result[:, new] = values[:, old]
-        return result
-
-    return Columns(
-        columns.keys,
-        columns.key_ends,
-        moved(columns.offsets, -1),
-        moved(columns.sizes, -1),
-        moved(columns.checksums, 0),
-        numbers[moved(columns.arrays, -1)],
-        columns.has_sizes,
-    )
+def _tensors(joined: JoinedTables, name: str) -> Iterator[torch.Tensor]:
+    return map(torch.from_numpy, joined.parts(name))
 
 
 def _read_tables(path: Path, folder: ShardPath) -> dict[str, ShardTable]:
@@ -190,7 +206,7 @@ def _tables_in(
         raise ValueError("its checksum differs")
     extensions = [str(extension) for extension in about["extensions"]]
     kinds = [(tuple(map(int, shape)), str(dtype)) for shape, dtype in about["kinds"]]
-    whole = Columns(*(tensors[field.name].numpy() for field in fields(Columns)))
+    whole = Columns(*(tensors[name].numpy() for name in COLUMNS))
     shards = [(str(name), int(size), int(time), int(count)) for name, size, time, count in about["shards"]]
     _check_columns(whole, sum(count for *_, count in shards), len(extensions), len(kinds))
     tables, first = {}, 0
@@ -198,7 +214,7 @@ def _tables_in(
         rows = slice(first, first + count)
         start = int(whole.key_ends[first - 1]) if first else 0
         stop = int(whole.key_ends[first + count - 1]) if count else start
-        parts = {field.name: getattr(whole, field.name)[rows] for field in fields(Columns)}
+        parts = {name: getattr(whole, name)[rows] for name in COLUMNS}
         parts |= {"keys": whole.keys[start:stop], "key_ends": parts["key_ends"] - start}
         tables[name] = ShardTable(folder / name, (size, time, 0), extensions, kinds, Columns(**parts))
         first += count
@@ -207,18 +223,27 @@ def _tables_in(
 
 def checksum_of(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
     """Return the CRC-32 of the columns and their description."""
-    parts = [metadata[key].encode() for key in _DESCRIBED]
-    parts += [np.ascontiguousarray(arrays[field.name]).reshape(-1).view(np.uint8) for field in fields(Columns)]
-    return reduce(lambda checksum, part: zlib.crc32(part, checksum), parts, 0)
+    return _checksum(lambda name: [arrays[name]], metadata)
+
+
+def _checksum(parts: Callable[[str], Iterable[np.ndarray]], metadata: Mapping[str, str]) -> int:
+    """Return `checksum_of` columns of which `parts` returns the parts by name."""
+    checksum = 0
+    for key in _DESCRIBED:
+        checksum = zlib.crc32(metadata[key].encode(), checksum)
+    for name in COLUMNS:
+        for part in parts(name):
+            checksum = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8), checksum)
+    return checksum
 
 
 def _check_columns(whole: Columns, samples: int, members: int, kinds: int) -> None:
     """Raise `ValueError` unless the columns have their types and shapes, and refer to what exists."""
     shapes = [(len(whole.keys),), (samples,), *[(samples, members)] * 4, (samples, len(SIZES))]
-    for field, dtype, shape in zip(fields(Columns), _TYPES, shapes, strict=True):
-        values = getattr(whole, field.name)
+    for name, dtype, shape in zip(COLUMNS, _TYPES, shapes, strict=True):
+        values = getattr(whole, name)
         if (values.dtype.name, values.shape) != (dtype, shape):
-            raise ValueError(f"{field.name} is {values.dtype} {values.shape} instead of {dtype} {shape}")
+            raise ValueError(f"{name} is {values.dtype} {values.shape} instead of {dtype} {shape}")
     ends = whole.key_ends
     is_whole = not samples or (ends[0] >= 0 and ends[-1] == len(whole.keys) and (np.diff(ends) >= 0).all())
     in_range = not samples or (whole.arrays.max() < kinds and whole.sizes.max() <= MOST_IN_MEMBER)

@@ -13,8 +13,9 @@ from typing import Any
 
 from ldm.files import atomic_write, read_at_most
 from ldm.images.caption_writing import caption_files
-from ldm.images.captions import METADATA_FILES, CaptionFiles
+from ldm.images.captions import CaptionFiles
 from ldm.images.find import ImageItem, from_folder
+from ldm.images.metadata import METADATA_FILES
 from ldm.images.walk import walk
 from ldm.studio.allowed_folders import AllowedFolders
 from ldm.util import UserError, refuse_if

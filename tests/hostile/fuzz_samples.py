@@ -17,7 +17,7 @@ from ldm.config.load import load_config as load_our_config
 from ldm.data.stream import ShardStream
 from ldm.encoding.jobs import read_record, write_record
 from ldm.files import read_span
-from ldm.images.captions import METADATA, from_metadata
+from ldm.images.metadata import METADATA, from_metadata
 from ldm.shards.index import INDEX, read_index
 from ldm.shards.members import decode_member
 from ldm.shards.tar import index_tar, is_sample, split_name

@@ -23,13 +23,13 @@ from ldm.files import (
     check_file,
     check_within,
     claim_file,
-    decode_text,
     is_within,
     open_file,
     read_at_most,
 )
-from ldm.images.captions import METADATA, from_metadata, read_caption
+from ldm.images.captions import read_caption
 from ldm.images.find import ImageItem
+from ldm.images.metadata import METADATA, from_metadata
 from ldm.locks import process_namespace, process_start
 from ldm.shards.index import INDEX, read_index
 from ldm.shards.open import open_shards
@@ -221,17 +221,3 @@ def test_claim_file_gives_each_a_name_of_its_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         claimed = list(pool.map(lambda _: claim_file(names), range(40)))
     assert sorted(claimed) == sorted(names)
-
-
-@pytest.mark.parametrize(
-    ("mark", "encoding"), [("", "utf-8"), *(("\ufeff", f"utf-{n}") for n in ("8", "16-le", "16-be"))]
-)
-def test_decode_text(mark: str, encoding: str) -> None:
-    data = f"{mark}é\n".encode(encoding)
-    assert decode_text(data) == decode_text(bytearray(data)) == "é\n"
-
-
-@pytest.mark.parametrize("data", ["é".encode("latin-1"), "é".encode("utf-32"), b"\xff\xfe\x00"])
-def test_decode_text_refuses_other_encodings(data: bytes) -> None:
-    with pytest.raises(UnicodeDecodeError):
-        decode_text(data)

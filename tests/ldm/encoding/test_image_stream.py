@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import json
 import logging
 import signal
-import tarfile
-from collections.abc import Callable, Mapping
+import tracemalloc
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from ldm.data.sources import find_images
 from ldm.distributed.ranks import Ranks
@@ -25,73 +24,22 @@ from ldm.images.tags import with_tag_variants
 from ldm.shards.index import read_index
 from ldm.shards.writer import Shard
 from ldm.util import UserError
+from tests.ldm.encoding.image_trees import (
+    compare,
+    png,
+    write_links,
+    write_list,
+    write_lists,
+    write_pairs_and_masks,
+    write_tar,
+    write_tars,
+    write_tree,
+)
 from tests.ldm.encoding.test_set_writer import contents, contents_without_leftovers, in_a_process, kill_at
 from tests.ldm.encoding.toy_encoder import Model, image, run
 from tests.waiting import join
 
 OPTIONS = {"shard_size": 4, "batch_size": 2, "flip": True, "stream": True}  # two images per shard
-
-
-def png(colour: str = "red", mode: str = "RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (20, 16), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def write_tars(folder: Path, count: int = 3, each: int = 3) -> Path:
-    """Write tars as img2dataset does, of which one image is damaged and one has no caption."""
-    for tar in range(count):
-        members = {}
-        for number in range(tar * each, (tar + 1) * each):
-            members[f"{number:04d}.png"] = b"?" if number == 1 else png()
-            members |= {} if number == 2 else {f"{number:04d}.txt": b"x" * number + b" "}
-            members[f"{number:04d}.json"] = b"{}"
-        write_tar(folder / f"{tar:05d}.tar", members)
-    (folder / "00000.parquet").write_bytes(b"")
-    return folder
-
-
-def write_tree(folder: Path) -> Path:
-    """Write folders of images with all that a folder may have, except for what is read as a whole."""
-    for name in ("b/a.png", "b.png", "b/c/a.JPG", "a.b/x.png", "a/x.png", "a/é.png", "3_c/y.webp", "z.gif", "z.heic"):
-        image(folder / "tmp.png", caption=None)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "tmp.png").rename(folder / name)
-    for name in ("b/a.txt", "b.caption", "a.b/x.png.txt", "3_c/y.txt", "a/e\u0301.txt", "alone.txt", "b/alone2.txt"):
-        (folder / name).write_text(f"caption of {name}")
-    (folder / "z.txt").write_bytes(b"\xff\xff")
-    (folder / "b.json").write_text("{}")
-    (folder / "b/c/notes.doc").write_text("x")
-    (folder / "a.mask.png").write_bytes(png())
-    (folder / ".hidden.png").write_bytes(png())
-    (folder / ".git").mkdir()
-    (folder / "gone.png").symlink_to("nowhere")
-    (folder / "link.png").symlink_to("b.png")
-    (folder / "loop").symlink_to("loop")
-    return folder
-
-
-def compare(caplog: pytest.LogCaptureFixture, sources: list[Path], **options: object) -> int:
-    """Assert that a stream has the items and warnings of a list. Return the number of images."""
-    caplog.set_level(logging.WARNING)
-    names = list(map(str, sources))
-    caplog.clear()
-    expected = find_images(names, **options)
-    said = sorted(caplog.messages)
-    caplog.clear()
-    stream = open_images(names, **options)
-    assert stream is not None and list(stream) == expected and sorted(caplog.messages) == said
-    assert list(stream) == expected, "another iteration reads them again"
-    return len(expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"caption": "a  cat"}, {"several": True}], ids=str)
@@ -143,31 +91,145 @@ def test_a_tar_in_two_sources_is_refused(tmp_path: Path) -> None:
         open_images([str(tmp_path), str(tmp_path / "00001.tar")])
 
 
-def _list_of_captions(folder: Path) -> None:
-    (folder / "metadata.jsonl").write_text("{}")
+@pytest.mark.parametrize("options", [{}, {"caption": "a  cat"}, {"several": True}], ids=str)
+@pytest.mark.parametrize("write", [write_list, write_lists, write_links])
+def test_folders_with_lists_or_links_give_the_same_images_and_warnings(tmp_path: Path, caplog, write, options) -> None:
+    expected = {write_list: 8, write_lists: 22, write_links: 15}
+    assert compare(caplog, [write(tmp_path / "in")], **options) == expected[write]
+    assert open_images([str(tmp_path / "in")]).count == f"{expected[write]} images"
 
 
-def _link_to_a_folder(folder: Path) -> None:
-    (folder / "link").symlink_to(folder / "b")
+def test_a_list_in_utf_16_and_one_with_lists_of_captions_give_the_same_images(tmp_path: Path, caplog) -> None:
+    (tmp_path / "é.png").write_bytes(png())
+    entries = [{"file_name": "é.png", "text": ["one", "two"]}, {"file_name": "missing.png", "text": "a\u2028b"}]
+    text = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    for encoding in ("utf-16", "utf-8-sig", "utf-8"):
+        (tmp_path / "metadata.jsonl").write_text(text, encoding=encoding)
+        assert compare(caplog, [tmp_path], several=True) == 2
+
+
+def test_several_folders_and_tars_give_the_same_images_and_warnings(tmp_path: Path, caplog, monkeypatch) -> None:
+    sources = [write_lists(tmp_path / "lists"), write_tars(tmp_path / "tars"), write_list(tmp_path / "list")]
+    (tmp_path / "lists/a/link.png").unlink()
+    assert compare(caplog, sources) == 21 + 9 + 8
+    assert compare(caplog, [*sources[1:], tmp_path / "lists/a/b"], caption="a") == 9 + 8 + 2
+    monkeypatch.chdir(tmp_path / "list")
+    assert compare(caplog, [Path(), sources[1]]) == 8 + 9  # "." has no name
+    assert open_images(list(map(str, sources))).count == "29 images and images of 3 tars"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "a/x.png", "text": "again"}',
+        '{"file_name": "./b//IMG.PNG"}',
+        '{"file_name": "../x.png"}',
+        '{"file_name": "a.png", "text": 3}',
+        "[]",
+        "{",
+        "\udcff",
+    ],
+)
+def test_wrong_lists_are_refused_before_the_first_shard(tmp_path: Path, line: str) -> None:
+    with (write_list(tmp_path) / "metadata.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line)
+    with pytest.raises(UserError) as expected:
+        find_images([str(tmp_path)])
+    with pytest.raises(UserError) as found:
+        open_images([str(tmp_path)])
+    assert str(found.value) == str(expected.value)
+
+
+def peak_of_listing(folder: Path, count: int) -> int:
+    """Return the peak of memory in bytes while a stream of `count` listed images is read."""
+    folder.mkdir()
+    (folder / "0.png").write_bytes(png())
+    lines = (f'{{"file_name": "{number}.png", "text": "{"x" * 200}"}}\n' for number in range(count))
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in open_images([str(folder)])) == count
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_stream_of_listed_images_takes_a_few_bytes_for_each(tmp_path: Path) -> None:
+    few, many = (peak_of_listing(tmp_path / str(count), count) for count in (500, 5500))
+    assert (many - few) / 5000 < 64
 
 
 def _tar(folder: Path) -> None:
-    write_tar(folder / "b/c/x.tar", {"a.png": png()})
+    write_tar(write_tree(folder) / "b/c/x.tar", {"a.png": png()})
 
 
-@pytest.mark.parametrize("change", [_list_of_captions, _link_to_a_folder, _tar])
-def test_other_folders_are_read_as_a_whole(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    change(write_tree(tmp_path))
+def _list_in_a_list(folder: Path) -> None:
+    (write_list(folder) / "b/c/metadata.csv").write_text("file_name,text\n")
+
+
+def _list_and_link(folder: Path) -> None:
+    (write_list(folder) / "link").symlink_to(folder / "b")
+
+
+def _list_and_unreadable_image(folder: Path) -> None:
+    (write_list(folder) / "gone.png").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("write", [_tar, _list_in_a_list, _list_and_link, _list_and_unreadable_image])
+def test_other_folders_are_read_as_a_whole(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path)
     assert open_images([str(tmp_path)]) is None
 
 
-def test_masks_and_pairs_of_folders_and_single_images_are_read_as_a_whole(tmp_path: Path) -> None:
-    folder = str(write_tree(tmp_path))
-    assert open_images([folder], masks=True) is None and open_images([folder], pairs=True) is None
-    assert open_images([f"{folder}/b.png"]) is None and open_images([folder, f"{folder}/a"]) is None
+def test_masks_and_pairs_of_lists_or_several_folders_and_single_images_are_read_as_a_whole(tmp_path: Path) -> None:
+    one, other = str(write_tree(tmp_path / "one")), str(write_list(tmp_path / "other"))
+    for options in ({"pairs": True}, {"masks": True}):
+        for sources in ([other], [one, f"{other}/a"], [f"{one}/b.png"]):
+            assert open_images(sources, **options) is None
+    assert open_images([one], pairs=True) is None and open_images([f"{one}/b.png"]) is None
 
 
-@pytest.fixture(params=[write_tars, write_tree])
+@pytest.mark.parametrize("options", [{"pairs": True}, {"masks": True}, {"pairs": True, "masks": True}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"caption": "a cat"}], ids=str)
+def test_pairs_and_masks_of_a_folder_give_the_same_images_and_warnings(tmp_path: Path, caplog, options, more) -> None:
+    assert compare(caplog, [write_pairs_and_masks(tmp_path)], **options, **more) > 8
+
+
+def test_masks_of_a_folder_with_links_and_unreadable_images_give_the_same_images(tmp_path: Path, caplog) -> None:
+    folder = write_links(tmp_path / "in")
+    (folder / "gone.mask.png").symlink_to("nowhere")
+    assert compare(caplog, [folder], masks=True) == 14
+
+
+def test_masks_of_a_folder_make_the_same_set(tmp_path: Path) -> None:
+    folder, options = write_pairs_and_masks(tmp_path / "in"), {**OPTIONS, "loss_masks": True}
+    run(folder, tmp_path / "whole" / "s-%d.tar", **{**options, "stream": False})
+    run(folder, tmp_path / "out" / "s-%d.tar", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [{"pairs": True}, {"masks": True}], ids=str)
+def test_folders_without_pairs_or_masks_are_refused_before_the_first_shard(tmp_path: Path, options: dict) -> None:
+    image(tmp_path / "a.png")
+    for count in (1, 150):
+        for number in range(1, count):
+            (tmp_path / f"{number}.png").hardlink_to(tmp_path / "a.png")
+        with pytest.raises(UserError) as expected:
+            find_images([str(tmp_path)], **options)
+        with pytest.raises(UserError) as found:
+            open_images([str(tmp_path)], **options)
+        assert str(found.value) == str(expected.value)
+
+
+def test_folders_that_may_have_an_image_in_common_are_read_as_a_whole(tmp_path: Path) -> None:
+    folder, other = write_list(tmp_path / "one"), write_list(tmp_path / "two")
+    assert open_images([str(folder), f"{folder}/a"]) is None and open_images([str(folder)] * 2) is None
+    assert open_images([str(folder), str(other)]) is not None
+    (other / "link.png").symlink_to(folder / "b.png")
+    assert open_images([str(other)]) is not None and open_images([str(folder), str(other)]) is None
+
+
+@pytest.fixture(params=[write_tars, write_tree, write_lists, write_links])
 def inputs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return request.param(tmp_path / "inputs")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm.encoding.keep_prompts import keep_prompts, neighbours_of
-from ldm.files import read_lines
+from ldm.text_files import read_lines
 from ldm.util import UserError
 from tests.conftest import ROOT
 

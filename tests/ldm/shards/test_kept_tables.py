@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ldm.checkpoint import load_checkpoint, save_state_dict
-from ldm.shards import kept_tables, npy
+from ldm.shards import kept_tables, npy, table_spool
 from ldm.shards.kept_tables import TABLES, checksum_of, open_tables
 from ldm.shards.reader import ShardDataset
-from ldm.shards.table import ShardTable, build_table
+from ldm.shards.table import Columns, ShardTable, build_table
+from ldm.shards.table_spool import COLUMNS
 from ldm.util import UserError
 from tests.ldm.shard_files import sample_members, write_set, write_tar
 
@@ -147,6 +151,58 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path, built: li
 
     monkeypatch.setattr(kept_tables, "save_state_dict", refuse)
     assert len(ShardDataset(paths)) == 7 and not (tmp_path / TABLES).exists()
+
+
+def test_tables_with_other_members_and_kinds_are_written_as_one(tmp_path: Path, built: list[Path]) -> None:
+    """The columns of the file are those of all tables, with the members and kinds of each in their places."""
+    paths = shards_of(tmp_path, 2)
+    wide = [member for number in (8, 9) for member in sample_members(number, f8_shape=(8, 2, 8))]
+    paths.append(write_tar(tmp_path / "wide.tar", [*wide, ("000008.extra.npy", npy.encode(np.zeros(3)))]))
+    first = {table.path: table for table in open_tables(paths[1:])}
+    second = {table.path: table for table in open_tables(paths)}  # the kept ones, and a new one after them
+    third = {table.path: table for table in open_tables(paths)}
+    assert built == [*paths[1:], paths[0]]
+    for path, table in second.items():
+        expected, found = first.get(path, table), third[path]
+        assert list(expected.keys()) == list(found.keys()) and len(expected) == len(found)
+        for row in range(len(expected)):
+            assert expected.sample(row) == found.sample(row)
+            for column, extension in enumerate(expected.extensions):
+                ours, theirs = found.members(row)[found.column(extension)], expected.members(row)[column]
+                assert ours[:3] == theirs[:3] and (ours.kind < 0) == (theirs.kind < 0)
+                assert ours.kind < 0 or found.kinds[ours.kind] == expected.kinds[theirs.kind]
+        assert np.array_equal(expected.columns.has_sizes, found.columns.has_sizes)
+
+
+def peak_of_keeping(folder: Path, shards: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the peak of memory in bytes while the tables of shards of 20,000 samples are kept."""
+    first, rows = build_table(write_tar(folder / "0.tar", sample_members(1))), 20_000
+    columns = Columns(*(np.repeat(getattr(first.columns, name), rows, axis=0) for name in COLUMNS))
+    columns.key_ends[:] = np.arange(1, rows + 1) * len(first.columns.keys)
+    monkeypatch.setattr(kept_tables, "build_table", lambda path: replace(first, path=path, columns=columns))
+    paths = [folder / f"{number}.tar" for number in range(1, shards + 1)]
+    for path in paths:
+        path.hardlink_to(folder / "0.tar")
+    tracemalloc.start()
+    try:
+        kept_tables.keep_tables(paths)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_memory_to_keep_tables_does_not_grow_with_their_number(tmp_path: Path, monkeypatch) -> None:
+    few, many = (peak_of_keeping(tmp_path / str(count), count, monkeypatch) for count in (4, 32))
+    assert many < 1.5 * few
+
+
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_a_full_disk_keeps_nothing(tmp_path: Path, built: list[Path], monkeypatch, buffering: int) -> None:
+    paths = shards_of(tmp_path)
+    before = set(tmp_path.iterdir())
+    full = partial(open, "/dev/full", "w+b", buffering)
+    monkeypatch.setattr(table_spool.tempfile, "TemporaryFile", lambda dir: full())
+    assert len(ShardDataset(paths)) == 7 and set(tmp_path.iterdir()) == before
 
 
 def test_tables_of_many_kinds_of_members_are_bounded(tmp_path: Path) -> None:
