@@ -83,15 +83,15 @@ def described(value: Any) -> Any:
     ids=["sgd-deep", "mixed", "bfloat16"],
 )
 def test_losses_are_those_of_one_process(runs: Runs, options: str, tolerance: float) -> None:
-    runs("two", f"{SHARDED} {options}", ranks=2)
-    runs("one", f"{ALONE} data.params.batch_size=4 {options}")
+    runs("two", f"{SHARDED} --max_steps 3 {options}", ranks=2)
+    runs("one", f"{ALONE} --max_steps 3 data.params.batch_size=4 {options}")
     assert runs.losses("two") == pytest.approx(runs.losses("one"), rel=tolerance)
 
 
 def test_each_process_holds_its_half_also_of_what_accumulates(runs: Runs) -> None:
     note = f"{CALLBACKS}.note.target=tests.ldm.training.test_strategies.Holdings"
-    runs("two", f"{SHARDED} data.params.batch_size=1 --accumulate_grad_batches 2 {CLIPPED} {note}", ranks=2)
-    runs("one", f"{ALONE} data.params.batch_size=4 {CLIPPED}")
+    runs("two", f"{SHARDED} --max_steps 2 data.params.batch_size=1 --accumulate_grad_batches 2 {CLIPPED} {note}", ranks=2)
+    runs("one", f"{ALONE} --max_steps 2 data.params.batch_size=4 {CLIPPED}")
     assert runs.losses("two") == pytest.approx(runs.losses("one"), rel=1e-5)
     for rank in range(2):
         held = json.loads((runs.folder / f"held-{rank}.json").read_text())
@@ -179,7 +179,7 @@ def test_what_looks_at_the_weights_sees_them_whole(runs: Runs) -> None:
             f"{CALLBACKS}.forgetting.params.every_n_train_steps=2",
             f"{CALLBACKS}.norms.target=ldm.callbacks.block_norms.BlockNorms {CALLBACKS}.norms.params.values=100000",
             f"{CALLBACKS}.norms.params.every_n_train_steps=2",
-            "--enable_model_summary True",
+            "--enable_model_summary True --max_steps 3",
         ]
     )
     two = runs("two", f"{SHARDED} {options}", ranks=2)
@@ -192,10 +192,10 @@ def test_what_looks_at_the_weights_sees_them_whole(runs: Runs) -> None:
     norms = [state(run / "checkpoints" / "last.ckpt")["callbacks"]["NumericalFaults"]["norms"] for run in (two, ddp)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     images = [{path.relative_to(run) for path in run.glob("images/**/*.png")} for run in (two, ddp)]
-    assert images[0] == images[1] and len(images[0]) > 8
+    assert images[0] == images[1] and len(images[0]) > 4
     places = [sorted(run.glob("previews/*_gs-*.png")) for run in (two, ddp)]
     shown = [{path.name: np.asarray(Image.open(path), int) for path in paths} for paths in places]
-    assert shown[0].keys() == shown[1].keys() and len(shown[0]) == 2 * 6  # before the first step and after each
+    assert shown[0].keys() == shown[1].keys() and len(shown[0]) == 2 * 4  # before the first step and after each
     assert all(abs(image - shown[1][name]).max() <= 1 for name, image in shown[0].items())
 
 
@@ -215,7 +215,7 @@ def _compiled_process(rank: int, address: str, found: Any) -> None:
     unet = fill_seeded(UNetModel(**params, compile_mode="default", use_checkpoint="selective"))
     shard_unet(unet, torch.device("cpu"))
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
-    losses = [_step(unet, optimizer, slice(rank, rank + 1)) for _ in range(3)]
+    losses = [_step(unet, optimizer, slice(rank, rank + 1)) for _ in range(2)]
     found.put((rank, losses, len(graphs)))
     found.close()
     found.join_thread()
@@ -244,7 +244,7 @@ def test_compiled_blocks_are_gathered_whole(tmp_path: Path) -> None:
     join(*processes)
     plain = fill_seeded(UNetModel(**CONFIG["model"]["params"]["unet_config"]["params"]))
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
-    expected = [_step(plain, optimizer, slice(0, 2)) for _ in range(3)]
+    expected = [_step(plain, optimizer, slice(0, 2)) for _ in range(2)]
     blocks = len(plain.input_blocks) + 1 + len(plain.output_blocks)
     for _, losses, graphs in results:
         assert losses == pytest.approx(expected, rel=1e-5)
