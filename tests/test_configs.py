@@ -64,8 +64,16 @@ def test_targets_resolve_and_params_bind(path):
         check_params(entry["target"], get_obj_from_str(entry["target"]), entry.get("params") or {})
 
 
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name not in OVER_RELEASE])
-@pytest.mark.parametrize("recipe", RECIPES)
+# A third of the pairs: each overlay over three recipes, each recipe under three overlays or more.
+OVER_RECIPES = [
+    (recipe, overlay)
+    for row, recipe in enumerate(RECIPES)
+    for column, overlay in enumerate(name for name in OVERLAYS if name not in OVER_RELEASE)
+    if (row + column) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("recipe", "overlay"), OVER_RECIPES)
 def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
     merged = plain(load_config([recipe, overlay]))
     for _, entry in described(merged):
@@ -76,8 +84,10 @@ def test_overlays_bind_on_top_of_the_recipes(recipe, overlay):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tiers_make_a_model_of_every_recipe(recipe):
+    """Every tier over one recipe of each kind of network, and two over their siblings, one with each class of UNet."""
     expected = None
-    for tiers in ([], *([tier] for tier in TIERS)):
+    is_sibling = recipe.endswith(("inpainting.yaml", "pix2pix.yaml", "v2_base.yaml"))
+    for tiers in ([], *([tier] for tier in (TIERS[1::2] if is_sibling else TIERS))):
         with torch.device("meta"):
             model = build_model(load_config([recipe, *tiers]))
         shapes = {key: value.shape for key, value in model.state_dict().items()}

@@ -13,7 +13,7 @@ from ldm.checkpoint import save_checkpoint
 from ldm.util import UserError
 from tests.training_runs import fixture_one_thread, fixture_train, state, the_run  # noqa: F401
 
-BLOCKS, MUTATIONS = 2, 30  # blocks of a seed each; the fuzzer mutates many more without a training
+BLOCKS, MUTATIONS = 2, 15  # blocks of a seed each; the fuzzer mutates many more without a training
 SCHEDULE = "model.params.scheduler_config"
 OPTIONS = f"{SCHEDULE}.target=ldm.lr_scheduler.LambdaLinearScheduler " + " ".join(
     f"{SCHEDULE}.params.{setting}"

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from ldm.checkpoint import load_state_dict
 from ldm.planning import TIERS
 from ldm.studio.job_store import JobStore
 from ldm.studio.strength_part import STRENGTHS
 from tests.browser.studio_process import WORK, StudioProcess, running_studio
-from tests.browser.watched import check, overflow
+from tests.browser.watched import Watch, check
 from tests.conftest import ROOT
 from tests.run_folders import write_evaluation
+from tests.waiting import LIMIT
 
 RELEASE = ROOT / "data/base/emoji.safetensors"
 NAMES = ("tom-face", "tom-crying", "tom-weary")
@@ -48,16 +49,39 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioProcess]:
         yield process
 
 
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    return Watch()
+
+
+@pytest.fixture(scope="module")
+def window(browser: Browser, watch: Watch) -> Iterator[Page]:
+    """Open a window for all tests. Its cache keeps the scripts of the page, which take seconds to parse."""
+    context = browser.new_context()
+    context.set_default_timeout(1000 * LIMIT)
+    watch.follow(context)
+    yield context.new_page()
+    context.close()
+
+
 @pytest.fixture
-def open_studio(studio: StudioProcess, open_page) -> Callable[..., Page]:
-    """Return a function that opens the studio, and waits until its fields are filled."""
+def open_studio(studio: StudioProcess, window: Page, watch: Watch) -> Iterator[Callable[..., Page]]:
+    """Return a function that opens the studio afresh, and waits until its fields are filled.
 
-    def open_(*arguments: int, **options: bool) -> Page:
-        page = open_page(studio.address, *arguments, **options)
-        wait_for_fields(page)
-        return page
+    The test fails at its end if the page had a fault that `Watch` finds.
+    """
 
-    return open_
+    def open_(width: int = 1280, *, dark: bool = False) -> Page:
+        window.set_viewport_size({"width": width, "height": 900})
+        window.emulate_media(color_scheme="dark" if dark else "light")
+        window.goto(studio.address)
+        wait_for_fields(window)
+        return window
+
+    yield open_
+    window.goto("about:blank")  # an open page goes on asking the studio
+    faults, watch.faults = watch.faults, []
+    assert not faults, "\n".join(faults)
 
 
 def wait_for_fields(page: Page) -> None:
@@ -107,13 +131,6 @@ def test_each_tab_is_accessible_and_fits(open_studio) -> None:
         for tab in visible_tabs(page):
             go_to(page, tab)
             check(page)
-        page.context.close()  # an open page goes on asking the studio
-    for width, dark in ((1280, True), (390, False)):
-        page = open_studio(width, dark=dark)
-        for tab in visible_tabs(page):
-            go_to(page, tab)
-            assert overflow(page) == 0
-        page.context.close()
 
 
 def test_broken_images_and_other_folders_are_told(studio: StudioProcess, open_studio) -> None:
@@ -210,12 +227,15 @@ def test_the_recipe_by_clicks(studio: StudioProcess, open_studio) -> None:
     go_to(page, "Train")
     studio.wait_for_state(page, "train", "running", "step ")
 
-    other = open_studio()  # a second tab sees and does the same
+    other = page.context.new_page()  # a second tab sees and does the same
+    other.goto(studio.address)
+    wait_for_fields(other)
     go_to(other, "Train")
     studio.wait_for_state(other, "train", "running", "step ")
     expect(other.locator("#train-start")).to_be_disabled()
     other.locator("#train-stop").click()
     studio.wait_for_state(page, "train", "stopped")
+    other.close()
 
     page.locator("#train-resume").click()
     studio.wait_for_state(page, "train", "running", "step ")

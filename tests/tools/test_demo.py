@@ -1,4 +1,4 @@
-"""Test of the demo with two steps per training and per image."""
+"""Test of the demo with two steps per training and per image, and with few images."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def test_the_demo_runs_the_recipe_and_writes_an_image(
     monkeypatch.chdir(ROOT)  # as the demo does
     monkeypatch.setattr("ldm.cli.run.subprocess.run", lambda line: command(*line[1:], cwd=ROOT))
     monkeypatch.setattr(demo, "SAMPLER", ("--steps", 2, *demo.SAMPLER[2:]))
+    for name, value in (("SAMPLES", 1), ("NEIGHBOURS", ["dog face"]), ("OTHERS", 4)):  # images, prompts, captions
+        monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), "--steps", "2"])
     caplog.set_level("INFO")
     demo.main()

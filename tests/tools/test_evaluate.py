@@ -63,11 +63,11 @@ def pair(base: str = "base.safetensors", ckpt: str = "tuned.ckpt", config: str =
     return "--base", base, "--ckpt", ckpt, "--config", config
 
 
-def test_table_json_and_figure(releases: Path, fresh_command: Callable, tmp_path: Path) -> None:
+def test_table_json_and_figure(releases: Path, command: Callable, tmp_path: Path) -> None:
     sets = ("--set", f"new={releases}/new/*.tar", "--set", f"rest={releases}/rest")
     files = pair(*(releases / name for name in ("base.safetensors", "tuned.ckpt", "release.yaml")))
     sampling = ("--sample", 2, "--seed", 9, "--steps", 2, "--scale", 2, "--sampler", "dpm_solver")
-    done = fresh_command("tools/evaluate.py", *files, *sets, *sampling, *FAST, "--limit", 5, "--batch-size", 2)
+    done = command("tools/evaluate.py", *files, *sets, *sampling, *FAST, "--limit", 5, "--batch-size", 2)
     assert done.returncode == 0, done.stderr
     head, new, rest = done.stdout.strip().splitlines()[-5:-2]
     assert head.split()[:2] == ["set", "images"] and head.endswith("tuned to image")

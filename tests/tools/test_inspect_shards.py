@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,16 +22,24 @@ from tests.conftest import RELEASE_CONFIG, ROOT
 TOOL = ROOT / "tools/inspect_shards.py"
 
 
-@pytest.fixture
-def shards(tiny_release: Path, tmp_path: Path) -> str:
-    """Pre-encode five images of two aspect ratios; return the pattern of the shards."""
-    folder = tmp_path / "images"
+@pytest.fixture(scope="module")
+def encoded(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pre-encode five images of two aspect ratios; return the folder of the set."""
+    work = tmp_path_factory.mktemp("encoded")
+    folder = work / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number, size in enumerate([(80, 80)] * 3 + [(50, 200)] * 2):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     encoder = SampleEncoder(load_release(tiny_release, RELEASE_CONFIG))
-    preencode(encoder, find_images(folder, "a cat"), str(tmp_path / "set/s-%d.tar"), size=128, buckets=True)
+    preencode(encoder, find_images(folder, "a cat"), str(work / "set/s-%d.tar"), size=128, buckets=True)
+    return work / "set"
+
+
+@pytest.fixture
+def shards(encoded: Path, tmp_path: Path) -> str:
+    """Copy the set to where a test can change it; return the pattern of the shards."""
+    shutil.copytree(encoded, tmp_path / "set")
     return str(tmp_path / "set/*.tar")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,17 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
     assert "(100 tokens)" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def sets(model, tmp_path_factory):
+    """Make a folder with sets of shards: `images`, the same ones again, images of two sizes, and narrow encodings."""
+    folder = tmp_path_factory.mktemp("sets")
+    write_images(model, folder / "images")
+    write_images(model, folder / "again")
+    write_images(model, folder / "sizes", [(8, 8), (8, 16)])
+    write_images(model, folder / "narrow", width=8)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -237,11 +249,8 @@ def test_make_prior_names_truncated_prompts(make_prior, caplog):
         (("--shards", "narrow", "--teacher", 1), "context_dim is"),
     ],
 )
-def test_bad_input_is_refused_in_one_line_and_writes_nothing(make_prior, model, tmp_path, arguments, message):
-    write_images(model, tmp_path / "images")
-    write_images(model, tmp_path / "again")
-    write_images(model, tmp_path / "sizes", [(8, 8), (8, 16)])
-    write_images(model, tmp_path / "narrow", width=8)
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(make_prior, sets, tmp_path, arguments, message):
+    shutil.copytree(sets, tmp_path, dirs_exist_ok=True)
     before = sorted(tmp_path.rglob("*"))
     error = make_prior("--out", "out/s-%d.tar", *arguments)
     assert isinstance(error, str) and re.search(f"^error: .*{message}", error) and "\n" not in error
