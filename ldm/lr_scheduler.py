@@ -77,8 +77,9 @@ class LambdaWarmUpCosineScheduler2:
             f"warm_up_steps, f_min, f_max, f_start and cycle_lengths have {lengths} entries; "
             "give one entry per cycle to each",
         )
+        refuse_if(not lengths[0], "cycle_lengths is empty; give one entry per cycle")
         refuse_if(
-            not lengths[0] or any(a >= b for a, b in zip(warm_up_steps, cycle_lengths, strict=True)),
+            any(a >= b for a, b in zip(warm_up_steps, cycle_lengths, strict=True)),
             f"warm_up_steps {warm_up_steps} must be less than cycle_lengths {cycle_lengths}, cycle by cycle",
         )
         self.warm_up_steps = warm_up_steps

@@ -185,7 +185,10 @@ def _bindings(module: str) -> dict[str, str | tuple[str, str]]:
 
 
 def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield the statements of a module, including those in `try` but not those in `if`, whose condition is unknown."""
+    """Yield the top-level statements of a module.
+
+    A `try` is replaced by the statements of its body and handlers. An `if` is yielded whole: its condition is unknown.
+    """
     for statement in body:
         if isinstance(statement, ast.Try):
             yield from _top_level([*statement.body, *(part for h in statement.handlers for part in h.body)])

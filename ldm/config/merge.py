@@ -23,7 +23,7 @@ def merge_configs(config: DictConfig, part: DictConfig, trusted: bool = False) -
 
 
 def _drop_old_params(below: Any, above: Any, trusted: bool) -> None:
-    """Remove from `below` the params that the classes of `above` do not take."""
+    """Remove from `below` the params that only its replaced classes take; see `merge_configs`."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return
     for key in _old_params(below, above, trusted):

@@ -44,7 +44,7 @@ class PreviewPrompt:
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             refuse_if(not isinstance(text, str), f"{name} {text!r:.100}: give text, in quotes if it is a number")
-            refuse_if("${" in text, f"{name} {text!r:.100}: ${{ has a meaning in configs; leave it out")
+            refuse_if("${" in text, f"{name} {text!r:.100}: ${{ begins a reference in configs; leave it out")
         for name in ("width", "height"):
             check_number(name, getattr(self, name), least=1, optional=True)
         check_number("seed", self.seed, least=0, most=2**63 - 1)

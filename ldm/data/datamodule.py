@@ -180,7 +180,7 @@ class WebDataNpyModuleFromConfig(BaseDataModule):
         dataset = ShardStream(urls, *self._keys(), extra=self._extra_keys(), **self._rank())
         # Read the first sample for its shapes, and to find errors before training starts.
         if next(iter(dataset), None) is None:
-            raise UserError(f"no samples in {dataset.urls[0]}")
+            raise UserError(f"no samples in {len(urls)} streamed shards, such as {dataset.urls[0]}; check the list")
         logger.info("%s data: streamed from %d shards%s", split, len(urls), describe_shapes(dataset))
         return dataset
 

@@ -71,7 +71,7 @@ class EditDataset(Dataset):
         self.flip = RandomHorizontalFlip(flip_prob)
 
     def _read_seeds(self) -> list[tuple[str, list]]:
-        """Return the folder of each pair, relative to `path`, and the seeds of its images."""
+        """Return the folder of each instruction, relative to `path`, and the seeds of its pairs."""
         found = read_json(self.path / "seeds.json", "seeds")
         for entry in found if isinstance(found, list) else [None]:
             refuse_if(

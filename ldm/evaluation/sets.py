@@ -49,10 +49,9 @@ def conditioning_members(model: LatentDiffusion) -> list[str]:
         UserError: the model is not conditioned on text.
     """
     kind, stage = model.model.conditioning_key, model.cond_stage_model
-    refuse_if(
-        kind not in _CAPTIONED or stage is None,
-        f"conditioning_key {kind!r}: only models conditioned on captions can be evaluated",
-    )
+    only = "only models conditioned on captions can be evaluated"
+    refuse_if(kind not in _CAPTIONED, f"conditioning_key {kind!r}: {only}")
+    refuse_if(stage is None, f"the model has no cond_stage_config: {only}")
     maps = model.concat_keys if model.model.takes_maps else ()
     readers = getattr(stage, "caption_embedders", None)
     if readers or (readers is None and getattr(stage, "key", None) is None):

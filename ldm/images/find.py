@@ -91,13 +91,12 @@ class SingleImages:
         self._metadata: dict[Path, dict[str, str | None]] = {}
 
     def item(self, path: Path, name: str) -> ImageItem:
-        """Return the item of an image. Its caption is `fixed`, or from the file beside it or the metadata file."""
+        """Return the item of an image. Its caption is `fixed`, else in the metadata, else in the file beside it."""
         caption, error = self.fixed, None
-        if self.fixed is None:
-            file = self._captions.of(path)
-            caption, error = read_caption(file, self.several)
-            if file is None:
-                caption = self._listed(path.parent).get(same_name(path.name))
+        if caption is None:
+            caption = self._listed(path.parent).get(same_name(path.name))
+        if caption is None:
+            caption, error = read_caption(self._captions.of(path), self.several)
         return ImageItem(name, path, caption=caption, error=error or kind_error(path))
 
     def _listed(self, folder: Path) -> dict[str, str | None]:

@@ -30,7 +30,7 @@ def build_coders(ddconfig: Mapping[str, Any], double_z: bool) -> tuple[Encoder, 
     parameters = (*signature(Encoder).parameters.values(), *signature(Decoder).parameters.values())
     required = [parameter.name for parameter in parameters if parameter.default is Parameter.empty]
     missing = next((name for name in required if name not in ddconfig), None)
-    refuse_if(missing, f"ddconfig lacks the key {missing!r}")
+    refuse_if(missing, f"ddconfig lacks the key {missing!r}; add it")
     refuse_if(
         ddconfig.get("double_z", True) is not double_z,
         f"ddconfig: double_z must be {str(double_z).lower()} for this kind of autoencoder",

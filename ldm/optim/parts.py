@@ -92,7 +92,7 @@ class TrainedParts:
             is_chosen = self.train_only is None or _any_matches(self.train_only, name)
             parameters[name].requires_grad_(is_chosen and not _any_matches(self.frozen, name))
         trained = _names_of(module)
-        refuse_if(not trained, f"{KEY}: train_only and freeze leave nothing to train")
+        refuse_if(not trained, f"{KEY}: train_only and freeze leave nothing to train; change one of them")
         self._check(self._settings(), trained, module)
         self._spans = {name: span for name in trained if (span := self._span(name)) is not None}
         self._check_each_step(trained)

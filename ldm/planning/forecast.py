@@ -73,7 +73,7 @@ def start_forecast(config: DictConfig) -> subprocess.Popen | None:
 
 
 def main() -> None:
-    """Make the forecast of the config on standard input, which the parent process has checked and wrote as JSON."""
+    """Make the forecast of the config on standard input, which the parent process has checked and written as JSON."""
     forecast(OmegaConf.create(json.load(sys.stdin)))
 
 

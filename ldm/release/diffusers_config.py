@@ -161,7 +161,7 @@ def stated_prediction(predicts: str) -> str:
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     refuse_if(
         predicts not in names,
-        f"parameterization {predicts}: diffusers' folders hold {' or '.join(names)}; write a file",
+        f"parameterization {predicts}: a folder of diffusers takes {' or '.join(names)}; write a .safetensors file",
     )
     return names[predicts]
 

@@ -79,7 +79,7 @@ def chosen_strength(swept: Sequence[AtStrength], share: float, where: str) -> fl
         kept = losses[strength].get(KEPT)
         drift = "" if kept is None else f", drift of the prior {kept.drift.value:.3g}"
         sign = " <-" if strength == chosen else ""
-        log.info("strength %g: %.3g of what was learnt%s%s", strength, value / whole, drift, sign)
+        log.info("strength %g: keeps %.3g of the loss reduction%s%s", strength, value / whole, drift, sign)
     return chosen
 
 

@@ -192,9 +192,8 @@ def _converted(
             old = in_memory(start)
             new = torch.where(value == converted(old, value.dtype), converted(old, dtype), new)
         if not is_finite(new):
-            refuse_if(
-                is_finite(value), f"{key} has values too large for {dtype}; merge into a release of a wider dtype"
-            )
+            if is_finite(value):
+                raise UserError(f"{key} has values too large for {dtype}; merge into a release of a wider dtype")
             refuse_if(
                 start is not None,
                 f"{key} has values that are not finite, because the training diverged; use an older checkpoint",

@@ -109,7 +109,7 @@ class HttpServer:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise Momentary(f"the connection failed ({reason})") from None
         except ValueError:
-            raise UserError(f"{self.path}: not a valid URL") from None
+            raise UserError(f"{self.path}: not a valid URL; give http://HOST/PATH") from None
 
     def _check(self, answer: _Answer) -> None:
         """Raise an error unless the answer has the file or a part of it."""

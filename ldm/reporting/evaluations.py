@@ -61,7 +61,7 @@ def read_evaluations(folder: Path, problems: list[str]) -> list[Evaluation]:
 def _read(path: Path) -> Evaluation:
     content = json.loads(read_at_most(path, _MOST_BYTES))
     if len(content["sets"]) > _MOST_SETS:
-        raise UserError(f"{len(content['sets'])} sets")
+        raise UserError(f"has {len(content['sets'])} sets; a report takes up to {_MOST_SETS}")
     sets = [_read_set(name, entry) for name, entry in content["sets"].items()]
     try:
         figure = show_file(path.with_suffix(".png"), "evaluation")

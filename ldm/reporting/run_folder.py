@@ -89,7 +89,7 @@ def read_run(folder: Path, budget: int) -> RunRecord:
     Raises:
         UserError: the folder is missing, or not of a run.
     """
-    refuse_if(not folder.exists(), f"{folder}: no such run folder")
+    refuse_if(not folder.exists(), f"{folder}: no such run folder; give logs/<time>_<name>")
     refuse_if(
         not folder.is_dir() or not any((folder / part).is_dir() for part in PARTS),
         f"{folder}: not a run folder, which has {', '.join(PARTS)}; give logs/<time>_<name>",

@@ -98,7 +98,8 @@ def read_index(folder: ShardPath) -> dict[str, Any] | None:
         is_entry = isinstance(shard, dict)
         needed = ("name",) if version == 1 else ("name", "bytes", "sha256")
         missing = next((key for key in needed if is_entry and key not in shard), None)
-        refuse_if(not is_entry, f"{where} is {shard!r:.80}, not the name, bytes and sha256 of a shard; {_MEND}")
+        if not is_entry:  # `refuse_if` would format each shard
+            raise UserError(f"{where} is {shard!r:.80}, not the name, bytes and sha256 of a shard; {_MEND}")
         refuse_if(missing is not None, f"{where} has no {missing}; {_MEND}")
         check_entries(f"{where}: its ", shard, SHARD_ENTRIES)
     return index

@@ -60,7 +60,10 @@ def read_header(start: bytes, size: int, name: str, types: tuple[str, ...] = FLO
         raise UserError(f"{name}: not a .npy array: {' '.join(str(error).split())}") from error
     expected = header.start + math.prod(header.shape) * header.dtype.itemsize
     if expected != size:
-        raise UserError(f"{name}: shape {header.shape} {header.dtype} takes {expected} bytes, but the file has {size}")
+        raise UserError(
+            f"{name}: shape {header.shape} {header.dtype} takes {expected} bytes, but the file has {size}; "
+            "encode it again"
+        )
     return header
 
 

@@ -209,11 +209,11 @@ def common_caption_settings(datasets: Iterable[Any], read: bool = True) -> Capti
                     f"{folder / INDEX}: max_tokens is {settings.max_tokens}, but the samples have {CONTEXT} of the "
                     f"shape {shape}; restore the file, or encode the images again",
                 )
+    first, ours = next(iter(found.items()), (None, None))
     for folder, settings in found.items():
-        (first, ours), *_ = found.items()
         refuse_if(
             settings != ours,
-            f"{folder / INDEX}: the captions were encoded with {settings}, but with {ours} in {first / INDEX}; "
+            f"{folder / INDEX}: the captions were encoded with {settings}, but with {ours} in {first}/{INDEX}; "
             "encode both sets with the same --max-tokens and --clip-skip of tools/preencode.py",
         )
     return next(iter(found.values()), None)

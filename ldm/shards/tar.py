@@ -105,7 +105,7 @@ def check_member(member: tarfile.TarInfo, where: str) -> bool:
     refuse_if(not is_plain, f"{name} is not a plain file but a link, a device or sparse")
     check_name(member.name, where)
     is_too_large = not 0 <= member.size <= MOST_IN_MEMBER
-    refuse_if(is_too_large, f"{name} has {member.size} bytes, too many for a sample")
+    refuse_if(is_too_large, f"{name} has {member.size} bytes; a member may have up to {MOST_IN_MEMBER}")
     return True
 
 

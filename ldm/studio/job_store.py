@@ -148,7 +148,7 @@ class JobStore:
         state = self.state(job)
         refuse_if(
             state.child is None or not takes_signal(state.child[0], signal.SIGUSR1),
-            "save now: the training has not begun yet; wait for its first step",
+            "save now: no training can save now; if it has just begun, wait for its first step",
         )
         self._signal(job, signal.SIGUSR1)
 
@@ -190,7 +190,7 @@ def read_state(job: Job) -> JobState:
 
 
 def _begins(job: Job) -> bool:
-    """Return True if the runner of `job` runs, and has written no state yet."""
+    """Return True if the runner of `job` is alive, or if `job` was started a few seconds ago."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         runner = _process(json.loads(read_at_most(job.folder / RUNNER, _MOST_BYTES))["process"])
         return runner is not None and is_alive(*runner)

@@ -79,7 +79,7 @@ def test_report_compares_runs(tmp_path: Path, run_tool) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["none"], "error: none: no such run folder"),
+        (["none"], "error: none: no such run folder; give logs/<time>_<name>"),
         (["run", "run"], "error: run: given twice; name each run once"),
         (["run", "--out", "page.txt"], "error: --out page.txt: the name must end in .html"),
         (["run", "--samples", "-1"], "error: --samples -1: give a whole number of at least 0"),

@@ -123,7 +123,7 @@ def _check(model: LatentDiffusion, inputs: Inputs, maps: Maps | None) -> None:
     )
     refuse_if(
         isinstance(model, ImageEmbeddingConditionedLatentDiffusion),
-        "this model makes variations of images, which txt2img does not sample from; name a model that makes images "
+        "this model makes variations of images, and txt2img cannot sample from it; name a model that makes images "
         "from prompts",
     )
     refuse_if(

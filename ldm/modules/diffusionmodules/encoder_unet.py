@@ -48,9 +48,9 @@ class EncoderUNetModel(UNetTrunk):
     """Input blocks and middle of a UNet with plain attention, pooled to (B, out_channels).
 
     Args:
-        image_size: height and width of the input, required for `pool: attention`.
+        image_size: height and width of the input, used only by `pool: attention`.
         pool: `adaptive`, the mean over the map; `attention`, see `AttentionPool`; `spatial`, two linear layers on the
-            joined means of all blocks' maps; `spatial_v2`, the same with a norm between the layers.
+            joined means of all blocks' maps; `spatial_v2`, the same with a norm and SiLU between the layers.
 
     The other arguments are those of `UNetModel`.
 

@@ -40,7 +40,7 @@ def test_parse_prompt(line: Any, expected: PreviewPrompt) -> None:
         ("a --l nan", "here: scale nan: give a finite number"),
         ("a --w 8 --w 9", "here: --w is given twice"),
         ("a --n b --l 1", "here: the negative prompt needs guidance"),
-        ("a ${b}", r"here: prompt 'a \${b}': \${ has a meaning in configs"),
+        ("a ${b}", r"here: prompt 'a \${b}': \${ begins a reference in configs"),
         (5, "here: 5 is no prompt"),
         ({"prompt": 5}, "here: prompt 5: give text, in quotes"),
         ({"seed": 5}, "here: has no prompt"),

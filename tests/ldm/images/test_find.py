@@ -82,6 +82,14 @@ def test_metadata(tmp_path, caplog):
         items[1].read()
 
 
+def test_a_caption_does_not_depend_on_how_its_image_is_named(tmp_path):
+    """The metadata file takes precedence over the file beside the image, and an entry without a caption does not."""
+    lines = metadata({"file_name": "a.png", "text": "listed"}, {"file_name": "b.png"})
+    put(tmp_path, {"metadata.jsonl": lines, "a.png": RED, "a.txt": b"beside", "b.png": RED, "b.txt": b"beside"})
+    single = find_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    assert [item.caption for item in single] == [item.caption for item in find_images(tmp_path)] == ["listed", "beside"]
+
+
 def test_only_line_feeds_end_a_line_of_metadata(tmp_path):
     text = "one\u2028two\x85three\u2029four"
     lines = [json.dumps({"file_name": f"{n}.png", "text": text}, ensure_ascii=False) for n in range(2)]

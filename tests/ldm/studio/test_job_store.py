@@ -122,7 +122,7 @@ def test_start_refuses_a_second_job_and_save_now_signals_only_a_command_that_tak
     handled = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: print('saved', flush=True))\n"
     job = store.start("test", "A title", [step(WAITS)])
     wait(store, job, "here")
-    with pytest.raises(UserError, match="has not begun yet"):
+    with pytest.raises(UserError, match="no training can save now"):
         store.save_now(job)
     with pytest.raises(UserError, match="A title: is running; wait for its end, or stop it"):
         store.start("test", "Another", [step(WAITS)])

@@ -90,7 +90,8 @@ def test_losses_are_those_of_one_process(runs: Runs, options: str, tolerance: fl
 
 def test_each_process_holds_its_half_also_of_what_accumulates(runs: Runs) -> None:
     note = f"{CALLBACKS}.note.target=tests.ldm.training.test_strategies.Holdings"
-    runs("two", f"{SHARDED} --max_steps 2 data.params.batch_size=1 --accumulate_grad_batches 2 {CLIPPED} {note}", ranks=2)
+    twice = "--max_steps 2 data.params.batch_size=1 --accumulate_grad_batches 2"
+    runs("two", f"{SHARDED} {twice} {CLIPPED} {note}", ranks=2)
     runs("one", f"{ALONE} --max_steps 2 data.params.batch_size=4 {CLIPPED}")
     assert runs.losses("two") == pytest.approx(runs.losses("one"), rel=1e-5)
     for rank in range(2):
