@@ -78,7 +78,7 @@ _HANDLED = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _handle_in_worker(signum: int) -> None:
-    """Ignore Ctrl-C in a data worker, which inherits the handlers, so that it does not end first; obey SIGTERM."""
+    """End a data worker on SIGTERM, and ignore other signals: a worker inherits the handlers and must not end first."""
     if signum == signal.SIGTERM:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)

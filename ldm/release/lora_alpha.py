@@ -1,4 +1,4 @@
-"""α of LoRA files whose tensors do not hold it: in the metadata of diffusers' files, and in a config beside PEFT's."""
+"""α of LoRA files that store it beside the tensors: in the metadata (diffusers), or in `adapter_config.json` (PEFT)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Files on HTTP servers, which give parts of a file if they know the header `Range`.
+"""Files on HTTP servers. A server with support for `Range` sends parts of a file.
 
 The requests go through the session of fsspec's HTTP file system, which adds proxies, redirects, and one event loop per
-process. Its `cat_file` is not used: it hides the headers that tell whether a file has changed.
+process. Its `cat_file` is not used: it hides the headers that show whether a file has changed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Long captions and clip skip: how a text encoder of CLIP's kind reads captions beyond its 77 positions.
+"""Settings for long captions and clip skip. A text encoder of CLIP's kind has 77 positions.
 
-A caption is split into chunks of 75 tokens. Each chunk gets tokens of start and end, is padded to 77, and is encoded
+A caption is split into chunks of 75 tokens. Each chunk gets a start and an end token, is padded to 77, and is encoded
 alone. B batch, K chunks per caption, L ids per chunk, D features. Imports no torch.
 """
 

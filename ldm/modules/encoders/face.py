@@ -144,7 +144,7 @@ class FrozenFaceEncoder(AbstractEncoder):
         return self.mapper(self.loss_fn(img).to(self.mapper.weight.dtype))
 
     def encode(self, img: Tensor | list[Any]) -> Tensor:
-        """Encode portraits (B, 3, H, W) in [-1, 1] to (B, 1, 768)."""
+        """Encode portraits (B, 3, H, W) in [-1, 1] to (B, 1, 768), and a list to zeros (len, 1, 768)."""
         return self(img)[:, None]
 
 

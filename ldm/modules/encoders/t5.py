@@ -90,7 +90,7 @@ class FrozenT5Embedder(AbstractEncoder):
         return self.tokenizer([texts] if isinstance(texts, str) else texts)
 
     def forward(self, texts: Sequence[str] | str) -> Tensor:
-        """Encode captions to (B, max_length, D); padding is attended to, as when the released models were trained."""
+        """Encode captions to (B, max_length, D). Padding is not masked, as in the training of the released models."""
         device = next(self.parameters()).device
         return self.transformer(input_ids=self.tokenize(texts).to(device, non_blocking=True)).last_hidden_state
 
