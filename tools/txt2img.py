@@ -96,7 +96,8 @@ def main() -> None:
     from ldm.images.grid import image_grid, save_png, to_images
     from ldm.models.diffusion.inputs import image_scale_of
     from ldm.models.diffusion.prompts import image_sizes
-    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, image_size, latent_shape, text_to_image
+    from ldm.models.diffusion.samplers import sampler_class
+    from ldm.models.diffusion.text_to_image import Request, image_size, latent_shape, text_to_image
     from ldm.modules.encoders.caption_length import warn_of_cut
     from ldm.modules.encoders.caption_settings import caption_settings, set_caption_settings
     from ldm.release.configs import release_config
@@ -117,7 +118,7 @@ def main() -> None:
     inputs = files.fitted(height, width)
     settings = {
         **{key: getattr(options, key) for key in SETTINGS},
-        "spacing": options.spacing or SAMPLERS[options.sampler](model).own_spacing,
+        "spacing": options.spacing or sampler_class(options.sampler)(model).own_spacing,
         "guidance_rescale": options.guidance_rescale,
         "image_scale": image_scale_of(model, options.image_scale),
     }

@@ -7,13 +7,12 @@ import math
 from pathlib import Path
 
 from ldm.cli.paths import check_release
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.modules.encoders.caption_settings import check_caption_options
 from ldm.release import CONVENTIONAL_RELEASE
 from ldm.text_files import read_lines
 from ldm.util import check_number, refuse_if
 
-# The keys of `ldm.models.diffusion.text_to_image.SAMPLERS`, which imports torch.
-SAMPLERS = ("ddim", "plms", "dpm_solver")
 SETTINGS = ("steps", "scale", "sampler", "eta")  # options passed to `sample_latents` unchanged
 
 
@@ -133,7 +132,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="sampling steps; ddim and plms take more if the number does not divide the model's 1000 timesteps",
     )
     add("--scale", type=float, default=7.5, help="scale of classifier-free guidance; 1 turns it off")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="sampler")
+    add("--sampler", choices=tuple(SAMPLERS), default="ddim", help="sampler")
 
 
 def add_spacing_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ldm.cli.options import SAMPLERS
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.studio.commands import SampleSettings, Step, sample_words, shown
 from ldm.studio.controls import Page, command_box, listen
 from ldm.studio.evaluation_part import build_evaluation

@@ -73,7 +73,7 @@ class RunView:
 
 
 def view_run(thumbnails: Thumbnails, folder: Path) -> RunView:
-    """Return the view of the run in `folder`: its metrics, and its newest previews or else images of its image logger."""
+    """Return the view of the run in `folder`: its metrics, and its newest previews or else logged images."""
     metrics = read_metrics(folder, [])
     places = (folder / PREVIEWS, folder / "images" / "train")
     images = next((found for place in places if (found := _newest(place))), [])

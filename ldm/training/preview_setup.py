@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from ldm.callbacks.previews import WHERE, Previews
 from ldm.config.load import plain
 from ldm.config.preview_prompts import parse_prompt, read_prompt_file
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.models.diffusion.stored_prompts import StoredPrompts
-from ldm.models.diffusion.text_to_image import SAMPLERS
 from ldm.modules.encoders.caption_length import warn_of_cut
 from ldm.modules.encoders.caption_settings import CaptionSettings
 from ldm.release import CONVENTIONAL_RELEASE

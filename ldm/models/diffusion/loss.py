@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.batch import Batch
 from ldm.models.diffusion.batch_mean import BatchMean, Mean
-from ldm.models.diffusion.weighted import Weighted
+from ldm.models.diffusion.weighted_model import Weighted
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, snr_weights
 from ldm.util import UserError, check_choice, check_number, instantiate_from_config, refuse_if
 
@@ -280,5 +280,6 @@ def instantiate_weighting(config: Mapping[str, Any] | None) -> Unweighted:
     if not isinstance(weighting, Unweighted):
         kinds = (Unweighted, MinSNR, SoftMinSNR, Debiased, P2, Huber, LogVariance, VariationalBound)
         names = ", ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"loss_config: {config['target']} is not a loss weighting; {__name__} has {names}")
+        others = "masked_loss.Masked and consistency.DirectConsistency are beside it"
+        raise UserError(f"loss_config: {config['target']} is not a loss weighting; {__name__} has {names}; {others}")
     return weighting

@@ -10,18 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.inputs import NO_INPUTS, Inputs, encode_inputs, image_scale_of
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.prompts import PromptConditioning, image_sizes
-from ldm.models.diffusion.sampling import NotFiniteError, Sampler
+from ldm.models.diffusion.samplers import SAMPLERS, sampler_class
+from ldm.models.diffusion.sampling import NotFiniteError
 from ldm.util import check_choice, refuse_if
 
 logger = logging.getLogger(__name__)
-
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 
 
 class Request(NamedTuple):
@@ -127,7 +123,7 @@ def sample_batches(
             unknown; or a sample is not finite.
     """
     check_choice("sampler", sampler, tuple(SAMPLERS))
-    solver = SAMPLERS[sampler](model)
+    solver = sampler_class(sampler)(model)
     solver.make_schedule(steps, spacing, eta)
     if verbose and len(solver.timesteps) != steps:
         run, total = len(solver.timesteps), model.num_timesteps

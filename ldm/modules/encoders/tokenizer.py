@@ -62,7 +62,7 @@ def _backend() -> Tokenizer:
 
 
 def write_vocabulary(folder: Path, pads_with_end: bool) -> None:
-    """Write the tokenizer files of transformers: with `pads_with_end` those of CLIP, else of OpenCLIP, which pads with `!`."""
+    """Write the tokenizer files of transformers: CLIP's with `pads_with_end`, else OpenCLIP's, which pads with `!`."""
     folder.mkdir(parents=True, exist_ok=True)
     _backend().model.save(str(folder))  # vocab.json and merges.txt
     ends = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END if pads_with_end else "!"}

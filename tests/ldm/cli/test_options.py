@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli.options import SAMPLERS, add_sampling_options, add_spacing_options, parse_lora, read_prompts
-
-
-def test_samplers_are_those_of_text_to_image():
-    from ldm.models.diffusion import text_to_image
-
-    assert tuple(text_to_image.SAMPLERS) == SAMPLERS
+from ldm.cli.options import add_sampling_options, add_spacing_options, parse_lora, read_prompts
 
 
 def test_read_prompts_splits_at_line_ends_only(tmp_path):
@@ -49,8 +43,8 @@ def test_parse_lora_takes_the_strength_after_the_last_colon(tmp_path, monkeypatc
 
 
 def test_sampling_options_offer_every_sampler_and_spacing():
+    from ldm.models.diffusion.samplers import SAMPLERS
     from ldm.models.diffusion.spacing import SPACINGS
-    from ldm.models.diffusion.text_to_image import SAMPLERS
 
     parser = argparse.ArgumentParser()
     add_sampling_options(parser)

@@ -16,6 +16,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import rescaled
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.samplers import SAMPLERS as TABLE
+from ldm.models.diffusion.samplers import sampler_class
 from ldm.models.diffusion.sampling import NotFiniteError
 from ldm.models.diffusion.spacing import SPACINGS
 from ldm.modules.diffusionmodules.schedule import (
@@ -31,6 +33,10 @@ SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSam
 SHAPE = (4, 8, 8)
 BUFFERS = diffusion_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))
 ALPHA_BAR = torch.tensor(BUFFERS["alphas_cumprod"], dtype=torch.float32)
+
+
+def test_sampler_class_imports_each_of_the_table() -> None:
+    assert {name: sampler_class(name) for name in TABLE} == SAMPLERS
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

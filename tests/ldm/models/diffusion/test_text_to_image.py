@@ -11,7 +11,8 @@ import torch
 
 from ldm.config.load import load_config
 from ldm.models.diffusion.latent import LatentDiffusion, check_reads_captions
-from ldm.models.diffusion.text_to_image import SAMPLERS, Request, latent_shape, text_to_image
+from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.text_to_image import Request, latent_shape, text_to_image
 from ldm.release.load import load_release
 from ldm.util import UserError
 from tests.conftest import RELEASE_CONFIG
