@@ -129,11 +129,11 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
         branches_of(unet), "strategy fsdp cannot shard the factors of a LoRA, which are small; use --strategy ddp"
     )
     refuse_if(model.use_ema, "strategy fsdp cannot shard the EMA; set model.params.use_ema=False")
-    if unet.uses_cuda_graphs:
-        raise UserError(
-            f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must not move in memory, but strategy "
-            "fsdp gathers them at each step; use compile_mode=default"
-        )
+    refuse_if(
+        unet.uses_cuda_graphs,
+        f"compile_mode={unet.compile_mode} makes CUDA graphs, whose weights must not move in memory, but strategy "
+        "fsdp gathers them at each step; use compile_mode=default",
+    )
     refuse_if(
         model.trained_parts.choose,
         "strategy fsdp trains the whole UNet at one learning rate, but trained_parts chooses parts of it; leave it "
