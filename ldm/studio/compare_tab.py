@@ -48,7 +48,7 @@ def build_compare(page: Page) -> None:
 def _build_sides(page: Page) -> None:
     studio, fields = page.studio, page.fields
     command = command_box("Commands", "compare-command")
-    panel = JobPanel(studio, _KIND, "No comparison yet.", "Sample from both", "compare-start")
+    panel = JobPanel(page, _KIND, "No comparison yet.", "Sample from both", "compare-start")
     pair = gr.Dropdown([], label="Prompt and seed", elem_id="compare-pair")
     slider = gr.HTML(elem_id="compare-slider")
     inputs = [fields[name] for name in ("compare_base", "compare_tuned", "config", "predicts", *SAMPLING)]

@@ -16,6 +16,8 @@ from ldm.studio.runs import list_runs
 from ldm.studio.studio import Studio
 from ldm.util import UserError
 
+SECONDS = 1.5  # between two looks at the jobs
+
 
 def handler(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function`, whose expected errors become a message on the page."""
@@ -66,6 +68,7 @@ class Page:
     fields: dict[str, Any] = field(default_factory=dict)
     _runs: list[gr.Dropdown] = field(default_factory=list)
     _shown: list[tuple[Callable[..., Any], list[Any], Any]] = field(default_factory=list)
+    _watched: list[tuple[Callable[[], Any], gr.State]] = field(default_factory=list)
 
     def keep_shown(self, inputs: list[Any], function: Callable[..., Any], output: Any) -> None:
         """Show the result of `function` for `inputs` when the page opens, and after each change that is complete."""
@@ -93,6 +96,14 @@ class Page:
         self._runs.append(runs)
         return runs
 
+    def watch(
+        self, signature: Callable[[], Any], show: Callable[..., Any], inputs: Sequence[Any], outputs: list[Any]
+    ) -> None:
+        """Show the result of `show` for `inputs` each time that `signature` returns another value, except None."""
+        seen = gr.State(None)
+        self._watched.append((signature, seen))
+        listen(seen.change, show, list(inputs), outputs)
+
     def fill(self, blocks: gr.Blocks) -> None:
         """Fill the fields, each time the page opens."""
 
@@ -105,6 +116,26 @@ class Page:
             listen(filled.then, newest_runs, None, runs)
         for function, inputs, output in self._shown:
             listen(filled.then, function, inputs, output)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Look again and again at all that is watched, in one request whose outputs are states alone.
+
+        Gradio makes a component anew each time it is an output, even one that is skipped.
+        """
+
+        def look(*seen: Any) -> list[Any]:
+            found = []
+            for (signature, _), old in zip(self._watched, seen, strict=True):
+                try:
+                    new = signature()
+                except (OSError, UserError) as error:  # `show` meets it too, and tells it
+                    new = str(error)
+                found.append(gr.skip() if new is None or new == old else new)
+            return found
+
+        states = [seen for _, seen in self._watched]
+        listen(gr.Timer(SECONDS).tick, look, states, states)
 
 
 def _completed(part: Any) -> Any:

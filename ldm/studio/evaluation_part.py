@@ -29,7 +29,7 @@ def build_evaluation(page: Page) -> None:
     fields["sets"] = gr.Textbox(label="Sets of shards, NAME=SHARDS, one per line", lines=2, elem_id="evaluate-sets")
     command = command_box("Command", "evaluate-command")
     text = "Evaluate the right release against the left"
-    panel = JobPanel(studio, _KIND, "No evaluation yet.", text, "evaluate-start", "secondary")
+    panel = JobPanel(page, _KIND, "No evaluation yet.", text, "evaluate-start", "secondary")
     table = gr.HTML(elem_id="evaluate-table")
     figure = gr.Image(label="Evaluation", interactive=False, elem_id="evaluate-figure", type="filepath", buttons=[])
     names = ("compare_base", "compare_tuned", "config", "predicts", "sets")

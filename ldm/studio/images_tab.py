@@ -63,9 +63,7 @@ class ImagesTab:
 
     def _add_problems(self, page: Page) -> None:
         command = command_box("Command", "images-check-command")
-        self.panel = JobPanel(
-            self.studio, _CHECK, "Not looked at yet.", "Look for problems", "images-check", "secondary"
-        )
+        self.panel = JobPanel(page, _CHECK, "Not looked at yet.", "Look for problems", "images-check", "secondary")
         self.problem = gr.Radio([], label="Problems; choose one to see its image", elem_id="images-problem")
         self.size = page.fields["size"]
         page.keep_command([self.folder, self.size], self.check_steps, command)

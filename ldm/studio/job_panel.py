@@ -8,15 +8,12 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from ldm.studio.controls import listen
+from ldm.studio.controls import Page, listen
 from ldm.studio.html_parts import job_status, last_error, note
 from ldm.studio.job_progress import bar_progress, elapsed, run_folder
 from ldm.studio.job_store import FAILED, Job, JobState, read_log
 from ldm.studio.runs import RunView, view_run
-from ldm.studio.studio import Studio
 from ldm.util import refuse_if
-
-SECONDS = 1.5  # between two looks at the jobs
 
 Variant = Literal["primary", "secondary"]
 
@@ -56,7 +53,7 @@ class JobPanel:
 
     def __init__(
         self,
-        studio: Studio,
+        page: Page,
         kind: str,
         none: str,
         text: str,
@@ -65,32 +62,34 @@ class JobPanel:
         stop: str = "Stop",
         has_run: bool = False,
     ) -> None:
-        self.studio, self.kind, self.none, self.has_run = studio, kind, none, has_run
+        self.page, self.studio = page, page.studio
+        self.kind, self.none, self.has_run = kind, none, has_run
         with gr.Row() as self.buttons:
             self.start = gr.Button(text, variant=variant, elem_id=name)
             self.stop = gr.Button(stop, variant="stop", interactive=False, elem_id=f"{kind}-stop")
         self.status = gr.HTML(note(none), elem_id=f"{kind}-status")
         with gr.Accordion("Output of the command", open=False, elem_id=f"{kind}-output"):
             self.log = gr.Textbox(show_label=False, lines=8, max_lines=16, elem_id=f"{kind}-log", interactive=False)
-        self._seen = gr.State(None)
         listen(self.stop.click, self._stop)
 
     def watch(self, outputs: list[Any], results: Results, inputs: Sequence[Any] = ()) -> None:
         """Show the newest job from now on, and the `results` of its view and `inputs` in `outputs`."""
-        every = gr.Timer(SECONDS)
-        own = [self._seen, self.status, self.start, self.stop, self.log]
 
-        def look(seen: Any, *values: Any) -> Any:
+        def signature() -> list[Any] | None:
             view = self._view()
-            if view is None or view.signature == seen:
+            return None if view is None else view.signature
+
+        def show(*values: Any) -> Any:
+            view = self._view()
+            if view is None:
                 return gr.skip()
             try:
                 found = results(view, *values)
             except (OSError, LookupError, TypeError, ValueError):  # of another version, or files are gone
                 found = [gr.skip() for _ in outputs]
-            return [view.signature, *self._shown(view), *found]
+            return [*self._shown(view), *found]
 
-        listen(every.tick, look, [self._seen, *inputs], [*own, *outputs])
+        self.page.watch(signature, show, inputs, [self.status, self.start, self.stop, self.log, *outputs])
 
     def _view(self) -> JobView | None:
         """Return the view of the newest job, None if there is none."""

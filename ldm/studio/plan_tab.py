@@ -35,7 +35,7 @@ def build_plan(page: Page) -> None:
         fields["ram"] = gr.Number(label="Memory of this machine in GB; 0 for any amount", minimum=0, elem_id="plan-ram")
         fields["minutes"] = gr.Number(label="Time budget in minutes; 0 for none", minimum=0, elem_id="plan-minutes")
     command = command_box("Command", "plan-command")
-    panel = JobPanel(studio, _KIND, "No plan yet.", "What fits?", "plan-compute")
+    panel = JobPanel(page, _KIND, "No plan yet.", "What fits?", "plan-compute")
     table = gr.HTML(elem_id="plan-table")
     add_training_fields(fields)
     write = gr.Button("Write the YAML", variant="primary", elem_id="plan-write")

@@ -31,7 +31,7 @@ def build_release(page: Page) -> None:
         strength = gr.Slider(0, 1, 1, step=0.05, label="Strength: share of the training's change",
                              elem_id="release-strength")  # fmt: skip
     command = command_box("Commands", "release-merge-command")
-    panel = JobPanel(studio, _KIND, "No release yet.", "Merge", "release-merge")
+    panel = JobPanel(page, _KIND, "No release yet.", "Merge", "release-merge")
     links = gr.HTML(elem_id="release-links")
     with gr.Accordion("Extract a LoRA", open=False, elem_id="lora-part"):
         build_lora(page)
@@ -69,7 +69,7 @@ def build_lora(page: Page) -> None:
         rank = gr.Number(0, label="Rank; 0 for the tool's", precision=0, minimum=0, elem_id="lora-rank")
         half = gr.Checkbox(label="Half precision (float16)", elem_id="lora-half")
     command = command_box("Command", "lora-command")
-    panel = JobPanel(studio, _LORA, "No LoRA yet.", "Extract", "lora-start", "secondary")
+    panel = JobPanel(page, _LORA, "No LoRA yet.", "Extract", "lora-start", "secondary")
     links = gr.HTML(elem_id="lora-links")
     inputs = [fields["release"], fields["lora_tuned"], fields["lora"], rank, half]
 

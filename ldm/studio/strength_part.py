@@ -25,7 +25,7 @@ def build_strength(page: Page, sampling: list[Any]) -> None:
     studio, fields = page.studio, page.fields
     run = page.run_list("strength-run", "strength-refresh")
     command = command_box("Commands", "strength-command")
-    panel = JobPanel(studio, _KIND, "No strengths yet.", "Sample at five strengths", "strength-start", "secondary")
+    panel = JobPanel(page, _KIND, "No strengths yet.", "Sample at five strengths", "strength-start", "secondary")
     strength = gr.Slider(0, 1, 1, step=0.25, label="Strength: 0 is the release, 1 the training",
                          elem_id="strength-slider")  # fmt: skip
     images = gallery("Images at this strength", "strength-images", height=320)

@@ -24,7 +24,7 @@ def build_train(page: Page) -> None:
     studio, fields = page.studio, page.fields
     commands = command_box("Commands, in this order", "train-commands")
     fields["overwrite"].render()
-    panel = JobPanel(studio, _KIND, "No training yet.", "Start", "train-start", stop="Save and stop", has_run=True)
+    panel = JobPanel(page, _KIND, "No training yet.", "Start", "train-start", stop="Save and stop", has_run=True)
     with panel.buttons:
         save = gr.Button("Save now", interactive=False, elem_id="train-save")
     previews = gallery("Newest previews", "train-previews", height=320)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
 from ldm.studio import tabs
@@ -28,6 +29,13 @@ def test_the_docstring_names_the_controls(tmp_path: Path) -> None:
 def test_no_function_of_the_page_is_a_public_api(tmp_path: Path) -> None:
     page = tabs.build_page(Studio(AllowedFolders([tmp_path]), tmp_path / "work", default_fields(demo=True)))
     assert {function.api_visibility for function in page.fns.values()} == {"private"}
+
+
+def test_an_idle_page_asks_once_for_all_jobs_and_makes_no_component_anew(tmp_path: Path) -> None:
+    page = tabs.build_page(Studio(AllowedFolders([tmp_path]), tmp_path / "work", default_fields(demo=True)))
+    (timer,) = (number for number, block in page.blocks.items() if isinstance(block, gr.Timer))
+    (asked,) = (function for function in page.fns.values() if (timer, "tick") in function.targets)
+    assert len(asked.outputs) > 5 and all(isinstance(output, gr.State) for output in asked.outputs)
 
 
 def test_fields_have_a_first_value(tmp_path: Path) -> None:
