@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
+from ldm.encoding.shard_set import RESUMABLE
 from ldm.evaluation.sets import open_shards
 from ldm.inspection.data_report import format_inspection
 from ldm.inspection.measure import inspect, open_to_inspect
@@ -194,6 +195,7 @@ def test_preencode_stores_masks_and_variants(run_tool: Callable, tmp_path: Path,
     assert (samples[0]["loss_mask"] == 1).all() and samples[2]["loss_mask"][0, 0, 0].tolist() == [0] * 4 + [1] * 4
     assert samples[3]["loss_mask"][0, 0, 0].tolist() == [1] * 4 + [0] * 4
     unfinished = json.loads((tmp_path / "out/index.json").read_text())
+    del unfinished[RESUMABLE]["images"]  # digest of all images, which a set that is streamed has at its end
     (tmp_path / "out/000001.tar").unlink()
     (tmp_path / "out/index.json").write_text(json.dumps({**unfinished, "complete": False, "shards": []}))
     said = run_tool(tool, *options, "--loss-masks", "--variants", 2, "--variant-jitter", 0.1)
