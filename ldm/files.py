@@ -81,8 +81,13 @@ def read_at_most(path: str | Path, most: int) -> bytes:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(most, size) + 1)
-    refuse_if(len(data) > most, f"{path}: has {size} bytes, but the limit for such a file is {most}")
+    check_size(path, max(size, len(data)), most)
     return data
+
+
+def check_size(path: str | Path, size: int, most: int) -> None:
+    """Raise `UserError` if the `size` in bytes of the file at `path` exceeds `most`."""
+    refuse_if(size > most, f"{path}: has {size} bytes, but the limit for such a file is {most}")
 
 
 def is_within(folder: str | Path, path: str | Path) -> bool:

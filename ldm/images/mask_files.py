@@ -41,7 +41,7 @@ def with_masks(items: Sequence[ImageItem]) -> list[ImageItem]:
     used = {item.mask.path for item in found if item.mask}
     alone = [item.name for item in items if item.span is None and is_mask(item.path) and item.path not in used]
     warn_of_alone(len(alone), *alone[:1])
-    if not any(item.mask for item in found) and not any(map(is_transparent, found)):
+    if not has_masks(found):
         raise no_masks()
     return found
 

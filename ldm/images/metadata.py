@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TextIO
 
-from ldm.files import open_file, read_at_most
+from ldm.files import check_size, open_file, read_at_most
 from ldm.images.captions import joined_captions
 from ldm.text_files import decode_text, text_encoding
 from ldm.util import UserError, refuse_if
@@ -157,10 +157,7 @@ def _read(path: Path, pairs: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _opened(path: Path, newline: str) -> Iterator[TextIO]:
     """Open a metadata file. `newline` is that of `open`."""
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        refuse_if(
-            size > _MOST_IN_METADATA, f"{path}: has {size} bytes, but the limit for such a file is {_MOST_IN_METADATA}"
-        )
+        check_size(path, os.fstat(file.fileno()).st_size, _MOST_IN_METADATA)
         encoding = text_encoding(file.read(len(BOM_UTF32_LE)))
         file.seek(0)
         with TextIOWrapper(file, encoding, newline=newline) as text:

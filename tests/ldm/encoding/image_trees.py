@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm.data.sources import find_images
 from ldm.encoding.image_stream import open_images
+from ldm.util import UserError
 from tests.ldm.encoding.toy_encoder import image
 
 
@@ -142,3 +143,12 @@ def compare(caplog: pytest.LogCaptureFixture, sources: list[Path], **options: ob
     assert stream is not None and list(stream) == expected and sorted(caplog.messages) == said
     assert list(stream) == expected, "another iteration reads them again"
     return len(expected)
+
+
+def assert_refused_alike(folder: Path, **options: object) -> None:
+    """Assert that the images of `folder` are refused with one message, as a stream and as a list."""
+    with pytest.raises(UserError) as expected:
+        find_images([str(folder)], **options)
+    with pytest.raises(UserError) as found:
+        open_images([str(folder)], **options)
+    assert str(found.value) == str(expected.value)

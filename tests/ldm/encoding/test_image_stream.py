@@ -25,6 +25,7 @@ from ldm.shards.index import read_index
 from ldm.shards.writer import Shard
 from ldm.util import UserError
 from tests.ldm.encoding.image_trees import (
+    assert_refused_alike,
     compare,
     png,
     write_links,
@@ -78,11 +79,7 @@ def test_tars_of_pairs_and_of_masks_give_the_same_images(tmp_path: Path, caplog)
 )
 def test_sources_that_lack_something_are_refused_before_the_first_shard(tmp_path: Path, members, options) -> None:
     write_tar(tmp_path / "0.tar", members)
-    with pytest.raises(UserError) as expected:
-        find_images([str(tmp_path)], **options)
-    with pytest.raises(UserError) as found:
-        open_images([str(tmp_path)], **options)
-    assert str(found.value) == str(expected.value)
+    assert_refused_alike(tmp_path, **options)
 
 
 def test_a_tar_in_two_sources_is_refused(tmp_path: Path) -> None:
@@ -133,11 +130,7 @@ def test_several_folders_and_tars_give_the_same_images_and_warnings(tmp_path: Pa
 def test_wrong_lists_are_refused_before_the_first_shard(tmp_path: Path, line: str) -> None:
     with (write_list(tmp_path) / "metadata.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(line)
-    with pytest.raises(UserError) as expected:
-        find_images([str(tmp_path)])
-    with pytest.raises(UserError) as found:
-        open_images([str(tmp_path)])
-    assert str(found.value) == str(expected.value)
+    assert_refused_alike(tmp_path)
 
 
 def peak_of_listing(folder: Path, count: int) -> int:
@@ -214,11 +207,7 @@ def test_folders_without_pairs_or_masks_are_refused_before_the_first_shard(tmp_p
     for count in (1, 150):
         for number in range(1, count):
             (tmp_path / f"{number}.png").hardlink_to(tmp_path / "a.png")
-        with pytest.raises(UserError) as expected:
-            find_images([str(tmp_path)], **options)
-        with pytest.raises(UserError) as found:
-            open_images([str(tmp_path)], **options)
-        assert str(found.value) == str(expected.value)
+        assert_refused_alike(tmp_path, **options)
 
 
 def test_folders_that_may_have_an_image_in_common_are_read_as_a_whole(tmp_path: Path) -> None:
