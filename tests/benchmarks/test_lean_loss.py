@@ -15,7 +15,7 @@ EXACT, LEAN, SMALLEST = "fp32, AdamW", "bf16, 8-bit AdamW, stochastic rounding",
 def test_lean_training_reaches_the_loss_of_adamw() -> None:
     task = Task(images=32, channel_mult=(1,))
     task.latents = task.latents[..., :4, :4].contiguous()  # a quarter of each image, which is a quarter of the work
-    exact, lean, smallest = (task.trained_loss(*VARIANTS[name], steps=40, lr=2e-3) for name in (EXACT, LEAN, SMALLEST))
-    assert exact < 0.7  # of 1 at the start
+    exact, lean, smallest = (task.trained_loss(*VARIANTS[name], steps=70, lr=2e-3) for name in (EXACT, LEAN, SMALLEST))
+    assert exact < 0.6  # of 1 at the start
     assert lean == pytest.approx(exact, rel=BAND)
     assert smallest == pytest.approx(exact, rel=BAND)

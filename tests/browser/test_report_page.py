@@ -73,7 +73,7 @@ def look(open_page: Callable[..., Page], path: Path, sizes: Sequence[tuple[int, 
 
 
 def test_the_report_of_a_run_is_drawn(report: Path, open_page) -> None:
-    page = look(open_page, report)
+    page = look(open_page, report, [(1280, True), (390, False), WIDE, NARROW])
     figures = page.locator("figcaption")
     for title in ("Loss of training", "Held-out loss minus", "Loss by band", "Watched sets: drift", "Learning rate",
                   "Norm of the gradient", "Seconds per step", "Drift by timestep", "a-red-apple, step 4"):  # fmt: skip
@@ -123,7 +123,7 @@ def test_reports_of_a_run_under_way_and_of_a_killed_one(trained: Path, tmp_path:
         page = open_page(out.as_uri(), offline=True)
         expect(page.get_by_role("row", name="state under way")).to_be_visible()
     write_report([run], out)
-    page = look(open_page, out, [NARROW])
+    page = look(open_page, out)
     expect(page.get_by_role("row", name="state killed, or under way")).to_be_visible()
     expect(page.get_by_role("listitem")).to_have_text(
         ["events.jsonl: 1 damaged line left out", "csv/version_0/metrics.csv: 1 damaged line left out"]

@@ -20,7 +20,7 @@ from ldm.planning import TIERS
 from ldm.studio.job_store import JobStore
 from ldm.studio.strength_part import STRENGTHS
 from tests.browser.studio_process import WORK, StudioProcess, running_studio
-from tests.browser.watched import Watch, check
+from tests.browser.watched import Watch, check, overflow
 from tests.conftest import ROOT
 from tests.run_folders import write_evaluation
 from tests.waiting import LIMIT
@@ -131,6 +131,11 @@ def test_each_tab_is_accessible_and_fits(open_studio) -> None:
         for tab in visible_tabs(page):
             go_to(page, tab)
             check(page)
+    for width, dark in ((1280, True), (390, False)):
+        page = open_studio(width, dark=dark)
+        for tab in visible_tabs(page):
+            go_to(page, tab)
+            assert overflow(page) == 0
 
 
 def test_broken_images_and_other_folders_are_told(studio: StudioProcess, open_studio) -> None:
