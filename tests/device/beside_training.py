@@ -71,13 +71,14 @@ def begun(kind: type, call: Callable[[], None]) -> Iterator[None]:
 def samplers() -> None:
     from ldm.models.diffusion.ancestral import AncestralSampler
     from ldm.models.diffusion.ddim import DDIMSampler
-    from ldm.models.diffusion.text_to_image import SAMPLERS, Request, sample_latents
+    from ldm.models.diffusion.samplers import SAMPLERS, sampler_class
+    from ldm.models.diffusion.text_to_image import Request, sample_latents
 
     model = build(cond_stage=TEXT_TOWER)
     with pretending() as waits:
         pretended.place(model.eval())
-        for name, kind in SAMPLERS.items():
-            with begun(kind, waits.places.clear):
+        for name in SAMPLERS:
+            with begun(sampler_class(name), waits.places.clear):
                 assert list(sample_latents(model, [Request("a", 1)], (4, 4, 4), name, 3, batch_size=1, verbose=False))
             must_wait_once(waits, SAMPLING)
         context = torch.empty(2, 77, 8, device=pretended.GPU)
