@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.command_line_values import parse_value
 from ldm.config.interpolations import check_interpolations, resolve_references, typed_paths
-from ldm.config.merge import merge_configs
+from ldm.config.merge import update_config
 from ldm.config.trust import check_trust
 from ldm.files import check_file, read_at_most
 from ldm.text_files import decode_text
@@ -32,7 +32,7 @@ _CONFIG_FOLDERS = (Path("configs/latent-diffusion"), _REPOSITORY / "configs/late
 
 
 def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trusted: bool = False) -> DictConfig:
-    """Merge the YAML files `names` from left to right, then the `a.b.c=value` `overrides`; see `merge_configs`.
+    """Merge the YAML files `names` from left to right, then the `a.b.c=value` `overrides`; see `update_config`.
 
     A section without content is ignored. Unless `trusted` is true, the files must satisfy the policy of
     `ldm.config.trust`. Overrides are not checked, because the user typed them. No other function applies the trust
@@ -54,7 +54,7 @@ def load_config(names: Sequence[str | Path], overrides: Sequence[str] = (), trus
         is_typed = number >= len(files)
         _check_sections(part, name, is_typed)
         try:
-            config = merge_configs(config, part if is_typed else _without_empty(part), trusted)
+            update_config(config, part if is_typed else _without_empty(part), trusted)
         except TypeError as error:  # raised by OmegaConf for a list over a mapping
             raise UserError(f"{name}: replaces a mapping by a list, or a list by a mapping ({error})") from error
         except OmegaConfBaseException as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,25 +13,38 @@ from ldm.util import UserError, get_obj_from_str, takes
 
 
 def merge_configs(config: DictConfig, part: DictConfig, trusted: bool = False) -> DictConfig:
-    """Return `config` updated with `part`, by the rules of OmegaConf.
+    """Return a copy of `config`, updated with `part` by `update_config`."""
+    merged = copy.deepcopy(config)
+    update_config(merged, part, trusted)
+    return merged
+
+
+def update_config(config: DictConfig, part: DictConfig, trusted: bool = False) -> None:
+    """Merge `part` into `config`, by the rules of OmegaConf.
 
     If `part` changes a `target`, the `params` that only the old class takes are dropped, such as the settings of
     another optimizer. For this, both classes are imported if `trusted` is true or they need no trust. Otherwise all
     `params` are kept.
     """
-    below = OmegaConf.to_container(config)
-    _drop_old_params(below, OmegaConf.to_container(part), trusted)
-    return OmegaConf.merge(OmegaConf.create(below), part)
+    for path in _dropped(OmegaConf.to_container(config), OmegaConf.to_container(part), trusted):
+        node = config
+        for key in path[:-1]:
+            node = node[key]
+        del node[path[-1]]
+    config.merge_with(part)
 
 
-def _drop_old_params(below: Any, above: Any, trusted: bool) -> None:
-    """Remove from `below` the params that only its replaced classes take; see `merge_configs`."""
+def _dropped(below: Any, above: Any, trusted: bool, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of each of the params in `below` that only its replaced classes take; see `update_config`."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return
-    for key in _old_params(below, above, trusted):
-        del below["params"][key]
+    old = _old_params(below, above, trusted)
+    yield from ((*path, "params", key) for key in old)
     for key in below.keys() & above.keys():
-        _drop_old_params(below[key], above[key], trusted)
+        part = below[key]
+        if key == "params" and old:
+            part = {name: value for name, value in part.items() if name not in old}
+        yield from _dropped(part, above[key], trusted, (*path, key))
 
 
 def _old_params(below: dict, above: dict, trusted: bool) -> list[str]:

@@ -1,27 +1,18 @@
-"""Checks of training and sampling on a fake GPU. `python -m tests.device.checks` runs them all.
-
-Prints a line of JSON for each check: its name, and what went wrong or null. `tests/device/test_device.py` reads them.
-"""
+"""Checks of training and sampling on a fake GPU. `python -m tests.device.checks NAME` runs one."""
 
 from __future__ import annotations
 
-import json
-import traceback
+import sys
 
 from tests.device import beside_training, pretended, training  # noqa: F401 - they name their checks
 from tests.device.steps import CHECKS
 
 
-def main() -> None:
+def run_check(name: str) -> None:
+    """Run a check in this process, which keeps the fake device."""
     pretended.install()
-    for name, function in CHECKS.items():
-        try:
-            function()
-            problem = None
-        except Exception:
-            problem = traceback.format_exc()
-        print(json.dumps({"check": name, "problem": problem}), flush=True)
+    CHECKS[name]()
 
 
 if __name__ == "__main__":
-    main()
+    run_check(sys.argv[1])
