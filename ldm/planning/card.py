@@ -12,7 +12,7 @@ from ldm.config.load import find_config, load_config
 from ldm.config.merge import merge_configs
 from ldm.planning import AS_GIVEN, TIERS
 from ldm.planning.ledger import CATEGORIES, HOST
-from ldm.planning.step import StepMemory, memory_of_step, on_device
+from ldm.planning.step import Simulation, StepMemory, on_device
 from ldm.util import UserError
 
 GIB = 2**30
@@ -71,7 +71,7 @@ def fits(config: DictConfig, card: int, size: int | None = None) -> list[Fit]:
     `size` is the side of an image in pixels.
 
     Raises:
-        UserError: see `memory_of_step`.
+        UserError: see `Simulation.memory`.
     """
     found = []
     for tier in (AS_GIVEN, *tiers()):
@@ -88,10 +88,10 @@ class _Steps(dict[int, StepMemory]):
 
     def __init__(self, config: DictConfig, size: int | None) -> None:
         super().__init__()
-        self.config, self.size = config, size
+        self._simulation = Simulation(config, size)
 
     def __missing__(self, images: int) -> StepMemory:
-        self[images] = memory_of_step(self.config, images, self.size)
+        self[images] = self._simulation.memory(images)
         return self[images]
 
     def needed(self, images: int) -> int:

@@ -35,7 +35,7 @@ def forecast(config: DictConfig, images: int | None = None) -> dict[str, int]:
     """Return `peak_of_step(config, images)`, from the cache if possible.
 
     Raises:
-        UserError: see `peak_of_step`.
+        UserError: see `Simulation.memory`.
     """
     path = _folder() / f"{_digest(config, images)}.json"
     found = _read(path)

@@ -70,6 +70,15 @@ class Timeline:
         return at_peak
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Moment of a ledger: numbers of its entries and storages so far, and numbers of the storages that exist."""
+
+    entries: int
+    storages: int
+    live: frozenset[int]
+
+
 class Ledger(TorchDispatchMode):
     """Context that records the size of every storage when an operation allocates it and when it is freed.
 
@@ -124,9 +133,24 @@ class Ledger(TorchDispatchMode):
             if storage in made and self._categories[storage] == TEMPORARIES:
                 self._categories[storage] = category
 
+    def mark(self) -> Mark:
+        """Return the present moment."""
+        return Mark(len(self._entries), len(self._categories), frozenset(number for number, _ in self._live.values()))
+
     def timeline(self, since: int = 0) -> Timeline:
         """Return all entries so far. Those after `since` count for a peak."""
         return Timeline(list(self._entries), list(self._categories), since)
+
+    def timeline_of(self, end: Mark, start: Mark) -> Timeline:
+        """Return the entries before `end` and, which count for a peak, those after the later `start`.
+
+        The storages that exist must be the same at both. Those after `start` are numbered on from those before `end`.
+        """
+        skipped = start.storages - end.storages
+        since = self._entries[start.entries :]
+        later = [(number - skipped * (number >= start.storages), size) for number, size in since]
+        categories = self._categories[: end.storages] + self._categories[start.storages :]
+        return Timeline(self._entries[: end.entries] + later, categories, end.entries)
 
     def _record(self, tensor: Tensor) -> list[int]:
         """Return the storages of `tensor`, and record new ones."""

@@ -57,35 +57,50 @@ class StepMemory:
 
 
 def peak_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> dict[str, int]:
-    """Return the peak of `memory_of_step`."""
-    return memory_of_step(config, images, size).peak()
+    """Return the peak of one `Simulation.memory`."""
+    return Simulation(config, size).memory(images).peak()
 
 
-def memory_of_step(config: DictConfig, images: int | None = None, size: int | None = None) -> StepMemory:
-    """Return the memory of a training step of `config` on one device.
+class Simulation:
+    """Training steps of a config on one device, counted with fake tensors. All batch sizes share the model if they can.
 
-    Host memory has weights, gradients, optimizer state and first stage that stay there, and pinned memory. The step is
+    Host memory has weights, gradients, optimizer state and first stage that stay there, and pinned memory. A step is
     the second one, because the first allocates the optimizer's state. Only tensors are counted. The CUDA context,
     library workspaces, temporaries inside a kernel and fragmentation are not; nor, on the host, are Python, the
     libraries and the data loader.
 
     Args:
-        images: batch size; `data.params.batch_size` by default.
         size: side of an image in pixels; the model's own by default.
-
-    Raises:
-        UserError: the config describes no diffusion model, or one of its values or the size is not valid.
     """
-    trainer = plain((config.get("lightning") or {}).get("trainer") or {})
-    weights, autocast = _precision(trainer.get("precision"))
-    _fill_caches(config)
-    with FakeTensorMode(), _on_the_cpu():
-        model = _build(config, weights)
-        batch = make_batch(model, config, images, size)
-        with Ledger() as ledger:
-            _name_weights(ledger, model, first_stage_on_host=not has_image_data(model, config))
-            began = _second_step(ledger, model, batch, autocast, trainer.get("accumulate_grad_batches") or 1)
-            return StepMemory(ledger.timeline(began), getattr(model.model.diffusion_model, "pinned_bytes", 0))
+
+    def __init__(self, config: DictConfig, size: int | None = None) -> None:
+        self._config, self._size = config, size
+        trainer = plain((config.get("lightning") or {}).get("trainer") or {})
+        self._weights, self._autocast = _precision(trainer.get("precision"))
+        self._accumulate = trainer.get("accumulate_grad_batches") or 1
+        self._mode = FakeTensorMode()
+        self._training: _Training | None = None
+
+    def memory(self, images: int | None = None) -> StepMemory:
+        """Return the memory of a step with `images` images, by default `data.params.batch_size`.
+
+        Raises:
+            UserError: the config describes no diffusion model, or one of its values or the size is not valid.
+        """
+        if self._training is None:
+            _fill_caches(self._config)
+        with self._mode, _on_the_cpu():
+            training = self._training or self._begun()
+            batch = make_batch(training.model, self._config, images, self._size)
+            timeline = training.step(batch, self._autocast, self._accumulate)
+            del batch
+            # A step that leaves something behind, such as buffers of streamed weights, is not one that others follow.
+            self._training = training if training.is_as_begun() else None
+            return StepMemory(timeline, getattr(training.model.model.diffusion_model, "pinned_bytes", 0))
+
+    def _begun(self) -> _Training:
+        model = _build(self._config, self._weights)
+        return _Training(model, first_stage_on_host=not has_image_data(model, self._config))
 
 
 def on_device(peak: Mapping[str, int]) -> int:
@@ -180,41 +195,57 @@ def _name_weights(ledger: Ledger, model: DDPM, first_stage_on_host: bool) -> Non
         ledger.name([*part.parameters(), *part.buffers()], HOST)
 
 
-def _second_step(
-    ledger: Ledger, model: DDPM, batch: dict[str, Any], autocast: torch.dtype | None, accumulate: int
-) -> int:
-    """Run a step in Lightning's order of calls, with the optimizer's state of an earlier one.
+class _Training:
+    """Model and optimizer with the state of a first step, and the ledger that counts them."""
 
-    Returns the mark of the ledger at its start.
-    """
-    host = _on_host(model)
-    trained = [parameter for parameter in model.trained_parameters() if parameter.requires_grad]
-    optimizer = _optimizer(model)
-    step_category = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
-    if isinstance(optimizer, InBackward):  # which steps in the middle of a batch
-        optimizer.inner.step = _named(ledger, optimizer.inner.step, step_category)
-    _make_state(ledger, optimizer, trained, host)
-    for parameter in trained:
-        gradients = HOST if id(parameter) in host else "gradients"
-        parameter.register_post_accumulate_grad_hook(lambda p, of=gradients: ledger.name([p.grad], of))
+    def __init__(self, model: DDPM, first_stage_on_host: bool) -> None:
+        self.model, self._ledger = model, Ledger()
+        with self._ledger:
+            _name_weights(self._ledger, model, first_stage_on_host)
+            self._prepare()
+        self._begun = self._ledger.mark()
 
-    def micro_batch(first: bool) -> Tensor:
-        began = ledger.now
-        with ledger.naming(TEMPORARIES):
-            with torch.autocast("cpu", autocast, cache_enabled=False) if autocast else nullcontext():
-                loss, _ = model.shared_step(batch)
-            if first:
-                optimizer.zero_grad()
-            ledger.name_survivors(began, "activations")
-            loss.backward()
-        return loss
+    def _prepare(self) -> None:
+        ledger, host = self._ledger, _on_host(self.model)
+        trained = [parameter for parameter in self.model.trained_parameters() if parameter.requires_grad]
+        self._optimizer = optimizer = _optimizer(self.model)
+        self._step_category = HOST if all(id(parameter) in host for parameter in trained) else TEMPORARIES
+        if isinstance(optimizer, InBackward):  # which steps in the middle of a batch
+            optimizer.inner.step = _named(ledger, optimizer.inner.step, self._step_category)
+        _make_state(ledger, optimizer, trained, host)
+        for parameter in trained:
+            gradients = HOST if id(parameter) in host else "gradients"
+            parameter.register_post_accumulate_grad_hook(lambda p, of=gradients: ledger.name([p.grad], of))
 
-    began = ledger.now
-    if accumulate > 1:  # one extra batch is enough: gradients exist when the last one begins
-        micro_batch(first=True)
-    with ledger.naming(step_category):
-        model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
-    return began
+    def step(self, batch: dict[str, Any], autocast: torch.dtype | None, accumulate: int) -> Timeline:
+        """Run a step in Lightning's order of calls, and return the timeline that ends with it."""
+        ledger, optimizer = self._ledger, self._optimizer
+
+        def micro_batch(first: bool) -> Tensor:
+            began = ledger.now
+            with ledger.naming(TEMPORARIES):
+                with torch.autocast("cpu", autocast, cache_enabled=False) if autocast else nullcontext():
+                    loss, _ = self.model.shared_step(batch)
+                if first:
+                    optimizer.zero_grad()
+                ledger.name_survivors(began, "activations")
+                loss.backward()
+            return loss
+
+        began = ledger.mark()
+        with ledger:
+            if accumulate > 1:  # one extra batch is enough: gradients exist when the last one begins
+                micro_batch(first=True)
+            with ledger.naming(self._step_category):
+                self.model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
+        timeline = ledger.timeline_of(self._begun, began)
+        optimizer.zero_grad()
+        self.model.sample_losses = None  # of this batch
+        return timeline
+
+    def is_as_begun(self) -> bool:
+        """Return True if the storages that exist are those from before the first `step`."""
+        return self._ledger.mark().live == self._begun.live
 
 
 def _make_state(ledger: Ledger, optimizer: Optimizer, trained: Iterable[nn.Parameter], host: Container[int]) -> None:

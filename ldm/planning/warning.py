@@ -61,7 +61,7 @@ def compare(config: DictConfig, free: int, ram: int | None = None) -> tuple[int,
     The warning names the first batch size or tier that fits. Return the bytes needed on the device and on the host.
 
     Raises:
-        UserError: see `peak_of_step`.
+        UserError: see `Simulation.memory`.
     """
     needs, on_host = _needs(config)
     log.info("A training step is predicted to need %.1f GiB of the GPU; %.1f GiB are free", needs / GIB, free / GIB)

@@ -7,6 +7,7 @@ import logging
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,7 @@ from ldm.release.families import FAMILIES
 from ldm.util import UserError
 from tests.conftest import ROOT
 from tests.sparse_files import write_sparse
-from tests.step_of_peak import StepOfPeak
+from tests.step_of_peak import SimulationOfPeaks, StepOfPeak
 
 CATEGORIES = ["weights", "gradients", "optimizer", "activations", "temporaries"]
 
@@ -35,7 +36,8 @@ def plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
         return dict.fromkeys(CATEGORIES, 0) | {"weights": weights, "activations": images * GIB, "host": host}
 
     monkeypatch.setattr("ldm.planning.step.peak_of_step", peak_of_step)
-    monkeypatch.setattr("ldm.planning.card.memory_of_step", lambda *step: StepOfPeak(peak_of_step(*step)))
+    step = partial(SimulationOfPeaks, lambda *of: StepOfPeak(peak_of_step(*of)))
+    monkeypatch.setattr("ldm.planning.card.Simulation", step)
     caplog.set_level(logging.INFO)
 
     def call(line: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from ldm.config.load import load_config
 from ldm.planning import card
 from ldm.planning.card import GIB, Fit, fits, largest_batch, needed_bytes, needed_host_bytes
-from tests.step_of_peak import StepOfPeak
+from tests.step_of_peak import SimulationOfPeaks, StepOfPeak
 
 # Bytes as functions of the batch size, of the shape of a real step: the maximum of functions that are linear in it.
 STEPS: list[Callable[[int], int]] = [
@@ -44,11 +45,11 @@ def test_fits_predicts_each_tier_with_its_config(monkeypatch: pytest.MonkeyPatch
         host = (3 if lean else 15) * GIB if streamed else 0
         return {"weights": fixed, "activations": images * GIB // 4 * (size // 512) ** 2, "host": host}
 
-    def memory_of_step(*step):
-        simulated.append(step[1])
-        return StepOfPeak(peak_of_step(*step), extends)
+    def step(*given):
+        simulated.append(given[1])
+        return StepOfPeak(peak_of_step(*given), extends)
 
-    monkeypatch.setattr(card, "memory_of_step", memory_of_step)
+    monkeypatch.setattr(card, "Simulation", partial(SimulationOfPeaks, step))
     found = {fit.tier: fit for fit in fits(load_config(["finetune_stable_diffusion.yaml"]), 8 * GIB, 512)}
     assert found["as given"] == Fit(
         "as given", 0, 13 * GIB + GIB // 4, parts={"weights": 13 * GIB, "activations": GIB // 4}

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from ldm.config.load import build_model, load_config
 from ldm.planning.ledger import HOST
-from ldm.planning.step import on_device, peak_of_step
+from ldm.planning.step import Simulation, _Training, on_device, peak_of_step
 from ldm.util import UserError
 from tests.training_runs import CONFIG
 
@@ -186,3 +186,29 @@ def test_invalid_values_are_refused(override: str, size: int | None, message: st
 def test_an_autoencoder_is_refused() -> None:
     with pytest.raises(UserError, match="predicted for diffusion models only"):
         peak_of_step(load_config(["emoji_autoencoder.yaml"]))
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_further_batch_sizes_are_as_if_simulated_alone(monkeypatch: pytest.MonkeyPatch, leaves: bool) -> None:
+    """The model is built once, and anew after a step that `leaves` tensors behind."""
+    built, init, step = [], _Training.__init__, _Training.step
+
+    def counted(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        built.append(self)
+
+    def leaving(self, *args):
+        timeline = step(self, *args)
+        with self._ledger:
+            self.left = torch.zeros(3)
+        return timeline
+
+    monkeypatch.setattr(_Training, "__init__", counted)
+    if leaves:
+        monkeypatch.setattr(_Training, "step", leaving)
+    config = OmegaConf.create(CONFIG)
+    shared = Simulation(config)
+    together = [shared.memory(images) for images in (2, 3, 2)]
+    assert len(built) == (3 if leaves else 1)
+    assert together == [Simulation(config).memory(images) for images in (2, 3, 2)]
+    assert together[0] == together[2] != together[1] and together[0].extended(together[1], 0) == together[0]
