@@ -53,7 +53,7 @@ def check_identity(descriptor: int, path: Path, expected: Identity) -> None:
         )
 
 
-def with_retries(read: Callable[[], T], path: Path) -> T:
+def read_with_retries(read: Callable[[], T], path: Path) -> T:
     """Call `read`, with a few retries after transient errors of network folders.
 
     Raises:
@@ -68,7 +68,7 @@ def with_retries(read: Callable[[], T], path: Path) -> T:
 
 
 def retried(read: Callable[[], T], path: Path) -> T:
-    """Call `read` as `with_retries` does; raises its last `OSError` as it is."""
+    """Call `read` as `read_with_retries` does; raises its last `OSError` as it is."""
     for pause in _PAUSES:
         try:
             return read()

@@ -103,7 +103,7 @@ def test_validation_evaluation_and_prior_have_the_plain_image(tmp_path: Path) ->
 
 def test_wrong_variants_and_masks_are_refused(tmp_path: Path) -> None:
     write_masked_set(tmp_path, crops=2)
-    with pytest.raises(UserError, match=r"s.tar: 000: has 3 variants, but crops of 2 in its json; encode"):
+    with pytest.raises(UserError, match=r"s.tar: 000: has 3 variants, but its json lists the crops of 2; encode"):
         _ = ShardDataset([tmp_path / "s.tar"], extra=["crop_top_left"])[0]
     for latent, mask, said in (
         ((2, 8, 4, 4), (1, 4, 4), "variants must be equal"),

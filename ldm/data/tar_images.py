@@ -15,7 +15,7 @@ from ldm.data.listed import naming, read_image
 from ldm.data.parsed import read_yaml
 from ldm.data.simple import as_model_input
 from ldm.files import open_file, read_span
-from ldm.identity import Identity, check_identity, identity_of_path, with_retries
+from ldm.identity import Identity, check_identity, identity_of_path, read_with_retries
 from ldm.images.augmentations import build_transform
 from ldm.images.captions import decode_caption
 from ldm.images.decode import EXTENSIONS
@@ -133,7 +133,7 @@ class TarImages(Dataset):
     @contextmanager
     def _open(self, path: Path) -> Iterator[BinaryIO]:
         """Open a tar, which must be the one that was indexed."""
-        with with_retries(lambda: open_file(path), path) as file:
+        with read_with_retries(lambda: open_file(path), path) as file:
             check_identity(file.fileno(), path, self._identities[path])
             yield file
 

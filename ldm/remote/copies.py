@@ -21,7 +21,7 @@ from ldm.files import atomic_write, open_file
 from ldm.identity import Identity, Replaced
 from ldm.remote.file_server import Server, State, is_versioned
 from ldm.remote.path import RemotePath
-from ldm.remote.retries import with_retries
+from ldm.remote.retries import ask_with_retries
 from ldm.util import UserError
 
 FOLDER, LIMIT = "LATENT_FINETUNE_CACHE", "LATENT_FINETUNE_CACHE_GB"  # environment variables
@@ -41,7 +41,7 @@ def state_of(path: RemotePath, again: bool = False) -> State:
     """
     if again or path not in _states:
         server = _server_of(path)
-        _states[path] = with_retries(server.state, path)
+        _states[path] = ask_with_retries(server.state, path)
     return _states[path]
 
 
@@ -59,7 +59,7 @@ def read_part(path: RemotePath, identity: Identity, offset: int, size: int) -> b
     """
     if state_of(path).has_parts:
         server = _server_of(path)
-        found = with_retries(lambda: server.read(offset, size), path)
+        found = ask_with_retries(lambda: server.read(offset, size), path)
         if found is not None:
             _check_identity(path, found[0], identity)
             return bytearray(found[1])
@@ -189,7 +189,7 @@ def _download(path: RemotePath, identity: Identity, copy: Path) -> None:
     server = _server_of(path)
     try:
         with atomic_write(copy) as temporary, temporary.open("w+b") as file:
-            found = with_retries(lambda: server.save(file), path)
+            found = ask_with_retries(lambda: server.save(file), path)
             _check_identity(path, found, identity)
             if path.sha256 is not None and _sha256(file) != path.sha256:
                 raise UserError(f"{path}: was changed: its SHA-256 is not that of its index; copy the set there again")

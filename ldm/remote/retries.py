@@ -36,7 +36,7 @@ class NotServed(UserError):
     """The server has no such file, or does not give it to this user."""
 
 
-def with_retries(ask: Callable[[], T], path: RemotePath) -> T:
+def ask_with_retries(ask: Callable[[], T], path: RemotePath) -> T:
     """Call `ask`, again after each `Momentary` fault, with growing pauses.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.identity import with_retries
+from ldm.identity import read_with_retries
 from ldm.remote.path import RemotePath, ShardPath, as_path
 from ldm.shards import npy
 from ldm.shards.kept_tables import open_tables, tables_of
@@ -171,7 +171,7 @@ class ShardDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, row = _locate(self._ends, index)
         table, places = self._tables[number], self._places[number]
-        return with_retries(lambda: self._read(table, row, places), table.path)
+        return read_with_retries(lambda: self._read(table, row, places), table.path)
 
     def _read(self, table: ShardTable, row: int, places: Sequence[tuple[str, int | None]]) -> dict[str, Any]:
         sample: dict[str, Any] = {"__key__": table.key(row)}

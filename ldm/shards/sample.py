@@ -170,7 +170,9 @@ def with_variant(sample: dict[str, Any], latent: str, choose: Callable[[int], in
     for key in crops:
         if sample[key].shape != (count, 2):
             found = len(sample[key]) if sample[key].ndim == 2 else 1
-            raise UserError(f"{name}: has {count} variants, but crops of {found} in its json; encode the images again")
+            raise UserError(
+                f"{name}: has {count} variants, but its json lists the crops of {found}; encode the images again"
+            )
     chosen = choose(count)
     keys = [latent, *(key for key in sample if plain(key) in OF_LATENT_SIZE), *crops]
     return {**sample, **{key: sample[key][chosen] for key in keys}}

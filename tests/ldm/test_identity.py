@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.identity import check_identity, identity_of, with_retries
+from ldm.identity import check_identity, identity_of, read_with_retries
 from ldm.util import UserError
 
 
@@ -26,11 +26,11 @@ def failing(times: int, number: int, calls: list[int]):
 def test_with_retries_outlasts_a_momentary_error(monkeypatch, number: int) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("ldm.identity.time.sleep", pauses.append)
-    assert with_retries(failing(3, number, []), Path("a.tar")) == "data"
+    assert read_with_retries(failing(3, number, []), Path("a.tar")) == "data"
     assert len(pauses) == 3
     calls: list[int] = []
     with pytest.raises(UserError, match=r"a.tar: cannot be read: "):
-        with_retries(failing(100, number, calls), Path("a.tar"))
+        read_with_retries(failing(100, number, calls), Path("a.tar"))
     assert len(calls) == 5
 
 
@@ -40,7 +40,7 @@ def test_with_retries_outlasts_a_momentary_error(monkeypatch, number: int) -> No
 def test_with_retries_does_not_repeat_what_stays(monkeypatch, number: int, said: str) -> None:
     calls: list[int] = []
     with pytest.raises(UserError, match=f"a.tar: .*{said}"):
-        with_retries(failing(100, number, calls), Path("a.tar"))
+        read_with_retries(failing(100, number, calls), Path("a.tar"))
     assert len(calls) == 1
 
 
