@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations=15
 
-# Under 90 s on two idle cores.
+# About two minutes on two idle cores.
 check: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --durations=15
 
