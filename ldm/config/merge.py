@@ -35,16 +35,14 @@ def update_config(config: DictConfig, part: DictConfig, trusted: bool = False) -
 
 
 def _dropped(below: Any, above: Any, trusted: bool, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of each of the params in `below` that only its replaced classes take; see `update_config`."""
+    """Remove from `below` the params that only replaced classes take, and yield their paths; see `update_config`."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return
-    old = _old_params(below, above, trusted)
-    yield from ((*path, "params", key) for key in old)
+    for key in _old_params(below, above, trusted):
+        del below["params"][key]
+        yield *path, "params", key
     for key in below.keys() & above.keys():
-        part = below[key]
-        if key == "params" and old:
-            part = {name: value for name, value in part.items() if name not in old}
-        yield from _dropped(part, above[key], trusted, (*path, key))
+        yield from _dropped(below[key], above[key], trusted, (*path, key))
 
 
 def _old_params(below: dict, above: dict, trusted: bool) -> list[str]:

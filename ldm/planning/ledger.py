@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,13 +70,12 @@ class Timeline:
         return at_peak
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Moment of a ledger: numbers of its entries and storages so far, and numbers of the storages that exist."""
+class Mark(NamedTuple):
+    """Moment of a ledger: how many entries and storages it has so far, and the numbers of the storages that exist."""
 
     entries: int
     storages: int
-    live: frozenset[int]
+    existing: set[int]
 
 
 class Ledger(TorchDispatchMode):
@@ -134,23 +133,22 @@ class Ledger(TorchDispatchMode):
                 self._categories[storage] = category
 
     def mark(self) -> Mark:
-        """Return the present moment."""
-        return Mark(len(self._entries), len(self._categories), frozenset(number for number, _ in self._live.values()))
+        """Return the present moment, for `rewind`."""
+        return Mark(len(self._entries), len(self._categories), self._existing())
+
+    def rewind(self, mark: Mark) -> bool:
+        """Forget all that came after `mark`. Return False, and forget nothing, if other storages exist than then."""
+        if self._existing() != mark.existing:
+            return False
+        del self._entries[mark.entries :], self._categories[mark.storages :]
+        return True
+
+    def _existing(self) -> set[int]:
+        return {number for number, _ in self._live.values()}
 
     def timeline(self, since: int = 0) -> Timeline:
         """Return all entries so far. Those after `since` count for a peak."""
         return Timeline(list(self._entries), list(self._categories), since)
-
-    def timeline_of(self, end: Mark, start: Mark) -> Timeline:
-        """Return the entries before `end` and, which count for a peak, those after the later `start`.
-
-        The storages that exist must be the same at both. Those after `start` are numbered on from those before `end`.
-        """
-        skipped = start.storages - end.storages
-        since = self._entries[start.entries :]
-        later = [(number - skipped * (number >= start.storages), size) for number, size in since]
-        categories = self._categories[: end.storages] + self._categories[start.storages :]
-        return Timeline(self._entries[: end.entries] + later, categories, end.entries)
 
     def _record(self, tensor: Tensor) -> list[int]:
         """Return the storages of `tensor`, and record new ones."""

@@ -95,7 +95,7 @@ class Simulation:
             timeline = training.step(batch, self._autocast, self._accumulate)
             del batch
             # A step that leaves something behind, such as buffers of streamed weights, is not one that others follow.
-            self._training = training if training.is_as_begun() else None
+            self._training = training if training.rewind() else None
             return StepMemory(timeline, getattr(training.model.model.diffusion_model, "pinned_bytes", 0))
 
     def _begun(self) -> _Training:
@@ -232,20 +232,19 @@ class _Training:
                 loss.backward()
             return loss
 
-        began = ledger.mark()
+        began = ledger.now
         with ledger:
             if accumulate > 1:  # one extra batch is enough: gradients exist when the last one begins
                 micro_batch(first=True)
             with ledger.naming(self._step_category):
                 self.model.optimizer_step(0, 0, optimizer, lambda: micro_batch(first=accumulate == 1))
-        timeline = ledger.timeline_of(self._begun, began)
-        optimizer.zero_grad()
-        self.model.sample_losses = None  # of this batch
-        return timeline
+        return ledger.timeline(began)
 
-    def is_as_begun(self) -> bool:
-        """Return True if the storages that exist are those from before the first `step`."""
-        return self._ledger.mark().live == self._begun.live
+    def rewind(self) -> bool:
+        """Forget the last `step`. Return False if it leaves a storage behind, and no further step is as the first."""
+        self._optimizer.zero_grad()
+        self.model.sample_losses = None  # of the step's batch
+        return self._ledger.rewind(self._begun)
 
 
 def _make_state(ledger: Ledger, optimizer: Optimizer, trained: Iterable[nn.Parameter], host: Container[int]) -> None:
