@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for a start from any folder
@@ -33,6 +34,9 @@ RELEASE_CONFIG, AUTOENCODER_CONFIG, BASE_CONFIG = "demo_tiny_release.yaml", "emo
 IMAGES = Path("data/emoji")
 # Name, steps and learning rate of two rounds. The second starts from the weights of the first.
 AUTOENCODER_ROUNDS = [("coarse", 2400, 6e-4), ("fine", 1000, 1.5e-4)]
+# The same for the decoder alone, with the UNet's latents as they are.
+DECODER_ROUNDS = [("coarse", 2000, 4e-4), ("fine", 700, 8e-5)]
+_DECODER = ["model.params.freeze_encoder=true", "model.params.lossconfig.params.kl_weight=0"]
 CAPTIONS = 3  # per image: its name and two paraphrases
 _EPS = "model.params.parameterization=eps"
 _LINEAR = "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaLinearScheduler"
@@ -49,14 +53,15 @@ UNET_ROUNDS = [
 CURVE_STEPS = 250
 
 
-def train_autoencoder(folder: Path) -> Path:
-    """Train the autoencoder and return its last training checkpoint."""
-    start: Path | None = None
-    for name, steps, rate in AUTOENCODER_ROUNDS:
-        overrides = [f"model.base_learning_rate={rate}"]
+def train_autoencoder(
+    folder: Path, rounds: list[tuple[str, int, float]], overrides: Sequence[str] = (), start: Path | None = None
+) -> Path:
+    """Train the autoencoder, from the weights in `start` if given, and return its last training checkpoint."""
+    for name, steps, rate in rounds:
+        settings = [f"model.base_learning_rate={rate}", *overrides]
         if start is not None:
-            overrides.append(f"model.params.ckpt_path={start}")
-        start = train(folder / name, AUTOENCODER_CONFIG, steps, overrides)
+            settings.append(f"model.params.ckpt_path={start}")
+        start = train(folder / name, AUTOENCODER_CONFIG, steps, settings)
     return start
 
 
@@ -144,8 +149,10 @@ def loss_curves(folder: Path, out: Path) -> None:
     with atomic_write(out) as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "steps", "loss"])
-        for name, column in [(f"autoencoder/{name}", "train/rec_loss") for name, *_ in AUTOENCODER_ROUNDS] + [
-            ("unet", "train/loss_simple")
+        for name, column in [
+            *((f"autoencoder/{name}", "train/rec_loss") for name, *_ in AUTOENCODER_ROUNDS),
+            ("unet", "train/loss_simple"),
+            *((f"decoder/{name}", "train/rec_loss") for name, *_ in DECODER_ROUNDS),
         ]:
             binned: dict[int, list[float]] = {}
             for metrics in sorted((folder / name).glob("*/csv/*/metrics.csv")):
@@ -166,7 +173,7 @@ def main() -> None:
     os.chdir(ROOT)
 
     fresh, start = folder / "fresh.safetensors", folder / "start.ckpt"
-    autoencoder = train_autoencoder(folder / "autoencoder")
+    autoencoder = train_autoencoder(folder / "autoencoder", AUTOENCODER_ROUNDS)
     if not fresh.exists():
         assemble(autoencoder, fresh)
     shards = encode(folder, fresh)
@@ -176,7 +183,9 @@ def main() -> None:
     for steps, captions, overrides in UNET_ROUNDS:
         urls = f"data.params.training_urls={shards[:captions]}"
         trained = train(folder / "unet", BASE_CONFIG, steps, [urls, *overrides], start)
-    call("tools/merge_release.py", "--train-ckpt", trained, "--release", fresh, "--out", out, "--half")
+    decoder = train_autoencoder(folder / "decoder", DECODER_ROUNDS, _DECODER, autoencoder)
+    files = ["--train-ckpt", trained, "--release", fresh, "--vae", decoder]
+    call("tools/merge_release.py", *files, "--out", out, "--half")
     loss_curves(folder, out.with_name("loss_curves.csv"))
 
 

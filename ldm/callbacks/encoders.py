@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm.checkpoint import weights_digest
+from ldm.checkpoint import used_autoencoder, weights_digest
 from ldm.modules.encoders.caption_settings import CaptionSettings, caption_settings, reads_captions
-from ldm.shards.index import AUTOENCODER, ENCODERS, USED_TOWER
+from ldm.shards.index import AUTOENCODER, ENCODERS, USED_PARTS
 from ldm.shards.open import check_encoders, common_caption_settings
 from ldm.shards.reader import ShardDataset
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
+
+# Names of digests in an index and in the state of the callback.
+_AUTOENCODER = (AUTOENCODER, USED_PARTS[AUTOENCODER])
+_TOWERS = tuple(name for name in (*ENCODERS, *USED_PARTS.values()) if name not in _AUTOENCODER)
 
 
 class SameEncoders(Callback):
@@ -23,9 +28,9 @@ class SameEncoders(Callback):
     It checks the sets for training and for evaluation during training. The index of a set has digests of the
     autoencoder and the text towers that made it. The digests of the run are this callback's state in a checkpoint;
     `tools/hack_weights.py` writes them. They cannot be computed from the checkpoint, because the training model has no
-    text tower, and may hold the autoencoder in bfloat16. If the state has no digest of the autoencoder, it is computed
-    from the loaded weights. Text towers are compared only if training uses stored caption embeddings. Old shards or
-    checkpoints without digests are not compared.
+    text tower, and may hold the autoencoder in bfloat16. If the state has no digests of the autoencoder, they are
+    computed from the loaded weights. Text towers are compared only if training uses stored caption embeddings. Old
+    shards or checkpoints without digests are not compared.
 
     All sets whose caption embeddings are used must have been encoded with the same `CaptionSettings`. The state has
     these settings too, or those of the model's own text encoder; `tools/merge_release.py` records them in the release.
@@ -38,28 +43,28 @@ class SameEncoders(Callback):
 
     def __init__(self, is_loaded: bool) -> None:
         self.is_loaded = is_loaded
-        self.towers: dict[str, str] = {}  # digests by the names of an index
-        self.autoencoder: str | None = None
+        self.towers: dict[str, str] = {}  # digests by their names
+        self.autoencoder: dict[str, str] = {}
         self.captions: CaptionSettings | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {name: digest for name, digest in self._digests().items() if digest is not None}
+        state: dict[str, Any] = self._digests()
         state |= self.captions._asdict() if self.captions else {}
         return state if self.is_loaded else {**state, "is_loaded": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        names = [*(name for name in ENCODERS if name != AUTOENCODER), USED_TOWER]
-        self.towers = {name: state_dict[name] for name in names if state_dict.get(name) is not None}
+        self.towers = _known(state_dict, _TOWERS)
         if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, not hacked
             self.is_loaded = False
-        self.autoencoder = state_dict.get(AUTOENCODER) or self.autoencoder
+        self.autoencoder = _known(state_dict, _AUTOENCODER) or self.autoencoder
         if all(type(state_dict.get(name)) is int for name in CaptionSettings._fields):
             self.captions = CaptionSettings.from_entries(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compute the digest of the loaded autoencoder, before the precision plugin rounds its weights."""
+        """Compute the digests of the loaded autoencoder, before the precision plugin rounds its weights."""
         first_stage = getattr(pl_module, "first_stage_model", None)
-        self.autoencoder = None if first_stage is None else weights_digest(first_stage.state_dict())
+        weights = {} if first_stage is None else first_stage.state_dict()
+        self.autoencoder = _known({AUTOENCODER: weights_digest(weights), **used_autoencoder(weights)}, _AUTOENCODER)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the digests, after the states of the callbacks are loaded.
@@ -78,8 +83,8 @@ class SameEncoders(Callback):
             log.warning("the checkpoint was trained on captions with %s; they now have %s", self.captions, captions)
         self.captions = captions or self.captions
 
-    def _digests(self) -> dict[str, str | None]:
-        return {**self.towers, AUTOENCODER: self.autoencoder}
+    def _digests(self) -> dict[str, str]:
+        return {**self.towers, **self.autoencoder}
 
     def _check(self, dataset: ShardDataset) -> None:
         own = self._digests()
@@ -95,3 +100,7 @@ class SameEncoders(Callback):
             )
         except UserError as error:
             log.warning("%s", error)
+
+
+def _known(digests: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    return {name: digests[name] for name in names if digests.get(name) is not None}

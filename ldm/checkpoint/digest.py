@@ -12,7 +12,8 @@ from ldm.checkpoint.diffusers_names import OPEN_CLIP, RESBLOCKS_OF_SD2, resblock
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, FIRST_STAGE, TOWERS, has_part, is_optional
 from ldm.checkpoint.mapped import in_memory
 
-USED_TOWER = "text_tower_used"
+USED_TOWER, USED_AUTOENCODER = "text_tower_used", "autoencoder_used"
+_ENCODER = ("encoder.", "quant_conv.")  # of an autoencoder
 _DIGESTED = (
     *(torch.float16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -22,18 +23,28 @@ _DIGESTED = (
 def encoder_digests(weights: Mapping[str, Tensor]) -> dict[str, str | None]:
     """Return the digests of a model's autoencoder and text towers, under their keys in an index.
 
-    For SD 2, `USED_TOWER` is the digest of the text tower without its last block, which is not used, and which folders
-    of diffusers lack.
+    `USED_AUTOENCODER` is the digest of the autoencoder's encoder, which alone makes samples. For SD 2, `USED_TOWER` is
+    the digest of the text tower without its last block, which is not used, and which folders of diffusers lack.
     """
     prefixes = {"autoencoder": FIRST_STAGE, "text_tower": COND_STAGE}
     if has_part(weights, CONDITIONER):
         prefixes |= dict(zip(("text_tower", "text_tower_2"), TOWERS, strict=True))
     digests = {name: weights_digest(weights, prefix) for name, prefix in prefixes.items()}
+    digests |= used_autoencoder(weights, FIRST_STAGE)
     blocks = resblocks([key.removeprefix(COND_STAGE + OPEN_CLIP) for key in weights if key.startswith(COND_STAGE)])
     if blocks:
         last = f"{RESBLOCKS_OF_SD2}{blocks - 1}."
         digests[USED_TOWER] = weights_digest({k: v for k, v in weights.items() if not k.startswith(last)}, COND_STAGE)
     return digests
+
+
+def used_autoencoder(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, str]:
+    """Return `USED_AUTOENCODER` and its digest, or an empty dict if no key below `prefix` is of an encoder."""
+    encoder = {
+        key: value for key, value in weights.items() if key.startswith(tuple(prefix + name for name in _ENCODER))
+    }
+    digest = weights_digest(encoder, prefix)
+    return {} if digest is None else {USED_AUTOENCODER: digest}
 
 
 def weights_digest(weights: Mapping[str, Tensor], prefix: str = "") -> str | None:

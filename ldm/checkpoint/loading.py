@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ldm.checkpoint.autoencoders import autoencoder_of, is_autoencoder
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.formats import can_hold
 from ldm.checkpoint.keys import (
@@ -106,12 +107,14 @@ def load_file_into(
     """Load the weights of the file at `path` into `module`, except for keys that start with one of `ignore_keys`.
 
     With `prefix`, only keys with this prefix are loaded, after its removal. Key names of other programs are translated
-    and logged.
+    and logged. An autoencoder also takes its weights from a release.
 
     Raises:
         UserError: the file cannot be read, or does not match the module.
     """
-    renamed = in_our_names(load_state_dict(path), [prefix + key for key in module.state_dict()])
+    own = [prefix + key for key in module.state_dict()]
+    found = load_state_dict(path)
+    renamed = in_our_names(autoencoder_of(found, path) if is_autoencoder(own) else found, own)
     for line in renamed.summary():
         log.info("%s: %s", path, line)
     weights = {

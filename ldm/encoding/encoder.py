@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import USED_TOWER, encoder_digests
+from ldm.checkpoint import USED_AUTOENCODER, USED_TOWER, encoder_digests
 from ldm.host_copy import HostCopy
 from ldm.images.buckets import Size
 from ldm.images.transforms import to_range
@@ -87,7 +87,7 @@ class SampleEncoder:
     @property
     def encoding_identity(self) -> dict[str, Any]:
         """Digests of the whole encoders, and settings of captions. Equal ones encode equally, to resume a set."""
-        whole = {name: digest for name, digest in self.digests.items() if name != USED_TOWER}
+        whole = {name: digest for name, digest in self.digests.items() if name not in (USED_AUTOENCODER, USED_TOWER)}
         return {**whole, **self.caption_settings.entries()}
 
     @property

@@ -28,7 +28,7 @@ class AutoencoderKL(TrainedAutoencoder):
         ckpt_path, ignore_keys: initial weights, and prefixes of their keys to skip.
         image_key: batch entry that holds the images, channels last (B, H, W, C) in [-1, 1].
         colorize_nlabels: number of channels of label maps. For previews, they are projected to random colours.
-        monitor: logged value that selects the best checkpoints.
+        monitor, freeze_encoder: as in `TrainedAutoencoder`.
     """
 
     def __init__(
@@ -41,8 +41,9 @@ class AutoencoderKL(TrainedAutoencoder):
         image_key: str = "image",
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
+        freeze_encoder: bool = False,
     ) -> None:
-        super().__init__(image_key, monitor)
+        super().__init__(image_key, monitor, freeze_encoder)
         self.embed_dim = embed_dim
         self.encoder, self.decoder = build_coders(ddconfig, double_z=True)
         self.loss = instantiate_from_config(lossconfig)

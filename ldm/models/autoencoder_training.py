@@ -46,12 +46,19 @@ class TrainedAutoencoder(pl.LightningModule):
 
     A subclass builds `encoder`, `decoder`, `quant_conv`, `post_quant_conv` and `loss`, calls `prepare_training`, and
     defines `reconstructed`.
+
+    Args:
+        image_key: batch entry that holds the images, channels last (B, H, W, C) in [-1, 1].
+        monitor: logged value that selects the best checkpoints.
+        freeze_encoder: train the decoder alone. The latents of images stay as they are, so a diffusion model of these
+            latents, and sets of them, can be used with the new decoder.
     """
 
-    def __init__(self, image_key: str = "image", monitor: str | None = None) -> None:
+    def __init__(self, image_key: str = "image", monitor: str | None = None, freeze_encoder: bool = False) -> None:
         super().__init__()
         self.image_key = image_key
         self.monitor = monitor
+        self.freeze_encoder = freeze_encoder
         self.learning_rate: float | None = None  # set before training
 
     def prepare_training(self, colorize_nlabels: int | None) -> None:
@@ -100,6 +107,9 @@ class TrainedAutoencoder(pl.LightningModule):
         check = getattr(self.loss, "check_trainable", None)
         if check is not None:
             check()
+        if self.freeze_encoder:
+            for part in self.encoder_modules():
+                part.requires_grad_(False)
 
     @property
     def autoencoder_steps(self) -> int:
@@ -140,9 +150,14 @@ class TrainedAutoencoder(pl.LightningModule):
         for player in (AUTOENCODER, DISCRIMINATOR) if self.adversarial else (AUTOENCODER,):
             self._player_loss(inputs, output, player, "val")
 
+    def encoder_modules(self) -> Sequence[nn.Module]:
+        """Return the modules that the latents of an image depend on."""
+        return self.encoder, self.quant_conv
+
     def trained_modules(self) -> Sequence[nn.Module]:
         """Return the modules that the first optimizer trains."""
-        return self.encoder, self.decoder, self.quant_conv, self.post_quant_conv
+        decoder = self.decoder, self.post_quant_conv
+        return decoder if self.freeze_encoder else (*self.encoder_modules(), *decoder)
 
     def learning_rates(self) -> tuple[float, float]:
         """Return the learning rates of the autoencoder and of the discriminator."""

@@ -57,7 +57,7 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
         ckpt_path, ignore_keys: initial weights, and prefixes of their keys to skip.
         image_key: batch entry that holds the images (B, H, W, C) in [-1, 1].
         colorize_nlabels: number of channels of label maps. For previews, they are projected to random colours.
-        monitor: logged value that selects the best checkpoints.
+        monitor, freeze_encoder: as in `TrainedAutoencoder`. The codebook belongs to the encoder.
         batch_resize_range: two sizes in pixels. Each training batch is resized to a random multiple of 16 between them.
         scheduler_config: `target` and `params` of a schedule of both learning rates, from `ldm.lr_scheduler`.
         lr_g_factor: ratio of the autoencoder's learning rate to that of the discriminator.
@@ -85,8 +85,9 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
         remap: str | None = None,
         sane_index_shape: bool = False,
         use_ema: bool = False,
+        freeze_encoder: bool = False,
     ) -> None:
-        super().__init__(image_key, monitor)
+        super().__init__(image_key, monitor, freeze_encoder)
         self.n_embed, self.embed_dim = n_embed, embed_dim
         self.batch_resize_range = batch_resize_range
         self.scheduler_config = scheduler_config
@@ -138,8 +139,8 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
         if self.use_ema:
             self.model_ema(self)
 
-    def trained_modules(self) -> Sequence[nn.Module]:
-        return *super().trained_modules(), self.quantize
+    def encoder_modules(self) -> Sequence[nn.Module]:
+        return *super().encoder_modules(), self.quantize
 
     def learning_rates(self) -> tuple[float, float]:
         return self.lr_g_factor * self.learning_rate, self.learning_rate

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import SCHEDULE_KEYS, OpenCheckpoint, is_optional, open_checkpoint, weights_of
-from ldm.checkpoint.causes import NO_UNET, diffusers_layout, is_lora, other_kind
-from ldm.checkpoint.diffusers_folder import INDEX, DiffusersFolder, translated
-from ldm.checkpoint.diffusers_names import VAE_PART
+from ldm.checkpoint.autoencoders import autoencoder_of, is_autoencoder
+from ldm.checkpoint.causes import NO_UNET, is_lora, other_kind
+from ldm.checkpoint.diffusers_folder import INDEX, DiffusersFolder
 from ldm.checkpoint.keys import EMA, FIRST_STAGE, MODEL, RELEASE, has_part, is_factor, without_factors
 from ldm.checkpoint.markers import marked_parameterization
 from ldm.checkpoint.names import Renamed, in_our_names
@@ -25,8 +25,6 @@ from ldm.shards.verify import file_sha256, files_sha256
 from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
-
-_ENDS = ("encoder.conv_in.weight", "decoder.conv_out.weight")  # of an autoencoder's encoder and decoder
 
 
 @dataclass(frozen=True)
@@ -127,17 +125,14 @@ def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:
         UserError: the file holds no autoencoder.
     """
     weights = weights_of(open_checkpoint(path).content, path)
-    if diffusers_layout(weights) and not has_part(weights, FIRST_STAGE):
-        try:
-            weights = translated(VAE_PART, weights, Path(path))
-        except UserError as error:
-            raise UserError(f"--vae {error}") from error
-    if not has_part(weights, FIRST_STAGE):
-        weights = {FIRST_STAGE + key: value for key, value in weights.items()}
-    named = in_our_names(weights).weights
-    found = {key: value for key, value in named.items() if key.startswith(FIRST_STAGE) and not is_optional(key)}
+    try:
+        weights = autoencoder_of(weights, path)
+    except UserError as error:
+        raise UserError(f"--vae {error}") from error
+    named = in_our_names({FIRST_STAGE + key: value for key, value in weights.items()}).weights
+    found = {key: value for key, value in named.items() if not is_optional(key)}
     refuse_if(
-        not all(FIRST_STAGE + end in found for end in _ENDS),
+        not is_autoencoder([key.removeprefix(FIRST_STAGE) for key in found]),
         f"--vae {path}: holds no autoencoder; name a .safetensors or .ckpt file with one",
     )
     return found

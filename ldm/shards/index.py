@@ -48,7 +48,9 @@ FORMAT_VERSION = 2
 AUTOENCODER = "autoencoder"
 # Keys of the digests of encoders, and names for messages.
 ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
-TEXT_TOWER, USED_TOWER = "text_tower", "text_tower_used"
+TEXT_TOWER = "text_tower"
+# Keys of the digests of the parts of encoders that make samples. If known, they take the place of those of the whole.
+USED_PARTS = {AUTOENCODER: "autoencoder_used", TEXT_TOWER: "text_tower_used"}
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
 REPEATS = "repeats"  # entry of a shard
 SEVERAL_CAPTIONS = "several_captions"
@@ -168,7 +170,9 @@ _ENTRIES: dict[str, Entry] = {
     "shards": (lambda value: isinstance(value, list), "not a list"),
     "complete": (lambda value: isinstance(value, bool), "neither true nor false"),
     "samples": WHOLE,
-    **dict.fromkeys((*ENCODERS, USED_TOWER), (lambda value: value is None or is_digest(value), "not a digest")),
+    **dict.fromkeys(
+        (*ENCODERS, *USED_PARTS.values()), (lambda value: value is None or is_digest(value), "not a digest")
+    ),
     "scale_factor": (lambda value: _is_finite(value) and value > 0, "not a finite number above 0"),
     TEACHER_POWER: (lambda value: _is_finite(value) and value >= 0, "not a finite number of at least 0"),
     FAMILY: (_is_key, "not the key of a family of models"),

@@ -19,8 +19,7 @@ from ldm.shards.index import (
     INDEX,
     MEMBERS,
     SEVERAL_CAPTIONS,
-    TEXT_TOWER,
-    USED_TOWER,
+    USED_PARTS,
     NotAnIndex,
     check_against_index,
     read_index,
@@ -224,8 +223,8 @@ def check_encoders(
 ) -> None:
     """Compare the encoders of a set with those of `whose`, which have the digests `own`.
 
-    The keys of `own` are those of `ENCODERS`, and `USED_TOWER`, which takes the place of the text tower's. Text towers
-    are compared only if the data set reads stored encodings.
+    The keys of `own` are those of `ENCODERS` and `USED_PARTS`. Text towers are compared only if the data set reads
+    stored encodings.
     Missing digests are not compared.
 
     Raises:
@@ -234,9 +233,8 @@ def check_encoders(
     for folder in dict.fromkeys(path.parent for path in dataset.paths):
         index = read_index(folder) or {}
         for key, what in ENCODERS.items():
-            if key == TEXT_TOWER and None not in (index.get(USED_TOWER), own.get(USED_TOWER)):
-                made_by, ours = index[USED_TOWER], own[USED_TOWER]
-            else:
+            made_by, ours = index.get(USED_PARTS.get(key)), own.get(USED_PARTS.get(key))
+            if None in (made_by, ours):
                 made_by, ours = index.get(key), own.get(key)
             if None in (made_by, ours) or made_by == ours or (key != AUTOENCODER and not dataset.reads_encodings):
                 continue

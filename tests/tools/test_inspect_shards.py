@@ -70,7 +70,8 @@ def test_without_a_model(inspect, shards, tmp_path, caplog):
 
 
 def test_another_autoencoder_gives_a_warning(inspect, shards, tiny_release, tmp_path, caplog):
-    write_index(tmp_path / "set", {**read_index(tmp_path / "set"), "autoencoder": "0" * 64})
+    other = {"autoencoder": "0" * 64, "autoencoder_used": "0" * 64}
+    write_index(tmp_path / "set", {**read_index(tmp_path / "set"), **other})
     assert inspect(shards, "--ckpt", tiny_release, "--config", RELEASE_CONFIG) is None
     assert f"the set was made by another autoencoder (000000000000…) than that of {tiny_release} (" in caplog.text
 

@@ -171,7 +171,7 @@ def test_an_unfinished_set_is_refused_but_can_be_inspected(
 def test_a_set_of_other_encoders_is_refused_if_they_are_known(
     here: Path, read: Callable, reader: str, part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_index(here / "bad", {**index_of(here / "bad"), part: "0" * 64})
+    write_index(here / "bad", {**index_of(here / "bad"), part: "0" * 64, f"{part}_used": "0" * 64})
     error = read(reader, "bad")
     line = f"bad/index.json: the set was made by another {part.replace('_', ' ')} (000000000000…) than that of "
     if reader in INSPECTIONS:

@@ -45,7 +45,12 @@ def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by,
     assert train(f"{resume} 2") == 0
     state = load_checkpoint(checkpoint)["callbacks"]["SameEncoders"]
     captions = {"max_tokens": 75, "clip_skip": 1}
+    encoder = state.pop("autoencoder_used")
     assert state == {"text_tower": "t" * 64, "text_tower_2": "u" * 64, "autoencoder": autoencoder, **captions}
+    made_by(autoencoder="0" * 64, autoencoder_used=encoder)  # a new decoder
+    assert train(f"{resume} 2") == 0
+    made_by(autoencoder=autoencoder, autoencoder_used="0" * 64)
+    assert "index.json: the set was made by another autoencoder (000000000000…)" in train_error(train, f"{resume} 3")
     made_by(autoencoder=None)  # as far as is known
     assert train(f"{resume} 3") == 0
 

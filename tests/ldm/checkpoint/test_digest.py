@@ -5,7 +5,14 @@ import hashlib
 import numpy as np
 import torch
 
-from ldm.checkpoint import USED_TOWER, encoder_digests, load_state_dict, save_state_dict, weights_digest
+from ldm.checkpoint import (
+    USED_AUTOENCODER,
+    USED_TOWER,
+    encoder_digests,
+    load_state_dict,
+    save_state_dict,
+    weights_digest,
+)
 
 WEIGHTS = {"a.b.weight": torch.tensor([[0.1, 2.0, -3.5]]), "a.a": torch.tensor([7], dtype=torch.int32)}
 
@@ -76,3 +83,14 @@ def test_the_used_part_of_sd_2s_text_tower_has_a_digest_of_its_own():
     other = encoder_digests({**tower, f"{blocks}2.ln_1.weight": torch.zeros(2)})
     assert digests[USED_TOWER] == other[USED_TOWER] and digests["text_tower"] != other["text_tower"]
     assert encoder_digests({**tower, f"{blocks}1.ln_1.weight": torch.zeros(2)})[USED_TOWER] != digests[USED_TOWER]
+
+
+def test_the_encoder_of_an_autoencoder_has_a_digest_of_its_own():
+    """A new decoder leaves the samples of a set as they are."""
+    parts = ("encoder", "quant_conv", "decoder", "post_quant_conv")
+    weights = {f"first_stage_model.{part}.weight": torch.ones(2) for part in parts}
+    digests = encoder_digests(weights)
+    for part in parts:
+        other = encoder_digests({**weights, f"first_stage_model.{part}.weight": torch.zeros(2)})
+        assert other["autoencoder"] != digests["autoencoder"]
+        assert (other[USED_AUTOENCODER] == digests[USED_AUTOENCODER]) == (part in ("decoder", "post_quant_conv"))

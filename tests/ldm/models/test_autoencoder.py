@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch.utils.data import DataLoader
 
+from ldm.checkpoint import save_state_dict
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.util import UserError, instantiate_from_config
 from tests.golden_data import case, cases, fill_seeded, relative_error, released_keys, seeded_tensor, tensors
@@ -156,6 +157,27 @@ def test_starts_from_a_checkpoint_and_ignores_keys(tmp_path: Path) -> None:
         AutoencoderKL(DDCONFIG, IDENTITY, embed_dim=4, ckpt_path=str(path))
 
 
+@pytest.mark.parametrize("kind", ["release", "diffusers"])
+def test_starts_from_the_autoencoder_of_any_file(tmp_path: Path, kind: str) -> None:
+    source = fill_seeded(AutoencoderKL({**DDCONFIG, "ch_mult": [1, 2, 2]}, IDENTITY, embed_dim=4))
+    weights = source.state_dict()
+    if kind == "release":
+        weights = {f"first_stage_model.{key}": value for key, value in weights.items()}
+        weights["model.diffusion_model.out.2.weight"] = torch.ones(1)
+    else:
+        config = DiffusersAutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=[32, 64, 64],
+            layers_per_block=1,
+        ).config
+        weights = convert_ldm_vae_checkpoint(weights, config)
+    path = tmp_path / "any.safetensors"
+    save_state_dict(weights, path)
+    model = AutoencoderKL({**DDCONFIG, "ch_mult": [1, 2, 2]}, IDENTITY, embed_dim=4, ckpt_path=str(path))
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 # Training
 
 
@@ -191,6 +213,17 @@ def test_training_without_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     assert {"train/rec_loss", "train/kl_loss", "train/total_loss", "val/kl_loss"} <= set(run.callback_metrics)
     assert run.global_step == model.autoencoder_steps == 20
     assert torch.equal(model.loss.discriminator.main[0].weight, discriminator)
+
+
+@pytest.mark.parametrize("loss", [gan(disc_factor=0.0), gan()], ids=["plain", "gan"])
+def test_a_frozen_encoder_leaves_the_latents_as_they_are(tmp_path: Path, image_loader: DataLoader, loss: dict) -> None:
+    torch.manual_seed(0)
+    model = AutoencoderKL(DDCONFIG, loss, embed_dim=4, freeze_encoder=True)
+    model.learning_rate = 1e-3
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trainer(tmp_path, max_epochs=1).fit(model, image_loader)
+    changed = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"decoder", "post_quant_conv", *(["loss"] if model.adversarial else [])}
 
 
 @pytest.mark.slow

@@ -138,3 +138,15 @@ def test_vqmodel_trains_both_players(use_ema: bool, tmp_path: Path) -> None:
     assert generator.param_groups[0]["lr"] == 2 * discriminator.param_groups[0]["lr"] < 2e-3
     logged = model.log_images({"image": images[0]}, N=1)
     assert set(logged) == {"inputs", "reconstructions", *(["reconstructions_ema"] if use_ema else [])}
+
+
+def test_vqmodel_with_a_frozen_encoder_keeps_its_codebook(tmp_path: Path) -> None:
+    model = vq_model(use_ema=True, freeze_encoder=True)
+    model.learning_rate = 1e-3
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = torch.rand(2, 2, 16, 16, 3) * 2 - 1
+    trainer(tmp_path, max_epochs=1).fit(model, DataLoader([{"image": batch} for batch in images], batch_size=None))
+    after = model.state_dict()
+    assert after.keys() == before.keys() == vq_model(use_ema=True).state_dict().keys()
+    changed = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+    assert changed == {"decoder", "post_quant_conv", "loss", "model_ema"}
