@@ -45,7 +45,7 @@ SLOW = (
     "ldm/release/test_diffusers_config", "ldm/modules/encoders/test_clip_image", "ldm/data/test_config_module",
     "ldm/data/test_loader", "ldm/evaluation/test_denoising", "ldm/optim/test_published", "ldm/reporting/test_page",
     "ldm/training/test_resume", "ldm/data/test_prior", "ldm/models/diffusion/test_masked_loss",
-    "ldm/encoding/test_preencode", "ldm/evaluation/test_report", "ldm/test_printable",
+    "ldm/encoding/test_preencode", "ldm/evaluation/test_report", "ldm/test_printable", "test_decoder_training",
 )  # fmt: skip
 RELEASE_CONFIG = "demo_tiny_release.yaml"
 

@@ -34,10 +34,17 @@ from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.lora_from_training import trained_loras
-from ldm.release.lora_merging import Lora, with_loras
+from ldm.release.lora_merging import Lora, add_lora_files, with_loras
 from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
-from ldm.release.opening import Release, release_of, training_weights, warn_of_other_release, written_dtype
+from ldm.release.opening import (
+    Release,
+    is_autoencoder_training,
+    release_of,
+    training_weights,
+    warn_of_other_release,
+    written_dtype,
+)
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
 from ldm.util import UserError, located, refuse_if
 
@@ -229,10 +236,18 @@ def merge_files(
     `strength` are as in `merge`. The autoencoder of the file `vae`, if given, replaces that of the release. `loras` are
     added to the result. With `embed_settings`, the metadata tells the settings of the training.
 
+    The training may also be that of an autoencoder, which then replaces that of the release.
+
     Raises:
         UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     to = out if isinstance(out, Destination) else Destination.of(out)
+    if is_autoencoder_training(training_path):
+        given = {"--vae": vae, "--strength": strength != 1, "--weights": weights, "--embed-settings": embed_settings}
+        option = next((name for name, is_given in given.items() if is_given), None)
+        refuse_if(option, f"{option}: does not apply to {training_path}, the training of an autoencoder; leave it out")
+        add_lora_files(release_path, to, loras, half, training_path)
+        return
     with to.locked((training_path, release_path, *(lora.path for lora in loras), *((vae,) if vae else ()))):
         _merge_files(training_path, release_path, to, weights, half, vae, strength, loras, embed_settings)
 
