@@ -81,5 +81,6 @@ VARIANTS = (
     Variant("teacher, known", TEACHER, prior="known_taught", ratio=1.0),
     Variant("teacher, known, split", (*TEACHER, *SPLIT), prior="known_falling", ratio=1.0),
     Variant("teacher, known, pull 300", (*TEACHER, *pull(300)), prior="known_taught", ratio=1.0),
+    Variant("teacher, known, split, pull 300", (*TEACHER, *SPLIT, *pull(300)), prior="known_falling", ratio=1.0),
     Variant("textual inversion", INVERSION, configs=(CONFIG, "textual_inversion.yaml"), families=("cats",)),
 )
