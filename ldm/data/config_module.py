@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
-from ldm.data.augment import BatchAugmentation
 from ldm.data.base import Txt2ImgIterableBaseDataset, share_among_workers
 from ldm.data.base_module import MOST_WORKERS, BaseDataModule
 from ldm.data.loader import ResumableLoader, SampleLoader, SeededDataset, StreamLoader, seeded
 from ldm.data.sizes import check_sizes
+from ldm.images.batch_augmentation import BatchAugmentation
 from ldm.shards.sample import STREAM
 from ldm.util import check_number, instantiate_from_config, refuse_if
 

@@ -16,16 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import converted, in_memory, is_finite, is_optional, save_state_dict
+from ldm.checkpoint import converted, in_memory, is_finite, is_optional
 from ldm.checkpoint.diffusers_folder import stands_in
 from ldm.checkpoint.keys import FIRST_STAGE, MODEL, has_part
 from ldm.evaluation.report import aligned
-from ldm.locks import locked_file
 from ldm.release.layer_names import Layer, kohya_names, layers_of
-from ldm.release.lora_file import kohya_tensors
+from ldm.release.lora_writing import kohya_tensors, lora_to_write, save_lora
 from ldm.release.mixture import check_same_model
-from ldm.release.model_spec import described_lora
-from ldm.release.opening import Release, check_not_replaced, open_release
+from ldm.release.opening import Release, open_release
 from ldm.release.recognition import find_family
 from ldm.util import refuse_if
 
@@ -117,29 +115,26 @@ def extract_files(
         UserError: a file cannot be read, the releases are not of one model, or no layer differs. Nothing is written in
             this case.
     """
-    refuse_if(out.suffix != ".safetensors", f"{out}: the name must end in .safetensors, the format of LoRA files")
-    check_not_replaced(out, (base, tuned))
-    with locked_file(out):
+    with lora_to_write(out, (base, tuned)):
         before, after = open_release(base), open_release(tuned)
         check_same_model(before, after)
         refuse_if(
             not has_part(before.weights, MODEL), f"{base}: has only EMA weights; a LoRA needs the weights themselves"
         )
-        weights, found = extract(before, after, target, torch.float16 if half else torch.float32, all_layers, device)
+        layers, found = extract(before, after, target, torch.float16 if half else torch.float32, all_layers, device)
         rank = str(target.rank) if target.energy is None else "Dynamic"  # as kohya's tools write for several ranks
         family = find_family(before.shapes, parameterization=before.predicts or after.predicts, certain=True)
-        save_state_dict(weights, out, metadata=described_lora(out, family, rank))
-    log.info("wrote %s (%.1f MB, %d layers)", out, out.stat().st_size / 1e6, len(found.layers))
+        save_lora(layers, out, family, rank)
     return found
 
 
 def extract(
     before: Release, after: Release, target: Target, dtype: torch.dtype, all_layers: bool, device: str | torch.device
-) -> tuple[dict[str, Tensor], Extraction]:
-    """Return the weights of a LoRA file with the change from `before` to `after`, and the record of the extraction."""
+) -> tuple[dict[str, dict[str, Tensor]], Extraction]:
+    """Return the layers of a LoRA file with the change from `before` to `after`, and the record of the extraction."""
     layers = [layer for layer in layers_of(before.shapes) if all_layers or not layer.is_outside]
     names = kohya_names(layers, before.weights)
-    weights: dict[str, Tensor] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     found = []
     for layer, change in _changes(layers, before, after, device):
         down, up = factors_of(change.flatten(1), target)
@@ -148,9 +143,9 @@ def extract(
         found.append(Extracted(layer, len(down), _energy(change), lost))
         if change.ndim == 4:
             up = up[:, :, None, None]
-        weights |= kohya_tensors(names[layer], down, up, float(len(down)), dtype)
+        factors[names[layer]] = kohya_tensors(names[layer], down, up, float(len(down)), dtype)
     refuse_if(not found, f"{after.path}: has the weights of {before.path} in all layers that a LoRA holds")
-    return weights, Extraction(found, *_others(layers, before, after))
+    return factors, Extraction(found, *_others(layers, before, after))
 
 
 def factors_of(change: Tensor, target: Target) -> tuple[Tensor, Tensor]:

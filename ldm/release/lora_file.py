@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import converted, in_memory, is_finite, open_checkpoint, weights_of
+from ldm.checkpoint import converted, in_memory, open_checkpoint, weights_of
 from ldm.release.layer_names import PREFIXES, TEXT_1, TEXT_2, UNET_PART, flat
 from ldm.release.lora_alpha import PEFT, Alphas
 from ldm.release.lycoris import DIFFERENCE, HADAMARD, KRONECKER, LycorisChange, is_lycoris, lycoris_change
@@ -137,20 +137,6 @@ def read_lora(path: str | Path) -> dict[Name, Factors | LycorisChange]:
     if without:
         log.warning("%s: alpha is 0 in %d of %d layers, which therefore change nothing", path, without, len(result))
     return result
-
-
-def kohya_tensors(name: str, down: Tensor, up: Tensor, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the entries of a file for the layer `name` with A `down` and B `up`, in `dtype`.
-
-    Raises:
-        UserError: a factor is too large for `dtype`.
-    """
-    factors = {"lora_down.weight": down.to(dtype), "lora_up.weight": up.to(dtype).contiguous()}
-    refuse_if(
-        not all(map(is_finite, factors.values())), f"{name}: its change is too large for {dtype}; leave out --half"
-    )
-    values = {**factors, "alpha": torch.tensor(alpha, dtype=dtype)}
-    return {f"{name}.{key}": value.cpu() for key, value in values.items()}
 
 
 def _in_layer(match: re.Match) -> str:

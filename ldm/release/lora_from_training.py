@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import ema_key, in_memory, is_finite, open_checkpoint, save_state_dict, weights_of
+from ldm.checkpoint import ema_key, in_memory, is_finite, open_checkpoint, weights_of
 from ldm.checkpoint.keys import ALPHA, DOWN, PREDICTION, UNET, UP
-from ldm.locks import locked_file
 from ldm.release.keys import check_training_checkpoint
 from ldm.release.layer_names import UNET_PART, flat, kohya_names, layers_of
-from ldm.release.lora_file import Factors, Name, factors_from, kohya_tensors
+from ldm.release.lora_file import Factors, Name, factors_from
 from ldm.release.lora_merging import Lora
-from ldm.release.model_spec import described_lora
-from ldm.release.opening import check_not_replaced, training_weights
+from ldm.release.lora_writing import kohya_tensors, lora_to_write, save_lora
+from ldm.release.opening import training_weights
 from ldm.release.recognition import find_family, shapes_of
 from ldm.util import UserError, refuse_if
 
@@ -76,9 +75,7 @@ def write_trained_lora(training: Path, out: Path, kind: str | None = None, half:
     Raises:
         UserError: the file cannot be read, or is no training of a LoRA. Nothing is written in this case.
     """
-    refuse_if(out.suffix != ".safetensors", f"{out}: the name must end in .safetensors, the format of LoRA files")
-    check_not_replaced(out, (training,))
-    with locked_file(out):
+    with lora_to_write(out, (training,)):
         content = open_checkpoint(training).content
         check_training_checkpoint(content, training, weights_alone=True)
         loras = trained_loras(content, training, kind)
@@ -89,24 +86,26 @@ def write_trained_lora(training: Path, out: Path, kind: str | None = None, half:
         )
         factors = loras[0].factors or {}
         shapes = shapes_of(training_weights(content, training))
-        tensors = _named(factors, shapes, torch.float16 if half else torch.float32, training)
+        layers = _named(factors, shapes, torch.float16 if half else torch.float32, training)
         family = find_family(shapes, parameterization=content.get(PREDICTION), certain=True)
         first = next(iter(factors.values()))
         rank = len(first.down)
-        save_state_dict(tensors, out, metadata=described_lora(out, family, str(rank), f"{first.scale * rank:g}"))
-    log.info("wrote %s (%.1f MB, %d layers)", out, out.stat().st_size / 1e6, len(factors))
+        save_lora(layers, out, family, str(rank), f"{first.scale * rank:g}")
 
 
-def _named(factors: Mapping[Name, Factors], shapes: Any, dtype: torch.dtype, training: Path) -> dict[str, Tensor]:
-    """Return the entries of a LoRA file with `factors`, for a model with weights of these `shapes`."""
+def _named(
+    factors: Mapping[Name, Factors], shapes: Any, dtype: torch.dtype, training: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Return the layers of a LoRA file with `factors`, for a model with weights of these `shapes`."""
     layers = {(layer.part, flat(layer.paths[0])): layer for layer in layers_of(shapes)}
     names = kohya_names(layers.values(), shapes)
-    tensors: dict[str, Tensor] = {}
+    named: dict[str, dict[str, Tensor]] = {}
     for name, found in factors.items():
         if name not in layers:
             raise UserError(f"{training}: {name[1]} has factors, and no weight; it is damaged, use another checkpoint")
-        tensors |= kohya_tensors(names[layers[name]], found.down, found.up, found.scale * len(found.down), dtype)
+        kohya = names[layers[name]]
+        named[kohya] = kohya_tensors(kohya, found.down, found.up, found.scale * len(found.down), dtype)
     outside = sum(layers[name].is_outside for name in factors)
     if outside:
         log.warning("%d layers lie outside of the UNet's blocks; older programs refuse a file with them", outside)
-    return tensors
+    return named

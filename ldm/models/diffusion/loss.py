@@ -278,8 +278,13 @@ def instantiate_weighting(config: Mapping[str, Any] | None) -> Unweighted:
         return Unweighted()
     weighting = instantiate_from_config(config)
     if not isinstance(weighting, Unweighted):
-        kinds = (Unweighted, MinSNR, SoftMinSNR, Debiased, P2, Huber, LogVariance, VariationalBound)
-        names = ", ".join(kind.__name__ for kind in kinds)
+        names = ", ".join(name for name, value in globals().items() if _is_choice(name, value))
         others = "masked_loss.Masked and consistency.DirectConsistency are beside it"
         raise UserError(f"loss_config: {config['target']} is not a loss weighting; {__name__} has {names}; {others}")
     return weighting
+
+
+def _is_choice(name: str, value: Any) -> bool:
+    """Return True for a weighting of this module that a config can name."""
+    is_weighting = isinstance(value, type) and issubclass(value, Unweighted)
+    return is_weighting and value is not Wrapper and not name.startswith("_")

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from ldm.data.augment import BatchAugmentation
 from ldm.data.config_module import DataModuleFromConfig
+from ldm.images.batch_augmentation import BatchAugmentation
 from ldm.shards.sample import STREAM
 from ldm.util import UserError
 
