@@ -18,7 +18,7 @@ from ldm.images.list_stream import ListedFolder
 from ldm.images.metadata import METADATA_FILES
 from ldm.images.pairs import NAMED, name_of_original, pair_of, warn_of_edited
 from ldm.images.skipped_files import SkippedFiles, is_hidden_input, say_hidden
-from ldm.images.walk import fault_of, folder_fault, is_folder, warn_of_link
+from ldm.images.walk import ReadFolders, fault_of, folder_fault, is_folder, warn_of_link
 
 
 @dataclass
@@ -144,7 +144,7 @@ class _Survey:
     def __init__(self, stream: FolderStream, no_lists: bool) -> None:
         self.stream, self._no_lists = stream, no_lists
         self._links: list[Path] = []  # to folders
-        self._seen: dict[tuple[int, int], Path] = {}
+        self._seen = ReadFolders()
 
     def is_read(self) -> bool:
         """Survey the folder. Return False if its stream cannot be read."""
@@ -168,9 +168,7 @@ class _Survey:
         while waiting:
             folder, is_listed = waiting.pop()
             try:
-                state = folder.stat()
-                first = self._seen.setdefault((state.st_dev, state.st_ino), folder)
-                if first != folder:
+                if (first := self._seen.first_path(folder)) != folder:
                     stream.repeated[folder] = first
                     continue
                 with os.scandir(folder) as listing:

@@ -21,6 +21,18 @@ class Found:
     unreadable: dict[Path, str] = field(default_factory=dict)
 
 
+class ReadFolders:
+    """Folders that a walk has read, so that it reads each once, and circular links end."""
+
+    def __init__(self) -> None:
+        self._paths: dict[tuple[int, int], Path] = {}  # by device and inode
+
+    def first_path(self, folder: Path) -> Path:
+        """Return the path by which `folder` is read: the first one given. Raises `OSError` if it is not there."""
+        state = folder.stat()
+        return self._paths.setdefault((state.st_dev, state.st_ino), folder)
+
+
 def walk(folder: Path) -> Found:
     """List the files in `folder`, sorted by path, without hidden files and folders.
 
@@ -30,7 +42,7 @@ def walk(folder: Path) -> Found:
     Raises:
         UserError: `folder` cannot be listed.
     """
-    found, links, seen = Found(), [], {}
+    found, links, seen = Found(), [], ReadFolders()
     _walk(folder, found, links, seen)
     if folder in found.unreadable:
         raise UserError(f"{folder}: {found.unreadable[folder]}")
@@ -40,14 +52,13 @@ def walk(folder: Path) -> Found:
     return found
 
 
-def _walk(folder: Path, found: Found, links: list[Path], seen: dict[tuple[int, int], Path]) -> None:
+def _walk(folder: Path, found: Found, links: list[Path], seen: ReadFolders) -> None:
     """Add the files in `folder` to `found`, and its links to folders to `links`."""
     waiting = [folder]
     while waiting:
         current = waiting.pop()
         try:
-            state = current.stat()
-            if (first := seen.setdefault((state.st_dev, state.st_ino), current)) != current:
+            if (first := seen.first_path(current)) != current:
                 warn_of_link(current, first)
                 continue
             with os.scandir(current) as listing:
