@@ -107,9 +107,11 @@ class TrainedAutoencoder(pl.LightningModule):
         check = getattr(self.loss, "check_trainable", None)
         if check is not None:
             check()
-        if self.freeze_encoder:
-            for part in self.encoder_modules():
-                part.requires_grad_(False)
+        frozen = list(self.encoder_modules()) if self.freeze_encoder else []
+        if not self.adversarial and hasattr(self.loss, "discriminator"):
+            frozen.append(self.loss.discriminator)
+        for part in frozen:
+            part.requires_grad_(False)
 
     @property
     def autoencoder_steps(self) -> int:
