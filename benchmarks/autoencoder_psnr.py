@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""PSNR of an autoencoder's reconstructions, from the mode of the posterior: the mean over the images of each folder.
+"""PSNR of the reconstructions of an `AutoencoderKL`, from the mode of the posterior: the mean per folder.
 
     python benchmarks/autoencoder_psnr.py --ckpt data/base/emoji.safetensors --config demo_tiny_release.yaml --size 64 \
         data/emoji data/cats data/clocks
@@ -43,7 +43,7 @@ def main() -> None:
     autoencoder = load_release(options.ckpt, options.config, vae=options.vae).first_stage_model
     shown = []
     for folder in options.folders:
-        dataset = ImageCaptionDataset(folder, options.size)
+        dataset = ImageCaptionDataset(folder, options.size, caption="")
         values = []
         for number in range(len(dataset)):
             image = dataset[number]["image"].permute(2, 0, 1)[None]  # (1, 3, H, W)

@@ -34,8 +34,8 @@ RELEASE_CONFIG, AUTOENCODER_CONFIG, BASE_CONFIG = "demo_tiny_release.yaml", "emo
 IMAGES = Path("data/emoji")
 # Name, steps and learning rate of two rounds. The second starts from the weights of the first.
 AUTOENCODER_ROUNDS = [("coarse", 2400, 6e-4), ("fine", 1000, 1.5e-4)]
-# The same for the decoder alone, with the UNet's latents as they are.
-DECODER_ROUNDS = [("coarse", 2000, 4e-4), ("fine", 700, 8e-5)]
+# Rounds of the decoder alone. The encoder is frozen.
+DECODER_ROUNDS = [("coarse", 2000, 4e-4), ("fine", 1000, 1e-4)]
 _DECODER = ["model.params.freeze_encoder=true", "model.params.lossconfig.params.kl_weight=0"]
 CAPTIONS = 3  # per image: its name and two paraphrases
 _EPS = "model.params.parameterization=eps"

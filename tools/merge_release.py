@@ -7,6 +7,8 @@ python tools/merge_release.py --out my-model/         # a folder in the layout o
 python tools/merge_release.py --strength 0.7 --out mine.ckpt  # 70 % of the way from the release to the training
 python tools/merge_release.py --keep --out mine.ckpt          # the lowest strength that keeps what was learnt
 python tools/merge_release.py --release R --lora style.safetensors:0.8 --out R-style.safetensors  # without a training
+
+The training may be of a UNet, of a LoRA, or of an autoencoder.
 """
 
 from __future__ import annotations

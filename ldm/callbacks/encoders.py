@@ -56,7 +56,10 @@ class SameEncoders(Callback):
         self.towers = _known(state_dict, _TOWERS)
         if state_dict.get("is_loaded") is False:  # a checkpoint of a fresh run, not hacked
             self.is_loaded = False
-        self.autoencoder = _known(state_dict, _AUTOENCODER) or self.autoencoder
+        autoencoder = _known(state_dict, _AUTOENCODER)
+        if autoencoder and autoencoder.get(AUTOENCODER) != self.autoencoder.get(AUTOENCODER):
+            self.autoencoder = {}  # of weights in bfloat16
+        self.autoencoder |= autoencoder
         if all(type(state_dict.get(name)) is int for name in CaptionSettings._fields):
             self.captions = CaptionSettings.from_entries(state_dict)
 

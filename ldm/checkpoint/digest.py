@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.diffusers_names import OPEN_CLIP, RESBLOCKS_OF_SD2, resblocks
-from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, FIRST_STAGE, TOWERS, has_part, is_optional
+from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, ENCODER, FIRST_STAGE, TOWERS, has_part, is_optional
 from ldm.checkpoint.mapped import in_memory
 
 USED_TOWER, USED_AUTOENCODER = "text_tower_used", "autoencoder_used"
-_ENCODER = ("encoder.", "quant_conv.")  # of an autoencoder
 _DIGESTED = (
     *(torch.float16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -40,9 +39,7 @@ def encoder_digests(weights: Mapping[str, Tensor]) -> dict[str, str | None]:
 
 def used_autoencoder(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, str]:
     """Return `USED_AUTOENCODER` and its digest, or an empty dict if no key below `prefix` is of an encoder."""
-    encoder = {
-        key: value for key, value in weights.items() if key.startswith(tuple(prefix + name for name in _ENCODER))
-    }
+    encoder = {key: value for key, value in weights.items() if key.startswith(tuple(prefix + name for name in ENCODER))}
     digest = weights_digest(encoder, prefix)
     return {} if digest is None else {USED_AUTOENCODER: digest}
 

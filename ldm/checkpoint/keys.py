@@ -13,6 +13,7 @@ T = TypeVar("T")
 MODEL = "model."
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
+ENCODER = ("encoder.", "quant_conv.")  # of an autoencoder
 COND_STAGE = "cond_stage_model."
 CONDITIONER = "conditioner."  # text encoders of SDXL
 TOWERS = tuple(f"{CONDITIONER}embedders.{number}." for number in range(2))  # its embedders with weights

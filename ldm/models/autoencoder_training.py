@@ -109,7 +109,7 @@ class TrainedAutoencoder(pl.LightningModule):
             check()
         frozen = list(self.encoder_modules()) if self.freeze_encoder else []
         if not self.adversarial and hasattr(self.loss, "discriminator"):
-            frozen.append(self.loss.discriminator)
+            frozen.append(self.loss.discriminator)  # no optimizer has it
         for part in frozen:
             part.requires_grad_(False)
 
@@ -157,9 +157,13 @@ class TrainedAutoencoder(pl.LightningModule):
         return self.encoder, self.quant_conv
 
     def trained_modules(self) -> Sequence[nn.Module]:
-        """Return the modules that the first optimizer trains."""
-        decoder = self.decoder, self.post_quant_conv
-        return decoder if self.freeze_encoder else (*self.encoder_modules(), *decoder)
+        """Return the modules that the first optimizer trains, in the order of the state of their optimizer."""
+        frozen = self.encoder_modules() if self.freeze_encoder else ()
+        return [part for part in self.own_modules() if part not in frozen]
+
+    def own_modules(self) -> Sequence[nn.Module]:
+        """Return the modules of the autoencoder. A resume needs their order."""
+        return self.encoder, self.decoder, self.quant_conv, self.post_quant_conv
 
     def learning_rates(self) -> tuple[float, float]:
         """Return the learning rates of the autoencoder and of the discriminator."""

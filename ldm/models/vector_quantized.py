@@ -142,6 +142,9 @@ class VQModel(_QuantizedNetworks, TrainedAutoencoder):
     def encoder_modules(self) -> Sequence[nn.Module]:
         return *super().encoder_modules(), self.quantize
 
+    def own_modules(self) -> Sequence[nn.Module]:
+        return *super().own_modules(), self.quantize
+
     def learning_rates(self) -> tuple[float, float]:
         return self.lr_g_factor * self.learning_rate, self.learning_rate
 

@@ -137,7 +137,7 @@ class Ledger(TorchDispatchMode):
         return Mark(len(self._entries), len(self._categories), self._existing())
 
     def rewind(self, mark: Mark) -> bool:
-        """Forget all that came after `mark`. Return False, and forget nothing, if other storages exist than then."""
+        """Forget all that came after `mark`. Return False, and forget nothing, if other storages exist now."""
         if self._existing() != mark.existing:
             return False
         del self._entries[mark.entries :], self._categories[mark.storages :]

@@ -241,7 +241,7 @@ class _Training:
         return ledger.timeline(began)
 
     def rewind(self) -> bool:
-        """Forget the last `step`. Return False if it leaves a storage behind, and no further step is as the first."""
+        """Forget the last `step`. Return False if other storages exist than before it: further steps would differ."""
         self._optimizer.zero_grad()
         self.model.sample_losses = None  # of the step's batch
         return self._ledger.rewind(self._begun)

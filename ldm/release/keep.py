@@ -18,7 +18,6 @@ from ldm.files import remove_leftovers_once, temporary_path
 from ldm.locks import run_of
 from ldm.release.load import load_release, pick_device
 from ldm.release.merge import merge_files
-from ldm.release.opening import is_autoencoder_training
 from ldm.release.strength_sweep import sweep_strengths
 from ldm.shards.urls import without_weights
 from ldm.util import UserError, refuse_if
@@ -46,10 +45,6 @@ def keeping_strength(
     Raises:
         UserError: the checkpoint is not in a run folder, a set cannot be used, or the loss is not below the release's.
     """
-    refuse_if(
-        is_autoencoder_training(training),
-        f"--keep: does not apply to {training}, the training of an autoencoder; leave it out",
-    )
     config = _run_config(training)
     sets = _sets(config, training)
     load = partial(load_release, config=config, device=pick_device("auto"), vae=vae)

@@ -178,7 +178,7 @@ def add_lora_files(
 ) -> None:
     """Add `loras` to a release, and write the result to `out`, with the names and metadata of the release.
 
-    The autoencoder of the file `vae`, if given, replaces that of the release. `loras` may then be empty.
+    The file `vae`, if given, replaces its autoencoder.
 
     Raises:
         UserError: a file cannot be read, or a LoRA does not fit the release. Nothing is written in this case.
@@ -189,7 +189,7 @@ def add_lora_files(
         check_release(checkpoint.content, release)
         opened = release_of(checkpoint, release, vae)
         log_family(opened.shapes, release, opened.predicts)
-        mixed = (title_of(opened.metadata, release), *(lora.path.stem for lora in loras)) if loras else ()
+        mixed = title_of(opened.metadata, release), *(lora.path.stem for lora in loras)
         save_release(opened, with_loras(opened.weights, loras, release, half), to, About(merged_from=mixed))
 
 

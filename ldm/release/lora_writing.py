@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def lora_to_write(out: Path, inputs: Sequence[Path]) -> Iterator[None]:
-    """Lock the file `out`, in which a LoRA of `inputs` is saved within the block.
+    """Hold the lock of the file `out`, in which the block saves a LoRA that is made from the files `inputs`.
 
     Raises:
         UserError: `out` has another suffix, is one of `inputs`, or is being written by another process.
@@ -50,7 +50,7 @@ def kohya_tensors(name: str, down: Tensor, up: Tensor, alpha: float, dtype: torc
 def save_lora(
     layers: Mapping[str, Mapping[str, Tensor]], out: Path, family: Family | None, rank: str, alpha: str | None = None
 ) -> None:
-    """Write the `layers`, their `kohya_tensors` by name, to `out`. The rest is as in `described_lora`."""
+    """Write the `layers`, their `kohya_tensors` by name, to `out`. See `described_lora` for the other arguments."""
     tensors = {key: value for layer in layers.values() for key, value in layer.items()}
     save_state_dict(tensors, out, metadata=described_lora(out, family, rank, alpha))
     log.info("wrote %s (%.1f MB, %d layers)", out, out.stat().st_size / 1e6, len(layers))

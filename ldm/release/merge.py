@@ -22,10 +22,11 @@ from ldm.checkpoint import (
     open_checkpoint,
     same_values,
 )
+from ldm.checkpoint.autoencoders import is_autoencoder
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.diffusers_folder import stands_in
 from ldm.checkpoint.formats import can_hold, precise_dtype
-from ldm.checkpoint.keys import EMA, EMA_COUNTERS, FIRST_STAGE, MODEL, PREDICTION, TEXT_ENCODERS, has_part
+from ldm.checkpoint.keys import EMA, EMA_COUNTERS, ENCODER, FIRST_STAGE, MODEL, PREDICTION, TEXT_ENCODERS, has_part
 from ldm.checkpoint.names import is_carried
 from ldm.config.load import load_config
 from ldm.locks import run_of
@@ -34,17 +35,10 @@ from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
 from ldm.release.keys import check_release, check_training_checkpoint, has_step_counters
 from ldm.release.lora_from_training import trained_loras
-from ldm.release.lora_merging import Lora, add_lora_files, with_loras
+from ldm.release.lora_merging import Lora, with_loras
 from ldm.release.mixture import weighted_sum
 from ldm.release.model_spec import title_of, training_settings
-from ldm.release.opening import (
-    Release,
-    is_autoencoder_training,
-    release_of,
-    training_weights,
-    warn_of_other_release,
-    written_dtype,
-)
+from ldm.release.opening import Release, release_of, training_weights, warn_of_other_release, written_dtype
 from ldm.release.recognition import check_same_family, find_family, log_family, shapes_of
 from ldm.util import UserError, located, refuse_if
 
@@ -142,7 +136,8 @@ def merge(
 def check_same_architecture(training: Weights, release: Weights) -> None:
     """Raise `UserError` unless both have weights of the same keys and shapes, and of dtypes that agree.
 
-    The training may lack the autoencoder and the text encoders. Either may lack optional keys.
+    The training may lack the autoencoder and the text encoders, or all but the autoencoder. Either may lack optional
+    keys.
     """
     cause = "are they of one model?"
     for key, value in training.items():
@@ -158,7 +153,9 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
             raise UserError(
                 f"the release lacks {key}, which the training has; {likely_cause(release, training, cause)}"
             )
-    parts = [part for part in _OPTIONAL_PARTS if not has_part(training, part)]
+    alone = has_part(training, FIRST_STAGE) and not has_part(training, MODEL)
+    may_lack = (MODEL, *_OPTIONAL_PARTS) if alone else _OPTIONAL_PARTS
+    parts = [part for part in may_lack if not has_part(training, part)]
     for key in release:
         if key not in training and not is_optional(key) and not key.startswith(tuple(parts)):
             raise UserError(
@@ -236,18 +233,12 @@ def merge_files(
     `strength` are as in `merge`. The autoencoder of the file `vae`, if given, replaces that of the release. `loras` are
     added to the result. With `embed_settings`, the metadata tells the settings of the training.
 
-    The training may also be that of an autoencoder, which then replaces that of the release.
+    The training may be that of an autoencoder alone. It replaces that of the release.
 
     Raises:
         UserError: a file is missing, damaged or of another model. Nothing is written in this case.
     """
     to = out if isinstance(out, Destination) else Destination.of(out)
-    if is_autoencoder_training(training_path):
-        given = {"--vae": vae, "--strength": strength != 1, "--weights": weights, "--embed-settings": embed_settings}
-        option = next((name for name, is_given in given.items() if is_given), None)
-        refuse_if(option, f"{option}: does not apply to {training_path}, the training of an autoencoder; leave it out")
-        add_lora_files(release_path, to, loras, half, training_path)
-        return
     with to.locked((training_path, release_path, *(lora.path for lora in loras), *((vae,) if vae else ()))):
         _merge_files(training_path, release_path, to, weights, half, vae, strength, loras, embed_settings)
 
@@ -270,6 +261,10 @@ def _merge_files(
     has_step_counters(training.content, training_path)
     log.info("release: %s", release_path)
     trained = training_weights(training.content, training_path)
+    of_autoencoder = is_autoencoder(trained)
+    if of_autoencoder:
+        refuse_if(vae, f"--vae {vae}: {training_path} trains an autoencoder itself; leave out one of them")
+        trained = {FIRST_STAGE + key: value for key, value in trained.items()}
     opened = release_of(release, release_path, vae, trained)
     check_same_family(opened.shapes, shapes_of(trained), release_path)
     warn_of_other_release(training.content, opened, release_path)
@@ -281,6 +276,7 @@ def _merge_files(
         own = trained_loras(training.content, training_path, weights, strength)
         merged = merge(trained, opened.weights, weights=None if own else weights, half=half, strength=strength)
         log.info("\n".join(merged.summary()))
+        _log_autoencoder(merged.trained, of_autoencoder)
         if strength != 1:
             log.info("strength %g: that share of the training's change of each weight", strength)
         state_dict = with_loras(merged.state_dict, [*own, *loras], release_path)
@@ -289,6 +285,17 @@ def _merge_files(
         known = noted if noted in PARAMETERIZATIONS else None
         about = About(_prediction(opened, trained, noted), known, mixed, settings, record_of(training.content))
         save_release(opened, state_dict, to, about)
+
+
+def _log_autoencoder(changed: Sequence[str], is_trained: bool) -> None:
+    """Log a warning if an autoencoder among the `changed` keys may be none that the user wants in the release."""
+    if is_trained and any(key.startswith(tuple(FIRST_STAGE + name for name in ENCODER)) for key in changed):
+        log.warning(
+            "the training changed the encoder: UNets and encoded sets of this release do not fit its latents any more; "
+            "model.params.freeze_encoder=true trains the decoder alone"
+        )
+    elif not is_trained and has_part(changed, FIRST_STAGE):
+        log.warning("the training's autoencoder differs from the release's and replaces it; --vae FILE takes another")
 
 
 def _settings(training: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -138,12 +138,6 @@ def read_autoencoder(path: str | Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def is_autoencoder_training(path: Path) -> bool:
-    """Return True if the file at `path` is a training checkpoint of an autoencoder alone."""
-    weights = open_checkpoint(path).content.get("state_dict")
-    return isinstance(weights, dict) and is_autoencoder(weights)
-
-
 def _with_autoencoder(named: Renamed, vae: str | Path) -> Renamed:
     given = read_autoencoder(vae)
     replaced = [key for key in named.weights if key.startswith(FIRST_STAGE) and not is_optional(key)]

@@ -5,6 +5,7 @@ Format 2 has the keys
     format, out, complete     2; the name pattern of the shards; false while shards are missing
     autoencoder, text_tower   digests of the weights that encoded the set; see `ldm.checkpoint.weights_digest`
     text_tower_2              digest of the second text tower, as in SDXL
+    autoencoder_used          digest of the autoencoder's encoder, which alone makes samples
     text_tower_used           digest of the text tower without the last block, which SD 2 does not use
     scale_factor              scale factor of the model; stored latents are unscaled
     family                    key of the model family in `ldm.release.families`; null for an unknown one
@@ -32,6 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint import USED_AUTOENCODER, USED_TOWER
 from ldm.files import atomic_write, check_file, read_at_most
 from ldm.modules.encoders.caption_settings import CHUNK, MOST_TOKENS
 from ldm.remote.copies import look_at, state_of
@@ -50,7 +52,7 @@ AUTOENCODER = "autoencoder"
 ENCODERS = {AUTOENCODER: "autoencoder", "text_tower": "text tower", "text_tower_2": "second text tower"}
 TEXT_TOWER = "text_tower"
 # Keys of the digests of the parts of encoders that make samples. If known, they take the place of those of the whole.
-USED_PARTS = {AUTOENCODER: "autoencoder_used", TEXT_TOWER: "text_tower_used"}
+USED_PARTS = {AUTOENCODER: USED_AUTOENCODER, TEXT_TOWER: USED_TOWER}
 FAMILY, MEMBERS, EMPTY_CAPTION = "family", "members", "empty_caption"
 REPEATS = "repeats"  # entry of a shard
 SEVERAL_CAPTIONS = "several_captions"

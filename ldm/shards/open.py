@@ -223,9 +223,9 @@ def check_encoders(
 ) -> None:
     """Compare the encoders of a set with those of `whose`, which have the digests `own`.
 
-    The keys of `own` are those of `ENCODERS` and `USED_PARTS`. Text towers are compared only if the data set reads
+    The keys of `own` are those of `ENCODERS` and `USED_PARTS`. If both know the digest of a used part, it takes the
+    place of that of the whole. Missing digests are not compared. Text towers are compared only if the data set reads
     stored encodings.
-    Missing digests are not compared.
 
     Raises:
         UserError: another encoder made the set. The message names the index and ends in `advice`.
@@ -233,12 +233,12 @@ def check_encoders(
     for folder in dict.fromkeys(path.parent for path in dataset.paths):
         index = read_index(folder) or {}
         for key, what in ENCODERS.items():
-            made_by, ours = index.get(USED_PARTS.get(key)), own.get(USED_PARTS.get(key))
-            if None in (made_by, ours):
-                made_by, ours = index.get(key), own.get(key)
-            if None in (made_by, ours) or made_by == ours or (key != AUTOENCODER and not dataset.reads_encodings):
+            names = (USED_PARTS.get(key), key)
+            known = [name for name in names if None not in (index.get(name), own.get(name))]
+            if not known or index[known[0]] == own[known[0]] or (key != AUTOENCODER and not dataset.reads_encodings):
                 continue
+            told = next(name for name in reversed(known) if index[name] != own[name])  # the whole, as reports have it
             raise UserError(
-                f"{folder / INDEX}: the set was made by another {what} ({made_by:.12}…) than that of {whose} "
-                f"({ours:.12}…); {advice}"
+                f"{folder / INDEX}: the set was made by another {what} ({index[told]:.12}…) than that of {whose} "
+                f"({own[told]:.12}…); {advice}"
             )

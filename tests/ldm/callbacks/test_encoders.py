@@ -51,6 +51,11 @@ def test_the_encoders_of_the_checkpoint_must_be_those_of_the_set(train, made_by,
     assert train(f"{resume} 2") == 0
     made_by(autoencoder=autoencoder, autoencoder_used="0" * 64)
     assert "index.json: the set was made by another autoencoder (000000000000…)" in train_error(train, f"{resume} 3")
+    content = load_checkpoint(checkpoint)  # of a version that knew no digest of the encoder
+    del content["callbacks"]["SameEncoders"]["autoencoder_used"]
+    save_checkpoint(content, checkpoint)
+    made_by(autoencoder="0" * 64, autoencoder_used=encoder)
+    assert train(f"{resume} 2") == 0
     made_by(autoencoder=None)  # as far as is known
     assert train(f"{resume} 3") == 0
 

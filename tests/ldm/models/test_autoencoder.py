@@ -215,6 +215,15 @@ def test_training_without_gan(tmp_path: Path, image_loader: DataLoader) -> None:
     assert torch.equal(model.loss.discriminator.main[0].weight, discriminator)
 
 
+def test_the_optimizer_has_the_parts_in_the_order_of_older_checkpoints() -> None:
+    model = AutoencoderKL(DDCONFIG, gan(disc_factor=0.0), embed_dim=4)
+    model.learning_rate = 1e-3
+    names = {id(parameter): name.split(".")[0] for name, parameter in model.named_parameters()}
+    (optimizer,) = model.configure_optimizers()
+    order = dict.fromkeys(names[id(parameter)] for parameter in optimizer.param_groups[0]["params"])
+    assert list(order) == ["encoder", "decoder", "quant_conv", "post_quant_conv"]
+
+
 @pytest.mark.parametrize("loss", [gan(disc_factor=0.0), gan()], ids=["plain", "gan"])
 def test_a_frozen_encoder_leaves_the_latents_as_they_are(tmp_path: Path, image_loader: DataLoader, loss: dict) -> None:
     torch.manual_seed(0)
