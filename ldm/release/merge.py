@@ -22,7 +22,6 @@ from ldm.checkpoint import (
     open_checkpoint,
     same_values,
 )
-from ldm.checkpoint.autoencoders import is_autoencoder
 from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.diffusers_folder import stands_in
 from ldm.checkpoint.formats import can_hold, precise_dtype
@@ -153,14 +152,18 @@ def check_same_architecture(training: Weights, release: Weights) -> None:
             raise UserError(
                 f"the release lacks {key}, which the training has; {likely_cause(release, training, cause)}"
             )
-    alone = has_part(training, FIRST_STAGE) and not has_part(training, MODEL)
-    may_lack = (MODEL, *_OPTIONAL_PARTS) if alone else _OPTIONAL_PARTS
+    may_lack = (MODEL, *_OPTIONAL_PARTS) if _is_autoencoder(training) else _OPTIONAL_PARTS
     parts = [part for part in may_lack if not has_part(training, part)]
     for key in release:
         if key not in training and not is_optional(key) and not key.startswith(tuple(parts)):
             raise UserError(
                 f"the training lacks {key}, which the release has; {likely_cause(release, training, cause)}"
             )
+
+
+def _is_autoencoder(training: Weights) -> bool:
+    """Return True for the weights of a training of an autoencoder alone."""
+    return has_part(training, FIRST_STAGE) and not (has_part(training, MODEL) or has_part(training, EMA))
 
 
 def _differ(key: str, trained: torch.Tensor, released: torch.Tensor) -> bool:
@@ -261,10 +264,10 @@ def _merge_files(
     has_step_counters(training.content, training_path)
     log.info("release: %s", release_path)
     trained = training_weights(training.content, training_path)
-    of_autoencoder = is_autoencoder(trained)
-    if of_autoencoder:
-        refuse_if(vae, f"--vae {vae}: {training_path} trains an autoencoder itself; leave out one of them")
-        trained = {FIRST_STAGE + key: value for key, value in trained.items()}
+    refuse_if(
+        vae and _is_autoencoder(trained),
+        f"--vae {vae}: {training_path} trains an autoencoder itself; leave out one of them",
+    )
     opened = release_of(release, release_path, vae, trained)
     check_same_family(opened.shapes, shapes_of(trained), release_path)
     warn_of_other_release(training.content, opened, release_path)
@@ -276,7 +279,7 @@ def _merge_files(
         own = trained_loras(training.content, training_path, weights, strength)
         merged = merge(trained, opened.weights, weights=None if own else weights, half=half, strength=strength)
         log.info("\n".join(merged.summary()))
-        _log_autoencoder(merged.trained, of_autoencoder)
+        _log_autoencoder(merged.trained, _is_autoencoder(trained))
         if strength != 1:
             log.info("strength %g: that share of the training's change of each weight", strength)
         state_dict = with_loras(merged.state_dict, [*own, *loras], release_path)

@@ -109,9 +109,12 @@ def written_dtype(key: str, dtype: torch.dtype, half: bool) -> torch.dtype:
 def training_weights(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a training checkpoint under this package's names, followed by its unused values.
 
-    The factors of a LoRA are left out; see `trained_loras`.
+    The factors of a LoRA are left out; see `trained_loras`. An autoencoder alone is below `first_stage_model.`.
     """
-    named = in_our_names(without_factors(weights_of(content, path)))
+    weights = without_factors(weights_of(content, path))
+    if is_autoencoder(weights):
+        weights = {FIRST_STAGE + key: value for key, value in weights.items()}
+    named = in_our_names(weights)
     _log_names(named, path)
     return named.with_carried()
 
