@@ -8,7 +8,8 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm.checkpoint import used_autoencoder, weights_digest
+from ldm.checkpoint import encoder_digests
+from ldm.checkpoint.keys import FIRST_STAGE
 from ldm.modules.encoders.caption_settings import CaptionSettings, caption_settings, reads_captions
 from ldm.shards.index import AUTOENCODER, ENCODERS, USED_PARTS
 from ldm.shards.open import check_encoders, common_caption_settings
@@ -67,7 +68,8 @@ class SameEncoders(Callback):
         """Compute the digests of the loaded autoencoder, before the precision plugin rounds its weights."""
         first_stage = getattr(pl_module, "first_stage_model", None)
         weights = {} if first_stage is None else first_stage.state_dict()
-        self.autoencoder = _known({AUTOENCODER: weights_digest(weights), **used_autoencoder(weights)}, _AUTOENCODER)
+        digests = encoder_digests({FIRST_STAGE + key: value for key, value in weights.items()})
+        self.autoencoder = _known(digests, _AUTOENCODER)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the digests, after the states of the callbacks are loaded.

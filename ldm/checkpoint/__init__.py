@@ -1,6 +1,6 @@
 """Checkpoints and released weights: reading without execution of code, and atomic writing."""
 
-from ldm.checkpoint.digest import USED_AUTOENCODER, USED_TOWER, encoder_digests, used_autoencoder, weights_digest
+from ldm.checkpoint.digest import USED_AUTOENCODER, USED_TOWER, encoder_digests, weights_digest
 from ldm.checkpoint.formats import converted, is_finite, same_values
 from ldm.checkpoint.keys import OPTIONAL_KEYS, SCHEDULE_KEYS, ema_key, is_optional
 from ldm.checkpoint.loading import LoadReport, load_file_into, load_into
@@ -44,7 +44,6 @@ __all__ = [
     "same_values",
     "save_checkpoint",
     "save_state_dict",
-    "used_autoencoder",
     "weights_digest",
     "weights_of",
 ]

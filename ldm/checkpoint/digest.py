@@ -29,19 +29,14 @@ def encoder_digests(weights: Mapping[str, Tensor]) -> dict[str, str | None]:
     if has_part(weights, CONDITIONER):
         prefixes |= dict(zip(("text_tower", "text_tower_2"), TOWERS, strict=True))
     digests = {name: weights_digest(weights, prefix) for name, prefix in prefixes.items()}
-    digests |= used_autoencoder(weights, FIRST_STAGE)
+    encoder = tuple(FIRST_STAGE + name for name in ENCODER)
+    if used := {key: value for key, value in weights.items() if key.startswith(encoder)}:
+        digests[USED_AUTOENCODER] = weights_digest(used, FIRST_STAGE)
     blocks = resblocks([key.removeprefix(COND_STAGE + OPEN_CLIP) for key in weights if key.startswith(COND_STAGE)])
     if blocks:
         last = f"{RESBLOCKS_OF_SD2}{blocks - 1}."
         digests[USED_TOWER] = weights_digest({k: v for k, v in weights.items() if not k.startswith(last)}, COND_STAGE)
     return digests
-
-
-def used_autoencoder(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, str]:
-    """Return `USED_AUTOENCODER` and its digest, or an empty dict if no key below `prefix` is of an encoder."""
-    encoder = {key: value for key, value in weights.items() if key.startswith(tuple(prefix + name for name in ENCODER))}
-    digest = weights_digest(encoder, prefix)
-    return {} if digest is None else {USED_AUTOENCODER: digest}
 
 
 def weights_digest(weights: Mapping[str, Tensor], prefix: str = "") -> str | None:

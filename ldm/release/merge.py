@@ -18,17 +18,15 @@ from ldm.checkpoint import (
     ema_key,
     in_memory,
     is_finite,
-    is_optional,
     open_checkpoint,
     same_values,
 )
-from ldm.checkpoint.causes import likely_cause
 from ldm.checkpoint.diffusers_folder import stands_in
-from ldm.checkpoint.formats import can_hold, precise_dtype
-from ldm.checkpoint.keys import EMA, EMA_COUNTERS, ENCODER, FIRST_STAGE, MODEL, PREDICTION, TEXT_ENCODERS, has_part
-from ldm.checkpoint.names import is_carried
+from ldm.checkpoint.formats import precise_dtype
+from ldm.checkpoint.keys import EMA, EMA_COUNTERS, ENCODER, FIRST_STAGE, MODEL, PREDICTION, has_part
 from ldm.config.load import load_config
 from ldm.locks import run_of
+from ldm.release.architecture import OPTIONAL_PARTS, check_same_architecture, is_of_autoencoder
 from ldm.release.caption_record import record_of
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.families import PARAMETERIZATIONS
@@ -47,8 +45,6 @@ Weights = Mapping[str, torch.Tensor]
 
 # Types of the tiers that round weights.
 _NARROW = (torch.bfloat16, torch.float16)
-# Parts that a training may lack. They are then kept from the release.
-_OPTIONAL_PARTS = (FIRST_STAGE, *TEXT_ENCODERS)
 
 
 @dataclass
@@ -105,7 +101,7 @@ def merge(
         weights == "ema" and not has_ema,
         "the training checkpoint has no moving average (use_ema: False); use --weights raw",
     )
-    left_out = [part for part in _OPTIONAL_PARTS if has_part(training, part) and not has_part(release, part)]
+    left_out = [part for part in OPTIONAL_PARTS if has_part(training, part) and not has_part(release, part)]
     training = {key: value for key, value in training.items() if not key.startswith(tuple(left_out))}
     check_same_architecture(training, release)
 
@@ -130,40 +126,6 @@ def merge(
             result.untouched.append(key)
             result.state_dict[key] = released if dtype == released.dtype else _converted(key, released, dtype)
     return result
-
-
-def check_same_architecture(training: Weights, release: Weights) -> None:
-    """Raise `UserError` unless both have weights of the same keys and shapes, and of dtypes that agree.
-
-    The training may lack the autoencoder and the text encoders, or all but the autoencoder. Either may lack optional
-    keys.
-    """
-    cause = "are they of one model?"
-    for key, value in training.items():
-        if key in release and key not in SCHEDULE_KEYS and value.shape != release[key].shape:
-            shapes = f"{tuple(value.shape)} in the training, {tuple(release[key].shape)} in the release"
-            raise UserError(f"{key} has shape {shapes}; {likely_cause(release, training, cause)}")
-        if key in release and key not in SCHEDULE_KEYS and not can_hold(value.dtype, release[key].dtype):
-            raise UserError(
-                f"{key} is {value.dtype} in the training, {release[key].dtype} in the release; dequantise the release "
-                "and save it as floating-point numbers"
-            )
-        if key not in release and not (is_optional(key) or is_carried(key)):
-            raise UserError(
-                f"the release lacks {key}, which the training has; {likely_cause(release, training, cause)}"
-            )
-    may_lack = (MODEL, *_OPTIONAL_PARTS) if _is_autoencoder(training) else _OPTIONAL_PARTS
-    parts = [part for part in may_lack if not has_part(training, part)]
-    for key in release:
-        if key not in training and not is_optional(key) and not key.startswith(tuple(parts)):
-            raise UserError(
-                f"the training lacks {key}, which the release has; {likely_cause(release, training, cause)}"
-            )
-
-
-def _is_autoencoder(training: Weights) -> bool:
-    """Return True for the weights of a training of an autoencoder alone."""
-    return has_part(training, FIRST_STAGE) and not (has_part(training, MODEL) or has_part(training, EMA))
 
 
 def _differ(key: str, trained: torch.Tensor, released: torch.Tensor) -> bool:
@@ -265,7 +227,7 @@ def _merge_files(
     log.info("release: %s", release_path)
     trained = training_weights(training.content, training_path)
     refuse_if(
-        vae and _is_autoencoder(trained),
+        vae and is_of_autoencoder(trained),
         f"--vae {vae}: {training_path} trains an autoencoder itself; leave out one of them",
     )
     opened = release_of(release, release_path, vae, trained)
@@ -279,7 +241,7 @@ def _merge_files(
         own = trained_loras(training.content, training_path, weights, strength)
         merged = merge(trained, opened.weights, weights=None if own else weights, half=half, strength=strength)
         log.info("\n".join(merged.summary()))
-        _log_autoencoder(merged.trained, _is_autoencoder(trained))
+        _log_autoencoder(merged.trained, is_of_autoencoder(trained))
         if strength != 1:
             log.info("strength %g: that share of the training's change of each weight", strength)
         state_dict = with_loras(merged.state_dict, [*own, *loras], release_path)
