@@ -60,21 +60,22 @@ def build_train(page: Page) -> None:
     page.keep_command(inputs, lambda *values: pipeline(read(values)), commands)
     page.keep_command([run], lambda which: [_resume_step(studio, which)], resumed)
     drawn = gr.State(None)
-    panel.watch([drawn, save, previews, figures, run], _results, [drawn])
+    panel.watch([drawn, save, previews, figures, run], training_results, [drawn])
 
 
 def _resume_step(studio: Studio, run: str | None) -> Step:
     return Step("Continue the training", resume_words(studio.run_folder(run), bool(studio.card)))
 
 
-def _results(view: JobView, drawn: Any) -> list[Any]:
+def training_results(view: JobView, drawn: Any) -> list[Any]:
     """Return the values of what is drawn, save button, previews, figures and runs. Equal figures are not sent again."""
-    run, save = view.run, gr.update(interactive=view.state.is_running)
-    now = [view.job.name, run and run.folder.name, run and run.signature]
+    run, save, runs = view.run, gr.update(interactive=view.state.is_running), list_runs(LOGS)
+    # A start names its run folder in the log before the folder has the parts by which `list_runs` knows a run.
+    listed = run.folder.name if run is not None and run.folder.name in runs else None
+    now = [view.job.name, listed, run and run.signature]
     if now == drawn:
         return [gr.skip(), save, gr.skip(), gr.skip(), gr.skip()]
-    runs = list_runs(LOGS)
-    # The run is chosen when it appears; after that, the choice is the user's.
-    is_new = run is not None and run.folder.name in runs and (not drawn or drawn[:2] != now[:2])
-    chosen = gr.update(choices=runs, value=run.folder.name) if is_new else gr.update(choices=runs)
+    # The run is chosen when it is listed; after that, the choice is the user's.
+    is_new = listed is not None and (not drawn or drawn[:2] != now[:2])
+    chosen = gr.update(choices=runs, value=listed) if is_new else gr.update(choices=runs)
     return [now, save, *([run.previews(), run.figures()] if run else [[], ""]), chosen]

@@ -242,6 +242,7 @@ def test_the_recipe_by_clicks(studio: StudioProcess, open_studio) -> None:
     studio.wait_for_state(page, "train", "stopped")
     other.close()
 
+    expect(page.locator("#train-resume-command")).not_to_contain_text("no run is chosen")  # else it starts nothing
     page.locator("#train-resume").click()
     studio.wait_for_state(page, "train", "running", "step ")
     page.locator("#train-save").click()
