@@ -5,11 +5,12 @@ python tools/make_prior.py --keep cat
 python tools/make_prior.py --prompt "a photo of a cat" "a drawing of a cat" --n 200 --out data/prior/%06d.tar
 python tools/make_prior.py --prompt "a photo of a cat" --n 200 --out data/with_teacher/%06d.tar --teacher 8
 python tools/make_prior.py --shards 'data/class/*.tar' --out data/with_teacher/%06d.tar --teacher 8
+python tools/make_prior.py --keep cat --shards 'data/train/*.tar'
 
 --keep CLASS makes the prior of keep.yaml for a subject of this class: prompts for the class, for its neighbours and of
 general things, with --teacher 8, in data/kept/. With --teacher, the shards also hold the model's predictions on the
-samples. An interrupted command continues when it is given again. Under torchrun or srun, each process makes its share
-of the shards.
+samples. --shards takes pre-encoded images in place of samples; prompts then replace their captions. An interrupted
+command continues when it is given again. Under torchrun or srun, each process makes its share of the shards.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from ldm.cli.options import SETTINGS, add_image_options, check_image_options, re
 from ldm.cli.run import HelpFormatter, run
 from ldm.config.trust import add_trust_option
 from ldm.encoding.keep_prompts import keep_prompts
-from ldm.util import UserError, check_number
+from ldm.util import UserError, check_number, refuse_if
 
 if TYPE_CHECKING:
     from ldm.encoding.encoder import SampleEncoder
@@ -49,7 +51,11 @@ def add_prior_options(parser: argparse.ArgumentParser) -> None:
         help="class of the subject, such as cat, dog or woman, in place of prompts",
     )
     add("--general", type=int, default=GENERAL, help="with --keep: number of general prompts (default: %(default)s)")
-    add("--shards", help="pre-encoded images in place of prompts, as in training_urls; needs --teacher")
+    add(
+        "--shards",
+        help="pre-encoded images in place of samples, as in training_urls; needs --teacher. Without prompts, their "
+        "captions are kept",
+    )
     add("--out", help=f"shards to write, such as data/prior/%%06d.tar; default with --keep: {KEPT.replace('%', '%%')}")
     add(
         "--teacher",
@@ -98,18 +104,24 @@ def parse_arguments() -> argparse.Namespace:
     if options.keep:
         lists = PROMPTS / "neighbours.txt", PROMPTS / "general.txt"
         options.prompt += keep_prompts(options.keep, *lists, options.general)
-    elif options.shards is None:
+    elif options.shards is None or options.prompt or options.from_file:
         options.prompt = read_prompts(options.prompt, options.from_file)
-    elif options.prompt or options.from_file or not options.teacher:
-        raise UserError(
-            f"--shards {options.shards}: has captions of its own; give --teacher, and no --prompt or --from-file"
-        )
-    elif unused := given("n", *SETTINGS, "H", "W"):
-        raise UserError(f"--shards {options.shards}: nothing is sampled; leave out {unused}")
-    elif unused := given("max_tokens", "clip_skip"):
-        raise UserError(f"--shards {options.shards}: its captions are encoded already; leave out {unused}")
+    if options.shards is not None:
+        check_shards(options, given)
     check_image_options(options, options.n * len(options.prompt))
     return options
+
+
+def check_shards(options: argparse.Namespace, given: Callable[..., str]) -> None:
+    """Raise `UserError` for options that --shards cannot use. `given` names those of the command line."""
+    refuse_if(
+        not options.teacher,
+        f"--shards {options.shards}: images need the model's predictions beside them; give --teacher, such as 8",
+    )
+    unused = given(*(() if options.prompt else ("n",)), *SETTINGS, "H", "W")
+    refuse_if(bool(unused), f"--shards {options.shards}: nothing is sampled; leave out {unused}")
+    unused = given("max_tokens", "clip_skip")
+    refuse_if(bool(unused), f"--shards {options.shards}: has settings of its captions; leave out {unused}")
 
 
 def check_keep(options: argparse.Namespace) -> None:
@@ -119,9 +131,8 @@ def check_keep(options: argparse.Namespace) -> None:
             raise UserError(f"--general {options.general}: belongs to --keep; give that too, or leave it out")
         if options.out is None:
             raise UserError("--out: give the shards to write, such as data/prior/%06d.tar")
-    elif options.from_file or options.shards:
-        given = "--from-file" if options.from_file else "--shards"
-        raise UserError(f"--keep {' '.join(options.keep)}: has prompts of its own; leave out {given}")
+    elif options.from_file:
+        raise UserError(f"--keep {' '.join(options.keep)}: has prompts of its own; leave out --from-file")
     options.out = options.out or KEPT
     options.teacher = (8 if options.keep else 0) if options.teacher is None else options.teacher
 
@@ -131,15 +142,8 @@ def main() -> None:
     # Slow imports come after parsing, so that --help answers at once.
     from ldm.data.dropout import CaptionDropout
     from ldm.distributed.ranks import Ranks
-    from ldm.encoding.prior import (
-        digest_of,
-        digest_shards,
-        latents_of_images,
-        make_prior,
-        open_images,
-        sampled,
-        with_teacher,
-    )
+    from ldm.encoding.prior import digest_of, digest_shards, make_prior
+    from ldm.encoding.prior_samples import latents_of_images, open_images, prompts_on_images, sampled, with_teacher
     from ldm.encoding.shard_set import check_out
     from ldm.encoding.teacher import Teacher
     from ldm.models.diffusion.text_to_image import Request, latent_shape
@@ -152,17 +156,20 @@ def main() -> None:
     if ranks.rank == 0:
         check_out(options.out, options.overwrite)
     model, encoder, unet = load_release_for_prior(options, ranks.local)
+    warn_of_cut(model.cond_stage_model, options.prompt)
+    prompts = [prompt for prompt in options.prompt for _ in range(options.n)]
+    made_from = {"prompts": digest_of(prompts)} if prompts else {}
     if options.shards is not None:
         dataset = open_images(encoder, options.shards, options.out)
-        count, about, made_from = len(dataset), {}, {"images": digest_shards(dataset)}
-        source = latents_of_images(dataset, model.channels, options.seed)
+        made_from, about = {**made_from, "images": digest_shards(dataset)}, {}
+        kept = dataset, model.channels, options.seed
+        source = prompts_on_images(*kept, prompts, encoder) if prompts else latents_of_images(*kept)
+        count = len(prompts or dataset)
     else:
-        warn_of_cut(model.cond_stage_model, options.prompt)
-        prompts = [prompt for prompt in options.prompt for _ in range(options.n)]
         requests = [Request(prompt, options.seed + number) for number, prompt in enumerate(prompts)]
         count, about = len(requests), {key: getattr(options, key) for key in SETTINGS}
         shape = latent_shape(model, options.H, options.W)
-        made_from = {"prompts": digest_of(prompts), "shape": list(shape)}
+        made_from |= {"shape": list(shape)}
         source = sampled(encoder, requests, shape, about)
     if options.teacher:
         made_from["null_share"] = options.null_share

@@ -113,6 +113,23 @@ def test_images_get_a_latent_seeded_by_key_and_predictions(make_prior, model, tm
     assert self_loss(model, tmp_path / "one/s.tar") < 1e-5
 
 
+def test_prompts_on_images_have_latents_of_the_images_and_predictions_for_the_prompts(make_prior, model, tmp_path):
+    images = write_images(model, tmp_path / "images", ((8, 8),) * 2)
+    prompts = ("red apple", "a house")
+    options = ("--teacher", 2, "--null-share", 0, "--n", 2, "--batch-size", 3)
+    assert make_prior("--shards", images, "--prompt", *prompts, *options, "--out", "s.tar") is None
+    dataset = ShardDataset([tmp_path / "s.tar"], extra=TEACHER_KEYS)
+    assert [dataset[number]["txt"] for number in range(4)] == [prompts[0]] * 2 + [prompts[1]] * 2
+    for number in range(4):
+        spread = dataset[number]["f8"].astype(np.float32) - number % 2  # image 0 has the mean 0, image 1 the mean 1
+        assert abs(spread.mean()) < 0.4 and 0.7 < spread.std() < 1.3
+    assert not np.array_equal(dataset[0]["f8"], dataset[2]["f8"])  # another latent of the same posterior
+    expected = model.get_learned_conditioning([prompts[1]])[0].detach().numpy().astype(np.float16)
+    np.testing.assert_allclose(dataset[3]["t5"], expected, rtol=2e-3, atol=2e-3)
+    assert self_loss(model, tmp_path / "s.tar") < 1e-5
+    assert json.loads((tmp_path / "index.json").read_text())["samples"] == 4
+
+
 def test_keep_samples_a_class_its_neighbours_and_general_prompts(make_prior, tmp_path):
     assert make_prior("--keep", "clock", "--general", 1, "--steps", 1, "--batch-size", 16, "--null-share", 0) is None
     index = json.loads((tmp_path / "data/kept/index.json").read_text())
@@ -228,11 +245,14 @@ def sets(model, tmp_path_factory):
         (("--prompt", "x", "--teacher", 1001), "--teacher 1001: must be 1 to 1000 timesteps"),
         (("--prompt", "x", "--teacher", 1, "--null-share", 2), "--null-share 2"),
         (("--prompt", "x", "--config", "demo_tiny.yaml"), "reads no captions"),
-        (("--shards", "images"), "--shards images: has captions of its own; give --teacher"),
-        (("--shards", "images", "--teacher", 1, "--prompt", "x"), "has captions of its own"),
+        (("--shards", "images"), "--shards images: images need the model's predictions beside them; give --teacher"),
+        (("--shards", "images", "--prompt", "x"), "--shards images: images need the model's predictions"),
+        (("--shards", "images", "--keep", "cat", "--teacher", 0), "--shards images: images need the model's predic"),
+        (("--shards", "images", "--prompt", "x", "--teacher", 1, "--steps", 9), "is sampled; leave out --steps$"),
+        (("--shards", "images", "--prompt", "x", "--teacher", 1, "--clip-skip", 2), "leave out --clip-skip$"),
         (("--prompt", "x", "--null-share", 0.5), "--null-share has no effect without --teacher"),
         (("--prompt", "x", "--general", 5), "--general 5: belongs to --keep"),
-        (("--keep", "cat", "--shards", "images"), "--keep cat: has prompts of its own; leave out --shards"),
+        (("--keep", "cat", "--from-file", "x"), "--keep cat: has prompts of its own; leave out --from-file"),
         (("--keep", "qqq"), "--keep 'qqq': .*neighbours.txt has no such class"),
         (("--prompt", "x", "--teacher-power", 1), "--teacher-power has no effect without --teacher"),
         (("--prompt", "x", "--teacher", 1, "--teacher-power", -1), "--teacher-power -1.0: give a number of at least 0"),
