@@ -82,5 +82,7 @@ VARIANTS = (
     Variant("teacher, known, split", (*TEACHER, *SPLIT), prior="known_falling", ratio=1.0),
     Variant("teacher, known, pull 300", (*TEACHER, *pull(300)), prior="known_taught", ratio=1.0),
     Variant("teacher, known, split, pull 300", (*TEACHER, *SPLIT, *pull(300)), prior="known_falling", ratio=1.0),
+    Variant("teacher, own images", TEACHER, prior="own_taught", ratio=1.0),
+    Variant("teacher, own images, pull 300", (*TEACHER, *pull(300)), prior="own_taught", ratio=1.0),
     Variant("textual inversion", INVERSION, configs=(CONFIG, "textual_inversion.yaml"), families=("cats",)),
 )

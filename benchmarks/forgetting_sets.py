@@ -91,6 +91,7 @@ def _priors(folder: Path, family: Family) -> dict[str, tuple[object, ...]]:
             "--null-share",
             0,
         ),
+        "own_taught": (*known, "--shards", shards(folder, "subject"), *_TEACHER),
         "subject_taught": ("--shards", shards(folder, "subject"), "--teacher", 64),
     }
 
