@@ -73,7 +73,7 @@ def write_sets(folder: Path, family: Family, needed: Collection[str]) -> None:
 
 
 def _priors(folder: Path, family: Family) -> dict[str, tuple[object, ...]]:
-    """Return the source and the teacher of each set that `make_prior.py` makes, in options."""
+    """Return the options of `make_prior.py` for each prior: its source and its teacher."""
     kin, others, known = (("--from-file", folder / f"{name}.txt") for name in _prior_captions(family))
     return {
         "generated": (*kin, "--n", 2, *_SAMPLED),

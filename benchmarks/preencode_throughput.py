@@ -115,7 +115,7 @@ def main() -> None:
     options = parse_arguments()
     import torch
 
-    from ldm.data.sources import find_images
+    from ldm.data.image_sources import find_images
     from ldm.encoding import pipeline as encode_shards
     from ldm.encoding.encoder import SampleEncoder
     from ldm.encoding.preencode import preencode

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.data.stream import ShardStream
 from ldm.shards import npy
 from ldm.shards.open import open_shards

@@ -164,7 +164,7 @@ def compare_releases(
 ) -> None:
     """Compare the tuned release with the base."""
     from ldm.checkpoint import encoder_digests
-    from ldm.evaluation.plots import draw_figure
+    from ldm.evaluation.plots import write_figure
     from ldm.evaluation.releases import evaluate_releases
     from ldm.evaluation.report import format_table, summarise_results, write_json
     from ldm.release.opening import open_release
@@ -173,7 +173,9 @@ def compare_releases(
     encoders = {path: encoder_digests(open_release(path, options.vae).weights) for path in (options.base, options.ckpt)}
     rows = summarise_results(evaluate_releases(load, options.base, options.ckpt, sets, settings, encoders))
     write_json(rows, about, options.out / "evaluation.json")
-    draw_figure(rows, f"{options.ckpt.name} compared with its base {options.base.name}", options.out / "evaluation.png")
+    write_figure(
+        rows, f"{options.ckpt.name} compared with its base {options.base.name}", options.out / "evaluation.png"
+    )
     logger.info("\n%s\n\nwrote evaluation.json and evaluation.png to %s", Lines(format_table(rows)), options.out)
 
 

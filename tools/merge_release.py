@@ -97,9 +97,11 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--keep finds the strength; leave out --strength {arguments.strength:g}")
     if arguments.lora and arguments.train_ckpt is None:
         refuse_if(arguments.out is None, "--lora without --train-ckpt: give --out too, the release to write")
-        refuse_if(arguments.embed_settings, "--embed-settings: beside --lora, needs --train-ckpt; leave it out")
-        refuse_if(arguments.keep is not None, "--keep: beside --lora, needs --train-ckpt; leave it out")
-        refuse_if(arguments.weights, f"--weights {arguments.weights}: beside --lora, needs --train-ckpt; leave it out")
+        refuse_if(arguments.embed_settings, "--embed-settings: with --lora, give --train-ckpt too, or leave it out")
+        refuse_if(arguments.keep is not None, "--keep: with --lora, give --train-ckpt too, or leave it out")
+        refuse_if(
+            arguments.weights, f"--weights {arguments.weights}: with --lora, give --train-ckpt too, or leave it out"
+        )
         refuse_if(
             arguments.strength != 1,
             "--strength: needs --train-ckpt; give the strength of a LoRA after its name, --lora FILE:0.8",

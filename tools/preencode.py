@@ -125,7 +125,7 @@ def _check_needed(arguments: argparse.Namespace, count: str, names: Sequence[str
 
 def _open_images(arguments: argparse.Namespace, pairs: bool) -> Sequence[ImageItem] | ImageStream:
     """Return the images to encode, or pairs of them, with their captions, masks and repeats."""
-    from ldm.data.sources import find_images
+    from ldm.data.image_sources import find_images
     from ldm.encoding.image_stream import open_images
     from ldm.images.repeats import FolderRepeats
     from ldm.images.tags import with_tag_variants

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ldm.checkpoint.keys import UNET
 from ldm.distributed.collectives import mean_over_processes
-from ldm.distributed.dtensor import is_sharded, local_tensor
+from ldm.distributed.dtensor import is_partitioned, local_tensor
 from ldm.optim import InBackward
 from ldm.util import check_number
 
@@ -71,7 +71,7 @@ class BlockNorms(Callback):
         self._before, self._gradients = None, {}
         device = trainer.strategy.root_device
         total = mean_over_processes(torch.stack([square.to(device) for square in squares.values()]))
-        total *= trainer.world_size if is_sharded(pl_module) else 1
+        total *= trainer.world_size if is_partitioned(pl_module) else 1
         norms = dict(zip(squares, total.sqrt().tolist(), strict=True))
         for logger in trainer.loggers:
             logger.log_metrics(_with_ratios(norms, self._groups), step=trainer.global_step - 1)

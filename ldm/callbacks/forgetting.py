@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.callbacks.rng import undisturbed
 from ldm.callbacks.tolerance import Tolerance
-from ldm.distributed.dtensor import is_sharded
+from ldm.distributed.dtensor import is_partitioned
 from ldm.evaluation.baseline import load_start, save_start
 from ldm.evaluation.denoising import Comparison, Record, compare, record
 from ldm.evaluation.protocol import midpoint_timesteps
@@ -111,7 +111,7 @@ class Forgetting(Callback):
         trainer.strategy.barrier()  # all processes have looked before the file is written
         if not known:
             self._recorded = trainer.global_step
-            if trainer.is_global_zero or is_sharded(pl_module):
+            if trainer.is_global_zero or is_partitioned(pl_module):
                 self._record(trainer, pl_module, path)
             trainer.strategy.barrier()
         if not path.exists():  # the file could not be written

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.callbacks.rng import undisturbed
 from ldm.callbacks.tolerance import Tolerance, write_tolerantly
-from ldm.distributed.dtensor import is_sharded
+from ldm.distributed.dtensor import is_partitioned
 from ldm.files import check_within
 from ldm.images.grid import image_grid, save_png
 from ldm.images.logged_names import logged_name, parse_logged_name
@@ -151,14 +151,14 @@ class ImageLogger(Callback):
     def _log_images(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
         if self.disabled or not hasattr(pl_module, "log_images"):
             return
-        if not trainer.is_global_zero and not is_sharded(pl_module):
+        if not trainer.is_global_zero and not is_partitioned(pl_module):
             return
         try:
             precision = trainer.precision_plugin.forward_context() if self.enable_autocast else nullcontext()
             with undisturbed(pl_module), precision:
                 images = pl_module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         except torch.OutOfMemoryError as error:  # a GPU that fits a training step may be too small for the decoder
-            if is_sharded(pl_module):
+            if is_partitioned(pl_module):
                 raise  # other processes wait for this one
             log.warning(
                 "\nNo images at step %d: %s; training continues. To turn images off: "

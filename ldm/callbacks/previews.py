@@ -21,7 +21,7 @@ from ldm.callbacks.tolerance import Tolerance
 from ldm.checkpoint.keys import RELEASE
 from ldm.config.preview_prompts import PreviewPrompt
 from ldm.distributed.collectives import in_all_processes
-from ldm.distributed.dtensor import is_sharded
+from ldm.distributed.dtensor import is_partitioned
 from ldm.files import check_within
 from ldm.images.grid import save_png, to_images
 from ldm.images.logged_names import PREVIEWS, logged_name
@@ -135,7 +135,7 @@ class Previews(Callback):
         path = self._folder(trainer) / _ENCODINGS
         for _ in in_all_processes(self._prepared(trainer, pl_module, path)):
             pass
-        if is_sharded(pl_module) or trainer.is_global_zero:
+        if is_partitioned(pl_module) or trainer.is_global_zero:
             self._stored = StoredPrompts.load(path)
 
     def _prepared(self, trainer: Trainer, model: LatentDiffusion, path: Path) -> Iterator[None]:
@@ -192,7 +192,7 @@ class Previews(Callback):
         if self.minutes is None:
             return False
         is_late = time.monotonic() - self._sampled_at >= 60 * self.minutes
-        return trainer.strategy.reduce_boolean_decision(is_late, all=False) if is_sharded(model) else is_late
+        return trainer.strategy.reduce_boolean_decision(is_late, all=False) if is_partitioned(model) else is_late
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
@@ -223,11 +223,11 @@ class Previews(Callback):
         return self._folder(trainer).glob(f"{name}_gs-{step}_e-*.png")
 
     def _try_to_sample(self, trainer: Trainer, model: LatentDiffusion) -> None:
-        if trainer.is_global_zero or is_sharded(model):
+        if trainer.is_global_zero or is_partitioned(model):
             try:
                 self._sample_all(trainer, model)
             except Exception as error:
-                if is_sharded(model) and not isinstance(error, NotFiniteError):
+                if is_partitioned(model) and not isinstance(error, NotFiniteError):
                     raise  # the other processes wait for this one
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 log.warning("\nNo previews at step %d: %s; training continues", trainer.global_step, reason)

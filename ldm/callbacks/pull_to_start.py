@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ldm.callbacks.start_weights import Starts, read_starts, set_weight_decay, start_of
 from ldm.checkpoint.formats import precise_dtype
-from ldm.distributed.dtensor import is_sharded, local_tensor
+from ldm.distributed.dtensor import is_partitioned, local_tensor
 from ldm.optim import InBackward
 from ldm.util import UserError, check_number, refuse_if
 
@@ -69,7 +69,7 @@ class PullToStart(Callback):
             for parameter in group["params"]:
                 if parameter in self._starts and parameter.grad is not None:
                     penalties.append(self._pull(parameter))
-        if penalties and not is_sharded(pl_module):
+        if penalties and not is_partitioned(pl_module):
             pl_module.log("train/loss_pull", self.weight * torch.stack(penalties).sum(), batch_size=1)
 
     def _pull(self, parameter: torch.nn.Parameter) -> Tensor:

@@ -66,9 +66,9 @@ class RunEvents(Callback):
 
 
 def _release_in(checkpoint: dict[str, Any]) -> dict[str, str] | None:
-    """Return the name and the SHA-256 of the release that `checkpoint` notes, or None for anything else.
+    """Return the name and the SHA-256 of the release that is recorded in `checkpoint`, or None for anything else.
 
-    The file may come from somebody else, and the note is copied into each further checkpoint and event.
+    The file may come from somebody else, and the record is copied into each further checkpoint and event.
     """
     note = checkpoint.get(RELEASE)
     parts = [note.get(key) for key in ("name", "sha256")] if isinstance(note, dict) else []

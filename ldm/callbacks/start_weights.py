@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import in_memory, is_optional, open_checkpoint, weights_of
 from ldm.checkpoint.keys import is_factor
 from ldm.checkpoint.names import in_our_names
-from ldm.distributed.dtensor import local_tensor, shard_like
+from ldm.distributed.dtensor import local_tensor, partition_like
 from ldm.util import UserError, refuse_if
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def read_starts(path: Path, groups: Groups, module: nn.Module, callback: str) ->
         if name in weights and weights[name].shape == shape:
             starts[parameter] = weights[name]
         elif name in weights or not is_optional(name):
-            found = f"has {tuple(weights[name].shape)} as" if name in weights else "lacks"
+            found = f"has the shape {tuple(weights[name].shape)}" if name in weights else "is missing"
             raise UserError(
-                f"{callback}: {path} {found} {name} of shape {shape}, which is trained; "
+                f"{callback}: {path}: {name} {found}, and the trained weight has {shape}; "
                 "name the weights that training began from"
             )
     return starts
@@ -54,7 +54,7 @@ def read_starts(path: Path, groups: Groups, module: nn.Module, callback: str) ->
 
 def start_of(starts: Starts, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     """Read the initial value of this process's part of `parameter`, on its device, in `dtype`."""
-    part = shard_like(in_memory(starts[parameter]), parameter)
+    part = partition_like(in_memory(starts[parameter]), parameter)
     return local_tensor(part).to(parameter.device, dtype)
 
 

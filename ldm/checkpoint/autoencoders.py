@@ -9,7 +9,7 @@ import torch
 
 from ldm.checkpoint.causes import diffusers_layout
 from ldm.checkpoint.diffusers_folder import translated
-from ldm.checkpoint.diffusers_names import VAE_PART
+from ldm.checkpoint.diffusers_keys import VAE_PART
 from ldm.checkpoint.keys import FIRST_STAGE, has_part
 
 _ENDS = ("encoder.conv_in.weight", "decoder.conv_out.weight")  # of an autoencoder's encoder and decoder

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint.diffusers_files import CONFIG, Weights, read_json, read_weights, weights_file
-from ldm.checkpoint.diffusers_names import (
+from ldm.checkpoint.diffusers_keys import (
     CLIP,
     OPEN_CLIP,
     PART_PREFIXES,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.diffusers_names import UNET_PART, VAE_PART
+from ldm.checkpoint.diffusers_keys import UNET_PART, VAE_PART
 from ldm.util import UserError
 
 Shapes = Mapping[str, Sequence[int]]
@@ -29,7 +29,7 @@ CONSTANTS = {UNET_PART: _UNET_CONSTANTS, VAE_PART: _VAE_CONSTANTS}
 def sizes_of(part: str, shapes: Shapes) -> dict[str, Any]:
     """Return the entries of a part's config that follow from the `shapes` of its weights by key.
 
-    A key that is missing leaves out its entries.
+    Entries that depend on a missing key are left out.
     """
     if part == UNET_PART:
         return _without_none(_unet_sizes(shapes))

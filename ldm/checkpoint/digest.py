@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.diffusers_names import OPEN_CLIP, RESBLOCKS_OF_SD2, resblocks
+from ldm.checkpoint.diffusers_keys import OPEN_CLIP, RESBLOCKS_OF_SD2, resblocks
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, ENCODER, FIRST_STAGE, TOWERS, has_part, is_optional
 from ldm.checkpoint.mapped import in_memory
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ldm.checkpoint.causes import is_scale
-from ldm.checkpoint.diffusers_names import VAE_ATTENTION
+from ldm.checkpoint.diffusers_keys import VAE_ATTENTION
 from ldm.checkpoint.keys import (
     COND_STAGE,
     CONDITIONER,

@@ -140,7 +140,7 @@ def add_spacing_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--spacing",
-        choices=["leading", "linspace", "trailing", "karras"],
+        choices=["leading", "linspace", "trailing", "karras"],  # `SPACINGS`, whose module imports torch
         help="positions of the steps; default: trailing for models with zero terminal SNR, else linspace for "
         "dpm_solver and leading for the others",
     )

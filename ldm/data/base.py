@@ -51,7 +51,8 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
             return
         refuse_if(
             len(self.valid_ids) < world,
-            f"{type(self).__name__}: {len(self.valid_ids)} ids are too few for {world} processes",
+            f"{type(self).__name__}: {len(self.valid_ids)} ids are too few for {world} processes; "
+            "list more, or use fewer processes",
         )
         self._world = world
         self.sample_ids = part_of(self.valid_ids, rank, world)

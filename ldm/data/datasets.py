@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.images.transforms import fit_square
 from ldm.util import UserError
 

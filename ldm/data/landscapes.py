@@ -87,7 +87,9 @@ def read_labels(item: ImageItem) -> Image.Image:
         refuse_if(labels is None, f"{item.path}: not a grey or indexed PNG of labels")
         values = np.asarray(labels)
         if values.max() >= LABELS:
-            raise UserError(f"{item.path}: label {values.max()} is not below {LABELS}")
+            raise UserError(
+                f"{item.path}: label {values.max()} is not below {LABELS}; convert it to the labels of COCO-Stuff"
+            )
         return Image.fromarray(values)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.files import read_at_most
 from ldm.images.augmentations import CenterCrop, Compose, RandomCrop, Resize
 from ldm.images.captions import spelled

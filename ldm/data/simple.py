@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.image_sources import find_images
 from ldm.data.listed import existing_folder, folder_images, naming, read_image, read_list, to_minus_one_one
 from ldm.data.parsed import read_json
-from ldm.data.sources import find_images
 from ldm.images.augmentations import build_transform
 from ldm.images.find import ImageItem
 from ldm.images.metadata import from_metadata, metadata_file, relative_name

@@ -72,7 +72,8 @@ def read_words(file: str | Path | None) -> list[str]:
         return []
     found = read_yaml(file, "filter_word_list")
     lists = list(found.values()) if isinstance(found, dict) else [found]
-    refuse_if(not all(isinstance(words, list) for words in lists), f"filter_word_list {file}: expected a list of words")
+    wrong = next((type(words).__name__ for words in lists if not isinstance(words, list)), None)
+    refuse_if(wrong, f"filter_word_list {file}: holds {wrong}; give a YAML list of words, or a mapping of such lists")
     return [str(word) for words in lists for word in words]
 
 

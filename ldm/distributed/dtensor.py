@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_sharded(module: nn.Module) -> bool:
+def is_partitioned(module: nn.Module) -> bool:
     """Return True if any weight of `module` is partitioned."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
@@ -23,7 +23,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(full: Tensor, like: Tensor) -> Tensor:
+def partition_like(full: Tensor, like: Tensor) -> Tensor:
     """Return the part of `full` that corresponds to `like`; `full` itself if `like` is not partitioned."""
     if not isinstance(like, DTensor):
         return full

@@ -12,7 +12,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.data.sources import (
+from ldm.data.image_sources import (
     NAMED,
     from_tar,
     no_captions,
@@ -231,7 +231,7 @@ def _may_overlap(sources: Sequence[FolderStream | Tars]) -> bool:
 
 
 def _named(source: FolderStream | Tars, options: TarOptions, is_one_of_several: bool) -> Named:
-    """Return the images of `source`, and the name of its folder if it is one of several."""
+    """Return the images of `source`. If it is one of several sources, their prefix is the name of its folder."""
     is_tars = isinstance(source, Tars)
     folder = Path(source.source) if is_tars else source.folder
     prefix = folder.name if is_one_of_several and folder.is_dir() else None

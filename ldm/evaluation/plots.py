@@ -25,7 +25,7 @@ _COLUMNS = 6  # pairs of samples per row
 _LETTERS = 30  # characters per line of a caption
 
 
-def draw_figure(rows: Sequence[Row], title: str, path: Path) -> None:
+def write_figure(rows: Sequence[Row], title: str, path: Path) -> None:
     """Write the figure of `rows` to `path` as a PNG with 100 pixels per inch."""
     sampled = [(index, row) for index, row in enumerate(rows) if row.samples]
     heights = [_CHARTS, *(_TITLE + _PAIR * -(-len(row.result.tuned.requests) // _COLUMNS) for _, row in sampled)]

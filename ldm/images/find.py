@@ -171,7 +171,7 @@ def _from_lists(
     several: bool,
     masks: bool,
 ) -> list[ImageItem]:
-    """Return the items of the metadata files in `lists`, by folder. Add the caption files that are read to `used`."""
+    """Return the items of the metadata files in `lists`, by folder. Add to `used` each caption file that is read."""
     items: list[ImageItem] = []
     spelled = {same_name(path.as_posix()): path for path in images}
     for parent in sorted(lists):
@@ -204,7 +204,7 @@ def listed_item(
     fixed: str | None,
     several: bool,
 ) -> tuple[ImageItem, Path | None]:
-    """Return the item of an entry in the metadata file of the folder `parent`, and its caption file, if it is read.
+    """Return the item of an entry in the metadata file of the folder `parent`, and the caption file read, or None.
 
     `found` returns the path of an image whose name has another spelling. The others are as in `from_folder`.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ldm.checkpoint.diffusers_folder import DiffusersFolder
-from ldm.checkpoint.diffusers_names import TEXT_1, TEXT_2, UNET_PART, VAE_PART
+from ldm.checkpoint.diffusers_keys import TEXT_1, TEXT_2, UNET_PART, VAE_PART
 from ldm.checkpoint.diffusers_schedule import PREDICTIONS, SCHEDULE
 from ldm.checkpoint.diffusers_sizes import CONSTANTS, sizes_of
 from ldm.config.load import plain

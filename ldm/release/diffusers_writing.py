@@ -15,7 +15,7 @@ import torch
 from ldm.checkpoint import Pending, computed, is_optional, save_state_dict
 from ldm.checkpoint.diffusers_files import CONFIG, read_json
 from ldm.checkpoint.diffusers_folder import INDEX, PARTS, SCHEDULER, DiffusersFolder
-from ldm.checkpoint.diffusers_names import (
+from ldm.checkpoint.diffusers_keys import (
     PART_PREFIXES,
     RESBLOCKS_OF_SD2,
     TEXT_1,

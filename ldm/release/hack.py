@@ -124,9 +124,9 @@ def _released(release: OpenCheckpoint, path: Path, vae: Path | None, own: dict) 
 
 
 def _with_notes(content: dict, opened: Release, prediction: str | None, path: Path) -> dict:
-    """Return `content` with what a resumed training compares: digests of the release's encoders, and the prediction.
+    """Return `content` with the digests of the release's encoders and the prediction, which a resumption compares.
 
-    Name and checksum of the release, a file or a folder at `path`, are for the report of a run.
+    The name and the checksum of the release, a file or a folder at `path`, are added for the report of a run.
     """
     callbacks = {**content.get("callbacks", {}), "SameEncoders": encoder_digests(opened.weights)}
     noted = {} if prediction is None else {PREDICTION: prediction}

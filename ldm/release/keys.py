@@ -76,12 +76,12 @@ def check_training_checkpoint(content: Mapping[str, Any], path: str | Path, weig
         )
     refuse_if(
         not isinstance(content["global_step"], int),
-        f"{path}: not a training checkpoint (its global_step is not an integer)",
+        f"{path}: not a training checkpoint (its global_step is not an integer); name a run's last.ckpt",
     )
     optimizers = content.get("optimizer_states", [])
     refuse_if(
         not (isinstance(optimizers, list) and all(isinstance(state, dict) for state in optimizers)),
-        f"{path}: not a training checkpoint (its optimizer_states are not a list of dicts)",
+        f"{path}: not a training checkpoint (its optimizer_states are not a list of dicts); name a run's last.ckpt",
     )
 
 

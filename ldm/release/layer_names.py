@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ldm.checkpoint.diffusers_names import OPEN_CLIP_BLOCK, TEXT_1, TEXT_2, UNET_OUTSIDE, UNET_PART, unet_names
+from ldm.checkpoint.diffusers_keys import OPEN_CLIP_BLOCK, TEXT_1, TEXT_2, UNET_OUTSIDE, UNET_PART, unet_names
 from ldm.checkpoint.keys import COND_STAGE, CONDITIONER, TOWERS, UNET, has_part
 from ldm.release.recognition import Shapes
 

@@ -37,7 +37,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--device {name}: {str(error).splitlines()[0]}; give auto, cpu or a device of this machine"
+        ) from error
     return device
 
 

@@ -14,8 +14,8 @@ from ldm.checkpoint import ema_key, in_memory, is_finite, open_checkpoint, weigh
 from ldm.checkpoint.keys import ALPHA, DOWN, PREDICTION, UNET, UP
 from ldm.release.keys import check_training_checkpoint
 from ldm.release.layer_names import UNET_PART, flat, kohya_names, layers_of
-from ldm.release.lora_file import Factors, Name, factors_from
 from ldm.release.lora_merging import Lora
+from ldm.release.lora_reading import Factors, Name, factors_from
 from ldm.release.lora_writing import kohya_tensors, lora_to_write, save_lora
 from ldm.release.opening import training_weights
 from ldm.release.recognition import find_family, shapes_of

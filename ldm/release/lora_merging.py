@@ -24,7 +24,7 @@ from ldm.checkpoint.keys import MODEL, has_part
 from ldm.release.destination import About, Destination, save_release
 from ldm.release.keys import check_release
 from ldm.release.layer_names import Layer, layers_of
-from ldm.release.lora_file import Factors, Name, read_lora
+from ldm.release.lora_reading import Factors, Name, read_lora
 from ldm.release.lycoris import LycorisChange
 from ldm.release.model_spec import title_of
 from ldm.release.opening import release_of, written_dtype

@@ -50,7 +50,7 @@ def open_spans(path: ShardPath, identity: Identity, parts: Iterable[Part] | None
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:
-    """Return the parts in order, those that lie together as one."""
+    """Return the parts in order. Join those at most `_GAP` bytes apart."""
     joined: list[Part] = []
     for first, last in sorted(parts):
         if joined and first - joined[-1][1] <= _GAP:

@@ -119,9 +119,9 @@ class Page:
         self._look_again()
 
     def _look_again(self) -> None:
-        """Look again and again at all that is watched, in one request whose outputs are states alone.
+        """Compare all watched signatures at each tick of a timer, in one request that outputs only states.
 
-        Gradio makes a component anew each time it is an output, even one that is skipped.
+        Gradio makes each output component anew, even a skipped one.
         """
 
         def look(*seen: Any) -> list[Any]:

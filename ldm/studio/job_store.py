@@ -72,7 +72,7 @@ class JobState:
 
 
 class JobStore:
-    """Jobs with a folder each in `folder`."""
+    """Store of jobs, each in a folder of its own in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

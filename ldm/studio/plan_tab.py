@@ -18,7 +18,7 @@ from ldm.studio.fields import BASE_CONFIG, RECIPE, read_recipe, recognise_releas
 from ldm.studio.html_parts import note
 from ldm.studio.job_panel import JobPanel, JobView
 from ldm.studio.job_store import FINISHED
-from ldm.studio.planned import advice, measured_speeds, tier_rows, tiers_html
+from ldm.studio.plan_table import advice, measured_speeds, tier_rows, tiers_html
 from ldm.util import UserError, check_number
 
 _TIERS = [("none: as the config says", ""), *((name, name) for name in TIERS)]

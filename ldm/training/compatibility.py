@@ -114,7 +114,7 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
 
 # Optimizers that update each element independently, so that sharding does not change the result.
 _ELEMENT_BY_ELEMENT = (optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)
-_SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+_PARTITIONED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 def check_sharded(model: LightningModule, trainer: Trainer) -> None:
@@ -147,12 +147,13 @@ def check_sharded(model: LightningModule, trainer: Trainer) -> None:
     optimizer = get_obj_from_str(target)
     refuse_if(
         not (isinstance(optimizer, type) and issubclass(optimizer, _ELEMENT_BY_ELEMENT)),
-        f"optimizer_config: {target} cannot update weights sharded by strategy fsdp; "
+        f"optimizer_config: {target} cannot update weights partitioned by strategy fsdp; "
         "use torch.optim.AdamW, or use --strategy ddp",
     )
     refuse_if(
-        trainer.precision not in _SHARDED_PRECISIONS,
-        f"precision={trainer.precision} does not work with strategy fsdp; use one of {', '.join(_SHARDED_PRECISIONS)}",
+        trainer.precision not in _PARTITIONED_PRECISIONS,
+        f"precision={trainer.precision} does not work with strategy fsdp; "
+        f"use one of {', '.join(_PARTITIONED_PRECISIONS)}",
     )
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from ldm.checkpoint import in_memory
-from ldm.distributed.dtensor import gather_on_first, is_sharded, shard_like
+from ldm.distributed.dtensor import gather_on_first, is_partitioned, partition_like
 from ldm.distributed.ranks import Launch
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.layers import StaysOnHost
@@ -39,7 +39,7 @@ class ShardedStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
-        if not is_sharded(self.model):  # already sharded in a test after training
+        if not is_partitioned(self.model):  # already sharded in a test after training
             self.precision_plugin.convert_module(self.model)
             self._broadcast_state(self.model)
             unet = unet_of(self.model)
@@ -110,7 +110,7 @@ def shard_unet(unet: UNetModel, device: torch.device) -> None:
 def _shard(value: Any, parameter: Tensor) -> Any:
     """Shard optimizer state `value` like `parameter`; return a value of another shape, such as a step count."""
     is_like_it = isinstance(value, Tensor) and value.shape == parameter.shape
-    return shard_like(value, parameter) if is_like_it else value
+    return partition_like(value, parameter) if is_like_it else value
 
 
 def units(unet: UNetModel) -> list[nn.Module]:
@@ -144,7 +144,7 @@ class HostStateStrategy(SingleDeviceStrategy):
 def choose_strategy(arguments: Mapping[str, Any], model: LightningModule, described: Any, has_cuda: bool) -> Any:
     """Return the Trainer's argument `strategy` for the built `model`.
 
-    `arguments` are the Trainer's. `described` is the strategy of the section `lightning`, for several devices.
+    A strategy in the Trainer's `arguments` takes precedence over `described`, that of the section `lightning`.
 
     Raises:
         UserError: the strategy is not supported, or does not work with the model.
@@ -183,7 +183,8 @@ def host_state_strategy(arguments: Mapping[str, Any], has_cuda: bool) -> HostSta
     if not is_single(arguments) or arguments.get("strategy", "auto") != "auto":
         raise UserError(
             f"weights that stay on the host need one device and no strategy; given: devices={devices!r}, "
-            f"num_nodes={arguments.get('num_nodes', 1)!r}, strategy={arguments.get('strategy')!r}"
+            f"num_nodes={arguments.get('num_nodes', 1)!r}, strategy={arguments.get('strategy')!r}; name one device, "
+            "and leave out --num_nodes and --strategy"
         )
     number = devices[0] if isinstance(devices, list) else 0
     on_gpu = trains_on_gpu(arguments, has_cuda)

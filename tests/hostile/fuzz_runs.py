@@ -16,8 +16,8 @@ import torch
 from ldm.checkpoint import open_checkpoint
 from ldm.events import EVENTS, read_events
 from ldm.models.diffusion.stored_prompts import StoredPrompts
-from ldm.release.lora_file import read_lora
 from ldm.release.lora_from_training import trained_loras
+from ldm.release.lora_reading import read_lora
 from ldm.reporting.evaluations import NAME, read_evaluations
 from ldm.reporting.metrics import read_metrics
 from ldm.util import UserError

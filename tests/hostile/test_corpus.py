@@ -20,7 +20,7 @@ import torch
 
 from ldm.checkpoint import load_state_dict
 from ldm.config.load import load_config, plain
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.data.stream import ShardStream
 from ldm.images.decode import decode_image
 from ldm.shards.members import decode_member

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from ldm.checkpoint import in_memory, open_checkpoint
-from ldm.checkpoint.diffusers_names import canonical
+from ldm.checkpoint.diffusers_keys import canonical
 from ldm.checkpoint.formats import same_values
 from ldm.config.load import load_config
 from ldm.models.diffusion.ddim import DDIMSampler

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.preencode import preencode
 from ldm.release.load import load_release

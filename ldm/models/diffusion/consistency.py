@@ -42,7 +42,8 @@ class DirectConsistency(Unweighted):
         )
         refuse_if(
             not hasattr(model, "get_first_stage_encoding"),
-            f"loss_config: DirectConsistency needs stored latents, and {type(model).__name__} has none",
+            f"loss_config: DirectConsistency needs stored latents, and {type(model).__name__} has none; "
+            "choose another loss",
         )
 
     def samples(self, batch: Batch, samples: BatchMean, training: bool = True) -> BatchMean:

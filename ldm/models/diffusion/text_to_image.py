@@ -127,7 +127,7 @@ def sample_batches(
     solver.make_schedule(steps, spacing, eta)
     if verbose and len(solver.timesteps) != steps:
         run, total = len(solver.timesteps), model.num_timesteps
-        logger.info("%s runs %d steps, because %d does not divide the model's %d", sampler, run, steps, total)
+        logger.info("%s runs %d steps, because %d does not divide the model's %d timesteps", sampler, run, steps, total)
     image_scale = image_scale_of(model, image_scale)
     encoded = encode_inputs(model, inputs, shape)
     sizes = image_sizes(model, inputs.sizes, *image_size(model, shape))

@@ -33,8 +33,9 @@ class LowScaleModel(GaussianDiffusion, KeepsTypes, nn.Module):
     """Stage that adds noise of a given level to an image, with its own schedule.
 
     Args:
-        noise_schedule_config: values of `beta_schedule`, `timesteps`, `linear_start`, `linear_end` and `cosine_s`. The
-            default is a linear schedule of 1000 steps from 0.0001 to 0.02. None adds no noise.
+        noise_schedule_config: values of `beta_schedule`, `timesteps`, `linear_start`, `linear_end` and `cosine_s`.
+            Missing ones are those of a linear schedule of 1000 steps from 0.0001 to 0.02. None, the default, adds no
+            noise.
         max_noise_level: exclusive upper limit of sampled noise levels.
 
     Raises:

@@ -159,8 +159,12 @@ def test_bfloat16_weights_decay_on_average_by_less_than_their_precision(start):
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
-        ({"inner.0": torch.zeros(3)}, {}, r"start\.ckpt has \(3,\) as inner\.0 of shape \(2,\)"),
-        ({"other": torch.zeros(2)}, {}, r"start\.ckpt lacks inner\.0 of shape \(2,\)"),
+        (
+            {"inner.0": torch.zeros(3)},
+            {},
+            r"start\.ckpt: inner\.0 has the shape \(3,\), and the trained weight has \(2,\)",
+        ),
+        ({"other": torch.zeros(2)}, {}, r"start\.ckpt: inner\.0 is missing, and the trained weight has \(2,\)"),
         (None, {}, r"start\.ckpt: no such file"),
         ({"inner.0": torch.zeros(2)}, {"weight": 5.0}, r"weight 5\.0 .* is 2\.5, which overshoots"),
         ({"inner.0": torch.zeros(2)}, {"weight": 0}, "weight 0: give a number above 0"),

@@ -72,8 +72,12 @@ def test_the_penalty_is_clipped_with_the_loss(start: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
-        ({"inner.0": torch.zeros(3)}, {}, r"pull_to_start: .*start\.ckpt has \(3,\) as inner\.0 of shape \(1,\)"),
-        ({"other": torch.zeros(2)}, {}, r"pull_to_start: .*start\.ckpt lacks inner\.0"),
+        (
+            {"inner.0": torch.zeros(3)},
+            {},
+            r"pull_to_start: .*start\.ckpt: inner\.0 has the shape \(3,\), and the trained weight has \(1,\)",
+        ),
+        ({"other": torch.zeros(2)}, {}, r"pull_to_start: .*start\.ckpt: inner\.0 is missing"),
         (None, {}, r"start\.ckpt: no such file"),
         ({}, {"weight": 0}, "weight 0: give a number above 0"),
     ],

@@ -98,7 +98,7 @@ def test_read_words(tmp_path):
     (tmp_path / "w.yaml").write_text("a: [x, y]\nb: [z]\n")
     assert read_words(tmp_path / "w.yaml") == ["x", "y", "z"] and read_words(None) == []
     (tmp_path / "w.yaml").write_text("a: 3\n")
-    with pytest.raises(UserError, match="expected a list of words"):
+    with pytest.raises(UserError, match="give a YAML list of words"):
         read_words(tmp_path / "w.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         read_words(tmp_path / "none.yaml")

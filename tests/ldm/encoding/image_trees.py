@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.encoding.image_stream import open_images
 from ldm.util import UserError
 from tests.ldm.encoding.toy_encoder import image

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.distributed.ranks import Ranks
 from ldm.encoding import image_stream
 from ldm.encoding import set_writer as module

@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.checkpoint import weights_digest
 from ldm.data.datamodule import WebDataNpyModuleFromConfig
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.preencode import preencode
 from ldm.encoding.read import sample_key

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.distributed.ranks import Ranks
 from ldm.encoding import set_writer as module
 from ldm.images.find import digest_images

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.encoding.encoder import SampleEncoder
 from ldm.encoding.image_stream import open_images
 from ldm.encoding.preencode import preencode

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ldm.evaluation.denoising import Comparison
-from ldm.evaluation.plots import draw_figure
+from ldm.evaluation.plots import write_figure
 from ldm.evaluation.releases import SetResult
 from ldm.evaluation.report import FORMAT_VERSION, format_table, summarise_results, write_json
 from ldm.evaluation.samples import SampleDistances, Samples
@@ -84,9 +84,9 @@ def test_the_json_file_holds_everything(results, tmp_path):
     assert rest["samples"] is None and rest["overall"]["drift"] == {"value": 0.0, "low": None, "high": None}
 
 
-def test_draw_figure_shows_bars_lines_and_samples(results, tmp_path):
-    draw_figure(summarise_results(results), "tuned beside base", tmp_path / "all.png")
-    draw_figure(summarise_results(results[1:]), "tuned beside base", tmp_path / "plain.png")
+def test_write_figure_shows_bars_lines_and_samples(results, tmp_path):
+    write_figure(summarise_results(results), "tuned beside base", tmp_path / "all.png")
+    write_figure(summarise_results(results[1:]), "tuned beside base", tmp_path / "plain.png")
     with Image.open(tmp_path / "all.png") as whole, Image.open(tmp_path / "plain.png") as plain:
         assert whole.width == plain.width and whole.height > plain.height + 96
         colours = {colour for _, colour in whole.convert("RGB").getcolors(1 << 20)}
@@ -95,7 +95,7 @@ def test_draw_figure_shows_bars_lines_and_samples(results, tmp_path):
         assert (below == 0).all(-1).sum() >= 2 * 64 * 64, "two samples of the base"
 
 
-def test_draw_figure_takes_any_title(results, tmp_path):
-    draw_figure(summarise_results(results), "a_$x^{2$ beside 漢字", tmp_path / "named.png")
+def test_write_figure_takes_any_title(results, tmp_path):
+    write_figure(summarise_results(results), "a_$x^{2$ beside 漢字", tmp_path / "named.png")
     with Image.open(tmp_path / "named.png") as image:
         image.verify()

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.images.captions import same_name
 from ldm.util import UserError
 from tests.ldm.images.test_find import RED, described, metadata, put

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.data.datasets import ImageCaptionDataset
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.util import UserError
 from tests.ldm.shard_files import png, write_tar
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.images.find import ImageItem, digest_images
 from ldm.images.mask_files import read_loss_masks
 from ldm.util import UserError

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.images.find import digest_images
 from ldm.util import UserError
 from tests.ldm.images.test_find import RED, metadata, put

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ldm.data.sources import find_images
+from ldm.data.image_sources import find_images
 from ldm.images import walk as module
 from ldm.images.walk import walk
 from ldm.util import UserError

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_state_dict, save_state_dict
-from ldm.release.lora_file import read_lora
 from ldm.release.lora_merging import Lora, add_lora_files
+from ldm.release.lora_reading import read_lora
 
 LINEAR, CONV = "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "input_blocks.1.0.in_layers.2"
 UNET = "model.diffusion_model."

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ldm.checkpoint.diffusers_names import (
+from ldm.checkpoint.diffusers_keys import (
     CLIP,
     OPEN_CLIP,
     PART_PREFIXES,

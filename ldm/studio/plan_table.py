@@ -74,7 +74,7 @@ def advice(rows: Sequence[TierRow], use: str | None, minutes: float) -> str:
 
 
 def measured_speeds(logs: Path, base: str) -> dict[str, float]:
-    """Return the images per second of the newest run under `logs` of each tier with the training config `base`."""
+    """Return the images per second by tier, each from its newest run under `logs` with the training config `base`."""
     speeds: dict[str, float] = {}
     for name in list_runs(logs):
         with suppress(UserError, OSError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.release.lora_file import read_lora
+from ldm.release.lora_reading import read_lora
 from ldm.util import UserError
 
 DOWN, UP = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)

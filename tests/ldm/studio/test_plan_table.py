@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from ldm.studio.planned import TierRow, advice, measured_speeds, tier_rows, tiers_html
+from ldm.studio.plan_table import TierRow, advice, measured_speeds, tier_rows, tiers_html
 
 GIB = 2**30
 FOUND = {
