@@ -84,5 +84,10 @@ VARIANTS = (
     Variant("teacher, known, split, pull 300", (*TEACHER, *SPLIT, *pull(300)), prior="known_falling", ratio=1.0),
     Variant("teacher, own images", TEACHER, prior="own_taught", ratio=1.0),
     Variant("teacher, own images, pull 300", (*TEACHER, *pull(300)), prior="own_taught", ratio=1.0),
+    Variant("teacher, near alone", TEACHER, prior="near_alone_taught", ratio=1.0),
+    Variant("teacher, few", TEACHER, prior="few_taught", ratio=1.0),
+    Variant("teacher, all", TEACHER, prior="all_taught", ratio=1.0),
+    Variant("teacher, known, ratio 0.5", TEACHER, prior="known_taught", ratio=0.5),
+    Variant("teacher, known, ratio 2", TEACHER, prior="known_taught", ratio=2.0),
     Variant("textual inversion", INVERSION, configs=(CONFIG, "textual_inversion.yaml"), families=("cats",)),
 )

@@ -74,13 +74,14 @@ def write_sets(folder: Path, family: Family, needed: Collection[str]) -> None:
 
 def _priors(folder: Path, family: Family) -> dict[str, tuple[object, ...]]:
     """Return the options of `make_prior.py` for each prior: its source and its teacher."""
-    kin, others, known = (("--from-file", folder / f"{name}.txt") for name in _prior_captions(family))
+    captions = {name: ("--from-file", folder / f"{name}.txt") for name in _prior_captions(family)}
+    kin, known = captions["kin"], captions["known"]
+    taught = {f"{name}_taught": (*captions[name], *_SAMPLED, *_TEACHER) for name in captions if name != "kin"}
     return {
         "generated": (*kin, "--n", 2, *_SAMPLED),
         "generated_taught": (*kin, "--n", 2, *_SAMPLED, *_TEACHER),
         "real_taught": ("--shards", shards(folder, "real"), *_TEACHER),
-        "others_taught": (*others, *_SAMPLED, *_TEACHER),
-        "known_taught": (*known, *_SAMPLED, *_TEACHER),
+        **taught,
         # whose captions are dropped already
         "known_falling": (
             "--shards",
@@ -101,6 +102,7 @@ def _prior_captions(family: Family) -> dict[str, list[str]]:
 
     `kin` are those of the real prior. `others` are of every kind, and have none of an image that is measured.
     `known` has the neighbours, measured ones included, as a user would ask for them, and captions of every kind.
+    `near_alone`, `few` and `all` have the neighbours and other numbers of these captions.
     """
     sets, known = _image_sets(family), _read_metadata(Path("data/emoji"))
     measured = {entry["text"] for name in ("near", "kin", "rest") for entry in sets[name][1]}
@@ -110,6 +112,9 @@ def _prior_captions(family: Family) -> dict[str, list[str]]:
         "kin": [entry["text"] for entry in sets["real"][1]],
         "others": free[::4],
         "known": near + [caption for caption in free[1::4] if caption not in near],
+        "near_alone": near,
+        "few": near + [caption for caption in free[1::20] if caption not in near],
+        "all": near + [caption for caption in free if caption not in near],
     }
 
 
