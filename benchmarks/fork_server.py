@@ -26,6 +26,7 @@ _PRELOADED = (
     "safetensors.torch",
     "tensorboard.summary.writer.event_file_writer",
     "torch.optim",
+    "torch.utils.tensorboard",
     "transformers.models.clip.modeling_clip",
 )
 
@@ -44,7 +45,7 @@ def start(
     default that of the caller. `function` and `arguments` must be picklable.
     """
     given = dict(os.environ if environment is None else environment)
-    _CONTEXT.set_forkserver_preload([*_PRELOADED, *_modules()])
+    _CONTEXT.set_forkserver_preload([*_PRELOADED, *_modules(), "benchmarks.frozen_heap"])  # the last is imported last
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # import path of the server, which the first process starts
     try:
