@@ -5,10 +5,12 @@ Weights are random.
 
     python benchmarks/recipe_full_size.py --folder recipe
     python benchmarks/recipe_full_size.py --folder recipe --family sdxl
+    python benchmarks/recipe_full_size.py --folder recipe --prior --skip-training --latent-size 32
 
 The stages are hack, one resumed optimizer step, and merge, run as a user would type them. Peak memory is the resident
 set of each command, including memory-mapped pages. The benchmark needs about 32 GB of disk and frees it afterwards
-unless --keep is given.
+unless --keep is given. --prior adds two stages before them: a prior of one prompt with eight stored predictions,
+sampled in 50 steps, and on a pre-encoded image.
 
 SDXL's release is in float16, as it is published. A step of it in float32 needs 45 GB, so the step is replaced by a
 checkpoint whose UNet was multiplied by a number.
@@ -85,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--latent-size", type=int, default=64, help="height and width of the latents (default: 64)")
     parser.add_argument("--samples", type=int, default=2, help="number of pre-encoded samples (default: 2)")
     parser.add_argument("--batch-size", type=int, default=1, help="batch size of the training step (default: 1)")
+    parser.add_argument("--prior", action="store_true", help="make priors of one sample first (sd1 only)")
     parser.add_argument(
         "--skip-training",
         action="store_true",
@@ -101,8 +104,9 @@ def run_recipe(folder: Path, options: argparse.Namespace) -> list[Stage]:
     size = release.stat().st_size
     log.info("release: %.2f GB", size / 1e9)
 
+    stages = time_priors(folder, release, options) if options.prior else []
     hack = ["tools/hack_weights.py", "--release", release, "--out", start, "--base"]  # of the family
-    stages = [timed("hack", hack)]
+    stages.append(timed("hack", hack))
     stages[-1].moved = size + start.stat().st_size
     last = start
     if options.skip_training:
@@ -124,6 +128,17 @@ def run_recipe(folder: Path, options: argparse.Namespace) -> list[Stage]:
             ratio = f"{stage.peak_rss / size:.2f} times the release's size"
             raise UserError(f"{stage.name} took {ratio}; at most {MAX_RSS_OF_RELEASE} is allowed")
     return stages
+
+
+def time_priors(folder: Path, release: Path, options: argparse.Namespace) -> list[Stage]:
+    """Make a prior of one sample with eight predictions, by sampling and on an image."""
+    size = str(8 * options.latent_size)
+    write_shard(folder / "image", 1, options.latent_size)
+    words = ["tools/make_prior.py", "--ckpt", release, "--prompt", "a photo of a cat", "--teacher", "8", "--out"]
+    return [
+        timed("prior, sampled", [*words, folder / "sampled/%06d.tar", "--H", size, "--W", size]),
+        timed("prior, on an image", [*words, folder / "on_image/%06d.tar", "--shards", folder / "image/*.tar"]),
+    ]
 
 
 def training_command(folder: Path, start: Path, options: argparse.Namespace) -> list[str | Path]:
