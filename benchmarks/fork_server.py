@@ -18,8 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Modules that commands import while they work, beside those of ldm/.
-_PRELOADED = (
+# Modules that commands import while they work, beside those of ldm/. The tests add one.
+PRELOADED = [
     "main",
     "matplotlib.backends.backend_agg",
     "pytorch_lightning.loggers",
@@ -28,7 +28,7 @@ _PRELOADED = (
     "torch.optim",
     "torch.utils.tensorboard",
     "transformers.models.clip.modeling_clip",
-)
+]
 
 
 def start(
@@ -45,7 +45,7 @@ def start(
     default that of the caller. `function` and `arguments` must be picklable.
     """
     given = dict(os.environ if environment is None else environment)
-    _CONTEXT.set_forkserver_preload([*_PRELOADED, *_modules(), "benchmarks.frozen_heap"])  # the last is imported last
+    _CONTEXT.set_forkserver_preload([*PRELOADED, *_modules(), "benchmarks.frozen_heap"])  # the last is imported last
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # import path of the server, which the first process starts
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import fork_server
 from benchmarks.fork_server import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,9 @@ RELEASE_CONFIG = "demo_tiny_release.yaml"
 
 def pytest_configure() -> None:
     os.environ.pop("LDM_RUN_FOLDER", None)  # of a run that started these tests
+    import tests.no_sync  # noqa: F401 - in this process, and in those that are forked
+
+    fork_server.PRELOADED.append("tests.no_sync")
 
 
 def pytest_collection_finish() -> None:
