@@ -1,4 +1,4 @@
-"""Leave all objects so far out of the garbage collector's searches, when this module is imported.
+"""Exclude all existing objects from the garbage collector's searches. Importing this module does so.
 
 A search of what the fork server has imported takes half a second in each process that is forked from it.
 """

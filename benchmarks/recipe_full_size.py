@@ -93,7 +93,10 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="skip the training step and merge the untrained checkpoint; saves 24 GB",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.prior and options.family != "sd1":
+        raise UserError(f"--prior: is for sd1 only; leave it out, or leave out --family {options.family}")
+    return options
 
 
 def run_recipe(folder: Path, options: argparse.Namespace) -> list[Stage]:

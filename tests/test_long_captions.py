@@ -190,7 +190,7 @@ def test_a_prior_is_encoded_with_the_settings(
     encode("long", *OPTIONS)
     taught = ("--shards", "long/*.tar", "--teacher", 2, "--null-share", 1, "--out", "taught/%06d.tar")
     said = run_tool(ROOT / "tools/make_prior.py", *prior[:4], *taught, *OPTIONS)
-    assert "its captions are encoded already; leave out --max-tokens and --clip-skip" in said
+    assert "its own caption settings apply; leave out --max-tokens and --clip-skip" in said
     assert run_tool(ROOT / "tools/make_prior.py", *prior[:4], *taught) is None
     assert CaptionSettings.from_entries(read_index(tmp_path / "taught")) == SETTINGS
     assert open_shards("taught/*.tar")[0]["t5"].shape == (154, 8)

@@ -53,7 +53,7 @@ def add_prior_options(parser: argparse.ArgumentParser) -> None:
     add("--general", type=int, default=GENERAL, help="with --keep: number of general prompts (default: %(default)s)")
     add(
         "--shards",
-        help="pre-encoded images in place of samples, as in training_urls; needs --teacher. Without prompts, their "
+        help="pre-encoded images in place of samples, a folder or a pattern; needs --teacher. Without prompts, their "
         "captions are kept",
     )
     add("--out", help=f"shards to write, such as data/prior/%%06d.tar; default with --keep: {KEPT.replace('%', '%%')}")
@@ -156,7 +156,6 @@ def main() -> None:
     if ranks.rank == 0:
         check_out(options.out, options.overwrite)
     model, encoder, unet = load_release_for_prior(options, ranks.local)
-    warn_of_cut(model.cond_stage_model, options.prompt)
     prompts = [prompt for prompt in options.prompt for _ in range(options.n)]
     made_from = {"prompts": digest_of(prompts)} if prompts else {}
     if options.shards is not None:
@@ -171,6 +170,7 @@ def main() -> None:
         shape = latent_shape(model, options.H, options.W)
         made_from |= {"shape": list(shape)}
         source = sampled(encoder, requests, shape, about)
+    warn_of_cut(model.cond_stage_model, options.prompt)  # with the settings of the images, if there are any
     if options.teacher:
         made_from["null_share"] = options.null_share
         about = {**about, TEACHER_POWER: options.teacher_power} if options.teacher_power else about

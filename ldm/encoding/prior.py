@@ -2,7 +2,7 @@
 
 A sample has the members that `ldm.encoding.preencode` writes, with two differences. It holds one latent, float16
 (C, h, w), unscaled, in place of a posterior. A teacher adds members; see `ldm.encoding.teacher`. The sample's `json`
-holds the sampler's settings.
+holds its prompt, seed and the sampler's settings, or the key of its image.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.shards.index import MEMBERS
 from ldm.shards.reader import ShardDataset
 from ldm.shards.sample import LATENT
+from ldm.shards.verify import file_sha256
 from ldm.shards.writer import Shard
 
 
@@ -43,8 +44,8 @@ def unet_digests(model: LatentDiffusion) -> dict[str, str | None]:
 
 
 def digest_shards(dataset: ShardDataset) -> str:
-    """Return the SHA-256, in hex, of the sample keys, shard names and shard sizes of `dataset`."""
-    return digest_of(list(dataset.sample_keys), [[path.name, path.stat().st_size] for path in dataset.paths])
+    """Return the SHA-256, in hex, of the sample keys of `dataset` and of the names and contents of its shards."""
+    return digest_of(list(dataset.sample_keys), [[path.name, file_sha256(path)] for path in dataset.paths])
 
 
 def make_prior(

@@ -101,7 +101,7 @@ def sampled(
 
 
 def open_images(encoder: SampleEncoder, urls: str, out: str) -> ShardDataset:
-    """Return the pre-encoded set at `urls`, and check that the encoder's model encoded it.
+    """Return the pre-encoded set at `urls`, check that the encoder's model encoded it, and follow its caption settings.
 
     Raises:
         UserError: as `open_shards`; or another model encoded the set, it has several image sizes or a repeated key,
@@ -155,9 +155,9 @@ def latents_of_images(dataset: ShardDataset, channels: int, seed: int) -> Source
 def prompts_on_images(
     dataset: ShardDataset, channels: int, seed: int, prompts: Sequence[str], encoder: SampleEncoder
 ) -> Source:
-    """Return a source with a sample per prompt, whose latent is that of an image of `dataset`, from the first on.
+    """Return a source with one sample per prompt. The latent of sample n is that of image n modulo the images.
 
-    A teacher then tells what the model predicts for the prompt at the latent of another image. Nothing is sampled.
+    Nothing is sampled. A teacher adds what the model predicts for the prompt at this latent.
     """
 
     def samples_of(parts: Sequence[range]) -> Iterator[list[PriorSample]]:
@@ -167,7 +167,7 @@ def prompts_on_images(
                 stored, prompt = dataset[number % len(dataset)], prompts[number]
                 latent, origin = _latent_of(stored, channels, seed, number)
                 key, encodings = sample_key(number, prompt), dict(context.arrays)
-                samples.append(PriorSample(number, key, latent, encodings, prompt, origin))
+                samples.append(PriorSample(number, key, latent, encodings, prompt, {"prompt": prompt, **origin}))
             yield samples
 
     return samples_of

@@ -67,7 +67,7 @@ class RunView:
             name = parse_logged_name(path.name)
             try:
                 found.append((str(self.thumbnails.of_png(path)), f"step {name.step}: {name.key}" if name else ""))
-            except UserError:  # it is being written, or is damaged
+            except (OSError, UserError):  # it is being written, or is damaged, or there is no place for the copy
                 continue
         return found
 

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from ldm.config.load import load_config
 from ldm.data.dropout import EpochItems
 from ldm.data.prior import WithPrior
+from ldm.encoding.teacher import Teacher
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.text_to_image import Request, latent_shape, sample_latents
 from ldm.release.load import load_release
@@ -128,6 +129,28 @@ def test_prompts_on_images_have_latents_of_the_images_and_predictions_for_the_pr
     np.testing.assert_allclose(dataset[3]["t5"], expected, rtol=2e-3, atol=2e-3)
     assert self_loss(model, tmp_path / "s.tar") < 1e-5
     assert json.loads((tmp_path / "index.json").read_text())["samples"] == 4
+
+
+def test_an_unfinished_set_is_not_continued_with_other_images_of_equal_size(make_prior, model, tmp_path, monkeypatch):
+    images = write_images(model, tmp_path / "images", ((8, 8),) * 2)
+    options = ("--prompt", "a", "b", "--teacher", 1, "--batch-size", 1, "--shard-size", 1, "--out", "s-%d.tar")
+    answers = Teacher.answers
+
+    def interrupted(self, numbers, *arguments):
+        if 1 in numbers:
+            raise KeyboardInterrupt
+        return answers(self, numbers, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Teacher, "answers", interrupted)
+        assert make_prior("--shards", images, *options) == 130
+    [shard] = images.glob("*.tar")
+    before = shard.stat().st_size
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(np.full(64, 1, np.float16).tobytes(), np.full(64, 2, np.float16).tobytes()))
+    assert shard.stat().st_size == before and shard.read_bytes() != content
+    message = make_prior("--shards", images, *options)
+    assert re.search(r"the unfinished set was begun with .*images", message)
 
 
 def test_keep_samples_a_class_its_neighbours_and_general_prompts(make_prior, tmp_path):

@@ -262,7 +262,7 @@ def test_compiled_blocks_are_gathered_whole(tmp_path: Path) -> None:
         ),
         (
             f"{OPTIMIZER}.target=torch.optim.Muon",
-            "Muon cannot update weights sharded by strategy fsdp; use .*AdamW",
+            "Muon cannot update weights partitioned by strategy fsdp; use .*AdamW",
         ),
         ("--precision 64-true", "precision=64-true does not work with strategy fsdp; use one of"),
         (
