@@ -108,13 +108,11 @@ def _prior_captions(family: Family) -> dict[str, list[str]]:
     measured = {entry["text"] for name in ("near", "kin", "rest") for entry in sets[name][1]}
     free = [entry["text"] for entry in known if entry["text"] not in measured]
     near = [entry["text"] for entry in known if entry.get(family.neighbours)]
+    beside_near = {"known": free[1::4], "near_alone": [], "few": free[1::20], "all": free}
     return {
         "kin": [entry["text"] for entry in sets["real"][1]],
         "others": free[::4],
-        "known": near + [caption for caption in free[1::4] if caption not in near],
-        "near_alone": near,
-        "few": near + [caption for caption in free[1::20] if caption not in near],
-        "all": near + [caption for caption in free if caption not in near],
+        **{name: near + [one for one in captions if one not in near] for name, captions in beside_near.items()},
     }
 
 

@@ -239,10 +239,10 @@ def check_merged(merged: Path, release: Path, trained: bool) -> None:
 
 
 def report(stages: list[Stage]) -> None:
-    log.info("%-10s %10s %12s %12s", "stage", "seconds", "peak RSS GB", "MB/s")
+    log.info("%-18s %10s %12s %12s", "stage", "seconds", "peak RSS GB", "MB/s")
     for stage in stages:
         rate = stage.moved / stage.seconds / 1e6
-        log.info("%-10s %10.1f %12.2f %12.0f", stage.name, stage.seconds, stage.peak_rss / 1e9, rate)
+        log.info("%-18s %10.1f %12.2f %12.0f", stage.name, stage.seconds, stage.peak_rss / 1e9, rate)
     worst = max(stages, key=lambda stage: stage.peak_rss)
     if worst.peak_rss > MAX_RSS:
         raise UserError(f"{worst.name} took {worst.peak_rss / 1e9:.1f} GB; at most {MAX_RSS / 1e9:.0f} GB is allowed")

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fork_server
-from benchmarks.fork_server import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 # Files of tests that train, start processes, run whole tools or build many models: a few seconds to minutes each.
@@ -108,7 +107,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that runs a command of this repository in a forked process, in the test's own folder."""
 
     def call(script: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
-        return run_script([str(ROOT / script), *map(str, arguments)], cwd)
+        return fork_server.run_script([str(ROOT / script), *map(str, arguments)], cwd)
 
     return call
 

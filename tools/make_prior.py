@@ -119,9 +119,9 @@ def check_shards(options: argparse.Namespace, given: Callable[..., str]) -> None
         f"--shards {options.shards}: images need the model's predictions beside them; give --teacher, such as 8",
     )
     unused = given(*(() if options.prompt else ("n",)), *SETTINGS, "H", "W")
-    refuse_if(bool(unused), f"--shards {options.shards}: nothing is sampled; leave out {unused}")
+    refuse_if(unused, f"--shards {options.shards}: nothing is sampled; leave out {unused}")
     unused = given("max_tokens", "clip_skip")
-    refuse_if(bool(unused), f"--shards {options.shards}: its own caption settings apply; leave out {unused}")
+    refuse_if(unused, f"--shards {options.shards}: its own caption settings apply; leave out {unused}")
 
 
 def check_keep(options: argparse.Namespace) -> None:

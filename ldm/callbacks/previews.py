@@ -58,7 +58,7 @@ class Previews(Callback):
     so that the images of a name always differ by the training alone.
 
     A model that reads captions encodes the prompts itself, with its present text encoder. For other models, the first
-    process encodes them once, before training, and keeps the result in `previews/prompts.safetensors`. With sharded
+    process encodes them once, before training, and keeps the result in `previews/prompts.safetensors`. With partitioned
     weights all processes take part in sampling, otherwise the first alone.
 
     Args:

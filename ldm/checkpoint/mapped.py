@@ -227,15 +227,10 @@ def _may_be_written(address: int, size: int) -> bool:
     first, last = address // mmap.PAGESIZE, (address + size - 1) // mmap.PAGESIZE
     wanted = 8 * (last - first + 1)
     try:
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)  # of this process, which may be a fork
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+            entries = os.pread(file.fileno(), wanted, 8 * first)
     except OSError:  # not Linux, or without /proc
         return True
-    try:
-        entries = os.pread(pagemap, wanted, 8 * first)
-    except OSError:
-        return True
-    finally:
-        os.close(pagemap)
     if len(entries) != wanted:
         return True
     flags = np.frombuffer(entries, dtype=np.uint64)

@@ -27,8 +27,8 @@ def partition_like(full: Tensor, like: Tensor) -> Tensor:
     """Return the part of `full` that corresponds to `like`; `full` itself if `like` is not partitioned."""
     if not isinstance(like, DTensor):
         return full
-    shard = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return shard.clone()  # a view would keep the full tensor in memory
+    part = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # a view would keep the full tensor in memory
 
 
 def gather_on_first(value: Any, is_first: bool) -> Any:

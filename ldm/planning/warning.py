@@ -17,7 +17,7 @@ from ldm.planning.card import GIB, needed_bytes, needed_host_bytes, tiers, with_
 from ldm.planning.forecast import forecast, start_forecast
 from ldm.planning.ledger import HOST
 from ldm.planning.step import on_device
-from ldm.training.strategies import ShardedStrategy
+from ldm.training.strategies import PartitionedStrategy
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def warn_if_too_large(
         begun: process that `begin_forecast` started.
         events: record of the run that gets the forecast.
     """
-    if strategy.root_device.type != "cuda" or isinstance(strategy, ShardedStrategy) or not is_first_process():
+    if strategy.root_device.type != "cuda" or isinstance(strategy, PartitionedStrategy) or not is_first_process():
         return
     free, _ = torch.cuda.mem_get_info(strategy.root_device)
     try:

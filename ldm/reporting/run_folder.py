@@ -83,6 +83,11 @@ class RunRecord:
         return _gib(found)
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Return True if `folder` has a part of a run folder."""
+    return any((folder / part).is_dir() for part in PARTS)
+
+
 def read_run(folder: Path, budget: int) -> RunRecord:
     """Read the run in `folder`. Its images have at most `budget` bytes in a page.
 
@@ -91,7 +96,7 @@ def read_run(folder: Path, budget: int) -> RunRecord:
     """
     refuse_if(not folder.exists(), f"{folder}: no such run folder; give logs/<time>_<name>")
     refuse_if(
-        not folder.is_dir() or not any((folder / part).is_dir() for part in PARTS),
+        not is_run_folder(folder),
         f"{folder}: not a run folder, which has {', '.join(PARTS)}; give logs/<time>_<name>",
     )
     problems: list[str] = []

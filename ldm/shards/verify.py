@@ -38,6 +38,12 @@ def files_sha256(paths: Sequence[Path], folder: Path) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
+def indexed_sha256(folder: Path) -> dict[str, str]:
+    """Return the SHA-256, in hex, of the shards by name, as the index in `folder` has them."""
+    index = read_index(folder) or {"shards": []}
+    return {shard["name"]: shard["sha256"] for shard in index["shards"] if shard.get("sha256")}
+
+
 def verify_shards(paths: Sequence[str | ShardPath]) -> None:
     """Compare the shards at `paths` with the checksums in the index of their folder, if there is one.
 
@@ -53,8 +59,7 @@ def verify_shards(paths: Sequence[str | ShardPath]) -> None:
             continue
         folders.setdefault(path.parent, []).append(path)
     for folder, shards in folders.items():
-        index = read_index(folder) or {"shards": []}
-        expected = {shard["name"]: shard["sha256"] for shard in index["shards"] if shard.get("sha256")}
+        expected = indexed_sha256(folder)
         _verify_folder(folder, [path for path in shards if path.name in expected and path.is_file()], expected)
 
 

@@ -13,7 +13,7 @@ from ldm.events import START, read_events
 from ldm.images.logged_names import PREVIEWS, parse_logged_name
 from ldm.reporting.curves import draw_run
 from ldm.reporting.metrics import Metrics, read_metrics
-from ldm.reporting.run_folder import PARTS, count_of
+from ldm.reporting.run_folder import count_of, is_run_folder
 from ldm.studio.html_parts import file_link, note
 from ldm.studio.job_progress import Progress, most_steps, training_progress
 from ldm.studio.thumbnails import Thumbnails
@@ -24,7 +24,7 @@ def list_runs(logs: Path) -> list[str]:
     """Return the names of the runs in the folder `logs`, the newest first."""
     if not logs.is_dir():
         return []
-    runs = [path for path in logs.iterdir() if any((path / part).is_dir() for part in PARTS)]
+    runs = [path for path in logs.iterdir() if is_run_folder(path)]
     return [path.name for path in sorted(runs, reverse=True)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.cli.paths import LOGS
+from ldm.reporting.run_folder import is_run_folder
 from ldm.studio.commands import Step, TrainingRecipe, pipeline, resume_words
 from ldm.studio.controls import Page, command_box, gallery, listen
 from ldm.studio.fields import RECIPE, read_recipe
@@ -69,12 +70,13 @@ def _resume_step(studio: Studio, run: str | None) -> Step:
 
 def training_results(view: JobView, drawn: Any) -> list[Any]:
     """Return the values of what is drawn, save button, previews, figures and runs. Equal figures are not sent again."""
-    run, save, runs = view.run, gr.update(interactive=view.state.is_running), list_runs(LOGS)
+    run, save = view.run, gr.update(interactive=view.state.is_running)
     # A start names its run folder in the log before the folder has the parts by which `list_runs` knows a run.
-    listed = run.folder.name if run is not None and run.folder.name in runs else None
+    listed = run.folder.name if run is not None and is_run_folder(LOGS / run.folder.name) else None
     now = [view.job.name, listed, run and run.signature]
     if now == drawn:
         return [gr.skip(), save, gr.skip(), gr.skip(), gr.skip()]
+    runs = list_runs(LOGS)
     # The run is chosen when it is listed; after that, the choice is the user's.
     is_new = listed is not None and (not drawn or drawn[:2] != now[:2])
     chosen = gr.update(choices=runs, value=listed) if is_new else gr.update(choices=runs)

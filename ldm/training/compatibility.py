@@ -19,7 +19,7 @@ from ldm.modules.lora import branches_of
 from ldm.moved_targets import changes_training, hint_for_key, without_unused_keys
 from ldm.optim import InBackward
 from ldm.shards.sample import CAPTION
-from ldm.training.strategies import ShardedStrategy, unet_of
+from ldm.training.strategies import PartitionedStrategy, unet_of
 from ldm.util import UserError, get_obj_from_str, refuse_if, takes
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def check_trains_as_written(config: DictConfig) -> None:
 
 def check_compatibility(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` for the first combination of settings of `model` and `trainer` that cannot work."""
-    for check in (check_in_backward, check_sharded, check_cuda_graphs, check_streaming, check_rounding):
+    for check in (check_in_backward, check_partitioned, check_cuda_graphs, check_streaming, check_rounding):
         check(model, trainer)
     check_caption_key(model)
 
@@ -112,14 +112,14 @@ def check_in_backward(model: LightningModule, trainer: Trainer) -> None:
         )
 
 
-# Optimizers that update each element independently, so that sharding does not change the result.
+# Optimizers that update each element independently, so that partitioning does not change the result.
 _ELEMENT_BY_ELEMENT = (optim.Adam, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)
 _PARTITIONED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
-def check_sharded(model: LightningModule, trainer: Trainer) -> None:
+def check_partitioned(model: LightningModule, trainer: Trainer) -> None:
     """Raise `UserError` if `trainer` shards the weights of `model` and the model or other settings do not allow it."""
-    if not isinstance(trainer.strategy, ShardedStrategy):
+    if not isinstance(trainer.strategy, PartitionedStrategy):
         return
     unet = unet_of(model)
     refuse_if(

@@ -26,8 +26,8 @@ from ldm.training.trainer_2022 import is_single
 from ldm.util import UserError, refuse_if
 
 
-class ShardedStrategy(DDPStrategy):
-    """FSDP2: each process holds a shard of every weight of the UNet, of its gradient and of its optimizer state.
+class PartitionedStrategy(DDPStrategy):
+    """FSDP2: each process holds a part of every weight of the UNet, of its gradient and of its optimizer state.
 
     Forward and backward gather the weights of one unit at a time, and reshard them afterwards. Gradients are reduced
     and scattered at once, also those of accumulated batches. Frozen modules stay whole in each process.
@@ -39,12 +39,12 @@ class ShardedStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
-        if not is_partitioned(self.model):  # already sharded in a test after training
+        if not is_partitioned(self.model):  # already partitioned in a test after training
             self.precision_plugin.convert_module(self.model)
             self._broadcast_state(self.model)
             unet = unet_of(self.model)
             assert unet is not None
-            shard_unet(unet, self.root_device)
+            partition_unet(unet, self.root_device)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)  # for the shards
@@ -78,7 +78,7 @@ class ShardedStrategy(DDPStrategy):
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             parameters = dict(zip(numbers, own, strict=False))  # the optimizer refuses another number
             shards = {
-                number: {key: _shard(value, parameters[number]) for key, value in kept.items()}
+                number: {key: _partition(value, parameters[number]) for key, value in kept.items()}
                 for number, kept in state["state"].items()
                 if number in parameters
             }
@@ -99,16 +99,16 @@ def unet_of(model: nn.Module) -> UNetModel | None:
     return unet if isinstance(unet, UNetModel) else None
 
 
-def shard_unet(unet: UNetModel, device: torch.device) -> None:
-    """Replace each weight of `unet` by this process's shard on `device`. All processes must call this."""
+def partition_unet(unet: UNetModel, device: torch.device) -> None:
+    """Replace each weight of `unet` by this process's part on `device`. All processes must call this."""
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for unit in (*units(unet), unet):  # the last call shards the remaining weights
-        # Reshard after every forward, also of the last unit and in validation: between steps, weights are sharded.
+        # Also after the last unit and in validation: between steps, weights are partitioned.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
-def _shard(value: Any, parameter: Tensor) -> Any:
-    """Shard optimizer state `value` like `parameter`; return a value of another shape, such as a step count."""
+def _partition(value: Any, parameter: Tensor) -> Any:
+    """Partition optimizer state `value` like `parameter`; return a value of another shape, such as a step count."""
     is_like_it = isinstance(value, Tensor) and value.shape == parameter.shape
     return partition_like(value, parameter) if is_like_it else value
 
@@ -208,7 +208,7 @@ def device_strategy(arguments: Mapping[str, Any], may_lack_gradients: bool = Fal
 
     With `may_lack_gradients`, the processes agree in each step on the parameters that have a gradient.
 
-    `fsdp` is `ShardedStrategy`, not Lightning's. A single process has nothing to shard and gets `auto`.
+    `fsdp` is `PartitionedStrategy`, not Lightning's. A single process has nothing to partition and gets `auto`.
 
     Raises:
         UserError: another FSDP strategy is given.
@@ -222,7 +222,7 @@ def device_strategy(arguments: Mapping[str, Any], may_lack_gradients: bool = Fal
         )
         if is_single(arguments):
             return "auto"
-        return ShardedStrategy()
+        return PartitionedStrategy()
     if name not in ("auto", "ddp", "ddp_find_unused_parameters_true") or is_single(arguments):
         return given
     # Buffers, such as the EMA, follow from the weights. Sending them at each step would cost as much as the gradients.

@@ -29,7 +29,7 @@ from ldm.training.preview_setup import add_previews
 from ldm.training.quiet import silence_lightning
 from ldm.training.resume import AtomicCheckpointIO, TrainingCheckpoint
 from ldm.training.run import Run
-from ldm.training.strategies import ShardedStrategy, check_launch, choose_strategy, trains_on_gpu
+from ldm.training.strategies import PartitionedStrategy, check_launch, choose_strategy, trains_on_gpu
 from ldm.training.trainer_2022 import check_names, is_single, merge_arguments, move_old_keys, translate_arguments
 from ldm.training.trainer_values import check_values, without_nulls
 from ldm.util import UserError, nearest, refuse_if
@@ -119,7 +119,7 @@ def build_trainer(
         check_launch(given, launch)
     described = "auto" if is_single(given) else _described_strategy(config.lightning)
     given["strategy"] = choose_strategy(given, model, described, has_cuda)
-    if isinstance(given["strategy"], ShardedStrategy):
+    if isinstance(given["strategy"], PartitionedStrategy):
         given["inference_mode"] = False  # weights gathered in validation are used by training afterwards
     if any(isinstance(callback, ValidationAcrossEpochs) for callback in callbacks):
         given["check_val_every_n_epoch"] = None

@@ -165,7 +165,7 @@ class UNetModel(UNetTrunk):
     def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """Return `block(*inputs)`. The model uses weights only through this method."""
         if self.is_compiled and not torch.is_grad_enabled():
-            return block._call_impl(*inputs)  # uncompiled, but with the hooks that gather sharded weights
+            return block._call_impl(*inputs)  # uncompiled, but with the hooks that gather partitioned weights
         return block(*inputs)
 
     def forward(

@@ -71,5 +71,5 @@ def test_unused_parameters_are_found_if_the_config_asks_for_it():
 
 
 def test_fsdp_is_sharded_strategy_for_several_devices_only():
-    assert type(device_strategy({"devices": 2, "strategy": "fsdp"})).__name__ == "ShardedStrategy"
+    assert type(device_strategy({"devices": 2, "strategy": "fsdp"})).__name__ == "PartitionedStrategy"
     assert device_strategy({"devices": 1, "strategy": "fsdp"}) == "auto"  # as for a run that is resumed on one device

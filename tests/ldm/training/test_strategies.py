@@ -20,7 +20,7 @@ from benchmarks.child_runs import read_losses
 from ldm.config.load import load_config
 from ldm.distributed.dtensor import local_tensor
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.training.strategies import shard_unet, units
+from ldm.training.strategies import partition_unet, units
 from ldm.util import UserError
 from tests.golden_data import fill_seeded, seeded_tensor
 from tests.test_several_processes import Runs
@@ -214,7 +214,7 @@ def _compiled_process(rank: int, address: str, found: Any) -> None:
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     params = CONFIG["model"]["params"]["unet_config"]["params"]
     unet = fill_seeded(UNetModel(**params, compile_mode="default", use_checkpoint="selective"))
-    shard_unet(unet, torch.device("cpu"))
+    partition_unet(unet, torch.device("cpu"))
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
     losses = [_step(unet, optimizer, slice(rank, rank + 1)) for _ in range(2)]
     found.put((rank, losses, len(graphs)))
