@@ -40,11 +40,12 @@ def step(code: str, *words: str) -> Step:
 
 
 def wait(store: JobStore, job: Job, until: str | None = None) -> JobState:
-    """Wait until the job has ended, or its present command has printed `until`."""
+    """Wait until the job has ended, or its present command has printed `until` and its runner has noted its process."""
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         state = store.state(job)
-        if not state.is_running or (until is not None and until in read_log(job, state.step)):
+        has_said = until is not None and state.child is not None and until in read_log(job, state.step)
+        if not state.is_running or has_said:
             return state
         time.sleep(0.05)
     raise AssertionError(f"{job.name} did not end: {read_log(job, 0)}")
