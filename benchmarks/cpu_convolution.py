@@ -37,6 +37,11 @@ SHAPES = (
     (1, 320, 320, 32, 3, 1),
     (1, 1280, 1280, 8, 1, 1),
     (1, 640, 640, 16, 1, 1),
+    (4, 640, 640, 16, 1, 1),
+    (1, 1920, 640, 16, 1, 1),
+    (1, 320, 320, 32, 1, 1),
+    (1, 640, 320, 32, 1, 1),
+    (4, 320, 320, 32, 1, 1),
 )
 
 
@@ -54,7 +59,7 @@ def main() -> None:
             own = measure(module, super(Conv2d, module).forward, x, options.repeats)
             product = measure(module, module._as_product, x, options.repeats)
             weights = c_in * c_out / (batch * (side // stride) ** 2)
-            chosen = "product" if module._has_many_weights(x) else "torch's"
+            chosen = "product" if module._is_faster_as_product(x) else "torch's"
             print(f"{precision} {shape!s:<28}{weights:7.0f} per pixel, torch's {own:7.1f}  product {product:7.1f}  "
                   f"ratio {own / product:5.2f}  chosen: {chosen}", flush=True)  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.modules.cpu import is_on_cpu
+from ldm.modules.diffusionmodules.convolution import Conv2d
 from ldm.modules.diffusionmodules.layers import checkpoint, normalization, zero_module
 
 # Largest number of scores per head at which plain matrix products train faster than torch's fused kernel, on a CPU in
@@ -140,7 +141,7 @@ class SpatialTransformer(nn.Module):
         inner = n_heads * d_head
         self.use_linear = use_linear
         self.norm = normalization(in_channels, eps=1e-6)
-        self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
+        self.proj_in = nn.Linear(in_channels, inner) if use_linear else Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
                 inner,
@@ -153,7 +154,7 @@ class SpatialTransformer(nn.Module):
             )
             for _ in range(depth)
         )
-        self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
+        self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.to_tokens(x)

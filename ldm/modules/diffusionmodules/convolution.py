@@ -10,26 +10,36 @@ from ldm.modules.cpu import is_on_cpu
 # From this number of weights per kernel position and output pixel, a matrix product trains faster on a CPU than torch's
 # convolution, which converts weights and gradients to its own layout and back (benchmarks/cpu_convolution.py).
 _MANY_WEIGHTS = 5000
+# Up to this number of output pixels, a 1 × 1 convolution trains faster as a product.
+_FEW_PIXELS = 1024
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that uses a matrix product of patches (im2col) for many weights and few pixels on a CPU.
+    """`torch.nn.Conv2d` that uses a matrix product of patches (im2col) for many weights or few pixels on a CPU.
 
     Input (B, C_in, H, W), output (B, C_out, H', W'). The two methods differ only by rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._as_product(x) if self._has_many_weights(x) else super().forward(x)
+        return self._as_product(x) if self._is_faster_as_product(x) else super().forward(x)
 
-    def _has_many_weights(self, x: Tensor) -> bool:
+    def _is_faster_as_product(self, x: Tensor) -> bool:
         is_plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if not is_plain or not is_on_cpu(x) or x.ndim != 4:
             return False
         pixels = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
-        return self.in_channels * self.out_channels >= _MANY_WEIGHTS * pixels
+        is_small = self._is_pointwise() and pixels <= _FEW_PIXELS
+        return is_small or self.in_channels * self.out_channels >= _MANY_WEIGHTS * pixels
+
+    def _is_pointwise(self) -> bool:
+        return (self.kernel_size, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
 
     def _as_product(self, x: Tensor) -> Tensor:
-        columns = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # B (C_in kh kw) pixels
+        # B (C_in kh kw) pixels
+        if self._is_pointwise():
+            columns = x.flatten(2)
+        else:
+            columns = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
         out = F.linear(columns.transpose(1, 2), self.weight.flatten(1), self.bias)  # B pixels C_out
         size = [
             (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -37,4 +47,5 @@ class Conv2d(nn.Conv2d):
                 x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
             )
         ]
-        return out.transpose(1, 2).unflatten(2, size)  # B C_out H' W'
+        out = out.transpose(1, 2).unflatten(2, size)  # B C_out H' W', channels last
+        return out.contiguous() if x.is_contiguous() else out

@@ -51,6 +51,17 @@ def test_few_pixels_with_many_weights_are_a_product(products):
     assert len(products) == 2
 
 
+def test_a_pointwise_convolution_of_few_pixels_is_a_product(products, monkeypatch):
+    monkeypatch.setattr(convolution, "_FEW_PIXELS", 32)
+    module = Conv2d(2, 2, 1)
+    module(torch.randn(2, 2, 4, 4))
+    assert len(products) == 1
+    module(torch.randn(3, 2, 4, 4))
+    Conv2d(2, 2, 1, stride=2)(torch.randn(2, 2, 4, 4))
+    Conv2d(2, 2, 1, padding=1)(torch.randn(1, 2, 2, 2))
+    assert len(products) == 1
+
+
 def test_a_forecast_for_cuda_has_no_products(products):
     with as_on_cuda():
         Conv2d(40, 40, 3, padding=1)(torch.randn(1, 40, 4, 4))
