@@ -51,15 +51,27 @@ def test_few_pixels_with_many_weights_are_a_product(products):
     assert len(products) == 2
 
 
-def test_a_pointwise_convolution_of_few_pixels_is_a_product(products, monkeypatch):
-    monkeypatch.setattr(convolution, "_FEW_PIXELS", 32)
+def test_a_pointwise_convolution_of_one_image_with_few_pixels_is_a_product(products, monkeypatch):
+    monkeypatch.setattr(convolution, "_FEW_PIXELS", 16)
     module = Conv2d(2, 2, 1)
-    module(torch.randn(2, 2, 4, 4))
+    module(torch.randn(1, 2, 4, 4))
     assert len(products) == 1
-    module(torch.randn(3, 2, 4, 4))
-    Conv2d(2, 2, 1, stride=2)(torch.randn(2, 2, 4, 4))
+    module(torch.randn(2, 2, 2, 2))
+    module(torch.randn(1, 2, 4, 5))
+    Conv2d(2, 2, 1, stride=2)(torch.randn(1, 2, 4, 4))
     Conv2d(2, 2, 1, padding=1)(torch.randn(1, 2, 2, 2))
     assert len(products) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_product_of_frozen_weights_is_that_of_trained_ones(batch, kernel):
+    torch.manual_seed(0)
+    module, x = Conv2d(32, 64, kernel, padding=kernel // 2), torch.randn(batch, 32, 8, 8)
+    trained = module._as_product(x)
+    assert trained.is_contiguous()
+    with torch.no_grad():
+        assert module.requires_grad_(False)._as_product(x).equal(trained)
 
 
 def test_a_forecast_for_cuda_has_no_products(products):
