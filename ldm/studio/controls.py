@@ -53,6 +53,19 @@ def newest_runs() -> Any:
     return gr.update(choices=runs, value=runs[0] if runs else None)
 
 
+def with_new_runs(known: Sequence[str], chosen: Sequence[str | None]) -> list[Any]:
+    """Return the runs of now, and for each list of runs its update: the newest stays chosen if it was.
+
+    Args:
+        known: the runs as the lists have them.
+        chosen: the run that each list has chosen.
+    """
+    runs = list_runs(LOGS)
+    followers = (None, *known[:1])
+    updates = [gr.update(choices=runs, value=runs[0] if runs and run in followers else run) for run in chosen]
+    return [runs, *updates]
+
+
 def command_box(label: str, name: str) -> gr.Code:
     """Return a box that shows commands or a config, and copies them."""
     # Without colours, which lack contrast.
@@ -116,6 +129,9 @@ class Page:
             listen(filled.then, newest_runs, None, runs)
         for function, inputs, output in self._shown:
             listen(filled.then, function, inputs, output)
+        known = gr.State([])
+        self.watch(lambda: list_runs(LOGS), lambda old, *chosen: with_new_runs(old, chosen), [known, *self._runs],
+                   [known, *self._runs])  # fmt: skip
         self._look_again()
 
     def _look_again(self) -> None:
