@@ -3,8 +3,8 @@
 
     python data/train_base.py --folder logs/base --out data/base/emoji.safetensors
 
-The autoencoder and the UNet take an hour and a half on one core with AMX, and several hours elsewhere. The decoder
-takes an hour and a half more on one core with AVX2. To continue after a stop, run the same command again.
+On one core with AMX, the autoencoder and the UNet take an hour and a half, and the decoder as long again. Elsewhere
+they take several hours. To continue after a stop, run the same command again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ IMAGES = Path("data/emoji")
 # Name, steps and learning rate of each round. It starts from the weights of the one before.
 AUTOENCODER_ROUNDS = [("coarse", 2400, 6e-4), ("fine", 1000, 1.5e-4)]
 # Rounds of the decoder alone. The encoder is frozen.
-DECODER_ROUNDS = [("coarse", 2000, 4e-4), ("fine", 1000, 1e-4), ("last", 400, 2e-5)]
+DECODER_ROUNDS = [
+    ("coarse", 2000, 4e-4), ("fine", 1000, 1e-4), ("last", 400, 2e-5),
+    ("long", 7000, 2e-4), ("long_fine", 3000, 6e-5), ("long_last", 1500, 1.5e-5),
+]  # fmt: skip
 _DECODER = ["model.params.freeze_encoder=true", "model.params.lossconfig.params.kl_weight=0"]
 CAPTIONS = 3  # per image: its name and two paraphrases
 _EPS = "model.params.parameterization=eps"
