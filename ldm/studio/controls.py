@@ -53,7 +53,7 @@ def newest_runs() -> Any:
     return gr.update(choices=runs, value=runs[0] if runs else None)
 
 
-def with_new_runs(known: Sequence[str], chosen: Sequence[str | None]) -> list[Any]:
+def with_new_runs(known: Sequence[str], *chosen: str | None) -> list[Any]:
     """Return the runs of now, and for each list of runs its update: the newest stays chosen if it was.
 
     Args:
@@ -129,9 +129,8 @@ class Page:
             listen(filled.then, newest_runs, None, runs)
         for function, inputs, output in self._shown:
             listen(filled.then, function, inputs, output)
-        known = gr.State([])
-        self.watch(lambda: list_runs(LOGS), lambda old, *chosen: with_new_runs(old, chosen), [known, *self._runs],
-                   [known, *self._runs])  # fmt: skip
+        known_and_chosen = [gr.State([]), *self._runs]
+        self.watch(lambda: list_runs(LOGS), with_new_runs, known_and_chosen, known_and_chosen)
         self._look_again()
 
     def _look_again(self) -> None:

@@ -1,4 +1,4 @@
-"""Two-dimensional convolution that is also fast on a CPU for many weights and few pixels."""
+"""Two-dimensional convolution that is also fast on a CPU for many weights or few pixels."""
 
 from __future__ import annotations
 
